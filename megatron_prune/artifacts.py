@@ -1,0 +1,120 @@
+"""Files that are either whole or absent: atomic directories and JSON, hashes, provenance.
+
+Every stage writes through these. A directory appears under its final name by one
+``rename`` after everything in it is on disk, so a killed stage leaves at most a
+``.<name>.partial-…`` directory, which the next run of the same stage removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import MegatronPruneError
+
+PARTIAL = ".partial-"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON so that readers see the old file or the new one."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: str | Path, payload: bytes) -> None:
+    """Write a file atomically: a temporary file in the same directory, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(payload)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a missing or broken file is an error that names the path."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise MegatronPruneError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MegatronPruneError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory beside ``path``; rename it to ``path`` when the block succeeds.
+
+    An existing ``path`` is refused unless it is empty or ``replace`` is given. Left-overs of
+    killed runs for the same ``path`` are removed first, on success and on failure alike.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise MegatronPruneError(f"{path} already exists: remove it or choose another output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}{PARTIAL}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+    os.chmod(scratch, 0o755)
+    try:
+        yield scratch
+        for folder, _, files in os.walk(scratch):
+            for name in files:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+            os.rename(path, retired / "old")
+            os.rename(scratch, path)
+            shutil.rmtree(retired)
+        else:
+            os.rename(scratch, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content, read in pieces."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no white space)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, for provenance."""
+    found = {"python": platform.python_version()}
+    for package in ("megatron-prune", "megatron-core", "torch", "transformer-engine", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,292 @@
+"""Every weight of a GPT: its name, its axes, and how heads, groups and gate/up lie in them.
+
+This table is the only place that knows Megatron's weight layouts. Reading, slicing, writing,
+counting and converting all go through it:
+
+* ``ModelShape`` says how large a model is (from a checkpoint's stored ``args``);
+* ``weights(shape)`` lists its logical weights, one entry a layer, each a ``WeightLayout``;
+* ``axis_indices(axis, shape, keep)`` says which entries of an axis survive a ``Kept``.
+
+Logical names are per layer (``decoder.layers.3.mlp.linear_fc2.weight``) whether the checkpoint
+stacks its layers along a leading axis or not.
+
+Axes (``H`` heads, ``G`` query groups, ``d`` head size, ``F`` FFN channels):
+
+* ``hidden``    hidden channels.
+* ``qkv``       rows of the fused projection, group by group: the group's H/G query heads, its key,
+                its value, ``d`` rows each: [G, H/G + 2, d].
+* ``heads``     the attention context that ``linear_proj`` reads: [H, d]; head ``h`` belongs to
+                group ``h // (H/G)``.
+* ``fc1``       gated: all gate rows, then all up rows, [2, F]; not gated: [F].
+* ``ffn``       what ``linear_fc2`` reads: [F].
+* ``head_dim``, ``vocab``, ``position``  never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from megatron_prune.errors import CheckpointError
+
+Axis = Literal["hidden", "qkv", "heads", "fc1", "ffn", "head_dim", "vocab", "position"]
+
+# The matrices that "fraction removed of the linears" counts.
+LINEARS = (
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a GPT is. All sizes are global: no parallel layout is in here."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    padded_vocab_size: int
+    tied: bool
+    gated: bool = True
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+    positions: int = 0  # learned position embeddings; 0 for RoPE
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
+                     "kv_channels", "ffn_hidden_size", "padded_vocab_size"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise CheckpointError(
+                f"{self.num_attention_heads} attention heads cannot be shared evenly by "
+                f"{self.num_query_groups} query groups"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    @staticmethod
+    def from_args(args: Mapping[str, Any]) -> ModelShape:
+        """The shape that a checkpoint's stored Megatron ``args`` (as a mapping) describe.
+
+        Raises CheckpointError naming the argument when one is missing or of a kind of model
+        (experts, latent attention, state-space layers) that this package cannot cut.
+        """
+        for flag in ("num_experts", "multi_latent_attention", "is_hybrid_model",
+                     "heterogeneous_layers_config_path", "mtp_num_layers"):
+            if args.get(flag):
+                raise CheckpointError(f"checkpoint has {flag}={args[flag]}: only dense GPT models are supported")
+        missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
+                   if args.get(k) is None]
+        if missing:
+            raise CheckpointError(f"the checkpoint's stored args lack {', '.join(missing)}")
+        hidden, heads = args["hidden_size"], args["num_attention_heads"]
+        # `num_query_groups` is only meant when group_query_attention is on: Megatron stores 1 otherwise.
+        groups = args.get("num_query_groups") if args.get("group_query_attention") else None
+        learned = args.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        return ModelShape(
+            num_layers=args["num_layers"],
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_query_groups=groups or heads,
+            kv_channels=args.get("kv_channels") or hidden // heads,
+            ffn_hidden_size=args.get("ffn_hidden_size") or 4 * hidden,
+            padded_vocab_size=args["padded_vocab_size"],
+            tied=not args.get("untie_embeddings_and_output_weights", False),
+            gated=bool(args.get("swiglu", False)),
+            linear_bias=bool(args.get("add_bias_linear", True)),
+            qkv_bias=bool(args.get("add_qkv_bias", False) or args.get("add_bias_linear", True)),
+            norm_bias=args.get("normalization", "LayerNorm") == "LayerNorm",
+            qk_norm=bool(args.get("qk_layernorm", False)),
+            positions=(args.get("max_position_embeddings") or 0) if learned else 0,
+        )
+
+    def to_args(self) -> dict[str, Any]:
+        """The Megatron ``args`` entries that say this shape (only those that pruning can change)."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            "group_query_attention": self.num_query_groups != self.num_attention_heads,
+            # Written always: hidden/heads is no longer the head size after a cut.
+            "kv_channels": self.kv_channels,
+            "ffn_hidden_size": self.ffn_hidden_size,
+        }
+
+    def axis_size(self, axis: Axis) -> int:
+        """Number of entries along ``axis``."""
+        return {
+            "hidden": self.hidden_size,
+            "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels,
+            "heads": self.num_attention_heads * self.kv_channels,
+            "fc1": self.ffn_hidden_size * (2 if self.gated else 1),
+            "ffn": self.ffn_hidden_size,
+            "head_dim": self.kv_channels,
+            "vocab": self.padded_vocab_size,
+            "position": self.positions,
+        }[axis]
+
+    def parameters(self) -> int:
+        """All parameters; a tied output layer is counted once."""
+        return sum(w.numel for w in weights(self))
+
+    def linear_parameters(self) -> int:
+        """Parameters of the blocks' linear matrices (``LINEARS``): what ratios count by default."""
+        return sum(w.numel for w in weights(self) if w.is_linear)
+
+    def forward_flops(self, sequence_length: int) -> int:
+        """Dense GEMM FLOPs of one forward pass over one sequence (2 a multiply-add).
+
+        Counts the blocks' linears, the causal-unaware attention products (QKᵀ and PV, as dense
+        kernels run them) and the output layer. The embedding is a look-up and counts nothing.
+        """
+        s = sequence_length
+        linears = 2 * s * self.linear_parameters()
+        attention = 2 * 2 * s * s * self.num_attention_heads * self.kv_channels * self.num_layers
+        return linears + attention + 2 * s * self.hidden_size * self.padded_vocab_size
+
+    def training_flops(self, sequence_length: int) -> int:
+        """Dense GEMM FLOPs of a forward and backward pass over one sequence: three times forward."""
+        return 3 * self.forward_flops(sequence_length)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """One logical weight: its full name, its layer (None outside the blocks), its axes and sizes."""
+
+    name: str
+    layer: int | None
+    suffix: str  # the name inside its layer, or the full name outside the blocks
+    axes: tuple[Axis, ...]
+    shape: tuple[int, ...]
+    tp_axis: int | None  # the axis that tensor parallelism shards; None where replicated
+
+    @property
+    def numel(self) -> int:
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def is_linear(self) -> bool:
+        return self.suffix in LINEARS
+
+
+def layer_name(layer: int, suffix: str) -> str:
+    """``decoder.layers.3.mlp.linear_fc2.weight``"""
+    return f"decoder.layers.{layer}.{suffix}"
+
+
+def stacked_name(suffix: str) -> str:
+    """The name under which a homogeneous checkpoint stacks all layers: [layers, ...]."""
+    return f"decoder.layers.{suffix}"
+
+
+def weights(shape: ModelShape) -> Iterator[WeightLayout]:
+    """Every logical weight of a GPT of this shape, in the order of the forward pass."""
+
+    def entry(suffix: str, axes: tuple[Axis, ...], tp_axis: int | None, layer: int | None = None) -> WeightLayout:
+        name = suffix if layer is None else layer_name(layer, suffix)
+        return WeightLayout(name, layer, suffix, axes, tuple(shape.axis_size(a) for a in axes), tp_axis)
+
+    yield entry("embedding.word_embeddings.weight", ("vocab", "hidden"), 0)
+    if shape.positions:
+        yield entry("embedding.position_embeddings.weight", ("position", "hidden"), None)
+    for layer in range(shape.num_layers):
+        for suffix, axes, tp_axis in _block(shape):
+            yield entry(suffix, axes, tp_axis, layer)
+    yield entry("decoder.final_layernorm.weight", ("hidden",), None)
+    if shape.norm_bias:
+        yield entry("decoder.final_layernorm.bias", ("hidden",), None)
+    if not shape.tied:
+        yield entry("output_layer.weight", ("vocab", "hidden"), 0)
+
+
+def _block(shape: ModelShape) -> list[tuple[str, tuple[Axis, ...], int | None]]:
+    table: list[tuple[str, tuple[Axis, ...], int | None, bool]] = [
+        ("self_attention.linear_qkv.layer_norm_weight", ("hidden",), None, True),
+        ("self_attention.linear_qkv.layer_norm_bias", ("hidden",), None, shape.norm_bias),
+        ("self_attention.linear_qkv.weight", ("qkv", "hidden"), 0, True),
+        ("self_attention.linear_qkv.bias", ("qkv",), 0, shape.qkv_bias),
+        ("self_attention.q_layernorm.weight", ("head_dim",), None, shape.qk_norm),
+        ("self_attention.q_layernorm.bias", ("head_dim",), None, shape.qk_norm and shape.norm_bias),
+        ("self_attention.k_layernorm.weight", ("head_dim",), None, shape.qk_norm),
+        ("self_attention.k_layernorm.bias", ("head_dim",), None, shape.qk_norm and shape.norm_bias),
+        ("self_attention.linear_proj.weight", ("hidden", "heads"), 1, True),
+        ("self_attention.linear_proj.bias", ("hidden",), None, shape.linear_bias),
+        ("mlp.linear_fc1.layer_norm_weight", ("hidden",), None, True),
+        ("mlp.linear_fc1.layer_norm_bias", ("hidden",), None, shape.norm_bias),
+        ("mlp.linear_fc1.weight", ("fc1", "hidden"), 0, True),
+        ("mlp.linear_fc1.bias", ("fc1",), 0, shape.linear_bias),
+        ("mlp.linear_fc2.weight", ("hidden", "ffn"), 1, True),
+        ("mlp.linear_fc2.bias", ("hidden",), None, shape.linear_bias),
+    ]
+    return [(suffix, axes, tp_axis) for suffix, axes, tp_axis, present in table if present]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What survives inside one block, in source numbering and ascending; None keeps everything.
+
+    ``heads`` are query heads. The groups that survive are those that keep a head, and each of
+    them keeps the same number of heads.
+    """
+
+    hidden: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    ffn: tuple[int, ...] | None = None
+
+    def groups(self, shape: ModelShape) -> tuple[int, ...]:
+        """Query groups that survive, ascending."""
+        if self.heads is None:
+            return tuple(range(shape.num_query_groups))
+        return tuple(sorted({h // shape.heads_per_group for h in self.heads}))
+
+    def shrink(self, shape: ModelShape) -> ModelShape:
+        """The shape after this cut (its depth unchanged)."""
+        return replace(
+            shape,
+            hidden_size=shape.hidden_size if self.hidden is None else len(self.hidden),
+            num_attention_heads=shape.num_attention_heads if self.heads is None else len(self.heads),
+            num_query_groups=len(self.groups(shape)),
+            ffn_hidden_size=shape.ffn_hidden_size if self.ffn is None else len(self.ffn),
+        )
+
+
+def axis_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor | None:
+    """Entries of ``axis`` that survive ``kept``, ascending int64; None where all of them do."""
+    d = shape.kv_channels
+    if axis == "hidden" and kept.hidden is not None:
+        return torch.tensor(kept.hidden)
+    if axis == "ffn" and kept.ffn is not None:
+        return torch.tensor(kept.ffn)
+    if axis == "fc1" and kept.ffn is not None:
+        channels = torch.tensor(kept.ffn)  # [F']
+        return torch.cat([channels, channels + shape.ffn_hidden_size]) if shape.gated else channels
+    if axis == "heads" and kept.heads is not None:
+        rows = torch.tensor(kept.heads)[:, None] * d + torch.arange(d)  # [H', d]
+        return rows.flatten()
+    if axis == "qkv" and kept.heads is not None:
+        slots = []  # a group's block holds heads_per_group + 2 slots of d rows
+        for group in kept.groups(shape):
+            first = group * (shape.heads_per_group + 2)
+            inside = [h % shape.heads_per_group for h in kept.heads if h // shape.heads_per_group == group]
+            slots += [first + j for j in inside]
+            slots += [first + shape.heads_per_group, first + shape.heads_per_group + 1]  # key, value
+        rows = torch.tensor(slots)[:, None] * d + torch.arange(d)  # [H' + 2G', d]
+        return rows.flatten()
+    return None
