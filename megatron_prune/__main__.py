@@ -1,0 +1,44 @@
+"""The verbs. This file dispatches and nothing else: ``torchrun … -m megatron_prune <verb> …``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
+
+VERBS = {
+    "calibrate": ("megatron_prune.calibrate.command", "gather statistics of a parent's activations"),
+    "plan": ("megatron_prune.plan_command", "choose what stays, from statistics"),
+    "apply": ("megatron_prune.apply", "cut a checkpoint as a plan says"),
+    "prune": ("megatron_prune.prune", "calibrate, plan and apply in one command"),
+    "pretrain": ("megatron_prune.training.pretrain", "Megatron's training loop, with an account"),
+    "index": ("megatron_prune.data.index", "build a token stream's caches beforehand"),
+    "evaluate": ("megatron_prune.evaluation.evaluate", "loss and perplexity on fixed windows"),
+    "study": ("megatron_prune.study.command", "run|plan|status|report a token-matched comparison"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; its exit status. What the user can mend is said without a traceback."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: python -m megatron_prune VERB … (VERB --help says more)\n")
+        for verb, (_, text) in VERBS.items():
+            print(f"  {verb:<10} {text}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        print(f"megatron_prune: there is no verb '{verb}': one of {', '.join(VERBS)}", file=sys.stderr)
+        return EXIT_REFUSED
+    try:
+        return importlib.import_module(VERBS[verb][0]).main(rest)
+    except MegatronPruneError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron_prune {verb}: {error}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Megatron's parser plus our group of flags, and what ``--use-checkpoint-args`` forgets.
+
+``parse(argv, add_verb_arguments)`` does what Megatron's ``parse_and_validate_args`` does, with one
+step between reading the checkpoint's arguments and validating them: ``restore_forgotten``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.checkpoint.reader import Checkpoint, find_iteration, open_checkpoint, repair_tracker
+from megatron_prune.engine import cpu
+from megatron_prune.errors import CheckpointError, UsageError
+
+AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+# Stored arguments that describe the model and that `--use-checkpoint-args` does not restore,
+# with the flags that set them by hand.
+FORGOTTEN = {
+    "use_rope_scaling": ("--use-rope-scaling",),
+    "rope_scaling_factor": ("--rope-scaling-factor",),
+    "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
+    "init_method_std": ("--init-method-std",),
+    "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
+    "vocab_size": ("--vocab-size",),
+    "qk_layernorm": ("--qk-layernorm",),
+}
+
+
+def parse(
+    verb: str, argv: list[str], add_verb_arguments: AddArguments, *, defaults: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """Parse and validate ``argv``; sets Megatron's global arguments, timers and writers.
+
+    Raises UsageError or CheckpointError before any process group exists.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    # Megatron reads sys.argv; this is the one place that sets it.
+    sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
+    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(parser)))
+    for name, value in (defaults or {}).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    _refuse_missing_gpu(args)
+    _resolve_checkpoint_paths(args)
+
+    if args.shape_from is not None:
+        if args.use_checkpoint_args and args.pretrained_checkpoint is None and not _has_checkpoint(args.load):
+            raise UsageError(
+                "--use-checkpoint-args", given="together with --shape-from", allowed="one of the two",
+                why="both say where the model's arguments come from",
+            )  # fmt: skip
+        _take_arguments(args, args.shape_from, argv, load_args_from_checkpoint)
+    elif args.use_checkpoint_args:
+        # Megatron's precedence: the run's own checkpoint once it has one, else where it starts from.
+        source = args.load if _has_checkpoint(args.load) else args.pretrained_checkpoint
+        if source is None:
+            raise UsageError("--use-checkpoint-args", given=f"--load {args.load}",
+                             allowed="a --load or --pretrained-checkpoint that holds a checkpoint")
+        _take_arguments(args, source, argv, load_args_from_checkpoint)
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None and args.padded_vocab_size:
+        args.vocab_size = args.padded_vocab_size
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or sys.maxsize  # the last step is always saved
+    validate_args(args, {})
+    args.use_checkpoint_args = False  # done: nobody is to read them again
+    set_global_variables(args)
+    return args
+
+
+def _add_shape_from(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("megatron_prune")
+    group.add_argument(
+        "--shape-from", metavar="CKPT", default=None,
+        help="take the model's arguments from this checkpoint and none of its weights: a from-scratch run "
+        "of the same shape",
+    )  # fmt: skip
+    return parser
+
+
+def given(argv: list[str], *options: str) -> bool:
+    """True if one of ``options`` stands on the command line (as ``--x v`` or ``--x=v``)."""
+    return any(word.split("=", 1)[0] in options for word in argv)
+
+
+def _take_arguments(
+    args: argparse.Namespace, source: str, argv: list[str], load_args_from_checkpoint: Callable
+) -> None:
+    """Megatron's own restoring of arguments from ``source``, then what it forgets."""
+    own_load, own_step = args.load, args.ckpt_step
+    checkpoint = open_checkpoint(source)
+    args.load = str(checkpoint.root)
+    args.ckpt_step = None if checkpoint.release else checkpoint.iteration
+    load_args_from_checkpoint(args)
+    args.load, args.ckpt_step = own_load, own_step
+    args.iteration = 0  # the loader sets it again from the checkpoint that is really loaded
+    restore_forgotten(args, checkpoint, argv)
+
+
+def restore_forgotten(args: argparse.Namespace, checkpoint: Checkpoint, argv: list[str]) -> None:
+    """Set what ``--use-checkpoint-args`` leaves at its default, unless the command line gives it."""
+    for name, options in FORGOTTEN.items():
+        stored = checkpoint.args.get(name)
+        if stored is not None and not given(argv, *options):
+            setattr(args, name, stored)
+
+
+def _refuse_missing_gpu(args: argparse.Namespace) -> None:
+    """Values that the CPU cannot do, refused by the flag's name instead of an assertion deep inside."""
+    if not cpu.is_cpu():
+        return
+    if args.fp8:
+        raise UsageError("--fp8-format", given=args.fp8, allowed="nothing on this machine",
+                         why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible")
+    if args.fp4:
+        raise UsageError("--fp4-format", given=args.fp4, allowed="nothing on this machine",
+                         why="FP4 needs a Blackwell GPU; none is visible")
+    if args.transformer_impl != "local":
+        raise UsageError("--transformer-impl", given=args.transformer_impl, allowed="local",
+                         why="Transformer Engine needs a GPU; none is visible")
+    if args.distributed_backend != "gloo":
+        raise UsageError("--distributed-backend", given=args.distributed_backend, allowed="gloo",
+                         why="no GPU is visible")
+    if args.sequence_parallel:
+        raise UsageError("--sequence-parallel", given="on", allowed="off",
+                         why="the local spec's RMSNorm has none, and no GPU is visible")
+
+
+def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
+    """``--load DIR/iter_N`` means ``--load DIR --ckpt-step N``; broken trackers are repaired first."""
+    for name in ("load", "pretrained_checkpoint", "shape_from"):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        path = Path(value)
+        if name == "load" and args.save is not None and not path.exists():
+            continue  # a run that resumes from its own save directory, which does not exist yet
+        if name != "load" and not path.exists():
+            raise CheckpointError(f"--{name.replace('_', '-')} {value}: there is no such directory")
+        if path.name.startswith("iter_") and path.name[5:].isdigit():
+            if name == "load":
+                args.ckpt_step = int(path.name[5:])
+            elif name == "pretrained_checkpoint" and find_iteration(path.parent) != int(path.name[5:]):
+                raise UsageError(
+                    "--pretrained-checkpoint", given=value, allowed=f"{path.parent} with this iteration its latest",
+                    why="Megatron loads only the latest iteration of a pretrained checkpoint",
+                )  # fmt: skip
+            setattr(args, name, value if name == "shape_from" else str(path.parent))
+        elif path.name == "release" and name != "shape_from":
+            setattr(args, name, str(path.parent))
+        root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
+        repair_tracker(root)
+    if args.save is not None and Path(args.save).is_dir():
+        repair_tracker(Path(args.save))
+
+
+def _has_checkpoint(path: str | None) -> bool:
+    return path is not None and Path(path).is_dir() and find_iteration(Path(path)) is not None

@@ -1,0 +1,185 @@
+"""Lets Megatron run where there is no GPU. The only module that asks whether there is one.
+
+``prepare()`` is called once, before any ``megatron`` import. With a GPU it does nothing at
+all: Megatron runs as NVIDIA ships it. Without one it
+
+1. gives ``torch.cuda`` stand-ins that answer for the CPU (device, streams, events, memory, RNG),
+2. sends tensors that name the device ``cuda`` to the CPU,
+3. lets ``Tensor.type()`` name the type that Megatron's assertions look for,
+4. replaces ``torch.compile`` by the identity: compiling the fused kernels costs a CPU run more
+   start-up time than they return, and importing the compiler alone takes a second.
+
+``prepare_megatron()`` follows after ``megatron.training`` is imported: the few places there
+that insist on CUDA. ``flags()`` are the Megatron flags that such a run needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_prepared = False
+
+
+def is_cpu() -> bool:
+    """True where no GPU is visible, so that Megatron runs on the CPU over gloo."""
+    return _cuda_is_available() is False
+
+
+# Bound before any stand-in is installed.
+_cuda_is_available = torch.cuda.is_available
+
+
+def flags() -> list[str]:
+    """Megatron flags that a CPU run needs; placed before the user's own, so that those win."""
+    if not is_cpu():
+        return []
+    return [
+        "--distributed-backend", "gloo", "--transformer-impl", "local", "--use-cpu-initialization",
+        "--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion",
+        "--no-masked-softmax-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion",
+        "--no-persist-layer-norm", "--attention-backend", "unfused",
+    ]  # fmt: skip
+
+
+def prepare() -> None:
+    """Install the stand-ins on ``torch``; harmless to call twice."""
+    global _prepared
+    if _prepared or not is_cpu():
+        return
+    _prepared = True
+    # Threads that fork no more: the JIT of a CPU run has nothing to compile.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _stand_in_for_cuda()
+    _redirect_factories()
+    _name_types_like_cuda()
+    torch.compile = _identity_decorator  # type: ignore[assignment]
+
+
+def prepare_megatron() -> None:
+    """Adapt ``megatron.training`` after its import; harmless to call twice."""
+    if not is_cpu():
+        return
+    from megatron.core.tensor_parallel import random as tp_random
+    from megatron.training import training
+
+    tp_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    tp_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    if not isinstance(training.initialize_megatron, functools.partial):
+        training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    training.set_jit_fusion_options = lambda tp_size=None: None  # nothing is compiled, nothing to warm up
+
+
+class _Stream:
+    """A stream or event on a device that finishes every operation before it returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in ("record", "wait", "synchronize", "wait_stream", "wait_event"):
+            return lambda *_, **__: None
+        if name == "record_event":
+            return lambda *_, **__: _Stream()
+        if name == "query":
+            return lambda *_, **__: True
+        if name == "elapsed_time":
+            return lambda *_, **__: 0.0
+        raise AttributeError(name)
+
+
+def _stand_in_for_cuda() -> None:
+    cpu = torch.device("cpu")
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    properties = SimpleNamespace(major=0, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
+    nothing = lambda *_, **__: None  # noqa: E731
+    stand_ins: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        # Megatron initialises its parallel groups only where it counts a device.
+        "device_count": lambda: max(local_world, 1),
+        "set_device": nothing, "synchronize": nothing, "empty_cache": nothing, "set_stream": nothing,
+        "manual_seed": torch.manual_seed, "manual_seed_all": torch.manual_seed,
+        "get_rng_state": lambda device="cpu": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cpu": torch.set_rng_state(state),
+        "memory_stats": lambda *_, **__: _Zeros(), "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 0, "device_memory_used": lambda *_: 0,
+        "reset_peak_memory_stats": nothing,
+        "Stream": _Stream, "Event": _Stream,
+        "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
+        "stream": lambda stream: _Stream(),
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: (0, 0),
+        "get_device_name": lambda *_: "cpu",
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.cuda.random.get_rng_state = stand_ins["get_rng_state"]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+
+
+class _Zeros(dict):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _redirect_factories() -> None:
+    """Wrap the functions that make tensors: a ``TorchFunctionMode`` would tax every operation."""
+
+    def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            return make(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange",
+                 "eye", "linspace", "zeros_like", "ones_like", "empty_like", "full_like", "triu_indices"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    move = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return move(self, *args, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[assignment,method-assign]
+
+
+def _name_types_like_cuda() -> None:
+    """Megatron's optimizers assert ``torch.cuda.FloatTensor`` and its kin by name."""
+    type_of = torch.Tensor.type
+
+    def named(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return type_of(self, dtype, **kwargs)
+        return type_of(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = named  # type: ignore[assignment,method-assign]
+
+
+def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    return function if function is not None else _identity_decorator

@@ -1,0 +1,145 @@
+"""Batch, loss and forward step: what Megatron's loop asks of every training script.
+
+``forward_step`` is handed to ``megatron.training.pretrain``. ``run`` is for the verbs that only
+need forward passes (calibrate, evaluate): the same model and schedule, no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+_SPIKE_FACTOR = 10  # a loss this many times the largest seen is reported, with --check-for-spiky-loss
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def needs_data(vp_stage: int | None = None) -> bool:
+    """True on the ranks whose data loader feeds the others: first and last stage, first TP rank."""
+    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> dict[str, Any]:
+    """This rank's share of the next micro-batch; every value None on middle pipeline stages."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_BATCH_KEYS)
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key in _BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+    )
+    if args.context_parallel_size > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, cp_group=mpu.get_context_parallel_group())
+    return {key: batch.get(key) for key in _BATCH_KEYS}
+
+
+def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Sum of the token losses [b, s], how many tokens, and the pair for Megatron's log."""
+    args = get_args()
+    loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
+    tokens = loss_mask.sum().detach().to(torch.int)
+    report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    rerun = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for kind, reject in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            rerun.validate_result(
+                result=loss,
+                rejection_func=reject,
+                message=f"found {kind} in local forward loss calculation",
+                tolerance=0.0,  # forward passes are deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(rerun.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+    return loss, tokens, report
+
+
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro-batch through this stage, as Megatron's schedules call it."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def run(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[float] | None:
+    """Forward every window through the pipeline; the mean token loss of each, in order.
+
+    ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica:
+    token t+1 is predicted from the tokens up to t, so each window makes S predictions. One window
+    is one micro-batch: batching must not change a sum. Returns None but on the last stage.
+    """
+    losses: list[float] = []
+
+    def step(iterator: Iterator[torch.Tensor], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        window = next(iterator).cuda()  # [S + 1]
+        tokens, labels = window[None, :-1], window[None, 1:]  # [1, S]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
+        output = stage(tokens, positions, None, labels=labels)
+
+        def collect(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            mean = token_losses.double().mean()
+            losses.append(mean.item())
+            return mean.float(), torch.tensor(1, dtype=torch.int, device=token_losses.device), {}
+
+        return output, collect
+
+    schedule = get_forward_backward_func()
+    batches = list(windows) if not hasattr(windows, "__len__") else windows
+    with torch.no_grad():
+        iterator = iter(batches)
+        for _ in range(len(batches)):  # type: ignore[arg-type]
+            # One call a window: schedules keep all micro-batches of a call in flight.
+            first = next(iterator)
+            schedule(
+                forward_step_func=step,
+                data_iterator=[iter([first])] if len(model) > 1 else iter([first]),
+                model=model if len(model) > 1 else model[0],
+                num_microbatches=1,
+                seq_length=first.numel() - 1,
+                micro_batch_size=1,
+                forward_only=True,
+            )
+    return losses if mpu.is_pipeline_last_stage(ignore_virtual=True) else None

@@ -1,0 +1,244 @@
+"""Run a verb as a job of several processes on this machine, from Python.
+
+``launch(["pretrain", …], nproc=4, log="log.txt")`` is ``torchrun --nproc-per-node 4 -m
+megatron_prune pretrain …`` and, where there is a GPU, just that. Without one, the ranks are
+forked from a process that has already imported torch and Megatron (``engine/zygote.py``): the
+same work, seconds earlier. Whether a job *succeeded* is for its account, scores or manifest to
+say (DESIGN §5); the return code says whether every process left with 0.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from megatron_prune.engine import zygote
+from megatron_prune.errors import RunError, UsageError
+
+EXIT_TIMEOUT = 124
+
+
+def launch(
+    argv: Sequence[str],
+    *,
+    nproc: int = 1,
+    log: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> int:
+    """Run ``python -m megatron_prune <argv>`` in ``nproc`` processes and wait for them.
+
+    ``log`` receives stdout and stderr of all ranks (appended; None: the caller's own), ``env`` is
+    laid over this process's environment. When one rank fails the others are ended. Returns 0 when
+    every rank left with 0, otherwise the first failing rank's exit code (-N for signal N; torchrun
+    makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
+    """
+    job = start(argv, nproc=nproc, log=log, env=env)
+    try:
+        return job.wait(timeout)
+    except TimeoutError:
+        return EXIT_TIMEOUT
+    finally:
+        job.close()
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    nproc: int = 1,
+    log: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Job:
+    """Like ``launch``, but return at once with the running ``Job``."""
+    _check_nproc(nproc)
+    argv = [os.fspath(argument) for argument in argv]
+    with _open_log(log) as (out, err):
+        if _gpu_present():
+            return _TorchrunJob(argv, nproc, out, err, env)
+        work = functools.partial(zygote.run_verb, argv)
+        main = str(Path(zygote.__file__).parents[1] / "__main__.py")
+        return _start_forked(work, [main, *argv], nproc, out, err, env)
+
+
+def start_function(
+    work: Callable[[], int],
+    *,
+    nproc: int = 1,
+    log: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Job:
+    """Run a picklable ``work() -> exit code`` in forked ranks on the CPU (tests use it)."""
+    _check_nproc(nproc)
+    with _open_log(log) as (out, err):
+        return _start_forked(work, [sys.argv[0]], nproc, out, err, env)
+
+
+def _check_nproc(nproc: int) -> None:
+    if nproc < 1:
+        raise UsageError("nproc", given=nproc, allowed="at least 1 process")
+
+
+class Job:
+    """A running job. ``ranks`` holds the process ids, rank 0 first (torchrun: the agent alone)."""
+
+    ranks: list[int]
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The job's return code as ``launch`` gives it; ``TimeoutError`` while it still runs."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the job if it still runs, and wait until none of its processes is left."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclasses.dataclass
+class _ForkedJob(Job):
+    connection: socket.socket
+    ranks: list[int]
+    returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = zygote.receive(self.connection)["returncode"]
+            except EOFError:  # the supervisor itself was killed, and its ranks with it
+                self.returncode = -9
+            self.connection.close()
+        return self.returncode
+
+    def close(self) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)  # the supervisor ends the ranks
+            self.wait()
+
+
+class _TorchrunJob(Job):
+    def __init__(self, argv: list[str], nproc: int, out: int, err: int, env: Mapping[str, str] | None):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(nproc), "-m", "megatron_prune", *argv]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
+        )
+        self.ranks = [self.process.pid]
+
+    def wait(self, timeout: float | None = None) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+
+    def close(self) -> None:
+        self.process.terminate()  # the agent ends its workers, with torchrun's own grace
+        self.process.wait()
+
+
+def _start_forked(
+    work: Callable[[], int],
+    argv: list[str],
+    nproc: int,
+    out: int,
+    err: int,
+    env: Mapping[str, str] | None,
+) -> _ForkedJob:
+    ours, theirs = socket.socketpair()
+    _zygote().submit(theirs.fileno(), out, err)
+    theirs.close()
+    request = {
+        "work": pickle.dumps(work),
+        "argv": argv,
+        "nproc": nproc,
+        "directory": os.getcwd(),
+        "path": sys.path,
+        "environment": {**os.environ, **(env or {})},
+    }
+    try:
+        zygote.send(ours, request)
+        return _ForkedJob(ours, zygote.receive(ours)["ranks"])
+    except (EOFError, OSError) as error:
+        raise RunError(f"the process that starts jobs died before {argv[1:2]} began: see its log") from error
+
+
+@contextlib.contextmanager
+def _open_log(log: str | Path | None):
+    """Descriptors for a job's stdout and stderr."""
+    if log is None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        yield 1, 2
+        return
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    handle: IO[bytes]
+    with open(log, "ab") as handle:
+        yield handle.fileno(), handle.fileno()
+
+
+def _gpu_present() -> bool:
+    """Whether torch would find a GPU, without importing torch into a process that only launches."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+class _Zygote:
+    """The client's end of one zygote process."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.lock = threading.Lock()
+        self.control, theirs = socket.socketpair()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", zygote.__name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a ^C is for the caller, who then ends its jobs
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        theirs.close()
+        if self.control.recv(1) != b"R":
+            raise RunError(f"{sys.executable} -m {zygote.__name__} could not start: its error is above")
+
+    def submit(self, *descriptors: int) -> None:
+        with self.lock:
+            socket.send_fds(self.control, [b"J"], descriptors)
+
+    def alive(self) -> bool:
+        return self.owner == os.getpid() and self.process.poll() is None
+
+    def stop(self) -> None:
+        if self.owner == os.getpid():
+            self.control.close()
+            self.process.wait()
+
+
+_current: _Zygote | None = None
+_current_lock = threading.Lock()
+
+
+def _zygote() -> _Zygote:
+    """This process's zygote, started on first use and stopped at exit."""
+    global _current
+    with _current_lock:
+        if _current is None or not _current.alive():
+            _current = _Zygote()
+            atexit.register(_current.stop)
+        return _current

@@ -1,0 +1,130 @@
+"""Start Megatron, build the model, load it, and make sure that all of it was loaded.
+
+Every verb that runs a model goes through ``start``; ``pretrain`` then hands over to Megatron's
+own loop, the forward-only verbs call ``load_model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.engine import cpu
+from megatron_prune.errors import CheckpointError, UsageError
+
+
+def start(
+    verb: str, argv: list[str], add_verb_arguments: Any, *, defaults: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """Parse, validate and set Megatron's globals. Starts no process group yet.
+
+    Call first in a verb's ``main``, before any other ``megatron`` import.
+    """
+    os.environ.setdefault("RANK", "0")  # a one-process verb also runs without torchrun
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    cpu.prepare()
+    import megatron.training  # noqa: F401
+
+    cpu.prepare_megatron()
+    _keep_prebuilt_helpers()
+    from megatron_prune.engine.arguments import parse
+
+    return parse(verb, argv, add_verb_arguments, defaults=defaults)
+
+
+def _keep_prebuilt_helpers() -> None:
+    """The wheel ships the data helpers compiled, without the Makefile that Megatron would call."""
+    from megatron.core.datasets import utils
+
+    prebuilt = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    if prebuilt and not (Path(utils.__file__).parent / "Makefile").exists():
+        utils.compile_helpers = lambda: None
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Megatron's model config from its arguments, with the RoPE factor that it forgets to pass on."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Process groups and seeds, for the verbs that do not hand over to Megatron's loop."""
+    from megatron.training import training
+
+    training.initialize_megatron()
+
+
+def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
+    """Build this rank's stage in evaluation mode, without DDP, and load ``args.load`` into it.
+
+    Raises CheckpointError naming the weights that the checkpoint lacks or has in another shape.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.checkpointing import load_checkpoint
+
+    refuse_unfit_checkpoint(args, args.load, "--load")
+    config = model_config(args)
+    builder = config.get_builder_cls()(config)
+    model = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    args.finetune, args.no_load_optim, args.no_load_rng = True, True, True
+    args.exit_on_missing_checkpoint = True
+    load_checkpoint(model, None, None)
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> None:
+    """Every weight that the model will ask for must be in the checkpoint, whole, in its shape.
+
+    Megatron retries a failed strict load non-strictly and goes on with random weights; we look first.
+    """
+    from megatron_prune.checkpoint.reader import open_checkpoint
+
+    step = f"iter_{args.ckpt_step:07d}" if flag == "--load" and args.ckpt_step else ""
+    checkpoint = open_checkpoint(Path(path) / step)
+    checkpoint.verify()
+    wanted = ModelShape.from_args(vars(args))
+    held = set(checkpoint.names)
+    for weight in weights(wanted):
+        if weight.name not in held:
+            raise CheckpointError(f"{flag} {path}: the checkpoint has no {weight.name}, which this model needs")
+        found = tuple(checkpoint.spec(weight.name).shape)
+        if found != weight.shape:
+            raise CheckpointError(
+                f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}; "
+                "pass --use-checkpoint-args or mend the flags that give the model's size"
+            )
+    if checkpoint.shape.num_layers != wanted.num_layers:
+        raise CheckpointError(
+            f"{flag} {path}: the checkpoint has {checkpoint.shape.num_layers} layers, this model "
+            f"{wanted.num_layers}; pass --use-checkpoint-args or --num-layers {checkpoint.shape.num_layers}"
+        )
+
+
+def refuse_layouts(args: argparse.Namespace) -> None:
+    """Calibrating verbs read activations stage by stage; some layouts would hide or split them."""
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UsageError(
+            "--num-layers-per-virtual-pipeline-stage", given=args.num_layers_per_virtual_pipeline_stage,
+            allowed="not with this verb", why="activations are read stage by stage",
+        )  # fmt: skip
+    if args.context_parallel_size > 1:
+        raise UsageError("--context-parallel-size", given=args.context_parallel_size, allowed="1 with this verb",
+                         why="statistics need whole sequences")
