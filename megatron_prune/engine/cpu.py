@@ -50,11 +50,12 @@ def flags() -> list[str]:
 def prepare() -> None:
     """Install the stand-ins on ``torch``; harmless to call twice."""
     global _prepared
-    if _prepared or not is_cpu():
+    if not is_cpu():
+        return
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if _prepared:  # in the process that this one was forked from (engine/zygote.py)
         return
     _prepared = True
-    # Threads that fork no more: the JIT of a CPU run has nothing to compile.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _stand_in_for_cuda()
     _redirect_factories()
     _name_types_like_cuda()
@@ -102,13 +103,12 @@ class _Stream:
 
 def _stand_in_for_cuda() -> None:
     cpu = torch.device("cpu")
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     properties = SimpleNamespace(major=0, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins: dict[str, Any] = {
         "current_device": lambda: cpu,
         # Megatron initialises its parallel groups only where it counts a device.
-        "device_count": lambda: max(local_world, 1),
+        "device_count": _local_world_size,
         "set_device": nothing, "synchronize": nothing, "empty_cache": nothing, "set_stream": nothing,
         "manual_seed": torch.manual_seed, "manual_seed_all": torch.manual_seed,
         "get_rng_state": lambda device="cpu": torch.get_rng_state(),
@@ -129,6 +129,10 @@ def _stand_in_for_cuda() -> None:
     torch.cuda.random.get_rng_state = stand_ins["get_rng_state"]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 class _Zeros(dict):

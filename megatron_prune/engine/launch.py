@@ -19,9 +19,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from megatron_prune.engine import zygote
 from megatron_prune.errors import RunError, UsageError
@@ -64,7 +63,7 @@ def start(
     _check_nproc(nproc)
     argv = [os.fspath(argument) for argument in argv]
     with _open_log(log) as (out, err):
-        if _gpu_present():
+        if not _zygote().forks:
             return _TorchrunJob(argv, nproc, out, err, env)
         work = functools.partial(zygote.run_verb, argv)
         main = str(Path(zygote.__file__).parents[1] / "__main__.py")
@@ -179,7 +178,7 @@ def _start_forked(
 
 
 @contextlib.contextmanager
-def _open_log(log: str | Path | None):
+def _open_log(log: str | Path | None) -> Iterator[tuple[int, int]]:
     """Descriptors for a job's stdout and stderr."""
     if log is None:
         sys.stdout.flush()
@@ -187,16 +186,8 @@ def _open_log(log: str | Path | None):
         yield 1, 2
         return
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    handle: IO[bytes]
     with open(log, "ab") as handle:
         yield handle.fileno(), handle.fileno()
-
-
-def _gpu_present() -> bool:
-    """Whether torch would find a GPU, without importing torch into a process that only launches."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return False
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
 class _Zygote:
@@ -214,7 +205,9 @@ class _Zygote:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
         theirs.close()
-        if self.control.recv(1) != b"R":
+        answer = self.control.recv(1)
+        self.forks = answer == zygote.READY  # there is no GPU
+        if answer not in (zygote.READY, zygote.GPU):
             raise RunError(f"{sys.executable} -m {zygote.__name__} could not start: its error is above")
 
     def submit(self, *descriptors: int) -> None:
@@ -222,7 +215,7 @@ class _Zygote:
             socket.send_fds(self.control, [b"J"], descriptors)
 
     def alive(self) -> bool:
-        return self.owner == os.getpid() and self.process.poll() is None
+        return self.owner == os.getpid() and (not self.forks or self.process.poll() is None)
 
     def stop(self) -> None:
         if self.owner == os.getpid():

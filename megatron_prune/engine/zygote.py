@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import pickle
@@ -32,6 +33,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+READY, GPU = b"R", b"G"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
 PRELOAD = (
@@ -46,10 +48,15 @@ PRELOAD = (
 
 def serve(control: socket.socket) -> None:
     """Answer jobs until ``control`` closes. Returns only then; a forked child never returns."""
+    from megatron_prune.engine import cpu
+
+    if not cpu.is_cpu():  # one may not fork from a process that has looked for a GPU
+        control.sendall(GPU)
+        return
     _preload()
     gc.collect()
     gc.freeze()  # ranks would otherwise copy every page that holds an object the collector visits
-    control.sendall(b"R")
+    control.sendall(READY)
     while True:
         ready, _, _ = select.select([control], [], [], 0.2)
         _reap()
@@ -62,7 +69,7 @@ def serve(control: socket.socket) -> None:
         sys.stdout.flush()
         if os.fork() == 0:
             control.close()
-            _run_and_exit(lambda: _supervise(job, *descriptors[1:]))
+            _run_and_exit(functools.partial(_supervise, job, *descriptors[1:]))
         job.close()
         for descriptor in descriptors[1:]:
             os.close(descriptor)
@@ -73,12 +80,15 @@ def _preload() -> None:
     import logging
     import warnings
 
+    from megatron_prune.engine import cpu
+
+    # It would warn that there is no CUDA run time, which is why this process exists.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    cpu.prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PRELOAD:
             importlib.import_module(name)
-    # Which is a complaint about a missing CUDA run time that every job would repeat.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:
         raise RuntimeError(f"the imports started {len(threads) - 1} threads: a fork would lose them")
@@ -129,7 +139,7 @@ def _exit_code(leaving: SystemExit) -> int:
 # --------------------------------------------------------------------------- supervisor
 
 
-def _supervise(connection: socket.socket, out: int, err: int) -> int:
+def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     """Fork the ranks of one job, watch them and the caller, report the job's exit code."""
     _die_with(os.getppid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -141,7 +151,7 @@ def _supervise(connection: socket.socket, out: int, err: int) -> int:
             os.close(descriptor)
     nproc = request["nproc"]
     me = os.getpid()
-    starts = []
+    starts: list[int] = []
     ranks: dict[int, int] = {}
     for rank in range(nproc):
         start_read, start_write = os.pipe()
@@ -152,7 +162,7 @@ def _supervise(connection: socket.socket, out: int, err: int) -> int:
                 os.close(descriptor)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _die_with(me, signal.SIGKILL)
-            _run_and_exit(lambda start=start_read, rank=rank: _rank(request, rank, start))  # type: ignore[misc]
+            _run_and_exit(functools.partial(_rank, request, rank, start_read))
         os.close(start_read)
         starts.append(start_write)
         ranks[child] = rank
@@ -168,10 +178,11 @@ def _supervise(connection: socket.socket, out: int, err: int) -> int:
         send(connection, {"supervisor": me, "ranks": pids})
         code = _watch(connection, ranks)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end(ranks)
     with contextlib.suppress(OSError):
         send(connection, {"returncode": code})
-    return 0
+    os._exit(0)  # what the imports registered for the end is for the ranks to do
 
 
 def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
@@ -235,7 +246,7 @@ def _rank(request: dict[str, Any], rank: int, start: int) -> int:
     )
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("OMP_NUM_THREADS", "1" if nproc > 1 else str(os.process_cpu_count() or 1))
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if nproc > 1 else str(len(os.sched_getaffinity(0))))
     os.chdir(request["directory"])
     sys.argv = list(request["argv"])
     sys.path[:] = request["path"]
@@ -291,3 +302,4 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # nothing is left to finish, and tearing the imports down takes longer than a job

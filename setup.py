@@ -1,0 +1,79 @@
+"""Packaging of megatron_prune. Settings of the tools (ruff, mypy, pytest) are in pyproject.toml.
+
+PyPI's ``apex`` is deliberately not listed: it is an unrelated web toolkit, not NVIDIA Apex.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version string in megatron_prune/__init__.py, read without importing the package."""
+    text = (ROOT / "megatron_prune" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('megatron_prune/__init__.py lacks a line __version__ = "…"')
+    return found.group(1)
+
+
+def read_me() -> str:
+    path = ROOT / "README.md"
+    return path.read_text() if path.exists() else ""
+
+
+setup(
+    name="megatron-prune",
+    version=version(),
+    description="Prune Megatron checkpoints, train them on, and compare with training from scratch",
+    long_description=read_me(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
+    package_data={"megatron_prune": ["py.typed", "report/*.j2", "report/*.css", "report/*.html"]},
+    install_requires=[
+        "megatron-core[training]>=0.19.2,<0.20",
+        "torch>=2.6",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "transformers>=4.51",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.0",
+        "nltk>=3.9",
+        "tensorboard>=2.17",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "pydantic>=2.9",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "eval": ["lm-eval>=0.4.8"],
+        "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
+        "dev": [
+            "pytest>=8.2",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
