@@ -161,12 +161,15 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
             for descriptor in (start_write, *starts):
                 os.close(descriptor)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.setpgid(0, 0)
             _die_with(me, signal.SIGKILL)
             _run_and_exit(functools.partial(_rank, request, rank, start_read))
+        os.setpgid(child, child)
         os.close(start_read)
         starts.append(start_write)
         ranks[child] = rank
     pids = list(ranks)
+    code = -signal.SIGTERM
     try:
         # Only now, since the store has a thread and threads do not survive a fork.
         from torch.distributed import TCPStore
@@ -180,6 +183,8 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end(ranks)
+        if code:
+            _kill_groups(pids)
     with contextlib.suppress(OSError):
         send(connection, {"returncode": code})
     os._exit(0)  # what the imports registered for the end is for the ranks to do
@@ -217,6 +222,13 @@ def _end(ranks: dict[int, int]) -> None:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del ranks[pid]
         time.sleep(POLL_SECONDS)
+
+
+def _kill_groups(pids: list[int]) -> None:
+    """A rank that was ended leaves data workers behind; each rank leads a process group of its own."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------------- rank

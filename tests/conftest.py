@@ -1,0 +1,95 @@
+"""Shared fixtures: jobs and forked ranks, tiny Hugging Face models, a tiny corpus, a tiny parent.
+
+``job(argv, nproc=2)`` runs a verb as a user would, ``distributed(function, 2, …)`` runs a test's
+own function in ranks; both fork from one process that lives for the session, since importing
+torch and Megatron dominates otherwise. Everything built here is small, seeded, and built once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedJob:
+    """A verb that has run: its exit code and what all ranks printed."""
+
+    argv: list[str]
+    returncode: int
+    output: str
+
+    def ok(self) -> FinishedJob:
+        """This job, or a failure that shows what it printed."""
+        if self.returncode:
+            shown = self.output[-6000:]
+            pytest.fail(f"{' '.join(self.argv)}\nleft with {self.returncode}:\n{shown}", pytrace=False)
+        return self
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedJob]:
+    """``job(argv, nproc=1, env=None, timeout=240)`` runs ``megatron_prune <argv>`` to its end."""
+    from megatron_prune.engine.launch import launch
+
+    folder = tmp_path_factory.mktemp("jobs")
+    numbers = itertools.count()
+
+    def run(
+        argv: Sequence[str | os.PathLike[str]],
+        nproc: int = 1,
+        env: dict[str, str] | None = None,
+        timeout: float = 240,
+    ) -> FinishedJob:
+        words = [str(word) for word in argv]
+        log = folder / f"{next(numbers):03d}-{words[0]}.txt"
+        code = launch(words, nproc=nproc, log=log, env=env, timeout=timeout)
+        return FinishedJob(words, code, log.read_text(errors="replace"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """``distributed(function, nproc, *args, **kwargs)``: its results in ``nproc`` forked ranks.
+
+    ``function`` is a module-level function of a test file, or of any importable module; it finds
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun, and
+    initialises what it needs. Arguments and results are pickled.
+    """
+    from megatron_prune.engine.launch import start_function
+    from tests.distributed_work import FunctionCall, results
+
+    def run(function: Callable[..., Any], nproc: int, *arguments: Any, timeout: float = 240, **keywords: Any):
+        folder = tmp_path_factory.mktemp(function.__name__)
+        log = folder / "log.txt"
+        call = FunctionCall(
+            file=str(sys.modules[function.__module__].__file__),
+            module=function.__module__,
+            function=function.__name__,
+            arguments=pickle.dumps((arguments, keywords)),
+            results=str(folder),
+        )
+        with start_function(call, nproc=nproc, log=log) as running:
+            code = running.wait(timeout)
+        if code:
+            shown = log.read_text(errors="replace")[-6000:]
+            pytest.fail(f"{function.__name__} on {nproc} ranks left with {code}:\n{shown}", pytrace=False)
+        return results(folder, nproc)
+
+    return run

@@ -1,0 +1,188 @@
+"""Jobs of forked ranks: as torchrun would start them, ended together, gone when the caller is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.engine import launch
+from megatron_prune.errors import EXIT_REFUSED, UsageError
+from tests.distributed_work import FunctionCall
+
+
+def all_reduced() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    value = torch.full((3,), float(dist.get_rank() + 1))
+    dist.all_reduce(value)
+    return {
+        "sum": value.tolist(),
+        "rank": dist.get_rank(),
+        "world": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+        "argv": sys.argv[1:],
+        "directory": os.getcwd(),
+    }
+
+
+def fail_in_rank_1_while_others_wait() -> None:
+    if os.environ["RANK"] == "1":
+        sys.exit(7)
+    time.sleep(120)
+
+
+def record_pid_and_sleep(folder: str, *, ignore_sigterm: bool = False) -> None:
+    if ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(folder, os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def dirty_megatron_globals() -> tuple[bool, float]:
+    """Whether the globals were clean on entry, and the age of Megatron's clock; leaves them dirty."""
+    from megatron.training import global_vars, training
+
+    clean = global_vars._GLOBAL_ARGS is None
+    global_vars._GLOBAL_ARGS = "dirty"
+    return clean, time.time() - training._TRAIN_START_TIME
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def call(function, folder: Path, *arguments, **keywords) -> FunctionCall:
+    pickled = pickle.dumps((arguments, keywords))
+    return FunctionCall(__file__, function.__module__, function.__name__, pickled, str(folder))
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_ranks_form_a_group(distributed, nproc: int) -> None:
+    ranks = distributed(all_reduced, nproc)
+    assert [found["rank"] for found in ranks] == list(range(nproc))
+    assert {found["world"] for found in ranks} == {nproc}
+    assert {tuple(found["sum"]) for found in ranks} == {(nproc * (nproc + 1) / 2,) * 3}
+    assert len({found["pid"] for found in ranks} - {os.getpid()}) == nproc
+    assert {found["threads"] for found in ranks} == {int(os.environ["OMP_NUM_THREADS"])}
+
+
+def test_the_callers_directory_and_environment_hold(distributed, tmp_path, monkeypatch) -> None:
+    distributed(all_reduced, 1)  # the zygote runs from now on
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (found,) = distributed(all_reduced, 1)
+    assert found["directory"] == str(tmp_path)
+    assert found["threads"] == 2
+
+
+def test_every_job_starts_clean(distributed) -> None:
+    for _ in range(2):
+        ((clean, age),) = distributed(dirty_megatron_globals, 1)
+        assert clean
+        assert age < 5
+
+
+def test_a_verb_runs_as_from_the_command_line(job) -> None:
+    shown = job(["--help"]).ok().output
+    asked = subprocess.run(
+        [sys.executable, "-m", "megatron_prune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert shown == asked.stdout
+
+
+def test_a_refusal_keeps_its_exit_code(job) -> None:
+    refused = job(["no-such-verb"])
+    assert refused.returncode == EXIT_REFUSED
+    assert "no-such-verb" in refused.output
+
+
+def test_when_one_rank_fails_the_others_are_ended(tmp_path) -> None:
+    job = launch.start_function(call(fail_in_rank_1_while_others_wait, tmp_path), nproc=3)
+    assert job.wait(30) == 7
+    assert not any(map(alive, job.ranks))
+
+
+def test_a_killed_rank_ends_the_job_with_its_signal(tmp_path) -> None:
+    job = launch.start_function(call(record_pid_and_sleep, tmp_path, str(tmp_path)), nproc=2)
+    assert wait_until(lambda: (tmp_path / "1").exists())
+    os.kill(job.ranks[1], signal.SIGKILL)
+    assert job.wait(30) == -signal.SIGKILL
+    assert not any(map(alive, job.ranks))
+
+
+def test_timeout_ends_the_job_and_what_it_started(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(launch.zygote, "run_verb", subprocess.call)  # pickled by reference
+    marker = str(123456.25 + os.getpid())
+    code = launch.launch(["sleep", marker], timeout=0.5, log=tmp_path / "log")
+    assert code == launch.EXIT_TIMEOUT
+    assert wait_until(lambda: marker not in running_commands(), 5)
+
+
+def running_commands() -> str:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text(errors="replace"))
+    return "\n".join(found)
+
+
+def test_ranks_that_ignore_sigterm_are_killed(tmp_path) -> None:
+    work = call(record_pid_and_sleep, tmp_path, str(tmp_path), ignore_sigterm=True)
+    job = launch.start_function(work, nproc=2)
+    assert wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    job.close()
+    assert not any(map(alive, job.ranks))
+
+
+def test_a_killed_caller_takes_its_job_along(tmp_path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.engine.test_launch import *;"
+        "launch.start_function(call(record_pid_and_sleep, Path(sys.argv[1]), sys.argv[1]), nproc=2).wait()"
+    )
+    root = Path(__file__).parents[2]
+    caller = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    started = wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), 60)
+    caller.kill()
+    caller.wait()
+    assert started
+    pids = [int((tmp_path / rank).read_text()) for rank in "01"]
+    assert wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_jobs_run_at_the_same_time_from_threads(distributed) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(distributed, all_reduced, 2) for _ in range(3)]
+        sums = [rank["sum"] for running in jobs for rank in running.result()]
+    assert sums == [[3.0, 3.0, 3.0]] * 6
+
+
+def test_nproc_is_checked() -> None:
+    with pytest.raises(UsageError, match="nproc"):
+        launch.launch(["plan"], nproc=0)
