@@ -1,0 +1,76 @@
+"""Blends: what ``--data-path`` says, whose members have an identity, and how far a blend reaches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from megatron.core.datasets import helpers
+
+from megatron_prune.data import indexed
+from megatron_prune.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One member of a blend; ``weight`` is None where members are drawn in proportion to their length."""
+
+    prefix: str
+    weight: float | None
+    fingerprint: str
+
+
+def parse_blend(blend: str | Sequence[str]) -> list[tuple[float | None, str]]:
+    """Megatron's ``--data-path``, prefixes or weights and prefixes in turn, as (weight or None, prefix)."""
+    words = [blend] if isinstance(blend, str) else [str(word) for word in blend]
+    weights = [_number(word) for word in words[::2]]
+    if len(words) % 2 or all(weight is None for weight in weights):
+        pairs: list[tuple[float | None, str]] = [(None, word) for word in words]
+    else:
+        pairs = list(zip(weights, words[1::2], strict=True))
+    wrong = [w for w, _ in pairs if w is not None and not 0 < w < float("inf")]
+    if not words or wrong or len({weight is None for weight, _ in pairs}) > 1:
+        raise UsageError(
+            "--data-path",
+            given=" ".join(words) or "nothing",
+            allowed="PREFIX… or WEIGHT PREFIX WEIGHT PREFIX…",
+            why="all members have a positive weight or none has one",
+        )
+    return pairs
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def members(pairs: Sequence[tuple[float | None, str]]) -> list[Corpus]:
+    """The corpora of a blend with their fingerprints; broken or repeated ones raise DataError."""
+    for _, prefix in pairs:
+        indexed.open_indexed(prefix)
+    found = [Corpus(prefix, weight, indexed.fingerprint(prefix)) for weight, prefix in pairs]
+    for earlier, later in itertools.combinations(found, 2):
+        if earlier.fingerprint == later.fingerprint:
+            raise DataError(
+                f"{earlier.prefix} and {later.prefix} hold the same tokens: "
+                "name a corpus once, with the sum of its weights"
+            )
+    return found
+
+
+def blend_length(weights: Sequence[float], lengths: Sequence[int]) -> int:
+    """How many samples a blend at these weights can give before one of its members runs out.
+
+    Megatron's interleaving is greedy, so its first n choices do not depend on how many are asked for.
+    """
+    # No member ever is more than (members - 1) samples behind its share: one is exhausted before this.
+    members = len(weights)
+    bound = 1 + int(min((length + members) / weight for weight, length in zip(weights, lengths, strict=True)))
+    member, taken = np.zeros(bound, dtype=np.int16), np.zeros(bound, dtype=np.int64)
+    helpers.build_blending_indices(member, taken, list(weights), members, bound, False)
+    exhausted = taken >= np.asarray(lengths)[member]
+    return int(exhausted.argmax()) if exhausted.any() else bound

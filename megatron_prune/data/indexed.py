@@ -1,0 +1,134 @@
+"""Tokenized corpora on disk: open ``P.bin``/``P.idx``, say what is in them, and check that they fit a model.
+
+A corpus is Megatron's ``IndexedDataset``: all documents' tokens one after another in ``P.bin``, their
+lengths in ``P.idx``. ``preprocess`` leaves a sidecar ``P.json`` beside them (tokenizer, documents,
+tokens, hash of the ``.bin``); corpora made by other tools have none and work all the same.
+
+``fingerprint`` is a corpus's identity: the content decides, not the path, so it is the same on every
+machine, and a corpus that was made anew under an old name is another corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+from megatron_prune.artifacts import read_json
+from megatron_prune.errors import DataError
+
+# A file of up to BLOCKS * BLOCK_BYTES is hashed whole, a larger one at evenly spaced blocks: what
+# is asked of a fingerprint is to tell corpora apart in milliseconds on terabytes, on every rank.
+BLOCKS = 256
+BLOCK_BYTES = 64 * 1024
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
+
+
+def open_indexed(prefix: str | Path) -> IndexedDataset:
+    """Megatron's ``IndexedDataset`` at ``prefix``.
+
+    Raises DataError when a file is missing, is not an index, holds no token, or when the ``.bin`` is
+    not exactly as long as the ``.idx`` says (truncated, or of another run).
+    """
+    prefix = str(prefix)
+    paths = {suffix: Path(prefix + suffix) for suffix in (".bin", ".idx")}
+    for path in paths.values():
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: a corpus is given by its prefix, without .bin and .idx")
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty: make the corpus again with tools/preprocess_data.py")
+    _check_index(paths[".idx"])
+    corpus = IndexedDataset(prefix)
+    lengths, pointers = corpus.sequence_lengths, corpus.index.sequence_pointers
+    expected = int(lengths.sum(dtype=np.int64)) * corpus.index.dtype_size
+    if not expected:
+        raise DataError(f"{prefix} holds no tokens")
+    found = paths[".bin"].stat().st_size
+    # Contiguity is what makes "the concatenated documents" one slice of the file.
+    end = pointers[-1] + lengths[-1] * corpus.index.dtype_size
+    if found != expected or pointers[0] != 0 or end != expected:
+        raise DataError(
+            f"{paths['.bin']} has {found} bytes, {paths['.idx']} describes {expected}: "
+            "one of the two is truncated or comes from another run; make the corpus again"
+        )
+    return corpus
+
+
+def _check_index(path: Path) -> None:
+    """Refuse what Megatron's reader would fail on half-way: a foreign, truncated or empty index."""
+    with open(path, "rb") as handle:
+        header = handle.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(b"MMIDIDX\x00\x00"):
+        raise DataError(f"{path} is not a Megatron index")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    if version != 1 or code not in {kind.value for kind in DType}:
+        raise DataError(f"{path} is a Megatron index of unknown kind (version {version}, token type {code})")
+    expected = _HEADER.size + sequences * (4 + 8) + documents * 8  # lengths, pointers; document ends
+    found = path.stat().st_size
+    if found < expected:
+        raise DataError(f"{path} is not a whole Megatron index: {found} bytes, its header says {expected}")
+    if not sequences:
+        raise DataError(f"{path} describes a corpus without documents")
+
+
+def tokens(corpus: IndexedDataset) -> int:
+    """Number of tokens of all documents together."""
+    return int(corpus.sequence_lengths.sum(dtype=np.int64))
+
+
+def fingerprint(prefix: str | Path) -> str:
+    """Identity of a corpus's content, 64 hex digits: sizes and evenly spaced blocks of both files.
+
+    Reads at most 32 MB. Small corpora are hashed whole; in a large one a change of a few tokens can
+    go unseen (the sidecar's ``bin_sha256`` is there for that), another corpus cannot.
+    """
+    digest = hashlib.sha256(b"megatron_prune corpus 1")
+    for suffix in (".idx", ".bin"):
+        path = Path(f"{prefix}{suffix}")
+        size = path.stat().st_size
+        digest.update(f"{suffix} {size}\n".encode())
+        with open(path, "rb") as handle:
+            if size <= BLOCKS * BLOCK_BYTES:
+                digest.update(handle.read())
+                continue
+            for block in range(BLOCKS):
+                handle.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                digest.update(handle.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def sidecar(prefix: str | Path) -> dict[str, Any] | None:
+    """What ``preprocess`` wrote beside the corpus, or None where another tool made it."""
+    path = Path(f"{prefix}.json")
+    return read_json(path) if path.is_file() else None
+
+
+def check_fits_model(prefix: str | Path, padded_vocab_size: int) -> None:
+    """Refuse a corpus whose token ids a model of this padded vocabulary has no embedding for.
+
+    The sidecar's vocabulary decides; without a sidecar, evenly spaced blocks are searched for the
+    largest id. Raises DataError.
+    """
+    described = sidecar(prefix)
+    if described:
+        size = int(described["tokenizer"]["vocab_size"])
+        if size > padded_vocab_size:
+            raise DataError(
+                f"{prefix} was tokenized with a vocabulary of {size}, the model's padded vocabulary has "
+                f"{padded_vocab_size}: tokenize the text with the model's own tokenizer"
+            )
+    corpus = open_indexed(prefix)
+    ids = np.memmap(f"{prefix}.bin", dtype=corpus.index.dtype, mode="r")
+    length = BLOCK_BYTES // ids.itemsize
+    starts = {block * max(len(ids) - length, 0) // (BLOCKS - 1) for block in range(BLOCKS)}
+    largest = max(int(ids[start : start + length].max()) for start in starts)
+    if largest >= padded_vocab_size:
+        raise DataError(
+            f"{prefix} holds token id {largest}, the model's padded vocabulary ends at "
+            f"{padded_vocab_size - 1}: tokenize the text with the model's own tokenizer"
+        )

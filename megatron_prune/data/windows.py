@@ -1,0 +1,76 @@
+"""Fixed windows of a corpus: what ``evaluate`` scores and ``calibrate`` reads.
+
+Window *k* is tokens [k*S, (k+1)*S] of the concatenated documents, S+1 of them: a model reads the
+first S and predicts the last S, so neighbouring windows share one token and no prediction is made
+twice. Nothing is shuffled: window *k* is the same for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_prune.data import indexed
+from megatron_prune.errors import DataError, UsageError
+
+
+class Windows(Sequence[torch.Tensor]):
+    """Windows ``numbers`` of a corpus, each an int64 CPU tensor [S+1]. See ``windows``."""
+
+    def __init__(self, prefix: str | Path, seq_length: int, numbers: np.ndarray):
+        self.prefix, self.seq_length, self.numbers = str(prefix), seq_length, numbers
+        self._corpus = indexed.open_indexed(prefix)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return Windows(self.prefix, self.seq_length, self.numbers[position])
+        index = self._corpus.index
+        start = int(self.numbers[position]) * self.seq_length
+        found = self._corpus.bin_reader.read(index.dtype, self.seq_length + 1, start * index.dtype_size)
+        return torch.from_numpy(found.astype(np.int64))
+
+    @property
+    def predictions(self) -> int:
+        """Number of tokens that a model predicts over all windows."""
+        return len(self) * self.seq_length
+
+
+def windows(
+    prefix: str | Path,
+    seq_length: int,
+    count: int | None = None,
+    *,
+    seed: int | None = None,
+    flag: str = "--windows",
+) -> Windows:
+    """The first ``count`` windows of a corpus (all by default), or with ``seed`` a random choice of them.
+
+    A random choice is ``count`` different windows in random order; it depends on the corpus, S, count
+    and seed alone. ``flag`` is what to name when the corpus has fewer windows than ``count``.
+
+    Raises DataError (no such corpus, or shorter than one window) and UsageError.
+    """
+    if seq_length < 1:
+        raise UsageError("--seq-length", given=seq_length, allowed="a positive number of tokens")
+    length = indexed.tokens(indexed.open_indexed(prefix))
+    available = (length - 1) // seq_length
+    if not available:
+        raise DataError(
+            f"{prefix} holds {length} tokens, one window needs {seq_length + 1}: "
+            "give more text or a shorter --seq-length"
+        )
+    count = available if count is None else count
+    if not 1 <= count <= available:
+        raise UsageError(
+            flag, given=count, allowed=f"1 to {available}",
+            why=f"{prefix} holds {length} tokens, windows are {seq_length} long",
+        )
+    # RandomState, as everywhere in this room: NumPy promises its numbers will never change.
+    order = np.arange(available) if seed is None else np.random.RandomState(seed).permutation(available)
+    return Windows(prefix, seq_length, order[:count])
