@@ -1,0 +1,91 @@
+"""From tokens to sample ranges: how a study lays its runs on one stream (DESIGN §6).
+
+The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``,
+scratch at equal total ``[0, P+R+C)``, where C is what pruning itself consumed. All are whole global
+batches of samples. A parent from outside has no samples on this stream: its P is 0, and the tokens
+that it is declared to have seen count in the totals alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prune.errors import DataError
+
+NEGLIGIBLE = 0.001  # of the pruned arm's other tokens: below it calibration is reported, not matched
+
+
+@dataclass(frozen=True)
+class SampleRange:
+    """Samples ``[start, end)`` of the stream, ``steps`` global batches."""
+
+    start: int
+    end: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The global batch that turns tokens into steps: ``samples`` sequences of ``seq_length`` tokens."""
+
+    samples: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seq_length
+
+    def steps(self, tokens: int, what: str) -> int:
+        """Whole batches nearest to ``tokens``; DataError when that is none."""
+        steps = (2 * tokens + self.tokens) // (2 * self.tokens)  # round half up, in integers
+        if steps == 0:
+            raise DataError(
+                f"{what}: {tokens:,} tokens are less than half a global batch of {self.samples} x "
+                f"{self.seq_length} = {self.tokens:,}; give more tokens or a smaller batch"
+            )
+        return steps
+
+    def steps_up(self, tokens: int) -> int:
+        """Whole batches that hold ``tokens``."""
+        return -(-tokens // self.tokens)
+
+    def range(self, start: int, steps: int) -> SampleRange:
+        return SampleRange(start, start + steps * self.samples, steps)
+
+
+@dataclass(frozen=True)
+class Lay:
+    """Where a study's runs lie on the stream.
+
+    ``parent_end``: samples of the stream that the parent consumed (0 for an outside parent);
+    ``parent_tokens``: what it was trained on, measured or declared; None when nobody says.
+    """
+
+    batch: Batch
+    parent_end: int
+    parent_tokens: int | None
+
+    def retrain(self, tokens: int) -> SampleRange:
+        return self.batch.range(self.parent_end, self.batch.steps(tokens, "budgets"))
+
+    def pruned_total(self, retrain_tokens: int, consumed: int) -> int | None:
+        """Tokens behind the pruned arm: parent, retraining, and what pruning consumed if not negligible."""
+        if self.parent_tokens is None:
+            return None
+        trained = self.parent_tokens + retrain_tokens
+        return trained + counted(consumed, trained)
+
+    def scratch_total(self, retrain_tokens: int, consumed: int) -> SampleRange:
+        """The range of a scratch run with as many tokens as all of the pruned arm, rounded up."""
+        total = self.pruned_total(retrain_tokens, consumed)
+        if total is None:
+            raise DataError("the parent's tokens are unknown: give parent.declared_tokens")
+        return self.batch.range(0, self.batch.steps_up(total))
+
+
+def counted(consumed: int, trained: int) -> int:
+    """Tokens that pruning consumed as they enter a total: all of them, or 0 below 0.1% of the rest."""
+    return consumed if consumed >= NEGLIGIBLE * trained else 0

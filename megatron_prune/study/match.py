@@ -1,0 +1,185 @@
+"""May these two runs be compared? Their accounts decide, field by field (DESIGN §7).
+
+*Equal training*: the same samples of the same stream in the same order, the same batch, length and
+steps, the same shape, and every resolved argument equal outside ``ALLOWED``. *Equal total*: the same
+stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
+(``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
+step or 0.1%.
+
+The result is the list of what was compared, for the report; the first thing that does not match
+raises AccountError, which names both runs and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.errors import AccountError
+from megatron_prune.study.budgets import counted
+
+Account = Mapping[str, Any]
+
+# Resolved arguments in which the two arms of any comparison may differ, and why.
+ALLOWED: dict[str, str] = {
+    "pretrained_checkpoint": "start",
+    "shape_from": "start",
+    "use_checkpoint_args": "start",
+    "load": "output path",
+    "save": "output path",
+    "tensorboard_dir": "output path",
+    "wandb_save_dir": "output path",
+    "wandb_exp_name": "output path",
+    "save_interval": "how often an output is saved",
+    "masks": "masks",
+}
+# What a run's own number of steps decides, where the settings differ in it.
+OWN_STEPS: dict[str, str] = {
+    "train_iters": "own steps",
+    "train_samples": "own steps",
+    "lr_decay_iters": "own steps",
+    "lr_decay_samples": "own steps",
+    "lr_warmup_iters": "own steps",
+    "lr_warmup_samples": "own steps",
+    "stream_range": "own steps",
+}
+STREAM = ("id", "seed", "seq_length", "epochs", "blend")
+ACCOUNTED = ("global_batch_size", "micro_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
+TOLERANCE = 0.001
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared thing: its name, what each run has, and ``equal`` or why a difference is allowed."""
+
+    field: str
+    pruned: Any
+    scratch: Any
+    verdict: str = "equal"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Two complete accounts with their names, and the checks that both settings share."""
+
+    pruned_name: str
+    scratch_name: str
+    pruned: Account
+    scratch: Account
+
+    def refuse(self, setting: str, field: str, why: str) -> AccountError:
+        return AccountError(
+            f"{setting}: {self.pruned_name} and {self.scratch_name} may not be compared: {field}: {why}"
+        )
+
+    def whole(self, setting: str) -> None:
+        """Each account is complete, agrees with itself, and starts as its arm says."""
+        for name, account, start in (
+            (self.pruned_name, self.pruned, "pruned"),
+            (self.scratch_name, self.scratch, "random"),
+        ):
+            if account.get("complete") is not True:
+                raise self.refuse(setting, "complete", f"{name} has not finished")
+            if account["start"] != start:
+                raise self.refuse(setting, "start", f"{name} started as {account['start']}, not as {start}")
+            first, end = account["range"]
+            if end - first != account["steps"] * account["global_batch_size"]:
+                raise self.refuse(
+                    setting,
+                    "range",
+                    f"{name} has {end - first} samples in its range and "
+                    f"{account['steps']} steps of {account['global_batch_size']}",
+                )
+            if account["tokens"] != (end - first) * account["seq_length"]:
+                raise self.refuse(
+                    setting,
+                    "tokens",
+                    f"{name} says {account['tokens']}, its range holds "
+                    f"{(end - first) * account['seq_length']}",
+                )
+
+    def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
+        if pruned != scratch:
+            raise self.refuse(setting, field, f"{pruned} against {scratch}")
+        return Line(field, pruned, scratch)
+
+    def accounted(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
+        lines = [
+            self.equal(
+                setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key)
+            )
+            for key in STREAM
+        ]
+        return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
+
+    def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
+        """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
+        ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
+        lines, same = [], 0
+        for key in sorted(set(ours) | set(theirs)):
+            a, b = ours.get(key, "absent"), theirs.get(key, "absent")
+            if a == b:
+                same += 1
+            elif key in allowed:
+                lines.append(Line(f"arguments.{key}", a, b, f"may differ: {allowed[key]}"))
+            else:
+                raise self.refuse(setting, f"arguments.{key}", f"{a} against {b}")
+        return [*lines, Line("all other resolved arguments", same, same)]
+
+
+def equal_training(runs: Runs, parent: Account | None) -> list[Line]:
+    """The lines of an equal-training match; AccountError at the first field that differs."""
+    setting = "equal-training"
+    runs.whole(setting)
+    lines = runs.accounted(setting, ("range", "steps", "tokens", "unique_tokens", *ACCOUNTED))
+    lines += _unseen(runs, setting, parent)
+    return lines + runs.arguments(setting, ALLOWED)
+
+
+def equal_total(
+    runs: Runs, parent: Account | None, parent_tokens: int, consumed: int, *, declared: bool = False
+) -> list[Line]:
+    """The lines of an equal-total match. ``parent_tokens`` must be what ``parent``'s account says, if it has one."""
+    setting = "equal-total"
+    runs.whole(setting)
+    if parent is not None and parent["tokens"] != parent_tokens:
+        raise runs.refuse(
+            setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account"
+        )
+    lines = runs.accounted(setting, ACCOUNTED)
+    lines += _unseen(runs, setting, parent)
+    retrained, step = runs.pruned["tokens"], runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
+    total = parent_tokens + retrained + counted(consumed, parent_tokens + retrained)
+    found = runs.scratch["tokens"]
+    pruning = total - parent_tokens - retrained
+    terms = f"{parent_tokens:,} parent + {retrained:,} retraining + {pruning:,} pruning"
+    difference = abs(found - total)
+    if difference > max(step, TOLERANCE * total):
+        raise runs.refuse(
+            setting,
+            "total tokens",
+            f"{total:,} = {terms} against {found:,}: {difference:,} apart, "
+            f"allowed is one step ({step:,}) or 0.1%",
+        )
+    marked = " (the parent's are declared)" if declared else ""
+    verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
+    lines.append(Line("total tokens", f"{total:,} = {terms}{marked}", f"{found:,}", verdict))
+    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+
+
+def _unseen(runs: Runs, setting: str, parent: Account | None) -> list[Line]:
+    """The retraining range holds nothing that the parent saw, on one stream for both."""
+    if parent is None:
+        return []
+    if parent["stream"]["id"] != runs.pruned["stream"]["id"]:
+        raise runs.refuse(setting, "stream.id of the parent", "the parent was trained on another stream")
+    (first, end), (start, stop) = parent["range"], runs.pruned["range"]
+    if max(first, start) < min(end, stop):
+        raise runs.refuse(
+            setting,
+            "range",
+            f"{runs.pruned_name} retrains on {start}:{stop}, of which the parent saw "
+            f"{max(first, start)}:{min(end, stop)}",
+        )
+    return [Line("range against the parent's", f"{start}:{stop}", f"{first}:{end}", "disjoint")]

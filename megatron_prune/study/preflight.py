@@ -1,0 +1,225 @@
+"""What a study refuses before anything runs, and what it can know beforehand.
+
+``check`` reads the corpora's sizes, the parent's shape where there is one to read, and every method's
+flags. It refuses streams that are too short, corpora that are one another, windows that are not there,
+unknown methods and targets that cannot be met; it returns where the runs lie and which shapes will come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts, methods, plan_command, targets
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data import indexed, windows
+from megatron_prune.errors import DataError, UsageError
+from megatron_prune.study import budgets, commands, grid
+from megatron_prune.study.config import Method, Study
+from megatron_prune.training.data import refuse_short_stream
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before the first run.
+
+    ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
+    that is, before an import. ``calibrated`` are the methods that read statistics, by label.
+    """
+
+    lay: budgets.Lay
+    source: ModelShape | None
+    targets: Mapping[str, ModelShape]
+    calibrated: frozenset[str]
+    random: frozenset[str]
+    account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
+
+    def grid(self, study: Study) -> grid.Grid:
+        """All training cells, as far as shapes are known."""
+        shapes = {name: asdict(shape) for name, shape in self.targets.items()}
+        return grid.expand(study, self.lay, shapes, self.consumed(study))
+
+    def consumed(self, study: Study) -> dict[str, int]:
+        """Tokens that each pruning reads: the calibration's, for methods that look at it."""
+        tokens = grid.calibration_tokens(study)
+        return {p.name: tokens if p.method.tag in self.calibrated else 0 for p in grid.prunings(study)}
+
+
+def check(study: Study, places: commands.Places) -> Outlook:
+    """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
+    choices = {method.tag: _choice(study, method) for method in study.methods}
+    source, account = _parent(study, places)
+    lay = _lay(study, account)
+    shapes = {}
+    if source is not None:
+        for pruning in grid.prunings(study):
+            chosen = _choice(study, pruning.method, pruning.ratio)
+            shapes[pruning.name] = chosen.shape(source)
+    outlook = Outlook(
+        lay,
+        source,
+        shapes,
+        calibrated=frozenset(tag for tag, choice in choices.items() if choice.needs_statistics),
+        random=frozenset(tag for tag, choice in choices.items() if choice.method.random),
+        account=account,
+    )
+    _check_data(study, outlook, account)
+    return outlook
+
+
+def _choice(study: Study, method: Method, ratio: float | None = None) -> plan_command.Choice:
+    """The method's flags, parsed as ``plan`` will parse them."""
+    words = commands.choice(study, method, ratio if ratio or method.target else study.ratios[0])
+    found = methods.get(method.name)
+    parser = _Parser(prog=f"methods.{method.tag}", add_help=False, allow_abbrev=False)
+    own = plan_command.add_choice_arguments(parser, found)
+    options, unknown = parser.parse_known_args(words)
+    plan_command.refuse_unknown(unknown, method.name)
+    return plan_command.choice_from(method.name, found, own, options, study.launch.tensor_parallel, None)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of leaving."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(
+            self.prog, given=message, allowed="settings and targets as flags of `plan` take them"
+        )
+
+
+def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:
+    """The parent's shape if it can be known, and its account if it was trained by us elsewhere."""
+    parent = study.parent
+    if parent.pretrain is not None:
+        return shape_from_flags(study), None
+    if parent.load is not None:
+        checkpoint = open_checkpoint(parent.load)
+        checkpoint.verify()
+        path = Path(parent.load) / "account.json"
+        return checkpoint.shape, artifacts.read_json(path) if path.is_file() else None
+    imported = places.checkpoint("parent")
+    return (open_checkpoint(imported).shape if imported.is_dir() else None), None
+
+
+def _lay(study: Study, account: Mapping[str, Any] | None) -> budgets.Lay:
+    batch = budgets.Batch(study.recipe.global_batch_size, study.data.seq_length)
+    parent = study.parent
+    if parent.pretrain is not None:
+        steps = batch.steps(parent.pretrain.tokens, "parent.pretrain.tokens")
+        return budgets.Lay(batch, steps * batch.samples, steps * batch.tokens)
+    if account is None:
+        return budgets.Lay(batch, 0, parent.declared_tokens)
+    if account.get("complete") is not True or account.get("stream") is None:
+        raise UsageError(
+            "parent.load", given=parent.load, allowed="a run whose account is complete and on a stream"
+        )
+    if parent.declared_tokens not in (None, account["tokens"]):
+        raise UsageError(
+            "parent.declared_tokens",
+            given=parent.declared_tokens,
+            allowed=f"{account['tokens']}, as its account says",
+        )
+    return budgets.Lay(batch, account["range"][1], account["tokens"])
+
+
+def shape_from_flags(study: Study) -> ModelShape:
+    """The shape of a parent that is to be trained here, from its flags and its tokenizer's vocabulary."""
+    assert study.parent.pretrain is not None
+    given = {name.replace("-", "_"): value for name, value in study.parent.pretrain.arguments.items()}
+    given |= {name.replace("-", "_"): value for name, value in study.recipe.arguments.items()}
+    given["add_bias_linear"] = not given.get("disable_bias_linear", False)
+    if not given.get("padded_vocab_size"):
+        given["padded_vocab_size"] = _padded_vocabulary(study, given)
+    return ModelShape.from_args(given)
+
+
+def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
+    size = given.get("vocab_size")
+    if size is None:
+        described = indexed.sidecar(study.data.train[0][1])
+        if described is None:
+            raise UsageError(
+                "parent.pretrain.arguments",
+                given="no vocabulary size",
+                allowed="padded-vocab-size",
+                why=f"{study.data.train[0][1]} has no sidecar that says it",
+            )
+        size = described["tokenizer"]["vocab_size"]
+    multiple = int(given.get("make_vocab_size_divisible_by", 128)) * study.launch.tensor_parallel
+    return math.ceil(int(size) / multiple) * multiple
+
+
+def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | None) -> None:
+    data = study.data
+    prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
+    prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
+    seen: dict[str, str] = {}
+    for name, prefix in prints.items():
+        indexed.open_indexed(prefix)
+        if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
+            raise DataError(
+                f"{name} and {earlier} hold the same tokens: no stage may train on what another is judged by"
+            )
+        seen[print_] = name
+        if outlook.source is not None:
+            indexed.check_fits_model(prefix, outlook.source.padded_vocab_size)
+    windows.windows(
+        data.calibration,
+        study.calibration_seq_length,
+        study.calibration.sequences,
+        flag="calibration.sequences",
+    )
+    for name in commands.CORPORA:
+        windows.windows(
+            getattr(data, name),
+            study.evaluation_seq_length,
+            study.evaluation.windows,
+            flag="evaluation.windows",
+        )
+    ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells}
+    ends["parent"] = outlook.lay.parent_end
+    longest = max(ends, key=lambda cell: ends[cell])
+    try:
+        refuse_short_stream(
+            argparse.Namespace(
+                stream_range=f"0:{ends[longest]}",
+                stream_epochs=data.epochs,
+                seq_length=data.seq_length,
+                train_data_path=None,
+                data_path=data.blend,
+            )
+        )
+    except UsageError as error:
+        raise DataError(
+            f"data.train is too short for {longest}, which ends at sample {ends[longest]}: {error}"
+        ) from error
+    _check_parent_stream(study, account)
+
+
+def _check_parent_stream(study: Study, account: Mapping[str, Any] | None) -> None:
+    """A loaded parent with an account was trained on the study's stream, or on other text altogether."""
+    if account is None:
+        return
+    from megatron_prune.data.blend import members, parse_blend
+
+    data, stream = study.data, account["stream"]
+    ours = {corpus.fingerprint for corpus in members(parse_blend(data.blend))}
+    same = (
+        set(stream["corpora"]) == ours
+        and stream["seed"] == data.stream_seed
+        and stream["seq_length"] == data.seq_length
+        and stream["epochs"] == data.epochs
+    )
+    if not same:
+        raise UsageError(
+            "data",
+            given=f"stream seed {data.stream_seed}, length {data.seq_length}, epochs {data.epochs}",
+            allowed=f"the stream of parent.load: {stream['blend']}, seed {stream['seed']}, length "
+            f"{stream['seq_length']}, epochs {stream['epochs']}",
+            why="in another order the retraining range would overlap what the parent was trained on",
+        )
