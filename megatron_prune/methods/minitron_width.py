@@ -1,0 +1,88 @@
+"""Minitron-width (2407.14679, 2408.11796): remove hidden channels, heads and FFN channels by activation.
+
+A channel's importance in a layer is √Σ_b (mean_t |x|)², t over tokens and b over sequences:
+
+* hidden channels: at the outputs of every block's two norms, summed over norms; one choice for the
+  whole model. The final norm is in neither reference: ``--include-final-norm`` adds it.
+* FFN channels: at linear_fc2's input, per layer.
+* heads: at linear_proj's input, L2 over a head's dimensions, per layer, ranked inside each query
+  group; whole groups go where the target has fewer (importance of a group: sum of its heads).
+
+``--aggregation paper`` replicates the paper's library, which averages over the wrong axis: over
+the batch first, then squares are summed over tokens. With sequences one at a time that is
+√Σ over all tokens of x², so one calibration serves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_prune.methods import WIDTH, Method, NearTie, Request, Selection
+from megatron_prune.ranking import keep_heads, keep_highest
+
+_SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
+
+
+class MinitronWidth(Method):
+    dimensions = WIDTH
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--aggregation",
+            choices=sorted(_SUMS),
+            default="definition",
+            help="importance as defined, or as the paper's library computes it",
+        )
+        parser.add_argument(
+            "--include-final-norm",
+            action="store_true",
+            help="count the final norm's output in the importance of hidden channels",
+        )
+
+    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        sites = ["input_layernorm", "pre_mlp_layernorm", "attention", "mlp"]
+        if settings["include_final_norm"]:
+            sites.append("final_layernorm")
+        return tuple(f"{site}.{_SUMS[settings['aggregation']]}" for site in sites)
+
+    def select(self, request: Request) -> Selection:
+        source, target, settings = request.source, request.target, request.settings
+        importance = {key.split(".")[0]: request.statistics[key].sqrt() for key in self.needs(settings)}
+        layers = range(source.num_layers)
+        near: list[NearTie] = []
+
+        hidden = None
+        if target.hidden_size < source.hidden_size:
+            scores = importance["input_layernorm"].sum(0) + importance["pre_mlp_layernorm"].sum(0)  # [h]
+            if settings["include_final_norm"]:
+                scores = scores + importance["final_layernorm"]
+            hidden, ties = keep_highest(scores, target.hidden_size, "hidden")
+            near += ties
+
+        heads = None
+        if target.num_attention_heads < source.num_attention_heads:
+            context = importance["attention"].view(
+                source.num_layers, source.num_attention_heads, -1
+            )  # [L, H, d]
+            per_head = torch.linalg.vector_norm(context, dim=2)  # [L, H]
+            chosen = [keep_heads(per_head[layer], source, target, layer) for layer in layers]
+            heads = tuple(kept for kept, _ in chosen)
+            near += [tie for _, ties in chosen for tie in ties]
+
+        ffn = None
+        if target.ffn_hidden_size < source.ffn_hidden_size:
+            chosen = [
+                keep_highest(importance["mlp"][layer], target.ffn_hidden_size, "ffn", layer=layer)
+                for layer in layers
+            ]
+            ffn = tuple(kept for kept, _ in chosen)
+            near += [tie for _, ties in chosen for tie in ties]
+
+        return Selection(tuple(layers), hidden, heads, ffn, tuple(near))
+
+
+METHOD = MinitronWidth()

@@ -1,0 +1,71 @@
+"""random: a uniform choice under the same constraints, as a floor for every other method.
+
+Depth, width or both: explicit ``--target-…`` sizes may cut any dimension; ``--ratio`` and
+``--target-params`` need ``--axis depth|width`` to say where. Draws come from numpy's PCG64 seeded
+with ``--seed``, layer after layer in a fixed order, so a seed is a choice on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import DEPTH, DIMENSIONS, WIDTH, Method, Request, Selection
+from megatron_prune.ranking import keep_heads, keep_highest
+
+
+class Random(Method):
+    dimensions = DIMENSIONS
+    random = True
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--axis",
+            choices=("depth", "width"),
+            help="what --ratio or --target-params removes: layers, or channels (no default)",
+        )
+
+    def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        if settings["axis"] is None:
+            raise UsageError(
+                "--axis",
+                given="nothing",
+                allowed="depth or width",
+                why="random can cut either to meet --ratio or --target-params",
+            )
+        return DEPTH if settings["axis"] == "depth" else WIDTH
+
+    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def select(self, request: Request) -> Selection:
+        source, target = request.source, request.target
+        generator = numpy.random.Generator(numpy.random.PCG64(request.seed))
+
+        def scores(count: int) -> torch.Tensor:
+            # Exchangeable, so every subset is as likely, of heads inside groups and of groups too.
+            return torch.from_numpy(generator.random(count))
+
+        layers, _ = keep_highest(scores(source.num_layers), target.num_layers, "layer")
+        hidden = None
+        if target.hidden_size < source.hidden_size:
+            hidden, _ = keep_highest(scores(source.hidden_size), target.hidden_size, "hidden")
+        heads = None
+        if target.num_attention_heads < source.num_attention_heads:
+            heads = tuple(
+                keep_heads(scores(source.num_attention_heads), source, target, layer)[0] for layer in layers
+            )
+        ffn = None
+        if target.ffn_hidden_size < source.ffn_hidden_size:
+            ffn = tuple(
+                keep_highest(scores(source.ffn_hidden_size), target.ffn_hidden_size, "ffn")[0] for _ in layers
+            )
+        return Selection(layers, hidden, heads, ffn)
+
+
+METHOD = Random()

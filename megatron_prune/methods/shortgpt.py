@@ -1,0 +1,28 @@
+"""ShortGPT (2403.03853): remove the layers that turn the residual stream least.
+
+Block Influence of layer l is 1 − the mean over all token positions of the cosine between what
+enters the block and what leaves it (residual included). The K highest stay, in original order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_prune.methods import DEPTH, Method, Request, Selection
+from megatron_prune.ranking import keep_highest
+
+
+class ShortGPT(Method):
+    dimensions = DEPTH
+
+    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("block_influence",)
+
+    def select(self, request: Request) -> Selection:
+        # A sum over tokens ranks like their mean.
+        layers, near = keep_highest(request.statistics["block_influence"], request.target.num_layers, "layer")
+        return Selection(layers, near_ties=tuple(near))
+
+
+METHOD = ShortGPT()

@@ -1,0 +1,65 @@
+"""Keep the highest scores, the same way for every method.
+
+Kept indices are ascending, between equal scores the lower index stays, and a cut between scores
+that float rounding could exchange is reported as a near-tie (METHODS.md).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.methods import NearTie
+
+NEAR = 1e-5  # relative
+
+
+def keep_highest(
+    scores: torch.Tensor,
+    count: int,
+    unit: str,
+    *,
+    layer: int | None = None,
+    group: int | None = None,
+    first: int = 0,
+) -> tuple[tuple[int, ...], list[NearTie]]:
+    """Indices of the ``count`` highest of ``scores`` [n], ascending, and the near-tie at the cut if any.
+
+    ``first`` is added to every index that is returned (a group's first head, say).
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices  # stable: the lower index stays
+    kept = tuple(sorted(first + i for i in order[:count].tolist()))
+    if not 0 < count < len(scores):
+        return kept, []
+    last, out = int(order[count - 1]), int(order[count])
+    low, high = float(scores[out]), float(scores[last])
+    if high - low > NEAR * max(abs(high), abs(low)):
+        return kept, []
+    band = (scores >= low - NEAR * abs(low)) & (scores <= high + NEAR * abs(high))
+    others = tuple(first + i for i in band.nonzero().flatten().tolist() if i not in (last, out))
+    return kept, [NearTie(unit, first + last, first + out, high, low, others, layer, group)]
+
+
+def keep_heads(
+    scores: torch.Tensor, source: ModelShape, target: ModelShape, layer: int
+) -> tuple[tuple[int, ...], list[NearTie]]:
+    """Heads of one layer that survive, by their ``scores`` [H].
+
+    Whole groups go first where the target has fewer (a group's score is the sum of its heads'),
+    then every surviving group keeps the same number of heads, ranked inside the group.
+    """
+    by_group = scores.view(source.num_query_groups, source.heads_per_group)  # [G, H/G]
+    groups, near = keep_highest(by_group.sum(1), target.num_query_groups, "group", layer=layer)
+    heads: list[int] = []
+    for group in groups:
+        kept, ties = keep_highest(
+            by_group[group],
+            target.heads_per_group,
+            "head",
+            layer=layer,
+            group=group,
+            first=group * source.heads_per_group,
+        )
+        heads += kept
+        near += ties
+    return tuple(heads), near

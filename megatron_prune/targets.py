@@ -1,0 +1,301 @@
+"""From flags to the shape after pruning: explicit sizes, a ratio, or a parameter count.
+
+Exactly one of three ways is used:
+
+* ``--target-num-layers …``: sizes are given; what is not given stays.
+* ``--ratio R``: the fraction to remove, of the blocks' linears or (``--ratio-of all``) of all parameters.
+* ``--target-params P``: how many parameters, of all, should stay.
+
+For the last two the shape is chosen deterministically. Depth: the number of layers whose removal
+comes nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. For every
+hidden size, the FFN size that comes nearest; among the pairs within ``--tolerance`` of what should
+stay, the one that shrinks hidden and FFN most evenly (by ratio to the source), then the nearest,
+then the larger hidden size. Sizes that change obey ``--divisible-by`` and the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import DIMENSIONS, Method
+
+TOLERANCE = 0.02  # of the parameters that should stay, where a width is chosen
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asked for; the fields are the flags."""
+
+    sizes: Mapping[str, int]  # explicit ones, by ModelShape field
+    ratio: float | None = None
+    ratio_of: str = "linears"
+    params: int | None = None
+    divisible_by: int = 64
+    tolerance: float | None = None  # None: TOLERANCE
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        ways = [
+            flag
+            for flag, given in (
+                ("--target-<size>", self.sizes),
+                ("--ratio", self.ratio is not None),
+                ("--target-params", self.params is not None),
+            )
+            if given
+        ]
+        if len(ways) != 1:
+            raise UsageError(
+                "--ratio",
+                given=" and ".join(ways) or "no target",
+                allowed="exactly one of --ratio, --target-params, or explicit --target-<size> flags",
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise UsageError("--ratio", given=self.ratio, allowed="a fraction removed, between 0 and 1")
+        for flag, value in (
+            ("--divisible-by", self.divisible_by),
+            ("--tensor-model-parallel-size", self.tensor_parallel),
+        ):
+            if value < 1:
+                raise UsageError(flag, given=value, allowed="an integer of at least 1")
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise UsageError("--tolerance", given=self.tolerance, allowed="a fraction between 0 and 1")
+
+    def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
+        """The shape after pruning; UsageError where the flags cannot be met."""
+        if self.sizes:
+            shape = _explicit(source, self.sizes, method)
+            self._check(source, shape)
+        elif "num_layers" in (free := method.free_dimensions(settings)):
+            shape = self._depth(source)
+        else:
+            assert {"hidden_size", "ffn_hidden_size"} <= set(free)
+            shape = self._width(source)
+        return shape
+
+    # -- what should stay ------------------------------------------------------------------------
+
+    def _count(self, shape: ModelShape) -> int:
+        """Parameters that the ratio or the count is about."""
+        return (
+            shape.linear_parameters()
+            if self.ratio is not None and self.ratio_of == "linears"
+            else shape.parameters()
+        )
+
+    def _goal(self, source: ModelShape) -> float:
+        """How many of them should stay."""
+        if self.ratio is not None:
+            return (1 - self.ratio) * self._count(source)
+        assert self.params is not None
+        if not 0 < self.params < source.parameters():
+            raise UsageError(
+                "--target-params",
+                given=self.params,
+                allowed=f"fewer than the source's {source.parameters()} parameters, and more than 0",
+            )
+        return self.params
+
+    def _describe(self) -> tuple[str, Any]:
+        return ("--ratio", self.ratio) if self.ratio is not None else ("--target-params", self.params)
+
+    # -- depth -----------------------------------------------------------------------------------
+
+    def _depth(self, source: ModelShape) -> ModelShape:
+        if self.tolerance is not None:
+            raise UsageError(
+                "--tolerance",
+                given=self.tolerance,
+                allowed="a target that is met by a width",
+                why="depth always takes the nearest number of layers",
+            )
+        layers, goal = source.num_layers, self._goal(source)
+        if self.ratio is not None and self.ratio_of == "linears":
+            removed = round(layers * self.ratio)
+        else:
+            removed = min(
+                range(layers), key=lambda n: abs(self._count(replace(source, num_layers=layers - n)) - goal)
+            )
+        if not 0 < removed < layers:
+            flag, given = self._describe()
+            raise UsageError(
+                flag,
+                given=given,
+                allowed=f"a target that removes 1 to {layers - 1} of {layers} layers",
+                why=f"the nearest is {removed}",
+            )
+        return replace(source, num_layers=layers - removed)
+
+    # -- width -----------------------------------------------------------------------------------
+
+    def _width(self, source: ModelShape) -> ModelShape:
+        goal, step, tolerance = self._goal(source), self.divisible_by, self.tolerance or TOLERANCE
+        ffn_step = math.lcm(step, self.tensor_parallel)
+        best: tuple[tuple[float, ...], ModelShape] | None = None
+        nearest: tuple[float, ModelShape] | None = None
+        for hidden in {*range(step, source.hidden_size, step), source.hidden_size}:
+            # Both counts are linear in the FFN size, so two points give the size that meets the goal.
+            base, one_more = (
+                self._count(replace(source, hidden_size=hidden, ffn_hidden_size=f))
+                for f in (ffn_step, 2 * ffn_step)
+            )
+            steps = 1 + round((goal - base) / (one_more - base))
+            ffn = min(ffn_step * max(steps, 1), source.ffn_hidden_size)
+            shape = replace(source, hidden_size=hidden, ffn_hidden_size=ffn)
+            if shape == source:
+                continue
+            error = abs(self._count(shape) / goal - 1)
+            if nearest is None or (error, -hidden) < (nearest[0], -nearest[1].hidden_size):
+                nearest = (error, shape)
+            unevenness = abs(math.log(hidden / source.hidden_size) - math.log(ffn / source.ffn_hidden_size))
+            rank = (unevenness, error, -hidden)
+            if error <= tolerance and (best is None or rank < best[0]):
+                best = (rank, shape)
+        if best is None:
+            flag, given = self._describe()
+            if nearest is None:
+                raise UsageError(
+                    "--divisible-by",
+                    given=step,
+                    allowed="a number that divides sizes below the source's",
+                    why=f"the source has hidden size {source.hidden_size} and FFN size "
+                    f"{source.ffn_hidden_size}",
+                )
+            shape = nearest[1]
+            raise UsageError(
+                flag,
+                given=given,
+                allowed=f"a target that hidden and FFN sizes, multiples of {step}, meet within {tolerance:.3g}",
+                why=f"the nearest is hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, which keeps "
+                f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, "
+                f"a larger --tolerance "
+                "or explicit --target-… sizes",
+            )
+        self._check(source, best[1])
+        return best[1]
+
+    # -- refusals --------------------------------------------------------------------------------
+
+    def _check(self, source: ModelShape, shape: ModelShape) -> None:
+        """Divisibility of every size that changed, and tensor parallelism of the result."""
+        widths = (
+            ("--target-hidden-size", source.hidden_size, shape.hidden_size, ""),
+            ("--target-ffn-hidden-size", source.ffn_hidden_size, shape.ffn_hidden_size, ""),
+            (
+                "--target-num-attention-heads",
+                source.axis_size("heads"),
+                shape.axis_size("heads"),
+                f"heads of {shape.kv_channels} channels",
+            ),
+        )
+        for flag, before, after, why in widths:
+            if after != before and after % self.divisible_by:
+                raise UsageError(
+                    flag, given=after, allowed=f"a multiple of --divisible-by {self.divisible_by}", why=why
+                )
+        tp = self.tensor_parallel
+        for flag, size in (
+            ("--target-num-attention-heads", shape.num_attention_heads),
+            ("--target-ffn-hidden-size", shape.ffn_hidden_size),
+        ):
+            if size % tp:
+                raise UsageError(flag, given=size, allowed=f"a multiple of --tensor-model-parallel-size {tp}")
+        groups = shape.num_query_groups
+        if groups % tp and tp % groups:
+            raise UsageError(
+                "--target-num-query-groups",
+                given=groups,
+                allowed=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
+            )
+
+
+def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> ModelShape:
+    for field, size in sizes.items():
+        if field not in method.dimensions:
+            raise UsageError(
+                flag_of(field),
+                given=size,
+                allowed="a size that the method cuts: " + ", ".join(flag_of(d) for d in method.dimensions),
+            )
+        if not 1 <= size <= getattr(source, field):
+            raise UsageError(
+                flag_of(field), given=size, allowed=f"1 to {getattr(source, field)}, the source's size"
+            )
+    wanted = dict(sizes)
+    heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
+    if heads is not None and groups is None and source.heads_per_group == 1:
+        wanted["num_query_groups"] = heads  # multi-head attention stays multi-head
+    if groups is not None and heads is None:
+        wanted["num_attention_heads"] = groups * source.heads_per_group
+    heads = wanted.get("num_attention_heads", source.num_attention_heads)
+    groups = wanted.get("num_query_groups", source.num_query_groups)
+    if heads % groups or heads // groups > source.heads_per_group:
+        raise UsageError(
+            "--target-num-attention-heads",
+            given=f"{heads} for {groups} query groups",
+            allowed=f"1 to {source.heads_per_group} heads for every query group, the same number for each",
+        )
+    shape = replace(source, **wanted)
+    if shape == source:
+        raise UsageError(
+            ", ".join(map(flag_of, sizes)), given="the source's sizes", allowed="a smaller model"
+        )
+    return shape
+
+
+def flag_of(field: str) -> str:
+    """``hidden_size`` → ``--target-hidden-size``."""
+    return "--target-" + field.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the target's flags (not ``--tensor-model-parallel-size``, which Megatron's parser has too)."""
+    group = parser.add_argument_group("pruning target")
+    group.add_argument("--ratio", type=float, metavar="R", help="fraction to remove")
+    group.add_argument(
+        "--ratio-of",
+        choices=("linears", "all"),
+        help="of the blocks' linear weights (default), or of all parameters",
+    )
+    group.add_argument("--target-params", type=int, metavar="P", help="parameters, of all, that should stay")
+    for field in DIMENSIONS:
+        group.add_argument(flag_of(field), type=int, metavar="N")
+    group.add_argument(
+        "--divisible-by",
+        type=int,
+        default=64,
+        metavar="N",
+        help="every width that changes is a multiple of N (default 64)",
+    )
+    group.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="how far a chosen width may miss the target, relative to what should stay (default 0.02)",
+    )
+
+
+def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Target:
+    """The target that parsed flags describe; flags without effect are refused."""
+    sizes = {f: size for f in DIMENSIONS if (size := getattr(options, "target_" + f)) is not None}
+    if options.ratio is None and options.ratio_of is not None:
+        raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
+    if sizes and options.tolerance is not None:
+        raise UsageError(
+            "--tolerance", given=options.tolerance, allowed="together with --ratio or --target-params"
+        )
+    return Target(
+        sizes=sizes,
+        ratio=options.ratio,
+        ratio_of=options.ratio_of or "linears",
+        params=options.target_params,
+        divisible_by=options.divisible_by,
+        tolerance=options.tolerance,
+        tensor_parallel=tensor_parallel,
+    )
