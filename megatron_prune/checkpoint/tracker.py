@@ -1,0 +1,151 @@
+"""Which iteration of a save directory is the latest whole one, and the tracker file that says so.
+
+Megatron rewrites ``latest_checkpointed_iteration.txt`` in place: a process killed there leaves it
+empty, and loading then ends the program with exit code 0. ``repair_tracker`` points it to the newest
+complete iteration; readers find that iteration without writing anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.artifacts import read_json, write_bytes
+from megatron_prune.errors import CheckpointError, MegatronPruneError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint directory, the root that its tracker lies in, and what its name says."""
+
+    root: Path
+    directory: Path
+    iteration: int | None  # None: the stored state says
+    release: bool
+
+
+def iteration_directory(root: str | Path, iteration: int) -> Path:
+    """``root/iter_0000100``"""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def is_complete(directory: str | Path) -> bool:
+    """True for a `torch_dist` directory whose save finished and whose files are all long enough.
+
+    Megatron writes ``metadata.json`` last; the index says which bytes of which file must exist.
+    """
+    from megatron_prune.checkpoint import reader, safe
+
+    directory = Path(directory)
+    try:
+        if "sharded_backend" not in read_json(directory / "metadata.json"):
+            return False
+        needed: dict[str, int] = defaultdict(int)
+        for info in (safe.load_metadata(directory).storage_data or {}).values():
+            needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
+        reader.check_files(directory, needed)
+    except (MegatronPruneError, OSError, TypeError):
+        return False
+    return True
+
+
+def find_iteration(root: str | Path) -> Found | None:
+    """The checkpoint that ``root`` would be loaded from: the tracked one, or the newest complete one where
+    the tracker is missing, empty or broken. None where there is none at all.
+
+    Raises CheckpointError when the tracker names a directory that does not exist or is incomplete.
+    """
+    root = Path(root)
+    tracked = _tracked(root)
+    if tracked is not None:
+        if not tracked.directory.is_dir():
+            raise CheckpointError(f"{root / TRACKER_FILE} names {tracked.directory.name}, which is not there")
+        return tracked
+    return _newest_complete(root)
+
+
+def repair_tracker(root: str | Path) -> Path | None:
+    """Make the tracker name a complete checkpoint, the tracked one if it is; returns its directory.
+
+    A tracker that is missing, empty, broken, or names a half-written directory is pointed to the newest
+    complete iteration. An empty tracker in a directory without any checkpoint is removed, so that Megatron
+    starts from the beginning. None where ``root`` holds no checkpoint. Call it in one process only.
+
+    Raises CheckpointError when the tracker names an iteration and no complete one is left.
+    """
+    root = Path(root)
+    tracked = _tracked(root)
+    if tracked is not None and is_complete(tracked.directory):
+        return tracked.directory
+    newest = _newest_complete(root)
+    if newest is not None:
+        write_bytes(root / TRACKER_FILE, ("release" if newest.release else str(newest.iteration)).encode())
+        return newest.directory
+    if tracked is not None:
+        if (tracked.directory / "metadata.json").is_file() or not tracked.directory.is_dir():
+            raise CheckpointError(
+                f"{root / TRACKER_FILE} names {tracked.directory.name}, which is missing or truncated, and "
+                f"{root} holds no other complete checkpoint: restore it, or delete the tracker to start anew"
+            )
+        return tracked.directory  # another format than torch_dist: Megatron's to judge
+    (root / TRACKER_FILE).unlink(missing_ok=True)
+    return None
+
+
+def resolve(path: Path) -> Found:
+    """The checkpoint that a command-line argument means: a root with a tracker, or one of its directories."""
+    path = path.absolute()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: expected a Megatron checkpoint")
+    if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
+        match = _ITERATION.fullmatch(path.name)
+        found = Found(path.parent, path, int(match[1]) if match else None, path.name == "release")
+    else:
+        tracked = find_iteration(path)
+        if tracked is None:
+            raise CheckpointError(
+                f"{path} holds no complete checkpoint: expected {TRACKER_FILE} beside iter_… or "
+                "release directories in torch_dist format"
+            )
+        found = tracked
+    if not (found.directory / ".metadata").is_file() and list(found.directory.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{found.directory} is in Megatron's legacy per-rank format: convert it with Megatron's "
+            "--ckpt-convert-format torch_dist first"
+        )
+    if not (found.directory / "metadata.json").is_file():
+        raise CheckpointError(f"{found.directory} has no metadata.json: its save was not finished")
+    backend = read_json(found.directory / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{found.directory} is in the format {backend}, expected torch_dist")
+    return found
+
+
+def _tracked(root: Path) -> Found | None:
+    """What a sound tracker says; None where it is missing, empty or broken."""
+    try:
+        text = (root / TRACKER_FILE).read_text().strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if text == "release":
+        return Found(root, root / "release", 0, True)
+    if text.isascii() and text.isdigit():
+        return Found(root, iteration_directory(root, int(text)), int(text), False)
+    return None
+
+
+def _newest_complete(root: Path) -> Found | None:
+    iterations = sorted(
+        (int(match[1]), folder)
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if (match := _ITERATION.fullmatch(folder.name))
+    )
+    for iteration, folder in reversed(iterations):
+        if is_complete(folder):
+            return Found(root, folder, iteration, False)
+    return Found(root, root / "release", 0, True) if is_complete(root / "release") else None

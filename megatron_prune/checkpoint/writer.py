@@ -1,0 +1,353 @@
+"""Write a `torch_dist` checkpoint weight by weight, so that unmodified Megatron loads it.
+
+``CheckpointWriter`` takes logical weights as blocks of rows, stores each block as one record (layers
+stacked under Megatron's homogeneous names), and finishes atomically: the directory appears whole,
+with tracker, index, rewritten ``args``, ``integrity.json`` and ``pruning.json``, or not at all.
+Memory is bounded by a few blocks. What it writes is a *release*: iteration 0, no samples consumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import pickle
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_prune.artifacts import atomic_directory, sha256_file, versions, write_json
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
+from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
+from megatron_prune.checkpoint.tracker import TRACKER_FILE
+from megatron_prune.errors import CheckpointError
+
+RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
+FILE_BYTES = 4 << 30
+_PENDING = 2  # blocks in flight between the producer and the disk
+
+# Arguments of the run that saved the parent, not of the model.
+_RUN_ARGUMENTS = (
+    "load",
+    "save",
+    "pretrained_checkpoint",
+    "rank",
+    "local_rank",
+    "ckpt_step",
+    "finetune",
+    "exit_interval",
+)
+# Modules whose `_extra_state` Transformer Engine or Megatron's local layers ask for when loading.
+_EXTRA_STATE = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def rewrite_args(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Stored arguments of a checkpoint that starts anew: nothing consumed, no paths of the old run.
+
+    Values of Megatron's own classes (enumerations that Megatron does not restore) are left out, so that
+    the result loads anywhere with ``weights_only``.
+    """
+    kept = {key: value for key, value in args.items() if key not in _RUN_ARGUMENTS and _plain(value)}
+    return kept | {
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "skipped_train_samples": 0,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "ckpt_format": "torch_dist",
+    }
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return all(_plain(k) and _plain(v) for k, v in value.items())
+    return value is None or type(value) in (bool, int, float, str, torch.dtype)
+
+
+class CheckpointWriter:
+    """Context manager that writes ``root`` (``release/`` and the tracker) atomically.
+
+        with CheckpointWriter("out", args=args, dtype=torch.bfloat16) as writer:
+            for layout in weights(ModelShape.from_args(args)):
+                writer.add(layout.name, blocks_of_rows)
+
+    ``args`` are the Megatron arguments to store (``rewrite_args`` is applied); the shape that they say is the
+    list of weights that must be added, in any order. ``pruning`` is the provenance chain. ``huggingface`` is
+    a folder of tokenizer files and config to carry along; ``tokenizer_model`` then points to the copy.
+
+    Refuses (CheckpointError) an existing ``root`` that is not empty, a disk that cannot hold the result, a
+    weight of the wrong shape, unknown or added twice, and an incomplete set of weights.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        args: Mapping[str, Any],
+        dtype: torch.dtype,
+        pruning: Sequence[Mapping[str, Any]] | None = None,
+        huggingface: Path | None = None,
+    ) -> None:
+        self.root = Path(root).absolute()
+        self.dtype = dtype
+        self.args = rewrite_args(args, dtype)
+        self.shape = ModelShape.from_args(self.args)
+        self._pruning = [dict(entry) for entry in pruning or ()]
+        self._huggingface = huggingface
+        self._layouts = {layout.name: layout for layout in weights(self.shape)}
+        self._added: set[str] = set()
+        self._entries: dict[str, dcp.TensorStorageMetadata] = {}
+        self._storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
+        self._stack = contextlib.ExitStack()
+
+    # -- life cycle -----------------------------------------------------------------------------
+
+    def __enter__(self) -> CheckpointWriter:
+        parent = self.root.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        expected = sum(layout.numel for layout in self._layouts.values()) * self.dtype.itemsize
+        free = shutil.disk_usage(parent).free
+        if free < expected:
+            raise CheckpointError(
+                f"{parent} has {free / 1e9:.2f} GB free, the checkpoint needs {expected / 1e9:.2f} GB"
+            )
+        scratch = self._stack.enter_context(atomic_directory(self.root))
+        self._root_scratch, self._directory = scratch, scratch / "release"
+        self._directory.mkdir()
+        self._disk = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
+        self._pending: list[Future[None]] = []
+        self._hashes: dict[str, str] = {}
+        self._file: _HashingFile | None = None
+        self._file_count = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+                self._stack.close()
+                return
+        except BaseException as problem:
+            error = problem
+        self._abandon()
+        self._stack.__exit__(type(error), error, error.__traceback__)
+        if _disk_full(error):
+            free = shutil.disk_usage(self.root.parent).free
+            raise CheckpointError(
+                f"no space left while writing {self.root} ({free / 1e9:.2f} GB free): nothing was "
+                "kept; free some space or choose another --save"
+            ) from error
+        if kind is None:
+            raise error
+
+    def _abandon(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        self._disk.shutdown(wait=True)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def add(self, name: str, blocks: Iterable[torch.Tensor], *, dtype: torch.dtype | None = None) -> None:
+        """Add a logical weight as consecutive blocks of rows, [rows, ...] each, on any device.
+
+        ``dtype`` is the stored type (the writer's by default); blocks of another type are cast.
+        """
+        layout = self._layouts.get(name)
+        if layout is None:
+            raise CheckpointError(f"{name} is no weight of the model that the stored args describe")
+        if name in self._added:
+            raise CheckpointError(f"{name} was added twice")
+        self._added.add(name)
+        dtype = dtype or self.dtype
+        row = 0
+        for block in blocks:
+            if tuple(block.shape[1:]) != layout.shape[1:]:
+                raise CheckpointError(
+                    f"{name}: a block of rows {list(block.shape)}, expected [rows, {layout.shape[1:]}]"
+                )
+            block = block.detach().to(device="cpu", dtype=dtype)
+            row_bytes = max(1, torch.Size(layout.shape[1:]).numel() * dtype.itemsize)
+            for part in block.split(max(1, RECORD_BYTES // row_bytes)):
+                self._submit(layout, row, part)
+                row += len(part)
+        if row != layout.shape[0]:
+            raise CheckpointError(f"{name}: {row} rows were given, expected {layout.shape[0]}")
+
+    def _submit(self, layout: WeightLayout, row: int, block: torch.Tensor) -> None:
+        lead = () if layout.layer is None else (layout.layer,)
+        key = layout.name if layout.layer is None else stacked_name(layout.suffix)
+        offsets = torch.Size((*lead, row, *(0 for _ in layout.shape[1:])))
+        sizes = torch.Size((*(1 for _ in lead), *block.shape))
+        entry = self._entries.get(key)
+        if entry is None:
+            size = torch.Size((*((self.shape.num_layers,) if lead else ()), *layout.shape))
+            entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=block.dtype), size, [])
+            self._entries[key] = entry
+        if entry.properties.dtype != block.dtype:
+            raise CheckpointError(
+                f"{layout.name}: layers of one kind must have one type, "
+                f"found {block.dtype} and {entry.properties.dtype}"
+            )
+        entry.chunks.append(dcp.ChunkStorageMetadata(offsets, sizes))
+        index = dcp.MetadataIndex(key, offsets)
+        while len(self._pending) >= _PENDING:
+            self._pending.pop(0).result()
+        # A view would be stored with its whole storage.
+        record = block.reshape(sizes).contiguous()
+        if record.untyped_storage().nbytes() != record.numel() * record.itemsize:
+            record = record.clone()
+        self._pending.append(self._disk.submit(self._write, index, record))
+
+    def _write(self, index: dcp.MetadataIndex, value: Any) -> None:
+        if self._file is None or self._file.tell() >= FILE_BYTES:
+            self._close_file()
+            name = f"__0_{self._file_count}.distcp"
+            self._file_count += 1
+            self._file = _HashingFile(self._directory / name)
+        start = self._file.tell()
+        torch.save(value, self._file)  # type: ignore[arg-type]
+        self._storage[index] = _StorageInfo(self._file.name, start, self._file.tell() - start)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._hashes[self._file.name] = self._file.hexdigest()
+            self._file = None
+
+    # -- the rest of a checkpoint ---------------------------------------------------------------
+
+    def _finish(self) -> None:
+        missing = [name for name in self._layouts if name not in self._added]
+        if missing:
+            raise CheckpointError(f"{len(missing)} weights were not added, the first is {missing[0]}")
+        while self._pending:
+            self._pending.pop(0).result()
+        if self._huggingface is not None:
+            shutil.copytree(self._huggingface, self._root_scratch / HUGGINGFACE_FOLDER)
+            if any((self._huggingface / name).is_file() for name in TOKENIZER_MARKS):
+                self.args |= {
+                    "tokenizer_type": "HuggingFaceTokenizer",
+                    "tokenizer_model": str(self.root / HUGGINGFACE_FOLDER),
+                }
+        self._write_objects()
+        self._close_file()
+        metadata = dcp.Metadata(
+            state_dict_metadata={
+                **self._entries,
+                **{key: dcp.BytesStorageMetadata() for key in self._objects},
+            },
+            storage_data=self._storage,
+            storage_meta=dcp.StorageMeta(),
+            version="1.0.0",
+        )
+        (self._directory / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_json(
+            self._directory / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        )
+        # Reading it back checks index and coverage before anything gets its final name.
+        written = open_checkpoint(self._directory)
+        write_json(
+            self._directory / PRUNING_FILE,
+            {
+                "version": 1,
+                "fingerprint": written.fingerprint(),
+                "chain": self._pruning,
+                "versions": versions(),
+            },
+        )
+        for path in sorted(self._directory.iterdir()):
+            if path.name not in self._hashes:
+                self._hashes[path.name] = sha256_file(path)
+        write_json(
+            self._directory / INTEGRITY_FILE,
+            {"algorithm": "sha256", "files": dict(sorted(self._hashes.items()))},
+        )
+        (self._root_scratch / TRACKER_FILE).write_text("release")
+
+    def _write_objects(self) -> None:
+        """Common state, and one empty record that serves as every module's `_extra_state`."""
+        state = {
+            "args": argparse.Namespace(**self.args),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "num_floating_point_operations_so_far": 0,
+            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        }
+        common = dcp.MetadataIndex("common_state/shard_0_1")
+        self._disk.submit(self._write, common, [state]).result()
+        modules = (
+            *_EXTRA_STATE,
+            *(("self_attention.q_layernorm", "self_attention.k_layernorm") if self.shape.qk_norm else ()),
+        )
+        layers = self.shape.num_layers
+        extra = [
+            f"{stacked_name(module)}._extra_state/shard_{layer}_{layers}"
+            for module in modules
+            for layer in range(layers)
+        ]
+        extra.append("decoder.final_layernorm._extra_state/shard_0_1")
+        self._disk.submit(
+            self._write, dcp.MetadataIndex(extra[0]), [torch.empty(0, dtype=torch.uint8)]
+        ).result()
+        for key in extra[1:]:
+            self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
+        self._objects = (common.fqn, *extra)
+
+
+TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+class _HashingFile:
+    """A file opened for writing whose SHA-256 is known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._handle: BinaryIO = open(path, "wb", buffering=1 << 20)
+        self._digest = hashlib.sha256()
+
+    def write(self, payload: Any) -> int:
+        self._digest.update(payload)
+        return self._handle.write(payload)
+
+    def tell(self) -> int:
+        return self._handle.tell()
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
