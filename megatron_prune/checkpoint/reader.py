@@ -78,7 +78,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where rows of a logical weight, from ``row`` on, lie: in ``layer`` (None: unstacked) of a stored key."""
+    """Where rows of a logical weight, from ``row`` on, lie: in a ``layer`` (None: unstacked) of a key."""
 
     stored: StoredTensor
     layer: int | None

@@ -87,7 +87,7 @@ class CheckpointWriter:
 
         with CheckpointWriter("out", args=args, dtype=torch.bfloat16) as writer:
             for layout in weights(ModelShape.from_args(args)):
-                writer.add(layout.name, blocks_of_rows)
+                writer.add(layout.name, layout.shape, blocks_of_rows)
 
     ``args`` are the Megatron arguments to store (``rewrite_args`` is applied); the shape that they say is the
     list of weights that must be added, in any order. ``pruning`` is the provenance chain. ``huggingface`` is
@@ -170,27 +170,33 @@ class CheckpointWriter:
 
     # -- weights --------------------------------------------------------------------------------
 
-    def add(self, name: str, blocks: Iterable[torch.Tensor], *, dtype: torch.dtype | None = None) -> None:
-        """Add a logical weight as consecutive blocks of rows, [rows, ...] each, on any device.
+    def add(
+        self,
+        name: str,
+        shape: Sequence[int],
+        blocks: Iterable[torch.Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add a logical weight of ``shape`` as consecutive blocks of its rows, [rows, ...] each.
 
         ``dtype`` is the stored type (the writer's by default); blocks of another type are cast.
         """
         layout = self._layouts.get(name)
         if layout is None:
             raise CheckpointError(f"{name} is no weight of the model that the stored args describe")
+        if tuple(shape) != layout.shape:
+            raise CheckpointError(f"{name}: given {list(shape)}, the stored args say {list(layout.shape)}")
         if name in self._added:
             raise CheckpointError(f"{name} was added twice")
         self._added.add(name)
         dtype = dtype or self.dtype
+        most = max(1, RECORD_BYTES // max(1, torch.Size(layout.shape[1:]).numel() * dtype.itemsize))
         row = 0
         for block in blocks:
             if tuple(block.shape[1:]) != layout.shape[1:]:
-                raise CheckpointError(
-                    f"{name}: a block of rows {list(block.shape)}, expected [rows, {layout.shape[1:]}]"
-                )
-            block = block.detach().to(device="cpu", dtype=dtype)
-            row_bytes = max(1, torch.Size(layout.shape[1:]).numel() * dtype.itemsize)
-            for part in block.split(max(1, RECORD_BYTES // row_bytes)):
+                raise CheckpointError(f"{name} {list(layout.shape)}: a block has shape {list(block.shape)}")
+            for part in block.detach().to(device="cpu", dtype=dtype).split(most):
                 self._submit(layout, row, part)
                 row += len(part)
         if row != layout.shape[0]:
