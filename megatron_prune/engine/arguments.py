@@ -10,12 +10,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from megatron_prune.checkpoint.reader import Checkpoint, find_iteration, open_checkpoint, repair_tracker
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.tracker import find_iteration, repair_tracker
 from megatron_prune.engine import cpu
 from megatron_prune.errors import CheckpointError, UsageError
 
+Complete = Callable[[argparse.Namespace, list[str]], None]
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 # Stored arguments that describe the model and that `--use-checkpoint-args` does not restore,
@@ -32,9 +33,11 @@ FORGOTTEN = {
 
 
 def parse(
-    verb: str, argv: list[str], add_verb_arguments: AddArguments, *, defaults: dict[str, Any] | None = None
+    verb: str, argv: list[str], add_verb_arguments: AddArguments, *, complete: Complete | None = None
 ) -> argparse.Namespace:
     """Parse and validate ``argv``; sets Megatron's global arguments, timers and writers.
+
+    ``complete(args, argv)`` may fill in what the verb knows before Megatron validates.
 
     Raises UsageError or CheckpointError before any process group exists.
     """
@@ -45,9 +48,6 @@ def parse(
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(parser)))
-    for name, value in (defaults or {}).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
     _refuse_missing_gpu(args)
     _resolve_checkpoint_paths(args)
 
@@ -65,10 +65,12 @@ def parse(
             raise UsageError("--use-checkpoint-args", given=f"--load {args.load}",
                              allowed="a --load or --pretrained-checkpoint that holds a checkpoint")
         _take_arguments(args, source, argv, load_args_from_checkpoint)
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None and args.padded_vocab_size:
+    if args.tokenizer_type is None:
+        args.tokenizer_type = "NullTokenizer"  # data is tokenized already
+    if args.vocab_size is None:
         args.vocab_size = args.padded_vocab_size
-    if args.save is not None and args.save_interval is None:
-        args.save_interval = args.train_iters or sys.maxsize  # the last step is always saved
+    if complete is not None:
+        complete(args, argv)
     validate_args(args, {})
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
@@ -147,7 +149,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         if path.name.startswith("iter_") and path.name[5:].isdigit():
             if name == "load":
                 args.ckpt_step = int(path.name[5:])
-            elif name == "pretrained_checkpoint" and find_iteration(path.parent) != int(path.name[5:]):
+            elif name == "pretrained_checkpoint" and _latest(path.parent) != path.name:
                 raise UsageError(
                     "--pretrained-checkpoint", given=value, allowed=f"{path.parent} with this iteration its latest",
                     why="Megatron loads only the latest iteration of a pretrained checkpoint",
@@ -159,6 +161,11 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         repair_tracker(root)
     if args.save is not None and Path(args.save).is_dir():
         repair_tracker(Path(args.save))
+
+
+def _latest(root: Path) -> str | None:
+    found = find_iteration(root)
+    return None if found is None else found.directory.name
 
 
 def _has_checkpoint(path: str | None) -> bool:

@@ -104,19 +104,19 @@ class _Stream:
 def _stand_in_for_cuda() -> None:
     cpu = torch.device("cpu")
     properties = SimpleNamespace(major=0, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
-    nothing = lambda *_, **__: None  # noqa: E731
     stand_ins: dict[str, Any] = {
         "current_device": lambda: cpu,
         # Megatron initialises its parallel groups only where it counts a device.
         "device_count": _local_world_size,
-        "set_device": nothing, "synchronize": nothing, "empty_cache": nothing, "set_stream": nothing,
-        "manual_seed": torch.manual_seed, "manual_seed_all": torch.manual_seed,
+        "set_device": _nothing(), "synchronize": _nothing(), "empty_cache": _nothing(), "set_stream": _nothing(),
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": _nothing(),  # torch.manual_seed calls it after seeding the CPU
         "get_rng_state": lambda device="cpu": torch.get_rng_state(),
         "set_rng_state": lambda state, device="cpu": torch.set_rng_state(state),
         "memory_stats": lambda *_, **__: _Zeros(), "memory_allocated": lambda *_: 0,
         "memory_reserved": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
         "max_memory_reserved": lambda *_: 0, "device_memory_used": lambda *_: 0,
-        "reset_peak_memory_stats": nothing,
+        "reset_peak_memory_stats": _nothing(),
         "Stream": _Stream, "Event": _Stream,
         "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
         "stream": lambda stream: _Stream(),
@@ -133,6 +133,11 @@ def _stand_in_for_cuda() -> None:
 
 def _local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def _nothing() -> Callable[..., None]:
+    # A new function each time: torch keeps a table of its functions and refuses one that stands there twice.
+    return lambda *_, **__: None
 
 
 class _Zeros(dict):

@@ -6,6 +6,7 @@ need forward passes (calibrate, evaluate): the same model and schedule, no gradi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -127,19 +128,31 @@ def run(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[f
         return output, collect
 
     schedule = get_forward_backward_func()
-    batches = list(windows) if not hasattr(windows, "__len__") else windows
+    in_flight = 4 * mpu.get_pipeline_model_parallel_world_size()  # enough to keep every stage busy
     with torch.no_grad():
-        iterator = iter(batches)
-        for _ in range(len(batches)):  # type: ignore[arg-type]
-            # One call a window: schedules keep all micro-batches of a call in flight.
-            first = next(iterator)
+        for group in itertools.batched(windows, in_flight):
             schedule(
                 forward_step_func=step,
-                data_iterator=[iter([first])] if len(model) > 1 else iter([first]),
-                model=model if len(model) > 1 else model[0],
-                num_microbatches=1,
-                seq_length=first.numel() - 1,
+                data_iterator=iter(group),
+                model=model[0],
+                num_microbatches=len(group),
+                seq_length=group[0].numel() - 1,
                 micro_batch_size=1,
                 forward_only=True,
             )
     return losses if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+def count_nonzero(model: list[torch.nn.Module]) -> int:
+    """Parameters of the whole model that are not zero, each counted once, on every rank the same."""
+    own = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
+        first_of_tp = mpu.get_tensor_model_parallel_rank() == 0
+        for chunk in model:
+            for parameter in chunk.parameters():
+                sharded = getattr(parameter, "tensor_model_parallel", False)
+                # `shared` marks the last stage's copy of tied embeddings.
+                if (sharded or first_of_tp) and not getattr(parameter, "shared", False):
+                    own += torch.count_nonzero(parameter.detach())
+    torch.distributed.all_reduce(own)
+    return int(own.item())

@@ -20,7 +20,7 @@ from megatron_prune.errors import CheckpointError, UsageError
 
 
 def start(
-    verb: str, argv: list[str], add_verb_arguments: Any, *, defaults: dict[str, Any] | None = None
+    verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any = None
 ) -> argparse.Namespace:
     """Parse, validate and set Megatron's globals. Starts no process group yet.
 
@@ -31,14 +31,13 @@ def start(
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
-    cpu.prepare()
     import megatron.training  # noqa: F401
 
     cpu.prepare_megatron()
     _keep_prebuilt_helpers()
     from megatron_prune.engine.arguments import parse
 
-    return parse(verb, argv, add_verb_arguments, defaults=defaults)
+    return parse(verb, argv, add_verb_arguments, complete=complete)
 
 
 def _keep_prebuilt_helpers() -> None:

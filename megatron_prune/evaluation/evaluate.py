@@ -1,0 +1,129 @@
+"""The ``evaluate`` verb: mean token loss and perplexity of a checkpoint on fixed windows of corpora.
+
+Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same
+for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import versions, write_json
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.engine import runtime
+from megatron_prune.errors import DataError, UsageError
+
+
+def main(argv: list[str]) -> int:
+    """Score one checkpoint on every corpus in one load of the model."""
+    args = runtime.start("evaluate", argv, _add_arguments, complete=_complete)
+    from megatron_prune.data.windows import windows
+
+    corpora = {
+        label: windows(prefix, args.seq_length, args.windows)
+        for label, prefix in zip(args.labels or args.data_path, args.data_path, strict=True)
+    }
+    runtime.initialize(args)
+    from megatron_prune.engine import forward
+
+    model = runtime.load_model(args)
+    scores: dict[str, Any] = {}
+    for label, selected in corpora.items():
+        losses = score(model, selected, vocabulary=args.padded_vocab_size)
+        loss = sum(losses) / len(losses)
+        scores[label] = {
+            "prefix": selected.prefix,
+            "windows": len(selected),
+            "seq_length": selected.seq_length,
+            "predictions": selected.predictions,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "window_losses": losses,
+        }
+        if args.rank == 0:
+            print(f"{label}: loss {loss:.4f}, perplexity {scores[label]['perplexity']:.3f} "
+                  f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
+    nonzero = forward.count_nonzero(model)
+    if args.rank == 0:
+        checkpoint = open_checkpoint(args.evaluated)
+        write_json(args.output, {
+            "version": 1,
+            "checkpoint": {
+                "path": args.evaluated,
+                "iteration": checkpoint.iteration,
+                "fingerprint": checkpoint.fingerprint(),
+            },
+            "corpora": scores,
+            "parameters": ModelShape.from_args(vars(args)).parameters(),
+            "parameters_nonzero": nonzero,
+            "versions": versions(),
+        })  # fmt: skip
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def score(model: list[torch.nn.Module], selected: Any, *, vocabulary: int) -> list[float]:
+    """Mean loss of every window, in order, on every rank the same.
+
+    Data-parallel replica r of R scores windows r, r + R, …; each window is computed alone, so its
+    loss does not depend on R.
+    """
+    from megatron.core import parallel_state as mpu
+
+    from megatron_prune.engine import forward
+
+    replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    mine = range(replica, len(selected), replicas)
+
+    def checked() -> Any:
+        for number in mine:
+            window = selected[number]
+            if int(window.max()) >= vocabulary:
+                raise DataError(
+                    f"{selected.prefix} holds token {int(window.max())}, the model's vocabulary ends at "
+                    f"{vocabulary - 1}: it was written with another tokenizer"
+                )
+            yield window
+
+    losses = forward.run(model, checked())
+    gathered = torch.zeros(len(selected), dtype=torch.float64, device=torch.cuda.current_device())
+    if losses is not None and mpu.get_tensor_model_parallel_rank() == 0:
+        gathered[list(mine)] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)
+    torch.distributed.all_reduce(gathered)
+    return gathered.tolist()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("megatron_prune: evaluate")
+    group.add_argument("--output", required=True, metavar="FILE", help="scores.json to write")
+    group.add_argument("--windows", type=int, default=None,
+                       help="windows of --seq-length tokens to score of each corpus (default: all)")
+    group.add_argument("--labels", nargs="+", default=None, help="names for the corpora of --data-path, in order")
+    return parser  # fmt: skip
+
+
+def _complete(args: argparse.Namespace, argv: list[str]) -> None:
+    if not args.load:
+        raise UsageError("--load", given="nothing", allowed="a checkpoint")
+    if not args.data_path:
+        raise UsageError("--data-path", given="nothing", allowed="one or more prefixes of tokenized corpora")
+    if args.labels and (len(args.labels) != len(args.data_path) or len(set(args.labels)) != len(args.labels)):
+        raise UsageError("--labels", given=" ".join(args.labels), allowed="one different name a --data-path prefix")
+    if args.seq_length is None:
+        raise UsageError("--seq-length", given="nothing", allowed="a number of tokens a window")
+    if args.seq_length > (args.max_position_embeddings or 0) and args.position_embedding_type == "rope":
+        args.max_position_embeddings = args.seq_length  # RoPE has no table that ends
+    args.micro_batch_size = 1
+    args.global_batch_size = None
+    args.train_iters = 1  # Megatron validates a schedule, though nothing is trained
+    args.lr = args.lr or 1.0
+    runtime.refuse_layouts(args)
+    step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
+    args.evaluated = str(Path(args.load) / step) if step else args.load

@@ -1,0 +1,164 @@
+"""The account of a training run: which samples it consumed, how, and what it cost.
+
+``losses.csv`` grows by a row a step while the run goes on; ``account.json`` says what the run is
+from its first step and that it is complete after its last. Both lie in the save directory. A run
+that was killed and resumed keeps one account: rows past the checkpoint that it resumed from are
+dropped and listed as replayed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
+from megatron_prune.errors import UsageError
+
+ACCOUNT = "account.json"
+LOSSES = "losses.csv"
+COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
+
+# What a resumed run must share with the run that its account began.
+_IDENTITY = ("stream", "range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed")
+
+
+@dataclass
+class Account:
+    """See DESIGN §5 and §7. Tokens are counted as trained on: samples × sequence length."""
+
+    start: str  # pruned | random | continued
+    stream: dict[str, Any] | None
+    range: list[int] | None
+    permutation_seed: int | None
+    global_batch_size: int
+    micro_batch_size: int
+    seq_length: int
+    steps: int
+    seed: int
+    parameters: int
+    flops_executed: int
+    flops_theoretical: int
+    unique_tokens: int
+    arguments: dict[str, Any]
+    initial: dict[str, Any] | None
+    masks: str | None = None
+    complete: bool = False
+    tokens: int = 0
+    tokens_computed: int = 0  # tokens, and once more those of replayed steps
+    replayed: list[list[int]] = field(default_factory=list)
+    parameters_nonzero: int | None = None
+    initial_loss: float | None = None
+    final_loss: float | None = None
+    wall_seconds: float = 0.0
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=versions)
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        self.tokens = self.steps * self.global_batch_size * self.seq_length
+        self.tokens_computed = self.tokens
+
+    def adopt(self, save: Path) -> None:
+        """Take over what an earlier attempt at the same run left in ``save``.
+
+        Raises UsageError when the account there is of another run.
+        """
+        path = save / ACCOUNT
+        if not path.exists():
+            return
+        earlier = read_json(path)
+        for name in _IDENTITY:
+            if earlier.get(name) != getattr(self, name):
+                raise UsageError(
+                    "--save", given=f"{save}, which holds a run with {name} = {_short(earlier.get(name))}",
+                    allowed=f"a new directory, or the same run again (this one has {name} = {_short(getattr(self, name))})",
+                )  # fmt: skip
+        for name in ("start", "initial", "attempts", "replayed"):
+            setattr(self, name, earlier[name])
+
+    def write(self, save: Path) -> None:
+        """Replace ``account.json``."""
+        write_json(save / ACCOUNT, asdict(self))
+
+
+def is_complete(save: Path) -> bool:
+    """True if the run in ``save`` says of itself that it ended as it should."""
+    return (save / ACCOUNT).exists() and bool(read_json(save / ACCOUNT).get("complete"))
+
+
+class Recorder:
+    """Writes a run's losses and keeps its account, on the one rank that sees the loss."""
+
+    def __init__(self, account: Account, save: Path):
+        self.account, self.save = account, save
+        self.began = time.time()
+        self._file: io.TextIOBase | None = None
+
+    def step(self, step: int, loss: float, learning_rate: float | None, grad_norm: float | None) -> None:
+        """Record one finished step (counted from 1)."""
+        if self._file is None:
+            self._begin(step)
+        row = (step, step * self.account.global_batch_size, loss, learning_rate, grad_norm)
+        csv.writer(self._file).writerow(["" if value is None else value for value in row])
+        self._file.flush()
+        if step == 1:
+            self.account.initial_loss = _finite(loss)
+        self.account.final_loss = _finite(loss)
+
+    def _begin(self, first: int) -> None:
+        """Open the table for the step that this attempt starts with; drop what it will replay."""
+        path, account = self.save / LOSSES, self.account
+        kept: list[list[str]] = []
+        if path.exists():
+            rows = _complete_rows(path)
+            kept = [row for row in rows if int(row[0]) < first]
+            lost = [int(row[0]) for row in rows if int(row[0]) >= first]
+            if lost:
+                account.replayed.append([first, max(lost)])
+            if account.attempts and "seconds" not in account.attempts[-1]:
+                # The attempt was killed: its last sign of life is its last row.
+                last = account.attempts[-1]
+                last["seconds"] = round(max(path.stat().st_mtime - last["began"], 0.0), 3)
+            if kept and kept[0][0] == "1":
+                account.initial_loss = _finite(float(kept[0][2]))
+        table = io.StringIO()
+        csv.writer(table).writerows([COLUMNS, *kept])
+        write_bytes(path, table.getvalue().encode())
+        self._file = open(path, "a", newline="")
+        account.attempts.append({"began": self.began, "from_step": first})
+        account.write(self.save)
+
+    def finish(self, *, complete: bool, parameters_nonzero: int) -> None:
+        """Close the table and write the account's last state."""
+        if self._file is not None:
+            self._file.close()
+        account = self.account
+        if account.attempts:
+            account.attempts[-1]["seconds"] = round(time.time() - self.began, 3)
+        account.wall_seconds = round(sum(a.get("seconds", 0.0) for a in account.attempts), 3)
+        replayed = sum(last - first + 1 for first, last in account.replayed)
+        account.tokens_computed = (account.steps + replayed) * account.global_batch_size * account.seq_length
+        account.parameters_nonzero = parameters_nonzero
+        account.complete = complete
+        account.write(self.save)
+
+
+def _complete_rows(path: Path) -> list[list[str]]:
+    """Rows of the table without its header; a last row that a kill cut short is dropped."""
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS)][1:]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 80 else text[:77] + "…"

@@ -1,0 +1,176 @@
+"""The data sets of a training run: a range of a token stream, or Megatron's own when none is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_prune.data import indexed
+from megatron_prune.data.blend import blend_length, members, parse_blend
+from megatron_prune.data.streams import SampleRange, Stream, parse_range
+from megatron_prune.engine.arguments import given
+from megatron_prune.errors import UsageError
+
+
+def add_stream_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags that lay a run on a token stream."""
+    group = parser.add_argument_group("megatron_prune: token stream")
+    group.add_argument("--stream-range", metavar="START:END", default=None,
+                       help="train on exactly these samples of the stream over --train-data-path or --data-path; "
+                       "END - START is the global batch size times the number of steps")
+    group.add_argument("--stream-seed", type=int, default=1234, help="order of the stream; one for a whole study")
+    group.add_argument("--stream-epochs", type=int, default=1,
+                       help="declare the stream as this many differently shuffled passes over its corpora")
+    group.add_argument("--stream-permutation-seed", type=int, default=None, metavar="SEED",
+                       help="permute the samples inside the range (a replicate of the same training)")
+    return parser  # fmt: skip
+
+
+def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
+    """Derive the number of steps from the range and refuse flags that would contradict it."""
+    if args.stream_range is None:
+        for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed"):
+            if given(argv, flag):
+                raise UsageError(flag, given="without --stream-range", allowed="together with --stream-range START:END")
+        return
+    start, end = parse_range(args.stream_range)
+    if train_blend(args) is None:
+        raise UsageError("--stream-range", given=args.stream_range,
+                         allowed="together with --train-data-path or --data-path")
+    if given(argv, "--split"):
+        raise UsageError("--split", given=args.split, allowed="nothing with --stream-range",
+                         why="a stream takes its corpora whole; give validation text with --valid-data-path")
+    if args.rampup_batch_size is not None or args.step_batch_size_schedule is not None:
+        raise UsageError("--rampup-batch-size", given=args.rampup_batch_size, allowed="nothing with --stream-range",
+                         why="the range fixes one global batch size for all steps")
+    if args.global_batch_size is None:
+        raise UsageError("--global-batch-size", given="nothing", allowed="a number, with --stream-range")
+    if args.train_samples is not None:
+        raise UsageError("--train-samples", given=args.train_samples, allowed="nothing with --stream-range",
+                         why="the range says how many samples")
+    if (end - start) % args.global_batch_size:
+        raise UsageError("--stream-range", given=args.stream_range,
+                         allowed=f"a multiple of the global batch of {args.global_batch_size} samples",
+                         why=f"{end - start} samples leave {(end - start) % args.global_batch_size} over")
+    steps = (end - start) // args.global_batch_size
+    if args.train_iters not in (None, steps):
+        raise UsageError("--train-iters", given=args.train_iters,
+                         allowed=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch")
+    args.train_iters = steps
+    if args.valid_data_path is None:
+        if given(argv, "--eval-iters") and args.eval_iters:
+            raise UsageError("--eval-iters", given=args.eval_iters, allowed="0, or --valid-data-path with it")
+        args.eval_iters = 0
+
+
+def refuse_short_stream(args: argparse.Namespace) -> None:
+    """Refuse a range beyond the stream's end from the corpora's sizes alone, before anything starts."""
+    if args.stream_range is None:
+        return
+    end = parse_range(args.stream_range)[1]
+    corpora = members(parse_blend(train_blend(args)))
+    lengths = [(indexed.tokens(indexed.open_indexed(c.prefix)) - 1) // args.seq_length for c in corpora]
+    weights = [c.weight for c in corpora]
+    if len(corpora) > 1 and all(weight is not None for weight in weights):
+        total = sum(weights)  # type: ignore[arg-type]
+        samples = blend_length([w / total for w in weights], lengths)  # type: ignore[operator]
+    else:
+        samples = sum(lengths)
+    if end > samples * args.stream_epochs:
+        raise UsageError(
+            "--stream-range", given=args.stream_range, allowed=f"an end up to {samples * args.stream_epochs}",
+            why=f"the stream has {samples} samples of {args.seq_length} tokens in each of {args.stream_epochs} "
+            "epoch(s) and does not wrap; give more text, or declare more epochs with --stream-epochs",
+        )  # fmt: skip
+
+
+def train_blend(args: argparse.Namespace) -> list[str] | None:
+    """What the stream is made of: Megatron's flags for training text."""
+    return args.train_data_path or args.data_path
+
+
+def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> Stream:
+    """A stream under the run's sequence length and masking flags; collective where there is a process group."""
+    from megatron.training import get_tokenizer
+
+    resets = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
+    return Stream.build(
+        blend,
+        args.seq_length,
+        args.stream_seed,
+        epochs,
+        args.data_cache_path,
+        eod=get_tokenizer().eod if resets else None,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+
+class Provider:
+    """Hands Megatron's loop its training and validation data; keeps the stream for the account."""
+
+    is_distributed = True  # Megatron asks every rank, and each answers for itself
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.train: SampleRange | None = None
+        self._valid: SampleRange | None = None
+
+    def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        from megatron_prune.engine.forward import needs_data
+
+        if self.args.stream_range is None:
+            return _megatron_datasets(self.args, num_samples, vp_stage)
+        if self.train is None:  # once, though every virtual stage asks
+            self._build(num_samples[1])
+        return (self.train, self._valid, None) if needs_data(vp_stage) else (None, None, None)
+
+    def _build(self, validation_samples: int | None) -> None:
+        args = self.args
+        start, end = parse_range(args.stream_range)
+        stream = build_stream(args, train_blend(args) or [], epochs=args.stream_epochs)
+        self.train = SampleRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
+        if args.valid_data_path and args.eval_iters:
+            # For watching only (verdicts come from `evaluate`), so that it may repeat itself.
+            one = build_stream(args, args.valid_data_path, epochs=1)
+            wanted = validation_samples or len(one)
+            epochs = -(-wanted // len(one))
+            valid = one if epochs == 1 else build_stream(args, args.valid_data_path, epochs=epochs)
+            self._valid = SampleRange(valid, 0, min(wanted, len(valid)))
+
+
+def _megatron_datasets(args: argparse.Namespace, num_samples: list[int], vp_stage: int | None) -> Any:
+    """Megatron's builder, as its own pretraining script uses it: no stream, nothing to compare."""
+    from functools import partial
+
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_prune.engine.forward import needs_data
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, partial(needs_data, vp_stage), config).build()

@@ -1,0 +1,172 @@
+"""The ``pretrain`` verb: Megatron's own loop, laid on a range of a token stream, with an account.
+
+All of Megatron's flags work as in Megatron. Ours say where the samples come from
+(``--stream-range`` and its kin) and where a from-scratch run takes its shape (``--shape-from``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine import runtime
+from megatron_prune.training.account import Account, Recorder, is_complete
+from megatron_prune.training.data import (
+    Provider,
+    add_stream_arguments,
+    complete_arguments,
+    refuse_short_stream,
+)
+
+
+def main(argv: list[str]) -> int:
+    """Train; 0 when the run is complete, also when it was so before."""
+    args = runtime.start("pretrain", argv, add_stream_arguments, complete=_complete)
+    save = Path(args.save) if args.save else None
+    if save is not None and _already_finished(args, save):
+        if args.rank == 0:
+            print(f"{save}: the run is complete at step {args.train_iters}; nothing to do", flush=True)
+        return 0
+    initial = _initial(args)
+    if args.rank == 0:
+        refuse_short_stream(args)
+        if initial is not None:
+            runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
+    return _train(args, save, initial)
+
+
+def _complete(args: argparse.Namespace, argv: list[str]) -> None:
+    complete_arguments(args, argv)
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
+    if args.eval_interval is None:
+        args.eval_interval = args.train_iters or 1000  # Megatron divides by it even when it evaluates nothing
+
+
+def _already_finished(args: argparse.Namespace, save: Path) -> bool:
+    """Megatron's sampler would fail on a run whose samples are all consumed, so leave before it."""
+    from megatron_prune.checkpoint.tracker import find_iteration
+
+    found = find_iteration(save)
+    return found is not None and found.iteration == args.train_iters and is_complete(save)
+
+
+def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Where the weights come from: the run's own checkpoint, a pretrained one, or nowhere."""
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.checkpoint.tracker import find_iteration
+
+    own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
+    flag, path = ("--load", args.load) if own else ("--pretrained-checkpoint", args.pretrained_checkpoint)
+    if path is None:
+        return None
+    checkpoint = open_checkpoint(path)
+    return {
+        "flag": flag,
+        "path": str(path),
+        "fingerprint": checkpoint.fingerprint(),
+        "pruning": checkpoint.pruning,
+    }
+
+
+def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None) -> int:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.core.utils import unwrap_model
+
+    from megatron_prune.engine.forward import count_nonzero, forward_step
+
+    provider = Provider(args)
+    recorder = _OnFirstStep(args, save, initial, provider)
+    training.training_log = recorder.wrap(training.training_log)
+    config = runtime.model_config(args)
+    model: list[torch.nn.Module] = []
+    config.post_wrap_hooks.append(lambda chunks: (model.extend(chunks), chunks)[1])
+    pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
+
+    if save is not None:
+        nonzero = count_nonzero(unwrap_model(model))
+        if recorder.recorder is not None:
+            recorder.recorder.finish(
+                complete=recorder.last_step == args.train_iters, parameters_nonzero=nonzero
+            )
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+class _OnFirstStep:
+    """Listens to Megatron's log; opens the account at the first step, when all that it says is known."""
+
+    def __init__(self, args: argparse.Namespace, save: Path | None, initial: dict | None, provider: Provider):
+        self.args, self.save, self.initial, self.provider = args, save, initial, provider
+        self.recorder: Recorder | None = None
+        self.last_step = 0
+
+    def wrap(self, training_log: Any) -> Any:
+        """Megatron's ``training_log`` with our listener before it; the last rank has the reduced loss."""
+        signature = inspect.signature(training_log)
+
+        @functools.wraps(training_log)
+        def listening(*positional: Any, **named: Any) -> Any:
+            values = signature.bind(*positional, **named).arguments
+            self.last_step = values["iteration"]
+            if self.save is not None and self.args.rank == self.args.world_size - 1:
+                if self.recorder is None:
+                    self.recorder = self._open()
+                loss = values["loss_dict"].get("lm loss")
+                self.recorder.step(
+                    values["iteration"],
+                    float("nan") if loss is None else loss.item(),
+                    values["learning_rate"],
+                    values["grad_norm"],
+                )
+            return training_log(*positional, **named)
+
+        return listening
+
+    def _open(self) -> Recorder:
+        assert self.save is not None
+        args = self.args
+        shape = ModelShape.from_args(vars(args))
+        train = self.provider.train
+        flops = shape.training_flops(args.seq_length) * args.global_batch_size * args.train_iters
+        if self.initial is None:
+            start = "random"
+        else:
+            start = "pruned" if self.initial["pruning"] else "continued"
+        account = Account(
+            start=start,
+            stream=train.stream.describe() if train is not None else None,
+            range=[train.start, train.end] if train is not None else None,
+            permutation_seed=args.stream_permutation_seed,
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            steps=args.train_iters,
+            seed=args.seed,
+            parameters=shape.parameters(),
+            flops_executed=flops,
+            flops_theoretical=flops,
+            unique_tokens=_unique_tokens(train, args),
+            arguments=json.loads(json.dumps(vars(args), default=str)),
+            initial=None if self.initial is None else {k: v for k, v in self.initial.items() if k != "flag"},
+        )
+        account.adopt(self.save)
+        return Recorder(account, self.save)
+
+
+def _unique_tokens(train: Any, args: argparse.Namespace) -> int:
+    """Tokens of the range that no earlier epoch of it has shown."""
+    if train is None:
+        return args.train_iters * args.global_batch_size * args.seq_length
+    return min(len(train), train.stream.samples_per_epoch) * args.seq_length
