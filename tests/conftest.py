@@ -11,12 +11,16 @@ import dataclasses
 import itertools
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import tiny
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -93,3 +97,63 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
         return results(folder, nproc)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_documents() -> list[str]:
+    """Three hundred paragraphs of real English, about 110 kB."""
+    return tiny.documents(300)
+
+
+@pytest.fixture(scope="session")
+def tiny_jsonl(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[str]) -> Path:
+    """``tiny_documents`` as a JSONL file with the key ``text``."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "tiny.jsonl", tiny_documents)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[str]) -> Path:
+    """A Hugging Face tokenizer directory with ``tiny.VOCABULARY`` tokens, end of text ``</s>``."""
+    return tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny_documents)
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
+    """``tiny_hf(name, layers=2, seed=0, **config)``: a directory with a model of ``tiny.HF_MODELS``.
+
+    Float32, with ``tiny_tokenizer``'s files beside the weights. Built once for each set of arguments.
+    """
+    built: dict[str, Path] = {}
+
+    def get(name: str, **changes: Any) -> Path:
+        key = f"{name} {sorted(changes.items())}"
+        if key not in built:
+            folder = tmp_path_factory.mktemp(name)
+            tiny.write_hf_model(folder, name, **changes)
+            for file in tiny_tokenizer.iterdir():
+                shutil.copy(file, folder)
+            built[key] = folder
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_jsonl: Path, tiny_tokenizer: Path) -> Path:
+    """Prefix of ``tiny_jsonl`` as ``.bin``/``.idx``, made by the tool that users have."""
+    prefix = tmp_path_factory.mktemp("corpus") / "tiny"
+    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tiny_jsonl]
+    command += ["--output-prefix", prefix, "--tokenizer-type", "HuggingFaceTokenizer"]
+    command += ["--tokenizer-model", tiny_tokenizer, "--append-eod", "--workers", "1"]
+    subprocess.run([str(word) for word in command], check=True, stdin=subprocess.DEVNULL)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def tiny_parent(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path]) -> Path:
+    """A Megatron checkpoint of ``tiny_hf("llama-gqa", layers=4)``: random weights, nobody trained it."""
+    from megatron_prune.checkpoint.huggingface import import_hf
+
+    checkpoint = tmp_path_factory.mktemp("parent") / "checkpoint"
+    import_hf(tiny_hf("llama-gqa", layers=4), checkpoint)
+    return checkpoint
