@@ -118,12 +118,11 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
 
 
 def refuse_layouts(args: argparse.Namespace) -> None:
-    """Calibrating verbs read activations stage by stage; some layouts would hide or split them."""
-    if args.virtual_pipeline_model_parallel_size is not None:
-        raise UsageError(
-            "--num-layers-per-virtual-pipeline-stage", given=args.num_layers_per_virtual_pipeline_stage,
-            allowed="not with this verb", why="activations are read stage by stage",
-        )  # fmt: skip
+    """Forward-only verbs take the model stage by stage and sequences whole. Call before validation."""
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}", given=getattr(args, name), allowed="nothing with this verb",
+                             why="the model is read stage by stage; any checkpoint loads without virtual stages")
     if args.context_parallel_size > 1:
         raise UsageError("--context-parallel-size", given=args.context_parallel_size, allowed="1 with this verb",
-                         why="statistics need whole sequences")
+                         why="sequences are taken whole")
