@@ -8,7 +8,9 @@ that it is declared to have seen count in the totals alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prune.errors import DataError
 
@@ -67,6 +69,10 @@ class Lay:
     batch: Batch
     parent_end: int
     parent_tokens: int | None
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Lay:
+        return Lay(**{**value, "batch": Batch(**value["batch"])})
 
     def retrain(self, tokens: int) -> SampleRange:
         return self.batch.range(self.parent_end, self.batch.steps(tokens, "budgets"))

@@ -56,7 +56,10 @@ class Places:
 
 @dataclass(frozen=True)
 class Command:
-    """One stage of a cell: its name and the words after ``python -m megatron_prune``."""
+    """One stage of a cell: its name and the words after ``python -m megatron_prune``.
+
+    The one that is no verb, ``import``, is the words after ``python tools/convert_checkpoint.py``.
+    """
 
     stage: str
     argv: tuple[str, ...]
@@ -65,6 +68,8 @@ class Command:
     @property
     def words(self) -> list[str]:
         """The whole command line, for people."""
+        if self.stage == "import":
+            return ["python", "tools/convert_checkpoint.py", *self.argv]
         if self.nproc == 1:
             return ["python", "-m", "megatron_prune", *self.argv]
         return ["torchrun", "--nproc-per-node", str(self.nproc), "-m", "megatron_prune", *self.argv]
@@ -89,6 +94,12 @@ def parent_training(study: Study, places: Places, samples: SampleRange) -> Comma
     return _pretrain(
         study, places, "parent", samples, pretrain.seed, flags(pretrain.arguments), permute=False
     )
+
+
+def importing(study: Study, places: Places) -> Command:
+    """A Hugging Face parent as a Megatron checkpoint."""
+    words = flags({"hf": study.parent.import_hf, "save": str(places.checkpoint("parent"))})
+    return Command("import", ("import", *words))
 
 
 def training(study: Study, places: Places, cell: TrainingCell) -> Command:

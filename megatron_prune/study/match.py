@@ -140,7 +140,10 @@ def equal_training(runs: Runs, parent: Account | None) -> list[Line]:
 def equal_total(
     runs: Runs, parent: Account | None, parent_tokens: int, consumed: int, *, declared: bool = False
 ) -> list[Line]:
-    """The lines of an equal-total match. ``parent_tokens`` must be what ``parent``'s account says, if it has one."""
+    """The lines of an equal-total match; AccountError as above.
+
+    ``parent_tokens`` must be what ``parent``'s account says, where there is one.
+    """
     setting = "equal-total"
     runs.whole(setting)
     if parent is not None and parent["tokens"] != parent_tokens:

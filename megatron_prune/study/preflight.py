@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts, methods, plan_command, targets
+from megatron_prune import artifacts, methods, plan_command
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed, windows
@@ -41,8 +41,16 @@ class Outlook:
 
     def grid(self, study: Study) -> grid.Grid:
         """All training cells, as far as shapes are known."""
-        shapes = {name: asdict(shape) for name, shape in self.targets.items()}
-        return grid.expand(study, self.lay, shapes, self.consumed(study))
+        return grid.expand(study, self.lay, self.shapes, self.consumed(study))
+
+    @property
+    def shapes(self) -> dict[str, Mapping[str, Any]]:
+        """The targets as plain mappings."""
+        return {name: asdict(shape) for name, shape in self.targets.items()}
+
+    def to_json(self, study: Study) -> dict[str, Any]:
+        """What a report needs to know of it, without Megatron."""
+        return {"lay": asdict(self.lay), "shapes": self.shapes, "consumed": self.consumed(study)}
 
     def consumed(self, study: Study) -> dict[str, int]:
         """Tokens that each pruning reads: the calibration's, for methods that look at it."""

@@ -1,0 +1,96 @@
+"""Which arm ended lower, by how much, and how sure that is: as numbers and as a sentence.
+
+Losses are mean nats per predicted token on fixed windows. The test corpus decides; validation is
+shown beside it. A sentence claims no more than its interval, and one seed has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.study import statistics
+from megatron_prune.study.statistics import Difference
+
+CORPORA = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Scratch minus pruned for one method, ratio, setting and budget, over all finished seeds."""
+
+    method: str
+    ratio: float | None
+    setting: str
+    tokens: int
+    validation: Difference
+    test: Difference
+    pruned: Mapping[str, float]  # mean losses by corpus
+    scratch: Mapping[str, float]
+
+    @property
+    def words(self) -> str:
+        """The verdict as a sentence."""
+        budget = {
+            "equal-training": f"On the same {self.tokens:,} training tokens",
+            "equal-total": f"On as many tokens as the parent and {self.tokens:,} of retraining together",
+        }[self.setting]
+        return f"{budget}, {self._claim()}: {self._losses()}. {self._certainty()}"
+
+    def _claim(self) -> str:
+        apart = f"by {abs(self.test.mean):.3f} nats"
+        if self.test.winner == "neither":
+            return "pruned and scratch cannot be told apart"
+        return {"pruned": "the pruned model ends lower", "scratch": "training from scratch ends lower"}[
+            self.test.winner
+        ] + f" {apart}"
+
+    def _losses(self) -> str:
+        return (
+            f"test loss {self.pruned['test']:.3f} for {label(self.method, self.ratio)}, "
+            f"{self.scratch['test']:.3f} from scratch"
+        )
+
+    def _certainty(self) -> str:
+        if self.test.low is None or self.test.high is None:
+            return "One seed: no interval."
+        freedom = self.test.degrees_of_freedom
+        return (
+            f"Scratch minus pruned {self.test.mean:+.3f}, "
+            f"95% interval {self.test.low:+.3f} to {self.test.high:+.3f} "
+            f"(paired t over {self.test.seeds} seeds, {freedom} degree{'s' * (freedom != 1)} of freedom, "
+            "conditional on this parent)."
+        )
+
+
+def label(method: str, ratio: float | None) -> str:
+    """``shortgpt, 50% removed``"""
+    return method if ratio is None else f"{method}, {100 * ratio:g}% removed"
+
+
+def judge(
+    *,
+    method: str,
+    ratio: float | None,
+    setting: str,
+    tokens: int,
+    pruned: Sequence[Mapping[str, Any]],
+    scratch: Sequence[Mapping[str, Any]],
+) -> Verdict:
+    """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``."""
+    losses = {
+        arm: {name: [record[f"{name}_loss"] for record in records] for name in CORPORA}
+        for arm, records in (("pruned", pruned), ("scratch", scratch))
+    }
+    means = {arm: {name: sum(v) / len(v) for name, v in by.items()} for arm, by in losses.items()}
+    return Verdict(
+        method,
+        ratio,
+        setting,
+        tokens,
+        validation=statistics.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
+        test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"]),
+        pruned=means["pruned"],
+        scratch=means["scratch"],
+    )
