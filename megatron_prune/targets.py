@@ -19,7 +19,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
@@ -171,11 +171,10 @@ class Target:
             raise UsageError(
                 flag,
                 given=given,
-                allowed=f"a target that hidden and FFN sizes, multiples of {step}, meet within {tolerance:.3g}",
+                allowed=f"a target that multiples of {step} (hidden, FFN) meet within {tolerance:.3g}",
                 why=f"the nearest is hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, which keeps "
-                f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, "
-                f"a larger --tolerance "
-                "or explicit --target-… sizes",
+                f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
+                "--tolerance or explicit --target-… sizes",
             )
         self._check(source, best[1])
         return best[1]
@@ -241,7 +240,7 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> M
             given=f"{heads} for {groups} query groups",
             allowed=f"1 to {source.heads_per_group} heads for every query group, the same number for each",
         )
-    shape = replace(source, **wanted)
+    shape = replace(source, **cast(dict[str, Any], wanted))
     if shape == source:
         raise UsageError(
             ", ".join(map(flag_of, sizes)), given="the source's sizes", allowed="a smaller model"
