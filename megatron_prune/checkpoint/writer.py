@@ -34,6 +34,13 @@ RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
 FILE_BYTES = 4 << 30
 _PENDING = 2  # blocks in flight between the producer and the disk
 
+# Files of a Hugging Face model that travel beside its weights.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "merges.txt", "chat_template.jinja", "chat_template.json", *TOKENIZER_FILES,
+)  # fmt: skip
+
 # Arguments of the run that saved the parent, not of the model.
 _RUN_ARGUMENTS = (
     "load",
@@ -243,6 +250,12 @@ class CheckpointWriter:
             self._hashes[self._file.name] = self._file.hexdigest()
             self._file = None
 
+    def add_file(self, name: str, payload: bytes) -> None:
+        """Put a small file beside the tracker, under a name relative to ``root`` (``pruning/plan.json``)."""
+        path = self._root_scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(payload)
+
     # -- the rest of a checkpoint ---------------------------------------------------------------
 
     def _finish(self) -> None:
@@ -252,12 +265,7 @@ class CheckpointWriter:
         while self._pending:
             self._pending.pop(0).result()
         if self._huggingface is not None:
-            shutil.copytree(self._huggingface, self._root_scratch / HUGGINGFACE_FOLDER)
-            if any((self._huggingface / name).is_file() for name in TOKENIZER_MARKS):
-                self.args |= {
-                    "tokenizer_type": "HuggingFaceTokenizer",
-                    "tokenizer_model": str(self.root / HUGGINGFACE_FOLDER),
-                }
+            self._carry_along(self._huggingface)
         self._write_objects()
         self._close_file()
         metadata = dcp.Metadata(
@@ -293,6 +301,19 @@ class CheckpointWriter:
         )
         (self._root_scratch / TRACKER_FILE).write_text("release")
 
+    def _carry_along(self, source: Path) -> None:
+        """Copy tokenizer and config, and let the stored args find the copy."""
+        folder = self._root_scratch / HUGGINGFACE_FOLDER
+        folder.mkdir()
+        for name in SIDE_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            self.args |= {
+                "tokenizer_type": "HuggingFaceTokenizer",
+                "tokenizer_model": str(self.root / HUGGINGFACE_FOLDER),
+            }
+
     def _write_objects(self) -> None:
         """Common state, and one empty record that serves as every module's `_extra_state`."""
         state = {
@@ -321,9 +342,6 @@ class CheckpointWriter:
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
         self._objects = (common.fqn, *extra)
-
-
-TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 class _HashingFile:

@@ -1,0 +1,230 @@
+"""Llama-family models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
+
+One table (``segments``) says, for every Megatron weight, which rows of which Hugging Face tensors it
+is made of; import reads it forwards and export backwards. Both stream blocks of rows, so neither
+needs more memory than a few blocks. Padding of the vocabulary is added on import and cut on export,
+and every tensor keeps its type: what is exported after an import is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import atomic_directory, read_json, write_json
+from megatron_prune.checkpoint import safetensors_io
+from megatron_prune.checkpoint.huggingface_config import (
+    args_from_config,
+    config_from_args,
+    read_dtype,
+    vocabulary,
+)
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
+from megatron_prune.errors import CheckpointError
+
+BLOCK_BYTES = 64 << 20
+_DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+_NAMES = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "model.layers.{}.input_layernorm.weight",
+    "self_attention.linear_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "mlp.linear_fc1.layer_norm_weight": "model.layers.{}.post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_QUERY, _KEY, _VALUE = (f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv")
+_GATE, _UP = (f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up"))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of a Megatron weight: rows [start, stop) of a Hugging Face tensor (None: padding)."""
+
+    name: str | None
+    start: int
+    stop: int
+
+
+def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int) -> list[Segment]:
+    """What a Megatron weight is made of, from its first row to its last."""
+    if layout.axes[0] == "qkv":
+        query, key, value = (name.format(layout.layer) for name in (_QUERY, _KEY, _VALUE))
+        d, per_group = shape.kv_channels, shape.heads_per_group * shape.kv_channels
+        return [
+            segment
+            for g in range(shape.num_query_groups)
+            for segment in (
+                Segment(query, g * per_group, (g + 1) * per_group),
+                Segment(key, g * d, (g + 1) * d),
+                Segment(value, g * d, (g + 1) * d),
+            )
+        ]
+    if layout.axes[0] == "fc1":
+        rows = shape.ffn_hidden_size
+        return [Segment(name.format(layout.layer), 0, rows) for name in (_GATE, _UP)]
+    name = _NAMES[layout.suffix].format(layout.layer)
+    if layout.axes[0] == "vocab":
+        padding = layout.shape[0] - vocabulary_size
+        return [Segment(name, 0, vocabulary_size), *([Segment(None, 0, padding)] if padding else [])]
+    return [Segment(name, 0, layout.shape[0])]
+
+
+def import_hf(
+    hf: str | Path,
+    save: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    max_position_embeddings: int | None = None,
+) -> Checkpoint:
+    """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
+
+    ``dtype`` casts every tensor; by default each keeps its own. Tokenizer files and config travel along
+    in ``save/huggingface``. Raises CheckpointError, before anything is written, for a model that cannot
+    be represented or whose files are missing or truncated.
+    """
+    source = _directory(hf)
+    config = read_json(source / "config.json")
+    args = args_from_config(
+        config,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        max_position_embeddings=max_position_embeddings,
+    )
+    shape = ModelShape.from_args(args)
+    tensors = safetensors_io.Tensors(source)
+    _check_tensors(tensors, shape, args, source)
+    main = dtype or read_dtype(config) or tensors.dtype("model.embed_tokens.weight")
+    with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
+        for layout in weights(shape):
+            pieces = segments(layout, shape, args["vocab_size"])
+            kind = dtype or tensors.dtype(pieces[0].name or "")
+            writer.add(layout.name, layout.shape, _blocks(layout, pieces, tensors, kind), dtype=kind)
+    return open_checkpoint(save)
+
+
+def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30) -> Path:
+    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty).
+
+    Raises CheckpointError for a model that Hugging Face's Llama family cannot say.
+    """
+    checkpoint = open_checkpoint(load)
+    side = checkpoint.huggingface
+    original = side / "config.json" if side is not None else None
+    config = config_from_args(
+        checkpoint.args,
+        checkpoint.spec("embedding.word_embeddings.weight").dtype,
+        read_json(original) if original is not None and original.is_file() else None,
+    )
+    made_of = _rows_of_tensors(checkpoint)
+    entries = {}
+    for name, parts in made_of.items():
+        spec = checkpoint.spec(parts[0][1])
+        entries[name] = (spec.dtype, (parts[-1][0].stop, *spec.shape[1:]))
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        step = _rows_per_block(*entries[name])
+        for segment, weight, first in made_of[name]:
+            last = first + segment.stop - segment.start
+            for start in range(first, last, step):
+                yield checkpoint.read_rows(weight, start, min(start + step, last))
+
+    with atomic_directory(hf) as folder:
+        safetensors_io.write_sharded(folder, entries, blocks, max_shard_bytes)
+        for name in SIDE_FILES:
+            if side is not None and (side / name).is_file():
+                shutil.copyfile(side / name, folder / name)
+        write_json(folder / "config.json", config)
+    return Path(hf)
+
+
+def _rows_of_tensors(checkpoint: Checkpoint) -> dict[str, list[tuple[Segment, str, int]]]:
+    """The table backwards: for every Hugging Face tensor its rows in ascending order, each with the Megatron
+    weight that holds them and their first row there."""
+    made_of: dict[str, list[tuple[Segment, str, int]]] = defaultdict(list)
+    for layout in weights(checkpoint.shape):
+        row = 0
+        for segment in segments(layout, checkpoint.shape, vocabulary(checkpoint.args)):
+            if segment.name is not None:
+                made_of[segment.name].append((segment, layout.name, row))
+            row += segment.stop - segment.start
+    return made_of
+
+
+def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
+
+
+def _blocks(
+    layout: WeightLayout, pieces: list[Segment], tensors: safetensors_io.Tensors, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Rows of a Megatron weight in blocks of about BLOCK_BYTES, however finely its segments interleave."""
+    step = _rows_per_block(dtype, layout.shape)
+    held: list[torch.Tensor] = []
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, step):
+            stop = min(start + step, piece.stop)
+            if held and sum(map(len, held)) + stop - start > step:
+                yield torch.cat(held)
+                held = []
+            if piece.name is None:
+                held.append(torch.zeros((stop - start, *layout.shape[1:]), dtype=dtype))
+            else:
+                held.append(tensors.rows(piece.name, start, stop))
+    if held:
+        yield torch.cat(held)
+
+
+def _check_tensors(
+    tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path
+) -> None:
+    """Every tensor that is needed is there in its shape, and none is left over."""
+    known = set()
+    for layout in weights(shape):
+        rows: dict[str, int] = {}
+        for segment in segments(layout, shape, args["vocab_size"]):
+            if segment.name is not None:
+                rows[segment.name] = max(rows.get(segment.name, 0), segment.stop)
+        for name, count in rows.items():
+            expected = (count, *layout.shape[1:])
+            if name not in tensors.names:
+                raise CheckpointError(f"{source} lacks the tensor {name}")
+            if tensors.shape(name) != expected:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {list(tensors.shape(name))}, "
+                    f"config.json says {list(expected)}"
+                )
+        if len({tensors.dtype(name) for name in rows}) != 1:
+            raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
+        known |= set(rows)
+    ignored = {"lm_head.weight"} if shape.tied else set()
+    left = sorted(n for n in tensors.names - known - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise CheckpointError(f"{source} holds tensors that no Llama has: {', '.join(left[:4])}")
+
+
+def _directory(hf: str | Path) -> Path:
+    if Path(hf).is_dir():
+        if not (Path(hf) / "config.json").is_file():
+            raise CheckpointError(f"{hf} has no config.json: expected a Hugging Face model directory")
+        return Path(hf)
+    if str(hf).count("/") != 1 or str(hf).startswith((".", "/", "~")):
+        raise CheckpointError(f"{hf} is neither a directory nor a name on the Hugging Face Hub (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(hf), allow_patterns=list(_DOWNLOAD)))
+    except Exception as error:  # no network, no such model, no permission: the library's message says which
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{hf} could not be downloaded from the Hugging Face Hub: {reason}") from error

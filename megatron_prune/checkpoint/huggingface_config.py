@@ -1,0 +1,219 @@
+"""Hugging Face ``config.json`` of the Llama family ⇄ Megatron arguments.
+
+``args_from_config`` and ``config_from_args`` are each other's inverse on the models that both sides
+can say; what one of them cannot say is refused, never dropped. RoPE is read in the form of
+transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``), and written in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import CheckpointError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# What a config.json that leaves a key out means (transformers' own defaults).
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Megatron's RoPE scaling knows these numbers and only lets the factor be chosen.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Megatron arguments that a Llama-family model must have, and what they are taken to be when absent.
+_REQUIRED: dict[str, tuple[Any, Any]] = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "swiglu": (True, False),
+    "add_bias_linear": (False, True),
+    "add_qkv_bias": (False, False),
+    "qk_layernorm": (False, False),
+    "apply_layernorm_1p": (False, False),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "rotary_percent": (1.0, 1.0),
+    "rotary_interleaved": (False, False),
+    "rotary_seq_len_interpolation_factor": (None, None),
+    "window_size": (None, None),
+    "squared_relu": (False, False),
+}
+
+
+def read_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The type that a config.json declares (``dtype``, formerly ``torch_dtype``)."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    kind = getattr(torch, str(name).removeprefix("torch."), None) if name else None
+    return kind if isinstance(kind, torch.dtype) else None
+
+
+def args_from_config(
+    config: Mapping[str, Any],
+    *,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    max_position_embeddings: int | None = None,
+) -> dict[str, Any]:
+    """Megatron arguments that describe the model of a ``config.json``.
+
+    The vocabulary is padded to a multiple of ``make_vocab_size_divisible_by`` ×
+    ``tensor_model_parallel_size``, as Megatron does. ``max_position_embeddings`` may lower the model's own.
+
+    Raises CheckpointError naming what Megatron (or this package) cannot represent.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(f"model_type {kind!r} is not supported: expected {' or '.join(ARCHITECTURES)}")
+    values = {
+        **_DEFAULTS[kind],
+        **{k: v for k, v in config.items() if v is not None or k == "sliding_window"},
+    }
+    missing = [key for key in _SIZES if key not in values]
+    if missing:
+        raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+    for key, only in (
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("quantization_config", None),
+        ("partial_rotary_factor", 1.0),
+    ):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"config.json has {key}={values[key]}, supported is {only}")
+    positions = _positions(values, max_position_embeddings)
+    theta, factor = _read_rope(values)
+    heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads", heads)
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return {
+        "num_layers": values["num_hidden_layers"],
+        "hidden_size": values["hidden_size"],
+        "ffn_hidden_size": values["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "group_query_attention": groups != heads,
+        "kv_channels": values.get("head_dim") or values["hidden_size"] // heads,
+        "max_position_embeddings": positions,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,  # Megatron's default; it compares this on loading
+        "use_rotary_position_embeddings": False,
+        "rotary_base": theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": factor is not None,
+        "rope_scaling_factor": 8.0 if factor is None else factor,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": values.get("rms_norm_eps", 1e-6),
+        "apply_layernorm_1p": False,
+        "qk_layernorm": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not values.get("tie_word_embeddings", False),
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": values.get("initializer_range", 0.02),
+        "vocab_size": values["vocab_size"],
+        "padded_vocab_size": -(-values["vocab_size"] // multiple) * multiple,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": 1,
+    }
+
+
+def config_from_args(
+    args: Mapping[str, Any], dtype: torch.dtype, original: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of a Llama-family model with these Megatron arguments.
+
+    ``original`` is the config that the model was imported with, if it was: its other entries (token ids,
+    for example) and its ``model_type`` stay. Raises CheckpointError naming an argument that no Llama has.
+    """
+    for name, (required, absent) in _REQUIRED.items():
+        found = args.get(name)
+        if (absent if found is None else found) != required:
+            raise CheckpointError(f"the model has {name}={found}; Hugging Face's Llama only knows {required}")
+    shape = ModelShape.from_args(args)
+    base = dict(original or {})
+    kind = base.get("model_type", "llama")
+    positions = args.get("max_position_embeddings") or base.get("max_position_embeddings") or 2048
+    if original is not None:
+        # An import may have lowered it; the weights still have the original's reach.
+        positions = max(positions, {**_DEFAULTS[kind], **base}["max_position_embeddings"])
+    theta = float(args.get("rotary_base") or 10000)
+    factor = float(args.get("rope_scaling_factor") or 8.0) if args.get("use_rope_scaling") else None
+    scaling = None if factor is None else {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
+    name = str(dtype).removeprefix("torch.")
+    epsilon = args.get("layernorm_epsilon")
+    own = {"attention_bias": False, "mlp_bias": False} if kind == "llama" else {"sliding_window": None}
+    return {
+        **own,
+        "architectures": [ARCHITECTURES[kind]],
+        **base,
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "vocab_size": vocabulary(args),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5 if epsilon is None else epsilon,
+        "initializer_range": args.get("init_method_std") or 0.02,
+        "tie_word_embeddings": shape.tied,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta},
+        "torch_dtype": name,
+        "dtype": name,
+    }
+
+
+def vocabulary(args: Mapping[str, Any]) -> int:
+    """Rows of the embedding that are words; the rest up to ``padded_vocab_size`` is padding."""
+    size, padded = args.get("vocab_size"), args["padded_vocab_size"]
+    return size if isinstance(size, int) and 0 < size <= padded else padded
+
+
+def _positions(values: Mapping[str, Any], lowered: int | None) -> int:
+    own = values["max_position_embeddings"]
+    positions = own if lowered is None else lowered
+    if positions > own:
+        raise CheckpointError(f"--max-position-embeddings {positions}: the model has {own}")
+    window = values.get("sliding_window")
+    if window is not None and window < positions:
+        raise CheckpointError(
+            f"config.json has sliding_window={window}, which changes the model on sequences longer than that "
+            f"(max_position_embeddings={positions}); pass --max-position-embeddings {window} to import it "
+            "for sequences within the window"
+        )
+    return positions
+
+
+def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
+    """``(theta, factor)``; the factor is None without scaling."""
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    theta = int(theta) if theta == int(theta) else theta  # --rotary-base takes an integer
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(
+            f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, supported is 1"
+        )
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(
+            f"config.json has RoPE scaling of type {kind!r}, supported are default and llama3"
+        )
+    for key, expected in _LLAMA3_ROPE.items():
+        if rope.get(key, expected) != expected:
+            raise CheckpointError(
+                f"config.json has RoPE scaling with {key}={rope[key]}, Megatron only knows {expected}"
+            )
+    return theta, float(rope["factor"])

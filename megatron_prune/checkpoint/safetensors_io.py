@@ -1,0 +1,140 @@
+"""Safetensors by blocks of rows: read slices of sharded files, write sharded files without holding a tensor.
+
+Reading uses the safetensors library (memory-mapped). Its writer wants whole tensors in memory, so
+files are written here; the format is a length, a JSON header, and the raw numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import read_json, write_json
+from megatron_prune.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Tensors:
+    """The tensors of a Hugging Face directory, one file or many. Raises CheckpointError for a missing or
+    truncated file, and for an index that names files outside the directory."""
+
+    def __init__(self, directory: Path) -> None:
+        import safetensors
+
+        self._directory = directory
+        self._stack = contextlib.ExitStack()
+        self._slices: dict[str, Any] = {}
+        for name, keys in self._files().items():
+            path = directory / name
+            if Path(name).name != name or not path.is_file():
+                raise CheckpointError(f"{path} is missing, {INDEX} lists it")
+            try:
+                handle = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            except (safetensors.SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
+            found = set(handle.keys())
+            for key in found if keys is None else keys:
+                if key not in found:
+                    raise CheckpointError(f"{path} lacks {key}, which {INDEX} promises")
+                self._slices[key] = handle.get_slice(key)
+        self.names = frozenset(self._slices)
+
+    def _files(self) -> dict[str, list[str] | None]:
+        if (self._directory / INDEX).is_file():
+            files: dict[str, list[str] | None] = {}
+            for key, name in read_json(self._directory / INDEX)["weight_map"].items():
+                files.setdefault(name, []).append(key)  # type: ignore[union-attr]
+            return files
+        if not (self._directory / SINGLE).is_file():
+            raise CheckpointError(
+                f"{self._directory} has neither {SINGLE} nor {INDEX}: only safetensors are read (pickled "
+                "pytorch_model.bin files are not; save the model again with transformers to convert it)"
+            )
+        return {SINGLE: None}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises CheckpointError for a missing tensor or a type that is no floating point."""
+        if name not in self._slices:
+            raise CheckpointError(f"{self._directory} lacks the tensor {name}")
+        code = self._slices[name].get_dtype()
+        if code not in _TYPES:
+            raise CheckpointError(
+                f"{self._directory}: {name} is stored as {code}, supported are {', '.join(_TYPES)}"
+            )
+        return _TYPES[code]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop): [stop - start, ...]."""
+        return self._slices[name][start:stop]
+
+
+def write_sharded(
+    directory: Path,
+    entries: Entries,
+    blocks: Callable[[str], Iterable[torch.Tensor]],
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors (name → type and shape, in order) as one safetensors file, or several with an index.
+
+    ``blocks(name)`` gives a tensor's consecutive rows.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        nbytes = _nbytes(entry)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += nbytes
+    if len(shards) == 1:
+        _write_file(directory / SINGLE, shards[0], blocks)
+        return
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / name, shard, blocks)
+        where |= dict.fromkeys(shard, name)
+    total = sum(map(_nbytes, entries.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(directory / INDEX, index)
+
+
+def _nbytes(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return torch.Size(entry[1]).numel() * entry[0].itemsize
+
+
+def _write_file(path: Path, entries: Entries, blocks: Callable[[str], Iterable[torch.Tensor]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wider types first, so that every tensor is aligned.
+    names = sorted(entries, key=lambda name: -entries[name][0].itemsize)
+    for name in names:
+        dtype, shape = entries[name]
+        end = offset + _nbytes(entries[name])
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        start = handle.tell()
+        for name in names:
+            for block in blocks(name):
+                handle.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+            if handle.tell() - start != header[name]["data_offsets"][1]:
+                raise CheckpointError(f"{path}: {name} came out in another size than announced")

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Llama-family models: Hugging Face ⇄ Megatron; the work is in megatron_prune/checkpoint/huggingface.py.
+
+    convert_checkpoint.py import --hf HF_DIR --save CKPT
+    convert_checkpoint.py export --load CKPT --hf HF_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    directions = parser.add_subparsers(dest="direction", required=True)
+    add = directions.add_parser("import", help="Hugging Face → Megatron").add_argument
+    add("--hf", required=True, metavar="DIR", help="model directory with safetensors, or a name on the Hub")
+    add("--save", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
+    add("--dtype", choices=DTYPES, help="cast every weight; by default each keeps its type")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+        help="pad the vocabulary to a multiple of N × TP (default 128)")  # fmt: skip
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="TP",
+        help="tensor parallelism that the padded vocabulary must divide by (default 1)")  # fmt: skip
+    add("--max-position-embeddings", type=int, metavar="N",
+        help="import for sequences up to N only (for models whose sliding window is shorter)")  # fmt: skip
+    add = directions.add_parser("export", help="Megatron → Hugging Face").add_argument
+    add("--load", required=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release directories")
+    add("--hf", required=True, metavar="DIR", help="directory to write; must not exist")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        import torch
+
+        from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+
+        if args.direction == "export":
+            print(f"wrote {export_hf(args.load, args.hf)}")
+        else:
+            made = import_hf(
+                args.hf,
+                args.save,
+                dtype=getattr(torch, args.dtype) if args.dtype else None,
+                make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+                tensor_model_parallel_size=args.tensor_model_parallel_size,
+                max_position_embeddings=args.max_position_embeddings,
+            )
+            print(f"wrote {made.root}: {made.shape.parameters():,} parameters, fingerprint {made.fingerprint()}")
+    except MegatronPruneError as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
