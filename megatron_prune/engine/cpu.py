@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,28 @@ def prepare_megatron() -> None:
     if not isinstance(training.initialize_megatron, functools.partial):
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # nothing is compiled, nothing to warm up
+    _keep_write_results_in_process()
+
+
+def _keep_write_results_in_process() -> None:
+    """Saving starts a manager process only to hand write results from a function to its caller.
+
+    It imports the main module again (over a second of every save of a small run), and outlives a
+    rank that is killed. A synchronous save has both ends in one process: a plain queue does.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import get_args
+
+    shared_between_processes = filesystem_async.get_write_results_queue
+    if getattr(shared_between_processes, "in_process", False):
+        return
+    within_this_process: queue.Queue[Any] = queue.Queue()
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        return shared_between_processes(mp_mode) if get_args().async_save else within_this_process
+
+    get_write_results_queue.in_process = True  # type: ignore[attr-defined]
+    filesystem_async.get_write_results_queue = get_write_results_queue
 
 
 class _Stream:
@@ -127,8 +150,8 @@ def _stand_in_for_cuda() -> None:
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
     torch.cuda.random.get_rng_state = stand_ins["get_rng_state"]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _local_world_size() -> int:
