@@ -26,11 +26,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
         help="pad the vocabulary to a multiple of N × TP (default 128)")  # fmt: skip
     add("--tensor-model-parallel-size", type=int, default=1, metavar="TP",
-        help="tensor parallelism that the padded vocabulary must divide by (default 1)")  # fmt: skip
+        help="tensor parallelism that the padded vocabulary must divide by")  # fmt: skip
     add("--max-position-embeddings", type=int, metavar="N",
-        help="import for sequences up to N only (for models whose sliding window is shorter)")  # fmt: skip
+        help="import for sequences up to N only (where a sliding window is shorter)")  # fmt: skip
     add = directions.add_parser("export", help="Megatron → Hugging Face").add_argument
-    add("--load", required=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release directories")
+    add("--load", required=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
     add("--hf", required=True, metavar="DIR", help="directory to write; must not exist")
     return parser.parse_args(argv)
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
                 max_position_embeddings=args.max_position_embeddings,
             )
-            print(f"wrote {made.root}: {made.shape.parameters():,} parameters, fingerprint {made.fingerprint()}")
+            print(f"wrote {made.root}: {made.shape.parameters():,} parameters")
     except MegatronPruneError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return EXIT_REFUSED

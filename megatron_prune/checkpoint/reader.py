@@ -229,6 +229,14 @@ class Checkpoint:
                 "only dense GPT models are supported"
             )
 
+    def shards(self, name: str) -> int:
+        """Number of records that hold the weight."""
+        return sum(len(self._pieces(part)) for part in self._parts[name])
+
+    def stored_keys(self, name: str) -> tuple[str, ...]:
+        """Keys of ``stored`` that hold the weight."""
+        return tuple(part.stored.key for part in self._parts[name])
+
     # -- reading --------------------------------------------------------------------------------
 
     def spec(self, name: str) -> TensorSpec:

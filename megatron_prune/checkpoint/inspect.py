@@ -1,0 +1,170 @@
+"""What a checkpoint holds, for people (a tree) and for programs (JSON).
+
+``describe`` collects names, shapes, types, shards, arguments, provenance and, on request, the share
+of exact zeros (one streaming pass); ``show`` prints it. Consecutive layers that look the same are
+shown once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.reader import Checkpoint
+from megatron_prune.engine.arguments import FORGOTTEN
+
+_WIDTH = 150  # of the tree at least: names must not be cut
+
+
+def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any]:
+    """A JSON value that describes ``checkpoint``."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for name in checkpoint.names:
+        spec = checkpoint.spec(name)
+        tensors[name] = {
+            "shape": list(spec.shape),
+            "dtype": _plain(spec.dtype),
+            "nbytes": spec.nbytes,
+            "shards": checkpoint.shards(name),
+            "stored_as": list(checkpoint.stored_keys(name)),
+        }
+        if sparsity:
+            zeros = sum(int((block == 0).sum()) for block in checkpoint.row_blocks(name))
+            tensors[name]["zeros"] = zeros
+            tensors[name]["sparsity"] = zeros / torch.Size(spec.shape).numel()
+    linear = [name for name in tensors if checkpoint.layout(name).is_linear]
+    total = checkpoint.shape.parameters()
+    found = {
+        "version": 1,
+        "root": str(checkpoint.root),
+        "directory": str(checkpoint.directory),
+        "iteration": checkpoint.iteration,
+        "release": checkpoint.release,
+        "fingerprint": checkpoint.fingerprint(),
+        "parameters": total,
+        "parameters_linear": checkpoint.shape.linear_parameters(),
+        "nbytes": sum(entry["nbytes"] for entry in tensors.values()),
+        "shape": asdict(checkpoint.shape),
+        "files": {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir())},
+        "tensors": tensors,
+        "other_tensors": len(
+            set(checkpoint.stored) - {k for n in tensors for k in checkpoint.stored_keys(n)}
+        ),
+        "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
+        "pruning": checkpoint.pruning,
+        "flags": flags(checkpoint),
+        "args": {key: _plain(value) for key, value in sorted(checkpoint.args.items())},
+    }
+    if sparsity:
+        found["parameters_nonzero"] = total - sum(entry["zeros"] for entry in tensors.values())
+        found["sparsity_linear"] = (
+            sum(tensors[n]["zeros"] for n in linear) / checkpoint.shape.linear_parameters()
+        )
+    return found
+
+
+def flags(checkpoint: Checkpoint) -> list[str]:
+    """Flags that unmodified Megatron needs beside ``--load … --use-checkpoint-args`` to build the same model.
+
+    Our own verbs restore these by themselves.
+    """
+    args, dtype = checkpoint.args, checkpoint.spec(checkpoint.names[0]).dtype
+    words = [flag for flag, kind in (("--bf16", torch.bfloat16), ("--fp16", torch.float16)) if dtype == kind]
+    for name, options in FORGOTTEN.items():
+        value = args.get(name)
+        if value is True:
+            words.append(options[0])
+        elif value not in (None, False) and not (
+            name.startswith("rope_") and not args.get("use_rope_scaling")
+        ):
+            words.append(f"{options[0]} {value}")
+    return words
+
+
+def warnings(checkpoint: Checkpoint) -> list[str]:
+    """What no flag of unmodified Megatron can mend."""
+    factor = checkpoint.args.get("rope_scaling_factor")
+    if checkpoint.args.get("use_rope_scaling") and factor not in (None, 8, 8.0):
+        return [f"unmodified Megatron 0.19 ignores --rope-scaling-factor {factor} and uses 8: wrong RoPE"]
+    return []
+
+
+def show(found: Mapping[str, Any], notes: list[str]) -> None:
+    """Print a description as a tree on standard output."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    kind = "release" if found["release"] else f"iteration {found['iteration']}"
+    top = Tree(f"[bold]{escape(found['directory'])}[/bold]  ({kind})")
+    top.add(f"{found['parameters']:,} parameters, {found['parameters_linear']:,} in the blocks' linears, "
+            f"{found['nbytes'] / 1e9:.3f} GB in {len(found['files'])} files")  # fmt: skip
+    if "parameters_nonzero" in found:
+        top.add(f"{found['parameters_nonzero']:,} parameters are not zero; "
+                f"{found['sparsity_linear']:.2%} of the linears are zero")  # fmt: skip
+    top.add(f"fingerprint {found['fingerprint']}")
+    if found["other_tensors"]:
+        top.add(f"{found['other_tensors']} tensors that are no weights (optimizer, random states)")
+    _add_weights(top.add("[bold]weights[/bold]"), found["tensors"], escape)
+    if found["pruning"]:
+        chain = top.add("[bold]pruned[/bold]")
+        for entry in found["pruning"]:
+            step = chain.add(escape(str(entry.get("method", "?"))))
+            for key, value in entry.items():
+                if key != "method":
+                    step.add(escape(f"{key}: {value}"))
+    stored = top.add(f"[bold]args[/bold] ({len(found['args'])})")
+    for key, value in found["args"].items():
+        stored.add(escape(f"{key}: {value}"))
+    console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
+    console.print(top)
+    # Not in the tree: this line is to be copied.
+    print("\nflags for unmodified Megatron, beside --use-checkpoint-args:")
+    print(" ".join(found["flags"]) or "none")
+    for note in notes:
+        print(f"warning: {note}")
+
+
+def _add_weights(tree: Any, tensors: Mapping[str, Mapping[str, Any]], escape: Callable[[str], str]) -> None:
+    layers: dict[int, list[str]] = {}
+    order: list[int | str] = []
+    for name, entry in tensors.items():
+        line = _line(entry)
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            layer = int(parts[2])
+            if layer not in layers:
+                order.append(layer)
+            layers.setdefault(layer, []).append(f"{'.'.join(parts[3:])}  {line}")
+        else:
+            order.append(f"{name}  {line}")
+    for _, group in groupby(order, key=lambda item: item if isinstance(item, str) else tuple(layers[item])):
+        items = list(group)
+        if isinstance(items[0], str):
+            tree.add(escape(items[0]))
+            continue
+        label = f"layer {items[0]}" if len(items) == 1 else f"layers {items[0]} to {items[-1]}"
+        branch = tree.add(label)
+        for line in layers[items[0]]:
+            branch.add(escape(line))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    shards = "" if entry["shards"] == 1 else f", {entry['shards']} shards"
+    zeros = f", {entry['sparsity']:.2%} zero" if "sparsity" in entry else ""
+    return f"{entry['shape']} {entry['dtype']}{shards}{zeros}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value).removeprefix("torch.")
