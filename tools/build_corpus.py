@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Gather English text that is on this machine into JSON lines (megatron_prune/data/corpus.py)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter as Defaults
+
+from megatron_prune.data import corpus
+from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, UsageError
+
+
+def shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError("--split", given=text, allowed="four positive shares, such as 94,2,2,2") from error
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Defaults)
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="gets train, calibration, validation and test .jsonl")
+    add("--max-bytes", type=int, default=16_000_000, help="stop after this much text; 0 takes all there is")
+    add("--split", default=",".join(map(str, corpus.SHARES)), help="shares of the four splits")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the files do not depend on them")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        manifest = corpus.build_corpus(
+            args.output, max_bytes=args.max_bytes or None, shares=shares(args.split), workers=args.workers
+        )
+    except MegatronPruneError as error:
+        print(f"build_corpus: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    sizes = ", ".join(f"{name} {s['bytes'] / 1e6:.2f} MB" for name, s in manifest["splits"].items())
+    print(f"{args.output}: {sizes} in {manifest['seconds']:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
