@@ -8,7 +8,7 @@ few blocks whatever the model's size. The writer makes the result appear whole o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def apply_plan(load: str | Path, made: plan.PruningPlan, save: str | Path) -> None:
+def apply_plan(
+    load: str | Path, made: plan.PruningPlan, save: str | Path, files: Mapping[str, bytes] | None = None
+) -> None:
     """Write to ``save`` what ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
+
+    ``files`` are small files to put beside the weights, by their path under ``save``.
 
     Raises PlanError when the plan is for another parent; CheckpointError from reading and writing.
     """
@@ -56,6 +60,8 @@ def apply_plan(load: str | Path, made: plan.PruningPlan, save: str | Path) -> No
         pruning=[*parent.pruning, provenance(parent, made)],
         huggingface=parent.huggingface,
     ) as writer:
+        for name, payload in (files or {}).items():
+            writer.add_file(name, payload)
         for target in weights(made.target):
             source, kept = _source_of(target, made)
             writer.add(target.name, target.shape, cut(parent, source, kept), dtype=parent.spec(source).dtype)

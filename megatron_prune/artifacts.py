@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,14 @@ PARTIAL = ".partial-"
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON so that readers see the old file or the new one."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON, but a list of integers on one line: they are long in plans."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    text = re.sub(r"\[\n[\s\d,-]+\]", lambda match: " ".join(match[0].split()), text)
+    return (text + "\n").encode()
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:

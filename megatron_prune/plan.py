@@ -8,7 +8,6 @@ it. All indices are in source numbering and ascending.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,8 +66,8 @@ class PruningPlan:
             counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
             if len(groups) != target.num_query_groups or len(counts) != 1:
                 raise PlanError(
-                    f"plan: the kept heads of layer {layer} must lie in {target.num_query_groups} query groups, "
-                    f"the same number in each; found {len(groups)} groups with {sorted(counts)} heads"
+                    f"plan: the kept heads of layer {layer} must lie in {target.num_query_groups} query "
+                    f"groups, the same number in each; found {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
         if reached != target:
@@ -77,7 +76,7 @@ class PruningPlan:
             raise PlanError("plan: nothing is removed")
 
     def kept(self, position: int) -> Kept:
-        """What survives in the ``position``-th kept layer, which is ``kept_layers[position]`` of the source."""
+        """What survives in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
         return Kept(
             hidden=self.kept_hidden,
             heads=None if self.kept_heads is None else self.kept_heads[position],
@@ -103,8 +102,8 @@ class PruningPlan:
         # Through JSON, so that tuples and lists hash alike.
         return json.loads(json.dumps(asdict(self)))
 
-    def write(self, path: str | Path) -> None:
-        """Write ``plan.json`` atomically, a list of indices a line."""
+    def file(self) -> bytes:
+        """Content of ``plan.json``, a list of indices a line."""
         content = {
             "version": VERSION,
             **self._json(),
@@ -112,9 +111,11 @@ class PruningPlan:
             "removed_all": self.removed_all,
             "hash": self.hash,
         }
-        text = json.dumps(content, indent=2, allow_nan=False)
-        text = re.sub(r"\[[\s\d,]+\]", lambda match: " ".join(match[0].split()), text)
-        artifacts.write_bytes(path, (text + "\n").encode())
+        return artifacts.json_bytes(content)
+
+    def write(self, path: str | Path) -> None:
+        """Write ``plan.json`` atomically."""
+        artifacts.write_bytes(path, self.file())
 
 
 def read(path: str | Path) -> PruningPlan:

@@ -14,6 +14,13 @@ from megatron_prune.calibrate.statistics import Statistics, json_path
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
 
+FLAGS = (
+    "--calibration-data-path",
+    "--calibration-sequences",
+    "--calibration-seq-length",
+    "--calibration-sampling",
+)
+
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
@@ -54,12 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def complete(args: argparse.Namespace, argv: list[str]) -> None:
-    """Fill in what follows from the calibration's flags, and refuse flags that contradict them."""
+def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = True) -> None:
+    """Fill in what follows from the calibration's flags, and refuse flags that contradict them.
+
+    Without ``reads_text`` nothing is calibrated, and the calibration's flags are refused.
+    """
     from megatron_prune.engine.arguments import given
 
     runtime.refuse_layouts(args)
-    if args.calibration_data_path is None:
+    for flag in () if reads_text else FLAGS:
+        if given(argv, flag):
+            raise UsageError(flag, given="on the command line", allowed="where the method needs statistics")
+    if reads_text and args.calibration_data_path is None:
         raise UsageError(
             "--calibration-data-path", given="nothing", allowed="the prefix of a tokenized corpus"
         )
@@ -114,8 +127,14 @@ def gather(args: argparse.Namespace) -> Statistics:
     from megatron_prune.data.windows import windows
     from megatron_prune.engine import forward
 
-    runtime.refuse_layouts(args)
-    parent = open_checkpoint(_directory(args))
+    if args.virtual_pipeline_model_parallel_size is not None:  # not known before Megatron has read the layout
+        raise UsageError(
+            "--pipeline-model-parallel-layout",
+            given=args.pipeline_model_parallel_layout,
+            allowed="one stage a rank with this verb",
+            why="the model is read stage by stage",
+        )
+    parent = open_checkpoint(directory(args))
     indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
     chosen = windows(
         args.calibration_data_path,
@@ -146,7 +165,7 @@ def gather(args: argparse.Namespace) -> Statistics:
     )
 
 
-def _directory(args: argparse.Namespace) -> Path:
+def directory(args: argparse.Namespace) -> Path:
     """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if one is given."""
     return Path(args.load) / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else "")
 

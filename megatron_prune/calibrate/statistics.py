@@ -108,22 +108,25 @@ class Statistics:
     def _payload(self) -> bytes:
         return safetensors.torch.save({name: t.contiguous() for name, t in sorted(self.tensors.items())})
 
+    def files(self) -> tuple[bytes, bytes]:
+        """Content of the tensor file and of its JSON."""
+        payload = self._payload()
+        meta = {
+            "version": VERSION,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "parent": self.parent,
+            "shape": asdict(self.shape),
+            "loss_sum": self.loss_sum,
+            **self.provenance(),
+            "versions": artifacts.versions(),
+        }
+        return payload, artifacts.json_bytes(meta)
+
     def write(self, path: str | Path) -> None:
         """Write ``path`` and, after it, ``path`` with the suffix ``.json``; each atomically."""
-        payload = self._payload()
+        payload, meta = self.files()
         artifacts.write_bytes(path, payload)
-        artifacts.write_json(
-            json_path(path),
-            {
-                "version": VERSION,
-                "sha256": hashlib.sha256(payload).hexdigest(),
-                "parent": self.parent,
-                "shape": asdict(self.shape),
-                "loss_sum": self.loss_sum,
-                **self.provenance(),
-                "versions": artifacts.versions(),
-            },
-        )
+        artifacts.write_bytes(json_path(path), meta)
 
     def provenance(self) -> dict[str, Any]:
         """What stands behind the numbers, for plans and pruned checkpoints."""
@@ -182,8 +185,8 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             windows = {(calibration["corpus"], window) for window in calibration["windows"]}
             if windows & seen:
                 raise StatisticsError(
-                    f"cannot merge statistics: {len(windows & seen)} windows of {calibration['prefix']} are in more "
-                    "than one of them; use other windows (--calibration-sampling random with another --seed)"
+                    f"cannot merge statistics: {len(windows & seen)} windows of {calibration['prefix']} are "
+                    "in more than one of them; use others (--calibration-sampling random, another --seed)"
                 )
             seen |= windows
     return Statistics(

@@ -1,0 +1,70 @@
+"""``torchrun … -m megatron_prune prune``: calibrate, plan and apply in one command.
+
+What the method needs is run, in order, each stage leaving its file:
+
+    SAVE/release/…                         the pruned checkpoint
+    SAVE/pruning/plan.json                 what was kept, and why
+    SAVE/pruning/statistics.safetensors    what the plan was made from (with its .json)
+
+All flags are read, and the target is checked against the parent, before the model is loaded. Once
+the statistics are gathered the other ranks leave and rank 0 goes on alone, outside any process
+group, so that no collective waits (and times out) on the cutting of a large checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_prune import methods, plan_command
+from megatron_prune.apply import apply_plan
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import UsageError
+
+FOLDER = "pruning"
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    from megatron_prune.calibrate import command as calibrate
+    from megatron_prune.engine import runtime
+
+    name = plan_command.method_of(argv)
+    method = methods.get(name)
+    own: list[str] = []
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        own.extend(plan_command.add_choice_arguments(parser, method))
+        return calibrate.add_arguments(parser)
+
+    folder: Path
+    choice: plan_command.Choice
+
+    def complete(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal folder, choice
+        if args.save is None:
+            raise UsageError("--save", given="nothing", allowed="where the pruned checkpoint goes")
+        folder = Path(args.save)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError("--save", given=folder, allowed="a directory that is empty or does not exist")
+        seed = args.seed if method.random else None
+        choice = plan_command.choice_from(name, method, own, args, args.tensor_model_parallel_size, seed)
+        calibrate.complete(args, argv, reads_text=choice.needs_statistics)
+
+    args = runtime.start("prune", argv, add_arguments, complete=complete)
+    parent = open_checkpoint(calibrate.directory(args))
+    choice.shape(parent.shape)
+    statistics = calibrate.gather(args) if choice.needs_statistics else None
+    if args.rank != 0:
+        return 0
+    made = choice.make(parent, statistics)
+    plan_command.show(made)
+    files = {f"{FOLDER}/plan.json": made.file()}
+    if statistics is not None:
+        names = ("statistics.safetensors", "statistics.json")
+        files |= {
+            f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)
+        }
+    apply_plan(calibrate.directory(args), made, folder, files)
+    print(f"wrote {folder}", flush=True)
+    return 0
