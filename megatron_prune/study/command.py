@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import shlex
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,18 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=140)
 
 
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Megatron's complaints about a missing GPU are not this command's news."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _run(study: config.Study, places: Places, options: argparse.Namespace) -> int:
-    from megatron_prune.study import runner
+    with _quiet_imports():
+        from megatron_prune.study import runner
     from megatron_prune.study.progress import Progress
 
     with Progress() as progress:
@@ -79,7 +92,8 @@ def _report(study: config.Study, places: Places, options: argparse.Namespace) ->
 
 
 def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> int:
-    from megatron_prune.study import preflight, stages
+    with _quiet_imports():
+        from megatron_prune.study import preflight, stages
 
     outlook = preflight.check(study, places)
     laid = outlook.grid(study)

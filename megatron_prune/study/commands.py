@@ -142,7 +142,7 @@ def _pretrain(
             "train-iters": samples.steps,
             "seed": seed,
             "lr": recipe.lr,
-            "min-lr": recipe.lr * recipe.min_lr_fraction,
+            "min-lr": float(f"{recipe.lr * recipe.min_lr_fraction:.12g}"),
             "lr-decay-style": "cosine",
             "lr-warmup-fraction": recipe.warmup_fraction or None,
         }
@@ -176,7 +176,7 @@ def calibration(study: Study, places: Places, seed: int) -> Command:
             "calibration-sequences": chosen.sequences,
             "calibration-seq-length": study.calibration_seq_length,
             "calibration-sampling": chosen.sampling,
-            "calibration-seed": seed if chosen.sampling == "random" else None,
+            "seed": seed if chosen.sampling == "random" else None,
             "output": str(places.statistics(calibration_cell(study, seed))),
         }
     )

@@ -57,8 +57,6 @@ RESERVED = (
     "save-interval",
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
-    "tokenizer-type",
-    "tokenizer-model",
     "eval-iters",
     "log-interval",
 )

@@ -26,6 +26,7 @@ ALLOWED: dict[str, str] = {
     "pretrained_checkpoint": "start",
     "shape_from": "start",
     "use_checkpoint_args": "start",
+    "finetune": "start",
     "load": "output path",
     "save": "output path",
     "tensorboard_dir": "output path",
@@ -43,6 +44,7 @@ OWN_STEPS: dict[str, str] = {
     "lr_warmup_iters": "own steps",
     "lr_warmup_samples": "own steps",
     "stream_range": "own steps",
+    "eval_interval": "own steps",
 }
 STREAM = ("id", "seed", "seq_length", "epochs", "blend")
 ACCOUNTED = ("global_batch_size", "micro_batch_size", "seq_length", "seed", "permutation_seed", "parameters")

@@ -105,7 +105,7 @@ class _Runner:
                     f"study {self.study.name}",
                     given=f"{cell.id} with {_first_difference(earlier, content)}",
                     allowed="its earlier commands",
-                    why=f"rename the study, or remove {path.parent} and its ledger line",
+                    why=f"rename the study, or remove {path.parent} and its line",
                 )
             return
         artifacts.write_json(path, content)
