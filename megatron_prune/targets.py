@@ -8,7 +8,7 @@ Exactly one of three ways is used:
 
 For the last two the shape is chosen deterministically. Depth: the number of layers whose removal
 comes nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. For every
-hidden size, the FFN size that comes nearest; among the pairs within ``--tolerance`` of what should
+hidden size, the FFN size that comes nearest (the larger of two); among the pairs within ``--tolerance`` of what should
 stay, the one that shrinks hidden and FFN most evenly (by ratio to the source), then the nearest,
 then the larger hidden size. Sizes that change obey ``--divisible-by`` and the tensor-parallel size.
 """
@@ -84,9 +84,7 @@ class Target:
     def _count(self, shape: ModelShape) -> int:
         """Parameters that the ratio or the count is about."""
         return (
-            shape.linear_parameters()
-            if self.ratio is not None and self.ratio_of == "linears"
-            else shape.parameters()
+            shape.linear_parameters() if self.ratio is not None and self.ratio_of == "linears" else shape.parameters()
         )
 
     def _goal(self, source: ModelShape) -> float:
@@ -119,9 +117,7 @@ class Target:
         if self.ratio is not None and self.ratio_of == "linears":
             removed = round(layers * self.ratio)
         else:
-            removed = min(
-                range(layers), key=lambda n: abs(self._count(replace(source, num_layers=layers - n)) - goal)
-            )
+            removed = min(range(layers), key=lambda n: abs(self._count(replace(source, num_layers=layers - n)) - goal))
         if not 0 < removed < layers:
             flag, given = self._describe()
             raise UsageError(
@@ -142,15 +138,16 @@ class Target:
         for hidden in {*range(step, source.hidden_size, step), source.hidden_size}:
             # Both counts are linear in the FFN size, so two points give the size that meets the goal.
             base, one_more = (
-                self._count(replace(source, hidden_size=hidden, ffn_hidden_size=f))
-                for f in (ffn_step, 2 * ffn_step)
+                self._count(replace(source, hidden_size=hidden, ffn_hidden_size=f)) for f in (ffn_step, 2 * ffn_step)
             )
-            steps = 1 + round((goal - base) / (one_more - base))
-            ffn = min(ffn_step * max(steps, 1), source.ffn_hidden_size)
-            shape = replace(source, hidden_size=hidden, ffn_hidden_size=ffn)
-            if shape == source:
+            below = ffn_step * max(1, 1 + math.floor((goal - base) / (one_more - base)))
+            sizes = {min(ffn, source.ffn_hidden_size) for ffn in (below, below + ffn_step)}
+            shapes = [replace(source, hidden_size=hidden, ffn_hidden_size=ffn) for ffn in sizes]
+            candidates = [(abs(self._count(s) - goal), -s.ffn_hidden_size, s) for s in shapes if s != source]
+            if not candidates:
                 continue
-            error = abs(self._count(shape) / goal - 1)
+            distance, _, shape = min(candidates, key=lambda candidate: candidate[:2])
+            error, ffn = distance / goal, shape.ffn_hidden_size
             if nearest is None or (error, -hidden) < (nearest[0], -nearest[1].hidden_size):
                 nearest = (error, shape)
             unevenness = abs(math.log(hidden / source.hidden_size) - math.log(ffn / source.ffn_hidden_size))
@@ -164,8 +161,7 @@ class Target:
                     "--divisible-by",
                     given=step,
                     allowed="a number that divides sizes below the source's",
-                    why=f"the source has hidden size {source.hidden_size} and FFN size "
-                    f"{source.ffn_hidden_size}",
+                    why=f"the source has hidden size {source.hidden_size} and FFN size {source.ffn_hidden_size}",
                 )
             shape = nearest[1]
             raise UsageError(
@@ -183,21 +179,14 @@ class Target:
 
     def _check(self, source: ModelShape, shape: ModelShape) -> None:
         """Divisibility of every size that changed, and tensor parallelism of the result."""
-        widths = (
-            ("--target-hidden-size", source.hidden_size, shape.hidden_size, ""),
-            ("--target-ffn-hidden-size", source.ffn_hidden_size, shape.ffn_hidden_size, ""),
-            (
-                "--target-num-attention-heads",
-                source.axis_size("heads"),
-                shape.axis_size("heads"),
-                f"heads of {shape.kv_channels} channels",
-            ),
-        )
-        for flag, before, after, why in widths:
+        heads = f"{shape.num_attention_heads} heads of {shape.kv_channels} channels"
+        for flag, given, before, after in (
+            ("--target-hidden-size", shape.hidden_size, source.hidden_size, shape.hidden_size),
+            ("--target-ffn-hidden-size", shape.ffn_hidden_size, source.ffn_hidden_size, shape.ffn_hidden_size),
+            ("--target-num-attention-heads", heads, source.axis_size("heads"), shape.axis_size("heads")),
+        ):
             if after != before and after % self.divisible_by:
-                raise UsageError(
-                    flag, given=after, allowed=f"a multiple of --divisible-by {self.divisible_by}", why=why
-                )
+                raise UsageError(flag, given=given, allowed=f"a multiple of --divisible-by {self.divisible_by}")
         tp = self.tensor_parallel
         for flag, size in (
             ("--target-num-attention-heads", shape.num_attention_heads),
@@ -223,9 +212,7 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> M
                 allowed="a size that the method cuts: " + ", ".join(flag_of(d) for d in method.dimensions),
             )
         if not 1 <= size <= getattr(source, field):
-            raise UsageError(
-                flag_of(field), given=size, allowed=f"1 to {getattr(source, field)}, the source's size"
-            )
+            raise UsageError(flag_of(field), given=size, allowed=f"1 to {getattr(source, field)}, the source's size")
     wanted = dict(sizes)
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
     if heads is not None and groups is None and source.heads_per_group == 1:
@@ -242,9 +229,7 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> M
         )
     shape = replace(source, **cast(dict[str, Any], wanted))
     if shape == source:
-        raise UsageError(
-            ", ".join(map(flag_of, sizes)), given="the source's sizes", allowed="a smaller model"
-        )
+        raise UsageError(", ".join(map(flag_of, sizes)), given="the source's sizes", allowed="a smaller model")
     return shape
 
 
@@ -286,9 +271,7 @@ def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Tar
     if options.ratio is None and options.ratio_of is not None:
         raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
     if sizes and options.tolerance is not None:
-        raise UsageError(
-            "--tolerance", given=options.tolerance, allowed="together with --ratio or --target-params"
-        )
+        raise UsageError("--tolerance", given=options.tolerance, allowed="together with --ratio or --target-params")
     return Target(
         sizes=sizes,
         ratio=options.ratio,

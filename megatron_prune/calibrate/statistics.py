@@ -148,12 +148,12 @@ def json_path(path: str | Path) -> Path:
 def read(path: str | Path) -> Statistics:
     """Read a statistics file with its JSON; StatisticsError says what does not fit."""
     meta = artifacts.read_json(json_path(path))
+    if not isinstance(meta, dict) or meta.get("version") != VERSION:
+        raise StatisticsError(f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}")
     try:
         payload = Path(path).read_bytes()
     except OSError as error:
         raise StatisticsError(f"cannot read statistics {path}: {error}") from error
-    if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        raise StatisticsError(f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}")
     if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
         raise StatisticsError(f"{path} and {json_path(path)} do not belong together: calibrate again")
     try:

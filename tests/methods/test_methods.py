@@ -1,0 +1,174 @@
+"""Every method against plain numpy written from its definition, on statistics of the test's own making."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune import methods
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import Request, Selection
+
+GQA = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
+MHA = ModelShape(4, 24, 12, 12, 2, 20, 16, tied=True)
+
+
+def numpy_activations(shape: ModelShape, seed: int = 0) -> dict[str, np.ndarray]:
+    """Made-up activations at every site: [L, sequences, tokens, channels]."""
+    random = np.random.default_rng(seed)
+    widths = {
+        "input_layernorm": shape.hidden_size,
+        "pre_mlp_layernorm": shape.hidden_size,
+        "attention": shape.num_attention_heads * shape.kv_channels,
+        "mlp": shape.ffn_hidden_size,
+        "final_layernorm": shape.hidden_size,
+    }
+    return {
+        site: random.standard_normal((shape.num_layers, 3, 5, n))
+        * random.uniform(0.5, 2, (shape.num_layers, 1, 1, n))
+        for site, n in widths.items()
+    }
+
+
+def sums(activations: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The statistics of those activations."""
+    found = {}
+    for site, x in activations.items():
+        if site == "final_layernorm":
+            x = x[0]
+        found[f"{site}.sum_abs_mean_sq"] = torch.from_numpy((np.abs(x).mean(-2) ** 2).sum(-2))
+        found[f"{site}.sum_sq"] = torch.from_numpy((x**2).sum((-3, -2)))
+    return found
+
+
+def settings(name: str, *flags: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    methods.get(name).add_arguments(parser)
+    return vars(parser.parse_args(flags))
+
+
+def select(
+    name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0
+) -> Selection:
+    return methods.get(name).select(Request(source, target, statistics, settings(name, *flags), seed))
+
+
+def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
+    """Indices of the highest scores, the lower index first among equals, ascending."""
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return tuple(sorted(ranked[:count]))
+
+
+def test_registry_finds_methods_by_their_files() -> None:
+    assert methods.names() == ["minitron-width", "random", "shortgpt"]
+    with pytest.raises(UsageError, match="--method: given magic, allowed is one of minitron-width"):
+        methods.get("magic")
+
+
+def test_shortgpt_keeps_the_most_influential_layers_in_order() -> None:
+    influence = torch.tensor([0.5, 0.1, 0.4, 0.1], dtype=torch.float64)
+    chosen = select("shortgpt", GQA, replace(GQA, num_layers=2), {"block_influence": influence})
+    assert chosen == Selection((0, 2))
+
+
+def test_shortgpt_tie_keeps_the_lower_layer_and_says_so() -> None:
+    influence = torch.tensor([0.1, 0.5, 0.1, 0.1 * (1 - 5e-6)], dtype=torch.float64)
+    chosen = select("shortgpt", GQA, replace(GQA, num_layers=2), {"block_influence": influence})
+    assert chosen.layers == (0, 1)
+    (tie,) = chosen.near_ties
+    assert (tie.unit, tie.kept, tie.removed, tie.others) == ("layer", 0, 2, (3,))
+
+
+def test_scores_further_apart_than_the_tolerance_are_no_near_tie() -> None:
+    influence = torch.tensor([0.1, 0.5, 0.1 * (1 - 2e-5), 0.05], dtype=torch.float64)
+    assert not select("shortgpt", GQA, replace(GQA, num_layers=2), {"block_influence": influence}).near_ties
+
+
+@pytest.mark.parametrize("aggregation", ["definition", "paper"])
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize(("source", "groups", "heads"), [(GQA, 3, 6), (GQA, 2, 4), (MHA, 5, 5)])
+def test_minitron_width_matches_its_definition(
+    source: ModelShape, groups: int, heads: int, aggregation: str, final_norm: bool
+) -> None:
+    target = replace(
+        source, hidden_size=16, num_query_groups=groups, num_attention_heads=heads, ffn_hidden_size=7
+    )
+    activations = numpy_activations(source)
+    flags = ["--aggregation", aggregation, *(["--include-final-norm"] if final_norm else [])]
+    chosen = select("minitron-width", source, target, sums(activations), *flags)
+
+    def importance(x: np.ndarray) -> np.ndarray:  # [b, t, n] → [n]
+        if aggregation == "definition":
+            return np.sqrt((np.abs(x).mean(1) ** 2).sum(0))
+        return np.sqrt(
+            sum((np.abs(x[b : b + 1]).mean(0) ** 2).sum(0) for b in range(len(x)))
+        )  # batches of one
+
+    norms = [
+        activations[site][layer] for site in ("input_layernorm", "pre_mlp_layernorm") for layer in range(4)
+    ]
+    if final_norm:
+        norms.append(activations["final_layernorm"][0])
+    assert chosen.hidden == top(sum(importance(x) for x in norms), 16)
+    assert chosen.layers == (0, 1, 2, 3)
+    for layer in range(4):
+        assert chosen.ffn is not None and chosen.heads is not None
+        assert chosen.ffn[layer] == top(importance(activations["mlp"][layer]), 7)
+        channels = importance(activations["attention"][layer])
+        per_head = [np.linalg.norm(channels[2 * h : 2 * h + 2]) for h in range(12)]
+        size = source.heads_per_group
+        per_group = [sum(per_head[g * size : (g + 1) * size]) for g in range(source.num_query_groups)]
+        expected = []
+        for group in top(np.array(per_group), groups):
+            inside = top(np.array(per_head[group * size : (group + 1) * size]), heads // groups)
+            expected += [group * size + i for i in inside]
+        assert chosen.heads[layer] == tuple(expected)
+
+
+def test_minitron_width_leaves_alone_what_the_target_keeps() -> None:
+    target = replace(GQA, ffn_hidden_size=7)
+    chosen = select("minitron-width", GQA, target, sums(numpy_activations(GQA)))
+    assert chosen.hidden is None and chosen.heads is None and chosen.ffn is not None
+
+
+def test_near_ties_name_layer_and_group() -> None:
+    statistics = sums(numpy_activations(GQA))
+    context = statistics["attention.sum_abs_mean_sq"]
+    context[1] = torch.arange(24, 0, -1).double()
+    # Heads 5 and 6 (group 1) of layer 1 score alike; two of four heads stay in each group.
+    context[1, 8:16] = torch.tensor([9, 9, 4, 4, 4, 4, 1, 1]).double()
+    chosen = select("minitron-width", GQA, replace(GQA, num_attention_heads=6), statistics)
+    assert chosen.heads is not None and chosen.heads[1] == (0, 1, 4, 5, 8, 9)
+    tie = next(t for t in chosen.near_ties if t.layer == 1)
+    assert (tie.unit, tie.group, tie.kept, tie.removed, tie.others) == ("head", 1, 5, 6, ())
+
+
+def test_random_is_a_function_of_its_seed_and_obeys_the_target() -> None:
+    target = ModelShape(3, 16, 4, 2, 2, 9, 16, tied=False)
+    one, again, other = (select("random", GQA, target, {}, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
+    assert len(one.layers) == 3 and one.hidden is not None and len(one.hidden) == 16
+    assert one.heads is not None and len(one.heads) == 3
+    for heads in one.heads:
+        assert len(heads) == 4 and sorted({h // 4: 0 for h in heads}) and len({h // 4 for h in heads}) == 2
+
+
+def test_random_is_uniform_over_heads_groups_and_layers() -> None:
+    target = replace(GQA, num_layers=2, num_attention_heads=4, num_query_groups=2)
+    layers, heads = np.zeros(4), np.zeros(12)
+    draws = 3000
+    for seed in range(draws):
+        chosen = select("random", GQA, target, {}, seed=seed)
+        assert chosen.heads is not None
+        layers[list(chosen.layers)] += 1
+        heads[list(chosen.heads[0])] += 1
+    # Each layer stays in half of the draws, each head in a third: within five standard deviations.
+    for counts, p in ((layers, 1 / 2), (heads, 1 / 3)):
+        assert np.abs(counts / draws - p).max() < 5 * np.sqrt(p * (1 - p) / draws)

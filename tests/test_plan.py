@@ -1,0 +1,235 @@
+"""The plan and its verb: round trips, self-validation, provenance, and refusals before any work."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_prune import methods, plan, plan_command
+from megatron_prune.calibrate.statistics import Statistics, StatisticsError, tensor_shapes
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import PlanError, UsageError
+
+SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
+TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
+SETTINGS = {"aggregation": "definition", "include_final_norm": False}
+
+
+def statistics(shape: ModelShape = SOURCE, parent: str = "parent", seed: int = 0) -> Statistics:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in tensor_shapes(shape).items()
+    }
+    run = {"prefix": "p", "corpus": "c", "sampling": "sequential", "seed": None, "windows": [0, 1, 2]}
+    return Statistics(tensors, shape, parent, 5, 3, 30.0, (run,))
+
+
+def make(target: ModelShape = TARGET, name: str = "minitron-width", **changes: Any) -> plan.PruningPlan:
+    arguments: dict[str, Any] = {
+        "source": SOURCE, "target": target, "parent": "parent", "ratio": 0.5, "ratio_of": "linears",
+        "settings": SETTINGS, "statistics": statistics(),
+    }  # fmt: skip
+    return plan.make(name, methods.get(name), **arguments | changes)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    made = make()
+    made.write(tmp_path / "plan.json")
+    found = plan.read(tmp_path / "plan.json")
+    assert found == made and found.hash == made.hash
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["removed_linears"] == pytest.approx(1 - TARGET.linear_parameters() / SOURCE.linear_parameters())
+    assert content["removed_all"] == pytest.approx(1 - TARGET.parameters() / SOURCE.parameters())
+    assert content["statistics"] == statistics().hash
+    assert content["calibration"]["tokens"] == 15
+    assert content["calibration"]["calibrations"][0]["windows"] == [0, 1, 2]
+
+
+def test_hash_depends_on_what_is_kept() -> None:
+    assert make().hash != make(statistics=statistics(seed=1)).hash
+    assert make().hash == make().hash
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make().write(path)
+    content = json.loads(path.read_text())
+    content["parent"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="was changed after it was written"):
+        plan.read(path)
+    del content["kept_layers"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="damaged: KeyError.'kept_layers'"):
+        plan.read(path)
+    path.write_text("{}")
+    with pytest.raises(PlanError, match="not a pruning plan of version 1"):
+        plan.read(path)
+
+
+HEADS = ((0, 1, 4, 5),) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept_layers": (0, 1, 2)}, "kept_layers has 3 indices, the target says 4"),
+        ({"kept_layers": (0, 1, 2, 4)}, r"kept_layers must lie in 0…3"),
+        ({"kept_layers": (0, 2, 1, 3)}, "kept_layers must be ascending"),
+        ({"kept_layers": (0, 1, 1, 3)}, "kept_layers must be ascending without repeats"),
+        ({"kept_layers": (0, 1, 2, 3.0)}, "kept_layers must be integers"),
+        ({"kept_hidden": tuple(range(15))}, "kept_hidden has 15 indices"),
+        ({"kept_hidden": (-1, *range(15))}, "kept_hidden must lie in"),
+        ({"kept_hidden": None}, "what is kept makes"),
+        ({"kept_ffn": ((0, 1, 2, 3, 4, 5, 6, 7),) * 3}, "kept_ffn has 3 entries for 4 kept layers"),
+        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 4))}, r"layer 3 must lie in 2 query groups.*found 2 groups"),
+        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 3))}, "found 1 groups"),
+        ({"target": replace(TARGET, ffn_hidden_size=9)}, "the target says 9"),
+        ({"target": replace(TARGET, kv_channels=4)}, "what is kept makes"),
+        (
+            {"target": SOURCE, "kept_hidden": None, "kept_heads": None, "kept_ffn": None},
+            "nothing is removed",
+        ),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    good = replace(make(), kept_heads=HEADS)
+    with pytest.raises(PlanError, match=message):
+        replace(good, **changes)
+
+
+def test_statistics_must_be_there_and_of_this_parent() -> None:
+    with pytest.raises(StatisticsError, match="minitron-width needs statistics"):
+        make(statistics=None)
+    with pytest.raises(StatisticsError, match="of another parent .fingerprint other"):
+        make(statistics=statistics(parent="other"))
+
+
+def test_a_method_without_statistics_records_none() -> None:
+    made = make(name="random", settings={"axis": "width"}, seed=3)
+    assert (made.statistics, made.calibration, made.seed) == (None, None, 3)
+
+
+def test_table_says_what_changes_and_lists_near_ties() -> None:
+    same = statistics()
+    same.tensors["mlp.sum_abs_mean_sq"][2] = 1.0
+    shown = io.StringIO()
+    plan_command.show(make(statistics=same), Console(file=shown, width=110))
+    text = shown.getvalue()
+    assert f"{SOURCE.parameters():,}" in text and f"{TARGET.parameters():,}" in text
+    assert f"{SOURCE.forward_flops(2048):,}" in text and f"{TARGET.forward_flops(2048):,}" in text
+    assert f"{1 - TARGET.linear_parameters() / SOURCE.linear_parameters():.2%} of linears" in text
+    assert f"{1 - TARGET.parameters() / SOURCE.parameters():.2%} of all (asked for: 50.00% of linears)" in text
+    assert "near-ties: 1 cuts" in text
+    row = next(line for line in text.splitlines() if "│  ffn" in line or "│ ffn │" in line.replace("  ", " "))
+    assert row.split("│")[2:6] and [cell.strip() for cell in row.split("│")[2:6]] == ["2", "–", "7", "8"]
+
+
+# -- the verb ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parent_statistics(tiny_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up statistics for the tiny parent."""
+    parent = open_checkpoint(tiny_parent)
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    statistics(parent.shape, parent.fingerprint()).write(path)
+    return path
+
+
+@pytest.fixture
+def verb(tiny_parent: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run ``plan`` with the given flags; the path of its output."""
+
+    def run(*flags: object) -> Path:
+        output = tmp_path / "plan.json"
+        assert plan_command.main(["--load", str(tiny_parent), "--output", str(output), *map(str, flags)]) == 0
+        return output
+
+    return run
+
+
+def test_verb_writes_a_plan_for_this_parent(
+    verb: Callable[..., Path], parent_statistics: Path, tiny_parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan.read(verb("--statistics", parent_statistics, "--method", "shortgpt", "--ratio", "0.5"))
+    assert found.parent == open_checkpoint(tiny_parent).fingerprint()
+    assert (len(found.kept_layers), found.ratio, found.ratio_of, found.seed) == (2, 0.5, "linears", None)
+    shown = capsys.readouterr().out
+    assert "removed layers" in shown and "near-ties: none" in shown
+
+
+def test_verb_merges_statistics(
+    verb: Callable[..., Path], parent_statistics: Path, tiny_parent: Path, tmp_path: Path
+) -> None:
+    parent = open_checkpoint(tiny_parent)
+    other = statistics(parent.shape, parent.fingerprint(), seed=1)
+    other = replace(other, calibrations=({**other.calibrations[0], "windows": [7, 8, 9]},))
+    other.write(tmp_path / "o.safetensors")
+    flags = ("--method", "shortgpt", "--target-num-layers", "2")
+    found = plan.read(verb("--statistics", parent_statistics, tmp_path / "o.safetensors", *flags))
+    assert found.calibration is not None and found.calibration["sequences"] == 6
+
+
+def test_verb_draws_by_its_seed(verb: Callable[..., Path]) -> None:
+    flags = ("--method", "random", "--target-ffn-hidden-size", "64", "--seed")
+    one, again, other = (plan.read(verb(*flags, seed)) for seed in (1, 1, 2))
+    assert one.kept_ffn == again.kept_ffn != other.kept_ffn
+    assert one.seed == 1
+
+
+S = "STATISTICS"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--method: given nothing"),
+        (["--method", "magic"], "--method: given magic"),
+        (["--method", "shortgpt", "--ratio", "0.5"], "--statistics: given nothing"),
+        (["--method", "random", "--target-num-layers", "2", "--statistics", S], "--statistics: given .*needs none"),
+        (
+            ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--seed", "1"],
+            "--seed: given 1.*draws nothing",
+        ),
+        (
+            ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--aggregation", "paper"],
+            "--aggregation: given with --method shortgpt, allowed is only with --method minitron-width",
+        ),
+        (["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"], "--nonsense: given an unknown"),
+        (["--method", "shortgpt", "--ratio", "2", "--statistics", S], "--ratio: given 2.0"),
+        (
+            ["--method", "minitron-width", "--statistics", S, "--target-ffn-hidden-size", "128"]
+            + ["--tensor-model-parallel-size", "3"],
+            "--target-ffn-hidden-size: given 128.*--tensor-model-parallel-size 3",
+        ),
+    ],
+)
+def test_verb_refuses(verb: Callable[..., Path], parent_statistics: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        verb(*(parent_statistics if flag == S else flag for flag in flags))
+
+
+def test_verb_needs_no_megatron(tiny_parent: Path, tmp_path: Path) -> None:
+    """Planning and applying import no Megatron."""
+    script = (
+        "import sys\nfrom megatron_prune.__main__ import main\n"
+        f"main(['plan', '--load', {str(tiny_parent)!r}, '--method', 'random', '--target-num-layers', '2', "
+        f"'--output', {str(tmp_path / 'p.json')!r}])\n"
+        f"main(['apply', '--load', {str(tiny_parent)!r}, '--plan', {str(tmp_path / 'p.json')!r}, "
+        f"'--save', {str(tmp_path / 'pruned')!r}])\n"
+        "found = [m for m in sys.modules if m.split('.')[0] == 'megatron']\nassert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert open_checkpoint(tmp_path / "pruned").shape.num_layers == 2

@@ -1,0 +1,183 @@
+"""From flags to shapes: the stated rule by brute force, the paper's shapes, and every refusal."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prune import methods, targets
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+
+LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
+SMALL = ModelShape(6, 96, 12, 6, 8, 192, 384, tied=True)
+MHA = replace(SMALL, num_query_groups=12)
+
+
+def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
+    parser = argparse.ArgumentParser()
+    targets.add_arguments(parser)
+    target = targets.from_arguments(parser.parse_args(flags), tp)
+    return target.choose(source, methods.get(method), {"axis": axis})
+
+
+def test_depth_by_ratio_is_the_rounded_number_of_layers() -> None:
+    assert choose(LLAMA_8B, "shortgpt", "--ratio", "0.5") == replace(LLAMA_8B, num_layers=16)
+    for ratio in (0.2, 0.3, 0.5, 0.7):
+        assert choose(SMALL, "shortgpt", "--ratio", str(ratio)).num_layers == 6 - round(6 * ratio)
+
+
+def test_depth_by_ratio_of_all_takes_the_nearest() -> None:
+    # Half of all parameters is more than half of the layers: embeddings stay.
+    found = choose(LLAMA_8B, "shortgpt", "--ratio", "0.5", "--ratio-of", "all").num_layers
+    distance = {n: abs(replace(LLAMA_8B, num_layers=n).parameters() - LLAMA_8B.parameters() / 2) for n in range(1, 32)}
+    assert found == min(distance, key=lambda n: distance[n]) == 14
+
+
+def test_depth_by_parameters() -> None:
+    wanted = replace(LLAMA_8B, num_layers=20)
+    assert choose(LLAMA_8B, "shortgpt", "--target-params", str(wanted.parameters() + 1000)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "stay"),
+    [
+        # 16 layers of Llama-3.1-8B: 4.54B parameters stay. Shapes of the paper, by explicit sizes.
+        (["--target-num-layers", "16"], {"num_layers": 16}, 4.54e9),
+        (["--target-hidden-size", "3072", "--target-ffn-hidden-size", "9216"], {}, 4.51e9),
+        (["--target-hidden-size", "2432", "--target-ffn-hidden-size", "6144"], {}, 2.9e9),
+    ],
+)
+def test_sizes_of_the_paper(flags: list[str], expected: dict[str, int], stay: float) -> None:
+    shape = choose(LLAMA_8B, "random", *flags)
+    assert all(getattr(shape, key) == value for key, value in expected.items())
+    assert shape.kv_channels == 128 and shape.num_attention_heads == 32
+    assert shape.parameters() == pytest.approx(stay, rel=0.05 if stay < 4e9 else 0.002)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ratio=st.floats(0.2, 0.85),
+    ratio_of=st.sampled_from(["linears", "all"]),
+    step=st.sampled_from([4, 8]),
+    tp=st.sampled_from([1, 2, 3]),
+    source=st.sampled_from([SMALL, replace(SMALL, tied=False, ffn_hidden_size=200, hidden_size=90)]),
+)
+def test_width_by_ratio_is_the_best_of_all_shapes(
+    ratio: float, ratio_of: str, step: int, tp: int, source: ModelShape
+) -> None:
+    def count(shape: ModelShape) -> int:
+        return shape.linear_parameters() if ratio_of == "linears" else shape.parameters()
+
+    goal = (1 - ratio) * count(source)
+    # The rule, by enumeration: for each hidden size the FFN size that comes nearest …
+    hiddens = sorted({*range(step, source.hidden_size, step), source.hidden_size})
+    ffn_steps = sorted({n for n in range(step, source.ffn_hidden_size, step) if n % tp == 0} | {source.ffn_hidden_size})
+    best: dict[int, tuple[float, ModelShape]] = {}
+    for hidden in hiddens:
+        for ffn in reversed(ffn_steps):  # of two that are as near, the larger
+            shape = replace(source, hidden_size=hidden, ffn_hidden_size=ffn)
+            error = abs(count(shape) - goal)
+            if shape != source and (hidden not in best or error < best[hidden][0]):
+                best[hidden] = (error, shape)
+    # … and among those within the tolerance the most even.
+    fits = [(error, shape) for error, shape in best.values() if error <= 0.02 * goal]
+    flags = ["--ratio", repr(ratio), "--ratio-of", ratio_of, "--divisible-by", str(step)]
+    if not fits:
+        with pytest.raises(UsageError, match="the nearest is hidden"):
+            choose(source, "minitron-width", *flags, tp=tp)
+        return
+
+    def unevenness(shape: ModelShape) -> float:
+        return abs(log(shape.hidden_size / source.hidden_size) - log(shape.ffn_hidden_size / source.ffn_hidden_size))
+
+    found = choose(source, "minitron-width", *flags, tp=tp)
+    assert abs(count(found) / goal - 1) <= 0.02
+    assert unevenness(found) == pytest.approx(min(unevenness(shape) for _, shape in fits), abs=1e-9)
+    assert found.num_attention_heads == source.num_attention_heads
+
+
+def test_width_by_parameters_and_tolerance() -> None:
+    wanted = replace(LLAMA_8B, hidden_size=3072, ffn_hidden_size=9216)
+    found = choose(LLAMA_8B, "minitron-width", "--target-params", str(wanted.parameters()))
+    assert found.parameters() == pytest.approx(wanted.parameters(), rel=0.02)
+    assert found.hidden_size % 64 == found.ffn_hidden_size % 64 == 0
+    with pytest.raises(UsageError, match=r"--ratio: given 0\.37.*nearest is hidden .* give a smaller --divisible-by"):
+        choose(SMALL, "minitron-width", "--ratio", "0.37", "--tolerance", "0.0001", "--divisible-by", "32")
+
+
+def test_explicit_heads_and_groups() -> None:
+    by_8 = ["--divisible-by", "8"]
+    assert choose(MHA, "minitron-width", "--target-num-attention-heads", "5", *by_8) == replace(
+        MHA, num_attention_heads=5, num_query_groups=5
+    )
+    assert choose(SMALL, "minitron-width", "--target-num-attention-heads", "6", *by_8) == replace(
+        SMALL, num_attention_heads=6
+    )
+    assert choose(SMALL, "minitron-width", "--target-num-query-groups", "2", *by_8) == replace(
+        SMALL, num_attention_heads=4, num_query_groups=2
+    )
+
+
+def test_random_cuts_depth_and_width_at_once() -> None:
+    flags = ["--target-num-layers", "3", "--target-ffn-hidden-size", "64"]
+    assert choose(SMALL, "random", *flags) == replace(SMALL, num_layers=3, ffn_hidden_size=64)
+    assert choose(SMALL, "random", "--ratio", "0.5", axis="depth").num_layers == 3
+    assert choose(SMALL, "random", "--ratio", "0.5", "--divisible-by", "8", axis="width").num_layers == 6
+
+
+REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
+    ("shortgpt", [], {}, "exactly one of --ratio, --target-params"),
+    ("shortgpt", ["--ratio", "0.5", "--target-num-layers", "3"], {}, "exactly one of"),
+    ("shortgpt", ["--ratio", "0.5", "--target-params", "3"], {}, "exactly one of"),
+    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: given 1.5, allowed is a fraction"),
+    ("shortgpt", ["--ratio", "0"], {}, "--ratio: given 0.0"),
+    ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers .the nearest is 0"),
+    ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers .the nearest is 6"),
+    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: given 99999999, allowed is fewer than"),
+    ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: given 7, allowed is 1 to 6"),
+    ("shortgpt", ["--target-num-layers", "0"], {}, "--target-num-layers: given 0"),
+    ("shortgpt", ["--target-num-layers", "6"], {}, "allowed is a smaller model"),
+    ("shortgpt", ["--target-hidden-size", "64"], {}, "--target-hidden-size: given 64.*that the method cuts"),
+    ("minitron-width", ["--target-num-layers", "3"], {}, "--target-num-layers: given 3.*that the method cuts"),
+    ("minitron-width", ["--target-hidden-size", "48"], {}, "--target-hidden-size: given 48.*--divisible-by 64"),
+    ("minitron-width", ["--target-ffn-hidden-size", "100"], {}, "--target-ffn-hidden-size: given 100"),
+    (
+        "minitron-width",
+        ["--target-num-attention-heads", "6"],
+        {},
+        "--target-num-attention-heads: given 6 heads of 8 channels.*--divisible-by 64",
+    ),
+    ("minitron-width", ["--target-num-attention-heads", "8"], {}, "given 8 for 6 query groups"),
+    ("minitron-width", ["--target-ffn-hidden-size", "64"], {"tp": 3}, "--tensor-model-parallel-size 3"),
+    (
+        "minitron-width",
+        ["--target-num-query-groups", "4", "--target-num-attention-heads", "8"],
+        {"tp": 3},
+        "--target-num-attention-heads: given 8.*--tensor-model-parallel-size 3",
+    ),
+    ("minitron-width", ["--ratio", "0.5", "--divisible-by", "0"], {}, "--divisible-by: given 0"),
+    ("minitron-width", ["--ratio", "0.5", "--tolerance", "2"], {}, "--tolerance: given 2.0"),
+    (
+        "minitron-width",
+        ["--ratio", "0.5", "--divisible-by", "200"],
+        {},
+        "--divisible-by: given 200, allowed is a number that divides",
+    ),
+    ("minitron-width", ["--target-hidden-size", "64", "--ratio-of", "all"], {}, "--ratio-of: given all"),
+    ("minitron-width", ["--target-hidden-size", "64", "--tolerance", "0.1"], {}, "--tolerance: given 0.1"),
+    ("shortgpt", ["--ratio", "0.5", "--tolerance", "0.1"], {}, "--tolerance: given 0.1.*met by a width"),
+    ("random", ["--ratio", "0.5"], {}, "--axis: given nothing"),
+]
+
+
+@pytest.mark.parametrize(("method", "flags", "extra", "message"), REFUSED)
+def test_refused(method: str, flags: list[str], extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose(SMALL, method, *flags, **extra)
