@@ -125,19 +125,25 @@ def _final_losses(results: Results, panels: Mapping[str, Sequence[Verdict]], sta
     grid = (len(panels), 1) if stacked else (1, len(panels))
     size = (3.9, 0.5 + height * len(panels)) if stacked else (7.6, 0.5 + height)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*grid, sharex=True, squeeze=False).flat
+    axes = figure.subplots(*grid, sharex=True, squeeze=False).ravel()
     several = len({verdict.tokens for verdict in results.verdicts}) > 1
+    shown: list[str] = []
     for axis, (setting, verdicts) in zip(axes, panels.items(), strict=True):
-        _dumbbells(axis, verdicts, colours(results), several)
+        _dumbbells(axis, verdicts, colours(results))
+        names = _names(verdicts, several)
+        axis.set_yticks(range(len(names)), [""] * len(names) if names == shown and not stacked else names)
+        shown = names
         axis.set_title(SETTINGS[setting], pad=18)
         axis.set_xlabel("test loss, nats per token")
+        axis.tick_params(axis="x", labelbottom=True)
         if parent is not None:
             axis.axvline(parent, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
             axis.annotate(
                 f"parent {parent:.3f}", (parent, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
                 textcoords="offset points", ha="center", va="bottom", fontsize=8,
             )  # fmt: skip
-        axis.margins(x=0.12)
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(low, high + 0.22 * (high - low))  # room for the gaps' numbers
     pruned = Line2D([], [], marker="o", linestyle="", color=INK, label="pruned, retrained")
     scratch = Line2D(
         [], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="same shape, from scratch"
@@ -146,44 +152,37 @@ def _final_losses(results: Results, panels: Mapping[str, Sequence[Verdict]], sta
     return figure
 
 
-def _dumbbells(axis: Any, verdicts: Sequence[Verdict], palette: Mapping[Any, str], several: bool) -> None:
-    """A line from scratch to pruned for every verdict, the gap above it."""
+def _dumbbells(axis: Any, verdicts: Sequence[Verdict], palette: Mapping[Any, str]) -> None:
+    """A line from scratch to pruned for every verdict, the gap to the right of it."""
     for height, verdict in enumerate(verdicts):
         colour = palette[(verdict.method, verdict.ratio)]
         pruned, scratch = verdict.pruned["test"], verdict.scratch["test"]
         axis.plot([pruned, scratch], [height, height], color=colour, linewidth=1.6, alpha=0.55, zorder=1)
         axis.plot(pruned, height, "o", color=colour, markersize=7, zorder=3)
-        axis.plot(
-            scratch,
-            height,
-            "o",
-            color=colour,
-            markersize=7,
-            markerfacecolor="none",
-            markeredgewidth=1.6,
-            zorder=2,
-        )
-        gap = f"{verdict.test.mean:+.3f}"
+        hollow = {"markerfacecolor": "none", "markeredgewidth": 1.6}
+        axis.plot(scratch, height, "o", color=colour, markersize=7, zorder=2, **hollow)
+        gap = signed(verdict.test.mean)
         if verdict.test.low is not None and verdict.test.high is not None:
-            gap += f"  [{verdict.test.low:+.3f}, {verdict.test.high:+.3f}]"
+            gap += f"\n[{signed(verdict.test.low)}, {signed(verdict.test.high)}]"
         axis.annotate(
-            gap, ((pruned + scratch) / 2, height), xytext=(0, 6), textcoords="offset points", ha="center",
-            va="bottom", fontsize=8.5, color=colour,
+            gap, (max(pruned, scratch), height), xytext=(9, 0), textcoords="offset points", ha="left",
+            va="center", fontsize=8.5, color=colour,
         )  # fmt: skip
-    names = [label(v.method, v.ratio).replace(", ", "\n") for v in verdicts]
-    if several:
-        names = [f"{name}\n{amount(v.tokens)} tokens" for name, v in zip(names, verdicts, strict=True)]
-    axis.set_yticks(range(len(verdicts)), names)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.set_ylim(len(verdicts) - 0.4, -0.6)
 
 
+def _names(verdicts: Sequence[Verdict], several: bool) -> list[str]:
+    names = [label(verdict.method, verdict.ratio).replace(", ", "\n") for verdict in verdicts]
+    if several:
+        names = [f"{name}\n{amount(v.tokens)} tokens" for name, v in zip(names, verdicts, strict=True)]
+    return names
+
+
 def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
     """Training loss of every run against tokens: all that a model has seen, and the budget alone."""
-    curves = {
-        cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None
-    }
+    curves = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
     if not curves:
         return None
     return _drawing(
@@ -225,7 +224,7 @@ def _loss_curves(results: Results, curves: Mapping[str, np.ndarray], stacked: bo
     handles = [Line2D([], [], color=INK, label="parent")] if "parent" in curves else []
     handles += [Line2D([], [], color=colour, label=label(*key)) for key, colour in palette.items()]
     handles += [Line2D([], [], color=INK, linestyle=DASHED, label="from scratch")]
-    columns = min(2 if stacked else 4, len(handles))
+    columns = 1 if stacked else min(4, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
 
@@ -257,6 +256,11 @@ def _unigram(axis: Any, results: Results) -> None:
         f"unigram {height:.2f}", (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", fontsize=8,
     )  # fmt: skip
+
+
+def signed(value: float) -> str:
+    """``-0.0541`` → ``−0.054``, with a minus that is as wide as the plus."""
+    return f"{value:+.3f}".replace("-", "\u2212")
 
 
 def amount(value: float) -> str:

@@ -31,9 +31,7 @@ def write(found: Results, places: Places) -> Path:
     losses = {cell: places.losses(cell) for cell in found.records}
     if found.study.parent.load:
         losses["parent"] = places.parent(found.study) / "losses.csv"
-    drawings = [
-        drawing for drawing in (figures.final_losses(found), figures.loss_curves(found, losses)) if drawing
-    ]
+    drawings = [drawing for drawing in (figures.final_losses(found), figures.loss_curves(found, losses)) if drawing]
     for drawing in drawings:
         drawing.write(directory / "figures")
     artifacts.write_json(directory / "results.json", results.to_json(found))
@@ -87,8 +85,8 @@ def _summary(found: Results) -> str:
     tokens = "an unknown number of tokens" if parent["tokens"] is None else f"{parent['tokens']:,} tokens"
     seeds = "one seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
     return (
-        f"A parent of {parent['parameters']:,} parameters, {'declared to be ' * parent['declared']}trained on {tokens}, "
-        f"is pruned and trained on; models of the same shapes are trained from random weights. {seeds.capitalize()}, "
+        f"A parent of {parent['parameters']:,} parameters, {'declared to be ' * parent['declared']}trained on "
+        f"{tokens}, is pruned and trained on; models of the same shapes are trained from random weights. {seeds.capitalize()}, "
         f"{study.recipe.global_batch_size} x {study.data.seq_length} tokens a step."
     )
 
@@ -98,7 +96,9 @@ def _remarks(found: Results) -> list[str]:
     remarks = []
     for item in found.compared:
         made = item.comparison
-        name = f"{figures.SETTINGS[made.setting]}, {label(made.pruning.method.tag, made.pruning.ratio)}, seed {made.seed}"
+        name = (
+            f"{figures.SETTINGS[made.setting]}, {label(made.pruning.method.tag, made.pruning.ratio)}, seed {made.seed}"
+        )
         if made.not_run:
             remarks.append(f"{name}: not run, since {made.not_run}.")
         elif item.status == "pending":

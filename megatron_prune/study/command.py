@@ -39,13 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("study", metavar="STUDY.yaml")
-        sub.add_argument(
-            "--runs-dir", default="runs", metavar="DIR", help="where studies lie (default: runs)"
-        )
+        sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where studies lie (default: runs)")
         if name == "plan":
-            sub.add_argument(
-                "--commands", action="store_true", help="print the command line of every stage too"
-            )
+            sub.add_argument("--commands", action="store_true", help="print the command line of every stage too")
         sub.set_defaults(action=action)
     return parser
 
@@ -80,13 +76,11 @@ def _report(study: config.Study, places: Places, options: argparse.Namespace) ->
     from megatron_prune.study import results
 
     if not (places.root / "outlook.json").is_file():
-        raise UsageError(
-            "study report", given=places.root, allowed="a study that has begun: `study run` it first"
-        )
+        raise UsageError("study report", given=places.root, allowed="a study that has begun: `study run` it first")
     found = results.collect(places)
     written = page.write(found, places)
     for verdict in found.verdicts:
-        print(f"{verdict.words}\n")
+        print(f"{verdict.subject}: {verdict.words}")
     print(f"wrote {written}")
     return 0
 
@@ -98,9 +92,7 @@ def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> i
     outlook = preflight.check(study, places)
     laid = outlook.grid(study)
     console = _console()
-    table = _table(
-        f"study {study.name}: {len(laid.cells)} training runs", "cell samples steps tokens FLOPs parameters"
-    )
+    table = _table(f"study {study.name}: {len(laid.cells)} training runs", "cell samples steps tokens FLOPs parameters")
     flops = {"parent": 0}
     batch, source = outlook.lay.batch, outlook.source
 
@@ -154,8 +146,7 @@ def _status(study: config.Study, places: Places, options: argparse.Namespace) ->
         done = artifacts.read_json(places.cell(name) / "stages.json") if _begun(places, name) else {}
         total = len(artifacts.read_json(places.cell(name) / "cell.json")["stages"])
         losses = [
-            f"{record[key]:.4f}" if record and record.get(key) else ""
-            for key in ("validation_loss", "test_loss")
+            f"{record[key]:.4f}" if record and record.get(key) else "" for key in ("validation_loss", "test_loss")
         ]
         state = "finished" if record else f"{len(done)} of {total} stages" if done else "not finished"
         table.add_row(name, state, *losses, f"{sum(done.values()):.1f}" if done else "")

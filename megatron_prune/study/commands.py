@@ -91,9 +91,7 @@ def parent_training(study: Study, places: Places, samples: SampleRange) -> Comma
     """Pretraining of the parent from random weights."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
-    return _pretrain(
-        study, places, "parent", samples, pretrain.seed, flags(pretrain.arguments), permute=False
-    )
+    return _pretrain(study, places, "parent", samples, pretrain.seed, flags(pretrain.arguments), permute=False)
 
 
 def importing(study: Study, places: Places) -> Command:

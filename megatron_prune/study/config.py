@@ -161,17 +161,13 @@ class Data:
                     why="no stage may train on it",
                 )
         if len({weight is None for weight, _ in self.train}) > 1:
-            raise UsageError(
-                "data.train", given="weights for some", allowed="a weight for every prefix or for none"
-            )
+            raise UsageError("data.train", given="weights for some", allowed="a weight for every prefix or for none")
 
     @property
     def blend(self) -> list[str]:
         """What Megatron's ``--data-path`` takes: prefixes, or weights and prefixes in turn."""
         return [
-            word
-            for weight, prefix in self.train
-            for word in ([] if weight is None else [f"{weight:g}"]) + [prefix]
+            word for weight, prefix in self.train for word in ([] if weight is None else [f"{weight:g}"]) + [prefix]
         ]
 
 
@@ -318,9 +314,7 @@ class Study:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
                 raise UsageError("methods", given=tag, allowed="labels of letters, digits, dots and dashes")
         if not self.ratios and not all(method.target for method in self.methods):
-            raise UsageError(
-                "ratios", given="none", allowed="at least one ratio, or a target for every method"
-            )
+            raise UsageError("ratios", given="none", allowed="at least one ratio, or a target for every method")
 
     @property
     def evaluation_seq_length(self) -> int:

@@ -108,9 +108,7 @@ def expand(study: Study, lay: Lay, shapes: Mapping[str, Shape], consumed: Mappin
         for budget in study.budgets:
             retrain = lay.retrain(budget)
             tokens = retrain.steps * lay.batch.tokens
-            pruned = TrainingCell(
-                f"pruned-{pruning.name}-t{tokens}", "pruned", pruning, retrain, pruning.seed, budget
-            )
+            pruned = TrainingCell(f"pruned-{pruning.name}-t{tokens}", "pruned", pruning, retrain, pruning.seed, budget)
             cells[pruned.id] = pruned
             for setting in study.settings:
                 reason = _not_run(study, lay, setting)
@@ -122,12 +120,8 @@ def expand(study: Study, lay: Lay, shapes: Mapping[str, Shape], consumed: Mappin
                         else lay.scratch_total(tokens, consumed.get(pruning.name, 0))
                     )
                     scratch = f"scratch-{tag}-{setting}-t{samples.steps * lay.batch.tokens}-s{pruning.seed}"
-                    cells.setdefault(
-                        scratch, TrainingCell(scratch, "scratch", pruning, samples, pruning.seed, budget)
-                    )
-                comparisons.append(
-                    Comparison(pruning, setting, budget, pruning.seed, pruned.id, scratch, reason)
-                )
+                    cells.setdefault(scratch, TrainingCell(scratch, "scratch", pruning, samples, pruning.seed, budget))
+                comparisons.append(Comparison(pruning, setting, budget, pruning.seed, pruned.id, scratch, reason))
     return Grid(tuple(cells.values()), tuple(comparisons))
 
 

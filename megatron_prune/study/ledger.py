@@ -53,9 +53,7 @@ class Ledger:
             if torn:
                 os.ftruncate(descriptor, len(whole))
             if os.write(descriptor, line) != len(line):
-                raise RunError(
-                    f"{self.path}: the disk took only a part of a line; free some space and run again"
-                )
+                raise RunError(f"{self.path}: the disk took only a part of a line; free some space and run again")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

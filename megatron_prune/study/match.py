@@ -97,8 +97,7 @@ class Runs:
                 raise self.refuse(
                     setting,
                     "tokens",
-                    f"{name} says {account['tokens']}, its range holds "
-                    f"{(end - first) * account['seq_length']}",
+                    f"{name} says {account['tokens']}, its range holds {(end - first) * account['seq_length']}",
                 )
 
     def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
@@ -108,9 +107,7 @@ class Runs:
 
     def accounted(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
         lines = [
-            self.equal(
-                setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key)
-            )
+            self.equal(setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key))
             for key in STREAM
         ]
         return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
@@ -149,9 +146,7 @@ def equal_total(
     setting = "equal-total"
     runs.whole(setting)
     if parent is not None and parent["tokens"] != parent_tokens:
-        raise runs.refuse(
-            setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account"
-        )
+        raise runs.refuse(setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account")
     lines = runs.accounted(setting, ACCOUNTED)
     lines += _unseen(runs, setting, parent)
     retrained, step = runs.pruned["tokens"], runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
@@ -164,8 +159,7 @@ def equal_total(
         raise runs.refuse(
             setting,
             "total tokens",
-            f"{total:,} = {terms} against {found:,}: {difference:,} apart, "
-            f"allowed is one step ({step:,}) or 0.1%",
+            f"{total:,} = {terms} against {found:,}: {difference:,} apart, allowed is one step ({step:,}) or 0.1%",
         )
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"

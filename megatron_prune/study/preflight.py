@@ -95,9 +95,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of leaving."""
 
     def error(self, message: str) -> Any:
-        raise UsageError(
-            self.prog, given=message, allowed="settings and targets as flags of `plan` take them"
-        )
+        raise UsageError(self.prog, given=message, allowed="settings and targets as flags of `plan` take them")
 
 
 def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:
@@ -123,9 +121,7 @@ def _lay(study: Study, account: Mapping[str, Any] | None) -> budgets.Lay:
     if account is None:
         return budgets.Lay(batch, 0, parent.declared_tokens)
     if account.get("complete") is not True or account.get("stream") is None:
-        raise UsageError(
-            "parent.load", given=parent.load, allowed="a run whose account is complete and on a stream"
-        )
+        raise UsageError("parent.load", given=parent.load, allowed="a run whose account is complete and on a stream")
     if parent.declared_tokens not in (None, account["tokens"]):
         raise UsageError(
             "parent.declared_tokens",

@@ -45,8 +45,7 @@ def evaluated(path: Path, windows: int) -> bool:
         return False
     corpora = artifacts.read_json(path).get("corpora", {})
     return all(
-        corpora.get(name, {}).get("windows") == windows and _is_number(corpora[name].get("loss"))
-        for name in CORPORA
+        corpora.get(name, {}).get("windows") == windows and _is_number(corpora[name].get("loss")) for name in CORPORA
     )
 
 
@@ -89,9 +88,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def parent(
-    study: Study, places: Places, account: Mapping[str, Any] | None, seconds: Mapping[str, float]
-) -> Record:
+def parent(study: Study, places: Places, account: Mapping[str, Any] | None, seconds: Mapping[str, float]) -> Record:
     """The parent: trained here or elsewhere (``account``), or only declared."""
     scores = artifacts.read_json(places.scores("parent"))
     record: Record = {"cell": "parent", "kind": "parent", **_losses(scores), "seconds": dict(seconds)}

@@ -60,9 +60,7 @@ class Results:
 
 def collect(places: Places) -> Results:
     """Read a study's folder. AccountError when two runs that should match do not."""
-    study = config.from_mapping(
-        artifacts.read_json(places.root / "study.json"), str(places.root / "study.json")
-    )
+    study = config.from_mapping(artifacts.read_json(places.root / "study.json"), str(places.root / "study.json"))
     outlook = artifacts.read_json(places.root / "outlook.json")
     lay, consumed = Lay.from_json(outlook["lay"]), outlook["consumed"]
     records = Ledger(places.root / "ledger.jsonl").read()
@@ -112,9 +110,7 @@ def _compare(
         lines = match.equal_training(runs, accounts.parent)
     else:
         assert lay.parent_tokens is not None
-        lines = match.equal_total(
-            runs, accounts.parent, lay.parent_tokens, consumed, declared=accounts.parent is None
-        )
+        lines = match.equal_total(runs, accounts.parent, lay.parent_tokens, consumed, declared=accounts.parent is None)
     return Compared(made, tokens, "finished", tuple(lines))
 
 
@@ -134,9 +130,7 @@ def _parent_row(study: config.Study, parent: Record) -> dict[str, Any]:
     }
 
 
-def _rows(
-    study: config.Study, item: Compared, records: Mapping[str, Record], consumed: int
-) -> list[dict[str, Any]]:
+def _rows(study: config.Study, item: Compared, records: Mapping[str, Record], consumed: int) -> list[dict[str, Any]]:
     made, parent = item.comparison, records.get("parent", {})
     pruning = records.get(made.pruning.cell, {})
     shared = {
@@ -212,7 +206,9 @@ def to_json(results: Results) -> dict[str, Any]:
         "Losses are mean nats per predicted token on fixed windows.",
         "columns": list(COLUMNS),
         "rows": list(results.rows),
-        "verdicts": [asdict(verdict) | {"words": verdict.words} for verdict in results.verdicts],
+        "verdicts": [
+            asdict(verdict) | {"words": f"{verdict.subject}: {verdict.words}"} for verdict in results.verdicts
+        ],
         "comparisons": [
             {
                 "method": item.comparison.pruning.method.tag,

@@ -47,9 +47,7 @@ def launch_local(command: Command, *, log: Path, env: dict[str, str]) -> int:
     return launch(command.argv, nproc=command.nproc, log=log, env=env)
 
 
-def run(
-    study: config.Study, places: Places, *, launcher: Launcher = launch_local, progress: Progress
-) -> None:
+def run(study: config.Study, places: Places, *, launcher: Launcher = launch_local, progress: Progress) -> None:
     """Run everything that is not finished yet. RunError names cells that failed, when the others are done."""
     with _locked(places.root):
         outlook = preflight.check(study, places)
@@ -158,9 +156,7 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _in_threads(
-    work: Callable[[Cell], None], cells: Sequence[Cell], parallel: int
-) -> list[MegatronPruneError]:
+def _in_threads(work: Callable[[Cell], None], cells: Sequence[Cell], parallel: int) -> list[MegatronPruneError]:
     """Do ``work`` for all cells, ``parallel`` at a time; refusals are collected, anything else is raised.
 
     Daemon threads, so that an interrupt ends the program, and with it the jobs that it started.

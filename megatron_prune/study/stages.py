@@ -52,9 +52,7 @@ def parent(study: Study, places: Places, outlook: Outlook) -> Cell:
         checkpoint = places.checkpoint("parent")
         stages.append(Stage(commands.importing(study, places), lambda: records.imported(checkpoint)))
     stages.append(
-        _evaluation(
-            study, places, "parent", commands.evaluation(study, places, "parent", places.parent(study))
-        )
+        _evaluation(study, places, "parent", commands.evaluation(study, places, "parent", places.parent(study)))
     )
 
     def record(seconds: Seconds) -> dict[str, Any]:
@@ -83,9 +81,7 @@ def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
 
 def _calibration(study: Study, places: Places, seed: int) -> Cell:
     name = calibration_cell(study, seed)
-    stage = Stage(
-        commands.calibration(study, places, seed), lambda: records.calibrated(places.statistics(name))
-    )
+    stage = Stage(commands.calibration(study, places, seed), lambda: records.calibrated(places.statistics(name)))
     return Cell(name, (stage,), lambda seconds: records.calibration(study, places, seed, seconds))
 
 
@@ -105,9 +101,7 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
         found = records.pruning(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
         if expected is not None and found["target"] != vars(expected):
-            raise RunError(
-                f"{pruning.cell}: the plan's target is {found['target']}, expected was {vars(expected)}"
-            )
+            raise RunError(f"{pruning.cell}: the plan's target is {found['target']}, expected was {vars(expected)}")
         return found
 
     return Cell(

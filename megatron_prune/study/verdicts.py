@@ -30,28 +30,21 @@ class Verdict:
     scratch: Mapping[str, float]
 
     @property
+    def subject(self) -> str:
+        """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
+        setting = self.setting.replace("-", " ")
+        return f"{label(self.method, self.ratio)}, {setting} tokens, {self.tokens:,} of retraining"
+
+    @property
     def words(self) -> str:
-        """The verdict as a sentence."""
-        budget = {
-            "equal-training": f"On the same {self.tokens:,} training tokens",
-            "equal-total": f"On as many tokens as the parent and {self.tokens:,} of retraining together",
-        }[self.setting]
-        return f"{budget}, {self._claim()}: {self._losses()}. {self._certainty()}"
-
-    def _claim(self) -> str:
-        apart = f"by {abs(self.test.mean):.3f} nats"
+        """The verdict as a sentence, and how sure it is."""
+        losses = f"test loss {self.pruned['test']:.3f} against {self.scratch['test']:.3f}"
         if self.test.winner == "neither":
-            return "pruned and scratch cannot be told apart"
-        return {"pruned": "the pruned model ends lower", "scratch": "training from scratch ends lower"}[
-            self.test.winner
-        ] + f" {apart}"
+            return f"pruned and scratch cannot be told apart, {losses}. {self._certainty}"
+        winner = {"pruned": "the pruned model", "scratch": "training from scratch"}[self.test.winner]
+        return f"{winner} ends lower by {abs(self.test.mean):.3f} nats, {losses}. {self._certainty}"
 
-    def _losses(self) -> str:
-        return (
-            f"test loss {self.pruned['test']:.3f} for {label(self.method, self.ratio)}, "
-            f"{self.scratch['test']:.3f} from scratch"
-        )
-
+    @property
     def _certainty(self) -> str:
         if self.test.low is None or self.test.high is None:
             return "One seed: no interval."
