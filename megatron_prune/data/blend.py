@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets import helpers
+from megatron.core.datasets.utils import normalize
 
 from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
@@ -74,3 +75,16 @@ def blend_length(weights: Sequence[float], lengths: Sequence[int]) -> int:
     helpers.build_blending_indices(member, taken, list(weights), members, bound, False)
     exhausted = taken >= np.asarray(lengths)[member]
     return int(exhausted.argmax()) if exhausted.any() else bound
+
+
+def samples_per_epoch(corpora: Sequence[Corpus], seq_length: int) -> int:
+    """Length of one epoch of a stream over these corpora, from token counts alone: no index is built."""
+    lengths = [(indexed.tokens(indexed.open_indexed(c.prefix)) - 1) // seq_length for c in corpora]
+    weights = shares(corpora)
+    return sum(lengths) if weights is None else blend_length(weights, lengths)
+
+
+def shares(corpora: Sequence[Corpus]) -> list[float] | None:
+    """Weights that sum to one; None where there is one member, or members are used up together."""
+    weights = [c.weight for c in corpora]
+    return None if len(weights) == 1 or weights[0] is None else normalize(weights)

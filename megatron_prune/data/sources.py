@@ -95,6 +95,8 @@ def manuals(places: Places) -> Iterator[Found]:
     for folder in places.manuals:
         for section in sorted(folder.glob("man[1-9]")):
             for path in _files(section):
+                if path.is_symlink():  # another name of the same page
+                    continue
                 yield Found("manuals", str(path.relative_to(folder)), strip_roff(_read(path)))
 
 
@@ -171,7 +173,8 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def strip_html(text: str) -> str:
     """Text of an HTML page: block elements become paragraphs, preformatted indentation is lost."""
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
-    text = re.sub(r"(?i)</?(p|div|h[1-6]|li|tr|table|ul|ol|d[ltd]|pre|blockquote|[bh]r)\b[^>]*>", "\n\n", text)
+    blocks = "p|div|h[1-6]|li|tr|table|ul|ol|d[ltd]|pre|blockquote|[bh]r"
+    text = re.sub(rf"(?i)</?({blocks})\b[^>]*>", "\n\n", text)
     return html.unescape(re.sub(r"<[^>]+>", "", text))
 
 

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split, normalize
+from megatron.core.datasets.utils import Split
 
 from megatron_prune import artifacts
 from megatron_prune.data import indexed
-from megatron_prune.data.blend import Corpus, blend_length, members, parse_blend
+from megatron_prune.data.blend import Corpus, blend_length, members, parse_blend, shares
 from megatron_prune.errors import DataError, UsageError
 
 SEEDS = 2**32  # of numpy.random.RandomState, which Megatron shuffles with
@@ -59,6 +59,7 @@ class Stream:
 
     def __init__(self, corpora: Sequence[Corpus], seq_length: int, seed: int, epochs: int):
         self.corpora, self.seq_length, self.seed, self.epochs = tuple(corpora), seq_length, seed, epochs
+        self._weights = shares(corpora)
         self.id = artifacts.sha256_json({
             "stream": 1,
             "corpora": [c.fingerprint for c in corpora],
@@ -135,11 +136,6 @@ class Stream:
             )
         stream.parts = stream._open(cache, flags)
         return stream
-
-    @property
-    def _weights(self) -> list[float] | None:
-        weights = [c.weight for c in self.corpora]
-        return None if len(weights) == 1 or weights[0] is None else normalize(weights)
 
     def _build_cache(self, cache: Path, flags: dict[str, Any]) -> None:
         """Build in a scratch directory and rename; when others do the same, the first to finish wins."""

@@ -1,0 +1,52 @@
+"""The verb ``index``: what it builds is what a training run opens, and it checks ranges."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_prune.data import blend, index
+from megatron_prune.data.streams import Stream
+from megatron_prune.errors import DataError, UsageError
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    for name, documents in (("a", 80), ("b", 20)):
+        builder = IndexedDatasetBuilder(f"{tmp_path}/{name}.bin", np.uint16)
+        for length in np.random.RandomState(documents).randint(1, 60, documents):
+            builder.add_document(np.arange(length), [length])
+        builder.finalize(f"{tmp_path}/{name}.idx")
+    return ["2", f"{tmp_path}/a", "1", f"{tmp_path}/b"]
+
+
+def test_index_builds_the_caches_that_a_run_finds(corpora, tmp_path, capsys, monkeypatch):
+    cache = tmp_path / "cache"
+    flags = ["--seq-length", "16", "--stream-seed", "7", "--stream-epochs", "2", "--data-cache-path", str(cache)]
+    assert index.main(["--data-path", *corpora, *flags, "--stream-range", "0:20", "--stream-range", "20:40"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(Stream, "_build_cache", None)  # a run that had to build would fail
+    stream = Stream.build(corpora, 16, 7, 2, cache)
+    assert printed["id"] == stream.id and printed["samples"] == len(stream)
+    assert printed["tokens"] == 16 * len(stream)
+    assert json.loads(next(cache.glob("stream-*/stream.json")).read_text())["id"] == stream.id
+
+
+def test_ranges_are_checked(corpora, tmp_path):
+    flags = ["--data-path", *corpora, "--seq-length", "16", "--data-cache-path", str(tmp_path / "cache")]
+    with pytest.raises(DataError, match="both would see 10:20"):
+        index.main([*flags, "--stream-range", "0:20", "--stream-range", "10:30"])
+    with pytest.raises(UsageError, match="does not wrap"):
+        index.main([*flags, "--stream-range", "0:100000"])
+    with pytest.raises(UsageError, match="--data-path"):
+        index.main(["--seq-length", "16"])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_length_is_known_before_anything_is_built(corpora, weighted):
+    given = corpora if weighted else corpora[1::2]
+    counted = blend.samples_per_epoch(blend.members(blend.parse_blend(given)), 16)
+    assert counted == len(Stream.build(given, 16, 7))
