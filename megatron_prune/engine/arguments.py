@@ -62,8 +62,11 @@ def parse(
         # Megatron's precedence: the run's own checkpoint once it has one, else where it starts from.
         source = args.load if _has_checkpoint(args.load) else args.pretrained_checkpoint
         if source is None:
-            raise UsageError("--use-checkpoint-args", given=f"--load {args.load}",
-                             allowed="a --load or --pretrained-checkpoint that holds a checkpoint")
+            raise UsageError(
+                "--use-checkpoint-args",
+                given=f"--load {args.load}",
+                allowed="a --load or --pretrained-checkpoint that holds a checkpoint",
+            )
         _take_arguments(args, source, argv, load_args_from_checkpoint)
     if args.tokenizer_type is None:
         args.tokenizer_type = "NullTokenizer"  # data is tokenized already
@@ -119,20 +122,37 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
     if not cpu.is_cpu():
         return
     if args.fp8:
-        raise UsageError("--fp8-format", given=args.fp8, allowed="nothing on this machine",
-                         why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible")
+        raise UsageError(
+            "--fp8-format",
+            given=args.fp8,
+            allowed="nothing on this machine",
+            why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible",
+        )
     if args.fp4:
-        raise UsageError("--fp4-format", given=args.fp4, allowed="nothing on this machine",
-                         why="FP4 needs a Blackwell GPU; none is visible")
+        raise UsageError(
+            "--fp4-format",
+            given=args.fp4,
+            allowed="nothing on this machine",
+            why="FP4 needs a Blackwell GPU; none is visible",
+        )
     if args.transformer_impl != "local":
-        raise UsageError("--transformer-impl", given=args.transformer_impl, allowed="local",
-                         why="Transformer Engine needs a GPU; none is visible")
+        raise UsageError(
+            "--transformer-impl",
+            given=args.transformer_impl,
+            allowed="local",
+            why="Transformer Engine needs a GPU; none is visible",
+        )
     if args.distributed_backend != "gloo":
-        raise UsageError("--distributed-backend", given=args.distributed_backend, allowed="gloo",
-                         why="no GPU is visible")
+        raise UsageError(
+            "--distributed-backend", given=args.distributed_backend, allowed="gloo", why="no GPU is visible"
+        )
     if args.sequence_parallel:
-        raise UsageError("--sequence-parallel", given="on", allowed="off",
-                         why="the local spec's RMSNorm has none, and no GPU is visible")
+        raise UsageError(
+            "--sequence-parallel",
+            given="on",
+            allowed="off",
+            why="the local spec's RMSNorm has none, and no GPU is visible",
+        )
 
 
 def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:

@@ -186,8 +186,25 @@ def _redirect_factories() -> None:
 
         return wrapped
 
-    for name in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange",
-                 "eye", "linspace", "zeros_like", "ones_like", "empty_like", "full_like", "triu_indices"):
+    for name in (
+        "tensor",
+        "as_tensor",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "rand",
+        "randn",
+        "randint",
+        "arange",
+        "eye",
+        "linspace",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "triu_indices",
+    ):
         setattr(torch, name, on_cpu(getattr(torch, name)))
     move = torch.Tensor.to
 

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, weights
-from megatron_prune.engine import cpu
+from megatron_prune.engine import cpu, torch_adam
 from megatron_prune.errors import CheckpointError, UsageError
 
 
-def start(
-    verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any = None
-) -> argparse.Namespace:
+def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any = None) -> argparse.Namespace:
     """Parse, validate and set Megatron's globals. Starts no process group yet.
 
     Call first in a verb's ``main``, before any other ``megatron`` import.
@@ -34,6 +32,7 @@ def start(
     import megatron.training  # noqa: F401
 
     cpu.prepare_megatron()
+    torch_adam.mend()
     _keep_prebuilt_helpers()
     from megatron_prune.engine.arguments import parse
 
@@ -121,8 +120,16 @@ def refuse_layouts(args: argparse.Namespace) -> None:
     """Forward-only verbs take the model stage by stage and sequences whole. Call before validation."""
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if getattr(args, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')}", given=getattr(args, name), allowed="nothing with this verb",
-                             why="the model is read stage by stage; any checkpoint loads without virtual stages")
+            raise UsageError(
+                f"--{name.replace('_', '-')}",
+                given=getattr(args, name),
+                allowed="nothing with this verb",
+                why="the model is read stage by stage; any checkpoint loads without virtual stages",
+            )
     if args.context_parallel_size > 1:
-        raise UsageError("--context-parallel-size", given=args.context_parallel_size, allowed="1 with this verb",
-                         why="sequences are taken whole")
+        raise UsageError(
+            "--context-parallel-size",
+            given=args.context_parallel_size,
+            allowed="1 with this verb",
+            why="sequences are taken whole",
+        )

@@ -103,8 +103,12 @@ def score(model: list[torch.nn.Module], selected: Any, *, vocabulary: int) -> li
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megatron_prune: evaluate")
     group.add_argument("--output", required=True, metavar="FILE", help="scores.json to write")
-    group.add_argument("--windows", type=int, default=None,
-                       help="windows of --seq-length tokens to score of each corpus (default: all)")
+    group.add_argument(
+        "--windows",
+        type=int,
+        default=None,
+        help="windows of --seq-length tokens to score of each corpus (default: all)",
+    )
     group.add_argument("--labels", nargs="+", default=None, help="names for the corpora of --data-path, in order")
     return parser  # fmt: skip
 

@@ -14,7 +14,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
 from megatron_prune.errors import UsageError
@@ -23,8 +23,8 @@ ACCOUNT = "account.json"
 LOSSES = "losses.csv"
 COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
 
-# What a resumed run must share with the run that its account began.
-_IDENTITY = ("stream", "range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed")
+# What a resumed run must share with the run that its account began; all but the last known from the flags.
+_IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "stream")
 
 
 @dataclass
@@ -72,18 +72,27 @@ class Account:
         if not path.exists():
             return
         earlier = read_json(path)
-        for name in _IDENTITY:
-            if earlier.get(name) != getattr(self, name):
-                raise UsageError(
-                    "--save", given=f"{save}, which holds a run with {name} = {_short(earlier.get(name))}",
-                    allowed=f"a new directory, or the same run again (this one has {name} = {_short(getattr(self, name))})",
-                )  # fmt: skip
+        refuse_other_run(save, {name: getattr(self, name) for name in _IDENTITY})
         for name in ("start", "initial", "attempts", "replayed"):
             setattr(self, name, earlier[name])
 
     def write(self, save: Path) -> None:
         """Replace ``account.json``."""
         write_json(save / ACCOUNT, asdict(self))
+
+
+def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
+    """Raise UsageError when ``save`` holds the account of a run in which one of ``wanted`` differs."""
+    path = save / ACCOUNT
+    if not path.exists():
+        return
+    held = read_json(path)
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            raise UsageError(
+                "--save", given=f"{save}, which holds a run with {name} {_short(held.get(name))}",
+                allowed=f"a new directory, or the same run again (this one has {name} {_short(value)})",
+            )  # fmt: skip
 
 
 def is_complete(save: Path) -> bool:
@@ -97,20 +106,19 @@ class Recorder:
     def __init__(self, account: Account, save: Path):
         self.account, self.save = account, save
         self.began = time.time()
-        self._file: io.TextIOBase | None = None
+        self._file: TextIO | None = None
 
     def step(self, step: int, loss: float, learning_rate: float | None, grad_norm: float | None) -> None:
         """Record one finished step (counted from 1)."""
-        if self._file is None:
-            self._begin(step)
+        table = self._file or self._begin(step)
         row = (step, step * self.account.global_batch_size, loss, learning_rate, grad_norm)
-        csv.writer(self._file).writerow(["" if value is None else value for value in row])
-        self._file.flush()
+        csv.writer(table).writerow(["" if value is None else value for value in row])
+        table.flush()
         if step == 1:
             self.account.initial_loss = _finite(loss)
         self.account.final_loss = _finite(loss)
 
-    def _begin(self, first: int) -> None:
+    def _begin(self, first: int) -> TextIO:
         """Open the table for the step that this attempt starts with; drop what it will replay."""
         path, account = self.save / LOSSES, self.account
         kept: list[list[str]] = []
@@ -132,6 +140,7 @@ class Recorder:
         self._file = open(path, "a", newline="")
         account.attempts.append({"began": self.began, "from_step": first})
         account.write(self.save)
+        return self._file
 
     def finish(self, *, complete: bool, parameters_nonzero: int) -> None:
         """Close the table and write the account's last state."""

@@ -15,14 +15,27 @@ from megatron_prune.errors import UsageError
 def add_stream_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags that lay a run on a token stream."""
     group = parser.add_argument_group("megatron_prune: token stream")
-    group.add_argument("--stream-range", metavar="START:END", default=None,
-                       help="train on exactly these samples of the stream over --train-data-path or --data-path; "
-                       "END - START is the global batch size times the number of steps")
+    group.add_argument(
+        "--stream-range",
+        metavar="START:END",
+        default=None,
+        help="train on exactly these samples of the stream over --train-data-path or --data-path; "
+        "END - START is the global batch size times the number of steps",
+    )
     group.add_argument("--stream-seed", type=int, default=1234, help="order of the stream; one for a whole study")
-    group.add_argument("--stream-epochs", type=int, default=1,
-                       help="declare the stream as this many differently shuffled passes over its corpora")
-    group.add_argument("--stream-permutation-seed", type=int, default=None, metavar="SEED",
-                       help="permute the samples inside the range (a replicate of the same training)")
+    group.add_argument(
+        "--stream-epochs",
+        type=int,
+        default=1,
+        help="declare the stream as this many differently shuffled passes over its corpora",
+    )
+    group.add_argument(
+        "--stream-permutation-seed",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="permute the samples inside the range (a replicate of the same training)",
+    )
     return parser  # fmt: skip
 
 
@@ -34,28 +47,47 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
                 raise UsageError(flag, given="without --stream-range", allowed="together with --stream-range START:END")
         return
     start, end = parse_range(args.stream_range)
-    if train_blend(args) is None:
-        raise UsageError("--stream-range", given=args.stream_range,
-                         allowed="together with --train-data-path or --data-path")
+    if not train_blend(args):
+        raise UsageError(
+            "--stream-range", given=args.stream_range, allowed="together with --train-data-path or --data-path"
+        )
     if given(argv, "--split"):
-        raise UsageError("--split", given=args.split, allowed="nothing with --stream-range",
-                         why="a stream takes its corpora whole; give validation text with --valid-data-path")
+        raise UsageError(
+            "--split",
+            given=args.split,
+            allowed="nothing with --stream-range",
+            why="a stream takes its corpora whole; give validation text with --valid-data-path",
+        )
     if args.rampup_batch_size is not None or args.step_batch_size_schedule is not None:
-        raise UsageError("--rampup-batch-size", given=args.rampup_batch_size, allowed="nothing with --stream-range",
-                         why="the range fixes one global batch size for all steps")
+        raise UsageError(
+            "--rampup-batch-size",
+            given=args.rampup_batch_size,
+            allowed="nothing with --stream-range",
+            why="the range fixes one global batch size for all steps",
+        )
     if args.global_batch_size is None:
         raise UsageError("--global-batch-size", given="nothing", allowed="a number, with --stream-range")
     if args.train_samples is not None:
-        raise UsageError("--train-samples", given=args.train_samples, allowed="nothing with --stream-range",
-                         why="the range says how many samples")
+        raise UsageError(
+            "--train-samples",
+            given=args.train_samples,
+            allowed="nothing with --stream-range",
+            why="the range says how many samples",
+        )
     if (end - start) % args.global_batch_size:
-        raise UsageError("--stream-range", given=args.stream_range,
-                         allowed=f"a multiple of the global batch of {args.global_batch_size} samples",
-                         why=f"{end - start} samples leave {(end - start) % args.global_batch_size} over")
+        raise UsageError(
+            "--stream-range",
+            given=args.stream_range,
+            allowed=f"a multiple of the global batch of {args.global_batch_size} samples",
+            why=f"{end - start} samples leave {(end - start) % args.global_batch_size} over",
+        )
     steps = (end - start) // args.global_batch_size
     if args.train_iters not in (None, steps):
-        raise UsageError("--train-iters", given=args.train_iters,
-                         allowed=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch")
+        raise UsageError(
+            "--train-iters",
+            given=args.train_iters,
+            allowed=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch",
+        )
     args.train_iters = steps
     if args.valid_data_path is None:
         if given(argv, "--eval-iters") and args.eval_iters:
@@ -84,9 +116,9 @@ def refuse_short_stream(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def train_blend(args: argparse.Namespace) -> list[str] | None:
-    """What the stream is made of: Megatron's flags for training text."""
-    return args.train_data_path or args.data_path
+def train_blend(args: argparse.Namespace) -> list[str]:
+    """What the stream is made of: Megatron's flags for training text. Empty where neither is given."""
+    return args.train_data_path or args.data_path or []
 
 
 def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> Stream:
@@ -130,7 +162,7 @@ class Provider:
     def _build(self, validation_samples: int | None) -> None:
         args = self.args
         start, end = parse_range(args.stream_range)
-        stream = build_stream(args, train_blend(args) or [], epochs=args.stream_epochs)
+        stream = build_stream(args, train_blend(args), epochs=args.stream_epochs)
         self.train = SampleRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
         if args.valid_data_path and args.eval_iters:
             # For watching only (verdicts come from `evaluate`), so that it may repeat itself.

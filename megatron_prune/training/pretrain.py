@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import runtime
-from megatron_prune.training.account import Account, Recorder, is_complete
+from megatron_prune.training.account import Account, Recorder, is_complete, refuse_other_run
 from megatron_prune.training.data import (
     Provider,
     add_stream_arguments,
@@ -31,15 +32,17 @@ def main(argv: list[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before."""
     args = runtime.start("pretrain", argv, add_stream_arguments, complete=_complete)
     save = Path(args.save) if args.save else None
+    if args.rank == 0:
+        refuse_short_stream(args)
+    if save is not None:
+        refuse_other_run(save, _identity(args))
     if save is not None and _already_finished(args, save):
         if args.rank == 0:
             print(f"{save}: the run is complete at step {args.train_iters}; nothing to do", flush=True)
         return 0
     initial = _initial(args)
-    if args.rank == 0:
-        refuse_short_stream(args)
-        if initial is not None:
-            runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
+    if args.rank == 0 and initial is not None:
+        runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     return _train(args, save, initial)
 
 
@@ -49,6 +52,18 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
         args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
     if args.eval_interval is None:
         args.eval_interval = args.train_iters or 1000  # Megatron divides by it even when it evaluates nothing
+
+
+def _identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags alone say about which run this is."""
+    return {
+        "range": list(parse_range(args.stream_range)) if args.stream_range else None,
+        "permutation_seed": args.stream_permutation_seed,
+        "global_batch_size": args.global_batch_size,
+        "seq_length": args.seq_length,
+        "steps": args.train_iters,
+        "seed": args.seed,
+    }
 
 
 def _already_finished(args: argparse.Namespace, save: Path) -> bool:
@@ -79,9 +94,9 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None) -> int:
     from megatron.core.enums import ModelType
+    from megatron.core.utils import unwrap_model
     from megatron.training import pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.core.utils import unwrap_model
 
     from megatron_prune.engine.forward import count_nonzero, forward_step
 
@@ -90,15 +105,18 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
     training.training_log = recorder.wrap(training.training_log)
     config = runtime.model_config(args)
     model: list[torch.nn.Module] = []
-    config.post_wrap_hooks.append(lambda chunks: (model.extend(chunks), chunks)[1])
+
+    def keep(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        model.extend(chunks)
+        return chunks
+
+    config.post_wrap_hooks.append(keep)
     pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
 
     if save is not None:
         nonzero = count_nonzero(unwrap_model(model))
         if recorder.recorder is not None:
-            recorder.recorder.finish(
-                complete=recorder.last_step == args.train_iters, parameters_nonzero=nonzero
-            )
+            recorder.recorder.finish(complete=recorder.last_step == args.train_iters, parameters_nonzero=nonzero)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
@@ -147,13 +165,8 @@ class _OnFirstStep:
         account = Account(
             start=start,
             stream=train.stream.describe() if train is not None else None,
-            range=[train.start, train.end] if train is not None else None,
-            permutation_seed=args.stream_permutation_seed,
-            global_batch_size=args.global_batch_size,
+            **_identity(args),
             micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            steps=args.train_iters,
-            seed=args.seed,
             parameters=shape.parameters(),
             flops_executed=flops,
             flops_theoretical=flops,

@@ -1,0 +1,63 @@
+"""Resuming Megatron's distributed optimizer where torch's AdamW stands in for TE's or Apex's.
+
+Megatron 0.19.2 keeps AdamW's step, which torch has for each parameter, in the parameter groups, and
+handles it wrongly where neither Transformer Engine nor Apex is installed: loading asks a fresh
+AdamW for its step before it has one (an assertion); the steps are stored as if they were sharded
+like moments, and read back as something else or not at all; and afterwards all parameters share
+one step tensor, which torch advances once a parameter instead of once a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def mend() -> None:
+    """Wrap ``DistributedOptimizer`` where Megatron fell back to torch's AdamW; harmless to call twice."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    cls = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_mended", False):
+        return
+    cls._mended = True
+    state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
+    get_states, set_states = cls._get_main_param_and_optimizer_states, cls._set_main_param_and_optimizer_states
+
+    @functools.wraps(state_dict)
+    def with_state(self: Any) -> Any:
+        if not self.optimizer.state:
+            _allocate(self.optimizer)
+        return state_dict(self)
+
+    @functools.wraps(load_state_dict)
+    def with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(get_states)
+    def get_without_step(self: Any, model_param: torch.Tensor) -> dict[str, Any]:
+        return {key: value for key, value in get_states(self, model_param).items() if key != "step"}
+
+    @functools.wraps(set_states)
+    def set_without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        with torch.no_grad():  # in fp32 the master weights are views of the parameters
+            set_states(self, model_param, {**tensors, "step": None})
+
+    cls.state_dict, cls.load_state_dict = with_state, with_own_steps
+    cls._get_main_param_and_optimizer_states = get_without_step
+    cls._set_main_param_and_optimizer_states = set_without_step
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state before its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,267 @@
+"""``pretrain``: the same samples at any layout, also after a kill; accounts; what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_prune.engine.launch import start, start_function
+from tests.distributed_work import FunctionCall
+from tests.training.small import (
+    GLOBAL_BATCH,
+    MODEL,
+    SEQ_LENGTH,
+    consumed,
+    layout,
+    recipe,
+    train_and_record,
+)
+
+STEPS = 6
+RANGE = f"16:{16 + STEPS * GLOBAL_BATCH}"
+
+
+def _record(folder: Path, argv: list[str], nproc: int, kill_at: int | None = None) -> int:
+    """Run ``train_and_record`` in ranks; the job's exit code."""
+    folder.mkdir(exist_ok=True)
+    call = FunctionCall(
+        file=str(sys.modules[train_and_record.__module__].__file__),
+        module=train_and_record.__module__,
+        function="train_and_record",
+        arguments=pickle.dumps(((argv, str(folder), kill_at), {})),
+        results=str(folder),
+    )
+    with start_function(call, nproc=nproc, log=folder / "log.txt") as job:
+        return job.wait(240)
+
+
+def _expected(corpus: Path) -> dict[int, list[list[int]]]:
+    """Labels of every step, cut by hand out of the .bin along Megatron's one-epoch order."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    class Tokenizer:
+        vocab_size, pad, eod, unique_identifiers = 384, -1, 0, {}
+
+    config = GPTDatasetConfig(
+        random_seed=3, sequence_length=SEQ_LENGTH, split="1,0,0", tokenizer=Tokenizer(),
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        blend=([str(corpus)], None),
+    )  # fmt: skip
+    indexed = IndexedDataset(str(corpus))
+    order = GPTDataset(indexed, str(corpus), np.arange(len(indexed), dtype=np.int32), None, Split.train, config)
+    document_index, sample_index, shuffle_index = order.document_index, order.sample_index, order.shuffle_index
+    tokens = [indexed[d] for d in document_index]
+    concatenated = np.concatenate(tokens)
+    starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
+
+    def labels(sample: int) -> list[int]:
+        position, offset = sample_index[shuffle_index[sample]]
+        begin = int(starts[position] + offset)
+        return [int(t) for t in concatenated[begin + 1 : begin + 1 + SEQ_LENGTH]]
+
+    begin = int(RANGE.split(":")[0])
+    return {
+        step: sorted(labels(begin + (step - 1) * GLOBAL_BATCH + i) for i in range(GLOBAL_BATCH))
+        for step in range(1, STEPS + 1)
+    }
+
+
+def _losses(save: Path) -> list[float]:
+    with open(save / "losses.csv") as table:
+        return [float(row["loss"]) for row in csv.DictReader(table)]
+
+
+def _account(save: Path) -> dict:
+    return json.loads((save / "account.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_corpus, tmp_path_factory, job):
+    """The run on one process, never interrupted."""
+    save = tmp_path_factory.mktemp("reference") / "run"
+    job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save)]).ok()
+    return save
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)])
+def test_every_layout_consumes_the_samples_of_the_range(tiny_corpus, tmp_path, tp, pp, dp):
+    argv = [*MODEL, *recipe(tiny_corpus, RANGE, None), *layout(tp, pp)]
+    assert _record(tmp_path, argv, tp * pp * dp) == 0
+    assert consumed(tmp_path) == _expected(tiny_corpus)
+
+
+def test_the_loss_is_the_same_at_every_layout_that_shares_the_initial_weights(reference, tiny_corpus, tmp_path, job):
+    for name, flags, nproc in (
+        ("tp2", layout(2), 2),
+        ("dp2", layout(), 2),
+        ("dp2-distributed-optimizer", ["--use-distributed-optimizer", "--overlap-grad-reduce",
+                                       "--overlap-param-gather"], 2),
+    ):  # fmt: skip
+        save = tmp_path / name
+        job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), *flags], nproc=nproc).ok()
+        np.testing.assert_allclose(_losses(save), _losses(reference), rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "resharded"),
+    [((2, 1, 1), (1, 2, 1), True), ((1, 2, 1), (1, 1, 2), True), ((1, 1, 2), (1, 1, 2), False)],
+)
+def test_killed_and_resumed_it_consumes_the_same_samples(reference, tiny_corpus, tmp_path, first, then, resharded):
+    save, folder = tmp_path / "run", tmp_path / "records"
+    flags = ["--use-distributed-optimizer", "--save-interval", "2"]
+    argv = [*MODEL, *recipe(tiny_corpus, RANGE, save), *flags]
+    if not resharded:
+        argv.remove("--dist-ckpt-optim-fully-reshardable")  # Megatron's default form of optimizer state
+    assert _record(folder, [*argv, *layout(*first[:2])], int(np.prod(first)), kill_at=4) != 0
+    assert not _account(save)["complete"]
+    assert _record(folder, [*argv, *layout(*then[:2])], int(np.prod(then))) == 0
+
+    assert consumed(folder) == _expected(tiny_corpus)
+    account = _account(save)
+    assert account["complete"] and account["tokens"] == STEPS * GLOBAL_BATCH * SEQ_LENGTH
+    # Step 3 was done, logged, and lost with the kill in step 4.
+    assert account["replayed"] == [[3, 3]]
+    assert account["tokens_computed"] == (STEPS + 1) * GLOBAL_BATCH * SEQ_LENGTH
+    assert len(_losses(save)) == STEPS
+    if first[1] == 1:  # its initial weights are the reference's (pipeline stages are seeded differently)
+        np.testing.assert_allclose(_losses(save), _losses(reference), rtol=2e-5)
+
+
+def test_a_killed_run_ends_with_the_same_numbers(reference, tiny_corpus, tmp_path, job):
+    save, folder = tmp_path / "run", tmp_path / "records"
+    argv = [*MODEL, *recipe(tiny_corpus, RANGE, save), "--save-interval", "2"]
+    assert _record(folder, argv, 1, kill_at=6) != 0
+    # Megatron rewrites its tracker in place; a kill there leaves it empty, and Megatron then exits with 0.
+    (save / "latest_checkpointed_iteration.txt").write_text("")
+    # A save that was killed half-way must not be taken for one.
+    shutil.copytree(save / "iter_0000004", save / "iter_0000005")
+    next((save / "iter_0000005").glob("*.distcp")).write_bytes(b"half")
+    job(["pretrain", *argv]).ok()
+    assert _losses(save) == _losses(reference)
+    assert _account(save)["final_loss"] == _account(reference)["final_loss"]
+    assert _account(save)["replayed"] == [[5, 5]]
+
+
+def test_sigterm_saves_and_the_rerun_goes_on(reference, tiny_corpus, tmp_path, job):
+    save = tmp_path / "run"
+    argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), "--exit-signal-handler"]
+    running = start(argv, log=tmp_path / "log.txt")
+    import os
+    import time
+
+    while not (save / "losses.csv").exists():
+        time.sleep(0.02)
+    for rank in running.ranks:
+        os.kill(rank, signal.SIGTERM)
+    running.wait(120)
+    running.close()
+    assert (save / "latest_checkpointed_iteration.txt").exists()
+    job(argv).ok()
+    assert _losses(save) == _losses(reference)
+    assert _account(save)["complete"]
+
+
+def test_a_finished_run_ends_at_once_and_leaves_everything_as_it_is(reference, tiny_corpus, job):
+    before = (reference / "account.json").read_bytes(), (reference / "losses.csv").read_bytes()
+    again = job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, reference)]).ok()
+    assert "nothing to do" in again.output
+    assert before == ((reference / "account.json").read_bytes(), (reference / "losses.csv").read_bytes())
+
+
+def test_the_account_says_what_the_run_was(reference, tiny_corpus):
+    account = _account(reference)
+    assert account["complete"] and account["start"] == "random" and account["initial"] is None
+    assert account["range"] == [16, 16 + STEPS * GLOBAL_BATCH] and account["steps"] == STEPS
+    assert account["stream"]["seed"] == 3 and account["stream"]["blend"] == [[None, str(tiny_corpus)]]
+    assert account["initial_loss"] == _losses(reference)[0] and account["final_loss"] == _losses(reference)[-1]
+    # Counted by hand: 2 embeddings, 4 layers of qkv, proj, gate and up, down, 2 norms, and the final norm.
+    linears = 4 * (48 * (6 + 2 * 2) * 8 + 48 * 48 + 3 * 96 * 48)
+    assert account["parameters"] == 2 * 384 * 48 + linears + 4 * 2 * 48 + 48
+    assert account["parameters_nonzero"] == account["parameters"]
+    attention = 4 * 2 * 2 * SEQ_LENGTH * 6 * 8
+    per_token = 3 * (2 * linears + attention + 2 * 48 * 384)
+    assert account["flops_executed"] == per_token * account["tokens"]
+
+
+def test_shape_from_takes_the_arguments_and_none_of_the_weights(reference, tiny_corpus, tmp_path, job):
+    save = tmp_path / "scratch"
+    job(["pretrain", "--shape-from", reference, *recipe(tiny_corpus, RANGE, save)]).ok()
+    # The same seed and shape: the same run as the one that gave its shape, from the start.
+    assert _losses(save) == _losses(reference)
+    assert _account(save)["start"] == "random"
+    assert _account(save)["arguments"]["init_method_std"] == 0.05
+
+
+def test_a_pretrained_start_is_below_a_random_one(reference, tiny_corpus, tmp_path, job):
+    save = tmp_path / "continued"
+    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", reference,
+            *recipe(tiny_corpus, "64:112", save)]  # fmt: skip
+    job(argv, nproc=2).ok()
+    account = _account(save)
+    assert account["start"] == "continued" and account["initial"]["path"] == str(reference)
+    assert account["initial_loss"] < _account(reference)["initial_loss"] - 0.2
+    assert account["final_loss"] < account["initial_loss"]
+
+
+def test_a_replicate_permutes_the_range_the_same_way_for_both_arms(tiny_corpus, tmp_path):
+    orders = []
+    for name, more in (("plain", []), ("a", ["--stream-permutation-seed", 5]), ("b", ["--stream-permutation-seed", 5])):
+        argv = [*MODEL, *recipe(tiny_corpus, RANGE, None, *more)]
+        assert _record(tmp_path / name, argv, 1) == 0
+        orders.append(consumed(tmp_path / name))
+    plain, a, b = orders
+    assert a == b and a != plain
+    flat = [sorted(row for rows in order.values() for row in rows) for order in orders]
+    assert flat[0] == flat[1]
+
+
+REFUSED = [
+    ("another range in the same save directory", ["--stream-range", "64:112"], "--save"),
+    ("beyond the stream", ["--stream-range", f"0:{GLOBAL_BATCH * 10**6}"], "does not wrap"),
+    ("not whole batches", ["--stream-range", "0:13"], "a multiple of the global batch of 8"),
+    ("a contradicting number of steps", ["--train-iters", "7"], "--train-iters"),
+    ("a split of a stream", ["--split", "9,1,0"], "--split"),
+    ("validation without text", ["--eval-iters", "2"], "--valid-data-path"),
+    ("FP8 without a GPU", ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], "--fp8-format"),
+    ("Transformer Engine without a GPU", ["--transformer-impl", "transformer_engine"], "--transformer-impl"),
+    ("NCCL without a GPU", ["--distributed-backend", "nccl"], "--distributed-backend"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refused_before_anything_starts(reference, tiny_corpus, job, flags, says):
+    before = (reference / "losses.csv").read_bytes()
+    refused = job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, reference), *flags])
+    assert refused.returncode == 2, refused.output[-2000:]
+    assert says in refused.output and "Traceback" not in refused.output
+    assert (reference / "losses.csv").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(reference, tiny_corpus, tmp_path, job):
+    wrong = [word if word != "96" else "64" for word in MODEL]
+    argv = ["pretrain", *wrong, "--pretrained-checkpoint", reference, *recipe(tiny_corpus, RANGE, tmp_path / "x")]
+    refused = job(argv)
+    assert refused.returncode == 2
+    assert "mlp.linear_fc1.weight has shape [192, 48], this model needs [128, 48]" in refused.output
+
+
+def test_a_truncated_shard_is_refused(reference, tiny_corpus, tmp_path, job):
+    broken = tmp_path / "broken"
+    shutil.copytree(reference, broken)
+    shard = max(broken.glob("iter_*/*.distcp"), key=lambda file: file.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", broken,
+            *recipe(tiny_corpus, RANGE, tmp_path / "x")]  # fmt: skip
+    refused = job(argv)
+    assert refused.returncode == 2 and "Traceback" not in refused.output
+    assert "truncated" in refused.output
