@@ -8,15 +8,16 @@ import sys
 
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
+# verb: (module with `main(argv) -> exit status`, whether it runs Megatron's model, what it does)
 VERBS = {
-    "calibrate": ("megatron_prune.calibrate.command", "gather statistics of a parent's activations"),
-    "plan": ("megatron_prune.plan_command", "choose what stays, from statistics"),
-    "apply": ("megatron_prune.apply", "cut a checkpoint as a plan says"),
-    "prune": ("megatron_prune.prune", "calibrate, plan and apply in one command"),
-    "pretrain": ("megatron_prune.training.pretrain", "Megatron's training loop, with an account"),
-    "index": ("megatron_prune.data.index", "build a token stream's caches beforehand"),
-    "evaluate": ("megatron_prune.evaluation.evaluate", "loss and perplexity on fixed windows"),
-    "study": ("megatron_prune.study.command", "run|plan|status|report a token-matched comparison"),
+    "calibrate": ("megatron_prune.calibrate.command", True, "gather statistics of a parent's activations"),
+    "plan": ("megatron_prune.plan_command", False, "choose what stays, from statistics"),
+    "apply": ("megatron_prune.apply", False, "cut a checkpoint as a plan says"),
+    "prune": ("megatron_prune.prune", True, "calibrate, plan and apply in one command"),
+    "pretrain": ("megatron_prune.training.pretrain", True, "Megatron's training loop, with an account"),
+    "index": ("megatron_prune.data.index", False, "build a token stream's caches beforehand"),
+    "evaluate": ("megatron_prune.evaluation.evaluate", True, "loss and perplexity on fixed windows"),
+    "study": ("megatron_prune.study.command", False, "run|plan|status|report a token-matched comparison"),
 }
 
 
@@ -25,15 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m megatron_prune VERB … (VERB --help says more)\n")
-        for verb, (_, text) in VERBS.items():
+        for verb, (_, _, text) in VERBS.items():
             print(f"  {verb:<10} {text}")
         return 0
     verb, *rest = words
     if verb not in VERBS:
         print(f"megatron_prune: there is no verb '{verb}': one of {', '.join(VERBS)}", file=sys.stderr)
         return EXIT_REFUSED
+    module, runs_model, _ = VERBS[verb]
     try:
-        return importlib.import_module(VERBS[verb][0]).main(rest)
+        if runs_model:  # torch must know the machine before anything imports Megatron
+            importlib.import_module("megatron_prune.engine.cpu").prepare()
+        return importlib.import_module(module).main(rest)
     except MegatronPruneError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron_prune {verb}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+"""``evaluate``: the loss that transformers computes, at every layout; what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.small import layout
+
+S, WINDOWS = 32, 11
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "llama-gqa-tied-rope", "mistral-mha-tied"])
+def imported(request, tiny_hf, tmp_path_factory):
+    """A Hugging Face directory and the checkpoint made of it."""
+    from megatron_prune.checkpoint.huggingface import import_hf
+
+    checkpoint = tmp_path_factory.mktemp("imported") / "checkpoint"
+    source = tiny_hf(request.param, layers=4)
+    import_hf(source, checkpoint)
+    return source, checkpoint
+
+
+def _transformers_losses(source: Path, corpus: Path) -> list[float]:
+    """Mean loss of window k: tokens k·S+1 … (k+1)·S from the S before, cut out of the .bin by hand."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
+    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
+    losses = []
+    for k in range(WINDOWS):
+        window = torch.from_numpy(tokens[k * S : (k + 1) * S + 1])[None]
+        with torch.no_grad():
+            logits = model(window[:, :-1]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
+    return losses
+
+
+def _evaluate(job, checkpoint: Path, corpus: Path, output: Path, *more: object, nproc: int = 1) -> dict:
+    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
+            "--seq-length", S, "--windows", WINDOWS, "--output", output, *more]  # fmt: skip
+    job(argv, nproc=nproc).ok()
+    return json.loads(output.read_text())
+
+
+def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tmp_path, job):
+    source, checkpoint = imported
+    expected = _transformers_losses(source, tiny_corpus)
+    for name, tp, pp, dp in (("1", 1, 1, 1), ("tp2", 2, 1, 1), ("pp2", 1, 2, 1), ("dp2", 1, 1, 2), ("tp2pp2", 2, 2, 1)):
+        scores = _evaluate(job, checkpoint, tiny_corpus, tmp_path / name, *layout(tp, pp), nproc=tp * pp * dp)
+        text = scores["corpora"]["text"]
+        np.testing.assert_allclose(text["window_losses"], expected, rtol=2e-5, err_msg=name)
+        assert text["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+        assert text["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
+        assert text["windows"] == WINDOWS and text["predictions"] == WINDOWS * S
+        assert scores["parameters"] == scores["parameters_nonzero"]
+
+
+def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):
+    argv = ["evaluate", "--load", tiny_parent / "release", "--use-checkpoint-args", "--seq-length", S, "--windows", 4,
+            "--data-path", tiny_corpus, tiny_corpus, "--labels", "a", "b", "--output", tmp_path / "s"]  # fmt: skip
+    job(argv).ok()
+    corpora = json.loads((tmp_path / "s").read_text())["corpora"]
+    assert corpora["a"]["window_losses"] == corpora["b"]["window_losses"] and list(corpora) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--windows", "1000000"], "--windows"),
+        (["--labels", "a", "b"], "--labels"),
+        (["--num-layers-per-virtual-pipeline-stage", "1"], "--num-layers-per-virtual-pipeline-stage"),
+        (["--context-parallel-size", "2"], "--context-parallel-size"),
+        (["--tensor-model-parallel-size", "5"], "world size"),
+    ],
+)
+def test_refused(tiny_parent, tiny_corpus, tmp_path, job, flags, says):
+    argv = ["evaluate", "--load", tiny_parent, "--use-checkpoint-args", "--data-path", tiny_corpus,
+            "--seq-length", S, "--output", tmp_path / "s", *flags]  # fmt: skip
+    refused = job(argv)
+    assert refused.returncode != 0 and says in refused.output
+    assert not (tmp_path / "s").exists()
+
+
+def test_text_of_another_tokenizer_is_refused(tiny_parent, tmp_path, job):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.uint16)
+    builder.add_document(torch.full((200,), 5000), [200])
+    builder.finalize(str(tmp_path / "other.idx"))
+    argv = ["evaluate", "--load", tiny_parent, "--use-checkpoint-args", "--data-path", tmp_path / "other",
+            "--seq-length", S, "--output", tmp_path / "s"]  # fmt: skip
+    refused = job(argv)
+    assert refused.returncode == 2 and "another tokenizer" in refused.output
