@@ -1,0 +1,48 @@
+"""Our ``pretrain`` is Megatron's loop: the same losses, bit for bit, as a bare script around it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.training.small import MODEL
+
+FLAGS = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine "
+    "--weight-decay 0.1 --seed 7 --log-interval 1 --eval-iters 0 --eval-interval 100 --train-iters 6 --num-workers 0 "
+    "--tokenizer-type NullTokenizer --vocab-size 384 --split 100,0,0"
+).split()
+
+
+def bare_losses(argv: list[str]) -> list[float]:
+    """Losses of the bare script in this rank, before Megatron rounds them for its log."""
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron.training import training
+
+    from tests.benchmarks import bare_pretrain
+
+    losses: list[float] = []
+    original = training.training_log
+
+    def listening(loss_dict, *rest, **named):
+        losses.append(loss_dict["lm loss"].item())
+        return original(loss_dict, *rest, **named)
+
+    training.training_log = listening
+    bare_pretrain.main(argv)
+    return losses
+
+
+@pytest.mark.parametrize("more", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_losses_equal_a_bare_script(tiny_corpus, tmp_path, job, distributed, more):
+    argv = [*MODEL, *FLAGS, "--data-path", str(tiny_corpus), "--data-cache-path", str(tmp_path / "cache"), *more]
+    expected = distributed(bare_losses, 1, argv)[0]
+    save = tmp_path / "run"
+    job(["pretrain", *argv, "--save", save]).ok()
+    with open(Path(save) / "losses.csv") as table:
+        found = [float(row["loss"]) for row in csv.DictReader(table)]
+    assert found == expected and len(found) == 6 and found[-1] < found[0]
