@@ -101,8 +101,8 @@ def load(folder: str, tp: int, pp: int) -> dict[str, torch.Tensor]:
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
-    strict = dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
-    state = dist_checkpointing.load(wanted, folder, strict=strict, verify_integrity=True)
+    # Its default strictness: a key that the checkpoint lacks is an error.
+    state = dist_checkpointing.load(wanted, folder, verify_integrity=True)
     model.load_state_dict(state["model"], strict=True)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

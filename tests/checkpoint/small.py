@@ -1,0 +1,28 @@
+"""A small checkpoint written by our writer, for tests that damage or read one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.writer import CheckpointWriter
+from tests.checkpoint.ranks import STORED_ARGS as ARGS
+
+__all__ = ["ARGS", "tensors", "write"]
+
+
+def tensors(args=ARGS, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random weights of the model that ``args`` describe."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = ModelShape.from_args(args)
+    return {w.name: torch.randn(w.shape, generator=generator).to(dtype) for w in weights(shape)}
+
+
+def write(root: Path, args=ARGS, *, block_rows: int = 1000, dtype: torch.dtype = torch.float32, **options) -> Path:
+    """Write those weights in blocks of ``block_rows`` rows; returns ``root``."""
+    with CheckpointWriter(root, args=args, dtype=dtype, **options) as writer:
+        for name, tensor in tensors(args, dtype=dtype).items():
+            writer.add(name, tensor.shape, tensor.split(block_rows))
+    return root
