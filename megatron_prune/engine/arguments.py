@@ -47,7 +47,7 @@ def parse(
 
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
-    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(parser)))
+    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(_mend_help(parser))))
     _refuse_missing_gpu(args)
     _resolve_checkpoint_paths(args)
 
@@ -78,6 +78,16 @@ def parse(
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
     return args
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Some of Megatron's help texts hold a bare percent sign, with which ``--help`` dies."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
+    return parser
 
 
 def _add_shape_from(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

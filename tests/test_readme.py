@@ -1,0 +1,80 @@
+"""Every command in README.md names a file or verb that exists, with flags that it has."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.__main__ import VERBS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """The commands of the bash blocks, continued lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].split("     #")[0].strip() for line in lines if line.strip()]
+
+
+def program(words: list[str]) -> str:
+    """The script or verb that a command runs: ``tools/x.py``, ``tests/run.sh``, ``pretrain``."""
+    if "-m" in words and words[words.index("-m") + 1] == "megatron_prune":
+        return words[words.index("-m") + 2]
+    return words[1]
+
+
+@pytest.fixture(scope="session")
+def help_of(job):
+    """``help_of(program, subcommand)``: what ``--help`` prints, asked once."""
+    asked: dict[tuple[str, ...], str] = {}
+
+    def get(*words: str) -> str:
+        if words not in asked:
+            if words[0] in VERBS:
+                asked[words] = job([*words, "--help"]).ok().output
+            else:
+                run = [sys.executable, str(ROOT / words[0]), *words[1:], "--help"]
+                asked[words] = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        return asked[words]
+
+    return get
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_has_its_flags(command: str, help_of) -> None:
+    words = shlex.split(re.sub("<[^>]*>", "", command))  # what the reader is to fill in
+    assert words[0] in ("bash", "python", "torchrun"), command
+    name = program(words)
+    if name.endswith(".sh"):
+        assert (ROOT / name).is_file()
+        return
+    assert name in VERBS or (ROOT / name).is_file(), f"{name} does not exist"
+    after = words[words.index(name) + 1 :]
+    subcommand = after[:1] if name == "tools/convert_checkpoint.py" or name == "study" else []
+    text = help_of(name, *subcommand)
+    for flag in (word for word in after if word.startswith("--")):
+        assert re.search(rf"{re.escape(flag)}[\s,\]=]", text), f"{name} has no {flag}"
+
+
+def test_every_verb_is_in_the_table_of_commands() -> None:
+    for verb in VERBS:
+        assert f"`python -m megatron_prune {verb}" in README
+
+
+def test_every_tool_is_in_the_table_of_commands() -> None:
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert f"`python tools/{tool.name}" in README
+
+
+def test_every_method_is_in_the_table_of_methods() -> None:
+    from megatron_prune import methods
+
+    for name in methods.names():
+        assert f"| `{name}` |" in README
