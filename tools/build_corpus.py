@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="gets train, calibration, validation and test .jsonl")
     add("--max-bytes", type=int, default=16_000_000, help="stop after this much text; 0 takes all there is")
     add("--split", default=",".join(map(str, corpus.SHARES)), help="shares of the four splits")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the files do not depend on them")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; the files do not depend on them")
     return parser.parse_args(argv)
 
 

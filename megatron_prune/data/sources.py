@@ -1,9 +1,10 @@
 """English text that is on this machine: where it lies, and how to get at it. Nothing is imported or run.
 
-Kinds, in the order in which they are gathered: Python's own manual (``pydoc_data``), Debian's
-documentation and manual pages where there are any, the long descriptions and documents of installed
-distributions, and the docstrings of the standard library and of installed packages, which are by
-far the most. Every generator has a fixed order, so that a machine gives the same text every time.
+Kinds: Python's own manual (``pydoc_data``), Debian's documentation and manual pages where there are
+any, the long descriptions and documents of installed distributions, and the docstrings of the
+standard library and of installed packages, which are by far the most. They are taken evenly, by
+bytes, until each is used up. Every kind has a fixed order, the larger ones by a hash of their names:
+a machine gives the same text every time, and a part of it is a sample of the whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import email
 import gzip
 import hashlib
+import heapq
 import html
 import multiprocessing
 import os
@@ -50,11 +52,14 @@ class Found:
 
 def gather(places: Places, workers: int = 1) -> Iterator[Found]:
     """Every text of every kind; ``workers`` processes parse Python. The order does not depend on them."""
-    yield from topics(places)
-    yield from documentation(places)
-    yield from manuals(places)
-    yield from descriptions(places)
-    yield from docstrings(places, workers)
+    kinds = [topics(places), documentation(places), manuals(places), descriptions(places)]
+    # Parsing comes last, so that processes are not started for a reader that stops at once.
+    waiting = [(0, number, kind) for number, kind in enumerate([*kinds, docstrings(places, workers)])]
+    while waiting:
+        taken, number, kind = heapq.heappop(waiting)
+        if (found := next(kind, None)) is not None:
+            yield found
+            heapq.heappush(waiting, (taken + len(found.text), number, kind))
 
 
 def topics(places: Places) -> Iterator[Found]:
@@ -74,30 +79,27 @@ NOT_TEXT = re.compile(
 TEXT_SUFFIXES = (".txt", ".rst", ".md", ".html", ".htm")
 
 
-def _is_document(path: Path) -> bool:
-    name = path.name.removesuffix(".gz").lower()
-    return (name.endswith(TEXT_SUFFIXES) or name.startswith("readme")) and not NOT_TEXT.search(path.name)
+def _is_document(path: str) -> bool:
+    name = path.rpartition("/")[2].removesuffix(".gz").lower()
+    return (name.endswith(TEXT_SUFFIXES) or name.startswith("readme")) and not NOT_TEXT.search(name)
 
 
 def documentation(places: Places) -> Iterator[Found]:
     """Debian's ``/usr/share/doc`` without changelogs and copyright notices."""
     for folder in places.documentation:
-        for path in _files(folder):
-            if _is_document(path):
-                text = _read(path)
-                if path.name.removesuffix(".gz").endswith((".html", ".htm")):
-                    text = strip_html(text)
-                yield Found("documentation", str(path.relative_to(folder)), text)
+        for name in filter(_is_document, _files(folder)):
+            text = _read(folder / name)
+            if name.removesuffix(".gz").endswith((".html", ".htm")):
+                text = strip_html(text)
+            yield Found("documentation", name, text)
 
 
 def manuals(places: Places) -> Iterator[Found]:
     """English manual pages."""
     for folder in places.manuals:
-        for section in sorted(folder.glob("man[1-9]")):
-            for path in _files(section):
-                if path.is_symlink():  # another name of the same page
-                    continue
-                yield Found("manuals", str(path.relative_to(folder)), strip_roff(_read(path)))
+        for name in sorted(_files(folder), key=_shuffled):
+            if re.match("man[1-9]/", name) and not (folder / name).is_symlink():  # a link is an alias
+                yield Found("manuals", name, strip_roff(_read(folder / name)))
 
 
 def descriptions(places: Places) -> Iterator[Found]:
@@ -112,25 +114,22 @@ def descriptions(places: Places) -> Iterator[Found]:
             message = email.message_from_string(_read(path))
             text = message.get_payload() if not message.is_multipart() else ""
             yield Found("descriptions", str(path.relative_to(folder)), str(text))
-        for path in _files(folder):
-            if _is_document(path) and not ({"tests", "licenses"} & set(path.relative_to(folder).parts)):
-                yield Found("descriptions", str(path.relative_to(folder)), _read(path))
+        for name in filter(_is_document, _files(folder)):
+            if not {"tests", "licenses"} & set(name.split("/")):
+                yield Found("descriptions", name, _read(folder / name))
 
 
 def docstrings(places: Places, workers: int = 1) -> Iterator[Found]:
-    """One text a Python file: its docstrings in order. Files with little documentation are passed over.
-
-    Files come in the order of a hash of their names: however early the reader stops, every package has
-    its share.
-    """
+    """One text a Python file: its docstrings in order. Files with little documentation are passed over."""
     found: dict[str, Path] = {}
     for folder in (*places.stdlib, *places.packages):
-        for path in _files(folder):
-            parts = path.relative_to(folder).parts
-            nested = folder in places.stdlib and {"site-packages", "dist-packages"} & set(parts)
-            if path.suffix == ".py" and not nested and not {"test", "tests", "testing"} & set(parts):
-                found.setdefault("/".join(parts), path)
-    names = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
+        unwanted = {"test", "tests", "testing"}
+        if folder in places.stdlib:
+            unwanted |= {"site-packages", "dist-packages"}
+        for name in _files(folder):
+            if name.endswith(".py") and not unwanted & set(name.split("/")):
+                found.setdefault(name, folder / name)
+    names = sorted(found, key=_shuffled)
     paths = [found[name] for name in names]
     if workers == 1:
         yield from (Found("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
@@ -149,7 +148,10 @@ LEAST_BYTES, LEAST_SHARE = 1500, 0.15  # parsing is what costs: leave files wher
 
 def docstrings_of(path: Path) -> str:
     """All docstrings of a Python file, joined by blank lines; "" when not worth it or not parsable."""
-    source = path.read_bytes()
+    try:
+        source = path.read_bytes()
+    except OSError:
+        return ""
     documented = sum(map(len, TRIPLE.findall(source)))
     if documented < max(LEAST_BYTES, LEAST_SHARE * len(source)):
         return ""
@@ -204,19 +206,22 @@ def strip_roff(text: str) -> str:
     return joined
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[str]:
+    """Names below a folder, relative to it, in a fixed order; strings, since there are a hundred thousand."""
     for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place, name)
-            if path.is_file():  # no dangling links, no sockets
-                yield path
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        below = os.path.relpath(place, folder)
+        yield from sorted(names) if below == "." else (f"{below}/{name}" for name in sorted(names))
+
+
+def _shuffled(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _read(path: Path) -> str:
-    """A file's text, unzipped; "" when it is absent, unreadable or not UTF-8."""
+    """A file's text, unzipped; "" when it is absent, no plain file, unreadable or not UTF-8."""
     try:
-        payload = path.read_bytes()
+        payload = path.read_bytes() if path.is_file() else b""
         return (gzip.decompress(payload) if payload[:2] == b"\x1f\x8b" else payload).decode()
     except (OSError, EOFError, UnicodeDecodeError):
         return ""

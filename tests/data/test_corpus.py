@@ -84,7 +84,8 @@ def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     sizes = {name: split["bytes"] for name, split in made[0]["splits"].items()}
     assert 1_800_000 <= sum(sizes.values()) < 2_100_000
-    assert sizes["train"] > 0.8 * sum(sizes.values()) and min(sizes.values()) > 5_000
+    for name, share in zip(corpus.SPLITS, corpus.SHARES, strict=True):
+        assert sizes[name] == pytest.approx(share / 100 * sum(sizes.values()), abs=50_000) and sizes[name] > 5_000
     assert made[0]["kinds"]["docstrings"]["documents"] > 20
 
 

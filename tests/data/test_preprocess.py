@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,35 @@ def test_the_tools_run_as_their_users_run_them(tmp_path):
     refused = tool("preprocess_data.py", *flags, "--tokenizer-type", "NullTokenizer")
     assert refused.returncode == 2 and "--tokenizer-type: given NullTokenizer" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_the_checkpoint_flag_knows_its_own_tokenizer(tmp_path, tiny_parent, tiny_tokenizer, tiny_jsonl, model):
+    def tool(kind, source):
+        command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tiny_jsonl]
+        command += ["--output-prefix", tmp_path / kind, "--checkpoint", tiny_parent]
+        command += ["--tokenizer-type", kind, "--tokenizer-model", source]
+        return subprocess.run(command, text=True, capture_output=True)
+
+    accepted = tool("HuggingFaceTokenizer", tiny_tokenizer)
+    assert accepted.returncode == 0, accepted.stderr
+    refused = tool("SentencePieceTokenizer", model)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "is not the tokenizer of checkpoint" in refused.stderr or "has a vocabulary of" in refused.stderr
+    assert not list(tmp_path.glob("SentencePieceTokenizer*"))
+
+
+def test_a_killed_run_leaves_no_corpus_and_the_next_one_cleans_up(tmp_path, model):
+    jsonl(tmp_path / "x.jsonl", [PROSE] * 3000)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "x.jsonl"]
+    command += ["--output-prefix", tmp_path / "out" / "P", "--tokenizer-type", "SentencePieceTokenizer"]
+    with subprocess.Popen([*command, "--tokenizer-model", model], stderr=subprocess.DEVNULL) as running:
+        while not any(path.stat().st_size for path in (tmp_path / "out").glob(".P*/P.bin")):
+            assert running.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        running.kill()
+    assert not list((tmp_path / "out").glob("P*")) and list((tmp_path / "out").glob(".P*"))
+    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
+    preprocess([jsonl(tmp_path / "y.jsonl", ["short"])], tmp_path / "out" / "P", tokenizer)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["P.bin", "P.idx", "P.json"]
+    assert read_back(tmp_path / "out" / "P") == [tokenizer.encode("short")]
