@@ -84,9 +84,10 @@ def _summary(found: Results) -> str:
         return "The parent is not finished yet."
     tokens = "an unknown number of tokens" if parent["tokens"] is None else f"{parent['tokens']:,} tokens"
     seeds = "one seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
+    declared = "declared to be " * parent["declared"]
     return (
-        f"A parent of {parent['parameters']:,} parameters, {'declared to be ' * parent['declared']}trained on "
-        f"{tokens}, is pruned and trained on; models of the same shapes are trained from random weights. {seeds.capitalize()}, "
+        f"A parent of {parent['parameters']:,} parameters, {declared}trained on {tokens}, is pruned and trained on; "
+        f"models of the same shapes are trained from random weights. {seeds.capitalize()}, "
         f"{study.recipe.global_batch_size} x {study.data.seq_length} tokens a step."
     )
 

@@ -137,10 +137,8 @@ def _status(study: config.Study, places: Places, options: argparse.Namespace) ->
 
     finished = Ledger(places.root / "ledger.jsonl").read()
     table = _table(f"study {study.name}", "cell state validation test seconds")
-    cells = sorted(
-        (path.parent.name for path in places.root.glob("cells/*/cell.json")),
-        key=lambda name: (*finished, name).index(name),
-    )
+    begun = {path.parent.name for path in places.root.glob("cells/*/cell.json")}
+    cells = [*finished, *sorted(begun - set(finished), key=lambda name: (not _begun(places, name), name))]
     for name in cells:
         record = finished.get(name)
         done = artifacts.read_json(places.cell(name) / "stages.json") if _begun(places, name) else {}

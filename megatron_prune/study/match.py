@@ -46,6 +46,7 @@ OWN_STEPS: dict[str, str] = {
     "stream_range": "own steps",
     "eval_interval": "own steps",
 }
+HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
 STREAM = ("id", "seed", "seq_length", "epochs", "blend")
 ACCOUNTED = ("global_batch_size", "micro_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
 TOLERANCE = 0.001
@@ -99,6 +100,12 @@ class Runs:
                     "tokens",
                     f"{name} says {account['tokens']}, its range holds {(end - first) * account['seq_length']}",
                 )
+            for key in HORIZON:
+                if account["arguments"].get(key) not in (None, account["steps"]):
+                    raise self.refuse(
+                        setting, f"arguments.{key}", f"{name} has {account['arguments'][key]}, its own steps are "
+                        f"{account['steps']}"
+                    )  # fmt: skip
 
     def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
         if pruned != scratch:

@@ -1,0 +1,170 @@
+"""The page: its numbers are the rows, it needs nothing from outside, and odd text cannot break it."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prune.report import figures, page
+from megatron_prune.study import results
+from megatron_prune.study.commands import Places
+from tests.study import made_up
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    folder = tmp_path_factory.mktemp("study")
+    methods = [
+        {"name": "shortgpt", "label": "a.b"},
+        {"name": "random", "settings": {"axis": "width", "divisible-by": 8}},
+    ]
+    study = made_up.study(made_up.corpora(folder), methods=methods, seeds=[1, 2])
+    places = made_up.run(study, folder / "runs", made_up.FakeLauncher())
+    page.write(results.collect(places), places)
+    return places
+
+
+class Reader(html.parser.HTMLParser):
+    """Cells of the tables by id, attributes of everything, and unclosed tags."""
+
+    VOID = {"meta", "br", "link", "img", "path", "use", "rect", "line", "circle"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.table, self.cell = "", False
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.table = dict(attrs).get("id") or ""
+            self.tables.setdefault(self.table, [])
+        elif tag == "tr":
+            self.tables[self.table].append([])
+        elif tag == "td":
+            self.tables[self.table][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+        if tag == "td":
+            self.cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self.cell:
+            self.tables[self.table][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def read(places: Places) -> Reader:
+    reader = Reader()
+    reader.feed((places.root / "report" / "index.html").read_text())
+    assert not reader.open
+    return reader
+
+
+def test_every_row_is_on_the_page(places: Places, read: Reader) -> None:
+    rows = json.loads((places.root / "report" / "results.json").read_text())["rows"]
+    shown = [cells for cells in read.tables["rows"] if cells]
+    assert len(shown) == len(rows) == 1 + 2 * 2 * 2 * 2
+    for cells, row in zip(shown, rows, strict=True):
+        assert cells[2] == row["arm"] and cells[0] == (row["setting"] or "")
+        assert cells[4] == f"{row['params']:,}"
+        assert cells[5:8] == [f"{row[key]:.4f}" for key in ("loss_initial", "validation_loss", "test_loss")]
+    for pruned, scratch, cells in zip(rows[1::2], rows[2::2], shown[2::2], strict=True):
+        assert cells[8] == f"{scratch['test_loss'] - pruned['test_loss']:+.4f}"
+
+
+def test_the_account_table_has_every_run_once(places: Places, read: Reader) -> None:
+    rows = json.loads((places.root / "report" / "results.json").read_text())["rows"]
+    shown = {cells[1]: cells for cells in read.tables["account"] if cells}
+    assert set(shown) == {row["cell"] for row in rows}
+    for row in rows:
+        assert shown[row["cell"]][4] == f"{row['tokens_train']:,}"
+        assert shown[row["cell"]][5] == f"{row['tokens_total']:,}"
+        assert shown[row["cell"]][7] == f"{row['flops_total']:.3e}"
+
+
+def test_verdicts_and_matches_are_on_the_page(places: Places) -> None:
+    found = results.collect(places)
+    text = (places.root / "report" / "index.html").read_text()
+    assert len(found.verdicts) == 4
+    for verdict in found.verdicts:
+        assert verdict.subject in text and verdict.words in text
+    assert text.count("all other resolved arguments") == 8
+    assert "total tokens" in text and "within one step" in text or "equal" in text
+
+
+def test_nothing_is_fetched_and_no_id_is_twice(read: Reader) -> None:
+    for tag, name, value in read.attributes:
+        if name in ("src", "href", "xlink:href", "data", "action") and value is not None:
+            assert value.startswith("#"), f"<{tag} {name}={value}>"
+        assert tag not in ("script", "link", "iframe", "object")
+    ids = [value for _, name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for _, name, value in read.attributes if name == "xlink:href" and value}
+    assert used <= set(ids)
+
+
+def test_figures_read_on_light_and_dark(places: Places) -> None:
+    text = (places.root / "report" / "index.html").read_text()
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert figures.INK not in text and "currentColor" in text  # the page's own ink
+    folder = places.root / "report" / "figures"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{name}.{kind}" for name in ("final-loss", "loss-curves") for kind in ("png", "svg")
+    ]
+    for path in folder.glob("*.svg"):
+        root = xml.etree.ElementTree.fromstring(path.read_text())
+        words = " ".join(root.itertext())
+        assert "nats per token" in words and figures.INK in path.read_text()
+        # Nothing paints a background, black or white.
+        assert not re.search(r"fill: (#ffffff|#000000|white|black)", path.read_text())
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_final_losses_annotates_the_gaps(places: Places) -> None:
+    found = results.collect(places)
+    svg = (places.root / "report" / "figures" / "final-loss.svg").read_text()
+    for verdict in found.verdicts:
+        assert figures.signed(verdict.test.mean) in svg
+    assert found.parent is not None and f"parent {found.parent['test_loss']:.3f}" in svg
+
+
+def test_the_same_results_are_the_same_files(places: Places) -> None:
+    report = places.root / "report"
+    before = {path.name: path.read_bytes() for path in report.rglob("*") if path.is_file()}
+    page.write(results.collect(places), places)
+    assert {path.name: path.read_bytes() for path in report.rglob("*") if path.is_file()} == before
+
+
+def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
+    study = made_up.study(made_up.corpora(tmp_path))
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, tmp_path / "runs", made_up.FakeLauncher(kill_at=9))
+    places = Places(tmp_path / "runs" / "made-up")
+    path = page.write(results.collect(places), places)
+    text = path.read_text()
+    assert text.count(": not finished.") == 4 and "(pending)" in text
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (999, "999"), (409_600, "410k"), (1_500_000, "1.5M"), (2e12, "2T")]
+)
+def test_amounts(value: float, text: str) -> None:
+    assert figures.amount(value) == text

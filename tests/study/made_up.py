@@ -1,0 +1,246 @@
+"""A made-up study: real corpora, plans and pruned checkpoints, and trainings that only write accounts.
+
+``FakeLauncher`` does what the verbs would, in milliseconds: ``plan`` and ``apply`` are the real ones,
+``calibrate`` writes seeded statistics, ``pretrain`` and ``evaluate`` write accounts and scores that are
+functions of their command line alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_prune import apply, artifacts, plan_command
+from megatron_prune.calibrate import statistics
+from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.study import config
+from megatron_prune.study.commands import Command, Places
+
+VOCABULARY = 128
+SHAPE_FLAGS = {
+    "num-layers": 4,
+    "hidden-size": 32,
+    "num-attention-heads": 4,
+    "group-query-attention": True,
+    "num-query-groups": 2,
+    "ffn-hidden-size": 64,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "position-embedding-type": "rope",
+    "disable-bias-linear": True,
+    "untie-embeddings-and-output-weights": True,
+    "padded-vocab-size": VOCABULARY,
+}
+
+
+def corpora(folder: Path) -> dict[str, str]:
+    """Four corpora of random tokens; their prefixes by name."""
+    generator = np.random.default_rng(0)
+    prefixes = {}
+    for name, length in (("train", 12_000), ("calibration", 2_000), ("validation", 2_000), ("test", 2_000)):
+        prefix = folder / name
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for _ in range(length // 100):
+            builder.add_document(torch.from_numpy(generator.integers(0, VOCABULARY, 100)), [100])
+        builder.finalize(f"{prefix}.idx")
+        prefixes[name] = str(prefix)
+    return prefixes
+
+
+def mapping(prefixes: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """A study.yaml as plain data: two methods at 50%, one budget, both settings, one seed."""
+    return {
+        "name": "made-up",
+        "data": {**prefixes, "seq_length": 16},
+        "parent": {"pretrain": {"tokens": 2560, "arguments": SHAPE_FLAGS}},
+        "recipe": {"lr": 1e-3, "global_batch_size": 8, "micro_batch_size": 4, "arguments": {"weight-decay": 0.1}},
+        "methods": [{"name": "shortgpt"}, {"name": "minitron-width", "settings": {"divisible-by": 8}}],
+        "ratios": [0.5],
+        "budgets": [1280],
+        "calibration": {"sequences": 8},
+        "evaluation": {"windows": 16},
+        **changes,
+    }
+
+
+def study(prefixes: dict[str, str], **changes: Any) -> config.Study:
+    return config.from_mapping(mapping(prefixes, **changes))
+
+
+_STDOUT = threading.Lock()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package may catch it."""
+
+
+class FakeLauncher:
+    """A launcher that writes what the verbs would. ``kill_at`` n: die before the n-th command from now.
+
+    ``broken`` are stages of cells that end with exit code 0 and write nothing.
+    """
+
+    def __init__(self, kill_at: int | None = None, broken: tuple[tuple[str, str], ...] = ()):
+        self.kill_at, self.broken = kill_at, broken
+        self.commands: list[Command] = []
+
+    def __call__(self, command: Command, *, log: Path, env: dict[str, str]) -> int:
+        if self.kill_at is not None and len(self.commands) >= self.kill_at:
+            raise Killed
+        self.commands.append(command)
+        log.write_text(f"{command.stage} was here\n")
+        if (log.parent.name, command.stage) not in self.broken:
+            # One at a time, since there is one stdout: cells still begin and end in any order.
+            with _STDOUT, open(log, "a") as output, contextlib.redirect_stdout(output):
+                getattr(self, f"_{command.stage}")(list(command.argv[1:]))
+        return 0
+
+    def _plan(self, argv: list[str]) -> None:
+        plan_command.main(argv)
+
+    def _apply(self, argv: list[str]) -> None:
+        apply.main(argv)
+
+    def _calibrate(self, argv: list[str]) -> None:
+        given = words(argv)
+        parent = open_checkpoint(given["load"])
+        generator = torch.Generator().manual_seed(int(given.get("seed", 0)))
+        tensors = {
+            name: torch.rand(size, generator=generator, dtype=torch.float64)
+            for name, size in statistics.tensor_shapes(parent.shape).items()
+        }
+        statistics.Statistics(
+            tensors,
+            parent.shape,
+            parent.fingerprint(),
+            seq_length=int(given["calibration_seq_length"]),
+            sequences=int(given["calibration_sequences"]),
+            loss_sum=1.0,
+            calibrations=(),
+        ).write(given["output"])
+
+    def _pretrain(self, argv: list[str]) -> None:
+        given = words(argv)
+        save = Path(given["save"])
+        source = given.get("pretrained_checkpoint") or given.get("shape_from")
+        shape = open_checkpoint(source).shape if source else _write_parent(save, given)
+        save.mkdir(parents=True, exist_ok=True)
+        made = account(given, shape)
+        batch, name = made["global_batch_size"], save.parent.name
+        rows = [
+            f"{step},{step * batch},{number(given['stream_range'], name, step)},1e-3,1.0"
+            for step in range(1, made["steps"] + 1)
+        ]
+        (save / "losses.csv").write_text("\n".join(["step,samples,loss,learning_rate,grad_norm", *rows]) + "\n")
+        artifacts.write_json(save / "account.json", made)
+
+    def _evaluate(self, argv: list[str]) -> None:
+        given = words(argv)
+        corpora = {
+            name: {"windows": int(given["windows"]), "loss": number(given["load"].split("cells/")[-1], name)}
+            for name in given["labels"].split()
+        }
+        parameters = open_checkpoint(given["load"]).shape.parameters() if "parent" in given["load"] else 1
+        scores = {"version": 1, "corpora": corpora, "parameters": parameters, "parameters_nonzero": parameters}
+        artifacts.write_json(given["output"], scores)
+
+
+def words(argv: list[str]) -> dict[str, str]:
+    """Flags as Megatron's names of them; a flag without a value is ``True``."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            found[name] = ""
+        else:
+            found[name] = f"{found[name]} {word}".strip()
+    return {name: value or "True" for name, value in found.items()}
+
+
+def number(*parts: object) -> float:
+    """A loss between 2 and 6 that is a function of ``parts``."""
+    digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).digest()
+    return 2 + 4 * int.from_bytes(digest[:4], "big") / 2**32
+
+
+def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
+    """An account as the engine writes it, for a run whose flags are ``given``."""
+    start, end = (int(part) for part in given["stream_range"].split(":"))
+    batch, length = int(given["global_batch_size"]), int(given["seq_length"])
+    stream = {
+        "id": hashlib.sha256(f"{given['data_path']} {given['stream_seed']} {length}".encode()).hexdigest(),
+        "seed": int(given["stream_seed"]),
+        "seq_length": length,
+        "epochs": int(given["stream_epochs"]),
+        "blend": [[None, given["data_path"]]],
+        "samples": 700,
+    }
+    seed = given.get("stream_permutation_seed")
+    steps = (end - start) // batch
+    return {
+        "version": 1,
+        "complete": True,
+        "start": "pruned" if "pretrained_checkpoint" in given else "random",
+        "stream": stream,
+        "range": [start, end],
+        "permutation_seed": None if seed is None else int(seed),
+        "global_batch_size": batch,
+        "micro_batch_size": int(given["micro_batch_size"]),
+        "seq_length": length,
+        "steps": steps,
+        "tokens": (end - start) * length,
+        "unique_tokens": (end - start) * length,
+        "replayed": [],
+        "flops_executed": (end - start) * shape.training_flops(length),
+        "flops_theoretical": (end - start) * shape.training_flops(length),
+        "seed": int(given["seed"]),
+        "parameters": shape.parameters(),
+        "parameters_nonzero": shape.parameters(),
+        "initial_loss": number("first", given["save"].split("cells/")[-1]),
+        "final_loss": number("last", given["save"].split("cells/")[-1]),
+        "arguments": {**given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps},
+        "initial": None,
+        "masks": None,
+    }
+
+
+def _write_parent(save: Path, given: dict[str, str]) -> ModelShape:
+    """A checkpoint with the weights that a seed gives."""
+    args: dict[str, Any] = {name: _value(value) for name, value in given.items()}
+    args |= {"add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True}
+    shape = ModelShape.from_args(args)
+    generator = torch.Generator().manual_seed(int(given["seed"]))
+    with CheckpointWriter(save, args=args, dtype=torch.float32) as writer:
+        for layout in weights(shape):
+            writer.add(layout.name, layout.shape, [torch.randn(layout.shape, generator=generator)])
+    return shape
+
+
+def _value(text: str) -> Any:
+    return True if text == "True" else int(text) if text.isdecimal() else text
+
+
+def run(study: config.Study, runs: Path, launcher: FakeLauncher) -> Places:
+    """Run a study with a fake launcher, quietly."""
+    import io
+
+    from rich.console import Console
+
+    from megatron_prune.study import runner
+    from megatron_prune.study.progress import Progress
+
+    places = Places(runs / study.name)
+    with Progress(Console(file=io.StringIO())) as progress:
+        runner.run(study, places, launcher=launcher, progress=progress)
+    return places

@@ -1,0 +1,118 @@
+"""study.yaml is read strictly: what is wrong is refused by its key, with what is allowed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prune.errors import UsageError
+from megatron_prune.study import config
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD: dict[str, Any] = {
+    "name": "a-study",
+    "data": {"train": "a", "calibration": "c", "validation": "v", "test": "t", "seq_length": 8},
+    "parent": {"pretrain": {"tokens": "1.5M", "arguments": {"num_layers": 2}}},
+    "recipe": {"lr": "3e-4", "global_batch_size": 16, "micro_batch_size": 8},
+    "methods": [{"name": "shortgpt"}],
+    "ratios": [0.5],
+    "budgets": ["400k"],
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """``GOOD`` with one key set; ``...`` removes it."""
+    content = copy.deepcopy(GOOD)
+    *inside, last = path.split(".")
+    here: Any = content
+    for part in inside:
+        here = here[int(part)] if isinstance(here, list) else here[part]
+    if value is ...:
+        del here[last]
+    else:
+        here[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("seed", 1, r"seed: given an unknown key, allowed is one of name, data, .*seeds"),
+        ("data.seqlength", 8, r"data\.seqlength: given an unknown key, allowed is one of train, .*seq_length"),
+        ("methods.0.ratio", 0.5, r"methods\.0\.ratio: given an unknown key, allowed is one of name, settings"),
+        ("parent.pretrain.layers", 2, r"parent\.pretrain\.layers: .*allowed is one of tokens, arguments, seed"),
+        ("recipe.lr", ..., r"recipe\.lr: given nothing, allowed is a value"),
+        ("recipe.lr", "fast", r"recipe\.lr: given 'fast'"),
+        ("recipe.arguments", {"train_iters": 3}, r"recipe\.arguments\.train-iters: given set"),
+        ("parent.pretrain.arguments", {"seed": 3}, r"parent\.pretrain\.arguments\.seed: given set"),
+        ("recipe.global_batch_size", 12, r"recipe\.global_batch_size: given 12, allowed is a multiple of .* = 8"),
+        ("launch", {"nproc": 3, "tensor_parallel": 2}, r"launch\.nproc: given 3, allowed is a multiple of .* = 2"),
+        ("budgets", ["40 apples"], r"budgets\.0: given '40 apples', allowed is a number of tokens"),
+        ("budgets", [100, 100], r"budgets: given \[100, 100\], allowed is different values"),
+        ("ratios", [1.5], r"ratios\.0: given 1\.5, allowed is less than 1"),
+        ("ratios", [], r"ratios: given none"),
+        ("settings", ["equal-flops"], r"settings\.0: given 'equal-flops'.*'equal-training' or 'equal-total'"),
+        ("methods", [{"name": "random"}] * 2, r"methods: given random twice, allowed is a label"),
+        ("parent.load", "x", r"parent: given pretrain and load, allowed is exactly one"),
+        ("parent", {}, r"parent: given none of them"),
+        ("parent.declared_tokens", 5, r"parent\.declared_tokens.*beside parent\.pretrain"),
+        ("data.validation", "./a", r"data\.validation: given \./a, allowed is a corpus that is not in data\.train"),
+        ("data.train", [[1, "a"], "b"], r"data\.train: given weights for some"),
+        ("data.train", [[0, "a"]], r"data\.train\.0\.0: given 0, allowed is greater than 0"),
+        ("name", "../x", r"name: given '\.\./x'"),
+        ("launch", {"launcher": "slurm"}, r"launch\.launcher: given 'slurm', allowed is 'local'"),
+    ],
+)
+def test_refuses(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config.from_mapping(changed(path, value))
+
+
+def test_defaults_and_round_trip() -> None:
+    study = config.from_mapping(GOOD)
+    assert study.parent.pretrain is not None and study.parent.pretrain.tokens == 1_500_000
+    assert study.parent.pretrain.arguments == {"num-layers": 2}
+    assert study.budgets == [400_000] and study.recipe.lr == 3e-4
+    assert study.settings == ["equal-training", "equal-total"]
+    assert study.calibration_seq_length == study.evaluation_seq_length == 8
+    assert config.from_mapping(config.resolved(study)) == study
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("400k", 400_000), ("1.5M", 1_500_000), ("1e9", 10**9), ("50B", 5 * 10**10), (7, 7)]
+)
+def test_tokens(text: Any, tokens: int) -> None:
+    assert config.parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([[0.7, "a"], [0.3, "b"]], ["0.7", "a", "0.3", "b"]),
+    ],
+)
+def test_blend_is_megatrons(train: Any, words: list[str]) -> None:
+    assert config.from_mapping(changed("data.train", train)).data.blend == words
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="missing.yaml"):
+        config.load(tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [")
+    with pytest.raises(UsageError, match="broken.yaml, allowed is valid YAML"):
+        config.load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UsageError, match="given list, allowed is a mapping"):
+        config.load(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/study.yaml")), ids=lambda path: path.parent.name)
+def test_every_shipped_study_is_valid(path: Path) -> None:
+    study = config.load(path)
+    assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.resolved(study)))) == study

@@ -1,0 +1,122 @@
+"""Ranges and the grid: for any budgets, arms that are compared consume what DESIGN §6 says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prune.errors import DataError
+from megatron_prune.study import config, grid
+from megatron_prune.study.budgets import Batch, Lay, counted
+from tests.study.test_config import GOOD
+
+batches = st.builds(Batch, st.integers(1, 512), st.integers(1, 4096))
+SHAPE = {
+    "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
+    "ffn_hidden_size": 64,
+}  # fmt: skip
+
+
+@given(batches, st.integers(1, 10**6), st.integers(1, 10**7), st.integers(0, 10**6))
+def test_ranges(batch: Batch, parent_steps: int, retrain: int, consumed: int) -> None:
+    lay = Lay(batch, parent_steps * batch.samples, parent_steps * batch.tokens)
+    if 2 * retrain < batch.tokens:
+        with pytest.raises(DataError, match="less than half a global batch"):
+            lay.retrain(retrain)
+        return
+    range_ = lay.retrain(retrain)
+    assert range_.start == lay.parent_end and range_.end - range_.start == range_.steps * batch.samples
+    tokens = range_.steps * batch.tokens
+    assert 2 * abs(tokens - retrain) <= batch.tokens
+    total = lay.scratch_total(tokens, consumed)
+    assert lay.parent_tokens is not None
+    wanted = lay.parent_tokens + tokens + (consumed if consumed * 1000 >= lay.parent_tokens + tokens else 0)
+    assert total.start == 0 and total.end == total.steps * batch.samples
+    assert 0 <= total.steps * batch.tokens - wanted < batch.tokens
+    assert total.end >= range_.end  # everything that the pruned arm saw
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**12))
+def test_negligible_consumption_is_not_counted(consumed: int, trained: int) -> None:
+    assert counted(consumed, trained) == (consumed if consumed >= trained / 1000 else 0)
+
+
+def make(**changes: object) -> config.Study:
+    return config.from_mapping(GOOD | changes)
+
+
+LAY = Lay(Batch(16, 8), 16 * 1000, 128_000)
+
+
+def test_every_combination_once() -> None:
+    study = make(
+        methods=[{"name": "shortgpt"}, {"name": "minitron-width"}],
+        ratios=[0.25, 0.5],
+        budgets=[12_800, 25_600],
+        seeds=[1, 2, 3],
+    )
+    shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(grid.prunings(study))}
+    made = grid.expand(study, LAY, shapes, {})
+    assert len(made.comparisons) == 2 * 2 * 2 * 2 * 3
+    ids = [cell.id for cell in made.cells]
+    assert len(ids) == len(set(ids)) == 24 + 48
+    cells = {cell.id: cell for cell in made.cells}
+    for comparison in made.comparisons:
+        pruned, scratch = cells[comparison.pruned], cells[comparison.scratch or ""]
+        assert pruned.seed == scratch.seed == comparison.seed
+        assert pruned.samples.start == LAY.parent_end
+        if comparison.setting == "equal-training":
+            assert scratch.samples == pruned.samples
+        else:
+            assert scratch.samples.start == 0 and scratch.samples.end == pruned.samples.end
+
+
+def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None:
+    study = make(methods=[{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}])
+    names = [p.name for p in grid.prunings(study)]
+    shapes = dict.fromkeys(names, SHAPE)
+
+    def scratch(consumed: dict[str, int]) -> set[str]:
+        return {cell.id for cell in grid.expand(study, LAY, shapes, consumed).cells if cell.kind == "scratch"}
+
+    assert len(scratch({})) == 2
+    assert len(scratch({names[0]: 10})) == 2  # below 0.1% of what was trained on
+    assert len(scratch({names[0]: 100_000})) == 3
+    other = {names[0]: SHAPE, names[1]: SHAPE | {"ffn_hidden_size": 60}}
+    assert len([c for c in grid.expand(study, LAY, other, {}).cells if c.kind == "scratch"]) == 4
+
+
+def test_calibration_follows_the_seed_only_when_windows_do() -> None:
+    assert grid.calibration_cell(make(), 3) == "calibration-s3"
+    assert grid.calibration_cell(make(calibration={"sampling": "sequential"}), 3) == "calibration"
+
+
+def test_a_target_has_no_ratio() -> None:
+    study = make(methods=[{"name": "shortgpt", "target": {"num-layers": 2}}, {"name": "random"}], ratios=[0.5, 0.6])
+    assert [(p.method.name, p.ratio) for p in grid.prunings(study)] == [
+        ("shortgpt", None), ("random", 0.5), ("random", 0.6)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parent", "tokens", "reason"),
+    [
+        ({"load": "x", "declared_tokens": "2T"}, 2 * 10**12, "are only declared"),
+        ({"load": "x"}, None, "are unknown"),
+    ],
+)
+def test_an_outside_parent_is_not_matched_by_guessing(parent: dict, tokens: int | None, reason: str) -> None:
+    study = make(parent=parent)
+    made = grid.expand(study, Lay(Batch(16, 8), 0, tokens), {}, {})
+    by_setting = {comparison.setting: comparison for comparison in made.comparisons}
+    assert by_setting["equal-total"].scratch is None and reason in by_setting["equal-total"].not_run
+    assert by_setting["equal-training"].scratch is not None
+    assert [cell.samples.start for cell in made.cells] == [0, 0]
+
+
+def test_a_declared_parent_is_matched_when_the_study_says_so() -> None:
+    study = make(parent={"load": "x", "declared_tokens": 12_800, "equal_total": "run"})
+    made = grid.expand(study, Lay(Batch(16, 8), 0, 12_800), {}, {})
+    total = next(cell for cell in made.cells if "equal-total" in cell.id)
+    assert total.samples.steps * 128 == 12_800 + 400_000

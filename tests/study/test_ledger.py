@@ -1,0 +1,48 @@
+"""The ledger: whatever a kill leaves of its last line, whole records stay and a torn one is dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.errors import RunError
+from megatron_prune.study.ledger import Ledger
+
+RECORDS = [{"cell": f"c{n}", "loss": n / 3, "name": "grün"} for n in range(3)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "ledger.jsonl"
+    for record in RECORDS:
+        Ledger(path).append(record)
+    return path
+
+
+def test_reads_what_was_appended_in_order(path: Path) -> None:
+    assert list(Ledger(path).read().values()) == RECORDS
+    assert Ledger(path.parent / "none.jsonl").read() == {}
+
+
+def test_any_torn_last_line_is_dropped_and_mended(path: Path) -> None:
+    whole = path.read_bytes()
+    last = whole[: whole[:-1].rfind(b"\n") + 1]
+    for length in range(len(last), len(whole)):
+        path.write_bytes(whole[:length])
+        assert list(Ledger(path).read().values()) == RECORDS[:2]
+        Ledger(path).append(RECORDS[2])
+        assert path.read_bytes() == whole
+
+
+def test_appending_never_rewrites_earlier_lines(path: Path) -> None:
+    before = path.read_bytes()
+    Ledger(path).append({"cell": "c3"})
+    assert path.read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("line", [b"{oops\n", b"[]\n", b'{"loss": 1}\n', b'{"cell": "c0"}\n'])
+def test_a_line_that_is_not_ours_is_an_error(path: Path, line: bytes) -> None:
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(RunError, match=r"ledger\.jsonl, line 4"):
+        Ledger(path).read()

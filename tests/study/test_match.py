@@ -1,0 +1,158 @@
+"""Tampering with an account: the comparison is refused, naming both runs and the field."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from megatron_prune.errors import AccountError
+from megatron_prune.study import match
+
+STREAM = {"id": "s", "seed": 1, "seq_length": 32, "epochs": 1, "blend": [[None, "a"]], "samples": 9000}
+
+
+def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any]:
+    steps = (end - first) // 16
+    return {
+        "complete": True,
+        "start": start,
+        "stream": STREAM,
+        "range": [first, end],
+        "permutation_seed": 1,
+        "global_batch_size": 16,
+        "micro_batch_size": 4,
+        "seq_length": 32,
+        "steps": steps,
+        "tokens": (end - first) * 32,
+        "unique_tokens": (end - first) * 32,
+        "seed": 1,
+        "parameters": 1000,
+        "arguments": {
+            "lr": 1e-3,
+            "weight_decay": 0.1,
+            "train_iters": steps,
+            "lr_decay_iters": steps,
+            "stream_range": f"{first}:{end}",
+            "save": f"runs/{start}",
+            **arguments,
+        },
+    }
+
+
+PARENT = account("random", 0, 1600)
+PRUNED = account("pruned", 1600, 2400, pretrained_checkpoint="p", finetune=True, shape_from=None)
+EQUAL_TRAINING = account("random", 1600, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
+EQUAL_TOTAL = account("random", 0, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
+
+
+def training(pruned: dict = PRUNED, scratch: dict = EQUAL_TRAINING, parent: dict | None = PARENT) -> list[match.Line]:
+    return match.equal_training(match.Runs("run-p", "run-s", pruned, scratch), parent)
+
+
+def total(
+    pruned: dict = PRUNED, scratch: dict = EQUAL_TOTAL, parent: dict | None = PARENT, consumed: int = 0,
+    parent_tokens: int = 51_200,
+) -> list[match.Line]:  # fmt: skip
+    return match.equal_total(match.Runs("run-p", "run-s", pruned, scratch), parent, parent_tokens, consumed)
+
+
+def test_what_matches_is_listed() -> None:
+    lines = {line.field: line for line in training()}
+    assert lines["range"].verdict == "equal" and lines["range"].pruned == [1600, 2400]
+    assert lines["arguments.save"].verdict == "may differ: output path"
+    assert lines["arguments.shape_from"].verdict == lines["arguments.finetune"].verdict == "may differ: start"
+    assert lines["all other resolved arguments"].pruned == 5
+    assert lines["range against the parent's"].verdict == "disjoint"
+    lines = {line.field: line for line in total()}
+    assert lines["total tokens"].verdict == "equal"
+    assert lines["arguments.train_iters"].verdict == "may differ: own steps"
+
+
+def tampered(account: dict, path: str, value: Any) -> dict:
+    changed = copy.deepcopy(account)
+    *inside, last = path.split(".")
+    here = changed
+    for part in inside:
+        here = here[part]
+    here[last] = value
+    return changed
+
+
+TAMPERINGS = [
+    ("stream.id", "other", "stream.id"),
+    ("stream.seed", 2, "stream.seed"),
+    ("permutation_seed", 2, "permutation_seed"),  # another order
+    ("global_batch_size", 8, "range"),  # another batch, at odds with the range
+    ("micro_batch_size", 8, "micro_batch_size"),
+    ("seed", 2, "seed"),
+    ("parameters", 999, "parameters"),
+    ("complete", False, "complete"),
+    ("arguments.weight_decay", 0.2, "arguments.weight_decay"),
+    ("arguments.lr", 2e-3, "arguments.lr"),
+    ("arguments.adam_beta1", 0.8, "arguments.adam_beta1"),  # there is none in the other
+    ("start", "continued", "start"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "field"), TAMPERINGS)
+@pytest.mark.parametrize("setting", ["equal-training", "equal-total"])
+def test_a_changed_scratch_account_is_refused(setting: str, path: str, value: Any, field: str) -> None:
+    compare, scratch = {"equal-training": (training, EQUAL_TRAINING), "equal-total": (total, EQUAL_TOTAL)}[setting]
+    with pytest.raises(AccountError, match=f"^{setting}: run-p and run-s may not be compared: {field}: "):
+        compare(scratch=tampered(scratch, path, value))
+
+
+@pytest.mark.parametrize(
+    ("scratch", "field"),
+    [
+        (account("random", 1616, 2416), "range"),  # shifted
+        (account("random", 1600, 2384), "range"),  # shorter
+        (tampered(EQUAL_TRAINING, "steps", 49), "range"),  # fewer steps than its range
+        (tampered(EQUAL_TRAINING, "tokens", 25_568), "tokens"),
+        (tampered(EQUAL_TRAINING, "arguments.lr_decay_iters", 60), "arguments.lr_decay_iters"),
+    ],
+)
+def test_equal_training_is_the_same_samples(scratch: dict, field: str) -> None:
+    with pytest.raises(AccountError, match=f"run-p and run-s may not be compared: {field}: "):
+        training(scratch=scratch)
+
+
+def test_a_horizon_that_is_not_the_runs_own_steps_is_refused() -> None:
+    with pytest.raises(AccountError, match="arguments.lr_decay_iters: run-s has 500, its own steps are 150"):
+        total(scratch=tampered(EQUAL_TOTAL, "arguments.lr_decay_iters", 500))
+
+
+@pytest.mark.parametrize("end", [2400 + 16, 2400 - 16])
+def test_equal_total_allows_one_step(end: int) -> None:
+    lines = {line.field: line for line in total(scratch=account("random", 0, end))}
+    assert lines["total tokens"].verdict == "within one step"
+
+
+@pytest.mark.parametrize("end", [2400 + 32, 2400 - 32, 1600])
+def test_equal_total_refuses_more_than_that(end: int) -> None:
+    with pytest.raises(AccountError, match="total tokens: 76,800 = 51,200 parent"):
+        total(scratch=account("random", 0, end))
+
+
+def test_equal_total_adds_what_pruning_consumed_unless_negligible() -> None:
+    with pytest.raises(AccountError, match="2,048 pruning"):
+        total(consumed=2048)
+    total(consumed=2048, scratch=account("random", 0, 2464))
+    total(consumed=70)
+
+
+def test_changed_tokens_of_the_parent_are_refused() -> None:
+    with pytest.raises(AccountError, match="tokens of the parent: 51200 here, 51712 in its account"):
+        total(parent=account("random", 0, 1616))
+
+
+@pytest.mark.parametrize("compare", [training, total])
+def test_retraining_on_the_parents_samples_is_refused(compare: Any) -> None:
+    parent = account("random", 0, 1616)
+    arguments = {"parent": parent} | ({"parent_tokens": parent["tokens"]} if compare is total else {})
+    with pytest.raises(AccountError, match="the parent saw 1600:1616"):
+        compare(**arguments)
+    with pytest.raises(AccountError, match="stream.id of the parent"):
+        compare(parent=tampered(PARENT, "stream.id", "other"))

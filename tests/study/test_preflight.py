@@ -1,0 +1,152 @@
+"""What a study refuses before anything runs, and what `study plan` and `study status` say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prune import artifacts
+from megatron_prune.data import indexed
+from megatron_prune.errors import DataError, MegatronPruneError, UsageError
+from megatron_prune.study import command, preflight
+from megatron_prune.study.commands import Places
+from tests.study import made_up
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def check(prefixes: dict[str, str], tmp_path: Path, **changes: Any) -> preflight.Outlook:
+    return preflight.check(made_up.study(prefixes, **changes), Places(tmp_path / "runs" / "made-up"))
+
+
+def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
+    outlook = check(prefixes, tmp_path)
+    assert outlook.source is not None and outlook.source.num_layers == 4
+    assert {name: shape.num_layers for name, shape in outlook.targets.items()} == {
+        "shortgpt-r50-s1": 2, "minitron-width-r50-s1": 4
+    }  # fmt: skip
+    assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
+    grid = outlook.grid(made_up.study(prefixes))
+    samples = {cell.id: str(cell.samples) for cell in grid.cells}
+    assert samples["pruned-shortgpt-r50-s1-t1280"] == "160:240"
+    # 2560 + 1280 + 8 calibration windows of 16 tokens, in batches of 128
+    assert samples["scratch-L2h32H4G2d8F64-equal-total-t3968-s1"] == "0:248"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": [12_000]}, r"data\.train is too short for scratch-.*equal-total.*allowed is an end up to 749"),
+        ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
+        ({"methods": [{"name": "wandering"}]}, r"--method: given wandering, allowed is one of .*shortgpt"),
+        ({"methods": [{"name": "shortgpt", "settings": {"axis": "depth"}}]}, r"--axis: .*only with --method random"),
+        ({"methods": [{"name": "random"}]}, r"--axis: given nothing"),
+        ({"methods": [{"name": "shortgpt", "settings": {"divisible-by": "many"}}]}, r"invalid int value: 'many'"),
+        ({"ratios": [0.95]}, r"--ratio: given 0\.95"),
+        ({"methods": [{"name": "shortgpt", "target": {"num-layers": 9}}]}, r"--target-num-layers: given 9"),
+        ({"calibration": {"sequences": 999}}, r"calibration\.sequences: given 999, allowed is 1 to 124"),
+        ({"evaluation": {"windows": 125}}, r"evaluation\.windows: given 125, allowed is 1 to 124"),
+    ],
+)
+def test_refuses(prefixes, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, DataError), match=message):
+        check(prefixes, tmp_path, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_refuses_a_copy_of_the_training_text(prefixes, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefixes["train"] + suffix, tmp_path / f"copy{suffix}")
+    data = prefixes | {"test": str(tmp_path / "copy")}
+    with pytest.raises(DataError, match="data.test and data.train .* hold the same tokens"):
+        check(data, tmp_path)
+
+
+def test_refuses_tokens_that_the_model_has_no_embedding_for(prefixes, tmp_path: Path) -> None:
+    arguments = made_up.SHAPE_FLAGS | {"padded-vocab-size": 64}
+    with pytest.raises(DataError, match="vocabulary ends at 63"):
+        check(prefixes, tmp_path, parent={"pretrain": {"tokens": 2560, "arguments": arguments}})
+
+
+def test_a_missing_corpus_is_named(prefixes, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere.bin does not exist"):
+        check(prefixes | {"validation": str(tmp_path / "nowhere")}, tmp_path)
+
+
+@pytest.fixture
+def trained(prefixes, tmp_path: Path, monkeypatch) -> Path:
+    """A parent that another study has trained: its checkpoint, with an account beside it."""
+    monkeypatch.chdir(tmp_path)
+    made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())
+    return Path("runs/made-up/cells/parent/checkpoint")
+
+
+def load(path: Path, **more: Any) -> dict[str, Any]:
+    return {"name": "second", "parent": {"load": str(path), **more}}
+
+
+def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tmp_path: Path) -> None:
+    path = trained / "account.json"
+    account = artifacts.read_json(path)
+    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    artifacts.write_json(path, account)
+    outlook = check(prefixes, tmp_path, **load(trained))
+    assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
+    with pytest.raises(UsageError, match=r"declared_tokens: given 99, allowed is 2560"):
+        check(prefixes, tmp_path, **load(trained, declared_tokens=99))
+    data = prefixes | {"seq_length": 16, "stream_seed": 7}
+    with pytest.raises(UsageError, match="stream seed 7.*would overlap what the parent was trained on"):
+        check(prefixes, tmp_path, data=data, **load(trained))
+
+
+def test_an_outside_parents_tokens_are_only_declared(prefixes, trained: Path, tmp_path: Path) -> None:
+    (trained / "account.json").unlink()
+    outlook = check(prefixes, tmp_path, **load(trained, declared_tokens="2T"))
+    assert outlook.lay.parent_end == 0 and outlook.lay.parent_tokens == 2 * 10**12
+    study = made_up.study(prefixes, **load(trained, declared_tokens="2T"))
+    assert [c.scratch is None for c in outlook.grid(study).comparisons] == [False, True, False, True]
+    with pytest.raises(DataError, match="data.train is too short for scratch-"):
+        check(prefixes, tmp_path, **load(trained, declared_tokens="2M", equal_total="run"))
+
+
+def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes)))
+    assert command.main(["plan", "study.yaml", "--commands"]) == 0
+    printed = capsys.readouterr().out
+    assert not Path("runs").exists()
+    for words in (
+        "pruned-minitron-width-r50-s1-t1280",
+        "160:240",
+        "megatron_prune pretrain --pretrained-checkpoint runs/made-up/cells/pruning-shortgpt-r50-s1/checkpoint",
+        "--shape-from runs/made-up/cells/pruning-shortgpt-r50-s1/checkpoint",
+        "--stream-range 0:248",
+        "--lr-decay-style cosine --lr-warmup-fraction 0.05",
+        "FLOPs of training together",
+    ):
+        assert words in printed, words
+    command.main(["status", "study.yaml"])
+    assert "nothing has been run" in capsys.readouterr().out
+    study = made_up.study(prefixes)
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=8))
+    command.main(["status", "study.yaml"])
+    printed = capsys.readouterr().out
+    rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
+    assert "finished" in rows["parent"]
+    assert any("1 of 2 stages" in line for cell, line in rows.items() if cell.startswith("scratch"))
+
+
+@pytest.mark.parametrize("argv", [["report", "study.yaml"], ["run", "nowhere.yaml"]])
+def test_command_refuses(prefixes, tmp_path: Path, monkeypatch, argv: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes)))
+    with pytest.raises(MegatronPruneError, match="study that has begun|nowhere.yaml"):
+        command.main(argv)

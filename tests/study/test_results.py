@@ -1,0 +1,158 @@
+"""Rows and verdicts of a made-up study, against its accounts and against SciPy's own interval."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from megatron_prune.errors import AccountError
+from megatron_prune.report import page
+from megatron_prune.study import records, results, statistics, verdicts
+from megatron_prune.study.commands import Places
+from tests.study import made_up
+
+REQUIRED = (
+    "study cell method pattern ratio ratio_of arm setting seed tokens_train tokens_total flops_total params "
+    "params_nonzero loss_initial validation_loss test_loss"
+).split()
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def places(prefixes, tmp_path: Path, monkeypatch) -> Places:
+    monkeypatch.chdir(tmp_path)
+    return made_up.run(made_up.study(prefixes, seeds=[1, 2, 3]), Path("runs"), made_up.FakeLauncher())
+
+
+def test_rows_are_the_accounts(places: Places) -> None:
+    found = results.collect(places)
+    assert set(REQUIRED) <= set(results.COLUMNS)
+    assert len(found.rows) == 1 + 2 * (2 * 2 * 3)  # parent; both arms of method x setting x seed
+    parent = found.rows[0]
+    assert (parent["arm"], parent["tokens_total"], parent["seed"]) == ("parent", 2560, 1)
+    for row in found.rows[1:]:
+        account = json.loads(places.account(row["cell"]).read_text())
+        scores = json.loads(places.scores(row["cell"]).read_text())
+        assert row["tokens_train"] == account["tokens"] and row["loss_initial"] == account["initial_loss"]
+        assert row["seed"] == account["seed"] and row["params"] == account["parameters"]
+        assert row["test_loss"] == scores["corpora"]["test"]["loss"]
+        assert row["validation_loss"] == scores["corpora"]["validation"]["loss"]
+        if row["arm"] == "pruned":
+            assert account["start"] == "pruned"
+            assert row["tokens_total"] == 2560 + 1280 + 8 * 16 and row["tokens_pruning"] == 128
+            assert row["flops_total"] > account["flops_executed"] + parent["flops_total"]
+        else:
+            assert account["start"] == "random" and row["flops_total"] == account["flops_executed"]
+            assert row["tokens_total"] == {"equal-training": 1280, "equal-total": 3968}[row["setting"]]
+    assert [0.45 < row["removed_linears"] < 0.55 for row in found.rows[1:]] == [True] * 24
+
+
+def test_verdicts_are_paired_over_seeds(places: Places) -> None:
+    found = results.collect(places)
+    assert [(v.method, v.setting) for v in found.verdicts] == [
+        (method, setting) for method in ("shortgpt", "minitron-width") for setting in ("equal-training", "equal-total")
+    ]
+    for verdict in found.verdicts:
+        by_arm: dict[str, list[float]] = {"pruned": [], "scratch": []}
+        for row in found.rows[1:]:
+            if (row["method"], row["setting"]) == (verdict.method, verdict.setting):
+                by_arm[row["arm"]].append(row["test_loss"])
+        test = stats.ttest_rel(by_arm["scratch"], by_arm["pruned"])
+        interval = test.confidence_interval(0.95)
+        assert verdict.test.mean == pytest.approx(np.mean(by_arm["scratch"]) - np.mean(by_arm["pruned"]))
+        assert (verdict.test.low, verdict.test.high) == pytest.approx((interval.low, interval.high))
+        assert "2 degrees of freedom, conditional on this parent" in verdict.words
+    data = results.to_json(found)
+    assert json.loads(json.dumps(data, allow_nan=False))["rows"] == list(found.rows)
+    assert all(item["match"] for item in data["comparisons"])
+
+
+def test_csv_holds_the_rows(places: Places) -> None:
+    found = results.collect(places)
+    read = list(csv.DictReader(io.StringIO(page.table(found))))
+    assert list(read[0]) == list(results.COLUMNS)
+    for line, row in zip(read, found.rows, strict=True):
+        assert {k: "" if v is None else str(v) for k, v in row.items()} == line
+
+
+@pytest.mark.parametrize("field", ["range", "arguments", "seed"])
+def test_a_tampered_account_stops_the_report(places: Places, field: str) -> None:
+    cell = "scratch-L2h32H4G2d8F64-equal-training-t1280-s2"
+    path = places.account(cell)
+    account = json.loads(path.read_text())
+    account[field] = {"range": [168, 248], "arguments": account["arguments"] | {"lr": "0.1"}, "seed": 9}[field]
+    path.write_text(json.dumps(account))
+    with pytest.raises(AccountError, match=f"pruned-shortgpt-r50-s2-t1280 and {cell} may not be compared: {field}"):
+        results.collect(places)
+
+
+def test_unfinished_and_left_out_arms_have_rows_without_numbers(prefixes, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes)
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=9))
+    found = results.collect(Places(Path("runs/made-up")))
+    assert [row["status"] for row in found.rows].count("pending") > 0 and not found.verdicts
+    parent = Path("runs/made-up/cells/parent/checkpoint")
+    (parent / "account.json").unlink()
+    second = made_up.study(prefixes, name="second", parent={"load": str(parent), "declared_tokens": "2T"})
+    found = results.collect(made_up.run(second, Path("runs"), made_up.FakeLauncher()))
+    rows = {(row["method"], row["setting"], row["arm"]): row for row in found.rows[1:]}
+    missing = rows["shortgpt", "equal-total", "scratch"]
+    assert missing["status"] == "not run" and missing["test_loss"] is None and missing["cell"] is None
+    assert rows["shortgpt", "equal-total", "pruned"]["tokens_declared"] is True
+    assert [v.setting for v in found.verdicts] == ["equal-training"] * 2
+
+
+losses = st.lists(st.floats(1, 10), min_size=2, max_size=8)
+
+
+@given(losses, st.randoms(use_true_random=False))
+def test_interval_is_scipys(pruned: list[float], random: Any) -> None:
+    scratch = [loss + random.uniform(-1, 1) for loss in pruned]
+    found = statistics.paired(pruned, scratch)
+    interval = stats.ttest_rel(scratch, pruned).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
+    assert found.degrees_of_freedom == len(pruned) - 1
+
+
+@pytest.mark.parametrize(
+    ("pruned", "scratch", "winner", "words"),
+    [
+        ([2.0], [2.5], "pruned", "the pruned model ends lower by 0.500 nats, .* One seed: no interval."),
+        ([2.5], [2.0], "scratch", "training from scratch ends lower by 0.500 nats"),
+        ([2.0], [2.0], "neither", "cannot be told apart"),
+        ([2.0, 2.1, 2.0], [2.5, 2.55, 2.6], "pruned", "ends lower by 0.517 nats"),
+        ([2.0, 2.5, 2.0], [2.5, 2.0, 2.1], "neither", "cannot be told apart"),
+    ],
+)
+def test_a_sentence_claims_no_more_than_its_interval(pruned, scratch, winner: str, words: str) -> None:
+    def rows(values: list[float]) -> list[dict[str, float]]:
+        return [{"validation_loss": value, "test_loss": value} for value in values]
+
+    verdict = verdicts.judge(
+        method="m", ratio=0.5, setting="equal-total", tokens=7, pruned=rows(pruned), scratch=rows(scratch)
+    )
+    assert verdict.test.winner == winner
+    import re
+
+    assert re.search(words, verdict.words)
+
+
+def test_unigram_loss_is_the_entropy_of_what_is_predicted(prefixes) -> None:
+    tokens = np.fromfile(f"{prefixes['test']}.bin", dtype=np.uint16)[1 : 16 * 16 + 1]
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    assert records.unigram_loss(prefixes["test"], 256) == pytest.approx(stats.entropy(shares))

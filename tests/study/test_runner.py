@@ -1,0 +1,141 @@
+"""The runner: killed anywhere and run again, it ends with the same ledger; exit codes mean nothing to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.errors import RunError, UsageError
+from megatron_prune.study.commands import Places
+from megatron_prune.study.ledger import Ledger
+from tests.study import made_up
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def ledger(places: Places) -> dict[str, dict]:
+    """Records without what a rerun does not reproduce."""
+    records = Ledger(places.root / "ledger.jsonl").read()
+    return {cell: {k: v for k, v in record.items() if k != "seconds"} for cell, record in records.items()}
+
+
+def test_killed_before_any_command_ends_with_the_same_ledger(tmp_path: Path, prefixes, monkeypatch) -> None:
+    study = made_up.study(prefixes)
+    monkeypatch.chdir(tmp_path)
+    whole = made_up.FakeLauncher()
+    expected = ledger(made_up.run(study, Path("whole"), whole))
+    assert {record["kind"] for record in expected.values()} == {
+        "parent", "calibration", "pruning", "pruned", "scratch"
+    }  # fmt: skip
+    runs, kills, spent = Path("killed"), 0, []
+    while True:
+        launcher = made_up.FakeLauncher(kill_at=2)
+        try:
+            places = made_up.run(study, runs, launcher)
+        except made_up.Killed:
+            kills += 1
+            spent += launcher.commands
+            continue
+        spent += launcher.commands
+        break
+    assert kills >= 7
+    # Every command ran once (its paths say under which folder), and what was done was not done again.
+    assert [c.stage for c in spent] == [c.stage for c in whole.commands]
+    assert sorted(ledger(places)) == sorted(expected)
+    for cell, record in ledger(places).items():
+        assert record == expected[cell], cell
+    again = made_up.FakeLauncher()
+    made_up.run(study, runs, again)
+    assert not again.commands
+
+
+def test_a_kill_after_the_last_stage_only_costs_the_line(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes)
+    places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    path = places.root / "ledger.jsonl"
+    expected = ledger(places)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+    launcher = made_up.FakeLauncher()
+    made_up.run(study, Path("runs"), launcher)
+    assert not launcher.commands
+    assert ledger(places) == expected
+
+
+def test_shared_work_is_done_once(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    methods = [{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}]
+    launcher = made_up.FakeLauncher()
+    made_up.run(made_up.study(prefixes, methods=methods), Path("runs"), launcher)
+    stages = [command.stage for command in launcher.commands]
+    assert stages.count("calibrate") == 1
+    # Parent; two pruned; one scratch at equal training for both; two at equal total, since only
+    # shortgpt has read calibration tokens (5% of the total here).
+    assert stages.count("pretrain") == 6
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes)
+    cell = "pruned-shortgpt-r50-s1-t1280"
+    with pytest.raises(RunError, match=rf"{cell}: evaluate ended \(exit code 0\) without") as caught:
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(broken=((cell, "evaluate"),)))
+    assert "evaluate was here" in str(caught.value)  # the end of the log
+    done = ledger(Places(Path("runs") / "made-up"))
+    assert cell not in done and sum(record["kind"] in ("pruned", "scratch") for record in done.values()) == 5
+    made_up.run(study, Path("runs"), retry := made_up.FakeLauncher())
+    assert [command.stage for command in retry.commands] == ["evaluate"]
+
+
+@pytest.mark.parametrize("content", [{"complete": False}, {"range": [0, 80]}, {"steps": 3}])
+def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch, content: dict) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes)
+
+    class Lying(made_up.FakeLauncher):
+        def _pretrain(self, argv: list[str]) -> None:
+            super()._pretrain(argv)
+            path = Path(made_up.words(argv)["save"]) / "account.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | content))
+
+    with pytest.raises(RunError, match="parent: pretrain ended"):
+        made_up.run(study, Path("runs"), Lying())
+
+
+def test_only_one_runner_at_a_time(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes)
+    root = tmp_path / "runs" / study.name
+    root.mkdir(parents=True)
+    with open(root / "study.lock", "w") as handle:
+        handle.write("4711")
+        handle.flush()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another runner .process 4711."):
+            made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    made_up.run(study, Path("runs"), made_up.FakeLauncher())
+
+
+def test_a_changed_recipe_is_refused_and_a_larger_grid_is_not(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())
+    recipe = made_up.mapping(prefixes)["recipe"] | {"lr": 2e-3}
+    with pytest.raises(UsageError, match="parent with --lr 0.002 in place of 0.001"):
+        made_up.run(made_up.study(prefixes, recipe=recipe), Path("runs"), made_up.FakeLauncher())
+    launcher = made_up.FakeLauncher()
+    made_up.run(made_up.study(prefixes, budgets=[1280, 2560]), Path("runs"), launcher)
+    assert [command.stage for command in launcher.commands] == ["pretrain", "evaluate"] * 6
+
+
+def test_parallel_cells_give_the_same_ledger(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = ledger(made_up.run(made_up.study(prefixes), Path("alone"), made_up.FakeLauncher()))
+    study = made_up.study(prefixes, launch={"parallel_cells": 3})
+    assert ledger(made_up.run(study, Path("beside"), made_up.FakeLauncher())) == alone
