@@ -29,8 +29,8 @@ BLOCK_BYTES = 64 * 1024
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
 
 
-def open_indexed(prefix: str | Path) -> IndexedDataset:
-    """Megatron's ``IndexedDataset`` at ``prefix``.
+def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedDataset:
+    """Megatron's ``IndexedDataset`` at ``prefix``, its ``.bin`` mapped or read through a file pointer.
 
     Raises DataError when a file is missing, is not an index, holds no token, or when the ``.bin`` is
     not exactly as long as the ``.idx`` says (truncated, or of another run).
@@ -43,7 +43,7 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
         if not path.stat().st_size:
             raise DataError(f"{path} is empty: make the corpus again with tools/preprocess_data.py")
     _check_index(paths[".idx"])
-    corpus = IndexedDataset(prefix)
+    corpus = IndexedDataset(prefix, mmap=mmap_bin_files)
     lengths, pointers = corpus.sequence_lengths, corpus.index.sequence_pointers
     expected = int(lengths.sum(dtype=np.int64)) * corpus.index.dtype_size
     if not expected:

@@ -83,6 +83,7 @@ class Stream:
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
         create_attention_mask: bool = False,
+        mmap_bin_files: bool = True,
     ) -> Stream:
         """Open a stream, building its index caches first where they are not there.
 
@@ -121,11 +122,13 @@ class Stream:
             "reset_attention_mask": reset_attention_mask,
             "eod_mask_loss": eod_mask_loss,
             "create_attention_mask": create_attention_mask,
+            "mmap_bin_files": mmap_bin_files,
         }
         caches = Path(cache_path or f"{stream.corpora[0].prefix}.streams").absolute()
         cache = caches / f"stream-{stream.id[:16]}"
         distributed = torch.distributed.is_initialized()
-        if not cache.is_dir() and not (distributed and torch.distributed.get_rank()):
+        # Only rank 0 looks before the barrier: a network file system may remember for a while what was not there.
+        if not (distributed and torch.distributed.get_rank()) and not cache.is_dir():
             stream._build_cache(cache, flags)
         if distributed:
             torch.distributed.barrier()
@@ -160,7 +163,7 @@ class Stream:
 
     def _open(self, cache: Path, flags: dict[str, Any]) -> list[GPTDataset | BlendedDataset]:
         """Megatron's data sets, one an epoch, with their indices in ``cache`` (built there when missing)."""
-        corpora = [indexed.open_indexed(c.prefix) for c in self.corpora]
+        corpora = [indexed.open_indexed(c.prefix, flags["mmap_bin_files"]) for c in self.corpora]
         parts: list[GPTDataset | BlendedDataset] = []
         for epoch in range(self.epochs):
             config = GPTDatasetConfig(

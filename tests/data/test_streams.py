@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_prune import artifacts
 from megatron_prune.data import blend, indexed
 from megatron_prune.data.streams import SampleRange, Stream, epoch_seed, parse_range, refuse_overlap
 from megatron_prune.errors import DataError, UsageError
@@ -167,6 +168,29 @@ def test_a_killed_cache_build_is_not_taken_for_a_cache(tmp_path, corpus, monkeyp
     expected = one_epoch(random_documents(0), 16, 3)
     stream = Stream.build(corpus, 16, 3, cache_path=tmp_path / "cache")
     np.testing.assert_array_equal(text(stream[0]), expected[0])
+
+
+def test_when_two_build_the_same_caches_the_first_to_finish_wins(tmp_path, corpus, monkeypatch):
+    opened = Stream._open
+
+    def overtaken(self, cache, flags):
+        parts = opened(self, cache, flags)
+        if artifacts.PARTIAL in cache.name:  # while it builds, another process does the same and is faster
+            with monkeypatch.context() as patch:
+                patch.setattr(Stream, "_open", opened)
+                Stream.build(corpus, 16, 3, cache_path=tmp_path / "cache")
+        return parts
+
+    monkeypatch.setattr(Stream, "_open", overtaken)
+    stream = Stream.build(corpus, 16, 3, cache_path=tmp_path / "cache")
+    np.testing.assert_array_equal(text(stream[0]), one_epoch(random_documents(0), 16, 3)[0])
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"stream-{stream.id[:16]}"]
+
+
+def test_files_read_without_mapping_give_the_same_samples(corpus):
+    mapped, unmapped = (Stream.build(corpus, 16, 3, mmap_bin_files=mmap) for mmap in (True, False))
+    assert mapped.id == unmapped.id
+    assert all(torch.equal(mapped[i]["tokens"], unmapped[i]["tokens"]) for i in range(len(mapped)))
 
 
 def test_permutation_stays_inside_the_range_and_is_the_same_for_both_arms(corpus):
