@@ -186,9 +186,7 @@ def _blocks(
         yield torch.cat(held)
 
 
-def _check_tensors(
-    tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path
-) -> None:
+def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path) -> None:
     """Every tensor that is needed is there in its shape, and none is left over."""
     known = set()
     for layout in weights(shape):
@@ -202,8 +200,7 @@ def _check_tensors(
                 raise CheckpointError(f"{source} lacks the tensor {name}")
             if tensors.shape(name) != expected:
                 raise CheckpointError(
-                    f"{source}: {name} has shape {list(tensors.shape(name))}, "
-                    f"config.json says {list(expected)}"
+                    f"{source}: {name} has shape {list(tensors.shape(name))}, config.json says {list(expected)}"
                 )
         if len({tensors.dtype(name) for name in rows}) != 1:
             raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")

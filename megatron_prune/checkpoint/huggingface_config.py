@@ -202,15 +202,11 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
     theta = int(theta) if theta == int(theta) else theta  # --rotary-base takes an integer
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, supported is 1"
-        )
+        raise CheckpointError(f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, supported is 1")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(
-            f"config.json has RoPE scaling of type {kind!r}, supported are default and llama3"
-        )
+        raise CheckpointError(f"config.json has RoPE scaling of type {kind!r}, supported are default and llama3")
     for key, expected in _LLAMA3_ROPE.items():
         if rope.get(key, expected) != expected:
             raise CheckpointError(

@@ -51,9 +51,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any
         "shape": asdict(checkpoint.shape),
         "files": {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir())},
         "tensors": tensors,
-        "other_tensors": len(
-            set(checkpoint.stored) - {k for n in tensors for k in checkpoint.stored_keys(n)}
-        ),
+        "other_tensors": len(set(checkpoint.stored) - {k for n in tensors for k in checkpoint.stored_keys(n)}),
         "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
         "pruning": checkpoint.pruning,
         "flags": flags(checkpoint),
@@ -61,9 +59,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any
     }
     if sparsity:
         found["parameters_nonzero"] = total - sum(entry["zeros"] for entry in tensors.values())
-        found["sparsity_linear"] = (
-            sum(tensors[n]["zeros"] for n in linear) / checkpoint.shape.linear_parameters()
-        )
+        found["sparsity_linear"] = sum(tensors[n]["zeros"] for n in linear) / checkpoint.shape.linear_parameters()
     return found
 
 
@@ -78,9 +74,7 @@ def flags(checkpoint: Checkpoint) -> list[str]:
         value = args.get(name)
         if value is True:
             words.append(options[0])
-        elif value not in (None, False) and not (
-            name.startswith("rope_") and not args.get("use_rope_scaling")
-        ):
+        elif value not in (None, False) and not (name.startswith("rope_") and not args.get("use_rope_scaling")):
             words.append(f"{options[0]} {value}")
     return words
 

@@ -146,9 +146,7 @@ class Checkpoint:
                         f"{self.directory}: {key} has no record for its shard at {tuple(chunk.offsets)}"
                     )
                 pieces.append(
-                    Piece(
-                        tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
-                    )
+                    Piece(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
                 )
             stored[key] = StoredTensor(key, tuple(entry.size), entry.properties.dtype, tuple(pieces))
         return stored
@@ -162,9 +160,7 @@ class Checkpoint:
                 continue
             layers: dict[int, list[Piece]] = defaultdict(list)
             for piece in stored.pieces:
-                for layer in (
-                    range(piece.offsets[0], piece.offsets[0] + piece.sizes[0]) if piece.offsets else ()
-                ):
+                for layer in range(piece.offsets[0], piece.offsets[0] + piece.sizes[0]) if piece.offsets else ():
                     layers[layer].append(piece)
             result[key] = {layer: tuple(pieces) for layer, pieces in layers.items()}
         return result
@@ -203,9 +199,7 @@ class Checkpoint:
         boxes = [_box(piece, part.layer) for piece in self._pieces(part)]
         volume = sum(torch.Size(sizes).numel() for _, sizes in boxes)
         inside = all(
-            o + s <= extent
-            for offsets, sizes in boxes
-            for o, s, extent in zip(offsets, sizes, shape, strict=True)
+            o + s <= extent for offsets, sizes in boxes for o, s, extent in zip(offsets, sizes, shape, strict=True)
         )
         if not inside or volume != torch.Size(shape).numel() or _overlapping(boxes):
             where = "" if part.layer is None else f" of layer {part.layer}"
@@ -215,9 +209,7 @@ class Checkpoint:
             )
 
     def _pieces(self, part: _Part) -> tuple[Piece, ...]:
-        return (
-            part.stored.pieces if part.layer is None else self._by_layer[part.stored.key].get(part.layer, ())
-        )
+        return part.stored.pieces if part.layer is None else self._by_layer[part.stored.key].get(part.layer, ())
 
     def _refuse_unknown(self) -> None:
         known = {part.stored.key for parts in self._parts.values() for part in parts}
@@ -265,9 +257,7 @@ class Checkpoint:
                 if first < last:
                     columns = tuple(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True))
                     target = out[(slice(first - start, last - start), *columns)]
-                    self._fill(
-                        target, piece, part, first - part.row - offsets[0], last - part.row - offsets[0]
-                    )
+                    self._fill(target, piece, part, first - part.row - offsets[0], last - part.row - offsets[0])
         return out
 
     def row_blocks(self, name: str, max_bytes: int = 64 << 20) -> Iterator[torch.Tensor]:
@@ -305,10 +295,7 @@ class Checkpoint:
         if key not in self._records:
             origin = f"{self.directory / piece.file} (the shard of {stored.key} at {list(piece.offsets)})"
             record = safe.locate(self._open(piece.file), piece.start, piece.length, origin)
-            if (
-                record.dtype != stored.dtype
-                or torch.Size(record.size).numel() != torch.Size(piece.sizes).numel()
-            ):
+            if record.dtype != stored.dtype or torch.Size(record.size).numel() != torch.Size(piece.sizes).numel():
                 raise CheckpointError(
                     f"{origin} holds {record.dtype} {list(record.size)}, "
                     f"the index says {stored.dtype} {list(piece.sizes)}"
@@ -339,8 +326,7 @@ class Checkpoint:
             got = os.preadv(descriptor, [view[done : done + (1 << 30)]], start + done)
             if got == 0:
                 raise CheckpointError(
-                    f"{self.directory / name} is truncated: {len(view) - done} bytes are missing "
-                    f"at {start + done}"
+                    f"{self.directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}"
                 )
             done += got
 
@@ -393,11 +379,7 @@ class Checkpoint:
                             .tobytes()
                         )
                     lead = 0 if part.layer is None else part.layer - piece.offsets[0]
-                    flat = (
-                        lead * torch.Size(sizes).numel()
-                        + at[0] * (sizes[1] if len(sizes) > 1 else 1)
-                        + sum(at[1:])
-                    )
+                    flat = lead * torch.Size(sizes).numel() + at[0] * (sizes[1] if len(sizes) > 1 else 1) + sum(at[1:])
                     return self._read_bytes(
                         piece.file, record.offset + flat * record.dtype.itemsize, record.dtype.itemsize
                     )

@@ -147,10 +147,7 @@ def load_metadata(directory: Path) -> dcp.Metadata:
             _check_sizes((info.offset, info.length), index.fqn)
             name = info.relative_path
             _check(
-                isinstance(name, str)
-                and name not in ("", ".", "..")
-                and Path(name).name == name
-                and "\0" not in name,
+                isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name,
                 f"{index.fqn} names the file {name!r}, which is not inside the checkpoint",
             )
             _check(not getattr(info, "transform_descriptors", None), f"{index.fqn} is stored compressed")
@@ -191,9 +188,7 @@ def load_common(payload: bytes, origin: str) -> dict[str, Any]:
     if isinstance(state, list) and len(state) == 1:
         state = state[0]
     if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{origin}: the common state is a {type(state).__name__}, expected a dictionary"
-        )
+        raise CheckpointError(f"{origin}: the common state is a {type(state).__name__}, expected a dictionary")
     if isinstance(state.get("args"), (argparse.Namespace, types.SimpleNamespace)):
         state["args"] = vars(state["args"])
     return state
@@ -289,18 +284,13 @@ def locate(descriptor: int, start: int, length: int, origin: str) -> Record:
         if header[:4] != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its numbers are compressed or missing")
         begin = (
-            entry.header_offset
-            + 30
-            + int.from_bytes(header[26:28], "little")
-            + int.from_bytes(header[28:30], "little")
+            entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         )
         last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) + 1
         empty = 0 in size
         if numel * dtype.itemsize != entry.file_size or begin + entry.file_size > length:
             raise ValueError("it is shorter than it says")
-        if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (
-            not empty and last > numel
-        ):
+        if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (not empty and last > numel):
             raise ValueError("its view reaches beyond its storage")
     except Exception as error:  # a damaged archive can raise anything
         raise CheckpointError(f"{origin} is truncated or damaged: {error}") from error

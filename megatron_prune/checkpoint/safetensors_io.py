@@ -72,9 +72,7 @@ class Tensors:
             raise CheckpointError(f"{self._directory} lacks the tensor {name}")
         code = self._slices[name].get_dtype()
         if code not in _TYPES:
-            raise CheckpointError(
-                f"{self._directory}: {name} is stored as {code}, supported are {', '.join(_TYPES)}"
-            )
+            raise CheckpointError(f"{self._directory}: {name} is stored as {code}, supported are {', '.join(_TYPES)}")
         return _TYPES[code]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -278,9 +278,7 @@ class CheckpointWriter:
             version="1.0.0",
         )
         (self._directory / ".metadata").write_bytes(pickle.dumps(metadata))
-        write_json(
-            self._directory / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        )
+        write_json(self._directory / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         # Reading it back checks index and coverage before anything gets its final name.
         written = open_checkpoint(self._directory)
         write_json(
@@ -336,9 +334,7 @@ class CheckpointWriter:
             for layer in range(layers)
         ]
         extra.append("decoder.final_layernorm._extra_state/shard_0_1")
-        self._disk.submit(
-            self._write, dcp.MetadataIndex(extra[0]), [torch.empty(0, dtype=torch.uint8)]
-        ).result()
+        self._disk.submit(self._write, dcp.MetadataIndex(extra[0]), [torch.empty(0, dtype=torch.uint8)]).result()
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
         self._objects = (common.fqn, *extra)
