@@ -8,9 +8,10 @@ Exactly one of three ways is used:
 
 For the last two the shape is chosen deterministically. Depth: the number of layers whose removal
 comes nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. For every
-hidden size, the FFN size that comes nearest (the larger of two); among the pairs within ``--tolerance`` of what should
-stay, the one that shrinks hidden and FFN most evenly (by ratio to the source), then the nearest,
-then the larger hidden size. Sizes that change obey ``--divisible-by`` and the tensor-parallel size.
+hidden size, the FFN size that comes nearest (of two, the larger); among those pairs that lie within
+``--tolerance`` of what should stay, the one that shrinks hidden and FFN most evenly (by ratio to
+the source), then the nearest, then the larger hidden size. Sizes that change obey
+``--divisible-by`` and the tensor-parallel size.
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ import torch
 from megatron_prune.calibrate.accumulators import ChannelSums, CosineDistance, Workspace
 
 
-def activations(
-    tokens: int, sequences: int, channels: int, dtype: torch.dtype, seed: int = 0
-) -> torch.Tensor:
+def activations(tokens: int, sequences: int, channels: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(tokens, sequences, channels, generator=generator) * 3 + 0.5).to(dtype)
 

@@ -26,8 +26,7 @@ SHAPE = ModelShape(2, 8, 4, 2, 2, 12, 16, tied=False)
 def statistics(seed: int = 0, windows: tuple[int, ...] = (0, 1), **changes: object) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.rand(size, generator=generator, dtype=torch.float64)
-        for name, size in tensor_shapes(SHAPE).items()
+        name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in tensor_shapes(SHAPE).items()
     }
     calibration = {"prefix": "p", "corpus": "c", "sampling": "random", "seed": seed, "windows": list(windows)}
     made = Statistics(tensors, SHAPE, "parent", 5, len(windows), 7.5, (calibration,))

@@ -1,0 +1,306 @@
+"""The ``calibrate`` verb: against transformers in float64, across layouts, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune import methods, plan
+from megatron_prune.calibrate import statistics as statistics_file
+from megatron_prune.calibrate.accumulators import QUANTITIES
+from megatron_prune.calibrate.statistics import Statistics
+from megatron_prune.checkpoint.huggingface import import_hf
+from megatron_prune.checkpoint.reader import open_checkpoint
+
+SEQUENCES, LENGTH = 7, 64  # an odd number: data-parallel ranks share it unevenly
+LAYERS = 4
+LAYOUTS = {
+    "tp1": (1, []),
+    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "dp2": (2, []),
+    "tp2pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+WIDTH = {"aggregation": "definition", "include_final_norm": False}
+
+
+def flags(parent: Path, corpus: Path, *more: object) -> list[Any]:
+    return [
+        "--load", parent, "--use-checkpoint-args", "--calibration-data-path", corpus,
+        "--calibration-sequences", SEQUENCES, "--calibration-seq-length", LENGTH, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Statistics]:
+    """Statistics of the tiny parent at every layout."""
+    folder = tmp_path_factory.mktemp("statistics")
+    found = {}
+    for name, (nproc, layout) in LAYOUTS.items():
+        output = folder / f"{name}.safetensors"
+        job(["calibrate", *flags(tiny_parent, tiny_corpus, "--output", output, *layout)], nproc=nproc).ok()
+        found[name] = statistics_file.read(output)
+    return found
+
+
+def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """The definitions, by hooks on transformers' model in float64, one sequence at a time."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    seen: dict[tuple[str, int | None], list[np.ndarray]] = {}
+
+    def keep(site: str, layer: int | None, x: torch.Tensor) -> None:
+        seen.setdefault((site, layer), []).append(x.detach()[0].numpy().copy())  # [t, n]
+
+    for i, block in enumerate(model.model.layers):
+        for site, module in (
+            ("input_layernorm", block.input_layernorm),
+            ("pre_mlp_layernorm", block.post_attention_layernorm),
+        ):
+            module.register_forward_hook(lambda _, __, out, site=site, i=i: keep(site, i, out))
+        for site, module in (("attention", block.self_attn.o_proj), ("mlp", block.mlp.down_proj)):
+            module.register_forward_pre_hook(lambda _, args, site=site, i=i: keep(site, i, args[0]))
+        block.register_forward_pre_hook(lambda _, args, i=i: keep("in", i, args[0]))
+        block.register_forward_hook(
+            lambda _, __, out, i=i: keep("out", i, out if isinstance(out, torch.Tensor) else out[0])
+        )
+    model.model.norm.register_forward_hook(lambda _, __, out: keep("final_layernorm", None, out))
+    loss = 0.0
+    with torch.no_grad():
+        for window in windows:
+            tokens = torch.from_numpy(window)
+            logits = model(tokens[None, :-1]).logits[0]
+            loss += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
+
+    found: dict[str, np.ndarray] = {}
+    layers = len(model.model.layers)
+    for site in ("input_layernorm", "pre_mlp_layernorm", "attention", "mlp", "final_layernorm"):
+        xs = [np.stack(seen[site, i]) for i in ([None] if site == "final_layernorm" else range(layers))]
+        stacked = np.stack(xs) if site != "final_layernorm" else xs[0]  # [(L,) b, t, n]
+        found[f"{site}.sum_abs_mean_sq"] = (np.abs(stacked).mean(-2) ** 2).sum(-2)
+        found[f"{site}.sum_sq"] = (stacked**2).sum((-3, -2))
+        found[f"{site}.sum"] = stacked.sum((-3, -2))
+    influence = []
+    for i in range(layers):
+        x, y = np.stack(seen["in", i]), np.stack(seen["out", i])
+        cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+        influence.append((1 - cosine).sum())
+    found["block_influence"] = np.array(influence)
+    return found, loss
+
+
+def relative(found: dict[str, Any], expected: dict[str, Any], tokens: int) -> dict[str, float]:
+    """Largest error of every quantity, relative to its value (a signed sum: to what it could be)."""
+    errors = {}
+    for name, wanted in expected.items():
+        wanted = np.asarray(wanted)
+        scale = np.sqrt(np.asarray(expected[f"{name}_sq"]) * tokens) if name.endswith(".sum") else np.abs(wanted)
+        errors[name] = float((np.abs(np.asarray(found[name]) - wanted) / scale).max())
+    return errors
+
+
+def corpus_windows(corpus: Path) -> np.ndarray:
+    """The first windows of the corpus, read without our reader: int64 [SEQUENCES, LENGTH + 1]."""
+    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
+    return np.stack([tokens[k * LENGTH : (k + 1) * LENGTH + 1] for k in range(SEQUENCES)])
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_hf: Callable[..., Path], tiny_corpus: Path) -> tuple[dict[str, np.ndarray], float]:
+    return hf_statistics(tiny_hf("llama-gqa", layers=LAYERS), corpus_windows(tiny_corpus))
+
+
+def test_statistics_match_transformers_in_float64(
+    calibrated: dict[str, Statistics], oracle: tuple[dict[str, np.ndarray], float]
+) -> None:
+    expected, loss = oracle
+    found = calibrated["tp1"]
+    assert set(found.tensors) == set(expected)
+    errors = relative(found.tensors, expected, found.tokens)
+    assert max(errors.values()) < 2e-5, errors
+    assert found.loss_sum == pytest.approx(loss, rel=1e-6)
+    assert (found.sequences, found.seq_length) == (SEQUENCES, LENGTH)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_layout_does_not_change_statistics(calibrated: dict[str, Statistics], layout: str) -> None:
+    one, other = calibrated["tp1"], calibrated[layout]
+    errors = relative(other.tensors, one.tensors, one.tokens)
+    assert max(errors.values()) < 1e-5, errors
+    assert other.loss_sum == pytest.approx(one.loss_sum, rel=1e-5)
+    assert other.calibrations[0]["windows"] == list(range(SEQUENCES))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("aggregation", ["definition", "paper"])
+def test_every_layout_keeps_what_the_oracle_keeps(
+    calibrated: dict[str, Statistics],
+    oracle: tuple[dict[str, np.ndarray], float],
+    layout: str,
+    aggregation: str,
+) -> None:
+    """Kept sets of both methods against a ranking of the float64 statistics, written here."""
+    found, expected = calibrated[layout], oracle[0]
+    from dataclasses import replace
+
+    def made(name: str, settings: dict[str, Any], **sizes: int) -> plan.PruningPlan:
+        target = replace(found.shape, **sizes)  # type: ignore[arg-type]
+        return plan.make(
+            name, methods.get(name), source=found.shape, target=target, parent=found.parent, ratio=None,
+            ratio_of="linears", settings=settings, statistics=found,
+        )  # fmt: skip
+
+    def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
+        return tuple(sorted(np.argsort(-scores, kind="stable")[:count].tolist()))
+
+    depth = made("shortgpt", {}, num_layers=2)
+    assert not depth.near_ties and depth.kept_layers == top(expected["block_influence"], 2)
+
+    key = "sum_abs_mean_sq" if aggregation == "definition" else "sum_sq"
+    score = {site: np.sqrt(expected[f"{site}.{key}"]) for site in ("attention", "mlp")}
+    norms = np.sqrt(expected[f"input_layernorm.{key}"]) + np.sqrt(expected[f"pre_mlp_layernorm.{key}"])
+    width = made(
+        "minitron-width", {**WIDTH, "aggregation": aggregation},
+        hidden_size=40, ffn_hidden_size=64, num_attention_heads=6,
+    )  # fmt: skip
+    assert not width.near_ties, "choose another seed or size: this cut is for clear decisions"
+    assert width.kept_hidden == top(norms.sum(0), 40)
+    assert width.kept_ffn == tuple(top(score["mlp"][i], 64) for i in range(LAYERS))
+    heads = np.linalg.norm(score["attention"].reshape(LAYERS, 12, 8), axis=2).reshape(LAYERS, 6, 2)
+    best = heads.argmax(2) + 2 * np.arange(6)
+    assert width.kept_heads == tuple(tuple(row) for row in best.tolist())
+
+
+@pytest.mark.parametrize("name", ["llama-mha-tied", "mistral-gqa"])
+def test_other_models_match_transformers(
+    job: Callable[..., Any], tiny_hf: Callable[..., Path], tiny_corpus: Path, tmp_path: Path, name: str
+) -> None:
+    import_hf(tiny_hf(name), tmp_path / "parent")
+    output = tmp_path / "s.safetensors"
+    more = ("--output", output, "--tensor-model-parallel-size", 2)
+    job(["calibrate", *flags(tmp_path / "parent", tiny_corpus, *more)], nproc=2).ok()
+    expected, loss = hf_statistics(tiny_hf(name), corpus_windows(tiny_corpus))
+    found = statistics_file.read(output)
+    errors = relative(found.tensors, expected, found.tokens)
+    assert max(errors.values()) < 2e-5, errors
+    assert found.loss_sum == pytest.approx(loss, rel=1e-6)
+
+
+def test_random_windows_are_a_function_of_the_seed_and_merge(
+    job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    found = []
+    for seed, nproc in ((1, 1), (1, 2), (2, 1)):
+        output = tmp_path / f"{seed}-{nproc}.safetensors"
+        more = ("--output", output, "--calibration-sampling", "random", "--seed", seed)
+        job(["calibrate", *flags(tiny_parent, tiny_corpus, *more)], nproc=nproc).ok()
+        found.append(statistics_file.read(output))
+    windows = [s.calibrations[0]["windows"] for s in found]
+    assert windows[0] == windows[1] != windows[2]
+    assert windows[0] != list(range(SEQUENCES)) and len(set(windows[0])) == SEQUENCES
+    assert found[0].calibrations[0]["seed"] == 1
+    if not set(windows[0]) & set(windows[2]):
+        merged = statistics_file.merge([found[0], found[2]])
+        assert merged.sequences == 2 * SEQUENCES
+
+
+def test_fewer_sequences_than_ranks(
+    job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """A data-parallel rank without a window adds nothing."""
+    found = []
+    for nproc in (1, 3):
+        output = tmp_path / f"{nproc}.safetensors"
+        arguments = flags(tiny_parent, tiny_corpus, "--output", output, "--calibration-sequences", 2)
+        job(["calibrate", *arguments], nproc=nproc).ok()
+        found.append(statistics_file.read(output))
+    assert found[0].sequences == found[1].sequences == 2
+    for name, tensor in found[0].tensors.items():
+        torch.testing.assert_close(found[1].tensors[name], tensor, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "nproc", "message"),
+    [
+        (["--context-parallel-size", "2"], 2, "--context-parallel-size: given 2"),
+        (
+            ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+            2,
+            "--num-layers-per-virtual-pipeline-stage: given 1",
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+            2,
+            "--num-virtual-stages-per-pipeline-rank: given 2",
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|t|t|tL"],
+            2,
+            "--pipeline-model-parallel-layout: given ",
+        ),
+        (["--micro-batch-size", "2"], 1, "--micro-batch-size: given 2"),
+        (["--seq-length", "32"], 1, "--seq-length: given 32"),
+        (["--calibration-seq-length", "256"], 1, "--calibration-seq-length: given 256, allowed is up to .* 128"),
+        (["--calibration-sequences", "100000"], 1, "--calibration-sequences: given 100000"),
+        (["--calibration-data-path", "/nowhere"], 1, "/nowhere.bin does not exist"),
+        (["--output", "s.pt"], 1, "--output: given s.pt"),
+    ],
+)
+def test_refused_before_work_starts(
+    job: Callable[..., Any],
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    more: list[str],
+    nproc: int,
+    message: str,
+) -> None:
+    arguments = flags(tiny_parent, tiny_corpus, "--output", tmp_path / "s.safetensors", *more)
+    finished = job(["calibrate", *arguments], nproc=nproc)
+    assert finished.returncode != 0
+    import re
+
+    assert re.search("megatron_prune calibrate: " + message, finished.output), finished.output[-3000:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_that_is_fused_into_its_linear_is_recomputed() -> None:
+    """What the hooks do under Transformer Engine, where no module returns a norm's output."""
+    from megatron_prune.calibrate.hooks import _after_fused_norm
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 8)
+    gain, bias = torch.randn(8), torch.randn(8)
+    rms = torch.nn.RMSNorm(8, eps=1e-3)
+    layer = torch.nn.LayerNorm(8, eps=1e-3)
+    with torch.no_grad():
+        rms.weight.copy_(gain + 1)
+        layer.weight.copy_(gain)
+        layer.bias.copy_(bias)
+    fused = {"eps": 1e-3, "layer_norm_weight": gain, "layer_norm_bias": bias}
+    for linear, norm in (
+        (SimpleNamespace(**fused, normalization="RMSNorm", zero_centered_gamma=True), rms),
+        (SimpleNamespace(**fused, normalization="LayerNorm", zero_centered_gamma=False), layer),
+    ):
+        found: list[torch.Tensor] = []
+        _after_fused_norm(linear, found.append)(x)
+        torch.testing.assert_close(found[0], norm(x))
+
+
+def test_quantities_have_their_documented_order() -> None:
+    assert QUANTITIES == ("sum_abs_mean_sq", "sum_sq", "sum")
+
+
+def test_statistics_name_their_parent(calibrated: dict[str, Statistics], tiny_parent: Path) -> None:
+    parent = open_checkpoint(tiny_parent)
+    for found in calibrated.values():
+        assert (found.parent, found.shape) == (parent.fingerprint(), parent.shape)
