@@ -27,6 +27,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data-cache-path", help="where the caches go (default: beside the first prefix)")
     add("--stream-range", metavar="START:END", action="append", default=[],
         help="also check that the stream has these samples; repeated, that the ranges are disjoint")
+    add("--held-out", nargs="+", default=[], metavar="PREFIX",
+        help="also check that no document of these corpora (calibration, validation, test) is in the stream's")
     return parser.parse_args(argv)  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def main(argv: list[str]) -> int:
     if (args.data_path is None) == (args.train_data_path is None):
         raise UsageError("--data-path, --train-data-path", given="both or neither", allowed="one of them")
     warnings.filterwarnings("ignore", module="megatron")
+    from megatron_prune.data.heldout import refuse_shared_documents
     from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
 
     begun = monotonic()
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> int:
                 (f"--stream-range {earlier[0]}:{earlier[1]}", f"--stream-range {text}"),
             )
         checked.append([start, end])
+    refuse_shared_documents([corpus.prefix for corpus in stream.corpora], args.held_out)
     extra = {"tokens": len(stream) * stream.seq_length, "seconds": round(monotonic() - begun, 3)}
     print(json.dumps(stream.describe() | extra, indent=2))
     return 0

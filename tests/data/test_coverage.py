@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune.data import coverage
 from megatron_prune.data.streams import SampleRange, Stream
+from tests.data.corpora import write_corpus
 
 
 @pytest.mark.parametrize("members", [1, 2])
@@ -19,12 +19,11 @@ def test_unique_tokens_are_the_set_of_tokens_seen(tmp_path_factory, members, seq
     folder = tmp_path_factory.mktemp("coverage")
     blend, first = [], 0
     for member in range(members):
-        builder = IndexedDatasetBuilder(f"{folder}/{member}.bin", np.int32)
-        for length in np.random.RandomState(seed + member).randint(1, 30, 25):
-            builder.add_document(np.arange(first, first + length), [length])
-            first += length
-        builder.finalize(f"{folder}/{member}.idx")
-        blend += ([] if members == 1 else [str(member + 1)]) + [f"{folder}/{member}"]
+        ends = first + np.cumsum(np.random.RandomState(seed + member).randint(1, 30, 25))
+        documents = np.split(np.arange(first, ends[-1]), ends[:-1] - first)
+        first = int(ends[-1])
+        prefix = write_corpus(folder / str(member), documents, np.int32)
+        blend += ([] if members == 1 else [str(member + 1)]) + [prefix]
     stream = Stream.build(blend, seq_length, seed, epochs)
     start = int(low * len(stream))
     samples = SampleRange(stream, start, start + 1 + int(share * (len(stream) - start - 1)))

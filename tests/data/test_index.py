@@ -6,20 +6,18 @@ import json
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune.data import blend, index
 from megatron_prune.data.streams import Stream
 from megatron_prune.errors import DataError, UsageError
+from tests.data.corpora import write_corpus
 
 
 @pytest.fixture
 def corpora(tmp_path):
     for name, documents in (("a", 80), ("b", 20)):
-        builder = IndexedDatasetBuilder(f"{tmp_path}/{name}.bin", np.uint16)
-        for length in np.random.RandomState(documents).randint(1, 60, documents):
-            builder.add_document(np.arange(length), [length])
-        builder.finalize(f"{tmp_path}/{name}.idx")
+        lengths = np.random.RandomState(documents).randint(1, 60, documents)
+        write_corpus(tmp_path / name, map(np.arange, lengths))
     return ["2", f"{tmp_path}/a", "1", f"{tmp_path}/b"]
 
 

@@ -10,20 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
 from megatron_prune.data import blend, indexed
 from megatron_prune.data.streams import SampleRange, Stream, epoch_seed, parse_range, refuse_overlap
 from megatron_prune.errors import DataError, UsageError
-
-
-def write_corpus(prefix, documents, dtype=np.uint16):
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
-    for document in documents:
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+from tests.data.corpora import write_corpus
 
 
 def random_documents(seed, count=40, longest=50, vocabulary=1000):

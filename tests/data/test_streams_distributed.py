@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 import torch.distributed as dist
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune.data.streams import Stream
+from tests.data.corpora import write_corpus
 
 
 def read(folder):
@@ -31,10 +31,8 @@ def read_on_a_rank(folder):
 
 def test_ranks_agree_with_each_other_and_with_one_process(tmp_path, distributed):
     for name in "ab":
-        builder = IndexedDatasetBuilder(f"{tmp_path}/{name}.bin", np.uint16)
-        for length in np.random.RandomState(ord(name)).randint(1, 50, 60):
-            builder.add_document(np.random.RandomState(length).randint(0, 100, length), [length])
-        builder.finalize(f"{tmp_path}/{name}.idx")
+        generator = np.random.RandomState(ord(name))
+        write_corpus(tmp_path / name, [generator.randint(0, 100, n) for n in generator.randint(1, 50, 60)])
     found = distributed(read_on_a_rank, 3, str(tmp_path))
     assert len({pid for _, pid in found}) == 3
     caches = list((tmp_path / "cache").iterdir())

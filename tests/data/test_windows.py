@@ -7,25 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune.data.windows import windows
 from megatron_prune.errors import DataError, UsageError
-
-
-def write(prefix, documents, dtype):
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
-    for document in documents:
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return np.concatenate(documents)
+from tests.data.corpora import write_corpus
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 50), st.sampled_from([np.uint16, np.int32]))
 def test_window_k_is_a_slice_of_the_joined_documents(tmp_path_factory, lengths, seq_length, dtype):
     prefix = tmp_path_factory.mktemp("windows") / "c"
-    joined = write(prefix, [np.random.RandomState(n).randint(0, 60000, n) for n in lengths], dtype)
+    documents = [np.random.RandomState(n).randint(0, 60000, n) for n in lengths]
+    write_corpus(prefix, documents, dtype)
+    joined = np.concatenate(documents)
     expected = (len(joined) - 1) // seq_length
     if not expected:
         with pytest.raises(DataError, match=f"one window needs {seq_length + 1}"):
@@ -41,7 +35,7 @@ def test_window_k_is_a_slice_of_the_joined_documents(tmp_path_factory, lengths, 
 
 
 def test_count_takes_the_first_and_seed_chooses_without_repeats(tmp_path):
-    write(tmp_path / "c", [np.arange(1001)], np.uint16)
+    write_corpus(tmp_path / "c", [np.arange(1001)])
     first = [w[0].item() for w in windows(tmp_path / "c", 10, count=7)]
     assert first == [0, 10, 20, 30, 40, 50, 60]
     chosen = [[w[0].item() for w in windows(tmp_path / "c", 10, count=50, seed=s)] for s in (1, 1, 2)]
@@ -51,7 +45,7 @@ def test_count_takes_the_first_and_seed_chooses_without_repeats(tmp_path):
 
 
 def test_more_windows_than_there_are_is_refused(tmp_path):
-    write(tmp_path / "c", [np.arange(1001)], np.uint16)
+    write_corpus(tmp_path / "c", [np.arange(1001)])
     with pytest.raises(UsageError, match="--calibration-sequences: given 101, allowed is 1 to 100"):
         windows(tmp_path / "c", 10, 101, flag="--calibration-sequences")
     with pytest.raises(UsageError, match="--windows: given 0"):

@@ -1,0 +1,49 @@
+"""Shared documents against a plain comparison of all pairs; the verb refuses them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prune.data import heldout, index
+from megatron_prune.errors import DataError
+from tests.data.corpora import write_corpus
+
+# Few values, so that equal lengths, equal heads and equal documents all happen; zeros, since NumPy's
+# byte strings drop trailing ones when they are read back.
+documents = st.lists(
+    st.tuples(st.integers(30, 36), st.integers(0, 2), st.integers(0, 1)).map(
+        lambda d: np.concatenate([np.full(20, d[1]), np.full(d[0] - 20, d[2])])
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents, documents, st.sampled_from([np.uint16, np.int32]))
+def test_shared_documents_are_the_equal_ones(tmp_path_factory, train, held, dtype):
+    folder = tmp_path_factory.mktemp("held")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "BLOCK", 5)
+        training = write_corpus(folder / "train", train)
+        found = heldout.shared_documents(training, write_corpus(folder / "held", held, dtype))
+    texts = [d.tolist() for d in train]
+    expected = {tuple(d.tolist()) for d in held if len(d) >= 32 and d.tolist() in texts}
+    assert {tuple(held[twin].tolist()) for _, twin in found} == expected
+    assert len(found) == len(expected)
+    assert all(train[row].tolist() == held[twin].tolist() for row, twin in found)
+
+
+def test_the_verb_refuses_a_stream_that_holds_held_out_documents(tmp_path, capsys):
+    generator = np.random.RandomState(0)
+    texts = [generator.randint(0, 900, 80) for _ in range(40)]
+    train, clean = write_corpus(tmp_path / "train", texts[:30]), write_corpus(tmp_path / "clean", texts[30:])
+    leaky = write_corpus(tmp_path / "leaky", [*texts[30:], texts[17]])
+    flags = ["--data-path", train, "--seq-length", "16", "--data-cache-path", str(tmp_path / "cache"), "--held-out"]
+    assert index.main([*flags, clean]) == 0
+    says = r"1 document\(s\) of .*leaky are in .*train too .document 10 is its document 17"
+    with pytest.raises(DataError, match=says):
+        index.main([*flags, clean, leaky])
