@@ -1,0 +1,98 @@
+"""The quickstart: its study is read whole, and runs to its report in miniature."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_prune.study import config
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = ROOT / "examples" / "quickstart" / "study.yaml"
+
+
+def test_the_parent_has_at_most_three_million_parameters() -> None:
+    from megatron_prune.checkpoint.layout import ModelShape
+
+    study = config.load(STUDY)
+    assert study.parent.pretrain is not None
+    flags = {name.replace("-", "_"): value for name, value in study.parent.pretrain.arguments.items()}
+    shape = ModelShape.from_args(flags)
+    assert 1e6 < shape.parameters() <= 3e6
+
+
+def test_the_script_uses_the_vocabulary_and_the_paths_of_the_study() -> None:
+    script = (STUDY.parent / "run.sh").read_text()
+    study = config.load(STUDY)
+    assert study.parent.pretrain is not None and study.data.tokenizer is not None
+    assert f"VOCABULARY={study.parent.pretrain.arguments['padded-vocab-size']}" in script
+    data = Path(study.data.tokenizer.model).parent
+    assert f"DATA={data}" in script
+    prefixes = [prefix for _, prefix in study.data.train]
+    prefixes += [study.data.calibration, study.data.validation, study.data.test]
+    assert [Path(prefix).parent for prefix in prefixes] == [data] * 4
+    assert [Path(prefix).name for prefix in prefixes] == ["train", "calibration", "validation", "test"]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Train, calibration, validation and test corpora of a few paragraphs each."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    texts = tiny.documents(300)
+    splits = {"train": texts[:240], "calibration": texts[240:260], "validation": texts[260:280], "test": texts[280:]}
+    running = []
+    for split, documents in splits.items():
+        jsonl = tiny.write_jsonl(folder / f"{split}.jsonl", documents)
+        command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", jsonl]
+        command += ["--output-prefix", folder / split, "--tokenizer-type", "HuggingFaceTokenizer"]
+        command += ["--tokenizer-model", tiny_tokenizer, "--append-eod"]
+        running.append(subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL))
+    assert [process.wait() for process in running] == [0] * 4
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_it_runs_in_miniature(tmp_path, corpora, tiny_tokenizer) -> None:
+    study = yaml.safe_load(STUDY.read_text())
+    study["data"] |= {
+        "train": [str(corpora / "train")],
+        "calibration": str(corpora / "calibration"),
+        "validation": str(corpora / "validation"),
+        "test": str(corpora / "test"),
+        "seq_length": 64,
+        "tokenizer": {"type": "HuggingFaceTokenizer", "model": str(tiny_tokenizer)},
+    }
+    pretrain = study["parent"]["pretrain"]
+    pretrain["tokens"] = 16 * 64 * 24
+    pretrain["arguments"] |= {"max-position-embeddings": 64, "padded-vocab-size": tiny.VOCABULARY}
+    study |= {"budgets": [16 * 64 * 8], "evaluation": {"windows": 16}, "calibration": {"sequences": 4}}
+    study["launch"] = {"threads": 1}
+    small = tmp_path / "study.yaml"
+    small.write_text(yaml.safe_dump(study))
+
+    command = [sys.executable, "-m", "megatron_prune", "study", "run", str(small), "--runs-dir", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+    report = tmp_path / "quickstart" / "report"
+    page = (report / "index.html").read_text()
+    assert "<svg" in page and "minitron-width" in page
+    rows = json.loads((report / "results.json").read_text())["rows"]
+    arms = {(row["arm"], row["setting"]): row for row in rows}
+    parent = next(row for row in rows if row["arm"] == "parent")
+    pruned = arms["pruned", "equal-training"]
+    scratch = arms["scratch", "equal-training"]
+    total = arms["scratch", "equal-total"]
+    assert parent["tokens_train"] == pretrain["tokens"]
+    assert pruned["tokens_train"] == scratch["tokens_train"] == study["budgets"][0]
+    # The parent's tokens, the retraining's and the calibration's, rounded up to a whole batch.
+    assert total["tokens_train"] == pretrain["tokens"] + study["budgets"][0] + 16 * 64
+    assert pruned["params"] == scratch["params"] == total["params"] < parent["params"]
+    assert pruned["loss_initial"] < scratch["loss_initial"]  # it starts from what the parent has learnt
