@@ -67,7 +67,12 @@ def _run(study: config.Study, places: Places, options: argparse.Namespace) -> in
     from megatron_prune.study.progress import Progress
 
     with Progress() as progress:
-        runner.run(study, places, progress=progress)
+        try:
+            runner.run(study, places, progress=progress)
+        except runner.CellsFailed:
+            if (places.root / "outlook.json").is_file():  # the cells that did finish have something to say
+                _report(study, places, options)
+            raise
     return _report(study, places, options)
 
 

@@ -16,88 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
-
-Setting = Literal["equal-training", "equal-total"]
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-# What the study decides for every run; a recipe that set one would fork the arms.
-RESERVED = (
-    "load",
-    "save",
-    "pretrained-checkpoint",
-    "shape-from",
-    "masks",
-    "finetune",
-    "use-checkpoint-args",
-    "data-path",
-    "train-data-path",
-    "data-cache-path",
-    "stream-seed",
-    "stream-range",
-    "stream-epochs",
-    "stream-permutation-seed",
-    "seed",
-    "seq-length",
-    "global-batch-size",
-    "micro-batch-size",
-    "train-iters",
-    "train-samples",
-    "lr",
-    "min-lr",
-    "lr-warmup-iters",
-    "lr-warmup-samples",
-    "lr-warmup-fraction",
-    "lr-decay-iters",
-    "lr-decay-samples",
-    "lr-decay-style",
-    "save-interval",
-    "tensor-model-parallel-size",
-    "pipeline-model-parallel-size",
-    "eval-iters",
-    "log-interval",
-)
-
-
-def parse_tokens(value: Any) -> Any:
-    """``410_000``, ``"410k"``, ``"1.5M"``, ``"50B"``, ``"1e9"`` → a whole number of tokens."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMBT]?)\s*", value)
-        if not found:
-            raise ValueError("a number of tokens such as 400000, 400k, 1.5M, 50B")
-        scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
-        value = float(found[1].replace("_", "")) * scale
-    if isinstance(value, float):
-        return round(value)
-    return value
-
-
-def _flags(value: Any) -> Any:
-    """Keys of a mapping of Megatron flags, written with underscores or dashes → with dashes."""
-    if not isinstance(value, dict):
-        return value
-    return {str(key).lstrip("-").replace("_", "-"): item for key, item in value.items()}
-
-
-def _blend(value: Any) -> Any:
-    """``prefix``, ``[prefix, …]`` or ``[[weight, prefix], …]`` → the last form; None is no weight."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list):
-        return [[None, item] if isinstance(item, str) else item for item in value]
-    return value
-
-
-Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
-Scalar = bool | int | float | str
-Flags = Annotated[dict[str, Scalar | list[Scalar] | None], BeforeValidator(_flags)]
-Weight = Annotated[float, Field(gt=0)]
-Blend = Annotated[list[tuple[Weight | None, str]], BeforeValidator(_blend), Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+from megatron_prune.study.values import RESERVED, STRICT, Blend, Flags, Fraction, Positive, Setting, Tokens
 
 
 @dataclass(frozen=True, config=STRICT)

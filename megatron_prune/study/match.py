@@ -34,6 +34,13 @@ ALLOWED: dict[str, str] = {
     "wandb_exp_name": "output path",
     "save_interval": "how often an output is saved",
     "masks": "masks",
+    # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
+    "iteration": "progress at the last start",
+    "curr_iteration": "progress at the last start",
+    "consumed_train_samples": "progress at the last start",
+    "consumed_valid_samples": "progress at the last start",
+    "skipped_train_samples": "progress at the last start",
+    "num_floating_point_operations_so_far": "progress at the last start",
 }
 # What a run's own number of steps decides, where the settings differ in it.
 OWN_STEPS: dict[str, str] = {

@@ -28,6 +28,10 @@ from megatron_prune.study.stages import Cell, Stage
 TAIL_LINES = 15
 
 
+class CellsFailed(RunError):
+    """Some cells failed; all others that could run have finished."""
+
+
 class Launcher(Protocol):
     """Runs one command to its end; the return code is only for the error message."""
 
@@ -80,7 +84,7 @@ class _Runner:
         threads = self.study.launch.threads_per_process(parallel)
         failures = _in_threads(lambda cell: self._run(cell, threads), open_cells, parallel)
         if failures:
-            raise RunError("\n".join(str(failure) for failure in failures))
+            raise CellsFailed("\n".join(str(failure) for failure in failures))
 
     def _keep_commands(self, cell: Cell) -> None:
         """Write cell.json; refuse a cell that was run with other commands."""

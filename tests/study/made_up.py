@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import apply, artifacts, plan_command
 from megatron_prune.calibrate import statistics
+from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
@@ -43,15 +44,15 @@ SHAPE_FLAGS = {
 }
 
 
-def corpora(folder: Path) -> dict[str, str]:
-    """Four corpora of random tokens; their prefixes by name."""
+def corpora(folder: Path, train: int = 12_000, vocabulary: int = VOCABULARY) -> dict[str, str]:
+    """Four corpora of random tokens, ``train`` of them for training; their prefixes by name."""
     generator = np.random.default_rng(0)
     prefixes = {}
-    for name, length in (("train", 12_000), ("calibration", 2_000), ("validation", 2_000), ("test", 2_000)):
+    for name, length in (("train", train), ("calibration", 2_000), ("validation", 2_000), ("test", 2_000)):
         prefix = folder / name
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
         for _ in range(length // 100):
-            builder.add_document(torch.from_numpy(generator.integers(0, VOCABULARY, 100)), [100])
+            builder.add_document(torch.from_numpy(generator.integers(0, vocabulary, 100)), [100])
         builder.finalize(f"{prefix}.idx")
         prefixes[name] = str(prefix)
     return prefixes
@@ -104,6 +105,10 @@ class FakeLauncher:
             with _STDOUT, open(log, "a") as output, contextlib.redirect_stdout(output):
                 getattr(self, f"_{command.stage}")(list(command.argv[1:]))
         return 0
+
+    def _import(self, argv: list[str]) -> None:
+        given = words(argv)
+        import_hf(given["hf"], given["save"])
 
     def _plan(self, argv: list[str]) -> None:
         plan_command.main(argv)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_prune.errors import UsageError
-from megatron_prune.study import config
+from megatron_prune.study import config, values
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_defaults_and_round_trip() -> None:
     ("text", "tokens"), [("400k", 400_000), ("1.5M", 1_500_000), ("1e9", 10**9), ("50B", 5 * 10**10), (7, 7)]
 )
 def test_tokens(text: Any, tokens: int) -> None:
-    assert config.parse_tokens(text) == tokens
+    assert values.parse_tokens(text) == tokens
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,26 @@ def test_an_outside_parents_tokens_are_only_declared(prefixes, trained: Path, tm
         check(prefixes, tmp_path, **load(trained, declared_tokens="2M", equal_total="run"))
 
 
+def test_an_imported_parent_has_a_shape_once_it_is_imported(
+    prefixes, tiny_hf, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = {"import_hf": str(tiny_hf("llama-gqa", layers=4)), "declared_tokens": "2T"}
+    methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": {"divisible-by": 8}}]
+    study = made_up.study(prefixes, parent=parent, methods=methods)
+    Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes, parent=parent, methods=methods)))
+    command.main(["plan", "study.yaml"])
+    printed = capsys.readouterr().out
+    assert "not known yet" in printed and "scratch-as-shortgpt-r50-equal-training" in printed
+    assert "not run: equal-total for pruned-shortgpt-r50-s1-t1280" in printed
+    launcher = made_up.FakeLauncher()
+    places = made_up.run(study, Path("runs"), launcher)
+    assert launcher.commands[0].words[:3] == ["python", "tools/convert_checkpoint.py", "import"]
+    cells = {path.name for path in (places.root / "cells").iterdir()}
+    assert "scratch-L2h96H12G6d8F192-equal-training-t1280-s1" in cells
+    assert not [cell for cell in cells if "equal-total" in cell]
+
+
 def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes)))

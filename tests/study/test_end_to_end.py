@@ -1,0 +1,112 @@
+"""A miniature study on the real engine, through the command line; killed three times, it ends with the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prune.study.commands import Places
+from megatron_prune.study.ledger import Ledger
+from tests.study import made_up
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGUMENTS = made_up.SHAPE_FLAGS | {
+    "tokenizer-type": "NullTokenizer",
+    "vocab-size": made_up.VOCABULARY - 1,
+    "max-position-embeddings": 16,
+    "attention-dropout": 0,
+    "hidden-dropout": 0,
+}
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_prune", "study", "run", "study.yaml"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(folder: Path) -> str:
+    job = start(folder)
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    return output
+
+
+def kill_when(folder: Path, path: str, lines: int = 1) -> None:
+    """Start the study and kill its runner as soon as the file has that many lines."""
+    job = start(folder)
+    target = folder / "runs" / "made-up" / path
+    deadline = time.monotonic() + 200
+    while job.poll() is None and time.monotonic() < deadline:
+        if target.is_file() and target.read_bytes().count(b"\n") >= lines:
+            job.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == -signal.SIGKILL, output
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records without what depends on when a run was killed."""
+    found = Ledger(Places(folder / "runs" / "made-up").root / "ledger.jsonl").read()
+    return {cell: {k: v for k, v in r.items() if k not in ("seconds", "replayed")} for cell, r in found.items()}
+
+
+def losses(folder: Path, cell: str) -> list[list[str]]:
+    path = Places(folder / "runs" / "made-up").losses(cell)
+    return [row[:4] for row in csv.reader(path.open())]
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    prefixes = made_up.corpora(tmp_path, train=40_000)
+    content = made_up.mapping(
+        prefixes,
+        parent={"pretrain": {"tokens": 19_200, "arguments": ARGUMENTS}},
+        methods=[{"name": "shortgpt"}],
+        budgets=[12_800],
+        launch={"parallel_cells": 2, "threads": 1},
+    )
+    content["recipe"]["save_interval"] = 50
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(content))
+    output = finish(tmp_path / "whole")
+    expected = records(tmp_path / "whole")
+    assert sorted(record["kind"] for record in expected.values()) == [
+        "calibration", "parent", "pruned", "pruning", "scratch", "scratch"
+    ]  # fmt: skip
+    assert output.count("One seed: no interval.") == 2
+
+    pruned = "pruned-shortgpt-r50-s1-t12800"
+    kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=56)  # inside a cell, after a save
+    kill_when(tmp_path / "killed", "ledger.jsonl", lines=3)  # between cells: the prunings are finished
+    kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=56)
+    finish(tmp_path / "killed")
+    assert records(tmp_path / "killed") == expected
+    for cell in ("parent", pruned):
+        assert losses(tmp_path / "killed", cell) == losses(tmp_path / "whole", cell)
+        account = json.loads(Places(tmp_path / "killed/runs/made-up").account(cell).read_text())
+        assert account["replayed"] and account["replayed"][0][0] == 51
+
+    rows = json.loads((tmp_path / "killed/runs/made-up/report/results.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["parent", "pruned", "scratch", "pruned", "scratch"]
+    assert all(row["status"] == "finished" and 0 < row["test_loss"] < 20 for row in rows)
+    assert (tmp_path / "killed/runs/made-up/report/index.html").stat().st_size > 50_000
+    again = finish(tmp_path / "killed")
+    assert again.count("kept") == 6 and "done" not in again
