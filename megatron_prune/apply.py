@@ -20,6 +20,7 @@ from megatron_prune.checkpoint.layout import Kept, WeightLayout, axis_indices, l
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import PlanError
+from megatron_prune.training.account import trained_on
 
 BLOCK_BYTES = 64 << 20  # of source rows that are held at a time
 
@@ -70,9 +71,7 @@ def apply_plan(
 def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
     """Refuse a plan that was made for another checkpoint."""
     if parent.shape != made.source:
-        raise PlanError(
-            f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}"
-        )
+        raise PlanError(f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}")
     if parent.fingerprint() != made.parent:
         raise PlanError(
             f"the plan is for another parent: it names the weights {made.parent}, {parent.root} holds "
@@ -113,6 +112,7 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
             "iteration": parent.iteration,
             "fingerprint": parent.fingerprint(),
         },
+        "trained_on": trained_on(parent.root),
         "method": made.method,
         "settings": made.settings,
         "seed": made.seed,

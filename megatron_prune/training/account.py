@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
 
 ACCOUNT = "account.json"
@@ -93,6 +94,19 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
                 "--save", given=f"{save}, which holds a run with {name} {_short(held.get(name))}",
                 allowed=f"a new directory, or the same run again (this one has {name} {_short(value)})",
             )  # fmt: skip
+
+
+def trained_on(root: Path) -> list[dict[str, Any]]:
+    """Every run whose samples went into the checkpoint at ``root``: [{"run", "stream", "range"}, …].
+
+    From the account beside a trained checkpoint, or from the chain of prunings that made it.
+    """
+    if (root / ACCOUNT).exists():
+        account = read_json(root / ACCOUNT)
+        own = {"run": str(root), "stream": account["stream"], "range": account["range"]}
+        return [*((account["initial"] or {}).get("trained_on") or []), own]
+    chain = open_checkpoint(root).pruning
+    return chain[-1].get("trained_on") or [] if chain else []
 
 
 def is_complete(save: Path) -> bool:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_prune.data import indexed
-from megatron_prune.data.blend import blend_length, members, parse_blend
-from megatron_prune.data.streams import SampleRange, Stream, parse_range
+from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
+from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
 from megatron_prune.engine.arguments import given
 from megatron_prune.errors import UsageError
 
@@ -30,6 +29,11 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="declare the stream as this many differently shuffled passes over its corpora",
     )
     group.add_argument(
+        "--stream-allow-seen",
+        action="store_true",
+        help="train on samples that the pretrained checkpoint has seen; such a run is compared with nothing",
+    )
+    group.add_argument(
         "--stream-permutation-seed",
         type=int,
         default=None,
@@ -42,10 +46,14 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
     """Derive the number of steps from the range and refuse flags that would contradict it."""
     if args.stream_range is None:
-        for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed"):
+        for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed", "--stream-allow-seen"):
             if given(argv, flag):
                 raise UsageError(flag, given="without --stream-range", allowed="together with --stream-range START:END")
         return
+    for name in ("dataloader_inter_document_masking", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(flag, given="on", allowed="off with --stream-range", why="a stream builds its own indices")
     start, end = parse_range(args.stream_range)
     if not train_blend(args):
         raise UsageError(
@@ -95,25 +103,33 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
         args.eval_iters = 0
 
 
-def refuse_short_stream(args: argparse.Namespace) -> None:
-    """Refuse a range beyond the stream's end from the corpora's sizes alone, before anything starts."""
+def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> None:
+    """Refuse a range beyond the stream's end, or one whose samples the start was trained on already.
+
+    From the corpora's sizes alone, before anything starts. ``seen`` is ``account.trained_on`` of the
+    checkpoint that the run starts from. Raises UsageError and DataError.
+    """
     if args.stream_range is None:
         return
-    end = parse_range(args.stream_range)[1]
+    start, end = parse_range(args.stream_range)
     corpora = members(parse_blend(train_blend(args)))
-    lengths = [(indexed.tokens(indexed.open_indexed(c.prefix)) - 1) // args.seq_length for c in corpora]
-    weights = [c.weight for c in corpora]
-    if len(corpora) > 1 and all(weight is not None for weight in weights):
-        total = sum(weights)  # type: ignore[arg-type]
-        samples = blend_length([w / total for w in weights], lengths)  # type: ignore[operator]
-    else:
-        samples = sum(lengths)
+    samples = samples_per_epoch(corpora, args.seq_length)
     if end > samples * args.stream_epochs:
         raise UsageError(
-            "--stream-range", given=args.stream_range, allowed=f"an end up to {samples * args.stream_epochs}",
+            "--stream-range",
+            given=args.stream_range,
+            allowed=f"an end up to {samples * args.stream_epochs}",
             why=f"the stream has {samples} samples of {args.seq_length} tokens in each of {args.stream_epochs} "
             "epoch(s) and does not wrap; give more text, or declare more epochs with --stream-epochs",
-        )  # fmt: skip
+        )
+    if args.stream_allow_seen:
+        return
+    stream = Stream(corpora, args.seq_length, args.stream_seed, args.stream_epochs).describe()
+    stream["samples"] = samples * args.stream_epochs
+    for earlier in seen:
+        if earlier["stream"] is not None:
+            own = {"stream": stream, "range": [start, end]}
+            refuse_overlap(earlier, own, (f"the run {earlier['run']}, which this one starts from,", "this run"))
 
 
 def train_blend(args: argparse.Namespace) -> list[str]:

@@ -19,12 +19,12 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import runtime
-from megatron_prune.training.account import Account, Recorder, is_complete, refuse_other_run
+from megatron_prune.training.account import Account, Recorder, is_complete, refuse_other_run, trained_on
 from megatron_prune.training.data import (
     Provider,
     add_stream_arguments,
     complete_arguments,
-    refuse_short_stream,
+    refuse_unfit_range,
 )
 
 
@@ -32,8 +32,6 @@ def main(argv: list[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before."""
     args = runtime.start("pretrain", argv, add_stream_arguments, complete=_complete)
     save = Path(args.save) if args.save else None
-    if args.rank == 0:
-        refuse_short_stream(args)
     if save is not None:
         refuse_other_run(save, _identity(args))
     if save is not None and _already_finished(args, save):
@@ -41,6 +39,10 @@ def main(argv: list[str]) -> int:
             print(f"{save}: the run is complete at step {args.train_iters}; nothing to do", flush=True)
         return 0
     initial = _initial(args)
+    if args.rank == 0:
+        # A run that resumes from its own checkpoint has been through this.
+        starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
+        refuse_unfit_range(args, initial["trained_on"] if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     return _train(args, save, initial)
@@ -80,6 +82,8 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     from megatron_prune.checkpoint.tracker import find_iteration
 
     own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
+    if args.rank not in (0, args.world_size - 1):  # who refuses, and who keeps the account
+        return None
     flag, path = ("--load", args.load) if own else ("--pretrained-checkpoint", args.pretrained_checkpoint)
     if path is None:
         return None
@@ -89,6 +93,7 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
         "path": str(path),
         "fingerprint": checkpoint.fingerprint(),
         "pruning": checkpoint.pruning,
+        "trained_on": trained_on(checkpoint.root),
     }
 
 
@@ -179,7 +184,9 @@ class _OnFirstStep:
 
 
 def _unique_tokens(train: Any, args: argparse.Namespace) -> int:
-    """Tokens of the range that no earlier epoch of it has shown."""
+    """Different tokens among those trained on; of Megatron's own data sets nothing is known but their number."""
     if train is None:
         return args.train_iters * args.global_batch_size * args.seq_length
-    return min(len(train), train.stream.samples_per_epoch) * args.seq_length
+    from megatron_prune.data.coverage import unique_tokens
+
+    return unique_tokens(train)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 GLOBAL_BATCH = 8
 SEQ_LENGTH = 32
@@ -73,3 +75,14 @@ def consumed(folder: Path) -> dict[int, list[list[int]]]:
             entry = json.loads(line)
             steps.setdefault(entry["step"], set()).update(tuple(row) for row in entry["labels"])
     return {step: sorted(list(row) for row in rows) for step, rows in sorted(steps.items())}
+
+
+def any_plan(parent: Any) -> Any:
+    """A plan that drops the second layer of the checkpoint ``parent``."""
+    from megatron_prune.plan import PruningPlan
+
+    kept = (0, *range(2, parent.shape.num_layers))
+    return PruningPlan(
+        method="shortgpt", settings={}, seed=None, ratio=None, ratio_of="linears", source=parent.shape,
+        target=replace(parent.shape, num_layers=len(kept)), parent=parent.fingerprint(), kept_layers=kept,
+    )  # fmt: skip

@@ -227,7 +227,6 @@ def test_a_replicate_permutes_the_range_the_same_way_for_both_arms(tiny_corpus, 
 
 REFUSED = [
     ("another range in the same save directory", ["--stream-range", "64:112"], "--save"),
-    ("beyond the stream", ["--stream-range", f"0:{GLOBAL_BATCH * 10**6}"], "does not wrap"),
     ("not whole batches", ["--stream-range", "0:13"], "a multiple of the global batch of 8"),
     ("a contradicting number of steps", ["--train-iters", "7"], "--train-iters"),
     ("a split of a stream", ["--split", "9,1,0"], "--split"),
@@ -247,9 +246,33 @@ def test_refused_before_anything_starts(reference, tiny_corpus, job, flags, says
     assert (reference / "losses.csv").read_bytes() == before
 
 
+def test_a_range_beyond_the_stream_is_refused(tiny_corpus, tmp_path, job):
+    refused = job(["pretrain", *MODEL, *recipe(tiny_corpus, f"0:{GLOBAL_BATCH * 10**6}", tmp_path / "x")])
+    assert refused.returncode == 2 and "does not wrap" in refused.output
+
+
+def test_samples_that_the_start_has_seen_are_refused(reference, tiny_corpus, tmp_path, job):
+    """The parent took 16:64; also when a pruning lies between."""
+    from megatron_prune.apply import apply_plan
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from tests.training.small import any_plan
+
+    pruned = tmp_path / "pruned"
+    apply_plan(reference, any_plan(open_checkpoint(reference)), pruned)
+    for parent in (reference, pruned):
+        argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", parent]
+        refused = job([*argv, *recipe(tiny_corpus, "56:72", tmp_path / "x")])
+        assert refused.returncode == 2, refused.output[-2000:]
+        assert "both would see 56:64" in refused.output and "Traceback" not in refused.output
+    job([*argv, *recipe(tiny_corpus, "56:72", tmp_path / "allowed"), "--stream-allow-seen"]).ok()
+    job([*argv, *recipe(tiny_corpus, "64:80", tmp_path / "disjoint")]).ok()
+    account = _account(tmp_path / "disjoint")
+    assert account["start"] == "pruned" and account["initial"]["trained_on"][0]["range"] == [16, 64]
+
+
 def test_a_checkpoint_of_another_shape_is_refused(reference, tiny_corpus, tmp_path, job):
     wrong = [word if word != "96" else "64" for word in MODEL]
-    argv = ["pretrain", *wrong, "--pretrained-checkpoint", reference, *recipe(tiny_corpus, RANGE, tmp_path / "x")]
+    argv = ["pretrain", *wrong, "--pretrained-checkpoint", reference, *recipe(tiny_corpus, "64:112", tmp_path / "x")]
     refused = job(argv)
     assert refused.returncode == 2
     assert "mlp.linear_fc1.weight has shape [192, 48], this model needs [128, 48]" in refused.output
