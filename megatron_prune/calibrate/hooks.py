@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.utils import unwrap_model
 
 from megatron_prune.calibrate.accumulators import QUANTITIES, ChannelSums, CosineDistance, Workspace
 from megatron_prune.calibrate.statistics import site_shapes, tensor_shapes
@@ -40,7 +41,7 @@ class Recorder:
         self._handles: list[Any] = []
         self._rank = mpu.get_tensor_model_parallel_rank()
         self._ranks = mpu.get_tensor_model_parallel_world_size()
-        decoder: Any = stage.decoder
+        decoder: Any = unwrap_model(stage).decoder  # bf16 and fp16 models are wrapped
         for block in decoder.layers:
             self._attach_block(block, block.layer_number - 1)  # Megatron counts layers of all stages from 1
         if decoder.final_layernorm is not None:

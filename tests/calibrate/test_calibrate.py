@@ -180,6 +180,22 @@ def test_every_layout_keeps_what_the_oracle_keeps(
     assert width.kept_heads == tuple(tuple(row) for row in best.tolist())
 
 
+def test_bf16_statistics_are_those_of_fp32_but_for_rounding(
+    job: Callable[..., Any],
+    oracle: tuple[dict[str, np.ndarray], float],
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "s.safetensors"
+    layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    job(["calibrate", *flags(tiny_parent, tiny_corpus, "--output", output, "--bf16", *layout)], nproc=4).ok()
+    found = statistics_file.read(output)
+    errors = relative(found.tensors, oracle[0], found.tokens)
+    assert 1e-5 < max(errors.values()) < 0.05, errors
+    assert found.calibrations[0]["params_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("name", ["llama-mha-tied", "mistral-gqa"])
 def test_other_models_match_transformers(
     job: Callable[..., Any], tiny_hf: Callable[..., Path], tiny_corpus: Path, tmp_path: Path, name: str
