@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
@@ -16,6 +17,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("checkpoint", metavar="CKPT", help="checkpoint, or one of its iter_… or release directories")
     add("--json", action="store_true", help="print JSON instead of a tree")
     add("--sparsity", action="store_true", help="count exact zeros (reads every weight once)")
+    add("--full-hash", action="store_true", help="hash every number of every weight, whatever the layout")
     add("--verify", action="store_true", help="check every file's SHA-256 against integrity.json first")
     return parser.parse_args(argv)
 
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = open_checkpoint(args.checkpoint)
         if args.verify:
             checkpoint.verify(hashes=True)
-        found = inspect.describe(checkpoint, sparsity=args.sparsity)
+        found = inspect.describe(checkpoint, sparsity=args.sparsity, full_hash=args.full_hash)
         if args.json:
             print(json.dumps(found, indent=2))
         else:
@@ -41,4 +43,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

@@ -19,10 +19,10 @@ import torch
 
 from megatron_prune.artifacts import atomic_directory, read_json, write_json
 from megatron_prune.checkpoint import safetensors_io
+from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.huggingface_config import (
     args_from_config,
     config_from_args,
-    read_dtype,
     vocabulary,
 )
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
@@ -105,7 +105,7 @@ def import_hf(
     shape = ModelShape.from_args(args)
     tensors = safetensors_io.Tensors(source)
     _check_tensors(tensors, shape, args, source)
-    main = dtype or read_dtype(config) or tensors.dtype("model.embed_tokens.weight")
+    main = dtype or tensors.dtype("model.embed_tokens.weight")
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
         for layout in weights(shape):
             pieces = segments(layout, shape, args["vocab_size"])
@@ -140,13 +140,15 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
             for start in range(first, last, step):
                 yield checkpoint.read_rows(weight, start, min(start + step, last))
 
-    with atomic_directory(hf) as folder:
+    target = Path(hf)
+    check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
+    with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, entries, blocks, max_shard_bytes)
         for name in SIDE_FILES:
             if side is not None and (side / name).is_file():
                 shutil.copyfile(side / name, folder / name)
         write_json(folder / "config.json", config)
-    return Path(hf)
+    return target
 
 
 def _rows_of_tensors(checkpoint: Checkpoint) -> dict[str, list[tuple[Segment, str, int]]]:

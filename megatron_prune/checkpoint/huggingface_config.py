@@ -41,13 +41,6 @@ _REQUIRED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def read_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The type that a config.json declares (``dtype``, formerly ``torch_dtype``)."""
-    name = config.get("dtype") or config.get("torch_dtype")
-    kind = getattr(torch, str(name).removeprefix("torch."), None) if name else None
-    return kind if isinstance(kind, torch.dtype) else None
-
-
 def args_from_config(
     config: Mapping[str, Any],
     *,
@@ -137,12 +130,13 @@ def config_from_args(
         if (absent if found is None else found) != required:
             raise CheckpointError(f"the model has {name}={found}; Hugging Face's Llama only knows {required}")
     shape = ModelShape.from_args(args)
-    base = dict(original or {})
+    # A tokenizer's folder may hold the config of another family: nothing to learn from it.
+    base = dict(original) if original is not None and original.get("model_type") in ARCHITECTURES else {}
     kind = base.get("model_type", "llama")
     positions = args.get("max_position_embeddings") or base.get("max_position_embeddings") or 2048
-    if original is not None:
+    if base:
         # An import may have lowered it; the weights still have the original's reach.
-        positions = max(positions, {**_DEFAULTS[kind], **base}["max_position_embeddings"])
+        positions = max(positions, (_DEFAULTS[kind] | base)["max_position_embeddings"])
     theta = float(args.get("rotary_base") or 10000)
     factor = float(args.get("rope_scaling_factor") or 8.0) if args.get("use_rope_scaling") else None
     scaling = None if factor is None else {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from megatron_prune.checkpoint.index import is_weight
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.engine.arguments import FORGOTTEN
 
 _WIDTH = 150  # of the tree at least: names must not be cut
 
 
-def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool = False) -> dict[str, Any]:
     """A JSON value that describes ``checkpoint``."""
     tensors: dict[str, dict[str, Any]] = {}
     for name in checkpoint.names:
@@ -29,8 +30,8 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any
             "shape": list(spec.shape),
             "dtype": _plain(spec.dtype),
             "nbytes": spec.nbytes,
-            "shards": checkpoint.shards(name),
-            "stored_as": list(checkpoint.stored_keys(name)),
+            "shards": len(checkpoint.boxes(name)),
+            "stored_as": sorted({box.piece.key for box in checkpoint.boxes(name)}),
         }
         if sparsity:
             zeros = sum(int((block == 0).sum()) for block in checkpoint.row_blocks(name))
@@ -51,12 +52,14 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False) -> dict[str, Any
         "shape": asdict(checkpoint.shape),
         "files": {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir())},
         "tensors": tensors,
-        "other_tensors": len(set(checkpoint.stored) - {k for n in tensors for k in checkpoint.stored_keys(n)}),
+        "other_tensors": sum(not is_weight(key) for key in checkpoint.stored),
         "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
         "pruning": checkpoint.pruning,
         "flags": flags(checkpoint),
         "args": {key: _plain(value) for key, value in sorted(checkpoint.args.items())},
     }
+    if full_hash:
+        found["full_hash"] = checkpoint.full_hash()
     if sparsity:
         found["parameters_nonzero"] = total - sum(entry["zeros"] for entry in tensors.values())
         found["sparsity_linear"] = sum(tensors[n]["zeros"] for n in linear) / checkpoint.shape.linear_parameters()
@@ -101,6 +104,8 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
         top.add(f"{found['parameters_nonzero']:,} parameters are not zero; "
                 f"{found['sparsity_linear']:.2%} of the linears are zero")  # fmt: skip
     top.add(f"fingerprint {found['fingerprint']}")
+    if "full_hash" in found:
+        top.add(f"full hash {found['full_hash']}")
     if found["other_tensors"]:
         top.add(f"{found['other_tensors']} tensors that are no weights (optimizer, random states)")
     _add_weights(top.add("[bold]weights[/bold]"), found["tensors"], escape)

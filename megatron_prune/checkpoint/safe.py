@@ -138,9 +138,10 @@ def load_metadata(directory: Path) -> dcp.Metadata:
                 for chunk in entry.chunks:
                     _check_sizes(chunk.offsets, key)
                     _check_sizes(chunk.sizes, key)
+                    sides = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
                     _check(
-                        len(chunk.offsets) == len(chunk.sizes) == len(entry.size),
-                        f"{key} has a chunk of another rank",
+                        all(offset + size <= extent for offset, size, extent in sides),
+                        f"{key} has a shard outside of it",
                     )
         for index, info in metadata.storage_data.items():
             _check(isinstance(index, dcp.MetadataIndex), f"a record is named {index!r}")

@@ -39,7 +39,7 @@ def is_complete(directory: str | Path) -> bool:
 
     Megatron writes ``metadata.json`` last; the index says which bytes of which file must exist.
     """
-    from megatron_prune.checkpoint import reader, safe
+    from megatron_prune.checkpoint import index, safe
 
     directory = Path(directory)
     try:
@@ -48,7 +48,7 @@ def is_complete(directory: str | Path) -> bool:
         needed: dict[str, int] = defaultdict(int)
         for info in (safe.load_metadata(directory).storage_data or {}).values():
             needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
-        reader.check_files(directory, needed)
+        index.check_files(directory, needed)
     except (MegatronPruneError, OSError, TypeError):
         return False
     return True

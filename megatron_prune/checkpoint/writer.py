@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import pickle
 import shutil
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune.artifacts import atomic_directory, sha256_file, versions, write_json
+from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
@@ -128,16 +128,10 @@ class CheckpointWriter:
     # -- life cycle -----------------------------------------------------------------------------
 
     def __enter__(self) -> CheckpointWriter:
-        parent = self.root.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        expected = sum(layout.numel for layout in self._layouts.values()) * self.dtype.itemsize
-        free = shutil.disk_usage(parent).free
-        if free < expected:
-            raise CheckpointError(
-                f"{parent} has {free / 1e9:.2f} GB free, the checkpoint needs {expected / 1e9:.2f} GB"
-            )
-        scratch = self._stack.enter_context(atomic_directory(self.root))
-        self._root_scratch, self._directory = scratch, scratch / "release"
+        check_space(self.root, sum(layout.numel for layout in self._layouts.values()) * self.dtype.itemsize)
+        self._stack.enter_context(explain_full_disk(self.root))
+        self._root_scratch = self._stack.enter_context(atomic_directory(self.root))
+        self._directory = self._root_scratch / "release"
         self._directory.mkdir()
         self._disk = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
         self._pending: list[Future[None]] = []
@@ -149,23 +143,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
+        with self._stack:
+            try:
+                if error is not None:
+                    raise error
                 self._finish()
-                self._stack.close()
-                return
-        except BaseException as problem:
-            error = problem
-        self._abandon()
-        self._stack.__exit__(type(error), error, error.__traceback__)
-        if _disk_full(error):
-            free = shutil.disk_usage(self.root.parent).free
-            raise CheckpointError(
-                f"no space left while writing {self.root} ({free / 1e9:.2f} GB free): nothing was "
-                "kept; free some space or choose another --save"
-            ) from error
-        if kind is None:
-            raise error
+            except BaseException:
+                self._abandon()
+                raise
 
     def _abandon(self) -> None:
         for future in self._pending:
@@ -363,11 +348,3 @@ class _HashingFile:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

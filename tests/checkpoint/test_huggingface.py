@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -118,6 +119,30 @@ def test_the_tokenizer_is_found_by_later_stages(tiny_hf, tmp_path):
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(checkpoint.huggingface)("hello")["input_ids"]
+
+
+def test_a_retrained_model_still_finds_its_tokenizer(tiny_hf, tmp_path):
+    """Its save directory holds iterations only; the stored args lead to the parent's folder."""
+    parent = import_hf(tiny_hf("mistral-gqa"), tmp_path / "parent")
+    (tmp_path / "run").mkdir()
+    (parent.directory).rename(tmp_path / "run" / "iter_0000007")
+    retrained = open_checkpoint(tmp_path / "run")
+    assert retrained.huggingface == tmp_path / "parent" / "huggingface"
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert read_json(tmp_path / "hf" / "config.json")["model_type"] == "mistral"
+
+
+def test_a_full_disk_leaves_no_export(tiny_hf, tmp_path, monkeypatch):
+    import_hf(tiny_hf("llama-gqa"), tmp_path / "checkpoint")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors_io, "_write_file", fail)
+    with pytest.raises(CheckpointError, match="no space left while writing .*hf"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
 def test_a_model_that_was_pretrained_here_is_exported(tmp_path):

@@ -70,6 +70,20 @@ def test_the_tree_shows_like_layers_once(half_zero, tool):
     assert "magnitude" in lines and "hidden_size: 32" in lines
 
 
+def test_full_hash_sees_every_number_whatever_the_blocks(tmp_path, tool):
+    first, second = (small.write(tmp_path / str(rows), block_rows=rows) for rows in (3, 1000))
+    hashes = [json.loads(tool(path, "--json", "--full-hash")[1])["full_hash"] for path in (first, second)]
+    assert hashes[0] == hashes[1]
+    changed = small.tensors()
+    changed["output_layer.weight"][77, 13] += 1  # not among the elements that the fingerprint looks at
+    with CheckpointWriter(tmp_path / "changed", args=small.ARGS, dtype=torch.float32) as writer:
+        for name, tensor in changed.items():
+            writer.add(name, tensor.shape, [tensor])
+    other = open_checkpoint(tmp_path / "changed")
+    assert other.fingerprint() == open_checkpoint(first).fingerprint()
+    assert other.full_hash() != hashes[0]
+
+
 def test_without_a_scan_no_sparsity_is_claimed(half_zero, tool):
     assert "zero" not in tool(half_zero)[1].replace(str(half_zero), "")
 

@@ -195,7 +195,7 @@ def test_a_disk_too_small_is_refused_before_work(tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(CheckpointError, match=r"GB free, the checkpoint needs"):
+    with pytest.raises(CheckpointError, match=r"GB free, made needs"):
         small.write(tmp_path / "made")
     assert os.listdir(tmp_path) == []
 

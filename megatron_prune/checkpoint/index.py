@@ -1,0 +1,184 @@
+"""Where every logical weight of a `torch_dist` checkpoint lies: which record, which rectangle of it.
+
+``stored_tensors`` turns the validated metadata into ``StoredTensor``s under their stored keys;
+``locate`` finds the ``Box``es that make up one logical weight, whether layers are stacked along a
+first axis or have names of their own, and whether gate and up share a key or not; it checks shape,
+type, and that the shards cover the weight exactly once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name
+from megatron_prune.errors import CheckpointError
+
+# What Megatron stores beside the weights; everything else must be a weight that the layout table knows.
+_NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a stored tensor: its place in the global tensor, and its record in a file."""
+
+    key: str
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor under its stored key (a stacked one holds all layers along its first axis)."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def by_layer(self) -> dict[int, list[Piece]]:
+        """Pieces of a stacked tensor, by the layers that they hold."""
+        layers: dict[int, list[Piece]] = defaultdict(list)
+        for piece in self.pieces:
+            for layer in range(piece.offsets[0], piece.offsets[0] + piece.sizes[0]):
+                layers[layer].append(piece)
+        return layers
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a logical weight, and the piece that holds it.
+
+    ``skip`` numbers precede the rectangle in the piece: the layers before this one.
+    """
+
+    piece: Piece
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    skip: int
+
+
+def stored_tensors(metadata: Metadata, directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, optimizer state too, by stored key."""
+    records: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
+    for index, info in metadata.storage_data.items():
+        if index.offset is not None:
+            records[index.fqn][tuple(index.offset)] = info
+    stored = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        dtype = entry.properties.dtype
+        pieces = []
+        for chunk in entry.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            info = records[key].get(offsets)
+            if info is None:
+                raise CheckpointError(f"{directory}: {key} has no record for its shard at {list(offsets)}")
+            pieces.append(Piece(key, dtype, offsets, sizes, info.relative_path, info.offset, info.length))
+        stored[key] = StoredTensor(key, tuple(entry.size), dtype, tuple(pieces))
+    return stored
+
+
+def is_weight(key: str) -> bool:
+    """False for what Megatron stores beside the weights (optimizer, random states)."""
+    return not key.startswith(_NOT_WEIGHTS)
+
+
+def locate(
+    layout: WeightLayout, shape: ModelShape, stored: Mapping[str, StoredTensor], directory: Path
+) -> tuple[Box, ...]:
+    """The boxes of one logical weight. Raises CheckpointError when it is missing, of another shape than the
+    stored args say, or when a shard of it is missing or doubled."""
+    keys, layer = _keys(layout, shape, stored, directory)
+    rows = layout.shape[0] // len(keys)
+    boxes: list[Box] = []
+    for number, key in enumerate(keys):
+        tensor = stored[key]
+        expected = (*(() if layer is None else (shape.num_layers,)), rows, *layout.shape[1:])
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{directory}: {key} has shape {list(tensor.shape)}, its stored args say {list(expected)}"
+            )
+        if tensor.dtype != stored[keys[0]].dtype:
+            raise CheckpointError(f"{directory}: {' and '.join(keys)} differ in type")
+        for piece in tensor.pieces if layer is None else tensor.by_layer.get(layer, ()):
+            offsets, sizes, skip = piece.offsets, piece.sizes, 0
+            if layer is not None:
+                skip = (layer - offsets[0]) * torch.Size(sizes[1:]).numel()
+                offsets, sizes = offsets[1:], sizes[1:]
+            boxes.append(Box(piece, (offsets[0] + number * rows, *offsets[1:]), sizes, skip))
+    if not _cover(boxes, layout.shape):
+        raise CheckpointError(
+            f"{directory}: the shards of {layout.name} do not cover {list(layout.shape)} exactly once: "
+            "one is missing or doubled"
+        )
+    return tuple(boxes)
+
+
+def _keys(
+    layout: WeightLayout, shape: ModelShape, stored: Mapping[str, StoredTensor], directory: Path
+) -> tuple[tuple[str, ...], int | None]:
+    """Stored keys that hold the weight one after the other along its rows, and its layer where they stack."""
+    names: list[tuple[str, int | None]] = [(layout.name, None)]
+    if layout.layer is not None:
+        names.append((stacked_name(layout.suffix), layout.layer))
+    spellings: list[Callable[[str], tuple[str, ...]]] = [lambda name: (name,)]
+    if layout.axes[0] == "fc1" and shape.gated:
+        # Megatron's `singleton_local_shards` keeps gate and up under keys of their own.
+        spellings.append(lambda name: (f"{name}_w", f"{name}_v"))
+    for spell in spellings:
+        for name, layer in names:
+            if all(key in stored for key in spell(name)):
+                return spell(name), layer
+    raise CheckpointError(
+        f"{directory} lacks {layout.name}, which its stored args "
+        f"(num_layers={shape.num_layers}, tied={shape.tied}) promise"
+    )
+
+
+def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], directory: Path) -> None:
+    """A weight that the layout table does not know would be lost in silence."""
+    unknown = sorted(key for key in stored if is_weight(key) and key not in known)
+    if unknown:
+        raise CheckpointError(
+            f"{directory} holds weights that this package does not know "
+            f"({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}): only dense GPT models are supported"
+        )
+
+
+def _cover(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+    volume = sum(torch.Size(box.sizes).numel() for box in boxes)
+    inside = all(o + s <= extent for box in boxes for o, s, extent in zip(box.offsets, box.sizes, shape, strict=True))
+    return inside and volume == torch.Size(shape).numel() and not _overlap(boxes)
+
+
+def _overlap(boxes: list[Box]) -> bool:
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+            if all(x < y + t and y < x + s for x, s, y, t in sides):
+                return True
+    return False
+
+
+def check_files(directory: Path, needed: Mapping[str, int]) -> None:
+    """Refuse a directory in which a file is missing or shorter than ``needed`` bytes."""
+    for name, size in needed.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+        if path.stat().st_size < size:
+            raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, the index needs {size}")
