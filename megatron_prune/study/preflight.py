@@ -17,11 +17,10 @@ from typing import Any
 from megatron_prune import artifacts, methods, plan_command
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import indexed, windows
+from megatron_prune.data import blend, heldout, indexed, windows
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import budgets, commands, grid
 from megatron_prune.study.config import Method, Study
-from megatron_prune.training.data import refuse_short_stream
 
 
 @dataclass(frozen=True)
@@ -185,23 +184,18 @@ def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | Non
             study.evaluation.windows,
             flag="evaluation.windows",
         )
-    ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells}
-    ends["parent"] = outlook.lay.parent_end
+    heldout.refuse_shared_documents(
+        [prefix for _, prefix in data.train], [data.calibration, data.validation, data.test]
+    )
+    ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells} | {"parent": outlook.lay.parent_end}
     longest = max(ends, key=lambda cell: ends[cell])
-    try:
-        refuse_short_stream(
-            argparse.Namespace(
-                stream_range=f"0:{ends[longest]}",
-                stream_epochs=data.epochs,
-                seq_length=data.seq_length,
-                train_data_path=None,
-                data_path=data.blend,
-            )
-        )
-    except UsageError as error:
+    corpora = blend.members(blend.parse_blend(data.blend))
+    held = blend.samples_per_epoch(corpora, data.seq_length) * data.epochs
+    if ends[longest] > held:
         raise DataError(
-            f"data.train is too short for {longest}, which ends at sample {ends[longest]}: {error}"
-        ) from error
+            f"data.train is too short for {longest}, which ends at sample {ends[longest]}: it has {held} samples of "
+            f"{data.seq_length} tokens in {data.epochs} epoch(s); give more text, smaller budgets or more data.epochs"
+        )
     _check_parent_stream(study, account)
 
 
@@ -209,10 +203,8 @@ def _check_parent_stream(study: Study, account: Mapping[str, Any] | None) -> Non
     """A loaded parent with an account was trained on the study's stream, or on other text altogether."""
     if account is None:
         return
-    from megatron_prune.data.blend import members, parse_blend
-
     data, stream = study.data, account["stream"]
-    ours = {corpus.fingerprint for corpus in members(parse_blend(data.blend))}
+    ours = {corpus.fingerprint for corpus in blend.members(blend.parse_blend(data.blend))}
     same = (
         set(stream["corpora"]) == ours
         and stream["seed"] == data.stream_seed

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
 from megatron_prune.data import indexed
@@ -43,7 +46,10 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budgets": [12_000]}, r"data\.train is too short for scratch-.*equal-total.*allowed is an end up to 749"),
+        (
+            {"budgets": [12_000]},
+            r"data\.train is too short for scratch-.*equal-total.*it has 749 samples of 16 tokens in 1 epoch",
+        ),
         ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
         ({"methods": [{"name": "wandering"}]}, r"--method: given wandering, allowed is one of .*shortgpt"),
         ({"methods": [{"name": "shortgpt", "settings": {"axis": "depth"}}]}, r"--axis: .*only with --method random"),
@@ -67,6 +73,16 @@ def test_refuses_a_copy_of_the_training_text(prefixes, tmp_path: Path) -> None:
     data = prefixes | {"test": str(tmp_path / "copy")}
     with pytest.raises(DataError, match="data.test and data.train .* hold the same tokens"):
         check(data, tmp_path)
+
+
+def test_refuses_documents_of_the_training_text(prefixes, tmp_path: Path) -> None:
+    corpus = indexed.open_indexed(prefixes["train"])
+    builder = IndexedDatasetBuilder(str(tmp_path / "leak.bin"), dtype=np.uint16)
+    for document in (*range(20, 0, -1), *range(40, 60)):
+        builder.add_document(torch.from_numpy(corpus[document].astype(np.int64)), [100])
+    builder.finalize(str(tmp_path / "leak.idx"))
+    with pytest.raises(DataError, match="40 document.s. of .*leak are in .*train too"):
+        check(prefixes | {"calibration": str(tmp_path / "leak")}, tmp_path)
 
 
 def test_refuses_tokens_that_the_model_has_no_embedding_for(prefixes, tmp_path: Path) -> None:
