@@ -109,8 +109,9 @@ def load(folder: str, tp: int, pp: int) -> dict[str, torch.Tensor]:
 
 def logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | None:
     """Logits [b, s, padded vocabulary] of ``tokens`` [b, s] from Megatron, on the last stage only."""
-    from megatron_prune.engine import runtime
+    from megatron_prune.engine import cpu, runtime
 
+    cpu.prepare()
     assert os.environ["WORLD_SIZE"] == str(tp * pp)
     flags = {
         "--load": load,

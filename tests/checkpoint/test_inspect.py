@@ -102,7 +102,7 @@ def test_flags_are_megatrons(tiny_hf, tmp_path):
     """Megatron's own parser takes them, and they say what the checkpoint says."""
     code = (
         "import sys, json\n"
-        "from megatron_prune.engine import cpu\n"
+        "from megatron_prune.engine import cpu; cpu.prepare()\n"
         "from megatron.training.arguments import parse_args\n"
         "args = parse_args()\n"
         "print('FOUND', json.dumps({k: getattr(args, k) for k in json.loads(sys.stdin.read())}))\n"
