@@ -288,3 +288,22 @@ def test_a_truncated_shard_is_refused(reference, tiny_corpus, tmp_path, job):
     refused = job(argv)
     assert refused.returncode == 2 and "Traceback" not in refused.output
     assert "truncated" in refused.output
+
+
+def test_virtual_pipeline_consumes_the_same_samples(tiny_corpus, tmp_path):
+    flags = [*layout(1, 2), "--num-layers-per-virtual-pipeline-stage", "1"]
+    assert _record(tmp_path, [*MODEL, *recipe(tiny_corpus, RANGE, None), *flags], 2) == 0
+    assert consumed(tmp_path) == _expected(tiny_corpus)
+
+
+def test_tensorboard_and_wandb_see_the_losses(reference, tiny_corpus, tmp_path, job):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--tensorboard-dir", tmp_path / "tb", "--wandb-project", "p", "--wandb-exp-name", "e",
+             "--wandb-save-dir", tmp_path / "wandb"]  # fmt: skip
+    argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, tmp_path / "run"), *flags]
+    job(argv, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}).ok()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    np.testing.assert_allclose([e.value for e in events.Scalars("lm loss")], _losses(reference), rtol=1e-6)
+    assert list((tmp_path / "wandb").rglob("*.wandb")), "no offline run was written"
