@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,3 +187,20 @@ def test_jobs_run_at_the_same_time_from_threads(distributed) -> None:
 def test_nproc_is_checked() -> None:
     with pytest.raises(UsageError, match="nproc"):
         launch.launch(["plan"], nproc=0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch) -> None:
+    """The launcher takes torchrun's way, as where torch finds a GPU."""
+    monkeypatch.setattr(launch, "_zygote", lambda: SimpleNamespace(forks=False))
+
+
+def test_where_there_is_a_gpu_it_is_torchrun(a_gpu, tmp_path) -> None:
+    log = tmp_path / "log"
+    assert launch.launch(["no-such-verb"], nproc=2, log=log, timeout=120) != 0
+    assert "no-such-verb" in log.read_text()
+    assert "torch.distributed.elastic" in log.read_text()
+
+
+def test_a_torchrun_job_is_ended_in_time(a_gpu, tmp_path) -> None:
+    assert launch.launch(["--help"], log=tmp_path / "log", timeout=0.2) == launch.EXIT_TIMEOUT
