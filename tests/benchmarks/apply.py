@@ -1,0 +1,116 @@
+"""``apply`` on a synthetic 4 GB checkpoint: its time against ``cp``, and the memory that it takes.
+
+A width cut of about a tenth (every weight changes, nearly all of it is kept: the most work that a
+plan can ask for) takes turns with ``cp -r`` of the parent, both in processes of their own and both
+to the disk (``cp`` is followed by a ``sync`` of what it wrote, since ``apply`` ends with one).
+Limits: 2.5 times the time of ``cp``; 1.5 GB of anonymous and shared memory
+(RssAnon + RssShmem of /proc/self/status, sampled every 10 ms).
+
+    python tests/benchmarks/apply.py [--gigabytes 4] [--pairs 6] [--folder DIR]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_prune import methods, plan
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from tests.benchmarks import ratio
+from tests.benchmarks.calibration import write_random
+
+TIME_LIMIT = 2.5
+MEMORY_LIMIT = 1.5e9
+
+
+def main() -> int:
+    parser = ratio.arguments(__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the parent (default: 4)")
+    parser.add_argument("--folder", help="where to work; needs three times the size")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        parent = write_random(folder / "parent", shape_of(options.gigabytes), torch.bfloat16)
+        cut_a_tenth(parent).write(folder / "plan.json")
+        size = sum(path.stat().st_size for path in parent.rglob("*") if path.is_file())
+        print(f"parent: {size / 1e9:.2f} GB")
+        memory: list[float] = []
+
+        def apply() -> float:
+            words = [sys.executable, "-m", "megatron_prune", "apply", "--load", parent]
+            words += ["--plan", folder / "plan.json", "--save", folder / "pruned"]
+            seconds, peak = timed([str(word) for word in words])
+            memory.append(peak)
+            rmtree(folder / "pruned")
+            return seconds
+
+        def copy() -> float:
+            words = ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh"]
+            seconds, _ = timed([*words, str(parent), str(folder / "copy")])
+            rmtree(folder / "copy")
+            return seconds
+
+        measured = ratio.interleaved("apply / cp", apply, copy, pairs=options.pairs, limit=TIME_LIMIT)
+    print(f"apply: at most {max(memory) / 1e9:.3f} GB of anonymous and shared memory; limit {MEMORY_LIMIT / 1e9} GB")
+    code = ratio.finish([measured], options, bytes=size, memory=memory, memory_limit=MEMORY_LIMIT)
+    return code or int(max(memory) > MEMORY_LIMIT)
+
+
+def shape_of(gigabytes: float) -> ModelShape:
+    """A Llama-shaped model of that size in bf16, by its depth."""
+    one = ModelShape(1, 2048, 32, 8, 64, 8192, 32768, tied=False)
+    layer = replace(one, num_layers=2).parameters() - one.parameters()
+    return replace(one, num_layers=max(1, round((gigabytes * 1e9 / 2 - one.parameters()) / layer) + 1))
+
+
+def cut_a_tenth(parent: Path) -> plan.PruningPlan:
+    """A random plan that keeps 15/16 of hidden and FFN channels and 3 of 4 heads in every group."""
+    checkpoint = open_checkpoint(parent)
+    source = checkpoint.shape
+    target = replace(
+        source,
+        hidden_size=source.hidden_size * 15 // 16,
+        ffn_hidden_size=source.ffn_hidden_size * 15 // 16,
+        num_attention_heads=source.num_query_groups * 3,
+    )
+    return plan.make(
+        "random", methods.get("random"), source=source, target=target, parent=checkpoint.fingerprint(),
+        ratio=None, ratio_of="linears", settings={"axis": None}, seed=0,
+    )  # fmt: skip
+
+
+def timed(words: list[str]) -> tuple[float, float]:
+    """Run a command; its seconds, and the peak of its RssAnon + RssShmem in bytes."""
+    started, peak = time.perf_counter(), 0.0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.01)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} left with {process.returncode}")
+    return seconds, peak
+
+
+def resident(pid: int) -> float:
+    """RssAnon + RssShmem of a process, in bytes; 0 once it has gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(1024.0 * int(words[1]) for words in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

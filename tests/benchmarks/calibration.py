@@ -1,0 +1,115 @@
+"""Calibration (all statistics, for every method and ratio) against a plain forward over the same tokens.
+
+One process, one model: a forward pass with the hooks attached and one without take turns, over the
+same windows, through the same engine. The limit is a ratio of 1.3.
+
+    python tests/benchmarks/calibration.py [--dtype bf16] [--pairs 10] [--load CKPT]
+
+Without ``--load`` the model is a random Llama of 18.9 million parameters (the size that the facts
+about Megatron on CPU were measured at).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.writer import CheckpointWriter
+from tests.benchmarks import ratio
+
+LIMIT = 1.3
+SHAPE = ModelShape(8, 384, 6, 6, 64, 1024, 8192, tied=False)
+
+
+def main() -> int:
+    parser = ratio.arguments(__doc__)
+    parser.add_argument("--load", help="measure on this checkpoint")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation")
+    parser.add_argument("--sequences", type=int, default=2, help="of a measurement (default: 2)")
+    parser.add_argument("--seq-length", type=int, default=2048)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        load = options.load or write_random(Path(folder) / "parent", SHAPE)
+        return measure(options, str(load))
+
+
+def measure(options: argparse.Namespace, load: str) -> int:
+    from megatron_prune.engine import cpu, runtime
+
+    cpu.prepare()
+
+    def complete(args: Any, argv: list[str]) -> None:
+        args.seq_length, args.micro_batch_size = options.seq_length, 1
+
+    precision = ["--bf16"] if options.dtype == "bf16" else []
+    argv = ["--load", load, "--use-checkpoint-args", *precision]
+    args = runtime.start("calibrate", argv, lambda parser: parser, complete=complete)
+    runtime.initialize(args)
+    model = runtime.load_model(args)
+
+    from megatron_prune.calibrate.hooks import Recorder
+    from megatron_prune.engine import forward
+
+    shape = ModelShape.from_args(vars(args))
+    generator = torch.Generator().manual_seed(0)
+    size = (options.sequences, options.seq_length + 1)
+    windows = list(torch.randint(shape.padded_vocab_size, size, generator=generator))
+
+    def plain() -> float:
+        started = time.perf_counter()
+        forward.run(model, windows)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def calibrating() -> float:
+        started = time.perf_counter()
+        with Recorder(model[0], shape) as recorder:
+            losses = forward.run(model, windows)
+            assert losses is not None
+            recorder.gather(sum(losses))
+        return time.perf_counter() - started
+
+    name = f"calibration / plain forward, {options.dtype}"
+    measured = ratio.interleaved(name, calibrating, plain, pairs=options.pairs, limit=LIMIT)
+    facts = {"tokens": options.sequences * options.seq_length, "parameters": shape.parameters()}
+    code = ratio.finish([measured], options, **facts, threads=torch.get_num_threads())
+    torch.distributed.destroy_process_group()
+    return code
+
+
+def write_random(path: Path, shape: ModelShape, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of random weights of a Llama of this shape."""
+    args = shape.to_args() | {
+        "padded_vocab_size": shape.padded_vocab_size,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "max_position_embeddings": 8192,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    generator = torch.Generator().manual_seed(0)
+    with CheckpointWriter(path, args=args, dtype=dtype) as writer:
+        for weight in weights(shape):
+            rows = max(1, (64 << 20) // (4 * weight.shape[-1]))
+            sizes = [min(rows, weight.shape[0] - start) for start in range(0, weight.shape[0], rows)]
+            blocks = (torch.randn(size, *weight.shape[1:], generator=generator) * 0.02 for size in sizes)
+            if "norm" in weight.name:
+                blocks = (block + 1 for block in blocks)
+            writer.add(weight.name, weight.shape, blocks)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
