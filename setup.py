@@ -48,7 +48,11 @@ setup(
         "tokenizers>=0.21",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",
+        "tiktoken>=0.9",
         "nltk>=3.9",
+        "pyarrow>=17",
+        "zstandard>=0.23",
+        "datasketch>=1.6",
         "tensorboard>=2.17",
         "matplotlib>=3.9",
         "jinja2>=3.1",
@@ -59,6 +63,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "datasets": ["datasets>=3.0"],
         "eval": ["lm-eval>=0.4.8"],
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
         "dev": [
@@ -67,6 +72,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.13",
+            "datasets>=3.0",
             "types-PyYAML",
             "types-tqdm",
         ],

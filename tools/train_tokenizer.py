@@ -14,7 +14,7 @@ from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Defaults)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or text, gzip or not, in order")
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, Parquet or text, .gz, .zst or not")
     add("--output", required=True, metavar="FILE.model", help="the SentencePiece model to write")
     add("--vocab-size", type=int, required=True, help="number of ids, special ones and 256 bytes included")
     add("--model-type", choices=train_tokenizer.MODEL_TYPES, default="bpe", help="kind of model")

@@ -1,21 +1,21 @@
 """Text → tokens: ``P.bin`` and ``P.idx`` in Megatron's format, and the sidecar ``P.json``.
 
-Reading (``text.records``) and writing happen here, in order; JSON and tokenizing in worker processes,
-one batch of records at a time. Batches come back in the order they were sent, so the files do not
-depend on the number of workers. All three files are finished in a scratch directory first.
+Reading (``text``, ``hub``) and writing (``parts``) happen here, in order; parsing, splitting and
+tokenizing in worker processes, one batch of records at a time. Batches come back in the order they were
+sent and never span two inputs, so the files depend neither on the number of workers nor on how often a
+run was killed: the inputs that it had finished are not tokenized again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import itertools
 import multiprocessing
 import os
-import shutil
+import signal
 import sys
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_prune import artifacts
-from megatron_prune.data.text import Record, check_inputs, records, text_of
+from megatron_prune.data.index_file import token_type
+from megatron_prune.data.parts import Parts, PartWriter
+from megatron_prune.data.sentences import SentenceSplitter
+from megatron_prune.data.text import File, Record, Source, check_inputs, text_of
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
 
@@ -36,34 +39,27 @@ BATCHES_AHEAD = 4  # a worker, so that memory stays bounded however large the in
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What comes back from a worker."""
-
-    tokens: np.ndarray  # int32, all documents joined
-    lengths: np.ndarray  # int64, one a document, end-of-document id included
-    empty: int  # records without any token
-    raw_bytes: int
-
-
-@dataclass(frozen=True)
 class Summary:
     """What was made, how fast."""
 
     sidecar: dict[str, Any]
     seconds: float
-    raw_bytes: int
+    raw_bytes: int  # tokenized by this run
+    tokens: int  # likewise
+    resumed: int  # inputs that an earlier run had finished
 
     def __str__(self) -> str:
         s = self.sidecar
+        before = f", {self.resumed} of {len(s['inputs'])} inputs from before" if self.resumed else ""
         return (
             f"{s['documents']} documents, {s['tokens']} tokens ({s['dtype']}), {s['empty_documents']} empty "
-            f"ones skipped, {self.raw_bytes / 1e6:.1f} MB in {self.seconds:.1f} s: "
-            f"{s['tokens'] / self.seconds:.0f} tokens/s"
+            f"ones skipped{before}, {self.raw_bytes / 1e6:.1f} MB in {self.seconds:.1f} s: "
+            f"{self.tokens / self.seconds:.0f} tokens/s"
         )
 
 
 def preprocess(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | Source],
     output_prefix: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -71,25 +67,44 @@ def preprocess(
     input_format: str = "auto",
     text_documents: str = "file",
     append_eod: bool = False,
+    splitter: SentenceSplitter | None = None,
     workers: int = 1,
     progress: bool | None = None,
 ) -> Summary:
-    """Tokenize files into ``output_prefix``.bin/.idx/.json; existing ones are replaced at the very end.
+    """Tokenize files and data sets into ``output_prefix``.bin/.idx/.json; existing ones are replaced at the end.
 
-    The type of a token is Megatron's choice for the vocabulary (uint16 below 65500, else int32). A
-    progress bar is shown on a terminal, or as ``progress`` says. Raises UsageError and DataError.
+    The type of a token is Megatron's choice for the vocabulary (uint16 below 65500, else int32). With a
+    ``splitter`` a document's sentences are its sequences. A progress bar is shown on a terminal, or as
+    ``progress`` says. Raises UsageError and DataError; the inputs finished before an error are kept for
+    the next run.
     """
-    paths = check_inputs(inputs)
+    paths = [name for name in inputs if isinstance(name, str | Path)]
+    if paths or not inputs:
+        check_inputs(paths)
+    sources: list[Source] = [
+        File(Path(name), json_key, input_format, text_documents) if isinstance(name, str | Path) else name
+        for name in inputs
+    ]
     if append_eod and tokenizer.eod is None:
         raise UsageError("--append-eod", given="a tokenizer without </s>", allowed="one that ends documents")
     if workers < 1:
         raise UsageError("--workers", given=workers, allowed="1 or more")
     begun = monotonic()
-    prefix = Path(output_prefix).absolute()
-    with _scratch(prefix) as scratch:
-        found = records(paths, json_key=json_key, input_format=input_format, text_documents=text_documents)
-        encoded = _encode_all(_batches(found), tokenizer, append_eod, workers)
-        counts = _write(scratch, encoded, tokenizer.vocab_size, progress)
+    encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size))
+    settings = encoder.describe()
+    keys = [artifacts.sha256_json({"part": 1, "input": s.identity(), "settings": settings}) for s in sources]
+    with Parts(Path(output_prefix).absolute()) as parts:
+        finished = parts.keep(keys)
+        todo = {key: source for key, source in zip(keys, sources, strict=True) if key not in finished}
+        _tokenize(parts, todo, encoder, workers, progress)
+        manifests = [parts.manifest(key) for key in keys]
+        total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
+        empty = sum(found["empty"] for found in manifests)
+        if not total["documents"]:
+            for key in keys:  # nothing in them is worth a second run's time
+                (parts.folder / f"{key}.json").unlink(missing_ok=True)
+            none = f"none of the {empty} documents of the input holds any text"
+            raise DataError(none if empty else "the input holds no documents")
         sidecar: dict[str, Any] = {
             "version": 1,
             "tokenizer": {
@@ -100,67 +115,121 @@ def preprocess(
                 "eod": tokenizer.eod,
             },
             "append_eod": append_eod,
-            "documents": counts["documents"],
-            "empty_documents": counts["empty"],
-            "tokens": counts["tokens"],
-            "dtype": counts["dtype"],
-            "bin_sha256": artifacts.sha256_file(scratch / "P.bin"),
-            "inputs": [{"path": str(path), "bytes": path.stat().st_size} for path in paths],
+            "sentences": splitter and {"language": splitter.name, "keep_newlines": splitter.keep_newlines},
+            **total,
+            "empty_documents": empty,
+            "dtype": encoder.dtype,
+            "bin_sha256": parts.merge(keys, encoder.dtype),
+            "inputs": [source.describe() for source in sources],
             "versions": artifacts.versions(),
         }
-        artifacts.write_json(scratch / "P.json", sidecar)
-        # The index goes first and comes last but one: a .bin without its .idx is not taken for a corpus.
-        for suffix in (".json", ".idx"):
-            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx", ".json"):
-            os.replace(scratch / f"P{suffix}", f"{prefix}{suffix}")
-    return Summary(sidecar, max(monotonic() - begun, 1e-9), counts["raw_bytes"])
+        new = [found for key, found in zip(keys, manifests, strict=True) if key in todo]
+        raw_bytes, tokens = (sum(found[name] for found in new) for name in ("raw_bytes", "tokens"))
+        parts.publish(sidecar)
+    resumed = sum(key in finished for key in keys)
+    return Summary(sidecar, max(monotonic() - begun, 1e-9), raw_bytes, tokens, resumed)
 
 
-@contextlib.contextmanager
-def _scratch(prefix: Path) -> Iterator[Path]:
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    pattern = f".{prefix.name}.corpus{artifacts.PARTIAL}"
-    for left_over in prefix.parent.glob(f"{pattern}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=pattern))
+@dataclass(frozen=True)
+class Batch:
+    """What comes back from a worker."""
+
+    tokens: np.ndarray  # of the corpus's type, all documents joined
+    sequences: np.ndarray  # int64, length of each, end-of-document id included
+    documents: np.ndarray  # int64, sequences of each
+    empty: int  # records without any token
+    raw_bytes: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Records → tokens, with every setting that decides which."""
+
+    tokenizer: Tokenizer
+    append_eod: bool
+    splitter: SentenceSplitter | None
+    dtype: str
+
+    def describe(self) -> dict[str, Any]:
+        """Two encoders that say the same give the same tokens (JSON)."""
+        return {
+            "tokenizer": [self.tokenizer.type, self.tokenizer.digest(), self.tokenizer.eod],
+            "append_eod": self.append_eod,
+            "sentences": self.splitter and self.splitter.digest(),
+            "dtype": self.dtype,
+        }
+
+    def __call__(self, batch: list[Record]) -> Batch:
+        """Tokenize a batch of records; sentences and records without a token are left out."""
+        texts = [text_of(record) for record in batch]
+        raw_bytes = sum(len(record.payload) for record in batch)
+        if self.splitter is None:
+            ids = [found for found in self.tokenizer.encode_batch(texts) if found]
+            documents = np.ones(len(ids), dtype=np.int64)
+            last = list(range(len(ids)))
+        else:
+            split = [self.splitter.split(text) for text in texts]
+            encoded = iter(self.tokenizer.encode_batch([sentence for sentences in split for sentence in sentences]))
+            kept = [[f for f in itertools.islice(encoded, len(sentences)) if f] for sentences in split]
+            documents = np.array([len(found) for found in kept if found], dtype=np.int64)
+            ids = [found for sentences in kept for found in sentences]
+            last = (np.cumsum(documents) - 1).tolist()
+        if self.append_eod:
+            for number in last:
+                ids[number].append(self.tokenizer.eod)  # type: ignore[arg-type]
+        sequences = np.array([len(found) for found in ids], dtype=np.int64)
+        tokens = np.array(list(itertools.chain.from_iterable(ids)), dtype=self.dtype)
+        return Batch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
+
+
+def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: int, progress: bool | None) -> None:
+    """Make the parts that are not there."""
+    encoded = _encode_all(_batches(todo), encoder, workers)
+    show = sys.stderr.isatty() if progress is None else progress
+    writer: PartWriter | None = None
     try:
-        yield scratch
+        with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=not show) as bar:
+            for key, batch in encoded:
+                writer = writer or PartWriter(parts, key)
+                if batch is None:
+                    writer.finish()
+                    writer = None
+                else:
+                    writer.add(batch.tokens, batch.sequences, batch.documents, batch.empty, batch.raw_bytes)
+                    bar.update(batch.raw_bytes)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        encoded.close()
+        if writer is not None:
+            writer.abandon()
 
 
-def _batches(found: Iterator[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
-    for record in found:
-        batch.append(record)
-        size += len(record.payload)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _batches(todo: dict[str, Source]) -> Iterator[tuple[str, list[Record] | None]]:
+    """(key of the input, records), and (key, None) at the end of each input."""
+    for key, source in todo.items():
+        batch: list[Record] = []
+        size = 0
+        for record in source.records():
+            batch.append(record)
+            size += len(record.payload)
+            if size >= BATCH_BYTES:
+                yield key, batch
+                batch, size = [], 0
+        if batch:
+            yield key, batch
+        yield key, None
 
 
-def encode(batch: list[Record], tokenizer: Tokenizer, append_eod: bool) -> Batch:
-    """Tokenize a batch of records; those without a token are counted and left out."""
-    texts = [text_of(record) for record in batch]
-    ids = [found for found in tokenizer.encode_batch(texts) if found]
-    if append_eod:
-        for found in ids:
-            found.append(tokenizer.eod)  # type: ignore[arg-type]
-    lengths = np.array([len(found) for found in ids], dtype=np.int64)
-    tokens = np.fromiter((i for found in ids for i in found), dtype=np.int32, count=int(lengths.sum()))
-    return Batch(tokens, lengths, len(batch) - len(ids), sum(len(record.payload) for record in batch))
+_in_worker: Encoder
 
 
-_in_worker: Callable[[list[Record]], Batch]
-
-
-def _start_worker(tokenizer: Tokenizer, append_eod: bool) -> None:
+def _start_worker(encoder: Encoder, parent: int) -> None:
     global _in_worker
-    _in_worker = lambda batch: encode(batch, tokenizer, append_eod)  # noqa: E731
+    _in_worker = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # A worker waits for work for ever when its parent is killed: the kernel shall end it too (Linux).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _work(batch: list[Record]) -> Batch:
@@ -168,54 +237,30 @@ def _work(batch: list[Record]) -> Batch:
 
 
 def _encode_all(
-    batches: Iterator[list[Record]], tokenizer: Tokenizer, append_eod: bool, workers: int
-) -> Iterator[Batch]:
+    batches: Iterator[tuple[str, list[Record] | None]], encoder: Encoder, workers: int
+) -> Generator[tuple[str, Batch | None]]:
     """Encoded batches in the order of the input, from this process or from ``workers`` others."""
     if workers == 1:
-        for batch in batches:
-            yield encode(batch, tokenizer, append_eod)
+        for key, batch in batches:
+            yield key, None if batch is None else encoder(batch)
         return
     # Forked, so that workers have the tokenizer already: loading one can take seconds.
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, fork, _start_worker, (tokenizer, append_eod)) as pool:
-        waiting: deque[Future[Batch]] = deque()
+    with ProcessPoolExecutor(workers, fork, _start_worker, (encoder, os.getpid())) as pool:
+        waiting: deque[tuple[str, Future[Batch] | None]] = deque()
+        result = lambda future: None if future is None else future.result()  # noqa: E731
         try:
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
+            for key, batch in batches:
+                waiting.append((key, None if batch is None else pool.submit(_work, batch)))
                 if len(waiting) >= workers * BATCHES_AHEAD:
-                    yield waiting.popleft().result()
+                    first, future = waiting.popleft()
+                    yield first, result(future)
             while waiting:
-                yield waiting.popleft().result()
+                first, future = waiting.popleft()
+                yield first, result(future)
         except BrokenProcessPool as error:
             raise RunError("a worker process died (out of memory?): try fewer --workers") from error
         finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _write(scratch: Path, encoded: Iterator[Batch], vocab_size: int, progress: bool | None) -> dict[str, Any]:
-    first = next(encoded, None)  # the workers are at it while Megatron is imported, which takes seconds
-    if first is None:
-        raise DataError("the input holds no documents")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(str(scratch / "P.bin"), dtype)
-    counts = {"documents": 0, "empty": 0, "tokens": 0, "raw_bytes": 0, "dtype": np.dtype(dtype).name}
-    show = sys.stderr.isatty() if progress is None else progress
-    with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=not show) as bar:
-        for batch in itertools.chain([first], encoded):
-            for document in np.split(batch.tokens, np.cumsum(batch.lengths))[:-1]:
-                builder.add_document(document, [len(document)])
-            counts["documents"] += len(batch.lengths)
-            counts["empty"] += batch.empty
-            counts["tokens"] += len(batch.tokens)
-            counts["raw_bytes"] += batch.raw_bytes
-            bar.update(batch.raw_bytes)
-    if not counts["documents"]:
-        raise DataError(f"none of the {counts['empty']} documents of the input holds any text")
-    builder.finalize(str(scratch / "P.idx"))
-    for name in ("P.bin", "P.idx"):
-        with open(scratch / name, "rb") as handle:
-            os.fsync(handle.fileno())
-    return counts
+            for _, future in waiting:
+                if future is not None:
+                    future.cancel()

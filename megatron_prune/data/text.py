@@ -1,7 +1,8 @@
-"""Raw text on disk as records: JSONL and plain text, gzip or not, read in order and without decoding.
+"""Raw text as records: JSON lines, Parquet and plain text, compressed or not, streamed in order.
 
-A record is the bytes of one document: a JSON line, or a piece of a text file. ``text_of`` turns it into
-text; that is the expensive half, left to the worker processes.
+A record is the bytes of one document: a JSON line, a value of a Parquet column, or a piece of a text
+file. ``text_of`` turns it into text; that is the expensive half, left to the worker processes. No file
+is ever held whole, but for a plain text file that is one document.
 """
 
 from __future__ import annotations
@@ -11,29 +12,78 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple, Protocol
 
+from megatron_prune.data.zstd import ZSTD_MAGIC, ZstdFile
 from megatron_prune.errors import DataError, UsageError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FORMATS = ("auto", "jsonl", "text")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+FORMATS = ("auto", "jsonl", "parquet", "text")
 DOCUMENTS = ("file", "paragraph", "line")
+PARQUET_ROWS = 256  # that are decoded at a time
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One document as it lies on disk; ``origin`` says where, for error messages."""
 
     payload: bytes
     origin: str
-    json_key: str | None  # None for plain text
+    json_key: str | None  # None where the payload is the text itself
 
 
-def is_jsonl(path: Path, input_format: str) -> bool:
-    """Whether a file holds JSON lines: as ``--input-format`` says, or by its name before ``.gz``."""
+class Source(Protocol):
+    """A part of the input that is tokenized whole or not at all: a file, or a shard of a data set."""
+
+    def records(self) -> Iterator[Record]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a sidecar says about it (JSON): the same on every run."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for an earlier run's work on it to be good still (JSON)."""
+        ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of documents; see ``records`` for what the settings mean."""
+
+    path: Path
+    json_key: str = "text"
+    input_format: str = "auto"
+    text_documents: str = "file"
+
+    def records(self) -> Iterator[Record]:
+        return records(
+            [self.path],
+            json_key=self.json_key,
+            input_format=self.input_format,
+            text_documents=self.text_documents,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": str(self.path), "bytes": self.path.stat().st_size}
+
+    def identity(self) -> dict[str, Any]:
+        found = self.path.stat()
+        return {
+            "path": str(self.path.absolute()),
+            "bytes": found.st_size,
+            "modified_ns": found.st_mtime_ns,
+            "settings": [self.json_key, self.input_format, self.text_documents],
+        }
+
+
+def format_of(path: Path, input_format: str = "auto") -> str:
+    """``jsonl``, ``parquet`` or ``text``: as ``--input-format`` says, or by the name before .gz or .zst."""
     if input_format != "auto":
-        return input_format == "jsonl"
-    return path.name.removesuffix(".gz").endswith(JSONL_SUFFIXES)
+        return input_format
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(JSONL_SUFFIXES):
+        return "jsonl"
+    return "parquet" if name.endswith(PARQUET_SUFFIXES) else "text"
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> list[Path]:
@@ -43,7 +93,7 @@ def check_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         raise UsageError("--input", given="nothing", allowed="one or more files")
     for path in paths:
         if not path.is_file():
-            raise UsageError("--input", given=path, allowed="existing files of JSON lines or text")
+            raise UsageError("--input", given=path, allowed="existing files of JSON lines, Parquet or text")
     return paths
 
 
@@ -56,13 +106,17 @@ def records(
 ) -> Iterator[Record]:
     """Every record of the inputs, in order. Blank lines are no records.
 
-    A plain text file is one document (``file``), or one a paragraph (separated by blank lines), or one
-    a line. Raises DataError for a broken gzip file.
+    ``json_key`` also names the column of a Parquet file. A plain text file is one document (``file``), or
+    one a paragraph (separated by blank lines), or one a line. Raises DataError for a broken file.
     """
     for path in inputs:
+        kind = format_of(path, input_format)
+        if kind == "parquet":
+            yield from _parquet(path, json_key)
+            continue
         try:
             with _open(path) as handle:
-                if is_jsonl(path, input_format):
+                if kind == "jsonl":
                     for number, line in enumerate(handle, start=1):
                         if line.strip():
                             yield Record(line, f"{path}:{number}", json_key)
@@ -74,10 +128,38 @@ def records(
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The magic number decides, not the name."""
+    """The magic number decides about compression, not the name."""
     with open(path, "rb") as handle:
-        zipped = handle.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else open(path, "rb")  # type: ignore[return-value]
+        magic = handle.read(4)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return ZstdFile.open(path) if magic == ZSTD_MAGIC else open(path, "rb")
+
+
+def _parquet(path: Path, column: str) -> Iterator[Record]:
+    """One record a row, a few hundred rows in memory. Rows count from 1 in messages."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Without pre-buffering and with a buffer, a row group is streamed and not held.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise DataError(f"{path} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
+            kind = file.schema_arrow.field(column).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
+            row = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for value in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
+                    row += 1
+                    if value is None:
+                        raise DataError(f"{path}:{row} has no text under '{column}' (it is null): see --json-keys")
+                    yield Record(value, f"{path}:{row}", None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path} to its end: {error}") from error
 
 
 def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes]]:

@@ -7,11 +7,14 @@ end-of-document id, and an identity. No special token is ever added to a text.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_prune.artifacts import sha256_json
+from megatron_prune.artifacts import sha256_file, sha256_json
 from megatron_prune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """Identity of the vocabulary, 64 hex digits: which id means what."""
+        ...
+
+    def digest(self) -> str:
+        """Identity of everything that decides which ids a text gets (merges, normalisation), 64 hex digits."""
         ...
 
 
@@ -64,6 +71,9 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         return _identity({piece: i for i, piece in enumerate(pieces)}, self.eod)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
 
 class HuggingFaceTokenizer:
@@ -99,6 +109,89 @@ class HuggingFaceTokenizer:
     def fingerprint(self) -> str:
         return _identity(self._backend.get_vocab(with_added_tokens=True), self.eod)
 
+    def digest(self) -> str:
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+
+class TikTokenizer:
+    """Megatron's own tiktoken tokenizer: a ``.json`` list of ``{"rank", "token_bytes", "token_str"}``.
+
+    The first ``num_special_tokens`` ids are special, the file's ranks follow, and the file is cut to fill
+    ``vocab_size`` ids; the end of a document is ``</s>``. The settings are Megatron's flags, which a
+    training run needs too. As there, a special token that stands in a text becomes its id.
+    """
+
+    type = "TikTokenizer"
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        vocab_size: int | None = None,
+        pattern: str | None = None,
+        num_special_tokens: int = 1000,
+        special_tokens: Sequence[str] | None = None,
+    ):
+        self.model = str(model)
+        ranks = _tiktoken_ranks(Path(model))
+        from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer as megatron
+
+        self.vocab_size = megatron.DEFAULT_TIKTOKEN_MAX_VOCAB if vocab_size is None else vocab_size
+        if ranks + num_special_tokens < self.vocab_size:
+            raise UsageError(
+                "--vocab-size",
+                given=f"{self.vocab_size}{' (the default)' if vocab_size is None else ''}",
+                allowed=f"up to {ranks + num_special_tokens}",
+                why=f"{model} holds {ranks} tokens, --tiktoken-num-special-tokens is {num_special_tokens}",
+            )
+        chosen = list(special_tokens) if special_tokens else None
+        try:
+            self._tokenizer = megatron.TikTokenTokenizer(
+                self.model, chosen, num_special_tokens, pattern=pattern or "v2", vocab_size=self.vocab_size
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise DataError(
+                f"cannot make a tiktoken tokenizer of {model} with {num_special_tokens} special tokens "
+                f"and pattern {pattern or 'v2'}: {error or 'its entries or the special tokens do not fit'}"
+            ) from error
+        self.eod = self._tokenizer.eod
+        self._encoding = self._tokenizer.tokenizer
+        self._any_special = re.compile("|".join(map(re.escape, self._tokenizer.special_tokens)))
+        self._settings = [self.vocab_size, pattern or "v2", num_special_tokens, self._tokenizer.special_tokens]
+
+    def encode(self, text: str) -> list[int]:
+        # Most texts hold no special token, and looking for a thousand of them takes tiktoken long.
+        if self._any_special.search(text):
+            return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def fingerprint(self) -> str:
+        vocabulary = self._tokenizer.vocab
+        return _identity({t if isinstance(t, str) else t.hex(): i for t, i in vocabulary.items()}, self.eod)
+
+    def digest(self) -> str:
+        return sha256_json({"file": sha256_file(self.model), "settings": self._settings})
+
+
+def _tiktoken_ranks(path: Path) -> int:
+    """Number of tokens in a file of Megatron's tiktoken format; DataError when it is not one."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: --tokenizer-model takes a tiktoken vocabulary, a .json file")
+    try:
+        entries = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    wanted = {"rank", "token_bytes", "token_str"}
+    if path.suffix != ".json" or not isinstance(entries, list) or any(set(e) != wanted for e in entries[:1000]):
+        raise DataError(
+            f"{path} is not a tiktoken vocabulary as Megatron reads it: a .json file with a list of "
+            '{"rank", "token_bytes" (base64), "token_str"} in the order of the ranks'
+        )
+    return len(entries)
+
 
 def _identity(vocabulary: dict[str, int], eod: int | None) -> str:
     digest = hashlib.sha256()
@@ -107,14 +200,22 @@ def _identity(vocabulary: dict[str, int], eod: int | None) -> str:
     return sha256_json({"vocabulary": digest.hexdigest(), "eod": eod})
 
 
-TYPES = {kind.type: kind for kind in (SentencePieceTokenizer, HuggingFaceTokenizer)}
+TYPES: tuple[str, ...] = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
 
 
-def load_tokenizer(type: str, model: str | Path) -> Tokenizer:
-    """A tokenizer by Megatron's ``--tokenizer-type`` and ``--tokenizer-model``; UsageError or DataError."""
+def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
+    """A tokenizer by Megatron's ``--tokenizer-type`` and ``--tokenizer-model``; UsageError or DataError.
+
+    ``settings`` are TikTokenizer's; the others have none.
+    """
     if type not in TYPES:
         raise UsageError("--tokenizer-type", given=type, allowed=" or ".join(TYPES))
-    return TYPES[type](model)
+    if type == "TikTokenizer":
+        return TikTokenizer(model, **settings)
+    if settings:
+        names = ", ".join("--" + name.replace("_", "-") for name in settings)
+        raise UsageError(names, given=f"for a {type}", allowed="TikTokenizer's settings, for a TikTokenizer only")
+    return SentencePieceTokenizer(model) if type == "SentencePieceTokenizer" else HuggingFaceTokenizer(model)
 
 
 def check_fits(tokenizer: Tokenizer, padded_vocab_size: int) -> None:

@@ -139,6 +139,9 @@ class Bytes:
     def fingerprint(self):
         return "0" * 64
 
+    def digest(self):
+        return f"{self.vocab_size:064x}"
+
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, "uint16"), (65500, "int32"), (200_000, "int32")])
 def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
@@ -289,7 +292,7 @@ def test_a_killed_run_leaves_no_corpus_and_the_next_one_cleans_up(tmp_path, mode
     command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "x.jsonl"]
     command += ["--output-prefix", tmp_path / "out" / "P", "--tokenizer-type", "SentencePieceTokenizer"]
     with subprocess.Popen([*command, "--tokenizer-model", model], stderr=subprocess.DEVNULL) as running:
-        while not any(path.stat().st_size for path in (tmp_path / "out").glob(".P*/P.bin")):
+        while not any(path.stat().st_size for path in (tmp_path / "out").glob(".P*/*.bin")):
             assert running.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
         running.kill()

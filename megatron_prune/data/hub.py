@@ -1,0 +1,79 @@
+"""Data sets of the Hugging Face hub (or a local folder of one) as input, streamed shard by shard.
+
+``datasets`` is an optional package: ``pip install 'megatron-prune[datasets]'``. The code of a data set is
+never run (releases that could are not asked to).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.data.text import Record
+from megatron_prune.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a split: the unit that a resumed run keeps. ``data`` is the streamed split."""
+
+    name: str
+    split: str
+    column: str
+    version: str  # the builder's hash of the files: a new revision is another input
+    number: int
+    of: int
+    data: Any = field(repr=False, compare=False)
+
+    def records(self) -> Iterator[Record]:
+        place = f"{self.name} ({self.split}, shard {self.number + 1} of {self.of})"
+        try:
+            for row, found in enumerate(self.data.shard(self.of, self.number), start=1):
+                text = found[self.column]
+                if not isinstance(text, str):
+                    raise DataError(f"{place}:{row} has no text under '{self.column}': see --json-keys")
+                yield Record(text.encode("utf-8", "replace"), f"{place}:{row}", None)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {place} to its end: {error}") from error
+
+    def describe(self) -> dict[str, Any]:
+        return {"dataset": self.name, "split": self.split, "version": self.version, "shard": [self.number, self.of]}
+
+    def identity(self) -> dict[str, Any]:
+        return self.describe() | {"column": self.column}
+
+
+def shards(dataset: str, split: str = "train", column: str = "text") -> list[Shard]:
+    """The shards of ``NAME[:CONFIG]``, a name on the hub or a local folder of Parquet or JSON lines.
+
+    Nothing but the description is read yet. Raises UsageError and DataError; DataError names the extra
+    when the package ``datasets`` is not installed.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError("--dataset needs the package 'datasets': pip install 'megatron-prune[datasets]'")
+    import datasets
+
+    name, config = dataset, None
+    if not Path(dataset).is_dir() and ":" in dataset:
+        name, _, config = dataset.rpartition(":")
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+        data = builder.as_streaming_dataset(split=split)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "--dataset, --dataset-split",
+            given=f"{dataset}, {split}",
+            allowed="NAME[:CONFIG] on the hub or a folder, and one of its splits",
+            why=" ".join(str(error).split()),
+        ) from error
+    names = data.column_names or list(next(iter(data), {}))
+    if column not in names:
+        raise DataError(f"{dataset} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
+    data = data.select_columns([column])
+    version = str(builder.hash or builder.config_id)
+    return [Shard(dataset, split, column, version, i, data.num_shards, data) for i in range(data.num_shards)]
