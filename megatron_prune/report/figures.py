@@ -224,7 +224,7 @@ def _loss_curves(results: Results, curves: Mapping[str, np.ndarray], stacked: bo
     handles = [Line2D([], [], color=INK, label="parent")] if "parent" in curves else []
     handles += [Line2D([], [], color=colour, label=label(*key)) for key, colour in palette.items()]
     handles += [Line2D([], [], color=INK, linestyle=DASHED, label="from scratch")]
-    columns = 1 if stacked else min(4, len(handles))
+    columns = 1 if stacked else min(3, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
 

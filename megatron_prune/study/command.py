@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=140)
 
 
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Megatron's complaints about a missing GPU are not this command's news."""
+def _quiet() -> None:
+    """Megatron's complaints about a process that is no rank and has no GPU are not this command's news."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
 def _run(study: config.Study, places: Places, options: argparse.Namespace) -> int:
-    with _quiet_imports():
-        from megatron_prune.study import runner
+    _quiet()
+    from megatron_prune.study import runner
     from megatron_prune.study.progress import Progress
 
     with Progress() as progress:
@@ -91,8 +87,8 @@ def _report(study: config.Study, places: Places, options: argparse.Namespace) ->
 
 
 def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> int:
-    with _quiet_imports():
-        from megatron_prune.study import preflight, stages
+    _quiet()
+    from megatron_prune.study import preflight, stages
 
     outlook = preflight.check(study, places)
     laid = outlook.grid(study)
