@@ -73,9 +73,7 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
         if given(argv, flag):
             raise UsageError(flag, given="on the command line", allowed="where the method needs statistics")
     if reads_text and args.calibration_data_path is None:
-        raise UsageError(
-            "--calibration-data-path", given="nothing", allowed="the prefix of a tokenized corpus"
-        )
+        raise UsageError("--calibration-data-path", given="nothing", allowed="the prefix of a tokenized corpus")
     if args.load is None:
         raise UsageError("--load", given="nothing", allowed="the parent checkpoint")
     if given(argv, "--seq-length"):
@@ -99,15 +97,11 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
             allowed="off with this verb",
             why="norm outputs must be whole sequences",
         )
-    length = args.calibration_seq_length
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = length
-    if length > args.max_position_embeddings:
-        raise UsageError(
-            "--calibration-seq-length",
-            given=length,
-            allowed=f"up to the model's {args.max_position_embeddings}",
-        )
+    length, longest = args.calibration_seq_length, args.max_position_embeddings
+    if reads_text and longest is not None and length > longest:
+        raise UsageError("--calibration-seq-length", given=length, allowed=f"up to the model's {longest}")
+    args.max_position_embeddings = longest or length
+    length = min(length, args.max_position_embeddings)
     args.seq_length = length
     args.micro_batch_size, args.global_batch_size = 1, None
     args.save = None
@@ -159,9 +153,7 @@ def gather(args: argparse.Namespace) -> Statistics:
         seq_length=chosen.seq_length,
         sequences=len(chosen),
         loss_sum=loss_sum,
-        calibrations=(
-            _provenance(args, indexed.fingerprint(args.calibration_data_path), chosen.numbers.tolist()),
-        ),
+        calibrations=(_provenance(args, indexed.fingerprint(args.calibration_data_path), chosen.numbers.tolist()),),
     )
 
 

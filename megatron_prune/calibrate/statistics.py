@@ -73,15 +73,12 @@ class Statistics:
         expected = tensor_shapes(self.shape)
         if set(self.tensors) != set(expected):
             odd = sorted(set(self.tensors) ^ set(expected))
-            raise StatisticsError(
-                f"statistics must hold exactly the tensors of their shape; these differ: {odd}"
-            )
+            raise StatisticsError(f"statistics must hold exactly the tensors of their shape; these differ: {odd}")
         for name, size in expected.items():
             found = self.tensors[name]
             if found.dtype != torch.float64 or tuple(found.shape) != size:
                 raise StatisticsError(
-                    f"statistics tensor {name}: expected float64 {list(size)}, "
-                    f"found {found.dtype} {list(found.shape)}"
+                    f"statistics tensor {name}: expected float64 {list(size)}, found {found.dtype} {list(found.shape)}"
                 )
             if not torch.isfinite(found).all():
                 raise StatisticsError(
