@@ -6,7 +6,7 @@ never run (releases that could are not asked to).
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +52,10 @@ def shards(dataset: str, split: str = "train", column: str = "text") -> list[Sha
     Nothing but the description is read yet. Raises UsageError and DataError; DataError names the extra
     when the package ``datasets`` is not installed.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError("--dataset needs the package 'datasets': pip install 'megatron-prune[datasets]'")
-    import datasets
-
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise DataError("--dataset needs the package 'datasets': pip install 'megatron-prune[datasets]'") from error
     name, config = dataset, None
     if not Path(dataset).is_dir() and ":" in dataset:
         name, _, config = dataset.rpartition(":")

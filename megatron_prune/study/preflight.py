@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prune import artifacts, methods, plan_command
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import blend, heldout, indexed, windows
+from megatron_prune.data import blend, heldout, indexed, overlap, windows
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import budgets, commands, grid
 from megatron_prune.study.config import Method, Study
@@ -187,6 +187,10 @@ def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | Non
     heldout.refuse_shared_documents(
         [prefix for _, prefix in data.train], [data.calibration, data.validation, data.test]
     )
+    if data.max_near_duplicates is not None:
+        stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
+        stages["train"] = [prefix for _, prefix in data.train]
+        overlap.refuse(overlap.compare_stages(stages, max_near_duplicates=data.max_near_duplicates))
     ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells} | {"parent": outlook.lay.parent_end}
     longest = max(ends, key=lambda cell: ends[cell])
     corpora = blend.members(blend.parse_blend(data.blend))
