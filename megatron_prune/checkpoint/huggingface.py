@@ -30,7 +30,7 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
 from megatron_prune.errors import CheckpointError
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 8 << 20
 _DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 _NAMES = {

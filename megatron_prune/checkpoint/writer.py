@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -27,11 +26,11 @@ from megatron_prune.artifacts import atomic_directory, sha256_file, versions, wr
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
+from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import CheckpointError
 
 RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
-FILE_BYTES = 4 << 30
 _PENDING = 2  # blocks in flight between the producer and the disk
 
 # Files of a Hugging Face model that travel beside its weights.
@@ -133,11 +132,10 @@ class CheckpointWriter:
         self._root_scratch = self._stack.enter_context(atomic_directory(self.root))
         self._directory = self._root_scratch / "release"
         self._directory.mkdir()
-        self._disk = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
+        self._files = RecordFiles(self._directory)
+        self._stack.callback(self._files.shutdown)
+        self._worker = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
         self._pending: list[Future[None]] = []
-        self._hashes: dict[str, str] = {}
-        self._file: _HashingFile | None = None
-        self._file_count = 0
         return self
 
     def __exit__(
@@ -155,10 +153,6 @@ class CheckpointWriter:
     def _abandon(self) -> None:
         for future in self._pending:
             future.cancel()
-        self._disk.shutdown(wait=True)
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -172,7 +166,8 @@ class CheckpointWriter:
     ) -> None:
         """Add a logical weight of ``shape`` as consecutive blocks of its rows, [rows, ...] each.
 
-        ``dtype`` is the stored type (the writer's by default); blocks of another type are cast.
+        ``dtype`` is the stored type (the writer's by default); blocks of another type are cast. Blocks are
+        written in the background: they must not change after they are yielded.
         """
         layout = self._layouts.get(name)
         if layout is None:
@@ -213,30 +208,14 @@ class CheckpointWriter:
         index = dcp.MetadataIndex(key, offsets)
         while len(self._pending) >= _PENDING:
             self._pending.pop(0).result()
-        # A view would be stored with its whole storage.
         record = block.reshape(sizes).contiguous()
-        if record.untyped_storage().nbytes() != record.numel() * record.itemsize:
-            record = record.clone()
-        self._pending.append(self._disk.submit(self._write, index, record))
+        self._pending.append(self._worker.submit(self._write, index, tensor_record, record))
 
-    def _write(self, index: dcp.MetadataIndex, value: Any) -> None:
-        if self._file is None or self._file.tell() >= FILE_BYTES:
-            self._close_file()
-            name = f"__0_{self._file_count}.distcp"
-            self._file_count += 1
-            self._file = _HashingFile(self._directory / name)
-        start = self._file.tell()
-        torch.save(value, self._file)  # type: ignore[arg-type]
-        self._storage[index] = _StorageInfo(self._file.name, start, self._file.tell() - start)
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._hashes[self._file.name] = self._file.hexdigest()
-            self._file = None
+    def _write(self, index: dcp.MetadataIndex, make: Callable[[Any, int], list[Segment]], value: Any) -> None:
+        self._storage[index] = _StorageInfo(*self._files.append(make, value))
 
     def add_file(self, name: str, payload: bytes) -> None:
-        """Put a small file beside the tracker, under a name relative to ``root`` (``pruning/plan.json``)."""
+        """Put a small file beside the tracker, by its path under ``root`` (prune: ``pruning/plan.json``)."""
         path = self._root_scratch / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(payload)
@@ -252,7 +231,7 @@ class CheckpointWriter:
         if self._huggingface is not None:
             self._carry_along(self._huggingface)
         self._write_objects()
-        self._close_file()
+        self._files.close()
         metadata = dcp.Metadata(
             state_dict_metadata={
                 **self._entries,
@@ -275,12 +254,13 @@ class CheckpointWriter:
                 "versions": versions(),
             },
         )
-        for path in sorted(self._directory.iterdir()):
-            if path.name not in self._hashes:
-                self._hashes[path.name] = sha256_file(path)
+        hashes = self._files.hashes
+        for path in self._directory.iterdir():
+            if path.name not in hashes:
+                hashes[path.name] = sha256_file(path)
         write_json(
             self._directory / INTEGRITY_FILE,
-            {"algorithm": "sha256", "files": dict(sorted(self._hashes.items()))},
+            {"algorithm": "sha256", "files": dict(sorted(hashes.items()))},
         )
         (self._root_scratch / TRACKER_FILE).write_text("release")
 
@@ -307,7 +287,7 @@ class CheckpointWriter:
             "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         }
         common = dcp.MetadataIndex("common_state/shard_0_1")
-        self._disk.submit(self._write, common, [state]).result()
+        self._write(common, object_record, [state])
         modules = (
             *_EXTRA_STATE,
             *(("self_attention.q_layernorm", "self_attention.k_layernorm") if self.shape.qk_norm else ()),
@@ -319,32 +299,7 @@ class CheckpointWriter:
             for layer in range(layers)
         ]
         extra.append("decoder.final_layernorm._extra_state/shard_0_1")
-        self._disk.submit(self._write, dcp.MetadataIndex(extra[0]), [torch.empty(0, dtype=torch.uint8)]).result()
+        self._write(dcp.MetadataIndex(extra[0]), object_record, [torch.empty(0, dtype=torch.uint8)])
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
         self._objects = (common.fqn, *extra)
-
-
-class _HashingFile:
-    """A file opened for writing whose SHA-256 is known when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self._handle: BinaryIO = open(path, "wb", buffering=1 << 20)
-        self._digest = hashlib.sha256()
-
-    def write(self, payload: Any) -> int:
-        self._digest.update(payload)
-        return self._handle.write(payload)
-
-    def tell(self) -> int:
-        return self._handle.tell()
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-    def close(self) -> None:
-        self._handle.close()
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()

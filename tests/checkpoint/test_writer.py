@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_prune.artifacts import read_json
+from megatron_prune.checkpoint import record
 from megatron_prune.checkpoint import writer as writer_module
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -83,7 +84,7 @@ def shard(name, tensor, tp, rank):
 
 def test_large_blocks_become_several_records(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "RECORD_BYTES", 1024)
-    monkeypatch.setattr(writer_module, "FILE_BYTES", 10_000)
+    monkeypatch.setattr(record, "FILE_BYTES", 10_000)
     checkpoint = open_checkpoint(small.write(tmp_path / "made"))
     for stored in checkpoint.stored.values():
         assert all(torch.Size(piece.sizes).numel() * 4 <= 1024 for piece in stored.pieces)
@@ -204,13 +205,13 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     """On the writing thread, after some records are out."""
     written = []
 
-    def write(self, payload, real=writer_module._HashingFile.write):
-        written.append(len(payload))
+    def write(handle, segments, real=record.RecordFiles._write):
+        written.append(sum(map(len, segments)))
         if sum(written) > 50_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(self, payload)
+        real(handle, segments)
 
-    monkeypatch.setattr(writer_module._HashingFile, "write", write)
+    monkeypatch.setattr(record.RecordFiles, "_write", staticmethod(write))
     with pytest.raises(CheckpointError, match="no space left while writing .*made"):
         small.write(tmp_path / "made")
     assert sum(written) > 50_000 and os.listdir(tmp_path) == []

@@ -1,0 +1,149 @@
+"""Records of a `torch_dist` checkpoint: what ``torch.save`` writes, around the numbers instead of through them.
+
+``torch.save`` puts an archive out in one go, on one thread, copying as it goes. ``tensor_record`` builds the
+same archive (a ZIP without compression: a pickle that rebuilds the tensor, two small entries, the numbers) as
+segments of which the numbers are the tensor's own memory, so that hashing and writing share the cores. The
+numbers are aligned in the file. ``RecordFiles`` appends records to numbered files and hashes them on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE_BYTES = 4 << 30  # a file is full when it has grown to this
+ALIGNMENT = 64
+_STORAGES = {dtype: getattr(torch, name) for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_FOLDER = "archive/"
+
+Segment = bytes | memoryview
+
+
+def tensor_record(tensor: torch.Tensor, start: int) -> list[Segment]:
+    """The record of a contiguous CPU tensor (less than 2 GiB) that begins at byte ``start`` of its file."""
+    segments = _Segments()
+    with zipfile.ZipFile(segments, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        for name, content in (("data.pkl", _pickled(tensor)), ("byteorder", b"little"), ("version", b"3\n")):
+            archive.writestr(zipfile.ZipInfo(_FOLDER + name), content)
+        entry = zipfile.ZipInfo(_FOLDER + "data/0")
+        begin = start + segments.tell() + zipfile.sizeFileHeader + len(entry.filename) + 4  # type: ignore[attr-defined]
+        padding = -begin % ALIGNMENT
+        entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch pads
+        archive.writestr(entry, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return segments.parts
+
+
+def object_record(value: Any, start: int = 0) -> list[Segment]:
+    """The record of anything else, from ``torch.save`` itself."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return [stream.getvalue()]
+
+
+class _Segments:
+    """A stream that keeps what is written to it as it is: nothing is copied."""
+
+    def __init__(self) -> None:
+        self.parts: list[Segment] = []
+        self._size = 0
+
+    def write(self, segment: Segment) -> int:
+        self.parts.append(segment)
+        self._size += len(segment)
+        return len(segment)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        pass
+
+
+class _Rebuilt:
+    """Pickles as ``torch.save`` pickles a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        size, stride = tuple(self._tensor.shape), self._tensor.stride()
+        return torch._utils._rebuild_tensor_v2, (_Storage(self._tensor), 0, size, stride, False, OrderedDict())
+
+
+class _Storage:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.identity = ("storage", _STORAGES[tensor.dtype], "0", "cpu", tensor.numel())
+
+
+class _TensorPickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return value.identity if isinstance(value, _Storage) else None
+
+
+def _pickled(tensor: torch.Tensor) -> bytes:
+    stream = io.BytesIO()
+    _TensorPickler(stream, protocol=2).dump(_Rebuilt(tensor))
+    return stream.getvalue()
+
+
+class RecordFiles:
+    """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory, filled one after the other.
+
+    Not for several threads at once. ``hashes`` has the SHA-256 of every file that is closed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._handle: int | None = None
+        self._size = 0
+        self._count = 0
+        self._disk = ThreadPoolExecutor(1, "checkpoint-disk")
+        self.hashes: dict[str, str] = {}
+
+    def append(self, make: Callable[[Any, int], list[Segment]], value: Any) -> tuple[str, int, int]:
+        """Write the record ``make(value, start)``; its file, start and length."""
+        if self._handle is not None and self._size >= FILE_BYTES:
+            self.close()
+        if self._handle is None:
+            self._name = f"__0_{self._count}.distcp"
+            self._handle = os.open(self._directory / self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._size, self._digest = 0, hashlib.sha256()
+            self._count += 1
+        start = self._size
+        segments = make(value, start)
+        writing = self._disk.submit(self._write, self._handle, segments)
+        for segment in segments:
+            self._digest.update(segment)
+        writing.result()
+        self._size += sum(map(len, segments))
+        return self._name, start, self._size - start
+
+    @staticmethod
+    def _write(handle: int, segments: list[Segment]) -> None:
+        for segment in segments:
+            view = memoryview(segment)
+            while view:
+                view = view[os.write(handle, view) :]
+
+    def close(self) -> None:
+        """Finish the file that is being written."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+            self.hashes[self._name] = self._digest.hexdigest()
+
+    def shutdown(self) -> None:
+        """Close the file and end the thread, whatever happened before."""
+        self._disk.shutdown(wait=True)
+        self.close()
