@@ -92,7 +92,8 @@ def documents(count: int, seed: int = 0) -> list[str]:
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[key] for key in sorted(topics))
-    paragraphs = [text for text in whole.split("\n\n") if 200 < len(text) < 2000]
+    # Each once: corpora of different stages that share a document are refused.
+    paragraphs = [text for text in dict.fromkeys(whole.split("\n\n")) if 200 < len(text) < 2000]
     random.Random(seed).shuffle(paragraphs)
     if count > len(paragraphs):
         raise ValueError(f"{count} documents asked for, the reference has {len(paragraphs)}")
