@@ -10,7 +10,8 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from tests.checkpoint.ranks import STORED_ARGS as ARGS
 
-__all__ = ["ARGS", "tensors", "write"]
+__all__ = ["ARGS", "TOOLS", "tensors", "write"]
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def tensors(args=ARGS, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from megatron_prune.checkpoint.huggingface_config import args_from_config, confi
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError, MegatronPruneError
+from tests.checkpoint import small
 from tests.tiny import HF_MODELS
 
 
@@ -147,8 +148,6 @@ def test_a_full_disk_leaves_no_export(tiny_hf, tmp_path, monkeypatch):
 
 def test_a_model_that_was_pretrained_here_is_exported(tmp_path):
     """No Hugging Face config came with it."""
-    from tests.checkpoint import small
-
     made = small.write(tmp_path / "made", small.ARGS | {"rotary_base": 5000, "max_position_embeddings": 99})
     export_hf(made, tmp_path / "hf")
     from transformers import AutoConfig, LlamaForCausalLM
@@ -247,8 +246,6 @@ def test_a_sliding_window_is_kept_through_an_import_within_it(tiny_hf, tmp_path)
     ],
 )
 def test_exports_that_no_llama_can_say_are_refused(change, message, tmp_path):
-    from tests.checkpoint import small
-
     made = small.write(tmp_path / "made", small.ARGS | change)
     with pytest.raises(CheckpointError, match=message):
         export_hf(made, tmp_path / "hf")
@@ -351,7 +348,7 @@ def test_every_weight_comes_from_exactly_the_rows_of_the_model(tiny_hf):
 
 def test_the_tool_both_ways(tiny_hf, tmp_path):
     def tool(*words):
-        command = [sys.executable, "tools/convert_checkpoint.py", *map(str, words)]
+        command = [sys.executable, str(small.TOOLS / "convert_checkpoint.py"), *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = tool("import", "--hf", tiny_hf("llama-gqa"), "--save", tmp_path / "checkpoint", "--dtype", "bfloat16")

@@ -32,7 +32,7 @@ def half_zero(tmp_path):
 @pytest.fixture
 def tool(capsys):
     """The tool's ``main`` in this process (a process of its own costs seconds of imports)."""
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", "tools/inspect_checkpoint.py")
+    spec = importlib.util.spec_from_file_location("inspect_checkpoint", small.TOOLS / "inspect_checkpoint.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

@@ -128,7 +128,9 @@ def test_code_in_a_module_state_that_nobody_needs_is_never_read(checkpoint, proo
 
 def test_the_tools_refuse_it_too(checkpoint, proof):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Touches(proof)))
-    done = subprocess.run([sys.executable, "tools/inspect_checkpoint.py", checkpoint], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, small.TOOLS / "inspect_checkpoint.py", checkpoint], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "refused" in done.stderr and "Traceback" not in done.stderr
     assert not proof.exists()
 
