@@ -8,6 +8,8 @@ few blocks whatever the model's size. The writer makes the result appear whole o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from megatron_prune.errors import PlanError
 from megatron_prune.training.account import trained_on
 
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main(argv: list[str]) -> int:
@@ -36,9 +39,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save", required=True, metavar="CKPT", help="where the pruned checkpoint goes")
     options = parser.parse_args(argv)
     made = plan.read(options.plan)
+    _keep_freed_memory()
     apply_plan(options.load, made, options.save)
     print(f"wrote {options.save}: {made.target.parameters():,} of {made.source.parameters():,} parameters")
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc hand freed blocks out again instead of returning them: their page faults took half the time."""
+    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 * BLOCK_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 32 * BLOCK_BYTES)
 
 
 def apply_plan(
