@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.index import is_weight
+from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.engine.arguments import FORGOTTEN
 
 _WIDTH = 150  # of the tree at least: names must not be cut
 

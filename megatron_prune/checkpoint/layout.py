@@ -42,6 +42,18 @@ LINEARS = (
     "mlp.linear_fc2.weight",
 )
 
+# Stored arguments that describe the model and that `--use-checkpoint-args` does not restore,
+# with the flags that set them by hand.
+FORGOTTEN = {
+    "use_rope_scaling": ("--use-rope-scaling",),
+    "rope_scaling_factor": ("--rope-scaling-factor",),
+    "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
+    "init_method_std": ("--init-method-std",),
+    "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
+    "vocab_size": ("--vocab-size",),
+    "qk_layernorm": ("--qk-layernorm",),
+}
+
 
 @dataclass(frozen=True)
 class ModelShape:

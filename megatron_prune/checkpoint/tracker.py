@@ -69,12 +69,17 @@ def find_iteration(root: str | Path) -> Found | None:
     return _newest_complete(root)
 
 
+def is_sound(root: str | Path) -> bool:
+    """True where Megatron can read the tracker, or there is none."""
+    return _tracked(Path(root)) is not None or not (Path(root) / TRACKER_FILE).exists()
+
+
 def repair_tracker(root: str | Path) -> Path | None:
     """Make the tracker name a complete checkpoint, the tracked one if it is; returns its directory.
 
     A tracker that is missing, empty, broken, or names a half-written directory is pointed to the newest
     complete iteration. An empty tracker in a directory without any checkpoint is removed, so that Megatron
-    starts from the beginning. None where ``root`` holds no checkpoint. Call it in one process only.
+    starts from the beginning. None where ``root`` holds no checkpoint. Several processes may call it at once.
 
     Raises CheckpointError when the tracker names an iteration and no complete one is left.
     """

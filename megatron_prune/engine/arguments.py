@@ -11,25 +11,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.checkpoint.tracker import find_iteration, repair_tracker
+from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
 from megatron_prune.engine import cpu
 from megatron_prune.errors import CheckpointError, UsageError
 
 Complete = Callable[[argparse.Namespace, list[str]], None]
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
-
-# Stored arguments that describe the model and that `--use-checkpoint-args` does not restore,
-# with the flags that set them by hand.
-FORGOTTEN = {
-    "use_rope_scaling": ("--use-rope-scaling",),
-    "rope_scaling_factor": ("--rope-scaling-factor",),
-    "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
-    "init_method_std": ("--init-method-std",),
-    "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
-    "vocab_size": ("--vocab-size",),
-    "qk_layernorm": ("--qk-layernorm",),
-}
 
 
 def parse(
@@ -68,8 +57,9 @@ def parse(
                 allowed="a --load or --pretrained-checkpoint that holds a checkpoint",
             )
         _take_arguments(args, source, argv, load_args_from_checkpoint)
-    if args.tokenizer_type is None:
-        args.tokenizer_type = "NullTokenizer"  # data is tokenized already
+    if not given(argv, "--tokenizer-type"):
+        # Data is tokenized already, and where a checkpoint was made its tokenizer may have lain elsewhere.
+        args.tokenizer_type, args.tokenizer_model = "NullTokenizer", None
     if args.vocab_size is None:
         args.vocab_size = args.padded_vocab_size
     if complete is not None:
@@ -188,9 +178,15 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         elif path.name == "release" and name != "shape_from":
             setattr(args, name, str(path.parent))
         root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
-        repair_tracker(root)
+        _repair(args, root)
     if args.save is not None and Path(args.save).is_dir():
-        repair_tracker(Path(args.save))
+        _repair(args, Path(args.save))
+
+
+def _repair(args: argparse.Namespace, root: Path) -> None:
+    """Rank 0 looks whether the tracked checkpoint is whole; others mend what Megatron could not even read."""
+    if args.rank == 0 or not is_sound(root):
+        repair_tracker(root)
 
 
 def _latest(root: Path) -> str | None:

@@ -176,6 +176,9 @@ def _is_cuda(device: Any) -> bool:
 
 def _redirect_factories() -> None:
     """Wrap the functions that make tensors: a ``TorchFunctionMode`` would tax every operation."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # `with torch.device(…)` keeps a table of these functions: let it be of the real ones
 
     def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)

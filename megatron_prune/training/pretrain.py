@@ -10,13 +10,16 @@ import argparse
 import functools
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_prune.artifacts import atomic_directory
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import runtime
 from megatron_prune.training.account import Account, Recorder, is_complete, refuse_other_run, trained_on
@@ -78,7 +81,6 @@ def _already_finished(args: argparse.Namespace, save: Path) -> bool:
 
 def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     """Where the weights come from: the run's own checkpoint, a pretrained one, or nowhere."""
-    from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.checkpoint.tracker import find_iteration
 
     own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
@@ -180,7 +182,17 @@ class _OnFirstStep:
             initial=None if self.initial is None else {k: v for k, v in self.initial.items() if k != "flag"},
         )
         account.adopt(self.save)
+        _carry_tokenizer(args, self.save)
         return Recorder(account, self.save)
+
+
+def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
+    """Copy the tokenizer and Hugging Face config that came with the model, for evaluation and export."""
+    source = args.pretrained_checkpoint or args.shape_from
+    folder = open_checkpoint(source).huggingface if source else None
+    if folder is not None and not (save / HUGGINGFACE_FOLDER).exists():
+        with atomic_directory(save / HUGGINGFACE_FOLDER) as scratch:
+            shutil.copytree(folder, scratch, dirs_exist_ok=True)
 
 
 def _unique_tokens(train: Any, args: argparse.Namespace) -> int:

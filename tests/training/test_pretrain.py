@@ -307,3 +307,22 @@ def test_tensorboard_and_wandb_see_the_losses(reference, tiny_corpus, tmp_path, 
     events.Reload()
     np.testing.assert_allclose([e.value for e in events.Scalars("lm loss")], _losses(reference), rtol=1e-6)
     assert list((tmp_path / "wandb").rglob("*.wandb")), "no offline run was written"
+
+
+def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpus, tmp_path, job):
+    """Also after the checkpoint that it started from has moved away."""
+    import subprocess
+
+    start, save, back = tmp_path / "start", tmp_path / "run", tmp_path / "hf"
+    shutil.copytree(tiny_parent, start)
+    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", start]
+    job([*argv, *recipe(tiny_corpus, "0:16", save)]).ok()
+    start.rename(tmp_path / "moved")
+    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    subprocess.run([sys.executable, tool, "export", "--load", save, "--hf", back], check=True)
+
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+    model = transformers.AutoModelForCausalLM.from_pretrained(back)
+    assert model(tokenizer("def f():", return_tensors="pt").input_ids).logits.isfinite().all()
