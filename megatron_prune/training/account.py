@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
-from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
 
 ACCOUNT = "account.json"
@@ -114,6 +116,20 @@ def is_complete(save: Path) -> bool:
     return (save / ACCOUNT).exists() and bool(read_json(save / ACCOUNT).get("complete"))
 
 
+def close(save: Path, checkpoint: Checkpoint) -> None:
+    """Finish the account of a run that was killed between its last save and its last line.
+
+    ``checkpoint`` is that last save; its weights are streamed to count those that are not zero.
+    """
+    account = Account(**read_json(save / ACCOUNT))
+    recorder = Recorder(account, save)
+    rows = _complete_rows(save / LOSSES)
+    account.initial_loss, account.final_loss = (_finite(float(row[2])) for row in (rows[0], rows[-1]))
+    recorder.end_killed_attempt()
+    nonzero = sum(int(torch.count_nonzero(block)) for name in checkpoint.names for block in checkpoint.row_blocks(name))
+    recorder.finish(complete=True, parameters_nonzero=nonzero)
+
+
 class Recorder:
     """Writes a run's losses and keeps its account, on the one rank that sees the loss."""
 
@@ -142,10 +158,7 @@ class Recorder:
             lost = [int(row[0]) for row in rows if int(row[0]) >= first]
             if lost:
                 account.replayed.append([first, max(lost)])
-            if account.attempts and "seconds" not in account.attempts[-1]:
-                # The attempt was killed: its last sign of life is its last row.
-                last = account.attempts[-1]
-                last["seconds"] = round(max(path.stat().st_mtime - last["began"], 0.0), 3)
+            self.end_killed_attempt()
             if kept and kept[0][0] == "1":
                 account.initial_loss = _finite(float(kept[0][2]))
         table = io.StringIO()
@@ -156,12 +169,17 @@ class Recorder:
         account.write(self.save)
         return self._file
 
+    def end_killed_attempt(self) -> None:
+        """Give the attempt before this one its time if it was killed: its last sign of life is its last row."""
+        last = self.account.attempts[-1] if self.account.attempts else None
+        if last is not None and "seconds" not in last:
+            last["seconds"] = round(max((self.save / LOSSES).stat().st_mtime - last["began"], 0.0), 3)
+
     def finish(self, *, complete: bool, parameters_nonzero: int) -> None:
         """Close the table and write the account's last state."""
+        account = self.account
         if self._file is not None:
             self._file.close()
-        account = self.account
-        if account.attempts:
             account.attempts[-1]["seconds"] = round(time.time() - self.began, 3)
         account.wall_seconds = round(sum(a.get("seconds", 0.0) for a in account.attempts), 3)
         replayed = sum(last - first + 1 for first, last in account.replayed)

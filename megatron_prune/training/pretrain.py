@@ -22,7 +22,15 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import runtime
-from megatron_prune.training.account import Account, Recorder, is_complete, refuse_other_run, trained_on
+from megatron_prune.training.account import (
+    ACCOUNT,
+    Account,
+    Recorder,
+    close,
+    is_complete,
+    refuse_other_run,
+    trained_on,
+)
 from megatron_prune.training.data import (
     Provider,
     add_stream_arguments,
@@ -39,6 +47,8 @@ def main(argv: list[str]) -> int:
         refuse_other_run(save, _identity(args))
     if save is not None and _already_finished(args, save):
         if args.rank == 0:
+            if not is_complete(save):
+                close(save, open_checkpoint(save))
             print(f"{save}: the run is complete at step {args.train_iters}; nothing to do", flush=True)
         return 0
     initial = _initial(args)
@@ -76,7 +86,7 @@ def _already_finished(args: argparse.Namespace, save: Path) -> bool:
     from megatron_prune.checkpoint.tracker import find_iteration
 
     found = find_iteration(save)
-    return found is not None and found.iteration == args.train_iters and is_complete(save)
+    return found is not None and found.iteration == args.train_iters and (save / ACCOUNT).exists()
 
 
 def _initial(args: argparse.Namespace) -> dict[str, Any] | None:

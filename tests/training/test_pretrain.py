@@ -178,6 +178,21 @@ def test_a_finished_run_ends_at_once_and_leaves_everything_as_it_is(reference, t
     assert before == ((reference / "account.json").read_bytes(), (reference / "losses.csv").read_bytes())
 
 
+def test_killed_after_its_last_save_it_only_closes_its_account(reference, tiny_corpus, tmp_path, job):
+    """All samples are consumed: Megatron's sampler would refuse to start."""
+    save = tmp_path / "run"
+    shutil.copytree(reference, save)
+    account, whole = _account(save), _account(save)
+    account.update(complete=False, parameters_nonzero=None, final_loss=None, initial_loss=None)
+    del account["attempts"][-1]["seconds"]
+    (save / "account.json").write_text(json.dumps(account))
+    job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save)], nproc=2).ok()
+    closed = _account(save)
+    assert closed["attempts"][-1].pop("seconds") >= 0 and closed.pop("wall_seconds") >= 0
+    del whole["wall_seconds"], whole["attempts"][-1]["seconds"]
+    assert closed == whole and closed["complete"]
+
+
 def test_the_account_says_what_the_run_was(reference, tiny_corpus):
     account = _account(reference)
     assert account["complete"] and account["start"] == "random" and account["initial"] is None
