@@ -164,21 +164,24 @@ class Encoder:
         texts = [text_of(record) for record in batch]
         raw_bytes = sum(len(record.payload) for record in batch)
         if self.splitter is None:
-            ids = [found for found in self.tokenizer.encode_batch(texts) if found]
+            ids = [found for found in self.tokenizer.encode_batch(texts) if len(found)]
             documents = np.ones(len(ids), dtype=np.int64)
-            last = list(range(len(ids)))
         else:
             split = [self.splitter.split(text) for text in texts]
             encoded = iter(self.tokenizer.encode_batch([sentence for sentences in split for sentence in sentences]))
-            kept = [[f for f in itertools.islice(encoded, len(sentences)) if f] for sentences in split]
+            kept = [[f for f in itertools.islice(encoded, len(sentences)) if len(f)] for sentences in split]
             documents = np.array([len(found) for found in kept if found], dtype=np.int64)
             ids = [found for sentences in kept for found in sentences]
-            last = (np.cumsum(documents) - 1).tolist()
-        if self.append_eod:
-            for number in last:
-                ids[number].append(self.tokenizer.eod)  # type: ignore[arg-type]
         sequences = np.array([len(found) for found in ids], dtype=np.int64)
-        tokens = np.array(list(itertools.chain.from_iterable(ids)), dtype=self.dtype)
+        tokens = np.concatenate([np.empty(0, np.int32), *ids])
+        if self.append_eod:
+            last = np.cumsum(documents) - 1  # sequences that end a document
+            tokens = np.insert(tokens, np.cumsum(sequences)[last], self.tokenizer.eod)  # type: ignore[arg-type]
+            sequences[last] += 1
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            size = self.tokenizer.vocab_size
+            raise DataError(f"{self.tokenizer.model} gave an id outside of its vocabulary of {size}")
+        tokens = tokens.astype(self.dtype)
         return Batch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
 
 

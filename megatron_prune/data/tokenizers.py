@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from megatron_prune.artifacts import sha256_file, sha256_json
+from megatron_prune.data import chunks
 from megatron_prune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The same of many texts, faster, as int32 arrays."""
+        ...
 
     def fingerprint(self) -> str:
         """Identity of the vocabulary, 64 hex digits: which id means what."""
@@ -60,13 +65,16 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
+        self._chunks = chunks.of_sentencepiece(self._processor)
         self.eod = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=1)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._chunks is None:
+            return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        return [self._chunks.encode(text) for text in self._processor.normalize(texts)]
 
     def fingerprint(self) -> str:
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
@@ -96,6 +104,7 @@ class HuggingFaceTokenizer:
         self._backend = loaded.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._chunks = chunks.of_hugging_face(self._backend)
         # The largest id counts, not the number of entries: a vocabulary may have holes.
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = loaded.eos_token_id
@@ -103,8 +112,11 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._chunks is not None:
+            return [self._chunks.encode(text) for text in texts]
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in found]
 
     def fingerprint(self) -> str:
         return _identity(self._backend.get_vocab(with_added_tokens=True), self.eod)
@@ -157,6 +169,7 @@ class TikTokenizer:
         self.eod = self._tokenizer.eod
         self._encoding = self._tokenizer.tokenizer
         self._any_special = re.compile("|".join(map(re.escape, self._tokenizer.special_tokens)))
+        self._chunks = chunks.of_tiktoken(self.encode, self._any_special)
         self._settings = [self.vocab_size, pattern or "v2", num_special_tokens, self._tokenizer.special_tokens]
 
     def encode(self, text: str) -> list[int]:
@@ -165,8 +178,10 @@ class TikTokenizer:
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._chunks is not None:
+            return [self._chunks.encode(text) for text in texts]
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     def fingerprint(self) -> str:
         vocabulary = self._tokenizer.vocab

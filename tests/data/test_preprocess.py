@@ -134,7 +134,7 @@ class Bytes:
         self.vocab_size = vocab_size
 
     def encode_batch(self, texts):
-        return [[self.vocab_size - 256 + byte for byte in text.encode()] for text in texts]
+        return [np.frombuffer(text.encode(), np.uint8) + np.int32(self.vocab_size - 256) for text in texts]
 
     def fingerprint(self):
         return "0" * 64

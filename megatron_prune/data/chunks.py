@@ -1,0 +1,168 @@
+"""Tokenizing chunk by chunk, each chunk once: text repeats its words, tokenizers work on each anew.
+
+A text is cut before white space into chunks (a word with the blanks before it), wherever the tokenizer
+is known never to make a token across the cut nor to look across it. The tokens of a text are then its
+chunks' tokens in a row, and those of frequent chunks are remembered. Only tokenizers whose rules are
+known here are treated so, and each is tried on ``TRIALS`` first; every other one gets whole texts.
+
+What makes a cut safe:
+
+* byte-level BPE with the patterns of GPT-2, Llama 3, Qwen 2 or Megatron's tiktoken: no alternative of
+  these patterns goes on from a non-blank to a blank (but for line ends behind punctuation, where nothing
+  is cut) or from ASCII letters to other ASCII; and ``\\s+(?!\\S)`` looks no further than the blanks that it
+  matches and the character behind them;
+* SentencePiece BPE with byte fallback: only symbols whose union is a piece are ever merged, and no piece
+  of the vocabulary has such a pair of characters in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+LIMIT = 1 << 18  # chunks remembered, some 50 MB a process
+LONGEST = 64  # characters of a chunk worth remembering
+
+_BLANK, _PUNCTUATION = r" \t\n\r\x0b\x0c", r"!-/:-@\[-`{-~"
+# Blanks to some and not to others, or blanks that are not cut at: a chunk that ends in one goes on.
+_ODD = r"\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_END = rf"(?=[!-~{_BLANK}]|\Z)"  # what follows is ASCII: no letter, mark or digit of another script
+
+
+def _rest(line_ends: str = "") -> str:
+    """Everything up to a blank that may be cut before, and blanks at the end of the text."""
+    on = rf"(?:(?<=[{_ODD}])[{_BLANK}]++" + (rf"|(?<![A-Za-z0-9])[\r\n][{_BLANK}]*+" if line_ends else "") + ")"
+    return rf"[{_BLANK}]*+[^{_BLANK}]++(?:{on}[^{_BLANK}]++)*+(?:{on})?|[{_BLANK}]++"
+
+
+# GPT-2: a run of letters, of digits, of punctuation is never in one token with its neighbour (but "'s").
+GPT2 = re.compile(
+    rf"[{_BLANK}]*+(?:(?:[A-Za-z]++|[0-9]++){_END}|[!-&(-/:-@\[-`{{-~]++(?=[A-Za-z0-9{_BLANK}]|\Z))|{_rest()}"
+)
+# Llama 3 and the like: punctuation goes with the letters or the line ends that follow it.
+LLAMA3 = re.compile(rf"[{_BLANK}]*+(?:[{_PUNCTUATION}]*+[A-Za-z]++|[0-9]++){_END}|{_rest('line ends')}")
+# SentencePiece, if no piece mixes letters, digits and punctuation: runs of each, blanks in front.
+RUNS = re.compile(rf"\n++|▁*+(?:[A-Za-z]++|[0-9]++|[{_PUNCTUATION}]++)(?=[!-~▁\n]|\Z)|▁*+[^▁\n]++|▁++")
+MIXED = re.compile(
+    rf"[A-Za-z][0-9{_PUNCTUATION}]|[0-9][A-Za-z{_PUNCTUATION}]|[{_PUNCTUATION}][A-Za-z0-9]|[^\n]\n|\n[^\n]|[^▁]▁"
+)
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_LETTERS + r"\p{N}{1,3}" + _REST, _LETTERS + r"\p{N}" + _REST}  # Llama 3; Qwen 2
+
+NFC_TO_ASCII = "\u037e\u1fef\u212a"  # the characters that NFC makes ASCII ones, so parts of a token's name
+
+# ModelProto.normalizer_spec once more, which merges with the first when it is appended to a serialized
+# model: no character map (2), no dummy prefix (3), blanks kept (4) and not escaped (5).
+NOT_NORMALISED = b"\x1a\x08\x12\x00\x18\x00\x20\x00\x28\x00"
+
+TRIALS = (
+    "The quick brown fox, 12345 times;\n\n    jumps over\tthe  lazy dog's   back!\r\n\r\n(see 3.14)  \n",
+    " a\n b\n\n\n  c \t\n d.\n\ne,\n f  \u00a0 g\u2003h \u3000 i\u0085j\x1ck  ",
+    "d\u00e9j\u00e0 vu \u2014 \u201cquoted\u201d \u4f60\u597d \u4e16\u754c \U0001f600 \u0663 \u00bd",
+    "it's WE'LL  x\u0301 \u0301y\n a\u0301b1\u0663 (\x1c \x1c) .\x85 \u3000 \x00\x01a .\n/x",
+    "def f(x):\n\treturn [x**2 for _ in range(10)]  # squares\n\n\nclass A(B):\n    pass\n",
+)
+
+
+class Chunks(dict[str, bytes]):
+    """``encode(text)``: int32 ids. Holds the ids of chunks seen, as bytes; ``whole`` encodes what is new.
+
+    A text in which ``special`` is found (a token by its name, which a cut could divide) is encoded whole.
+    """
+
+    def __init__(
+        self,
+        whole: Callable[[str], Iterable[int]],
+        pattern: re.Pattern[str],
+        special: re.Pattern[str] | None = None,
+    ):
+        super().__init__()
+        self._whole, self._findall = whole, pattern.findall
+        self._special = special.search if special else None
+
+    def __missing__(self, chunk: str) -> bytes:
+        ids = array("i", self._whole(chunk)).tobytes()
+        if len(self) < LIMIT and len(chunk) <= LONGEST:
+            self[chunk] = ids
+        return ids
+
+    def encode(self, text: str) -> np.ndarray:
+        if self._special is not None and self._special(text):
+            return np.array(list(self._whole(text)), dtype=np.int32)
+        return np.frombuffer(b"".join(map(self.__getitem__, self._findall(text))), dtype=np.int32)
+
+    def agrees(self, trials: Iterable[str] = TRIALS) -> bool:
+        """Whether chunks and whole texts give the same ids on some nasty texts."""
+        return all(self.encode(trial).tolist() == list(self._whole(trial)) for trial in trials)
+
+
+def of_hugging_face(backend: Any) -> Chunks | None:
+    """Chunks for a ``tokenizers.Tokenizer``, or None where its rules are not known to be local."""
+    rules = json.loads(backend.to_str())
+    pattern = hugging_face_pattern(rules)
+    if pattern is None:
+        return None
+    names = [re.escape(token["content"]) for token in rules.get("added_tokens") or []]
+    special = re.compile("|".join([*names, f"[{NFC_TO_ASCII}]"]))
+    chunks = Chunks(lambda text: backend.encode(text, add_special_tokens=False).ids, pattern, special)
+    return chunks if chunks.agrees() else None
+
+
+def hugging_face_pattern(rules: dict[str, Any]) -> re.Pattern[str] | None:
+    """How to cut for a ``tokenizer.json``, or None."""
+    normalizer = (rules.get("normalizer") or {"type": None})["type"]
+    if normalizer not in (None, "NFC") or rules["model"]["type"] != "BPE":
+        return None
+    if normalizer and not all(token["content"].isascii() for token in rules.get("added_tokens") or []):
+        return None
+    before = rules.get("pre_tokenizer") or {"type": None}
+    steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return None
+    if steps[-1].get("use_regex", True):
+        local = all(step["type"] == "Digits" and step["individual_digits"] for step in steps[:-1])
+        return GPT2 if local else None
+    if len(steps) == 2 and steps[0]["type"] == "Split" and steps[0]["pattern"].get("Regex") in SPLITS:
+        return LLAMA3 if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] else None
+    return None
+
+
+def of_tiktoken(whole: Callable[[str], Iterable[int]], special: re.Pattern[str]) -> Chunks | None:
+    """Chunks for an encoder with one of Megatron's two tiktoken patterns."""
+    chunks = Chunks(whole, LLAMA3, special)
+    return chunks if chunks.agrees() else None
+
+
+def of_sentencepiece(processor: Any) -> Chunks | None:
+    """Chunks of *normalised* text (``processor.normalize``), or None where pieces may cross a cut."""
+    import sentencepiece
+
+    size = processor.get_piece_size()
+    pieces = [processor.id_to_piece(i) for i in range(size)]
+    known = [i for i in range(size) if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))]
+    # BPE scores are ranks; the others' are log-probabilities, whose sums round differently chunk by chunk.
+    ranks = all(float(processor.get_score(i)).is_integer() for i in known)
+    if not ranks or not any(map(processor.is_byte, range(size))):
+        return None
+    texts = [pieces[i] for i in known]
+    if not any(map(MIXED.search, texts)):
+        pattern = RUNS
+    elif not any(re.search("[^▁]▁", piece) for piece in texts):
+        pattern = re.compile("▁*[^▁]+|▁+")
+    else:
+        return None
+    raw = sentencepiece.SentencePieceProcessor()
+    try:
+        raw.LoadFromSerializedProto(processor.serialized_model_proto() + NOT_NORMALISED)
+    except (RuntimeError, OSError):
+        return None
+    chunks = Chunks(raw.encode, pattern)
+    agrees = all(chunks.encode(processor.normalize(trial)).tolist() == processor.encode(trial) for trial in TRIALS)
+    return chunks if agrees else None
