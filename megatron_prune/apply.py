@@ -147,6 +147,6 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
         "statistics": made.statistics,
         "calibration": made.calibration,
         "tokens": spent.get("tokens", 0),  # spent on pruning
-        "flops": spent.get("flops", 0),
+        "flops": spent.get("flops", 0) + spent.get("scoring", {}).get("flops", 0),
         "versions": artifacts.versions(),
     }

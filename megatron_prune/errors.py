@@ -7,6 +7,7 @@ everything that is not in this family is a bug and keeps its traceback.
 from __future__ import annotations
 
 EXIT_REFUSED = 2
+EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` must run before it can choose
 
 
 class MegatronPruneError(Exception):

@@ -8,18 +8,31 @@ it. All indices are in source numbering and ascending.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts
+import torch
+
+from megatron_prune import artifacts, methods
 from megatron_prune.calibrate.statistics import Statistics, StatisticsError
+from megatron_prune.candidates import Question, unscored, uses_statistics
 from megatron_prune.checkpoint.layout import Kept, ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods import Method, NearTie, Request, Selection
+from megatron_prune.methods import NearTie
+from megatron_prune.ranking import keep_highest
 
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate's row in the table that a plan keeps."""
+
+    candidate: str
+    parameters: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class PruningPlan:
     kept_heads: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
     kept_ffn: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
     near_ties: tuple[NearTie, ...] = ()
+    candidates: tuple[Scored, ...] = ()  # all that the model was run with; empty where none competed
+    chosen: int | None = None  # index of the candidate that this plan is
     statistics: str | None = None  # hash; None: the method needs none
     calibration: dict[str, Any] | None = (
         None  # sequences, seq_length, tokens, flops, and the runs behind them
@@ -61,6 +76,8 @@ class PruningPlan:
                 )
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
+        if self.candidates and not 0 <= (self.chosen or 0) < len(self.candidates):
+            raise PlanError(f"plan: candidate {self.chosen} was chosen of {len(self.candidates)}")
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
             groups = {h // source.heads_per_group for h in heads}
             counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
@@ -134,6 +151,7 @@ def read(path: str | Path) -> PruningPlan:
                 "kept_hidden": None if fields["kept_hidden"] is None else tuple(fields["kept_hidden"]),
                 "kept_heads": _tuples(fields["kept_heads"]),
                 "kept_ffn": _tuples(fields["kept_ffn"]),
+                "candidates": tuple(Scored(**row) for row in fields["candidates"]),
                 "near_ties": tuple(
                     NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]
                 ),
@@ -147,51 +165,59 @@ def read(path: str | Path) -> PruningPlan:
 
 
 def make(
-    name: str,
-    method: Method,
-    *,
-    source: ModelShape,
-    target: ModelShape,
-    parent: str,
-    ratio: float | None,
-    ratio_of: str,
-    settings: Mapping[str, Any],
-    seed: int | None = None,
-    statistics: Statistics | None = None,
+    question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | None = None
 ) -> PruningPlan:
-    """Let ``method`` choose what survives of ``parent``.
+    """Let the method choose what survives; where candidates compete, the lowest loss does.
 
-    Raises StatisticsError when the method needs statistics that are absent or of another parent.
+    Raises StatisticsError when statistics or scores are needed that are absent, or of another parent.
     """
-    needs = method.needs(settings)
-    if not needs:
+    method = methods.get(question.method)
+    if not uses_statistics(method, question.settings):
         statistics = None
-    elif statistics is None:
-        raise StatisticsError(f"{name} needs statistics: run calibrate and give --statistics")
-    elif statistics.parent != parent or statistics.shape != source:
-        raise StatisticsError(
-            f"the statistics are of another parent (fingerprint {statistics.parent}, not {parent}): "
-            "calibrate this one"
-        )
-    tensors = {key: statistics.tensors[key] for key in needs} if statistics else {}
-    selection: Selection = method.select(Request(source, target, tensors, settings, seed))
+    found = question.candidates(statistics)
+    calibration = statistics.provenance() if statistics else None
+    best, table, near = 0, [], list(found[0].selection.near_ties)
+    if method.needs_scores(question.settings):
+        assert statistics is not None and calibration is not None
+        if missing := unscored(found, statistics):
+            raise StatisticsError(f"{question.method}: {len(missing)} of {len(found)} candidates have no score yet")
+        table = [
+            Scored(c.label, c.target.parameters(), statistics.scores[c.selection.key].loss) for c in found
+        ]
+        best, ties = _lowest([row.loss for row in table])
+        near = [*ties, *found[best].selection.near_ties]
+        calibration["scoring"] = {
+            "candidates": len(found),
+            "flops": statistics.sequences * sum(c.scoring_flops(statistics.seq_length) for c in found),
+        }
+    selection = found[best].selection
     return PruningPlan(
-        method=name,
-        settings=dict(settings),
-        seed=seed,
+        method=question.method,
+        settings=dict(question.settings),
+        seed=question.seed,
         ratio=ratio,
         ratio_of=ratio_of,
-        source=source,
-        target=target,
-        parent=parent,
+        source=question.source,
+        target=found[best].target,
+        parent=question.parent,
         kept_layers=selection.layers,
         kept_hidden=selection.hidden,
         kept_heads=selection.heads,
         kept_ffn=selection.ffn,
-        near_ties=selection.near_ties,
+        near_ties=tuple(near),
+        candidates=tuple(table),
+        chosen=best if table else None,
         statistics=statistics.hash if statistics else None,
-        calibration=statistics.provenance() if statistics else None,
+        calibration=calibration,
     )
+
+
+def _lowest(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
+    """Index of the lowest loss, the first of equals, and what lies within rounding of it."""
+    (best,), ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), 1, "candidate")
+    return best, [
+        replace(tie, kept_score=-tie.kept_score, removed_score=-tie.removed_score) for tie in ties
+    ]
 
 
 def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None:

@@ -2,11 +2,17 @@
 
 Needs no model and no GPU: the parent is read for its shape and fingerprint only. One calibration
 serves every method and every ratio.
+
+Where the loss of the model must decide between candidates (minitron-depth, minitron-width --search),
+those that the statistics have no score for are written to candidates.json, beside the plan that is not
+written yet, and the exit code is 3. `calibrate --score candidates.json --statistics FILE` adds their
+scores to the statistics; then the same plan command chooses.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +23,10 @@ from rich.table import Table
 
 from megatron_prune import methods, plan, targets
 from megatron_prune.calibrate import statistics as statistics_file
+from megatron_prune.candidates import FILE, Question, unscored, uses_statistics
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import EXIT_NEEDS_SCORES, UsageError
 from megatron_prune.methods import DIMENSIONS, Method
 
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
@@ -38,25 +45,35 @@ class Choice:
     def make(self, parent: Checkpoint, statistics: statistics_file.Statistics | None) -> plan.PruningPlan:
         """The plan for ``parent``."""
         return plan.make(
-            self.name,
-            self.method,
-            source=parent.shape,
-            target=self.shape(parent.shape),
-            parent=parent.fingerprint(),
+            self.question(parent),
             ratio=self.target.ratio,
             ratio_of=self.target.ratio_of,
-            settings=self.settings,
-            seed=self.seed,
             statistics=statistics,
         )
 
-    def shape(self, source: ModelShape) -> ModelShape:
-        """The shape that the target makes of ``source``; UsageError where it cannot be met."""
-        return self.target.choose(source, self.method, self.settings)
+    def question(self, parent: Checkpoint) -> Question:
+        """What is asked about ``parent``."""
+        return Question(
+            self.name, self.settings, parent.shape, self.shapes(parent.shape), parent.fingerprint(), self.seed
+        )
+
+    def shapes(self, source: ModelShape) -> tuple[ModelShape, ...]:
+        """The shape that the target makes of ``source``, or those that compete.
+
+        UsageError where the target cannot be met.
+        """
+        search = self.method.search(self.settings)
+        if search is None:
+            return (self.target.choose(source, self.method, self.settings),)
+        return tuple(self.target.near(source, search)[: search.max_candidates])
 
     @property
     def needs_statistics(self) -> bool:
-        return bool(self.method.needs(self.settings))
+        return uses_statistics(self.method, self.settings)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.method.needs_scores(self.settings)
 
 
 def method_of(argv: Sequence[str]) -> str:
@@ -141,19 +158,43 @@ def main(argv: list[str]) -> int:
             "--statistics",
             given="nothing",
             allowed="a file that calibrate wrote",
-            why=f"--method {name} ranks by activations",
+            why=f"--method {name} reads it",
         )
 
     parent = open_checkpoint(options.load)
-    choice.shape(parent.shape)  # refuse a target before reading statistics
+    question = choice.question(parent)  # refuse a target before reading statistics
     statistics = None
     if options.statistics:
         statistics = statistics_file.merge([statistics_file.read(path) for path in options.statistics])
+    if choice.needs_scores:
+        assert statistics is not None
+        if len(unscored(question.candidates(statistics), statistics)):
+            return _ask(question, statistics, options)
     made = choice.make(parent, statistics)
     made.write(options.output)
     show(made)
     print(f"wrote {Path(options.output)}")
     return 0
+
+
+def _ask(question: Question, statistics: statistics_file.Statistics, options: argparse.Namespace) -> int:
+    """Write the candidates and say what is to be run."""
+    path = Path(options.output).with_name(FILE)
+    missing = question.write(path, statistics)
+    if len(options.statistics) > 1:
+        raise UsageError(
+            "--statistics",
+            given=" ".join(options.statistics),
+            allowed="one file, until its candidates are scored",
+            why=f"{len(missing)} candidates have no score in all of them",
+        )
+    words = ["calibrate", "--load", options.load, "--use-checkpoint-args", "--score", str(path)]
+    words += ["--statistics", *options.statistics]
+    print(
+        f"{len(missing)} candidates have no score yet: wrote {path}. Run the model with each of them, then plan "
+        f"again:\n  torchrun … -m megatron_prune {shlex.join(words)}"
+    )
+    return EXIT_NEEDS_SCORES
 
 
 def refuse_unknown(unknown: Sequence[str], name: str) -> None:
@@ -198,6 +239,8 @@ def show(made: plan.PruningPlan, console: Console | None = None) -> None:
         console.print(f"removed layers: {', '.join(map(str, gone))}")
     asked = "" if made.ratio is None else f" (asked for: {made.ratio:.2%} of {made.ratio_of})"
     console.print(f"removed: {made.removed_linears:.2%} of linears, {made.removed_all:.2%} of all{asked}")
+    if made.candidates:
+        _show_candidates(made, console)
     if not made.near_ties:
         console.print("near-ties: none")
         return
@@ -217,3 +260,17 @@ def show(made: plan.PruningPlan, console: Console | None = None) -> None:
     console.print(ties)
     if len(made.near_ties) > 20:
         console.print(f"… and {len(made.near_ties) - 20} more, all in the plan")
+
+
+def _show_candidates(made: plan.PruningPlan, console: Console) -> None:
+    """The candidates, the best first."""
+    table = Table(title=f"candidates: {len(made.candidates)}, by the loss without what they remove")
+    table.add_column("")
+    table.add_column("candidate")
+    for column in ("parameters", "loss", "above the best"):
+        table.add_column(column, justify="right")
+    best = min(row.loss for row in made.candidates)
+    for index, row in sorted(enumerate(made.candidates), key=lambda item: (item[1].loss, item[0])):
+        mark = "chosen" if index == made.chosen else ""
+        table.add_row(mark, row.candidate, f"{row.parameters:,}", f"{row.loss:.5f}", f"{row.loss - best:.5f}")
+    console.print(table)

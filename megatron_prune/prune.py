@@ -1,6 +1,7 @@
 """``torchrun … -m megatron_prune prune``: calibrate, plan and apply in one command.
 
-What the method needs is run, in order, each stage leaving its file:
+What the method needs is run, in order, in one load of the model (candidates that the loss decides
+between are scored right after the calibration), each stage leaving its file:
 
     SAVE/release/…                         the pruned checkpoint
     SAVE/pruning/plan.json                 what was kept, and why
@@ -53,8 +54,10 @@ def main(argv: list[str]) -> int:
 
     args = runtime.start("prune", argv, add_arguments, complete=complete)
     parent = open_checkpoint(calibrate.directory(args))
-    choice.shape(parent.shape)
-    statistics = calibrate.gather(args) if choice.needs_statistics else None
+    question = choice.question(parent)
+    statistics = None
+    if choice.needs_statistics:
+        statistics = calibrate.gather(args, question.candidates if choice.needs_scores else None)
     if args.rank != 0:
         return 0
     made = choice.make(parent, statistics)

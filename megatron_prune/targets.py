@@ -12,19 +12,23 @@ hidden size, the FFN size that comes nearest (of two, the larger); among those p
 ``--tolerance`` of what should stay, the one that shrinks hidden and FFN most evenly (by ratio to
 the source), then the nearest, then the larger hidden size. Sizes that change obey
 ``--divisible-by`` and the tensor-parallel size.
+
+A method may also ask for all shapes near the target, to score them: ``near`` lists them, in order:
+first the nearest FFN size of every choice of the other sizes, then the rest; inside both, those
+that shrink the searched sizes most evenly first, then the nearest, then the larger.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DIMENSIONS, Method
+from megatron_prune.methods import DIMENSIONS, Method, Search
 
 TOLERANCE = 0.02  # of the parameters that should stay, where a width is chosen
 
@@ -79,6 +83,39 @@ class Target:
             assert {"hidden_size", "ffn_hidden_size"} <= set(free)
             shape = self._width(source)
         return shape
+
+    def near(self, source: ModelShape, search: Search) -> list[ModelShape]:
+        """Every shape within the tolerance that differs in ``search.axes``, best first (module docstring).
+
+        UsageError where there is none.
+        """
+        if self.sizes:
+            raise UsageError("--search", given="with an explicit shape", allowed="with --ratio or --target-params")
+        if source.norm_bias and "hidden_size" in search.axes:
+            raise UsageError(
+                "--search",
+                given="hidden",
+                allowed="ffn, heads and groups, for a parent with LayerNorm",
+                why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
+            )
+        goal, tolerance = self._goal(source), self.tolerance or TOLERANCE
+        ranked: list[tuple[tuple[float, ...], ModelShape]] = []
+        nearest: tuple[float, ModelShape] | None = None
+        for shape in self._grid(source, search):
+            sizes = self._ffn_sizes(source, shape, goal, tolerance) if "ffn_hidden_size" in search.axes else None
+            found = [replace(shape, ffn_hidden_size=size) for size in sizes] if sizes else [shape]
+            found = [s for s in found if s != source and not any(self._refusals(source, s))]
+            errors = {s: abs(self._count(s) / goal - 1) for s in found}
+            for place, one in enumerate(sorted(errors, key=lambda s: (errors[s], -s.ffn_hidden_size))):
+                error = errors[one]
+                if nearest is None or error < nearest[0]:
+                    nearest = (error, one)
+                if error <= tolerance:
+                    rank = (place > 0, round(_unevenness(source, one, search), 12), round(error, 12))
+                    ranked.append(((*rank, *(-getattr(one, axis) for axis in DIMENSIONS)), one))
+        if not ranked:
+            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None)
+        return [shape for _, shape in sorted(ranked, key=lambda item: item[0])]
 
     # -- what should stay ------------------------------------------------------------------------
 
@@ -156,29 +193,70 @@ class Target:
             if error <= tolerance and (best is None or rank < best[0]):
                 best = (rank, shape)
         if best is None:
-            flag, given = self._describe()
-            if nearest is None:
-                raise UsageError(
-                    "--divisible-by",
-                    given=step,
-                    allowed="a number that divides sizes below the source's",
-                    why=f"the source has hidden size {source.hidden_size} and FFN size {source.ffn_hidden_size}",
-                )
-            shape = nearest[1]
-            raise UsageError(
-                flag,
-                given=given,
-                allowed=f"a target that multiples of {step} (hidden, FFN) meet within {tolerance:.3g}",
-                why=f"the nearest is hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, which keeps "
-                f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
-                "--tolerance or explicit --target-… sizes",
-            )
+            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None)
         self._check(source, best[1])
         return best[1]
 
+    # -- search ----------------------------------------------------------------------------------
+
+    def _grid(self, source: ModelShape, search: Search) -> Iterator[ModelShape]:
+        """All combinations of the searched sizes but the FFN's, the source's own sizes among them."""
+        axes = set(search.axes)
+        if source.heads_per_group == 1 and "num_attention_heads" in axes:
+            axes.add("num_query_groups")  # multi-head attention stays multi-head
+
+        def sizes(axis: str, whole: int, step: int) -> list[int]:
+            return [*range(step, whole, step), whole] if axis in axes else [whole]
+
+        for hidden in sizes("hidden_size", source.hidden_size, self.divisible_by):
+            for groups in sizes("num_query_groups", source.num_query_groups, 1):
+                for heads in sizes("num_attention_heads", source.heads_per_group, 1):
+                    yield replace(
+                        source,
+                        hidden_size=hidden,
+                        num_query_groups=groups,
+                        num_attention_heads=groups * heads,
+                    )
+
+    def _ffn_sizes(self, source: ModelShape, shape: ModelShape, goal: float, tolerance: float) -> list[int]:
+        """FFN sizes that bring ``shape`` within the tolerance, and those on both sides of the goal."""
+        step, whole = math.lcm(self.divisible_by, self.tensor_parallel), source.ffn_hidden_size
+        # The count is linear in the FFN size, so two points give the size that meets a goal.
+        one, two = (self._count(replace(shape, ffn_hidden_size=size)) for size in (step, 2 * step))
+
+        def steps(count: float) -> float:
+            return 1 + (count - one) / (two - one)
+
+        first = math.floor(min(steps(goal * (1 - tolerance)), steps(goal)))
+        last = math.ceil(max(steps(goal * (1 + tolerance)), steps(goal)))
+        return sorted({min(step * max(1, n), whole) for n in range(first, last + 1)})
+
     # -- refusals --------------------------------------------------------------------------------
 
+    def _missed(self, goal: float, tolerance: float, source: ModelShape, shape: ModelShape | None) -> UsageError:
+        """What to say when no width lies within the tolerance; ``shape`` is the nearest."""
+        if shape is None:
+            return UsageError(
+                "--divisible-by",
+                given=self.divisible_by,
+                allowed="a number that divides sizes below the source's",
+                why=f"the source has hidden size {source.hidden_size} and FFN size {source.ffn_hidden_size}",
+            )
+        flag, given = self._describe()
+        return UsageError(
+            flag,
+            given=given,
+            allowed=f"a target that multiples of {self.divisible_by} (hidden, FFN) meet within {tolerance:.3g}",
+            why=f"the nearest is hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, which keeps "
+            f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
+            "--tolerance or explicit --target-… sizes",
+        )
+
     def _check(self, source: ModelShape, shape: ModelShape) -> None:
+        for refusal in self._refusals(source, shape):
+            raise refusal
+
+    def _refusals(self, source: ModelShape, shape: ModelShape) -> Iterator[UsageError]:
         """Divisibility of every size that changed, and tensor parallelism of the result."""
         heads = f"{shape.num_attention_heads} heads of {shape.kv_channels} channels"
         for flag, given, before, after in (
@@ -187,21 +265,31 @@ class Target:
             ("--target-num-attention-heads", heads, source.axis_size("heads"), shape.axis_size("heads")),
         ):
             if after != before and after % self.divisible_by:
-                raise UsageError(flag, given=given, allowed=f"a multiple of --divisible-by {self.divisible_by}")
+                yield UsageError(flag, given=given, allowed=f"a multiple of --divisible-by {self.divisible_by}")
         tp = self.tensor_parallel
         for flag, size in (
             ("--target-num-attention-heads", shape.num_attention_heads),
             ("--target-ffn-hidden-size", shape.ffn_hidden_size),
         ):
             if size % tp:
-                raise UsageError(flag, given=size, allowed=f"a multiple of --tensor-model-parallel-size {tp}")
+                yield UsageError(flag, given=size, allowed=f"a multiple of --tensor-model-parallel-size {tp}")
         groups = shape.num_query_groups
         if groups % tp and tp % groups:
-            raise UsageError(
+            yield UsageError(
                 "--target-num-query-groups",
                 given=groups,
                 allowed=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
             )
+
+
+def _unevenness(source: ModelShape, shape: ModelShape, search: Search) -> float:
+    """How far apart the searched sizes have shrunk: the largest less the smallest logarithm of a ratio.
+
+    Heads and groups count once, by the heads that stay.
+    """
+    axes = {"num_attention_heads" if axis == "num_query_groups" else axis for axis in search.axes}
+    ratios = [math.log(getattr(shape, axis) / getattr(source, axis)) for axis in sorted(axes)]
+    return max(ratios) - min(ratios)
 
 
 def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> ModelShape:

@@ -17,8 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_prune import apply, artifacts, methods, plan
+from megatron_prune import apply, artifacts, plan
 from megatron_prune.calibrate.statistics import Statistics, tensor_shapes
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import CheckpointError, MegatronPruneError, PlanError
@@ -38,22 +39,15 @@ def statistics(parent: Checkpoint, seed: int = 0) -> Statistics:
     return Statistics(tensors, parent.shape, parent.fingerprint(), 64, 3, 30.0, (run,))
 
 
-WIDTH_SETTINGS = {"aggregation": "definition", "include_final_norm": False}
+WIDTH_SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
 
 
 def make(parent: Checkpoint, method: str, **sizes: int) -> plan.PruningPlan:
-    return plan.make(
-        method,
-        methods.get(method),
-        source=parent.shape,
-        target=replace(parent.shape, **sizes),  # type: ignore[arg-type]
-        parent=parent.fingerprint(),
-        ratio=None,
-        ratio_of="linears",
-        settings=WIDTH_SETTINGS if method == "minitron-width" else {},
-        seed=5 if method == "random" else None,
-        statistics=statistics(parent),
-    )
+    settings = WIDTH_SETTINGS if method == "minitron-width" else {}
+    target = replace(parent.shape, **sizes)  # type: ignore[arg-type]
+    seed = 5 if method == "random" else None
+    question = Question(method, settings, parent.shape, (target,), parent.fingerprint(), seed)
+    return plan.make(question, ratio=None, ratio_of="linears", statistics=statistics(parent))
 
 
 def sliced(state: dict[str, torch.Tensor], made: plan.PruningPlan) -> dict[str, torch.Tensor]:

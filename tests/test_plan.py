@@ -15,15 +15,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_prune import methods, plan, plan_command
+from megatron_prune import plan, plan_command
 from megatron_prune.calibrate.statistics import Statistics, StatisticsError, tensor_shapes
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import PlanError, UsageError
 
 SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
-SETTINGS = {"aggregation": "definition", "include_final_norm": False}
+SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
 
 
 def statistics(shape: ModelShape = SOURCE, parent: str = "parent", seed: int = 0) -> Statistics:
@@ -36,11 +37,10 @@ def statistics(shape: ModelShape = SOURCE, parent: str = "parent", seed: int = 0
 
 
 def make(target: ModelShape = TARGET, name: str = "minitron-width", **changes: Any) -> plan.PruningPlan:
-    arguments: dict[str, Any] = {
-        "source": SOURCE, "target": target, "parent": "parent", "ratio": 0.5, "ratio_of": "linears",
-        "settings": SETTINGS, "statistics": statistics(),
-    }  # fmt: skip
-    return plan.make(name, methods.get(name), **arguments | changes)
+    asked: dict[str, Any] = {"settings": SETTINGS, "seed": None}
+    asked |= {key: changes.pop(key) for key in asked.keys() & changes}
+    question = Question(name, asked["settings"], SOURCE, (target,), "parent", asked["seed"])
+    return plan.make(question, **{"ratio": 0.5, "ratio_of": "linears", "statistics": statistics(), **changes})
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of 
 ``final_layernorm`` [h]. Everything is a plain sum, so two calibrations merge by addition.
 
 The JSON says what is behind them: parent, shape, sequences, tokens, loss, windows, and the hash of
-the tensor file, which ties the two files together.
+the tensor file, which ties the two files together. It also holds the scores of candidates: the mean
+loss, on the same windows, of the parent without what a candidate removes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What the parent is worth without what one candidate removes."""
+
+    candidate: str  # in words
+    loss: float  # mean per token, in nats, on all calibration windows
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Sums over ``sequences`` calibration sequences of ``seq_length`` tokens of one parent."""
 
@@ -68,6 +77,7 @@ class Statistics:
     sequences: int
     loss_sum: float  # over all predictions, in nats
     calibrations: tuple[dict[str, Any], ...]  # prefix, corpus, sampling, seed, windows of every run
+    scores: Mapping[str, Score] = field(default_factory=dict)  # by a selection's key
 
     def __post_init__(self) -> None:
         expected = tensor_shapes(self.shape)
@@ -115,6 +125,7 @@ class Statistics:
             "shape": asdict(self.shape),
             "loss_sum": self.loss_sum,
             **self.provenance(),
+            "scores": {key: asdict(score) for key, score in self.scores.items()},
             "versions": artifacts.versions(),
         }
         return payload, artifacts.json_bytes(meta)
@@ -162,21 +173,25 @@ def read(path: str | Path) -> Statistics:
             sequences=meta["sequences"],
             loss_sum=meta["loss_sum"],
             calibrations=tuple(meta["calibrations"]),
+            scores={key: Score(**score) for key, score in meta["scores"].items()},
         )
     except (KeyError, TypeError, safetensors.SafetensorError) as error:
         raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): calibrate again") from error
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Add up calibrations of one parent at one sequence length over windows that do not repeat."""
+    """Add up calibrations of one parent at one sequence length over windows that do not repeat.
+
+    Candidates that every one of them has scored keep their mean score.
+    """
     first = parts[0]
     seen: set[tuple[Any, int]] = set()
     for part in parts:
-        for field in ("parent", "shape", "seq_length"):
-            if getattr(part, field) != getattr(first, field):
+        for name in ("parent", "shape", "seq_length"):
+            if getattr(part, name) != getattr(first, name):
                 raise StatisticsError(
-                    f"cannot merge statistics: {field} is {getattr(first, field)} in one and "
-                    f"{getattr(part, field)} in another"
+                    f"cannot merge statistics: {name} is {getattr(first, name)} in one and "
+                    f"{getattr(part, name)} in another"
                 )
         for calibration in part.calibrations:
             windows = {(calibration["corpus"], window) for window in calibration["windows"]}
@@ -186,12 +201,21 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                     "in more than one of them; use others (--calibration-sampling random, another --seed)"
                 )
             seen |= windows
+    sequences = sum(part.sequences for part in parts)
+    scored = [key for key in first.scores if all(key in part.scores for part in parts)]
     return Statistics(
         tensors={name: torch.stack([part.tensors[name] for part in parts]).sum(0) for name in first.tensors},
         shape=first.shape,
         parent=first.parent,
         seq_length=first.seq_length,
-        sequences=sum(part.sequences for part in parts),
+        sequences=sequences,
         loss_sum=sum(part.loss_sum for part in parts),
         calibrations=tuple(c for part in parts for c in part.calibrations),
+        scores={
+            key: Score(
+                first.scores[key].candidate,
+                sum(part.sequences * part.scores[key].loss for part in parts) / sequences,
+            )
+            for key in scored
+        },
     )

@@ -5,7 +5,8 @@ is the method's name (``minitron_width.py`` is ``minitron-width``). ``get`` and 
 its file: there is no list to keep.
 
 A method says which dimensions it cuts and which statistics it needs, and turns statistics and a
-target shape into a ``Selection``. It sees no model, no checkpoint and no process group.
+target shape into a ``Selection``, or into several between which the loss of the model decides. It
+sees no model, no checkpoint and no process group.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 
@@ -60,6 +62,19 @@ class Selection:
     ffn: tuple[tuple[int, ...], ...] | None = None
     near_ties: tuple[NearTie, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """Hex digest of what survives: the name under which its score is kept."""
+        return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn])
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which sizes a search varies (of WIDTH), and how many shapes it may score."""
+
+    axes: tuple[str, ...]
+    max_candidates: int
+
 
 @dataclass(frozen=True)
 class Request:
@@ -75,7 +90,10 @@ class Request:
 
 
 class Method(ABC):
-    """A structured method. Subclasses are stateless; their file's docstring explains the method."""
+    """A structured method. Subclasses are stateless; their file's docstring explains the method.
+
+    Most rank by statistics alone: they are ``RankingMethod``s.
+    """
 
     #: Dimensions that an explicit ``--target-…`` may cut (names of ``ModelShape`` fields).
     dimensions: tuple[str, ...]
@@ -89,9 +107,28 @@ class Method(ABC):
         """Dimensions that may be chosen to meet ``--ratio`` or ``--target-params``."""
         return self.dimensions
 
+    def search(self, settings: Mapping[str, Any]) -> Search | None:
+        """Which shapes compete to meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
+        return None
+
+    def needs_scores(self, settings: Mapping[str, Any]) -> bool:
+        """True where the model must be run with every candidate before one can be chosen."""
+        return self.search(settings) is not None
+
     @abstractmethod
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """Keys of the statistics that ``select`` reads; empty where no calibration is needed."""
+        """Keys of the statistics that ``candidates`` reads; empty where it reads none."""
+
+    @abstractmethod
+    def candidates(self, request: Request) -> list[Selection]:
+        """What may survive: each exactly ``request.target``. Between equal losses the first is taken."""
+
+
+class RankingMethod(Method):
+    """A method whose scores say what survives once the target is known."""
+
+    def candidates(self, request: Request) -> list[Selection]:
+        return [self.select(request)]
 
     @abstractmethod
     def select(self, request: Request) -> Selection:

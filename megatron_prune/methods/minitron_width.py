@@ -11,6 +11,10 @@ A channel's importance in a layer is √Σ_b (mean_t |x|)², t over tokens and b
 ``--aggregation paper`` replicates the paper's library, which averages over the wrong axis: over
 the batch first, then squares are summed over tokens. With sequences one at a time that is
 √Σ over all tokens of x², so one calibration serves both.
+
+The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (targets.py) or, with
+``--search AXIS …``, by the model: the shapes near the target are cut as above, one at a time, and
+the one with the lowest un-retrained loss on the calibration text is taken.
 """
 
 from __future__ import annotations
@@ -21,13 +25,21 @@ from typing import Any
 
 import torch
 
-from megatron_prune.methods import WIDTH, Method, NearTie, Request, Selection
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import WIDTH, NearTie, RankingMethod, Request, Search, Selection
 from megatron_prune.ranking import keep_heads, keep_highest
 
+MAX_CANDIDATES = 16
+_AXES = {
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_query_groups",
+}
 _SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
-class MinitronWidth(Method):
+class MinitronWidth(RankingMethod):
     dimensions = WIDTH
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -42,6 +54,30 @@ class MinitronWidth(Method):
             action="store_true",
             help="count the final norm's output in the importance of hidden channels",
         )
+        parser.add_argument(
+            "--search",
+            nargs="+",
+            choices=sorted(_AXES),
+            metavar="AXIS",
+            help="score all shapes near the target that differ in these sizes (hidden, ffn, heads inside their "
+            "query groups, whole groups) by the loss of the model; default: a rule gives the shape",
+        )
+        parser.add_argument(
+            "--max-candidates",
+            type=int,
+            metavar="N",
+            help=f"with --search: score the N most evenly shrunk shapes (default {MAX_CANDIDATES})",
+        )
+
+    def search(self, settings: Mapping[str, Any]) -> Search | None:
+        chosen, limit = settings["search"], settings["max_candidates"]
+        if limit is not None and (chosen is None or limit < 1):
+            allowed = "together with --search" if chosen is None else "an integer of at least 1"
+            raise UsageError("--max-candidates", given=limit, allowed=allowed)
+        if chosen is None:
+            return None
+        axes = tuple(field for axis, field in _AXES.items() if axis in chosen)
+        return Search(axes, MAX_CANDIDATES if limit is None else limit)
 
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         sites = ["input_layernorm", "pre_mlp_layernorm", "attention", "mlp"]

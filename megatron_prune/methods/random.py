@@ -15,11 +15,11 @@ import numpy
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DEPTH, DIMENSIONS, WIDTH, Method, Request, Selection
+from megatron_prune.methods import DEPTH, DIMENSIONS, WIDTH, RankingMethod, Request, Selection
 from megatron_prune.ranking import keep_heads, keep_highest
 
 
-class Random(Method):
+class Random(RankingMethod):
     dimensions = DIMENSIONS
     random = True
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prune.methods import DEPTH, Method, Request, Selection
+from megatron_prune.methods import DEPTH, RankingMethod, Request, Selection
 from megatron_prune.ranking import keep_highest
 
 
-class ShortGPT(Method):
+class ShortGPT(RankingMethod):
     dimensions = DEPTH
 
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:

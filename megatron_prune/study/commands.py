@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune import candidates
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.config import Method, Study
 from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell
@@ -44,6 +45,9 @@ class Places:
 
     def plan(self, pruning: Pruning) -> Path:
         return self.cell(pruning.cell) / "plan.json"
+
+    def candidates(self, pruning: Pruning) -> Path:
+        return self.cell(pruning.cell) / candidates.FILE
 
     @property
     def cache(self) -> Path:
@@ -194,19 +198,33 @@ def choice(study: Study, method: Method, ratio: float | None) -> list[str]:
     )
 
 
-def planning(study: Study, places: Places, pruning: Pruning, *, calibrated: bool, random: bool) -> Command:
+def planning(
+    study: Study, places: Places, pruning: Pruning, statistics: Path | None, *, random: bool, stage: str = "plan"
+) -> Command:
     """The plan of one method at one ratio or target; ``random`` methods are given the seed."""
-    statistics = places.statistics(calibration_cell(study, pruning.seed))
     words = flags(
         {
             "load": str(places.parent(study)),
-            "statistics": str(statistics) if calibrated else None,
+            "statistics": None if statistics is None else str(statistics),
             "seed": pruning.seed if random else None,
             "tensor-model-parallel-size": study.launch.tensor_parallel,
             "output": str(places.plan(pruning)),
         }
     )
-    return Command("plan", ("plan", *words, *choice(study, pruning.method, pruning.ratio)))
+    return Command(stage, ("plan", *words, *choice(study, pruning.method, pruning.ratio)))
+
+
+def scoring(study: Study, places: Places, pruning: Pruning) -> Command:
+    """Scores of a pruning's candidates, in statistics of its own: prunings run side by side."""
+    words = ["calibrate", *_forward(study, places.parent(study))]
+    words += flags(
+        {
+            "score": str(places.candidates(pruning)),
+            "statistics": str(places.statistics(calibration_cell(study, pruning.seed))),
+            "output": str(places.statistics(pruning.cell)),
+        }
+    )
+    return Command("score", tuple(words), study.launch.nproc)
 
 
 def application(study: Study, places: Places, pruning: Pruning) -> Command:

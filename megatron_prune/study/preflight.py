@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts, methods, plan_command
+from megatron_prune import artifacts, methods, plan, plan_command
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import blend, heldout, indexed, overlap, windows
@@ -28,13 +28,15 @@ class Outlook:
     """What is known before the first run.
 
     ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
-    that is, before an import. ``calibrated`` are the methods that read statistics, by label.
+    that is, before an import; the target of a search, until its plan is made. ``calibrated`` are the methods
+    that read statistics, ``scored`` those that run the model with candidates, by label.
     """
 
     lay: budgets.Lay
     source: ModelShape | None
     targets: Mapping[str, ModelShape]
     calibrated: frozenset[str]
+    scored: frozenset[str]
     random: frozenset[str]
     account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
 
@@ -65,13 +67,18 @@ def check(study: Study, places: commands.Places) -> Outlook:
     shapes = {}
     if source is not None:
         for pruning in grid.prunings(study):
-            chosen = _choice(study, pruning.method, pruning.ratio)
-            shapes[pruning.name] = chosen.shape(source)
+            competing = _choice(study, pruning.method, pruning.ratio).shapes(source)
+            made = places.plan(pruning)
+            if len(competing) == 1:
+                shapes[pruning.name] = competing[0]
+            elif made.is_file():
+                shapes[pruning.name] = plan.read(made).target
     outlook = Outlook(
         lay,
         source,
         shapes,
         calibrated=frozenset(tag for tag, choice in choices.items() if choice.needs_statistics),
+        scored=frozenset(tag for tag, choice in choices.items() if choice.needs_scores),
         random=frozenset(tag for tag, choice in choices.items() if choice.method.random),
         account=account,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune import artifacts, plan
+from megatron_prune import artifacts, candidates, plan
 from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
@@ -52,6 +52,20 @@ def evaluated(path: Path, windows: int) -> bool:
 def calibrated(path: Path) -> bool:
     """True if statistics are there and whole."""
     return path.is_file() and _readable(statistics.read, path)
+
+
+def asked(path: Path) -> bool:
+    """True if candidates are there."""
+    return path.is_file() and _readable(candidates.read, path)
+
+
+def scored(path: Path, asked_by: Path) -> bool:
+    """True if statistics with a score for each of these candidates are there."""
+    if not calibrated(path):
+        return False
+    question, _ = candidates.read(asked_by)
+    found = statistics.read(path)
+    return not candidates.unscored(question.candidates(found), found)
 
 
 def planned(path: Path) -> bool:
@@ -139,6 +153,7 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
+        "flops": (made.calibration or {}).get("scoring", {}).get("flops", 0),  # beyond the calibration's
         "seconds": dict(seconds),
     }
 

@@ -147,7 +147,8 @@ def _rows(study: config.Study, item: Compared, records: Mapping[str, Record], co
     if pruned:
         trained = (parent.get("tokens") or 0) + pruned["tokens"]
         known = parent.get("tokens") is not None
-        flops = [parent.get("flops"), calibration.get("flops") if consumed else 0, pruned["flops"]]
+        calibrating = calibration.get("flops") if consumed else 0
+        flops = [parent.get("flops"), calibrating, pruning.get("flops"), pruned["flops"]]
         rows[0] |= {
             "tokens_train": pruned["tokens"],
             "tokens_total": trained + counted(consumed, trained) if known else None,

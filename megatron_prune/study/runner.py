@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
-from megatron_prune.study import config, preflight, stages
+from megatron_prune.study import config, grid, preflight, stages
 from megatron_prune.study.commands import Command, Places
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.progress import Progress
@@ -64,6 +64,9 @@ def run(study: config.Study, places: Places, *, launcher: Launcher = launch_loca
         parallel = study.launch.parallel_cells
         runner.phase(stages.calibrations(study, places, outlook), parallel=1)
         runner.phase(stages.pruning_cells(study, places, outlook), parallel)
+        if len(outlook.targets) < len(grid.prunings(study)):  # a search: only now is its shape known
+            outlook = preflight.check(study, places)
+            artifacts.write_json(places.root / "outlook.json", outlook.to_json(study))
         runner.phase(stages.training_cells(study, places, outlook.grid(study)), parallel)
 
 

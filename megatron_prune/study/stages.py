@@ -6,7 +6,7 @@ then calibrations, prunings, and the training runs of the grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +92,6 @@ def pruning_cells(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
 
 def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
     plan, checkpoint = places.plan(pruning), places.checkpoint(pruning.cell)
-    tag = pruning.method.tag
-    planning = commands.planning(
-        study, places, pruning, calibrated=tag in outlook.calibrated, random=tag in outlook.random
-    )
 
     def record(seconds: Seconds) -> dict[str, Any]:
         found = records.pruning(places, pruning, seconds)
@@ -107,11 +103,28 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
     return Cell(
         pruning.cell,
         (
-            Stage(planning, lambda: records.planned(plan)),
+            *_planning(study, places, outlook, pruning),
             Stage(commands.application(study, places, pruning), lambda: records.applied(checkpoint, plan)),
         ),
         record,
     )
+
+
+def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+    """The plan, and before it, where the model's loss must decide, the candidates and their scores."""
+    tag, plan, random = pruning.method.tag, places.plan(pruning), pruning.method.tag in outlook.random
+    statistics = None
+    if tag in outlook.calibrated:
+        statistics = places.statistics(calibration_cell(study, pruning.seed))
+    if tag in outlook.scored:
+        asked, scored = places.candidates(pruning), places.statistics(pruning.cell)
+        yield Stage(
+            commands.planning(study, places, pruning, statistics, random=random, stage="candidates"),
+            lambda: records.asked(asked),
+        )
+        yield Stage(commands.scoring(study, places, pruning), lambda: records.scored(scored, asked))
+        statistics = scored
+    yield Stage(commands.planning(study, places, pruning, statistics, random=random), lambda: records.planned(plan))
 
 
 def training_cells(study: Study, places: Places, grid: Grid) -> list[Cell]:

@@ -23,7 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_prune import methods, plan
+from megatron_prune import plan
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from tests.benchmarks import ratio
@@ -83,10 +84,8 @@ def cut_a_tenth(parent: Path) -> plan.PruningPlan:
         ffn_hidden_size=source.ffn_hidden_size * 15 // 16,
         num_attention_heads=source.num_query_groups * 3,
     )
-    return plan.make(
-        "random", methods.get("random"), source=source, target=target, parent=checkpoint.fingerprint(),
-        ratio=None, ratio_of="linears", settings={"axis": None}, seed=0,
-    )  # fmt: skip
+    question = Question("random", {"axis": None}, source, (target,), checkpoint.fingerprint(), seed=0)
+    return plan.make(question, ratio=None, ratio_of="linears")
 
 
 def timed(words: list[str]) -> tuple[float, float]:

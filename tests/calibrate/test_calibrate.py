@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import methods, plan
+from megatron_prune import plan
 from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.accumulators import QUANTITIES
 from megatron_prune.calibrate.statistics import Statistics
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 
@@ -27,7 +28,7 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
-WIDTH = {"aggregation": "definition", "include_final_norm": False}
+WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
 
 
 def flags(parent: Path, corpus: Path, *more: object) -> list[Any]:
@@ -154,10 +155,8 @@ def test_every_layout_keeps_what_the_oracle_keeps(
 
     def made(name: str, settings: dict[str, Any], **sizes: int) -> plan.PruningPlan:
         target = replace(found.shape, **sizes)  # type: ignore[arg-type]
-        return plan.make(
-            name, methods.get(name), source=found.shape, target=target, parent=found.parent, ratio=None,
-            ratio_of="linears", settings=settings, statistics=found,
-        )  # fmt: skip
+        question = Question(name, settings, found.shape, (target,), found.parent)
+        return plan.make(question, ratio=None, ratio_of="linears", statistics=found)
 
     def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
         return tuple(sorted(np.argsort(-scores, kind="stable")[:count].tolist()))

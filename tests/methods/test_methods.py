@@ -57,7 +57,9 @@ def settings(name: str, *flags: str) -> dict[str, Any]:
 def select(
     name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0
 ) -> Selection:
-    return methods.get(name).select(Request(source, target, statistics, settings(name, *flags), seed))
+    request = Request(source, target, statistics, settings(name, *flags), seed)
+    (selection,) = methods.get(name).candidates(request)
+    return selection
 
 
 def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
@@ -67,8 +69,8 @@ def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
 
 
 def test_registry_finds_methods_by_their_files() -> None:
-    assert methods.names() == ["minitron-width", "random", "shortgpt"]
-    with pytest.raises(UsageError, match="--method: given magic, allowed is one of minitron-width"):
+    assert methods.names() == ["minitron-depth", "minitron-width", "random", "shortgpt"]
+    with pytest.raises(UsageError, match="--method: given magic, allowed is one of minitron-depth"):
         methods.get("magic")
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune import apply, artifacts, plan_command
+from megatron_prune import apply, artifacts, candidates, plan_command
 from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.study import config
 from megatron_prune.study.commands import Command, Places
 
@@ -112,6 +113,17 @@ class FakeLauncher:
 
     def _plan(self, argv: list[str]) -> None:
         plan_command.main(argv)
+
+    def _candidates(self, argv: list[str]) -> None:
+        assert plan_command.main(argv) == EXIT_NEEDS_SCORES
+
+    def _score(self, argv: list[str]) -> None:
+        given = words(argv)
+        question, _ = candidates.read(given["score"])
+        found = statistics.read(given["statistics"])
+        asked = question.candidates(found)
+        losses = [number(candidate.label) for candidate in asked]
+        candidates.with_scores(found, asked, losses).write(given["output"])
 
     def _apply(self, argv: list[str]) -> None:
         apply.main(argv)

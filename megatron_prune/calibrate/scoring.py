@@ -1,0 +1,185 @@
+"""Run the loaded model with a candidate's selection only: layers skipped, channels masked, no checkpoint.
+
+``losses`` gives the mean loss of every selection on the same windows, at any TP×PP×DP. While a
+selection is in force (``reduced``):
+
+* its layers alone are in this rank's decoder;
+* removed hidden channels are zero in the residual stream: in the embedding's output and in what attention
+  and MLP add to it. RMSNorm then needs the mean over the kept channels only: with k of h kept,
+  x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and its ε are scaled for the time being;
+* removed heads and FFN channels are zero where linear_proj and linear_fc2 read them.
+
+A model that is really cut computes the same numbers, but for the order of sums.
+
+Selections that only skip layers share work where one rank has all layers: what runs before the first
+removed layer is the dense model's, and is computed once a window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.utils import unwrap_model
+
+from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
+from megatron_prune.data.windows import Windows
+from megatron_prune.engine import forward
+from megatron_prune.methods import Selection
+
+
+def losses(
+    model: list[torch.nn.Module], shape: ModelShape, selections: Sequence[Selection], windows: Windows
+) -> list[float]:
+    """Mean loss per token of every selection on ``windows``, the same on every rank. Collective.
+
+    ``windows`` are all of them: data-parallel replicas share them out.
+    """
+    own = windows[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    sums = torch.zeros(len(selections), dtype=torch.float64)
+    depth = [i for i, s in enumerate(selections) if s.hidden is s.heads is s.ffn is None]
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        depth = []
+    for window in own if depth else ():
+        sums[depth] += _from_the_first_removed_layer(model[0], [selections[i].layers for i in depth], window)
+    for i in sorted(set(range(len(selections))) - set(depth)):
+        with reduced(model[0], shape, selections[i]):
+            found = forward.run(model, own)
+        sums[i] = sum(found or ())
+    if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
+        sums.zero_()  # every TP rank of the last stage has the same losses
+    sums = sums.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(sums)
+    return (sums / len(windows)).tolist()
+
+
+@torch.no_grad()
+def _from_the_first_removed_layer(
+    stage: Any, kept: Sequence[tuple[int, ...]], window: torch.Tensor
+) -> torch.Tensor:
+    """Losses of one window without the layers that are not in ``kept``, each from its first removed layer on."""
+    window = window.cuda()
+    tokens, labels = window[None, :-1], window[None, 1:]  # [1, S]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
+    decoder = unwrap_model(stage).decoder
+    layers = list(decoder.layers)
+    # The first layer that is not in its place in `kept`; all before it are.
+    first = [next((i for i, layer in enumerate(k) if layer != i), len(k)) for k in kept]
+    before: dict[int, torch.Tensor] = {}  # layer: the residual stream [S, 1, h] that enters it
+
+    def keep(layer: int) -> Any:
+        def hook(_: Any, args: tuple, named: dict[str, Any]) -> None:
+            before[layer] = named["hidden_states"] if "hidden_states" in named else args[0]
+
+        return layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [keep(layer) for layer in set(first)]
+    with _only(decoder, layers[: max(first) + 1]):
+        stage(tokens, positions, None, labels=labels)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for start, numbers in zip(first, kept, strict=True):
+        with _only(decoder, [layers[i] for i in numbers[start:]]):
+            output = stage(tokens, positions, None, labels=labels, decoder_input=before[start])
+        found.append(output.double().mean().item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _only(decoder: Any, layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """These layers alone are the decoder's."""
+    whole = decoder.layers
+    decoder.layers = torch.nn.ModuleList(layers)
+    try:
+        yield
+    finally:
+        decoder.layers = whole
+
+
+@contextlib.contextmanager
+def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[None]:
+    """This rank's stage computes what the parent would if it were cut by ``selection``."""
+    model = unwrap_model(stage)
+    decoder = model.decoder
+    # Megatron counts layers of all stages from 1.
+    places = {layer: place for place, layer in enumerate(selection.layers)}
+    blocks = [(places[n], b) for b in decoder.layers if (n := b.layer_number - 1) in places]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(_only(decoder, [block for _, block in blocks]))
+        for place, block in blocks:
+            heads = selection.heads[place] if selection.heads else None
+            ffn = selection.ffn[place] if selection.ffn else None
+            kept = Kept(heads=heads, ffn=ffn)
+            proj, fc2 = block.self_attention.linear_proj, block.mlp.linear_fc2
+            if (indices := axis_indices("heads", shape, kept)) is not None:
+                _mask_input(stack, proj, indices, shape.axis_size("heads"))
+            if (indices := axis_indices("ffn", shape, kept)) is not None:
+                _mask_input(stack, fc2, indices, shape.ffn_hidden_size)
+            if selection.hidden is not None:
+                _mask_output(stack, proj, selection.hidden, shape)
+                _mask_output(stack, fc2, selection.hidden, shape)
+                for norm in _norms(block):
+                    _narrow(stack, norm, len(selection.hidden) / shape.hidden_size)
+        if selection.hidden is not None:
+            if getattr(model, "embedding", None) is not None and model.pre_process:
+                _mask_output(stack, model.embedding, selection.hidden, shape)
+            if decoder.final_layernorm is not None:
+                _narrow(stack, decoder.final_layernorm, len(selection.hidden) / shape.hidden_size)
+        yield
+
+
+def _mask(module: Any, indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tensor:
+    """Ones at ``indices`` of [size], zeros elsewhere, like the module's weights."""
+    weight = next(module.parameters())
+    mask = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+    mask[torch.as_tensor(indices, device=weight.device)] = 1
+    return mask
+
+
+def _mask_input(stack: contextlib.ExitStack, linear: Any, indices: torch.Tensor, size: int) -> None:
+    """Zero what is not in ``indices`` of a row-parallel linear's input, of which this rank holds a slice."""
+    rank, ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    mask = _mask(linear, indices, size)[size // ranks * rank : size // ranks * (rank + 1)]
+    handle = linear.register_forward_pre_hook(lambda _, args: (args[0] * mask, *args[1:]))
+    stack.callback(handle.remove)
+
+
+def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int], shape: ModelShape) -> None:
+    """Zero removed hidden channels of what an embedding or a linear (output, bias) gives to the residual stream."""
+    mask = _mask(module, hidden, shape.hidden_size)
+
+    def hook(_: Any, __: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return tuple(None if part is None else part * mask for part in out)
+        return out * mask
+
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+def _norms(block: Any) -> Iterator[Any]:
+    """The modules that hold a block's two norms: Transformer Engine fuses them into the linear that follows."""
+    for norm, linear in (
+        (block.input_layernorm, block.self_attention.linear_qkv),
+        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
+    ):
+        yield linear if hasattr(linear, "layer_norm_weight") else norm
+
+
+def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
+    """Let an RMSNorm over channels of which only ``share`` are not zero be one over those alone."""
+    gain = norm.layer_norm_weight if hasattr(norm, "layer_norm_weight") else norm.weight
+    whole, eps = gain.detach().clone(), norm.eps
+    centred = int(bool(getattr(norm, "zero_centered_gamma", False)))  # the gain is 1 + the weight then
+    gain.copy_((whole + centred) * math.sqrt(share) - centred)
+    norm.eps = eps * share
+
+    def restore() -> None:
+        gain.copy_(whole)
+        norm.eps = eps
+
+    stack.callback(restore)

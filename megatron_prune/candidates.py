@@ -1,0 +1,139 @@
+"""Candidates: what a method offers where the loss of the model is to decide, and ``candidates.json``.
+
+A candidate is a selection: layers, hidden channels, heads and FFN channels that stay. Its score is the
+parent's mean loss on the calibration windows with only that running, kept in the statistics under
+the selection's key; so a score made for one plan serves every other that asks about the same selection.
+
+``candidates.json`` is the question that ``plan`` leaves for ``calibrate --score``: method, settings and
+target shapes. The selections follow from them and the statistics, and are made again by whoever reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts, methods
+from megatron_prune.calibrate.statistics import Score, Statistics, StatisticsError
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import PlanError
+from megatron_prune.methods import Method, Request, Selection
+
+VERSION = 1
+FILE = "candidates.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the choices between which the loss of the model decides."""
+
+    source: ModelShape
+    target: ModelShape
+    selection: Selection
+
+    @property
+    def label(self) -> str:
+        """What it removes or leaves, in words."""
+        kept, shape = self.selection, self.target
+        if kept.hidden is kept.heads is kept.ffn is None:
+            return f"without layers {_ranges(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
+        return (
+            f"hidden {shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups, "
+            f"FFN {shape.ffn_hidden_size}"
+        )
+
+    def scoring_flops(self, seq_length: int) -> int:
+        """FLOPs of one sequence through it: layers are skipped, but channels are only masked."""
+        return replace(self.source, num_layers=self.target.num_layers).forward_flops(seq_length)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of these shapes, and which of a method's selections for them, loses least?"""
+
+    method: str
+    settings: Mapping[str, Any]
+    source: ModelShape
+    targets: tuple[ModelShape, ...]
+    parent: str  # fingerprint
+    seed: int | None = None
+
+    def candidates(self, statistics: Statistics | None) -> list[Candidate]:
+        """What the method offers, in order; one candidate where nothing competes.
+
+        Raises StatisticsError when it needs statistics that are absent or of another parent.
+        """
+        method = methods.get(self.method)
+        if statistics is None and uses_statistics(method, self.settings):
+            raise StatisticsError(f"{self.method} needs statistics: run calibrate and give --statistics")
+        if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
+            raise StatisticsError(
+                f"the statistics are of another parent (fingerprint {statistics.parent}, not {self.parent}): "
+                "calibrate this one"
+            )
+        tensors = {key: statistics.tensors[key] for key in method.needs(self.settings)} if statistics else {}
+        return [
+            Candidate(self.source, target, selection)
+            for target in self.targets
+            for selection in method.candidates(Request(self.source, target, tensors, self.settings, self.seed))
+        ]
+
+    def write(self, path: str | Path, statistics: Statistics) -> list[Candidate]:
+        """Write ``candidates.json`` atomically; the candidates that still have no score."""
+        found = self.candidates(statistics)
+        content = {
+            "version": VERSION,
+            **asdict(self),
+            "statistics": statistics.hash,
+            "candidates": [{"candidate": c.label, "key": c.selection.key} for c in found],
+        }
+        artifacts.write_json(path, content)
+        return unscored(found, statistics)
+
+
+def read(path: str | Path) -> tuple[Question, str]:
+    """A ``candidates.json`` and the hash of the statistics that it is about; PlanError where it is damaged."""
+    content = artifacts.read_json(path)
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise PlanError(f"{path} is not a list of candidates of version {VERSION}")
+    try:
+        fields = {key: content[key] for key in Question.__dataclass_fields__}
+        shapes = {
+            "source": ModelShape(**fields["source"]),
+            "targets": tuple(ModelShape(**target) for target in fields["targets"]),
+        }
+        return Question(**{**fields, **shapes}), content["statistics"]
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{path} is damaged: {error!r}") from error
+
+
+def uses_statistics(method: Method, settings: Mapping[str, Any]) -> bool:
+    """True where the method reads activations or scores, which both lie in the statistics."""
+    return bool(method.needs(settings)) or method.needs_scores(settings)
+
+
+def unscored(found: Sequence[Candidate], statistics: Statistics) -> list[Candidate]:
+    """The candidates that the model has not been run with on the windows of ``statistics``."""
+    return [candidate for candidate in found if candidate.selection.key not in statistics.scores]
+
+
+def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
+    """``statistics`` and the losses of these candidates."""
+    scores = {
+        candidate.selection.key: Score(candidate.label, loss)
+        for candidate, loss in zip(found, losses, strict=True)
+    }
+    return replace(statistics, scores={**statistics.scores, **scores})
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` → ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
