@@ -85,6 +85,21 @@ def test_refuses_documents_of_the_training_text(prefixes, tmp_path: Path) -> Non
         check(prefixes | {"calibration": str(tmp_path / "leak")}, tmp_path)
 
 
+def test_refuses_near_copies_of_the_training_text_when_asked_to(prefixes, tmp_path: Path) -> None:
+    corpus = indexed.open_indexed(prefixes["train"])
+    builder = IndexedDatasetBuilder(str(tmp_path / "near.bin"), dtype=np.uint16)
+    for number in range(40):
+        document = torch.from_numpy(corpus[number].astype(np.int64))
+        document[50] = (document[50] + 1) % made_up.VOCABULARY
+        builder.add_document(document, [100])
+    builder.finalize(str(tmp_path / "near.idx"))
+    data: dict[str, Any] = prefixes | {"calibration": str(tmp_path / "near")}
+    check(data, tmp_path)
+    check(data | {"max_near_duplicates": 1.0}, tmp_path)
+    with pytest.raises(DataError, match="0 are in train .* and 40 nearly so"):
+        check(data | {"max_near_duplicates": 0.01}, tmp_path)
+
+
 def test_refuses_tokens_that_the_model_has_no_embedding_for(prefixes, tmp_path: Path) -> None:
     arguments = made_up.SHAPE_FLAGS | {"padded-vocab-size": 64}
     with pytest.raises(DataError, match="vocabulary ends at 63"):
