@@ -132,6 +132,116 @@ def test_random_cuts_depth_and_width_at_once() -> None:
     assert choose(SMALL, "random", "--ratio", "0.5", "--divisible-by", "8", axis="width").num_layers == 6
 
 
+# -- shapes that compete -----------------------------------------------------------------------------
+
+
+def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
+    parser = argparse.ArgumentParser()
+    targets.add_arguments(parser)
+    search = methods.get("minitron-width").search({"search": axes.split(), "max_candidates": None})
+    assert search is not None
+    return targets.from_arguments(parser.parse_args(flags), tp).near(source, search)
+
+
+# Hidden/FFN of the paper's candidates for Llama-3.1-8B, 32 heads each. Its percentages are names.
+PAPER = {
+    "62.5%": [(2176, 7168), (2304, 6656), (2432, 6144), (2560, 6400), (2688, 5888)],
+    "75%": [(1664, 6656), (1792, 6016), (1920, 5248), (2048, 4480)],
+    "81.3%": [(1408, 5632), (1536, 4736), (1664, 3840)],
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_search_offers_the_papers_candidates(name: str) -> None:
+    shapes = [replace(LLAMA_8B, hidden_size=hidden, ffn_hidden_size=ffn) for hidden, ffn in PAPER[name]]
+    counts = [shape.parameters() for shape in shapes]
+    if name == "62.5%":
+        assert (round(min(counts) / 1e9, 2), round(max(counts) / 1e9, 2)) == (2.77, 3.09)
+    if name == "81.3%":
+        removed = [1 - count / LLAMA_8B.parameters() for count in counts]
+        assert 0.801 <= min(removed) and max(removed) <= 0.803
+    middle = (min(counts) + max(counts)) // 2
+    tolerance = str((max(counts) - min(counts)) / 2 / middle + 1e-6)
+    flags = ["--target-params", str(middle), "--tolerance", tolerance, "--divisible-by", "128"]
+    found = near(LLAMA_8B, "hidden ffn", *flags)
+    assert set(shapes) <= set(found)
+    assert all(min(counts) <= shape.parameters() <= max(counts) for shape in found)
+    assert all(shape.hidden_size % 128 == shape.ffn_hidden_size % 128 == 0 for shape in found)
+    assert {shape.num_attention_heads for shape in found} == {32}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    ratio=st.floats(0.2, 0.8),
+    ratio_of=st.sampled_from(["linears", "all"]),
+    axes=st.sampled_from(["ffn", "hidden ffn", "hidden heads", "ffn heads", "ffn groups", "hidden ffn heads groups"]),
+    tp=st.sampled_from([1, 2, 3]),
+    source=st.sampled_from([SMALL, MHA]),
+)
+def test_search_finds_every_shape_within_the_tolerance(
+    ratio: float, ratio_of: str, axes: str, tp: int, source: ModelShape
+) -> None:
+    def count(shape: ModelShape) -> int:
+        return shape.linear_parameters() if ratio_of == "linears" else shape.parameters()
+
+    def sizes(axis: str, whole: int, step: int = 1) -> list[int]:
+        return [n for n in range(1, whole + 1) if n == whole or (axis in axes and n % step == 0)]
+
+    goal, expected = (1 - ratio) * count(source), set()
+    groups_axis = "heads" if source is MHA and "heads" in axes else "groups"
+    for hidden in sizes("hidden", source.hidden_size, 8):
+        for groups in sizes(groups_axis, source.num_query_groups):
+            for per_group in sizes("heads", source.heads_per_group):
+                for ffn in sizes("ffn", source.ffn_hidden_size, 8):
+                    heads = groups * per_group
+                    if heads % tp or ffn % tp or (groups % tp and tp % groups):
+                        continue  # heads are of 8 channels, so --divisible-by 8 allows any number
+                    shape = replace(
+                        source, hidden_size=hidden, num_query_groups=groups, num_attention_heads=heads,
+                        ffn_hidden_size=ffn,
+                    )  # fmt: skip
+                    if shape != source and abs(count(shape) / goal - 1) <= 0.02:
+                        expected.add(shape)
+    flags = ["--ratio", repr(ratio), "--ratio-of", ratio_of, "--divisible-by", "8"]
+    if not expected:
+        with pytest.raises(UsageError, match="the nearest is hidden"):
+            near(source, axes, *flags, tp=tp)
+        return
+    found = near(source, axes, *flags, tp=tp)
+    assert set(found) == expected and len(found) == len(expected)
+
+
+def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> None:
+    flags = ["--ratio", "0.5", "--divisible-by", "4"]
+    found = near(SMALL, "hidden ffn", *flags)
+    assert found[0] == choose(SMALL, "minitron-width", *flags)
+    first = {}
+    for place, shape in enumerate(found):
+        first.setdefault(shape.hidden_size, place)
+    # The nearest FFN size of every hidden size comes before anybody's second.
+    assert sorted(first.values()) == list(range(len(first)))
+
+
+@pytest.mark.parametrize(
+    ("source", "axes", "flags", "message"),
+    [
+        (SMALL, "hidden", ["--target-hidden-size", "64"], "--search: given with an explicit shape"),
+        (replace(SMALL, norm_bias=True), "hidden", ["--ratio", "0.5"], "--search: given hidden.*LayerNorm"),
+        (SMALL, "heads", ["--ratio", "0.9", "--divisible-by", "8"], "given 0.9.*the nearest is hidden 96, FFN 192"),
+        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: given 99999999, allowed is fewer"),
+    ],
+)
+def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        near(source, axes, *flags)
+
+
+@pytest.mark.parametrize(("limit", "search"), [(4, None), (0, ["ffn"])])
+def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: list[str] | None) -> None:
+    with pytest.raises(UsageError, match=f"--max-candidates: given {limit}"):
+        methods.get("minitron-width").search({"search": search, "max_candidates": limit})
+
+
 REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ("shortgpt", [], {}, "exactly one of --ratio, --target-params"),
     ("shortgpt", ["--ratio", "0.5", "--target-num-layers", "3"], {}, "exactly one of"),

@@ -237,6 +237,7 @@ def score(args: argparse.Namespace, asked: Asked) -> Statistics:
     parent = open_checkpoint(directory(args))
     if parent.fingerprint() != found.parent:
         raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
+    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
     if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
             "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import plan
+from megatron_prune import apply, artifacts, candidates, plan
 from megatron_prune.calibrate import statistics as statistics_file
+from megatron_prune.calibrate.statistics import Statistics
+from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 
 SEQUENCES, LENGTH, LAYERS = 5, 64, 4
@@ -101,3 +105,176 @@ def test_depth_scores_are_the_losses_without_those_layers(
     assert made.kept_layers == tuple(i for i in range(LAYERS) if i not in (best, best + 1))
     assert made.chosen == best and [row.loss for row in made.candidates] == list(found.values())
     assert f"without layers {best}-{best + 1}" in shown and "candidates: 3" in shown
+
+
+AXES = ["hidden", "ffn", "heads", "groups"]
+SEARCH = ["--method", "minitron-width", "--search", *AXES, "--ratio", "0.4", "--tolerance", "0.1"]
+
+
+def applied_losses(verbs: Verbs, found: Statistics, offered: list[candidates.Candidate]) -> list[float]:
+    """Losses of checkpoints that are really cut, by ``evaluate`` on the same windows."""
+    parent, losses = open_checkpoint(verbs.parent), []
+    for number, candidate in enumerate(offered):
+        kept = candidate.selection
+        made = plan.PruningPlan(
+            "minitron-width", {}, None, None, "linears", parent.shape, candidate.target, found.parent,
+            kept.layers, kept.hidden, kept.heads, kept.ffn,
+        )  # fmt: skip
+        save, scores = verbs.folder / f"cut-{number}", verbs.folder / f"cut-{number}.json"
+        apply.apply_plan(verbs.parent, made, save)
+        text = ["--data-path", verbs.corpus, "--seq-length", LENGTH, "--windows", SEQUENCES]
+        verbs.job(["evaluate", "--load", save, "--use-checkpoint-args", *text, "--output", scores]).ok()
+        (corpus,) = artifacts.read_json(scores)["corpora"].values()
+        losses.append(corpus["loss"])
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        ("llama-gqa", ["tp1", "tp2", "pp2", "dp2", "tp2pp2"]),
+        ("llama-mha-tied", ["tp1", "tp2", "pp2"]),
+        ("llama-gqa-tied-rope", ["tp2pp2"]),
+    ],
+)
+def test_width_scores_are_those_of_checkpoints_that_are_cut(
+    job: Callable[..., Any],
+    tiny_hf: Callable[..., Path],
+    tiny_corpus: Path,
+    tmp_path: Path,
+    model: str,
+    layouts: list[str],
+) -> None:
+    import_hf(tiny_hf(model, layers=2), tmp_path / "parent")
+    verbs = Verbs(job, tmp_path / "parent", tiny_corpus, tmp_path)
+    verbs.calibrate()
+    choice = [*SEARCH, "--max-candidates", 7, "--tensor-model-parallel-size", 2]
+    assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES
+    question, _ = candidates.read(tmp_path / "candidates.json")
+    unscored = statistics_file.read(verbs.statistics)
+    offered = question.candidates(unscored)
+    assert len(offered) == 7 and len({c.target.num_attention_heads for c in offered}) > 1
+    assert all(c.selection.hidden is not None for c in offered[:3])
+    expected = applied_losses(verbs, unscored, offered)
+
+    for layout in layouts:
+        nproc, flags = LAYOUTS[layout]
+        output = tmp_path / f"{layout}.safetensors"
+        verbs.score(*flags, "--output", output, nproc=nproc).ok()
+        found = statistics_file.read(output)
+        scores = [found.scores[c.selection.key] for c in offered]
+        assert [score.loss for score in scores] == pytest.approx(expected, abs=2e-5)
+        assert [score.candidate for score in scores] == [c.label for c in offered]
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in unscored.tensors.items())
+    assert not statistics_file.read(verbs.statistics).scores  # --output left it alone
+    assert max(expected) - min(expected) > 1e-3, "candidates that cost the same show nothing"
+
+    verbs.statistics = output
+    shown = verbs.make(*choice).ok().output
+    made = plan.read(verbs.plan)
+    best = int(np.argmin(expected))
+    assert (made.chosen, made.target) == (best, offered[best].target)
+    assert made.kept_ffn == offered[best].selection.ffn and "candidates: 7" in shown
+
+
+def test_masked_width_is_transformers_sliced_model(verbs: Verbs, tiny_corpus: Path, tmp_path: Path) -> None:
+    """The loss that scoring finds for the chosen shape, against the exported cut in float64."""
+    import transformers
+
+    verbs.calibrate()
+    choice = ["--method", "minitron-width", "--search", "hidden", "ffn", "--ratio", "0.5", "--divisible-by", "12"]
+    assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES
+    verbs.score().ok()
+    verbs.make(*choice).ok()
+    made = plan.read(verbs.plan)
+    assert made.chosen is not None and made.target.hidden_size < 96
+    apply.apply_plan(verbs.parent, made, tmp_path / "cut")
+    export_hf(tmp_path / "cut", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
+    assert made.candidates[made.chosen].loss == pytest.approx(hf_loss(model, tiny_corpus), rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2pp2"])
+@pytest.mark.parametrize(
+    "choice", [["--method", "minitron-depth", "--target-num-layers", "3"], [*SEARCH, "--max-candidates", "3"]]
+)
+def test_prune_does_the_three_steps_in_one_load(
+    verbs: Verbs, job: Callable[..., Any], tmp_path: Path, choice: list[str], layout: str
+) -> None:
+    nproc, flags = LAYOUTS[layout]
+    text = ["--calibration-data-path", verbs.corpus, *TEXT]
+    words = ["prune", *verbs.load, *text, "--save", tmp_path / "cut", "--divisible-by", "4", *choice, *flags]
+    output = job(words, nproc=nproc).ok().output
+    assert output.count("successfully loaded checkpoint") == 1
+    verbs.calibrate()
+    tp = ["--tensor-model-parallel-size", "2"] if layout == "tp2pp2" else []
+    verbs.make(*choice, *tp)
+    verbs.score().ok()
+    verbs.make(*choice, *tp).ok()
+    by_hand, found = plan.read(verbs.plan), plan.read(tmp_path / "cut" / "pruning" / "plan.json")
+    assert (found.chosen, found.target, found.kept_layers) == (by_hand.chosen, by_hand.target, by_hand.kept_layers)
+    assert found.kept_ffn == by_hand.kept_ffn and found.kept_hidden == by_hand.kept_hidden
+    expected = [row.loss for row in by_hand.candidates]
+    assert [row.loss for row in found.candidates] == pytest.approx(expected, rel=2e-6)
+    pruned = open_checkpoint(tmp_path / "cut")
+    assert pruned.shape == found.target
+    assert found.calibration is not None
+    spent = found.calibration["flops"] + found.calibration["scoring"]["flops"]
+    assert pruned.pruning[-1]["flops"] == spent > found.calibration["flops"]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
+    """What scoring does under Transformer Engine, where linears hold the gain of the norm before them."""
+    import contextlib
+    from types import SimpleNamespace
+
+    from megatron_prune.calibrate import scoring
+
+    torch.manual_seed(0)
+    x, gain = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    kept = [0, 2, 3, 7]
+    zeros = torch.zeros_like(x)
+    zeros[:, kept] = x[:, kept]
+    linear = SimpleNamespace(layer_norm_weight=gain - int(centred), eps=0.1, zero_centered_gamma=centred)
+    before = linear.layer_norm_weight.clone()
+    with contextlib.ExitStack() as stack:
+        scoring._narrow(stack, linear, 0.5)
+        weight = linear.layer_norm_weight + int(centred)
+        found = torch.nn.functional.rms_norm(zeros, (8,), weight, linear.eps)
+    expected = torch.nn.functional.rms_norm(x[:, kept], (4,), gain[kept], 0.1)
+    torch.testing.assert_close(found[:, kept], expected)
+    assert linear.eps == 0.1 and torch.equal(linear.layer_norm_weight, before)
+
+
+def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
+    verbs: Verbs, tiny_hf: Callable[..., Path], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    verbs.calibrate("--calibration-sampling", "random", "--seed", 3)
+    assert verbs.make("--method", "minitron-depth", "--target-num-layers", "3").returncode == EXIT_NEEDS_SCORES
+    assert "scored 4 candidates" in verbs.score().ok().output
+    first = statistics_file.read(verbs.statistics).scores
+    assert "scored 0 candidates" in verbs.score().ok().output
+    assert statistics_file.read(verbs.statistics).scores == first
+    assert verbs.make("--method", "minitron-depth", "--target-num-layers", "2").returncode == EXIT_NEEDS_SCORES
+    assert "scored 3 candidates" in verbs.score().ok().output
+    assert len(statistics_file.read(verbs.statistics).scores) == 7
+
+    import_hf(tiny_hf("llama-gqa", layers=LAYERS, seed=1), tmp_path / "other")
+    (tmp_path / "broken.json").write_text('{"version": 1}')
+    for more, message in (
+        (["--calibration-sequences", 3], "--calibration-sequences: given with --score"),
+        (["--bf16"], "--bf16, --fp16: given bfloat16, allowed is float32"),
+        (["--load", tmp_path / "other"], "--load: given .*other, allowed is the parent that --statistics are of"),
+        (["--calibration-data-path", tmp_path / "nowhere"], "nowhere.bin does not exist"),
+        (["--output", "x.pt"], "--output: given x.pt"),
+        (["--score", tmp_path / "broken.json"], "broken.json is damaged: KeyError"),
+    ):
+        finished = verbs.score(*more)
+        assert finished.returncode == 2, finished.output[-3000:]
+        assert re.search("megatron_prune calibrate: .*" + message, finished.output), finished.output[-3000:]
+    lonely = verbs.job(["calibrate", *verbs.load, "--score", tmp_path / "candidates.json"])
+    assert lonely.returncode == 2 and "--score, --statistics: given one of them" in lonely.output
+    verbs.calibrate()  # other windows: other statistics under the same name
+    stale = verbs.score()
+    assert stale.returncode == 2 and "the statistics that --score was written for" in stale.output
