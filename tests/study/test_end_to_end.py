@@ -78,7 +78,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     content = made_up.mapping(
         prefixes,
         parent={"pretrain": {"tokens": 19_200, "arguments": ARGUMENTS}},
-        methods=[{"name": "shortgpt"}],
+        methods=[{"name": "minitron-depth"}],
         budgets=[12_800],
         launch={"parallel_cells": 2, "threads": 1},
     )
@@ -93,7 +93,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     ]  # fmt: skip
     assert output.count("One seed: no interval.") == 2
 
-    pruned = "pruned-shortgpt-r50-s1-t12800"
+    pruned = "pruned-minitron-depth-r50-s1-t12800"
     kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=56)  # inside a cell, after a save
     kill_when(tmp_path / "killed", "ledger.jsonl", lines=3)  # between cells: the prunings are finished
     kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=56)
@@ -102,7 +102,8 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     for cell in ("parent", pruned):
         assert losses(tmp_path / "killed", cell) == losses(tmp_path / "whole", cell)
         account = json.loads(Places(tmp_path / "killed/runs/made-up").account(cell).read_text())
-        assert account["replayed"] and account["replayed"][0][0] == 51
+        # From the step after a save: the first one, unless a busy machine let the kill come late.
+        assert account["replayed"] and account["replayed"][0][0] % 50 == 1
 
     rows = json.loads((tmp_path / "killed/runs/made-up/report/results.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["parent", "pruned", "scratch", "pruned", "scratch"]

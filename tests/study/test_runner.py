@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune import plan
 from megatron_prune.errors import RunError, UsageError
+from megatron_prune.study import results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
 from tests.study import made_up
@@ -79,6 +81,45 @@ def test_shared_work_is_done_once(tmp_path: Path, prefixes, monkeypatch) -> None
     # Parent; two pruned; one scratch at equal training for both; two at equal total, since only
     # shortgpt has read calibration tokens (5% of the total here).
     assert stages.count("pretrain") == 6
+
+
+def test_candidates_are_scored_in_a_study_and_depth_methods_share_scratch(
+    tmp_path: Path, prefixes, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    methods = [{"name": "shortgpt"}, {"name": "minitron-depth"}]
+    launcher = made_up.FakeLauncher()
+    places = made_up.run(made_up.study(prefixes, methods=methods), Path("runs"), launcher)
+    stages = [command.stage for command in launcher.commands]
+    assert [stages.count(stage) for stage in ("calibrate", "candidates", "score", "plan", "apply")] == [1, 1, 1, 2, 2]
+    assert stages.count("pretrain") == 5  # parent, two pruned, one scratch a setting
+    score = next(command for command in launcher.commands if command.stage == "score")
+    assert score.words[3] == "calibrate" and "--calibration-data-path" not in score.words
+    record = ledger(places)["pruning-minitron-depth-r50-s1"]
+    made = plan.read(places.cell("pruning-minitron-depth-r50-s1") / "plan.json")
+    assert len(made.candidates) == 3 and made.calibration is not None
+    assert record["flops"] == made.calibration["scoring"]["flops"] > 0
+    rows = [row for row in results.collect(places).rows if row["arm"] == "pruned"]
+    by_method = {row["method"]: row["flops_total"] for row in rows if row["setting"] == "equal-training"}
+    assert by_method["minitron-depth"] == by_method["shortgpt"] + record["flops"]
+
+
+def test_a_search_gives_its_shape_to_scratch_and_survives_kills(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"search": ["hidden", "ffn"], "max-candidates": 4, "divisible-by": 8, "tolerance": 0.2}
+    study = made_up.study(prefixes, methods=[{"name": "minitron-width", "settings": settings}])
+    expected = ledger(made_up.run(study, Path("whole"), made_up.FakeLauncher()))
+    while True:
+        try:
+            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
+        except made_up.Killed:
+            continue
+        break
+    assert ledger(places) == expected
+    pruning = expected["pruning-minitron-width-r50-s1"]
+    assert f"scratch-{pruning['shape']}-equal-training-t1280-s1" in expected
+    table = plan.read(places.cell("pruning-minitron-width-r50-s1") / "plan.json").candidates
+    assert len(table) == 4 and len({row.candidate for row in table}) == 4
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, monkeypatch) -> None:
