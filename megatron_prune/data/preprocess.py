@@ -9,6 +9,7 @@ run was killed: the inputs that it had finished are not tokenized again.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import multiprocessing
 import os
@@ -96,7 +97,16 @@ def preprocess(
     with Parts(Path(output_prefix).absolute()) as parts:
         finished = parts.keep(keys)
         todo = {key: source for key, source in zip(keys, sources, strict=True) if key not in finished}
-        _tokenize(parts, todo, encoder, workers, progress)
+        try:
+            _tokenize(parts, todo, encoder, workers, progress)
+            merged = parts.merge(keys, encoder.dtype)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"no space left while writing {output_prefix}: the inputs that were finished are kept; free some space "
+                "(the merge needs the corpus's size once more) and run the same command again"
+            ) from error
         manifests = [parts.manifest(key) for key in keys]
         total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
         empty = sum(found["empty"] for found in manifests)
@@ -119,7 +129,7 @@ def preprocess(
             **total,
             "empty_documents": empty,
             "dtype": encoder.dtype,
-            "bin_sha256": parts.merge(keys, encoder.dtype),
+            "bin_sha256": merged,
             "inputs": [source.describe() for source in sources],
             "versions": artifacts.versions(),
         }

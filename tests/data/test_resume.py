@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -18,7 +19,7 @@ from megatron_prune.data import preprocess as module
 from megatron_prune.data.parts import Parts
 from megatron_prune.data.preprocess import preprocess
 from megatron_prune.data.tokenizers import load_tokenizer
-from megatron_prune.errors import DataError
+from megatron_prune.errors import DataError, RunError
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,10 @@ print(made.resumed, flush=True)
 """
 
 
+def finished(prefix):
+    return len(list(prefix.parent.glob(f".{prefix.name}.corpus{PARTIAL}parts/*.json")))
+
+
 def test_killed_at_random_and_resumed_gives_the_same_bytes(tmp_path, inputs, tokenizer, tiny_tokenizer):
     (tmp_path / "expected").mkdir()
     (tmp_path / "out").mkdir()
@@ -64,21 +69,22 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(tmp_path, inputs, tok
     chance = random.Random(5)
     prefix, kept, done = tmp_path / "out" / "P", 0, 0
     for attempt in itertools.count():
-        arguments = ["0.01", tiny_tokenizer, prefix, [2, 1, 3, 1][attempt], *inputs]
+        arguments = ["0.03", tiny_tokenizer, prefix, [2, 1, 3, 1][attempt], *inputs]
         command = [sys.executable, "-c", SLOW, *map(str, arguments)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
             assert run.stdout is not None and run.stdout.readline() == "go\n"
             if attempt < 3:
-                time.sleep(chance.uniform(0.0, 0.25))
+                while run.poll() is None and finished(prefix) <= kept:
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0.0, 0.05))
                 run.send_signal(signal.SIGKILL)
             rest = run.stdout.read().split()
         if rest:
             done = int(rest[0])
             break
-        assert not any(Path(f"{prefix}{suffix}").exists() for suffix in SUFFIXES) 
-        finished = len(list(prefix.parent.glob(f".P.corpus{PARTIAL}parts/*.json")))
-        assert finished >= kept, "finished inputs are kept"
-        kept = finished
+        assert not any(Path(f"{prefix}{suffix}").exists() for suffix in SUFFIXES)
+        assert finished(prefix) > kept, "finished inputs are kept"
+        kept = finished(prefix)
     assert done == kept > 0
     assert hashes(prefix) == hashes(tmp_path / "expected" / "P")
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["P.bin", "P.idx", "P.json"]
@@ -133,6 +139,16 @@ def test_a_broken_input_does_not_cost_the_others(tmp_path, inputs, tokenizer):
     assert preprocess(inputs, tmp_path / "P", tokenizer).resumed == 4
     preprocess(inputs, tmp_path / "Q", tokenizer)
     assert hashes(tmp_path / "P") == hashes(tmp_path / "Q")
+
+
+def test_a_full_disk_is_explained_and_costs_nothing(tmp_path, inputs, tokenizer, monkeypatch):
+    def full(self, keys):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="no space left while writing .*are kept"):
+        patch.setattr(Parts, "_join", full)
+        preprocess(inputs, tmp_path / "P", tokenizer)
+    assert preprocess(inputs, tmp_path / "P", tokenizer).resumed == len(inputs)
 
 
 def test_two_runs_to_one_prefix_are_refused(tmp_path, inputs, tiny_tokenizer):
