@@ -76,7 +76,7 @@ class PruningPlan:
                 )
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
-        if self.candidates and not 0 <= (self.chosen or 0) < len(self.candidates):
+        if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
             raise PlanError(f"plan: candidate {self.chosen} was chosen of {len(self.candidates)}")
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
             groups = {h // source.heads_per_group for h in heads}

@@ -42,14 +42,10 @@ class Choice:
     target: targets.Target
     seed: int | None
 
-    def make(self, parent: Checkpoint, statistics: statistics_file.Statistics | None) -> plan.PruningPlan:
-        """The plan for ``parent``."""
-        return plan.make(
-            self.question(parent),
-            ratio=self.target.ratio,
-            ratio_of=self.target.ratio_of,
-            statistics=statistics,
-        )
+    def make(self, question: Question, statistics: statistics_file.Statistics | None) -> plan.PruningPlan:
+        """The plan that answers ``question``."""
+        ratio, ratio_of = self.target.ratio, self.target.ratio_of
+        return plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
 
     def question(self, parent: Checkpoint) -> Question:
         """What is asked about ``parent``."""
@@ -168,9 +164,9 @@ def main(argv: list[str]) -> int:
         statistics = statistics_file.merge([statistics_file.read(path) for path in options.statistics])
     if choice.needs_scores:
         assert statistics is not None
-        if len(unscored(question.candidates(statistics), statistics)):
+        if unscored(question.candidates(statistics), statistics):
             return _ask(question, statistics, options)
-    made = choice.make(parent, statistics)
+    made = choice.make(question, statistics)
     made.write(options.output)
     show(made)
     print(f"wrote {Path(options.output)}")
@@ -264,7 +260,11 @@ def show(made: plan.PruningPlan, console: Console | None = None) -> None:
 
 def _show_candidates(made: plan.PruningPlan, console: Console) -> None:
     """The candidates, the best first."""
-    table = Table(title=f"candidates: {len(made.candidates)}, by the loss without what they remove")
+    search = methods.get(made.method).search(made.settings)
+    # The shapes beyond the limit were never looked at, which a reader should know.
+    full = search is not None and len(made.candidates) == search.max_candidates
+    limit = " (as many as --max-candidates allows)" if full else ""
+    table = Table(title=f"candidates: {len(made.candidates)}{limit}, by the loss without what they remove")
     table.add_column("")
     table.add_column("candidate")
     for column in ("parameters", "loss", "above the best"):

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         statistics = calibrate.gather(args, question.candidates if choice.needs_scores else None)
     if args.rank != 0:
         return 0
-    made = choice.make(parent, statistics)
+    made = choice.make(question, statistics)
     plan_command.show(made)
     files = {f"{FOLDER}/plan.json": made.file()}
     if statistics is not None:

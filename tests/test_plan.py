@@ -15,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_prune import plan, plan_command
+from megatron_prune import candidates, plan, plan_command
+from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.statistics import Statistics, StatisticsError, tensor_shapes
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.errors import PlanError, UsageError
+from megatron_prune.errors import EXIT_NEEDS_SCORES, PlanError, UsageError
 
 SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
@@ -136,6 +137,87 @@ def test_table_says_what_changes_and_lists_near_ties() -> None:
     assert row.split("│")[2:6] and [cell.strip() for cell in row.split("│")[2:6]] == ["2", "–", "7", "8"]
 
 
+# -- candidates -----------------------------------------------------------------------------------
+
+
+def depth(*losses: float, settings: dict[str, Any] | None = None) -> plan.PruningPlan:
+    """minitron-depth's plan for two of four layers, where its three candidates lose that much."""
+    question = Question("minitron-depth", settings or {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    found = statistics()
+    scored = candidates.with_scores(found, question.candidates(found), losses)
+    return plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
+
+
+def test_the_lowest_loss_is_chosen_and_the_table_kept(tmp_path: Path) -> None:
+    made = depth(3.0, 2.5, 4.0)
+    assert (made.kept_layers, made.chosen, made.near_ties) == ((0, 3), 1, ())
+    assert [(row.candidate, row.loss) for row in made.candidates] == [
+        ("without layers 0-1", 3.0), ("without layers 1-2", 2.5), ("without layers 2-3", 4.0)
+    ]  # fmt: skip
+    assert made.candidates[0].parameters == replace(SOURCE, num_layers=2).parameters()
+    made.write(tmp_path / "plan.json")
+    assert plan.read(tmp_path / "plan.json") == made
+    shown = io.StringIO()
+    plan_command.show(made, Console(file=shown, width=110))
+    assert "removed layers: 1, 2" in shown.getvalue()
+    (row,) = (line for line in shown.getvalue().splitlines() if "without layers 2-3" in line)
+    assert "4.00000" in row and "1.50000" in row
+
+
+def test_between_equal_losses_the_lower_start_is_chosen_and_near_ones_are_listed() -> None:
+    made = depth(3.0, 2.5, 2.5)
+    assert made.chosen == 1
+    (tie,) = made.near_ties
+    assert (tie.unit, tie.kept, tie.removed, tie.kept_score, tie.removed_score) == ("candidate", 1, 2, 2.5, 2.5)
+    assert depth(2.5 * (1 + 5e-6), 2.5, 3.0).near_ties and not depth(2.5 * (1 + 2e-5), 2.5, 3.0).near_ties
+
+
+def test_scoring_counts_in_the_plan() -> None:
+    found = statistics()
+    calibration = depth(3.0, 2.5, 4.0).calibration
+    assert calibration is not None and calibration["flops"] == 3 * SOURCE.forward_flops(5)
+    half = replace(SOURCE, num_layers=2)
+    assert calibration["scoring"] == {"candidates": 3, "flops": 3 * found.sequences * half.forward_flops(5)}
+
+
+def test_a_plan_without_scores_is_refused() -> None:
+    question = Question("minitron-depth", {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    with pytest.raises(StatisticsError, match="minitron-depth: 3 of 3 candidates have no score"):
+        plan.make(question, ratio=0.5, ratio_of="linears", statistics=statistics())
+    with pytest.raises(StatisticsError, match="minitron-depth needs statistics"):
+        plan.make(question, ratio=0.5, ratio_of="linears")
+    with pytest.raises(PlanError, match="candidate 3 was chosen of 3"):
+        replace(depth(3.0, 2.5, 4.0), chosen=3)
+    with pytest.raises(PlanError, match="candidate None was chosen of 3"):
+        replace(depth(3.0, 2.5, 4.0), chosen=None)
+
+
+def test_a_table_as_long_as_it_may_be_says_so() -> None:
+    settings = SETTINGS | {"search": ["ffn"], "max_candidates": 2}
+    shapes = tuple(replace(SOURCE, ffn_hidden_size=size) for size in (12, 8))
+    question = Question("minitron-width", settings, SOURCE, shapes, "parent")
+    found = statistics()
+    scored = candidates.with_scores(found, question.candidates(found), [3.0, 2.0])
+    made = plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
+    assert made.target == shapes[1] and made.chosen == 1
+    shown = io.StringIO()
+    plan_command.show(made, Console(file=shown, width=110))
+    assert "candidates: 2 (as many as --max-candidates allows)" in shown.getvalue()
+    assert "hidden 24, 12 heads in 3 groups, FFN 8" in shown.getvalue()
+
+
+def test_a_question_survives_its_file(tmp_path: Path) -> None:
+    question = Question("minitron-depth", {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    found = statistics()
+    missing = question.write(tmp_path / "c.json", found)
+    assert candidates.read(tmp_path / "c.json") == (question, found.hash)
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [row["key"] for row in content["candidates"]] == [c.selection.key for c in missing]
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(PlanError, match="not a list of candidates of version 1"):
+        candidates.read(tmp_path / "c.json")
+
+
 # -- the verb ------------------------------------------------------------------------------------
 
 
@@ -180,6 +262,33 @@ def test_verb_merges_statistics(
     flags = ("--method", "shortgpt", "--target-num-layers", "2")
     found = plan.read(verb("--statistics", parent_statistics, tmp_path / "o.safetensors", *flags))
     assert found.calibration is not None and found.calibration["sequences"] == 6
+
+
+def test_verb_asks_for_scores_and_leaves_no_plan(
+    verb: Callable[..., Path], parent_statistics: Path, tiny_parent: Path, tmp_path: Path, capsys: Any
+) -> None:
+    flags = ["--load", str(tiny_parent), "--output", str(tmp_path / "plan.json"), "--method", "minitron-depth"]
+    flags += ["--ratio", "0.5", "--statistics", str(parent_statistics)]
+    assert plan_command.main(flags) == EXIT_NEEDS_SCORES
+    assert f"calibrate --load {tiny_parent} --use-checkpoint-args --score" in capsys.readouterr().out
+    assert not (tmp_path / "plan.json").exists()
+    parent = open_checkpoint(tiny_parent)
+    other = statistics(parent.shape, parent.fingerprint(), seed=1)
+    other = replace(other, calibrations=({**other.calibrations[0], "windows": [7, 8, 9]},))
+    other.write(tmp_path / "o.safetensors")
+    with pytest.raises(UsageError, match="--statistics: given .* one file, until its candidates are scored"):
+        plan_command.main([*flags, str(tmp_path / "o.safetensors")])
+    # Scores of the same candidates in both files: their mean decides.
+    question, _ = candidates.read(tmp_path / "candidates.json")
+    for path, losses in ((parent_statistics, (3.0, 2.0, 2.9)), (tmp_path / "o.safetensors", (3.0, 4.0, 2.9))):
+        found = statistics_file.read(path)
+        scored = candidates.with_scores(found, question.candidates(found), losses)
+        scored.write(tmp_path / f"scored-{path.name}")
+        assert statistics_file.read(tmp_path / f"scored-{path.name}").scores == scored.scores
+    two = [str(tmp_path / f"scored-{name}") for name in (parent_statistics.name, "o.safetensors")]
+    assert plan_command.main([*flags[:-1], *two]) == 0
+    made = plan.read(tmp_path / "plan.json")
+    assert [row.loss for row in made.candidates] == pytest.approx([3.0, 3.0, 2.9]) and made.chosen == 2
 
 
 def test_verb_draws_by_its_seed(verb: Callable[..., Path]) -> None:

@@ -174,3 +174,11 @@ def test_random_is_uniform_over_heads_groups_and_layers() -> None:
     # Each layer stays in half of the draws, each head in a third: within five standard deviations.
     for counts, p in ((layers, 1 / 2), (heads, 1 / 3)):
         assert np.abs(counts / draws - p).max() < 5 * np.sqrt(p * (1 - p) / draws)
+
+
+def test_minitron_depth_offers_every_run_of_layers_in_order() -> None:
+    request = Request(GQA, replace(GQA, num_layers=3), settings=settings("minitron-depth"))
+    found = methods.get("minitron-depth").candidates(request)
+    assert [selection.layers for selection in found] == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
+    assert all(selection.hidden is selection.heads is selection.ffn is None for selection in found)
+    assert len({selection.key for selection in found}) == 4
