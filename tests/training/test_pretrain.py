@@ -341,3 +341,30 @@ def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpu
     tokenizer = transformers.AutoTokenizer.from_pretrained(back)
     model = transformers.AutoModelForCausalLM.from_pretrained(back)
     assert model(tokenizer("def f():", return_tensors="pt").input_ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("moment", ["directory", "shard", "index", "metadata"])
+def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, tmp_path, job, moment):
+    """SIGKILL as soon as a part of the second save shows; two ranks, so that one may be ahead of the other."""
+    import os
+
+    save = tmp_path / "run"
+    argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), "--save-interval", "2"]
+    folder = save / "iter_0000004"
+    shown = {
+        "directory": folder.exists,
+        "shard": lambda: any(folder.glob("*.distcp")),
+        "index": lambda: (folder / ".metadata").exists(),
+        "metadata": lambda: (folder / "metadata.json").exists(),
+    }[moment]
+    with start(argv, nproc=2, log=tmp_path / "log.txt") as running:
+        while not shown():
+            assert running.returncode is None
+        for rank in running.ranks:
+            os.kill(rank, signal.SIGKILL)
+        assert running.wait(60) != 0
+    assert not _account(save)["complete"]
+    job(argv, nproc=2).ok()
+    # Data-parallel sums differ from the one-process reference in their last bits only.
+    np.testing.assert_allclose(_losses(save), _losses(reference), rtol=2e-5)
+    assert _account(save)["complete"] and len(_losses(save)) == STEPS
