@@ -57,7 +57,9 @@ def main(argv: list[str]) -> int:
     question = choice.question(parent)
     statistics = None
     if choice.needs_statistics:
-        statistics = calibrate.gather(args, question.candidates if choice.needs_scores else None)
+        from megatron_prune.calibrate import run  # imports Megatron, which must be started first
+
+        statistics = run.gather(args, question.candidates if choice.needs_scores else None)
     if args.rank != 0:
         return 0
     made = choice.make(question, statistics)

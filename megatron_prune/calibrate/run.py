@@ -1,0 +1,139 @@
+"""The passes over calibration text: the parent's own, for statistics, and one a candidate, for scores.
+
+``gather`` and ``score`` load the model, run it on the windows that the flags or the statistics say, and
+leave whole results on every rank. Import after ``runtime.start``: Megatron must be ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state as mpu
+
+from megatron_prune import candidates
+from megatron_prune.calibrate import command, scoring
+from megatron_prune.calibrate.hooks import Recorder
+from megatron_prune.calibrate.statistics import Statistics
+from megatron_prune.candidates import Candidate, Question
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data import indexed
+from megatron_prune.data.windows import Windows, windows
+from megatron_prune.engine import forward, runtime
+from megatron_prune.errors import UsageError
+
+
+def gather(
+    args: argparse.Namespace, candidates_of: Callable[[Statistics], list[Candidate]] | None = None
+) -> Statistics:
+    """Run the calibration that ``args`` describe; whole statistics on every rank. Collective.
+
+    ``candidates_of`` says which candidates follow from them, to be scored in the same load of the model.
+    The process group is gone when it returns: what follows may take one rank hours.
+    """
+    _refuse_virtual_stages(args)
+    parent = open_checkpoint(command.directory(args))
+    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
+    chosen = windows(
+        args.calibration_data_path,
+        args.calibration_seq_length,
+        args.calibration_sequences,
+        seed=args.seed if args.calibration_sampling == "random" else None,
+        flag="--calibration-sequences",
+    )
+    model = _load(args)
+    own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    with Recorder(model[0], parent.shape) as recorder:
+        losses = forward.run(model, own)
+        # Every TP rank of the last stage has the same losses.
+        mine = losses if losses is not None and mpu.get_tensor_model_parallel_rank() == 0 else []
+        tensors, loss_sum = recorder.gather(sum(mine) * chosen.seq_length)
+    found = Statistics(
+        tensors=tensors,
+        shape=parent.shape,
+        parent=parent.fingerprint(),
+        seq_length=chosen.seq_length,
+        sequences=len(chosen),
+        loss_sum=loss_sum,
+        calibrations=(_provenance(args, indexed.fingerprint(args.calibration_data_path), chosen.numbers.tolist()),),
+    )
+    if candidates_of is not None:
+        found = _with_losses(model, found, candidates_of(found), chosen)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def score(args: argparse.Namespace, question: Question, found: Statistics) -> Statistics:
+    """``found`` and the losses of the candidates that it has no score for; the same on every rank. Collective."""
+    _refuse_virtual_stages(args)
+    behind = found.calibrations[0]
+    parent = open_checkpoint(command.directory(args))
+    if parent.fingerprint() != found.parent:
+        raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
+    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
+    if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
+        raise UsageError(
+            "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"
+        )
+    if (dtype := _dtype(args)) != behind["params_dtype"]:
+        raise UsageError(
+            "--bf16, --fp16", given=dtype, allowed=behind["params_dtype"],
+            why="scores are compared with one another and with the calibration's loss",
+        )  # fmt: skip
+    missing = candidates.unscored(question.candidates(found), found)
+    if not missing:
+        return found
+    chosen = Windows(args.calibration_data_path, found.seq_length, np.array(behind["windows"]))
+    found = _with_losses(_load(args), found, missing, chosen)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def _refuse_virtual_stages(args: argparse.Namespace) -> None:
+    if args.virtual_pipeline_model_parallel_size is not None:  # not known before Megatron has read the layout
+        raise UsageError(
+            "--pipeline-model-parallel-layout",
+            given=args.pipeline_model_parallel_layout,
+            allowed="one stage a rank with this verb",
+            why="the model is read stage by stage",
+        )
+
+
+def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
+    runtime.initialize(args)
+    return runtime.load_model(args)
+
+
+def _with_losses(
+    model: list[torch.nn.Module], found: Statistics, asked: list[Candidate], chosen: Windows
+) -> Statistics:
+    # Ranks that disagreed about a near-tie would run different models.
+    shared: list[Any] = [asked]
+    torch.distributed.broadcast_object_list(shared)
+    (asked,) = shared
+    losses = scoring.losses(model, found.shape, [candidate.selection for candidate in asked], chosen)
+    return candidates.with_scores(found, asked, losses)
+
+
+def _provenance(args: argparse.Namespace, corpus: str, numbers: list[int]) -> dict[str, Any]:
+    random = args.calibration_sampling == "random"
+    return {
+        "prefix": args.calibration_data_path,
+        "corpus": corpus,
+        "sampling": args.calibration_sampling,
+        "seed": args.seed if random else None,
+        "windows": numbers,
+        "layout": {
+            "tensor_parallel": args.tensor_model_parallel_size,
+            "pipeline_parallel": args.pipeline_model_parallel_size,
+            "data_parallel": args.data_parallel_size,
+        },
+        "params_dtype": _dtype(args),
+    }
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    return str(args.params_dtype).removeprefix("torch.")
