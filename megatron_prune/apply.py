@@ -110,10 +110,10 @@ def cut(parent: Checkpoint, name: str, kept: Kept) -> Iterator[torch.Tensor]:
 
 
 def _take_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """``block[:, columns]``: numpy's ``take`` moves the bits in a quarter of ``index_select``'s time."""
+    """``block[:, columns]``: numpy's ``take`` moves the bits quickest, with indices that it need not refuse."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[block.itemsize]
     out = torch.empty(len(block), len(columns), dtype=block.dtype)
-    numpy.take(block.view(bits).numpy(), columns.numpy(), axis=1, out=out.view(bits).numpy(), mode="clip")
+    numpy.take(block.view(bits).numpy(), columns.numpy(), axis=1, out=out.view(bits).numpy(), mode="wrap")
     return out
 
 

@@ -176,9 +176,10 @@ class Checkpoint:
         return self._files[name]
 
     def _read_bytes(self, name: str, start: int, length: int) -> bytes:
-        buffer = torch.empty(min(length, os.fstat(self._open(name)).st_size), dtype=torch.uint8)
-        self._read_into(buffer, name, start)
-        return buffer.numpy().tobytes()
+        found = os.pread(self._open(name), length, start)
+        if len(found) < length:
+            raise CheckpointError(f"{self.directory / name} is truncated: it ends before {start + length}")
+        return found
 
     def _read_into(self, target: torch.Tensor, name: str, start: int) -> None:
         if target.numel() == 0:
@@ -249,14 +250,13 @@ class Checkpoint:
             first, left = box.offsets[0], box.offsets[1] if len(box.sizes) > 1 else 0
             width = box.sizes[1] if len(box.sizes) > 1 else 1
             if first <= row < first + box.sizes[0] and left <= column < left + width:
-                value = torch.empty((1, 1), dtype=box.piece.dtype)
                 record = self._record(box.piece)
                 if not record.contiguous:
                     value = self.read_rows(name, row, row + 1).view(-1)[column]
-                else:
-                    flat = box.skip + (row - first) * width + column - left
-                    self._read_into(value, box.piece.file, record.offset + flat * record.dtype.itemsize)
-                return value.view(-1).view(torch.uint8).numpy().tobytes()
+                    return value.view(-1).view(torch.uint8).numpy().tobytes()
+                flat = box.skip + (row - first) * width + column - left
+                itemsize = record.dtype.itemsize
+                return self._read_bytes(box.piece.file, record.offset + flat * itemsize, itemsize)
         raise AssertionError((name, number))
 
     def verify(self, hashes: bool = False) -> None:

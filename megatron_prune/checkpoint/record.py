@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_prune.checkpoint.direct import DirectFile
 
 FILE_BYTES = 4 << 30  # a file is full when it has grown to this
 ALIGNMENT = 64
@@ -105,45 +106,55 @@ class RecordFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._handle: int | None = None
+        self._file: DirectFile | None = None
         self._size = 0
         self._count = 0
         self._disk = ThreadPoolExecutor(1, "checkpoint-disk")
+        self._writing: Future[None] | None = None
         self.hashes: dict[str, str] = {}
 
     def append(self, make: Callable[[Any, int], list[Segment]], value: Any) -> tuple[str, int, int]:
-        """Write the record ``make(value, start)``; its file, start and length."""
-        if self._handle is not None and self._size >= FILE_BYTES:
+        """Write the record ``make(value, start)``; its file, start and length.
+
+        The disk may be one record behind: an error in writing it is raised by the next call, or by ``close``.
+        """
+        if self._file is not None and self._size >= FILE_BYTES:
             self.close()
-        if self._handle is None:
+        if self._file is None:
             self._name = f"__0_{self._count}.distcp"
-            self._handle = os.open(self._directory / self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._file = DirectFile(self._directory / self._name)
             self._size, self._digest = 0, hashlib.sha256()
             self._count += 1
         start = self._size
         segments = make(value, start)
-        writing = self._disk.submit(self._write, self._handle, segments)
+        self._wait()
+        self._writing = self._disk.submit(self._write, self._file, segments)
         for segment in segments:
             self._digest.update(segment)
-        writing.result()
         self._size += sum(map(len, segments))
         return self._name, start, self._size - start
 
     @staticmethod
-    def _write(handle: int, segments: list[Segment]) -> None:
+    def _write(file: DirectFile, segments: list[Segment]) -> None:
         for segment in segments:
-            view = memoryview(segment)
-            while view:
-                view = view[os.write(handle, view) :]
+            file.write(segment)
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Finish the file that is being written."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        self._wait()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
             self.hashes[self._name] = self._digest.hexdigest()
 
     def shutdown(self) -> None:
-        """Close the file and end the thread, whatever happened before."""
+        """End the thread, whatever happened before; a file that was not closed stays unfinished."""
         self._disk.shutdown(wait=True)
-        self.close()
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None

@@ -43,6 +43,7 @@ def test_files_have_the_hashes_and_ranges_that_are_reported(tmp_path, monkeypatc
     tensors = [torch.randn(20, 10) for _ in range(7)]
     places = [files.append(record.tensor_record, tensor) for tensor in tensors]
     places.append(files.append(record.object_record, {"a": 1}))
+    files.close()
     files.shutdown()
     assert {name for name, _, _ in places} == set(files.hashes) == {path.name for path in tmp_path.iterdir()}
     assert len(files.hashes) > 2
