@@ -223,6 +223,23 @@ def test_prune_does_the_three_steps_in_one_load(
     assert pruned.pruning[-1]["flops"] == spent > found.calibration["flops"]
 
 
+@pytest.mark.parametrize(
+    "choice", [["--method", "minitron-depth", "--target-num-layers", "2"], [*SEARCH, "--max-candidates", "3"]]
+)
+def test_bf16_scores_are_those_of_fp32_but_for_rounding(verbs: Verbs, tmp_path: Path, choice: list[str]) -> None:
+    found = {}
+    for name, flags in {"fp32": [], "bf16": ["--bf16"]}.items():
+        verbs.statistics = tmp_path / f"{name}.safetensors"
+        verbs.calibrate(*flags)
+        verbs.make(*choice)
+        verbs.score(*flags).ok()
+        losses = statistics_file.read(verbs.statistics).scores.values()
+        found[name] = {score.candidate: score.loss for score in losses}
+    assert found["bf16"].keys() == found["fp32"].keys()
+    for candidate, loss in found["fp32"].items():
+        assert found["bf16"][candidate] == pytest.approx(loss, rel=5e-3) and found["bf16"][candidate] != loss
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
     """What scoring does under Transformer Engine, where linears hold the gain of the norm before them."""
