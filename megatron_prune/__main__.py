@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
@@ -39,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module("megatron_prune.engine.cpu").prepare()
         return importlib.import_module(module).main(rest)
     except MegatronPruneError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron_prune {verb}: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # Rank 0 says the same; a launcher ends all ranks with the first that leaves, so let it speak.
+            time.sleep(3)
+        print(f"megatron_prune {verb}: {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
 
 
