@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import reference
 from tests.training.small import layout
 
 S, WINDOWS = 32, 11
@@ -27,18 +28,10 @@ def imported(request, tiny_hf, tmp_path_factory):
 
 
 def _transformers_losses(source: Path, corpus: Path) -> list[float]:
-    """Mean loss of window k: tokens k·S+1 … (k+1)·S from the S before, cut out of the .bin by hand."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
-    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
-    losses = []
-    for k in range(WINDOWS):
-        window = torch.from_numpy(tokens[k * S : (k + 1) * S + 1])[None]
-        with torch.no_grad():
-            logits = model(window[:, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
-    return losses
+    return reference.window_losses(model, corpus, S, WINDOWS)
 
 
 def _evaluate(job, checkpoint: Path, corpus: Path, output: Path, *more: object, nproc: int = 1) -> dict:

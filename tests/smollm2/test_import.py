@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
-from tests import tiny
+from tests import reference, tiny
 from tests.checkpoint import ranks
 from tests.training.small import layout
 
@@ -67,13 +67,7 @@ def test_logits_equal_transformers(model, checkpoint, distributed, tp, pp):
 
 
 def test_perplexity_equals_transformers_to_four_digits(model, checkpoint, corpus, tmp_path, job):
-    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
-    losses = []
-    for k in range(WINDOWS):
-        window = torch.from_numpy(tokens[k * S : (k + 1) * S + 1])[None]
-        with torch.no_grad():
-            logits = model(window[:, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).item())
+    losses = reference.window_losses(model, corpus, S, WINDOWS)
     expected = float(np.exp(np.mean(losses)))
     assert 8 < expected < 40  # a model that knows English
     argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
