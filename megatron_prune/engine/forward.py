@@ -41,22 +41,23 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key in _BATCH_KEYS}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
-    )
+    if args.tensor_model_parallel_size > 1:  # alone, a rank would broadcast to itself
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            has_cu_seqlens=False,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            cp_size=args.context_parallel_size,
+            tp_rank=mpu.get_tensor_model_parallel_rank(),
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        )
     if args.context_parallel_size > 1:
         batch = get_batch_on_this_cp_rank(batch, False, cp_group=mpu.get_context_parallel_group())
     return {key: batch.get(key) for key in _BATCH_KEYS}
