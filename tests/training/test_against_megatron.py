@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.training.small import MODEL
+from tests.training.small import MODEL, any_plan
 
 FLAGS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine "
@@ -46,3 +47,23 @@ def test_losses_equal_a_bare_script(tiny_corpus, tmp_path, job, distributed, mor
     with open(Path(save) / "losses.csv") as table:
         found = [float(row["loss"]) for row in csv.DictReader(table)]
     assert found == expected and len(found) == 6 and found[-1] < found[0]
+
+
+def test_a_bare_script_trains_a_pruned_checkpoint_on_another_layout(
+    tiny_parent, tiny_corpus, tmp_path, job, distributed
+):
+    """Megatron alone: ``--load --use-checkpoint-args --finetune`` at TP=2 gives the losses of our run at TP=1."""
+    from megatron_prune.apply import apply_plan
+    from megatron_prune.checkpoint.reader import open_checkpoint
+
+    pruned, save = tmp_path / "pruned", tmp_path / "run"
+    apply_plan(tiny_parent, any_plan(open_checkpoint(tiny_parent)), pruned)
+    argv = [*FLAGS, "--use-checkpoint-args", "--data-path", str(tiny_corpus), "--data-cache-path", str(tmp_path / "c")]
+    job(["pretrain", *argv, "--pretrained-checkpoint", pruned, "--save", save]).ok()
+    with open(save / "losses.csv") as table:
+        ours = [float(row["loss"]) for row in csv.DictReader(table)]
+    bare = distributed(
+        bare_losses, 2, [*argv, "--load", str(pruned), "--finetune", "--tensor-model-parallel-size", "2"]
+    )
+    np.testing.assert_allclose(bare[-1], ours, rtol=2e-5)
+    assert ours[0] > ours[-1]
