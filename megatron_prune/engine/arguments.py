@@ -39,6 +39,9 @@ def parse(
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(_mend_help(parser))))
     _refuse_missing_gpu(args)
     _resolve_checkpoint_paths(args)
+    if not given(argv, "--use-tokenizer-model-from-checkpoint-args"):
+        # The command line's tokenizer stands. A stored one names a path of whoever made the checkpoint.
+        args.use_tokenizer_model_from_checkpoint_args = False
 
     if args.shape_from is not None:
         if args.use_checkpoint_args and args.pretrained_checkpoint is None and not _has_checkpoint(args.load):
@@ -57,9 +60,8 @@ def parse(
                 allowed="a --load or --pretrained-checkpoint that holds a checkpoint",
             )
         _take_arguments(args, source, argv, load_args_from_checkpoint)
-    if not given(argv, "--tokenizer-type"):
-        # Data is tokenized already, and where a checkpoint was made its tokenizer may have lain elsewhere.
-        args.tokenizer_type, args.tokenizer_model = "NullTokenizer", None
+    if args.tokenizer_type is None:
+        args.tokenizer_type = "NullTokenizer"  # data is tokenized already
     if args.vocab_size is None:
         args.vocab_size = args.padded_vocab_size
     if complete is not None:
