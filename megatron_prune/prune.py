@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         calibrate.complete(args, argv, reads_text=choice.needs_statistics)
 
     args = runtime.start("prune", argv, add_arguments, complete=complete)
-    parent = open_checkpoint(calibrate.directory(args))
+    parent = open_checkpoint(runtime.loaded_directory(args))
     question = choice.question(parent)
     statistics = None
     if choice.needs_statistics:
@@ -70,6 +70,6 @@ def main(argv: list[str]) -> int:
         files |= {
             f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)
         }
-    apply_plan(calibrate.directory(args), made, folder, files)
+    apply_plan(runtime.loaded_directory(args), made, folder, files)
     print(f"wrote {folder}", flush=True)
     return 0

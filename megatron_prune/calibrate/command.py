@@ -160,8 +160,3 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
     args.seq_length = length
     args.micro_batch_size, args.global_batch_size = 1, None
     args.save = None
-
-
-def directory(args: argparse.Namespace) -> Path:
-    """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if one is given."""
-    return Path(args.load) / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else "")

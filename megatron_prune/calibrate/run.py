@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune import candidates
-from megatron_prune.calibrate import command, scoring
+from megatron_prune.calibrate import scoring
 from megatron_prune.calibrate.hooks import Recorder
 from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.candidates import Candidate, Question
@@ -35,7 +35,7 @@ def gather(
     The process group is gone when it returns: what follows may take one rank hours.
     """
     _refuse_virtual_stages(args)
-    parent = open_checkpoint(command.directory(args))
+    parent = open_checkpoint(runtime.loaded_directory(args))
     indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
     chosen = windows(
         args.calibration_data_path,
@@ -70,7 +70,7 @@ def score(args: argparse.Namespace, question: Question, found: Statistics) -> St
     """``found`` and the losses of the candidates that it has no score for; the same on every rank. Collective."""
     _refuse_virtual_stages(args)
     behind = found.calibrations[0]
-    parent = open_checkpoint(command.directory(args))
+    parent = open_checkpoint(runtime.loaded_directory(args))
     if parent.fingerprint() != found.parent:
         raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
     indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.engine import cpu, torch_adam
 from megatron_prune.errors import CheckpointError, UsageError
 
@@ -88,6 +89,11 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     return model
 
 
+def loaded_directory(args: argparse.Namespace) -> Path:
+    """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if one is given."""
+    return iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else Path(args.load)
+
+
 def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> None:
     """Every weight that the model will ask for must be in the checkpoint, whole, in its shape.
 
@@ -95,8 +101,7 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
     """
     from megatron_prune.checkpoint.reader import open_checkpoint
 
-    step = f"iter_{args.ckpt_step:07d}" if flag == "--load" and args.ckpt_step else ""
-    checkpoint = open_checkpoint(Path(path) / step)
+    checkpoint = open_checkpoint(loaded_directory(args) if flag == "--load" else path)
     checkpoint.verify()
     wanted = ModelShape.from_args(vars(args))
     held = set(checkpoint.names)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +50,11 @@ def main(argv: list[str]) -> int:
                   f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
     nonzero = forward.count_nonzero(model)
     if args.rank == 0:
-        checkpoint = open_checkpoint(args.evaluated)
+        checkpoint = open_checkpoint(runtime.loaded_directory(args))
         write_json(args.output, {
             "version": 1,
             "checkpoint": {
-                "path": args.evaluated,
+                "path": str(runtime.loaded_directory(args)),
                 "iteration": checkpoint.iteration,
                 "fingerprint": checkpoint.fingerprint(),
             },
@@ -129,5 +128,3 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     args.train_iters = 1  # Megatron validates a schedule, though nothing is trained
     args.lr = args.lr or 1.0
     runtime.refuse_layouts(args)
-    step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
-    args.evaluated = str(Path(args.load) / step) if step else args.load
