@@ -1,12 +1,13 @@
-"""The structured pruning methods: one file a method, and the small interface they share.
+"""The pruning methods: one file a method, and the two small interfaces they share.
 
-A method file defines ``METHOD``, an instance of a ``Method`` subclass; the file's name with dashes
-is the method's name (``minitron_width.py`` is ``minitron-width``). ``get`` and ``names`` find it by
-its file: there is no list to keep.
+A method file defines ``METHOD``, a structured ``Method``, or ``SPARSE``, a ``SparseMethod``, or both
+(random does); the file's name with dashes is the method's name (``minitron_width.py`` is
+``minitron-width``). ``get`` and ``get_sparse`` find it by its file: there is no list to keep.
 
-A method says which dimensions it cuts and which statistics it needs, and turns statistics and a
-target shape into a ``Selection``, or into several between which the loss of the model decides. It
-sees no model, no checkpoint and no process group.
+A structured method cuts whole dimensions. It says which, and which statistics it needs, and turns
+statistics and a target shape into a ``Selection``, or into several between which the loss of the
+model decides. A sparse method leaves every shape and zeroes weights, one matrix at a time, by the
+inputs that the matrix sees. Neither sees a model or a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.sparse.rows import Rows
 
 DEPTH = ("num_layers",)
 WIDTH = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
@@ -135,13 +139,89 @@ class RankingMethod(Method):
         """Choose what survives: exactly ``request.target``."""
 
 
+@dataclass(frozen=True)
+class Sparsity:
+    """How much of a matrix goes, and which weights may go together."""
+
+    ratio: float  # the fraction removed; N:M says it by itself
+    pattern: Pattern
+
+    @staticmethod
+    def parse(ratio: float | None, pattern: str, flag: str = "--ratio") -> Sparsity:
+        """What ``--ratio`` (or ``flag``) and ``--pattern`` say; UsageError where they cannot hold together.
+
+        The ratio may be left out where the pattern is N:M.
+        """
+        chosen = Pattern.parse(pattern)
+        if ratio is None and chosen.ratio is None:
+            raise UsageError(flag, given="nothing", allowed="a number between 0 and 1, or an N:M --pattern")
+        if ratio is None:
+            assert chosen.ratio is not None
+            return Sparsity(chosen.ratio, chosen)
+        if not 0 < ratio < 1:
+            raise UsageError(flag, given=ratio, allowed="a number between 0 and 1, the fraction removed")
+        if chosen.ratio is not None and abs(ratio - chosen.ratio) > 1e-9:
+            raise UsageError(flag, given=ratio, allowed=f"{chosen.ratio:g} or nothing", why=f"{chosen} removes that")
+        return Sparsity(chosen.ratio or ratio, chosen)
+
+    def removed(self, count: int) -> int:
+        """⌊count · ratio⌋, the ratio taken as the decimal it was written as: 0.29 of 100 is 29, not 28."""
+        return int(Fraction(repr(self.ratio)) * count)
+
+
+class SparseMethod(ABC):
+    """A sparse method: zeroes weights of one matrix at a time. Stateless, like ``Method``."""
+
+    #: What it reads about a matrix's inputs: nothing, a ``sparse.square_sums.SquareSums.mean()`` or a
+    #: ``sparse.hessian.Hessian.factor()``. Matrices that read the same input share one.
+    statistic: Literal["none", "square_sums", "hessian"]
+    #: True where the method draws random numbers, and so needs ``prune``'s ``seed``.
+    random: bool = False
+
+    @abstractmethod
+    def prune(
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prune this rank's rows of one logical matrix (q, k, v, o, gate, up or down).
+
+        ``weight`` is fp32 [rows, in] with the whole input dimension, and is changed in place; ``rows`` says
+        which rows of the matrix they are, and every rank that holds others calls this too. ``sparsity``'s M
+        must divide ``in`` (``Pattern.check_inputs``). ``seed`` names the matrix, the same on every rank:
+        (the run's seed, layer, matrix).
+
+        Returns (weight, kept): kept is bool [rows, in], True where a weight stays; removed weights are +0.
+        """
+
+
 def names() -> list[str]:
-    """Names of all methods, sorted."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    """Names of the structured methods, sorted."""
+    return [name for name in _files() if hasattr(_module(name), "METHOD")]
+
+
+def sparse_names() -> list[str]:
+    """Names of the sparse methods, sorted."""
+    return [name for name in _files() if hasattr(_module(name), "SPARSE")]
 
 
 def get(name: str) -> Method:
-    """The method of that name; UsageError lists the names there are."""
-    if name not in names():
-        raise UsageError("--method", given=name, allowed="one of " + ", ".join(names()))
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").METHOD
+    """The structured method of that name; UsageError lists the names there are."""
+    if name in names():
+        return _module(name).METHOD
+    why = f"{name} is sparse: run it with sparsify" if name in _files() else ""
+    raise UsageError("--method", given=name, allowed="one of " + ", ".join(names()), why=why)
+
+
+def get_sparse(name: str) -> SparseMethod:
+    """The sparse method of that name; UsageError lists the names there are."""
+    if name in sparse_names():
+        return _module(name).SPARSE
+    why = f"{name} is structured: run it with plan and apply, or prune" if name in _files() else ""
+    raise UsageError("--method", given=name, allowed="one of " + ", ".join(sparse_names()), why=why)
+
+
+def _files() -> list[str]:
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -1,0 +1,52 @@
+"""Which weights of a matrix may go together: any of them, or so many of every few inputs.
+
+``unstructured`` leaves the choice free; ``N:M`` keeps N of every M consecutive inputs of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_prune.errors import UsageError
+
+LARGEST_M = 32
+_ALLOWED = f"unstructured, or N:M with 0 < N < M <= {LARGEST_M}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``unstructured`` (both None), or N of every M consecutive inputs kept."""
+
+    n: int | None = None
+    m: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n is None and self.m is None:
+            return
+        if self.n is None or self.m is None or not 0 < self.n < self.m <= LARGEST_M:
+            raise UsageError("--pattern", given=f"{self.n}:{self.m}", allowed=_ALLOWED)
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        """The pattern that ``unstructured`` or ``N:M`` names; UsageError for anything else."""
+        if text == "unstructured":
+            return Pattern()
+        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+        if found is None:
+            raise UsageError("--pattern", given=text, allowed=_ALLOWED)
+        return Pattern(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return "unstructured" if self.m is None else f"{self.n}:{self.m}"
+
+    @property
+    def ratio(self) -> float | None:
+        """The fraction that it removes, where it says so."""
+        return None if self.m is None or self.n is None else 1 - self.n / self.m
+
+    def check_inputs(self, name: str, inputs: int) -> None:
+        """Refuse a matrix ``name`` whose number of inputs M does not divide."""
+        if self.m is not None and inputs % self.m:
+            raise UsageError("--pattern", given=self, allowed="an M that divides the inputs of every matrix",
+                             why=f"{name} has {inputs}")  # fmt: skip

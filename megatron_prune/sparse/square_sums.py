@@ -1,0 +1,21 @@
+"""Σ‖X_j‖² of a linear's inputs, which Wanda weighs its weights by."""
+
+from __future__ import annotations
+
+import torch
+
+
+class SquareSums:
+    """``total`` (float64 [in], to be all-reduced with ``count`` over data parallel ranks) of ‖X_j‖²."""
+
+    def __init__(self, inputs: int, device: torch.device | str = "cpu"):
+        self.total = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.count = 0  # sequences
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add one sequence of inputs, [tokens, in]."""
+        raise NotImplementedError
+
+    def mean(self) -> torch.Tensor:
+        """Mean over sequences of ‖X_j‖², float64 [in]."""
+        return self.total / self.count
