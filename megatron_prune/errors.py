@@ -30,6 +30,10 @@ class CheckpointError(MegatronPruneError):
     """A checkpoint that is missing, truncated, hostile, or not of the expected kind."""
 
 
+class MasksError(CheckpointError):
+    """Masks that are missing, damaged, of another model, or contradicted by the weights."""
+
+
 class PlanError(MegatronPruneError):
     """A pruning plan that contradicts itself or belongs to another parent."""
 

@@ -9,7 +9,7 @@ type, and that the shards cover the weight exactly once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +120,7 @@ def locate(
                 skip = (layer - offsets[0]) * torch.Size(sizes[1:]).numel()
                 offsets, sizes = offsets[1:], sizes[1:]
             boxes.append(Box(piece, (offsets[0] + number * rows, *offsets[1:]), sizes, skip))
-    if not _cover(boxes, layout.shape):
+    if not covers(boxes, layout.shape):
         raise CheckpointError(
             f"{directory}: the shards of {layout.name} do not cover {list(layout.shape)} exactly once: "
             "one is missing or doubled"
@@ -159,13 +159,14 @@ def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], director
         )
 
 
-def _cover(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+def covers(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+    """True where the boxes make up a tensor of ``shape``, each entry once."""
     volume = sum(torch.Size(box.sizes).numel() for box in boxes)
     inside = all(o + s <= extent for box in boxes for o, s, extent in zip(box.offsets, box.sizes, shape, strict=True))
     return inside and volume == torch.Size(shape).numel() and not _overlap(boxes)
 
 
-def _overlap(boxes: list[Box]) -> bool:
+def _overlap(boxes: Sequence[Box]) -> bool:
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.artifacts import read_json, sha256_file
 from megatron_prune.checkpoint import index, safe, tracker
+from megatron_prune.checkpoint.files import StoredFiles
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.errors import CheckpointError
 
@@ -60,8 +60,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, *, root: Path, iteration: int | None, release: bool) -> None:
         self.directory, self.root, self.release = directory, root, release
-        self._files: dict[str, int] = {}
-        self._records: dict[tuple[str, int], safe.Record] = {}
+        self._files = StoredFiles(directory)
         metadata = safe.load_metadata(directory)
         common = self._load_common(metadata)
         self.args: dict[str, Any] = common.get("args") or {}
@@ -79,10 +78,6 @@ class Checkpoint:
         index.refuse_unknown(self.stored, known, directory)
         self.verify()
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
-
     def _load_common(self, metadata: Metadata) -> dict[str, Any]:
         legacy = self.directory / "common.pt"
         if legacy.is_file():
@@ -91,7 +86,7 @@ class Checkpoint:
             if entry.fqn.split("/")[0] == "common_state":
                 path = self.directory / info.relative_path
                 index.check_files(self.directory, {info.relative_path: info.offset + info.length})
-                return safe.load_common(self._read_bytes(path.name, info.offset, info.length), str(path))
+                return safe.load_common(self._files.read_bytes(path.name, info.offset, info.length), str(path))
         raise CheckpointError(
             f"{self.directory} holds neither common_state nor common.pt: it was not saved by Megatron"
         )
@@ -125,7 +120,7 @@ class Checkpoint:
             last = min(stop, box.offsets[0] + box.sizes[0])
             if first < last:
                 columns = (slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
-                self._fill(out[(slice(first - start, last - start), *columns)], box, first - box.offsets[0])
+                self._files.fill(out[(slice(first - start, last - start), *columns)], box, first - box.offsets[0])
         return out
 
     def row_blocks(self, name: str, max_bytes: int = _BLOCK_BYTES) -> Iterator[torch.Tensor]:
@@ -134,66 +129,6 @@ class Checkpoint:
         rows = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, spec.nbytes // spec.shape[0]))
         for start in range(0, spec.shape[0], rows):
             yield self.read_rows(name, start, min(start + rows, spec.shape[0]))
-
-    def _fill(self, target: torch.Tensor, box: index.Box, first: int) -> None:
-        """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
-        record = self._record(box.piece)
-        row = torch.Size(box.sizes[1:]).numel()
-        if not record.contiguous:
-            reach = sum((extent - 1) * step for extent, step in zip(record.size, record.stride, strict=True)) + 1
-            storage = torch.empty(reach, dtype=record.dtype)
-            self._read_into(storage, box.piece.file, record.offset)
-            flat = storage.as_strided(record.size, record.stride).reshape(-1)[box.skip + first * row :]
-            target.copy_(flat[: target.numel()].view(target.shape))
-            return
-        begin = record.offset + (box.skip + first * row) * record.dtype.itemsize
-        if target.is_contiguous():
-            self._read_into(target, box.piece.file, begin)
-        else:
-            buffer = torch.empty(target.shape, dtype=record.dtype)
-            self._read_into(buffer, box.piece.file, begin)
-            target.copy_(buffer)
-
-    def _record(self, piece: index.Piece) -> safe.Record:
-        place = (piece.file, piece.start)
-        if place not in self._records:
-            origin = f"{self.directory / piece.file} (the shard of {piece.key} at {list(piece.offsets)})"
-            record = safe.locate(self._open(piece.file), piece.start, piece.length, origin)
-            if (record.dtype, torch.Size(record.size).numel()) != (piece.dtype, torch.Size(piece.sizes).numel()):
-                raise CheckpointError(
-                    f"{origin} holds {record.dtype} {list(record.size)}, "
-                    f"the index says {piece.dtype} {list(piece.sizes)}"
-                )
-            self._records[place] = record
-        return self._records[place]
-
-    def _open(self, name: str) -> int:
-        if name not in self._files:
-            try:
-                self._files[name] = os.open(self.directory / name, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(f"{self.directory / name} cannot be read: {error.strerror}") from error
-        return self._files[name]
-
-    def _read_bytes(self, name: str, start: int, length: int) -> bytes:
-        found = os.pread(self._open(name), length, start)
-        if len(found) < length:
-            raise CheckpointError(f"{self.directory / name} is truncated: it ends before {start + length}")
-        return found
-
-    def _read_into(self, target: torch.Tensor, name: str, start: int) -> None:
-        if target.numel() == 0:
-            return
-        view = memoryview(target.view(-1).view(torch.uint8).numpy())
-        descriptor = self._open(name)
-        done = 0
-        while done < len(view):
-            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], start + done)
-            if got == 0:
-                raise CheckpointError(
-                    f"{self.directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}"
-                )
-            done += got
 
     # -- what surrounds the weights -------------------------------------------------------------
 
@@ -250,13 +185,13 @@ class Checkpoint:
             first, left = box.offsets[0], box.offsets[1] if len(box.sizes) > 1 else 0
             width = box.sizes[1] if len(box.sizes) > 1 else 1
             if first <= row < first + box.sizes[0] and left <= column < left + width:
-                record = self._record(box.piece)
+                record = self._files.record(box.piece)
                 if not record.contiguous:
                     value = self.read_rows(name, row, row + 1).view(-1)[column]
                     return value.view(-1).view(torch.uint8).numpy().tobytes()
                 flat = box.skip + (row - first) * width + column - left
                 itemsize = record.dtype.itemsize
-                return self._read_bytes(box.piece.file, record.offset + flat * itemsize, itemsize)
+                return self._files.read_bytes(box.piece.file, record.offset + flat * itemsize, itemsize)
         raise AssertionError((name, number))
 
     def verify(self, hashes: bool = False) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from megatron_prune.errors import UsageError
 
 LARGEST_M = 32
@@ -45,8 +47,21 @@ class Pattern:
         """The fraction that it removes, where it says so."""
         return None if self.m is None or self.n is None else 1 - self.n / self.m
 
+    def divides(self, inputs: int) -> bool:
+        """True where a row of ``inputs`` weights is whole groups."""
+        return self.m is None or inputs % self.m == 0
+
     def check_inputs(self, name: str, inputs: int) -> None:
         """Refuse a matrix ``name`` whose number of inputs M does not divide."""
-        if self.m is not None and inputs % self.m:
+        if not self.divides(inputs):
             raise UsageError("--pattern", given=self, allowed="an M that divides the inputs of every matrix",
                              why=f"{name} has {inputs}")  # fmt: skip
+
+    def broken(self, kept: torch.Tensor) -> tuple[int, int] | None:
+        """The first (row, group) of ``kept`` (bool [rows, in]) that does not keep exactly N of its M inputs; None
+        where all do, and for unstructured masks."""
+        if self.m is None:
+            return None
+        counts = kept.view(len(kept), -1, self.m).sum(-1)  # [rows, in / M]
+        wrong = torch.nonzero(counts != self.n)
+        return None if len(wrong) == 0 else (int(wrong[0, 0]), int(wrong[0, 1]))

@@ -1,0 +1,178 @@
+"""Masks of ranks: which part of which mask is this rank's, read it, write it. Imports Megatron.
+
+Where a rank's parameter lies in the whole weight is the model's own answer (``sharded_state_dict``), for whatever
+layer spec, pipeline stage, virtual stage and tensor-parallel slice; the gate and up halves of SwiGLU come apart in
+its own factories. The mask takes the parameter's place there, so masks are sharded as the weights are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+
+from megatron_prune.artifacts import atomic_directory
+from megatron_prune.checkpoint.layout import LINEARS, ModelShape
+from megatron_prune.errors import MasksError
+from megatron_prune.masks import bits
+from megatron_prune.masks.reader import Entry, Masks
+from megatron_prune.masks.writer import finish, unmeasured
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one linear: the weight's logical name, the parameter, and Megatron's entry for it."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    entry: Any  # ShardedTensor, or the factory of several
+
+    def pieces(self, kept: torch.Tensor) -> list[Any]:
+        """``kept``, in the parameter's shape, as the ShardedTensors [rows, columns] that the parameter is saved as."""
+        if isinstance(self.entry, ShardedTensorFactory):
+            return list(dataclasses.replace(self.entry, data=kept).build())
+        return [dataclasses.replace(self.entry, data=kept, dtype=kept.dtype)]
+
+    def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The other way: what ``pieces`` took apart."""
+        return self.entry.merge_fn(parts) if isinstance(self.entry, ShardedTensorFactory) else parts[0]
+
+
+def shards(model_chunks: Sequence[torch.nn.Module]) -> list[Shard]:
+    """This rank's parts of the blocks' linears, in the order of its layers."""
+    metadata = {
+        "non_homogeneous_layers": True,  # keys are logical names, layers counted over the whole model
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    found = []
+    for chunk in model_chunks:
+        model: Any = unwrap_model(chunk)
+        parameters = dict(model.named_parameters())
+        for local_name, entry in model.decoder.sharded_state_dict("decoder.", metadata=metadata).items():
+            if local_name.endswith(LINEARS):
+                found.append(Shard(entry.key, parameters[local_name], entry))
+    return found
+
+
+def local(model_chunks: Sequence[torch.nn.Module], masks: Masks) -> list[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    """This rank's masks: (logical name, parameter, bool tensor in the parameter's shape and on its device).
+
+    Parameters without a mask are left out. Raises MasksError for masks of another model.
+    """
+    masks.check_model(ModelShape.from_args(vars(get_args())), "this one")
+    found = []
+    for shard in shards(model_chunks):
+        if shard.name in masks.entries:
+            asked = shard.pieces(torch.empty((), dtype=torch.bool).expand(shard.parameter.shape))  # takes no memory
+            kept = shard.merge([_read(masks, piece) for piece in asked])
+            found.append((shard.name, shard.parameter, kept.to(shard.parameter.device)))
+    return found
+
+
+def _read(masks: Masks, piece: Any) -> torch.Tensor:
+    if piece.global_shape != masks.entries[piece.key].shape:
+        shape = list(masks.entries[piece.key].shape)
+        raise MasksError(f"{masks.label}: {piece.key} is {shape} there and {list(piece.global_shape)} in this model")
+    rows, columns = piece.global_slice()
+    return masks.read(piece.key, rows, columns)
+
+
+def save(
+    folder: str | Path,
+    model_chunks: Sequence[torch.nn.Module],
+    kept: Mapping[torch.nn.Parameter, torch.Tensor],
+    patterns: Mapping[str, str],
+) -> None:
+    """Write ``folder`` together, atomically: every rank its shards. Collective.
+
+    ``kept`` has a bool tensor in the parameter's shape for every parameter of this rank that was pruned, the same on
+    all data-parallel ranks; ``patterns`` says the pattern of each pruned weight by logical name.
+
+    Raises MasksError on all ranks where a mask breaks its pattern, or a write fails (the disk is full).
+    """
+    state: dict[str, list[Any]] = {}
+    entries: dict[str, Entry] = {}
+    for shard in shards(model_chunks):
+        if shard.parameter in kept:
+            state[shard.name], entries[shard.name] = _stored(shard, kept[shard.parameter], patterns[shard.name])
+    shape = ModelShape.from_args(vars(get_args()))
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, entries)
+    together = {name: entry for of_rank in everywhere for name, entry in of_rank.items()}
+    target = Path(folder).absolute()
+    with _atomic_together(target) as scratch:
+        _save(state, scratch, target)
+        _on_first_rank(lambda: finish(scratch, target, shape, together))
+
+
+def _stored(shard: Shard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], Entry]:
+    """A rank's shards as they are stored: eight inputs a byte, where every rank's columns are whole bytes."""
+    expected = shard.parameter.shape
+    if kept.dtype != torch.bool or kept.shape != expected:
+        raise MasksError(f"the mask of {shard.name} is bool {list(expected)}, given {kept.dtype} {list(kept.shape)}")
+    stored = []
+    for piece in shard.pieces(kept):
+        out, inputs = piece.global_shape
+        columns = piece.local_shape[1]
+        packed = columns == inputs or columns % 8 == 0
+        data = bits.pack(piece.data) if packed else piece.data.to("cpu", torch.uint8)
+        stored.append(
+            ShardedTensor(
+                piece.key,
+                data.contiguous(),
+                torch.uint8,
+                tuple(data.shape),
+                (out, bits.bytes_of(inputs) if packed else inputs),
+                (piece.global_offset[0], piece.global_offset[1] // 8 if packed else piece.global_offset[1]),
+                piece.axis_fragmentations,
+                piece.replica_id,
+            )
+        )
+    return stored, unmeasured((out, inputs), pattern, packed=packed)
+
+
+def _save(state: dict[str, list[Any]], scratch: Path, target: Path) -> None:
+    try:
+        dist_checkpointing.save(state, str(scratch), async_strategy="mcore")
+    except Exception as error:  # Megatron raises the first rank's reasons there, and none elsewhere
+        full = os.strerror(errno.ENOSPC) in str(error)
+        why = "no space left; free some, or choose another output" if full else f"{error or 'another rank says why'}"
+        raise MasksError(f"{target}: masks could not be written, nothing was kept: {why}") from error
+
+
+@contextlib.contextmanager
+def _atomic_together(folder: Path) -> Iterator[Path]:
+    """The first rank's ``atomic_directory``, for all ranks: on all of them it is there afterwards, or an error is."""
+    with contextlib.ExitStack() as stack:
+        scratch = _on_first_rank(lambda: str(stack.enter_context(atomic_directory(folder))))
+        yield Path(scratch)
+        _on_first_rank(stack.close)
+
+
+def _on_first_rank[T](work: Callable[[], T]) -> T:
+    """Do ``work`` on rank 0 and hand its result to all; an error there is an error on all. Collective."""
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure, outcome[1] = error, f"rank 0: {error}"
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise MasksError(outcome[1])
+    return outcome[0]

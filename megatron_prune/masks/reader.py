@@ -1,0 +1,250 @@
+"""Read masks: any rectangle of any of them, by byte range, whatever layout wrote them. No Megatron, no process group.
+
+``open_masks`` reads ``masks.json`` and the index, and refuses what is missing, damaged or does not fit together;
+the bits themselves are only read when they are asked for (``verify.py`` reads them all).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import read_json, sha256_json
+from megatron_prune.checkpoint import index, safe
+from megatron_prune.checkpoint.files import StoredFiles
+from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights
+from megatron_prune.errors import MasksError, MegatronPruneError
+from megatron_prune.masks import bits
+from megatron_prune.masks.pattern import Pattern
+
+MASKS = "masks"  # the folder beside a checkpoint's tracker
+MASKS_FILE = "masks.json"
+VERSION = 1
+BLOCK_BYTES = 8 << 20  # of kept-or-not at a time, one byte each
+_NAME = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,5})\.(\S+)")
+# What of a model's shape its linears depend on: the vocabulary may be padded otherwise.
+_OF_LINEARS = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "gated",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One mask: the shape (out, in) of its weight, its pattern, how many weights it removes.
+
+    ``digest`` is the SHA-256 of its rows, packed; ``packed`` says how it is stored.
+    """
+
+    shape: tuple[int, int]
+    pattern: str
+    removed: int
+    digest: str
+    packed: bool
+
+    @property
+    def ratio(self) -> float:
+        """The fraction that is removed."""
+        return self.removed / (self.shape[0] * self.shape[1])
+
+
+class Masks:
+    """Readable masks; make one with ``open_masks``. Usable from several threads.
+
+    ``entries`` are in the order of the forward pass; ``model`` is the shape of the model that they belong to.
+    """
+
+    def __init__(
+        self, folder: Path, model: ModelShape, entries: Mapping[str, Entry], *, label: Path | None = None
+    ) -> None:
+        self.folder, self.model = folder, model
+        self.label = label or folder  # what errors call it
+        self.entries = {name: entries[name] for name in sorted(entries, key=_place)}
+        if not entries:
+            raise MasksError(f"{self.label} holds no mask at all")
+        self._files = StoredFiles(folder)
+        stored = index.stored_tensors(safe.load_metadata(folder), folder)
+        if stored.keys() != self.entries.keys():
+            odd = sorted(stored.keys() ^ self.entries.keys())[0]
+            raise MasksError(f"{folder}: {odd} is in only one of {MASKS_FILE} and the index")
+        self._boxes = {name: _boxes(folder, entry, stored[name]) for name, entry in self.entries.items()}
+        needed: dict[str, int] = defaultdict(int)
+        for boxes in self._boxes.values():
+            for box in boxes:
+                needed[box.piece.file] = max(needed[box.piece.file], box.piece.start + box.piece.length)
+        index.check_files(folder, needed)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the masks, the same for every layout: over names, shapes, patterns and all bits."""
+        return sha256_json([[n, list(e.shape), e.pattern, e.digest] for n, e in self.entries.items()])
+
+    @property
+    def removed(self) -> int:
+        """Weights that all masks together remove."""
+        return sum(entry.removed for entry in self.entries.values())
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        """A rectangle of a mask: bool [rows, columns] on the CPU, True is kept. Rows are read by byte range."""
+        first, last, _ = rows.indices(self._entry(name).shape[0])
+        left, right, _ = columns.indices(self._entry(name).shape[1])
+        kept = torch.empty(max(0, last - first), max(0, right - left), dtype=torch.bool)
+        for box in self._boxes[name]:
+            start = box.offsets[1] * self._per_byte(name)  # the box's first input
+            top, bottom = max(first, box.offsets[0]), min(last, box.offsets[0] + box.sizes[0])
+            west, east = max(left, start), min(right, start + box.sizes[1] * self._per_byte(name))
+            if top < bottom and west < east:
+                part = self._read(name, box, top, bottom, west - start, east - start)
+                kept[top - first : bottom - first, west - left : east - left] = part
+        return kept
+
+    def row_blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """A mask in consecutive blocks of rows, bool [rows, in], of a few megabytes each."""
+        out, inputs = self._entry(name).shape
+        step = max(1, BLOCK_BYTES // inputs)
+        for start in range(0, out, step):
+            yield self.read(name, slice(start, min(start + step, out)))
+
+    def check_model(self, shape: ModelShape, whose: str) -> None:
+        """Refuse (MasksError) a model of another shape, naming what differs. ``whose`` says which model it is."""
+        differs = [field for field in _OF_LINEARS if getattr(self.model, field) != getattr(shape, field)]
+        if differs:
+            pairs = (f"{field} is {getattr(self.model, field)} there and {getattr(shape, field)}" for field in differs)
+            raise MasksError(f"{self.label} are masks of another model: {', '.join(pairs)} in {whose}")
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise MasksError(f"{self.label} has no mask for {name}")
+        return self.entries[name]
+
+    def _per_byte(self, name: str) -> int:
+        return 8 if self.entries[name].packed else 1
+
+    def _read(self, name: str, box: index.Box, top: int, bottom: int, west: int, east: int) -> torch.Tensor:
+        """Rows [top, bottom) of the mask, inputs [west, east) of the box."""
+        numbers = torch.empty(bottom - top, box.sizes[1], dtype=torch.uint8)
+        with as_masks_error():
+            self._files.fill(numbers, box, top - box.offsets[0])
+        if self.entries[name].packed:
+            return bits.unpack(numbers, west, east)
+        if int(numbers.max()) > 1:
+            raise MasksError(f"{self.label}: {name} is damaged: it holds the byte {int(numbers.max())}")
+        return numbers[:, west:east].view(torch.bool)
+
+
+def open_masks(path: str | Path) -> Masks:
+    """Open a ``masks`` folder. Raises MasksError when it is missing, truncated, hostile, or contradicts itself."""
+    folder = Path(path).absolute()
+    if not (folder / MASKS_FILE).is_file():
+        raise MasksError(f"{folder} has no {MASKS_FILE}: no masks, or their writing was not finished")
+    with as_masks_error():
+        found = read_json(folder / MASKS_FILE)
+        try:
+            if found["version"] != VERSION:
+                raise ValueError(f"version {found['version']!r}, expected {VERSION}")
+            model = _model(found["model"])
+            entries = {str(name): _parse(entry) for name, entry in found["masks"].items()}
+            recorded = str(found["hash"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MasksError(f"{folder / MASKS_FILE} is damaged: {type(error).__name__}: {error}") from error
+        for name, entry in entries.items():
+            check_shape(folder, model, name, entry)
+            _check_count(folder, name, entry)
+        masks = Masks(folder, model, entries)
+    if masks.hash != recorded:
+        raise MasksError(f"{folder / MASKS_FILE} is damaged: its hash is not that of its entries")
+    return masks
+
+
+def find_masks(root: str | Path) -> Path | None:
+    """The masks of the checkpoint ``root`` (or of the root of one of its iterations), if it has any."""
+    for folder in (Path(root), *([Path(root).parent] if (Path(root) / "metadata.json").is_file() else [])):
+        if (folder / MASKS).is_dir():
+            return folder / MASKS
+    return None
+
+
+def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> None:
+    """Refuse (MasksError) a mask for what is no linear of the model, in another shape, or with a pattern that does
+    not divide its inputs."""
+    shapes = {w.suffix: w.shape for w in weights(replace(model, num_layers=1)) if w.is_linear}
+    match = _NAME.fullmatch(name)
+    if match is None or match[2] not in shapes or int(match[1]) >= model.num_layers:
+        raise MasksError(f"{folder}: {name} is no linear of the model that the masks are for")
+    if entry.shape != shapes[match[2]]:
+        expected = list(shapes[match[2]])
+        raise MasksError(f"{folder}: the mask of {name} has shape {list(entry.shape)}, its model says {expected}")
+    if not Pattern.parse(entry.pattern).divides(entry.shape[1]):
+        raise MasksError(f"{folder}: {entry.pattern} does not divide the {entry.shape[1]} inputs of {name}")
+
+
+def _check_count(folder: Path, name: str, entry: Entry) -> None:
+    pattern, size = Pattern.parse(entry.pattern), entry.shape[0] * entry.shape[1]
+    exactly = None if pattern.n is None or pattern.m is None else size - size // pattern.m * pattern.n
+    if not 0 <= entry.removed <= size or exactly not in (None, entry.removed):
+        raise MasksError(f"{folder}: {name} ({entry.pattern}) is said to lose {entry.removed} of {size} weights")
+
+
+def entries_json(masks: Masks) -> dict[str, Any]:
+    """The content of ``masks.json``."""
+    entries = {name: asdict(entry) for name, entry in masks.entries.items()}
+    return {"version": VERSION, "hash": masks.hash, "model": asdict(masks.model), "masks": entries}
+
+
+@contextlib.contextmanager
+def as_masks_error() -> Iterator[None]:
+    """What the checkpoint's readers refuse in a masks folder is an error in masks."""
+    try:
+        yield
+    except MasksError:
+        raise
+    except MegatronPruneError as error:
+        raise MasksError(str(error)) from error
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Sorts names as the forward pass meets them."""
+    match = _NAME.fullmatch(name)
+    assert match is not None  # check_shape has seen it
+    return int(match[1]), LINEARS.index(match[2])
+
+
+def _model(found: Any) -> ModelShape:
+    if set(found) != {field.name for field in fields(ModelShape)}:
+        raise ValueError(f"the model's shape has the keys {sorted(found)}")
+    for key, value in found.items():
+        if type(value) not in (int, bool) or not 0 <= value < 1 << 31:
+            raise ValueError(f"the model's {key} is {value!r}")
+    return ModelShape(**found)
+
+
+def _parse(found: Any) -> Entry:
+    out, inputs = found["shape"]
+    numbers, texts = (out, inputs, found["removed"]), (found["pattern"], found["digest"])
+    if set(found) != {field.name for field in fields(Entry)}:
+        raise ValueError(f"an entry has the keys {sorted(found)}")
+    if any(type(n) is not int for n in numbers) or any(type(t) is not str for t in texts):
+        raise ValueError(f"an entry is {found}")
+    return Entry((out, inputs), found["pattern"], found["removed"], found["digest"], bool(found["packed"]))
+
+
+def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[index.Box, ...]:
+    """The rectangles of a stored mask, in its stored units (bytes). Raises MasksError where they are not all of it."""
+    width = bits.bytes_of(entry.shape[1]) if entry.packed else entry.shape[1]
+    expected = (entry.shape[0], width)
+    if (stored.shape, stored.dtype) != (expected, torch.uint8):
+        raise MasksError(
+            f"{folder}: {stored.key} is stored as {stored.dtype} {list(stored.shape)}, expected uint8 {list(expected)}"
+        )
+    if any(piece.length < torch.Size(piece.sizes).numel() for piece in stored.pieces):
+        raise MasksError(f"{folder}: a record of {stored.key} is truncated")
+    boxes = tuple(index.Box(piece, piece.offsets, piece.sizes, 0) for piece in stored.pieces)
+    if not index.covers(boxes, expected):
+        raise MasksError(f"{folder}: a shard of {stored.key} is missing or doubled")
+    return boxes

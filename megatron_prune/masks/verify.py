@@ -1,0 +1,78 @@
+"""Masks against weights, in one streaming pass: no non-zero weight under a zero bit, patterns, counts, the hash.
+
+Memory is bounded by a few blocks of rows. Errors name the first offending tensor, in the order of the forward pass,
+and the place in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from megatron_prune.checkpoint.reader import Checkpoint
+from megatron_prune.errors import MasksError
+from megatron_prune.masks import bits
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.reader import Masks
+
+
+def verify(masks: Masks, checkpoint: Checkpoint) -> None:
+    """Raises MasksError unless ``masks`` belong to ``checkpoint``: its shapes, patterns exactly, counts, the bits
+    that were hashed, and zeros wherever they remove."""
+    masks.check_model(checkpoint.shape, str(checkpoint.root))
+    for name in masks.entries:
+        check_bits(masks, name)
+        for _ in guarded(masks, name, checkpoint.row_blocks(name)):
+            pass
+
+
+def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int = 0) -> Iterator[torch.Tensor]:
+    """Hand on consecutive ``blocks`` [rows, in] of the weight ``name`` from its row ``start`` on; raises MasksError
+    at the first of them that is not zero where the mask says removed. Weights without a mask pass unseen."""
+    for block in blocks:
+        if name in masks.entries and len(block):
+            kept = masks.read(name, slice(start, start + len(block)))
+            alive = (block != 0) & ~kept  # NaN is not zero
+            if bool(alive.any()):
+                row, column = (int(i) for i in alive.nonzero()[0])
+                raise MasksError(
+                    f"{masks.label} do not fit these weights: {name}[{start + row}, {column}] is "
+                    f"{float(block[row, column]):g}, and the mask says removed (so for {int(alive.sum())} of "
+                    f"{block.numel()} weights here)"
+                )
+        start += len(block)
+        yield block
+
+
+def check_bits(masks: Masks, name: str) -> None:
+    """Raises MasksError where the bits of a mask are not those that ``masks.json`` tells of."""
+    entry = masks.entries[name]
+    removed, digest = measure(masks, name)
+    if removed != entry.removed:
+        raise MasksError(f"{masks.label}: {name} removes {removed} weights, its entry says {entry.removed}")
+    if digest != entry.digest:
+        raise MasksError(f"{masks.label}: {name} is damaged: its bits are not those that were hashed")
+
+
+def measure(masks: Masks, name: str) -> tuple[int, str]:
+    """Read all bits of a mask: how many weights it removes, and the digest of its packed rows.
+
+    Raises MasksError at the first group that breaks its pattern."""
+    entry = masks.entries[name]
+    pattern = Pattern.parse(entry.pattern)
+    removed, start, digest = 0, 0, hashlib.sha256()
+    for kept in masks.row_blocks(name):
+        broken = pattern.broken(kept)
+        if broken is not None:
+            row, group = broken
+            inside = kept[row].view(-1, pattern.m or 1)[group].int().tolist()
+            raise MasksError(
+                f"{masks.label}: {name} breaks {pattern}: row {start + row}, inputs {group * len(inside)} to "
+                f"{(group + 1) * len(inside) - 1} are {inside}"
+            )
+        removed += kept.numel() - int(kept.sum())
+        digest.update(bits.pack(kept).numpy())
+        start += len(kept)
+    return removed, digest.hexdigest()

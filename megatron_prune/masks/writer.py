@@ -1,0 +1,111 @@
+"""Write masks: in one process, weight by weight; and what is left to do for any writer once the bits are on disk."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_prune.artifacts import atomic_directory, write_json
+from megatron_prune.checkpoint.disk import explain_full_disk
+from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
+from megatron_prune.errors import MasksError
+from megatron_prune.masks import bits
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.reader import MASKS_FILE, Entry, Masks, as_masks_error, check_shape, entries_json, open_masks
+from megatron_prune.masks.verify import measure
+
+_RECORD_ROWS = 1 << 14  # in one record: 100 MB where a row is widest
+
+
+def write_single(
+    folder: str | Path,
+    shape: ModelShape,
+    masks: Iterable[tuple[str, torch.Tensor | Iterable[torch.Tensor], str | Pattern]],
+) -> Masks:
+    """Write ``folder`` from one process, atomically, and open it.
+
+    ``shape`` is the model's; ``masks`` gives (logical name, bool [out, in] or consecutive blocks of its rows, pattern),
+    in any order. Memory is bounded by what ``masks`` gives at a time.
+
+    Raises MasksError for a name, shape, type or pattern that does not fit; CheckpointError when the disk fills up.
+    """
+    folder = Path(folder).absolute()
+    linears = {w.name: w.shape for w in weights(shape) if w.is_linear}
+    entries: dict[str, Entry] = {}
+    with explain_full_disk(folder), atomic_directory(folder) as scratch:
+        records = _Records(scratch)
+        try:
+            for name, kept, pattern in masks:
+                if name not in linears or name in entries:
+                    raise MasksError(f"{folder}: {name} is {'given twice' if name in entries else 'no linear weight'}")
+                out, inputs = linears[name]
+                entries[name] = unmeasured((out, inputs), pattern, packed=True)
+                records.add(name, (out, inputs), [kept] if isinstance(kept, torch.Tensor) else kept)
+            records.finish()
+        finally:
+            records.files.shutdown()
+        finish(scratch, folder, shape, entries)
+    return open_masks(folder)
+
+
+def unmeasured(shape: tuple[int, int], pattern: str | Pattern, *, packed: bool) -> Entry:
+    """An entry whose bits nobody has counted and hashed yet."""
+    return Entry(shape, str(pattern), 0, "", packed)
+
+
+def finish(scratch: Path, folder: Path, model: ModelShape, entries: Mapping[str, Entry]) -> None:
+    """Read back the masks whose bits lie in ``scratch`` (later ``folder``), count and hash them, write ``masks.json``.
+
+    Raises MasksError for a mask that does not fit ``model`` or breaks its pattern."""
+    with as_masks_error():
+        for name, entry in entries.items():
+            check_shape(folder, model, name, entry)
+        masks = Masks(scratch, model, entries, label=folder)
+        measured = {}
+        for name, entry in masks.entries.items():
+            removed, digest = measure(masks, name)
+            measured[name] = replace(entry, removed=removed, digest=digest)
+        write_json(scratch / MASKS_FILE, entries_json(Masks(scratch, model, measured, label=folder)))
+
+
+class _Records:
+    """Packed masks as the records and the index of a `torch_dist` folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.files = RecordFiles(scratch)
+        self._scratch = scratch
+        self._entries: dict[str, Any] = {}
+        self._storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
+
+    def add(self, name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> None:
+        row, chunks = 0, []
+        for block in blocks:
+            if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
+                raise MasksError(f"the mask of {name} is bool {list(shape)}, given {block.dtype} {list(block.shape)}")
+            for part in bits.pack(block).split(_RECORD_ROWS):
+                offsets = torch.Size((row, 0))
+                self._storage[dcp.MetadataIndex(name, offsets)] = _StorageInfo(*self.files.append(tensor_record, part))
+                chunks.append(dcp.ChunkStorageMetadata(offsets, part.shape))
+                row += len(part)
+        if row != shape[0]:
+            raise MasksError(f"the mask of {name} has {shape[0]} rows, {row} were given")
+        size = torch.Size((shape[0], bits.bytes_of(shape[1])))
+        self._entries[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.uint8), size, chunks)
+
+    def finish(self) -> None:
+        """Write the index; Megatron's loader also wants a common state, which is empty here."""
+        common = dcp.MetadataIndex("common_state/shard_0_1")
+        self._storage[common] = _StorageInfo(*self.files.append(object_record, [{}]))
+        self._entries[common.fqn] = dcp.BytesStorageMetadata()
+        self.files.close()
+        metadata = dcp.Metadata(self._entries, storage_data=self._storage, storage_meta=dcp.StorageMeta())
+        (self._scratch / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_json(self._scratch / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
