@@ -193,6 +193,8 @@ def _prunings(found: Results) -> list[dict[str, Any]]:
             "removed_linears": f"{record['removed_linears']:.2%}",
             "removed_all": f"{record['removed_all']:.2%}",
             "near_ties": record["near_ties"],
+            "validation_loss": _loss(record["validation_loss"]),
+            "test_loss": _loss(record["test_loss"]),
         }
         for record in found.records.values()
         if record["kind"] == "pruning"

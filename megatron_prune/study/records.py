@@ -139,7 +139,7 @@ def calibration(study: Study, places: Places, seed: int, seconds: Mapping[str, f
 
 
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
-    """A plan and its checkpoint."""
+    """A plan, its checkpoint, and the losses of that before any retraining."""
     made = plan.read(places.plan(chosen))
     return {
         "cell": chosen.cell,
@@ -154,6 +154,7 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
         "flops": (made.calibration or {}).get("scoring", {}).get("flops", 0),  # beyond the calibration's
+        **_losses(artifacts.read_json(places.scores(chosen.cell))),
         "seconds": dict(seconds),
     }
 

@@ -22,7 +22,7 @@ from megatron_prune.study.verdicts import Verdict
 COLUMNS = (
     "study", "cell", "method", "pattern", "ratio", "ratio_of", "arm", "setting", "seed", "status",
     "tokens_train", "tokens_total", "flops_total", "params", "params_nonzero",
-    "loss_initial", "validation_loss", "test_loss",
+    "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
     "seconds",
 )  # fmt: skip
@@ -156,6 +156,8 @@ def _rows(study: config.Study, item: Compared, records: Mapping[str, Record], co
             "tokens_pruning": consumed,
             "tokens_declared": parent.get("declared"),
             "flops_total": None if None in flops else sum(flops),
+            "validation_loss_unretrained": pruning.get("validation_loss"),
+            "test_loss_unretrained": pruning.get("test_loss"),
         }
     status = "finished" if scratch else "not run" if made.scratch is None else "pending"
     row = _row(study, scratch, "scratch", status, cell=made.scratch, **shared)

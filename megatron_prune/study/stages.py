@@ -86,7 +86,7 @@ def _calibration(study: Study, places: Places, seed: int) -> Cell:
 
 
 def pruning_cells(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
-    """Plan and apply, for every method, ratio and seed."""
+    """Plan, apply and evaluate before any retraining, for every method, ratio and seed."""
     return [_pruning(study, places, outlook, pruning) for pruning in prunings(study)]
 
 
@@ -105,6 +105,7 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
         (
             *_planning(study, places, outlook, pruning),
             Stage(commands.application(study, places, pruning), lambda: records.applied(checkpoint, plan)),
+            _evaluation(study, places, pruning.cell, commands.evaluation(study, places, pruning.cell, checkpoint)),
         ),
         record,
     )

@@ -98,12 +98,16 @@ def finish(ratios: list[Ratio], args: argparse.Namespace, **facts: Any) -> int:
     for ratio in ratios:
         print(ratio)
     if args.json:
-        machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
         figures = [dataclasses.asdict(ratio) | {"holds": ratio.holds} for ratio in ratios]
         artifacts.write_json(
-            args.json, {"ratios": figures, **facts, "machine": machine, "versions": artifacts.versions()}
+            args.json, {"ratios": figures, **facts, "machine": machine(), "versions": artifacts.versions()}
         )
     return 0 if all(ratio.holds for ratio in ratios) else 1
+
+
+def machine() -> dict[str, Any]:
+    """What figures are of."""
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
 
 
 def _processor() -> str:

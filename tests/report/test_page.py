@@ -86,6 +86,14 @@ def test_every_row_is_on_the_page(places: Places, read: Reader) -> None:
         assert cells[8] == f"{scratch['test_loss'] - pruned['test_loss']:+.4f}"
 
 
+def test_losses_before_retraining_are_on_the_page(places: Places, read: Reader) -> None:
+    shown = {cells[0]: cells for cells in read.tables["prunings"] if cells}
+    assert len(shown) == 2 * 2
+    for cell, cells in shown.items():
+        losses = json.loads(places.scores(cell).read_text())["corpora"]
+        assert cells[5:] == [f"{losses[name]['loss']:.4f}" for name in ("validation", "test")]
+
+
 def test_the_account_table_has_every_run_once(places: Places, read: Reader) -> None:
     rows = json.loads((places.root / "report" / "results.json").read_text())["rows"]
     shown = {cells[1]: cells for cells in read.tables["account"] if cells}

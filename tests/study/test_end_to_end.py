@@ -74,12 +74,12 @@ def losses(folder: Path, cell: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    prefixes = made_up.corpora(tmp_path, train=40_000)
+    prefixes = made_up.corpora(tmp_path, train=80_000)
     content = made_up.mapping(
         prefixes,
-        parent={"pretrain": {"tokens": 19_200, "arguments": ARGUMENTS}},
+        parent={"pretrain": {"tokens": 38_400, "arguments": ARGUMENTS}},
         methods=[{"name": "minitron-depth"}],
-        budgets=[12_800],
+        budgets=[25_600],
         launch={"parallel_cells": 2, "threads": 1},
     )
     content["recipe"]["save_interval"] = 50
@@ -93,7 +93,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     ]  # fmt: skip
     assert output.count("One seed: no interval.") == 2
 
-    pruned = "pruned-minitron-depth-r50-s1-t12800"
+    pruned = "pruned-minitron-depth-r50-s1-t25600"
     kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=56)  # inside a cell, after a save
     kill_when(tmp_path / "killed", "ledger.jsonl", lines=3)  # between cells: the prunings are finished
     kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=56)

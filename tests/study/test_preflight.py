@@ -187,7 +187,7 @@ def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch,
     assert "nothing has been run" in capsys.readouterr().out
     study = made_up.study(prefixes)
     with pytest.raises(made_up.Killed):
-        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=8))
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=10))
     command.main(["status", "study.yaml"])
     printed = capsys.readouterr().out
     rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}

@@ -54,6 +54,10 @@ def test_rows_are_the_accounts(places: Places) -> None:
             assert account["start"] == "pruned"
             assert row["tokens_total"] == 2560 + 1280 + 8 * 16 and row["tokens_pruning"] == 128
             assert row["flops_total"] > account["flops_executed"] + parent["flops_total"]
+            unretrained = f"pruning-{row['method']}-r{100 * row['ratio']:g}-s{row['seed']}"
+            losses = json.loads(places.scores(unretrained).read_text())["corpora"]
+            assert row["test_loss_unretrained"] == losses["test"]["loss"]
+            assert row["validation_loss_unretrained"] == losses["validation"]["loss"]
         else:
             assert account["start"] == "random" and row["flops_total"] == account["flops_executed"]
             assert row["tokens_total"] == {"equal-training": 1280, "equal-total": 3968}[row["setting"]]
