@@ -60,8 +60,8 @@ class Pattern:
     def broken(self, kept: torch.Tensor) -> tuple[int, int] | None:
         """The first (row, group) of ``kept`` (bool [rows, in]) that does not keep exactly N of its M inputs; None
         where all do, and for unstructured masks."""
-        if self.m is None:
+        if self.n is None or self.m is None:
             return None
         counts = kept.view(len(kept), -1, self.m).sum(-1)  # [rows, in / M]
-        wrong = torch.nonzero(counts != self.n)
+        wrong = (counts != self.n).nonzero()
         return None if len(wrong) == 0 else (int(wrong[0, 0]), int(wrong[0, 1]))
