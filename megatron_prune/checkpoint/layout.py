@@ -159,20 +159,21 @@ class ModelShape:
         """Parameters of the blocks' linear matrices (``LINEARS``): what ratios count by default."""
         return sum(w.numel for w in weights(self) if w.is_linear)
 
-    def forward_flops(self, sequence_length: int) -> int:
-        """Dense GEMM FLOPs of one forward pass over one sequence (2 a multiply-add).
+    def forward_flops(self, sequence_length: int, removed: int = 0) -> int:
+        """Dense GEMM FLOPs of one forward pass over one sequence (2 a multiply-add), but for ``removed`` of the
+        linears' weights: theoretical FLOPs of a sparse model.
 
         Counts the blocks' linears, the causal-unaware attention products (QKᵀ and PV, as dense
         kernels run them) and the output layer. The embedding is a look-up and counts nothing.
         """
         s = sequence_length
-        linears = 2 * s * self.linear_parameters()
+        linears = 2 * s * (self.linear_parameters() - removed)
         attention = 2 * 2 * s * s * self.num_attention_heads * self.kv_channels * self.num_layers
         return linears + attention + 2 * s * self.hidden_size * self.padded_vocab_size
 
-    def training_flops(self, sequence_length: int) -> int:
-        """Dense GEMM FLOPs of a forward and backward pass over one sequence: three times forward."""
-        return 3 * self.forward_flops(sequence_length)
+    def training_flops(self, sequence_length: int, removed: int = 0) -> int:
+        """FLOPs of a forward and backward pass over one sequence: three times ``forward_flops``."""
+        return 3 * self.forward_flops(sequence_length, removed)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ def main(argv: list[str]) -> int:
     runtime.initialize(args)
     from megatron_prune.engine import forward
 
+    from megatron_prune.training.zeros import check_loaded
+
     model = runtime.load_model(args)
+    masks = check_loaded(model, runtime.loaded_directory(args))
     scores: dict[str, Any] = {}
     for label, selected in corpora.items():
         losses = score(model, selected, vocabulary=args.padded_vocab_size)
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> int:
             "corpora": scores,
             "parameters": ModelShape.from_args(vars(args)).parameters(),
             "parameters_nonzero": nonzero,
+            "masks": masks,
             "versions": versions(),
         })  # fmt: skip
     torch.distributed.barrier()

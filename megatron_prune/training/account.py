@@ -26,8 +26,8 @@ ACCOUNT = "account.json"
 LOSSES = "losses.csv"
 COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
 
-# What a resumed run must share with the run that its account began; all but the last known from the flags.
-_IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "stream")
+# What a resumed run must share with the run that its account began; all but the last two known from the flags.
+_IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "masks", "stream")
 
 
 @dataclass

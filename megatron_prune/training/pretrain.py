@@ -1,7 +1,7 @@
 """The ``pretrain`` verb: Megatron's own loop, laid on a range of a token stream, with an account.
 
-All of Megatron's flags work as in Megatron. Ours say where the samples come from
-(``--stream-range`` and its kin) and where a from-scratch run takes its shape (``--shape-from``).
+All of Megatron's flags work as in Megatron. Ours say where the samples come from (``--stream-range`` and
+its kin), where a from-scratch run takes its shape (``--shape-from``), and which zeros are held (``--masks``).
 """
 
 from __future__ import annotations
@@ -37,14 +37,22 @@ from megatron_prune.training.data import (
     complete_arguments,
     refuse_unfit_range,
 )
+from megatron_prune.training.masked import (
+    Choice,
+    add_mask_arguments,
+    choose,
+    refuse_unfit_arguments,
+    say_that_zeros_are_not_held,
+)
 
 
 def main(argv: list[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before."""
-    args = runtime.start("pretrain", argv, add_stream_arguments, complete=_complete)
+    args = runtime.start("pretrain", argv, _add_arguments, complete=_complete)
     save = Path(args.save) if args.save else None
     if save is not None:
         refuse_other_run(save, _identity(args))
+    chosen = choose(args)
     if save is not None and _already_finished(args, save):
         if args.rank == 0:
             if not is_complete(save):
@@ -58,11 +66,18 @@ def main(argv: list[str]) -> int:
         refuse_unfit_range(args, initial["trained_on"] if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
-    return _train(args, save, initial)
+    if args.rank == 0 and chosen is None:
+        say_that_zeros_are_not_held(args)
+    return _train(args, save, initial, chosen)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    return add_mask_arguments(add_stream_arguments(parser))
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     complete_arguments(args, argv)
+    refuse_unfit_arguments(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
     if args.eval_interval is None:
@@ -109,18 +124,22 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None) -> int:
+def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: Choice | None) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
     from megatron.training import pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_prune.engine.forward import count_nonzero, forward_step
+    from megatron_prune.training.zeros import Zeros
 
     provider = Provider(args)
-    recorder = _OnFirstStep(args, save, initial, provider)
-    training.training_log = recorder.wrap(training.training_log)
     config = runtime.model_config(args)
+    zeros = None if chosen is None else Zeros(args, chosen)
+    if zeros is not None:
+        zeros.attach(config, training)
+    recorder = _OnFirstStep(args, save, initial, provider, zeros)
+    training.training_log = recorder.wrap(training.training_log)
     model: list[torch.nn.Module] = []
 
     def keep(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -130,6 +149,8 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
     config.post_wrap_hooks.append(keep)
     pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
 
+    if zeros is not None:
+        zeros.audit("at the end")
     if save is not None:
         nonzero = count_nonzero(unwrap_model(model))
         if recorder.recorder is not None:
@@ -142,8 +163,15 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
 class _OnFirstStep:
     """Listens to Megatron's log; opens the account at the first step, when all that it says is known."""
 
-    def __init__(self, args: argparse.Namespace, save: Path | None, initial: dict | None, provider: Provider):
-        self.args, self.save, self.initial, self.provider = args, save, initial, provider
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        save: Path | None,
+        initial: dict[str, Any] | None,
+        provider: Provider,
+        zeros: Any,
+    ):
+        self.args, self.save, self.initial, self.provider, self.zeros = args, save, initial, provider, zeros
         self.recorder: Recorder | None = None
         self.last_step = 0
 
@@ -174,7 +202,8 @@ class _OnFirstStep:
         args = self.args
         shape = ModelShape.from_args(vars(args))
         train = self.provider.train
-        flops = shape.training_flops(args.seq_length) * args.global_batch_size * args.train_iters
+        samples = args.global_batch_size * args.train_iters
+        removed = self.zeros.removed if self.zeros is not None else 0
         if self.initial is None:
             start = "random"
         else:
@@ -185,11 +214,12 @@ class _OnFirstStep:
             **_identity(args),
             micro_batch_size=args.micro_batch_size,
             parameters=shape.parameters(),
-            flops_executed=flops,
-            flops_theoretical=flops,
+            flops_executed=shape.training_flops(args.seq_length) * samples,
+            flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
             unique_tokens=_unique_tokens(train, args),
             arguments=json.loads(json.dumps(vars(args), default=str)),
             initial=None if self.initial is None else {k: v for k, v in self.initial.items() if k != "flag"},
+            masks=self.zeros.hash if self.zeros is not None else None,
         )
         account.adopt(self.save)
         _carry_tokenizer(args, self.save)

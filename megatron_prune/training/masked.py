@@ -1,0 +1,172 @@
+"""Which masks a training run holds, and what such a run may not do. No model yet: see ``zeros.py`` for the holding.
+
+``--masks DIR`` says it for a new run; ``--random-masks SEED`` draws masks of the same pattern and counts.
+From then on they are the run's own, in its save directory, and a resumed run finds them there. A run that
+goes on from another masked run's checkpoint (``--load``) takes that one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prune.artifacts import read_json
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.errors import MasksError, UsageError
+from megatron_prune.masks import MASKS, Masks, find_masks, open_masks
+from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.random_masks import RandomMasks
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The masks of a run. ``own``: they lie in its save directory already."""
+
+    masks: Masks  # where ``drawn``, RandomMasks
+    own: bool
+
+    @property
+    def drawn(self) -> bool:
+        """True where the masks are yet to be written: nobody has them on disk."""
+        return isinstance(self.masks, RandomMasks)
+
+
+def add_mask_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags that make a run sparse."""
+    group = parser.add_argument_group("megatron_prune: masks")
+    group.add_argument(
+        "--masks",
+        metavar="DIR",
+        default=None,
+        help="train with the zeros of these masks held; a resumed run finds its own in its save directory",
+    )
+    group.add_argument(
+        "--random-masks",
+        type=int,
+        metavar="SEED",
+        default=None,
+        help="train a new model under random masks with the pattern and the counts of --masks "
+        "(per row; per group for N:M)",
+    )
+    return parser  # fmt: skip
+
+
+def refuse_unfit_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot hold zeros, or is not proven to. Call before Megatron validates."""
+    if args.random_masks is not None and args.masks is None:
+        raise UsageError("--random-masks", given=args.random_masks, allowed="together with --masks",
+                         why="their pattern and counts are taken")  # fmt: skip
+    if _where(args) is None:
+        return
+    graphs = f"{args.cuda_graph_impl} {args.cuda_graph_modules} {args.cuda_graph_scope_deprecated}"
+    shards = args.tensor_parallel_num_weight_shards
+    unreached, unproven = "its gradients lie where no mask reaches them", "not proven to hold zeros"
+    for unfit, flag, given, allowed, why in (
+        (args.optimizer not in ("adam", "sgd"), "--optimizer", args.optimizer, "adam or sgd", unproven),
+        (args.use_megatron_fsdp, "--use-megatron-fsdp", "on", "off", unreached),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2", "on", "off", unreached),
+        (
+            shards not in (None, args.tensor_model_parallel_size),
+            "--tensor-parallel-num-weight-shards", shards, "nothing", unreached,
+        ),
+        (args.fp4, "--fp4-format", args.fp4, "nothing", unproven),
+        (
+            args.reuse_grad_buf_for_mxfp8_param_ag,
+            "--reuse-grad-buf-for-mxfp8-param-ag", "on", "off", "weights and gradients share memory",
+        ),
+        (
+            "full_iteration" in graphs.replace("full_iteration_inference", ""),
+            "--cuda-graph-impl", "full_iteration", "none, local or transformer_engine", unproven,
+        ),
+        (args.optimizer_cpu_offload, "--optimizer-cpu-offload", "on", "off", unproven),
+    ):  # fmt: skip
+        if unfit:
+            raise UsageError(flag, given=given, allowed=f"{allowed}, in a run that holds masks", why=why)
+
+
+def choose(args: argparse.Namespace) -> Choice | None:
+    """The masks that this run holds, the same on every rank; None for a dense run. Starts nothing.
+
+    Raises UsageError for flags that contradict the run in ``--save``, or a start that the masks cannot fit;
+    MasksError where the masks are missing, damaged or of another model.
+    """
+    folder = _where(args)
+    own = bool(args.save) and find_masks(args.save) is not None
+    account = read_json(Path(args.save, ACCOUNT)) if args.save and Path(args.save, ACCOUNT).exists() else None
+    if account is not None and account["masks"] is None and folder is not None:
+        raise UsageError(
+            "--masks", given=folder, allowed=f"nothing, or another --save: {args.save} holds a dense run"
+        )  # fmt: skip
+    if account is not None and account["masks"] is not None and not own:
+        raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them")
+    if folder is None:
+        return None
+    masks = open_masks(folder)
+    masks.check_model(ModelShape.from_args(vars(args)), "the model to train")
+    if account is not None and masks.hash != account["masks"]:
+        raise MasksError(f"{folder} are not the masks that the run there was trained under: restore those")
+    if args.masks is not None:
+        given = open_masks(args.masks)
+        given = given if args.random_masks is None else RandomMasks(given, args.random_masks)
+        if own and not _equal(given, masks):
+            raise UsageError(
+                "--masks", given=args.masks, allowed=f"another --save, or the masks that the run in {args.save} has"
+            )
+        masks = masks if own else given
+    chosen = Choice(masks, own)
+    _refuse_unfit_start(args, chosen)
+    return chosen
+
+
+def _where(args: argparse.Namespace) -> Path | None:
+    """The masks that the run has, or begins with, or inherits from the masked run that it goes on from."""
+    own = find_masks(args.save) if args.save else None
+    inherited = find_masks(args.load) if _holds_checkpoint(args.load) and not args.finetune else None
+    return own or (Path(args.masks) if args.masks else None) or inherited
+
+
+def _holds_checkpoint(path: str | None) -> bool:
+    return path is not None and Path(path).is_dir() and find_iteration(Path(path)) is not None
+
+
+def _equal(given: Masks, own: Masks) -> bool:
+    """True if ``own`` are ``given``; of masks that were drawn, a row of each is drawn again."""
+    if not isinstance(given, RandomMasks):
+        return given.hash == own.hash
+    described = [{n: (e.shape, e.pattern, e.removed) for n, e in masks.entries.items()} for masks in (given, own)]
+    row = slice(0, 1)
+    return described[0] == described[1] and all(
+        torch.equal(given.read(name, row), own.read(name, row)) for name in own.entries
+    )
+
+
+def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
+    loads = _holds_checkpoint(args.load)
+    if chosen.drawn and (loads or args.pretrained_checkpoint is not None):
+        raise UsageError(
+            "--random-masks", given=args.random_masks, allowed="a new model: no --pretrained-checkpoint, no --load",
+            why="the weights that it would remove have been trained",
+        )  # fmt: skip
+    if not loads or args.finetune or args.no_load_optim or open_checkpoint(args.load).release:
+        return
+    beside = find_masks(args.load)
+    if beside is None or open_masks(beside).hash != chosen.masks.hash:
+        raise UsageError(
+            "--load", given=f"{args.load}, which was not trained under these masks",
+            allowed="--pretrained-checkpoint instead, or --finetune or --no-load-optim with it",
+            why="its optimizer state would move the zeros",
+        )  # fmt: skip
+
+
+def say_that_zeros_are_not_held(args: argparse.Namespace) -> None:
+    """A dense run that starts from a sparse checkpoint is allowed, but seldom meant."""
+    start = args.load if _holds_checkpoint(args.load) else args.pretrained_checkpoint
+    found = find_masks(start) if start is not None else None
+    if found is not None:
+        print(f"{start} has masks, and this run does not hold them: its zeros will fill; --masks {found} holds them",
+              flush=True)  # fmt: skip

@@ -1,0 +1,268 @@
+"""Holds the zeros of a masked run inside Megatron's loop, and proves again and again that they are zeros.
+
+Megatron's extension points carry all of it. When the model is built (``post_wrap_hooks``, before the
+optimizer makes its fp32 masters) this rank's masks are read and its weights zeroed under them. When a step's
+gradients are final (``finalize_model_grads_func``: reduced over ranks and scaled, not yet unscaled, clipped or
+stepped) they are zeroed too. With zero weights, gradients and moments, Adam's and SGD's update and weight
+decay of either kind are exactly zero, so the zeros stay, and removed weights do not count in the clip norm.
+
+A mask is kept as one byte a weight, all ones where it stays: *and* with a gradient's bits makes +0 of
+whatever is there, NaN too, at the speed of memory. (On a CPU ``masked_fill_`` takes thirty times as long.)
+
+``audit`` counts what is not zero under the masks, in weights, fp32 masters and moments: when a run starts, at
+every evaluation interval, before every save and at the end. What it finds stops the run on all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import atomic_directory
+from megatron_prune.checkpoint.disk import explain_full_disk
+from megatron_prune.errors import MasksError
+from megatron_prune.masks import MASKS, Masks, find_masks, open_masks
+from megatron_prune.masks.verify import check_bits
+from megatron_prune.training.masked import Choice
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a gradient's element
+_KEPT, _REMOVED = -1, 0  # all bits, none
+
+
+@dataclass(frozen=True)
+class Held:
+    """This rank's part of one masked weight. ``bits`` is int8 in the parameter's shape: ``_KEPT`` or ``_REMOVED``."""
+
+    name: str  # the weight's logical name
+    parameter: Any
+    bits: torch.Tensor
+
+    @staticmethod
+    def make(name: str, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Held:
+        """``kept`` is bool; its memory becomes that of ``bits``."""
+        return Held(name, parameter, kept.view(torch.int8).neg_())
+
+    def clear_weight(self) -> None:
+        """Zero the removed weights, also those that the fp32 master of an FP8 weight is to be made from."""
+        removed = self.bits == _REMOVED
+        self.parameter.data.masked_fill_(removed, 0)
+        if hasattr(self.parameter, "get_high_precision_init_val"):  # Transformer Engine's: a tensor on the CPU
+            initial = self.parameter.get_high_precision_init_val()
+            initial.masked_fill_(removed.to(initial.device), 0)
+
+    def clear_gradient(self) -> None:
+        """Zero the gradient that the optimizer will read, wherever the backward pass put it."""
+        gradient = getattr(self.parameter, "main_grad", None)
+        gradient = self.parameter.grad if gradient is None else gradient
+        if gradient is not None:
+            gradient.view(_INTEGERS[gradient.itemsize]).bitwise_and_(self.bits)
+
+    def violations(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """How many of ``values``, the weight's elements from ``start`` on in row-major order, should be zero and
+        are not: int64 [], on their device."""
+        bits = self.bits.view(-1)[start : start + values.numel()]
+        return torch.count_nonzero((values.detach().reshape(-1) != 0).logical_and_(bits == _REMOVED))  # NaN != 0
+
+
+class Zeros:
+    """The zeros of one run: ``attach`` before Megatron's ``pretrain``, ``audit`` whenever it is to be proven."""
+
+    def __init__(self, args: argparse.Namespace, chosen: Choice):
+        self.args, self.chosen = args, chosen
+        self.hash = chosen.masks.hash  # of drawn masks it is known when they are written
+        self.held: list[Held] = []
+        self._optimizer: Any = None
+
+    @property
+    def removed(self) -> int:
+        """Weights that the masks remove of the whole model."""
+        return self.chosen.masks.removed
+
+    def attach(self, config: Any, training: Any) -> None:
+        """Hang on Megatron: its model config, and what its module ``training`` calls to set up and to save."""
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize = config.transformer.finalize_model_grads_func or finalize_model_grads
+
+        @functools.wraps(finalize)
+        def finalize_and_clear(*positional: Any, **named: Any) -> None:
+            finalize(*positional, **named)
+            for held in self.held:
+                held.clear_gradient()
+
+        config.transformer.finalize_model_grads_func = finalize_and_clear
+        config.post_wrap_hooks.append(self._take_model)
+        training.setup_model_and_optimizer = self._then_audit(training.setup_model_and_optimizer)
+        training.save_checkpoint = self._audit_before_save(training.save_checkpoint)
+        training.training_log = self._audit_at_interval(training.training_log)
+
+    def _take_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """A post-wrap hook: read this rank's masks, put them beside the run, zero the initial weights."""
+        from megatron_prune.masks import megatron
+
+        masks = self.chosen.masks
+        local = megatron.local(chunks, masks)
+        if self.chosen.drawn:
+            self._write(chunks, local)
+        else:
+            _check_bits(masks)
+            if self.args.save and not self.chosen.own:
+                _copy(masks, Path(self.args.save))
+        self.held = [Held.make(*each) for each in local]
+        for held in self.held:
+            held.clear_weight()
+        return chunks
+
+    def _write(self, chunks: list[torch.nn.Module], local: list[tuple[str, torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Keep masks that were drawn as the run's own. Collective."""
+        from megatron_prune.masks import megatron
+
+        if self.args.save:
+            folder = Path(self.args.save, MASKS)
+            patterns = {name: entry.pattern for name, entry in self.chosen.masks.entries.items()}
+            megatron.save(folder, chunks, {parameter: kept for _, parameter, kept in local}, patterns)
+            self.hash = open_masks(folder).hash
+
+    def _then_audit(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's set-up, which loads the checkpoint last, and a look at what was loaded."""
+
+        @functools.wraps(setup)
+        def set_up(*positional: Any, **named: Any) -> Any:
+            found = setup(*positional, **named)
+            self._optimizer = found[1]
+            self.audit("what the run starts from")
+            return found
+
+        return set_up
+
+    def _audit_before_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        return self._audit_at(save, lambda step: True, "before the save at step")
+
+    def _audit_at_interval(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        """Every ``--eval-interval`` steps, whether Megatron evaluates there or ``--eval-iters`` is 0."""
+        interval = self.args.eval_interval
+        return self._audit_at(training_log, lambda step: interval and step % interval == 0, "at step")
+
+    def _audit_at(self, call: Callable[..., Any], due: Callable[[int], bool], when: str) -> Callable[..., Any]:
+        """``call`` with an audit before it at the steps that are ``due``; it has an argument ``iteration``."""
+        signature = inspect.signature(call)
+
+        @functools.wraps(call)
+        def audited(*positional: Any, **named: Any) -> Any:
+            step = signature.bind(*positional, **named).arguments["iteration"]
+            if due(step):
+                self.audit(f"{when} {step}")
+            return call(*positional, **named)
+
+        return audited
+
+    def audit(self, when: str) -> None:
+        """Raise MasksError on every rank, naming the first offending tensor, where a zero is none. Collective."""
+        audit(self.chosen.masks, self.held, self._optimizer, when)
+
+
+def audit(masks: Masks, held: list[Held], optimizer: Any, when: str) -> None:
+    """See ``Zeros.audit``; ``optimizer`` may be None."""
+    places, counts = [], []
+    for each in held:
+        for what, values, start in _tensors(each.parameter, optimizer):
+            places.append((each.name, what))
+            counts.append(each.violations(values, start))
+    numbers = torch.stack(counts).tolist() if counts else []
+    first = next(((*place, count) for place, count in zip(places, numbers, strict=True) if count), None)
+    found = _from_all_ranks(first)
+    if found:
+        order = list(masks.entries)
+        name, what, count = min(found, key=lambda one: order.index(one[0]))
+        raise MasksError(
+            f"{when}: {what} {name} (layer {name.split('.')[2]}): {count} of its elements are not zero, and its mask "
+            "removes them"
+        )
+
+
+def check_loaded(model: list[torch.nn.Module], root: Path) -> str | None:
+    """Look whether the weights that were loaded from ``root`` are zero under the masks there, if there are any.
+
+    Returns the hash of the masks. Collective; raises MasksError on every rank.
+    """
+    from megatron_prune.masks import megatron
+
+    folder = find_masks(root)
+    if folder is None:
+        return None
+    masks = open_masks(folder)
+    _check_bits(masks)
+    audit(masks, [Held.make(*each) for each in megatron.local(model, masks)], None, str(root))
+    return masks.hash
+
+
+def _tensors(parameter: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(what it is of the weight, values, the weight's element that they begin with) of all that this rank has."""
+    yield "the weight", parameter, 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part is None or getattr(part, "is_stub_optimizer", False):
+            continue
+        main, start, state = (
+            _sliced(part, parameter) if hasattr(part, "model_param_group_index_map") else _whole(part, parameter)
+        )
+        if main is not None and main is not parameter:
+            yield "the fp32 master of", main, start
+        for key, values in state.items():
+            if isinstance(values, torch.Tensor) and values.numel() == main.numel():
+                yield f"the optimizer's {key} of", values, start
+
+
+def _sliced(part: Any, parameter: Any) -> tuple[Any, int, dict[str, Any]]:
+    """Of Megatron's distributed optimizer: its slice of the flat weight, where that begins, and its moments."""
+    if parameter not in part.model_param_group_index_map:
+        return None, 0, {}
+    group, order = part.model_param_group_index_map[parameter]
+    main = part.optimizer.param_groups[group]["params"][order]
+    start = part._get_model_param_range_map(parameter)["param"].start
+    if main not in part.optimizer.state:  # before the first step; asking for it would make it
+        return main, start, {}
+    state = dict(part._get_main_param_and_optimizer_states(parameter))  # unscaled, where moments are FP8
+    return state.pop("param"), start, state
+
+
+def _whole(part: Any, parameter: Any) -> tuple[Any, int, dict[str, Any]]:
+    """Of Megatron's other optimizers: the master (in fp32 the weight itself) and its moments."""
+    main = getattr(parameter, "main_param", parameter)
+    return main, 0, part.optimizer.state.get(main, {})
+
+
+def _check_bits(masks: Masks) -> None:
+    """Raise MasksError on every rank where the bits on disk are not those that were hashed. Collective."""
+    names = list(masks.entries)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    wrong = None
+    try:
+        for name in names:
+            check_bits(masks, name)
+    except MasksError as error:
+        wrong = str(error)
+    found = _from_all_ranks(wrong)
+    if found:
+        raise MasksError(found[0])
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    """What ranks have to say, None left out, the same on every rank."""
+    said: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, value)
+    return [each for each in said if each is not None]
+
+
+def _copy(masks: Masks, save: Path) -> None:
+    """Put masks beside the run that they are held in. Collective."""
+    if torch.distributed.get_rank() == 0:
+        with explain_full_disk(save), atomic_directory(save / MASKS) as scratch:
+            shutil.copytree(masks.folder, scratch, dirs_exist_ok=True)
+    torch.distributed.barrier()
