@@ -7,6 +7,8 @@ between are scored right after the calibration), each stage leaving its file:
     SAVE/pruning/plan.json                 what was kept, and why
     SAVE/pruning/statistics.safetensors    what the plan was made from (with its .json)
 
+A sparse method goes the way of ``sparsify.py``; ``random`` does where ``--pattern`` is given.
+
 All flags are read, and the target is checked against the parent, before the model is loaded. Once
 the statistics are gathered the other ranks leave and rank 0 goes on alone, outside any process
 group, so that no collective waits (and times out) on the cutting of a large checkpoint.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_prune import methods, plan_command
+from megatron_prune import methods, plan_command, sparsify
 from megatron_prune.apply import apply_plan
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
@@ -31,6 +33,8 @@ def main(argv: list[str]) -> int:
     from megatron_prune.engine import runtime
 
     name = plan_command.method_of(argv)
+    if _is_sparse(name, argv):
+        return sparsify.main(argv, "prune")
     method = methods.get(name)
     own: list[str] = []
 
@@ -67,9 +71,14 @@ def main(argv: list[str]) -> int:
     files = {f"{FOLDER}/plan.json": made.file()}
     if statistics is not None:
         names = ("statistics.safetensors", "statistics.json")
-        files |= {
-            f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)
-        }
+        files |= {f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)}
     apply_plan(runtime.loaded_directory(args), made, folder, files)
     print(f"wrote {folder}", flush=True)
     return 0
+
+
+def _is_sparse(name: str, argv: list[str]) -> bool:
+    """True for a sparse method; one that is structured too is meant to be sparse where a pattern says so."""
+    if name not in methods.sparse_names():
+        return False
+    return name not in methods.names() or any(word.split("=")[0] == "--pattern" for word in argv)

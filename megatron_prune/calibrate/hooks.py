@@ -3,9 +3,9 @@
 Where each statistic is read (activations are [s, b, n]):
 
 * block influence: what a ``TransformerLayer`` takes and returns;
-* ``input_layernorm``, ``pre_mlp_layernorm``, ``final_layernorm``: the norms' outputs. Transformer
-  Engine fuses a block's norms into the linear that follows; there the output is recomputed from
-  the linear's input and the norm's gain;
+* ``input_layernorm``, ``pre_mlp_layernorm``: the norms' outputs, which is what ``linear_qkv`` and
+  ``linear_fc1`` multiply. Transformer Engine fuses the norms into these linears; there the output is
+  recomputed from the linear's input and the norm's gain; ``final_layernorm``: its output;
 * ``attention``, ``mlp``: the inputs of ``linear_proj`` and ``linear_fc2``, of which a tensor-parallel
   rank holds a contiguous slice of channels.
 
@@ -56,15 +56,8 @@ class Recorder:
 
     def _attach_block(self, block: Any, layer: int) -> None:
         attention, mlp = block.self_attention, block.mlp
-        for site, norm, linear in (
-            ("input_layernorm", block.input_layernorm, attention.linear_qkv),
-            ("pre_mlp_layernorm", block.pre_mlp_layernorm, mlp.linear_fc1),
-        ):
-            add = self._shared(site, layer)
-            if hasattr(linear, "layer_norm_weight"):
-                self._on_input(linear, _after_fused_norm(linear, add))
-            else:
-                self._on_output(norm, add)
+        for site, linear in (("input_layernorm", attention.linear_qkv), ("pre_mlp_layernorm", mlp.linear_fc1)):
+            self._on_input(linear, applies_norm(linear, self._shared(site, layer)))
         self._on_input(attention.linear_proj, self._sharded("attention", layer))
         self._on_input(mlp.linear_fc2, self._sharded("mlp", layer))
         if layer % self._ranks == self._rank:
@@ -119,8 +112,13 @@ class Recorder:
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, float(flat[0])
 
 
-def _after_fused_norm(linear: Any, add: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Recompute the output of the norm that Transformer Engine fused into ``linear``."""
+def applies_norm(linear: Any, add: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """Takes the input of ``linear`` and gives ``add`` what its weight multiplies.
+
+    They differ where Transformer Engine fused the norm before it into the linear: the norm's output is recomputed.
+    """
+    if not hasattr(linear, "layer_norm_weight"):
+        return add
 
     def recompute(x: torch.Tensor) -> None:
         wide = x.float()

@@ -19,7 +19,7 @@ from megatron_prune.calibrate import scoring
 from megatron_prune.calibrate.hooks import Recorder
 from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.candidates import Candidate, Question
-from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.data.windows import Windows, windows
 from megatron_prune.engine import forward, runtime
@@ -34,16 +34,9 @@ def gather(
     ``candidates_of`` says which candidates follow from them, to be scored in the same load of the model.
     The process group is gone when it returns: what follows may take one rank hours.
     """
-    _refuse_virtual_stages(args)
+    refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
-    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
-    chosen = windows(
-        args.calibration_data_path,
-        args.calibration_seq_length,
-        args.calibration_sequences,
-        seed=args.seed if args.calibration_sampling == "random" else None,
-        flag="--calibration-sequences",
-    )
+    chosen = chosen_windows(args, parent)
     model = _load(args)
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     with Recorder(model[0], parent.shape) as recorder:
@@ -58,7 +51,7 @@ def gather(
         seq_length=chosen.seq_length,
         sequences=len(chosen),
         loss_sum=loss_sum,
-        calibrations=(_provenance(args, indexed.fingerprint(args.calibration_data_path), chosen.numbers.tolist()),),
+        calibrations=(provenance(args, chosen),),
     )
     if candidates_of is not None:
         found = _with_losses(model, found, candidates_of(found), chosen)
@@ -68,7 +61,7 @@ def gather(
 
 def score(args: argparse.Namespace, question: Question, found: Statistics) -> Statistics:
     """``found`` and the losses of the candidates that it has no score for; the same on every rank. Collective."""
-    _refuse_virtual_stages(args)
+    refuse_virtual_stages(args)
     behind = found.calibrations[0]
     parent = open_checkpoint(runtime.loaded_directory(args))
     if parent.fingerprint() != found.parent:
@@ -92,7 +85,8 @@ def score(args: argparse.Namespace, question: Question, found: Statistics) -> St
     return found
 
 
-def _refuse_virtual_stages(args: argparse.Namespace) -> None:
+def refuse_virtual_stages(args: argparse.Namespace) -> None:
+    """Refuse stages that a layout divides further. Call after validation."""
     if args.virtual_pipeline_model_parallel_size is not None:  # not known before Megatron has read the layout
         raise UsageError(
             "--pipeline-model-parallel-layout",
@@ -100,6 +94,18 @@ def _refuse_virtual_stages(args: argparse.Namespace) -> None:
             allowed="one stage a rank with this verb",
             why="the model is read stage by stage",
         )
+
+
+def chosen_windows(args: argparse.Namespace, parent: Checkpoint) -> Windows:
+    """The windows that the calibration's flags choose. DataError or UsageError where the corpus does not fit."""
+    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
+    return windows(
+        args.calibration_data_path,
+        args.calibration_seq_length,
+        args.calibration_sequences,
+        seed=args.seed if args.calibration_sampling == "random" else None,
+        flag="--calibration-sequences",
+    )
 
 
 def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
@@ -118,14 +124,15 @@ def _with_losses(
     return candidates.with_scores(found, asked, losses)
 
 
-def _provenance(args: argparse.Namespace, corpus: str, numbers: list[int]) -> dict[str, Any]:
+def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:
+    """What was calibrated on, and how."""
     random = args.calibration_sampling == "random"
     return {
         "prefix": args.calibration_data_path,
-        "corpus": corpus,
+        "corpus": indexed.fingerprint(args.calibration_data_path),
         "sampling": args.calibration_sampling,
         "seed": args.seed if random else None,
-        "windows": numbers,
+        "windows": chosen.numbers.tolist(),
         "layout": {
             "tensor_parallel": args.tensor_model_parallel_size,
             "pipeline_parallel": args.pipeline_model_parallel_size,

@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_prune.artifacts import atomic_directory, sha256_file, versions, write_json
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
+from megatron_prune.checkpoint.parts import RECORD_BYTES, Part
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import CheckpointError
 
-RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
 _PENDING = 2  # blocks in flight between the producer and the disk
 
 # Files of a Hugging Face model that travel beside its weights.
@@ -101,6 +101,8 @@ class CheckpointWriter:
 
     Refuses (CheckpointError) an existing ``root`` that is not empty, a disk that cannot hold the result, a
     weight of the wrong shape, unknown or added twice, and an incomplete set of weights.
+
+    Weights that other processes have written already, in ``parts``, belong to it from the start.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class CheckpointWriter:
         dtype: torch.dtype,
         pruning: Sequence[Mapping[str, Any]] | None = None,
         huggingface: Path | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.root = Path(root).absolute()
         self.dtype = dtype
@@ -118,6 +121,7 @@ class CheckpointWriter:
         self.shape = ModelShape.from_args(self.args)
         self._pruning = [dict(entry) for entry in pruning or ()]
         self._huggingface = huggingface
+        self._parts = parts
         self._layouts = {layout.name: layout for layout in weights(self.shape)}
         self._added: set[str] = set()
         self._entries: dict[str, dcp.TensorStorageMetadata] = {}
@@ -127,7 +131,9 @@ class CheckpointWriter:
     # -- life cycle -----------------------------------------------------------------------------
 
     def __enter__(self) -> CheckpointWriter:
-        check_space(self.root, sum(layout.numel for layout in self._layouts.values()) * self.dtype.itemsize)
+        written = {piece.name for part in self._parts for piece in part.pieces}
+        to_come = sum(layout.numel for layout in self._layouts.values() if layout.name not in written)
+        check_space(self.root, to_come * self.dtype.itemsize)
         self._stack.enter_context(explain_full_disk(self.root))
         self._root_scratch = self._stack.enter_context(atomic_directory(self.root))
         self._directory = self._root_scratch / "release"
@@ -136,6 +142,9 @@ class CheckpointWriter:
         self._stack.callback(self._files.shutdown)
         self._worker = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
         self._pending: list[Future[None]] = []
+        self._adopted: dict[str, str] = {}  # file: SHA-256
+        for number, part in enumerate(self._parts, start=1):
+            self._adopt(part, number)
         return self
 
     def __exit__(
@@ -190,26 +199,46 @@ class CheckpointWriter:
             raise CheckpointError(f"{name}: {row} rows were given, expected {layout.shape[0]}")
 
     def _submit(self, layout: WeightLayout, row: int, block: torch.Tensor) -> None:
-        lead = () if layout.layer is None else (layout.layer,)
-        key = layout.name if layout.layer is None else stacked_name(layout.suffix)
-        offsets = torch.Size((*lead, row, *(0 for _ in layout.shape[1:])))
-        sizes = torch.Size((*(1 for _ in lead), *block.shape))
-        entry = self._entries.get(key)
-        if entry is None:
-            size = torch.Size((*((self.shape.num_layers,) if lead else ()), *layout.shape))
-            entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=block.dtype), size, [])
-            self._entries[key] = entry
-        if entry.properties.dtype != block.dtype:
-            raise CheckpointError(
-                f"{layout.name}: layers of one kind must have one type, "
-                f"found {block.dtype} and {entry.properties.dtype}"
-            )
-        entry.chunks.append(dcp.ChunkStorageMetadata(offsets, sizes))
-        index = dcp.MetadataIndex(key, offsets)
+        index, sizes = self._enter(layout, (row, *(0 for _ in layout.shape[1:])), block.shape, block.dtype)
         while len(self._pending) >= _PENDING:
             self._pending.pop(0).result()
         record = block.reshape(sizes).contiguous()
         self._pending.append(self._worker.submit(self._write, index, tensor_record, record))
+
+    def _enter(
+        self, layout: WeightLayout, offsets: Sequence[int], sizes: Sequence[int], dtype: torch.dtype
+    ) -> tuple[dcp.MetadataIndex, torch.Size]:
+        """Put a rectangle of a weight into the index of the checkpoint; its key and size there."""
+        layer = () if layout.layer is None else (layout.layer,)
+        key = layout.name if layout.layer is None else stacked_name(layout.suffix)
+        stored_offsets = torch.Size((*layer, *offsets))
+        stored_sizes = torch.Size((*(1 for _ in layer), *sizes))
+        entry = self._entries.get(key)
+        if entry is None:
+            size = torch.Size((*((self.shape.num_layers,) if layer else ()), *layout.shape))
+            entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), size, [])
+            self._entries[key] = entry
+        if entry.properties.dtype != dtype:
+            raise CheckpointError(
+                f"{layout.name}: layers of one kind must have one type, found {dtype} and {entry.properties.dtype}"
+            )
+        entry.chunks.append(dcp.ChunkStorageMetadata(stored_offsets, stored_sizes))
+        return dcp.MetadataIndex(key, stored_offsets), stored_sizes
+
+    def _adopt(self, part: Part, number: int) -> None:
+        """Let what a part holds be of this checkpoint: its files get a second name, nothing is copied."""
+        names = {}
+        for position, (file, digest) in enumerate(part.hashes.items()):
+            names[file] = f"__{number}_{position}.distcp"
+            _link(part.folder / file, self._directory / names[file])
+            self._adopted[names[file]] = digest
+        for piece in part.pieces:
+            layout = self._layouts.get(piece.name)
+            if layout is None or layout.layer is None:
+                raise CheckpointError(f"{part.folder} holds {piece.name}, which is no weight of a layer of this model")
+            index, _ = self._enter(layout, piece.offsets, piece.sizes, piece.dtype)
+            self._storage[index] = _StorageInfo(names[piece.file], piece.start, piece.length)
+            self._added.add(piece.name)
 
     def _write(self, index: dcp.MetadataIndex, make: Callable[[Any, int], list[Segment]], value: Any) -> None:
         self._storage[index] = _StorageInfo(*self._files.append(make, value))
@@ -219,6 +248,14 @@ class CheckpointWriter:
         path = self._root_scratch / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(payload)
+
+    def beside(self, name: str) -> Path:
+        """Where ``name`` beside the tracker is to be written, until everything gets its final name (``masks``)."""
+        return self._root_scratch / name
+
+    def add_folder(self, name: str, folder: Path) -> None:
+        """Move ``folder``, on the same file system, to ``name`` beside the tracker (sparsify: ``masks``)."""
+        folder.rename(self._root_scratch / name)
 
     # -- the rest of a checkpoint ---------------------------------------------------------------
 
@@ -254,7 +291,7 @@ class CheckpointWriter:
                 "versions": versions(),
             },
         )
-        hashes = self._files.hashes
+        hashes = self._adopted | self._files.hashes
         for path in self._directory.iterdir():
             if path.name not in hashes:
                 hashes[path.name] = sha256_file(path)
@@ -303,3 +340,11 @@ class CheckpointWriter:
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
         self._objects = (common.fqn, *extra)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no such thing."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,96 @@
+"""Statistics of what a block's linears read, over all sequences of all ranks of its pipeline stage.
+
+While ``Inputs`` is open, its hooks see the input of each linear that is to be pruned, one sequence a forward pass.
+Tensor-parallel ranks share the sequences out: rank i takes every TP-th, whole. Of a row-parallel linear each holds a
+slice of the inputs, so there the others send theirs to it. ``reduce`` sums over the stage's ranks: tensor-parallel
+ranks are, for a statistic, just more data-parallel ones.
+
+Which sequences a rank adds cannot change the sum (METHODS.md), so no layout does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from megatron_prune.calibrate.hooks import applies_norm
+from megatron_prune.sparse.hessian import Hessian
+from megatron_prune.sparse.matrices import ROW_PARALLEL
+from megatron_prune.sparse.square_sums import SquareSums
+
+Statistic = SquareSums | Hessian
+_KINDS: dict[str, type[Statistic]] = {"square_sums": SquareSums, "hessian": Hessian}
+
+
+def linears(block: Any) -> dict[str, Any]:
+    """The linears of a Megatron transformer layer, by the name of their module."""
+    attention, mlp = block.self_attention, block.mlp
+    return {
+        "qkv": attention.linear_qkv,
+        "proj": attention.linear_proj,
+        "fc1": mlp.linear_fc1,
+        "fc2": mlp.linear_fc2,
+    }
+
+
+class Inputs:
+    """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``."""
+
+    def __init__(self, block: Any, modules: Sequence[str], kind: str):
+        self.of: dict[str, Statistic] = {}
+        self._group = mpu.get_tensor_model_parallel_group()
+        self._handles = []
+        found = linears(block)
+        for module in modules:
+            weight = found[module].weight
+            inputs = weight.shape[1] * (self._group.size() if module in ROW_PARALLEL else 1)
+            self.of[module] = _KINDS[kind](inputs, weight.device)
+            hook = self._sharded(module) if module in ROW_PARALLEL else applies_norm(found[module], self._whole(module))
+            self._handles.append(found[module].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _whole(self, module: str) -> Any:
+        """Takes inputs [s, 1, in] that all tensor-parallel ranks hold."""
+        sequences = 0
+
+        def add(x: torch.Tensor) -> None:
+            nonlocal sequences
+            if sequences % self._group.size() == self._group.rank():
+                self.of[module].add(x.flatten(0, 1))  # [s, in]
+            sequences += 1
+
+        return add
+
+    def _sharded(self, module: str) -> Any:
+        """Takes inputs [s, 1, in/TP] of which this rank holds a slice."""
+        add, ranks = self._whole(module), self._group.size()
+        if ranks == 1:
+            return add
+        sequences = 0
+
+        def gather(x: torch.Tensor) -> None:
+            nonlocal sequences
+            taker = sequences % ranks
+            parts = [torch.empty_like(x) for _ in range(ranks)] if taker == self._group.rank() else None
+            torch.distributed.gather(x.contiguous(), parts, group=self._group, group_dst=taker)
+            add(x if parts is None else torch.cat(parts, dim=-1))
+            sequences += 1
+
+        return gather
+
+    def reduce(self, sequences: int) -> None:
+        """Make every statistic one of all ``sequences``, the same on all ranks of the stage. Collective."""
+        group = mpu.get_tensor_and_data_parallel_group()
+        for statistic in self.of.values():
+            if group.size() > 1:
+                torch.distributed.all_reduce(statistic.total, group=group)
+            statistic.count = sequences

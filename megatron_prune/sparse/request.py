@@ -1,0 +1,135 @@
+"""What ``sparsify`` is asked for: a method, how much of which linears goes, and the flags that say so."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune import methods
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import SparseMethod, Sparsity
+from megatron_prune.sparse.matrices import MODULES, SUFFIXES, matrices
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sparse pruning, checked against no model yet (``check``)."""
+
+    name: str
+    method: SparseMethod
+    of: Mapping[str, Sparsity]  # by module: those that are pruned
+    layers: tuple[int, ...] | None  # None: all
+    seed: int | None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self.of)
+
+    def sparsity(self, module: str) -> Sparsity:
+        return self.of[module]
+
+    def chosen(self, shape: ModelShape) -> tuple[int, ...]:
+        """The layers to prune, ascending."""
+        return tuple(range(shape.num_layers)) if self.layers is None else self.layers
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse (UsageError) layers that a model of ``shape`` lacks, and an M that does not divide a matrix."""
+        beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
+        if beyond:
+            raise UsageError("--layers", given=beyond[-1], allowed=f"layers 0 to {shape.num_layers - 1}")
+        for module, sparsity in self.of.items():
+            for matrix in matrices(module, shape):
+                sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON: all that decides the result, given the parent and the calibration."""
+        return {
+            "method": self.name,
+            "pattern": str(next(iter(self.of.values())).pattern),
+            "ratios": {module: sparsity.ratio for module, sparsity in self.of.items()},
+            "layers": None if self.layers is None else list(self.layers),
+            "seed": self.seed,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of method and amount."""
+    group = parser.add_argument_group("megatron_prune: sparsify")
+    group.add_argument("--method", required=True, help="sparse method: " + ", ".join(methods.sparse_names()))
+    group.add_argument("--ratio", type=float, metavar="S", help="fraction of each matrix that goes; N:M says it itself")
+    group.add_argument(
+        "--pattern",
+        default="unstructured",
+        metavar="P",
+        help="unstructured (default), or N:M: N of every M consecutive inputs are kept",
+    )
+    group.add_argument("--layers", metavar="0-3,7", help="layers to prune, counted from 0; the others stay dense")
+    group.add_argument(
+        "--modules",
+        default=",".join(MODULES),
+        metavar="M,…",
+        help=f"linears to prune, of {','.join(MODULES)} (default: all); the others stay dense",
+    )
+    group.add_argument(
+        "--module-ratio",
+        nargs="+",
+        default=[],
+        metavar="M=S",
+        help="another ratio for some linears, such as fc2=0.3; unstructured only",
+    )
+    return parser
+
+
+def from_arguments(args: argparse.Namespace) -> Request:
+    """The request that parsed flags describe. UsageError where they contradict each other."""
+    method = methods.get_sparse(args.method)
+    modules = _modules(args.modules)
+    own = _module_ratios(args.module_ratio, modules)
+    of = {
+        module: Sparsity.parse(
+            own.get(module, args.ratio), args.pattern, "--module-ratio" if module in own else "--ratio"
+        )
+        for module in modules
+    }
+    if own and args.ratio is not None:
+        Sparsity.parse(args.ratio, args.pattern)  # that every module has its own does not make this one right
+    return Request(args.method, method, of, _layers(args.layers), args.seed if method.random else None)
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    named = text.split(",")
+    for name in named:
+        if name not in MODULES or named.count(name) > 1:
+            raise UsageError("--modules", given=text, allowed=f"some of {','.join(MODULES)}, each once")
+    return tuple(module for module in MODULES if module in named)
+
+
+def _module_ratios(pairs: Sequence[str], modules: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pair in pairs:
+        module, _, ratio = pair.partition("=")
+        try:
+            value = float(ratio)
+        except ValueError:
+            value = float("nan")
+        if module not in modules or module in found or value != value:
+            raise UsageError("--module-ratio", given=pair, allowed=f"MODULE=RATIO, each of {','.join(modules)} once")
+        found[module] = value
+    return found
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or found & set(range(first, last + 1)):
+            raise UsageError("--layers", given=text, allowed="numbers and ranges, each layer once, such as 0-3,7")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))

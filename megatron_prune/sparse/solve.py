@@ -1,0 +1,146 @@
+"""Prune the linears of one block, given the statistics of their inputs.
+
+Who does what: with R data-parallel replicas, module i is pruned by replica i mod R, so that replicas share the work
+and cannot come to hold different weights; the others receive the result. Inside a replica every tensor-parallel rank
+prunes its share of whole rows. A Hessian is factorised by one rank and sent to those that share it.
+
+A weight comes back rounded to the type that the model computes in and to the type that it is stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.sparse.hessian import Factor, Hessian
+from megatron_prune.sparse.inputs import Statistic, linears
+from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
+from megatron_prune.sparse.request import Request
+from megatron_prune.sparse.rows import Rows
+from megatron_prune.sparse.square_sums import SquareSums
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What pruning did to one matrix, over all its rows."""
+
+    matrix: Matrix
+    removed: int
+    error: float | None  # tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ); None where W·H·Wᵀ is zero
+
+
+def prune_block(
+    block: Any,
+    layer: int,
+    shape: ModelShape,
+    request: Request,
+    statistics: Mapping[str, Statistic],
+    stored: torch.dtype,
+) -> tuple[dict[str, torch.Tensor], list[Sums]]:
+    """Prune what ``request`` says of ``block`` in place. Collective over the pipeline stage.
+
+    Returns, on every rank, the masks of its shards (bool, on the weights' device) by module, and the sums.
+    """
+    found = linears(block)
+    replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    all_matrices = [matrix for module in request.modules for matrix in matrices(module, shape)]
+    device = found["qkv"].weight.device
+    sums = torch.zeros(len(all_matrices), 3, dtype=torch.float64, device=device)  # removed, error, of what
+    masks: dict[str, torch.Tensor] = {}
+    for number, module in enumerate(request.modules):
+        weight = found[module].weight
+        if number % replicas == replica:
+            solver = _Solver(module, layer, shape, request, statistics.get(module), number)
+            masks[module] = solver.prune(weight, stored)
+            for matrix, values in solver.sums.items():
+                sums[all_matrices.index(matrix)] = torch.stack(values)
+        else:
+            masks[module] = torch.empty(weight.shape, dtype=torch.bool, device=device)
+    if replicas > 1:
+        group = mpu.get_data_parallel_group()
+        for number, module in enumerate(request.modules):
+            torch.distributed.broadcast(found[module].weight.data, group=group, group_src=number % replicas)
+            torch.distributed.broadcast(masks[module], group=group, group_src=number % replicas)
+    stage = mpu.get_tensor_and_data_parallel_group()
+    if stage.size() > 1:
+        torch.distributed.all_reduce(sums, group=stage)
+    return masks, [
+        Sums(matrix, int(removed), error / of if of > 0 else None)
+        for matrix, (removed, error, of) in zip(all_matrices, sums.tolist(), strict=True)
+    ]
+
+
+class _Solver:
+    """Prunes the matrices of one module on the ranks of one replica."""
+
+    def __init__(
+        self, module: str, layer: int, shape: ModelShape, request: Request, statistic: Statistic | None, number: int
+    ):
+        self.module, self.layer, self.shape, self.request, self.statistic = module, layer, shape, request, statistic
+        self.group = mpu.get_tensor_model_parallel_group()
+        self.maker = number % self.group.size()  # of the factor
+        self.sums: dict[Matrix, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def prune(self, weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+        """Prune this rank's shard of ``weight`` [rows, in] in place; its mask."""
+        ranks, rank = self.group.size(), self.group.rank()
+        sharded_inputs = self.module in ROW_PARALLEL and ranks > 1
+        whole = to_rows(weight.float(), self.group) if sharded_inputs else weight.detach().float()  # [rows, in]
+        kept = torch.empty(whole.shape, dtype=torch.bool, device=whole.device)
+        shared = self._shared_statistic(whole.device)
+        measure = _Measure(self.statistic)
+        sparsity = self.request.sparsity(self.module)
+        for matrix in matrices(self.module, self.shape):
+            local = local_rows(matrix, self.shape, rank, ranks)
+            rows = Rows(local.first, matrix.rows, self.group if ranks > 1 else None)
+            before = whole[local.places].clone()  # [rows of the matrix here, in]
+            seed = (self.request.seed or 0, self.layer, matrix.number)
+            pruned, stays = self.request.method.prune(before.clone(), shared, sparsity, rows, seed)
+            pruned = pruned.to(weight.dtype).to(stored).float()
+            whole[local.places], kept[local.places] = pruned, stays
+            self.sums[matrix] = ((~stays).sum().double(), *measure(before, pruned))
+        if sharded_inputs:
+            whole = to_columns(whole, len(weight), self.group)
+            kept = to_columns(kept.to(torch.uint8), len(weight), self.group).bool()
+        weight.data.copy_(whole)
+        return kept
+
+    def _shared_statistic(self, device: torch.device) -> torch.Tensor | Factor | None:
+        """What the method reads, the same on all tensor-parallel ranks."""
+        if isinstance(self.statistic, SquareSums):
+            return self.statistic.mean()
+        if not isinstance(self.statistic, Hessian):
+            return None
+        if self.group.size() == 1:
+            return self.statistic.factor()
+        made = self.statistic.factor() if self.group.rank() == self.maker else None
+        inputs = len(self.statistic.total)
+        upper = made.upper if made else torch.empty(inputs, inputs, dtype=torch.float32, device=device)
+        dead = made.dead if made else torch.empty(inputs, dtype=torch.bool, device=device)
+        damping = torch.tensor(made.damping if made else 0.0, dtype=torch.float64, device=device)
+        for tensor in (upper, dead, damping):
+            torch.distributed.broadcast(tensor, group=self.group, group_src=self.maker)
+        return Factor(upper, dead, float(damping))
+
+
+class _Measure:
+    """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) of some rows, with as much of H as the method had: all, its diagonal, or I."""
+
+    def __init__(self, statistic: Statistic | None):
+        self._matrix = statistic.total.float() if isinstance(statistic, Hessian) else None
+        self._diagonal = statistic.total.float() if isinstance(statistic, SquareSums) else None
+
+    def __call__(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._weigh(before - after), self._weigh(before)
+
+    def _weigh(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._matrix is not None:
+            return ((rows @ self._matrix) * rows).sum(dtype=torch.float64)
+        squares = rows.square()
+        return (squares if self._diagonal is None else squares * self._diagonal).sum(dtype=torch.float64)

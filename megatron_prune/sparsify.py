@@ -1,0 +1,100 @@
+"""``torchrun … -m megatron_prune sparsify``: zero weights of a checkpoint, block after block, and say which.
+
+    SAVE/release/…               the pruned checkpoint, of the same shape, dense in form
+    SAVE/masks/                  which weights were removed (a kept weight may be zero)
+    SAVE/pruning/sparsity.json   what went from each matrix, and the error that it makes
+
+``magnitude`` and ``random`` look at the weights alone; ``wanda`` and ``sparsegpt`` read calibration text. What is
+finished of a run that was killed lies beside SAVE (``sparse/scratch.py``): the same command goes on from there, at
+any layout. ``prune --method wanda`` is the same verb.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import UsageError
+from megatron_prune.sparse import request as requests
+from megatron_prune.sparse.request import Request
+from megatron_prune.sparse.scratch import Scratch
+
+
+def main(argv: list[str], verb: str = "sparsify") -> int:
+    """Run the verb; returns the exit code."""
+    from megatron_prune.calibrate import command as calibrate
+    from megatron_prune.engine import runtime
+
+    request: Request
+    save: Path
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return calibrate.add_arguments(requests.add_arguments(parser))
+
+    def complete(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal request, save
+        request = requests.from_arguments(args)
+        if args.save is None:
+            raise UsageError("--save", given="nothing", allowed="where the pruned checkpoint goes")
+        save = Path(args.save)
+        if args.fp8_param_gather:
+            raise UsageError(
+                "--fp8-param-gather", given="on", allowed="off with this verb", why="weights must not live as FP8"
+            )
+        calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
+
+    args = runtime.start(verb, argv, add_arguments, complete=complete)
+    from megatron_prune.calibrate import run as calibration  # imports Megatron, which must be started first
+    from megatron_prune.sparse import driver, result
+
+    calibration.refuse_virtual_stages(args)
+    parent = open_checkpoint(runtime.loaded_directory(args))
+    request.check(parent.shape)
+    windows = calibration.chosen_windows(args, parent) if request.method.statistic != "none" else None
+    read = None if windows is None else calibration.provenance(args, windows)
+    question = {
+        "parent": parent.fingerprint(),
+        "request": request.describe(),
+        "calibration": None
+        if windows is None or read is None
+        else {"corpus": read["corpus"], "windows": read["windows"], "seq_length": windows.seq_length},
+        "params_dtype": str(args.params_dtype).removeprefix("torch."),
+    }
+    task = driver.Task(parent, request, windows, question, save)
+    if result.is_finished(task):
+        if args.rank == 0:
+            Scratch(save).remove()
+            print(f"{save}: this pruning is complete; nothing to do", flush=True)
+        return 0
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise UsageError("--save", given=save, allowed="a directory that is empty or does not exist")
+    Scratch(save).refuse_another(question)
+    driver.run(args, task)
+    if args.rank != 0:
+        return 0
+    show(result.write(task, read))
+    print(f"wrote {save}", flush=True)
+    return 0
+
+
+def show(table: dict[str, Any]) -> None:
+    """Print what went, summed over layers."""
+    sums: dict[str, list[Any]] = defaultdict(lambda: [0, 0, []])
+    for row in table["matrices"]:
+        found = sums[row["matrix"]]
+        found[0] += row["removed"]
+        found[1] += row["rows"] * row["inputs"]
+        found[2] += [row["error"]] if row["error"] is not None else []
+    printed = Table(title=f"{table['method']}, {table['pattern']}")
+    for column in ("matrix", "weights", "removed", "relative error (mean, most)"):
+        printed.add_column(column, justify="left" if column == "matrix" else "right")
+    for name, (removed, size, errors) in sums.items():
+        error = f"{sum(errors) / len(errors):.4f}, {max(errors):.4f}" if errors else "–"
+        printed.add_row(name, f"{size:,}", f"{removed / size:.2%}", error)
+    Console(width=110, highlight=False).print(printed)
