@@ -54,8 +54,8 @@ class Held:
         """Zero the removed weights, also those that the fp32 master of an FP8 weight is to be made from."""
         removed = self.bits == _REMOVED
         self.parameter.data.masked_fill_(removed, 0)
-        if hasattr(self.parameter, "get_high_precision_init_val"):  # Transformer Engine's: a tensor on the CPU
-            initial = self.parameter.get_high_precision_init_val()
+        initial = getattr(self.parameter, "get_high_precision_init_val", lambda: None)()  # Transformer Engine's
+        if initial is not None:
             initial.masked_fill_(removed.to(initial.device), 0)
 
     def clear_gradient(self) -> None:
@@ -206,7 +206,9 @@ def check_loaded(model: list[torch.nn.Module], root: Path) -> str | None:
 
 def _tensors(parameter: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(what it is of the weight, values, the weight's element that they begin with) of all that this rank has."""
-    yield "the weight", parameter, 0
+    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
+    yield "the weight", dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter, 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part is None or getattr(part, "is_stub_optimizer", False):
             continue

@@ -6,10 +6,12 @@ own code is compared with something else.
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape, weights
 
 Kept = Mapping[str, torch.Tensor]  # logical name → bool [out, in]
+ADAM = ("exp_avg", "exp_avg_sq")
 
 
 def kept_at_random(shape: ModelShape, pattern: str, ratio: float = 0.5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -55,6 +58,11 @@ def write_pruned(parent: Path, kept: Kept, pattern: str, folder: Path) -> Path:
     return folder
 
 
+def start_from(pruned: Any, *flags: Any) -> list[Any]:
+    """Flags of a run that holds the zeros of a ``tiny_pruned``."""
+    return ["--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, "--masks", pruned.masks, *flags]
+
+
 def local_part(name: str, whole: torch.Tensor, tp_rank: int, tp: int) -> torch.Tensor:
     """What a tensor-parallel rank holds of a linear [out, in], by Megatron's documented layouts."""
     if "linear_qkv" in name:
@@ -83,19 +91,17 @@ def removed_parts(chunks: list[Any], kept: Kept) -> list[tuple[str, Any, torch.T
     return found
 
 
-def watch(argv: list[str], kept_file: str, folder: str, before: Callable[[], Any] | None = None,
-          at_step: Callable[[int, list, Any], Any] | None = None) -> int:  # fmt: skip
+def watch(argv: list[str], kept_file: str, folder: str) -> None:
     """``pretrain`` in this rank; looks at every masked weight, gradient and fp32 master of every step.
 
-    Asserts that they are zero, and writes what it has seen to ``folder``. ``before`` is called before Megatron
-    starts; ``at_step(step, parts, model)`` after every step, before the look.
+    Asserts that they are zero, and writes what it has seen to ``folder``.
     """
     from megatron.training import training
 
     from megatron_prune.__main__ import main
 
-    kept = pickle.loads(Path(kept_file).read_bytes()) if kept_file else {}
-    seen: dict[str, Any] = {"steps": 0, "masked": 0, "masters": 0, "initial": None}
+    kept = pickle.loads(Path(kept_file).read_bytes())
+    seen: dict[str, Any] = {"steps": 0, "masked": 0, "masters": 0}
     parts: list = []
     setup, log = training.setup_model_and_optimizer, training.training_log
 
@@ -121,17 +127,59 @@ def watch(argv: list[str], kept_file: str, folder: str, before: Callable[[], Any
     @functools.wraps(log)
     def listening(*positional: Any, **named: Any) -> Any:
         seen["steps"] += 1
-        if at_step is not None:
-            at_step(seen["steps"], parts, None)
         look(f"step {seen['steps']}")
         return log(*positional, **named)
 
-    if before is not None:
-        before()
     training.setup_model_and_optimizer, training.training_log = set_up, listening
-    code = main(["pretrain", *argv])
+    leave_with(main(["pretrain", *argv]))
     Path(folder, f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
-    return code
+
+
+def leave_with(code: int) -> None:
+    """A rank's function that returned would be taken for a success."""
+    if code:
+        sys.exit(code)
+
+
+def run_function(function: Callable[..., Any], folder: Path, nproc: int, *arguments: Any) -> tuple[int, str]:
+    """A module-level function in ranks: the job's exit code, and what they printed."""
+    from megatron_prune.engine.launch import start_function
+    from tests.distributed_work import FunctionCall
+
+    folder.mkdir(exist_ok=True, parents=True)
+    call = FunctionCall(
+        file=str(sys.modules[function.__module__].__file__), module=function.__module__,
+        function=function.__name__, arguments=pickle.dumps((arguments, {})), results=str(folder),
+    )  # fmt: skip
+    with start_function(call, nproc=nproc, log=folder / "log.txt") as job:
+        return job.wait(240), (folder / "log.txt").read_text()
+
+
+def watched(argv: list[Any], folder: Path, nproc: int, kept_file: str) -> list[dict[str, Any]]:
+    """Run ``watch``; what each rank has seen."""
+    code, output = run_function(watch, folder, nproc, [str(word) for word in argv], kept_file, str(folder))
+    assert code == 0, output[-4000:]
+    return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(nproc)]
+
+
+def losses(save: Path, column: str = "loss") -> list[float]:
+    with open(save / "losses.csv") as table:
+        return [float(row[column]) for row in csv.DictReader(table)]
+
+
+def account(save: Path) -> dict[str, Any]:
+    return json.loads((save / "account.json").read_text())
+
+
+def assert_zero_in_checkpoint(directory: Path, kept: Kept, *, moments: tuple[str, ...]) -> None:
+    """Weights, masters and moments of the masked linears, as the checkpoint has them; most kept ones are not zero."""
+    found = stored(directory)
+    for prefix in ("", *(f"optimizer.state.{moment}." for moment in moments)):
+        for name, mask in kept.items():
+            _, _, layer, suffix = name.split(".", 3)
+            value = found[f"{prefix}decoder.layers.{suffix}"][int(layer)]  # of [layers, out, in]
+            assert not value[~mask].any(), (directory, prefix, name)
+            assert value[mask].count_nonzero() > 0.9 * mask.sum(), (directory, prefix, name)
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,102 @@
+"""A masked run that stops and goes on, at the same layout or another, keeps its zeros and finds its masks."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+
+from megatron_prune.masks import open_masks
+from tests.training.small import layout, recipe
+from tests.training.small_masked import (
+    ADAM,
+    account,
+    assert_zero_in_checkpoint,
+    losses,
+    run_function,
+    start_from,
+    watch,
+    watched,
+)
+
+STEPS = 6
+RANGE = "64:112"
+
+
+def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus, tmp_path):
+    """DP=2 with accumulation, bf16, everything overlapped; then TP=2 and PP=2 from its save."""
+    pruned, save = tiny_pruned("unstructured"), tmp_path / "run"
+    words = recipe(tiny_corpus, "0:1200", save, "--stream-epochs", "3", "--save-interval", "150", "--bf16")
+    words[words.index("--global-batch-size") + 1] = "4"
+    words[words.index("--micro-batch-size") + 1] = "1"
+    argv = start_from(pruned, *words, "--use-distributed-optimizer")
+    first = [*argv, "--overlap-grad-reduce", "--overlap-param-gather", "--exit-interval", "150"]
+    code, output = run_function(watch, tmp_path / "first", 2, [str(w) for w in first], pruned.file, str(tmp_path))
+    assert code == 0 and "exiting program at iteration 150" in output, output[-4000:]
+    assert_zero_in_checkpoint(save / "iter_0000150", pruned.kept, moments=("param", *ADAM))
+    assert not account(save)["complete"]
+
+    seen = watched([*argv, *layout(2, 2)], tmp_path / "then", 4, pruned.file)
+    assert all(rank["steps"] == 150 for rank in seen)
+    assert_zero_in_checkpoint(save / "iter_0000300", pruned.kept, moments=("param", *ADAM))
+    assert account(save)["complete"] and len(losses(save)) == 300
+    assert np.mean(losses(save)[-20:]) < np.mean(losses(save)[:20]) - 1
+
+
+def test_resumed_without_its_optimizer(tiny_pruned, tiny_corpus, tmp_path):
+    """Masters are made again from the weights, and the moments from nothing."""
+    pruned, save = tiny_pruned("2:4"), tmp_path / "run"
+    argv = start_from(pruned, *recipe(tiny_corpus, RANGE, save), "--bf16", "--save-interval", "3")
+    code, output = run_function(
+        watch, tmp_path / "first", 1, [str(w) for w in (*argv, "--exit-interval", "3")], pruned.file, str(tmp_path)
+    )
+    assert code == 0, output[-4000:]
+    watched([*argv, "--no-load-optim"], tmp_path / "then", 1, pruned.file)
+    assert_zero_in_checkpoint(save / "iter_0000006", pruned.kept, moments=ADAM)
+    assert account(save)["complete"] and len(losses(save)) == STEPS
+
+
+def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpus, tmp_path, job):
+    """Without ``--masks`` it goes on as it began; with others, or without its own, it does not go on."""
+    pruned, save = tiny_pruned("2:4"), tmp_path / "run"
+    words = recipe(tiny_corpus, RANGE, save, "--save-interval", "3")
+    job(["pretrain", *start_from(pruned, *words), "--exit-interval", "3"]).ok()
+    begun = account(save)
+    assert begun["masks"] == open_masks(pruned.masks).hash and not begun["complete"]
+
+    resume = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, *words]
+    others = tiny_pruned("unstructured").masks
+    for flags, says in (
+        (["--masks", others], "the masks that the run in"),
+        (["--masks", pruned.masks, "--random-masks", "1"], "the masks that the run in"),
+    ):
+        refused = job([*resume, *flags])
+        assert refused.returncode == 2 and says in refused.output and "Traceback" not in refused.output
+    own = save / "masks"
+    own.rename(tmp_path / "away")
+    refused = job(resume)
+    assert refused.returncode == 2 and "masks are gone" in refused.output, refused.output[-2000:]
+    shutil.copytree(others, own)
+    refused = job(resume)
+    assert refused.returncode == 2 and "not the masks that the run there was trained under" in refused.output
+    shutil.rmtree(own)
+    (tmp_path / "away").rename(own)
+
+    job([*resume, *layout(2)], nproc=2).ok()
+    assert_zero_in_checkpoint(save / "iter_0000006", pruned.kept, moments=ADAM)
+    done = account(save)
+    assert done["complete"] and done["masks"] == begun["masks"] and done["start"] == "pruned"
+    whole = tmp_path / "whole"
+    job(["pretrain", *start_from(pruned, *recipe(tiny_corpus, RANGE, whole))]).ok()
+    np.testing.assert_allclose(losses(save), losses(whole), rtol=2e-5)
+
+
+def test_a_masked_run_goes_on_in_another_directory(tiny_pruned, tiny_corpus, tmp_path, job):
+    """``--load`` of a masked run, optimizer and all: its masks come along."""
+    pruned, first, second = tiny_pruned("2:4"), tmp_path / "first", tmp_path / "second"
+    job(["pretrain", *start_from(pruned, *recipe(tiny_corpus, RANGE, first, "--exit-interval", "3"))]).ok()
+    words = recipe(tiny_corpus, RANGE, second)
+    words[words.index("--load") + 1] = str(first)
+    job(["pretrain", "--use-checkpoint-args", *words]).ok()
+    assert_zero_in_checkpoint(second / "iter_0000006", pruned.kept, moments=ADAM)
+    assert account(second)["masks"] == open_masks(second / "masks").hash == open_masks(pruned.masks).hash
