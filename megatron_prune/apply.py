@@ -23,6 +23,9 @@ from megatron_prune.checkpoint.layout import Kept, WeightLayout, axis_indices, l
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import PlanError
+from megatron_prune.masks import MASKS, write_single
+from megatron_prune.masks.cut import check_cut, cut_masks
+from megatron_prune.masks.verify import guarded, masks_of
 from megatron_prune.training.account import trained_on
 
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
@@ -60,10 +63,15 @@ def apply_plan(
 
     ``files`` are small files to put beside the weights, by their path under ``save``.
 
-    Raises PlanError when the plan is for another parent; CheckpointError from reading and writing.
+    Masks beside the parent are cut along. Raises PlanError when the plan is for another parent; MasksError when the
+    cut would tear the groups of N:M masks; CheckpointError from reading and writing.
     """
     parent = open_checkpoint(load)
     check_parent(parent, made)
+    sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
+    masks = masks_of(parent)
+    if masks is not None:
+        check_cut(masks, sources)
     args = {**parent.args, **made.target.to_args()}
     if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
         args["encoder_num_layers"] = made.target.num_layers
@@ -76,9 +84,13 @@ def apply_plan(
     ) as writer:
         for name, payload in (files or {}).items():
             writer.add_file(name, payload)
-        for target in weights(made.target):
-            source, kept = _source_of(target, made)
-            writer.add(target.name, target.shape, cut(parent, source, kept), dtype=parent.spec(source).dtype)
+        if masks is not None:
+            masks = write_single(writer.beside(MASKS), made.target, cut_masks(masks, sources))
+        for target, source, kept in sources:
+            blocks = cut(parent, source, kept)
+            if masks is not None:
+                blocks = guarded(masks, target.name, blocks)
+            writer.add(target.name, target.shape, blocks, dtype=parent.spec(source).dtype)
 
 
 def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:

@@ -1,7 +1,7 @@
 """Llama-family models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
 
-One table (``segments``) says, for every Megatron weight, which rows of which Hugging Face tensors it
-is made of; import reads it forwards and export backwards. Both stream blocks of rows, so neither
+One table (``huggingface_table.py``) says, for every Megatron weight, which rows of which Hugging Face
+tensors it is made of; import reads it forwards and export backwards. Both stream blocks of rows, so neither
 needs more memory than a few blocks. Padding of the vocabulary is added on import and cut on export,
 and every tensor keeps its type: what is exported after an import is the same, bit for bit.
 """
@@ -9,9 +9,7 @@ and every tensor keeps its type: what is exported after an import is the same, b
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,59 +23,17 @@ from megatron_prune.checkpoint.huggingface_config import (
     config_from_args,
     vocabulary,
 )
+from megatron_prune.checkpoint.huggingface_table import Segment, rows_of_tensors, segments
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
 from megatron_prune.errors import CheckpointError
+from megatron_prune.masks import MASKS
+from megatron_prune.masks.huggingface import HUGGINGFACE_MASKS, export_masks, import_masks
+from megatron_prune.masks.verify import guarded, masks_of
 
 BLOCK_BYTES = 8 << 20
 _DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-
-_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "model.layers.{}.input_layernorm.weight",
-    "self_attention.linear_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "mlp.linear_fc1.layer_norm_weight": "model.layers.{}.post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-_QUERY, _KEY, _VALUE = (f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv")
-_GATE, _UP = (f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up"))
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive rows of a Megatron weight: rows [start, stop) of a Hugging Face tensor (None: padding)."""
-
-    name: str | None
-    start: int
-    stop: int
-
-
-def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int) -> list[Segment]:
-    """What a Megatron weight is made of, from its first row to its last."""
-    if layout.axes[0] == "qkv":
-        query, key, value = (name.format(layout.layer) for name in (_QUERY, _KEY, _VALUE))
-        d, per_group = shape.kv_channels, shape.heads_per_group * shape.kv_channels
-        return [
-            segment
-            for g in range(shape.num_query_groups)
-            for segment in (
-                Segment(query, g * per_group, (g + 1) * per_group),
-                Segment(key, g * d, (g + 1) * d),
-                Segment(value, g * d, (g + 1) * d),
-            )
-        ]
-    if layout.axes[0] == "fc1":
-        rows = shape.ffn_hidden_size
-        return [Segment(name.format(layout.layer), 0, rows) for name in (_GATE, _UP)]
-    name = _NAMES[layout.suffix].format(layout.layer)
-    if layout.axes[0] == "vocab":
-        padding = layout.shape[0] - vocabulary_size
-        return [Segment(name, 0, vocabulary_size), *([Segment(None, 0, padding)] if padding else [])]
-    return [Segment(name, 0, layout.shape[0])]
-
 
 def import_hf(
     hf: str | Path,
@@ -91,8 +47,9 @@ def import_hf(
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
 
     ``dtype`` casts every tensor; by default each keeps its own. Tokenizer files and config travel along
-    in ``save/huggingface``. Raises CheckpointError, before anything is written, for a model that cannot
-    be represented or whose files are missing or truncated.
+    in ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises CheckpointError, before
+    anything is written, for a model that cannot be represented or whose files are missing or truncated, and
+    MasksError for masks that do not fit it.
     """
     source = _directory(hf)
     config = read_json(source / "config.json")
@@ -107,19 +64,28 @@ def import_hf(
     _check_tensors(tensors, shape, args, source)
     main = dtype or tensors.dtype("model.embed_tokens.weight")
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
+        masks = None
+        if (source / HUGGINGFACE_MASKS).is_file():
+            masks = import_masks(source / HUGGINGFACE_MASKS, shape, writer.beside(MASKS))
         for layout in weights(shape):
             pieces = segments(layout, shape, args["vocab_size"])
             kind = dtype or tensors.dtype(pieces[0].name or "")
-            writer.add(layout.name, layout.shape, _blocks(layout, pieces, tensors, kind), dtype=kind)
+            blocks = _blocks(layout, pieces, tensors, kind)
+            if masks is not None:
+                blocks = guarded(masks, layout.name, blocks)
+            writer.add(layout.name, layout.shape, blocks, dtype=kind)
     return open_checkpoint(save)
 
 
 def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30) -> Path:
-    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty).
+    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty), its masks
+    as ``masks.safetensors``.
 
-    Raises CheckpointError for a model that Hugging Face's Llama family cannot say.
+    Raises CheckpointError for a model that Hugging Face's Llama family cannot say, MasksError for masks that do not
+    fit the weights.
     """
     checkpoint = open_checkpoint(load)
+    masks = masks_of(checkpoint)
     side = checkpoint.huggingface
     original = side / "config.json" if side is not None else None
     config = config_from_args(
@@ -127,7 +93,7 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
         checkpoint.spec("embedding.word_embeddings.weight").dtype,
         read_json(original) if original is not None and original.is_file() else None,
     )
-    made_of = _rows_of_tensors(checkpoint)
+    made_of = rows_of_tensors(weights(checkpoint.shape), checkpoint.shape, vocabulary(checkpoint.args))
     entries = {}
     for name, parts in made_of.items():
         spec = checkpoint.spec(parts[0][1])
@@ -137,31 +103,20 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
         step = _rows_per_block(*entries[name])
         for segment, weight, first in made_of[name]:
             last = first + segment.stop - segment.start
-            for start in range(first, last, step):
-                yield checkpoint.read_rows(weight, start, min(start + step, last))
+            rows = (checkpoint.read_rows(weight, at, min(at + step, last)) for at in range(first, last, step))
+            yield from rows if masks is None else guarded(masks, weight, rows, first)
 
     target = Path(hf)
     check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
     with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, entries, blocks, max_shard_bytes)
+        if masks is not None:
+            export_masks(masks, folder / HUGGINGFACE_MASKS)
         for name in SIDE_FILES:
             if side is not None and (side / name).is_file():
                 shutil.copyfile(side / name, folder / name)
         write_json(folder / "config.json", config)
     return target
-
-
-def _rows_of_tensors(checkpoint: Checkpoint) -> dict[str, list[tuple[Segment, str, int]]]:
-    """The table backwards: for every Hugging Face tensor its rows in ascending order, each with the Megatron
-    weight that holds them and their first row there."""
-    made_of: dict[str, list[tuple[Segment, str, int]]] = defaultdict(list)
-    for layout in weights(checkpoint.shape):
-        row = 0
-        for segment in segments(layout, checkpoint.shape, vocabulary(checkpoint.args)):
-            if segment.name is not None:
-                made_of[segment.name].append((segment, layout.name, row))
-            row += segment.stop - segment.start
-    return made_of
 
 
 def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

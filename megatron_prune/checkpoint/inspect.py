@@ -17,6 +17,7 @@ import torch
 from megatron_prune.checkpoint.index import is_weight
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint
+from megatron_prune.masks import find_masks, open_masks
 
 _WIDTH = 150  # of the tree at least: names must not be cut
 
@@ -55,6 +56,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
         "other_tensors": sum(not is_weight(key) for key in checkpoint.stored),
         "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
         "pruning": checkpoint.pruning,
+        "masks": _describe_masks(checkpoint),
         "flags": flags(checkpoint),
         "args": {key: _plain(value) for key, value in sorted(checkpoint.args.items())},
     }
@@ -64,6 +66,24 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
         found["parameters_nonzero"] = total - sum(entry["zeros"] for entry in tensors.values())
         found["sparsity_linear"] = sum(tensors[n]["zeros"] for n in linear) / checkpoint.shape.linear_parameters()
     return found
+
+
+def _describe_masks(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The masks beside the weights, as their own index tells; their bits are read by ``masks.verify``."""
+    folder = find_masks(checkpoint.root)
+    if folder is None:
+        return None
+    masks = open_masks(folder)
+    masks.check_model(checkpoint.shape, str(checkpoint.root))
+    return {
+        "folder": str(folder),
+        "hash": masks.hash,
+        "removed": masks.removed,
+        "tensors": {
+            name: {"pattern": entry.pattern, "removed": entry.removed, "ratio": entry.ratio}
+            for name, entry in masks.entries.items()
+        },
+    }
 
 
 def flags(checkpoint: Checkpoint) -> list[str]:
@@ -108,7 +128,13 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
         top.add(f"full hash {found['full_hash']}")
     if found["other_tensors"]:
         top.add(f"{found['other_tensors']} tensors that are no weights (optimizer, random states)")
-    _add_weights(top.add("[bold]weights[/bold]"), found["tensors"], escape)
+    if found["masks"]:
+        share = found["masks"]["removed"] / found["parameters_linear"]
+        patterns = ", ".join(sorted({entry["pattern"] for entry in found["masks"]["tensors"].values()}))
+        top.add(f"masks {found['masks']['hash']}: {patterns}, {found['masks']['removed']:,} weights removed, "
+                f"{share:.2%} of the linears")  # fmt: skip
+    masked = (found["masks"] or {}).get("tensors", {})
+    _add_weights(top.add("[bold]weights[/bold]"), found["tensors"], masked, escape)
     if found["pruning"]:
         chain = top.add("[bold]pruned[/bold]")
         for entry in found["pruning"]:
@@ -129,11 +155,16 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
         print(f"warning: {note}")
 
 
-def _add_weights(tree: Any, tensors: Mapping[str, Mapping[str, Any]], escape: Callable[[str], str]) -> None:
+def _add_weights(
+    tree: Any,
+    tensors: Mapping[str, Mapping[str, Any]],
+    masks: Mapping[str, Mapping[str, Any]],
+    escape: Callable[[str], str],
+) -> None:
     layers: dict[int, list[str]] = {}
     order: list[int | str] = []
     for name, entry in tensors.items():
-        line = _line(entry)
+        line = _line(entry, masks.get(name))
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             layer = int(parts[2])
@@ -153,10 +184,11 @@ def _add_weights(tree: Any, tensors: Mapping[str, Mapping[str, Any]], escape: Ca
             branch.add(escape(line))
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def _line(entry: Mapping[str, Any], mask: Mapping[str, Any] | None) -> str:
     shards = "" if entry["shards"] == 1 else f", {entry['shards']} shards"
     zeros = f", {entry['sparsity']:.2%} zero" if "sparsity" in entry else ""
-    return f"{entry['shape']} {entry['dtype']}{shards}{zeros}"
+    masked = f", {mask['pattern']} mask, {mask['ratio']:.2%} removed" if mask else ""
+    return f"{entry['shape']} {entry['dtype']}{shards}{zeros}{masked}"
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_CODES = {dtype: code for code, dtype in _TYPES.items()} | {torch.uint8: "U8"}
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -100,12 +100,12 @@ def write_sharded(
         shards[-1][name] = entry
         size += nbytes
     if len(shards) == 1:
-        _write_file(directory / SINGLE, shards[0], blocks)
+        write_file(directory / SINGLE, shards[0], blocks)
         return
     where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, blocks)
+        write_file(directory / name, shard, blocks)
         where |= dict.fromkeys(shard, name)
     total = sum(map(_nbytes, entries.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
@@ -116,8 +116,14 @@ def _nbytes(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return torch.Size(entry[1]).numel() * entry[0].itemsize
 
 
-def _write_file(path: Path, entries: Entries, blocks: Callable[[str], Iterable[torch.Tensor]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(
+    path: Path,
+    entries: Entries,
+    blocks: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as one safetensors file; ``blocks(name)`` gives a tensor's consecutive rows."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     # Wider types first, so that every tensor is aligned.
     names = sorted(entries, key=lambda name: -entries[name][0].itemsize)

@@ -15,7 +15,20 @@ from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.reader import Masks
+from megatron_prune.masks.reader import Masks, find_masks, open_masks
+
+
+def masks_of(checkpoint: Checkpoint) -> Masks | None:
+    """The masks that lie beside a checkpoint, if there are any, their own bits checked; what they say of the weights
+    is left to ``guarded``, where the weights are streamed anyway, or to ``verify``."""
+    folder = find_masks(checkpoint.root)
+    if folder is None:
+        return None
+    masks = open_masks(folder)
+    masks.check_model(checkpoint.shape, str(checkpoint.root))
+    for name in masks.entries:
+        check_bits(masks, name)
+    return masks
 
 
 def verify(masks: Masks, checkpoint: Checkpoint) -> None:

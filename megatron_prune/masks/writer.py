@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_prune.masks.pattern import Pattern
 from megatron_prune.masks.reader import MASKS_FILE, Entry, Masks, as_masks_error, check_shape, entries_json, open_masks
 from megatron_prune.masks.verify import measure
 
-_RECORD_ROWS = 1 << 14  # in one record: 100 MB where a row is widest
+_RECORD_BYTES = 16 << 20  # of packed rows
 
 
 def write_single(
@@ -86,15 +86,13 @@ class _Records:
         self._storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
 
     def add(self, name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> None:
-        row, chunks = 0, []
-        for block in blocks:
-            if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
-                raise MasksError(f"the mask of {name} is bool {list(shape)}, given {block.dtype} {list(block.shape)}")
-            for part in bits.pack(block).split(_RECORD_ROWS):
-                offsets = torch.Size((row, 0))
-                self._storage[dcp.MetadataIndex(name, offsets)] = _StorageInfo(*self.files.append(tensor_record, part))
-                chunks.append(dcp.ChunkStorageMetadata(offsets, part.shape))
-                row += len(part)
+        chunks: list[dcp.ChunkStorageMetadata] = []
+        row = 0
+        for part in _gathered(name, shape, blocks):
+            offsets = torch.Size((row, 0))
+            self._storage[dcp.MetadataIndex(name, offsets)] = _StorageInfo(*self.files.append(tensor_record, part))
+            chunks.append(dcp.ChunkStorageMetadata(offsets, part.shape))
+            row += len(part)
         if row != shape[0]:
             raise MasksError(f"the mask of {name} has {shape[0]} rows, {row} were given")
         size = torch.Size((shape[0], bits.bytes_of(shape[1])))
@@ -109,3 +107,19 @@ class _Records:
         metadata = dcp.Metadata(self._entries, storage_data=self._storage, storage_meta=dcp.StorageMeta())
         (self._scratch / ".metadata").write_bytes(pickle.dumps(metadata))
         write_json(self._scratch / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+
+
+def _gathered(name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """``blocks`` of rows, packed, in parts of about ``_RECORD_BYTES``, however small they are."""
+    most = max(1, _RECORD_BYTES // bits.bytes_of(shape[1]))
+    held: list[torch.Tensor] = []
+    for block in blocks:
+        if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
+            raise MasksError(f"the mask of {name} is bool {list(shape)}, given {block.dtype} {list(block.shape)}")
+        for part in bits.pack(block).split(most):
+            if held and sum(map(len, held)) + len(part) > most:
+                yield torch.cat(held)
+                held = []
+            held.append(part)
+    if held:
+        yield torch.cat(held)

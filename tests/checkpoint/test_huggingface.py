@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_no_export(tiny_hf, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors_io, "_write_file", fail)
+    monkeypatch.setattr(safetensors_io, "write_file", fail)
     with pytest.raises(CheckpointError, match="no space left while writing .*hf"):
         export_hf(tmp_path / "checkpoint", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]

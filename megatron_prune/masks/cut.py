@@ -1,0 +1,63 @@
+"""Masks of a checkpoint that loses layers or channels: cut as its weights are, where the pattern survives it.
+
+Layers may go from any masks, channels from unstructured ones. N:M survives a cut only where whole groups of M inputs
+go or stay: rows may go, heads may where M divides their size, but scattered hidden or FFN channels leave groups that
+are no N:M any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from megatron_prune.checkpoint.layout import Kept, WeightLayout, axis_indices
+from megatron_prune.errors import MasksError
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.reader import Masks
+
+Source = tuple[WeightLayout, str, Kept]  # a weight of the smaller model, the weight it is cut from, what is kept of it
+
+
+def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
+    """Raises MasksError where a cut would tear the groups of an N:M mask."""
+    for layout, source, kept in sources:
+        if source not in masks.entries:
+            continue
+        pattern = Pattern.parse(masks.entries[source].pattern)
+        columns = axis_indices(layout.axes[1], masks.model, kept)
+        if columns is not None and not _whole_groups(columns, pattern):
+            raise MasksError(
+                f"{masks.label}: {source} is pruned {pattern}, and the plan takes {layout.axes[1]} channels out of its "
+                f"groups of {pattern.m} inputs: cut depth only, or cut the dense parent first and sparsify the result"
+            )
+
+
+def cut_masks(masks: Masks, sources: Iterable[Source]) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
+    """The masks of the smaller model: (name, blocks of rows, pattern), as ``write_single`` takes them."""
+    for layout, source, kept in sources:
+        if source in masks.entries:
+            yield layout.name, _blocks(masks, source, layout.axes, kept), masks.entries[source].pattern
+
+
+def _whole_groups(columns: torch.Tensor, pattern: Pattern) -> bool:
+    """True where the kept ``columns`` (ascending) are whole groups, one after the other."""
+    if pattern.m is None:
+        return True
+    if len(columns) % pattern.m:
+        return False
+    groups = columns.view(-1, pattern.m)
+    return bool((groups == groups[:, :1] // pattern.m * pattern.m + torch.arange(pattern.m)).all())
+
+
+def _blocks(masks: Masks, source: str, axes: Sequence, kept: Kept) -> Iterator[torch.Tensor]:
+    rows, columns = (axis_indices(axis, masks.model, kept) for axis in axes)
+    start = 0
+    for block in masks.row_blocks(source):
+        stop = start + len(block)
+        if rows is not None:
+            block = block[rows[torch.searchsorted(rows, start) : torch.searchsorted(rows, stop)] - start]
+        if columns is not None:
+            block = block[:, columns]
+        yield block
+        start = stop
