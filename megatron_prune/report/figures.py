@@ -89,13 +89,11 @@ class Drawing:
         artifacts.write_bytes(directory / f"{self.name}.png", self.png)
 
 
-def colours(results: Results) -> dict[tuple[str, float | None], str]:
-    """One colour for every method at a ratio, in the study's order."""
-    found: dict[tuple[str, float | None], str] = {}
+def colours(results: Results) -> dict[str, str]:
+    """One colour for every method at a pattern and a ratio, by label, in the study's order."""
+    found: dict[str, str] = {}
     for item in results.compared:
-        pruning = item.comparison.pruning
-        key = (pruning.method.tag, pruning.ratio)
-        found.setdefault(key, COLOURS[len(found) % len(COLOURS)])
+        found.setdefault(label(*item.comparison.pruning.subject), COLOURS[len(found) % len(COLOURS)])
     return found
 
 
@@ -121,18 +119,22 @@ def final_losses(results: Results) -> Drawing | None:
 
 def _final_losses(results: Results, panels: Mapping[str, Sequence[Verdict]], stacked: bool) -> Figure:
     parent = results.parent["test_loss"] if results.parent else None
-    height = 0.75 + 0.62 * max(len(verdicts) for verdicts in panels.values())
-    grid = (len(panels), 1) if stacked else (1, len(panels))
-    size = (3.9, 0.5 + height * len(panels)) if stacked else (7.6, 0.5 + height)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*grid, sharex=True, squeeze=False).ravel()
     several = len({verdict.tokens for verdict in results.verdicts}) > 1
-    shown: list[str] = []
+    every = list(dict.fromkeys(_name(verdict, several) for verdict in results.verdicts))
+    rows = {
+        setting: [name for name in every if not stacked or name in {_name(v, several) for v in verdicts}]
+        for setting, verdicts in panels.items()
+    }
+    heights = [0.75 + 0.62 * len(names) for names in rows.values()]
+    size = (3.9, 0.5 + sum(heights)) if stacked else (7.6, 0.5 + heights[0])
+    figure = Figure(figsize=size, layout="constrained")
+    grid, ratios = ((len(panels), 1), heights) if stacked else ((1, len(panels)), None)
+    axes = figure.subplots(*grid, sharex=True, squeeze=False, height_ratios=ratios).ravel()
     for axis, (setting, verdicts) in zip(axes, panels.items(), strict=True):
-        _dumbbells(axis, verdicts, colours(results))
-        names = _names(verdicts, several)
-        axis.set_yticks(range(len(names)), [""] * len(names) if names == shown and not stacked else names)
-        shown = names
+        names = rows[setting]
+        _dumbbells(axis, {names.index(_name(v, several)): v for v in verdicts}, colours(results))
+        axis.set_yticks(range(len(names)), names if stacked or axis is axes[0] else [""] * len(names))
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_title(SETTINGS[setting], pad=18)
         axis.set_xlabel("test loss, nats per token")
         axis.tick_params(axis="x", labelbottom=True)
@@ -144,23 +146,27 @@ def _final_losses(results: Results, panels: Mapping[str, Sequence[Verdict]], sta
             )  # fmt: skip
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(low, high + 0.22 * (high - low))  # room for the gaps' numbers
-    pruned = Line2D([], [], marker="o", linestyle="", color=INK, label="pruned, retrained")
-    scratch = Line2D(
-        [], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="same shape, from scratch"
-    )
-    figure.legend(handles=[pruned, scratch], loc="outside lower center", ncols=2, fontsize=8.5)
+    hollow: dict[str, Any] = {"linestyle": "", "color": INK, "markerfacecolor": "none"}
+    handles = [Line2D([], [], marker="o", linestyle="", color=INK, label="pruned, retrained")]
+    if not all(verdict.dense for verdict in results.verdicts):
+        sparse = any(verdict.pattern for verdict in results.verdicts)
+        text = "same shape (and masks), from scratch" if sparse else "same shape, from scratch"
+        handles.append(Line2D([], [], marker="o", **hollow, label=text))
+    if any(verdict.dense for verdict in results.verdicts):
+        handles.append(Line2D([], [], marker="s", **hollow, label="no masks, from scratch"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=1 if stacked else len(handles), fontsize=8.5)
     return figure
 
 
-def _dumbbells(axis: Any, verdicts: Sequence[Verdict], palette: Mapping[Any, str]) -> None:
-    """A line from scratch to pruned for every verdict, the gap to the right of it."""
-    for height, verdict in enumerate(verdicts):
-        colour = palette[(verdict.method, verdict.ratio)]
+def _dumbbells(axis: Any, verdicts: Mapping[int, Verdict], palette: Mapping[str, str]) -> None:
+    """A line from scratch to pruned for every verdict, at its height, the gap to the right of it."""
+    for height, verdict in verdicts.items():
+        colour = palette[verdict.label]
         pruned, scratch = verdict.pruned["test"], verdict.scratch["test"]
         axis.plot([pruned, scratch], [height, height], color=colour, linewidth=1.6, alpha=0.55, zorder=1)
         axis.plot(pruned, height, "o", color=colour, markersize=7, zorder=3)
         hollow = {"markerfacecolor": "none", "markeredgewidth": 1.6}
-        axis.plot(scratch, height, "o", color=colour, markersize=7, zorder=2, **hollow)
+        axis.plot(scratch, height, "s" if verdict.dense else "o", color=colour, markersize=7, zorder=2, **hollow)
         gap = signed(verdict.test.mean)
         if verdict.test.low is not None and verdict.test.high is not None:
             gap += f"\n[{signed(verdict.test.low)}, {signed(verdict.test.high)}]"
@@ -170,14 +176,12 @@ def _dumbbells(axis: Any, verdicts: Sequence[Verdict], palette: Mapping[Any, str
         )  # fmt: skip
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    axis.set_ylim(len(verdicts) - 0.4, -0.6)
 
 
-def _names(verdicts: Sequence[Verdict], several: bool) -> list[str]:
-    names = [label(verdict.method, verdict.ratio).replace(", ", "\n") for verdict in verdicts]
-    if several:
-        names = [f"{name}\n{amount(v.tokens)} tokens" for name, v in zip(names, verdicts, strict=True)]
-    return names
+def _name(verdict: Verdict, several: bool) -> str:
+    """What stands at the left of a verdict's line; with ``several`` budgets, its own too."""
+    lines = verdict.label.split(", ") + ["dense scratch"] * verdict.dense
+    return "\n".join([*lines, f"{amount(verdict.tokens)} tokens"] if several else lines)
 
 
 def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
@@ -206,13 +210,15 @@ def _loss_curves(results: Results, curves: Mapping[str, np.ndarray], stacked: bo
     palette = colours(results)
     for item in results.compared:
         made = item.comparison
-        colour = palette[(made.pruning.method.tag, made.pruning.ratio)]
+        colour = palette[label(*made.pruning.subject)]
         axis, offset = (whole, start) if made.setting == "equal-total" else (budget, 0)
         for cell, begin, dashes in ((made.pruned, offset, "-"), (made.scratch, 0, DASHED)):
-            # Two methods of one shape share a scratch run: it is drawn once, in the first one's colour.
+            # Methods of one shape share a scratch run: it is drawn once, in the first one's colour; all sparse
+            # methods share a dense one, in none's.
             if cell is not None and cell in curves and (cell, axis) not in drawn:
                 drawn.add((cell, axis))
-                _line(axis, curves[cell], begin, colour, dashes)
+                dense = cell == made.scratch and made.against == "dense" and made.pruning.method.pattern is not None
+                _line(axis, curves[cell], begin, INK if dense else colour, dashes)
     for axis, title in ((whole, "All tokens behind the model"), (budget, "Tokens of this training alone")):
         axis.set_title(title)
         axis.set_xlabel("tokens")
@@ -222,7 +228,7 @@ def _loss_curves(results: Results, curves: Mapping[str, np.ndarray], stacked: bo
         axis.grid(alpha=0.18, linewidth=0.6, color=INK)
         _unigram(axis, results)
     handles = [Line2D([], [], color=INK, label="parent")] if "parent" in curves else []
-    handles += [Line2D([], [], color=colour, label=label(*key)) for key, colour in palette.items()]
+    handles += [Line2D([], [], color=colour, label=name) for name, colour in palette.items()]
     handles += [Line2D([], [], color=INK, linestyle=DASHED, label="from scratch")]
     columns = 1 if stacked else min(3, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)

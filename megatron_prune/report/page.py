@@ -17,7 +17,7 @@ import yaml
 
 from megatron_prune import artifacts
 from megatron_prune.report import figures
-from megatron_prune.study import config, results
+from megatron_prune.study import config, grid, results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.results import Results
 from megatron_prune.study.verdicts import label
@@ -66,6 +66,7 @@ def render(found: Results, drawings: list[figures.Drawing]) -> str:
         figures=drawings,
         windows=f"{found.study.evaluation.windows:,}",
         several_seeds=len(found.study.seeds) > 1,
+        sparse=any(method.pattern for method in found.study.methods),
         rows=_rows(found),
         unigram={name: f"{value:.3f}" for name, value in parent["unigram_loss"].items()} if parent else None,
         declared=bool(parent and parent["declared"]),
@@ -93,13 +94,12 @@ def _summary(found: Results) -> str:
 
 
 def _remarks(found: Results) -> list[str]:
-    """What has no verdict, and why."""
-    remarks = []
+    """What has no verdict, and why; what of the study does not apply as it may seem to."""
+    remarks = [f"{note}." for note in grid.notes(found.study)]
     for item in found.compared:
         made = item.comparison
-        name = (
-            f"{figures.SETTINGS[made.setting]}, {label(made.pruning.method.tag, made.pruning.ratio)}, seed {made.seed}"
-        )
+        name = f"{_setting(made.setting, made.against, made.pruning.method.pattern)}, {label(*made.pruning.subject)}"
+        name += f", seed {made.seed}"
         if made.not_run:
             remarks.append(f"{name}: not run, since {made.not_run}.")
         elif item.status == "pending":
@@ -115,10 +115,13 @@ def _rows(found: Results) -> list[dict[str, Any]]:
                 "cell": row["cell"],
                 "arm": row["arm"],
                 "setting": row["setting"],
-                "method": label(row["method"], row["ratio"]) if row["method"] else "",
+                "against": row["against"],
+                "shown_setting": _setting(row["setting"], row["against"], row["pattern"]),
+                "method": label(row["method"], row["pattern"], row["ratio"]) if row["method"] else "",
                 "status": row["status"],
                 "seed": DASH if row["seed"] is None else row["seed"],
                 "params": _count(row["params"]),
+                "nonzero": _count(row["params_nonzero"]),
                 "loss_initial": _loss(row["loss_initial"]),
                 "validation_loss": _loss(row["validation_loss"]),
                 "test_loss": _loss(row["test_loss"]),
@@ -159,6 +162,7 @@ def _runs(found: Results) -> list[dict[str, Any]]:
                 "tokens_total": _count(row["tokens_total"]),
                 "flops": _flops(record["flops"]),
                 "flops_total": _flops(row["flops_total"]),
+                "flops_theoretical": _flops(row["flops_train_theoretical"]),
                 "seconds": DASH if row["seconds"] is None else f"{row['seconds']:,.1f}",
             }
         )
@@ -173,8 +177,8 @@ def _matches(found: Results) -> list[dict[str, Any]]:
         note = f"{same} lines equal, {len(item.match) - same} as allowed" if item.match else item.status
         shown.append(
             {
-                "setting": figures.SETTINGS[made.setting],
-                "method": label(made.pruning.method.tag, made.pruning.ratio),
+                "setting": _setting(made.setting, made.against, made.pruning.method.pattern),
+                "method": label(*made.pruning.subject),
                 "seed": made.seed,
                 "pruned": made.pruned,
                 "scratch": made.scratch,
@@ -192,7 +196,7 @@ def _prunings(found: Results) -> list[dict[str, Any]]:
             "shape": record["shape"],
             "removed_linears": f"{record['removed_linears']:.2%}",
             "removed_all": f"{record['removed_all']:.2%}",
-            "near_ties": record["near_ties"],
+            "near_ties": _count(record["near_ties"]),
             "validation_loss": _loss(record["validation_loss"]),
             "test_loss": _loss(record["test_loss"]),
         }
@@ -210,6 +214,13 @@ def _seconds(found: Results) -> list[dict[str, Any]]:
         }
         for cell, record in found.records.items()
     ]
+
+
+def _setting(setting: str | None, against: str | None, pattern: str | None) -> str:
+    """A comparison's setting for people; a dense scratch run is the rule where pruning made the shape smaller."""
+    if setting is None:
+        return ""
+    return figures.SETTINGS[setting] + ", dense scratch" * (pattern is not None and against == "dense")
 
 
 def _loss(value: float | None) -> str:

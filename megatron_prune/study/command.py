@@ -88,7 +88,7 @@ def _report(study: config.Study, places: Places, options: argparse.Namespace) ->
 
 def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> int:
     _quiet()
-    from megatron_prune.study import preflight, stages
+    from megatron_prune.study import grid, preflight, stages
 
     outlook = preflight.check(study, places)
     laid = outlook.grid(study)
@@ -111,6 +111,8 @@ def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> i
         row(cell.id, cell.samples, outlook.targets.get(cell.source.name))
     console.print(table)
     console.print(f"FLOPs of training together: {sum(flops.values()):.3e}")
+    for note in grid.notes(study):
+        console.print(note)
     for comparison in laid.comparisons:
         if comparison.not_run:
             console.print(f"not run: {comparison.setting} for {comparison.pruned}: {comparison.not_run}")

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import candidates
+from megatron_prune.masks import MASKS
 from megatron_prune.study.budgets import SampleRange
-from megatron_prune.study.config import Method, Study
+from megatron_prune.study.config import Study
 from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell
+from megatron_prune.study.sections import Method
 
 CORPORA = ("validation", "test")
 
@@ -30,6 +32,10 @@ class Places:
 
     def checkpoint(self, cell: str) -> Path:
         return self.cell(cell) / "checkpoint"
+
+    def masks(self, pruning: Pruning) -> Path:
+        """What a sparse pruning removed."""
+        return self.checkpoint(pruning.cell) / MASKS
 
     def account(self, cell: str) -> Path:
         return self.checkpoint(cell) / "account.json"
@@ -105,13 +111,14 @@ def importing(study: Study, places: Places) -> Command:
 
 
 def training(study: Study, places: Places, cell: TrainingCell) -> Command:
-    """Retraining from a pruned checkpoint, or training of its shape from random weights."""
+    """Retraining from a pruned checkpoint, or training of its shape from random weights; perhaps under its masks."""
     source = str(places.checkpoint(cell.source.cell))
     start = (
         ["--pretrained-checkpoint", source, "--use-checkpoint-args"]
         if cell.kind == "pruned"
         else ["--shape-from", source]
     )
+    start += ["--masks", str(places.masks(cell.source))] if cell.masked else []
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, start, permute=True)
 
 
@@ -169,16 +176,11 @@ def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Com
 
 
 def calibration(study: Study, places: Places, seed: int) -> Command:
-    """Statistics of the parent on calibration windows, for every method and ratio."""
-    chosen = study.calibration
-    words = ["calibrate", *_forward(study, places.parent(study))]
+    """Statistics of the parent on calibration windows, for every structured method and ratio."""
+    words = ["calibrate", *_forward(study, places.parent(study)), *_windows(study)]
     words += flags(
         {
-            "calibration-data-path": study.data.calibration,
-            "calibration-sequences": chosen.sequences,
-            "calibration-seq-length": study.calibration_seq_length,
-            "calibration-sampling": chosen.sampling,
-            "seed": seed if chosen.sampling == "random" else None,
+            "seed": seed if study.calibration.sampling == "random" else None,
             "output": str(places.statistics(calibration_cell(study, seed))),
         }
     )
@@ -186,7 +188,10 @@ def calibration(study: Study, places: Places, seed: int) -> Command:
 
 
 def choice(study: Study, method: Method, ratio: float | None) -> list[str]:
-    """A method, its settings and its target as flags of ``plan``."""
+    """A method, its settings and its target as flags of ``plan``; of ``sparsify``, where it is sparse."""
+    if method.pattern is not None:
+        asked = {"method": method.name, "pattern": method.pattern, "ratio": None if method.own_ratio else ratio}
+        return flags({**asked, **method.settings})
     return flags(
         {
             "method": method.name,
@@ -237,6 +242,27 @@ def application(study: Study, places: Places, pruning: Pruning) -> Command:
         }
     )
     return Command("apply", ("apply", *words))
+
+
+def sparsifying(study: Study, places: Places, pruning: Pruning, *, text: bool, random: bool) -> Command:
+    """The checkpoint and the masks of a sparse method, which reads calibration ``text`` by itself or none."""
+    drawn = random or (text and study.calibration.sampling == "random")
+    words = ["sparsify", *_forward(study, places.parent(study)), *(_windows(study) if text else [])]
+    words += flags({"seed": pruning.seed if drawn else None, "save": str(places.checkpoint(pruning.cell))})
+    words += choice(study, pruning.method, pruning.ratio)
+    return Command("sparsify", tuple(words), study.launch.nproc)
+
+
+def _windows(study: Study) -> list[str]:
+    """Which windows of the calibration text are read."""
+    return flags(
+        {
+            "calibration-data-path": study.data.calibration,
+            "calibration-sequences": study.calibration.sequences,
+            "calibration-seq-length": study.calibration_seq_length,
+            "calibration-sampling": study.calibration.sampling,
+        }
+    )
 
 
 def _forward(study: Study, checkpoint: Path) -> list[str]:

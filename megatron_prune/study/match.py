@@ -4,7 +4,8 @@
 steps, the same shape, and every resolved argument equal outside ``ALLOWED``. *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
-step or 0.1%.
+step or 0.1%. In both a sparse model was retrained under the masks that its pruning made, and the scratch
+run was trained under the same masks, or, where it is a dense one, under none.
 
 The result is the list of what was compared, for the report; the first thing that does not match
 raises AccountError, which names both runs and the field.
@@ -33,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "wandb_save_dir": "output path",
     "wandb_exp_name": "output path",
     "save_interval": "how often an output is saved",
-    "masks": "masks",
+    "masks": "a path; which masks they are is compared by their hash",
     # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
     "iteration": "progress at the last start",
     "curr_iteration": "progress at the last start",
@@ -71,12 +72,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Runs:
-    """Two complete accounts with their names, and the checks that both settings share."""
+    """Two complete accounts with their names, and the checks that both settings share.
+
+    ``masks`` is the hash of those that the pruning made, None where it made none; ``dense`` says that
+    the scratch run is to have none.
+    """
 
     pruned_name: str
     scratch_name: str
     pruned: Account
     scratch: Account
+    masks: str | None = None
+    dense: bool = True
 
     def refuse(self, setting: str, field: str, why: str) -> AccountError:
         return AccountError(
@@ -126,6 +133,22 @@ class Runs:
         ]
         return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
 
+    def held(self, setting: str) -> list[Line]:
+        """Which zeros each run held."""
+        expected = None if self.dense else self.masks
+        for name, account, masks in (
+            (self.pruned_name, self.pruned, self.masks),
+            (self.scratch_name, self.scratch, expected),
+        ):
+            if account["masks"] != masks:
+                raise self.refuse(
+                    setting, "masks", f"{name} held {account['masks'] or 'none'}, expected was {masks or 'none'}"
+                )
+        if self.masks is None:
+            return []
+        verdict = "may differ: the study asks for dense scratch" if self.dense else "equal"
+        return [Line("masks", self.masks, expected or "none", verdict)]
+
     def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
         """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
         ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
@@ -146,6 +169,7 @@ def equal_training(runs: Runs, parent: Account | None) -> list[Line]:
     setting = "equal-training"
     runs.whole(setting)
     lines = runs.accounted(setting, ("range", "steps", "tokens", "unique_tokens", *ACCOUNTED))
+    lines += runs.held(setting)
     lines += _unseen(runs, setting, parent)
     return lines + runs.arguments(setting, ALLOWED)
 
@@ -162,6 +186,7 @@ def equal_total(
     if parent is not None and parent["tokens"] != parent_tokens:
         raise runs.refuse(setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account")
     lines = runs.accounted(setting, ACCOUNTED)
+    lines += runs.held(setting)
     lines += _unseen(runs, setting, parent)
     retrained, step = runs.pruned["tokens"], runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
     total = parent_tokens + retrained + counted(consumed, parent_tokens + retrained)

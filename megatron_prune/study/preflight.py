@@ -1,26 +1,27 @@
 """What a study refuses before anything runs, and what it can know beforehand.
 
 ``check`` reads the corpora's sizes, the parent's shape where there is one to read, and every method's
-flags. It refuses streams that are too short, corpora that are one another, windows that are not there,
-unknown methods and targets that cannot be met; it returns where the runs lie and which shapes will come out.
+flags (``choices``). It refuses streams that are too short, corpora that are one another, windows that are
+not there, unknown methods, targets and patterns that cannot be met, and recipes under which zeros would not
+stay zero; it returns where the runs lie and which shapes will come out.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts, methods, plan, plan_command
+from megatron_prune import artifacts, plan
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import blend, heldout, indexed, overlap, windows
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import budgets, commands, grid
-from megatron_prune.study.config import Method, Study
+from megatron_prune.study import budgets, choices, commands, grid
+from megatron_prune.study.choices import Needs
+from megatron_prune.study.config import Study
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,14 @@ class Outlook:
     """What is known before the first run.
 
     ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
-    that is, before an import; the target of a search, until its plan is made. ``calibrated`` are the methods
-    that read statistics, ``scored`` those that run the model with candidates, by label.
+    that is, before an import; the target of a search, until its plan is made. ``needs`` says by tag what
+    each method asks for.
     """
 
     lay: budgets.Lay
     source: ModelShape | None
     targets: Mapping[str, ModelShape]
-    calibrated: frozenset[str]
-    scored: frozenset[str]
-    random: frozenset[str]
+    needs: Mapping[str, Needs]
     account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
 
     def grid(self, study: Study) -> grid.Grid:
@@ -56,52 +55,33 @@ class Outlook:
     def consumed(self, study: Study) -> dict[str, int]:
         """Tokens that each pruning reads: the calibration's, for methods that look at it."""
         tokens = grid.calibration_tokens(study)
-        return {p.name: tokens if p.method.tag in self.calibrated else 0 for p in grid.prunings(study)}
+        return {p.name: tokens if self.needs[p.method.tag].tokens else 0 for p in grid.prunings(study)}
 
 
 def check(study: Study, places: commands.Places) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
-    choices = {method.tag: _choice(study, method) for method in study.methods}
+    needs = {method.tag: choices.needs(study, method) for method in study.methods}
     source, account = _parent(study, places)
     lay = _lay(study, account)
     shapes = {}
     if source is not None:
         for pruning in grid.prunings(study):
-            competing = _choice(study, pruning.method, pruning.ratio).shapes(source)
+            competing = choices.shapes(study, pruning.method, pruning.ratio, source)
             made = places.plan(pruning)
             if len(competing) == 1:
                 shapes[pruning.name] = competing[0]
             elif made.is_file():
                 shapes[pruning.name] = plan.read(made).target
-    outlook = Outlook(
-        lay,
-        source,
-        shapes,
-        calibrated=frozenset(tag for tag, choice in choices.items() if choice.needs_statistics),
-        scored=frozenset(tag for tag, choice in choices.items() if choice.needs_scores),
-        random=frozenset(tag for tag, choice in choices.items() if choice.method.random),
-        account=account,
-    )
+    outlook = Outlook(lay, source, shapes, needs, account)
+    _check_recipe(study, places, outlook)
     _check_data(study, outlook, account)
     return outlook
 
 
-def _choice(study: Study, method: Method, ratio: float | None = None) -> plan_command.Choice:
-    """The method's flags, parsed as ``plan`` will parse them."""
-    words = commands.choice(study, method, ratio if ratio or method.target else study.ratios[0])
-    found = methods.get(method.name)
-    parser = _Parser(prog=f"methods.{method.tag}", add_help=False, allow_abbrev=False)
-    own = plan_command.add_choice_arguments(parser, found)
-    options, unknown = parser.parse_known_args(words)
-    plan_command.refuse_unknown(unknown, method.name)
-    return plan_command.choice_from(method.name, found, own, options, study.launch.tensor_parallel, None)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of leaving."""
-
-    def error(self, message: str) -> Any:
-        raise UsageError(self.prog, given=message, allowed="settings and targets as flags of `plan` take them")
+def _check_recipe(study: Study, places: commands.Places, outlook: Outlook) -> None:
+    masked = [cell for cell in outlook.grid(study).cells if cell.masked]
+    if masked:
+        choices.refuse_recipe_without_zeros(commands.training(study, places, masked[0]))
 
 
 def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:

@@ -19,6 +19,7 @@ from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.errors import MegatronPruneError
+from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.commands import CORPORA, Places
 from megatron_prune.study.config import Study
@@ -85,6 +86,23 @@ def applied(checkpoint: Path, plan_path: Path) -> bool:
     return bool(found.pruning) and found.pruning[-1].get("plan") == plan.read(plan_path).hash
 
 
+def sparsified(checkpoint: Path, chosen: Pruning) -> bool:
+    """True if a whole checkpoint is there that such a pruning made, with its masks."""
+    if not checkpoint.is_dir():
+        return False
+    try:
+        found = open_checkpoint(checkpoint)
+        found.verify()
+        made = found.pruning[-1] if found.pruning else {}
+        asked = made.get("method"), made.get("pattern")
+        return (
+            asked == (chosen.method.name, chosen.method.pattern)
+            and open_masks(checkpoint / MASKS).hash == made["masks"]
+        )
+    except MegatronPruneError:
+        return False
+
+
 def imported(checkpoint: Path) -> bool:
     """True if a whole checkpoint is there."""
     return checkpoint.is_dir() and _readable(lambda path: open_checkpoint(path).verify(), checkpoint)
@@ -141,19 +159,37 @@ def calibration(study: Study, places: Places, seed: int, seconds: Mapping[str, f
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
     """A plan, its checkpoint, and the losses of that before any retraining."""
     made = plan.read(places.plan(chosen))
-    return {
-        "cell": chosen.cell,
-        "kind": "pruning",
-        "method": chosen.method.tag,
-        "ratio": chosen.ratio,
-        "seed": chosen.seed,
+    return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
-        "target": asdict(made.target),
-        "shape": shape_tag(asdict(made.target)),
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
         "flops": (made.calibration or {}).get("scoring", {}).get("flops", 0),  # beyond the calibration's
+    }
+
+
+def sparse_pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
+    """A checkpoint with masks, and its losses before any retraining."""
+    made = open_checkpoint(places.checkpoint(chosen.cell)).pruning[-1]
+    return _pruning(places, chosen, made["target"], seconds) | {
+        "masks": made["masks"],
+        "removed_linears": made["removed_linears"],
+        "removed_all": made["removed_all"],
+        "near_ties": None,  # masks are too many for a list of them
+        "flops": made["flops"],
+    }
+
+
+def _pruning(places: Places, chosen: Pruning, target: Record, seconds: Mapping[str, float]) -> Record:
+    return {
+        "cell": chosen.cell,
+        "kind": "pruning",
+        "method": chosen.method.title,
+        "pattern": chosen.method.pattern,
+        "ratio": chosen.ratio,
+        "seed": chosen.seed,
+        "target": target,
+        "shape": shape_tag(target),
         **_losses(artifacts.read_json(places.scores(chosen.cell))),
         "seconds": dict(seconds),
     }

@@ -1,9 +1,9 @@
 """From the ledger to results: rows, matched comparisons and verdicts. Imports no Megatron.
 
-A row is one side of one comparison: the pruned and the scratch arm of every method, ratio, budget,
-setting and seed, and one row for the parent. A run that serves several comparisons (a pruned run under
-both settings, a scratch run for two methods of one shape) has a row in each; ``cell`` tells. A gap is
-only computed after the accounts have matched (``match``).
+A row is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
+setting, kind of scratch (``against``) and seed, and one row for the parent. A run that serves several
+comparisons (a pruned run under both settings, a scratch run for two methods of one shape) has a row in each;
+``cell`` tells. A gap is only computed after the accounts have matched (``match``).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.verdicts import Verdict
 
 COLUMNS = (
-    "study", "cell", "method", "pattern", "ratio", "ratio_of", "arm", "setting", "seed", "status",
-    "tokens_train", "tokens_total", "flops_total", "params", "params_nonzero",
+    "study", "cell", "method", "pattern", "ratio", "ratio_of", "arm", "setting", "against", "seed", "status",
+    "tokens_train", "tokens_total", "flops_total", "flops_train", "flops_train_theoretical", "params", "params_nonzero",
     "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
     "seconds",
@@ -39,10 +39,18 @@ class Compared:
     match: tuple[match.Line, ...] = ()
 
     @property
-    def group(self) -> tuple[str, float | None, str, int]:
+    def group(self) -> dict[str, Any]:
         """What is the same for all seeds."""
         made = self.comparison
-        return made.pruning.method.tag, made.pruning.ratio, made.setting, self.tokens
+        method, pattern, ratio = made.pruning.subject
+        return {
+            "method": method,
+            "pattern": pattern,
+            "ratio": ratio,
+            "setting": made.setting,
+            "against": made.against,
+            "tokens": self.tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,14 @@ def _compare(
         return Compared(made, tokens, "not run" if made.pruned in records else "pending")
     if made.pruned not in records or made.scratch not in records:
         return Compared(made, tokens, "pending")
-    runs = match.Runs(made.pruned, made.scratch, accounts.of(made.pruned), accounts.of(made.scratch))
+    runs = match.Runs(
+        made.pruned,
+        made.scratch,
+        accounts.of(made.pruned),
+        accounts.of(made.scratch),
+        masks=records[made.pruning.cell].get("masks"),
+        dense=made.against == "dense",
+    )
     if made.setting == "equal-training":
         lines = match.equal_training(runs, accounts.parent)
     else:
@@ -134,21 +149,19 @@ def _rows(study: config.Study, item: Compared, records: Mapping[str, Record], co
     made, parent = item.comparison, records.get("parent", {})
     pruning = records.get(made.pruning.cell, {})
     shared = {
-        "method": made.pruning.method.tag,
-        "ratio": made.pruning.ratio,
+        **{key: value for key, value in item.group.items() if key != "tokens"},
         "ratio_of": study.ratio_of if made.pruning.ratio is not None else None,
-        "setting": made.setting,
         "seed": made.seed,
         **{key: pruning.get(key) for key in ("removed_linears", "removed_all", "shape")},
     }
     pruned, scratch = records.get(made.pruned), records.get(made.scratch or "")
     rows = [_row(study, pruned, "pruned", "finished" if pruned else "pending", cell=made.pruned, **shared)]
-    calibration = records.get(grid.calibration_cell(study, made.seed), {})
     if pruned:
         trained = (parent.get("tokens") or 0) + pruned["tokens"]
         known = parent.get("tokens") is not None
-        calibrating = calibration.get("flops") if consumed else 0
-        flops = [parent.get("flops"), calibrating, pruning.get("flops"), pruned["flops"]]
+        flops = [parent.get("flops"), pruning.get("flops"), pruned["flops"]]
+        if consumed and made.pruning.method.pattern is None:  # a sparse pruning's own FLOPs have them
+            flops.append(records.get(grid.calibration_cell(study, made.seed), {}).get("flops"))
         rows[0] |= {
             "tokens_train": pruned["tokens"],
             "tokens_total": trained + counted(consumed, trained) if known else None,
@@ -178,25 +191,23 @@ def _row(study: config.Study, record: Record | None, arm: str, status: str, **kn
     row |= {"study": study.name, "cell": record.get("cell"), "arm": arm, "status": status, "seconds": seconds}
     row |= {key: record.get(key) for key in ("loss_initial", "validation_loss", "test_loss")}
     row |= {"params": record.get("parameters"), "params_nonzero": record.get("parameters_nonzero")}
+    row |= {"flops_train": record.get("flops"), "flops_train_theoretical": record.get("flops_theoretical")}
     return row | known
 
 
 def _verdicts(compared: tuple[Compared, ...], records: Mapping[str, Record]) -> list[Verdict]:
-    """One verdict a method, ratio, setting and budget that has finished, in the study's order."""
-    groups: dict[Any, list[Compared]] = {}
+    """One verdict a group (see ``Compared.group``) of which some seeds have finished, in the study's order."""
+    groups: dict[tuple[Any, ...], list[Compared]] = {}
     for item in compared:
         if item.status == "finished":
-            groups.setdefault(item.group, []).append(item)
+            groups.setdefault(tuple(item.group.values()), []).append(item)
     return [
         verdicts.judge(
-            method=method,
-            ratio=ratio,
-            setting=setting,
-            tokens=tokens,
+            **items[0].group,
             pruned=[records[item.comparison.pruned] for item in items],
             scratch=[records[item.comparison.scratch or ""] for item in items],
         )
-        for (method, ratio, setting, tokens), items in groups.items()
+        for items in groups.values()
     ]
 
 
@@ -214,10 +225,7 @@ def to_json(results: Results) -> dict[str, Any]:
         ],
         "comparisons": [
             {
-                "method": item.comparison.pruning.method.tag,
-                "ratio": item.comparison.pruning.ratio,
-                "setting": item.comparison.setting,
-                "tokens": item.tokens,
+                **item.group,
                 "seed": item.comparison.seed,
                 "pruned": item.comparison.pruned,
                 "scratch": item.comparison.scratch,

@@ -71,10 +71,10 @@ def parent_account(study: Study, places: Places, outlook: Outlook) -> Mapping[st
 
 
 def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
-    """One cell for each set of calibration windows that some method reads."""
+    """One cell for each set of calibration windows of which some method reads statistics."""
     cells: dict[str, Cell] = {}
     for pruning in prunings(study):
-        if pruning.method.tag in outlook.calibrated:
+        if outlook.needs[pruning.method.tag].statistics:
             cells.setdefault(calibration_cell(study, pruning.seed), _calibration(study, places, pruning.seed))
     return list(cells.values())
 
@@ -86,46 +86,53 @@ def _calibration(study: Study, places: Places, seed: int) -> Cell:
 
 
 def pruning_cells(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
-    """Plan, apply and evaluate before any retraining, for every method, ratio and seed."""
+    """Plan and apply, or sparsify, and evaluate before any retraining, for every method, ratio and seed."""
     return [_pruning(study, places, outlook, pruning) for pruning in prunings(study)]
 
 
 def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
-    plan, checkpoint = places.plan(pruning), places.checkpoint(pruning.cell)
+    checkpoint, sparse = places.checkpoint(pruning.cell), pruning.method.pattern is not None
 
     def record(seconds: Seconds) -> dict[str, Any]:
-        found = records.pruning(places, pruning, seconds)
+        found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
         if expected is not None and found["target"] != vars(expected):
-            raise RunError(f"{pruning.cell}: the plan's target is {found['target']}, expected was {vars(expected)}")
+            raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
         return found
 
     return Cell(
         pruning.cell,
         (
-            *_planning(study, places, outlook, pruning),
-            Stage(commands.application(study, places, pruning), lambda: records.applied(checkpoint, plan)),
+            *(_sparsifying if sparse else _planning)(study, places, outlook, pruning),
             _evaluation(study, places, pruning.cell, commands.evaluation(study, places, pruning.cell, checkpoint)),
         ),
         record,
     )
 
 
+def _sparsifying(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+    needs, checkpoint = outlook.needs[pruning.method.tag], places.checkpoint(pruning.cell)
+    command = commands.sparsifying(study, places, pruning, text=needs.text, random=needs.random)
+    yield Stage(command, lambda: records.sparsified(checkpoint, pruning))
+
+
 def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
-    """The plan, and before it, where the model's loss must decide, the candidates and their scores."""
-    tag, plan, random = pruning.method.tag, places.plan(pruning), pruning.method.tag in outlook.random
+    """The plan and its checkpoint; before it, where the model's loss must decide, the candidates and their scores."""
+    needs, plan, checkpoint = outlook.needs[pruning.method.tag], places.plan(pruning), places.checkpoint(pruning.cell)
     statistics = None
-    if tag in outlook.calibrated:
+    if needs.statistics:
         statistics = places.statistics(calibration_cell(study, pruning.seed))
-    if tag in outlook.scored:
+    if needs.scores:
         asked, scored = places.candidates(pruning), places.statistics(pruning.cell)
         yield Stage(
-            commands.planning(study, places, pruning, statistics, random=random, stage="candidates"),
+            commands.planning(study, places, pruning, statistics, random=needs.random, stage="candidates"),
             lambda: records.asked(asked),
         )
         yield Stage(commands.scoring(study, places, pruning), lambda: records.scored(scored, asked))
         statistics = scored
-    yield Stage(commands.planning(study, places, pruning, statistics, random=random), lambda: records.planned(plan))
+    command = commands.planning(study, places, pruning, statistics, random=needs.random)
+    yield Stage(command, lambda: records.planned(plan))
+    yield Stage(commands.application(study, places, pruning), lambda: records.applied(checkpoint, plan))
 
 
 def training_cells(study: Study, places: Places, grid: Grid) -> list[Cell]:

@@ -8,9 +8,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from megatron_prune.errors import UsageError
+from megatron_prune.masks.pattern import Pattern
 
 Setting = Literal["equal-training", "equal-total"]
+# What trains from random weights beside a pruned model: a dense model of its shape, or one under its masks.
+Scratch = Literal["dense", "masked"]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # What the study decides for every run; a recipe that set one would fork the arms.
@@ -20,6 +25,7 @@ RESERVED = (
     "pretrained-checkpoint",
     "shape-from",
     "masks",
+    "random-masks",
     "finetune",
     "use-checkpoint-args",
     "data-path",
@@ -47,6 +53,8 @@ RESERVED = (
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
 )
+# What the study says of a method by other keys than its settings.
+CHOSEN = ("method", "pattern", "ratio", "ratio-of")
 
 
 def parse_tokens(value: Any) -> Any:
@@ -78,6 +86,22 @@ def _blend(value: Any) -> Any:
     return value
 
 
+def _pattern(value: Any) -> Any:
+    """``unstructured`` or ``N:M``; YAML 1.1 reads an unquoted 2:4 as so many minutes and seconds, 124."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value // 60}:{value % 60}"
+    try:
+        return str(Pattern.parse(str(value)))
+    except UsageError as error:
+        raise ValueError(error.allowed) from error
+
+
+def _different(values: list[Any]) -> list[Any]:
+    if len(set(values)) != len(values):
+        raise ValueError("different values")
+    return values
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 Scalar = bool | int | float | str
 Flags = Annotated[dict[str, Scalar | list[Scalar] | None], BeforeValidator(_flags)]
@@ -85,3 +109,6 @@ Weight = Annotated[float, Field(gt=0)]
 Blend = Annotated[list[tuple[Weight | None, str]], BeforeValidator(_blend), Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+PatternText = Annotated[str, BeforeValidator(_pattern)]
+Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(_different)]
+Scratches = Annotated[list[Scratch], Field(min_length=1), AfterValidator(_different)]

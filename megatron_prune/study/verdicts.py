@@ -18,11 +18,13 @@ CORPORA = ("validation", "test")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Scratch minus pruned for one method, ratio, setting and budget, over all finished seeds."""
+    """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds."""
 
     method: str
+    pattern: str | None
     ratio: float | None
     setting: str
+    against: str  # masked or dense
     tokens: int
     validation: Difference
     test: Difference
@@ -33,7 +35,17 @@ class Verdict:
     def subject(self) -> str:
         """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
         setting = self.setting.replace("-", " ")
-        return f"{label(self.method, self.ratio)}, {setting} tokens, {self.tokens:,} of retraining"
+        dense = ", against dense scratch" if self.dense else ""
+        return f"{self.label}, {setting} tokens, {self.tokens:,} of retraining{dense}"
+
+    @property
+    def label(self) -> str:
+        return label(self.method, self.pattern, self.ratio)
+
+    @property
+    def dense(self) -> bool:
+        """True where a sparse model stands against one that has all its weights."""
+        return self.pattern is not None and self.against == "dense"
 
     @property
     def words(self) -> str:
@@ -57,16 +69,19 @@ class Verdict:
         )
 
 
-def label(method: str, ratio: float | None) -> str:
-    """``shortgpt, 50% removed``"""
-    return method if ratio is None else f"{method}, {100 * ratio:g}% removed"
+def label(method: str, pattern: str | None, ratio: float | None) -> str:
+    """``shortgpt, 50% removed``; ``wanda 2:4, 50% removed``"""
+    name = method if pattern is None else f"{method} {pattern}"
+    return name if ratio is None else f"{name}, {100 * ratio:g}% removed"
 
 
 def judge(
     *,
     method: str,
+    pattern: str | None,
     ratio: float | None,
     setting: str,
+    against: str,
     tokens: int,
     pruned: Sequence[Mapping[str, Any]],
     scratch: Sequence[Mapping[str, Any]],
@@ -79,8 +94,10 @@ def judge(
     means = {arm: {name: sum(v) / len(v) for name, v in by.items()} for arm, by in losses.items()}
     return Verdict(
         method,
+        pattern,
         ratio,
         setting,
+        against,
         tokens,
         validation=statistics.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
         test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"]),

@@ -15,6 +15,7 @@ from megatron_prune.report import figures, page
 from megatron_prune.study import results
 from megatron_prune.study.commands import Places
 from tests.study import made_up
+from tests.study.test_sparse import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_every_row_is_on_the_page(places: Places, read: Reader) -> None:
     shown = [cells for cells in read.tables["rows"] if cells]
     assert len(shown) == len(rows) == 1 + 2 * 2 * 2 * 2
     for cells, row in zip(shown, rows, strict=True):
-        assert cells[2] == row["arm"] and cells[0] == (row["setting"] or "")
+        assert cells[2] == row["arm"] and cells[0] == figures.SETTINGS.get(row["setting"], "")
         assert cells[4] == f"{row['params']:,}"
         assert cells[5:8] == [f"{row[key]:.4f}" for key in ("loss_initial", "validation_loss", "test_loss")]
     for pruned, scratch, cells in zip(rows[1::2], rows[2::2], shown[2::2], strict=True):
@@ -156,6 +157,31 @@ def test_the_same_results_are_the_same_files(places: Places) -> None:
     before = {path.name: path.read_bytes() for path in report.rglob("*") if path.is_file()}
     page.write(results.collect(places), places)
     assert {path.name: path.read_bytes() for path in report.rglob("*") if path.is_file()} == before
+
+
+def test_sparse_methods_are_on_the_page(tmp_path: Path) -> None:
+    study = made_up.study(made_up.corpora(tmp_path), methods=METHODS, ratios=[0.25])
+    places = made_up.run(study, tmp_path / "runs", made_up.FakeLauncher())
+    found = results.collect(places)
+    text = page.write(found, places).read_text()
+    reader = Reader()
+    reader.feed(text)
+    shown = [cells for cells in reader.tables["rows"] if cells]
+    for cells, row in zip(shown[1:], found.rows[1:], strict=True):
+        dense = row["pattern"] and row["against"] == "dense"
+        assert cells[0] == figures.SETTINGS[row["setting"]] + ", dense scratch" * bool(dense)
+        name = row["method"] if row["pattern"] is None else f"{row['method']} {row['pattern']}"
+        assert cells[1] == f"{name}, {100 * row['ratio']:g}% removed"
+        assert cells[4:6] == [f"{row['params']:,}", f"{row['params_nonzero']:,}"]
+    for row in found.rows[1:]:
+        (cells,) = (cells for cells in reader.tables["account"] if cells[1:2] == [row["cell"]])
+        assert [cells[6], cells[8]] == [f"{row[key]:.3e}" for key in ("flops_train", "flops_train_theoretical")]
+    removed = {cells[0]: cells[2] for cells in reader.tables["prunings"] if cells}
+    assert removed["pruning-magnitude-1-4-r75-s1"] == "75.00%" and removed["pruning-floor-r25-s1"] == "25.00%"
+    assert "magnitude-1-4 runs once, at 75%: 1:4 says how much is removed, not ratios: [0.25]." in text
+    svg = (places.root / "report" / "figures" / "final-loss.svg").read_text()
+    for words in ("wanda 2:4", "dense scratch", "same shape (and masks), from scratch", "no masks, from scratch"):
+        assert words in svg, words
 
 
 def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:

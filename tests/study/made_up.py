@@ -1,8 +1,8 @@
 """A made-up study: real corpora, plans and pruned checkpoints, and trainings that only write accounts.
 
 ``FakeLauncher`` does what the verbs would, in milliseconds: ``plan`` and ``apply`` are the real ones,
-``calibrate`` writes seeded statistics, ``pretrain`` and ``evaluate`` write accounts and scores that are
-functions of their command line alone.
+``calibrate`` writes seeded statistics, ``sparsify`` masks that remove the first weights, ``pretrain`` and
+``evaluate`` write accounts and scores that are functions of their command line alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import EXIT_NEEDS_SCORES
+from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
 from megatron_prune.study import config
 from megatron_prune.study.commands import Command, Places
 
@@ -128,6 +130,34 @@ class FakeLauncher:
     def _apply(self, argv: list[str]) -> None:
         apply.main(argv)
 
+    def _sparsify(self, argv: list[str]) -> None:
+        given = words(argv)
+        assert ("calibration_data_path" in given) == (given["method"] in ("wanda", "sparsegpt"))
+        pattern, parent = Pattern.parse(given["pattern"]), open_checkpoint(given["load"])
+        assert ("ratio" in given) == (pattern.ratio is None)
+        kept = {
+            weight.name: first_removed(weight.shape, pattern, float(given.get("ratio", 0)), int(given.get("seed", 0)))
+            for weight in weights(parent.shape)
+            if weight.is_linear
+        }
+        folder = Path(f"{given['save']}-masks")
+        masks = write_single(folder, parent.shape, ((name, mask, pattern) for name, mask in kept.items()))
+        entry = {
+            "method": given["method"],
+            "pattern": str(pattern),
+            "source": asdict(parent.shape),
+            "target": asdict(parent.shape),
+            "masks": masks.hash,
+            "removed_linears": masks.removed / parent.shape.linear_parameters(),
+            "removed_all": masks.removed / parent.shape.parameters(),
+            "flops": 10**9 if "calibration_data_path" in given else 0,
+        }
+        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[entry]) as writer:
+            writer.add_folder(MASKS, folder)
+            for weight in weights(parent.shape):
+                values = parent.read(weight.name)
+                writer.add(weight.name, weight.shape, [values * kept.get(weight.name, torch.ones(1))])
+
     def _calibrate(self, argv: list[str]) -> None:
         given = words(argv)
         parent = open_checkpoint(given["load"])
@@ -153,6 +183,11 @@ class FakeLauncher:
         shape = open_checkpoint(source).shape if source else _write_parent(save, given)
         save.mkdir(parents=True, exist_ok=True)
         made = account(given, shape)
+        if "masks" in given:
+            masks = open_masks(given["masks"])
+            made["masks"], made["parameters_nonzero"] = masks.hash, shape.parameters() - masks.removed
+            steps = made["flops_executed"] // shape.training_flops(made["seq_length"])
+            made["flops_theoretical"] = steps * shape.training_flops(made["seq_length"], masks.removed)
         batch, name = made["global_batch_size"], save.parent.name
         rows = [
             f"{step},{step * batch},{number(given['stream_range'], name, step)},1e-3,1.0"
@@ -168,8 +203,19 @@ class FakeLauncher:
             for name in given["labels"].split()
         }
         parameters = open_checkpoint(given["load"]).shape.parameters() if "parent" in given["load"] else 1
+        found = find_masks(given["load"])
         scores = {"version": 1, "corpora": corpora, "parameters": parameters, "parameters_nonzero": parameters}
+        scores["masks"] = open_masks(found).hash if found else None
         artifacts.write_json(given["output"], scores)
+
+
+def first_removed(shape: tuple[int, ...], pattern: Pattern, ratio: float, seed: int) -> torch.Tensor:
+    """A mask, bool [out, in], that removes the first weights of every row, or group; ``seed`` shifts it by rows."""
+    out, inputs = shape
+    group = pattern.m or inputs
+    removed = group - pattern.n if pattern.n else int(inputs * ratio)
+    kept = torch.arange(inputs) % group >= removed
+    return torch.stack([kept.flip(0) if row < seed else kept for row in range(out)])
 
 
 def words(argv: list[str]) -> dict[str, str]:

@@ -43,7 +43,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     [
         ("seed", 1, r"seed: given an unknown key, allowed is one of name, data, .*seeds"),
         ("data.seqlength", 8, r"data\.seqlength: given an unknown key, allowed is one of train, .*seq_length"),
-        ("methods.0.ratio", 0.5, r"methods\.0\.ratio: given an unknown key, allowed is one of name, settings"),
+        ("methods.0.ratio", 0.5, r"methods\.0\.ratio: given an unknown key, allowed is one of name, pattern, settings"),
         ("parent.pretrain.layers", 2, r"parent\.pretrain\.layers: .*allowed is one of tokens, arguments, seed"),
         ("recipe.lr", ..., r"recipe\.lr: given nothing, allowed is a value"),
         ("recipe.lr", "fast", r"recipe\.lr: given 'fast'"),
@@ -55,6 +55,19 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("budgets", [100, 100], r"budgets: given \[100, 100\], allowed is different values"),
         ("ratios", [1.5], r"ratios\.0: given 1\.5, allowed is less than 1"),
         ("ratios", [], r"ratios: given none"),
+        ("settings", ["equal-training"] * 2, r"settings: given .*, allowed is different values"),
+        ("methods", [{"name": "random"}, {"name": "wanda", "pattern": "2:4", "target": {"num-layers": 2}}],
+         r"methods\.wanda-2-4\.target: given set, allowed is nothing beside a pattern"),
+        ("methods.0.pattern", "4:2", r"methods\.0\.pattern: given '4:2', allowed is unstructured, or N:M with"),
+        ("methods.0.pattern", "sometimes", r"methods\.0\.pattern: given 'sometimes'"),
+        ("methods.0.pattern", True, r"methods\.0\.pattern: given True"),
+        ("methods.0.scratch", ["masked"], r"methods\.shortgpt\.scratch: given masked, allowed is nothing without"),
+        ("methods.0.compare", [], r"methods\.0\.compare: given \[\]"),
+        ("methods.0.settings", {"ratio": 0.3}, r"methods\.shortgpt\.settings\.ratio: given set"),
+        ("methods", [{"name": "wanda", "pattern": "2:4"}] * 2, r"methods: given wanda-2-4 twice, allowed is a label"),
+        ("methods", [{"name": "wanda", "pattern": "2:4"}, {"name": "magnitude", "pattern": "2:4", "label": "wanda"}],
+         r"methods: given two of one name and pattern"),
+        ("scratch", ["sparse"], r"scratch\.0: given 'sparse', allowed is 'dense' or 'masked'"),
         ("settings", ["equal-flops"], r"settings\.0: given 'equal-flops'.*'equal-training' or 'equal-total'"),
         ("methods", [{"name": "random"}] * 2, r"methods: given random twice, allowed is a label"),
         ("parent.load", "x", r"parent: given pretrain and load, allowed is exactly one"),
@@ -66,7 +79,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("name", "../x", r"name: given '\.\./x'"),
         ("launch", {"launcher": "slurm"}, r"launch\.launcher: given 'slurm', allowed is 'local'"),
     ],
-)
+)  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config.from_mapping(changed(path, value))
@@ -99,6 +112,33 @@ def test_tokens(text: Any, tokens: int) -> None:
 )
 def test_blend_is_megatrons(train: Any, words: list[str]) -> None:
     assert config.from_mapping(changed("data.train", train)).data.blend == words
+
+
+@pytest.mark.parametrize("written", ["2:4", '"2:4"', "'2:4'"])
+def test_a_pattern_needs_no_quotes(written: str) -> None:
+    content = yaml.safe_load(f"name: wanda\npattern: {written}")
+    (method,) = config.from_mapping(changed("methods", [content])).methods
+    assert (method.pattern, method.title, method.tag, method.own_ratio) == ("2:4", "wanda", "wanda-2-4", 0.5)
+
+
+def test_a_sparse_method_says_which_comparisons_it_is_for() -> None:
+    methods = [
+        {"name": "shortgpt", "compare": ["equal-total"]},
+        {"name": "wanda", "pattern": "unstructured"},
+        {"name": "wanda", "pattern": "16:32", "compare": ["equal-training"], "scratch": ["dense", "masked"]},
+    ]
+    study = config.from_mapping(changed("methods", methods))
+    assert [method.tag for method in study.methods] == ["shortgpt", "wanda-unstructured", "wanda-16-32"]
+    assert [study.compared(method) for method in study.methods] == [
+        [("equal-total", "dense")],
+        [("equal-training", "masked"), ("equal-total", "masked")],
+        [("equal-training", "dense"), ("equal-training", "masked")],
+    ]
+    with pytest.raises(UsageError, match="ratio_of: given all, allowed is linears"):
+        config.from_mapping(changed("methods", methods) | {"ratio_of": "all"})
+    with pytest.raises(UsageError, match="ratios: given none"):
+        config.from_mapping(changed("methods", methods[1:]) | {"ratios": []})
+    config.from_mapping(changed("methods", methods[2:]) | {"ratios": []})
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

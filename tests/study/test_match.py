@@ -29,6 +29,7 @@ def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any
         "unique_tokens": (end - first) * 32,
         "seed": 1,
         "parameters": 1000,
+        "masks": None,
         "arguments": {
             "lr": 1e-3,
             "weight_decay": 0.1,

@@ -148,8 +148,9 @@ def test_a_sentence_claims_no_more_than_its_interval(pruned, scratch, winner: st
         return [{"validation_loss": value, "test_loss": value} for value in values]
 
     verdict = verdicts.judge(
-        method="m", ratio=0.5, setting="equal-total", tokens=7, pruned=rows(pruned), scratch=rows(scratch)
-    )
+        method="m", pattern=None, ratio=0.5, setting="equal-total", against="dense", tokens=7,
+        pruned=rows(pruned), scratch=rows(scratch),
+    )  # fmt: skip
     assert verdict.test.winner == winner
     import re
 

@@ -1,0 +1,104 @@
+"""A method's entry in study.yaml, read as the verb that will run it reads it: ``plan`` or ``sparsify``.
+
+What these verbs would refuse is refused here, before anything runs; so is a recipe under which no zeros
+can be held.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune import methods, plan_command
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.sparse import request
+from megatron_prune.study import commands
+from megatron_prune.study.config import Study
+from megatron_prune.study.sections import Method
+
+ANY_RATIO = 0.5  # in place of one, where only the flags matter
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks for beside the parent."""
+
+    statistics: bool = False  # a structured method reads those of a calibration
+    scores: bool = False  # of its candidates
+    text: bool = False  # a sparse method reads calibration text itself
+    random: bool = False  # a seed
+
+    @property
+    def tokens(self) -> bool:
+        """True where calibration text is behind it."""
+        return self.statistics or self.text
+
+
+def needs(study: Study, method: Method) -> Needs:
+    """What ``method`` asks for. UsageError names the flag that is wrong."""
+    if method.pattern is not None:
+        asked = sparse(study, method, method.own_ratio or ANY_RATIO)
+        return Needs(text=asked.method.statistic != "none", random=asked.method.random)
+    chosen = structured(study, method, next(iter(study.ratios), None))
+    return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random)
+
+
+def shapes(study: Study, method: Method, ratio: float | None, source: ModelShape) -> tuple[ModelShape, ...]:
+    """The shape that comes out, or those between which the model's loss decides."""
+    if method.pattern is None:
+        return structured(study, method, ratio).shapes(source)
+    sparse(study, method, ratio).check(source)
+    return (source,)
+
+
+def structured(study: Study, method: Method, ratio: float | None) -> plan_command.Choice:
+    """The method's flags, parsed as ``plan`` will parse them."""
+    if method.name in methods.sparse_names() and method.name not in methods.names():
+        raise UsageError(
+            f"methods.{method.tag}.pattern", given="nothing", allowed="unstructured or N:M",
+            why=f"{method.name} is sparse",
+        )  # fmt: skip
+    found = methods.get(method.name)
+    parser = _Parser(f"methods.{method.tag}", "settings and targets as flags of `plan` take them")
+    own = plan_command.add_choice_arguments(parser, found)
+    options, unknown = parser.parse_known_args(commands.choice(study, method, ratio))
+    plan_command.refuse_unknown(unknown, method.name)
+    return plan_command.choice_from(method.name, found, own, options, study.launch.tensor_parallel, None)
+
+
+def sparse(study: Study, method: Method, ratio: float | None) -> request.Request:
+    """The method's flags, parsed as ``sparsify`` will parse them."""
+    if method.name in methods.names() and method.name not in methods.sparse_names():
+        raise UsageError(
+            f"methods.{method.tag}.pattern", given=method.pattern, allowed="nothing",
+            why=f"{method.name} removes whole dimensions",
+        )  # fmt: skip
+    parser = _Parser(f"methods.{method.tag}", "settings as flags of `sparsify` take them")
+    options = request.add_arguments(parser).parse_args(commands.choice(study, method, ratio))
+    options.seed = 0
+    return request.from_arguments(options)
+
+
+def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
+    """UsageError where ``retraining``, a run under masks, could not hold them, or has flags that there are not."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_prune.training import data, masked
+
+    parser = _Parser("recipe.arguments", "Megatron's flags")
+    for add in (add_megatron_arguments, data.add_stream_arguments, masked.add_mask_arguments):
+        add(parser)
+    masked.refuse_unfit_arguments(parser.parse_args(retraining.argv[1:]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of leaving."""
+
+    def __init__(self, prog: str, allowed: str):
+        super().__init__(prog=prog, add_help=False, allow_abbrev=False)
+        self.allowed = allowed
+
+    def error(self, message: str) -> Any:
+        raise UsageError(self.prog, given=message, allowed=self.allowed)

@@ -1,0 +1,231 @@
+"""The sections of study.yaml as frozen dataclasses; ``config.Study`` puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_prune.errors import UsageError
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.study.values import (
+    CHOSEN,
+    STRICT,
+    Blend,
+    Flags,
+    PatternText,
+    Positive,
+    Scratches,
+    Settings,
+    Tokens,
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Launch:
+    """How runs are put on this machine: processes of one run, and runs at a time."""
+
+    launcher: Literal["local"] = "local"
+    nproc: Positive = 1
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    parallel_cells: Positive = 1
+    threads: Positive | None = None  # CPU threads of a process; None: the cores, shared evenly
+
+    def __post_init__(self) -> None:
+        if self.nproc % (self.tensor_parallel * self.pipeline_parallel):
+            raise UsageError(
+                "launch.nproc",
+                given=self.nproc,
+                allowed=f"a multiple of tensor_parallel x pipeline_parallel = "
+                f"{self.tensor_parallel * self.pipeline_parallel}",
+            )
+
+    @property
+    def data_parallel(self) -> int:
+        return self.nproc // (self.tensor_parallel * self.pipeline_parallel)
+
+    def threads_per_process(self, cells: int) -> int:
+        """Threads for each process while up to ``cells`` runs share the machine."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // (cells * self.nproc))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tokenizer:
+    """Megatron's names for the tokenizer that the corpora were tokenized with."""
+
+    type: str
+    model: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """One stream of training tokens, and corpora that no stage trains on.
+
+    ``max_near_duplicates``: share of a held-out corpus's documents that may nearly be in another stage's
+    corpus; not looked for when it is not given (it takes about 0.1 µs a training token).
+    """
+
+    train: Blend
+    calibration: str
+    validation: str
+    test: str
+    seq_length: Positive
+    tokenizer: Tokenizer | None = None
+    stream_seed: int = 1
+    epochs: Positive = 1
+    max_near_duplicates: float | None = None
+
+    def __post_init__(self) -> None:
+        training = {os.path.abspath(prefix) for _, prefix in self.train}
+        for name in ("calibration", "validation", "test"):
+            if os.path.abspath(getattr(self, name)) in training:
+                raise UsageError(
+                    f"data.{name}",
+                    given=getattr(self, name),
+                    allowed="a corpus that is not in data.train",
+                    why="no stage may train on it",
+                )
+        if len({weight is None for weight, _ in self.train}) > 1:
+            raise UsageError("data.train", given="weights for some", allowed="a weight for every prefix or for none")
+
+    @property
+    def blend(self) -> list[str]:
+        """What Megatron's ``--data-path`` takes: prefixes, or weights and prefixes in turn."""
+        return [
+            word for weight, prefix in self.train for word in ([] if weight is None else [f"{weight:g}"]) + [prefix]
+        ]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pretrain:
+    """A parent trained here: its shape as Megatron flags, and its tokens."""
+
+    tokens: Tokens
+    arguments: Flags
+    seed: int = 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class Parent:
+    """Exactly one of: trained here, a checkpoint, or a Hugging Face directory.
+
+    ``declared_tokens`` is what an outside parent says that it was trained on. ``equal_total: run``
+    says that a scratch run on that many tokens is wanted and feasible; otherwise that arm is not run.
+    """
+
+    pretrain: Pretrain | None = None
+    load: str | None = None
+    import_hf: str | None = None
+    declared_tokens: Tokens | None = None
+    equal_total: Literal["run", "skip"] = "skip"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("pretrain", "load", "import_hf") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                "parent",
+                given=" and ".join(given) or "none of them",
+                allowed="exactly one of pretrain, load, import_hf",
+            )
+        if self.pretrain and (self.declared_tokens or self.equal_total == "run"):
+            raise UsageError(
+                "parent.declared_tokens, parent.equal_total",
+                given="beside parent.pretrain",
+                allowed="only with load or import_hf",
+                why="a parent trained here is accounted",
+            )
+        if self.equal_total == "run" and not self.pretrain and not self.declared_tokens and not self.load:
+            raise UsageError(
+                "parent.equal_total",
+                given="run",
+                allowed="skip, or give parent.declared_tokens",
+                why="the parent's tokens are unknown",
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps."""
+
+    lr: Annotated[float, Field(gt=0)]
+    global_batch_size: Positive
+    micro_batch_size: Positive
+    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    save_interval: Positive | None = None  # steps; None: at the end only
+    arguments: Flags = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Method:
+    """A pruning method by its name, its settings as flags of ``plan``, and perhaps an explicit shape.
+
+    With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``.
+    """
+
+    name: str
+    pattern: PatternText | None = None  # unstructured or N:M, for a sparse method
+    settings: Flags = dataclasses.field(default_factory=dict)
+    target: Flags = dataclasses.field(default_factory=dict)
+    label: str | None = None  # how cells and rows call it; needed when a method comes twice
+    compare: Settings | None = None  # None: the study's settings
+    scratch: Scratches | None = None  # of a sparse method; None: the study's
+
+    def __post_init__(self) -> None:
+        where = f"methods.{self.tag}"
+        for flag in self.settings:
+            if flag in CHOSEN:
+                raise UsageError(f"{where}.settings.{flag}", given="set", allowed="flags that no other key stands for")
+        if self.pattern and self.target:
+            raise UsageError(
+                f"{where}.target",
+                given="set",
+                allowed="nothing beside a pattern",
+                why="sparse pruning leaves the shape as it is",
+            )
+        if self.scratch and not self.pattern:
+            raise UsageError(
+                f"{where}.scratch",
+                given=", ".join(self.scratch),
+                allowed="nothing without a pattern",
+                why="there is one kind of scratch run of a smaller shape: a dense one",
+            )
+
+    @property
+    def title(self) -> str:
+        """How rows call it, beside their pattern."""
+        return self.label or self.name
+
+    @property
+    def tag(self) -> str:
+        """How cells call it: ``wanda-2-4``."""
+        if self.label or not self.pattern:
+            return self.title
+        return f"{self.name}-{self.pattern.replace(':', '-')}"
+
+    @property
+    def own_ratio(self) -> float | None:
+        """The fraction that an N:M pattern removes; None where the study's ratios say it."""
+        return Pattern.parse(self.pattern).ratio if self.pattern else None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Calibration:
+    """How many windows of ``data.calibration`` the statistics see. ``random`` draws them by the seed."""
+
+    sequences: Positive = 128
+    seq_length: Positive | None = None  # None: data.seq_length
+    sampling: Literal["sequential", "random"] = "random"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """Fixed windows of validation and test text that verdicts rest on."""
+
+    windows: Positive = 256
+    seq_length: Positive | None = None  # None: data.seq_length
+    micro_batch_size: Positive | None = None  # None: the recipe's
