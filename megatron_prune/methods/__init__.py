@@ -86,9 +86,7 @@ class Request:
 
     source: ModelShape
     target: ModelShape
-    statistics: Mapping[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # float64, see calibrate/statistics.py
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see calibrate/statistics.py
     settings: Mapping[str, Any] = field(default_factory=dict)  # the method's own flags
     seed: int | None = None
 
@@ -166,7 +164,7 @@ class Sparsity:
 
     def removed(self, count: int) -> int:
         """⌊count · ratio⌋, the ratio taken as the decimal it was written as: 0.29 of 100 is 29, not 28."""
-        return int(Fraction(repr(self.ratio)) * count)
+        return int(Fraction(str(float(self.ratio))) * count)
 
 
 class SparseMethod(ABC):

@@ -1,8 +1,11 @@
 """random: a uniform choice under the same constraints, as a floor for every other method.
 
-Depth, width or both: explicit ``--target-…`` sizes may cut any dimension; ``--ratio`` and
-``--target-params`` need ``--axis depth|width`` to say where. Draws come from numpy's PCG64 seeded
-with ``--seed``, layer after layer in a fixed order, so a seed is a choice on every machine.
+Structured, depth, width or both: explicit ``--target-…`` sizes may cut any dimension; ``--ratio`` and
+``--target-params`` need ``--axis depth|width`` to say where. Sparse, exactly ⌊n·s⌋ weights of a
+matrix, or M − N of every M consecutive inputs of a row.
+
+Draws come from numpy's PCG64 seeded with ``--seed``: layer after layer in a fixed order, and weight
+after weight of a matrix that has a seed of its own, so a seed is a choice on every machine and layout.
 """
 
 from __future__ import annotations
@@ -15,8 +18,19 @@ import numpy
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DEPTH, DIMENSIONS, WIDTH, RankingMethod, Request, Selection
+from megatron_prune.methods import (
+    DEPTH,
+    DIMENSIONS,
+    WIDTH,
+    RankingMethod,
+    Request,
+    Selection,
+    SparseMethod,
+    Sparsity,
+)
 from megatron_prune.ranking import keep_heads, keep_highest
+from megatron_prune.sparse.choose import lowest_in_groups
+from megatron_prune.sparse.rows import Rows
 
 
 class Random(RankingMethod):
@@ -57,15 +71,32 @@ class Random(RankingMethod):
             hidden, _ = keep_highest(scores(source.hidden_size), target.hidden_size, "hidden")
         heads = None
         if target.num_attention_heads < source.num_attention_heads:
-            heads = tuple(
-                keep_heads(scores(source.num_attention_heads), source, target, layer)[0] for layer in layers
-            )
+            heads = tuple(keep_heads(scores(source.num_attention_heads), source, target, layer)[0] for layer in layers)
         ffn = None
         if target.ffn_hidden_size < source.ffn_hidden_size:
-            ffn = tuple(
-                keep_highest(scores(source.ffn_hidden_size), target.ffn_hidden_size, "ffn")[0] for _ in layers
-            )
+            ffn = tuple(keep_highest(scores(source.ffn_hidden_size), target.ffn_hidden_size, "ffn")[0] for _ in layers)
         return Selection(layers, hidden, heads, ffn)
 
 
+class RandomWeights(SparseMethod):
+    statistic = "none"
+    random = True
+
+    def prune(
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = weight.shape[1]
+        # One draw a weight of the whole matrix; this rank skips to its own.
+        bits = numpy.random.PCG64(seed).advance(rows.first * inputs)
+        draws = numpy.random.Generator(bits).random(weight.shape)  # [rows, in]
+        scores = torch.from_numpy(draws).float().to(weight.device)
+        n, m = sparsity.pattern.n, sparsity.pattern.m
+        if n is None or m is None:
+            removed = rows.lowest(scores, sparsity.removed(rows.total * inputs))
+        else:
+            removed = lowest_in_groups(scores, m - n, m)
+        return weight.masked_fill_(removed, 0), removed.logical_not_()
+
+
 METHOD = Random()
+SPARSE = RandomWeights()

@@ -1,10 +1,23 @@
-"""H = (2/n)·Σ X·Xᵀ over n sequences of a linear's inputs, and the factor of its inverse (SparseGPT)."""
+"""H = (2/n)·Σ X·Xᵀ over n sequences of a linear's inputs, and the factor of its inverse (SparseGPT).
+
+A sequence's product is made in fp32 and summed into float64, so that neither the order of sequences nor
+which rank saw them can matter. It is symmetric: only strips right of the diagonal are computed.
+
+The method asks for U, upper triangular, with H⁻¹ = Uᵀ·U. With J the reversal of rows and columns and
+J·H·J = L·Lᵀ that is U = J·L⁻¹·J: one Cholesky factorization and one triangular solve, where forming H⁻¹ and
+factoring it again takes twice the work and the condition number twice over.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from megatron_prune.errors import CheckpointError
+from megatron_prune.sparse.choose import full_precision
+
+DAMPING = 0.01  # of the mean of the diagonal
 
 
 @dataclass(frozen=True)
@@ -13,20 +26,55 @@ class Factor:
 
     upper: torch.Tensor  # fp32 [in, in]
     dead: torch.Tensor  # bool [in]: inputs that were always zero
-    damping: float  # what was added to the diagonal, as a fraction of its mean
+    damping: float  # what was added to the diagonal, as a fraction of its mean: DAMPING unless that was too little
 
 
 class Hessian:
-    """``total`` (float64 [in, in], to be all-reduced with ``count`` over data parallel ranks) of X·Xᵀ."""
+    """``total`` (float64 [in, in], to be all-reduced with ``count`` over data parallel ranks) of X·Xᵀ.
+
+    Below the diagonal ``total`` means nothing.
+    """
 
     def __init__(self, inputs: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.count = 0  # sequences
+        # Eight strips compute 9/16 of the square; narrower than this they would be slower, not less work.
+        self._strip = max(192, -(-inputs // 8))
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence of inputs, [tokens, in]."""
-        raise NotImplementedError
+        x = x.float()
+        with full_precision():
+            for start in range(0, x.shape[1], self._strip):
+                stop = min(start + self._strip, x.shape[1])
+                self.total[start:stop, start:] += x[:, start:stop].t() @ x[:, start:]  # [strip, in - start]
+        self.count += 1
 
     def factor(self) -> Factor:
-        """The factor of the damped inverse. Frees nothing; call it when all sequences are added and reduced."""
-        raise NotImplementedError
+        """The factor of the damped inverse; ``total`` and ``count`` stay as they are.
+
+        Dead inputs (H_jj = 0) get H_jj = 1. DAMPING·mean(diag H) is added to the diagonal; where rounding
+        leaves the matrix indefinite all the same, it is doubled until it does not, and ``Factor.damping``
+        says so. CheckpointError where inputs were not finite.
+        """
+        h = (self.total * (2 / self.count)).float().flip(0, 1)  # reversed: its lower triangle counts
+        diagonal = h.diagonal()
+        if not bool(diagonal.isfinite().all()):  # |h_ij| cannot exceed the larger of h_ii and h_jj
+            raise CheckpointError("the inputs of a linear are not finite: the model cannot be pruned by them")
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        undamped, mean = diagonal.clone(), diagonal.double().mean().float()
+        damping = DAMPING
+        with full_precision():
+            while True:
+                diagonal.copy_(undamped + damping * mean)
+                lower, info = torch.linalg.cholesky_ex(h)
+                if int(info) == 0:
+                    break
+                damping *= 2
+                if damping > 1:
+                    raise CheckpointError("the inputs of a linear have no positive definite Hessian at any damping")
+            del h
+            identity = torch.eye(len(lower), device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        return Factor(upper, dead.flip(0), damping)

@@ -133,14 +133,17 @@ class _Measure:
     """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) of some rows, with as much of H as the method had: all, its diagonal, or I."""
 
     def __init__(self, statistic: Statistic | None):
-        self._matrix = statistic.total.float() if isinstance(statistic, Hessian) else None
+        self._upper = None
+        if isinstance(statistic, Hessian):  # which is symmetric: what lies right of the diagonal counts twice
+            self._upper = statistic.total.triu().float()
+            self._upper.diagonal().mul_(0.5)
         self._diagonal = statistic.total.float() if isinstance(statistic, SquareSums) else None
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._weigh(before - after), self._weigh(before)
 
     def _weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._matrix is not None:
-            return ((rows @ self._matrix) * rows).sum(dtype=torch.float64)
+        if self._upper is not None:
+            return 2 * ((rows @ self._upper) * rows).sum(dtype=torch.float64)
         squares = rows.square()
         return (squares if self._diagonal is None else squares * self._diagonal).sum(dtype=torch.float64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_prune.calibrate.accumulators import Workspace
+
 
 class SquareSums:
     """``total`` (float64 [in], to be all-reduced with ``count`` over data parallel ranks) of ‖X_j‖²."""
@@ -11,10 +13,15 @@ class SquareSums:
     def __init__(self, inputs: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, dtype=torch.float64, device=device)
         self.count = 0  # sequences
+        self._workspace = Workspace()
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence of inputs, [tokens, in]."""
-        raise NotImplementedError
+        for part, wide, squares, ones in self._workspace.slices(*x.shape, x.device):
+            wide.copy_(x[part])
+            torch.mul(wide, wide, out=squares)
+            self.total.addmv_(squares.t(), ones[: len(wide)])
+        self.count += 1
 
     def mean(self) -> torch.Tensor:
         """Mean over sequences of ‖X_j‖², float64 [in]."""

@@ -1,0 +1,88 @@
+"""SparseGPT (2301.00774): remove weights one column at a time, and let the columns behind make up for it.
+
+With H the Hessian of the layer's squared error and U the upper Cholesky factor of its inverse
+(sparse/hessian.py), removing w of column i costs (w / U_ii)², and is made up for best by subtracting
+(w / U_ii)·U[i, i:] from the weights of the same row.
+
+Columns go in blocks of 128 (N:M: the largest multiple of M up to 128). Unstructured, what goes is chosen when
+a block is reached: its lowest costs, over all rows and the block's columns jointly. Up to column c of a
+matrix of R rows ⌊R·c·s⌋ weights have gone, so the blocks' counts add up to exactly ⌊n·s⌋. N:M
+chooses at each M-th column, by the costs of the already updated weights.
+
+A block is kept transposed, so that a column is contiguous, and its columns are updated in strips: one
+column's error reaches the rest of its strip at once, the rest of the block by one matrix product a
+strip, and the rest of the matrix by one a block. That is the same arithmetic in another order.
+Rows do not depend on one another but for the joint choice, so ranks that hold some of them each need only that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_prune.methods import SparseMethod, Sparsity
+from megatron_prune.sparse.choose import full_precision, lowest_of_planes, refuse_infinite
+from megatron_prune.sparse.hessian import Factor
+from megatron_prune.sparse.rows import Rows
+
+BLOCK = 128
+STRIP = 32
+
+
+class SparseGPT(SparseMethod):
+    statistic = "hessian"
+
+    def prune(
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        factor: Factor = statistic
+        inputs, m = weight.shape[1], sparsity.pattern.m or 1
+        refuse_infinite(weight)
+        weight.masked_fill_(factor.dead, 0)
+        kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        with full_precision():
+            for start in range(0, inputs, BLOCK // m * m):
+                stop = min(start + BLOCK // m * m, inputs)
+                block = weight[:, start:stop].t().contiguous()  # [columns, rows]
+                upper = factor.upper[start:stop, start:stop]
+                if sparsity.pattern.m is None:
+                    costs = (block / upper.diagonal()[:, None]).square_()  # [columns, rows]
+                    count = sparsity.removed(rows.total * stop) - sparsity.removed(rows.total * start)
+                    removed = rows.lowest(costs.t(), count).t()
+                else:
+                    removed = torch.zeros_like(block, dtype=torch.bool)
+                errors = _prune_block(block, upper, removed, sparsity)
+                weight[:, start:stop] = block.t()
+                kept[:, start:stop] = ~removed.t()
+                weight[:, stop:].addmm_(errors.t(), factor.upper[start:stop, stop:], alpha=-1)
+        return weight, kept
+
+
+def _prune_block(block: torch.Tensor, upper: torch.Tensor, removed: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    """Prune a block [columns, rows] in place; returns the columns' errors, (w − q) / U_ii, of the same shape.
+
+    ``removed`` says which weights go; N:M writes it, column after column.
+    """
+    n, m = sparsity.pattern.n or 0, sparsity.pattern.m
+    columns = len(block)
+    inverse = upper.diagonal().reciprocal()[:, None]  # [columns, 1]
+    scale = removed * inverse  # 1 / U_ii where a weight goes, 0 where it stays
+    errors = torch.empty_like(block)
+    strip = STRIP // (m or 1) * (m or 1)
+    for left in range(0, columns, strip):
+        right = min(left + strip, columns)
+        for i in range(left, right):
+            if m is not None and i % m == 0:
+                costs = (block[i : i + m] * inverse[i : i + m]).square_()  # [m, rows]
+                removed[i : i + m] = lowest_of_planes(costs, m - n)
+                scale[i : i + m] = removed[i : i + m] * inverse[i : i + m]
+            torch.mul(block[i], scale[i], out=errors[i])
+            # addcmul rounds an element alike wherever it lies in memory; addr does not.
+            block[i + 1 : right].addcmul_(upper[i, i + 1 : right, None], errors[i], value=-1)
+        block[right:].addmm_(upper[left:right, right:].t(), errors[left:right], alpha=-1)
+    block.masked_fill_(removed, 0)
+    return errors
+
+
+SPARSE = SparseGPT()
