@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.artifacts import atomic_directory
+from megatron_prune.checkpoint.disk import check_space
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
@@ -112,6 +113,8 @@ def save(
     torch.distributed.all_gather_object(everywhere, entries)
     together = {name: entry for of_rank in everywhere for name, entry in of_rank.items()}
     target = Path(folder).absolute()
+    needed = sum(e.shape[0] * (bits.bytes_of(e.shape[1]) if e.packed else e.shape[1]) for e in together.values())
+    _on_first_rank(lambda: check_space(target, needed))
     with _atomic_together(target) as scratch:
         _save(state, scratch, target)
         _on_first_rank(lambda: finish(scratch, target, shape, together))
@@ -146,10 +149,12 @@ def _stored(shard: Shard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], 
 def _save(state: dict[str, list[Any]], scratch: Path, target: Path) -> None:
     try:
         dist_checkpointing.save(state, str(scratch), async_strategy="mcore")
-    except Exception as error:  # Megatron raises the first rank's reasons there, and none elsewhere
-        full = os.strerror(errno.ENOSPC) in str(error)
-        why = "no space left; free some, or choose another output" if full else f"{error or 'another rank says why'}"
-        raise MasksError(f"{target}: masks could not be written, nothing was kept: {why}") from error
+    except CheckpointException as error:  # torch's, no Exception; says on rank 0 alone what failed, and little of it
+        where = f"on rank {', '.join(map(str, error.failures))}" if error.failures else "on another rank"
+        free, why = shutil.disk_usage(target.parent).free / 1e9, str(error).strip().splitlines()[-1]
+        raise MasksError(
+            f"{target}: masks could not be written {where}, nothing was kept ({free:.2f} GB are free there): {why}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ Where a rank's parameter lies in the whole weight is written out by hand here, f
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 import torch
@@ -61,8 +63,9 @@ def build(tp: int, pp: int, more: tuple[str, ...] = ()) -> list[torch.nn.Module]
     from megatron_prune.engine import cpu, runtime
 
     cpu.prepare()
-    words = [*_FLAGS, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp, *more]
+    words = [*_FLAGS, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     words += [word for name, size in SIZES.items() for word in (f"--{name.replace('_', '-')}", size)]
+    words += more  # the last of a flag holds
     args = runtime.start("masks", [str(word) for word in words], lambda parser: parser)
     runtime.initialize(args)
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -131,3 +134,49 @@ def load_by_megatron(folder: str, sizes: dict[str, tuple[int, int]]) -> Any:
         for name, size in sizes.items()
     }
     return dist_checkpointing.load(wanted, folder)
+
+
+def fail_to_write(folder: str, how: str) -> tuple[str, bool]:
+    """Write masks of which one rank's are wrong, or whose disk is full there; this rank's error, and if all is gone."""
+    model = build(2, 1)
+    from pathlib import Path
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_prune.errors import MasksError
+    from megatron_prune.masks import megatron
+
+    rank = torch.distributed.get_rank()
+    kept = {p: torch.ones(p.shape, dtype=torch.bool) for p in linears(model).values()}
+    pattern = "unstructured"
+    if how == "disk" and rank == 1:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        filesystem_async._write_item = full
+    if how == "pattern":
+        pattern = "2:4"
+        for mask in kept.values():
+            mask[:, ::2] = False
+            mask[-1, 8:12] = rank == 0  # rank 1: a group that keeps nothing
+    try:
+        megatron.save(folder, model, kept, dict.fromkeys(linears(model), pattern))
+        error = ""
+    except MasksError as caught:
+        error = str(caught)
+    torch.distributed.barrier()
+    return error, list(Path(folder).parent.iterdir()) == []
+
+
+def read_of_another_model(folder: str) -> str:
+    """The error of reading masks of another model."""
+    model = build(1, 1)
+    from megatron_prune.errors import MasksError
+    from megatron_prune.masks import megatron, open_masks
+
+    try:
+        megatron.local(model, open_masks(folder))
+    except MasksError as error:
+        return str(error)
+    return ""
