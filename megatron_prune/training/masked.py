@@ -25,10 +25,11 @@ from megatron_prune.training.random_masks import RandomMasks
 
 @dataclass(frozen=True)
 class Choice:
-    """The masks of a run. ``own``: they lie in its save directory already."""
+    """The masks of a run, and where its weights come from."""
 
     masks: Masks  # where ``drawn``, RandomMasks
-    own: bool
+    own: bool  # they lie in the run's save directory already
+    start: str  # what errors call the weights
 
     @property
     def drawn(self) -> bool:
@@ -118,7 +119,10 @@ def choose(args: argparse.Namespace) -> Choice | None:
                 "--masks", given=args.masks, allowed=f"another --save, or the masks that the run in {args.save} has"
             )
         masks = masks if own else given
-    chosen = Choice(masks, own)
+    flag, path = ("--load", args.load) if _holds_checkpoint(args.load) else (
+        "--pretrained-checkpoint", args.pretrained_checkpoint
+    )  # fmt: skip
+    chosen = Choice(masks, own, f"{flag} {path}" if path else "the new model")
     _refuse_unfit_start(args, chosen)
     return chosen
 

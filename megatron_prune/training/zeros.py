@@ -119,7 +119,18 @@ class Zeros:
         self.held = [Held.make(*each) for each in local]
         for held in self.held:
             held.clear_weight()
+        self._say(chunks)
         return chunks
+
+    def _say(self, chunks: list[torch.nn.Module]) -> None:
+        if torch.distributed.get_rank() == 0:
+            parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+            size = sum(held.bits.nbytes for held in self.held)
+            print(
+                f"holding {self.removed:,} zeros in {len(self.chosen.masks.entries)} weights, with "
+                f"{size / parameters:.2f} bytes a parameter of this rank; masks {self.hash}",
+                flush=True,
+            )
 
     def _write(self, chunks: list[torch.nn.Module], local: list[tuple[str, torch.nn.Parameter, torch.Tensor]]) -> None:
         """Keep masks that were drawn as the run's own. Collective."""
@@ -138,7 +149,7 @@ class Zeros:
         def set_up(*positional: Any, **named: Any) -> Any:
             found = setup(*positional, **named)
             self._optimizer = found[1]
-            self.audit("what the run starts from")
+            self.audit(self.chosen.start)
             return found
 
         return set_up
@@ -171,17 +182,17 @@ class Zeros:
 
 def audit(masks: Masks, held: list[Held], optimizer: Any, when: str) -> None:
     """See ``Zeros.audit``; ``optimizer`` may be None."""
+    order = {name: number for number, name in enumerate(masks.entries)}
     places, counts = [], []
     for each in held:
-        for what, values, start in _tensors(each.parameter, optimizer):
-            places.append((each.name, what))
+        for number, (what, values, start) in enumerate(_tensors(each.parameter, optimizer)):
+            places.append((order[each.name], number, what, each.name))
             counts.append(each.violations(values, start))
     numbers = torch.stack(counts).tolist() if counts else []
-    first = next(((*place, count) for place, count in zip(places, numbers, strict=True) if count), None)
-    found = _from_all_ranks(first)
+    wrong = [(*place, count) for place, count in zip(places, numbers, strict=True) if count]
+    found = _from_all_ranks(min(wrong) if wrong else None)
     if found:
-        order = list(masks.entries)
-        name, what, count = min(found, key=lambda one: order.index(one[0]))
+        *_, what, name, count = min(found)
         raise MasksError(
             f"{when}: {what} {name} (layer {name.split('.')[2]}): {count} of its elements are not zero, and its mask "
             "removes them"
