@@ -3,6 +3,8 @@
 
     convert_checkpoint.py import --hf HF_DIR --save CKPT
     convert_checkpoint.py export --load CKPT --hf HF_DIR
+
+Masks go along: CKPT/masks is HF_DIR/masks.safetensors (megatron_prune/masks/huggingface.py).
 """
 
 from __future__ import annotations

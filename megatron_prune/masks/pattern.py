@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from megatron_prune.errors import UsageError
@@ -62,6 +63,9 @@ class Pattern:
         where all do, and for unstructured masks."""
         if self.n is None or self.m is None:
             return None
-        counts = kept.view(len(kept), -1, self.m).sum(-1)  # [rows, in / M]
-        wrong = (counts != self.n).nonzero()
+        inputs = kept.cpu().view(torch.uint8).numpy()
+        counts = inputs[:, :: self.m].copy()  # [rows, in / M]
+        for place in range(1, self.m):
+            counts += inputs[:, place :: self.m]
+        wrong = numpy.argwhere(counts != self.n)
         return None if len(wrong) == 0 else (int(wrong[0, 0]), int(wrong[0, 1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
+import numpy
 import torch
 
 from megatron_prune.checkpoint.reader import Checkpoint
@@ -47,9 +48,9 @@ def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int 
     for block in blocks:
         if name in masks.entries and len(block):
             kept = masks.read(name, slice(start, start + len(block)))
-            alive = (block != 0) & ~kept  # NaN is not zero
-            if bool(alive.any()):
-                row, column = (int(i) for i in alive.nonzero()[0])
+            alive = _not_zero(block) > kept.numpy()
+            if alive.any():
+                row, column = (int(i) for i in numpy.argwhere(alive)[0])
                 raise MasksError(
                     f"{masks.label} do not fit these weights: {name}[{start + row}, {column}] is "
                     f"{float(block[row, column]):g}, and the mask says removed (so for {int(alive.sum())} of "
@@ -57,6 +58,12 @@ def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int 
                 )
         start += len(block)
         yield block
+
+
+def _not_zero(block: torch.Tensor) -> numpy.ndarray:
+    """Where floating-point numbers are not ±0 (NaN is not), by their bits without the sign: bfloat16 goes as fast."""
+    raw = block.view({2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[block.itemsize]).numpy()
+    return raw + raw != 0  # the sign falls out
 
 
 def check_bits(masks: Masks, name: str) -> None:
@@ -85,7 +92,7 @@ def measure(masks: Masks, name: str) -> tuple[int, str]:
                 f"{masks.label}: {name} breaks {pattern}: row {start + row}, inputs {group * len(inside)} to "
                 f"{(group + 1) * len(inside) - 1} are {inside}"
             )
-        removed += kept.numel() - int(kept.sum())
+        removed += kept.numel() - int(numpy.count_nonzero(kept.numpy()))
         digest.update(bits.pack(kept).numpy())
         start += len(kept)
     return removed, digest.hexdigest()

@@ -16,6 +16,7 @@ from megatron_prune.errors import CheckpointError, MasksError, MegatronPruneErro
 from megatron_prune.masks import Masks, Pattern, find_masks, open_masks, verify, write_single
 from megatron_prune.masks import reader as reader_module
 from megatron_prune.masks import writer as writer_module
+from megatron_prune.masks.verify import guarded
 from tests.masks import small
 from tests.masks.ranks import random_masks
 
@@ -194,6 +195,20 @@ def test_the_first_weight_that_is_not_zero_is_named(value, tmp_path, monkeypatch
     with pytest.raises(MasksError, match=rf"linear_fc2\.weight\[{row}, {column}\] is {shown}") as caught:
         verify(open_masks(root / "masks"), open_checkpoint(root))
     assert small.FC2 in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_type_of_weight_is_guarded(dtype, tmp_path):
+    masks, kept = small.write_masks(tmp_path / "masks"), random_masks("2:4", shape=small.SHAPE)[small.FC2]
+    good = torch.where(kept, torch.tensor([1.0, 0.0, -2.0], dtype=dtype).repeat(16), -torch.zeros((), dtype=dtype))
+    assert torch.equal(torch.cat(list(guarded(masks, small.FC2, good.split(7)))), good)
+    for tiny in (torch.finfo(dtype).smallest_normal, -torch.finfo(dtype).max, float("nan")):
+        bad = good.clone()
+        row, column = (int(i) for i in (~kept).nonzero()[-1])
+        bad[row, column] = tiny
+        with pytest.raises(MasksError, match=rf"linear_fc2\.weight\[{row}, {column}\] is"):
+            list(guarded(masks, small.FC2, bad.split(7)))
+        list(guarded(masks, "decoder.layers.1.mlp.linear_fc1.weight", bad.split(7)))  # has no mask
 
 
 def test_masks_of_another_model_are_refused_by_what_differs(tmp_path):
