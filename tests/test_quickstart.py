@@ -85,14 +85,36 @@ def test_it_runs_in_miniature(tmp_path, corpora, tiny_tokenizer) -> None:
     page = (report / "index.html").read_text()
     assert "<svg" in page and "minitron-width" in page
     rows = json.loads((report / "results.json").read_text())["rows"]
-    arms = {(row["arm"], row["setting"]): row for row in rows}
-    parent = next(row for row in rows if row["arm"] == "parent")
-    pruned = arms["pruned", "equal-training"]
-    scratch = arms["scratch", "equal-training"]
-    total = arms["scratch", "equal-total"]
+    parent, *others = rows
+    assert parent["arm"] == "parent" and all(row["status"] == "finished" for row in rows)
+    width = {(row["arm"], row["setting"]): row for row in others if row["method"] == "minitron-width"}
+    pruned = width["pruned", "equal-training"]
+    scratch = width["scratch", "equal-training"]
+    total = width["scratch", "equal-total"]
     assert parent["tokens_train"] == pretrain["tokens"]
     assert pruned["tokens_train"] == scratch["tokens_train"] == study["budgets"][0]
     # The parent's tokens, the retraining's and the calibration's, rounded up to a whole batch.
     assert total["tokens_train"] == pretrain["tokens"] + study["budgets"][0] + 16 * 64
     assert pruned["params"] == scratch["params"] == total["params"] < parent["params"]
     assert pruned["loss_initial"] < scratch["loss_initial"]  # it starts from what the parent has learnt
+
+    linears = parent["params"] - 2 * 192 * tiny.VOCABULARY - (2 * 4 + 1) * 192  # embedding, output layer and norms
+    sparse = [row for row in others if row["pattern"]]
+    asked = {(row["method"], row["pattern"], row["setting"], row["against"]) for row in sparse}
+    assert asked == {
+        ("wanda", "unstructured", "equal-training", "dense"),
+        ("wanda", "2:4", "equal-training", "dense"),
+        ("sparsegpt", "2:4", "equal-training", "dense"),
+        ("sparsegpt", "unstructured", "equal-training", "dense"),
+        ("sparsegpt", "unstructured", "equal-training", "masked"),
+        ("sparsegpt", "unstructured", "equal-total", "masked"),
+    }
+    for row in sparse:
+        held = row["arm"] == "pruned" or row["against"] == "masked"
+        assert row["params"] == parent["params"] and row["removed_linears"] == 0.5
+        assert row["params_nonzero"] == pytest.approx(parent["params"] - held * linears / 2, rel=1e-3)
+        assert (row["flops_train_theoretical"] < row["flops_train"]) == held
+        if row["arm"] == "pruned":
+            assert row["tokens_pruning"] == 4 * 64 and row["loss_initial"] < row["test_loss_unretrained"] + 1
+    dense = {row["cell"] for row in sparse if row["arm"] == "scratch" and row["against"] == "dense"}
+    assert len(dense) == 1  # one run for all four

@@ -20,6 +20,7 @@ import yaml
 from megatron_prune.artifacts import write_bytes
 from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError
+from megatron_prune.study import config, grid
 
 STUDY = Path(__file__).with_name("study.yaml")
 STEPS, WARM_UP = 5, 2
@@ -41,6 +42,18 @@ def seconds_per_step(study: dict, checkpoint: str) -> float:
     return statistics.median(float(time) for time in times[WARM_UP:]) / 1000
 
 
+def whole_models(study: config.Study) -> float:
+    """The study's training runs, in runs of the whole model; methods of one shape may share more than is counted."""
+    sizes: dict[tuple[str, str], float] = {}
+    for pruning in grid.prunings(study):
+        sparse = pruning.method.pattern is not None
+        size = 1.0 if sparse or pruning.ratio is None else 1 - pruning.ratio  # zeros take as long
+        sizes["pruned", pruning.name] = size
+        for _, against in study.compared(pruning.method):
+            sizes[against, "any" if sparse and against == "dense" else pruning.name] = size
+    return sum(sizes.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True)
@@ -49,9 +62,7 @@ def main() -> int:
     options = parser.parse_args()
     study = yaml.safe_load(STUDY.read_text())
     step = seconds_per_step(study, options.checkpoint)
-    # A pruned and a scratch run for every method and ratio (an upper bound: scratch runs are shared).
-    runs = sum(2 * len(study["methods"]) * (1 - ratio) for ratio in study["ratios"])
-    steps = max(4, int(60 * options.minutes * (1 - OVERHEAD) / (runs * step)))
+    steps = max(4, int(60 * options.minutes * (1 - OVERHEAD) / (whole_models(config.load(STUDY)) * step)))
     tokens = steps * study["recipe"]["global_batch_size"] * study["data"]["seq_length"]
     study["budgets"] = [tokens]
     write_bytes(options.output, yaml.safe_dump(study, sort_keys=False).encode())

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn to read on a light and on a dark page alike.
+"""Figures of a report, drawn to read on a light and on a dark page alike; and where the runs ended.
 
 Backgrounds are transparent and data colours of middle lightness. Text and axes are drawn in ``INK``:
 files keep it, a neutral grey; in the page it becomes the page's own text colour. ``Drawing`` holds
@@ -7,7 +7,6 @@ one figure as SVG for the page and writes it as SVG and PNG files.
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_prune import artifacts
 from megatron_prune.study.results import Results
@@ -90,11 +87,17 @@ class Drawing:
 
 
 def colours(results: Results) -> dict[str, str]:
-    """One colour for every method at a pattern and a ratio, by label, in the study's order."""
-    found: dict[str, str] = {}
-    for item in results.compared:
-        found.setdefault(label(*item.comparison.pruning.subject), COLOURS[len(found) % len(COLOURS)])
-    return found
+    """A colour by label for every method at a pattern and a ratio, in the study's order.
+
+    Where there are more of them than colours, those of one method share one.
+    """
+    subjects = list(dict.fromkeys(item.comparison.pruning.subject for item in results.compared))
+    shared = [subject[0] if len(subjects) > len(COLOURS) else label(*subject) for subject in subjects]
+    order = list(dict.fromkeys(shared))
+    return {
+        label(*subject): COLOURS[order.index(name) % len(COLOURS)]
+        for subject, name in zip(subjects, shared, strict=True)
+    }
 
 
 def final_losses(results: Results) -> Drawing | None:
@@ -107,7 +110,7 @@ def final_losses(results: Results) -> Drawing | None:
     if not panels:
         return None
     several_seeds = max(verdict.test.seeds for verdict in results.verdicts) > 1
-    return _drawing(
+    return drawing(
         lambda stacked: _final_losses(results, panels, stacked),
         "final-loss",
         "Final test loss, pruned against scratch",
@@ -184,86 +187,6 @@ def _name(verdict: Verdict, several: bool) -> str:
     return "\n".join([*lines, f"{amount(verdict.tokens)} tokens"] if several else lines)
 
 
-def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
-    """Training loss of every run against tokens: all that a model has seen, and the budget alone."""
-    curves = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
-    if not curves:
-        return None
-    return _drawing(
-        lambda stacked: _loss_curves(results, curves, stacked),
-        "loss-curves",
-        "Training loss against tokens",
-        "Training loss, a running mean over 2% of each run. All tokens: the parent, the pruned models that go on "
-        "from it, and scratch at equal total tokens. This training alone: pruned and scratch on the same samples "
-        "in the same order. The dotted line is the entropy of single tokens in the validation text: no model that "
-        "ignores context can be below it there.",
-    )
-
-
-def _loss_curves(results: Results, curves: Mapping[str, np.ndarray], stacked: bool) -> Figure:
-    figure = Figure(figsize=(3.9, 6.4) if stacked else (7.6, 3.5), layout="constrained")
-    whole, budget = figure.subplots(*((2, 1) if stacked else (1, 2)), sharey=True)
-    start = results.lay.parent_tokens or 0
-    if "parent" in curves:
-        _line(whole, curves["parent"], 0, INK, "-")
-    drawn: set[Any] = set()
-    palette = colours(results)
-    for item in results.compared:
-        made = item.comparison
-        colour = palette[label(*made.pruning.subject)]
-        axis, offset = (whole, start) if made.setting == "equal-total" else (budget, 0)
-        for cell, begin, dashes in ((made.pruned, offset, "-"), (made.scratch, 0, DASHED)):
-            # Methods of one shape share a scratch run: it is drawn once, in the first one's colour; all sparse
-            # methods share a dense one, in none's.
-            if cell is not None and cell in curves and (cell, axis) not in drawn:
-                drawn.add((cell, axis))
-                dense = cell == made.scratch and made.against == "dense" and made.pruning.method.pattern is not None
-                _line(axis, curves[cell], begin, INK if dense else colour, dashes)
-    for axis, title in ((whole, "All tokens behind the model"), (budget, "Tokens of this training alone")):
-        axis.set_title(title)
-        axis.set_xlabel("tokens")
-        axis.set_ylabel("training loss, nats per token")
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-        axis.grid(alpha=0.18, linewidth=0.6, color=INK)
-        _unigram(axis, results)
-    handles = [Line2D([], [], color=INK, label="parent")] if "parent" in curves else []
-    handles += [Line2D([], [], color=colour, label=name) for name, colour in palette.items()]
-    handles += [Line2D([], [], color=INK, linestyle=DASHED, label="from scratch")]
-    columns = 1 if stacked else min(3, len(handles))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
-    return figure
-
-
-def _curve(results: Results, cell: str, path: Path) -> np.ndarray | None:
-    """[2, points]: tokens and loss, smoothed; None where there is no table."""
-    if cell not in results.records or not path.is_file():
-        return None
-    with open(path, newline="") as handle:
-        rows = [(float(row["samples"]), float(row["loss"])) for row in csv.DictReader(handle) if row["loss"]]
-    if not rows:
-        return None
-    samples, loss = np.array(rows).T
-    width = max(1, len(loss) // 50)
-    means = np.convolve(loss, np.ones(width) / width, mode="valid")
-    return np.array([samples[width - 1 :] * results.study.data.seq_length, means])
-
-
-def _line(axis: Any, curve: np.ndarray, offset: int, colour: str, dashes: Any) -> None:
-    axis.plot(curve[0] + offset, curve[1], color=colour, linewidth=1.3, linestyle=dashes)
-
-
-def _unigram(axis: Any, results: Results) -> None:
-    if results.parent is None:
-        return
-    height = results.parent["unigram_loss"]["validation"]
-    axis.axhline(height, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    axis.annotate(
-        f"unigram {height:.2f}", (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", ha="right", va="bottom", fontsize=8,
-    )  # fmt: skip
-
-
 def signed(value: float) -> str:
     """``-0.0541`` → ``−0.054``, with a minus that is as wide as the plus."""
     return f"{value:+.3f}".replace("-", "\u2212")
@@ -277,7 +200,8 @@ def amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _drawing(draw: Callable[[bool], Figure], name: str, title: str, caption: str) -> Drawing:
+def drawing(draw: Callable[[bool], Figure], name: str, title: str, caption: str) -> Drawing:
+    """``draw(stacked)``, drawn both ways, in the report's style."""
     with matplotlib.rc_context(STYLE):
         files = []
         for stacked in (False, True):

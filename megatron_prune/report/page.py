@@ -16,7 +16,7 @@ import jinja2
 import yaml
 
 from megatron_prune import artifacts
-from megatron_prune.report import figures
+from megatron_prune.report import curves, figures
 from megatron_prune.study import config, grid, results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.results import Results
@@ -31,7 +31,7 @@ def write(found: Results, places: Places) -> Path:
     losses = {cell: places.losses(cell) for cell in found.records}
     if found.study.parent.load:
         losses["parent"] = places.parent(found.study) / "losses.csv"
-    drawings = [drawing for drawing in (figures.final_losses(found), figures.loss_curves(found, losses)) if drawing]
+    drawings = [drawing for drawing in (figures.final_losses(found), curves.loss_curves(found, losses)) if drawing]
     for drawing in drawings:
         drawing.write(directory / "figures")
     artifacts.write_json(directory / "results.json", results.to_json(found))

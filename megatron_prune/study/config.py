@@ -86,8 +86,9 @@ class Study:
 
     def compared(self, method: Method) -> list[tuple[Setting, Scratch]]:
         """The comparisons that a pruned model of ``method`` is for."""
-        kinds: list[Scratch] = (method.scratch or self.scratch) if method.pattern else ["dense"]
-        return [(setting, kind) for setting in method.compare or self.settings for kind in kinds]
+        asked = method.compare or dict.fromkeys(self.settings)
+        default: list[Scratch] = self.scratch if method.pattern else ["dense"]
+        return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
 
     @property
     def evaluation_seq_length(self) -> int:

@@ -15,11 +15,10 @@ from megatron_prune.study.values import (
     CHOSEN,
     STRICT,
     Blend,
+    Compare,
     Flags,
     PatternText,
     Positive,
-    Scratches,
-    Settings,
     Tokens,
 )
 
@@ -172,8 +171,7 @@ class Method:
     settings: Flags = dataclasses.field(default_factory=dict)
     target: Flags = dataclasses.field(default_factory=dict)
     label: str | None = None  # how cells and rows call it; needed when a method comes twice
-    compare: Settings | None = None  # None: the study's settings
-    scratch: Scratches | None = None  # of a sparse method; None: the study's
+    compare: Compare | None = None  # None: all of the study's settings
 
     def __post_init__(self) -> None:
         where = f"methods.{self.tag}"
@@ -187,11 +185,11 @@ class Method:
                 allowed="nothing beside a pattern",
                 why="sparse pruning leaves the shape as it is",
             )
-        if self.scratch and not self.pattern:
+        if not self.pattern and any(self.compare.values() if self.compare else ()):
             raise UsageError(
-                f"{where}.scratch",
-                given=", ".join(self.scratch),
-                allowed="nothing without a pattern",
+                f"{where}.compare",
+                given="kinds of scratch",
+                allowed="settings alone, without a pattern",
                 why="there is one kind of scratch run of a smaller shape: a dense one",
             )
 

@@ -102,6 +102,13 @@ def _different(values: list[Any]) -> list[Any]:
     return values
 
 
+def _compare(value: Any) -> Any:
+    """``[equal-total]`` or ``{equal-total: [masked, dense]}`` → the last form; None is the study's ``scratch``."""
+    if isinstance(value, list):
+        return dict.fromkeys(_different(value))
+    return value
+
+
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 Scalar = bool | int | float | str
 Flags = Annotated[dict[str, Scalar | list[Scalar] | None], BeforeValidator(_flags)]
@@ -112,3 +119,4 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 PatternText = Annotated[str, BeforeValidator(_pattern)]
 Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(_different)]
 Scratches = Annotated[list[Scratch], Field(min_length=1), AfterValidator(_different)]
+Compare = Annotated[dict[Setting, Scratches | None], BeforeValidator(_compare), Field(min_length=1)]

@@ -184,6 +184,23 @@ def test_sparse_methods_are_on_the_page(tmp_path: Path) -> None:
         assert words in svg, words
 
 
+def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> None:
+    patterns = ["1:2", "1:4", "2:4", "3:4", "1:8", "3:8", "4:8", "5:8"]
+    methods = [{"name": "magnitude", "pattern": p} for p in patterns] + [{"name": "random", "pattern": "2:4"}]
+    study = made_up.study(made_up.corpora(tmp_path), methods=methods, settings=["equal-training"])
+    places = made_up.run(study, tmp_path / "runs", made_up.FakeLauncher())
+    found = results.collect(places)
+    assert len(set(figures.colours(found).values())) == 2  # by method, where each is named beside its line
+    page.write(found, places)
+    for path in (places.root / "report" / "figures").glob("*.svg"):
+        words = [text.strip() for text in xml.etree.ElementTree.fromstring(path.read_text()).itertext() if text.strip()]
+        if path.name == "final-loss.svg":
+            assert words.count("magnitude 2:4") == words.count("random 2:4") == 1
+        else:
+            assert words.count("magnitude") == words.count("random") == 1
+            assert words.count("2:4, 50% removed") == 1 and words.count("5:8, 37.5% removed") == 1
+
+
 def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     study = made_up.study(made_up.corpora(tmp_path))
     with pytest.raises(made_up.Killed):

@@ -61,8 +61,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("methods.0.pattern", "4:2", r"methods\.0\.pattern: given '4:2', allowed is unstructured, or N:M with"),
         ("methods.0.pattern", "sometimes", r"methods\.0\.pattern: given 'sometimes'"),
         ("methods.0.pattern", True, r"methods\.0\.pattern: given True"),
-        ("methods.0.scratch", ["masked"], r"methods\.shortgpt\.scratch: given masked, allowed is nothing without"),
+        ("methods.0.compare", {"equal-total": ["masked"]}, r"methods\.shortgpt\.compare: .* settings alone"),
         ("methods.0.compare", [], r"methods\.0\.compare: given \[\]"),
+        ("methods.0.compare", ["equal-total"] * 2, r"methods\.0\.compare: given .*, allowed is different values"),
+        ("methods.0.compare", ["equal-flops"], r"methods\.0\.compare\.equal-flops.*: .*'equal-training' or"),
+        ("methods.0.compare", {"equal-total": ["thin"]}, r"compare\.equal-total\.0: given 'thin', allowed is 'dense'"),
         ("methods.0.settings", {"ratio": 0.3}, r"methods\.shortgpt\.settings\.ratio: given set"),
         ("methods", [{"name": "wanda", "pattern": "2:4"}] * 2, r"methods: given wanda-2-4 twice, allowed is a label"),
         ("methods", [{"name": "wanda", "pattern": "2:4"}, {"name": "magnitude", "pattern": "2:4", "label": "wanda"}],
@@ -125,15 +128,16 @@ def test_a_sparse_method_says_which_comparisons_it_is_for() -> None:
     methods = [
         {"name": "shortgpt", "compare": ["equal-total"]},
         {"name": "wanda", "pattern": "unstructured"},
-        {"name": "wanda", "pattern": "16:32", "compare": ["equal-training"], "scratch": ["dense", "masked"]},
+        {"name": "wanda", "pattern": "16:32", "compare": {"equal-training": ["dense", "masked"], "equal-total": None}},
     ]
     study = config.from_mapping(changed("methods", methods))
     assert [method.tag for method in study.methods] == ["shortgpt", "wanda-unstructured", "wanda-16-32"]
     assert [study.compared(method) for method in study.methods] == [
         [("equal-total", "dense")],
         [("equal-training", "masked"), ("equal-total", "masked")],
-        [("equal-training", "dense"), ("equal-training", "masked")],
+        [("equal-training", "dense"), ("equal-training", "masked"), ("equal-total", "masked")],
     ]
+    assert config.from_mapping(config.resolved(study)) == study
     with pytest.raises(UsageError, match="ratio_of: given all, allowed is linears"):
         config.from_mapping(changed("methods", methods) | {"ratio_of": "all"})
     with pytest.raises(UsageError, match="ratios: given none"):

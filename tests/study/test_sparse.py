@@ -18,10 +18,11 @@ from tests.study import made_up
 from tests.study.test_config import GOOD
 from tests.study.test_grid import LAY, SHAPE
 
+BOTH = ["masked", "dense"]
 METHODS: list[dict[str, Any]] = [
     {"name": "shortgpt"},
-    {"name": "wanda", "pattern": "2:4", "compare": ["equal-training"], "scratch": ["dense"]},
-    {"name": "wanda", "pattern": "unstructured", "scratch": ["masked", "dense"]},
+    {"name": "wanda", "pattern": "2:4", "compare": {"equal-training": ["dense"]}},
+    {"name": "wanda", "pattern": "unstructured", "compare": {"equal-training": BOTH, "equal-total": BOTH}},
     {"name": "magnitude", "pattern": "1:4", "compare": ["equal-training"]},
     {"name": "random", "pattern": "unstructured", "label": "floor", "compare": ["equal-training"]},
 ]
@@ -225,7 +226,7 @@ def test_other_masks_stop_the_report(places: Places, cell: str, masks: str | Non
 
 def test_killed_before_any_command_ends_with_the_same_ledger(prefixes, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    method = METHODS[2] | {"compare": ["equal-training"], "scratch": ["masked"]}
+    method = METHODS[2] | {"compare": ["equal-training"]}
     study = made_up.study(prefixes, methods=[method], seeds=[1, 2])
     whole = made_up.run(study, Path("whole"), made_up.FakeLauncher())
     spent = []
