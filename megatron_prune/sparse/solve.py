@@ -121,7 +121,8 @@ class _Solver:
             return self.statistic.factor()
         made = self.statistic.factor() if self.group.rank() == self.maker else None
         inputs = len(self.statistic.total)
-        upper = made.upper if made else torch.empty(inputs, inputs, dtype=torch.float32, device=device)
+        # Collectives see memory, not strides: a column-major factor would arrive transposed.
+        upper = made.upper.contiguous() if made else torch.empty(inputs, inputs, dtype=torch.float32, device=device)
         dead = made.dead if made else torch.empty(inputs, dtype=torch.bool, device=device)
         damping = torch.tensor(made.damping if made else 0.0, dtype=torch.float64, device=device)
         for tensor in (upper, dead, damping):

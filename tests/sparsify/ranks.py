@@ -1,0 +1,69 @@
+"""``sparsify`` in a rank whose insides a test has changed: block inputs from a file, a death in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAST_LAYER = 3
+
+
+def _main(argv: list[str]) -> None:
+    from megatron_prune.__main__ import main
+
+    if code := main([str(word) for word in argv]):
+        raise SystemExit(code)
+
+
+def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
+    """Keep what enters each block in ``folder`` (one process), or have every block read what was kept there."""
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron.core import parallel_state as mpu
+
+    from megatron_prune.sparse.stream import Stream
+
+    advance = Stream.advance
+
+    def advance_and_exchange(self: Any, block: Any) -> None:
+        advance(self, block)
+        path = Path(folder) / f"{block.layer_number}.pt"
+        if record:
+            torch.save(self.states, path)
+        else:
+            own = torch.load(path)[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+            assert [state.shape for state in own] == [state.shape for state in self.states]
+            assert all((a - b).norm() < 0.1 * a.norm() for a, b in zip(own, self.states, strict=True))
+            self.states = own
+
+    Stream.advance = advance_and_exchange  # type: ignore[method-assign]
+    _main(argv)
+
+
+def killed(argv: list[str], where: str) -> None:
+    """SIGKILL in every rank that gets to ``where``: in the middle of a block, or of the writing of the result."""
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron_prune.checkpoint.writer import CheckpointWriter
+    from megatron_prune.sparse.scratch import Scratch
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "block 2":  # its weights are written, but nobody has said so
+        finish = Scratch.finish
+        Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
+    elif where == "result":
+        add = CheckpointWriter.add
+        CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]
+            die() if "final_layernorm" in name else add(self, name, *rest, **more)
+        )
+    elif where == "after":  # the result is there, what it was made from too
+        Scratch.remove = die  # type: ignore[method-assign]
+    _main(argv)
