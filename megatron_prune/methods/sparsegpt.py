@@ -38,8 +38,9 @@ class SparseGPT(SparseMethod):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         factor: Factor = statistic
         inputs, m = weight.shape[1], sparsity.pattern.m or 1
-        refuse_infinite(weight)
         weight.masked_fill_(factor.dead, 0)
+        if sparsity.pattern.m is not None:  # a joint choice refuses by itself, on all ranks at once
+            refuse_infinite(weight)
         kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         with full_precision():
             for start in range(0, inputs, BLOCK // m * m):

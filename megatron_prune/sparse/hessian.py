@@ -73,7 +73,7 @@ class Hessian:
                     break
                 damping *= 2
                 if damping > 1:
-                    raise CheckpointError("the inputs of a linear have no positive definite Hessian at any damping")
+                    raise CheckpointError("the inputs of a linear have no positive definite Hessian, however damped")
             del h
             identity = torch.eye(len(lower), device=lower.device)
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)

@@ -52,7 +52,7 @@ def write(task: Task, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
         parts=[part for layer in task.layers for part in scratch.parts(layer)],
     ) as writer:
         writer.add_file(TABLE, artifacts.json_bytes(table))
-        writer.add_folder(MASKS, scratch.masks)
+        scratch.masks.rename(writer.beside(MASKS))
         for weight in weights(parent.shape):
             if weight.name not in pruned:
                 blocks = parent.row_blocks(weight.name)

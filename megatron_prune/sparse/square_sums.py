@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_prune.calibrate.accumulators import Workspace
+from megatron_prune.errors import CheckpointError
 
 
 class SquareSums:
@@ -24,5 +25,7 @@ class SquareSums:
         self.count += 1
 
     def mean(self) -> torch.Tensor:
-        """Mean over sequences of ‖X_j‖², float64 [in]."""
+        """Mean over sequences of ‖X_j‖², float64 [in]; CheckpointError where inputs were not finite."""
+        if not bool(self.total.isfinite().all()):
+            raise CheckpointError("the inputs of a linear are not finite: the model cannot be pruned by them")
         return self.total / self.count

@@ -1,0 +1,106 @@
+"""Square sums, Hessian and its factor, against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune.errors import CheckpointError
+from megatron_prune.sparse.hessian import Hessian
+from megatron_prune.sparse.square_sums import SquareSums
+from tests.sparse import oracles
+
+
+def sequences(inputs: int, tokens: int = 50, count: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(inputs, generator=generator) * 3
+    return [torch.randn(tokens, inputs, generator=generator) * scale for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [1, 7, 200, 401])  # one strip, and several with a narrower last
+def test_sums(inputs: int, dtype: torch.dtype) -> None:
+    squares, hessian = SquareSums(inputs), Hessian(inputs)
+    given = [x.to(dtype) for x in sequences(inputs)]
+    for x in given:
+        squares.add(x)
+        hessian.add(x)
+    wide = [x.double().numpy() for x in given]
+    np.testing.assert_allclose(squares.mean().numpy(), np.mean([(x**2).sum(0) for x in wide], 0), rtol=1e-12)
+    assert hessian.count == squares.count == len(given)
+    found, expected = np.triu(hessian.total.numpy()), np.triu(sum(x.T @ x for x in wide))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_order_of_sequences_and_who_adds_them_do_not_matter() -> None:
+    given = sequences(300, count=5)
+    forward, one, other = Hessian(300), Hessian(300), Hessian(300)
+    for x in given:
+        forward.add(x)
+    for x in reversed(given[:2]):
+        one.add(x)
+    for x in reversed(given[2:]):
+        other.add(x)
+    total = other.total + one.total
+    assert torch.allclose(total.triu(), forward.total.triu(), rtol=1e-14, atol=1e-14)
+    assert torch.equal(total.float().triu(), forward.total.float().triu())
+
+
+def test_a_process_that_allows_tf32_gets_full_precision_and_keeps_its_setting() -> None:
+    before = torch.get_float32_matmul_precision()
+    given, exact = sequences(64), Hessian(64)
+    exact.add(given[0])
+    try:
+        torch.set_float32_matmul_precision("medium")  # bf16 on a CPU that has it
+        found = Hessian(64)
+        found.add(given[0])
+        found.factor()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.total, exact.total)
+
+
+@pytest.mark.parametrize("tokens", [400, 11])  # 11 · 3 sequences leave 150 inputs rank deficient
+def test_factor_of_the_inverse(tokens: int) -> None:
+    given = sequences(150, tokens)
+    for x in given:
+        x[:, [3, 77, 149]] = 0
+    hessian = Hessian(150)
+    for x in given:
+        hessian.add(x)
+    factor = hessian.factor()
+    assert factor.dead.nonzero().flatten().tolist() == [3, 77, 149]
+    assert factor.damping == 0.01
+    h = oracles.hessian([x.numpy() for x in given])
+    h[[3, 77, 149], [3, 77, 149]] = 1
+    expected = np.linalg.cholesky(np.linalg.inv(h + 0.01 * np.diag(h).mean() * np.eye(150))).T
+    found = factor.upper.numpy()
+    assert factor.upper.dtype == torch.float32 and np.array_equal(np.triu(found), found)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_damping_is_doubled_where_it_was_too_little_and_says_so() -> None:
+    hessian = Hessian(2)
+    hessian.total, hessian.count = torch.tensor([[1.0, 1.5], [1.5, 1.0]], dtype=torch.float64), 2
+    factor = hessian.factor()
+    assert factor.damping == 0.64  # 0.01 · 2⁶ is the first above 0.5
+    product = (factor.upper.t() @ factor.upper).double()
+    assert torch.allclose(product, torch.tensor([[1.64, 1.5], [1.5, 1.64]]).double().inverse(), atol=1e-5)
+    hessian.total[0, 1] = 3
+    with pytest.raises(CheckpointError, match="no positive definite Hessian"):
+        hessian.factor()
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_inputs_that_are_not_finite_are_refused(broken: float) -> None:
+    hessian, squares = Hessian(5), SquareSums(5)
+    x = torch.ones(4, 5)
+    x[1, 2] = broken
+    hessian.add(x)
+    squares.add(x)
+    with pytest.raises(CheckpointError, match="not finite"):
+        hessian.factor()
+    with pytest.raises(CheckpointError, match="not finite"):
+        squares.mean()
