@@ -8,7 +8,6 @@ Memory is bounded by a few blocks. What it writes is a *release*: iteration 0, n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import pickle
 import shutil
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune.artifacts import atomic_directory, sha256_file, versions, write_json
+from megatron_prune.checkpoint.common_state import common_state, extra_state_keys, rewrite_args
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
 from megatron_prune.checkpoint.parts import RECORD_BYTES, Part
@@ -39,53 +39,6 @@ SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "merges.txt", "chat_template.jinja", "chat_template.json", *TOKENIZER_FILES,
 )  # fmt: skip
-
-# Arguments of the run that saved the parent, not of the model.
-_RUN_ARGUMENTS = (
-    "load",
-    "save",
-    "pretrained_checkpoint",
-    "rank",
-    "local_rank",
-    "ckpt_step",
-    "finetune",
-    "exit_interval",
-)
-# Modules whose `_extra_state` Transformer Engine or Megatron's local layers ask for when loading.
-_EXTRA_STATE = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-
-
-def rewrite_args(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Stored arguments of a checkpoint that starts anew: nothing consumed, no paths of the old run.
-
-    Values of Megatron's own classes (enumerations that Megatron does not restore) are left out, so that
-    the result loads anywhere with ``weights_only``.
-    """
-    kept = {key: value for key, value in args.items() if key not in _RUN_ARGUMENTS and _plain(value)}
-    return kept | {
-        "iteration": 0,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "skipped_train_samples": 0,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "ckpt_format": "torch_dist",
-    }
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return all(_plain(k) and _plain(v) for k, v in value.items())
-    return value is None or type(value) in (bool, int, float, str, torch.dtype)
 
 
 class CheckpointWriter:
@@ -253,10 +206,6 @@ class CheckpointWriter:
         """Where ``name`` beside the tracker is to be written, until everything gets its final name (``masks``)."""
         return self._root_scratch / name
 
-    def add_folder(self, name: str, folder: Path) -> None:
-        """Move ``folder``, on the same file system, to ``name`` beside the tracker (sparsify: ``masks``)."""
-        folder.rename(self._root_scratch / name)
-
     # -- the rest of a checkpoint ---------------------------------------------------------------
 
     def _finish(self) -> None:
@@ -316,26 +265,9 @@ class CheckpointWriter:
 
     def _write_objects(self) -> None:
         """Common state, and one empty record that serves as every module's `_extra_state`."""
-        state = {
-            "args": argparse.Namespace(**self.args),
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            "num_floating_point_operations_so_far": 0,
-            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        }
         common = dcp.MetadataIndex("common_state/shard_0_1")
-        self._write(common, object_record, [state])
-        modules = (
-            *_EXTRA_STATE,
-            *(("self_attention.q_layernorm", "self_attention.k_layernorm") if self.shape.qk_norm else ()),
-        )
-        layers = self.shape.num_layers
-        extra = [
-            f"{stacked_name(module)}._extra_state/shard_{layer}_{layers}"
-            for module in modules
-            for layer in range(layers)
-        ]
-        extra.append("decoder.final_layernorm._extra_state/shard_0_1")
+        self._write(common, object_record, [common_state(self.args)])
+        extra = extra_state_keys(self.shape)
         self._write(dcp.MetadataIndex(extra[0]), object_record, [torch.empty(0, dtype=torch.uint8)])
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]

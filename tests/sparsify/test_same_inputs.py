@@ -1,4 +1,4 @@
-"""Given the same block inputs, every block is pruned alike at every layout: no noise comes in from the blocks before."""
+"""Given the same block inputs, every block is pruned alike at every layout: no noise from the blocks before it."""
 
 from __future__ import annotations
 
