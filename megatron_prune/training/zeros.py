@@ -105,18 +105,12 @@ class Zeros:
         training.training_log = self._audit_at_interval(training.training_log)
 
     def _take_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """A post-wrap hook: read this rank's masks, put them beside the run, zero the initial weights."""
+        """A post-wrap hook: read this rank's masks and zero the initial weights under them."""
         from megatron_prune.masks import megatron
 
-        masks = self.chosen.masks
-        local = megatron.local(chunks, masks)
-        if self.chosen.drawn:
-            self._write(chunks, local)
-        else:
-            _check_bits(masks)
-            if self.args.save and not self.chosen.own:
-                _copy(masks, Path(self.args.save))
-        self.held = [Held.make(*each) for each in local]
+        if not self.chosen.drawn:
+            _check_bits(self.chosen.masks)
+        self.held = [Held.make(*each) for each in megatron.local(chunks, self.chosen.masks)]
         for held in self.held:
             held.clear_weight()
         self._say(chunks)
@@ -132,24 +126,31 @@ class Zeros:
                 flush=True,
             )
 
-    def _write(self, chunks: list[torch.nn.Module], local: list[tuple[str, torch.nn.Parameter, torch.Tensor]]) -> None:
-        """Keep masks that were drawn as the run's own. Collective."""
+    def _put_beside_run(self, chunks: list[torch.nn.Module]) -> None:
+        """Make the masks the run's own, in its save directory. Collective."""
         from megatron_prune.masks import megatron
 
-        if self.args.save:
-            folder = Path(self.args.save, MASKS)
-            patterns = {name: entry.pattern for name, entry in self.chosen.masks.entries.items()}
-            megatron.save(folder, chunks, {parameter: kept for _, parameter, kept in local}, patterns)
+        masks, folder = self.chosen.masks, Path(self.args.save, MASKS)
+        if self.chosen.drawn:
+            kept = {held.parameter: held.bits != _REMOVED for held in self.held}
+            megatron.save(folder, chunks, kept, {name: entry.pattern for name, entry in masks.entries.items()})
             self.hash = open_masks(folder).hash
+            return
+        if torch.distributed.get_rank() == 0:
+            with explain_full_disk(folder), atomic_directory(folder) as scratch:
+                shutil.copytree(masks.folder, scratch, dirs_exist_ok=True)
+        torch.distributed.barrier()
 
     def _then_audit(self, setup: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's set-up, which loads the checkpoint last, and a look at what was loaded."""
+        """Megatron's set-up, which loads the checkpoint last, and a look at what was loaded; then the run has begun."""
 
         @functools.wraps(setup)
         def set_up(*positional: Any, **named: Any) -> Any:
             found = setup(*positional, **named)
             self._optimizer = found[1]
             self.audit(self.chosen.start)
+            if self.args.save and not self.chosen.own:
+                self._put_beside_run(found[0])
             return found
 
         return set_up
@@ -271,11 +272,3 @@ def _from_all_ranks(value: Any) -> list[Any]:
     said: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(said, value)
     return [each for each in said if each is not None]
-
-
-def _copy(masks: Masks, save: Path) -> None:
-    """Put masks beside the run that they are held in. Collective."""
-    if torch.distributed.get_rank() == 0:
-        with explain_full_disk(save), atomic_directory(save / MASKS) as scratch:
-            shutil.copytree(masks.folder, scratch, dirs_exist_ok=True)
-    torch.distributed.barrier()
