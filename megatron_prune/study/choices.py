@@ -7,6 +7,9 @@ can be held.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +86,25 @@ def sparse(study: Study, method: Method, ratio: float | None) -> request.Request
 
 def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
     """UsageError where ``retraining``, a run under masks, could not hold them, or has flags that there are not."""
-    from megatron.training.arguments import add_megatron_arguments
+    with _own_logging():
+        from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_prune.training import data, masked
+        from megatron_prune.training import data, masked
 
     parser = _Parser("recipe.arguments", "Megatron's flags")
     for add in (add_megatron_arguments, data.add_stream_arguments, masked.add_mask_arguments):
         add(parser)
     masked.refuse_unfit_arguments(parser.parse_args(retraining.argv[1:]))
+
+
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """Megatron's training modules make the root logger print everything when they are imported."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 class _Parser(argparse.ArgumentParser):

@@ -78,7 +78,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     content = made_up.mapping(
         prefixes,
         parent={"pretrain": {"tokens": 38_400, "arguments": ARGUMENTS}},
-        methods=[{"name": "minitron-depth"}],
+        methods=[{"name": "minitron-depth"}, {"name": "wanda", "pattern": "2:4", "compare": ["equal-training"]}],
         budgets=[25_600],
         launch={"parallel_cells": 2, "threads": 1},
     )
@@ -89,13 +89,13 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     output = finish(tmp_path / "whole")
     expected = records(tmp_path / "whole")
     assert sorted(record["kind"] for record in expected.values()) == [
-        "calibration", "parent", "pruned", "pruning", "scratch", "scratch"
+        "calibration", "parent", "pruned", "pruned", "pruning", "pruning", "scratch", "scratch", "scratch"
     ]  # fmt: skip
-    assert output.count("One seed: no interval.") == 2
+    assert output.count("One seed: no interval.") == 3 and "INFO" not in output
 
-    pruned = "pruned-minitron-depth-r50-s1-t25600"
+    pruned = "pruned-wanda-2-4-r50-s1-t25600"  # it goes on under its masks
     kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=56)  # inside a cell, after a save
-    kill_when(tmp_path / "killed", "ledger.jsonl", lines=3)  # between cells: the prunings are finished
+    kill_when(tmp_path / "killed", "ledger.jsonl", lines=4)  # between cells: the prunings are finished
     kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=56)
     finish(tmp_path / "killed")
     assert records(tmp_path / "killed") == expected
@@ -106,8 +106,8 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
         assert account["replayed"] and account["replayed"][0][0] % 50 == 1
 
     rows = json.loads((tmp_path / "killed/runs/made-up/report/results.json").read_text())["rows"]
-    assert [row["arm"] for row in rows] == ["parent", "pruned", "scratch", "pruned", "scratch"]
+    assert [row["arm"] for row in rows] == ["parent", *["pruned", "scratch"] * 3]
     assert all(row["status"] == "finished" and 0 < row["test_loss"] < 20 for row in rows)
     assert (tmp_path / "killed/runs/made-up/report/index.html").stat().st_size > 50_000
     again = finish(tmp_path / "killed")
-    assert again.count("kept") == 6 and "done" not in again
+    assert again.count("kept") == 9 and "done" not in again
