@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -92,11 +93,17 @@ def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpu
 
 
 def test_a_masked_run_goes_on_in_another_directory(tiny_pruned, tiny_corpus, tmp_path, job):
-    """``--load`` of a masked run, optimizer and all: its masks come along."""
+    """``--load`` of a masked run, optimizer and all: its masks come along, and ``evaluate`` finds them."""
     pruned, first, second = tiny_pruned("2:4"), tmp_path / "first", tmp_path / "second"
     job(["pretrain", *start_from(pruned, *recipe(tiny_corpus, RANGE, first, "--exit-interval", "3"))]).ok()
     words = recipe(tiny_corpus, RANGE, second)
     words[words.index("--load") + 1] = str(first)
     job(["pretrain", "--use-checkpoint-args", *words]).ok()
     assert_zero_in_checkpoint(second / "iter_0000006", pruned.kept, moments=ADAM)
-    assert account(second)["masks"] == open_masks(second / "masks").hash == open_masks(pruned.masks).hash
+    expected = open_masks(pruned.masks).hash
+    assert account(second)["masks"] == open_masks(second / "masks").hash == expected
+    scores = tmp_path / "scores.json"
+    argv = ["evaluate", "--use-checkpoint-args", "--load", second / "iter_0000006", "--data-path", tiny_corpus]
+    job([*argv, "--seq-length", "32", "--windows", "4", "--output", scores, *layout(2)], nproc=2).ok()
+    assert json.loads(scores.read_text())["masks"] == expected
+    assert json.loads(scores.read_text())["parameters_nonzero"] == account(second)["parameters_nonzero"]
