@@ -13,6 +13,7 @@ from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 VERBS = {
     "calibrate": ("megatron_prune.calibrate.command", True, "gather statistics of a parent's activations"),
     "plan": ("megatron_prune.plan_command", False, "choose what stays, from statistics"),
+    "rescore": ("megatron_prune.rescore", False, "retrain the best candidates of a search, and score them again"),
     "apply": ("megatron_prune.apply", False, "cut a checkpoint as a plan says"),
     "sparsify": ("megatron_prune.sparsify", True, "zero weights in the model, block after block, and leave masks"),
     "prune": ("megatron_prune.prune", True, "calibrate, plan and apply, or sparsify, in one command"),

@@ -158,7 +158,8 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
         "plan": made.hash,
         "statistics": made.statistics,
         "calibration": made.calibration,
-        "tokens": spent.get("tokens", 0),  # spent on pruning
-        "flops": spent.get("flops", 0) + spent.get("scoring", {}).get("flops", 0),
+        # Spent on pruning. Candidates that are scored read the calibration's tokens again; retraining trains on more.
+        "tokens": spent.get("tokens", 0) + spent.get("retraining", {}).get("tokens", 0),
+        "flops": sum(part.get("flops", 0) for part in (spent, spent.get("scoring", {}), spent.get("retraining", {}))),
         "versions": artifacts.versions(),
     }

@@ -1,11 +1,13 @@
 """Candidates: what a method offers where the loss of the model is to decide, and ``candidates.json``.
 
 A candidate is a selection: layers, hidden channels, heads and FFN channels that stay. Its score is the
-parent's mean loss on the calibration windows with only that running, kept in the statistics under
-the selection's key; so a score made for one plan serves every other that asks about the same selection.
+parent's mean loss on the calibration windows with only that running, and where a task is to decide, its
+accuracy on that (and the whole parent's, to compare). Scores are kept in the statistics under the
+selection's key; so a score made for one plan serves every other that asks about the same selection.
 
 ``candidates.json`` is the question that ``plan`` leaves for ``calibrate --score``: method, settings and
 target shapes. The selections follow from them and the statistics, and are made again by whoever reads it.
+Where the best are to be retrained, it is the question for ``rescore`` too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, methods
-from megatron_prune.calibrate.statistics import Score, Statistics, StatisticsError
+from megatron_prune.calibrate.statistics import Score, Statistics, StatisticsError, TaskScore
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods import Method, Request, Selection
+from megatron_prune.methods import Method, Request, Retraining, Selection
 
 VERSION = 1
 FILE = "candidates.json"
@@ -37,6 +39,8 @@ class Candidate:
     def label(self) -> str:
         """What it removes or leaves, in words."""
         kept, shape = self.selection, self.target
+        if shape == self.source:
+            return "dense"
         if kept.hidden is kept.heads is kept.ffn is None:
             return f"without layers {_ranges(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
         return (
@@ -51,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Question:
-    """Which of these shapes, and which of a method's selections for them, loses least?"""
+    """Which of these shapes, and which of a method's selections for them, is best?"""
 
     method: str
     settings: Mapping[str, Any]
@@ -59,6 +63,7 @@ class Question:
     targets: tuple[ModelShape, ...]
     parent: str  # fingerprint
     seed: int | None = None
+    task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss does
 
     def candidates(self, statistics: Statistics | None) -> list[Candidate]:
         """What the method offers, in order; one candidate where nothing competes.
@@ -80,17 +85,49 @@ class Question:
             for selection in method.candidates(Request(self.source, target, tensors, self.settings, self.seed))
         ]
 
-    def write(self, path: str | Path, statistics: Statistics) -> list[Candidate]:
-        """Write ``candidates.json`` atomically; the candidates that still have no score."""
+    @property
+    def dense(self) -> Candidate:
+        """The parent as it is, to which a task's accuracies are compared."""
+        return Candidate(self.source, self.source, Selection(tuple(range(self.source.num_layers))))
+
+    @property
+    def retraining(self) -> Retraining | None:
+        """What the best candidates are to be trained on before one is chosen."""
+        search = methods.get(self.method).search(self.settings)
+        return search.retraining if search else None
+
+    def unscored(self, statistics: Statistics) -> list[Candidate]:
+        """What the model has not been run with on the windows of ``statistics``, or not on the task."""
+        asked = self.candidates(statistics)
+        if self.task is None:
+            return [c for c in asked if c.selection.key not in statistics.scores]
+        return [c for c in (self.dense, *asked) if not _has_task(c, statistics, self.task)]
+
+    def finalists(self, statistics: Statistics) -> list[Candidate]:
+        """The candidates that are to be retrained: those of the lowest loss, best first. All have scores."""
+        if self.retraining is None:
+            return []
         found = self.candidates(statistics)
+        found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: of equals the first
+        return found[: self.retraining.candidates]
+
+    def unretrained(self, statistics: Statistics) -> list[Candidate]:
+        """Those of the ``finalists`` that have not been trained on as many tokens as asked for."""
+        return [c for c in self.finalists(statistics) if not self._has_retrained(c, statistics)]
+
+    def _has_retrained(self, candidate: Candidate, statistics: Statistics) -> bool:
+        found, asked = statistics.scores[candidate.selection.key].retrained, self.retraining
+        return found is not None and asked is not None and found.tokens == asked.tokens
+
+    def write(self, path: str | Path, statistics: Statistics) -> None:
+        """Write ``candidates.json`` atomically."""
         content = {
             "version": VERSION,
             **asdict(self),
             "statistics": statistics.hash,
-            "candidates": [{"candidate": c.label, "key": c.selection.key} for c in found],
+            "candidates": [{"candidate": c.label, "key": c.selection.key} for c in self.candidates(statistics)],
         }
         artifacts.write_json(path, content)
-        return unscored(found, statistics)
 
 
 def read(path: str | Path) -> tuple[Question, str]:
@@ -114,18 +151,28 @@ def uses_statistics(method: Method, settings: Mapping[str, Any]) -> bool:
     return bool(method.needs(settings)) or method.needs_scores(settings)
 
 
-def unscored(found: Sequence[Candidate], statistics: Statistics) -> list[Candidate]:
-    """The candidates that the model has not been run with on the windows of ``statistics``."""
-    return [candidate for candidate in found if candidate.selection.key not in statistics.scores]
+def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
+    score = statistics.scores.get(candidate.selection.key)
+    return score is not None and task in score.tasks
 
 
 def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
     """``statistics`` and the losses of these candidates."""
     scores = {
-        candidate.selection.key: Score(candidate.label, loss)
-        for candidate, loss in zip(found, losses, strict=True)
+        candidate.selection.key: Score(candidate.label, loss) for candidate, loss in zip(found, losses, strict=True)
     }
     return replace(statistics, scores={**statistics.scores, **scores})
+
+
+def with_accuracies(
+    statistics: Statistics, found: Sequence[Candidate], task: str, accuracies: Sequence[TaskScore]
+) -> Statistics:
+    """``statistics`` and what these candidates, which have their losses, reach on ``task`` (a fingerprint)."""
+    scores = dict(statistics.scores)
+    for candidate, score in zip(found, accuracies, strict=True):
+        earlier = scores[candidate.selection.key]
+        scores[candidate.selection.key] = replace(earlier, tasks={**earlier.tasks, task: score})
+    return replace(statistics, scores=scores)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

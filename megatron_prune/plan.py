@@ -13,26 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_prune import artifacts, methods
-from megatron_prune.calibrate.statistics import Statistics, StatisticsError
-from megatron_prune.candidates import Question, unscored, uses_statistics
+from megatron_prune.calibrate.statistics import Statistics
+from megatron_prune.candidates import Candidate, Question, uses_statistics
 from megatron_prune.checkpoint.layout import Kept, ModelShape
 from megatron_prune.errors import PlanError
+from megatron_prune.judging import Scored, judge, spent
 from megatron_prune.methods import NearTie
-from megatron_prune.ranking import keep_highest
 
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A candidate's row in the table that a plan keeps."""
-
-    candidate: str
-    parameters: int
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -55,9 +44,7 @@ class PruningPlan:
     candidates: tuple[Scored, ...] = ()  # all that the model was run with; empty where none competed
     chosen: int | None = None  # index of the candidate that this plan is
     statistics: str | None = None  # hash; None: the method needs none
-    calibration: dict[str, Any] | None = (
-        None  # sequences, seq_length, tokens, flops, and the runs behind them
-    )
+    calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the runs behind them
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
@@ -71,9 +58,7 @@ class PruningPlan:
             if sets is None:
                 continue
             if len(sets) != len(self.kept_layers):
-                raise PlanError(
-                    f"plan: {name} has {len(sets)} entries for {len(self.kept_layers)} kept layers"
-                )
+                raise PlanError(f"plan: {name} has {len(sets)} entries for {len(self.kept_layers)} kept layers")
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
@@ -117,7 +102,9 @@ class PruningPlan:
 
     def _json(self) -> dict[str, Any]:
         # Through JSON, so that tuples and lists hash alike.
-        return json.loads(json.dumps(asdict(self)))
+        content = json.loads(json.dumps(asdict(self)))
+        rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
+        return {**content, "candidates": list(rows)}
 
     def file(self) -> bytes:
         """Content of ``plan.json``, a list of indices a line."""
@@ -152,9 +139,7 @@ def read(path: str | Path) -> PruningPlan:
                 "kept_heads": _tuples(fields["kept_heads"]),
                 "kept_ffn": _tuples(fields["kept_ffn"]),
                 "candidates": tuple(Scored(**row) for row in fields["candidates"]),
-                "near_ties": tuple(
-                    NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]
-                ),
+                "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
             }
         )
     except (KeyError, TypeError) as error:
@@ -167,7 +152,7 @@ def read(path: str | Path) -> PruningPlan:
 def make(
     question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | None = None
 ) -> PruningPlan:
-    """Let the method choose what survives; where candidates compete, the lowest loss does.
+    """Let the method choose what survives; where candidates compete, their scores do.
 
     Raises StatisticsError when statistics or scores are needed that are absent, or of another parent.
     """
@@ -175,22 +160,30 @@ def make(
     if not uses_statistics(method, question.settings):
         statistics = None
     found = question.candidates(statistics)
-    calibration = statistics.provenance() if statistics else None
-    best, table, near = 0, [], list(found[0].selection.near_ties)
-    if method.needs_scores(question.settings):
-        assert statistics is not None and calibration is not None
-        if missing := unscored(found, statistics):
-            raise StatisticsError(f"{question.method}: {len(missing)} of {len(found)} candidates have no score yet")
-        table = [
-            Scored(c.label, c.target.parameters(), statistics.scores[c.selection.key].loss) for c in found
-        ]
-        best, ties = _lowest([row.loss for row in table])
-        near = [*ties, *found[best].selection.near_ties]
-        calibration["scoring"] = {
-            "candidates": len(found),
-            "flops": statistics.sequences * sum(c.scoring_flops(statistics.seq_length) for c in found),
-        }
-    selection = found[best].selection
+    if not method.needs_scores(question.settings):
+        return for_candidate(question, found[0], statistics, ratio=ratio, ratio_of=ratio_of)
+    assert statistics is not None
+    best, table, ties = judge(question, found, statistics)
+    made = for_candidate(question, found[best], statistics, ratio=ratio, ratio_of=ratio_of)
+    return replace(
+        made,
+        near_ties=(*ties, *made.near_ties),
+        candidates=tuple(table),
+        chosen=best,
+        calibration={**statistics.provenance(), **spent(question, found, statistics)},
+    )
+
+
+def for_candidate(
+    question: Question,
+    candidate: Candidate,
+    statistics: Statistics | None,
+    *,
+    ratio: float | None = None,
+    ratio_of: str = "linears",
+) -> PruningPlan:
+    """The plan that keeps what ``candidate`` keeps, whatever it is worth."""
+    selection = candidate.selection
     return PruningPlan(
         method=question.method,
         settings=dict(question.settings),
@@ -198,26 +191,16 @@ def make(
         ratio=ratio,
         ratio_of=ratio_of,
         source=question.source,
-        target=found[best].target,
+        target=candidate.target,
         parent=question.parent,
         kept_layers=selection.layers,
         kept_hidden=selection.hidden,
         kept_heads=selection.heads,
         kept_ffn=selection.ffn,
-        near_ties=tuple(near),
-        candidates=tuple(table),
-        chosen=best if table else None,
+        near_ties=selection.near_ties,
         statistics=statistics.hash if statistics else None,
-        calibration=calibration,
+        calibration=statistics.provenance() if statistics else None,
     )
-
-
-def _lowest(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
-    """Index of the lowest loss, the first of equals, and what lies within rounding of it."""
-    (best,), ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), 1, "candidate")
-    return best, [
-        replace(tie, kept_score=-tie.kept_score, removed_score=-tie.removed_score) for tie in ties
-    ]
 
 
 def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None:

@@ -3,10 +3,11 @@
 Needs no model and no GPU: the parent is read for its shape and fingerprint only. One calibration
 serves every method and every ratio.
 
-Where the loss of the model must decide between candidates (minitron-depth, minitron-width --search),
-those that the statistics have no score for are written to candidates.json, beside the plan that is not
-written yet, and the exit code is 3. `calibrate --score candidates.json --statistics FILE` adds their
-scores to the statistics; then the same plan command chooses.
+Where the model must decide between candidates (minitron-depth, minitron-width --search), those that
+the statistics have no score for are written to candidates.json, beside the plan that is not written
+yet, and the exit code is 3. `calibrate --score candidates.json --statistics FILE` adds their scores to
+the statistics; then the same plan command chooses. With --retrain-candidates it leaves with 3 once
+more: `rescore` retrains the best of them and adds their losses after that.
 """
 
 from __future__ import annotations
@@ -18,18 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from megatron_prune import methods, plan, targets
+from megatron_prune import methods, plan, plan_table, targets
 from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.candidates import FILE, Question, unscored, uses_statistics
+from megatron_prune.candidates import FILE, Candidate, Question, uses_statistics
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.data import multiple_choice
 from megatron_prune.errors import EXIT_NEEDS_SCORES, UsageError
-from megatron_prune.methods import DIMENSIONS, Method
-
-SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
+from megatron_prune.methods import Method, Retraining
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,9 @@ class Choice:
         return plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
 
     def question(self, parent: Checkpoint) -> Question:
-        """What is asked about ``parent``."""
-        return Question(
-            self.name, self.settings, parent.shape, self.shapes(parent.shape), parent.fingerprint(), self.seed
-        )
+        """What is asked about ``parent``; UsageError or DataError where target or task cannot be met."""
+        shapes, task = self.shapes(parent.shape), self.task
+        return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task)
 
     def shapes(self, source: ModelShape) -> tuple[ModelShape, ...]:
         """The shape that the target makes of ``source``, or those that compete.
@@ -62,6 +58,18 @@ class Choice:
         if search is None:
             return (self.target.choose(source, self.method, self.settings),)
         return tuple(self.target.near(source, search)[: search.max_candidates])
+
+    @property
+    def task(self) -> str | None:
+        """Fingerprint of the task that is to decide; DataError where its file is none."""
+        task = self.method.task(self.settings)
+        return multiple_choice.read(task.path).fingerprint if task else None
+
+    @property
+    def retraining(self) -> Retraining | None:
+        """What the best candidates are to be trained on before one is chosen."""
+        search = self.method.search(self.settings)
+        return search.retraining if search else None
 
     @property
     def needs_statistics(self) -> bool:
@@ -124,9 +132,7 @@ def main(argv: list[str]) -> int:
         help="what calibrate wrote for this parent; several files are merged",
     )
     parser.add_argument("--output", required=True, metavar="PLAN.json")
-    parser.add_argument(
-        "--seed", type=int, help="for methods that draw: the choice is a function of it (default 0)"
-    )
+    parser.add_argument("--seed", type=int, help="for methods that draw: the choice is a function of it (default 0)")
     parser.add_argument(
         "--tensor-model-parallel-size",
         type=int,
@@ -138,9 +144,7 @@ def main(argv: list[str]) -> int:
     options, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, name)
     if options.seed is not None and not method.random:
-        raise UsageError(
-            "--seed", given=options.seed, allowed=f"no seed with --method {name}, which draws nothing"
-        )
+        raise UsageError("--seed", given=options.seed, allowed=f"no seed with --method {name}, which draws nothing")
     seed = (options.seed or 0) if method.random else None
     choice = choice_from(name, method, own, options, options.tensor_model_parallel_size, seed)
     if options.statistics and not choice.needs_statistics:
@@ -164,32 +168,48 @@ def main(argv: list[str]) -> int:
         statistics = statistics_file.merge([statistics_file.read(path) for path in options.statistics])
     if choice.needs_scores:
         assert statistics is not None
-        if unscored(question.candidates(statistics), statistics):
-            return _ask(question, statistics, options)
+        if missing := question.unscored(statistics):
+            return _ask(question, statistics, options, missing, retrain=False)
+        if missing := question.unretrained(statistics):
+            return _ask(question, statistics, options, missing, retrain=True)
     made = choice.make(question, statistics)
     made.write(options.output)
-    show(made)
+    plan_table.show(made)
     print(f"wrote {Path(options.output)}")
     return 0
 
 
-def _ask(question: Question, statistics: statistics_file.Statistics, options: argparse.Namespace) -> int:
-    """Write the candidates and say what is to be run."""
+def _ask(
+    question: Question,
+    statistics: statistics_file.Statistics,
+    options: argparse.Namespace,
+    missing: Sequence[Candidate],
+    *,
+    retrain: bool,
+) -> int:
+    """Write the candidates and say what is to be run with those of them that are ``missing``."""
     path = Path(options.output).with_name(FILE)
-    missing = question.write(path, statistics)
+    question.write(path, statistics)
+    lack = "have not been retrained" if retrain else "have no score"
     if len(options.statistics) > 1:
         raise UsageError(
             "--statistics",
             given=" ".join(options.statistics),
             allowed="one file, until its candidates are scored",
-            why=f"{len(missing)} candidates have no score in all of them",
+            why=f"{len(missing)} candidates {lack} in all of them",
         )
-    words = ["calibrate", "--load", options.load, "--use-checkpoint-args", "--score", str(path)]
-    words += ["--statistics", *options.statistics]
-    print(
-        f"{len(missing)} candidates have no score yet: wrote {path}. Run the model with each of them, then plan "
-        f"again:\n  torchrun … -m megatron_prune {shlex.join(words)}"
-    )
+    load, found = ["--load", options.load], ["--statistics", *options.statistics]
+    if retrain:
+        asked = question.retraining
+        assert asked is not None
+        run = f"Train each on {asked.tokens:,} tokens"
+        words = ["python", "-m", "megatron_prune", "rescore", *load, *found, "--candidates", str(path)]
+        command = f"{shlex.join(words)} --scratch … --nproc … --pretrain …"
+    else:
+        run = "Run the model with each of them"
+        words = ["-m", "megatron_prune", "calibrate", *load, "--use-checkpoint-args", "--score", str(path), *found]
+        command = f"torchrun … {shlex.join(words)}"
+    print(f"{len(missing)} candidates {lack} yet: wrote {path}. {run}, then plan again:\n  {command}")
     return EXIT_NEEDS_SCORES
 
 
@@ -204,73 +224,3 @@ def refuse_unknown(unknown: Sequence[str], name: str) -> None:
         if flag in theirs._option_string_actions:
             raise UsageError(flag, given=f"with --method {name}", allowed=f"only with --method {other}")
     raise UsageError(flag, given="an unknown argument", allowed="the flags that --help lists")
-
-
-def show(made: plan.PruningPlan, console: Console | None = None) -> None:
-    """Print the plan as a table: shape, parameters and FLOPs before and after, and near-ties."""
-    console = console or Console(width=110, highlight=False)
-    source, target = made.source, made.target
-    table = Table(title=f"{made.method}: plan for parent {made.parent[:16]}")
-    for column in ("", "before", "after", "removed"):
-        table.add_column(column, justify="left" if not column else "right")
-
-    def row(label: str, before: int, after: int) -> None:
-        table.add_row(
-            label, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}" if after != before else "–"
-        )
-
-    for field in DIMENSIONS:
-        row(field.replace("_", " "), getattr(source, field), getattr(target, field))
-    table.add_section()
-    row("linear weights", source.linear_parameters(), target.linear_parameters())
-    row("all parameters", source.parameters(), target.parameters())
-    row(
-        f"forward FLOPs at {SEQUENCE_LENGTH}",
-        source.forward_flops(SEQUENCE_LENGTH),
-        target.forward_flops(SEQUENCE_LENGTH),
-    )
-    console.print(table)
-    if target.num_layers < source.num_layers:
-        gone = sorted(set(range(source.num_layers)) - set(made.kept_layers))
-        console.print(f"removed layers: {', '.join(map(str, gone))}")
-    asked = "" if made.ratio is None else f" (asked for: {made.ratio:.2%} of {made.ratio_of})"
-    console.print(f"removed: {made.removed_linears:.2%} of linears, {made.removed_all:.2%} of all{asked}")
-    if made.candidates:
-        _show_candidates(made, console)
-    if not made.near_ties:
-        console.print("near-ties: none")
-        return
-    ties = Table(title=f"near-ties: {len(made.near_ties)} cuts that rounding could move (scores within 1e-5)")
-    for column in ("unit", "layer", "group", "kept", "removed", "kept score", "removed score", "others"):
-        ties.add_column(column, justify="right")
-    for tie in made.near_ties[:20]:
-        ties.add_row(
-            tie.unit,
-            *("–" if n is None else str(n) for n in (tie.layer, tie.group)),
-            str(tie.kept),
-            str(tie.removed),
-            f"{tie.kept_score:.8g}",
-            f"{tie.removed_score:.8g}",
-            str(len(tie.others)),
-        )
-    console.print(ties)
-    if len(made.near_ties) > 20:
-        console.print(f"… and {len(made.near_ties) - 20} more, all in the plan")
-
-
-def _show_candidates(made: plan.PruningPlan, console: Console) -> None:
-    """The candidates, the best first."""
-    search = methods.get(made.method).search(made.settings)
-    # The shapes beyond the limit were never looked at, which a reader should know.
-    full = search is not None and len(made.candidates) == search.max_candidates
-    limit = " (as many as --max-candidates allows)" if full else ""
-    table = Table(title=f"candidates: {len(made.candidates)}{limit}, by the loss without what they remove")
-    table.add_column("")
-    table.add_column("candidate")
-    for column in ("parameters", "loss", "above the best"):
-        table.add_column(column, justify="right")
-    best = min(row.loss for row in made.candidates)
-    for index, row in sorted(enumerate(made.candidates), key=lambda item: (item[1].loss, item[0])):
-        mark = "chosen" if index == made.chosen else ""
-        table.add_row(mark, row.candidate, f"{row.parameters:,}", f"{row.loss:.5f}", f"{row.loss - best:.5f}")
-    console.print(table)

@@ -1,6 +1,6 @@
 """``torchrun … -m megatron_prune prune``: calibrate, plan and apply in one command.
 
-What the method needs is run, in order, in one load of the model (candidates that the loss decides
+What the method needs is run, in order, in one load of the model (candidates that the model decides
 between are scored right after the calibration), each stage leaving its file:
 
     SAVE/release/…                         the pruned checkpoint
@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_prune import methods, plan_command, sparsify
+from megatron_prune import methods, plan_command, plan_table, sparsify
 from megatron_prune.apply import apply_plan
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.errors import UsageError
 
 FOLDER = "pruning"
@@ -44,9 +46,11 @@ def main(argv: list[str]) -> int:
 
     folder: Path
     choice: plan_command.Choice
+    question: Question
+    requests: Requests | None
 
     def complete(args: argparse.Namespace, argv: list[str]) -> None:
-        nonlocal folder, choice
+        nonlocal folder, choice, question, requests
         if args.save is None:
             raise UsageError("--save", given="nothing", allowed="where the pruned checkpoint goes")
         folder = Path(args.save)
@@ -55,19 +59,24 @@ def main(argv: list[str]) -> int:
         seed = args.seed if method.random else None
         choice = plan_command.choice_from(name, method, own, args, args.tensor_model_parallel_size, seed)
         calibrate.complete(args, argv, reads_text=choice.needs_statistics)
+        question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
+        if question.retraining:
+            raise UsageError(
+                "--retrain-candidates", given=question.retraining.candidates, allowed="with plan, and rescore after it",
+                why="prune loads the model once and trains nothing",
+            )  # fmt: skip
+        requests = calibrate.task_requests(args, argv, question) if question.task else None
 
     args = runtime.start("prune", argv, add_arguments, complete=complete)
-    parent = open_checkpoint(runtime.loaded_directory(args))
-    question = choice.question(parent)
     statistics = None
     if choice.needs_statistics:
         from megatron_prune.calibrate import run  # imports Megatron, which must be started first
 
-        statistics = run.gather(args, question.candidates if choice.needs_scores else None)
+        statistics = run.gather(args, question if choice.needs_scores else None, requests)
     if args.rank != 0:
         return 0
     made = choice.make(question, statistics)
-    plan_command.show(made)
+    plan_table.show(made)
     files = {f"{FOLDER}/plan.json": made.file()}
     if statistics is not None:
         names = ("statistics.safetensors", "statistics.json")

@@ -6,10 +6,17 @@ that float rounding could exchange is reported as a near-tie (METHODS.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.methods import NearTie
+
+if TYPE_CHECKING:
+    from megatron_prune.calibrate.accuracy import Accuracy
 
 NEAR = 1e-5  # relative
 
@@ -63,3 +70,28 @@ def keep_heads(
         heads += kept
         near += ties
     return tuple(heads), near
+
+
+def lowest_loss(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
+    """Index of the candidate with the lowest loss, the first of equals, and what lies within rounding of it."""
+    (best,), ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), 1, "candidate")
+    return best, [replace(t, kept_score=-t.kept_score, removed_score=-t.removed_score) for t in ties]
+
+
+def highest_accuracy(found: Sequence[Accuracy], losses: Sequence[float]) -> tuple[int, list[NearTie]]:
+    """Index of the candidate that is right most often, of equals the one with the lower loss, then the first.
+
+    A near-tie names those that could win instead where answers and losses within rounding fall otherwise.
+    """
+    ranked = sorted(range(len(found)), key=lambda i: (-found[i].correct, losses[i], i))
+    best = ranked[0]
+    within = losses[best] + NEAR * abs(losses[best])
+    rivals = [
+        i
+        for i in ranked[1:]
+        if found[i].high > found[best].low or (found[i].high == found[best].low and losses[i] <= within)
+    ]
+    if not rivals:
+        return best, []
+    first, *others = rivals
+    return best, [NearTie("candidate", best, first, found[best].share, found[first].share, tuple(sorted(others)))]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_prune import candidates, plan, plan_command
+from megatron_prune import candidates, plan, plan_command, plan_table
 from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.statistics import Statistics, StatisticsError, tensor_shapes
+from megatron_prune.calibrate.accuracy import Accuracy
+from megatron_prune.calibrate.statistics import Statistics, StatisticsError, TaskScore, tensor_shapes
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -26,6 +27,8 @@ from megatron_prune.errors import EXIT_NEEDS_SCORES, PlanError, UsageError
 SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
 SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
+SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None}
+DEPTH = {"score_by": "loss", "task_data": None, "task_metric": None}
 
 
 def statistics(shape: ModelShape = SOURCE, parent: str = "parent", seed: int = 0) -> Statistics:
@@ -126,7 +129,7 @@ def test_table_says_what_changes_and_lists_near_ties() -> None:
     same = statistics()
     same.tensors["mlp.sum_abs_mean_sq"][2] = 1.0
     shown = io.StringIO()
-    plan_command.show(make(statistics=same), Console(file=shown, width=110))
+    plan_table.show(make(statistics=same), Console(file=shown, width=110))
     text = shown.getvalue()
     assert f"{SOURCE.parameters():,}" in text and f"{TARGET.parameters():,}" in text
     assert f"{SOURCE.forward_flops(2048):,}" in text and f"{TARGET.forward_flops(2048):,}" in text
@@ -140,9 +143,9 @@ def test_table_says_what_changes_and_lists_near_ties() -> None:
 # -- candidates -----------------------------------------------------------------------------------
 
 
-def depth(*losses: float, settings: dict[str, Any] | None = None) -> plan.PruningPlan:
+def depth(*losses: float) -> plan.PruningPlan:
     """minitron-depth's plan for two of four layers, where its three candidates lose that much."""
-    question = Question("minitron-depth", settings or {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
     found = statistics()
     scored = candidates.with_scores(found, question.candidates(found), losses)
     return plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
@@ -158,7 +161,7 @@ def test_the_lowest_loss_is_chosen_and_the_table_kept(tmp_path: Path) -> None:
     made.write(tmp_path / "plan.json")
     assert plan.read(tmp_path / "plan.json") == made
     shown = io.StringIO()
-    plan_command.show(made, Console(file=shown, width=110))
+    plan_table.show(made, Console(file=shown, width=110))
     assert "removed layers: 1, 2" in shown.getvalue()
     (row,) = (line for line in shown.getvalue().splitlines() if "without layers 2-3" in line)
     assert "4.00000" in row and "1.50000" in row
@@ -181,7 +184,7 @@ def test_scoring_counts_in_the_plan() -> None:
 
 
 def test_a_plan_without_scores_is_refused() -> None:
-    question = Question("minitron-depth", {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
     with pytest.raises(StatisticsError, match="minitron-depth: 3 of 3 candidates have no score"):
         plan.make(question, ratio=0.5, ratio_of="linears", statistics=statistics())
     with pytest.raises(StatisticsError, match="minitron-depth needs statistics"):
@@ -201,18 +204,70 @@ def test_a_table_as_long_as_it_may_be_says_so() -> None:
     made = plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
     assert made.target == shapes[1] and made.chosen == 1
     shown = io.StringIO()
-    plan_command.show(made, Console(file=shown, width=110))
+    plan_table.show(made, Console(file=shown, width=110))
     assert "candidates: 2 (as many as --max-candidates allows)" in shown.getvalue()
     assert "hidden 24, 12 heads in 3 groups, FFN 8" in shown.getvalue()
 
 
-def test_a_question_survives_its_file(tmp_path: Path) -> None:
-    question = Question("minitron-depth", {}, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+def by_task(*right: tuple[int, int, int], losses: tuple[float, ...] = (3.0, 2.5, 4.0)) -> plan.PruningPlan:
+    """The same by a task of ten examples: (correct, low, high) of the three candidates; the parent has 9."""
+    settings = {"score_by": "task", "task_data": "t.jsonl", "task_metric": None}
+    question = Question("minitron-depth", settings, SOURCE, (replace(SOURCE, num_layers=2),), "parent", task="bees")
     found = statistics()
-    missing = question.write(tmp_path / "c.json", found)
+    asked = question.candidates(found)
+    assert [c.label for c in question.unscored(found)] == ["dense", *(c.label for c in asked)]
+    scored = candidates.with_scores(found, [question.dense, *asked], [2.0, *losses])
+    assert len(question.unscored(scored)) == 4
+    scores = [
+        TaskScore({"acc": Accuracy(10, *one), "acc_norm": Accuracy(10, 0, 0, 0)}, 7) for one in ((9, 9, 9), *right)
+    ]
+    scored = candidates.with_accuracies(scored, [question.dense, *asked], "bees", scores)
+    return plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
+
+
+@pytest.mark.parametrize(
+    ("right", "losses", "chosen", "rivals"),
+    [
+        ([(5, 5, 5), (6, 6, 6), (7, 7, 7)], (3.0, 2.5, 4.0), 2, []),  # the highest, whatever the loss
+        ([(5, 5, 5), (5, 5, 5), (4, 4, 4)], (3.0, 2.5, 2.0), 1, []),  # of equals the lower loss
+        ([(5, 5, 5), (5, 5, 5), (5, 5, 5)], (2.5, 2.5, 4.0), 0, [1]),  # then the first; the losses are near
+        ([(5, 5, 5), (6, 5, 6), (4, 4, 4)], (3.0, 2.5, 2.0), 1, []),  # at worst equal, and then of lower loss
+        ([(5, 5, 5), (6, 5, 6), (4, 4, 4)], (2.0, 2.5, 2.0), 1, [0]),
+        ([(5, 5, 7), (6, 6, 6), (5, 4, 7)], (3.0, 2.5, 2.0), 1, [2, 0]),
+    ],
+)
+def test_a_task_decides_before_the_loss(
+    right: list[tuple[int, int, int]], losses: tuple[float, ...], chosen: int, rivals: list[int]
+) -> None:
+    made = by_task(*right, losses=losses)
+    assert made.chosen == chosen
+    assert [row.accuracy for row in made.candidates] == [correct / 10 for correct, _, _ in right]
+    assert [i for tie in made.near_ties for i in (tie.removed, *tie.others)] == rivals
+    assert all(tie.kept == chosen and tie.kept_score == right[chosen][0] / 10 for tie in made.near_ties)
+
+
+def test_a_task_is_in_the_table_and_in_the_account(tmp_path: Path) -> None:
+    made = by_task((5, 5, 5), (6, 6, 6), (7, 7, 7))
+    shown = io.StringIO()
+    plan_table.show(made, Console(file=shown, width=110))
+    lines = shown.getvalue().splitlines()
+    first = next(i for i, line in enumerate(lines) if "without layers 2-3" in line)
+    assert "chosen" in lines[first] and "0.7000" in lines[first] and "0.6000" in lines[first + 1]
+    assert "candidates: 3, by acc on t.jsonl (10 examples; dense 0.9000)" in shown.getvalue()
+    made.write(tmp_path / "plan.json")
+    assert plan.read(tmp_path / "plan.json") == made
+    assert made.calibration is not None
+    half, windows = replace(SOURCE, num_layers=2).forward_flops(5), statistics().sequences
+    assert made.calibration["scoring"]["flops"] == windows * (3 * half + SOURCE.forward_flops(5)) + 4 * 7
+
+
+def test_a_question_survives_its_file(tmp_path: Path) -> None:
+    question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    found = statistics()
+    question.write(tmp_path / "c.json", found)
     assert candidates.read(tmp_path / "c.json") == (question, found.hash)
     content = json.loads((tmp_path / "c.json").read_text())
-    assert [row["key"] for row in content["candidates"]] == [c.selection.key for c in missing]
+    assert [row["key"] for row in content["candidates"]] == [c.selection.key for c in question.unscored(found)]
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(PlanError, match="not a list of candidates of version 1"):
         candidates.read(tmp_path / "c.json")

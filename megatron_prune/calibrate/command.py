@@ -4,7 +4,8 @@ Runs the parent at any TP×PP×DP and gathers, in that one pass, all that every 
 needs at every ratio. Data-parallel replicas share out the windows (unevenly where they must).
 
 ``calibrate --score candidates.json --statistics FILE`` runs it again on the same windows, with every
-candidate that has no score yet, and writes FILE anew with their losses, or ``--output``.
+candidate that has no score yet, and writes FILE anew with their losses, or ``--output``. Where the plan
+was asked for with ``--score-by task``, their accuracies on its ``--task-data`` are added too.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_prune import candidates
+from megatron_prune import candidates, methods
 from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.statistics import Statistics, json_path
 from megatron_prune.candidates import Question
+from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
 
@@ -31,13 +33,15 @@ CHOOSING = FLAGS[1:]  # of the windows
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     asked: tuple[Question, Statistics] | None = None
+    requests: Requests | None = None
 
-    def complete_both(args: argparse.Namespace, argv: list[str]) -> None:
-        nonlocal asked
+    def complete_all(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal asked, requests
         asked = _read_question(args, argv)
         complete(args, argv)
+        requests = task_requests(args, argv, asked[0] if asked else None)
 
-    args = runtime.start("calibrate", argv, _add_own_arguments, complete=complete_both)
+    args = runtime.start("calibrate", argv, _add_own_arguments, complete=complete_all)
     from megatron_prune.calibrate import run  # imports Megatron, which must be started first
 
     output = Path(args.output)
@@ -46,9 +50,10 @@ def main(argv: list[str]) -> int:
         did = f"calibrated on {statistics.sequences} sequences of {statistics.seq_length} tokens, "
         did += f"loss {statistics.loss:.4f}"
     else:
-        known = len(asked[1].scores)
-        statistics = run.score(args, *asked)
-        did = f"scored {len(statistics.scores) - known} candidates"
+        question, known = asked
+        missing = len(question.unscored(known))
+        statistics = run.score(args, question, known, requests)
+        did = f"scored {missing} candidates"
     if args.rank == 0:
         statistics.write(output)
         print(f"{did}; wrote {output} and {json_path(output)}", flush=True)
@@ -65,7 +70,24 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     parser.add_argument(
         "--statistics", metavar="FILE", help="with --score: what calibrate wrote; also the default --output"
     )
+    parser.add_argument("--task-data", metavar="FILE.jsonl", help="with --score: where the plan's --task-data lies now")
     return add_arguments(parser)
+
+
+def task_requests(args: argparse.Namespace, argv: list[str], question: Question | None) -> Requests | None:
+    """What the task of ``question`` asks of the model, if there is one; all that can be wrong with it is refused.
+
+    Call after ``complete``.
+    """
+    from megatron_prune.calibrate import tasks
+
+    if question is None or question.task is None:
+        if args.task_data is not None:
+            raise UsageError("--task-data", given=args.task_data, allowed="where the accuracy on a task is to decide")
+        return None
+    asked = methods.get(question.method).task(question.settings)
+    assert asked is not None
+    return tasks.requests(args, argv, args.task_data or asked.path, question.task)
 
 
 def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question, Statistics] | None:

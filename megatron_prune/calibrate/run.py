@@ -7,7 +7,6 @@ leave whole results on every rank. Import after ``runtime.start``: Megatron must
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,23 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune import candidates
-from megatron_prune.calibrate import scoring
+from megatron_prune.calibrate import scoring, tasks
 from megatron_prune.calibrate.hooks import Recorder
 from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.candidates import Candidate, Question
+from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.data import indexed
+from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
 from megatron_prune.engine import forward, runtime
 from megatron_prune.errors import UsageError
 
 
-def gather(
-    args: argparse.Namespace, candidates_of: Callable[[Statistics], list[Candidate]] | None = None
-) -> Statistics:
+def gather(args: argparse.Namespace, question: Question | None = None, requests: Requests | None = None) -> Statistics:
     """Run the calibration that ``args`` describe; whole statistics on every rank. Collective.
 
-    ``candidates_of`` says which candidates follow from them, to be scored in the same load of the model.
-    The process group is gone when it returns: what follows may take one rank hours.
+    The candidates of ``question`` are scored in the same load of the model, on ``requests`` where a task
+    decides. The process group is gone when it returns: what follows may take one rank hours.
     """
     refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
@@ -53,14 +51,17 @@ def gather(
         loss_sum=loss_sum,
         calibrations=(provenance(args, chosen),),
     )
-    if candidates_of is not None:
-        found = _with_losses(model, found, candidates_of(found), chosen)
+    if question is not None:
+        found = _with_scores(model, found, question, requests, chosen)
     torch.distributed.destroy_process_group()
     return found
 
 
-def score(args: argparse.Namespace, question: Question, found: Statistics) -> Statistics:
-    """``found`` and the losses of the candidates that it has no score for; the same on every rank. Collective."""
+def score(args: argparse.Namespace, question: Question, found: Statistics, requests: Requests | None) -> Statistics:
+    """``found`` and the scores that ``question``'s candidates lack there; the same on every rank. Collective.
+
+    ``requests`` are the task's, where one decides.
+    """
     refuse_virtual_stages(args)
     behind = found.calibrations[0]
     parent = open_checkpoint(runtime.loaded_directory(args))
@@ -76,11 +77,10 @@ def score(args: argparse.Namespace, question: Question, found: Statistics) -> St
             "--bf16, --fp16", given=dtype, allowed=behind["params_dtype"],
             why="scores are compared with one another and with the calibration's loss",
         )  # fmt: skip
-    missing = candidates.unscored(question.candidates(found), found)
-    if not missing:
+    if not question.unscored(found):
         return found
     chosen = Windows(args.calibration_data_path, found.seq_length, np.array(behind["windows"]))
-    found = _with_losses(_load(args), found, missing, chosen)
+    found = _with_scores(_load(args), found, question, requests, chosen)
     torch.distributed.destroy_process_group()
     return found
 
@@ -113,15 +113,23 @@ def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
     return runtime.load_model(args)
 
 
-def _with_losses(
-    model: list[torch.nn.Module], found: Statistics, asked: list[Candidate], chosen: Windows
+def _with_scores(
+    model: list[torch.nn.Module], found: Statistics, question: Question, requests: Requests | None, chosen: Windows
 ) -> Statistics:
     # Ranks that disagreed about a near-tie would run different models.
-    shared: list[Any] = [asked]
+    shared: list[Any] = [question.unscored(found)]
     torch.distributed.broadcast_object_list(shared)
     (asked,) = shared
-    losses = scoring.losses(model, found.shape, [candidate.selection for candidate in asked], chosen)
-    return candidates.with_scores(found, asked, losses)
+    # With a task, some may have been run on the windows before.
+    new = [candidate for candidate in asked if candidate.selection.key not in found.scores]
+    losses = scoring.losses(model, found.shape, [candidate.selection for candidate in new], chosen)
+    found = candidates.with_scores(found, new, losses)
+    if question.task is None:
+        return found
+    assert requests is not None
+    likelihoods = scoring.log_likelihoods(model, found.shape, [c.selection for c in asked], requests)
+    scores = tasks.task_scores(asked, requests, likelihoods)
+    return candidates.with_accuracies(found, asked, question.task, scores)
 
 
 def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:

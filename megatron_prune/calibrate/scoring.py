@@ -1,7 +1,7 @@
 """Run the loaded model with a candidate's selection only: layers skipped, channels masked, no checkpoint.
 
-``losses`` gives the mean loss of every selection on the same windows, at any TP×PP×DP. While a
-selection is in force (``reduced``):
+``losses`` gives the mean loss of every selection on the same windows, ``log_likelihoods`` what every
+selection thinks of a task's choices, at any TP×PP×DP. While a selection is in force (``reduced``):
 
 * its layers alone are in this rank's decoder;
 * removed hidden channels are zero in the residual stream: in the embedding's output and in what attention
@@ -12,14 +12,14 @@ selection is in force (``reduced``):
 A model that is really cut computes the same numbers, but for the order of sums.
 
 Selections that only skip layers share work where one rank has all layers: what runs before the first
-removed layer is the dense model's, and is computed once a window.
+removed layer is the dense model's, and is computed once a sequence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
+from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
 from megatron_prune.engine import forward
 from megatron_prune.methods import Selection
@@ -39,36 +40,72 @@ def losses(
 
     ``windows`` are all of them: data-parallel replicas share them out.
     """
-    own = windows[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-    sums = torch.zeros(len(selections), dtype=torch.float64)
+    sums = _sums(model, shape, selections, windows, [windows.seq_length] * len(windows))  # [selections, windows]
+    return (sums / windows.seq_length).mean(1).tolist()
+
+
+def log_likelihoods(
+    model: list[torch.nn.Module], shape: ModelShape, selections: Sequence[Selection], requests: Requests
+) -> torch.Tensor:
+    """Log-likelihood of every choice under every selection: float64 [selections, choices] on every rank. Collective.
+
+    Choices are run one at a time, none padded, the short ones first: a pipeline is full while lengths are equal.
+    """
+    order = sorted(range(len(requests.sequences)), key=lambda i: len(requests.sequences[i]))
+    sequences, scored = [requests.sequences[i] for i in order], [requests.scored[i] for i in order]
+    found = torch.empty(len(selections), len(order), dtype=torch.float64)
+    found[:, order] = -_sums(model, shape, selections, sequences, scored).cpu()
+    return found
+
+
+def _sums(
+    model: list[torch.nn.Module],
+    shape: ModelShape,
+    selections: Sequence[Selection],
+    sequences: Sequence[torch.Tensor],
+    scored: Sequence[int],
+) -> torch.Tensor:
+    """Losses of the last ``scored[i]`` tokens of ``sequences[i]``, summed: float64 [selections, sequences]."""
+    own = range(mpu.get_data_parallel_rank(), len(sequences), mpu.get_data_parallel_world_size())
+    sums = torch.zeros(len(selections), len(sequences), dtype=torch.float64)
     depth = [i for i, s in enumerate(selections) if s.hidden is s.heads is s.ffn is None]
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         depth = []
-    for window in own if depth else ():
-        sums[depth] += _from_the_first_removed_layer(model[0], [selections[i].layers for i in depth], window)
+    for n in own if depth else ():
+        layers = [selections[i].layers for i in depth]
+        sums[depth, n] = _from_the_first_removed_layer(model[0], layers, sequences[n], scored[n])
     for i in sorted(set(range(len(selections))) - set(depth)):
         with reduced(model[0], shape, selections[i]):
-            found = forward.run(model, own)
-        sums[i] = sum(found or ())
+            found = forward.run(model, (sequences[n] for n in own), _tails([scored[n] for n in own]))
+        sums[i, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
         sums.zero_()  # every TP rank of the last stage has the same losses
     sums = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
-    return (sums / len(windows)).tolist()
+    return sums
+
+
+def _tails(counts: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that sums the last losses of what it is given: ``counts[0]`` of them at the first call, and so on."""
+    remaining = iter(counts)
+    return lambda losses: losses[-next(remaining) :].sum()
 
 
 @torch.no_grad()
 def _from_the_first_removed_layer(
-    stage: Any, kept: Sequence[tuple[int, ...]], window: torch.Tensor
+    stage: Any, kept: Sequence[tuple[int, ...]], sequence: torch.Tensor, scored: int
 ) -> torch.Tensor:
-    """Losses of one window without the layers that are not in ``kept``, each from its first removed layer on."""
-    window = window.cuda()
-    tokens, labels = window[None, :-1], window[None, 1:]  # [1, S]
+    """Summed losses of the last ``scored`` tokens of one sequence with only the layers ``kept``: [kept].
+
+    Each is run from its first removed layer on.
+    """
+    sequence = sequence.cuda()
+    tokens, labels = sequence[None, :-1], sequence[None, 1:]  # [1, S]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
     decoder = unwrap_model(stage).decoder
     layers = list(decoder.layers)
-    # The first layer that is not in its place in `kept`; all before it are.
-    first = [next((i for i, layer in enumerate(k) if layer != i), len(k)) for k in kept]
+    # The first layer that is not in its place in `kept`; all before it are. The parent itself runs its last anew.
+    first = [min(next((i for i, n in enumerate(k) if n != i), len(k)), len(layers) - 1) for k in kept]
     before: dict[int, torch.Tensor] = {}  # layer: the residual stream [S, 1, h] that enters it
 
     def keep(layer: int) -> Any:
@@ -86,7 +123,7 @@ def _from_the_first_removed_layer(
     for start, numbers in zip(first, kept, strict=True):
         with _only(decoder, [layers[i] for i in numbers[start:]]):
             output = stage(tokens, positions, None, labels=labels, decoder_input=before[start])
-        found.append(output.double().mean().item())
+        found.append(output.double().view(-1)[-scored:].sum().item())
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -13,7 +13,8 @@ with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of 
 
 The JSON says what is behind them: parent, shape, sequences, tokens, loss, windows, and the hash of
 the tensor file, which ties the two files together. It also holds the scores of candidates: the mean
-loss, on the same windows, of the parent without what a candidate removes.
+loss, on the same windows, of the parent without what a candidate removes; its accuracy on tasks; and
+the loss, on these windows again, of a candidate that was cut and trained for a while.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 
 from megatron_prune import artifacts
 from megatron_prune.calibrate.accumulators import QUANTITIES
+from megatron_prune.calibrate.accuracy import Accuracy
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import MegatronPruneError
 
@@ -59,11 +61,40 @@ def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """Accuracies on one task, by metric, and the FLOPs that they took."""
+
+    accuracies: Mapping[str, Accuracy]
+    flops: int
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A candidate after it was cut and trained, and what that cost."""
+
+    loss: float  # on the calibration windows
+    tokens: int
+    flops: int
+    recipe: str  # what candidates that are compared must have in common (rescore.py)
+
+
+@dataclass(frozen=True)
 class Score:
     """What the parent is worth without what one candidate removes."""
 
     candidate: str  # in words
     loss: float  # mean per token, in nats, on all calibration windows
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)  # by a task's fingerprint
+    retrained: Retrained | None = None
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Score:
+        tasks = {
+            task: TaskScore({name: Accuracy(**found) for name, found in one["accuracies"].items()}, one["flops"])
+            for task, one in content.get("tasks", {}).items()
+        }
+        retrained = content.get("retrained")
+        return Score(content["candidate"], content["loss"], tasks, retrained and Retrained(**retrained))
 
 
 @dataclass(frozen=True)
@@ -173,16 +204,17 @@ def read(path: str | Path) -> Statistics:
             sequences=meta["sequences"],
             loss_sum=meta["loss_sum"],
             calibrations=tuple(meta["calibrations"]),
-            scores={key: Score(**score) for key, score in meta["scores"].items()},
+            scores={key: Score.from_json(score) for key, score in meta["scores"].items()},
         )
-    except (KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): calibrate again") from error
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add up calibrations of one parent at one sequence length over windows that do not repeat.
 
-    Candidates that every one of them has scored keep their mean score.
+    Candidates that every one of them has scored keep their mean loss, and their accuracies, which no window
+    can change; a retrained candidate's loss is dropped, as its training may differ.
     """
     first = parts[0]
     seen: set[tuple[Any, int]] = set()
@@ -215,6 +247,8 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             key: Score(
                 first.scores[key].candidate,
                 sum(part.sequences * part.scores[key].loss for part in parts) / sequences,
+                {task: score for part in parts for task, score in part.scores[key].tasks.items()},
+                first.scores[key].retrained if len(parts) == 1 else None,
             )
             for key in scored
         },

@@ -7,7 +7,7 @@ need forward passes (calibrate, evaluate): the same model and schedule, no gradi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -106,12 +106,17 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
     return output, partial(loss_function, batch["loss_mask"])
 
 
-def run(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[float] | None:
-    """Forward every window through the pipeline; the mean token loss of each, in order.
+def run(
+    model: list[torch.nn.Module],
+    windows: Iterable[torch.Tensor],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = torch.mean,
+) -> list[float] | None:
+    """Forward every window through the pipeline; what ``reduce`` makes of the token losses of each, in order.
 
-    ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica:
-    token t+1 is predicted from the tokens up to t, so each window makes S predictions. One window
-    is one micro-batch: batching must not change a sum. Returns None but on the last stage.
+    ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica, of any
+    lengths: token t+1 is predicted from the tokens up to t, so each window makes S predictions. One window
+    is one micro-batch: batching must not change a sum. ``reduce`` gets the losses of one, float64 [S], and
+    returns a scalar. Returns None but on the last stage.
     """
     losses: list[float] = []
 
@@ -122,16 +127,17 @@ def run(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[f
         output = stage(tokens, positions, None, labels=labels)
 
         def collect(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            mean = token_losses.double().mean()
-            losses.append(mean.item())
-            return mean.float(), torch.tensor(1, dtype=torch.int, device=token_losses.device), {}
+            reduced = reduce(token_losses.double().view(-1))  # [1, S] → [S]
+            losses.append(reduced.item())
+            return reduced.float(), torch.tensor(1, dtype=torch.int, device=token_losses.device), {}
 
         return output, collect
 
     schedule = get_forward_backward_func()
     in_flight = 4 * mpu.get_pipeline_model_parallel_world_size()  # enough to keep every stage busy
+    alike = (same for _, same in itertools.groupby(windows, key=len))  # a pipeline sends one length at a time
     with torch.no_grad():
-        for group in itertools.batched(windows, in_flight):
+        for group in itertools.chain.from_iterable(itertools.batched(same, in_flight) for same in alike):
             schedule(
                 forward_step_func=step,
                 data_iterator=iter(group),

@@ -73,11 +73,28 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Retraining:
+    """The best ``candidates`` of a search are each trained on ``tokens`` tokens before one is chosen."""
+
+    candidates: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Search:
     """Which sizes a search varies (of WIDTH), and how many shapes it may score."""
 
     axes: tuple[str, ...]
     max_candidates: int
+    retraining: Retraining | None = None
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A multiple-choice task whose accuracy decides between candidates."""
+
+    path: str  # JSON lines, see data/multiple_choice.py
+    metric: str  # of calibrate/accuracy.py
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,10 @@ class Method(ABC):
 
     def search(self, settings: Mapping[str, Any]) -> Search | None:
         """Which shapes compete to meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
+        return None
+
+    def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
+        """The task by which candidates are judged; None: by the loss on the calibration text."""
         return None
 
     def needs_scores(self, settings: Mapping[str, Any]) -> bool:

@@ -5,19 +5,57 @@ The model is run without each of them on the calibration text, and the one with 
 is taken (of equal losses, the lower start). The reference takes the smallest |loss − dense loss|,
 which would punish a candidate that is better than the dense model.
 
-All candidates come from one load of the model, by skipping layers (calibrate/candidates.py).
+``--score-by task`` judges by accuracy on a multiple-choice task of one's own instead
+(data/multiple_choice.py has the format), and takes the highest: the reference's |score − dense score|
+would punish here too. Few examples make many ties: the lower LM loss decides them, then the lower
+start. So every candidate is run on both, and the plan keeps both numbers.
+
+All candidates come from one load of the model, by skipping layers (calibrate/scoring.py).
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prune.methods import DEPTH, Method, Request, Selection
+from megatron_prune.calibrate.accuracy import METRICS
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import DEPTH, Method, Request, Selection, TaskFile
 
 
 class MinitronDepth(Method):
     dimensions = DEPTH
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--score-by",
+            choices=("loss", "task"),
+            default="loss",
+            help="what decides between the runs of layers: the LM loss on the calibration text, or the accuracy "
+            "on --task-data",
+        )
+        parser.add_argument(
+            "--task-data",
+            metavar="FILE.jsonl",
+            help='with --score-by task: a line an example, {"query": text, "choices": [text, …], "gold": number}',
+        )
+        parser.add_argument(
+            "--task-metric",
+            choices=METRICS,
+            help="with --score-by task: highest likelihood of a choice (acc, the default), or by character (acc_norm)",
+        )
+
+    def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
+        path, metric = settings["task_data"], settings["task_metric"]
+        if settings["score_by"] == "task":
+            if path is None:
+                raise UsageError("--task-data", given="nothing", allowed="a file of examples, with --score-by task")
+            return TaskFile(path, metric or METRICS[0])
+        for flag, value in (("--task-data", path), ("--task-metric", metric)):
+            if value is not None:
+                raise UsageError(flag, given=value, allowed="together with --score-by task")
+        return None
 
     def needs_scores(self, settings: Mapping[str, Any]) -> bool:
         return True
@@ -28,9 +66,7 @@ class MinitronDepth(Method):
     def candidates(self, request: Request) -> list[Selection]:
         layers, kept = request.source.num_layers, request.target.num_layers
         removed = layers - kept
-        return [
-            Selection((*range(start), *range(start + removed, layers))) for start in range(kept + 1)
-        ]
+        return [Selection((*range(start), *range(start + removed, layers))) for start in range(kept + 1)]
 
 
 METHOD = MinitronDepth()

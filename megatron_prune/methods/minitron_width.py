@@ -15,6 +15,11 @@ the batch first, then squares are summed over tokens. With sequences one at a ti
 The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (targets.py) or, with
 ``--search AXIS …``, by the model: the shapes near the target are cut as above, one at a time, and
 the one with the lowest un-retrained loss on the calibration text is taken.
+
+A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K
+best are really cut, trained on T tokens each (the verb ``rescore``), and the one with the lowest loss
+on the same calibration text after that is taken. What is trained is thrown away: the plan cuts the
+parent, and K·T counts as what pruning itself trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from typing import Any
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import WIDTH, NearTie, RankingMethod, Request, Search, Selection
+from megatron_prune.methods import WIDTH, NearTie, RankingMethod, Request, Retraining, Search, Selection
 from megatron_prune.ranking import keep_heads, keep_highest
 
 MAX_CANDIDATES = 16
@@ -68,6 +73,13 @@ class MinitronWidth(RankingMethod):
             metavar="N",
             help=f"with --search: score the N most evenly shrunk shapes (default {MAX_CANDIDATES})",
         )
+        parser.add_argument(
+            "--retrain-candidates",
+            type=int,
+            metavar="K",
+            help="with --search: the K best are retrained before one is chosen (see rescore)",
+        )
+        parser.add_argument("--retrain-tokens", type=int, metavar="T", help="tokens of each of these retrainings")
 
     def search(self, settings: Mapping[str, Any]) -> Search | None:
         chosen, limit = settings["search"], settings["max_candidates"]
@@ -75,9 +87,11 @@ class MinitronWidth(RankingMethod):
             allowed = "together with --search" if chosen is None else "an integer of at least 1"
             raise UsageError("--max-candidates", given=limit, allowed=allowed)
         if chosen is None:
+            _retraining(settings, 0)
             return None
         axes = tuple(field for axis, field in _AXES.items() if axis in chosen)
-        return Search(axes, MAX_CANDIDATES if limit is None else limit)
+        limit = MAX_CANDIDATES if limit is None else limit
+        return Search(axes, limit, _retraining(settings, limit))
 
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         sites = ["input_layernorm", "pre_mlp_layernorm", "attention", "mlp"]
@@ -101,9 +115,7 @@ class MinitronWidth(RankingMethod):
 
         heads = None
         if target.num_attention_heads < source.num_attention_heads:
-            context = importance["attention"].view(
-                source.num_layers, source.num_attention_heads, -1
-            )  # [L, H, d]
+            context = importance["attention"].view(source.num_layers, source.num_attention_heads, -1)  # [L, H, d]
             per_head = torch.linalg.vector_norm(context, dim=2)  # [L, H]
             chosen = [keep_heads(per_head[layer], source, target, layer) for layer in layers]
             heads = tuple(kept for kept, _ in chosen)
@@ -112,13 +124,29 @@ class MinitronWidth(RankingMethod):
         ffn = None
         if target.ffn_hidden_size < source.ffn_hidden_size:
             chosen = [
-                keep_highest(importance["mlp"][layer], target.ffn_hidden_size, "ffn", layer=layer)
-                for layer in layers
+                keep_highest(importance["mlp"][layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers
             ]
             ffn = tuple(kept for kept, _ in chosen)
             near += [tie for _, ties in chosen for tie in ties]
 
         return Selection(tuple(layers), hidden, heads, ffn, tuple(near))
+
+
+def _retraining(settings: Mapping[str, Any], limit: int) -> Retraining | None:
+    """What ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError where that cannot be."""
+    count, tokens = settings["retrain_candidates"], settings["retrain_tokens"]
+    if count is None and tokens is None:
+        return None
+    if not limit:
+        flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
+        raise UsageError(flag, given=given, allowed="together with --search")
+    if count is None or not 2 <= count <= limit:
+        given = "nothing" if count is None else count
+        raise UsageError("--retrain-candidates", given=given, allowed=f"2 to --max-candidates {limit}")
+    if tokens is None or tokens < 1:
+        given = "nothing" if tokens is None else tokens
+        raise UsageError("--retrain-tokens", given=given, allowed="a number of tokens, with --retrain-candidates")
+    return Retraining(count, tokens)
 
 
 METHOD = MinitronWidth()

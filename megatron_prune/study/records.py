@@ -66,7 +66,13 @@ def scored(path: Path, asked_by: Path) -> bool:
         return False
     question, _ = candidates.read(asked_by)
     found = statistics.read(path)
-    return not candidates.unscored(question.candidates(found), found)
+    return not question.unscored(found)
+
+
+def rescored(path: Path, asked_by: Path) -> bool:
+    """True if statistics with the loss of all candidates that are to be retrained are there."""
+    question, _ = candidates.read(asked_by)
+    return scored(path, asked_by) and not question.unretrained(statistics.read(path))
 
 
 def planned(path: Path) -> bool:
@@ -159,12 +165,13 @@ def calibration(study: Study, places: Places, seed: int, seconds: Mapping[str, f
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
     """A plan, its checkpoint, and the losses of that before any retraining."""
     made = plan.read(places.plan(chosen))
+    spent = made.calibration or {}
     return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
-        "flops": (made.calibration or {}).get("scoring", {}).get("flops", 0),  # beyond the calibration's
+        "flops": sum(spent.get(part, {}).get("flops", 0) for part in ("scoring", "retraining")),  # beyond calibration
     }
 
 

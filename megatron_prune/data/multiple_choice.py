@@ -1,0 +1,130 @@
+"""Multiple-choice tasks from a file of JSON lines, as token sequences whose likelihoods answer them.
+
+    {"query": "Question: What do bees make?\\nAnswer:", "choices": ["wax and honey", "silk"], "gold": 0}
+
+* ``query`` (or ``question``): what stands before the choice. A list of texts, one a choice, where each
+  choice has its own: so WinoGrande's partial evaluation is written, with the option at the end of the
+  query and the rest of the sentence as every choice.
+* ``choices``: two or more texts.
+* ``gold`` (or ``answer``): the number of the right choice, from 0. Of two names the first counts where
+  both are there; other keys are ignored.
+
+The names and the rules are lm-eval's: a space is put between query and choice, spaces at the query's end
+go to the choice, and a choice is the tokens that it adds to those of the query alone. No special token is
+added. Sequences stay as long as they are: nothing is padded, and nothing is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_prune.artifacts import sha256_json
+from megatron_prune.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_prune.data.tokenizers import Tokenizer
+
+DELIMITER = " "  # between query and choice
+KEYS = (("query", "question"), ("choices",), ("gold", "answer"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question: ``queries`` and ``choices`` have one entry a choice, ``gold`` is the right one's number."""
+
+    queries: tuple[str, ...]
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """The examples of a file, in order."""
+
+    path: str
+    examples: tuple[Example, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the examples, however their lines are written."""
+        return sha256_json([[e.queries, e.choices, e.gold] for e in self.examples])
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A task for one tokenizer: a sequence for every choice, example after example.
+
+    The last ``scored[i]`` tokens of ``sequences[i]`` (int64 [n]) are the choice's.
+    """
+
+    task: Task
+    sequences: tuple[torch.Tensor, ...]
+    scored: tuple[int, ...]
+
+
+def read(path: str | Path) -> Task:
+    """Read a file of examples; DataError names the line that is not one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the task {path}: {error}") from error
+    examples = tuple(_example(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip())
+    if not examples:
+        raise DataError(f"{path} holds no example: a task is a file of JSON lines")
+    return Task(str(path), examples)
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not a line of JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: a JSON object is expected, found {type(found).__name__}")
+    query, choices, gold = (_value(found, names, where) for names in KEYS)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+        raise DataError(f"{where}: choices must be a list of two or more texts, found {choices!r}")
+    for number, choice in enumerate(choices):
+        if not choice.strip():
+            raise DataError(f"{where}: choice {number} is empty")
+    queries = query if isinstance(query, list) else [query] * len(choices)
+    if len(queries) != len(choices) or not all(isinstance(q, str) for q in queries):
+        raise DataError(f"{where}: query must be a text, or a list of one text for each of {len(choices)} choices")
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise DataError(f"{where}: gold must be the number of a choice, 0 to {len(choices) - 1}, found {gold!r}")
+    return Example(tuple(queries), tuple(choices), gold)
+
+
+def _value(found: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
+    for name in names:
+        if name in found:
+            return found[name]
+    raise DataError(f"{where}: the key {' or '.join(names)} is missing, found {', '.join(found) or 'none'}")
+
+
+def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:
+    """The sequences of ``task``; ``longest`` is how many tokens a model may read.
+
+    DataError names the example where the query or a choice has no tokens, or both together have too many.
+    """
+    sequences, scored = [], []
+    for number, example in enumerate(task.examples, 1):
+        for query, choice in zip(example.queries, example.choices, strict=True):
+            where = f"{task.path}, example {number}, choice {choice!r}"
+            context = query.rstrip()
+            before = tokenizer.encode(context)
+            after = tokenizer.encode(query + DELIMITER + choice)[len(before) :]
+            if not before:
+                raise DataError(f"{where}: its query has no tokens, so nothing can predict the choice's first")
+            if not after:
+                raise DataError(f"{where}: the choice has no tokens after its query, in the vocabulary of the model")
+            if (read_ := len(before) + len(after) - 1) > longest:
+                raise DataError(f"{where}: the model would read {read_} tokens, it takes {longest}: shorten the query")
+            sequences.append(torch.tensor([*before, *after], dtype=torch.int64))
+            scored.append(len(after))
+    return Requests(task, tuple(sequences), tuple(scored))
