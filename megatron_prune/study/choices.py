@@ -16,6 +16,7 @@ from typing import Any
 from megatron_prune import methods, plan_command
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.methods import Retraining
 from megatron_prune.sparse import request
 from megatron_prune.study import commands
 from megatron_prune.study.config import Study
@@ -32,6 +33,7 @@ class Needs:
     scores: bool = False  # of its candidates
     text: bool = False  # a sparse method reads calibration text itself
     random: bool = False  # a seed
+    retraining: Retraining | None = None  # of its best candidates
 
     @property
     def tokens(self) -> bool:
@@ -45,7 +47,14 @@ def needs(study: Study, method: Method) -> Needs:
         asked = sparse(study, method, method.own_ratio or ANY_RATIO)
         return Needs(text=asked.method.statistic != "none", random=asked.method.random)
     chosen = structured(study, method, next(iter(study.ratios), None))
-    return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random)
+    retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
+    if retraining and retraining.tokens % batch:
+        raise UsageError(
+            f"methods.{method.tag}.settings.retrain-tokens", given=retraining.tokens,
+            allowed=f"a multiple of {batch}, a global batch",
+        )  # fmt: skip
+    _ = chosen.task  # a file that is no task is refused here
+    return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 
 
 def shapes(study: Study, method: Method, ratio: float | None, source: ModelShape) -> tuple[ModelShape, ...]:

@@ -132,12 +132,18 @@ def _pretrain(
     *,
     permute: bool,
 ) -> Command:
-    recipe, save = study.recipe, str(places.checkpoint(cell))
+    save = str(places.checkpoint(cell))
     words = ["pretrain", *start, *_layout(study), *_tokenizer(study)]
-    words += flags(
+    words += flags({"load": save, "save": save})  # a run that was killed goes on from its own last save
+    words += _recipe(study, places, samples, seed, permute=permute)
+    return Command("pretrain", (*words, *flags(study.recipe.arguments)), study.launch.nproc)
+
+
+def _recipe(study: Study, places: Places, samples: SampleRange, seed: int, *, permute: bool) -> list[str]:
+    """What every training run of the study has in common, but for the recipe's own ``arguments``."""
+    recipe = study.recipe
+    return flags(
         {
-            "load": save,  # a run that was killed goes on from its own last save
-            "save": save,
             "save-interval": recipe.save_interval,
             "data-path": study.data.blend,
             "data-cache-path": str(places.cache),
@@ -156,7 +162,6 @@ def _pretrain(
             "lr-warmup-fraction": recipe.warmup_fraction or None,
         }
     )
-    return Command("pretrain", (*words, *flags(recipe.arguments)), study.launch.nproc)
 
 
 def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Command:
@@ -230,6 +235,22 @@ def scoring(study: Study, places: Places, pruning: Pruning) -> Command:
         }
     )
     return Command("score", tuple(words), study.launch.nproc)
+
+
+def rescoring(study: Study, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
+    """The best candidates, each trained on ``samples`` as the pruned model will be, and scored again."""
+    words = flags(
+        {
+            "load": str(places.parent(study)),
+            "candidates": str(places.candidates(pruning)),
+            "statistics": str(places.statistics(pruning.cell)),
+            "scratch": str(places.cell(pruning.cell) / "candidates"),
+            "nproc": study.launch.nproc,
+        }
+    )
+    words += [*_layout(study), *_tokenizer(study), *flags(study.recipe.arguments)]
+    words += ["--pretrain", *_recipe(study, places, samples, pruning.seed, permute=True)]
+    return Command("rescore", ("rescore", *words))
 
 
 def application(study: Study, places: Places, pruning: Pruning) -> Command:

@@ -53,9 +53,13 @@ class Outlook:
         return {"lay": asdict(self.lay), "shapes": self.shapes, "consumed": self.consumed(study)}
 
     def consumed(self, study: Study) -> dict[str, int]:
-        """Tokens that each pruning reads: the calibration's, for methods that look at it."""
-        tokens = grid.calibration_tokens(study)
-        return {p.name: tokens if self.needs[p.method.tag].tokens else 0 for p in grid.prunings(study)}
+        """Tokens that each pruning reads: the calibration's, for methods that look at it, and its candidates'."""
+        tokens, consumed = grid.calibration_tokens(study), {}
+        for pruning in grid.prunings(study):
+            needs = self.needs[pruning.method.tag]
+            trained = needs.retraining.candidates * needs.retraining.tokens if needs.retraining else 0
+            consumed[pruning.name] = (tokens if needs.tokens else 0) + trained
+        return consumed
 
 
 def check(study: Study, places: commands.Places) -> Outlook:
@@ -179,6 +183,9 @@ def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | Non
         stages["train"] = [prefix for _, prefix in data.train]
         overlap.refuse(overlap.compare_stages(stages, max_near_duplicates=data.max_near_duplicates))
     ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells} | {"parent": outlook.lay.parent_end}
+    for tag, needs in outlook.needs.items():
+        if needs.retraining:
+            ends[f"methods.{tag}'s candidates"] = outlook.lay.retrain(needs.retraining.tokens).end
     longest = max(ends, key=lambda cell: ends[cell])
     corpora = blend.members(blend.parse_blend(data.blend))
     held = blend.samples_per_epoch(corpora, data.seq_length) * data.epochs

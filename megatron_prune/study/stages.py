@@ -129,6 +129,10 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
             lambda: records.asked(asked),
         )
         yield Stage(commands.scoring(study, places, pruning), lambda: records.scored(scored, asked))
+        if needs.retraining:
+            samples = outlook.lay.retrain(needs.retraining.tokens)
+            command = commands.rescoring(study, places, pruning, samples)
+            yield Stage(command, lambda: records.rescored(scored, asked))
         statistics = scored
     command = commands.planning(study, places, pruning, statistics, random=needs.random)
     yield Stage(command, lambda: records.planned(plan))

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,20 @@ class FakeLauncher:
         asked = question.candidates(found)
         losses = [number(candidate.label) for candidate in asked]
         candidates.with_scores(found, asked, losses).write(given["output"])
+
+    def _rescore(self, argv: list[str]) -> None:
+        own = words(argv[: argv.index("--pretrain")])
+        given = words(argv[argv.index("--pretrain") + 1 :])
+        question, _ = candidates.read(own["candidates"])
+        found = statistics.read(own["statistics"])
+        start, end = map(int, given["stream_range"].split(":"))
+        assert question.retraining is not None
+        assert (end - start) * int(given["seq_length"]) == question.retraining.tokens
+        scores = dict(found.scores)
+        for rank, candidate in enumerate(question.finalists(found)):  # the last of them learns fastest
+            after = statistics.Retrained(5.0 - rank, question.retraining.tokens, 10**9, "recipe")
+            scores[candidate.selection.key] = replace(scores[candidate.selection.key], retrained=after)
+        replace(found, scores=scores).write(own["statistics"])
 
     def _apply(self, argv: list[str]) -> None:
         apply.main(argv)

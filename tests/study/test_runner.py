@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune import plan
-from megatron_prune.errors import RunError, UsageError
+from megatron_prune.errors import DataError, RunError, UsageError
 from megatron_prune.study import results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
@@ -120,6 +120,49 @@ def test_a_search_gives_its_shape_to_scratch_and_survives_kills(tmp_path: Path, 
     assert f"scratch-{pruning['shape']}-equal-training-t1280-s1" in expected
     table = plan.read(places.cell("pruning-minitron-width-r50-s1") / "plan.json").candidates
     assert len(table) == 4 and len({row.candidate for row in table}) == 4
+
+
+def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
+    tmp_path: Path, prefixes, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"search": ["hidden", "ffn"], "max-candidates": 4, "divisible-by": 8, "tolerance": 0.2}
+    settings |= {"retrain-candidates": 3, "retrain-tokens": 256}
+    study = made_up.study(prefixes, methods=[{"name": "minitron-width", "settings": settings}])
+    expected = ledger(made_up.run(study, Path("whole"), first := made_up.FakeLauncher()))
+    stages = [command.stage for command in first.commands if "pruning-" in " ".join(command.argv)]
+    assert stages[:5] == ["candidates", "score", "rescore", "plan", "apply"]
+    while True:
+        try:
+            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
+        except made_up.Killed:
+            continue
+        break
+    assert ledger(places) == expected
+    name = "minitron-width-r50-s1"
+    made = plan.read(places.cell(f"pruning-{name}") / "plan.json")
+    after = {row.retrained_loss: i for i, row in enumerate(made.candidates) if row.retrained_loss is not None}
+    assert len(after) == 3 and made.chosen == after[3.0] and made.calibration is not None
+    scoring, retraining = made.calibration["scoring"], made.calibration["retraining"]
+    assert retraining["tokens"] == 3 * 256 and retraining["flops"] == 3 * 10**9
+    assert expected[f"pruning-{name}"]["flops"] == scoring["flops"] + retraining["flops"]
+    # 2560 tokens of the parent, 1280 of retraining, 8 windows of 16, three candidates of 256: whole batches of 128.
+    total = 2560 + 1280 + 8 * 16 + 3 * 256
+    shape = expected[f"pruning-{name}"]["shape"]
+    assert expected[f"scratch-{shape}-equal-total-t{total}-s1"]["tokens"] == total
+    (row,) = (row for row in results.collect(places).rows if row["arm"] == "pruned" and row["setting"] == "equal-total")
+    assert row["tokens_pruning"] == 8 * 16 + 3 * 256 and row["tokens_total"] == total
+
+    method = {"name": "minitron-width", "settings": settings | {"retrain-tokens": 200}}
+    with pytest.raises(UsageError, match="retrain-tokens: given 200, allowed is a multiple of 128"):
+        made_up.run(made_up.study(prefixes, methods=[method]), Path("odd"), made_up.FakeLauncher())
+    method = {"name": "minitron-width", "settings": settings | {"retrain-tokens": 128 * 10**5}}
+    with pytest.raises(DataError, match="too short for methods.minitron-width's candidates"):
+        training = made_up.study(prefixes, methods=[method], settings=["equal-training"])
+        made_up.run(training, Path("long"), made_up.FakeLauncher())
+    method = {"name": "minitron-depth", "settings": {"score-by": "task", "task-data": "nowhere.jsonl"}}
+    with pytest.raises(DataError, match="cannot read the task nowhere.jsonl"):
+        made_up.run(made_up.study(prefixes, methods=[method]), Path("task"), made_up.FakeLauncher())
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, monkeypatch) -> None:
