@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune.errors import CheckpointError
 
-_CACHED = 1 << 18  # scores whose comparisons stay in a core's cache
+_PAIRS = 1 << 18  # compared at a time, which a core's cache holds
 
 
 def lowest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -36,8 +36,9 @@ def lowest_in_groups(scores: torch.Tensor, count: int, m: int) -> torch.Tensor:
     refuse_infinite(scores)
     groups = scores.reshape(-1, m)  # [rows * in / m, m]
     chosen = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
-    for start in range(0, len(groups), _CACHED // m):
-        part = slice(start, start + _CACHED // m)
+    step = _PAIRS // (m * m)
+    for start in range(0, len(groups), step):
+        part = slice(start, start + step)
         chosen[part] = lowest_of_planes(groups[part].t().contiguous(), count).t()
     return chosen.view(scores.shape)
 
@@ -48,13 +49,11 @@ def lowest_of_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
     Every pair of a group is compared: for small groups that is far cheaper than any sort.
     """
     m = len(planes)
-    # How many of its group go before it: at first, as if all scores were equal, all those of higher index.
-    before = torch.arange(m - 1, -1, -1, dtype=torch.uint8, device=planes.device)[:, None].repeat(1, planes.shape[1])
-    for k in range(m - 1):
-        lower = (planes[k] < planes[k + 1 :]).view(torch.uint8)  # [m - 1 - k, groups]: k goes before these
-        before[k + 1 :] += lower
-        before[k] -= lower.sum(0, dtype=torch.uint8)
-    return before < count
+    # Bits of floats that are not negative have their order; the index makes every key another.
+    index = torch.arange(m, device=planes.device)[:, None]
+    keys = planes.view(torch.int32).long().mul_(m).sub_(index)  # [m, groups]
+    before = keys[:, None] < keys  # [m, m, groups]: the first goes before the second
+    return before.view(torch.uint8).sum(0, dtype=torch.uint8) < count
 
 
 def refuse_infinite(scores: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ class SquareSums:
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence of inputs, [tokens, in]."""
-        for part, wide, squares, ones in self._workspace.slices(*x.shape, x.device):
+        for part, wide, squares, ones in self._workspace.slices(x.shape[0], x.shape[1], x.device):
             wide.copy_(x[part])
             torch.mul(wide, wide, out=squares)
             self.total.addmv_(squares.t(), ones[: len(wide)])

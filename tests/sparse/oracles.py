@@ -41,9 +41,7 @@ def wanda_scores(weight: np.ndarray, inputs: Sequence[np.ndarray]) -> np.ndarray
     return np.abs(weight) * np.sqrt(squares)
 
 
-def wanda(
-    weight: np.ndarray, inputs: Sequence[np.ndarray], ratio: Fraction, keep: int = 0, m: int = 0
-) -> np.ndarray:
+def wanda(weight: np.ndarray, inputs: Sequence[np.ndarray], ratio: Fraction, keep: int = 0, m: int = 0) -> np.ndarray:
     scores = wanda_scores(weight, inputs)
     if m:
         return ~lowest_of_each_group(scores, keep, m)
