@@ -18,6 +18,7 @@ from megatron_prune.errors import UsageError
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 SMALL = ModelShape(6, 96, 12, 6, 8, 192, 384, tied=True)
 MHA = replace(SMALL, num_query_groups=12)
+UNLIMITED = {"max_candidates": None, "retrain_candidates": None, "retrain_tokens": None}
 
 
 def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
@@ -138,7 +139,7 @@ def test_random_cuts_depth_and_width_at_once() -> None:
 def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
     parser = argparse.ArgumentParser()
     targets.add_arguments(parser)
-    search = methods.get("minitron-width").search({"search": axes.split(), "max_candidates": None})
+    search = methods.get("minitron-width").search({"search": axes.split(), **UNLIMITED})
     assert search is not None
     return targets.from_arguments(parser.parse_args(flags), tp).near(source, search)
 
@@ -239,7 +240,7 @@ def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message
 @pytest.mark.parametrize(("limit", "search"), [(4, None), (0, ["ffn"])])
 def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: list[str] | None) -> None:
     with pytest.raises(UsageError, match=f"--max-candidates: given {limit}"):
-        methods.get("minitron-width").search({"search": search, "max_candidates": limit})
+        methods.get("minitron-width").search(UNLIMITED | {"search": search, "max_candidates": limit})
 
 
 REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
