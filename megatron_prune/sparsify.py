@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.disk import check_space
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
 from megatron_prune.sparse import request as requests
 from megatron_prune.sparse.request import Request
@@ -74,13 +75,22 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
         return 0
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise UsageError("--save", given=save, allowed="a directory that is empty or does not exist")
-    Scratch(save).refuse_another(question)
+    scratch = Scratch(save)
+    scratch.refuse_another(question)
+    if args.rank == 0:
+        check_space(save, _bytes(parent) - scratch.size)
     driver.run(args, task)
     if args.rank != 0:
         return 0
     show(result.write(task, read))
     print(f"wrote {save}", flush=True)
     return 0
+
+
+def _bytes(parent: Checkpoint) -> int:
+    """What the result takes on disk, with masks as they are and as every block leaves them."""
+    weights = sum(parent.spec(name).nbytes for name in parent.names)
+    return weights + 2 * parent.shape.linear_parameters() // 8
 
 
 def show(table: dict[str, Any]) -> None:

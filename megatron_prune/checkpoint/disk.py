@@ -21,8 +21,8 @@ def check_space(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def explain_full_disk(target: Path) -> Iterator[None]:
-    """Turn a disk that filled up, wherever in the block it shows, into an error that says so."""
+def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[None]:
+    """Turn a disk that filled up, wherever in the block it shows, into an error that says so, and what is left."""
     try:
         yield
     except BaseException as error:
@@ -30,7 +30,7 @@ def explain_full_disk(target: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(target.absolute().parent).free
         raise CheckpointError(
-            f"no space left while writing {target} ({free / 1e9:.2f} GB free): nothing was kept; "
+            f"no space left while writing {target} ({free / 1e9:.2f} GB free): {kept}; "
             "free some space or choose another output"
         ) from error
 

@@ -25,7 +25,7 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
-from megatron_prune.engine import runtime
+from megatron_prune.engine import attention, runtime
 from megatron_prune.masks import find_masks, open_masks
 from megatron_prune.masks import megatron as megatron_masks
 from megatron_prune.sparse.inputs import Inputs, linears
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, task: Task) -> None:
     """
     runtime.initialize(args)
     model = runtime.load_model(args)
+    attention.fuse(model)
     scratch = Scratch(task.save)
     if args.rank == 0:
         scratch.open(task.question)

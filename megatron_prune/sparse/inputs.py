@@ -37,13 +37,17 @@ def linears(block: Any) -> dict[str, Any]:
 
 
 class Inputs:
-    """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``."""
+    """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
+
+    What the block gives out meanwhile is not to be read: its last product is left out.
+    """
 
     def __init__(self, block: Any, modules: Sequence[str], kind: str):
         self.of: dict[str, Statistic] = {}
         self._group = mpu.get_tensor_model_parallel_group()
         self._handles = []
         found = linears(block)
+        self._last = found["fc2"]
         for module in modules:
             weight = found[module].weight
             inputs = weight.shape[1] * (self._group.size() if module in ROW_PARALLEL else 1)
@@ -52,9 +56,12 @@ class Inputs:
             self._handles.append(found[module].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
 
     def __enter__(self) -> Inputs:
+        hidden = self._last.config.hidden_size
+        self._last.forward = lambda x: (x.new_empty(*x.shape[:-1], hidden), None)  # (output, bias), as Megatron's do
         return self
 
     def __exit__(self, *_: object) -> None:
+        del self._last.forward  # the class's own is behind it
         for handle in self._handles:
             handle.remove()
 

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 
 from megatron_prune.artifacts import read_json, write_bytes, write_json
+from megatron_prune.checkpoint.disk import explain_full_disk
 from megatron_prune.checkpoint.parts import Part, copy_overlap, read_part, write_part
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import bits
@@ -66,6 +67,11 @@ class Scratch:
             left.unlink()
         shutil.rmtree(self.masks, ignore_errors=True)
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -74,14 +80,15 @@ class Scratch:
     def write(self, layer: int, rank: int, weights: Shards, masks: Shards) -> None:
         """Keep a tensor-parallel rank's shards of a pruned block."""
         folder = self._block(layer)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_part(folder / f"weights-{rank}", weights)
         packed, places = {}, []
         for number, (name, offsets, kept) in enumerate(masks):
             packed[str(number)] = bits.pack(kept)
             places.append([name, list(offsets), list(kept.shape)])
-        described = safetensors.torch.save(packed, {"places": json.dumps(places)})
-        write_bytes(folder / f"masks-{rank}.safetensors", described)
+        with explain_full_disk(folder, "the blocks before it are kept"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_part(folder / f"weights-{rank}", weights)
+            described = safetensors.torch.save(packed, {"places": json.dumps(places)})
+            write_bytes(folder / f"masks-{rank}.safetensors", described)
 
     def finish(self, layer: int, ranks: int, row: Mapping[str, Any]) -> None:
         """Say that all ``ranks`` tensor-parallel ranks have written their shards of a block."""

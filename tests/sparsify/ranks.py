@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -46,7 +47,10 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
 
 
 def killed(argv: list[str], where: str) -> None:
-    """SIGKILL in every rank that gets to ``where``: in the middle of a block, or of the writing of the result."""
+    """SIGKILL in every rank that gets to ``where``: in the middle of a block, or of the writing of the result.
+
+    ``where`` "full": the disk is, at block 2.
+    """
     from megatron_prune.engine import cpu
 
     cpu.prepare()
@@ -59,6 +63,17 @@ def killed(argv: list[str], where: str) -> None:
     if where == "block 2":  # its weights are written, but nobody has said so
         finish = Scratch.finish
         Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
+    elif where == "full":
+        from megatron_prune.sparse import scratch
+
+        write_part = scratch.write_part
+
+        def fill_up(folder: Path, shards: Any) -> None:
+            write_part(folder, shards)
+            if folder.parent.name == "block-0002":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        scratch.write_part = fill_up
     elif where == "result":
         add = CheckpointWriter.add
         CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from tests.sparsify import ranks, small
 
 
 def kill(folder: Path, argv: list[Any], nproc: int, where: str) -> str:
-    """Run until some rank kills itself; what was printed."""
+    """Run until some rank kills itself, or refuses; what was printed."""
     import pickle
 
     folder.mkdir(exist_ok=True)
@@ -25,7 +25,7 @@ def kill(folder: Path, argv: list[Any], nproc: int, where: str) -> str:
     call = FunctionCall(ranks.__file__, ranks.__name__, "killed", pickle.dumps(((words, where), {})), str(folder))
     log = folder / "log.txt"
     with start_function(call, nproc=nproc, log=log) as running:
-        assert running.wait(200) == -9, log.read_text()[-3000:]
+        assert running.wait(200) == (2 if where == "full" else -9), log.read_text()[-3000:]
     return log.read_text()
 
 
@@ -95,6 +95,15 @@ def test_goes_on_at_another_layout(
     one, other = small.result(save), small.result(whole)
     assert small.agreement(one, other) >= 0.995
     assert all(torch.equal(one[0, matrix][1], other[0, matrix][1]) for matrix in "qkv")
+
+
+def test_a_disk_that_fills_up_costs_one_block(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
+    save = tmp_path / "killed"
+    argv = small.flags(tiny_parent, save, "random", "--ratio", 0.5)
+    printed = kill(tmp_path / "kill", argv, 1, "full")
+    assert "no space left while writing" in printed and "block-0002" in printed
+    assert "the blocks before it are kept" in printed
+    assert job(argv).ok().output.count("kept from before") == 2
 
 
 def test_a_damaged_part_is_named(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Fused attention on the CPU computes what Megatron's own does, and keeps out of the way where it would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.checkpoint import ranks
+
+
+def compare() -> dict[str, Any]:
+    """Logits of a small grouped-query model with and without it; which attention ran in each case."""
+    model = ranks.build(1, 1).eval()
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_prune.engine import attention, cpu
+
+    cpu.prepare_megatron()
+    model_parallel_cuda_manual_seed(1)  # Megatron forks its state for a dropout of zero, too
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **named: Any) -> torch.Tensor:
+        calls.append(named)
+        return sdpa(*args, **named)
+
+    torch.nn.functional.scaled_dot_product_attention = counted
+    tokens = torch.randint(128, (2, 50), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(50).expand(2, 50)
+
+    def logits(mask: torch.Tensor | None = None) -> torch.Tensor:
+        return model(tokens, positions, mask)
+
+    with torch.no_grad():
+        plain = logits()
+        attention.fuse([model])
+        found: dict[str, Any] = {"fused": (logits() - plain).abs().max().item(), "size": plain.std().item()}
+        found["calls"] = len(calls)
+        causal = torch.ones(50, 50, dtype=torch.bool).triu(1)[None, None]
+        found["masked"] = (logits(causal) - plain).abs().max().item()
+        found["more calls"] = len(calls) - found["calls"]
+    logits().sum().backward()
+    found["with gradients"] = len(calls) - found["calls"]
+    return found
+
+
+def test_the_numbers_are_megatrons(distributed: Callable[..., Any]) -> None:
+    (found,) = distributed(compare, 1)
+    assert found["calls"] == 4, "one a layer"
+    assert found["fused"] < 1e-5 * max(1.0, found["size"]) and found["masked"] < 1e-5
+    assert found["more calls"] == found["with gradients"] == 0
