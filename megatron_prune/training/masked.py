@@ -130,8 +130,10 @@ def choose(args: argparse.Namespace) -> Choice | None:
 def _where(args: argparse.Namespace) -> Path | None:
     """The masks that the run has, or begins with, or inherits from the masked run that it goes on from."""
     own = find_masks(args.save) if args.save else None
-    inherited = find_masks(args.load) if _holds_checkpoint(args.load) and not args.finetune else None
-    return own or (Path(args.masks) if args.masks else None) or inherited
+    if own is not None or args.masks:
+        return own or Path(args.masks)
+    inherited = find_masks(args.load) if args.load and not args.finetune else None
+    return inherited if inherited is not None and _holds_checkpoint(args.load) else None
 
 
 def _holds_checkpoint(path: str | None) -> bool:

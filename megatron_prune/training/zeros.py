@@ -50,10 +50,11 @@ class Held:
         """``kept`` is bool; its memory becomes that of ``bits``."""
         return Held(name, parameter, kept.view(torch.int8).neg_())
 
+    @torch.no_grad()
     def clear_weight(self) -> None:
         """Zero the removed weights, also those that the fp32 master of an FP8 weight is to be made from."""
         removed = self.bits == _REMOVED
-        self.parameter.data.masked_fill_(removed, 0)
+        self.parameter.masked_fill_(removed, 0)
         initial = getattr(self.parameter, "get_high_precision_init_val", lambda: None)()  # Transformer Engine's
         if initial is not None:
             initial.masked_fill_(removed.to(initial.device), 0)

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,5 +195,6 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(found, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that this is one process
+        dcp.load(found, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
     return found
