@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.sparse.choose import full_precision
 from megatron_prune.sparse.hessian import Factor, Hessian
 from megatron_prune.sparse.inputs import Statistic, linears
 from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
@@ -145,6 +146,7 @@ class _Measure:
 
     def _weigh(self, rows: torch.Tensor) -> torch.Tensor:
         if self._upper is not None:
-            return 2 * ((rows @ self._upper) * rows).sum(dtype=torch.float64)
+            with full_precision():
+                return 2 * ((rows @ self._upper) * rows).sum(dtype=torch.float64)
         squares = rows.square()
         return (squares if self._diagonal is None else squares * self._diagonal).sum(dtype=torch.float64)

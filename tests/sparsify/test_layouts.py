@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,33 @@ METHODS = {
 # The least share of equal bits under tensor parallelism, over all blocks (METHODS.md).
 AGREE = {"magnitude": 1.0, "wanda": 0.995, "sparsegpt": 0.97, "sparsegpt 2:4": 0.90}
 
-Results = dict[tuple[str, str], dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]]
+Result = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
 def pruned(
     job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Results:
-    """Every method at every layout."""
+) -> Callable[[str, str], Result]:
+    """``pruned(method, layout)``, made when it is first asked for."""
     folder = tmp_path_factory.mktemp("pruned")
-    found = {}
-    for name, (method, *more) in METHODS.items():
-        for layout, (nproc, _, _) in small.LAYOUTS.items():
-            save = folder / f"{name}-{layout}"
-            corpus = tiny_corpus if method != "magnitude" else None
-            job(small.flags(tiny_parent, save, method, *more, *small.layout(layout), corpus=corpus), nproc=nproc).ok()
-            found[name, layout] = small.result(save)
-    return found
+
+    @functools.cache
+    def get(name: str, layout: str) -> Result:
+        method, *more = METHODS[name]
+        save = folder / f"{name}-{layout}"
+        corpus = tiny_corpus if method != "magnitude" else None
+        argv = small.flags(tiny_parent, save, method, *more, *small.layout(layout), corpus=corpus)
+        job(argv, nproc=small.LAYOUTS[layout][0]).ok()
+        return small.result(save)
+
+    return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in small.LAYOUTS if name != "tp1"])
 @pytest.mark.parametrize("name", METHODS)
-def test_layout_does_not_change_masks(pruned: Results, name: str, layout: str) -> None:
-    one, other = pruned[name, "tp1"], pruned[name, layout]
+def test_layout_does_not_change_masks(pruned: Callable[[str, str], Result], name: str, layout: str) -> None:
+    one, other = pruned(name, "tp1"), pruned(name, layout)
     same = small.agreement(one, other)
     if small.LAYOUTS[layout][1] > 1:
         assert same >= AGREE[name]
@@ -60,10 +64,10 @@ def test_layout_does_not_change_masks(pruned: Results, name: str, layout: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", small.LAYOUTS)
-def test_counts_are_exact(pruned: Results, layout: str) -> None:
-    for (_, matrix), (_, kept) in pruned["wanda", layout].items():
+def test_counts_are_exact(pruned: Callable[[str, str], Result], layout: str) -> None:
+    for (_, matrix), (_, kept) in pruned("wanda", layout).items():
         assert set((~kept).sum(1).tolist()) == {kept.shape[1] // 2}, matrix
-    for (_, matrix), (_, kept) in pruned["sparsegpt 2:4", layout].items():
+    for (_, matrix), (_, kept) in pruned("sparsegpt 2:4", layout).items():
         assert set(kept.view(-1, 4).sum(1).tolist()) == {2}, matrix
     for name in ("magnitude", "sparsegpt"):
-        assert all(int((~kept).sum()) == kept.numel() // 2 for _, kept in pruned[name, layout].values())
+        assert all(int((~kept).sum()) == kept.numel() // 2 for _, kept in pruned(name, layout).values())
