@@ -4,8 +4,9 @@ A sequence's product is made in fp32 and summed into float64, so that neither th
 which rank saw them can matter. It is symmetric: only strips right of the diagonal are computed.
 
 The method asks for U, upper triangular, with H⁻¹ = Uᵀ·U. With J the reversal of rows and columns and
-J·H·J = L·Lᵀ that is U = J·L⁻¹·J: one Cholesky factorization and one triangular solve, where forming H⁻¹ and
-factoring it again takes twice the work and the condition number twice over.
+J·H·J = L·Lᵀ that is U = J·L⁻¹·J: one Cholesky factorization and one triangular inverse, where forming H⁻¹ and
+factoring it again takes twice the work and the condition number twice over. Both are done in float64: in fp32, U
+is off by 1e-4 at the condition numbers of a real model's inputs (2e4), and SparseGPT's masks by a thousandth.
 """
 
 from __future__ import annotations
@@ -57,24 +58,32 @@ class Hessian:
         leaves the matrix indefinite all the same, it is doubled until it does not, and ``Factor.damping``
         says so. CheckpointError where inputs were not finite.
         """
-        h = (self.total * (2 / self.count)).float().flip(0, 1)  # reversed: its lower triangle counts
+        h = (self.total * (2 / self.count)).flip(0, 1)  # reversed: its lower triangle counts
         diagonal = h.diagonal()
         if not bool(diagonal.isfinite().all()):  # |h_ij| cannot exceed the larger of h_ii and h_jj
             raise CheckpointError("the inputs of a linear are not finite: the model cannot be pruned by them")
         dead = diagonal == 0
         diagonal[dead] = 1
-        undamped, mean = diagonal.clone(), diagonal.double().mean().float()
+        undamped, mean = diagonal.clone(), diagonal.mean()
         damping = DAMPING
-        with full_precision():
-            while True:
-                diagonal.copy_(undamped + damping * mean)
-                lower, info = torch.linalg.cholesky_ex(h)
-                if int(info) == 0:
-                    break
-                damping *= 2
-                if damping > 1:
-                    raise CheckpointError("the inputs of a linear have no positive definite Hessian, however damped")
-            del h
-            identity = torch.eye(len(lower), device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
-        return Factor(upper, dead.flip(0), damping)
+        while True:
+            diagonal.copy_(undamped + damping * mean)
+            lower, info = torch.linalg.cholesky_ex(h)
+            if int(info) == 0:
+                break
+            damping *= 2
+            if damping > 1:
+                raise CheckpointError("the inputs of a linear have no positive definite Hessian, however damped")
+        return Factor(self._reversed_inverse(lower), dead.flip(0), damping)
+
+    def _reversed_inverse(self, lower: torch.Tensor) -> torch.Tensor:
+        """J·L⁻¹·J in fp32, by strips of columns: L⁻¹ has zeros above its diagonal, so each is shorter than the last."""
+        inputs = len(lower)
+        reversed_inverse = torch.zeros(inputs, inputs, device=lower.device)
+        for start in range(0, inputs, self._strip):
+            stop = min(start + self._strip, inputs)
+            identity = torch.eye(inputs - start, stop - start, dtype=lower.dtype, device=lower.device)
+            columns = torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False)
+            # [inputs - start, stop - start], from L⁻¹'s rows and columns ``start``; reversed they come last first.
+            reversed_inverse[: inputs - start, inputs - stop : inputs - start] = columns.flip(0, 1)
+        return reversed_inverse

@@ -1,7 +1,7 @@
 """The sparse methods on a published model's linears, SmolLM2-135M's, with the inputs that they see.
 
-bf16 weights: four-bit values times a scale each 32, so full of ties and exact zeros. 384 tokens leave every
-Hessian rank deficient.
+bf16 weights: four-bit values times a scale each 32, so full of ties and exact zeros. 2048 tokens give every
+Hessian full rank; the first 320 of them do not.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tests.sparse.test_methods import (
     square_sums,
 )
 
-SEQUENCES, TOKENS = 3, 128
-ROWS = 192  # of every matrix: the oracles are loops in Python
+SEQUENCES, TOKENS = 4, 512
+ROWS = 192  # of every matrix, where the oracle is a loop in Python over rows
 # name: layer. What a matrix reads differs most between the first layer and the middle of the model.
 LINEARS = {
     "self_attn.q_proj": 0,
@@ -40,10 +40,10 @@ LINEARS = {
 
 @pytest.fixture(scope="module")
 def linears(source, model) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Some rows of the weight [rows, in] of every one of LINEARS and its inputs, a [tokens, in] a sequence; fp32."""
+    """Weight [out, in] and inputs, a [tokens, in] a sequence, of every one of LINEARS, as fp32."""
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(source)("\n\n".join(tiny.documents(20)), return_tensors="pt").input_ids[0]
+    tokens = AutoTokenizer.from_pretrained(source)("\n\n".join(tiny.documents(100)), return_tensors="pt").input_ids[0]
     found = {name: model.model.layers[layer].get_submodule(name) for name, layer in LINEARS.items()}
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in LINEARS}
     handles = [
@@ -55,7 +55,7 @@ def linears(source, model) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]
             model.model(sequence)
     for handle in handles:
         handle.remove()
-    return {name: (linear.weight.data[:ROWS].bfloat16().float(), seen[name]) for name, linear in found.items()}
+    return {name: (linear.weight.data.bfloat16().float(), seen[name]) for name, linear in found.items()}
 
 
 def test_weights_tie_and_hold_zeros(linears) -> None:
@@ -67,7 +67,7 @@ def test_weights_tie_and_hold_zeros(linears) -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
 @pytest.mark.parametrize("name", LINEARS)
 def test_masks_without_an_update(linears, name: str, pattern: str) -> None:
-    before, given = linears[name]
+    before, given = linears[name][0][:ROWS], linears[name][1]
     sparsity, rows = Sparsity.parse(0.5, pattern), Rows.all(len(before))
     weight, kept = methods.get_sparse("magnitude").prune(before.clone(), None, sparsity, rows)
     check_result(before, weight, kept)
@@ -82,14 +82,25 @@ def test_masks_without_an_update(linears, name: str, pattern: str) -> None:
         assert ((~kept).sum(1) == before.shape[1] // 2).all()
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("name", LINEARS)
-def test_sparsegpt(linears, name: str, pattern: str) -> None:
-    before, given = linears[name]
-    sparsity, rows = Sparsity.parse(0.5, pattern), Rows.all(len(before))
-    weight, kept = methods.get_sparse("sparsegpt").prune(before.clone(), factor(given), sparsity, rows)
-    check_result(before, weight, kept, changed=True)
-    assert int((~kept).sum()) == before.numel() // 2
+def check_sparsegpt(before: torch.Tensor, given: list[torch.Tensor], patterns: list[str], error: float) -> None:
     hessian = oracles.hessian([x.numpy() for x in given])
-    expected, mask = oracles.sparsegpt(before.numpy(), hessian, Fraction("0.5"), *pieces(pattern))
-    assert_close_to_oracle(before.numpy(), weight.numpy(), kept.numpy(), expected, mask, hessian)
+    lead, made = oracles.eliminated(hessian), factor(given)
+    for pattern in patterns:
+        sparsity, rows = Sparsity.parse(0.5, pattern), Rows.all(len(before))
+        weight, kept = methods.get_sparse("sparsegpt").prune(before.clone(), made, sparsity, rows)
+        check_result(before, weight, kept, changed=True)
+        assert int((~kept).sum()) == before.numel() // 2
+        expected, mask = oracles.sparsegpt(before.numpy(), hessian, lead, Fraction("0.5"), *pieces(pattern))
+        assert_close_to_oracle(before.numpy(), weight.numpy(), kept.numpy(), expected, mask, hessian, error)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_sparsegpt(linears, name: str) -> None:
+    check_sparsegpt(*linears[name], ["unstructured", "2:4"], error=1e-3)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj"])
+def test_sparsegpt_where_tokens_are_fewer_than_inputs(linears, name: str) -> None:
+    # The damping alone decides then, and one near-tie that float noise turns can move the error by 0.2%, either way.
+    before, given = linears[name]
+    check_sparsegpt(before, [given[0][:192], given[1][:128]], ["unstructured", "2:4"], error=5e-3)

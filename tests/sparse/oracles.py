@@ -12,9 +12,9 @@ from fractions import Fraction
 import numpy as np
 
 
-def lowest(scores: Sequence[float], count: int) -> list[int]:
+def lowest(scores: Sequence[float] | np.ndarray, count: int) -> list[int]:
     """Indices of the ``count`` lowest; of equal ones the higher index goes first."""
-    return sorted(range(len(scores)), key=lambda i: (scores[i], -i))[:count]
+    return np.lexsort((-np.arange(len(scores)), scores))[:count].tolist()
 
 
 def lowest_of_each_group(scores: np.ndarray, keep: int, m: int) -> np.ndarray:
@@ -22,7 +22,8 @@ def lowest_of_each_group(scores: np.ndarray, keep: int, m: int) -> np.ndarray:
     chosen = np.zeros(scores.shape, bool)
     for row in range(len(scores)):
         for start in range(0, scores.shape[1], m):
-            for i in lowest(scores[row, start : start + m].tolist(), m - keep):
+            group = scores[row, start : start + m].tolist()
+            for i in sorted(range(m), key=lambda i: (group[i], -i))[: m - keep]:
                 chosen[row, start + i] = True
     return chosen
 
@@ -32,7 +33,7 @@ def magnitude(weight: np.ndarray, ratio: Fraction, keep: int = 0, m: int = 0) ->
     if m:
         return ~lowest_of_each_group(scores, keep, m)
     kept = np.ones(weight.size, bool)
-    kept[lowest(scores.ravel().tolist(), int(ratio * weight.size))] = False
+    kept[lowest(scores.ravel(), int(ratio * weight.size))] = False
     return kept.reshape(weight.shape)
 
 
@@ -47,7 +48,7 @@ def wanda(weight: np.ndarray, inputs: Sequence[np.ndarray], ratio: Fraction, kee
         return ~lowest_of_each_group(scores, keep, m)
     kept = np.ones(weight.shape, bool)
     for row in range(len(weight)):
-        kept[row, lowest(scores[row].tolist(), int(ratio * weight.shape[1]))] = False
+        kept[row, lowest(scores[row], int(ratio * weight.shape[1]))] = False
     return kept
 
 
@@ -56,24 +57,29 @@ def hessian(inputs: Sequence[np.ndarray]) -> np.ndarray:
     return sum(2 / len(inputs) * x.astype(np.float64).T @ x.astype(np.float64) for x in inputs)
 
 
-def sparsegpt(
-    weight: np.ndarray, hessian: np.ndarray, ratio: Fraction, keep: int = 0, m: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """(pruned weight, mask): one column after another, each time with the inverse of what H is left.
+def eliminated(hessian: np.ndarray) -> np.ndarray:
+    """Row i: row i of the damped H's inverse once columns before i are gone, by Gaussian elimination.
 
-    The optimal-brain-surgeon step, not its factored form: removing column i of H⁻¹ by Gaussian elimination
-    leaves the inverse for the columns behind, and U_ii² of the Cholesky form is its leading entry.
+    That is the inverse of what H is left for columns i and behind; the optimal-brain-surgeon step reads this row.
     """
-    w, h = weight.astype(np.float64), hessian.copy()
-    rows, columns = w.shape
+    h, columns = hessian.copy(), len(hessian)
     dead = np.diag(h) == 0
     h[dead, dead] = 1
-    w[:, dead] = 0
     inverse = np.linalg.inv(h + 0.01 * np.diag(h).mean() * np.eye(columns))
-    lead = np.empty((columns, columns))  # row i: the inverse's row i once columns before i are eliminated
+    rows = np.zeros((columns, columns))
     for i in range(columns):
-        lead[i] = inverse[i]
+        rows[i, i:] = inverse[i, i:]
         inverse[i:, i:] -= np.outer(inverse[i:, i], inverse[i, i:]) / inverse[i, i]
+    return rows
+
+
+def sparsegpt(
+    weight: np.ndarray, hessian: np.ndarray, lead: np.ndarray, ratio: Fraction, keep: int = 0, m: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pruned weight, mask), not in the factored form; ``lead`` is ``eliminated(hessian)``."""
+    w = weight.astype(np.float64)
+    rows, columns = w.shape
+    w[:, np.diag(hessian) == 0] = 0
     width = 128 // (m or 1) * (m or 1)
     removed = np.zeros(w.shape, bool)
     for i in range(columns):
@@ -81,7 +87,7 @@ def sparsegpt(
             stop = min(i + width, columns)
             costs = w[:, i:stop] ** 2 / np.diag(lead)[i:stop]
             go = np.zeros(costs.size, bool)
-            go[lowest(costs.ravel().tolist(), int(ratio * rows * stop) - int(ratio * rows * i))] = True
+            go[lowest(costs.ravel(), int(ratio * rows * stop) - int(ratio * rows * i))] = True
             removed[:, i:stop] = go.reshape(costs.shape)
         if m and i % m == 0:
             costs = w[:, i : i + m] ** 2 / np.diag(lead)[i : i + m]
