@@ -73,6 +73,7 @@ def losses(folder: Path, cell: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
     prefixes = made_up.corpora(tmp_path, train=80_000)
     content = made_up.mapping(
