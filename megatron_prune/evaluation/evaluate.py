@@ -30,7 +30,6 @@ def main(argv: list[str]) -> int:
     }
     runtime.initialize(args)
     from megatron_prune.engine import forward
-
     from megatron_prune.training.zeros import check_loaded
 
     model = runtime.load_model(args)
