@@ -172,14 +172,30 @@ def windows(prefix: Path, options: argparse.Namespace) -> list[torch.Tensor]:
     return [torch.from_numpy(tokens[k * length : (k + 1) * length]) for k in range(options.sequences)]
 
 
-def compare(a: Any, b: Any, dense: dict[str, np.ndarray]) -> dict[str, Any]:
+def beyond_ties(dense: np.ndarray, ours: np.ndarray, theirs: np.ndarray, pattern: str) -> int:
+    """Of magnitude's removed weights, those that are not a matter of ties: both sides must remove equal |w|.
+
+    N:M: in every group. Unstructured, the published code removes all that equal the last to go; ours the exact count.
+    """
+    size = np.abs(dense)
+    if pattern == "unstructured":
+        last = size[ours].max()
+        return int(((ours != theirs) & (size != last) & (size != 0)).sum())
+    m = int(pattern.split(":")[1])
+    removed = [np.sort(np.where(side, size, 0).reshape(-1, m), axis=1) for side in (ours, theirs)]
+    return int((removed[0] != removed[1]).any(axis=1).sum())
+
+
+def compare(a: Any, b: Any, dense: dict[str, np.ndarray], method: str, pattern: str) -> dict[str, Any]:
     """``a`` is ours, ``b`` theirs; a weight that was zero before is no difference of masks."""
     names = [name for name in a.files if _in_first_block(name)]
     different = {name: int(((a[name] != b[name]) & (dense[name] != 0)).sum()) for name in names}
+    ties = method == "magnitude"  # the others' scores tie where inputs do, which they do not
     return {
         "ours": {"seconds": float(a["seconds"]), "perplexity": math.exp(a["losses"].mean())},
         "published": {"seconds": float(b["seconds"]), "perplexity": math.exp(b["losses"].mean())},
         "first_block_different": different,
+        "first_block_beyond_ties": sum(beyond_ties(dense[n], a[n], b[n], pattern) for n in names) if ties else None,
         "first_block_weights": int(sum(a[name].size for name in names)),
         "first_block_removed": {
             "ours": int(sum(a[name].sum() for name in names)),
@@ -224,7 +240,8 @@ def main() -> int:
                         process.join()
                         if process.exitcode:
                             raise SystemExit(f"{side} {method} {pattern} failed")
-                    found.append(compare(np.load(work / "ours.npz"), np.load(work / "published.npz"), dense))
+                    sides = [np.load(work / f"{side}.npz") for side in ("ours", "published")]
+                    found.append(compare(*sides, dense, method, pattern))
                 ratios = [one["ours"]["seconds"] / one["published"]["seconds"] for one in found]
                 row = {"method": method, "pattern": pattern, "ratio": statistics.median(ratios), "ratios": ratios}
                 rows.append(row | found[-1])
@@ -233,7 +250,8 @@ def main() -> int:
                     f"{found[-1]['published']['perplexity']:.3f}; seconds {found[-1]['ours']['seconds']:.1f} / "
                     f"{found[-1]['published']['seconds']:.1f} = {row['ratio']:.2f}; first block differs in "
                     f"{sum(found[-1]['first_block_different'].values())} of {found[-1]['first_block_weights']:,}: "
-                    f"{json.dumps({k.split('.')[-2]: v for k, v in found[-1]['first_block_different'].items() if v})}",
+                    f"{json.dumps({k.split('.')[-2]: v for k, v in found[-1]['first_block_different'].items() if v})}"
+                    + (f", {found[-1]['first_block_beyond_ties']} groups beyond ties" if method == "magnitude" else ""),
                     flush=True,
                 )
     if options.json:
