@@ -24,7 +24,7 @@ from megatron_prune import artifacts
 from tests.benchmarks.ratio import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQUENCES, LENGTH = 32, 512
+SEQUENCES, LENGTH = 8, 512
 
 
 def stages(data: Path, work: Path) -> list[tuple[str, list[str]]]:
