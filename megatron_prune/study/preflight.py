@@ -77,15 +77,24 @@ def check(study: Study, places: commands.Places) -> Outlook:
             elif made.is_file():
                 shapes[pruning.name] = plan.read(made).target
     outlook = Outlook(lay, source, shapes, needs, account)
-    _check_recipe(study, places, outlook)
+    _check_masked(study, places, outlook)
     _check_data(study, outlook, account)
     return outlook
 
 
-def _check_recipe(study: Study, places: commands.Places, outlook: Outlook) -> None:
+def _check_masked(study: Study, places: commands.Places, outlook: Outlook) -> None:
+    """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
     masked = [cell for cell in outlook.grid(study).cells if cell.masked]
-    if masked:
-        choices.refuse_recipe_without_zeros(commands.training(study, places, masked[0]))
+    if not masked:
+        return
+    choices.refuse_recipe_without_zeros(commands.training(study, places, masked[0]))
+    trained = study.parent.pretrain
+    seed = trained.seed if trained is not None else (outlook.account or {}).get("seed")
+    if any(cell.kind == "scratch" and cell.seed == seed for cell in masked):
+        raise UsageError(
+            "seeds", given=seed, allowed="another than the parent's, for scratch under masks",
+            why="masks made of the parent fit the weights that it began with, and one seed gives the same to both",
+        )  # fmt: skip
 
 
 def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:

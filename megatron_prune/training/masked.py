@@ -176,3 +176,16 @@ def say_that_zeros_are_not_held(args: argparse.Namespace) -> None:
     if found is not None:
         print(f"{start} has masks, and this run does not hold them: its zeros will fill; --masks {found} holds them",
               flush=True)  # fmt: skip
+
+
+def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> None:
+    """Masks made of a trained model fit the weights that it began with, and a seed is these weights.
+
+    In the quickstart such a run was 0.2 nats below others at its first step, 0.3 after a hundred.
+    """
+    if args.shape_from is None or chosen.own or chosen.drawn or _holds_checkpoint(args.load):
+        return
+    if open_checkpoint(args.shape_from).args.get("seed") == args.seed:
+        print(f"--seed {args.seed} was also that of the model which the masks were made of: it began with the weights "
+              "that this run begins with, and its masks fit them; with another --seed this run is from scratch",
+              flush=True)  # fmt: skip

@@ -42,6 +42,7 @@ from megatron_prune.training.masked import (
     add_mask_arguments,
     choose,
     refuse_unfit_arguments,
+    say_that_masks_know_the_start,
     say_that_zeros_are_not_held,
 )
 
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> int:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     if args.rank == 0 and chosen is None:
         say_that_zeros_are_not_held(args)
+    if args.rank == 0 and chosen is not None:
+        say_that_masks_know_the_start(args, chosen)
     return _train(args, save, initial, chosen)
 
 

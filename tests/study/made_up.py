@@ -167,7 +167,7 @@ class FakeLauncher:
             "flops": 10**9 if "calibration_data_path" in given else 0,
         }
         with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[entry]) as writer:
-            writer.add_folder(MASKS, folder)
+            folder.rename(writer.beside(MASKS))
             for weight in weights(parent.shape):
                 values = parent.read(weight.name)
                 writer.add(weight.name, weight.shape, [values * kept.get(weight.name, torch.ones(1))])

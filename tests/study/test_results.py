@@ -42,7 +42,7 @@ def test_rows_are_the_accounts(places: Places) -> None:
     assert set(REQUIRED) <= set(results.COLUMNS)
     assert len(found.rows) == 1 + 2 * (2 * 2 * 3)  # parent; both arms of method x setting x seed
     parent = found.rows[0]
-    assert (parent["arm"], parent["tokens_total"], parent["seed"]) == ("parent", 2560, 1)
+    assert (parent["arm"], parent["tokens_total"], parent["seed"]) == ("parent", 2560, 1234)
     for row in found.rows[1:]:
         account = json.loads(places.account(row["cell"]).read_text())
         scores = json.loads(places.scores(row["cell"]).read_text())

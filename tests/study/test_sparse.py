@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import command, config, grid, preflight, results
@@ -289,6 +290,27 @@ def test_refuses(prefixes, tmp_path: Path, method: dict, changes: dict[str, Any]
     with pytest.raises(UsageError, match=message):
         preflight.check(config.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = Places(Path("runs/made-up"))
+    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 2}}
+    study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[:2])
+    preflight.check(study, places)  # no scratch run is under masks
+    study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[2:])
+    with pytest.raises(UsageError, match="seeds: given 2, allowed is another than the parent's"):
+        preflight.check(study, places)
+    # The account of a parent that was trained elsewhere says its seed too.
+    trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
+    account = json.loads(trained.account("parent").read_text())
+    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    trained.account("parent").write_text(json.dumps(account))
+    parent = {"load": str(trained.checkpoint("parent"))}
+    preflight.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
+    with pytest.raises(UsageError, match="seeds: given 1234"):
+        study = made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4], seeds=[1234])
+        preflight.check(study, places)
 
 
 def test_a_dense_study_may_use_any_optimizer(prefixes, tmp_path: Path) -> None:

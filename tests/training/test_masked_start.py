@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 
 from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import open_masks
+from megatron_prune.training.masked import Choice, say_that_masks_know_the_start
+from megatron_prune.training.random_masks import RandomMasks
 from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH, layout, recipe
 from tests.training.small_masked import (
     ADAM,
@@ -231,3 +235,19 @@ def _of_three_layers(pruned, tmp_path: Path) -> Path:
     names = {weight.name for weight in weights(shape)}
     write_single(tmp_path / "of-three", shape, [(n, m, "2:4") for n, m in pruned.kept.items() if n in names])
     return tmp_path / "of-three"
+
+
+def test_masks_under_the_seed_of_their_parent_are_no_start_from_scratch(tiny_pruned, tmp_path, capsys):
+    pruned, root = tiny_pruned("2:4"), tmp_path / "seeded"
+    source, masks = open_checkpoint(pruned.path), open_masks(pruned.masks)
+    with CheckpointWriter(root, args=source.args | {"seed": 7}, dtype=torch.float32, pruning=source.pruning) as writer:
+        for name in source.names:
+            writer.add(name, source.spec(name).shape, source.row_blocks(name))
+    for seed, choice, told in (
+        (7, Choice(masks, False, "the new model"), True),
+        (8, Choice(masks, False, "the new model"), False),
+        (7, Choice(RandomMasks(masks, 1), False, "the new model"), False),
+        (7, Choice(masks, True, "the new model"), False),  # it has begun, and has said it
+    ):
+        say_that_masks_know_the_start(argparse.Namespace(shape_from=str(root), load=None, seed=seed), choice)
+        assert ("--seed 7 was also that of the model" in capsys.readouterr().out) == told
