@@ -29,7 +29,9 @@ def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
 
     More arms than there are colours have a panel for each method.
     """
-    curves = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
+    read = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
+    longest = max((curve.shape[1] for curve in read.values()), default=0)
+    curves = {cell: _smooth(curve, longest) for cell, curve in read.items()}
     many = len(colours(results)) > len(COLOURS)
     panels = _panels(results, curves, many)
     if not panels:
@@ -38,10 +40,10 @@ def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
         lambda stacked: _loss_curves(results, curves, panels, many, stacked),
         "loss-curves",
         "Training loss against tokens",
-        "Training loss, a running mean over 2% of each run. All tokens: the parent, the pruned models that go on "
-        "from it, and scratch at equal total tokens. This training alone: pruned and scratch on the same samples "
-        "in the same order. The dotted line is the entropy of single tokens in the validation text: no model that "
-        "ignores context can be below it there.",
+        "Training loss, a running mean over 2% of the longest run, at most 10% of each. All tokens: the parent, the "
+        "pruned models that go on from it, and scratch at equal total tokens. This training alone: pruned and "
+        "scratch on the same samples in the same order. The dotted line is the entropy of single tokens in the "
+        "validation text: no model that ignores context can be below it there.",
     )
 
 
@@ -123,17 +125,18 @@ def _variant(pruning: Pruning) -> str:
 
 
 def _curve(results: Results, cell: str, path: Path) -> np.ndarray | None:
-    """[2, points]: tokens and loss, smoothed; None where there is no table."""
+    """[2, steps]: tokens and loss; None where there is no table."""
     if cell not in results.records or not path.is_file():
         return None
     with open(path, newline="") as handle:
         rows = [(float(row["samples"]), float(row["loss"])) for row in csv.DictReader(handle) if row["loss"]]
-    if not rows:
-        return None
-    samples, loss = np.array(rows).T
-    width = max(1, len(loss) // 50)
-    means = np.convolve(loss, np.ones(width) / width, mode="valid")
-    return np.array([samples[width - 1 :] * results.study.data.seq_length, means])
+    return np.array(rows).T * [[results.study.data.seq_length], [1]] if rows else None
+
+
+def _smooth(curve: np.ndarray, longest: int) -> np.ndarray:
+    """[2, points]: as many tokens behind every point of every run, but for the shortest runs."""
+    width = max(1, min(longest // 50, curve.shape[1] // 10))
+    return np.array([curve[0, width - 1 :], np.convolve(curve[1], np.ones(width) / width, mode="valid")])
 
 
 def _line(axis: Any, curve: np.ndarray, offset: int, colour: str, dashes: Any) -> None:
