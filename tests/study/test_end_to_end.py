@@ -95,16 +95,18 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     assert output.count("One seed: no interval.") == 3 and "INFO" not in output
 
     pruned = "pruned-wanda-2-4-r50-s1-t25600"  # it goes on under its masks
-    kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=56)  # inside a cell, after a save
+    kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=52)  # inside a cell, after a save
     kill_when(tmp_path / "killed", "ledger.jsonl", lines=4)  # between cells: the prunings are finished
-    kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=56)
+    kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=52)
     finish(tmp_path / "killed")
     assert records(tmp_path / "killed") == expected
+    replayed = []
     for cell in ("parent", pruned):
         assert losses(tmp_path / "killed", cell) == losses(tmp_path / "whole", cell)
         account = json.loads(Places(tmp_path / "killed/runs/made-up").account(cell).read_text())
-        # From the step after a save: the first one, unless a busy machine let the kill come late.
-        assert account["replayed"] and account["replayed"][0][0] % 50 == 1
+        replayed += account["replayed"]
+    # A busy machine can let one kill come as late as the end of a later save: nothing is replayed then.
+    assert replayed and all(first % 50 == 1 for first, _ in replayed)
 
     rows = json.loads((tmp_path / "killed/runs/made-up/report/results.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["parent", *["pruned", "scratch"] * 3]
