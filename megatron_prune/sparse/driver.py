@@ -117,9 +117,11 @@ class _Stage:
         request = self.task.request
         statistics = {}
         if self.stream is not None and self.task.windows is not None:
-            with Inputs(block, request.modules, request.method.statistic) as inputs:
+            windows = self.task.windows
+            tokens = len(windows) * windows.seq_length
+            with Inputs(block, request.modules, request.method.statistic, tokens) as inputs:
                 self.stream.run(block)
-            inputs.reduce(len(self.task.windows))
+            inputs.reduce(len(windows))
             statistics = inputs.of
         parent = self.task.parent
         stored = parent.spec(layer_name(layer, next(iter(SUFFIXES.values())))).dtype

@@ -1,7 +1,10 @@
 """H = (2/n)·Σ X·Xᵀ over n sequences of a linear's inputs, and the factor of its inverse (SparseGPT).
 
 A sequence's product is made in fp32 and summed into float64, so that neither the order of sequences nor
-which rank saw them can matter. It is symmetric: only strips right of the diagonal are computed.
+which rank saw them can matter. It is symmetric: only strips right of the diagonal are computed. Where tokens
+are too few to fill H, damping alone decides in what they leave out, and fp32's noise is not far below it (1e-7 of
+the largest eigenvalue, and a few inputs of a real model are thousands of times larger than the rest): the
+product is made in float64 then, which at that size costs no more than the factorization.
 
 The method asks for U, upper triangular, with H⁻¹ = Uᵀ·U. With J the reversal of rows and columns and
 J·H·J = L·Lᵀ that is U = J·L⁻¹·J: one Cholesky factorization and one triangular inverse, where forming H⁻¹ and
@@ -19,6 +22,7 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.sparse.choose import full_precision
 
 DAMPING = 0.01  # of the mean of the diagonal
+AMPLE = 2  # tokens an input, from which on H is taken to be full
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,19 @@ class Factor:
 class Hessian:
     """``total`` (float64 [in, in], to be all-reduced with ``count`` over data parallel ranks) of X·Xᵀ.
 
-    Below the diagonal ``total`` means nothing.
+    Below the diagonal ``total`` means nothing. ``tokens`` is how many all ranks will add together.
     """
 
-    def __init__(self, inputs: int, device: torch.device | str = "cpu"):
+    def __init__(self, inputs: int, tokens: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.count = 0  # sequences
+        self._dtype = torch.float64 if tokens < AMPLE * inputs else torch.float32
         # Sixteen strips compute 17/32 of the square; narrower ones would make matrix products slower.
         self._strip = max(128, -(-inputs // 16))
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence of inputs, [tokens, in]."""
-        x = x.float()
+        x = x.to(self._dtype)
         with full_precision():
             for start in range(0, x.shape[1], self._strip):
                 stop = min(start + self._strip, x.shape[1])

@@ -22,8 +22,6 @@ from megatron_prune.sparse.matrices import ROW_PARALLEL
 from megatron_prune.sparse.square_sums import SquareSums
 
 Statistic = SquareSums | Hessian
-_KINDS: dict[str, type[Statistic]] = {"square_sums": SquareSums, "hessian": Hessian}
-
 
 def linears(block: Any) -> dict[str, Any]:
     """The linears of a Megatron transformer layer, by the name of their module."""
@@ -39,10 +37,10 @@ def linears(block: Any) -> dict[str, Any]:
 class Inputs:
     """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
 
-    What the block gives out meanwhile is not to be read: its last product is left out.
+    ``kind`` is a sparse method's ``statistic``, ``tokens`` the number that all ranks together will show. What the block gives out meanwhile is not to be read: its last product is left out.
     """
 
-    def __init__(self, block: Any, modules: Sequence[str], kind: str):
+    def __init__(self, block: Any, modules: Sequence[str], kind: str, tokens: int):
         self.of: dict[str, Statistic] = {}
         self._group = mpu.get_tensor_model_parallel_group()
         self._handles = []
@@ -51,7 +49,9 @@ class Inputs:
         for module in modules:
             weight = found[module].weight
             inputs = weight.shape[1] * (self._group.size() if module in ROW_PARALLEL else 1)
-            self.of[module] = _KINDS[kind](inputs, weight.device)
+            self.of[module] = (
+                Hessian(inputs, tokens, weight.device) if kind == "hessian" else SquareSums(inputs, weight.device)
+            )
             hook = self._sharded(module) if module in ROW_PARALLEL else applies_norm(found[module], self._whole(module))
             self._handles.append(found[module].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
 

@@ -99,8 +99,7 @@ def test_sparsegpt(linears, name: str) -> None:
     check_sparsegpt(*linears[name], ["unstructured", "2:4"], error=1e-3)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize("name", LINEARS)
 def test_sparsegpt_where_tokens_are_fewer_than_inputs(linears, name: str) -> None:
-    # The damping alone decides then, and one near-tie that float noise turns can move the error by 0.2%, either way.
     before, given = linears[name]
-    check_sparsegpt(before, [given[0][:192], given[1][:128]], ["unstructured", "2:4"], error=5e-3)
+    check_sparsegpt(before, [given[0][:192], given[1][:128]], ["unstructured", "2:4"], error=1e-3)

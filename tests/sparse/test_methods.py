@@ -48,7 +48,7 @@ def square_sums(given: list[torch.Tensor]) -> torch.Tensor:
 
 
 def factor(given: list[torch.Tensor]) -> Factor:
-    hessian = Hessian(given[0].shape[1])
+    hessian = Hessian(given[0].shape[1], sum(len(x) for x in given))
     for x in given:
         hessian.add(x)
     return hessian.factor()
