@@ -28,6 +28,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_TE = os.environ.get("MEGATRON_PRUNE_TE_TESTS") == "1"  # tests/run.sh --te sets it
+
+if WITH_TE:  # ranks build Transformer Engine's layers
+    from megatron_prune.engine import launch
+
+    launch.ZYGOTE = "tests.te.zygote"
 
 
 @dataclasses.dataclass(frozen=True)

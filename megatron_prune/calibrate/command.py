@@ -167,12 +167,13 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
             allowed="1",
             why="batching must not change a sum",
         )
-    if args.sequence_parallel:
+    ranks = args.tensor_model_parallel_size
+    if reads_text and args.sequence_parallel and args.calibration_seq_length % ranks:
         raise UsageError(
-            "--sequence-parallel",
-            given="on",
-            allowed="off with this verb",
-            why="norm outputs must be whole sequences",
+            "--calibration-seq-length",
+            given=args.calibration_seq_length,
+            allowed=f"a multiple of --tensor-model-parallel-size {ranks}",
+            why="--sequence-parallel shares its tokens out",
         )
     length, longest = args.calibration_seq_length, args.max_position_embeddings
     if reads_text and longest is not None and length > longest:

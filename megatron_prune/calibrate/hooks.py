@@ -4,13 +4,14 @@ Where each statistic is read (activations are [s, b, n]):
 
 * block influence: what a ``TransformerLayer`` takes and returns;
 * ``input_layernorm``, ``pre_mlp_layernorm``: the norms' outputs, which is what ``linear_qkv`` and
-  ``linear_fc1`` multiply. Transformer Engine fuses the norms into these linears; there the output is
-  recomputed from the linear's input and the norm's gain; ``final_layernorm``: its output;
+  ``linear_fc1`` multiply (``engine/spec.py``); ``final_layernorm``: its output;
 * ``attention``, ``mlp``: the inputs of ``linear_proj`` and ``linear_fc2``, of which a tensor-parallel
   rank holds a contiguous slice of channels.
 
 Every rank sums over its own layers (PP), sequences (DP) and channels (TP). What TP ranks hold in
-common, they share out: each sums a slice of the norms' channels and every TP-th layer's cosines.
+common, they share out: each sums a slice of the norms' channels and every TP-th layer's cosines. In a
+sequence-parallel model each has its own tokens there: of all layers' cosines it sums those of its tokens, and
+norms' outputs are gathered, since a mean over a sequence's tokens needs all of them before it is squared.
 ``gather`` writes the sums into global tensors of zeros; one all-reduce makes them whole.
 """
 
@@ -26,6 +27,7 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.calibrate.accumulators import QUANTITIES, ChannelSums, CosineDistance, Workspace
 from megatron_prune.calibrate.statistics import site_shapes, tensor_shapes
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine import spec
 
 
 class Recorder:
@@ -42,6 +44,7 @@ class Recorder:
         self._rank = mpu.get_tensor_model_parallel_rank()
         self._ranks = mpu.get_tensor_model_parallel_world_size()
         decoder: Any = unwrap_model(stage).decoder  # bf16 and fp16 models are wrapped
+        self._config = decoder.config
         for block in decoder.layers:
             self._attach_block(block, block.layer_number - 1)  # Megatron counts layers of all stages from 1
         if decoder.final_layernorm is not None:
@@ -57,10 +60,10 @@ class Recorder:
     def _attach_block(self, block: Any, layer: int) -> None:
         attention, mlp = block.self_attention, block.mlp
         for site, linear in (("input_layernorm", attention.linear_qkv), ("pre_mlp_layernorm", mlp.linear_fc1)):
-            self._on_input(linear, applies_norm(linear, self._shared(site, layer)))
+            self._on_input(linear, spec.multiplied(linear, self._shared(site, layer)))
         self._on_input(attention.linear_proj, self._sharded("attention", layer))
         self._on_input(mlp.linear_fc2, self._sharded("mlp", layer))
-        if layer % self._ranks == self._rank:
+        if spec.sequence_ranks(self._config) > 1 or layer % self._ranks == self._rank:
             cosine = CosineDistance(self._device, self._workspace)
             self._cosines.append((layer, cosine))
             # Megatron calls a layer by keyword and gets (hidden states, context) back.
@@ -72,11 +75,11 @@ class Recorder:
             )
 
     def _shared(self, site: str, layer: int | None) -> Callable[[torch.Tensor], None]:
-        """Takes activations that all TP ranks hold; sums this rank's slice of the channels."""
+        """Takes activations that all TP ranks hold, or share by tokens; sums this rank's slice of the channels."""
         channels = site_shapes(self.shape)[site][-1]
         first, last = (channels * r // self._ranks for r in (self._rank, self._rank + 1))
         sums = self._accumulator(site, layer, first, last - first)
-        return lambda x: sums.add(x[..., first:last])
+        return spec.whole_sequences(self._config, lambda x: sums.add(x[..., first:last]))
 
     def _sharded(self, site: str, layer: int) -> Callable[[torch.Tensor], None]:
         """Takes activations of which this rank holds a slice of the channels."""
@@ -110,26 +113,3 @@ class Recorder:
                 (place if of_layer is None else place[of_layer])[first : first + len(values)] = values
         torch.distributed.all_reduce(flat)
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, float(flat[0])
-
-
-def applies_norm(linear: Any, add: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Takes the input of ``linear`` and gives ``add`` what its weight multiplies.
-
-    They differ where Transformer Engine fused the norm before it into the linear: the norm's output is recomputed.
-    """
-    if not hasattr(linear, "layer_norm_weight"):
-        return add
-
-    def recompute(x: torch.Tensor) -> None:
-        wide = x.float()
-        gain = linear.layer_norm_weight.float()
-        if getattr(linear, "zero_centered_gamma", False):
-            gain = gain + 1
-        if linear.normalization == "RMSNorm":
-            normal = torch.nn.functional.rms_norm(wide, wide.shape[-1:], gain, linear.eps)
-        else:
-            bias = linear.layer_norm_bias.float()
-            normal = torch.nn.functional.layer_norm(wide, wide.shape[-1:], gain, bias, linear.eps)
-        add(normal.to(x.dtype))
-
-    return recompute

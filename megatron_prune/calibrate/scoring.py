@@ -29,7 +29,7 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
-from megatron_prune.engine import forward
+from megatron_prune.engine import forward, spec
 from megatron_prune.methods import Selection
 
 
@@ -160,7 +160,7 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
             if selection.hidden is not None:
                 _mask_output(stack, proj, selection.hidden, shape)
                 _mask_output(stack, fc2, selection.hidden, shape)
-                for norm in _norms(block):
+                for norm in spec.norms(block):
                     _narrow(stack, norm, len(selection.hidden) / shape.hidden_size)
         if selection.hidden is not None:
             if getattr(model, "embedding", None) is not None and model.pre_process:
@@ -198,21 +198,11 @@ def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int]
     stack.callback(module.register_forward_hook(hook).remove)
 
 
-def _norms(block: Any) -> Iterator[Any]:
-    """The modules that hold a block's two norms: Transformer Engine fuses them into the linear that follows."""
-    for norm, linear in (
-        (block.input_layernorm, block.self_attention.linear_qkv),
-        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
-    ):
-        yield linear if hasattr(linear, "layer_norm_weight") else norm
-
-
 def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
     """Let an RMSNorm over channels of which only ``share`` are not zero be one over those alone."""
-    gain = norm.layer_norm_weight if hasattr(norm, "layer_norm_weight") else norm.weight
+    gain, offset = spec.gain(norm), spec.gain_offset(norm)
     whole, eps = gain.detach().clone(), norm.eps
-    centred = int(bool(getattr(norm, "zero_centered_gamma", False)))  # the gain is 1 + the weight then
-    gain.copy_((whole + centred) * math.sqrt(share) - centred)
+    gain.copy_((whole + offset) * math.sqrt(share) - offset)
     norm.eps = eps * share
 
     def restore() -> None:

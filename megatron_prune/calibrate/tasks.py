@@ -36,6 +36,11 @@ def requests(args: argparse.Namespace, argv: list[str], path: str, wanted: str) 
             "--fp8-format", given=args.fp8, allowed="nothing with a task",
             why="its sequences keep their lengths, and FP8 kernels take multiples of 16",
         )  # fmt: skip
+    if args.sequence_parallel:
+        raise UsageError(
+            "--sequence-parallel", given="on", allowed="off with a task",
+            why="its sequences keep their lengths, and ranks share out multiples of their number",
+        )  # fmt: skip
     checkpoint = open_checkpoint(runtime.loaded_directory(args))
     tokenizer = _tokenizer(args, argv, checkpoint)
     tokenizers.check_fits_checkpoint(tokenizer, checkpoint)

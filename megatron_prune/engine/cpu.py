@@ -3,10 +3,11 @@
 ``prepare()`` is called once, before any ``megatron`` import. With a GPU it does nothing at
 all: Megatron runs as NVIDIA ships it. Without one it
 
-1. gives ``torch.cuda`` stand-ins that answer for the CPU (device, streams, events, memory, RNG),
-2. sends tensors that name the device ``cuda`` to the CPU,
-3. lets ``Tensor.type()`` name the type that Megatron's assertions look for,
-4. replaces ``torch.compile`` by the identity: compiling the fused kernels costs a CPU run more
+1. hides Transformer Engine and Apex, whose kernels need a GPU: Megatron would prefer their optimizers,
+2. gives ``torch.cuda`` stand-ins that answer for the CPU (device, streams, events, memory, RNG),
+3. sends tensors that name the device ``cuda`` to the CPU,
+4. lets ``Tensor.type()`` name the type that Megatron's assertions look for,
+5. replaces ``torch.compile`` by the identity: compiling the fused kernels costs a CPU run more
    start-up time than they return, and importing the compiler alone takes a second.
 
 ``prepare_megatron()`` follows after ``megatron.training`` is imported: the few places there
@@ -18,12 +19,14 @@ from __future__ import annotations
 import functools
 import os
 import queue
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+GPU_LIBRARIES = ["transformer_engine", "apex"]
 _prepared = False
 
 
@@ -57,6 +60,8 @@ def prepare() -> None:
     if _prepared:  # in the process that this one was forked from (engine/zygote.py)
         return
     _prepared = True
+    for library in GPU_LIBRARIES:
+        sys.modules[library] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
     _stand_in_for_cuda()
     _redirect_factories()
     _name_types_like_cuda()

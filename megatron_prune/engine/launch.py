@@ -26,6 +26,7 @@ from megatron_prune.engine import zygote
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
+ZYGOTE = zygote.__name__  # the module that the process which forks ranks runs
 
 
 def launch(
@@ -204,7 +205,7 @@ class _Zygote:
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", zygote.__name__, str(theirs.fileno())],
+            [sys.executable, "-m", ZYGOTE, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a ^C is for the caller, who then ends its jobs
@@ -214,7 +215,7 @@ class _Zygote:
         answer = self.control.recv(1)
         self.forks = answer == zygote.READY  # there is no GPU
         if answer not in (zygote.READY, zygote.GPU):
-            raise RunError(f"{sys.executable} -m {zygote.__name__} could not start: its error is above")
+            raise RunError(f"{sys.executable} -m {ZYGOTE} could not start: its error is above")
 
     def submit(self, *descriptors: int) -> None:
         with self.lock:

@@ -2,8 +2,9 @@
 
 While ``Inputs`` is open, its hooks see the input of each linear that is to be pruned, one sequence a forward pass.
 Tensor-parallel ranks share the sequences out: rank i takes every TP-th, whole. Of a row-parallel linear each holds a
-slice of the inputs, so there the others send theirs to it. ``reduce`` sums over the stage's ranks: tensor-parallel
-ranks are, for a statistic, just more data-parallel ones.
+slice of the inputs, and in a sequence-parallel model a slice of the tokens that other linears read: there the others
+send theirs to it. ``reduce`` sums over the stage's ranks: tensor-parallel ranks are, for a statistic, just more
+data-parallel ones.
 
 Which sequences a rank adds cannot change the sum (METHODS.md), so no layout does.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 
-from megatron_prune.calibrate.hooks import applies_norm
+from megatron_prune.engine import spec
 from megatron_prune.sparse.hessian import Hessian
 from megatron_prune.sparse.matrices import ROW_PARALLEL
 from megatron_prune.sparse.square_sums import SquareSums
@@ -46,18 +47,24 @@ class Inputs:
         self._handles = []
         found = linears(block)
         self._last = found["fc2"]
+        self._token_ranks = spec.sequence_ranks(self._last.config)
         for module in modules:
             weight = found[module].weight
             inputs = weight.shape[1] * (self._group.size() if module in ROW_PARALLEL else 1)
             self.of[module] = (
                 Hessian(inputs, tokens, weight.device) if kind == "hessian" else SquareSums(inputs, weight.device)
             )
-            hook = self._sharded(module) if module in ROW_PARALLEL else applies_norm(found[module], self._whole(module))
+            if module in ROW_PARALLEL:
+                hook = self._sharded(module, axis=-1)
+            else:
+                own = self._whole(module) if self._token_ranks == 1 else self._sharded(module, axis=0)
+                hook = spec.multiplied(found[module], own)
             self._handles.append(found[module].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
 
     def __enter__(self) -> Inputs:
-        hidden = self._last.config.hidden_size
-        self._last.forward = lambda x: (x.new_empty(*x.shape[:-1], hidden), None)  # (output, bias), as Megatron's do
+        hidden, ranks = self._last.config.hidden_size, self._token_ranks
+        # (output, bias), as Megatron's do; [s, 1, in/TP] to [s, 1, h] or [s/TP, 1, h]
+        self._last.forward = lambda x: (x.new_empty(len(x) // ranks, *x.shape[1:-1], hidden), None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,8 +84,8 @@ class Inputs:
 
         return add
 
-    def _sharded(self, module: str) -> Any:
-        """Takes inputs [s, 1, in/TP] of which this rank holds a slice."""
+    def _sharded(self, module: str, axis: int) -> Any:
+        """Takes inputs [s, 1, in] of which this rank holds a slice along ``axis``."""
         add, ranks = self._whole(module), self._group.size()
         if ranks == 1:
             return add
@@ -89,7 +96,7 @@ class Inputs:
             taker = sequences % ranks
             parts = [torch.empty_like(x) for _ in range(ranks)] if taker == self._group.rank() else None
             torch.distributed.gather(x.contiguous(), parts, group=self._group, group_dst=taker)
-            add(x if parts is None else torch.cat(parts, dim=-1))
+            add(x if parts is None else torch.cat(parts, dim=axis))
             sequences += 1
 
         return gather

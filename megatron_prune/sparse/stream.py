@@ -1,6 +1,7 @@
 """The residual stream of the calibration windows, carried through a pipeline stage block by block.
 
-All windows of this data-parallel replica are held on the CPU, each [s, 1, h]; one at a time is on the device. Blocks
+All windows of this data-parallel replica are held on the CPU, each [s, 1, h] (in a sequence-parallel model this
+rank's tokens of each, [s/TP, 1, h]); one at a time is on the device. Blocks
 run inside Megatron's own ``GPTModel.forward`` with everything else taken out, so that embedding, rotary embeddings,
 attention masks and precision contexts are those of any other forward pass. Stages hand windows on point to point.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
+
+from megatron_prune.engine import spec
 
 
 class Stream:
@@ -39,9 +42,10 @@ class Stream:
         config = self._model.config
         dtype = torch.float32 if config.fp32_residual_connection else config.params_dtype
         group = mpu.get_pipeline_model_parallel_group()
+        tokens_here = seq_length // spec.sequence_ranks(config)
         received = torch.empty(
-            seq_length, 1, config.hidden_size, dtype=dtype, device=torch.cuda.current_device()
-        )  # [s, 1, h]
+            tokens_here, 1, config.hidden_size, dtype=dtype, device=torch.cuda.current_device()
+        )  # [s, 1, h] or [s/TP, 1, h]
         self.states = []
         for _ in self._windows:
             torch.distributed.recv(received, group=group, group_src=group.rank() - 1)

@@ -291,7 +291,7 @@ def test_refused_before_work_starts(
 
 def test_a_norm_that_is_fused_into_its_linear_is_recomputed() -> None:
     """What the hooks do under Transformer Engine, where no module returns a norm's output."""
-    from megatron_prune.calibrate.hooks import applies_norm
+    from megatron_prune.engine.spec import multiplied
 
     torch.manual_seed(0)
     x = torch.randn(5, 2, 8)
@@ -308,7 +308,7 @@ def test_a_norm_that_is_fused_into_its_linear_is_recomputed() -> None:
         (SimpleNamespace(**fused, normalization="LayerNorm", zero_centered_gamma=False), layer),
     ):
         found: list[torch.Tensor] = []
-        applies_norm(linear, found.append)(x)
+        multiplied(linear, found.append)(x)
         torch.testing.assert_close(found[0], norm(x))
 
 

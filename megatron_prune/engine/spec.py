@@ -1,0 +1,83 @@
+"""What differs between Megatron's two layer specs, local and Transformer Engine: the one place that knows.
+
+Checkpoints do not differ: names and shapes are the same, and the ``_extra_state`` that one spec's modules ask for
+is in every checkpoint (``checkpoint/common_state.py``). Models do:
+
+* Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``; the norm of its
+  own is an identity, and its output is nowhere to be seen;
+* with it a model can be sequence parallel, which shares a sequence's tokens out over the tensor-parallel ranks
+  everywhere but inside attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+
+Listener = Callable[[torch.Tensor], None]
+
+
+def norms(block: Any) -> Iterator[Any]:
+    """The modules that hold the gains of a block's two norms: norms, or the linears that they are fused into."""
+    for norm, linear in (
+        (block.input_layernorm, block.self_attention.linear_qkv),
+        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
+    ):
+        yield linear if _is_fused(linear) else norm
+
+
+def gain(norm: Any) -> torch.nn.Parameter:
+    """The gain of what ``norms`` yields, or of a final norm."""
+    return norm.layer_norm_weight if _is_fused(norm) else norm.weight
+
+
+def gain_offset(norm: Any) -> int:
+    """What is added to the gain before it multiplies: 1 where it is stored around zero."""
+    return int(bool(getattr(norm, "zero_centered_gamma", False)))
+
+
+def _is_fused(linear: Any) -> bool:
+    return hasattr(linear, "layer_norm_weight")
+
+
+def multiplied(linear: Any, listener: Listener) -> Listener:
+    """Takes the input of ``linear`` and gives ``listener`` what its weight multiplies: a fused norm is recomputed."""
+    if not _is_fused(linear):
+        return listener
+
+    def recompute(x: torch.Tensor) -> None:
+        wide, weight = x.float(), linear.layer_norm_weight.float() + gain_offset(linear)
+        if linear.normalization == "RMSNorm":
+            normal = torch.nn.functional.rms_norm(wide, wide.shape[-1:], weight, linear.eps)
+        else:
+            bias = linear.layer_norm_bias.float()
+            normal = torch.nn.functional.layer_norm(wide, wide.shape[-1:], weight, bias, linear.eps)
+        listener(normal.to(x.dtype))
+
+    return recompute
+
+
+def sequence_ranks(config: Any) -> int:
+    """Over how many ranks a sequence's tokens are shared out between blocks, of a model's config."""
+    return mpu.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
+
+
+def whole_sequences(config: Any, listener: Listener) -> Listener:
+    """Takes this rank's tokens [s/TP, b, n], or [s, b, n], and gives ``listener`` whole sequences [s, b, n]. Collective.
+
+    For what lies between blocks: the residual stream, embeddings, norms' outputs.
+    """
+    ranks = sequence_ranks(config)
+    if ranks == 1:
+        return listener
+
+    def gather(x: torch.Tensor) -> None:
+        whole = x.new_empty(ranks * len(x), *x.shape[1:])
+        group = mpu.get_tensor_model_parallel_group()
+        torch.distributed.all_gather_into_tensor(whole, x.detach().contiguous(), group=group)
+        listener(whole)
+
+    return gather
