@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
-from megatron_prune.engine import cpu
+from megatron_prune.engine import cpu, fp8
 from megatron_prune.errors import CheckpointError, UsageError
 
 Complete = Callable[[argparse.Namespace, list[str]], None]
@@ -36,8 +36,9 @@ def parse(
 
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
-    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(_mend_help(parser))))
+    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_own_flags(_mend_help(parser))))
     _refuse_missing_gpu(args)
+    fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
     if not given(argv, "--use-tokenizer-model-from-checkpoint-args"):
         # The command line's tokenizer stands. A stored one names a path of whoever made the checkpoint.
@@ -67,6 +68,7 @@ def parse(
     if complete is not None:
         complete(args, argv)
     validate_args(args, {})
+    fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
     return args
@@ -82,13 +84,14 @@ def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_shape_from(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megatron_prune")
     group.add_argument(
         "--shape-from", metavar="CKPT", default=None,
         help="take the model's arguments from this checkpoint and none of its weights: a from-scratch run "
         "of the same shape",
     )  # fmt: skip
+    fp8.add_argument(group)
     return parser
 
 
@@ -123,10 +126,10 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
     """Values that the CPU cannot do, refused by the flag's name instead of an assertion deep inside."""
     if not cpu.is_cpu():
         return
-    if args.fp8:
+    if args.fp8 or args.fp8_preset:
         raise UsageError(
-            "--fp8-format",
-            given=args.fp8,
+            fp8.FLAG if args.fp8_preset else "--fp8-format",
+            given=args.fp8_preset or args.fp8,
             allowed="nothing on this machine",
             why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible",
         )

@@ -1,0 +1,143 @@
+"""FP8 recipes by name, and why one cannot run here.
+
+``--fp8-preset`` stands for a set of Megatron's flags (``PRESETS``), over bf16 and Transformer Engine's layers:
+
+* ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale a tensor from the largest values of the last 1024 steps. The
+  oldest recipe, and the quickest: scales are known before a tensor is. All layers are FP8.
+* ``current``: the same formats, each tensor scaled by its own largest value. First and last layer in bf16.
+* ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last layer in bf16.
+
+What FP8 kernels ask of a model's dimensions is checked for every recipe, also where Megatron's own flags choose it: a
+pruned model can have any. A value that contradicts a preset is refused, so that a name means one thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_prune.errors import UsageError
+
+FLAG = "--fp8-preset"
+_BF16_ENDS = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "hybrid-delayed": {
+        "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": False,
+    },
+    # Megatron would fall back from streaming with a warning: slices of a tensor have no scale in common.
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "stream_ckpt_dequant": False, **_BF16_ENDS},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", **_BF16_ENDS},
+}  # fmt: skip
+# Megatron's spellings of what presets set; those that count layers stay the user's.
+_OPTIONS = {
+    "--fp8-format": "fp8",
+    "--fp8-recipe": "fp8_recipe",
+    "--fp8-amax-history-len": "fp8_amax_history_len",
+    "--fp8-amax-compute-algo": "fp8_amax_compute_algo",
+    "--first-last-layers-bf16": "first_last_layers_bf16",
+    "--num-layers-at-start-in-bf16": "num_layers_at_start_in_bf16",
+    "--num-layers-at-end-in-bf16": "num_layers_at_end_in_bf16",
+}
+_COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+# The least compute capability (and the first above it that cannot) of a recipe, and the GPUs that have it.
+_CAPABILITIES = {
+    "delayed": ((8, 9), None, "Ada, Hopper or newer"),
+    "tensorwise": ((8, 9), None, "Ada, Hopper or newer"),
+    "blockwise": ((9, 0), None, "Hopper or newer"),
+    "mxfp8": ((10, 0), (12, 0), "data center Blackwell"),
+}
+ALIGNMENT = 16  # elements: what FP8 matrix products ask of each dimension
+
+
+def add_argument(group: argparse._ArgumentGroup) -> None:
+    """Add ``--fp8-preset``."""
+    group.add_argument(
+        FLAG, choices=PRESETS, default=None,
+        help="a named FP8 recipe over bf16 and Transformer Engine's layers, in place of Megatron's flags",
+    )  # fmt: skip
+
+
+def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
+    """Set what ``args.fp8_preset`` stands for; UsageError where ``argv`` says something else. Before validation."""
+    if args.fp8_preset is None:
+        return
+    preset = dict(PRESETS[args.fp8_preset])
+    delayed = preset["fp8_recipe"] == "delayed"
+    given = {word.split("=", 1)[0] for word in argv}
+    for option, name in _OPTIONS.items():
+        if option not in given:
+            continue
+        if name in _COUNTS and not delayed:
+            preset[name] = getattr(args, name)
+        elif name in _COUNTS or (name in preset and getattr(args, name) != preset[name]):
+            raise UsageError(
+                option, given=getattr(args, name), allowed=f"what {FLAG} {args.fp8_preset} sets, or no preset",
+                why="delayed scaling has no layers in bf16" if name.endswith("bf16") else "",
+            )  # fmt: skip
+    for option, allowed in (("--fp16", "bf16"), ("--fp4-format", "FP8")):
+        if option in given:
+            raise UsageError(option, given="on", allowed=f"no such flag with {FLAG}", why=f"it is {allowed}")
+    if args.transformer_impl != "transformer_engine":
+        raise UsageError(
+            "--transformer-impl", given=args.transformer_impl, allowed=f"transformer_engine with {FLAG}",
+            why="Megatron's local layers have no FP8",
+        )  # fmt: skip
+    vars(args).update(preset, bf16=True)
+
+
+def refuse_unfit(args: argparse.Namespace) -> None:
+    """UsageError where the FP8 recipe of validated ``args`` cannot run on this GPU, or not with this model."""
+    if not args.fp8:
+        return
+    flag, value = (FLAG, args.fp8_preset) if args.fp8_preset else ("--fp8-recipe", args.fp8_recipe)
+    _refuse_gpu(flag, value, args.fp8_recipe)
+    if args.first_last_layers_bf16:
+        _refuse_counts(args)
+    for option, what, size in dimensions(args):
+        if size % ALIGNMENT:
+            raise UsageError(
+                flag, given=f"{value}, and {what} of {size}", allowed=f"multiples of {ALIGNMENT}: mend {option}",
+                why=f"FP8 matrix products take dimensions in multiples of {ALIGNMENT}",
+            )  # fmt: skip
+
+
+def _refuse_gpu(flag: str, value: str, recipe: str) -> None:
+    if recipe not in _CAPABILITIES:
+        return
+    least, beyond, gpus = _CAPABILITIES[recipe]
+    found = torch.cuda.get_device_capability()
+    if found < least or (beyond is not None and found >= beyond):
+        raise UsageError(
+            flag, given=value, allowed=f"a recipe that compute capability {found[0]}.{found[1]} has",
+            why=f"{recipe} scaling needs {least[0]}.{least[1]}: {gpus}",
+        )  # fmt: skip
+
+
+def _refuse_counts(args: argparse.Namespace) -> None:
+    """A pruned model can have fewer layers in a stage than are to stay in bf16."""
+    most = args.num_layers // args.pipeline_model_parallel_size
+    for name in _COUNTS:
+        if not 0 <= getattr(args, name) <= most:
+            raise UsageError(
+                f"--{name.replace('_', '-')}", given=getattr(args, name), allowed=f"0 to {most}",
+                why=f"a pipeline stage has {most} of {args.num_layers} layers",
+            )  # fmt: skip
+
+
+def dimensions(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """(flag to mend, what it is, its size on a rank) of every dimension of an FP8 matrix product of the model."""
+    ranks = args.tensor_model_parallel_size
+    heads, channels = args.num_attention_heads, args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else heads
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    return [
+        ("--hidden-size", "a hidden size", args.hidden_size),
+        ("--ffn-hidden-size", f"an FFN size over {ranks} ranks", args.ffn_hidden_size // ranks),
+        ("--num-attention-heads", f"attention channels over {ranks} ranks", heads * channels // ranks),
+        ("--num-query-groups", f"q, k and v rows over {ranks} ranks", (heads + 2 * groups) * channels // ranks),
+        ("--seq-length or --micro-batch-size", "tokens of a micro-batch", tokens),
+    ]
