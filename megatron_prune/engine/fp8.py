@@ -2,10 +2,11 @@
 
 ``--fp8-preset`` stands for a set of Megatron's flags (``PRESETS``), over bf16 and Transformer Engine's layers:
 
-* ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale a tensor from the largest values of the last 1024 steps. The
-  oldest recipe, and the quickest: scales are known before a tensor is. All layers are FP8.
+* ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale a tensor from the largest values of the last 1024 steps.
+  The oldest recipe, with the least work a step: scales are known before a tensor is. All layers are FP8.
 * ``current``: the same formats, each tensor scaled by its own largest value. First and last layer in bf16.
-* ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last layer in bf16.
+* ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last
+  layer in bf16.
 
 What FP8 kernels ask of a model's dimensions is checked for every recipe, also where Megatron's own flags choose it: a
 pruned model can have any. A value that contradicts a preset is refused, so that a name means one thing.
@@ -28,8 +29,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": False,
     },
-    # Megatron would fall back from streaming with a warning: slices of a tensor have no scale in common.
-    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "stream_ckpt_dequant": False, **_BF16_ENDS},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise", **_BF16_ENDS},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", **_BF16_ENDS},
 }  # fmt: skip
 # Megatron's spellings of what presets set; those that count layers stay the user's.

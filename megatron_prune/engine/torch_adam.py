@@ -1,4 +1,7 @@
-"""Resuming Megatron's distributed optimizer where torch's AdamW stands in for TE's or Apex's.
+"""Resuming Megatron's distributed optimizer: in fp32, and where torch's AdamW stands in for TE's or Apex's.
+
+In fp32 the master weights are views of the parameters, and Megatron 0.19.2 writes what it reads into them while
+autograd watches: an error, with any optimizer. The rest is about AdamW.
 
 Megatron 0.19.2 keeps AdamW's step, which torch has for each parameter, in the parameter groups, and
 handles it wrongly where neither Transformer Engine nor Apex is installed: loading asks a fresh
@@ -16,13 +19,16 @@ import torch
 
 
 def mend() -> None:
-    """Wrap ``DistributedOptimizer`` where Megatron fell back to torch's AdamW; harmless to call twice."""
+    """Wrap ``DistributedOptimizer``; harmless to call twice."""
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(cls, "_mended", False):
+    if getattr(cls, "_mended", False):
         return
     cls._mended = True
+    cls._set_main_param_and_optimizer_states = torch.no_grad()(cls._set_main_param_and_optimizer_states)
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
     state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
     get_states, set_states = cls._get_main_param_and_optimizer_states, cls._set_main_param_and_optimizer_states
 
@@ -44,8 +50,7 @@ def mend() -> None:
 
     @functools.wraps(set_states)
     def set_without_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        with torch.no_grad():  # in fp32 the master weights are views of the parameters
-            set_states(self, model_param, {**tensors, "step": None})
+        set_states(self, model_param, {**tensors, "step": None})
 
     cls.state_dict, cls.load_state_dict = with_state, with_own_steps
     cls._get_main_param_and_optimizer_states = get_without_step

@@ -38,7 +38,8 @@ def linears(block: Any) -> dict[str, Any]:
 class Inputs:
     """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
 
-    ``kind`` is a sparse method's ``statistic``, ``tokens`` the number that all ranks together will show. What the block gives out meanwhile is not to be read: its last product is left out.
+    ``kind`` is a sparse method's ``statistic``, ``tokens`` the number that all ranks together will show.
+    What the block gives out meanwhile is not to be read: its last product is left out.
     """
 
     def __init__(self, block: Any, modules: Sequence[str], kind: str, tokens: int):

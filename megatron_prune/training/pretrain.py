@@ -45,6 +45,7 @@ from megatron_prune.training.masked import (
     say_that_masks_know_the_start,
     say_that_zeros_are_not_held,
 )
+from megatron_prune.training.masters import begin_with_checkpoint
 
 
 def main(argv: list[str]) -> int:
@@ -81,6 +82,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     complete_arguments(args, argv)
     refuse_unfit_arguments(args)
+    begin_with_checkpoint(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
     if args.eval_interval is None:

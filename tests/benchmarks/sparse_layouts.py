@@ -1,4 +1,4 @@
-"""SmolLM2-135M pruned by half at several layouts, fp32, micro-batch 1: mask bits that agree with one process's, and perplexity.
+"""SmolLM2-135M pruned by half at several layouts in fp32: mask bits that agree with one process's, and perplexity.
 
     python tests/benchmarks/sparse_layouts.py [--data runs/smollm2-data] [--sequences 8] [--length 256] [--json FILE]
 
@@ -9,7 +9,6 @@ Agreement is over all masks of the model, over those of the first block, and of 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import tempfile
@@ -48,7 +47,8 @@ def prune(options: argparse.Namespace, method: str, pattern: str, layout: tuple[
     scores = save.with_suffix(".json")
     verb(["evaluate", "--load", save, "--use-checkpoint-args", "--data-path", options.data / "test", "--seq-length",
           options.length, "--windows", options.windows, "--output", scores], 1, log)  # fmt: skip
-    return math.exp(artifacts.read_json(scores)["loss"])
+    (corpus,) = artifacts.read_json(scores)["corpora"].values()
+    return float(corpus["perplexity"])
 
 
 def agreement(one: Path, other: Path) -> dict[str, float]:
@@ -72,7 +72,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print("| method | layout | equal bits | first block | worst matrix | perplexity |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| method | layout | equal bits | first block | worst matrix | perplexity |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory(dir=options.data) as folder:
         for method, pattern in CASES:
             base = Path(folder, f"{method}-{pattern.replace(':', '-')}-TP1")
@@ -81,13 +82,15 @@ def main() -> int:
                 perplexity = prune(options, method, pattern, layout, save)
                 row = {"method": method, "pattern": pattern, "layout": name, "perplexity": perplexity}
                 rows.append(row | agreement(base, save))
-                print("| {method} {pattern} | {layout} | {all:.4%} | {first_block:.4%} | {worst_matrix:.4%} | {perplexity:.3f} |"
-                      .format(**rows[-1]), flush=True)  # fmt: skip
+                cells = "{method} {pattern} | {layout} | {all:.4%} | {first_block:.4%} | {worst_matrix:.4%} | {perplexity:.3f}"
+                print(f"| {cells.format(**rows[-1])} |", flush=True)
                 if save != base:
                     shutil.rmtree(save)
             shutil.rmtree(base)
     if options.json:
-        artifacts.write_json(options.json, {"machine": machine(), "settings": vars(options) | {"data": None}, "rows": rows})
+        artifacts.write_json(
+            options.json, {"machine": machine(), "settings": vars(options) | {"data": None}, "rows": rows}
+        )
     return 0
 
 

@@ -20,7 +20,7 @@ def sequences(inputs: int, tokens: int = 50, count: int = 3, seed: int = 0) -> l
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [1, 7, 200, 401])  # one strip, and several with a narrower last
-@pytest.mark.parametrize("tokens, close", [(10_000, 1e-5), (150, 1e-14)])  # enough for H, and too few but for the first two
+@pytest.mark.parametrize("tokens, close", [(10_000, 1e-5), (150, 1e-14)])  # enough, and too few but for the first two
 def test_sums(tokens: int, close: float, inputs: int, dtype: torch.dtype) -> None:
     squares, hessian = SquareSums(inputs), Hessian(inputs, tokens)
     given = [x.to(dtype) for x in sequences(inputs)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WITH_TE
+from tests.training.conftest import tiny_pruned  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,14 +1,13 @@
 """Transformer Engine without a GPU: its real modules, with the arithmetic of their kernels written in torch.
 
 ``install()`` comes before the first import of Megatron. TE's own constructors, parameters, names, state dicts and
-quantized tensors are used as they are; ``forward`` of its linears, norm and attention are replaced, and its
-optimizer's kernels are not there, so that Megatron takes torch's. Nothing here claims TE's speed or rounding.
+quantized tensors are used as they are; ``forward`` of its linears, norm and attention are replaced, and kernels that
+cast and optimize (``kernels.py``). Activations are never FP8. Nothing here claims TE's speed or rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,28 +16,55 @@ import torch
 import torch.nn.functional as F
 
 from megatron_prune.engine import arguments, cpu
+from tests.te import kernels
 
 
 def install() -> None:
     cpu.GPU_LIBRARIES.remove("transformer_engine")
     cpu.prepare()
-    hopper = SimpleNamespace(major=9, minor=0, name="a Hopper that is not there", total_memory=80 << 30, multi_processor_count=132)  # fmt: skip
+    hopper = SimpleNamespace(
+        major=9, minor=0, name="a Hopper that is not there", total_memory=80 << 30, multi_processor_count=132
+    )
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_properties = lambda *_: hopper
     with _as_if_available():
         import transformer_engine.pytorch as te
 
+    kernels.install()
     base = te.module.base.TransformerEngineBaseModule
     base.__init__ = _as_if_available()(base.__init__)
 
-    sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
     te.Linear.forward = _linear
     te.LayerNormLinear.forward = _norm_linear
     te.RMSNorm.forward = lambda self, x: _norm(self, self.weight, x)
     te.DotProductAttention.forward = _attention
+    _save_what_a_gpu_would()
+    _gather_bytes_alone()
     arguments._refuse_missing_gpu = lambda args: None
     local = cpu.flags
     cpu.flags = lambda: ["transformer_engine" if word == "local" else word for word in local()]
+
+
+def _save_what_a_gpu_would() -> None:
+    """Megatron dequantizes what it saves, if it lies on a GPU."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    resolve = DefaultSavePlanner.resolve_data
+    DefaultSavePlanner.resolve_data = lambda self, item: _plain(resolve(self, item))
+
+
+def _gather_bytes_alone() -> None:
+    """NCCL can gather FP8 and bf16 weights in one coalesced call; gloo takes all for the first one's type."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    gather = param_and_grad_buffer.dist_all_gather_func
+
+    def alone(out: torch.Tensor, own: torch.Tensor, *, group: Any, async_op: bool) -> Any:
+        if out.dtype != torch.uint8:
+            return gather(out, own, group=group, async_op=async_op)
+        return group._allgather_base(out, own).wait()
+
+    param_and_grad_buffer.dist_all_gather_func = alone
 
 
 @contextlib.contextmanager
@@ -64,6 +90,7 @@ def _norm_linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = 
 def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
     """[s, b, in] to [s, b, out]; one of the two is [s/TP, …] where a model is sequence parallel."""
     from megatron.core.tensor_parallel import mappings
+    from transformer_engine.pytorch.tensor import QuantizedTensor
 
     if self.tp_size > 1 and self.parallel_mode == "column":
         x = (
@@ -71,8 +98,8 @@ def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None)
             if self.sequence_parallel
             else mappings.copy_to_tensor_model_parallel_region(x)
         )
-    multiply = _Fused.apply if self.fuse_wgrad_accumulation else F.linear
-    out = multiply(x, self.weight)
+    special = self.fuse_wgrad_accumulation or isinstance(self.weight, QuantizedTensor)
+    out = (_Linear.apply if special else F.linear)(x, self.weight, *([self.fuse_wgrad_accumulation] if special else []))
     if self.tp_size > 1 and self.parallel_mode == "row":
         out = (
             mappings.reduce_scatter_to_sequence_parallel_region(out)
@@ -82,25 +109,36 @@ def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None)
     return out
 
 
-class _Fused(torch.autograd.Function):
-    """A linear whose weight gradient goes straight into ``main_grad``, as TE's kernels put it there."""
+class _Linear(torch.autograd.Function):
+    """A linear whose weight may be FP8, and whose weight's gradient may go straight into ``main_grad``, as in TE's."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
+        ctx.weight, ctx.fused = weight, fused
         ctx.save_for_backward(x)
-        return F.linear(x, weight)
+        return F.linear(x, _plain(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         weight = ctx.weight
-        weight.main_grad += gradient.flatten(0, 1).float().t() @ x.flatten(0, 1).float()
-        weight.grad_added_to_main_grad = True
-        return gradient @ weight, torch.empty_like(weight)  # TE's dummy: nobody reads it
+        of_weight = gradient.flatten(0, 1).t() @ x.flatten(0, 1)
+        if ctx.fused:
+            weight.main_grad += of_weight
+            weight.grad_added_to_main_grad = True
+            of_weight = torch.empty_like(of_weight)  # TE's dummy: nobody reads it
+        return gradient @ _plain(weight), of_weight, None
 
 
-def _attention(self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    from transformer_engine.pytorch.tensor import QuantizedTensor
+
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
+def _attention(
+    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
     """Causal; query [s, b, n, d], key and value [s, b, g, d] to [s, b, n·d]."""
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, *(y.repeat_interleave(repeats, dim=2) for y in (key, value))))
