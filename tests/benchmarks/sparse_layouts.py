@@ -82,8 +82,8 @@ def main() -> int:
                 perplexity = prune(options, method, pattern, layout, save)
                 row = {"method": method, "pattern": pattern, "layout": name, "perplexity": perplexity}
                 rows.append(row | agreement(base, save))
-                cells = "{method} {pattern} | {layout} | {all:.4%} | {first_block:.4%} | {worst_matrix:.4%} | {perplexity:.3f}"
-                print(f"| {cells.format(**rows[-1])} |", flush=True)
+                bits = "{all:.4%} | {first_block:.4%} | {worst_matrix:.4%}".format(**rows[-1])
+                print(f"| {method} {pattern} | {name} | {bits} | {perplexity:.3f} |", flush=True)
                 if save != base:
                     shutil.rmtree(save)
             shutil.rmtree(base)
