@@ -36,7 +36,8 @@ def flags(layers: int, corpus: Path, folder: Path) -> list[str]:
         "--group-query-attention --num-query-groups 8 --swiglu --normalization RMSNorm --disable-bias-linear "
         "--position-embedding-type rope --untie-embeddings-and-output-weights --padded-vocab-size 32768 "
         f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size 1 "
-        f"--global-batch-size {BATCH} --tokenizer-type NullTokenizer --vocab-size 32767 --attention-dropout 0 --hidden-dropout 0 --lr 1e-4 "
+        f"--global-batch-size {BATCH} --tokenizer-type NullTokenizer --vocab-size 32767 --lr 1e-4 "
+        "--attention-dropout 0 --hidden-dropout 0 "
         "--recompute-activations --use-distributed-optimizer --log-interval 1 --eval-iters 0 --eval-interval 1000 "
         f"--transformer-impl transformer_engine --data-path {corpus} --data-cache-path {folder / 'cache'}"
     ).split()
