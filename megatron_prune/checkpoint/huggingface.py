@@ -35,6 +35,7 @@ from megatron_prune.masks.verify import guarded, masks_of
 BLOCK_BYTES = 8 << 20
 _DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
+
 def import_hf(
     hf: str | Path,
     save: str | Path,

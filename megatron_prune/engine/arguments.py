@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
@@ -159,6 +160,8 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
 
 def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
     """``--load DIR/iter_N`` means ``--load DIR --ckpt-step N``; broken trackers are repaired first."""
+    for name in ("load", "save", "pretrained_checkpoint", "shape_from", "masks"):
+        refuse_remote(f"--{name.replace('_', '-')}", getattr(args, name, None) or "")
     for name in ("load", "pretrained_checkpoint", "shape_from"):
         value = getattr(args, name)
         if value is None:
