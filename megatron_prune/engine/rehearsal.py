@@ -78,6 +78,7 @@ def rehearse(verb: str, argv: list[str], *, gpus: int, per_node: int, capability
             RANK="0", WORLD_SIZE=str(gpus), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(per_node),
             MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
         )  # fmt: skip
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # launch/ sets it
         _pretend_gpu(capability)
         args = _parse(verb, argv)
         microbatches = _microbatches(args)

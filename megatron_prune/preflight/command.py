@@ -31,10 +31,10 @@ _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     own, verb, rest = split(argv)
-    options = _parser().parse_args(own)
-    if verb is None:
-        raise UsageError("preflight", given=" ".join(rest) or "no command", allowed=f"one of {', '.join(VERBS)}, and "
-                         "its flags, after preflight's own")  # fmt: skip
+    options, unknown = _parser().parse_known_args(own)
+    if verb is None or unknown:
+        raise UsageError("preflight", given=" ".join(unknown) or "no command", allowed="its own flags, and then one of "
+                         f"{', '.join(VERBS)} with the flags of that")  # fmt: skip
     # It would warn of a CUDA that is missing, which is no news here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_prune.engine import cpu
@@ -62,10 +62,9 @@ def main(argv: list[str]) -> int:
 def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
     """preflight's own flags, the verb, and the verb's flags."""
     for place, word in enumerate(argv):
-        if word in ("torchrun", "python") and "megatron_prune" in argv[place:]:
-            verb, *rest = [*argv[argv.index("megatron_prune", place) + 1 :], ""][: len(argv)]
-            rest = [w for w in rest if w]
-            return argv[:place], verb if verb in VERBS else None, rest
+        if word in ("torchrun", "python", "srun") and "megatron_prune" in argv[place:]:
+            verb = argv.index("megatron_prune", place) + 1
+            return argv[:place], argv[verb] if argv[verb : verb + 1] and argv[verb] in VERBS else None, argv[verb + 1 :]
         if word in VERBS:
             return argv[:place], word, argv[place + 1 :]
     return argv, None, []

@@ -17,7 +17,7 @@ MODEL = (
 def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
     """Bytes of the tensors, weights aside, that a forward pass of a model of ``layers`` blocks leaves saved; its args.
 
-    A view counts for its own part. Queries, keys and values go through torch's own fused attention, as flash attention would have them.
+    A view counts for its own part. Attention is torch's fused one, which keeps what flash attention keeps.
     """
     import functools
 

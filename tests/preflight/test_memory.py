@@ -20,7 +20,7 @@ LLAMA = ModelShape(
 
 
 # Flags, and how many hidden states a token and block Megatron's local spec keeps beyond the Transformer Engine one:
-# torch's RMSNorm also saves what its gain multiplies, and a norm that is no part of fc1 is outside of what "mlp" covers.
+# torch's RMSNorm also saves what its gain multiplies, and a norm that is no part of fc1 lies outside of "mlp".
 RECOMPUTATION = {
     "none": ([], 2),
     "full": (["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"], 0),
