@@ -315,9 +315,10 @@ def run(study: config.Study, runs: Path, launcher: FakeLauncher) -> Places:
     from rich.console import Console
 
     from megatron_prune.study import runner
+    from megatron_prune.study.local import Local
     from megatron_prune.study.progress import Progress
 
     places = Places(runs / study.name)
     with Progress(Console(file=io.StringIO())) as progress:
-        runner.run(study, places, launcher=launcher, progress=progress)
+        runner.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
     return places

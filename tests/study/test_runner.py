@@ -181,7 +181,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, m
 @pytest.mark.parametrize("content", [{"complete": False}, {"range": [0, 80]}, {"steps": 3}])
 def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch, content: dict) -> None:
     monkeypatch.chdir(tmp_path)
-    study = made_up.study(prefixes)
+    study = made_up.study(prefixes, launch={"retries": 0})
 
     class Lying(made_up.FakeLauncher):
         def _pretrain(self, argv: list[str]) -> None:
