@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -83,7 +84,7 @@ def rehearse(verb: str, argv: list[str], *, gpus: int, per_node: int, capability
         args = _parse(verb, argv)
         microbatches = _microbatches(args)
         try:
-            stages = [in_child(lambda p=p: _build(args, p)) for p in range(args.pipeline_model_parallel_size)]
+            stages = [in_child(partial(_build, args, p)) for p in range(args.pipeline_model_parallel_size)]
         except Refused as refused:
             return Rehearsal(args, microbatches, (), str(refused))
         return Rehearsal(args, microbatches, tuple(stages))
@@ -99,7 +100,7 @@ def _pretend_gpu(capability: tuple[int, int]) -> None:
     cpu.prepare_megatron()
     cpu._cuda_is_available = lambda: True  # from here on flags and refusals are the cluster's
     properties = SimpleNamespace(major=capability[0], minor=capability[1], name="", total_memory=0)
-    torch.cuda.get_device_capability = lambda *_: capability  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment]
     megatron.core.utils._te_version = Version(ASSUMED_TE)
 
@@ -124,7 +125,7 @@ def _parse(verb: str, argv: list[str]) -> argparse.Namespace:
         raise _Parsed(args)
 
     global_vars.set_global_variables = stop  # the last thing that `arguments.parse` does
-    arguments._repair = lambda *_: None  # type: ignore[assignment]  # the job whose files these are may be running
+    arguments._repair = lambda *_: None  # the job whose files these are may be running
     try:
         importlib.import_module(VERBS[verb][0]).main(argv)
     except _Parsed as parsed:
