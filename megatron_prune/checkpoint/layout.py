@@ -218,14 +218,17 @@ class WeightLayout:
         return self.suffix in LINEARS
 
 
+LAYERS = "decoder.layers."
+
+
 def layer_name(layer: int, suffix: str) -> str:
     """``decoder.layers.3.mlp.linear_fc2.weight``"""
-    return f"decoder.layers.{layer}.{suffix}"
+    return f"{LAYERS}{layer}.{suffix}"
 
 
 def stacked_name(suffix: str) -> str:
     """The name under which a homogeneous checkpoint stacks all layers: [layers, ...]."""
-    return f"decoder.layers.{suffix}"
+    return f"{LAYERS}{suffix}"
 
 
 def weights(shape: ModelShape) -> Iterator[WeightLayout]:

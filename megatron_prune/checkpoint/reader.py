@@ -22,6 +22,7 @@ import torch
 
 from megatron_prune.artifacts import read_json, sha256_file
 from megatron_prune.checkpoint import index, tracker
+from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.legacy import LegacySource, is_legacy
 from megatron_prune.checkpoint.torch_dist import TorchDistSource
@@ -226,5 +227,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, before any weight is read, when it is missing, incomplete, truncated,
     hostile, or not a dense GPT.
     """
+    refuse_remote("--load", path)
     found = tracker.resolve(Path(path))
     return Checkpoint(found.directory, root=found.root, iteration=found.iteration, release=found.release)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.artifacts import read_json, write_bytes
-from megatron_prune.checkpoint.foreign import refuse_foreign, refuse_remote
+from megatron_prune.checkpoint.foreign import refuse_foreign
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -112,7 +112,6 @@ def resolve(path: Path) -> Found:
     """The checkpoint that a command-line argument means: a root with a tracker, or one of its directories."""
     from megatron_prune.checkpoint.legacy import is_legacy
 
-    refuse_remote("checkpoint", path)
     path = path.absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: expected a Megatron checkpoint")
