@@ -45,6 +45,7 @@ class Question:
     mfu: float
     reserve: int  # bytes
     corpus_tokens: int | None
+    absent: dict[str, str]  # checkpoints that are not here, by flag
 
     @property
     def trains(self) -> bool:
@@ -60,7 +61,7 @@ def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
     found += balance(args, shape, rehearsal)
     found.append(memory_of_ranks(question, rehearsal))
     found += data(question, args)
-    found += start(args, rehearsal)
+    found += start(question, rehearsal)
     if question.trains:
         spent = cost.time(args, shape, question.cluster, question.mfu)
         found.append(Finding(
@@ -298,17 +299,21 @@ def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
     return trained_on(Path(path)) if path and Path(path).is_dir() else []
 
 
-def start(args: argparse.Namespace, rehearsal: Rehearsal) -> Iterator[Finding]:
+def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
     """Whether what the run starts from, and its masks, are of this model and load on this layout."""
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.engine import runtime
 
+    args = rehearsal.args
+    for flag, path in question.absent.items():
+        yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
     own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
     flag, path = ("--load", args.load) if own or not args.pretrained_checkpoint else (
         "--pretrained-checkpoint", args.pretrained_checkpoint
     )  # fmt: skip
     if path is None or (flag == "--load" and not own and path == args.save):
-        yield Finding("start", "yes", "from random weights")
+        if not question.absent:
+            yield Finding("start", "yes", "from random weights")
     elif not Path(path).is_dir():
         yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
     else:

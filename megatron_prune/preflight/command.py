@@ -2,8 +2,8 @@
 
 Takes the command line of ``pretrain``, ``calibrate``, ``sparsify`` or ``evaluate``, written as it will be (a
 ``torchrun … -m megatron_prune`` before it is skipped). Corpora and checkpoints are looked at where they are on this
-machine; what is not here is reported as not checked. Exit codes: 0 it will run, 1 it will not, 2 preflight itself
-was asked something wrong.
+machine; what is not here is reported as not checked (``elsewhere``). Exit codes: 0 it will run, 1 it will not, 2
+preflight itself was asked something wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from megatron_prune import artifacts
 from megatron_prune.errors import UsageError
+from megatron_prune.preflight import elsewhere
 from megatron_prune.preflight.cluster import GPUS, Cluster
 
 VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         raise UsageError("--corpus-tokens", given=options.corpus_tokens, allowed=str(error)) from error
     cluster = Cluster(options.gpus, options.gpu, options.gpus_per_node)
-    found = answer(Question(verb, rest, cluster, options.mfu, int(options.reserve_gb * 1e9), tokens))
+    line = elsewhere.resolve(rest, options.model)
+    reserve = int(options.reserve_gb * 1e9)
+    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, tokens, line.absent))
     if options.output:
         artifacts.write_json(options.output, found)
     show(found)
@@ -93,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         default=6,
         metavar="GB",
         help="of every GPU, for the CUDA context, NCCL, workspaces and fragmentation (default: %(default)s)",
+    )
+    add(
+        "--model",
+        metavar="FILE",
+        help="the model's flags, while the checkpoint that says them is not here (# begins a comment)",
     )
     add("--corpus-tokens", metavar="N", help="what the corpora hold, such as 750B, while they are not here")
     add("--output", metavar="FILE.json", help="the answer as data, too")

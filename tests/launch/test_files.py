@@ -29,13 +29,13 @@ def job() -> dict:
     return yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
 
 
-def test_megatron_accepts_the_flags_and_the_jobs_command_lines(distributed) -> None:
+def test_megatron_accepts_the_flags_and_the_jobs_command_lines(distributed, tmp_path) -> None:
     (container,) = job()["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
-    # The checkpoint is not here: its arguments are given as flags.
-    words = [word for word in container["args"][1:] if word != "--use-checkpoint-args"]
+    model = tmp_path / "llama.flags"
+    model.write_text(commands.LLAMA)
     lines = [
         ["--gpus", "64", *commands.train("--tensor-model-parallel-size 2", "--stream-range 0:24414208", *flags())],
-        ["--gpus", "16", "pretrain", *commands.LLAMA.split(), *words],
+        ["--gpus", "16", "--model", str(model), *container["args"]],
     ]
     [[saving, kubernetes]] = distributed(commands.answers, 1, lines)
     assert saving["verdict"] == "yes", commands.reasons(saving, "no")

@@ -149,6 +149,25 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
     assert sorted(tmp_path.rglob("*")) == before  # preflight writes nothing
 
 
+def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -> None:
+    model = tmp_path / "model.flags"
+    model.write_text(f"# Llama 3.1 8B\n{LLAMA}")
+    recipe = train("--tensor-model-parallel-size 2", model="")[1:]
+    lines = [
+        ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--pretrained-checkpoint", "/not/here",
+         "--use-checkpoint-args", "--masks", "/not/here/masks"],
+        ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--shape-from=/not/here"],
+    ]  # fmt: skip
+    [[pruned, scratch]] = distributed(commands.answers, 1, lines)
+    assert pruned["verdict"] == scratch["verdict"] == "yes", pruned["findings"]
+    assert pruned["parameters"] == scratch["parameters"] == 8_030_261_248
+    unchecked = reasons(pruned, "not checked")
+    assert "--pretrained-checkpoint /not/here" in unchecked and "--masks /not/here/masks" in unchecked
+    assert "--shape-from /not/here" in reasons(scratch, "not checked")
+    held = [finding(answer, "memory")["facts"]["stages"][0]["masks"] for answer in (pruned, scratch)]
+    assert held == [3_489_660_928, 0]  # a byte for each weight of half the linears
+
+
 def test_a_launcher_before_the_verb_is_skipped() -> None:
     words = "--gpus 16 torchrun --nnodes 2 -m megatron_prune pretrain --lr 1".split()
     assert command.split(words) == (["--gpus", "16"], "pretrain", ["--lr", "1"])
@@ -161,6 +180,9 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
         ("--gpus 8", "no command"),
         ("--gpus 12 pretrain --lr 1", "--gpus"),
         ("--gpus 0 pretrain --lr 1", "--gpus"),
+        ("--gpus 8 pretrain --shape-from /not/here", "--model.*not/here"),
+        ("--gpus 8 calibrate --load /not/here --use-checkpoint-args", "--model.*not/here"),
+        ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
         ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
         ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),
     ],
