@@ -43,7 +43,7 @@ def _table(title: str, cells: Sequence[Outlay], speed: Speed | None, nproc: int)
     for one in cells:
         took = speed.seconds(one, nproc) if speed else None
         seconds |= {one.cell: took} if took is not None else {}
-        flops = "not known yet" if one.flops is None else f"{one.flops:.3e}"
+        flops = "not known yet" if one.flops is None else f"{one.flops:.3e}" if one.flops else ""
         table.add_row(
             one.cell, one.samples, _count(one.steps), _count(one.tokens), flops, _count(one.parameters),
             _size(one.memory), _size(one.storage), _time(took),

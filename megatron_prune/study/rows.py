@@ -91,9 +91,7 @@ def _behind(
     }
 
 
-def spent_on(
-    study: Study, pruning: Pruning, records: Mapping[str, Record], consumed: Mapping[str, int]
-) -> int | None:
+def spent_on(study: Study, pruning: Pruning, records: Mapping[str, Record], consumed: Mapping[str, int]) -> int | None:
     """FLOPs of a pruning and of those that it starts from, with their calibrations; None before they are finished."""
     spent: list[int | None] = []
     for link in pruning.links:

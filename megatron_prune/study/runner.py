@@ -113,6 +113,9 @@ class _Runner:
             if not may:
                 return
             cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
+            if all(stage.done() for stage in cell.stages):  # an earlier runner was killed before its line
+                self._finish(cell)
+                continue
             self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
             self.begun.add(cell.id)
             self.launcher.begin(cell, [name for name in cell.after if name in self.begun])
@@ -130,6 +133,10 @@ class _Runner:
                 return  # the queue dropped it since what it waited for failed: no attempt of its own
             self._failed(cell, error or self._why(cell))
             return
+        self._finish(cell)
+
+    def _finish(self, cell: Cell) -> None:
+        """A cell's line in the ledger, and what it lets the runner know."""
         try:
             record = cell.record(self.states.seconds(cell.id))
         except MegatronPruneError as wrong:

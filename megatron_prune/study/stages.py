@@ -172,9 +172,7 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
     yield Stage(pruning_commands.application(study, places, pruning), applied)
 
 
-def training_cells(
-    study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()
-) -> list[Cell]:
+def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
     """The runs that are compared, the longest first; those of which the name does not depend on an unknown shape."""
     return sorted(
         (
@@ -192,9 +190,9 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
     A scratch run that serves several prunings takes the first of them that did not fail.
     """
     candidates = (cell.source, *cell.others)
-    kept = places.cell(cell.id) / "cell.json"
-    if len(candidates) > 1 and kept.is_file():
-        words = artifacts.read_json(kept)["stages"][0]["argv"]
+    directory = places.cell(cell.id)
+    if len(candidates) > 1 and _has_begun(directory):
+        words = artifacts.read_json(directory / "cell.json")["stages"][0]["argv"]
         for pruning in candidates:
             if str(places.checkpoint(pruning.cell)) in words:
                 return pruning
@@ -232,13 +230,13 @@ def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
 
 
 def keep(study: Study, places: Places, cell: Cell) -> None:
-    """Write cell.json; UsageError for a cell that was run with other commands."""
+    """Write cell.json; UsageError for a cell that has begun with other commands."""
     path = places.cell(cell.id) / "cell.json"
     content = cell.to_json()
     earlier = artifacts.read_json(path) if path.is_file() else None
     if earlier == content:
         return
-    if earlier is not None and (changed := _first_difference(earlier, content)):
+    if earlier is not None and _has_begun(path.parent) and (changed := _first_difference(earlier, content)):
         raise UsageError(
             f"study {study.name}",
             given=f"{cell.id} with {changed}",
@@ -246,6 +244,10 @@ def keep(study: Study, places: Places, cell: Cell) -> None:
             why=f"rename the study, or remove {path.parent} and its line",
         )
     artifacts.write_json(path, content)
+
+
+def _has_begun(directory: Path) -> bool:
+    return any(directory.glob("*.log"))
 
 
 def _first_difference(earlier: Any, now: Any) -> str:

@@ -93,10 +93,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("tracking", {"wandb_entity": "me"}, r"tracking\.wandb_entity: given me, allowed is only with wandb_project"),
         ("recipe.arguments", {"wandb-project": "x"}, r"recipe\.arguments\.wandb-project: given set"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}]}, r"given name '' and 1 links of a chain"),
-        ("methods.0", {"name": "wanda", "chain": [{"name": "shortgpt", "ratio": 0.5}] * 2}, r"given name 'wanda' and 2 links of a chain"),
+        ("methods.0", {"name": "wanda", "chain": [{"name": "shortgpt", "ratio": 0.5}] * 2},
+         r"given name 'wanda' and 2 links of a chain"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "unstructured"}]},
          r"methods\.chain\.wanda-unstructured: given nothing that says how much"),
-        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "ratio": 0.5}]},  # noqa: E501
+        ("methods.0", {"chain": [{"name": "flap", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "ratio": 0.5}]},
          r"methods\.chain\.wanda-2-4: given more than one"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}] * 2, "settings": {"axis": "depth"}},
          r"given pattern, settings or target beside a chain"),
