@@ -50,7 +50,7 @@ class Comparison:
 
     ``scratch`` is None where it is not run, and ``not_run`` says why; or where its length is not known yet. Of a
     sweep, ``pruned`` and ``scratch`` are the runs at the first rate until ``results`` has chosen the arms' own;
-    ``swept`` has both by rate.
+    ``swept`` has both by rate, and ``chosen`` is False while runs that decide are missing.
     """
 
     pruning: Pruning
@@ -62,6 +62,7 @@ class Comparison:
     scratch: str | None
     not_run: str = ""
     swept: tuple[tuple[float, str, str | None], ...] = ()
+    chosen: bool = True
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,10 @@ class _Matching:
     def compare(self, made: grid.Comparison) -> Compared:
         """The match of a comparison whose runs are finished; AccountError when they do not match."""
         tokens = self.lay.retrain(made.budget).steps * self.lay.batch.tokens
-        cells = [name for _, *both in made.swept for name in both] or [made.pruned, made.scratch]
         if made.not_run:
             return Compared(made, tokens, "not run" if made.pruned in self.records else "pending")
-        if made.scratch is None or not all(name in self.records for name in cells):
+        finished = made.pruned in self.records and made.scratch in self.records
+        if made.scratch is None or not finished or not made.chosen:
             return Compared(made, tokens, "pending")
         swept = {rate: (self._account(a), self._account(b or "")) for rate, a, b in made.swept}
         runs = match.Runs(
@@ -157,6 +157,7 @@ def to_json(results: Results) -> dict[str, Any]:
         "study": results.study.name,
         "about": "One row a side of a comparison, and one for the parent; cell names the run behind a row. "
         "Losses are mean nats per predicted token on fixed windows.",
+        "one_parent": not results.study.parent_per_seed,
         "columns": list(COLUMNS),
         "rows": list(results.rows),
         "verdicts": [

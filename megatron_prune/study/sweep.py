@@ -70,9 +70,9 @@ def _chosen(
 
 
 def _with_choice(made: Comparison, sweeps: Mapping[tuple[Any, ...], Sweep]) -> Comparison:
-    arms = (sweeps.get(_pruned(made)), sweeps.get(_scratch(made)))
-    chosen: dict[str, Any] = {}
-    for which, arm in zip(("pruned", "scratch"), arms, strict=True):
+    arms = {"pruned": sweeps.get(_pruned(made)), "scratch": sweeps.get(_scratch(made))}
+    changes: dict[str, Any] = {"chosen": all(arm is None or arm.chosen is not None for arm in arms.values())}
+    for position, (which, arm) in enumerate(arms.items()):
         if arm is not None and arm.chosen is not None:
-            chosen[which] = next(names[which == "scratch"] for rate, *names in made.swept if rate == arm.chosen)
-    return replace(made, **chosen) if chosen else made
+            changes[which] = next(names[position] for rate, *names in made.swept if rate == arm.chosen)
+    return replace(made, **changes)

@@ -166,7 +166,7 @@ class FakeLauncher:
             "removed_all": masks.removed / parent.shape.parameters(),
             "flops": 10**9 if "calibration_data_path" in given else 0,
         }
-        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[entry]) as writer:
+        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[*parent.pruning, entry]) as writer:
             folder.rename(writer.beside(MASKS))
             for weight in weights(parent.shape):
                 values = parent.read(weight.name)
@@ -286,7 +286,10 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         "parameters_nonzero": shape.parameters(),
         "initial_loss": number("first", given["save"].split("cells/")[-1]),
         "final_loss": number("last", given["save"].split("cells/")[-1]),
-        "arguments": {**given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps},
+        "arguments": {
+            **given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps, "lr": float(given["lr"]),
+            "check_for_nan_in_loss_and_grad": True,
+        },
         "initial": None,
         "masks": None,
     }
