@@ -54,7 +54,11 @@ class Tensors:
     def _files(self) -> dict[str, list[str] | None]:
         if (self._directory / INDEX).is_file():
             files: dict[str, list[str] | None] = {}
-            for key, name in read_json(self._directory / INDEX)["weight_map"].items():
+            found = read_json(self._directory / INDEX)
+            names = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise CheckpointError(f"{self._directory / INDEX} is damaged: it does not say which file holds what")
+            for key, name in names.items():
                 files.setdefault(name, []).append(key)  # type: ignore[union-attr]
             return files
         if not (self._directory / SINGLE).is_file():
