@@ -99,7 +99,7 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
             yield Outlay(name, tokens=calibration_tokens(study), flops=forward, after=(after,))
     for link in links(study):
         yield _pruning(study, outlook, link)
-    for run in outlook.grid(study).cells:
+    for run in outlook.estimated_grid(study).cells:
         shape = outlook.targets.get(run.source.name)
         yield training(run.id, run.samples, shape, retained, (run.source.cell,))
 
@@ -130,7 +130,7 @@ def left_to_know(study: Study, outlook: Outlook) -> list[str]:
         missing.append("shapes that a search chooses are known when it has been run")
     flops = any(setting == "equal-flops" for entry in study.methods for setting, _ in study.compared(entry))
     if flops and len(outlook.spent) < len(prunings(study)):
-        missing.append("scratch runs at equal FLOPs are laid out when the prunings have said what they spent")
+        missing.append("scratch runs at equal FLOPs are estimates until the prunings have said what they spent")
     return missing
 
 

@@ -25,7 +25,7 @@ def show(
     speed = None
     if throughput is not None:
         speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
-    laid = outlook.grid(study)
+    laid = outlook.estimated_grid(study)
     title = f"study {study.name}: {len(laid.cells)} training runs, {launch.nproc} process(es) each"
     console.print(_table(title, list(outlay.of_study(study, outlook)), speed, launch.nproc))
     for note in [*grid.notes(study), *outlay.left_to_know(study, outlook)]:

@@ -47,6 +47,11 @@ class Outlook:
         """All training cells, as far as shapes and FLOPs are known."""
         return grid.expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
 
+    def estimated_grid(self, study: Study) -> grid.Grid:
+        """The same, where prunings that have not said what they spent are taken to have spent nothing."""
+        spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
+        return grid.expand(study, self.lay, self.shapes, self.consumed(study), spent)
+
     @property
     def shapes(self) -> dict[str, Mapping[str, Any]]:
         """The targets as plain mappings."""
@@ -235,7 +240,8 @@ def _check_data(study: Study, outlook: Outlook) -> None:
         stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
         stages["train"] = [prefix for _, prefix in data.train]
         overlap.refuse(overlap.compare_stages(stages, max_near_duplicates=data.max_near_duplicates))
-    ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells} | {"parent": outlook.lay.parent_end}
+    ends = {"parent": outlook.lay.parent_end}
+    ends |= {cell.id: cell.samples.end for cell in outlook.estimated_grid(study).cells}
     for pruning in links(study):
         needs = outlook.needs[pruning.name]
         if needs.retraining:

@@ -149,7 +149,6 @@ def _run(account: Mapping[str, Any]) -> Record:
         "steps": account["steps"],
         "tokens": account["tokens"],
         "unique_tokens": account["unique_tokens"],
-        "replayed": account["replayed"],
         "flops": account["flops_executed"],
         "flops_theoretical": account["flops_theoretical"],
         "parameters": account["parameters"],
