@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": ("megatron_prune.evaluation.evaluate", True, "loss and perplexity on fixed windows"),
     "preflight": ("megatron_prune.preflight.command", True, "will a command line run on a cluster of any size"),
     "study": ("megatron_prune.study.command", False, "run|plan|status|report a token-matched comparison"),
+    "advise": ("megatron_prune.advise.command", False, "prune or scratch, as far as a ledger can say"),
 }
 
 

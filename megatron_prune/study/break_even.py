@@ -149,11 +149,11 @@ def _cross(tokens: np.ndarray, values: np.ndarray, before: int) -> float:
     return float(tokens[before] * (tokens[before + 1] / tokens[before]) ** share)
 
 
-def arms(records: Sequence[tuple[int, int, int, float, float]]) -> Arms | None:
+def arms(records: Sequence[tuple[int, int, int, float, float]], fewest: int = 2) -> Arms | None:
     """From (seed, retraining tokens, scratch tokens, pruned loss, scratch loss) of every finished pair.
 
     Every budget rests on the same seeds: of an unfinished study, the largest full table of seeds and budgets; None
-    where that has one budget.
+    where that has fewer than ``fewest`` budgets.
     """
     found = {(seed, tokens): (beside, pruned, scratch) for seed, tokens, beside, pruned, scratch in records}
     budgets: dict[int, set[int]] = {}
@@ -165,11 +165,11 @@ def arms(records: Sequence[tuple[int, int, int, float, float]]) -> Arms | None:
         for count in range(1, len(fullest) + 1)
     ]
     seeds, shared = max(
-        tables, key=lambda table: len(table[0]) * len(table[1]) * (len(table[1]) > 1), default=([], set())
+        tables, key=lambda table: len(table[0]) * len(table[1]) * (len(table[1]) >= fewest), default=([], set())
     )
-    if len(shared) < 2:
+    if not shared or len(shared) < fewest:
         return None
-    seeds, tokens = [seed for seed in budgets if seed in seeds], sorted(shared)
-    table = np.array([[found[seed, budget] for budget in tokens] for seed in seeds])  # [seeds, budgets, 3]
+    own, common = [seed for seed in budgets if seed in seeds], sorted(shared)
+    table = np.array([[found[seed, budget] for budget in common] for seed in own])  # [seeds, budgets, 3]
     beside = tuple(round(value) for value in table[:, :, 0].mean(axis=0))
-    return Arms(tuple(tokens), beside, tuple(seeds), table[:, :, 1], table[:, :, 2])
+    return Arms(tuple(common), beside, tuple(own), table[:, :, 1], table[:, :, 2])

@@ -31,13 +31,19 @@ class Law:
     exponent: float
     start: float = 0.0  # N0; 0 for scratch
 
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+    def __call__(self, tokens: np.ndarray | float) -> np.ndarray:
         return self.floor + self.scale * (np.asarray(tokens, dtype=np.float64) + self.start) ** -self.exponent
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether the exponent is at an end of what is searched: these losses do not determine it."""
+        return not 1.01 * EXPONENTS[0] < self.exponent < 0.99 * EXPONENTS[1]
 
     @property
     def words(self) -> str:
         inside = f"(N + {self.start:.3g})" if self.start else "N"
-        return f"{self.floor:.3f} + {self.scale:.3g} {inside}^-{self.exponent:.3f}"
+        undetermined = " (exponent not determined)" * self.at_bound
+        return f"{self.floor:.3f} + {self.scale:.3g} {inside}^-{self.exponent:.3f}{undetermined}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ def fit(tokens: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Fit | N
     return Fit(found, float(np.sqrt(np.mean(residuals**2))), p)
 
 
-def law(tokens: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Law:
-    """The law of least squares through ``losses`` at ``tokens``, with E, A and N0 not negative."""
-    tokens = np.asarray(tokens, dtype=np.float64)
+def law(budgets: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Law:
+    """The law of least squares through ``losses`` at ``budgets``, with E, A and N0 not negative."""
+    tokens = np.asarray(budgets, dtype=np.float64)
     losses = np.asarray(losses, dtype=np.float64)
     points, bases = _grid(tuple(tokens.tolist()), pruned)
     centred = bases - bases.mean(axis=1, keepdims=True)
