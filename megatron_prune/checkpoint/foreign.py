@@ -10,11 +10,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.errors import CheckpointError, UsageError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # Path() makes one slash of two
+_CHECKPOINT_FLAGS = ("--load", "--save", "--pretrained-checkpoint", "--shape-from", "--masks")
+_WHY = (
+    "trackers, accounts and masks are kept whole by renaming files, which object stores cannot do; mount the store, or "
+    "copy the checkpoint here and back with the store's own tool"
+)
 
 
 def is_remote(path: str | Path) -> bool:
@@ -29,9 +35,19 @@ def refuse_remote(flag: str, path: str | Path) -> None:
             flag,
             given=path,
             allowed="a directory of this machine, or a file system that it mounts",
-            why="trackers, accounts and masks are kept whole by renaming files, which object stores cannot do; "
-            "mount the store, or copy the checkpoint here and back with the store's own tool",
+            why=_WHY,
         )
+
+
+def refuse_object_stores(argv: Sequence[str]) -> None:
+    """Refuse (UsageError) a command line of Megatron's flags that names a checkpoint in an object store, or asks for
+    Megatron's support for them."""
+    for position, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag in _CHECKPOINT_FLAGS:
+            refuse_remote(flag, value or (argv[position + 1] if position + 1 < len(argv) else ""))
+        if flag == "--enable-msc":
+            raise UsageError(flag, given="on", allowed="off", why=_WHY)
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_prune.checkpoint.foreign import refuse_remote
+from megatron_prune.checkpoint.foreign import refuse_object_stores
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
@@ -35,6 +35,7 @@ def parse(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
+    refuse_object_stores(argv)
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_shape_from(_mend_help(parser))))
@@ -160,8 +161,6 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
 
 def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
     """``--load DIR/iter_N`` means ``--load DIR --ckpt-step N``; broken trackers are repaired first."""
-    for name in ("load", "save", "pretrained_checkpoint", "shape_from", "masks"):
-        refuse_remote(f"--{name.replace('_', '-')}", getattr(args, name, None) or "")
     for name in ("load", "pretrained_checkpoint", "shape_from"):
         value = getattr(args, name)
         if value is None:

@@ -235,6 +235,22 @@ def test_object_stores_are_refused_by_flag(verbs, tmp_path, capsys, whole):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--load", "msc://profile/x"],
+        ["--save=msc://profile/x"],
+        ["--pretrained-checkpoint", "s3://bucket/x"],
+        ["--masks", "gs://b/x"],
+        ["--enable-msc"],
+    ],
+)
+def test_object_stores_are_refused_before_a_run_starts(job, words):
+    done = job(["pretrain", *words])
+    assert done.returncode == 2 and "Traceback" not in done.output and "arguments" not in done.output
+    assert f"{words[0].partition('=')[0]}: given" in done.output and "object stores" in done.output
+
+
+@pytest.mark.parametrize(
     ("file", "message"),
     [
         ("release/run_config.yaml", "Megatron-Bridge"),
