@@ -20,7 +20,9 @@ VERBS = {
     "pretrain": ("megatron_prune.training.pretrain", True, "Megatron's training loop, with an account"),
     "index": ("megatron_prune.data.index", False, "build a token stream's caches beforehand"),
     "evaluate": ("megatron_prune.evaluation.evaluate", True, "loss and perplexity on fixed windows"),
+    "preflight": ("megatron_prune.preflight.command", True, "will a command line run on a cluster of any size"),
     "study": ("megatron_prune.study.command", False, "run|plan|status|report a token-matched comparison"),
+    "advise": ("megatron_prune.advise.command", False, "prune or scratch, as far as a ledger can say"),
 }
 
 

@@ -2,16 +2,17 @@
 
 No model and no process group: every weight is streamed in blocks of rows from the reader, cut by
 the table of layouts (``checkpoint/layout.py``), and handed to the writer, so memory is bounded by a
-few blocks whatever the model's size. The writer makes the result appear whole or not at all.
+few blocks a process whatever the model's size. The writer makes the result appear whole or not at all.
+
+``rewrite`` is the cut that cuts nothing: any checkpoint that can be read as one of ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ import numpy
 import torch
 
 from megatron_prune import artifacts, plan
-from megatron_prune.checkpoint.layout import Kept, WeightLayout, axis_indices, layer_name, weights
+from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
+from megatron_prune.checkpoint.memory import keep_freed_memory
+from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import PlanError
-from megatron_prune.masks import MASKS, write_single
-from megatron_prune.masks.cut import check_cut, cut_masks
+from megatron_prune.masks import MASKS, Masks, open_masks, write_single
+from megatron_prune.masks.cut import Source, check_cut, cut_masks
 from megatron_prune.masks.verify import guarded, masks_of
 from megatron_prune.training.account import trained_on
 
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main(argv: list[str]) -> int:
@@ -40,28 +42,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load", required=True, metavar="CKPT", help="the parent that the plan was made for")
     parser.add_argument("--plan", required=True, metavar="PLAN.json")
     parser.add_argument("--save", required=True, metavar="CKPT", help="where the pruned checkpoint goes")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the weights")
+    parser.add_argument(
+        "--verify-integrity", action="store_true", help="check the parent's files against integrity.json first"
+    )
     options = parser.parse_args(argv)
     made = plan.read(options.plan)
-    _keep_freed_memory()
-    apply_plan(options.load, made, options.save)
+    keep_freed_memory()
+    if options.verify_integrity:
+        open_checkpoint(options.load).verify(hashes=True)
+    apply_plan(options.load, made, options.save, workers=options.workers)
     print(f"wrote {options.save}: {made.target.parameters():,} of {made.source.parameters():,} parameters")
     return 0
 
 
-def _keep_freed_memory() -> None:
-    """Let malloc hand freed blocks out again instead of returning them: their page faults took half the time."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 * BLOCK_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, 32 * BLOCK_BYTES)
-
-
 def apply_plan(
-    load: str | Path, made: plan.PruningPlan, save: str | Path, files: Mapping[str, bytes] | None = None
+    load: str | Path,
+    made: plan.PruningPlan,
+    save: str | Path,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    workers: int = 1,
 ) -> None:
     """Write to ``save`` what ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
 
-    ``files`` are small files to put beside the weights, by their path under ``save``.
+    ``files`` are small files to put beside the weights, by their path under ``save``; ``workers`` processes share
+    the work.
 
     Masks beside the parent are cut along. Raises PlanError when the plan is for another parent; MasksError when the
     cut would tear the groups of N:M masks; CheckpointError from reading and writing.
@@ -69,28 +75,75 @@ def apply_plan(
     parent = open_checkpoint(load)
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
+    _write(parent, made.target, sources, save, [*parent.pruning, provenance(parent, made)], files or {}, workers)
+
+
+def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
+    """Write the weights of any readable checkpoint ``load``, its masks and its provenance, to ``save``, as a release of
+    iteration 0 in `torch_dist` format. Optimizer state stays behind.
+
+    Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
+    """
+    parent = open_checkpoint(load)
+    all_of_it = [(layout, layout.name, Kept()) for layout in weights(parent.shape)]
+    _write(parent, parent.shape, all_of_it, save, parent.pruning, {}, workers)
+    return open_checkpoint(save)
+
+
+def _write(
+    parent: Checkpoint,
+    target: ModelShape,
+    sources: Sequence[Source],
+    save: str | Path,
+    pruning: Sequence[Mapping[str, Any]],
+    files: Mapping[str, bytes],
+    workers: int,
+) -> None:
     masks = masks_of(parent)
     if masks is not None:
         check_cut(masks, sources)
-    args = {**parent.args, **made.target.to_args()}
+    args = {**parent.args, **target.to_args()}
     if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
-        args["encoder_num_layers"] = made.target.num_layers
+        args["encoder_num_layers"] = target.num_layers
     with CheckpointWriter(
         save,
         args=args,
         dtype=parent.spec(parent.names[0]).dtype,
-        pruning=[*parent.pruning, provenance(parent, made)],
+        pruning=pruning,
         huggingface=parent.huggingface,
     ) as writer:
-        for name, payload in (files or {}).items():
+        for name, payload in files.items():
             writer.add_file(name, payload)
+        folder = None
         if masks is not None:
-            masks = write_single(writer.beside(MASKS), made.target, cut_masks(masks, sources))
-        for target, source, kept in sources:
-            blocks = cut(parent, source, kept)
-            if masks is not None:
-                blocks = guarded(masks, target.name, blocks)
-            writer.add(target.name, target.shape, blocks, dtype=parent.spec(source).dtype)
+            folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
+        places = {layout.name: (source, kept) for layout, source, kept in sources}
+        writer.add_all(Pieces(parent.directory, places, folder), workers)
+
+
+@dataclass
+class Pieces(Blocks):
+    """What is left of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it is
+    cut from and what is kept of it. ``masks`` are the folder of the smaller model's, which must fit."""
+
+    load: Path
+    sources: Mapping[str, tuple[str, Kept]]
+    masks: Path | None
+
+    @cached_property
+    def _parent(self) -> Checkpoint:
+        return open_checkpoint(self.load)
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        blocks = cut(self._parent, *self.sources[name])
+        return blocks if self._masks is None else guarded(self._masks, name, blocks)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parent.spec(self.sources[name][0]).dtype
 
 
 def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:

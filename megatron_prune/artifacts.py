@@ -61,7 +61,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise MegatronPruneError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of its encoding
         raise MegatronPruneError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -140,6 +140,9 @@ def main(argv: list[str]) -> int:
         metavar="TP",
         help="refuse shapes that this tensor-parallel size does not divide",
     )
+    parser.add_argument(
+        "--verify-integrity", action="store_true", help="check the parent's files against integrity.json first"
+    )
     own = add_choice_arguments(parser, method)
     options, unknown = parser.parse_known_args(argv)
     refuse_unknown(unknown, name)
@@ -162,6 +165,8 @@ def main(argv: list[str]) -> int:
         )
 
     parent = open_checkpoint(options.load)
+    if options.verify_integrity:
+        parent.verify(hashes=True)
     question = choice.question(parent)  # refuse a target before reading statistics
     statistics = None
     if options.statistics:

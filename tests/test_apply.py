@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_prune import apply, artifacts, plan
+from megatron_prune import apply, plan
 from megatron_prune.calibrate.statistics import Statistics, tensor_shapes
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
@@ -287,38 +283,3 @@ def test_small_blocks_make_the_same_weights(
     large, small = open_checkpoint(tmp_path / "large"), open_checkpoint(tmp_path / "small")
     assert large.fingerprint() == small.fingerprint()
     assert all(torch.equal(large.read(name), small.read(name)) for name in large.names)
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Hash of every file."""
-    return {str(path.relative_to(folder)): artifacts.sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def test_killed_at_random_leaves_nothing_and_the_rerun_is_identical(
-    tiny_hf: Callable[..., Path], tmp_path: Path
-) -> None:
-    """SIGKILL at random moments of ``apply``: no result but a whole one, and the same bytes at the end."""
-    hf = tiny_hf("llama-gqa", layers=8, hidden_size=192, intermediate_size=1536)
-    import_hf(hf, tmp_path / "parent")
-    made = make(open_checkpoint(tmp_path / "parent"), "random", num_layers=7, ffn_hidden_size=1000)
-    apply.apply_plan(tmp_path / "parent", made, tmp_path / "pruned")
-    (tmp_path / "pruned").rename(tmp_path / "expected")
-
-    save, draws, killed = tmp_path / "pruned", random.Random(0), 0
-    for _ in range(20):
-        child = os.fork()
-        if child == 0:  # a fork, since importing torch anew would take most of the time
-            with contextlib.suppress(BaseException):
-                apply.apply_plan(tmp_path / "parent", made, save)
-            os._exit(0)
-        time.sleep(draws.uniform(0.0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        if save.exists():  # it was faster: then all of it must be there
-            open_checkpoint(save).verify(hashes=True)
-            assert open_checkpoint(save).shape == made.target
-            shutil.rmtree(save)
-    assert killed > 5
-    apply.apply_plan(tmp_path / "parent", made, save)
-    assert files_of(save) == files_of(tmp_path / "expected")
-    assert not list(tmp_path.glob(".pruned*")), "left-overs of killed runs are removed by the next"

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Llama-family models: Hugging Face ⇄ Megatron; the work is in megatron_prune/checkpoint/huggingface.py.
+"""Checkpoints in another form; the work is in megatron_prune/checkpoint/huggingface.py and megatron_prune/apply.py.
 
-    convert_checkpoint.py import --hf HF_DIR --save CKPT
-    convert_checkpoint.py export --load CKPT --hf HF_DIR
+    convert_checkpoint.py import  --hf HF_DIR --save CKPT      Llama family, Hugging Face → Megatron
+    convert_checkpoint.py export  --load CKPT --hf HF_DIR      and back
+    convert_checkpoint.py rewrite --load CKPT --save CKPT      any Megatron checkpoint, legacy per-rank files
+                                                               too → torch_dist, its weights alone
 
-Masks go along: CKPT/masks is HF_DIR/masks.safetensors (megatron_prune/masks/huggingface.py).
+Masks go along: CKPT/masks is HF_DIR/masks.safetensors (megatron_prune/masks/huggingface.py). Legacy per-rank files are
+written by Megatron itself: pretrain … --ckpt-convert-format torch --ckpt-convert-save DIR, at the layout they are for.
 """
 
 from __future__ import annotations
@@ -34,6 +37,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = directions.add_parser("export", help="Megatron → Hugging Face").add_argument
     add("--load", required=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
     add("--hf", required=True, metavar="DIR", help="directory to write; must not exist")
+    add = directions.add_parser("rewrite", help="Megatron → Megatron, torch_dist").add_argument
+    add("--load", required=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
+    add("--save", required=True, metavar="CKPT", help="checkpoint to write; must not exist")
+    for name, direction in directions.choices.items():
+        direction.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work")
+        if name != "import":
+            direction.add_argument("--verify-integrity", action="store_true",
+                help="check the files of --load against integrity.json first")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -42,10 +53,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch
 
+        from megatron_prune.apply import rewrite
+        from megatron_prune.checkpoint.foreign import refuse_remote
         from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+        from megatron_prune.checkpoint.memory import keep_freed_memory
+        from megatron_prune.checkpoint.reader import open_checkpoint
 
+        keep_freed_memory()
+        refuse_remote("--hf", getattr(args, "hf", ""))
+        if getattr(args, "verify_integrity", False):
+            open_checkpoint(args.load).verify(hashes=True)
         if args.direction == "export":
-            print(f"wrote {export_hf(args.load, args.hf)}")
+            print(f"wrote {export_hf(args.load, args.hf, workers=args.workers)}")
+        elif args.direction == "rewrite":
+            made = rewrite(args.load, args.save, workers=args.workers)
+            print(f"wrote {made.root}: {made.shape.parameters():,} parameters")
         else:
             made = import_hf(
                 args.hf,
@@ -54,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
                 tensor_model_parallel_size=args.tensor_model_parallel_size,
                 max_position_embeddings=args.max_position_embeddings,
+                workers=args.workers,
             )
             print(f"wrote {made.root}: {made.shape.parameters():,} parameters")
     except MegatronPruneError as error:

@@ -18,7 +18,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print JSON instead of a tree")
     add("--sparsity", action="store_true", help="count exact zeros (reads every weight once)")
     add("--full-hash", action="store_true", help="hash every number of every weight, whatever the layout")
-    add("--verify", action="store_true", help="check every file's SHA-256 against integrity.json first")
+    add("--verify-integrity", action="store_true", help="check every file's SHA-256 against integrity.json first")
     return parser.parse_args(argv)
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_prune.checkpoint.reader import open_checkpoint
 
         checkpoint = open_checkpoint(args.checkpoint)
-        if args.verify:
+        if args.verify_integrity:
             checkpoint.verify(hashes=True)
         found = inspect.describe(checkpoint, sparsity=args.sparsity, full_hash=args.full_hash)
         if args.json:

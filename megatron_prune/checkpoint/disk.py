@@ -35,6 +35,25 @@ def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[
         ) from error
 
 
+@contextlib.contextmanager
+def explain_failed_save(save: Path | None) -> Iterator[None]:
+    """Say so where a save of Megatron's failed because the disk is full: what Megatron raises does not tell."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        if save is None or not save.is_dir():
+            raise
+        usage = shutil.disk_usage(save)
+        if usage.free > max(16 << 20, usage.total // 1000) and not _is_full_disk(error):
+            raise
+        raise CheckpointError(
+            f"no space left while saving to {save} ({usage.free / 1e9:.2f} GB free): the saves before it are whole; "
+            "free some space and start the same command again"
+        ) from error
+
+
 def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

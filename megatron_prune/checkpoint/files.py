@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_prune.checkpoint import safe
+from megatron_prune.checkpoint import stored_record
 from megatron_prune.checkpoint.index import Box, Piece
 from megatron_prune.errors import CheckpointError
 
@@ -18,7 +18,7 @@ class StoredFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._descriptors: dict[str, int] = {}
-        self._records: dict[tuple[str, int], safe.Record] = {}
+        self._records: dict[tuple[str, int], stored_record.Record] = {}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
@@ -43,12 +43,12 @@ class StoredFiles:
             self._read_into(buffer, box.piece.file, begin)
             target.copy_(buffer)
 
-    def record(self, piece: Piece) -> safe.Record:
+    def record(self, piece: Piece) -> stored_record.Record:
         """Where the numbers of a piece lie. Raises CheckpointError where its record is damaged or another's."""
         place = (piece.file, piece.start)
         if place not in self._records:
             origin = f"{self._directory / piece.file} (the shard of {piece.key} at {list(piece.offsets)})"
-            record = safe.locate(self._open(piece.file), piece.start, piece.length, origin)
+            record = stored_record.locate(self._open(piece.file), piece.start, piece.length, origin)
             if (record.dtype, torch.Size(record.size).numel()) != (piece.dtype, torch.Size(piece.sizes).numel()):
                 raise CheckpointError(
                     f"{origin} holds {record.dtype} {list(record.size)}, "

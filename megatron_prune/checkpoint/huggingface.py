@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,17 @@ from megatron_prune.checkpoint.huggingface_config import (
 )
 from megatron_prune.checkpoint.huggingface_table import Segment, rows_of_tensors, segments
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
 from megatron_prune.errors import CheckpointError
-from megatron_prune.masks import MASKS
+from megatron_prune.masks import MASKS, Masks, open_masks
 from megatron_prune.masks.huggingface import HUGGINGFACE_MASKS, export_masks, import_masks
 from megatron_prune.masks.verify import guarded, masks_of
 
 BLOCK_BYTES = 8 << 20
 _DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
 
 def import_hf(
     hf: str | Path,
@@ -43,13 +47,14 @@ def import_hf(
     make_vocab_size_divisible_by: int = 128,
     tensor_model_parallel_size: int = 1,
     max_position_embeddings: int | None = None,
+    workers: int = 1,
 ) -> Checkpoint:
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
 
-    ``dtype`` casts every tensor; by default each keeps its own. Tokenizer files and config travel along
-    in ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises CheckpointError, before
-    anything is written, for a model that cannot be represented or whose files are missing or truncated, and
-    MasksError for masks that do not fit it.
+    ``dtype`` casts every tensor; by default each keeps its own. ``workers`` processes share the work. Tokenizer files
+    and config travel along in ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises
+    CheckpointError, before anything is written, for a model that cannot be represented or whose files are missing or
+    truncated, and MasksError for masks that do not fit it.
     """
     source = _directory(hf)
     config = read_json(source / "config.json")
@@ -66,20 +71,47 @@ def import_hf(
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
         masks = None
         if (source / HUGGINGFACE_MASKS).is_file():
-            masks = import_masks(source / HUGGINGFACE_MASKS, shape, writer.beside(MASKS))
-        for layout in weights(shape):
-            pieces = segments(layout, shape, args["vocab_size"])
-            kind = dtype or tensors.dtype(pieces[0].name or "")
-            blocks = _blocks(layout, pieces, tensors, kind)
-            if masks is not None:
-                blocks = guarded(masks, layout.name, blocks)
-            writer.add(layout.name, layout.shape, blocks, dtype=kind)
+            masks = import_masks(source / HUGGINGFACE_MASKS, shape, writer.beside(MASKS)).folder
+        writer.add_all(Imported(source, shape, args["vocab_size"], dtype, masks), workers)
     return open_checkpoint(save)
 
 
-def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30) -> Path:
+@dataclass
+class Imported(Blocks):
+    """Megatron's weights out of a Hugging Face directory; ``masks`` are the folder of those that must fit them."""
+
+    source: Path
+    shape: ModelShape
+    vocabulary_size: int
+    cast: torch.dtype | None
+    masks: Path | None
+
+    @cached_property
+    def _tensors(self) -> safetensors_io.Tensors:
+        return safetensors_io.Tensors(self.source)
+
+    @cached_property
+    def _layouts(self) -> dict[str, WeightLayout]:
+        return {layout.name: layout for layout in weights(self.shape)}
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    def _pieces(self, name: str) -> list[Segment]:
+        return segments(self._layouts[name], self.shape, self.vocabulary_size)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        blocks = _blocks(self._layouts[name], self._pieces(name), self._tensors, self.dtype(name))
+        return blocks if self._masks is None else guarded(self._masks, name, blocks)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.cast or self._tensors.dtype(self._pieces(name)[0].name or "")
+
+
+def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30, workers: int = 1) -> Path:
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty), its masks
-    as ``masks.safetensors``.
+    as ``masks.safetensors``; ``workers`` processes share its files.
 
     Raises CheckpointError for a model that Hugging Face's Llama family cannot say, MasksError for masks that do not
     fit the weights.
@@ -93,23 +125,11 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
         checkpoint.spec("embedding.word_embeddings.weight").dtype,
         read_json(original) if original is not None and original.is_file() else None,
     )
-    made_of = rows_of_tensors(weights(checkpoint.shape), checkpoint.shape, vocabulary(checkpoint.args))
-    entries = {}
-    for name, parts in made_of.items():
-        spec = checkpoint.spec(parts[0][1])
-        entries[name] = (spec.dtype, (parts[-1][0].stop, *spec.shape[1:]))
-
-    def blocks(name: str) -> Iterator[torch.Tensor]:
-        step = _rows_per_block(*entries[name])
-        for segment, weight, first in made_of[name]:
-            last = first + segment.stop - segment.start
-            rows = (checkpoint.read_rows(weight, at, min(at + step, last)) for at in range(first, last, step))
-            yield from rows if masks is None else guarded(masks, weight, rows, first)
-
+    exported = Exported(checkpoint.directory, None if masks is None else masks.folder)
     target = Path(hf)
     check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
     with explain_full_disk(target), atomic_directory(target) as folder:
-        safetensors_io.write_sharded(folder, entries, blocks, max_shard_bytes)
+        safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)
         if masks is not None:
             export_masks(masks, folder / HUGGINGFACE_MASKS)
         for name in SIDE_FILES:
@@ -117,6 +137,43 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
                 shutil.copyfile(side / name, folder / name)
         write_json(folder / "config.json", config)
     return target
+
+
+@dataclass
+class Exported(Blocks):
+    """Hugging Face's tensors out of the checkpoint ``load``; ``masks`` are the folder of those that must fit."""
+
+    load: Path
+    masks: Path | None
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.load)
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    @cached_property
+    def _made_of(self) -> dict[str, list[tuple[Segment, str, int]]]:
+        shape = self._checkpoint.shape
+        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args))
+
+    @cached_property
+    def entries(self) -> safetensors_io.Entries:
+        """Type and shape of every tensor."""
+        specs = {name: self._checkpoint.spec(parts[0][1]) for name, parts in self._made_of.items()}
+        return {name: (spec.dtype, (self._made_of[name][-1][0].stop, *spec.shape[1:])) for name, spec in specs.items()}
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        step = _rows_per_block(*self.entries[name])
+        for segment, weight, first in self._made_of[name]:
+            last = first + segment.stop - segment.start
+            rows = (self._checkpoint.read_rows(weight, at, min(at + step, last)) for at in range(first, last, step))
+            yield from rows if self._masks is None else guarded(self._masks, weight, rows, first)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name][0]
 
 
 def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

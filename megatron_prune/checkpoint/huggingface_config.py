@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, UsageError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # What a config.json that leaves a key out means (transformers' own defaults).
@@ -21,6 +21,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
 }
+_LARGEST = 1 << 31
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Megatron's RoPE scaling knows these numbers and only lets the factor be chosen.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -55,8 +56,8 @@ def args_from_config(
 
     Raises CheckpointError naming what Megatron (or this package) cannot represent.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"model_type {kind!r} is not supported: expected {' or '.join(ARCHITECTURES)}")
     values = {
         **_DEFAULTS[kind],
@@ -65,6 +66,7 @@ def args_from_config(
     missing = [key for key in _SIZES if key not in values]
     if missing:
         raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+    _check_numbers(values)
     for key, only in (
         ("attention_bias", False),
         ("mlp_bias", False),
@@ -79,6 +81,11 @@ def args_from_config(
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads", heads)
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    if multiple < 1:
+        raise UsageError(
+            "--make-vocab-size-divisible-by", given=f"{make_vocab_size_divisible_by} x {tensor_model_parallel_size}",
+            allowed="a positive multiple",
+        )  # fmt: skip
     return {
         "num_layers": values["num_hidden_layers"],
         "hidden_size": values["hidden_size"],
@@ -129,6 +136,9 @@ def config_from_args(
         found = args.get(name)
         if (absent if found is None else found) != required:
             raise CheckpointError(f"the model has {name}={found}; Hugging Face's Llama only knows {required}")
+    for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
+        if not _is_number(args.get(name) or 1.0):
+            raise CheckpointError(f"the checkpoint's stored args have {name}={args[name]!r:.60}, expected a number")
     shape = ModelShape.from_args(args)
     # A tokenizer's folder may hold the config of another family: nothing to learn from it.
     base = dict(original) if original is not None and original.get("model_type") in ARCHITECTURES else {}
@@ -174,6 +184,21 @@ def vocabulary(args: Mapping[str, Any]) -> int:
     return size if isinstance(size, int) and 0 < size <= padded else padded
 
 
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuse sizes that are no sizes, and numbers that are none."""
+    for key in (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
+        found = values.get(key)
+        if found is not None and (type(found) is not int or not 1 <= found <= _LARGEST):
+            raise CheckpointError(f"config.json has {key}={found!r:.60}, expected a number from 1 to {_LARGEST}")
+    for key in ("rms_norm_eps", "initializer_range", "rope_theta"):
+        if not _is_number(values.get(key, 1.0)):
+            raise CheckpointError(f"config.json has {key}={values[key]!r:.60}, expected a number")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e15
+
+
 def _positions(values: Mapping[str, Any], lowered: int | None) -> int:
     own = values["max_position_embeddings"]
     positions = own if lowered is None else lowered
@@ -191,7 +216,13 @@ def _positions(values: Mapping[str, Any], lowered: int | None) -> int:
 
 def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
     """``(theta, factor)``; the factor is None without scaling."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    given = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, Mapping) for part in given):
+        raise CheckpointError(f"config.json has RoPE parameters {given!r:.60}, expected an object")
+    rope: dict[str, Any] = {key: value for part in given for key, value in part.items()}
+    for key in ("rope_theta", "factor", "partial_rotary_factor"):
+        if not _is_number(rope.get(key, 1.0)):
+            raise CheckpointError(f"config.json has RoPE parameters with {key}={rope[key]!r:.60}, expected a number")
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     theta = int(theta) if theta == int(theta) else theta  # --rotary-base takes an integer
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -206,4 +237,6 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
             raise CheckpointError(
                 f"config.json has RoPE scaling with {key}={rope[key]}, Megatron only knows {expected}"
             )
+    if "factor" not in rope:
+        raise CheckpointError("config.json has RoPE scaling of type llama3 without its factor")
     return theta, float(rope["factor"])

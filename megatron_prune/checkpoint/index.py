@@ -167,11 +167,15 @@ def covers(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:
-    for i, a in enumerate(boxes):
-        for b in boxes[:i]:
-            sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    """True where two boxes share an entry: a sweep along the rows."""
+    open_boxes: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets):
+        open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > box.offsets[0]]
+        for other in open_boxes:
+            sides = zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
             if all(x < y + t and y < x + s for x, s, y, t in sides):
                 return True
+        open_boxes.append(box)
     return False
 
 

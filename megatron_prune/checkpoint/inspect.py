@@ -51,7 +51,12 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
         "parameters_linear": checkpoint.shape.linear_parameters(),
         "nbytes": sum(entry["nbytes"] for entry in tensors.values()),
         "shape": asdict(checkpoint.shape),
-        "files": {path.name: path.stat().st_size for path in sorted(checkpoint.directory.iterdir())},
+        "format": checkpoint.format,
+        "files": {
+            str(path.relative_to(checkpoint.directory)): path.stat().st_size
+            for path in sorted(checkpoint.directory.rglob("*"))
+            if path.is_file()
+        },
         "tensors": tensors,
         "other_tensors": sum(not is_weight(key) for key in checkpoint.stored),
         "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
@@ -117,6 +122,7 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
     from rich.tree import Tree
 
     kind = "release" if found["release"] else f"iteration {found['iteration']}"
+    kind += ", legacy per-rank files" if found["format"] == "torch" else ""
     top = Tree(f"[bold]{escape(found['directory'])}[/bold]  ({kind})")
     top.add(f"{found['parameters']:,} parameters, {found['parameters_linear']:,} in the blocks' linears, "
             f"{found['nbytes'] / 1e9:.3f} GB in {len(found['files'])} files")  # fmt: skip

@@ -55,6 +55,19 @@ FORGOTTEN = {
 }
 
 
+# What stored arguments may say; more is damage, or an attack on whoever makes room for it.
+_MOST = {
+    "num_layers": 10_000,
+    "hidden_size": 1 << 24,
+    "num_attention_heads": 1 << 24,
+    "num_query_groups": 1 << 24,
+    "kv_channels": 1 << 24,
+    "ffn_hidden_size": 1 << 24,
+    "padded_vocab_size": 1 << 31,
+    "max_position_embeddings": 1 << 31,
+}
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """How large a GPT is. All sizes are global: no parallel layout is in here."""
@@ -104,7 +117,13 @@ class ModelShape:
                    if args.get(k) is None]
         if missing:
             raise CheckpointError(f"the checkpoint's stored args lack {', '.join(missing)}")
+        for name, most in _MOST.items():
+            value = args.get(name)
+            if value is not None and (type(value) is not int or not 0 <= value <= most):
+                raise CheckpointError(f"the checkpoint's stored args have {name}={value!r}, expected at most {most}")
         hidden, heads = args["hidden_size"], args["num_attention_heads"]
+        if not heads:
+            raise CheckpointError("the checkpoint's stored args have num_attention_heads=0")
         # `num_query_groups` is only meant when group_query_attention is on: Megatron stores 1 otherwise.
         groups = args.get("num_query_groups") if args.get("group_query_attention") else None
         learned = args.get("position_embedding_type", "learned_absolute") == "learned_absolute"
@@ -199,14 +218,17 @@ class WeightLayout:
         return self.suffix in LINEARS
 
 
+LAYERS = "decoder.layers."
+
+
 def layer_name(layer: int, suffix: str) -> str:
     """``decoder.layers.3.mlp.linear_fc2.weight``"""
-    return f"decoder.layers.{layer}.{suffix}"
+    return f"{LAYERS}{layer}.{suffix}"
 
 
 def stacked_name(suffix: str) -> str:
     """The name under which a homogeneous checkpoint stacks all layers: [layers, ...]."""
-    return f"decoder.layers.{suffix}"
+    return f"{LAYERS}{suffix}"
 
 
 def weights(shape: ModelShape) -> Iterator[WeightLayout]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_prune.artifacts import atomic_directory, read_json, write_json
+from megatron_prune.checkpoint.layout import LAYERS
 from megatron_prune.checkpoint.record import RecordFiles, tensor_record
 from megatron_prune.errors import CheckpointError
 
@@ -78,7 +79,7 @@ def _overlap(
 
 
 def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Tensor]]) -> None:
-    """Write ``folder``, replacing what was there. ``shards`` gives (logical weight of a layer, offsets, CPU tensor)."""
+    """Write ``folder``, replacing what was there. ``shards`` gives (logical weight, offsets, CPU tensor)."""
     with atomic_directory(folder, replace=True) as scratch:
         files = RecordFiles(scratch)
         pieces: list[Piece] = []
@@ -87,8 +88,9 @@ def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Te
                 rows = max(1, RECORD_BYTES // max(1, tensor[:1].nbytes))
                 for first in range(0, len(tensor), rows):
                     block = tensor[first : first + rows].contiguous()
-                    # Stacked with its layer: [1, rows, ...].
-                    file, start, length = files.append(tensor_record, block.unsqueeze(0))
+                    # In a layer it is stacked with it: [1, rows, ...].
+                    stored = block.unsqueeze(0) if name.startswith(LAYERS) else block
+                    file, start, length = files.append(tensor_record, stored)
                     place = (offsets[0] + first, *offsets[1:])
                     pieces.append(Piece(name, place, tuple(block.shape), block.dtype, file, start, length))
             files.close()

@@ -1,10 +1,10 @@
-"""Stream logical weights out of a `torch_dist` checkpoint, whatever layout it was saved at.
+"""Stream logical weights out of a Megatron checkpoint, whatever layout it was saved at.
 
 ``open_checkpoint(path)`` reads the index and the stored arguments, checks that every file is there
 and long enough, and gives a ``Checkpoint`` whose weights are addressed by logical per-layer names
-(``decoder.layers.3.mlp.linear_fc2.weight``), stacked or not, sharded in any way. Rows are read by
-byte range, so memory is bounded by what is asked for. No model, no process group, no GPU, no
-Megatron, and no code from the checkpoint.
+(``decoder.layers.3.mlp.linear_fc2.weight``), stacked or not, sharded in any way, from `torch_dist`
+directories and from legacy per-rank files alike. Rows are read by byte range, so memory is bounded
+by what is asked for. No model, no process group, no GPU, no Megatron, and no code from the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.artifacts import read_json, sha256_file
-from megatron_prune.checkpoint import index, safe, tracker
-from megatron_prune.checkpoint.files import StoredFiles
+from megatron_prune.checkpoint import index, tracker
+from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.checkpoint.legacy import LegacySource, is_legacy
+from megatron_prune.checkpoint.torch_dist import TorchDistSource
 from megatron_prune.errors import CheckpointError
 
 PRUNING_FILE = "pruning.json"
@@ -53,43 +54,28 @@ class Checkpoint:
     """A readable checkpoint; make one with ``open_checkpoint``. Usable from several threads.
 
     ``root`` holds the tracker, ``directory`` the files; ``args`` are the stored Megatron arguments
-    (values of Megatron's own classes are ``safe.Opaque``), ``shape`` what they describe, ``names``
-    the logical weights in the order of the forward pass, ``stored`` all tensors under their stored
-    keys, optimizer state too.
+    (values of Megatron's own classes are ``Opaque``), ``shape`` what they describe, ``names`` the
+    logical weights in the order of the forward pass, ``format`` is Megatron's name for how they lie
+    (``torch_dist``, or ``torch``: per-rank files), ``stored`` all tensors of a `torch_dist` checkpoint
+    under their stored keys, optimizer state too.
     """
 
     def __init__(self, directory: Path, *, root: Path, iteration: int | None, release: bool) -> None:
         self.directory, self.root, self.release = directory, root, release
-        self._files = StoredFiles(directory)
-        metadata = safe.load_metadata(directory)
-        common = self._load_common(metadata)
+        source = LegacySource if is_legacy(directory) else TorchDistSource
+        self._source: LegacySource | TorchDistSource = source(directory)
+        self.format = self._source.format
+        common = self._source.common
         self.args: dict[str, Any] = common.get("args") or {}
         if not self.args:
             raise CheckpointError(f"{directory} stores no Megatron args: the shape of its model is unknown")
-        self.iteration = int(common.get("iteration", 0)) if iteration is None else iteration
+        self.iteration = _iteration(common, directory) if iteration is None else iteration
         self.shape = ModelShape.from_args(self.args)
-        self.stored = index.stored_tensors(metadata, directory)
+        self.stored = self._source.stored
         self._layouts: dict[str, WeightLayout] = {w.name: w for w in weights(self.shape)}
         self.names = tuple(self._layouts)
-        self._boxes = {
-            name: index.locate(layout, self.shape, self.stored, directory) for name, layout in self._layouts.items()
-        }
-        known = {box.piece.key for boxes in self._boxes.values() for box in boxes}
-        index.refuse_unknown(self.stored, known, directory)
+        self._boxes = self._source.locate(self._layouts, self.shape)
         self.verify()
-
-    def _load_common(self, metadata: Metadata) -> dict[str, Any]:
-        legacy = self.directory / "common.pt"
-        if legacy.is_file():
-            return safe.load_common(legacy.read_bytes(), str(legacy))
-        for entry, info in metadata.storage_data.items():
-            if entry.fqn.split("/")[0] == "common_state":
-                path = self.directory / info.relative_path
-                index.check_files(self.directory, {info.relative_path: info.offset + info.length})
-                return safe.load_common(self._files.read_bytes(path.name, info.offset, info.length), str(path))
-        raise CheckpointError(
-            f"{self.directory} holds neither common_state nor common.pt: it was not saved by Megatron"
-        )
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -120,7 +106,7 @@ class Checkpoint:
             last = min(stop, box.offsets[0] + box.sizes[0])
             if first < last:
                 columns = (slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
-                self._files.fill(out[(slice(first - start, last - start), *columns)], box, first - box.offsets[0])
+                self._source.fill(out[(slice(first - start, last - start), *columns)], box, first - box.offsets[0])
         return out
 
     def row_blocks(self, name: str, max_bytes: int = _BLOCK_BYTES) -> Iterator[torch.Tensor]:
@@ -136,7 +122,13 @@ class Checkpoint:
     def pruning(self) -> list[dict[str, Any]]:
         """The chain of prunings that made this checkpoint, oldest first; empty if none."""
         path = self.directory / PRUNING_FILE
-        return list(read_json(path).get("chain", [])) if path.is_file() else []
+        if not path.is_file():
+            return []
+        found = read_json(path)
+        chain = found.get("chain", []) if isinstance(found, dict) else None
+        if not isinstance(chain, list) or not all(isinstance(entry, dict) for entry in chain):
+            raise CheckpointError(f"{path} is damaged: it holds no chain of prunings")
+        return chain
 
     @property
     def huggingface(self) -> Path | None:
@@ -185,14 +177,14 @@ class Checkpoint:
             first, left = box.offsets[0], box.offsets[1] if len(box.sizes) > 1 else 0
             width = box.sizes[1] if len(box.sizes) > 1 else 1
             if first <= row < first + box.sizes[0] and left <= column < left + width:
-                record = self._files.record(box.piece)
-                if not record.contiguous:
-                    value = self.read_rows(name, row, row + 1).view(-1)[column]
-                    return value.view(-1).view(torch.uint8).numpy().tobytes()
-                flat = box.skip + (row - first) * width + column - left
-                itemsize = record.dtype.itemsize
-                return self._files.read_bytes(box.piece.file, record.offset + flat * itemsize, itemsize)
+                return self._source.element(box, (row - first) * width + column - left)
         raise AssertionError((name, number))
+
+    @property
+    def rank_layout(self) -> tuple[int, int, int] | None:
+        """Tensor parallelism, pipeline stages and virtual stages that per-rank files are tied to; None in `torch_dist`
+        format, which every layout can load."""
+        return self._source.layout if isinstance(self._source, LegacySource) else None
 
     def verify(self, hashes: bool = False) -> None:
         """Check that every file of the weights is there and long enough; with ``hashes``, also its SHA-256
@@ -203,17 +195,30 @@ class Checkpoint:
                 needed[box.piece.file] = max(needed[box.piece.file], box.piece.start + box.piece.length)
         index.check_files(self.directory, needed)
         if hashes:
-            self._verify_hashes(self.directory / INTEGRITY_FILE)
+            self._verify_hashes(self.directory / INTEGRITY_FILE, needed)
 
-    def _verify_hashes(self, path: Path) -> None:
+    def _verify_hashes(self, path: Path, needed: Iterable[str]) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: this checkpoint was saved without hashes")
-        for name, expected in read_json(path)["files"].items():
+        found = read_json(path)
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
+            raise CheckpointError(f"{path} is damaged: it holds no SHA-256 of files")
+        if unlisted := sorted(set(needed) - set(files)):
+            raise CheckpointError(f"{path} does not list {unlisted[0]}, which holds weights")
+        for name, expected in files.items():
             file = self.directory / name
             if Path(name).name != name or not file.is_file():
                 raise CheckpointError(f"{file} is missing, {INTEGRITY_FILE} lists it")
             if sha256_file(file) != expected:
                 raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {INTEGRITY_FILE}")
+
+
+def _iteration(common: dict[str, Any], directory: Path) -> int:
+    found = common.get("iteration", 0)
+    if type(found) is not int or found < 0:
+        raise CheckpointError(f"{directory} is damaged: its iteration is {found!r}")
+    return found
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -222,5 +227,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, before any weight is read, when it is missing, incomplete, truncated,
     hostile, or not a dense GPT.
     """
+    refuse_remote("--load", path)
     found = tracker.resolve(Path(path))
     return Checkpoint(found.directory, root=found.root, iteration=found.iteration, release=found.release)

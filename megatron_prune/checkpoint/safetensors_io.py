@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_prune.artifacts import read_json, write_json
+from megatron_prune.checkpoint.parallel import Blocks, check_workers, run
 from megatron_prune.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +54,11 @@ class Tensors:
     def _files(self) -> dict[str, list[str] | None]:
         if (self._directory / INDEX).is_file():
             files: dict[str, list[str] | None] = {}
-            for key, name in read_json(self._directory / INDEX)["weight_map"].items():
+            found = read_json(self._directory / INDEX)
+            names = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise CheckpointError(f"{self._directory / INDEX} is damaged: it does not say which file holds what")
+            for key, name in names.items():
                 files.setdefault(name, []).append(key)  # type: ignore[union-attr]
             return files
         if not (self._directory / SINGLE).is_file():
@@ -83,12 +88,12 @@ class Tensors:
 def write_sharded(
     directory: Path,
     entries: Entries,
-    blocks: Callable[[str], Iterable[torch.Tensor]],
+    blocks: Blocks,
     max_shard_bytes: int,
+    workers: int = 1,
 ) -> None:
-    """Write tensors (name → type and shape, in order) as one safetensors file, or several with an index.
-
-    ``blocks(name)`` gives a tensor's consecutive rows.
+    """Write tensors (name → type and shape, in order) as one safetensors file, or several with an index, which
+    ``workers`` processes share.
     """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0
@@ -100,16 +105,22 @@ def write_sharded(
         shards[-1][name] = entry
         size += nbytes
     if len(shards) == 1:
-        write_file(directory / SINGLE, shards[0], blocks)
+        write_file(directory / SINGLE, shards[0], blocks.rows)
         return
-    where: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, blocks)
-        where |= dict.fromkeys(shard, name)
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    if check_workers(workers) == 1:
+        for name, shard in files.items():
+            write_file(directory / name, shard, blocks.rows)
+    else:
+        run(_write_one, [(directory / name, shard, blocks) for name, shard in files.items()], workers)
+    where = {key: name for name, shard in files.items() for key in shard}
     total = sum(map(_nbytes, entries.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_json(directory / INDEX, index)
+
+
+def _write_one(path: Path, shard: Entries, blocks: Blocks) -> None:
+    write_file(path, shard, blocks.rows)
 
 
 def _nbytes(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.artifacts import read_json, write_bytes
+from megatron_prune.checkpoint.foreign import refuse_foreign
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_(\d{7,})")
+_TRACKER_BYTES = 20  # no iteration has so many digits
+_ITERATION = re.compile(r"iter_(\d{7,19})")
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,19 @@ def iteration_directory(root: str | Path, iteration: int) -> Path:
 
 
 def is_complete(directory: str | Path) -> bool:
-    """True for a `torch_dist` directory whose save finished and whose files are all long enough.
+    """True for a directory whose save finished and whose files are all long enough.
 
-    Megatron writes ``metadata.json`` last; the index says which bytes of which file must exist.
+    In `torch_dist` format Megatron writes ``metadata.json`` last; the index says which bytes of which file must
+    exist. In the legacy format every rank's file must be there and end as such a file does.
     """
-    from megatron_prune.checkpoint import index, safe
+    from megatron_prune.checkpoint import index, legacy, safe
 
     directory = Path(directory)
     try:
-        if "sharded_backend" not in read_json(directory / "metadata.json"):
+        if legacy.is_legacy(directory):
+            legacy.LegacySource(directory)
+            return True
+        if _backend(directory) is None:
             return False
         needed: dict[str, int] = defaultdict(int)
         for info in (safe.load_metadata(directory).storage_data or {}).values():
@@ -104,42 +110,51 @@ def repair_tracker(root: str | Path) -> Path | None:
 
 def resolve(path: Path) -> Found:
     """The checkpoint that a command-line argument means: a root with a tracker, or one of its directories."""
+    from megatron_prune.checkpoint.legacy import is_legacy
+
     path = path.absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: expected a Megatron checkpoint")
-    if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
+    if (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path):
         match = _ITERATION.fullmatch(path.name)
         found = Found(path.parent, path, int(match[1]) if match else None, path.name == "release")
     else:
         tracked = find_iteration(path)
         if tracked is None:
+            refuse_foreign(path)
             raise CheckpointError(
                 f"{path} holds no complete checkpoint: expected {TRACKER_FILE} beside iter_… or "
-                "release directories in torch_dist format"
+                "release directories that Megatron saved"
             )
         found = tracked
-    if not (found.directory / ".metadata").is_file() and list(found.directory.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{found.directory} is in Megatron's legacy per-rank format: convert it with Megatron's "
-            "--ckpt-convert-format torch_dist first"
-        )
+    refuse_foreign(found.directory)
+    if is_legacy(found.directory):
+        return found
     if not (found.directory / "metadata.json").is_file():
-        raise CheckpointError(f"{found.directory} has no metadata.json: its save was not finished")
-    backend = read_json(found.directory / "metadata.json").get("sharded_backend")
-    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{found.directory} has no metadata.json: its save was not finished, or it is in a format that is not read "
+            "(only torch_dist and torch are)"
+        )
+    if (backend := _backend(found.directory)) != "torch_dist":
         raise CheckpointError(f"{found.directory} is in the format {backend}, expected torch_dist")
     return found
 
 
+def _backend(directory: Path) -> str | None:
+    """What ``metadata.json`` says; None where it says nothing."""
+    found = read_json(directory / "metadata.json")
+    return str(found["sharded_backend"]) if isinstance(found, dict) and "sharded_backend" in found else None
+
+
 def _tracked(root: Path) -> Found | None:
     """What a sound tracker says; None where it is missing, empty or broken."""
-    try:
-        text = (root / TRACKER_FILE).read_text().strip()
-    except (FileNotFoundError, UnicodeDecodeError):
+    if not (root / TRACKER_FILE).is_file():
         return None
+    with open(root / TRACKER_FILE, "rb") as handle:
+        text = handle.read(_TRACKER_BYTES).decode(errors="replace").strip()
     if text == "release":
         return Found(root, root / "release", 0, True)
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) < _TRACKER_BYTES:
         return Found(root, iteration_directory(root, int(text)), int(text), False)
     return None
 

@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_prune.artifacts import atomic_directory, sha256_file, versions, write_json
 from megatron_prune.checkpoint.common_state import common_state, extra_state_keys, rewrite_args
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
+from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
+from megatron_prune.checkpoint.parallel import Blocks, check_workers, write_shares
 from megatron_prune.checkpoint.parts import RECORD_BYTES, Part
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
@@ -68,6 +70,7 @@ class CheckpointWriter:
         huggingface: Path | None = None,
         parts: Sequence[Part] = (),
     ) -> None:
+        refuse_remote("--save", root)
         self.root = Path(root).absolute()
         self.dtype = dtype
         self.args = rewrite_args(args, dtype)
@@ -95,9 +98,10 @@ class CheckpointWriter:
         self._stack.callback(self._files.shutdown)
         self._worker = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
         self._pending: list[Future[None]] = []
+        self._parts_adopted = 0
         self._adopted: dict[str, str] = {}  # file: SHA-256
-        for number, part in enumerate(self._parts, start=1):
-            self._adopt(part, number)
+        for part in self._parts:
+            self._adopt(part)
         return self
 
     def __exit__(
@@ -151,6 +155,17 @@ class CheckpointWriter:
         if row != layout.shape[0]:
             raise CheckpointError(f"{name}: {row} rows were given, expected {layout.shape[0]}")
 
+    def add_all(self, blocks: Blocks, workers: int = 1) -> None:
+        """Add every weight of the model from ``blocks``, in this process, or in ``workers`` others at once."""
+        if check_workers(workers) == 1:
+            for layout in self._layouts.values():
+                self.add(layout.name, layout.shape, blocks.rows(layout.name), dtype=blocks.dtype(layout.name))
+            return
+        folder = self._root_scratch / ".shares"
+        for part in write_shares(folder, list(self._layouts.values()), blocks, workers):
+            self._adopt(part)
+        shutil.rmtree(folder)
+
     def _submit(self, layout: WeightLayout, row: int, block: torch.Tensor) -> None:
         index, sizes = self._enter(layout, (row, *(0 for _ in layout.shape[1:])), block.shape, block.dtype)
         while len(self._pending) >= _PENDING:
@@ -178,17 +193,18 @@ class CheckpointWriter:
         entry.chunks.append(dcp.ChunkStorageMetadata(stored_offsets, stored_sizes))
         return dcp.MetadataIndex(key, stored_offsets), stored_sizes
 
-    def _adopt(self, part: Part, number: int) -> None:
+    def _adopt(self, part: Part) -> None:
         """Let what a part holds be of this checkpoint: its files get a second name, nothing is copied."""
-        names = {}
+        self._parts_adopted += 1
+        number, names = self._parts_adopted, {}
         for position, (file, digest) in enumerate(part.hashes.items()):
             names[file] = f"__{number}_{position}.distcp"
             _link(part.folder / file, self._directory / names[file])
             self._adopted[names[file]] = digest
         for piece in part.pieces:
             layout = self._layouts.get(piece.name)
-            if layout is None or layout.layer is None:
-                raise CheckpointError(f"{part.folder} holds {piece.name}, which is no weight of a layer of this model")
+            if layout is None:
+                raise CheckpointError(f"{part.folder} holds {piece.name}, which is no weight of this model")
             index, _ = self._enter(layout, piece.offsets, piece.sizes, piece.dtype)
             self._storage[index] = _StorageInfo(names[piece.file], piece.start, piece.length)
             self._added.add(piece.name)

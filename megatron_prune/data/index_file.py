@@ -1,4 +1,4 @@
-"""Megatron's ``.idx`` files, written without importing Megatron and without a Python loop over sequences.
+"""Megatron's ``.idx`` files, written and read without importing Megatron and without a Python loop over sequences.
 
 The format is that of ``megatron.core.datasets.indexed_dataset``; the tests compare bytes with what its
 own builder writes. Importing Megatron takes seconds, which is as long as tokenizing a small corpus.
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from megatron_prune.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document ends
@@ -35,3 +37,18 @@ def write_index(path: str | Path, sequences: Sequence[np.ndarray], documents: Se
         handle.write(lengths.tobytes())
         handle.write(np.concatenate([np.zeros(1, np.int64), pointers])[: len(lengths)].tobytes())
         handle.write(ends.tobytes())
+
+
+def document_tokens(path: str | Path) -> np.ndarray:
+    """Tokens of every document of an index, int64 [documents]. DataError when it is no index."""
+    with open(path, "rb") as handle:
+        content = handle.read()
+    if len(content) < HEADER.size or not content.startswith(MAGIC):
+        raise DataError(f"{path} is not an index of a tokenized corpus")
+    _, _, _, sequences, ends = HEADER.unpack_from(content)
+    expected = HEADER.size + 12 * sequences + 8 * ends
+    if len(content) < expected:
+        raise DataError(f"{path} is cut short: it has {len(content)} of {expected} bytes")
+    lengths = np.frombuffer(content, np.int32, sequences, HEADER.size).astype(np.int64)
+    bounds = np.frombuffer(content, np.int64, ends, HEADER.size + 12 * sequences)
+    return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[bounds])

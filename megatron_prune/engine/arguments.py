@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prune.checkpoint.foreign import refuse_object_stores
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
@@ -34,6 +35,7 @@ def parse(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
+    refuse_object_stores(argv)
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_own_flags(_mend_help(parser))))

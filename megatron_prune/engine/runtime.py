@@ -103,6 +103,14 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
 
     checkpoint = open_checkpoint(loaded_directory(args) if flag == "--load" else path)
     checkpoint.verify()
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    ours = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, virtual)
+    if checkpoint.rank_layout not in (None, ours):
+        tp, pp, vpp = checkpoint.rank_layout or ours
+        raise CheckpointError(
+            f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks a stage load at that layout only; "
+            "`tools/convert_checkpoint.py rewrite` makes a checkpoint of them that loads at any"
+        )
     wanted = ModelShape.from_args(vars(args))
     held = set(checkpoint.names)
     for weight in weights(wanted):

@@ -13,12 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_prune.report.figures import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
+from megatron_prune.report.drawing import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
 from megatron_prune.study.grid import Comparison, Pruning
 from megatron_prune.study.results import Results
 from megatron_prune.study.verdicts import label
 
-TITLES = {"equal-total": "All tokens behind the model", "equal-training": "Tokens of this training alone"}
+TITLES = {
+    "equal-total": "All tokens behind the model",
+    "equal-training": "Tokens of this training alone",
+    "equal-flops": "Tokens of this training alone, equal FLOPs",
+}
+FEW = 24  # runs up to which lines are thick
+MANY = 48  # runs from which each method has a panel
 CHARACTERS = 88  # of a legend's line in a figure of full width
 Curves = Mapping[str, np.ndarray]
 Panels = dict[tuple[str, str], list[Comparison]]
@@ -27,12 +33,12 @@ Panels = dict[tuple[str, str], list[Comparison]]
 def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
     """Training loss of every run against tokens: all that a model has seen, and the budget alone.
 
-    More arms than there are colours have a panel for each method.
+    More arms than there are colours, or very many runs, have a panel for each method.
     """
     read = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
     longest = max((curve.shape[1] for curve in read.values()), default=0)
     curves = {cell: _smooth(curve, longest) for cell, curve in read.items()}
-    many = len(colours(results)) > len(COLOURS)
+    many = len(colours(results)) > len(COLOURS) or len(curves) > MANY
     panels = _panels(results, curves, many)
     if not panels:
         return None
@@ -62,12 +68,12 @@ def _loss_curves(results: Results, curves: Curves, panels: Panels, many: bool, s
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axis, ((setting, title), compared) in zip(axes, panels.items(), strict=False):
         if with_parent and setting == "equal-total":
-            _line(axis, curves["parent"], 0, INK, "-")
+            _line(axis, curves["parent"], 0, INK, "-", 1.3)
         drawn: set[str] = set()
         for made in compared:
             colour = palette[_variant(made.pruning) if many else label(*made.pruning.subject)]
             _pair(axis, results, curves, made, colour, drawn)
-        axis.set_title(title)
+        axis.set_title(title, fontsize=10 if columns < 3 else 9)
         axis.set_xlabel("tokens")
         axis.xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 3))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
@@ -90,7 +96,7 @@ def _panels(results: Results, curves: Curves, many: bool) -> Panels:
         for made in (item.comparison for item in results.compared if item.comparison.setting == setting):
             if made.pruned in curves or made.scratch in curves:
                 method = made.pruning.method.title
-                own = f"{method}: {title.lower()}" if several else method
+                own = f"{method}\n{title.lower()}" if several else method
                 panels.setdefault((setting, own if many else title), []).append(made)
     return panels
 
@@ -109,7 +115,7 @@ def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour:
     ):
         if cell is not None and cell in curves and cell not in drawn:
             drawn.add(cell)
-            _line(axis, curves[cell], offset, ink, dashes)
+            _line(axis, curves[cell], offset, ink, dashes, 1.3 if len(curves) <= FEW else 0.7)
 
 
 def _by_variant(results: Results) -> dict[str, str]:
@@ -139,8 +145,8 @@ def _smooth(curve: np.ndarray, longest: int) -> np.ndarray:
     return np.array([curve[0, width - 1 :], np.convolve(curve[1], np.ones(width) / width, mode="valid")])
 
 
-def _line(axis: Any, curve: np.ndarray, offset: int, colour: str, dashes: Any) -> None:
-    axis.plot(curve[0] + offset, curve[1], color=colour, linewidth=1.3, linestyle=dashes)
+def _line(axis: Any, curve: np.ndarray, offset: int, colour: str, dashes: Any, width: float) -> None:
+    axis.plot(curve[0] + offset, curve[1], color=colour, linewidth=width, linestyle=dashes)
 
 
 def _unigram(axis: Any, results: Results) -> None:

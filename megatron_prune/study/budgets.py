@@ -3,7 +3,8 @@
 The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``,
 scratch at equal total ``[0, P+R+C)``, where C is what pruning itself consumed. All are whole global
 batches of samples. A parent from outside has no samples on this stream: its P is 0, and the tokens
-that it is declared to have seen count in the totals alone.
+that it is declared to have seen count in the totals alone. At equal FLOPs scratch takes as many samples
+from 0 on as cost what all of the pruned arm has executed.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ class Lay:
     """Where a study's runs lie on the stream.
 
     ``parent_end``: samples of the stream that the parent consumed (0 for an outside parent);
-    ``parent_tokens``: what it was trained on, measured or declared; None when nobody says.
+    ``parent_tokens``: what it was trained on, measured or declared; None when nobody says. ``parent_flops``: what
+    that executed; None where its shape is not known yet either.
     """
 
     batch: Batch
     parent_end: int
     parent_tokens: int | None
+    parent_flops: int | None = None
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Lay:
@@ -91,7 +94,18 @@ class Lay:
             raise DataError("the parent's tokens are unknown: give parent.declared_tokens")
         return self.batch.range(0, self.batch.steps_up(total))
 
+    def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int) -> SampleRange | None:
+        """The range of a scratch run that executes as many FLOPs as all of the pruned arm, rounded up to a batch.
+
+        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, the same for both arms.
+        """
+        if self.parent_flops is None:
+            return None
+        trained = self.parent_flops + (retrain.end - retrain.start) * sequence
+        total = trained + counted(spent, trained)
+        return self.batch.range(0, -(-total // (sequence * self.batch.samples)))
+
 
 def counted(consumed: int, trained: int) -> int:
-    """Tokens that pruning consumed as they enter a total: all of them, or 0 below 0.1% of the rest."""
+    """Tokens or FLOPs that pruning took as they enter a total: all of them, or 0 below 0.1% of the rest."""
     return consumed if consumed >= NEGLIGIBLE * trained else 0

@@ -18,11 +18,9 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import Retraining
 from megatron_prune.sparse import request
-from megatron_prune.study import commands
+from megatron_prune.study import commands, pruning_commands
 from megatron_prune.study.config import Study
 from megatron_prune.study.sections import Method
-
-ANY_RATIO = 0.5  # in place of one, where only the flags matter
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,12 @@ class Needs:
         return self.statistics or self.text
 
 
-def needs(study: Study, method: Method) -> Needs:
+def needs(study: Study, method: Method, ratio: float | None) -> Needs:
     """What ``method`` asks for. UsageError names the flag that is wrong."""
     if method.pattern is not None:
-        asked = sparse(study, method, method.own_ratio or ANY_RATIO)
+        asked = sparse(study, method, ratio)
         return Needs(text=asked.method.statistic != "none", random=asked.method.random)
-    chosen = structured(study, method, next(iter(study.ratios), None))
+    chosen = structured(study, method, ratio)
     retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
     if retraining and retraining.tokens % batch:
         raise UsageError(
@@ -75,7 +73,7 @@ def structured(study: Study, method: Method, ratio: float | None) -> plan_comman
     found = methods.get(method.name)
     parser = _Parser(f"methods.{method.tag}", "settings and targets as flags of `plan` take them")
     own = plan_command.add_choice_arguments(parser, found)
-    options, unknown = parser.parse_known_args(commands.choice(study, method, ratio))
+    options, unknown = parser.parse_known_args(pruning_commands.choice(study, method, ratio))
     plan_command.refuse_unknown(unknown, method.name)
     return plan_command.choice_from(method.name, found, own, options, study.launch.tensor_parallel, None)
 
@@ -88,7 +86,7 @@ def sparse(study: Study, method: Method, ratio: float | None) -> request.Request
             why=f"{method.name} removes whole dimensions",
         )  # fmt: skip
     parser = _Parser(f"methods.{method.tag}", "settings as flags of `sparsify` take them")
-    options = request.add_arguments(parser).parse_args(commands.choice(study, method, ratio))
+    options = request.add_arguments(parser).parse_args(pruning_commands.choice(study, method, ratio))
     options.seed = 0
     return request.from_arguments(options)
 

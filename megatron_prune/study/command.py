@@ -1,27 +1,30 @@
-"""``python -m megatron_prune study run|plan|status|report STUDY.yaml``."""
+"""``python -m megatron_prune study run|plan|status|report STUDY.yaml``, and ``study stage``, which Slurm jobs call."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import shlex
+import subprocess
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_prune.errors import UsageError
 from megatron_prune.study import config
-from megatron_prune.study.commands import Command, Places
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.commands import Command
+from megatron_prune.study.places import Places
+
+PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = _parser().parse_args(argv)
+    if options.action is _stage:
+        return _stage(options)
     study = config.load(options.study)
     places = Places(Path(options.runs_dir) / study.name)
     return options.action(study, places, options)
@@ -32,23 +35,43 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(title="what to do", required=True, metavar="run|plan|status|report")
     for name, action, text in (
         ("run", _run, "run every cell that is not finished, then write the report"),
-        ("plan", _plan, "print every cell with its tokens, steps and FLOPs; run nothing"),
-        ("status", _status, "print which cells are finished"),
+        ("plan", _plan, "print every cell with its tokens, FLOPs, memory, storage and time; run nothing"),
+        ("status", _status, "print how far every cell is"),
         ("report", _report, "write the report from what is finished"),
     ):
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("study", metavar="STUDY.yaml")
         sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where studies lie (default: runs)")
         if name == "plan":
-            sub.add_argument("--commands", action="store_true", help="print the command line of every stage too")
+            _add_plan_arguments(sub)
+        if name == "status":
+            sub.add_argument("--watch", type=float, metavar="SECONDS", nargs="?", const=2.0,
+                             help="show it again and again while a runner is at work (default: every 2 s)")  # fmt: skip
         sub.set_defaults(action=action)
+    text = "run one stage of a cell unless it is done; leave with 0 when what it wrote says that it is"
+    stage = actions.add_parser("stage", help=text, description=text, allow_abbrev=False)
+    stage.add_argument("cell", metavar="CELL", type=Path, help="a cell's directory, with its cell.json")
+    stage.add_argument("stage", metavar="STAGE")
+    stage.add_argument("command", metavar="-- COMMAND", nargs="+")
+    stage.set_defaults(action=_stage)
     return parser
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--commands", action="store_true", help="print the command line of every stage too")
+    parser.add_argument("--scripts", action="store_true", help="write the Slurm script of every cell that is known")
+    parser.add_argument("--throughput", metavar="T",
+                        help="of one GPU: tokens a second on the parent's shape, or an MFU as 40%%")  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many there are (default: launch.nproc x "
+                        "launch.parallel_cells)")  # fmt: skip
+    parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, metavar="TFLOPS",
+                        help="what an MFU is of (default: %(default)s, an H100 in bf16)")  # fmt: skip
 
 
 def _console() -> Console:
     """As wide as the terminal; wide enough for a table where there is none."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def _quiet() -> None:
@@ -60,11 +83,14 @@ def _quiet() -> None:
 def _run(study: config.Study, places: Places, options: argparse.Namespace) -> int:
     _quiet()
     from megatron_prune.study import runner
+    from megatron_prune.study.local import Local
     from megatron_prune.study.progress import Progress
+    from megatron_prune.study.slurm import Queue
 
     with Progress() as progress:
+        launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
         try:
-            runner.run(study, places, progress=progress)
+            runner.run(study, places, launcher=launcher, progress=progress)
         except runner.CellsFailed:
             if (places.root / "outlook.json").is_file():  # the cells that did finish have something to say
                 _report(study, places, options)
@@ -88,42 +114,18 @@ def _report(study: config.Study, places: Places, options: argparse.Namespace) ->
 
 def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> int:
     _quiet()
-    from megatron_prune.study import grid, preflight, stages
+    from megatron_prune.study import preflight, slurm, stages
+    from megatron_prune.study.plan_view import show
 
     outlook = preflight.check(study, places)
-    laid = outlook.grid(study)
     console = _console()
-    table = _table(f"study {study.name}: {len(laid.cells)} training runs", "cell samples steps tokens FLOPs parameters")
-    flops = {"parent": 0}
-    batch, source = outlook.lay.batch, outlook.source
-
-    def row(cell: str, samples: Any, shape: Any) -> None:
-        cost = shape.training_flops(batch.seq_length) * samples.steps * batch.samples if shape else None
-        flops[cell] = cost or 0
-        table.add_row(
-            cell, str(samples), f"{samples.steps:,}", f"{samples.steps * batch.tokens:,}",
-            "not known yet" if cost is None else f"{cost:.3e}", f"{shape.parameters():,}" if shape else "",
-        )  # fmt: skip
-
-    if study.parent.pretrain is not None:
-        row("parent", batch.range(0, outlook.lay.parent_end // batch.samples), source)
-    for cell in laid.cells:
-        row(cell.id, cell.samples, outlook.targets.get(cell.source.name))
-    console.print(table)
-    console.print(f"FLOPs of training together: {sum(flops.values()):.3e}")
-    for note in grid.notes(study):
-        console.print(note)
-    for comparison in laid.comparisons:
-        if comparison.not_run:
-            console.print(f"not run: {comparison.setting} for {comparison.pruned}: {comparison.not_run}")
+    show(study, outlook, console, options.throughput, options.gpus, options.peak_tflops)
     if options.commands:
-        cells = [
-            stages.parent(study, places, outlook),
-            *stages.calibrations(study, places, outlook),
-            *stages.pruning_cells(study, places, outlook),
-            *stages.training_cells(study, places, laid),
-        ]
-        _print_commands(stages.all_commands(cells))
+        _print_commands(stages.all_commands(stages.all_cells(study, places, outlook)))
+    if options.scripts:
+        for cell in stages.all_cells(study, places, outlook):
+            stages.keep(study, places, cell)
+            console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
 
 
@@ -135,35 +137,25 @@ def _print_commands(commands: Mapping[str, list[Command]]) -> None:
 
 
 def _status(study: config.Study, places: Places, options: argparse.Namespace) -> int:
-    """From the files alone, so that it can be asked while a runner is at work."""
-    from megatron_prune import artifacts
+    from megatron_prune.study import status
 
-    finished = Ledger(places.root / "ledger.jsonl").read()
-    table = _table(f"study {study.name}", "cell state validation test seconds")
-    begun = {path.parent.name for path in places.root.glob("cells/*/cell.json")}
-    cells = [*finished, *sorted(begun - set(finished), key=lambda name: (not _begun(places, name), name))]
-    for name in cells:
-        record = finished.get(name)
-        done = artifacts.read_json(places.cell(name) / "stages.json") if _begun(places, name) else {}
-        total = len(artifacts.read_json(places.cell(name) / "cell.json")["stages"])
-        losses = [
-            f"{record[key]:.4f}" if record and record.get(key) else "" for key in ("validation_loss", "test_loss")
-        ]
-        state = "finished" if record else f"{len(done)} of {total} stages" if done else "not finished"
-        table.add_row(name, state, *losses, f"{sum(done.values()):.1f}" if done else "")
-    console = _console()
-    console.print(table)
-    if not cells:
-        console.print(f"{places.root}: nothing has been run")
+    status.show(study.name, places, _console(), options.watch)
     return 0
 
 
-def _begun(places: Places, cell: str) -> bool:
-    return (places.cell(cell) / "stages.json").is_file()
+def _stage(options: argparse.Namespace) -> int:
+    """What a job of a queue does for each stage: the artifact decides before and after, never the exit code."""
+    from megatron_prune.study.execution import described, execute
 
+    _, done = described(options.cell, options.stage)
+    if done():
+        print(f"{options.cell.name}: {options.stage} is done", flush=True)
+        return 0
 
-def _table(title: str, columns: str) -> Table:
-    table = Table(title=title)
-    for column in columns.split():
-        table.add_column(column, justify="left" if column in ("cell", "state") else "right", no_wrap=True)
-    return table
+    def command(log: Path) -> int:
+        with open(log, "ab") as output:
+            return subprocess.run(options.command, stdout=output, stderr=output, stdin=subprocess.DEVNULL).returncode
+
+    execute(options.cell, options.stage, done, command)
+    print(f"{options.cell.name}: {options.stage} is done", flush=True)
+    return 0

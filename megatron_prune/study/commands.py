@@ -1,7 +1,7 @@
 """A study's runs as command lines: lists of words, kept in each cell's cell.json, printable.
 
-Every word after ``python -m megatron_prune`` is here, so that what a study runs can be read before
-it runs, and run again by hand. Paths: a cell's directory is ``cells/<cell>/`` under the study's.
+Every word after ``python -m megatron_prune`` is here and in ``pruning_commands``, so that what a study runs can be
+read before it runs, and run again by hand. Paths: a cell's directory is ``cells/<cell>/`` under the study's.
 """
 
 from __future__ import annotations
@@ -11,57 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import candidates
-from megatron_prune.masks import MASKS
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.config import Study
-from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell
-from megatron_prune.study.sections import Method
+from megatron_prune.study.grid import TrainingCell
+from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Pruning, parent_cell
 
 CORPORA = ("validation", "test")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a study's files lie."""
-
-    root: Path  # runs/<study>
-
-    def cell(self, name: str) -> Path:
-        return self.root / "cells" / name
-
-    def checkpoint(self, cell: str) -> Path:
-        return self.cell(cell) / "checkpoint"
-
-    def masks(self, pruning: Pruning) -> Path:
-        """What a sparse pruning removed."""
-        return self.checkpoint(pruning.cell) / MASKS
-
-    def account(self, cell: str) -> Path:
-        return self.checkpoint(cell) / "account.json"
-
-    def losses(self, cell: str) -> Path:
-        return self.checkpoint(cell) / "losses.csv"
-
-    def scores(self, cell: str) -> Path:
-        return self.cell(cell) / "scores.json"
-
-    def statistics(self, cell: str) -> Path:
-        return self.cell(cell) / "statistics.safetensors"
-
-    def plan(self, pruning: Pruning) -> Path:
-        return self.cell(pruning.cell) / "plan.json"
-
-    def candidates(self, pruning: Pruning) -> Path:
-        return self.cell(pruning.cell) / candidates.FILE
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    def parent(self, study: Study) -> Path:
-        """The parent's checkpoint: the study's own, or where study.yaml says that it lies."""
-        return Path(study.parent.load) if study.parent.load else self.checkpoint("parent")
 
 
 @dataclass(frozen=True)
@@ -97,11 +53,12 @@ def flags(mapping: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def parent_training(study: Study, places: Places, samples: SampleRange) -> Command:
-    """Pretraining of the parent from random weights."""
+def parent_training(study: Study, places: Places, samples: SampleRange, seed: int = 0) -> Command:
+    """Pretraining of a parent from random weights; ``seed`` is that of its replicate, where each has a parent."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
-    return _pretrain(study, places, "parent", samples, pretrain.seed, flags(pretrain.arguments), permute=False)
+    cell, start, lr = parent_cell(study, seed), flags(pretrain.arguments), pretrain.lr or study.recipe.rates[0]
+    return _pretrain(study, places, cell, samples, pretrain.seed + seed, lr, start, permute=False)
 
 
 def importing(study: Study, places: Places) -> Command:
@@ -110,16 +67,16 @@ def importing(study: Study, places: Places) -> Command:
     return Command("import", ("import", *words))
 
 
-def training(study: Study, places: Places, cell: TrainingCell) -> Command:
+def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
     """Retraining from a pruned checkpoint, or training of its shape from random weights; perhaps under its masks."""
-    source = str(places.checkpoint(cell.source.cell))
+    source = str(places.checkpoint(pruning.cell))
     start = (
         ["--pretrained-checkpoint", source, "--use-checkpoint-args"]
         if cell.kind == "pruned"
         else ["--shape-from", source]
     )
-    start += ["--masks", str(places.masks(cell.source))] if cell.masked else []
-    return _pretrain(study, places, cell.id, cell.samples, cell.seed, start, permute=True)
+    start += ["--masks", str(places.masks(pruning))] if cell.masked else []
+    return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
 
 
 def _pretrain(
@@ -128,23 +85,46 @@ def _pretrain(
     cell: str,
     samples: SampleRange,
     seed: int,
+    lr: float,
     start: list[str],
     *,
     permute: bool,
 ) -> Command:
     save = str(places.checkpoint(cell))
-    words = ["pretrain", *start, *_layout(study), *_tokenizer(study)]
+    words = ["pretrain", *start, *layout(study), *tokenizer(study)]
     words += flags({"load": save, "save": save})  # a run that was killed goes on from its own last save
-    words += _recipe(study, places, samples, seed, permute=permute)
-    return Command("pretrain", (*words, *flags(study.recipe.arguments)), study.launch.nproc)
+    words += recipe(study, places, samples, seed, lr, permute=permute)
+    words += flags(study.recipe.arguments) + _tracking(study, places, cell)
+    return Command("pretrain", tuple(words), study.launch.nproc)
 
 
-def _recipe(study: Study, places: Places, samples: SampleRange, seed: int, *, permute: bool) -> list[str]:
-    """What every training run of the study has in common, but for the recipe's own ``arguments``."""
-    recipe = study.recipe
+def _tracking(study: Study, places: Places, cell: str) -> list[str]:
+    """Megatron's own writers; what groups W&B's runs is in ``environment``."""
+    tracking = study.tracking
+    project = tracking.wandb_project
     return flags(
         {
-            "save-interval": recipe.save_interval,
+            "tensorboard-dir": str(places.root / "tensorboard" / cell) if tracking.tensorboard else None,
+            "wandb-project": project,
+            "wandb-entity": tracking.wandb_entity,
+            "wandb-exp-name": cell if project else None,
+            "wandb-save-dir": str(places.root) if project else None,  # W&B makes a folder `wandb` in it
+        }
+    )
+
+
+def environment(study: Study, threads: int | None) -> dict[str, str]:
+    """What every job finds in its environment."""
+    found = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return found | ({"WANDB_RUN_GROUP": study.name} if study.tracking.wandb_project else {})
+
+
+def recipe(study: Study, places: Places, samples: SampleRange, seed: int, lr: float, *, permute: bool) -> list[str]:
+    """What every training run of the study has in common, but for the recipe's own ``arguments``."""
+    made = study.recipe
+    return flags(
+        {
+            "save-interval": made.save_interval,
             "data-path": study.data.blend,
             "data-cache-path": str(places.cache),
             "stream-seed": study.data.stream_seed,
@@ -152,21 +132,21 @@ def _recipe(study: Study, places: Places, samples: SampleRange, seed: int, *, pe
             "stream-range": str(samples),
             "stream-permutation-seed": seed if permute else None,
             "seq-length": study.data.seq_length,
-            "global-batch-size": recipe.global_batch_size,
-            "micro-batch-size": recipe.micro_batch_size,
+            "global-batch-size": made.global_batch_size,
+            "micro-batch-size": made.micro_batch_size,
             "train-iters": samples.steps,
             "seed": seed,
-            "lr": recipe.lr,
-            "min-lr": float(f"{recipe.lr * recipe.min_lr_fraction:.12g}"),
+            "lr": lr,
+            "min-lr": float(f"{lr * made.min_lr_fraction:.12g}"),
             "lr-decay-style": "cosine",
-            "lr-warmup-fraction": recipe.warmup_fraction or None,
+            "lr-warmup-fraction": made.warmup_fraction or None,
         }
     )
 
 
 def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Command:
     """Validation and test loss on fixed windows, in one load of the model."""
-    words = ["evaluate", *_forward(study, checkpoint)]
+    words = ["evaluate", *forward(study, checkpoint)]
     words += flags(
         {
             "data-path": [getattr(study.data, name) for name in CORPORA],
@@ -180,125 +160,19 @@ def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Com
     return Command("evaluate", tuple(words), study.launch.nproc)
 
 
-def calibration(study: Study, places: Places, seed: int) -> Command:
-    """Statistics of the parent on calibration windows, for every structured method and ratio."""
-    words = ["calibrate", *_forward(study, places.parent(study)), *_windows(study)]
-    words += flags(
-        {
-            "seed": seed if study.calibration.sampling == "random" else None,
-            "output": str(places.statistics(calibration_cell(study, seed))),
-        }
-    )
-    return Command("calibrate", tuple(words), study.launch.nproc)
-
-
-def choice(study: Study, method: Method, ratio: float | None) -> list[str]:
-    """A method, its settings and its target as flags of ``plan``; of ``sparsify``, where it is sparse."""
-    if method.pattern is not None:
-        asked = {"method": method.name, "pattern": method.pattern, "ratio": None if method.own_ratio else ratio}
-        return flags({**asked, **method.settings})
-    return flags(
-        {
-            "method": method.name,
-            "ratio": None if method.target else ratio,
-            "ratio-of": None if method.target else study.ratio_of,
-            **{f"target-{name.removeprefix('target-')}": value for name, value in method.target.items()},
-            **method.settings,
-        }
-    )
-
-
-def planning(
-    study: Study, places: Places, pruning: Pruning, statistics: Path | None, *, random: bool, stage: str = "plan"
-) -> Command:
-    """The plan of one method at one ratio or target; ``random`` methods are given the seed."""
-    words = flags(
-        {
-            "load": str(places.parent(study)),
-            "statistics": None if statistics is None else str(statistics),
-            "seed": pruning.seed if random else None,
-            "tensor-model-parallel-size": study.launch.tensor_parallel,
-            "output": str(places.plan(pruning)),
-        }
-    )
-    return Command(stage, ("plan", *words, *choice(study, pruning.method, pruning.ratio)))
-
-
-def scoring(study: Study, places: Places, pruning: Pruning) -> Command:
-    """Scores of a pruning's candidates, in statistics of its own: prunings run side by side."""
-    words = ["calibrate", *_forward(study, places.parent(study))]
-    words += flags(
-        {
-            "score": str(places.candidates(pruning)),
-            "statistics": str(places.statistics(calibration_cell(study, pruning.seed))),
-            "output": str(places.statistics(pruning.cell)),
-        }
-    )
-    return Command("score", tuple(words), study.launch.nproc)
-
-
-def rescoring(study: Study, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
-    """The best candidates, each trained on ``samples`` as the pruned model will be, and scored again."""
-    words = flags(
-        {
-            "load": str(places.parent(study)),
-            "candidates": str(places.candidates(pruning)),
-            "statistics": str(places.statistics(pruning.cell)),
-            "scratch": str(places.cell(pruning.cell) / "candidates"),
-            "nproc": study.launch.nproc,
-        }
-    )
-    words += [*_layout(study), *_tokenizer(study), *flags(study.recipe.arguments)]
-    words += ["--pretrain", *_recipe(study, places, samples, pruning.seed, permute=True)]
-    return Command("rescore", ("rescore", *words))
-
-
-def application(study: Study, places: Places, pruning: Pruning) -> Command:
-    """The pruned checkpoint of a plan."""
-    words = flags(
-        {
-            "load": str(places.parent(study)),
-            "plan": str(places.plan(pruning)),
-            "save": str(places.checkpoint(pruning.cell)),
-        }
-    )
-    return Command("apply", ("apply", *words))
-
-
-def sparsifying(study: Study, places: Places, pruning: Pruning, *, text: bool, random: bool) -> Command:
-    """The checkpoint and the masks of a sparse method, which reads calibration ``text`` by itself or none."""
-    drawn = random or (text and study.calibration.sampling == "random")
-    words = ["sparsify", *_forward(study, places.parent(study)), *(_windows(study) if text else [])]
-    words += flags({"seed": pruning.seed if drawn else None, "save": str(places.checkpoint(pruning.cell))})
-    words += choice(study, pruning.method, pruning.ratio)
-    return Command("sparsify", tuple(words), study.launch.nproc)
-
-
-def _windows(study: Study) -> list[str]:
-    """Which windows of the calibration text are read."""
-    return flags(
-        {
-            "calibration-data-path": study.data.calibration,
-            "calibration-sequences": study.calibration.sequences,
-            "calibration-seq-length": study.calibration_seq_length,
-            "calibration-sampling": study.calibration.sampling,
-        }
-    )
-
-
-def _forward(study: Study, checkpoint: Path) -> list[str]:
+def forward(study: Study, checkpoint: Path) -> list[str]:
     """What every verb that only runs the model needs; the recipe's flags say its precision."""
     return [
         "--load",
         str(checkpoint),
         "--use-checkpoint-args",
-        *_layout(study),
-        *_tokenizer(study),
+        *layout(study),
+        *tokenizer(study),
         *flags(study.recipe.arguments),
     ]
 
 
-def _layout(study: Study) -> list[str]:
+def layout(study: Study) -> list[str]:
     return flags(
         {
             "tensor-model-parallel-size": study.launch.tensor_parallel,
@@ -307,6 +181,6 @@ def _layout(study: Study) -> list[str]:
     )
 
 
-def _tokenizer(study: Study) -> list[str]:
-    tokenizer = study.data.tokenizer
-    return flags({"tokenizer-type": tokenizer.type, "tokenizer-model": tokenizer.model}) if tokenizer else []
+def tokenizer(study: Study) -> list[str]:
+    made = study.data.tokenizer
+    return flags({"tokenizer-type": made.type, "tokenizer-model": made.model}) if made else []

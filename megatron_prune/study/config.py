@@ -20,8 +20,20 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
-from megatron_prune.study.sections import Calibration, Data, Evaluation, Launch, Method, Parent, Recipe
-from megatron_prune.study.values import RESERVED, STRICT, Fraction, Scratch, Scratches, Setting, Settings, Tokens
+from megatron_prune.study.family import Family
+from megatron_prune.study.launch import Launch, Tracking
+from megatron_prune.study.sections import Calibration, Data, Evaluation, Method, Parent, Recipe
+from megatron_prune.study.values import (
+    RESERVED,
+    STRICT,
+    Fraction,
+    Retention,
+    Scratch,
+    Scratches,
+    Setting,
+    Settings,
+    Tokens,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,6 +54,10 @@ class Study:
     launch: Launch = dataclasses.field(default_factory=Launch)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+    retention: Retention = "all"  # of checkpoints of the compared runs
+    family: Family = dataclasses.field(default_factory=Family)  # the comparisons that Holm's correction is over
+    parent_per_seed: bool = False  # a parent trained under each seed, so that intervals are not conditional on one
 
     def __post_init__(self) -> None:
         batch = self.recipe.micro_batch_size * self.launch.data_parallel
@@ -63,6 +79,12 @@ class Study:
                         allowed="Megatron flags that the study does not set itself",
                         why="it would not be the same for every arm",
                     )
+        if self.parent.pretrain and self.parent.pretrain.lr is None and len(self.recipe.rates) > 1:
+            raise UsageError("parent.pretrain.lr", given="nothing", allowed="a learning rate",
+                             why="recipe.lr has several, for the runs that are compared")  # fmt: skip
+        if self.parent_per_seed and self.parent.pretrain is None:
+            raise UsageError("parent_per_seed", given="true", allowed="only with parent.pretrain",
+                             why="an outside parent cannot be trained again")  # fmt: skip
         for what in ("budgets", "ratios", "seeds"):
             values = getattr(self, what)
             if len(set(values)) != len(values):
@@ -73,12 +95,19 @@ class Study:
                 raise UsageError("methods", given=f"{tag} twice", allowed="a label for each of them")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
                 raise UsageError("methods", given=tag, allowed="labels of letters, digits, dots and dashes")
-        names = [(method.title, method.pattern) for method in self.methods]
+        names = [(method.title, method.last_pattern) for method in self.methods]
         if len(set(names)) < len(names):
             raise UsageError("methods", given="two of one name and pattern", allowed="another label for each of them")
-        if not self.ratios and not all(method.target or method.own_ratio for method in self.methods):
+        self.family.check(
+            methods=(method.title for method in self.methods),
+            patterns=(method.last_pattern for method in self.methods),
+            ratios=[*self.ratios, *(method.own_ratio for method in self.methods)],
+            settings=(setting for method in self.methods for setting, _ in self.compared(method)),
+            budgets=self.budgets,
+        )
+        if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
             raise UsageError("ratios", given="none", allowed="at least one ratio, or a target or N:M for every method")
-        if self.ratio_of != "linears" and any(method.pattern for method in self.methods):
+        if self.ratio_of != "linears" and any(method.sparse for method in self.methods):
             raise UsageError(
                 "ratio_of", given=self.ratio_of, allowed="linears in a study with sparse methods",
                 why="they remove their ratio of every linear",
@@ -87,7 +116,7 @@ class Study:
     def compared(self, method: Method) -> list[tuple[Setting, Scratch]]:
         """The comparisons that a pruned model of ``method`` is for."""
         asked = method.compare or dict.fromkeys(self.settings)
-        default: list[Scratch] = self.scratch if method.pattern else ["dense"]
+        default: list[Scratch] = self.scratch if method.sparse else ["dense"]
         return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
 
     @property

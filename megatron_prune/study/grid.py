@@ -1,60 +1,37 @@
 """The grid: every run of a study, with shared work once, and the comparisons that it is for.
 
-    parent ─▶ calibration (one a set of windows) ─▶ pruning (method x ratio x seed) ─▶ pruned (x budget)
-                                                       ├─ shape ─▶ scratch (shape x setting x budget x seed)
-                                                       └─ masks ─▶ scratch (masks x setting x budget x seed)
+    parent ─▶ calibration (one a set of windows) ─▶ pruning (method x ratio x seed) ─▶ pruned (x budget x rate)
+                                                       ├─ shape ─▶ scratch (shape x setting x budget x rate x seed)
+                                                       └─ masks ─▶ scratch (masks x setting x budget x rate x seed)
 
 A sparse method leaves the parent's shape and makes masks. Its scratch runs are trained under these
 masks, every parameter initialised anew (``masked``); or without any (``dense``: all sparse methods of a
-study share that run). ``prunings`` is known from study.yaml alone. The training cells need the shapes
-that the plans chose, so ``expand`` takes them; before they are known, ``expand(study, lay, {})`` names a
-scratch cell after its pruning. Nothing here reads files.
+study share that run). ``prunings`` (``prunings.py``) are known from study.yaml alone. The training cells need
+the shapes that the plans chose, so ``expand`` takes them; before they are known, ``expand(study, lay, {}, {})``
+names a scratch cell after its pruning. Equal FLOPs need what the prunings spent too. Nothing here reads files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.budgets import Lay, SampleRange
 from megatron_prune.study.config import Study
-from megatron_prune.study.sections import Method
+from megatron_prune.study.prunings import Pruning, of_method
 from megatron_prune.study.values import Scratch, Setting
 
-Kind = Literal["parent", "calibration", "pruning", "pruned", "scratch"]
 Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """One method at one ratio (None: at its explicit target) under one seed."""
-
-    method: Method
-    ratio: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        amount = "target" if self.ratio is None else f"r{100 * self.ratio:g}"
-        return f"{self.method.tag}-{amount}-s{self.seed}"
-
-    @property
-    def cell(self) -> str:
-        return f"pruning-{self.name}"
-
-    @property
-    def subject(self) -> tuple[str, str | None, float | None]:
-        """What is the same for all seeds: what it is called, its pattern, its ratio."""
-        return self.method.title, self.method.pattern, self.ratio
-
-
-@dataclass(frozen=True)
 class TrainingCell:
-    """A run of ``pretrain`` and ``evaluate``: where it starts, what it consumes, under which seed.
+    """A run of ``pretrain`` and ``evaluate``: where it starts, what it consumes, under which seed, at which rate.
 
-    ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch);
-    ``masked``: its masks too.
+    ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``:
+    its masks too. ``others`` are prunings of the same shape, which a scratch run serves as well.
     """
 
     id: str
@@ -62,12 +39,19 @@ class TrainingCell:
     source: Pruning
     samples: SampleRange
     seed: int
+    lr: float
     masked: bool = False
+    others: tuple[Pruning, ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A pruned run and the scratch run that it is measured against; ``scratch`` None: not run, and why."""
+    """A pruned run and the scratch run that it is measured against.
+
+    ``scratch`` is None where it is not run, and ``not_run`` says why; or where its length is not known yet. Of a
+    sweep, ``pruned`` and ``scratch`` are the runs at the first rate until ``results`` has chosen the arms' own;
+    ``swept`` has both by rate, and ``chosen`` is False while runs that decide are missing.
+    """
 
     pruning: Pruning
     setting: Setting
@@ -77,6 +61,8 @@ class Comparison:
     pruned: str
     scratch: str | None
     not_run: str = ""
+    swept: tuple[tuple[float, str, str | None], ...] = ()
+    chosen: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,64 +73,77 @@ class Grid:
     comparisons: tuple[Comparison, ...]
 
 
-def calibration_cell(study: Study, seed: int) -> str:
-    """The cell whose statistics a seed's plans read: one for all seeds when the windows are."""
-    return f"calibration-s{seed}" if study.calibration.sampling == "random" else "calibration"
-
-
-def calibration_tokens(study: Study) -> int:
-    return study.calibration.sequences * study.calibration_seq_length
-
-
-def prunings(study: Study) -> list[Pruning]:
-    """Every method at every ratio under every seed; a method with a target has no ratio, N:M its own."""
-    return [
-        Pruning(method, ratio, seed)
-        for method in study.methods
-        for ratio in ([None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios)
-        for seed in study.seeds
-    ]
-
-
-def notes(study: Study) -> list[str]:
-    """What of study.yaml does not apply as it may seem to."""
-    return [
-        f"{method.tag} runs once, at {100 * method.own_ratio:g}%: {method.pattern} says how much is removed, "
-        f"not ratios: {study.ratios}"
-        for method in study.methods
-        if method.own_ratio is not None and study.ratios != [method.own_ratio]
-    ]
-
-
-def expand(study: Study, lay: Lay, shapes: Mapping[str, Shape], consumed: Mapping[str, int]) -> Grid:
+def expand(
+    study: Study,
+    lay: Lay,
+    shapes: Mapping[str, Shape],
+    consumed: Mapping[str, int],
+    spent: Mapping[str, int] | None = None,
+) -> Grid:
     """The training cells and comparisons.
 
-    ``shapes`` maps a pruning's name to its target shape; ``consumed`` to the tokens that pruning read.
-    Prunings of one shape share their dense scratch runs wherever those would consume the same samples.
+    ``shapes`` maps a pruning's name to its target shape; ``consumed`` to the tokens that pruning read, ``spent`` to
+    the FLOPs. Prunings of one shape share their dense scratch runs wherever those would consume the same samples.
     """
     cells: dict[str, TrainingCell] = {}
     comparisons = []
-    for pruning in prunings(study):
-        sparse, seed = pruning.method.pattern is not None, pruning.seed
-        for budget in study.budgets:
-            retrain = lay.retrain(budget)
-            tokens = retrain.steps * lay.batch.tokens
-            pruned = f"pruned-{pruning.name}-t{tokens}"
-            cells[pruned] = TrainingCell(pruned, "pruned", pruning, retrain, seed, masked=sparse)
-            for setting, against in study.compared(pruning.method):
-                reason, scratch = _not_run(study, lay, setting), None
-                if not reason:
-                    samples = (
-                        retrain
-                        if setting == "equal-training"
-                        else lay.scratch_total(tokens, consumed.get(pruning.name, 0))
-                    )
-                    tag = _scratch_tag(pruning, against, shapes.get(pruning.name))
-                    scratch = f"scratch-{tag}-{setting}-t{samples.steps * lay.batch.tokens}-s{seed}"
-                    cell = TrainingCell(scratch, "scratch", pruning, samples, seed, masked=against == "masked")
-                    cells.setdefault(scratch, cell)
-                comparisons.append(Comparison(pruning, setting, against, budget, seed, pruned, scratch, reason))
+    for entry in study.methods:
+        for pruning in of_method(study, entry):
+            for budget in study.budgets:
+                retrain = lay.retrain(budget)
+                pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}")
+                for rate, name in pruned.items():
+                    _add(cells, TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse))
+                for setting, against in study.compared(entry):
+                    reason = _not_run(study, lay, setting)
+                    shape = shapes.get(pruning.name)
+                    samples = None
+                    if not reason:
+                        samples = _samples(lay, setting, retrain, pruning, shape, consumed, spent or {})
+                    scratch: dict[float, str] = {}
+                    if samples is not None:
+                        what = f"{_scratch_tag(pruning, against, shape)}-{setting}-t{samples.steps * lay.batch.tokens}"
+                        scratch = _swept(study, f"scratch-{what}-s{pruning.seed}")
+                    for rate, name in scratch.items():
+                        assert samples is not None
+                        masked = against == "masked"
+                        _add(cells, TrainingCell(name, "scratch", pruning, samples, pruning.seed, rate, masked))
+                    swept = tuple((rate, name, scratch.get(rate)) for rate, name in pruned.items())
+                    first = swept[0]
+                    made = Comparison(pruning, setting, against, budget, pruning.seed, first[1], first[2], reason)
+                    comparisons.append(replace(made, swept=swept) if len(swept) > 1 else made)
     return Grid(tuple(cells.values()), tuple(comparisons))
+
+
+def _swept(study: Study, name: str) -> dict[float, str]:
+    """A run's name at every rate of the recipe; at a single one it needs no mark."""
+    rates = study.recipe.rates
+    return {rate: name if len(rates) == 1 else f"{name}-lr{rate:g}" for rate in rates}
+
+
+def _add(cells: dict[str, TrainingCell], cell: TrainingCell) -> None:
+    known = cells.setdefault(cell.id, cell)
+    if known.source != cell.source:
+        cells[cell.id] = replace(known, others=(*known.others, cell.source))
+
+
+def _samples(
+    lay: Lay,
+    setting: Setting,
+    retrain: SampleRange,
+    pruning: Pruning,
+    shape: Shape | None,
+    consumed: Mapping[str, int],
+    spent: Mapping[str, int],
+) -> SampleRange | None:
+    """What a scratch run of a setting consumes; None while that is not known."""
+    if setting == "equal-training":
+        return retrain
+    if setting == "equal-total":
+        return lay.scratch_total(retrain.steps * lay.batch.tokens, consumed.get(pruning.name, 0))
+    if shape is None or pruning.name not in spent:
+        return None
+    return lay.scratch_flops(retrain, spent[pruning.name], ModelShape(**shape).training_flops(lay.batch.seq_length))
 
 
 def _not_run(study: Study, lay: Lay, setting: Setting) -> str:
@@ -180,3 +179,13 @@ def shape_tag(shape: Shape) -> str:
             ("F", "ffn_hidden_size"),
         )
     )
+
+
+def notes(study: Study) -> list[str]:
+    """What of study.yaml does not apply as it may seem to."""
+    return [
+        f"{method.tag} runs once, at {100 * method.own_ratio:g}%: {method.pattern} says how much is removed, "
+        f"not ratios: {study.ratios}"
+        for method in study.methods
+        if method.own_ratio is not None and study.ratios != [method.own_ratio]
+    ]

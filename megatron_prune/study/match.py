@@ -4,8 +4,10 @@
 steps, the same shape, and every resolved argument equal outside ``ALLOWED``. *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
-step or 0.1%. In both a sparse model was retrained under the masks that its pruning made, and the scratch
-run was trained under the same masks, or, where it is a dense one, under none.
+step or 0.1%. *Equal FLOPs*: the same with executed FLOPs in place of tokens. In all of them a
+sparse model was retrained under the masks that its pruning made, and the scratch run was trained under the same masks,
+or, where it is a dense one, under none; and losses that spike or are no numbers were met by one policy. Where the study
+sweeps the learning rate, both arms had the same rates.
 
 The result is the list of what was compared, for the report; the first thing that does not match
 raises AccountError, which names both runs and the field.
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import AccountError
+from megatron_prune.study import anomalies
 from megatron_prune.study.budgets import counted
 
 Account = Mapping[str, Any]
@@ -54,6 +57,7 @@ OWN_STEPS: dict[str, str] = {
     "stream_range": "own steps",
     "eval_interval": "own steps",
 }
+SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
 HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
 STREAM = ("id", "seed", "seq_length", "epochs", "blend")
 ACCOUNTED = ("global_batch_size", "micro_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
@@ -75,7 +79,7 @@ class Runs:
     """Two complete accounts with their names, and the checks that both settings share.
 
     ``masks`` is the hash of those that the pruning made, None where it made none; ``dense`` says that
-    the scratch run is to have none.
+    the scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
     """
 
     pruned_name: str
@@ -84,6 +88,7 @@ class Runs:
     scratch: Account
     masks: str | None = None
     dense: bool = True
+    swept: Mapping[float, tuple[Account, Account]] | None = None
 
     def refuse(self, setting: str, field: str, why: str) -> AccountError:
         return AccountError(
@@ -149,9 +154,34 @@ class Runs:
         verdict = "may differ: the study asks for dense scratch" if self.dense else "equal"
         return [Line("masks", self.masks, expected or "none", verdict)]
 
+    def policy(self, setting: str) -> Line:
+        """What was done about spikes and losses that are no numbers."""
+        ours, theirs = (anomalies.policy(account["arguments"]) for account in (self.pruned, self.scratch))
+        return self.equal(setting, "policy for spikes and NaNs", ours, theirs)
+
+    def rates(self, setting: str) -> list[Line]:
+        """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
+        if self.swept is None:
+            return []
+        for rate, accounts in self.swept.items():
+            for name, chosen, account in zip(
+                (self.pruned_name, self.scratch_name), (self.pruned, self.scratch), accounts, strict=True
+            ):
+                for key in ("complete", "start", "range", "steps", "tokens", "masks", *ACCOUNTED):
+                    if account[key] != chosen[key]:
+                        why = f"{name} has {chosen[key]}, its arm at lr {rate} {account[key]}"
+                        raise self.refuse(setting, key, why)
+                differing = _differing(account, chosen, ALLOWED | SWEPT)
+                if differing or account["arguments"].get("lr") != rate:
+                    field = differing or "lr"
+                    raise self.refuse(setting, f"arguments.{field}", f"{name}'s arm at lr {rate} has another")
+        rates = [float(rate) for rate in self.swept]
+        return [self.equal(setting, "learning rates tried", rates, rates)]
+
     def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
         """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
         ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
+        allowed = allowed if self.swept is None else {**allowed, **SWEPT}
         lines, same = [], 0
         for key in sorted(set(ours) | set(theirs)):
             a, b = ours.get(key, "absent"), theirs.get(key, "absent")
@@ -164,13 +194,19 @@ class Runs:
         return [*lines, Line("all other resolved arguments", same, same)]
 
 
+def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str | None:
+    """The first argument outside ``allowed`` in which two runs differ."""
+    ours, theirs = one["arguments"], other["arguments"]
+    keys = sorted((set(ours) | set(theirs)) - set(allowed))
+    return next((key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")), None)
+
+
 def equal_training(runs: Runs, parent: Account | None) -> list[Line]:
     """The lines of an equal-training match; AccountError at the first field that differs."""
     setting = "equal-training"
     runs.whole(setting)
     lines = runs.accounted(setting, ("range", "steps", "tokens", "unique_tokens", *ACCOUNTED))
-    lines += runs.held(setting)
-    lines += _unseen(runs, setting, parent)
+    lines += _common(runs, setting, parent)
     return lines + runs.arguments(setting, ALLOWED)
 
 
@@ -185,25 +221,52 @@ def equal_total(
     runs.whole(setting)
     if parent is not None and parent["tokens"] != parent_tokens:
         raise runs.refuse(setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account")
-    lines = runs.accounted(setting, ACCOUNTED)
-    lines += runs.held(setting)
-    lines += _unseen(runs, setting, parent)
-    retrained, step = runs.pruned["tokens"], runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
-    total = parent_tokens + retrained + counted(consumed, parent_tokens + retrained)
-    found = runs.scratch["tokens"]
-    pruning = total - parent_tokens - retrained
-    terms = f"{parent_tokens:,} parent + {retrained:,} retraining + {pruning:,} pruning"
+    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting, parent)
+    step = runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
+    lines.append(_total(runs, setting, "tokens", parent_tokens, consumed, step, declared))
+    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+
+
+def equal_flops(
+    runs: Runs, parent: Account | None, parent_flops: int, spent: int, *, declared: bool = False
+) -> list[Line]:
+    """The lines of an equal-FLOPs match, executed ones; AccountError as above.
+
+    ``parent_flops`` must be what ``parent``'s account says, where there is one; ``spent`` is the pruning's.
+    """
+    setting = "equal-flops"
+    runs.whole(setting)
+    if parent is not None and parent["flops_executed"] != parent_flops:
+        raise runs.refuse(
+            setting, "FLOPs of the parent", f"{parent_flops} here, {parent['flops_executed']} in its account"
+        )
+    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting, parent)
+    step = runs.scratch["flops_executed"] // runs.scratch["steps"]
+    lines.append(_total(runs, setting, "flops_executed", parent_flops, spent, step, declared))
+    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+
+
+def _common(runs: Runs, setting: str, parent: Account | None) -> list[Line]:
+    return [*runs.held(setting), *_unseen(runs, setting, parent), runs.policy(setting), *runs.rates(setting)]
+
+
+def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: bool) -> Line:
+    """Scratch has as many tokens, or FLOPs, as all of the pruned arm, within one step or 0.1%."""
+    retrained, found = runs.pruned[unit], runs.scratch[unit]
+    pruning = counted(spent, parent + retrained)
+    total = parent + retrained + pruning
+    terms = f"{parent:,} parent + {retrained:,} retraining + {pruning:,} pruning"
     difference = abs(found - total)
+    name = {"tokens": "total tokens", "flops_executed": "total FLOPs"}[unit]
     if difference > max(step, TOLERANCE * total):
         raise runs.refuse(
             setting,
-            "total tokens",
+            name,
             f"{total:,} = {terms} against {found:,}: {difference:,} apart, allowed is one step ({step:,}) or 0.1%",
         )
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
-    lines.append(Line("total tokens", f"{total:,} = {terms}{marked}", f"{found:,}", verdict))
-    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+    return Line(name, f"{total:,} = {terms}{marked}", f"{found:,}", verdict)
 
 
 def _unseen(runs: Runs, setting: str, parent: Account | None) -> list[Line]:

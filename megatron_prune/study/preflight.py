@@ -1,9 +1,9 @@
 """What a study refuses before anything runs, and what it can know beforehand.
 
-``check`` reads the corpora's sizes, the parent's shape where there is one to read, and every method's
-flags (``choices``). It refuses streams that are too short, corpora that are one another, windows that are
-not there, unknown methods, targets and patterns that cannot be met, and recipes under which zeros would not
-stay zero; it returns where the runs lie and which shapes will come out.
+``look`` reads the parent's shape where there is one to read, every method's flags (``choices``), and what is
+finished; it returns where the runs lie and which shapes will come out. ``check`` also reads the corpora's sizes. It
+refuses streams that are too short, corpora that are one another, windows that are not there, unknown methods, targets
+and patterns that cannot be met, and recipes under which zeros would not stay zero.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import budgets, choices, commands, grid
 from megatron_prune.study.choices import Needs
 from megatron_prune.study.config import Study
+from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import calibration_tokens, flops_of, links, prunings
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,25 @@ class Outlook:
     """What is known before the first run.
 
     ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
-    that is, before an import; the target of a search, until its plan is made. ``needs`` says by tag what
-    each method asks for.
+    that is, before an import; the target of a search, until its plan is made. ``needs`` says by the name of a
+    pruning what it asks for; ``spent`` its FLOPs, and those of what it starts from, once it is finished.
     """
 
     lay: budgets.Lay
     source: ModelShape | None
     targets: Mapping[str, ModelShape]
     needs: Mapping[str, Needs]
+    spent: Mapping[str, int] = field(default_factory=dict)
     account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
 
     def grid(self, study: Study) -> grid.Grid:
-        """All training cells, as far as shapes are known."""
-        return grid.expand(study, self.lay, self.shapes, self.consumed(study))
+        """All training cells, as far as shapes and FLOPs are known."""
+        return grid.expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
+
+    def estimated_grid(self, study: Study) -> grid.Grid:
+        """The same, where prunings that have not said what they spent are taken to have spent nothing."""
+        spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
+        return grid.expand(study, self.lay, self.shapes, self.consumed(study), spent)
 
     @property
     def shapes(self) -> dict[str, Mapping[str, Any]]:
@@ -50,54 +59,89 @@ class Outlook:
 
     def to_json(self, study: Study) -> dict[str, Any]:
         """What a report needs to know of it, without Megatron."""
-        return {"lay": asdict(self.lay), "shapes": self.shapes, "consumed": self.consumed(study)}
+        return {
+            "lay": asdict(self.lay),
+            "shapes": self.shapes,
+            "consumed": self.consumed(study),
+            "spent": dict(self.spent),
+        }
 
     def consumed(self, study: Study) -> dict[str, int]:
-        """Tokens that each pruning reads: the calibration's, for methods that look at it, and its candidates'."""
-        tokens, consumed = grid.calibration_tokens(study), {}
-        for pruning in grid.prunings(study):
-            needs = self.needs[pruning.method.tag]
+        """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, and
+        what its candidates were retrained on."""
+        tokens = calibration_tokens(study)
+        consumed: dict[str, int] = {}
+        for pruning in links(study):
+            needs = self.needs[pruning.name]
             trained = needs.retraining.candidates * needs.retraining.tokens if needs.retraining else 0
-            consumed[pruning.name] = (tokens if needs.tokens else 0) + trained
+            before = consumed[pruning.base.name] if pruning.base else 0
+            consumed[pruning.name] = before + (tokens if needs.tokens else 0) + trained
         return consumed
 
 
-def check(study: Study, places: commands.Places) -> Outlook:
+def check(study: Study, places: Places) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
-    needs = {method.tag: choices.needs(study, method) for method in study.methods}
-    source, account = _parent(study, places)
-    lay = _lay(study, account)
-    shapes = {}
-    if source is not None:
-        for pruning in grid.prunings(study):
-            competing = choices.shapes(study, pruning.method, pruning.ratio, source)
-            made = places.plan(pruning)
-            if len(competing) == 1:
-                shapes[pruning.name] = competing[0]
-            elif made.is_file():
-                shapes[pruning.name] = plan.read(made).target
-    outlook = Outlook(lay, source, shapes, needs, account)
+    outlook = look(study, places)
     _check_masked(study, places, outlook)
-    _check_data(study, outlook, account)
+    _check_data(study, outlook)
     return outlook
 
 
-def _check_masked(study: Study, places: commands.Places, outlook: Outlook) -> None:
+def look(study: Study, places: Places) -> Outlook:
+    """What can be known now; UsageError where a method or a target cannot be meant."""
+    needs = {pruning.name: choices.needs(study, pruning.method, pruning.ratio) for pruning in links(study)}
+    source, account = _parent(study, places)
+    return Outlook(
+        _lay(study, source, account), source, _targets(study, places, source), needs, _spent(study, places, needs),
+        account,
+    )  # fmt: skip
+
+
+def _targets(study: Study, places: Places, source: ModelShape | None) -> dict[str, ModelShape]:
+    found: dict[str, ModelShape] = {}
+    for pruning in links(study):
+        before = source if pruning.base is None else found.get(pruning.base.name)
+        if before is None:
+            continue
+        competing = choices.shapes(study, pruning.method, pruning.ratio, before)
+        made = places.plan(pruning)
+        if len(competing) == 1:
+            found[pruning.name] = competing[0]
+        elif made.is_file():
+            found[pruning.name] = plan.read(made).target
+    return found
+
+
+def _spent(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
+    """FLOPs behind every pruning that is finished, from the ledger."""
+    records = Ledger(places.ledger).read()
+    spent: dict[str, int] = {}
+    for pruning in prunings(study):
+        found = [flops_of(records, study, link, statistics=needs[link.name].statistics) for link in pruning.links]
+        known = [flops for flops in found if flops is not None]
+        if len(known) == len(found):
+            spent[pruning.name] = sum(known)
+    return spent
+
+
+def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
     """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
     masked = [cell for cell in outlook.grid(study).cells if cell.masked]
     if not masked:
         return
-    choices.refuse_recipe_without_zeros(commands.training(study, places, masked[0]))
+    choices.refuse_recipe_without_zeros(commands.training(study, places, masked[0], masked[0].source))
     trained = study.parent.pretrain
-    seed = trained.seed if trained is not None else (outlook.account or {}).get("seed")
-    if any(cell.kind == "scratch" and cell.seed == seed for cell in masked):
-        raise UsageError(
-            "seeds", given=seed, allowed="another than the parent's, for scratch under masks",
-            why="masks made of the parent fit the weights that it began with, and one seed gives the same to both",
-        )  # fmt: skip
+    for cell in masked:
+        own = cell.seed if study.parent_per_seed else 0
+        seed = trained.seed + own if trained is not None else (outlook.account or {}).get("seed")
+        if cell.kind == "scratch" and cell.seed == seed:
+            raise UsageError(
+                "seeds", given=seed, allowed="another than the parent's, for scratch under masks",
+                why="masks made of the parent fit the weights that it began with, and one seed gives the same to both",
+            )  # fmt: skip
 
 
-def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:
+def _parent(study: Study, places: Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:
     """The parent's shape if it can be known, and its account if it was trained by us elsewhere."""
     parent = study.parent
     if parent.pretrain is not None:
@@ -111,14 +155,19 @@ def _parent(study: Study, places: commands.Places) -> tuple[ModelShape | None, M
     return (open_checkpoint(imported).shape if imported.is_dir() else None), None
 
 
-def _lay(study: Study, account: Mapping[str, Any] | None) -> budgets.Lay:
+def _lay(study: Study, source: ModelShape | None, account: Mapping[str, Any] | None) -> budgets.Lay:
     batch = budgets.Batch(study.recipe.global_batch_size, study.data.seq_length)
     parent = study.parent
     if parent.pretrain is not None:
         steps = batch.steps(parent.pretrain.tokens, "parent.pretrain.tokens")
-        return budgets.Lay(batch, steps * batch.samples, steps * batch.tokens)
+        samples = steps * batch.samples
+        flops = source.training_flops(batch.seq_length) * samples if source else None
+        return budgets.Lay(batch, samples, steps * batch.tokens, flops)
     if account is None:
-        return budgets.Lay(batch, 0, parent.declared_tokens)
+        declared = parent.declared_tokens
+        one = source.training_flops(batch.seq_length) if source else None
+        flops = one * declared // batch.seq_length if one and declared else None
+        return budgets.Lay(batch, 0, declared, flops)
     if account.get("complete") is not True or account.get("stream") is None:
         raise UsageError("parent.load", given=parent.load, allowed="a run whose account is complete and on a stream")
     if parent.declared_tokens not in (None, account["tokens"]):
@@ -127,7 +176,7 @@ def _lay(study: Study, account: Mapping[str, Any] | None) -> budgets.Lay:
             given=parent.declared_tokens,
             allowed=f"{account['tokens']}, as its account says",
         )
-    return budgets.Lay(batch, account["range"][1], account["tokens"])
+    return budgets.Lay(batch, account["range"][1], account["tokens"], account["flops_executed"])
 
 
 def shape_from_flags(study: Study) -> ModelShape:
@@ -157,7 +206,7 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
     return math.ceil(int(size) / multiple) * multiple
 
 
-def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | None) -> None:
+def _check_data(study: Study, outlook: Outlook) -> None:
     data = study.data
     prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
     prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
@@ -191,10 +240,12 @@ def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | Non
         stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
         stages["train"] = [prefix for _, prefix in data.train]
         overlap.refuse(overlap.compare_stages(stages, max_near_duplicates=data.max_near_duplicates))
-    ends = {cell.id: cell.samples.end for cell in outlook.grid(study).cells} | {"parent": outlook.lay.parent_end}
-    for tag, needs in outlook.needs.items():
+    ends = {"parent": outlook.lay.parent_end}
+    ends |= {cell.id: cell.samples.end for cell in outlook.estimated_grid(study).cells}
+    for pruning in links(study):
+        needs = outlook.needs[pruning.name]
         if needs.retraining:
-            ends[f"methods.{tag}'s candidates"] = outlook.lay.retrain(needs.retraining.tokens).end
+            ends[f"methods.{pruning.method.tag}'s candidates"] = outlook.lay.retrain(needs.retraining.tokens).end
     longest = max(ends, key=lambda cell: ends[cell])
     corpora = blend.members(blend.parse_blend(data.blend))
     held = blend.samples_per_epoch(corpora, data.seq_length) * data.epochs
@@ -203,7 +254,7 @@ def _check_data(study: Study, outlook: Outlook, account: Mapping[str, Any] | Non
             f"data.train is too short for {longest}, which ends at sample {ends[longest]}: it has {held} samples of "
             f"{data.seq_length} tokens in {data.epochs} epoch(s); give more text, smaller budgets or more data.epochs"
         )
-    _check_parent_stream(study, account)
+    _check_parent_stream(study, outlook.account)
 
 
 def _check_parent_stream(study: Study, account: Mapping[str, Any] | None) -> None:

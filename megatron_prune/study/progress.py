@@ -59,6 +59,16 @@ class Progress:
             text = f"validation {record['validation_loss']:.4f}  test {record['test_loss']:.4f}"
             self.console.print(f"{self._clock()}  {'loss':<7}{cell}  {text}", soft_wrap=True)
 
+    def failed(self, cell: str, attempt: int, *, again: bool) -> None:
+        """A cell that failed, and whether it is begun again."""
+        what = "is run again" if again else "is given up"
+        self.console.print(f"{self._clock()}  {'failed':<7}{cell}  attempt {attempt}, {what}", soft_wrap=True)
+
+    def queued(self, cell: str, job: str, *, adopted: bool = False) -> None:
+        """A cell in a cluster's queue; ``adopted`` if an earlier runner put it there."""
+        what = "found in the queue" if adopted else "submitted"
+        self.console.print(f"{self._clock()}  {'queue':<7}{cell}  job {job} {what}", soft_wrap=True)
+
     def _line(self, what: str, cell: str, stage: str, seconds: float) -> None:
         self.console.print(f"{self._clock()}  {what:<7}{cell}  {stage}  {seconds:.1f} s", soft_wrap=True)
 

@@ -1,135 +1,41 @@
 """What a finished cell is worth: one record for the ledger, read from the files that its stages left.
 
 A record holds numbers that a rerun reproduces, and apart from them, under ``seconds``, what it does
-not. A stage has succeeded when its own artifact says so; exit codes are not asked (DESIGN §5).
+not (``checks`` say when there is something to read).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_prune import artifacts, candidates, plan
+from megatron_prune import artifacts, plan
 from megatron_prune.calibrate import statistics
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
-from megatron_prune.errors import MegatronPruneError
-from megatron_prune.masks import MASKS, open_masks
-from megatron_prune.study.budgets import SampleRange
+from megatron_prune.masks import open_masks
+from megatron_prune.study import anomalies
 from megatron_prune.study.commands import CORPORA, Places
 from megatron_prune.study.config import Study
-from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell, shape_tag
+from megatron_prune.study.grid import TrainingCell, shape_tag
+from megatron_prune.study.prunings import Pruning, calibration_cell, parent_cell
 
 Record = dict[str, Any]
 
 
-def trained(path: Path, samples: SampleRange) -> bool:
-    """True if an account says that exactly this range was trained on, to its end."""
-    if not path.is_file():
-        return False
-    account = artifacts.read_json(path)
-    return (
-        account.get("complete") is True
-        and account.get("range") == [samples.start, samples.end]
-        and account.get("steps") == samples.steps
-    )
-
-
-def evaluated(path: Path, windows: int) -> bool:
-    """True if scores of both corpora on that many windows are there, and are numbers."""
-    if not path.is_file():
-        return False
-    corpora = artifacts.read_json(path).get("corpora", {})
-    return all(
-        corpora.get(name, {}).get("windows") == windows and _is_number(corpora[name].get("loss")) for name in CORPORA
-    )
-
-
-def calibrated(path: Path) -> bool:
-    """True if statistics are there and whole."""
-    return path.is_file() and _readable(statistics.read, path)
-
-
-def asked(path: Path) -> bool:
-    """True if candidates are there."""
-    return path.is_file() and _readable(candidates.read, path)
-
-
-def scored(path: Path, asked_by: Path) -> bool:
-    """True if statistics with a score for each of these candidates are there."""
-    if not calibrated(path):
-        return False
-    question, _ = candidates.read(asked_by)
-    found = statistics.read(path)
-    return not question.unscored(found)
-
-
-def rescored(path: Path, asked_by: Path) -> bool:
-    """True if statistics with the loss of all candidates that are to be retrained are there."""
-    question, _ = candidates.read(asked_by)
-    return scored(path, asked_by) and not question.unretrained(statistics.read(path))
-
-
-def planned(path: Path) -> bool:
-    """True if a plan is there and valid."""
-    return path.is_file() and _readable(plan.read, path)
-
-
-def applied(checkpoint: Path, plan_path: Path) -> bool:
-    """True if a whole checkpoint of exactly that plan is there."""
-    if not checkpoint.is_dir() or not planned(plan_path):
-        return False
-    try:
-        found = open_checkpoint(checkpoint)
-        found.verify()
-    except MegatronPruneError:
-        return False
-    return bool(found.pruning) and found.pruning[-1].get("plan") == plan.read(plan_path).hash
-
-
-def sparsified(checkpoint: Path, chosen: Pruning) -> bool:
-    """True if a whole checkpoint is there that such a pruning made, with its masks."""
-    if not checkpoint.is_dir():
-        return False
-    try:
-        found = open_checkpoint(checkpoint)
-        found.verify()
-        made = found.pruning[-1] if found.pruning else {}
-        asked = made.get("method"), made.get("pattern")
-        return (
-            asked == (chosen.method.name, chosen.method.pattern)
-            and open_masks(checkpoint / MASKS).hash == made["masks"]
-        )
-    except MegatronPruneError:
-        return False
-
-
-def imported(checkpoint: Path) -> bool:
-    """True if a whole checkpoint is there."""
-    return checkpoint.is_dir() and _readable(lambda path: open_checkpoint(path).verify(), checkpoint)
-
-
-def _readable(read: Any, path: Path) -> bool:
-    try:
-        read(path)
-    except MegatronPruneError:
-        return False
-    return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def parent(study: Study, places: Places, account: Mapping[str, Any] | None, seconds: Mapping[str, float]) -> Record:
-    """The parent: trained here or elsewhere (``account``), or only declared."""
-    scores = artifacts.read_json(places.scores("parent"))
-    record: Record = {"cell": "parent", "kind": "parent", **_losses(scores), "seconds": dict(seconds)}
+def parent(
+    study: Study, places: Places, seed: int, account: Mapping[str, Any] | None, seconds: Mapping[str, float]
+) -> Record:
+    """A parent: trained here or elsewhere (``account``), or only declared."""
+    cell = parent_cell(study, seed)
+    scores = artifacts.read_json(places.scores(cell))
+    record: Record = {"cell": cell, "kind": "parent", **_losses(scores), "seconds": dict(seconds)}
+    if study.parent.pretrain is not None:
+        record["anomalies"] = anomalies.count(places.losses(cell))
     if account is not None:
         record |= _run(account) | {"declared": False}
     else:
@@ -148,9 +54,9 @@ def parent(study: Study, places: Places, account: Mapping[str, Any] | None, seco
     return record
 
 
-def calibration(study: Study, places: Places, seed: int, seconds: Mapping[str, float]) -> Record:
+def calibration(study: Study, places: Places, made_for: Pruning, seconds: Mapping[str, float]) -> Record:
     """Statistics and what they cost."""
-    cell = calibration_cell(study, seed)
+    cell = calibration_cell(study, made_for)
     found = statistics.read(places.statistics(cell))
     return {
         "cell": cell,
@@ -172,6 +78,7 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
         "flops": sum(spent.get(part, {}).get("flops", 0) for part in ("scoring", "retraining")),  # beyond calibration
+        **_chained(places, chosen),
     }
 
 
@@ -184,6 +91,7 @@ def sparse_pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]
         "removed_all": made["removed_all"],
         "near_ties": None,  # masks are too many for a list of them
         "flops": made["flops"],
+        **_chained(places, chosen),
     }
 
 
@@ -202,6 +110,22 @@ def _pruning(places: Places, chosen: Pruning, target: Record, seconds: Mapping[s
     }
 
 
+def _chained(places: Places, chosen: Pruning) -> Record:
+    """What a link of a chain leaves of the parent that the chain began with; nothing for a pruning of that itself."""
+    if chosen.base is None:
+        return {}
+    masks = open_masks(places.masks(chosen)) if chosen.sparse else None
+    removed = masks.removed if masks else 0
+    made = open_checkpoint(places.checkpoint(chosen.cell)).pruning
+    first, last = ModelShape(**made[0]["source"]), ModelShape(**made[-1]["target"])
+    return {
+        "base": chosen.base.cell,
+        "masks": masks.hash if masks else None,
+        "removed_linears": 1 - (last.linear_parameters() - removed) / first.linear_parameters(),
+        "removed_all": 1 - (last.parameters() - removed) / first.parameters(),
+    }
+
+
 def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -> Record:
     """A trained and evaluated run."""
     account = artifacts.read_json(places.account(cell.id))
@@ -210,8 +134,10 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
         "cell": cell.id,
         "kind": cell.kind,
         "seed": cell.seed,
+        "lr": cell.lr,
         **_run(account),
         **_losses(scores),
+        "anomalies": anomalies.count(places.losses(cell.id)),
         "seconds": dict(seconds),
     }
 
@@ -223,7 +149,6 @@ def _run(account: Mapping[str, Any]) -> Record:
         "steps": account["steps"],
         "tokens": account["tokens"],
         "unique_tokens": account["unique_tokens"],
-        "replayed": account["replayed"],
         "flops": account["flops_executed"],
         "flops_theoretical": account["flops_theoretical"],
         "parameters": account["parameters"],

@@ -1,7 +1,7 @@
 """From the ledger to results: rows, matched comparisons and verdicts. Imports no Megatron.
 
-A row is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
-setting, kind of scratch (``against``) and seed, and one row for the parent. A run that serves several
+A row (``rows``) is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
+setting, kind of scratch (``against``) and seed, and one row for each parent. A run that serves several
 comparisons (a pruned run under both settings, a scratch run for two methods of one shape) has a row in each;
 ``cell`` tells. A gap is only computed after the accounts have matched (``match``).
 """
@@ -10,22 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune.study import config, grid, match, verdicts
-from megatron_prune.study.budgets import Lay, counted
-from megatron_prune.study.commands import Places
+from megatron_prune.study import conclusions, config, grid, match, rows, sweep
+from megatron_prune.study.budgets import Lay
+from megatron_prune.study.commands import CORPORA, Places
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.prunings import parent_cells
+from megatron_prune.study.rows import COLUMNS
+from megatron_prune.study.sweep import Sweep
+from megatron_prune.study.trends import Trend
 from megatron_prune.study.verdicts import Verdict
 
-COLUMNS = (
-    "study", "cell", "method", "pattern", "ratio", "ratio_of", "arm", "setting", "against", "seed", "status",
-    "tokens_train", "tokens_total", "flops_total", "flops_train", "flops_train_theoretical", "params", "params_nonzero",
-    "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
-    "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
-    "seconds",
-)  # fmt: skip
 Record = Mapping[str, Any]
 
 
@@ -64,6 +62,8 @@ class Results:
     compared: tuple[Compared, ...]
     rows: tuple[dict[str, Any], ...]
     verdicts: tuple[Verdict, ...]
+    trends: tuple[Trend, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
 
 
 def collect(places: Places) -> Results:
@@ -71,144 +71,83 @@ def collect(places: Places) -> Results:
     study = config.from_mapping(artifacts.read_json(places.root / "study.json"), str(places.root / "study.json"))
     outlook = artifacts.read_json(places.root / "outlook.json")
     lay, consumed = Lay.from_json(outlook["lay"]), outlook["consumed"]
-    records = Ledger(places.root / "ledger.jsonl").read()
-    laid = grid.expand(study, lay, outlook["shapes"], consumed)
-    accounts = _Accounts(study, places)
-    compared = tuple(
-        _compare(comparison, laid, lay, records, accounts, consumed.get(comparison.pruning.name, 0))
-        for comparison in laid.comparisons
-    )
-    parent = records.get("parent")
-    rows = [_parent_row(study, parent)] if parent else []
-    for item in compared:
-        rows += _rows(study, item, records, consumed.get(item.comparison.pruning.name, 0))
-    return Results(study, lay, parent, records, compared, tuple(rows), tuple(_verdicts(compared, records)))
+    records = Ledger(places.ledger).read()
+    laid = grid.expand(study, lay, outlook["shapes"], consumed, outlook.get("spent", {}))
+    judged, sweeps = sweep.choose(laid.comparisons, records)
+    matching = _Matching(study, places, lay, records, consumed)
+    compared = tuple(matching.compare(comparison) for comparison in judged)
+    found = [row for item in compared for row in rows.of_comparison(study, item, records, consumed)]
+    return Results(
+        study, lay, _parent(study, records), records, compared, (*rows.of_parents(study, records), *found),
+        tuple(conclusions.judge(study, places, compared, records)), tuple(conclusions.follow(compared, records)),
+        sweeps,
+    )  # fmt: skip
 
 
-class _Accounts:
-    """Accounts of finished runs, each read once."""
-
-    def __init__(self, study: config.Study, places: Places):
-        self.places = places
-        path = places.parent(study) / "account.json"
-        self.parent = artifacts.read_json(path) if study.parent.import_hf is None and path.is_file() else None
-        self._read: dict[str, Any] = {}
-
-    def of(self, cell: str) -> Any:
-        if cell not in self._read:
-            self._read[cell] = artifacts.read_json(self.places.account(cell))
-        return self._read[cell]
+def _parent(study: config.Study, records: Mapping[str, Record]) -> Record | None:
+    """The parent's record; where every seed has one, the first's with the mean of their losses."""
+    parents = [records[cell] for cell, _ in parent_cells(study) if cell in records]
+    if len(parents) < 2:
+        return parents[0] if parents else None
+    losses = {f"{name}_loss": sum(one[f"{name}_loss"] for one in parents) / len(parents) for name in CORPORA}
+    return {**parents[0], **losses}
 
 
-def _compare(
-    made: grid.Comparison,
-    laid: grid.Grid,
-    lay: Lay,
-    records: Mapping[str, Record],
-    accounts: _Accounts,
-    consumed: int,
-) -> Compared:
-    tokens = next(cell.samples.steps for cell in laid.cells if cell.id == made.pruned) * lay.batch.tokens
-    if made.scratch is None:
-        return Compared(made, tokens, "not run" if made.pruned in records else "pending")
-    if made.pruned not in records or made.scratch not in records:
-        return Compared(made, tokens, "pending")
-    runs = match.Runs(
-        made.pruned,
-        made.scratch,
-        accounts.of(made.pruned),
-        accounts.of(made.scratch),
-        masks=records[made.pruning.cell].get("masks"),
-        dense=made.against == "dense",
-    )
-    if made.setting == "equal-training":
-        lines = match.equal_training(runs, accounts.parent)
-    else:
-        assert lay.parent_tokens is not None
-        lines = match.equal_total(runs, accounts.parent, lay.parent_tokens, consumed, declared=accounts.parent is None)
-    return Compared(made, tokens, "finished", tuple(lines))
+class _Matching:
+    """Comparisons of finished runs by their accounts, each of which is read once."""
 
+    def __init__(
+        self,
+        study: config.Study,
+        places: Places,
+        lay: Lay,
+        records: Mapping[str, Record],
+        consumed: Mapping[str, int],
+    ):
+        self.study, self.places, self.lay, self.records, self.consumed = study, places, lay, records, consumed
+        self._accounts: dict[Path, Any] = {}
 
-def _parent_row(study: config.Study, parent: Record) -> dict[str, Any]:
-    return _row(
-        study,
-        parent,
-        "parent",
-        "finished",
-        seed=study.parent.pretrain.seed if study.parent.pretrain else None,
-    ) | {
-        "tokens_train": parent["tokens"],
-        "tokens_total": parent["tokens"],
-        "tokens_parent": parent["tokens"],
-        "tokens_declared": parent["declared"],
-        "flops_total": parent["flops"],
-    }
-
-
-def _rows(study: config.Study, item: Compared, records: Mapping[str, Record], consumed: int) -> list[dict[str, Any]]:
-    made, parent = item.comparison, records.get("parent", {})
-    pruning = records.get(made.pruning.cell, {})
-    shared = {
-        **{key: value for key, value in item.group.items() if key != "tokens"},
-        "ratio_of": study.ratio_of if made.pruning.ratio is not None else None,
-        "seed": made.seed,
-        **{key: pruning.get(key) for key in ("removed_linears", "removed_all", "shape")},
-    }
-    pruned, scratch = records.get(made.pruned), records.get(made.scratch or "")
-    rows = [_row(study, pruned, "pruned", "finished" if pruned else "pending", cell=made.pruned, **shared)]
-    if pruned:
-        trained = (parent.get("tokens") or 0) + pruned["tokens"]
-        known = parent.get("tokens") is not None
-        flops = [parent.get("flops"), pruning.get("flops"), pruned["flops"]]
-        if consumed and made.pruning.method.pattern is None:  # a sparse pruning's own FLOPs have them
-            flops.append(records.get(grid.calibration_cell(study, made.seed), {}).get("flops"))
-        rows[0] |= {
-            "tokens_train": pruned["tokens"],
-            "tokens_total": trained + counted(consumed, trained) if known else None,
-            "tokens_parent": parent.get("tokens"),
-            "tokens_pruning": consumed,
-            "tokens_declared": parent.get("declared"),
-            "flops_total": None if None in flops else sum(flops),
-            "validation_loss_unretrained": pruning.get("validation_loss"),
-            "test_loss_unretrained": pruning.get("test_loss"),
-        }
-    status = "finished" if scratch else "not run" if made.scratch is None else "pending"
-    row = _row(study, scratch, "scratch", status, cell=made.scratch, **shared)
-    if scratch:
-        row |= {
-            "tokens_train": scratch["tokens"],
-            "tokens_total": scratch["tokens"],
-            "flops_total": scratch["flops"],
-        }
-        row |= {"tokens_parent": 0, "tokens_pruning": 0, "tokens_declared": False}
-    return [*rows, row]
-
-
-def _row(study: config.Study, record: Record | None, arm: str, status: str, **known: Any) -> dict[str, Any]:
-    record = record or {}
-    seconds = record.get("seconds", {}).get("pretrain")
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= {"study": study.name, "cell": record.get("cell"), "arm": arm, "status": status, "seconds": seconds}
-    row |= {key: record.get(key) for key in ("loss_initial", "validation_loss", "test_loss")}
-    row |= {"params": record.get("parameters"), "params_nonzero": record.get("parameters_nonzero")}
-    row |= {"flops_train": record.get("flops"), "flops_train_theoretical": record.get("flops_theoretical")}
-    return row | known
-
-
-def _verdicts(compared: tuple[Compared, ...], records: Mapping[str, Record]) -> list[Verdict]:
-    """One verdict a group (see ``Compared.group``) of which some seeds have finished, in the study's order."""
-    groups: dict[tuple[Any, ...], list[Compared]] = {}
-    for item in compared:
-        if item.status == "finished":
-            groups.setdefault(tuple(item.group.values()), []).append(item)
-    return [
-        verdicts.judge(
-            **items[0].group,
-            pruned=[records[item.comparison.pruned] for item in items],
-            scratch=[records[item.comparison.scratch or ""] for item in items],
+    def compare(self, made: grid.Comparison) -> Compared:
+        """The match of a comparison whose runs are finished; AccountError when they do not match."""
+        tokens = self.lay.retrain(made.budget).steps * self.lay.batch.tokens
+        if made.not_run:
+            return Compared(made, tokens, "not run" if made.pruned in self.records else "pending")
+        finished = made.pruned in self.records and made.scratch in self.records
+        if made.scratch is None or not finished or not made.chosen:
+            return Compared(made, tokens, "pending")
+        swept = {rate: (self._account(a), self._account(b or "")) for rate, a, b in made.swept}
+        runs = match.Runs(
+            made.pruned,
+            made.scratch,
+            self._account(made.pruned),
+            self._account(made.scratch),
+            masks=self.records[made.pruning.cell].get("masks"),
+            dense=made.against == "dense",
+            swept=swept or None,
         )
-        for items in groups.values()
-    ]
+        return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
+
+    def _lines(self, made: grid.Comparison, runs: match.Runs) -> list[match.Line]:
+        path = self.places.parent(self.study, made.seed) / "account.json"
+        outside = self.study.parent.import_hf is not None or not path.is_file()
+        parent = None if outside else self._read(path)
+        if made.setting == "equal-training":
+            return match.equal_training(runs, parent)
+        if made.setting == "equal-total":
+            assert self.lay.parent_tokens is not None
+            read = self.consumed.get(made.pruning.name, 0)
+            return match.equal_total(runs, parent, self.lay.parent_tokens, read, declared=outside)
+        spent = rows.spent_on(self.study, made.pruning, self.records, self.consumed)
+        assert self.lay.parent_flops is not None and spent is not None
+        return match.equal_flops(runs, parent, self.lay.parent_flops, spent, declared=outside)
+
+    def _account(self, cell: str) -> Any:
+        return self._read(self.places.account(cell))
+
+    def _read(self, path: Path) -> Any:
+        if path not in self._accounts:
+            self._accounts[path] = artifacts.read_json(path)
+        return self._accounts[path]
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -218,11 +157,14 @@ def to_json(results: Results) -> dict[str, Any]:
         "study": results.study.name,
         "about": "One row a side of a comparison, and one for the parent; cell names the run behind a row. "
         "Losses are mean nats per predicted token on fixed windows.",
+        "one_parent": not results.study.parent_per_seed,
         "columns": list(COLUMNS),
         "rows": list(results.rows),
         "verdicts": [
-            asdict(verdict) | {"words": f"{verdict.subject}: {verdict.words}"} for verdict in results.verdicts
+            asdict(verdict) | {"winner": verdict.winner, "words": f"{verdict.subject}: {verdict.words}"}
+            for verdict in results.verdicts
         ],
+        "trends": [trend.to_json() for trend in results.trends],
         "comparisons": [
             {
                 **item.group,
@@ -235,6 +177,7 @@ def to_json(results: Results) -> dict[str, Any]:
             }
             for item in results.compared
         ],
+        "sweeps": [asdict(one) for one in results.sweeps],
         "unigram_loss": results.parent["unigram_loss"] if results.parent else None,
         "stages": {cell: record["seconds"] for cell, record in results.records.items()},
     }

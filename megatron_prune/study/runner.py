@@ -1,9 +1,10 @@
-"""Runs a study's cells on this machine: what is finished is skipped, what was killed goes on.
+"""Runs a study's cells: what is finished is skipped, what was killed goes on, what fails is retried and then marked.
 
-Phases in order: the parent; calibrations; prunings; the training runs. Inside a phase up to
-``launch.parallel_cells`` cells run at a time. A stage is run when its artifact does not already say
-that it is done, and has failed when the artifact still does not say so afterwards. A finished
-cell gets its line in the ledger. Only one runner works on a study: it holds ``study.lock``.
+Cells are a graph: a parent before its calibrations and prunings, these before the training runs. A launcher
+(``local``, ``slurm``) takes cells and says which of them have ended; the runner decides what may begin, looks at
+whether what a cell wrote says that it is done, and gives it its line in the ledger. A cell that failed is begun
+again up to ``launch.retries`` times; then it is marked, what needs it is blocked, and the rest goes on. Running the
+study again gives it another chance. Only one runner works on a study: it holds ``study.lock``.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError, RunError, UsageError
-from megatron_prune.study import config, grid, preflight, stages
-from megatron_prune.study.commands import Command, Places
+from megatron_prune.errors import MegatronPruneError, RunError
+from megatron_prune.study import config, preflight, retention, stages
+from megatron_prune.study.execution import Refused, State, States, unfinished
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
-from megatron_prune.study.stages import Cell, Stage
+from megatron_prune.study.stages import Cell
 
-TAIL_LINES = 15
+KINDS = ("parent", "calibration", "pruning", "training")
 
 
 class CellsFailed(RunError):
@@ -33,123 +34,160 @@ class CellsFailed(RunError):
 
 
 class Launcher(Protocol):
-    """Runs one command to its end; the return code is only for the error message."""
+    """Takes cells and reports those that have ended. ``orders``: it lets a cell wait for others by itself."""
 
-    def __call__(self, command: Command, *, log: Path, env: dict[str, str]) -> int: ...
+    orders: bool
+
+    def room(self) -> bool:
+        """True if another cell may begin now."""
+        ...
+
+    def begin(self, cell: Cell, after: Sequence[str]) -> None:
+        """Begin a cell, or hand it over to begin after those of ``after``, which have begun."""
+        ...
+
+    def ended(self) -> Mapping[str, MegatronPruneError | None]:
+        """Wait until cells have ended; why each of them failed, as far as the launcher knows."""
+        ...
 
 
-def launch_local(command: Command, *, log: Path, env: dict[str, str]) -> int:
-    """Processes on this machine (torchrun's ranks where there is a GPU)."""
-    if command.stage == "import":
-        from megatron_prune.checkpoint.huggingface import import_hf
-
-        arguments = dict(zip(command.argv[1::2], command.argv[2::2], strict=True))
-        import_hf(arguments["--hf"], arguments["--save"])
-        return 0
-    from megatron_prune.engine.launch import launch
-
-    return launch(command.argv, nproc=command.nproc, log=log, env=env)
-
-
-def run(study: config.Study, places: Places, *, launcher: Launcher = launch_local, progress: Progress) -> None:
-    """Run everything that is not finished yet. RunError names cells that failed, when the others are done."""
+def run(study: config.Study, places: Places, *, launcher: Launcher, progress: Progress) -> None:
+    """Run everything that is not finished yet. CellsFailed names cells that failed, when the others are done."""
     with _locked(places.root):
         outlook = preflight.check(study, places)
         artifacts.write_json(places.root / "study.json", config.resolved(study))
-        runner = _Runner(study, places, launcher, progress)
-        runner.phase([stages.parent(study, places, outlook)], parallel=1)
-        if outlook.source is None:  # an import: only now is there a shape to check targets against
-            outlook = preflight.check(study, places)
-        artifacts.write_json(places.root / "outlook.json", outlook.to_json(study))
-        parallel = study.launch.parallel_cells
-        runner.phase(stages.calibrations(study, places, outlook), parallel=1)
-        runner.phase(stages.pruning_cells(study, places, outlook), parallel)
-        if len(outlook.targets) < len(grid.prunings(study)):  # a search: only now is its shape known
-            outlook = preflight.check(study, places)
-            artifacts.write_json(places.root / "outlook.json", outlook.to_json(study))
-        runner.phase(stages.training_cells(study, places, outlook.grid(study)), parallel)
+        _Runner(study, places, outlook, launcher, progress).run()
 
 
 class _Runner:
-    def __init__(self, study: config.Study, places: Places, launcher: Launcher, progress: Progress):
-        self.study, self.places, self.launcher, self.progress = study, places, launcher, progress
-        self.ledger = Ledger(places.root / "ledger.jsonl")
+    def __init__(
+        self,
+        study: config.Study,
+        places: Places,
+        outlook: preflight.Outlook,
+        launcher: Launcher,
+        progress: Progress,
+    ):
+        self.study, self.places, self.outlook, self.launcher = study, places, outlook, launcher
+        self.progress, self.states = progress, States(places)
+        self.ledger = Ledger(places.ledger)
         self.finished = self.ledger.read()
+        self.cells: dict[str, Cell] = {}
+        self.begun: set[str] = set()
+        self.failures: dict[str, list[str]] = {}  # of every cell, what went wrong at each attempt
+        self.failed: dict[str, str] = {}
 
-    def phase(self, cells: Sequence[Cell], parallel: int) -> None:
-        """Run cells that do not depend on each other; RunError at the end when some failed."""
+    def run(self) -> None:
+        self._expand()
+        while True:
+            self._begin_what_may()
+            if not self.begun:
+                break
+            ended = self.launcher.ended()
+            for cell in [cell for name, cell in self.cells.items() if name in ended]:  # what others wait for is first
+                self._take_back(cell, ended[cell.id])
+        if self.failed:
+            self._mark_blocked()
+            raise CellsFailed("\n".join(self.failed.values()))
+
+    def _expand(self) -> None:
+        """Name the cells that can be named by now, and write down what a report needs to know of them."""
+        if self.outlook.source is None:  # an import: before it there is no shape to check targets against
+            cells = stages.parents(self.study, self.places, self.outlook)
+        else:
+            artifacts.write_json(self.places.root / "outlook.json", self.outlook.to_json(self.study))
+            cells = stages.all_cells(self.study, self.places, self.outlook, frozenset(self.failed))
         for cell in cells:
-            self._keep_commands(cell)
-        open_cells = [cell for cell in cells if cell.id not in self.finished]
-        for cell in cells:
-            if cell.id in self.finished:
-                self.progress.skipped(cell.id)
-        threads = self.study.launch.threads_per_process(parallel)
-        failures = _in_threads(lambda cell: self._run(cell, threads), open_cells, parallel)
-        if failures:
-            raise CellsFailed("\n".join(str(failure) for failure in failures))
-
-    def _keep_commands(self, cell: Cell) -> None:
-        """Write cell.json; refuse a cell that was run with other commands."""
-        path = self.places.cell(cell.id) / "cell.json"
-        content = {
-            "cell": cell.id,
-            "stages": [
-                {
-                    "stage": stage.command.stage,
-                    "nproc": stage.command.nproc,
-                    "argv": list(stage.command.argv),
-                }
-                for stage in cell.stages
-            ],
-        }
-        if path.is_file():
-            earlier = artifacts.read_json(path)
-            if earlier != content:
-                raise UsageError(
-                    f"study {self.study.name}",
-                    given=f"{cell.id} with {_first_difference(earlier, content)}",
-                    allowed="its earlier commands",
-                    why=f"rename the study, or remove {path.parent} and its line",
-                )
-            return
-        artifacts.write_json(path, content)
-
-    def _run(self, cell: Cell, threads: int) -> None:
-        directory = self.places.cell(cell.id)
-        timings = directory / "stages.json"
-        seconds: dict[str, float] = artifacts.read_json(timings) if timings.is_file() else {}
-        for stage in cell.stages:
-            name = stage.command.stage
-            if stage.done():
+            if cell.id in self.begun:
                 continue
-            with self.progress.stage(cell.id, name):
-                began = time.monotonic()
-                self._execute(cell, stage, directory / f"{name}.log", threads)
-                # Attempts that were killed are not in the sum: nobody was there to time them.
-                seconds[name] = round(time.monotonic() - began, 2)
-            artifacts.write_json(timings, seconds)
-        record = cell.record(seconds)
-        with _LEDGER:
-            self.ledger.append(record)
-            self.finished[cell.id] = record
+            stages.keep(self.study, self.places, cell)
+            if cell.id in self.finished and cell.id not in self.cells:
+                self.progress.skipped(cell.id)
+                retention.apply(self.study, self.places, cell)
+            self.cells[cell.id] = cell
+
+    def _begin_what_may(self) -> None:
+        """Hand out cells, parents first and long ones before short ones of a kind, while there is room."""
+        while self.launcher.room():
+            may = [cell for cell in self.cells.values() if self._may_begin(cell)]
+            if not may:
+                return
+            cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
+            if all(stage.done() for stage in cell.stages):  # an earlier runner was killed before its line
+                self._finish(cell)
+                continue
+            self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
+            self.begun.add(cell.id)
+            self.launcher.begin(cell, [name for name in cell.after if name in self.begun])
+
+    def _may_begin(self, cell: Cell) -> bool:
+        if cell.id in self.finished or cell.id in self.begun or cell.id in self.failed:
+            return False
+        return all(name in self.finished or (self.launcher.orders and name in self.begun) for name in cell.after)
+
+    def _take_back(self, cell: Cell, error: MegatronPruneError | None) -> None:
+        """A cell has ended: its line in the ledger, another attempt, or the mark that it failed."""
+        self.begun.discard(cell.id)
+        if not all(stage.done() for stage in cell.stages):
+            if any(name not in self.finished for name in cell.after):
+                return  # the queue dropped it since what it waited for failed: no attempt of its own
+            self._failed(cell, error or self._why(cell))
+            return
+        self._finish(cell)
+
+    def _finish(self, cell: Cell) -> None:
+        """A cell's line in the ledger, and what it lets the runner know."""
+        try:
+            record = cell.record(self.states.seconds(cell.id))
+        except MegatronPruneError as wrong:
+            self._failed(cell, Refused(str(wrong)))
+            return
+        self.ledger.append(record)
+        self.finished[cell.id] = record
+        self.states.write(cell.id, State("finished", failures=self.failures.get(cell.id, [])))
         self.progress.finished(cell.id, record)
+        retention.apply(self.study, self.places, cell)
+        if cell.kind in ("parent", "pruning") and self._knows_too_little():
+            self.outlook = (preflight.check if self.outlook.source is None else preflight.look)(self.study, self.places)
+            self._expand()
 
-    def _execute(self, cell: Cell, stage: Stage, log: Path, threads: int) -> None:
-        code = self.launcher(stage.command, log=log, env={"OMP_NUM_THREADS": str(threads)})
-        if not stage.done():
-            raise RunError(
-                f"{cell.id}: {stage.command.stage} ended (exit code {code}) without saying that it succeeded. "
-                f"The end of {log}:\n{_tail(log)}"
-            )
+    def _knows_too_little(self) -> bool:
+        """True while shapes of searches, or FLOPs that scratch runs are to match, were not known."""
+        study = self.study
+        flops = any("equal-flops" == setting for entry in study.methods for setting, _ in study.compared(entry))
+        return (
+            self.outlook.source is None
+            or len(self.outlook.targets) < len(self.outlook.needs)
+            or (flops and any(name not in self.outlook.spent for name in self.outlook.targets))
+        )
 
+    def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
+        told = self.failures.setdefault(cell.id, [])
+        told.append(str(error))
+        again = len(told) <= self.study.launch.retries and not isinstance(error, Refused)
+        self.progress.failed(cell.id, len(told), again=again)
+        if again:
+            self.states.write(cell.id, State("waiting", failures=told))
+            return
+        self.failed[cell.id] = str(error)
+        self.states.write(cell.id, State("failed", failures=told))
+        if cell.kind == "pruning" and self.outlook.source is not None:
+            self._expand()  # scratch runs that were to take their shape from it may take it from another
 
-_LEDGER = threading.Lock()
+    def _mark_blocked(self) -> None:
+        for cell in self.cells.values():
+            if cell.id not in self.finished and cell.id not in self.failed:
+                missing = ", ".join(name for name in cell.after if name not in self.finished)
+                self.states.write(cell.id, State("blocked", failures=[f"needs {missing}"]))
+
+    def _why(self, cell: Cell) -> RunError:
+        stage = next(stage.command.stage for stage in cell.stages if not stage.done())
+        return unfinished(self.places.cell(cell.id), stage)
 
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the study's lock; it goes with the process, however that ends."""
+    """Hold the study's lock; RunError if another runner does. A killed runner leaves no lock."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "study.lock", "a+") as handle:
         try:
@@ -158,58 +196,6 @@ def _locked(root: Path) -> Iterator[None]:
             handle.seek(0)
             raise RunError(f"another runner (process {handle.read().strip()}) is at work on {root}") from None
         handle.truncate(0)
-        handle.write(str(os.getpid()))
+        handle.write(f"{os.getpid()} on {socket.gethostname()}")
         handle.flush()
         yield
-
-
-def _in_threads(work: Callable[[Cell], None], cells: Sequence[Cell], parallel: int) -> list[MegatronPruneError]:
-    """Do ``work`` for all cells, ``parallel`` at a time; refusals are collected, anything else is raised.
-
-    Daemon threads, so that an interrupt ends the program, and with it the jobs that it started.
-    """
-    queue = list(cells)
-    failures: list[MegatronPruneError] = []
-    bugs: list[BaseException] = []
-    lock = threading.Lock()
-
-    def worker() -> None:
-        while True:
-            with lock:
-                if not queue or bugs:
-                    return
-                cell = queue.pop(0)
-            try:
-                work(cell)
-            except MegatronPruneError as error:
-                failures.append(error)
-            except BaseException as error:
-                bugs.append(error)
-
-    workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(parallel, len(cells)))]
-    for thread in workers:
-        thread.start()
-    for thread in workers:
-        thread.join()
-    if bugs:
-        raise bugs[0]
-    return failures
-
-
-def _first_difference(earlier: Any, now: Any) -> str:
-    """The first words in which two cell.json differ."""
-    for old, new in zip(earlier["stages"], now["stages"], strict=False):
-        if old == new:
-            continue
-        for position, (a, b) in enumerate(zip(old["argv"], new["argv"], strict=False)):
-            if a != b:
-                flag = new["argv"][position - 1] if not b.startswith("--") else ""
-                return f"{flag} {b} in place of {a}".strip()
-        return f"another command line for {new['stage']}"
-    return "other stages"
-
-
-def _tail(log: Path) -> str:
-    if not log.is_file():
-        return "(there is no log)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

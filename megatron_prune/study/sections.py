@@ -17,39 +17,12 @@ from megatron_prune.study.values import (
     Blend,
     Compare,
     Flags,
+    Fraction,
     PatternText,
     Positive,
+    Rate,
     Tokens,
 )
-
-
-@dataclass(frozen=True, config=STRICT)
-class Launch:
-    """How runs are put on this machine: processes of one run, and runs at a time."""
-
-    launcher: Literal["local"] = "local"
-    nproc: Positive = 1
-    tensor_parallel: Positive = 1
-    pipeline_parallel: Positive = 1
-    parallel_cells: Positive = 1
-    threads: Positive | None = None  # CPU threads of a process; None: the cores, shared evenly
-
-    def __post_init__(self) -> None:
-        if self.nproc % (self.tensor_parallel * self.pipeline_parallel):
-            raise UsageError(
-                "launch.nproc",
-                given=self.nproc,
-                allowed=f"a multiple of tensor_parallel x pipeline_parallel = "
-                f"{self.tensor_parallel * self.pipeline_parallel}",
-            )
-
-    @property
-    def data_parallel(self) -> int:
-        return self.nproc // (self.tensor_parallel * self.pipeline_parallel)
-
-    def threads_per_process(self, cells: int) -> int:
-        """Threads for each process while up to ``cells`` runs share the machine."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // (cells * self.nproc))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,12 +76,14 @@ class Data:
 class Pretrain:
     """A parent trained here: its shape as Megatron flags, and its tokens.
 
-    ``seed`` is none of the study's: masks made of a parent fit the weights that it began with.
+    ``seed`` is none of the study's: masks made of a parent fit the weights that it began with. ``lr`` is the
+    recipe's where that has one; a recipe with several says nothing of the parent.
     """
 
     tokens: Tokens
     arguments: Flags
     seed: int = 1234
+    lr: Annotated[float, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -151,9 +126,13 @@ class Parent:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps."""
+    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps.
 
-    lr: Annotated[float, Field(gt=0)]
+    Several ``lr`` are a sweep: every arm is trained at each of them, and the one with the lowest validation loss
+    (mean over the seeds) stands for the arm.
+    """
+
+    lr: Rate
     global_batch_size: Positive
     micro_batch_size: Positive
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -161,23 +140,67 @@ class Recipe:
     save_interval: Positive | None = None  # steps; None: at the end only
     arguments: Flags = dataclasses.field(default_factory=dict)
 
+    @property
+    def rates(self) -> list[float]:
+        """Every learning rate that an arm is trained at."""
+        return self.lr if isinstance(self.lr, list) else [self.lr]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Link:
+    """One pruning of a chain: a method, and how much it removes: a ratio, a target or an N:M pattern."""
+
+    name: str
+    pattern: PatternText | None = None
+    ratio: Fraction | None = None
+    settings: Flags = dataclasses.field(default_factory=dict)
+    target: Flags = dataclasses.field(default_factory=dict)
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        says = [self.ratio is not None, bool(self.target), self.method().own_ratio is not None]
+        if sum(says) != 1:
+            raise UsageError(
+                f"methods.chain.{self.method().tag}",
+                given="nothing that says how much" if not any(says) else "more than one of them",
+                allowed="one of ratio, target and an N:M pattern",
+                why="a chain runs once, not at every one of the study's ratios",
+            )
+
+    def method(self) -> Method:
+        """It as a method of its own."""
+        return Method(self.name, self.pattern, self.settings, self.target, self.label)
+
+    def words(self, *, pattern: bool) -> str:
+        """``minitron-depth 25%``, ``sparsegpt 2:4``"""
+        shown = f" {self.pattern}" if pattern and self.pattern else ""
+        return f"{self.label or self.name}{shown}" + (f" {100 * self.ratio:g}%" if self.ratio else "")
+
 
 @dataclass(frozen=True, config=STRICT)
 class Method:
     """A pruning method by its name, its settings as flags of ``plan``, and perhaps an explicit shape.
 
-    With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``.
+    With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``. A ``chain`` of prunings, one after
+    the other, stands in place of all of them.
     """
 
-    name: str
+    name: str = ""
     pattern: PatternText | None = None  # unstructured or N:M, for a sparse method
     settings: Flags = dataclasses.field(default_factory=dict)
     target: Flags = dataclasses.field(default_factory=dict)
     label: str | None = None  # how cells and rows call it; needed when a method comes twice
     compare: Compare | None = None  # None: all of the study's settings
+    chain: list[Link] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         where = f"methods.{self.tag}"
+        if bool(self.name) == bool(self.chain) or len(self.chain) == 1:
+            raise UsageError(where or "methods", given=f"name {self.name!r} and {len(self.chain)} links of a chain",
+                             allowed="a name, or a chain of at least two prunings")  # fmt: skip
+        if self.chain and (self.pattern or self.settings or self.target):
+            raise UsageError(where, given="pattern, settings or target beside a chain",
+                             allowed="those of its links")  # fmt: skip
         for flag in self.settings:
             if flag in CHOSEN:
                 raise UsageError(f"{where}.settings.{flag}", given="set", allowed="flags that no other key stands for")
@@ -188,7 +211,7 @@ class Method:
                 allowed="nothing beside a pattern",
                 why="sparse pruning leaves the shape as it is",
             )
-        if not self.pattern and any(self.compare.values() if self.compare else ()):
+        if not self.sparse and any(self.compare.values() if self.compare else ()):
             raise UsageError(
                 f"{where}.compare",
                 given="kinds of scratch",
@@ -198,15 +221,28 @@ class Method:
 
     @property
     def title(self) -> str:
-        """How rows call it, beside their pattern."""
-        return self.label or self.name
+        """How rows call it, beside their pattern; a chain by its links."""
+        links = [link.words(pattern=link is not self.chain[-1]) for link in self.chain]
+        return self.label or self.name or " + ".join(links)
+
+    @property
+    def last_pattern(self) -> str | None:
+        """The pattern that rows show."""
+        return self.chain[-1].pattern if self.chain else self.pattern
 
     @property
     def tag(self) -> str:
-        """How cells call it: ``wanda-2-4``."""
+        """How cells call it: ``wanda-2-4``; of a chain, its links, one ``then`` the other."""
+        if self.chain and not self.label:
+            return "-then-".join(link.method().tag for link in self.chain)
         if self.label or not self.pattern:
             return self.title
         return f"{self.name}-{self.pattern.replace(':', '-')}"
+
+    @property
+    def sparse(self) -> bool:
+        """True where what comes out has masks."""
+        return self.pattern is not None or any(link.pattern for link in self.chain)
 
     @property
     def own_ratio(self) -> float | None:

@@ -1,6 +1,6 @@
-"""A cell as stages: what to run, how to know that it is done, and what its record is.
+"""A cell as stages: what to run, how to know that it is done, what must be finished before, what its record is.
 
-``Cell`` is all that the runner sees. The functions here make them from a study: the parent first,
+``Cell`` is all that the runner sees. The functions here make them from a study: the parents first,
 then calibrations, prunings, and the training runs of the grid.
 """
 
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_prune.errors import RunError
-from megatron_prune.study import commands, records
-from megatron_prune.study.commands import Command, Places
+from megatron_prune import artifacts
+from megatron_prune.errors import RunError, UsageError
+from megatron_prune.study import commands, pruning_commands, records
+from megatron_prune.study.budgets import SampleRange
+from megatron_prune.study.checks import Check
+from megatron_prune.study.commands import Command
 from megatron_prune.study.config import Study
-from megatron_prune.study.grid import Grid, Pruning, TrainingCell, calibration_cell, prunings
+from megatron_prune.study.grid import TrainingCell
+from megatron_prune.study.places import Places
 from megatron_prune.study.preflight import Outlook
+from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cell, parent_cells
 
 Seconds = Mapping[str, float]
 
@@ -25,7 +31,7 @@ class Stage:
     """One command of a cell. ``done`` looks at what the command writes."""
 
     command: Command
-    done: Callable[[], bool]
+    done: Check
 
 
 @dataclass(frozen=True)
@@ -33,64 +39,90 @@ class Cell:
     """Stages in order, the record when all are done, and the cells that must be finished before."""
 
     id: str
+    kind: str  # parent, calibration, pruning, training: the order among what may begin
     stages: tuple[Stage, ...]
     record: Callable[[Seconds], dict[str, Any]]
-    weight: float = 1.0  # how long it may take, relative to others; longer ones start first
+    after: tuple[str, ...] = ()
+    weight: float = 1.0  # how long it may take, relative to others of its kind; longer ones start first
+
+    def to_json(self) -> dict[str, Any]:
+        """``cell.json``: what is run, and what says that it is done."""
+        return {
+            "cell": self.id,
+            "stages": [
+                {
+                    "stage": stage.command.stage,
+                    "nproc": stage.command.nproc,
+                    "argv": list(stage.command.argv),
+                    "done": {"check": stage.done.name, **stage.done.arguments},
+                }
+                for stage in self.stages
+            ],
+        }
 
 
-def parent(study: Study, places: Places, outlook: Outlook) -> Cell:
-    """The parent: trained, imported or only loaded, and evaluated."""
+def all_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+    """Every cell that can be named by now. A scratch run does not take its shape from a pruning that ``failed``."""
+    return [
+        *parents(study, places, outlook),
+        *calibrations(study, places, outlook),
+        *(_pruning(study, places, outlook, pruning) for pruning in links(study)),
+        *training_cells(study, places, outlook, failed),
+    ]
+
+
+def parents(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
+    """The parents: trained, imported or only loaded, and evaluated."""
+    return [_parent(study, places, outlook, cell, seed) for cell, seed in parent_cells(study)]
+
+
+def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int) -> Cell:
     stages = []
-    trained = None
+    samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
     if study.parent.pretrain is not None:
-        trained = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
-        samples, account = trained, places.account("parent")
-        stages.append(
-            Stage(commands.parent_training(study, places, samples), lambda: records.trained(account, samples))
-        )
+        command = commands.parent_training(study, places, samples, seed)
+        stages.append(_trained(places, cell, samples, command))
     elif study.parent.import_hf is not None:
-        checkpoint = places.checkpoint("parent")
-        stages.append(Stage(commands.importing(study, places), lambda: records.imported(checkpoint)))
-    stages.append(
-        _evaluation(study, places, "parent", commands.evaluation(study, places, "parent", places.parent(study)))
-    )
+        check = Check("imported", {"checkpoint": str(places.checkpoint(cell))})
+        stages.append(Stage(commands.importing(study, places), check))
+    stages.append(_evaluation(study, places, cell, places.parent(study, seed)))
 
     def record(seconds: Seconds) -> dict[str, Any]:
-        return records.parent(study, places, parent_account(study, places, outlook), seconds)
+        account = outlook.account
+        if study.parent.pretrain is not None:
+            account = artifacts.read_json(places.account(cell))
+        return records.parent(study, places, seed, account, seconds)
 
-    return Cell("parent", tuple(stages), record)
-
-
-def parent_account(study: Study, places: Places, outlook: Outlook) -> Mapping[str, Any] | None:
-    """The account of the parent's training, where there is one."""
-    if study.parent.pretrain is not None:
-        from megatron_prune.artifacts import read_json
-
-        return read_json(places.account("parent"))
-    return outlook.account
+    return Cell(cell, "parent", tuple(stages), record)
 
 
 def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
-    """One cell for each set of calibration windows of which some method reads statistics."""
+    """One cell for each set of calibration windows, and each checkpoint, of which some method reads statistics."""
     cells: dict[str, Cell] = {}
-    for pruning in prunings(study):
-        if outlook.needs[pruning.method.tag].statistics:
-            cells.setdefault(calibration_cell(study, pruning.seed), _calibration(study, places, pruning.seed))
+    for pruning in links(study):
+        if outlook.needs[pruning.name].statistics:
+            name = calibration_cell(study, pruning)
+            cells.setdefault(name, _calibration(study, places, name, pruning))
     return list(cells.values())
 
 
-def _calibration(study: Study, places: Places, seed: int) -> Cell:
-    name = calibration_cell(study, seed)
-    stage = Stage(commands.calibration(study, places, seed), lambda: records.calibrated(places.statistics(name)))
-    return Cell(name, (stage,), lambda seconds: records.calibration(study, places, seed, seconds))
+def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> Cell:
+    check = Check("calibrated", {"statistics": str(places.statistics(name))})
+    return Cell(
+        name,
+        "calibration",
+        (Stage(pruning_commands.calibration(study, places, pruning), check),),
+        lambda seconds: records.calibration(study, places, pruning, seconds),
+        after=(_source_cell(study, pruning),),
+    )
 
 
-def pruning_cells(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
-    """Plan and apply, or sparsify, and evaluate before any retraining, for every method, ratio and seed."""
-    return [_pruning(study, places, outlook, pruning) for pruning in prunings(study)]
+def _source_cell(study: Study, pruning: Pruning) -> str:
+    return pruning.base.cell if pruning.base else parent_cell(study, pruning.seed)
 
 
 def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
+    """Plan and apply, or sparsify, and evaluate before any retraining."""
     checkpoint, sparse = places.checkpoint(pruning.cell), pruning.method.pattern is not None
 
     def record(seconds: Seconds) -> dict[str, Any]:
@@ -100,74 +132,132 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
             raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
         return found
 
-    return Cell(
-        pruning.cell,
-        (
-            *(_sparsifying if sparse else _planning)(study, places, outlook, pruning),
-            _evaluation(study, places, pruning.cell, commands.evaluation(study, places, pruning.cell, checkpoint)),
-        ),
-        record,
-    )
+    after = [_source_cell(study, pruning)]
+    if outlook.needs[pruning.name].statistics:
+        after.append(calibration_cell(study, pruning))
+    stages = (_sparsifying if sparse else _planning)(study, places, outlook, pruning)
+    evaluation = _evaluation(study, places, pruning.cell, checkpoint)
+    return Cell(pruning.cell, "pruning", (*stages, evaluation), record, tuple(after))
 
 
 def _sparsifying(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
-    needs, checkpoint = outlook.needs[pruning.method.tag], places.checkpoint(pruning.cell)
-    command = commands.sparsifying(study, places, pruning, text=needs.text, random=needs.random)
-    yield Stage(command, lambda: records.sparsified(checkpoint, pruning))
+    needs, method = outlook.needs[pruning.name], pruning.method
+    command = pruning_commands.sparsifying(study, places, pruning, text=needs.text, random=needs.random)
+    asked = {"checkpoint": str(places.checkpoint(pruning.cell)), "method": method.name, "pattern": method.pattern}
+    yield Stage(command, Check("sparsified", asked))
 
 
 def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
     """The plan and its checkpoint; before it, where the model's loss must decide, the candidates and their scores."""
-    needs, plan, checkpoint = outlook.needs[pruning.method.tag], places.plan(pruning), places.checkpoint(pruning.cell)
+    needs, plan = outlook.needs[pruning.name], str(places.plan(pruning))
     statistics = None
     if needs.statistics:
-        statistics = places.statistics(calibration_cell(study, pruning.seed))
+        statistics = places.statistics(calibration_cell(study, pruning))
     if needs.scores:
-        asked, scored = places.candidates(pruning), places.statistics(pruning.cell)
+        asked, scored = str(places.candidates(pruning)), places.statistics(pruning.cell)
+        question = {"statistics": str(scored), "candidates": asked}
         yield Stage(
-            commands.planning(study, places, pruning, statistics, random=needs.random, stage="candidates"),
-            lambda: records.asked(asked),
+            pruning_commands.planning(study, places, pruning, statistics, random=needs.random, stage="candidates"),
+            Check("asked", {"candidates": asked}),
         )
-        yield Stage(commands.scoring(study, places, pruning), lambda: records.scored(scored, asked))
+        yield Stage(pruning_commands.scoring(study, places, pruning), Check("scored", question))
         if needs.retraining:
             samples = outlook.lay.retrain(needs.retraining.tokens)
-            command = commands.rescoring(study, places, pruning, samples)
-            yield Stage(command, lambda: records.rescored(scored, asked))
+            command = pruning_commands.rescoring(study, places, pruning, samples)
+            yield Stage(command, Check("rescored", question))
         statistics = scored
-    command = commands.planning(study, places, pruning, statistics, random=needs.random)
-    yield Stage(command, lambda: records.planned(plan))
-    yield Stage(commands.application(study, places, pruning), lambda: records.applied(checkpoint, plan))
+    command = pruning_commands.planning(study, places, pruning, statistics, random=needs.random)
+    yield Stage(command, Check("planned", {"plan": plan}))
+    applied = Check("applied", {"checkpoint": str(places.checkpoint(pruning.cell)), "plan": plan})
+    yield Stage(pruning_commands.application(study, places, pruning), applied)
 
 
-def training_cells(study: Study, places: Places, grid: Grid) -> list[Cell]:
-    """The runs that are compared, the longest first."""
-    cells = [_training(study, places, cell) for cell in grid.cells]
-    return sorted(cells, key=lambda cell: -cell.weight)
+def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+    """The runs that are compared, the longest first; those of which the name does not depend on an unknown shape."""
+    return sorted(
+        (
+            _training(study, places, cell, _source(places, cell, failed))
+            for cell in outlook.grid(study).cells
+            if cell.kind == "pruned" or cell.masked or cell.source.name in outlook.targets
+        ),
+        key=lambda cell: -cell.weight,
+    )
 
 
-def _training(study: Study, places: Places, cell: TrainingCell) -> Cell:
-    account = places.account(cell.id)
+def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruning:
+    """The pruning whose checkpoint a run starts from, or takes its shape from: the one that it has begun with.
+
+    A scratch run that serves several prunings takes the first of them that did not fail.
+    """
+    candidates = (cell.source, *cell.others)
+    directory = places.cell(cell.id)
+    if len(candidates) > 1 and _has_begun(directory):
+        words = artifacts.read_json(directory / "cell.json")["stages"][0]["argv"]
+        for pruning in candidates:
+            if str(places.checkpoint(pruning.cell)) in words:
+                return pruning
+    return next((pruning for pruning in candidates if pruning.cell not in failed), cell.source)
+
+
+def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning) -> Cell:
+    command = commands.training(study, places, cell, source)
     return Cell(
         cell.id,
+        "training",
         (
-            Stage(commands.training(study, places, cell), lambda: records.trained(account, cell.samples)),
-            _evaluation(
-                study,
-                places,
-                cell.id,
-                commands.evaluation(study, places, cell.id, places.checkpoint(cell.id)),
-            ),
+            _trained(places, cell.id, cell.samples, command),
+            _evaluation(study, places, cell.id, places.checkpoint(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
+        after=(source.cell,),
         weight=cell.samples.steps,
     )
 
 
-def _evaluation(study: Study, places: Places, cell: str, command: Command) -> Stage:
-    scores = places.scores(cell)
-    return Stage(command, lambda: records.evaluated(scores, study.evaluation.windows))
+def _trained(places: Places, cell: str, samples: SampleRange, command: Command) -> Stage:
+    asked = {"account": str(places.account(cell)), "start": samples.start, "end": samples.end, "steps": samples.steps}
+    return Stage(command, Check("trained", asked))
+
+
+def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Stage:
+    asked = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
+    return Stage(commands.evaluation(study, places, cell, checkpoint), Check("evaluated", asked))
 
 
 def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
     """Every cell's command lines, for people."""
     return {cell.id: [stage.command for stage in cell.stages] for cell in cells}
+
+
+def keep(study: Study, places: Places, cell: Cell) -> None:
+    """Write cell.json; UsageError for a cell that has begun with other commands."""
+    path = places.cell(cell.id) / "cell.json"
+    content = cell.to_json()
+    earlier = artifacts.read_json(path) if path.is_file() else None
+    if earlier == content:
+        return
+    if earlier is not None and _has_begun(path.parent) and (changed := _first_difference(earlier, content)):
+        raise UsageError(
+            f"study {study.name}",
+            given=f"{cell.id} with {changed}",
+            allowed="its earlier commands",
+            why=f"rename the study, or remove {path.parent} and its line",
+        )
+    artifacts.write_json(path, content)
+
+
+def _has_begun(directory: Path) -> bool:
+    return any(directory.glob("*.log"))
+
+
+def _first_difference(earlier: Any, now: Any) -> str:
+    """The first words in which the commands of two cell.json differ; nothing where none does."""
+    for old, new in zip(earlier["stages"], now["stages"], strict=False):
+        if all(old[key] == new[key] for key in ("stage", "nproc", "argv")):
+            continue
+        for position, (a, b) in enumerate(zip(old["argv"], new["argv"], strict=False)):
+            if a != b:
+                flag = new["argv"][position - 1] if not b.startswith("--") else ""
+                return f"{flag} {b} in place of {a}".strip()
+        return f"another command line for {new['stage']}"
+    return "other stages" if len(earlier["stages"]) != len(now["stages"]) else ""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
 
-Setting = Literal["equal-training", "equal-total"]
+# What is the same for both arms: the samples after pruning, all tokens, or all executed FLOPs.
+Setting = Literal["equal-training", "equal-total", "equal-flops"]
 # What trains from random weights beside a pruned model: a dense model of its shape, or one under its masks.
 Scratch = Literal["dense", "masked"]
+# Which checkpoints outlive a run: every save, its last one, or (once its line is in the ledger) none.
+Retention = Literal["all", "final", "none"]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # What the study decides for every run; a recipe that set one would fork the arms.
@@ -52,6 +55,11 @@ RESERVED = (
     "save-interval",
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
+    "tensorboard-dir",
+    "wandb-project",
+    "wandb-entity",
+    "wandb-exp-name",
+    "wandb-save-dir",
 )
 # What the study says of a method by other keys than its settings.
 CHOSEN = ("method", "pattern", "ratio", "ratio-of")
@@ -96,6 +104,19 @@ def _pattern(value: Any) -> Any:
         raise ValueError(error.allowed) from error
 
 
+def _rates(value: Any) -> float | list[float]:
+    """``1e-3`` (perhaps as text: YAML reads it as that) or ``[1e-3, 2e-3]`` → numbers."""
+    try:
+        rates = [float(rate) for rate in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError) as error:
+        raise ValueError("a number, or a list of them") from error
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError("greater than 0")
+    if isinstance(value, list) and len(rates) < 2:
+        raise ValueError("at least 2 of them, or a number alone")
+    return _different(rates) if isinstance(value, list) else rates[0]
+
+
 def _different(values: list[Any]) -> list[Any]:
     if len(set(values)) != len(values):
         raise ValueError("different values")
@@ -114,6 +135,7 @@ Scalar = bool | int | float | str
 Flags = Annotated[dict[str, Scalar | list[Scalar] | None], BeforeValidator(_flags)]
 Weight = Annotated[float, Field(gt=0)]
 Blend = Annotated[list[tuple[Weight | None, str]], BeforeValidator(_blend), Field(min_length=1)]
+Rate = Annotated[float | list[float], PlainValidator(_rates)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 PatternText = Annotated[str, BeforeValidator(_pattern)]

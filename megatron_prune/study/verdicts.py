@@ -6,19 +6,24 @@ shown beside it. A sentence claims no more than its interval, and one seed has n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune.study import statistics
-from megatron_prune.study.statistics import Difference
+from megatron_prune.study.statistics import CONFIDENCE, Difference, OverDocuments
 
 CORPORA = ("validation", "test")
+WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds."""
+    """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds.
+
+    ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``corrected``: its
+    p value then. ``documents``: the bootstrap over evaluation documents, of the test text.
+    """
 
     method: str
     pattern: str | None
@@ -30,6 +35,17 @@ class Verdict:
     test: Difference
     pruned: Mapping[str, float]  # mean losses by corpus
     scratch: Mapping[str, float]
+    budget: int = 0  # as the study asks for it; ``tokens`` are whole batches
+    one_parent: bool = True  # for all seeds
+    family: int = 0
+    corrected: float | None = None
+    documents: OverDocuments | None = None
+
+    @property
+    def winner(self) -> str:
+        """``pruned``, ``scratch`` or ``neither``: by the interval, and in a family by the corrected p value too."""
+        significant = self.corrected is None or self.corrected < 1 - CONFIDENCE
+        return self.test.winner if significant else "neither"
 
     @property
     def subject(self) -> str:
@@ -51,22 +67,43 @@ class Verdict:
     def words(self) -> str:
         """The verdict as a sentence, and how sure it is."""
         losses = f"test loss {self.pruned['test']:.3f} against {self.scratch['test']:.3f}"
-        if self.test.winner == "neither":
-            return f"pruned and scratch cannot be told apart, {losses}. {self._certainty}"
-        winner = {"pruned": "the pruned model", "scratch": "training from scratch"}[self.test.winner]
-        return f"{winner} ends lower by {abs(self.test.mean):.3f} nats, {losses}. {self._certainty}"
+        if self.winner == "neither":
+            found = f"pruned and scratch cannot be told apart, {losses}"
+            if self.test.winner != "neither":
+                found += f" (their interval could, were it not one of {self.family} comparisons)"
+            return f"{found}. {self._certainty}"
+        return f"{WINNERS[self.winner]} ends lower by {abs(self.test.mean):.3f} nats, {losses}. {self._certainty}"
 
     @property
     def _certainty(self) -> str:
-        if self.test.low is None or self.test.high is None:
-            return "One seed: no interval."
+        parts = ["One seed: no interval."] if self.test.low is None or self.test.high is None else [self._over_seeds]
+        if self.documents:
+            low, high = self.documents.low, self.documents.high
+            parts.append(
+                f"Over {self.documents.documents} evaluation documents, these models fixed: "
+                f"{low:+.3f} to {high:+.3f} (95%, bootstrap)."
+            )
+        return " ".join(parts)
+
+    @property
+    def _over_seeds(self) -> str:
         freedom = self.test.degrees_of_freedom
-        return (
+        given = ", conditional on this parent" * self.one_parent
+        found = (
             f"Scratch minus pruned {self.test.mean:+.3f}, "
             f"95% interval {self.test.low:+.3f} to {self.test.high:+.3f} "
-            f"(paired t over {self.test.seeds} seeds, {freedom} degree{'s' * (freedom != 1)} of freedom, "
-            "conditional on this parent)."
+            f"(paired t over {self.test.seeds} seeds, {freedom} degree{'s' * (freedom != 1)} of freedom{given})"
         )
+        if self.corrected is not None:
+            found += f"; p {p_value(self.corrected)} by Holm over {self.family} comparisons"
+        elif self.test.p is not None:
+            found += f"; p {p_value(self.test.p)}, outside the study's family"
+        return f"{found}."
+
+
+def p_value(p: float) -> str:
+    """``= 0.032``; ``< 0.0001``"""
+    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
 
 
 def label(method: str, pattern: str | None, ratio: float | None) -> str:
@@ -85,6 +122,9 @@ def judge(
     tokens: int,
     pruned: Sequence[Mapping[str, Any]],
     scratch: Sequence[Mapping[str, Any]],
+    budget: int = 0,
+    one_parent: bool = True,
+    documents: OverDocuments | None = None,
 ) -> Verdict:
     """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``."""
     losses = {
@@ -103,4 +143,17 @@ def judge(
         test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"]),
         pruned=means["pruned"],
         scratch=means["scratch"],
+        budget=budget,
+        one_parent=one_parent,
+        documents=documents,
     )
+
+
+def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool]) -> list[Verdict]:
+    """The verdicts, those of the family with Holm's correction over it. One seed has no p value to correct."""
+    family = [number for number, verdict in enumerate(found) if verdict.test.p is not None and in_family(verdict)]
+    values = statistics.holm([found[number].test.p or 0.0 for number in family])
+    judged = list(found)
+    for number, p in zip(family, values, strict=True):
+        judged[number] = replace(judged[number], family=len(family), corrected=p)
+    return judged

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_prune.artifacts import atomic_directory
+from megatron_prune.checkpoint.disk import explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
@@ -152,7 +153,8 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
         return chunks
 
     config.post_wrap_hooks.append(keep)
-    pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
+    with explain_failed_save(save):
+        pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
 
     if zeros is not None:
         zeros.audit("at the end")

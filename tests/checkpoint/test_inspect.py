@@ -44,7 +44,7 @@ def tool(capsys):
 
 
 def test_json_has_everything(half_zero, tool):
-    code, out, _ = tool(half_zero, "--json", "--sparsity", "--verify")
+    code, out, _ = tool(half_zero, "--json", "--sparsity", "--verify-integrity")
     assert code == 0
     found = json.loads(out)
     checkpoint = open_checkpoint(half_zero)

@@ -151,13 +151,6 @@ def test_another_format_is_refused(copy):
         open_checkpoint(copy)
 
 
-def test_legacy_format_is_refused_with_a_way_out(tmp_path):
-    (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    with pytest.raises(CheckpointError, match="--ckpt-convert-format torch_dist"):
-        open_checkpoint(tmp_path)
-
-
 @pytest.mark.parametrize("path", ["nothing", ""])
 def test_what_is_no_checkpoint_is_refused(tmp_path, path):
     with pytest.raises(CheckpointError, match="not a directory|no complete checkpoint"):
@@ -165,9 +158,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, path):
 
 
 def test_args_that_lie_about_the_weights_are_refused(saved, tmp_path, distributed, monkeypatch):
-    from megatron_prune.checkpoint import reader
+    from megatron_prune.checkpoint import safe_objects
 
-    real = reader.safe.load_common
+    real = safe_objects.load_common
     for change, message in (
         ({"ffn_hidden_size": 44}, r"linear_fc1\.weight has shape .* its stored args say"),
         ({"num_layers": 3}, "its stored args say"),
@@ -176,7 +169,7 @@ def test_args_that_lie_about_the_weights_are_refused(saved, tmp_path, distribute
         ({"num_experts": 8}, "num_experts=8"),
     ):
         monkeypatch.setattr(
-            reader.safe, "load_common", lambda *a, change=change: (s := real(*a)) | {"args": s["args"] | change}
+            safe_objects, "load_common", lambda *a, change=change: (s := real(*a)) | {"args": s["args"] | change}
         )
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(saved("one"))

@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from megatron_prune.checkpoint import record, safe
+from megatron_prune.checkpoint import record, stored_record
 
 
 def assembled(tensor, start):
@@ -53,7 +53,7 @@ def test_files_have_the_hashes_and_ranges_that_are_reported(tmp_path, monkeypatc
         payload = (tmp_path / name).read_bytes()[start : start + length]
         assert torch.equal(torch.load(io.BytesIO(payload), weights_only=True), tensor)
         with open(tmp_path / name, "rb") as handle:
-            found = safe.locate(handle.fileno(), start, length, "test")
+            found = stored_record.locate(handle.fileno(), start, length, "test")
         assert found.size == (20, 10) and found.contiguous and found.offset % record.ALIGNMENT == 0
 
 
@@ -67,7 +67,7 @@ def test_records_written_by_torch_itself_are_located_too(tmp_path):
             torch.save(tensor, handle)
             length = handle.tell() - 13
         with open(path, "rb") as handle:
-            found = safe.locate(handle.fileno(), 13, length, "test")
+            found = stored_record.locate(handle.fileno(), 13, length, "test")
             handle.seek(found.offset)
             rest = bytearray(handle.read())
         numbers = torch.frombuffer(rest[: len(rest) // 4 * 4], dtype=found.dtype)

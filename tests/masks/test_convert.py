@@ -161,7 +161,7 @@ def test_the_tools(sparse, tmp_path, capsys):
     assert tool("convert_checkpoint", "export", "--load", root, "--hf", tmp_path / "hf")[0] == 0
     assert tool("convert_checkpoint", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "back")[0] == 0
     hashed = open_masks(root / "masks").hash
-    code, out, _ = tool("inspect_checkpoint", tmp_path / "back", "--json", "--verify")
+    code, out, _ = tool("inspect_checkpoint", tmp_path / "back", "--json", "--verify-integrity")
     found = json.loads(out)
     assert code == 0 and found["masks"]["hash"] == hashed
     name = "decoder.layers.1.mlp.linear_fc2.weight"

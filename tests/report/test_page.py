@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.report import figures, page
+from megatron_prune.report import drawing, page
 from megatron_prune.study import results
 from megatron_prune.study.commands import Places
 from tests.study import made_up
@@ -80,7 +80,7 @@ def test_every_row_is_on_the_page(places: Places, read: Reader) -> None:
     shown = [cells for cells in read.tables["rows"] if cells]
     assert len(shown) == len(rows) == 1 + 2 * 2 * 2 * 2
     for cells, row in zip(shown, rows, strict=True):
-        assert cells[2] == row["arm"] and cells[0] == figures.SETTINGS.get(row["setting"], "")
+        assert cells[2] == row["arm"] and cells[0] == drawing.SETTINGS.get(row["setting"], "")
         assert cells[4] == f"{row['params']:,}"
         assert cells[5:8] == [f"{row[key]:.4f}" for key in ("loss_initial", "validation_loss", "test_loss")]
     for pruned, scratch, cells in zip(rows[1::2], rows[2::2], shown[2::2], strict=True):
@@ -129,15 +129,17 @@ def test_nothing_is_fetched_and_no_id_is_twice(read: Reader) -> None:
 def test_figures_read_on_light_and_dark(places: Places) -> None:
     text = (places.root / "report" / "index.html").read_text()
     assert "prefers-color-scheme: dark" in text and "@media print" in text
-    assert figures.INK not in text and "currentColor" in text  # the page's own ink
+    assert drawing.INK not in text and "currentColor" in text  # the page's own ink
     folder = places.root / "report" / "figures"
     assert sorted(path.name for path in folder.iterdir()) == [
-        f"{name}.{kind}" for name in ("final-loss", "loss-curves") for kind in ("png", "svg")
+        f"{name}.{kind}"
+        for name in ("equal-total", "final-loss", "loss-by-budget", "loss-curves")
+        for kind in ("png", "svg")
     ]
     for path in folder.glob("*.svg"):
         root = xml.etree.ElementTree.fromstring(path.read_text())
         words = " ".join(root.itertext())
-        assert "nats per token" in words and figures.INK in path.read_text()
+        assert "nats" in words and drawing.INK in path.read_text()
         # Nothing paints a background, black or white.
         assert not re.search(r"fill: (#ffffff|#000000|white|black)", path.read_text())
     for path in folder.glob("*.png"):
@@ -148,7 +150,7 @@ def test_final_losses_annotates_the_gaps(places: Places) -> None:
     found = results.collect(places)
     svg = (places.root / "report" / "figures" / "final-loss.svg").read_text()
     for verdict in found.verdicts:
-        assert figures.signed(verdict.test.mean) in svg
+        assert drawing.signed(verdict.test.mean) in svg
     assert found.parent is not None and f"parent {found.parent['test_loss']:.3f}" in svg
 
 
@@ -169,7 +171,7 @@ def test_sparse_methods_are_on_the_page(tmp_path: Path) -> None:
     shown = [cells for cells in reader.tables["rows"] if cells]
     for cells, row in zip(shown[1:], found.rows[1:], strict=True):
         dense = row["pattern"] and row["against"] == "dense"
-        assert cells[0] == figures.SETTINGS[row["setting"]] + ", dense scratch" * bool(dense)
+        assert cells[0] == drawing.SETTINGS[row["setting"]] + ", dense scratch" * bool(dense)
         name = row["method"] if row["pattern"] is None else f"{row['method']} {row['pattern']}"
         assert cells[1] == f"{name}, {100 * row['ratio']:g}% removed"
         assert cells[4:6] == [f"{row['params']:,}", f"{row['params_nonzero']:,}"]
@@ -190,13 +192,13 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
     study = made_up.study(made_up.corpora(tmp_path), methods=methods, settings=["equal-training"])
     places = made_up.run(study, tmp_path / "runs", made_up.FakeLauncher())
     found = results.collect(places)
-    assert len(set(figures.colours(found).values())) == 2  # by method, where each is named beside its line
+    assert len(set(drawing.colours(found).values())) == 2  # by method, where each is named beside its line
     page.write(found, places)
     for path in (places.root / "report" / "figures").glob("*.svg"):
         words = [text.strip() for text in xml.etree.ElementTree.fromstring(path.read_text()).itertext() if text.strip()]
         if path.name == "final-loss.svg":
             assert words.count("magnitude 2:4") == words.count("random 2:4") == 1
-        else:
+        elif path.name == "loss-curves.svg":
             assert words.count("magnitude") == words.count("random") == 1
             assert words.count("2:4, 50% removed") == 1 and words.count("5:8, 37.5% removed") == 1
 
@@ -218,4 +220,4 @@ def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     ("value", "text"), [(0, "0"), (999, "999"), (409_600, "410k"), (1_500_000, "1.5M"), (2e12, "2T")]
 )
 def test_amounts(value: float, text: str) -> None:
-    assert figures.amount(value) == text
+    assert drawing.amount(value) == text

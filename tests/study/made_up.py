@@ -166,7 +166,7 @@ class FakeLauncher:
             "removed_all": masks.removed / parent.shape.parameters(),
             "flops": 10**9 if "calibration_data_path" in given else 0,
         }
-        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[entry]) as writer:
+        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[*parent.pruning, entry]) as writer:
             folder.rename(writer.beside(MASKS))
             for weight in weights(parent.shape):
                 values = parent.read(weight.name)
@@ -286,7 +286,10 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         "parameters_nonzero": shape.parameters(),
         "initial_loss": number("first", given["save"].split("cells/")[-1]),
         "final_loss": number("last", given["save"].split("cells/")[-1]),
-        "arguments": {**given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps},
+        "arguments": {
+            **given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps, "lr": float(given["lr"]),
+            "check_for_nan_in_loss_and_grad": True,
+        },
         "initial": None,
         "masks": None,
     }
@@ -315,9 +318,10 @@ def run(study: config.Study, runs: Path, launcher: FakeLauncher) -> Places:
     from rich.console import Console
 
     from megatron_prune.study import runner
+    from megatron_prune.study.local import Local
     from megatron_prune.study.progress import Progress
 
     places = Places(runs / study.name)
     with Progress(Console(file=io.StringIO())) as progress:
-        runner.run(study, places, launcher=launcher, progress=progress)
+        runner.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
     return places

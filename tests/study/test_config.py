@@ -34,7 +34,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     if value is ...:
         del here[last]
     else:
-        here[last] = value
+        here[int(last) if isinstance(here, list) else last] = value
     return content
 
 
@@ -64,14 +64,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("methods.0.compare", {"equal-total": ["masked"]}, r"methods\.shortgpt\.compare: .* settings alone"),
         ("methods.0.compare", [], r"methods\.0\.compare: given \[\]"),
         ("methods.0.compare", ["equal-total"] * 2, r"methods\.0\.compare: given .*, allowed is different values"),
-        ("methods.0.compare", ["equal-flops"], r"methods\.0\.compare\.equal-flops.*: .*'equal-training' or"),
+        ("methods.0.compare", ["equal-time"], r"methods\.0\.compare\.equal-time.*: .*'equal-training', 'equal"),
         ("methods.0.compare", {"equal-total": ["thin"]}, r"compare\.equal-total\.0: given 'thin', allowed is 'dense'"),
         ("methods.0.settings", {"ratio": 0.3}, r"methods\.shortgpt\.settings\.ratio: given set"),
         ("methods", [{"name": "wanda", "pattern": "2:4"}] * 2, r"methods: given wanda-2-4 twice, allowed is a label"),
         ("methods", [{"name": "wanda", "pattern": "2:4"}, {"name": "magnitude", "pattern": "2:4", "label": "wanda"}],
          r"methods: given two of one name and pattern"),
         ("scratch", ["sparse"], r"scratch\.0: given 'sparse', allowed is 'dense' or 'masked'"),
-        ("settings", ["equal-flops"], r"settings\.0: given 'equal-flops'.*'equal-training' or 'equal-total'"),
+        ("settings", ["equal-time"], r"settings\.0: given 'equal-time'.*'equal-training', 'equal-total' or"),
         ("methods", [{"name": "random"}] * 2, r"methods: given random twice, allowed is a label"),
         ("parent.load", "x", r"parent: given pretrain and load, allowed is exactly one"),
         ("parent", {}, r"parent: given none of them"),
@@ -80,7 +80,27 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("data.train", [[1, "a"], "b"], r"data\.train: given weights for some"),
         ("data.train", [[0, "a"]], r"data\.train\.0\.0: given 0, allowed is greater than 0"),
         ("name", "../x", r"name: given '\.\./x'"),
-        ("launch", {"launcher": "slurm"}, r"launch\.launcher: given 'slurm', allowed is 'local'"),
+        ("launch", {"launcher": "lsf"}, r"launch\.launcher: given 'lsf', allowed is 'local' or 'slurm'"),
+        ("launch", {"slurm": {}}, r"launch\.slurm: given set, allowed is only with launcher: slurm"),
+        ("launch", {"launcher": "slurm", "nproc": 12, "slurm": {"ranks_per_node": 8}}, r"launch\.nproc: given 12"),
+        ("launch", {"launcher": "slurm", "parallel_cells": 2}, r"launch\.parallel_cells: given 2"),
+        ("launch", {"retries": -1}, r"launch\.retries: given -1"),
+        ("recipe.lr", [1e-3], r"recipe\.lr.*at least 2"),
+        ("recipe.lr", [1e-3, 1e-3], r"recipe\.lr: given .*, allowed is different values"),
+        ("recipe.lr", [1e-3, 0], r"recipe\.lr: given .*, allowed is greater than 0"),
+        ("recipe.lr", [1e-3, 2e-3], r"parent\.pretrain\.lr: given nothing, allowed is a learning rate"),
+        ("retention", "some", r"retention: given 'some', allowed is 'all', 'final' or 'none'"),
+        ("tracking", {"wandb_entity": "me"}, r"tracking\.wandb_entity: given me, allowed is only with wandb_project"),
+        ("recipe.arguments", {"wandb-project": "x"}, r"recipe\.arguments\.wandb-project: given set"),
+        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}]}, r"given name '' and 1 links of a chain"),
+        ("methods.0", {"name": "wanda", "chain": [{"name": "shortgpt", "ratio": 0.5}] * 2},
+         r"given name 'wanda' and 2 links of a chain"),
+        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "unstructured"}]},
+         r"methods\.chain\.wanda-unstructured: given nothing that says how much"),
+        ("methods.0", {"chain": [{"name": "flap", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "ratio": 0.5}]},
+         r"methods\.chain\.wanda-2-4: given more than one"),
+        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}] * 2, "settings": {"axis": "depth"}},
+         r"given pattern, settings or target beside a chain"),
     ],
 )  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:

@@ -1,10 +1,18 @@
-"""A miniature study on the real engine, through the command line; killed three times, it ends with the same numbers."""
+"""Miniature studies on the real engine, through the command line; killed and run again, they end with the same numbers.
+
+The one that runs by default is killed three times, at chosen moments. The other is of three methods, two ratios, three
+seeds and both settings, and is killed at random moments, as often as KILLS says:
+
+    KILLS=12 python -m pytest tests/study/test_end_to_end.py -k random --timeout 3000
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -40,9 +48,9 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(folder: Path) -> str:
+def finish(folder: Path, timeout: float = 240) -> str:
     job = start(folder)
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=timeout)
     assert job.returncode == 0, output
     return output
 
@@ -62,9 +70,9 @@ def kill_when(folder: Path, path: str, lines: int = 1) -> None:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Records without what depends on when a run was killed."""
-    found = Ledger(Places(folder / "runs" / "made-up").root / "ledger.jsonl").read()
-    return {cell: {k: v for k, v in r.items() if k not in ("seconds", "replayed")} for cell, r in found.items()}
+    """Records without times."""
+    found = Ledger(Places(folder / "runs" / "made-up").ledger).read()
+    return {cell: {k: v for k, v in r.items() if k != "seconds"} for cell, r in found.items()}
 
 
 def losses(folder: Path, cell: str) -> list[list[str]]:
@@ -114,3 +122,64 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     assert (tmp_path / "killed/runs/made-up/report/index.html").stat().st_size > 50_000
     again = finish(tmp_path / "killed")
     assert again.count("kept") == 9 and "done" not in again
+
+
+def kill_after(folder: Path, stages: int, seconds: float) -> bool:
+    """Start the study and kill its runner ``seconds`` after that many stages; False if it ended before."""
+    job = start(folder)
+    assert job.stdout is not None
+    for line in job.stdout:
+        stages -= " done " in line
+        if not stages:
+            break
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(seconds)
+    job.kill()
+    job.communicate(timeout=60)
+    return job.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes many minutes: KILLS=12 says how often to kill the study")
+def test_a_study_killed_at_random_ends_with_the_same_ledger(tmp_path: Path) -> None:
+    kills = int(os.environ["KILLS"])
+    prefixes = made_up.corpora(tmp_path)
+    content = made_up.mapping(
+        prefixes,
+        parent={"pretrain": {"tokens": 1280, "arguments": ARGUMENTS}},
+        methods=[
+            {"name": "shortgpt"},
+            {"name": "minitron-width", "settings": {"divisible-by": 8}},
+            {"name": "wanda", "pattern": "unstructured"},
+        ],
+        scratch=["dense"],
+        ratios=[0.25, 0.5],
+        budgets=[640],
+        seeds=[1, 2, 3],
+        launch={"parallel_cells": 2, "threads": 1},
+    )
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(content))
+    began = time.monotonic()
+    finish(tmp_path / "whole", timeout=1200)
+    whole_seconds = time.monotonic() - began
+    expected = records(tmp_path / "whole")
+    assert len(expected) == 1 + 3 + 18 + 18 + 30
+
+    moments, killed = random.Random(6), 0
+    began = time.monotonic()
+    for _ in range(kills):
+        killed += kill_after(tmp_path / "killed", moments.randint(1, 10), moments.uniform(0, 1.5))
+    assert killed == kills >= 10
+    finish(tmp_path / "killed", timeout=1200)
+    assert records(tmp_path / "killed") == expected
+    reports = [tmp_path / name / "runs/made-up/report/results.json" for name in ("whole", "killed")]
+    rows = [json.loads(path.read_text()) for path in reports]
+    for found in rows:
+        assert len(found["rows"]) == 1 + 2 * 3 * 2 * 3 * 2
+        for row in found["rows"]:
+            del row["seconds"]
+    assert rows[0]["rows"] == rows[1]["rows"] and rows[0]["verdicts"] == rows[1]["verdicts"]
+    print(f"{len(expected)} cells: {whole_seconds:.0f} s; killed {killed} times: {time.monotonic() - began:.0f} s")

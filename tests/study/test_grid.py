@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import DataError
-from megatron_prune.study import config, grid
+from megatron_prune.study import config, grid, prunings
 from megatron_prune.study.budgets import Batch, Lay, counted
 from tests.study.test_config import GOOD
 
@@ -56,7 +56,7 @@ def test_every_combination_once() -> None:
         budgets=[12_800, 25_600],
         seeds=[1, 2, 3],
     )
-    shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(grid.prunings(study))}
+    shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(prunings.prunings(study))}
     made = grid.expand(study, LAY, shapes, {})
     assert len(made.comparisons) == 2 * 2 * 2 * 2 * 3
     ids = [cell.id for cell in made.cells]
@@ -74,7 +74,7 @@ def test_every_combination_once() -> None:
 
 def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None:
     study = make(methods=[{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}])
-    names = [p.name for p in grid.prunings(study)]
+    names = [p.name for p in prunings.prunings(study)]
     shapes = dict.fromkeys(names, SHAPE)
 
     def scratch(consumed: dict[str, int]) -> set[str]:
@@ -88,13 +88,18 @@ def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None
 
 
 def test_calibration_follows_the_seed_only_when_windows_do() -> None:
-    assert grid.calibration_cell(make(), 3) == "calibration-s3"
-    assert grid.calibration_cell(make(calibration={"sampling": "sequential"}), 3) == "calibration"
+    def cell(**changes: object) -> str:
+        study = make(seeds=[3], **changes)
+        return prunings.calibration_cell(study, prunings.prunings(study)[0])
+
+    assert cell() == "calibration-s3"
+    assert cell(calibration={"sampling": "sequential"}) == "calibration"
+    assert cell(calibration={"sampling": "sequential"}, parent_per_seed=True) == "calibration-s3"
 
 
 def test_a_target_has_no_ratio() -> None:
     study = make(methods=[{"name": "shortgpt", "target": {"num-layers": 2}}, {"name": "random"}], ratios=[0.5, 0.6])
-    assert [(p.method.name, p.ratio) for p in grid.prunings(study)] == [
+    assert [(p.method.name, p.ratio) for p in prunings.prunings(study)] == [
         ("shortgpt", None), ("random", 0.5), ("random", 0.6)
     ]  # fmt: skip
 

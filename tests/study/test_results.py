@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,21 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"))
 
 
+@pytest.fixture(scope="module")
+def finished(prefixes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a study of three seeds has been run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        made_up.run(made_up.study(prefixes, seeds=[1, 2, 3]), Path("runs"), made_up.FakeLauncher())
+    return folder
+
+
 @pytest.fixture
-def places(prefixes, tmp_path: Path, monkeypatch) -> Places:
+def places(finished: Path, tmp_path: Path, monkeypatch) -> Places:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return made_up.run(made_up.study(prefixes, seeds=[1, 2, 3]), Path("runs"), made_up.FakeLauncher())
+    return Places(Path("runs/made-up"))
 
 
 def test_rows_are_the_accounts(places: Places) -> None:
@@ -92,14 +104,34 @@ def test_csv_holds_the_rows(places: Places) -> None:
         assert {k: "" if v is None else str(v) for k, v in row.items()} == line
 
 
-@pytest.mark.parametrize("field", ["range", "arguments", "seed"])
-def test_a_tampered_account_stops_the_report(places: Places, field: str) -> None:
-    cell = "scratch-L2h32H4G2d8F64-equal-training-t1280-s2"
+SCRATCH = "scratch-L2h32H4G2d8F64-{}-s2"
+TAMPERED = {
+    "shifted range": ("equal-training-t1280", {"range": [168, 248]}, "range"),
+    "another batch": ("equal-training-t1280", {"global_batch_size": 4, "steps": 20}, "steps"),
+    "another order": ("equal-training-t1280", {"permutation_seed": 9}, "permutation_seed"),
+    "an optimizer setting": ("equal-training-t1280", {"arguments": {"adam_beta1": 0.8}}, "arguments.adam_beta1"),
+    "fewer steps": ("equal-training-t1280", {"steps": 9, "range": [160, 232], "tokens": 1152}, "range"),
+    "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, "total tokens"),
+    "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, "global_batch_size"),
+    "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, "permutation_seed"),
+    "tokens of the parent": ("parent", {"tokens": 2688}, "tokens of the parent"),
+    "range of the parent": ("parent", {"range": [0, 168]}, "range"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_tampered_account_stops_the_report_and_names_both_runs_and_the_field(places: Places, what: str) -> None:
+    run, changes, field = TAMPERED[what]
+    cell = run if run == "parent" else SCRATCH.format(run)
     path = places.account(cell)
     account = json.loads(path.read_text())
-    account[field] = {"range": [168, 248], "arguments": account["arguments"] | {"lr": "0.1"}, "seed": 9}[field]
-    path.write_text(json.dumps(account))
-    with pytest.raises(AccountError, match=f"pruned-shortgpt-r50-s2-t1280 and {cell} may not be compared: {field}"):
+    steps = changes.get("steps", account["steps"])
+    arguments = account["arguments"] | {"train_iters": steps, "lr_decay_iters": steps} | changes.get("arguments", {})
+    path.write_text(json.dumps(account | changes | {"arguments": arguments}))
+    named = r"pruned-shortgpt-r50-s\d-t1280 and scratch-L2h32H4G2d8F64-equal-\w+-t\d+-s\d"
+    if run != "parent":
+        named = f"pruned-shortgpt-r50-s2-t1280 and {cell}"
+    with pytest.raises(AccountError, match=f"{named} may not be compared: {field}: "):
         results.collect(places)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prune import plan
 from megatron_prune.errors import DataError, RunError, UsageError
-from megatron_prune.study import results
+from megatron_prune.study import local, results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
 from tests.study import made_up
@@ -181,7 +181,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, m
 @pytest.mark.parametrize("content", [{"complete": False}, {"range": [0, 80]}, {"steps": 3}])
 def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch, content: dict) -> None:
     monkeypatch.chdir(tmp_path)
-    study = made_up.study(prefixes)
+    study = made_up.study(prefixes, launch={"retries": 0})
 
     class Lying(made_up.FakeLauncher):
         def _pretrain(self, argv: list[str]) -> None:
@@ -223,3 +223,146 @@ def test_parallel_cells_give_the_same_ledger(tmp_path: Path, prefixes, monkeypat
     alone = ledger(made_up.run(made_up.study(prefixes), Path("alone"), made_up.FakeLauncher()))
     study = made_up.study(prefixes, launch={"parallel_cells": 3})
     assert ledger(made_up.run(study, Path("beside"), made_up.FakeLauncher())) == alone
+
+
+class Failing(made_up.FakeLauncher):
+    """Ends a stage of a cell with a code, and nothing written, as many times as it is told to."""
+
+    def __init__(self, cell: str, stage: str, times: int, code: int = 1):
+        super().__init__()
+        self.cell, self.stage, self.times, self.code = cell, stage, times, code
+
+    def __call__(self, command, *, log: Path, env: dict[str, str]) -> int:
+        if (log.parent.name, command.stage) == (self.cell, self.stage) and self.times:
+            self.times -= 1
+            self.commands.append(command)
+            log.write_text("failing\n")
+            return self.code
+        return super().__call__(command, log=log, env=env)
+
+
+@pytest.mark.parametrize(("retries", "times", "code", "attempts"), [(2, 2, 1, 3), (1, 9, 1, 2), (3, 9, 2, 1)])
+def test_retries_are_bounded_and_a_refusal_is_not_retried(
+    tmp_path: Path, prefixes, monkeypatch, retries: int, times: int, code: int, attempts: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes, launch={"retries": retries}, settings=["equal-training"])
+    cell = "pruned-shortgpt-r50-s1-t1280"
+    launcher = Failing(cell, "pretrain", times, code)
+    if times < attempts:
+        places = made_up.run(study, Path("runs"), launcher)
+    else:
+        with pytest.raises(RunError, match=rf"{cell}: pretrain ended \(exit code {code}\)"):
+            made_up.run(study, Path("runs"), launcher)
+        places = Places(Path("runs/made-up"))
+    trained = [c for c in launcher.commands if c.stage == "pretrain" and f"{cell}/" in " ".join(c.argv)]
+    assert len(trained) == attempts
+    state = json.loads((places.cell(cell) / "state.json").read_text())
+    assert state["state"] == ("finished" if times < attempts else "failed")
+    assert len(state["failures"]) == min(times, attempts)
+    assert len(ledger(places)) == 8 - (times >= attempts)
+
+
+def test_what_needs_a_failed_cell_is_blocked_and_a_shared_scratch_run_takes_its_shape_elsewhere(
+    tmp_path: Path, prefixes, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    methods = [{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}]
+    study = made_up.study(prefixes, methods=methods, settings=["equal-training"])
+    failing = Failing("pruning-shortgpt-r50-s1", "apply", 9)
+    with pytest.raises(RunError, match="pruning-shortgpt-r50-s1: apply ended"):
+        made_up.run(study, Path("runs"), failing)
+    places = Places(Path("runs/made-up"))
+    scratch = "scratch-L2h32H4G2d8F64-equal-training-t1280-s1"
+    assert {scratch, "pruned-random-r50-s1-t1280"} < set(ledger(places))
+    state = json.loads((places.cell("pruned-shortgpt-r50-s1-t1280") / "state.json").read_text())
+    assert state["state"] == "blocked"
+    found = results.collect(places)
+    assert [item.status for item in found.compared] == ["pending", "finished"]
+    # The next run gives the failed one another chance; the scratch run keeps the source that it has.
+    made_up.run(study, Path("runs"), again := made_up.FakeLauncher())
+    assert [command.stage for command in again.commands] == ["apply", "evaluate", "pretrain", "evaluate"]
+    assert [item.status for item in results.collect(places).compared] == ["finished"] * 2
+
+
+def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> None:
+    study = made_up.study(prefixes, launch={"parallel_cells": 2, "nproc": 2})
+    slots = local._devices(study, ["4", "5", "6", "7"])
+    assert [slots.get(), slots.get()] == ["4,5", "6,7"]
+    slots = local._devices(study, [])
+    assert [slots.get(), slots.get()] == [None, None]
+    with pytest.raises(UsageError, match=r"launch\.parallel_cells: given 2 x nproc 2, allowed is up to 3 processes"):
+        local._devices(study, ["0", "1", "2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3f")
+    assert local._visible() == ["2", "GPU-3f"]
+
+
+def test_runs_report_to_megatrons_writers_grouped_by_study(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracking = {"tensorboard": True, "wandb_project": "pruning", "wandb_entity": "us"}
+    seen: list[dict[str, str]] = []
+
+    class Watching(made_up.FakeLauncher):
+        def __call__(self, command, *, log: Path, env: dict[str, str]) -> int:
+            seen.append(env)
+            return super().__call__(command, log=log, env=env)
+
+    launcher = Watching()
+    places = made_up.run(made_up.study(prefixes, tracking=tracking), Path("runs"), launcher)
+    for command in launcher.commands:
+        given = made_up.words(list(command.argv[1:]))
+        wanted = {
+            "tensorboard_dir": f"runs/made-up/tensorboard/{Path(given.get('save', '')).parent.name}",
+            "wandb_project": "pruning",
+            "wandb_entity": "us",
+            "wandb_exp_name": Path(given.get("save", "")).parent.name,
+            "wandb_save_dir": "runs/made-up",
+        }
+        own = {key: value for key, value in given.items() if key.startswith(("wandb", "tensorboard"))}
+        assert own == (wanted if command.stage == "pretrain" else {})
+    assert all(env["WANDB_RUN_GROUP"] == "made-up" for env in seen)
+    lines = {line.field for item in results.collect(places).compared for line in item.match}
+    assert {"arguments.tensorboard_dir", "arguments.wandb_exp_name"} <= lines
+
+
+@pytest.mark.parametrize(("retention", "kept"), [("all", 3), ("final", 1), ("none", 0)])
+def test_retention_removes_saves_only_of_runs_in_the_ledger(
+    tmp_path: Path, prefixes, monkeypatch, retention: str, kept: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Saving(made_up.FakeLauncher):
+        """Writes three saves a run, and looks at them when they are evaluated."""
+
+        def _pretrain(self, argv: list[str]) -> None:
+            super()._pretrain(argv)
+            save = Path(made_up.words(argv)["save"])
+            if save.parent.name == "parent":
+                return
+            for step in (10, 20, 30):
+                (save / f"iter_{step:07d}").mkdir(exist_ok=True)
+            (save / "latest_checkpointed_iteration.txt").write_text("30")
+
+        def _evaluate(self, argv: list[str]) -> None:
+            load = Path(made_up.words(argv)["load"])
+            if load.parent.name.startswith(("pruned", "scratch")):
+                assert len(list(load.glob("iter_*"))) == 3
+            super()._evaluate(argv)
+
+    study = made_up.study(prefixes, retention=retention, settings=["equal-training"])
+    places = made_up.run(study, Path("runs"), Saving())
+    for cell, record in ledger(places).items():
+        saves = sorted(path.name for path in places.checkpoint(cell).glob("iter_*"))
+        if record["kind"] in ("pruned", "scratch"):
+            assert saves == ["iter_0000010", "iter_0000020", "iter_0000030"][3 - kept :]
+            assert (places.checkpoint(cell) / "latest_checkpointed_iteration.txt").exists() == bool(kept)
+            assert places.account(cell).is_file() and places.losses(cell).is_file()
+        elif record["kind"] == "pruning":
+            assert places.checkpoint(cell).is_dir()  # a study that grows starts from it
+    # A removal that was cut short is finished by the next run.
+    cut = places.checkpoint("pruned-shortgpt-r50-s1-t1280") / "iter_0000001"
+    cut.mkdir()
+    made_up.run(study, Path("runs"), again := Saving())
+    assert not again.commands and cut.exists() == (retention == "all")
+    grown = made_up.study(prefixes, retention=retention, settings=["equal-training"], budgets=[1280, 2560])
+    made_up.run(grown, Path("runs"), Saving())

@@ -11,7 +11,7 @@ import pytest
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import command, config, grid, preflight, results
+from megatron_prune.study import checks, command, config, grid, preflight, prunings, results
 from megatron_prune.study.budgets import Batch, Lay
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
@@ -47,7 +47,7 @@ def records(places: Places) -> dict[str, dict[str, Any]]:
 
 def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
     study = config.from_mapping(GOOD | {"methods": METHODS[1:], "ratios": [0.25, 0.5]})
-    assert [pruning.name for pruning in grid.prunings(study)] == [
+    assert [pruning.name for pruning in prunings.prunings(study)] == [
         "wanda-2-4-r50-s1",
         "wanda-unstructured-r25-s1",
         "wanda-unstructured-r50-s1",
@@ -65,7 +65,7 @@ def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
 def test_masked_scratch_is_a_pruning_s_own_and_dense_scratch_is_shared() -> None:
     methods = [{"name": "wanda", "pattern": pattern} for pattern in ("2:4", "4:8", "unstructured")]
     study = config.from_mapping(GOOD | {"methods": methods, "scratch": ["masked", "dense"], "seeds": [1, 2]})
-    shapes = {pruning.name: SHAPE for pruning in grid.prunings(study)}
+    shapes = {pruning.name: SHAPE for pruning in prunings.prunings(study)}
     laid = grid.expand(study, LAY, shapes, dict.fromkeys(shapes, 8))
     cells = {cell.id: cell for cell in laid.cells}
     assert len(cells) == len(laid.cells) == 3 * 2 + 2 * 3 * 2 + 2 * 2  # pruned, masked scratch, dense scratch
@@ -250,16 +250,19 @@ def test_a_half_written_pruning_does_not_count(prefixes, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes, methods=METHODS[3:4])
     places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
-    (pruning,) = grid.prunings(study)
-    from megatron_prune.study import records as of
+    (pruning,) = prunings.prunings(study)
 
     checkpoint = places.checkpoint(pruning.cell)
-    assert of.sparsified(checkpoint, pruning)
-    (other,) = grid.prunings(made_up.study(prefixes, methods=[METHODS[3] | {"pattern": "2:4"}]))
-    assert not of.sparsified(checkpoint, other)
+    method = pruning.method
+
+    def sparsified(folder: Path = checkpoint, pattern: str | None = method.pattern) -> bool:
+        return checks.Check("sparsified", {"checkpoint": str(folder), "method": method.name, "pattern": pattern})()
+
+    assert sparsified()
+    assert not sparsified(pattern="2:4")
     (checkpoint / "masks").rename(checkpoint / "elsewhere")
-    assert not of.sparsified(checkpoint, pruning)
-    assert not of.sparsified(checkpoint.parent / "nowhere", pruning)
+    assert not sparsified()
+    assert not sparsified(checkpoint.parent / "nowhere")
 
 
 def sparse(settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -322,5 +325,5 @@ def test_a_dense_study_may_use_any_optimizer(prefixes, tmp_path: Path) -> None:
 def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     study = made_up.study(prefixes, methods=METHODS)
     outlook = preflight.check(study, Places(tmp_path / "runs" / "made-up"))
-    assert all(outlook.targets[p.name] == outlook.source for p in grid.prunings(study) if p.method.pattern)
+    assert all(outlook.targets[p.name] == outlook.source for p in prunings.prunings(study) if p.method.pattern)
     assert list(outlook.consumed(study).values()) == [128, 128, 128, 0, 0]

@@ -1,0 +1,220 @@
+"""The weights of a checkpoint in Megatron's legacy format: one ``mp_rank_XX[_YYY]/model_optim_rng.pt`` a rank.
+
+Every file is the state of one tensor-parallel rank of one pipeline stage, with local layer numbers. Stages follow one
+another as Megatron lays them: with virtual pipeline (``model0``, ``model1``, …) chunk after chunk over all stages. So
+counting layers in that order gives the global numbers for even, uneven and interleaved splits alike. Tensors are mapped
+from the files, not read into memory; nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
+from megatron_prune.checkpoint.safe_objects import load_legacy
+from megatron_prune.errors import CheckpointError
+
+RANK_FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
+_CHUNK = re.compile(r"model(\d{0,3})")
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,5})\.(.+)")
+# Names of Megatron's local layers, and of Transformer Engine's, which the table of layouts uses.
+_RENAMED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: a pipeline stage, the chunk of the model there, and its name in that chunk."""
+
+    stage: int
+    chunk: str
+    key: str
+
+
+def is_legacy(directory: Path) -> bool:
+    """True for a directory of per-rank files."""
+    return directory.is_dir() and any(_RANK.fullmatch(folder.name) for folder in directory.iterdir())
+
+
+class LegacySource:
+    """What ``Checkpoint`` reads, from per-rank files. Raises CheckpointError where a rank is missing or damaged."""
+
+    format = "torch"
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files = {rank: f"{name}/{RANK_FILE}" for rank, name in self._folders().items()}
+        self._states = {rank: load_legacy(directory / file) for rank, file in self._files.items()}
+        first = self._states.get((0, 0))
+        if first is None:
+            raise CheckpointError(f"{directory} has no rank (0, 0): the checkpoint is incomplete")
+        self.common: dict[str, Any] = first
+        args = first.get("args") or {}
+        self._tp, self._pp = (
+            args.get(f"{name}_model_parallel_size") or 1 + max(rank[axis] for rank in self._states)
+            for axis, name in enumerate(("tensor", "pipeline"))
+        )
+        self._refuse_missing_ranks()
+        self._rank_of = {file: rank for rank, file in self._files.items()}
+        self.stored: dict[str, StoredTensor] = {}
+
+    def _folders(self) -> dict[tuple[int, int], str]:
+        """Folder of every (tensor-parallel rank, pipeline stage)."""
+        found: dict[tuple[int, int], str] = {}
+        for folder in sorted(self._directory.glob("mp_rank_*")):
+            match = _RANK.fullmatch(folder.name)
+            if match is None:
+                raise CheckpointError(f"{folder} is no rank of a dense GPT: only tensor and pipeline ranks are known")
+            rank = (int(match[1]), int(match[2] or 0))
+            if rank in found:
+                raise CheckpointError(f"{self._directory}: {found[rank]} and {folder.name} are the same rank")
+            found[rank] = folder.name
+        return found
+
+    def _refuse_missing_ranks(self) -> None:
+        if not all(type(size) is int and 1 <= size <= 10_000 for size in (self._tp, self._pp)):
+            raise CheckpointError(f"{self._directory} was saved at TP={self._tp}, PP={self._pp}, say its stored args")
+        expected = {(tp, pp) for tp in range(self._tp) for pp in range(self._pp)}
+        if self._states.keys() != expected:
+            odd = sorted(self._states.keys() ^ expected)[0]
+            raise CheckpointError(
+                f"{self._directory} has {len(self._states)} ranks; its stored args say TP={self._tp}, PP={self._pp}: "
+                f"tensor-parallel rank {odd[0]} of stage {odd[1]} is {'missing' if odd in expected else 'too many'}"
+            )
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Tensor parallelism, pipeline stages, and chunks of the model on each stage."""
+        return self._tp, self._pp, len(self._chunks) // self._pp
+
+    # -- where the weights are -------------------------------------------------------------------
+
+    def locate(self, layouts: Mapping[str, WeightLayout], shape: ModelShape) -> dict[str, tuple[Box, ...]]:
+        """The boxes of every logical weight. Raises CheckpointError where one is missing, of another shape than the
+        stored args say, or unknown."""
+        places = self._places(shape)
+        unknown = sorted(places.keys() - layouts.keys())
+        if unknown:
+            raise CheckpointError(
+                f"{self._directory} holds weights that this package does not know ({', '.join(unknown[:3])}"
+                f"{', …' if len(unknown) > 3 else ''}): only dense GPT models of Megatron Core are supported"
+            )
+        missing = [name for name in layouts if name not in places]
+        if missing:
+            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args promise")
+        return {name: self._boxes(layout, places[name], shape) for name, layout in layouts.items()}
+
+    def _places(self, shape: ModelShape) -> dict[str, _Place]:
+        """Logical name: place. Pipeline stages are walked in the order of the forward pass."""
+        places: dict[str, _Place] = {}
+        before = 0
+        for chunk, stage in self._chunks:
+            layers = set()
+            for key in self._state(0, stage, chunk):
+                name = key
+                if match := _LAYER.fullmatch(key):
+                    layers.add(int(match[1]))
+                    name = f"decoder.layers.{before + int(match[1])}.{match[2]}"
+                for ours, theirs in _RENAMED.items():
+                    name = name.replace(f".{ours}", f".{theirs}") if match else name
+                last_stage_of_tied = shape.tied and name == "output_layer.weight"  # the embedding once more
+                if name.endswith("_extra_state") or last_stage_of_tied:
+                    continue
+                if name in places:
+                    raise CheckpointError(f"{self._directory}: {name} is in two places")
+                places[name] = _Place(stage, chunk, key)
+            if layers != set(range(len(layers))):
+                raise CheckpointError(f"{self._directory}: the layers of stage {stage} ({chunk}) have gaps")
+            before += len(layers)
+        if before != shape.num_layers:
+            raise CheckpointError(
+                f"{self._directory} holds {before} layers in all its stages, its stored args say {shape.num_layers}"
+            )
+        return places
+
+    @cached_property
+    def _chunks(self) -> list[tuple[str, int]]:
+        """(Chunk, stage) in the order of the forward pass; every rank must have the same chunks."""
+        kinds = {tuple(sorted((key for key in state if _CHUNK.fullmatch(key)), key=_number))
+                 for state in self._states.values()}  # fmt: skip
+        if len(kinds) != 1 or not (chunks := kinds.pop()):
+            raise CheckpointError(f"{self._directory}: its ranks do not hold the same parts of one model")
+        if list(chunks) not in (["model"], [f"model{i}" for i in range(len(chunks))]):
+            raise CheckpointError(f"{self._directory}: its ranks hold {', '.join(chunks)}, expected model0, model1, …")
+        return [(chunk, stage) for chunk in chunks for stage in range(self._pp)]
+
+    def _state(self, tp: int, stage: int, chunk: str) -> Mapping[str, Any]:
+        state = self._states[tp, stage][chunk]
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is no state of a model")
+        if "language_model" in state:
+            raise CheckpointError(f"{self._directory} was saved by models older than Megatron Core, which are not read")
+        return state
+
+    def _boxes(self, layout: WeightLayout, place: _Place, shape: ModelShape) -> tuple[Box, ...]:
+        axis = layout.tp_axis
+        ranks = range(self._tp if axis is not None else 1)  # replicated: they are all the same
+        expected = list(layout.shape)
+        if axis is not None:
+            if layout.shape[axis] % self._tp:
+                raise CheckpointError(f"{self._directory}: {self._tp} ranks cannot share {layout.name} {expected}")
+            expected[axis] //= self._tp
+        boxes: list[Box] = []
+        for tp in ranks:
+            tensor = self._state(tp, place.stage, place.chunk).get(place.key)
+            file = self._files[tp, place.stage]
+            if not isinstance(tensor, torch.Tensor) or list(tensor.shape) != expected:
+                found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise CheckpointError(
+                    f"{self._directory / file}: {place.key} is {found}, its stored args say {expected}"
+                )
+            piece = Piece(
+                f"{place.chunk}.{place.key}", tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape), file, 0, 0
+            )
+            if boxes and boxes[0].piece.dtype != tensor.dtype:
+                raise CheckpointError(f"{self._directory}: the ranks' parts of {layout.name} differ in type")
+            boxes += _in_whole(piece, layout, shape, axis, tp)
+        return tuple(boxes)
+
+    # -- numbers ---------------------------------------------------------------------------------
+
+    def _tensor(self, piece: Piece) -> torch.Tensor:
+        chunk, _, key = piece.key.partition(".")
+        return self._states[self._rank_of[piece.file]][chunk][key]
+
+    def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
+        """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
+        begin = box.skip + first * torch.Size(box.sizes[1:]).numel()
+        target.copy_(self._tensor(box.piece).reshape(-1)[begin : begin + target.numel()].view(target.shape))
+
+    def element(self, box: Box, number: int) -> bytes:
+        """The bytes of one number of a box, counted in row-major order."""
+        flat = self._tensor(box.piece).reshape(-1)
+        return flat[box.skip + number].reshape(1).view(torch.uint8).numpy().tobytes()
+
+
+def _number(chunk: str) -> int:
+    return int(chunk.removeprefix("model") or 0)
+
+
+def _in_whole(piece: Piece, layout: WeightLayout, shape: ModelShape, axis: int | None, tp: int) -> Sequence[Box]:
+    """The rectangles of the whole weight that a rank's part is."""
+    if axis == 0 and layout.axes[0] == "fc1" and shape.gated:  # [gate_r; up_r], each a share of its half
+        rows, width = piece.sizes[0] // 2, torch.Size(piece.sizes[1:]).numel()
+        sizes, rest = (rows, *piece.sizes[1:]), (0,) * (len(piece.sizes) - 1)
+        return [
+            Box(piece, (half * shape.ffn_hidden_size + tp * rows, *rest), sizes, half * rows * width) for half in (0, 1)
+        ]
+    offsets = tuple(tp * extent if number == axis else 0 for number, extent in enumerate(piece.sizes))
+    return [Box(piece, offsets, piece.sizes, 0)]

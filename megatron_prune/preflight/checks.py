@@ -1,0 +1,365 @@
+"""What a rehearsed command line is asked, question by question: each gives findings with a verdict and a reason."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.engine.rehearsal import Rehearsal
+from megatron_prune.errors import MegatronPruneError
+from megatron_prune.preflight import cost, memory
+from megatron_prune.preflight.cluster import Cluster
+
+Verdict = Literal["yes", "look", "no", "not checked"]
+FP8_MULTIPLE = 16  # of both dimensions of every FP8 GEMM
+TILE = 64  # below it, tensor cores work on padding
+CROWDED = 0.92  # of a GPU's memory
+UNEVEN = 1.15  # slowest stage against the mean
+IDLE = 0.15  # of a step in the pipeline's bubble
+LONG_STREAM = 20e9  # tokens whose indices rank 0 may not build within its time limit
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer: ``facts`` are its figures as JSON."""
+
+    check: str
+    verdict: Verdict
+    reason: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A command line for a cluster, and what preflight is told beside it."""
+
+    verb: str
+    argv: list[str]
+    cluster: Cluster
+    mfu: float
+    reserve: int  # bytes
+    corpus_tokens: int | None
+    absent: dict[str, str]  # checkpoints that are not here, by flag
+
+    @property
+    def trains(self) -> bool:
+        return self.verb == "pretrain"
+
+
+def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
+    """Every check on a command line that Megatron accepts."""
+    args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
+    found = [*layout(question, rehearsal), *dimensions(args, shape)]
+    if rehearsal.unbuilt is not None:
+        return [*found, Finding("model", "no", f"Megatron cannot build it: {rehearsal.unbuilt}")]
+    found += balance(args, shape, rehearsal)
+    found.append(memory_of_ranks(question, rehearsal))
+    found += data(question, args)
+    found += start(question, rehearsal)
+    if question.trains:
+        spent = cost.time(args, shape, question.cluster, question.mfu)
+        found.append(Finding(
+            "time", "yes",
+            f"{spent.step_seconds:.2f} s a step and {spent.gpu_hours:,.0f} GPU-hours for {spent.tokens / 1e9:,.2f}B "
+            f"tokens in {spent.steps:,} steps, if MFU is {question.mfu:g}",
+            asdict(spent) | {"mfu": question.mfu},
+        ))  # fmt: skip
+        found.append(storage(args, shape, spent.steps))
+    assert len(stages) == args.pipeline_model_parallel_size
+    return found
+
+
+def layout(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
+    """The world, and where it would wait."""
+    args, cluster = rehearsal.args, question.cluster
+    sizes = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "data": args.data_parallel_size,
+        "microbatches": rehearsal.microbatches,
+    }
+    words = f"{cluster}: TP {sizes['tensor']}, PP {sizes['pipeline']}, CP {sizes['context']}, DP {sizes['data']}"
+    if not question.trains:
+        yield Finding("layout", "yes", words, sizes)
+        return
+    words += f", {rehearsal.microbatches} micro-batches of {args.micro_batch_size} a step"
+    yield Finding("layout", "yes", words, sizes)
+    if sizes["tensor"] > cluster.local_ranks:
+        yield Finding(
+            "layout", "look",
+            f"--tensor-model-parallel-size {sizes['tensor']} reaches beyond a node of {cluster.local_ranks} GPUs: its "
+            "all-reduces would cross the network in every block",
+        )  # fmt: skip
+    waits = cost.bubble(args, rehearsal.microbatches)
+    if waits > IDLE:
+        yield Finding(
+            "layout", "look",
+            f"the pipeline waits {waits:.0%} of each step: {rehearsal.microbatches} micro-batches for "
+            f"{sizes['pipeline']} stages; fewer stages, a smaller --micro-batch-size or virtual stages help",
+            {"bubble": waits},
+        )  # fmt: skip
+
+
+def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
+    """Every size that tensor parallelism divides, and both sides of every GEMM on a rank."""
+    t = args.tensor_model_parallel_size
+    if bad := [f"{flag} {size}" for flag, size in _divided(shape) if size % t]:
+        return [Finding("dimensions", "no", f"--tensor-model-parallel-size {t} does not divide {', '.join(bad)}")]
+    if args.sequence_parallel and args.seq_length % (t * args.context_parallel_size):
+        return [Finding(
+            "dimensions", "no",
+            f"--sequence-parallel: {t} x CP {args.context_parallel_size} ranks do not share {args.seq_length} tokens",
+        )]  # fmt: skip
+    gemms = _gemms(args, shape)
+    facts = {"gemms": {name: list(sizes) for name, sizes in gemms.items()}}
+    sides = {f"{name} {'x'.join(map(str, sizes))}": sizes for name, sizes in gemms.items()}
+    if args.fp8 and (odd := [name for name, sizes in sides.items() if any(n % FP8_MULTIPLE for n in sizes)]):
+        return [Finding(
+            "dimensions", "no",
+            f"FP8 needs multiples of {FP8_MULTIPLE}; on a rank (tokens x inputs x outputs): {'; '.join(odd)}; choose "
+            "another tensor parallel size, or prune with --divisible-by",
+            facts,
+        )]  # fmt: skip
+    ragged = [name for name, sizes in sides.items() if any(n % TILE for n in sizes[1:])]
+    if ragged:
+        return [Finding(
+            "dimensions", "look",
+            f"no multiples of {TILE}, so that tensor cores work on padding too: {'; '.join(ragged)}", facts,
+        )]  # fmt: skip
+    named = ", ".join(f"{name} {sizes[1]}x{sizes[2]}" for name, sizes in gemms.items())
+    return [Finding("dimensions", "yes", f"GEMMs of {next(iter(gemms.values()))[0]} tokens: {named}", facts)]
+
+
+def _divided(shape: ModelShape) -> list[tuple[str, int]]:
+    return [
+        ("--num-attention-heads", shape.num_attention_heads),
+        ("--num-query-groups", shape.num_query_groups),
+        ("--ffn-hidden-size", shape.ffn_hidden_size),
+        ("--padded-vocab-size", shape.padded_vocab_size),
+    ]
+
+
+def _gemms(args: argparse.Namespace, shape: ModelShape) -> dict[str, tuple[int, int, int]]:
+    """(tokens, inputs, outputs) of the blocks' GEMMs on a rank."""
+    t, d = args.tensor_model_parallel_size, shape.kv_channels
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    heads, groups = shape.num_attention_heads // t, shape.num_query_groups // t
+    ffn = shape.ffn_hidden_size // t
+    return {
+        "qkv": (tokens, shape.hidden_size, (heads + 2 * groups) * d),
+        "proj": (tokens, heads * d, shape.hidden_size),
+        "fc1": (tokens, shape.hidden_size, ffn * (2 if shape.gated else 1)),
+        "fc2": (tokens, ffn, shape.hidden_size),
+    }
+
+
+def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -> Iterator[Finding]:
+    """Whether stages have equally much to do, the output layer counted."""
+    stages = rehearsal.stages
+    if len(stages) == 1:
+        return
+    work = cost.work(shape, stages, args.seq_length)
+    ratio = max(work) * len(work) / sum(work)
+    layers = [stage.layers for stage in stages]
+    facts = {"layers": layers, "forward_flops_per_token": work, "slowest_to_mean": ratio}
+    words = f"layers {layers}; the slowest stage has {ratio:.2f} times the mean to do"
+    if ratio <= UNEVEN:
+        yield Finding("stages", "yes", words, facts)
+        return
+    best = cost.even_split(shape, len(stages), args.seq_length)
+    if best == layers:
+        yield Finding("stages", "look", f"{words}, and no split is better: fewer stages would be", facts)
+        return
+    flag = "|".join(["E" + "t" * best[0], *("t" * n for n in best[1:-1]), "t" * best[-1] + "L"])
+    yield Finding(
+        "stages", "look", f"{words}; {best} is the most even: --pipeline-model-parallel-layout '{flag}'", facts
+    )
+
+
+def memory_of_ranks(question: Question, rehearsal: Rehearsal) -> Finding:
+    """The fullest rank against its GPU."""
+    args, shape, gpu = rehearsal.args, rehearsal.shape, question.cluster.gpu
+    if args.use_megatron_fsdp or args.use_torch_fsdp2:
+        return Finding("memory", "not checked", "memory under FSDP is not estimated")
+    if question.trains:
+        ranks = memory.training(args, shape, rehearsal.stages, rehearsal.microbatches)
+    else:
+        ranks = memory.forward(args, shape, rehearsal.stages)
+    totals = [rank.total + question.reserve for rank in ranks]
+    fullest = max(range(len(ranks)), key=lambda stage: totals[stage])
+    parts = {name: size for name, size in asdict(ranks[fullest]).items() if size}
+    facts = {
+        "stages": [asdict(rank) | {"total": total} for rank, total in zip(ranks, totals, strict=True)],
+        "reserve": question.reserve,
+        "gpu": gpu.memory,
+    }
+    gb = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    words = (
+        f"stage {fullest} needs {totals[fullest] / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB ({gb}, "
+        f"reserve {question.reserve / 1e9:.1f})"
+    )
+    if totals[fullest] > gpu.memory:
+        largest = max(parts, key=lambda name: parts[name])
+        return Finding("memory", "no", f"{words}; {_REMEDIES[largest]}", facts)
+    return Finding("memory", "look" if totals[fullest] > CROWDED * gpu.memory else "yes", words, facts)
+
+
+_REMEDIES = {
+    "weights": "more tensor or pipeline parallelism",
+    "gradients": "more tensor or pipeline parallelism",
+    "optimizer": "--use-distributed-optimizer, more data parallelism or more model parallelism",
+    "masks": "more tensor or pipeline parallelism",
+    "activations": "--sequence-parallel, a smaller --micro-batch-size, --recompute-granularity selective "
+    "--recompute-modules mlp or full, or more tensor parallelism",
+    "working": "more tensor parallelism, a shorter --seq-length or a smaller --micro-batch-size",
+    "pruning": "another method, or fewer --modules at a time",
+}
+
+
+def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:
+    """Whether there is text enough: ranges of a stream, or windows."""
+    from megatron_prune.data import windows
+    from megatron_prune.training.data import refuse_unfit_range, train_blend
+
+    if question.trains:
+        blend = train_blend(args)
+        prefixes = [word for word in blend if not _is_number(word)]
+        wanted = args.seq_length * _end(args)
+    else:
+        named = getattr(args, "calibration_data_path", None) or args.data_path or []
+        prefixes = [named] if isinstance(named, str) else list(named)
+        windows_wanted = getattr(args, "calibration_sequences", None) or getattr(args, "windows", None) or 1
+        wanted = windows_wanted * args.seq_length + 1
+    if args.mock_data or not prefixes:
+        yield Finding("data", "yes", "no corpus is read")
+        return
+    absent = [prefix for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
+    if absent:
+        yield _declared(question, absent, wanted)
+        return
+    try:
+        if question.trains:
+            refuse_unfit_range(args, _seen(args))
+        else:
+            for prefix in prefixes:
+                windows.windows(prefix, args.seq_length, windows_wanted)
+    except MegatronPruneError as error:
+        yield Finding("data", "no", str(error))
+        return
+    yield Finding("data", "yes", f"{wanted / 1e9:,.3f}B tokens are asked for, and are there", {"tokens": wanted})
+    if question.trains and args.stream_range and wanted > LONG_STREAM and not _has_caches(args, prefixes):
+        yield Finding(
+            "data", "look",
+            "the stream's index caches are not there: build them with `megatron_prune index` before the job, since "
+            "rank 0 has ten minutes while all others wait",
+        )  # fmt: skip
+
+
+def _declared(question: Question, absent: Sequence[str], wanted: int) -> Finding:
+    where = f"{absent[0]} is not on this machine"
+    if question.corpus_tokens is None:
+        return Finding("data", "not checked", f"{where}; {wanted / 1e9:,.3f}B tokens are asked for", {"tokens": wanted})
+    words = f"{where}; of the {question.corpus_tokens / 1e9:,.3f}B tokens declared, {wanted / 1e9:,.3f}B are asked for"
+    return Finding("data", "no" if wanted > question.corpus_tokens else "yes", words, {"tokens": wanted})
+
+
+def _end(args: argparse.Namespace) -> int:
+    """The first sample of the stream that the run does not read."""
+    from megatron_prune.data.streams import parse_range
+
+    if args.stream_range:
+        return parse_range(args.stream_range)[1]
+    return (args.train_iters or 0) * args.global_batch_size
+
+
+def _has_caches(args: argparse.Namespace, prefixes: Sequence[str]) -> bool:
+    caches = Path(args.data_cache_path or f"{prefixes[0]}.streams")
+    return any(caches.glob("stream-*/stream.json"))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from megatron_prune.training.account import trained_on
+
+    path = args.pretrained_checkpoint
+    return trained_on(Path(path)) if path and Path(path).is_dir() else []
+
+
+def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
+    """Whether what the run starts from, and its masks, are of this model and load on this layout."""
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.engine import runtime
+
+    args = rehearsal.args
+    for flag, path in question.absent.items():
+        yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
+    own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
+    flag, path = ("--load", args.load) if own or not args.pretrained_checkpoint else (
+        "--pretrained-checkpoint", args.pretrained_checkpoint
+    )  # fmt: skip
+    if path is None or (flag == "--load" and not own and path == args.save):
+        if not question.absent:
+            yield Finding("start", "yes", "from random weights")
+    elif not Path(path).is_dir():
+        yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
+    else:
+        try:
+            runtime.refuse_unfit_checkpoint(args, path, flag)
+            checkpoint = open_checkpoint(runtime.loaded_directory(args) if flag == "--load" else path)
+            stored = {key: tuple(tensor.shape) for key, tensor in checkpoint.stored.items()}
+            wanted = {key: shape for stage in rehearsal.stages for key, shape in stage.shapes.items()}
+            odd = [f"{key} {list(shape)}" for key, shape in wanted.items() if stored.get(key) != shape]
+            if odd:
+                yield Finding("start", "no", f"{flag} {path} does not hold {', '.join(odd[:3])} as the stages ask")
+            else:
+                yield Finding("start", "yes", f"{flag} {path}: all {len(wanted)} tensors in the shapes asked for")
+        except MegatronPruneError as error:
+            yield Finding("start", "no", str(error))
+    if getattr(args, "masks", None):
+        yield _masks(args)
+
+
+def _masks(args: argparse.Namespace) -> Finding:
+    from megatron_prune.training import masked
+
+    if not Path(args.masks).is_dir():
+        return Finding("masks", "not checked", f"--masks {args.masks} is not on this machine")
+    try:
+        chosen = masked.choose(args)
+    except MegatronPruneError as error:
+        return Finding("masks", "no", str(error))
+    assert chosen is not None
+    return Finding("masks", "yes", f"{args.masks} fit the model: {chosen.masks.removed:,} weights removed")
+
+
+def storage(args: argparse.Namespace, shape: ModelShape, steps: int) -> Finding:
+    """What the saves take, and whether the disk has it where it is this machine's."""
+    if args.save is None:
+        return Finding("storage", "look", "without --save nothing is kept")
+    one, kept = cost.checkpoint_bytes(args, shape), cost.saves_kept(args, steps)
+    facts: dict[str, Any] = {"checkpoint": one, "kept": kept, "total": one * kept}
+    words = f"{kept} checkpoints of {one / 1e9:,.1f} GB: {one * kept / 1e12:,.2f} TB"
+    parent = next((folder for folder in Path(args.save).absolute().parents if folder.is_dir()), None)
+    if parent is None or not Path(args.save).absolute().parent.is_dir():
+        return Finding("storage", "yes", f"{words} (free space not checked: {args.save} is not here)", facts)
+    free = shutil.disk_usage(parent).free
+    if free < one * kept:
+        return Finding(
+            "storage", "no" if free < one else "look",
+            f"{words}, and {parent} has {free / 1e12:,.2f} TB free; keep fewer with --save-retain-interval", facts,
+        )  # fmt: skip
+    return Finding("storage", "yes", words, facts)

@@ -1,0 +1,81 @@
+"""What a run takes: time at a stated MFU, the pipeline's bubble, storage; and how even its stages are."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine.rehearsal import Stage
+from megatron_prune.preflight.cluster import Cluster
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Time:
+    """``flops`` of a step are the model's: dense GEMMs forward and backward, no recomputation."""
+
+    flops: float
+    step_seconds: float
+    steps: int
+    gpu_hours: float
+    tokens: int
+
+
+def time(args: argparse.Namespace, shape: ModelShape, cluster: Cluster, mfu: float) -> Time:
+    """Time of a training run if ``mfu`` of the GPUs' dense bf16 FLOPs is reached, FP8 or not."""
+    flops = float(shape.training_flops(args.seq_length)) * args.global_batch_size
+    seconds = flops / (cluster.gpus * cluster.gpu.flops * mfu)
+    steps = args.train_iters or math.ceil((args.train_samples or 0) / args.global_batch_size)
+    tokens = steps * args.global_batch_size * args.seq_length
+    return Time(flops, seconds, steps, seconds * steps * cluster.gpus / 3600, tokens)
+
+
+def bubble(args: argparse.Namespace, microbatches: int) -> float:
+    """Share of a step in which a stage waits for the pipeline to fill and drain."""
+    waiting = args.pipeline_model_parallel_size - 1
+    working = microbatches * (args.virtual_pipeline_model_parallel_size or 1)
+    return waiting / (waiting + working)
+
+
+def work(shape: ModelShape, stages: Sequence[Stage], seq_length: int) -> list[float]:
+    """Forward FLOPs a token of each stage: its blocks, and the output layer on the last."""
+    whole = shape.forward_flops(seq_length) / seq_length
+    output = 2 * shape.hidden_size * shape.padded_vocab_size
+    block = (whole - output) / shape.num_layers
+    return [stage.layers * block + (output if stage is stages[-1] else 0) for stage in stages]
+
+
+def even_split(shape: ModelShape, stages: int, seq_length: int) -> list[int]:
+    """Layers a stage whose slowest has the least to do, the output layer counted."""
+    whole = shape.forward_flops(seq_length) / seq_length
+    output = 2 * shape.hidden_size * shape.padded_vocab_size
+    extra = output / ((whole - output) / shape.num_layers)  # in layers
+    best: list[int] | None = None
+    least = (0.0, 0.0)
+    for last in range(shape.num_layers + 1):
+        base, more = divmod(shape.num_layers - last, stages - 1)
+        split = [base + (i < more) for i in range(stages - 1)] + [last]
+        loads = [*split[:-1], last + extra]
+        if best is None or (max(loads), sum(n * n for n in loads)) < least:
+            best, least = split, (max(loads), sum(n * n for n in loads))
+    assert best is not None
+    return best
+
+
+def checkpoint_bytes(args: argparse.Namespace, shape: ModelShape) -> int:
+    """One save: weights, and with the optimizer its fp32 masters and two moments."""
+    with_optimizer = 0 if args.no_save_optim else 2 * FP32 + (FP32 if args.bf16 or args.fp16 else 0)
+    return shape.parameters() * (args.params_dtype.itemsize + with_optimizer)
+
+
+def saves_kept(args: argparse.Namespace, steps: int) -> int:
+    """Checkpoints that lie there at the end, and the one that is being written while the last still stands."""
+    if not args.save_interval or args.save_interval >= steps:
+        return 1
+    if args.save_retain_interval:  # the newest always stays, others only on multiples of it
+        return steps // args.save_retain_interval + 2
+    return math.ceil(steps / args.save_interval)

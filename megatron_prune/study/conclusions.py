@@ -1,0 +1,94 @@
+"""From matched comparisons to what they say: verdicts at every budget, trends over the budgets.
+
+Verdicts are corrected over the study's family (``family``), and bootstrapped over evaluation documents where the
+corpus and the losses of its windows are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_prune import artifacts
+from megatron_prune.study import documents, statistics, trends, verdicts
+from megatron_prune.study.commands import Places
+from megatron_prune.study.config import Study
+from megatron_prune.study.statistics import OverDocuments
+from megatron_prune.study.trends import SUBJECT, Trend
+from megatron_prune.study.verdicts import Verdict
+
+Record = Mapping[str, Any]
+Groups = dict[tuple[Any, ...], list[Any]]
+
+
+def judge(study: Study, places: Places, compared: Sequence[Any], records: Mapping[str, Record]) -> list[Verdict]:
+    """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order."""
+    windows = _Windows(study, places)
+    found = [
+        verdicts.judge(
+            **items[0].group,
+            pruned=[records[item.comparison.pruned] for item in items],
+            scratch=[records[item.comparison.scratch] for item in items],
+            budget=items[0].comparison.budget,
+            one_parent=not study.parent_per_seed,
+            documents=windows.interval(
+                [item.comparison.pruned for item in items], [item.comparison.scratch for item in items]
+            ),
+        )
+        for items in _groups(compared, lambda item: tuple(item.group.values())).values()
+    ]
+    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)))
+
+
+def follow(compared: Sequence[Any], records: Mapping[str, Record]) -> list[Trend]:
+    """One trend for each comparison that has several budgets."""
+    found = []
+    for subject, items in _groups(compared, lambda item: tuple(item.group[key] for key in SUBJECT)).items():
+        runs = [
+            (
+                item.comparison.seed,
+                item.tokens,
+                records[item.comparison.scratch]["tokens"],
+                records[item.comparison.pruned]["test_loss"],
+                records[item.comparison.scratch]["test_loss"],
+            )
+            for item in items
+        ]
+        trend = trends.of(dict(zip(SUBJECT, subject, strict=True)), runs)
+        found += [trend] if trend else []
+    return found
+
+
+def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> Groups:
+    """Finished comparisons by ``key``, in the study's order."""
+    groups: Groups = {}
+    for item in compared:
+        if item.status == "finished":
+            groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+class _Windows:
+    """The test losses of every window, each run's read once, and the document of each window."""
+
+    def __init__(self, study: Study, places: Places):
+        self.places = places
+        self.documents = documents.of_windows(study.data.test, study.evaluation.windows, study.evaluation_seq_length)
+        self._read: dict[str, np.ndarray | None] = {}
+
+    def interval(self, pruned: Sequence[str], scratch: Sequence[str]) -> OverDocuments | None:
+        if self.documents is None:
+            return None
+        losses = [[self._of(cell) for cell in cells] for cells in (pruned, scratch)]
+        if any(run is None or run.shape != self.documents.shape for arm in losses for run in arm):
+            return None
+        return statistics.over_documents(np.array(losses[0]), np.array(losses[1]), self.documents)
+
+    def _of(self, cell: str) -> np.ndarray | None:
+        if cell not in self._read:
+            path = self.places.scores(cell)
+            test = artifacts.read_json(path)["corpora"]["test"] if path.is_file() else {}
+            self._read[cell] = np.array(test["window_losses"]) if "window_losses" in test else None
+        return self._read[cell]

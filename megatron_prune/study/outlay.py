@@ -1,0 +1,167 @@
+"""What a study will take: tokens, FLOPs, memory, storage and time of every cell, before anything runs.
+
+FLOPs are dense GEMMs (``checkpoint.layout``). Memory is that of the fullest pipeline stage: bytes a parameter for
+weights, gradients and Adam, and activations with flash attention and without recomputation by the formula that
+Megatron's ``theoretical_memory_usage`` takes from arXiv:2205.05198, table 2; for a real check there is the verb
+``preflight``. Times are FLOPs over a stated speed: no start-up, no data, no evaluation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.study.config import Study
+from megatron_prune.study.preflight import Outlook
+from megatron_prune.study.prunings import (
+    calibration_cell,
+    calibration_tokens,
+    links,
+    parent_cell,
+    parent_cells,
+    prunings,
+)
+
+
+@dataclass(frozen=True)
+class Outlay:
+    """One cell; None where a search or an import has to be run before it can be known. Memory is of one rank."""
+
+    cell: str
+    samples: str = ""
+    steps: int | None = None
+    tokens: int | None = None
+    flops: int | None = None
+    parameters: int | None = None
+    memory: float | None = None  # bytes
+    storage: float | None = None  # bytes, of what stays
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOPs a second of one GPU (or process), and how many there are."""
+
+    flops: float
+    gpus: int
+
+    @staticmethod
+    def parse(throughput: str, peak_tflops: float, gpus: int, source: ModelShape | None, seq_length: int) -> Speed:
+        """``40%`` of the peak, or tokens a second of one GPU on the parent's shape (others by their FLOPs)."""
+        found = re.fullmatch(r"([0-9.]+)\s*(%?)", throughput)
+        value = float(found[1]) if found and found[1].count(".") < 2 else 0
+        if not value or (found and found[2] and value > 100):
+            raise UsageError("--throughput", given=throughput, allowed="tokens a second of one GPU, or an MFU as 40%")
+        if found and found[2]:
+            return Speed(value / 100 * peak_tflops * 1e12, gpus)
+        if source is None:
+            raise UsageError("--throughput", given=throughput, allowed="an MFU as 40%",
+                             why="the parent's shape is not known before it is imported")  # fmt: skip
+        return Speed(value * source.training_flops(seq_length) / seq_length, gpus)
+
+    def seconds(self, outlay: Outlay, nproc: int) -> float | None:
+        return None if outlay.flops is None else outlay.flops / (self.flops * nproc)
+
+
+def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
+    """Every cell in the order in which they are run."""
+    lay, seq_length = outlook.lay, outlook.lay.batch.seq_length
+    retained = {"all": 1.0, "final": 1.0, "none": 0.0}[study.retention]
+
+    def training(cell: str, samples: Any, shape: ModelShape | None, kept: float, after: tuple[str, ...]) -> Outlay:
+        tokens = samples.steps * lay.batch.tokens
+        if shape is None:
+            return Outlay(cell, str(samples), samples.steps, tokens, after=after)
+        saves = -(-samples.steps // (study.recipe.save_interval or samples.steps)) if study.retention == "all" else 1
+        flops = shape.training_flops(seq_length) * samples.steps * lay.batch.samples
+        storage = kept * saves * shape.parameters() * (14 if _half(study) else 12)
+        return Outlay(
+            cell, str(samples), samples.steps, tokens, flops, shape.parameters(), memory(study, shape), storage, after
+        )
+
+    for cell, _ in parent_cells(study):
+        if study.parent.pretrain is not None:
+            samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
+            yield training(cell, samples, outlook.source, 1, ())
+    calibrated = set()
+    for link in links(study):
+        name = calibration_cell(study, link)
+        before = outlook.targets.get(link.base.name) if link.base else outlook.source
+        after = link.base.cell if link.base else parent_cell(study, link.seed)
+        forward = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
+        if outlook.needs[link.name].statistics and name not in calibrated:
+            calibrated.add(name)
+            yield Outlay(name, tokens=calibration_tokens(study), flops=forward, after=(after,))
+    for link in links(study):
+        yield _pruning(study, outlook, link)
+    for run in outlook.estimated_grid(study).cells:
+        shape = outlook.targets.get(run.source.name)
+        yield training(run.id, run.samples, shape, retained, (run.source.cell,))
+
+
+def _pruning(study: Study, outlook: Outlook, link: Any) -> Outlay:
+    shape, needs = outlook.targets.get(link.name), outlook.needs[link.name]
+    before = outlook.targets.get(link.base.name) if link.base else outlook.source
+    consumed = outlook.consumed(study)
+    own = consumed[link.name] - (consumed[link.base.name] if link.base else 0)
+    after = [link.base.cell if link.base else parent_cell(study, link.seed)]
+    after += [calibration_cell(study, link)] if needs.statistics else []
+    storage = None if shape is None else shape.parameters() * (2 if _half(study) else 4)
+    flops: int | None = 0
+    if needs.text:  # once through every block; a Hessian costs more
+        flops = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
+    elif needs.scores:
+        flops = None  # how many candidates there are is known when they are named
+    parameters = None if shape is None else shape.parameters()
+    return Outlay(link.cell, tokens=own, flops=flops, parameters=parameters, storage=storage, after=tuple(after))
+
+
+def left_to_know(study: Study, outlook: Outlook) -> list[str]:
+    """Why cells, or numbers, are missing from the plan."""
+    missing = []
+    if outlook.source is None:
+        missing.append("the parent's shape is known when it has been imported")
+    elif len(outlook.targets) < len(outlook.needs):
+        missing.append("shapes that a search chooses are known when it has been run")
+    flops = any(setting == "equal-flops" for entry in study.methods for setting, _ in study.compared(entry))
+    if flops and len(outlook.spent) < len(prunings(study)):
+        missing.append("scratch runs at equal FLOPs are estimates until the prunings have said what they spent")
+    return missing
+
+
+def memory(study: Study, shape: ModelShape) -> float:
+    """Bytes of the fullest rank while it trains ``shape``."""
+    launch, recipe = study.launch, study.recipe
+    tp, pp, dp = launch.tensor_parallel, launch.pipeline_parallel, launch.data_parallel
+    distributed = bool(recipe.arguments.get("use-distributed-optimizer"))
+    bytes_each = (6 + 12 / dp if distributed else 18) if _half(study) else (8 + 8 / dp if distributed else 16)
+    embeddings = shape.hidden_size * shape.padded_vocab_size * (1 if shape.tied else 2)
+    blocks = (shape.parameters() - embeddings) / pp
+    held = blocks + embeddings / (2 if pp > 1 and not shape.tied else 1)
+    tokens = study.data.seq_length * recipe.micro_batch_size
+    activations = tokens * shape.hidden_size * (18 + 4 * shape.ffn_hidden_size / shape.hidden_size) * shape.num_layers
+    activations += tokens * (8 + shape.hidden_size) * pp
+    if pp == 1:
+        activations += 4 * tokens * (shape.hidden_size + shape.padded_vocab_size)
+    return (held * bytes_each + activations) / tp
+
+
+def _half(study: Study) -> bool:
+    return bool(study.recipe.arguments.get("bf16") or study.recipe.arguments.get("fp16"))
+
+
+def makespan(outlays: Sequence[Outlay], seconds: dict[str, float], slots: int) -> float:
+    """Seconds from begin to end with ``slots`` cells at a time, each after what it needs, in the order given."""
+    free = [0.0] * slots
+    ended: dict[str, float] = {}
+    for outlay in outlays:
+        ready = max((ended.get(name, 0.0) for name in outlay.after), default=0.0)
+        began = max(heapq.heappop(free), ready)
+        ended[outlay.cell] = began + seconds.get(outlay.cell, 0.0)
+        heapq.heappush(free, ended[outlay.cell])
+    return max(ended.values(), default=0.0)

@@ -1,0 +1,62 @@
+"""Where a study's files lie, under ``runs/<study>``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune import candidates
+from megatron_prune.masks import MASKS
+from megatron_prune.study.config import Study
+from megatron_prune.study.prunings import Pruning, parent_cell
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study's files lie."""
+
+    root: Path  # runs/<study>
+
+    def cell(self, name: str) -> Path:
+        return self.root / "cells" / name
+
+    def checkpoint(self, cell: str) -> Path:
+        return self.cell(cell) / "checkpoint"
+
+    def masks(self, pruning: Pruning) -> Path:
+        """What a sparse pruning removed."""
+        return self.checkpoint(pruning.cell) / MASKS
+
+    def account(self, cell: str) -> Path:
+        return self.checkpoint(cell) / "account.json"
+
+    def losses(self, cell: str) -> Path:
+        return self.checkpoint(cell) / "losses.csv"
+
+    def scores(self, cell: str) -> Path:
+        return self.cell(cell) / "scores.json"
+
+    def statistics(self, cell: str) -> Path:
+        return self.cell(cell) / "statistics.safetensors"
+
+    def plan(self, pruning: Pruning) -> Path:
+        return self.cell(pruning.cell) / "plan.json"
+
+    def candidates(self, pruning: Pruning) -> Path:
+        return self.cell(pruning.cell) / candidates.FILE
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    def parent(self, study: Study, seed: int = 0) -> Path:
+        """A seed's parent checkpoint: the study's own, or where study.yaml says that it lies."""
+        return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))
+
+    def source(self, study: Study, pruning: Pruning) -> Path:
+        """The checkpoint that a pruning starts from: its parent's, or that of the link before it."""
+        return self.checkpoint(pruning.base.cell) if pruning.base else self.parent(study, pruning.seed)

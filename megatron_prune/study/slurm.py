@@ -1,0 +1,163 @@
+"""Cells as Slurm jobs: a script for each, written beside its cell.json, submitted with its dependencies.
+
+    cells/<cell>/job.sh ── sbatch --dependency=afterok:… ──▶ queue ── squeue ──▶ the runner looks at what was written
+
+The scripts are plain: they can be read, and submitted by hand (``study plan --scripts`` only writes them). The runner
+may be killed and started again: it finds its jobs in the queue by their names and submits none twice. A job's exit
+code means nothing to it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import megatron_prune
+from megatron_prune import artifacts
+from megatron_prune.errors import MegatronPruneError, RunError
+from megatron_prune.study.commands import Command, environment
+from megatron_prune.study.config import Study
+from megatron_prune.study.execution import State, States
+from megatron_prune.study.launch import Slurm
+from megatron_prune.study.places import Places
+from megatron_prune.study.progress import Progress
+from megatron_prune.study.stages import Cell
+
+GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
+
+
+class Queue:
+    """A launcher whose cells are jobs. Slurm holds those back that wait for others."""
+
+    orders = True
+
+    def __init__(self, study: Study, places: Places, progress: Progress):
+        self.study, self.places, self.progress = study, places, progress
+        self.slurm = study.launch.slurm or Slurm()
+        self.states = States(places)
+        self.jobs: dict[str, str] = {}  # by cell, of those that the runner waits for
+        self.missed: dict[str, int] = {}
+        self.found: dict[str, str] | None = None  # what an earlier runner left in the queue, job by name
+
+    def room(self) -> bool:
+        return True
+
+    def begin(self, cell: Cell, after: Sequence[str]) -> None:
+        if self.found is None:
+            self.found = {name: job for job, name, _ in _queue(strict=True)}
+        script = write_script(self.study, self.places, cell)
+        adopted = self.found.pop(job_name(self.study, cell.id), None)
+        job = adopted or _submit(script, [self.jobs[name] for name in after])
+        self.jobs[cell.id], self.missed[cell.id] = job, 0
+        self._tell(cell.id, "submitted")
+        self.progress.queued(cell.id, job, adopted=adopted is not None)
+
+    def ended(self) -> Mapping[str, MegatronPruneError | None]:
+        while True:
+            time.sleep(self.slurm.poll_seconds)
+            queue = {job: state for job, _, state in _queue()}
+            for cell, job in self.jobs.items():
+                self.missed[cell] = 0 if job in queue else self.missed[cell] + 1
+                if job in queue:
+                    self._tell(cell, queue[job])
+            gone = [cell for cell, times in self.missed.items() if times >= GONE_LOOKS]
+            for cell in gone:
+                del self.jobs[cell], self.missed[cell]
+            if gone:
+                return dict.fromkeys(gone)
+
+    def _tell(self, cell: str, queue: str) -> None:
+        """Keep the job's state for ``study status`` where it has changed."""
+        known = self.states.read(cell) or State("begun")
+        if (known.job, known.queue) != (self.jobs[cell], queue):
+            self.states.write(cell, State("begun", known.failures, self.jobs[cell], queue))
+
+
+def job_name(study: Study, cell: str) -> str:
+    """How the queue calls a cell: that is how a runner finds it again."""
+    return f"{study.name}/{cell}"
+
+
+def write_script(study: Study, places: Places, cell: Cell) -> Path:
+    """``job.sh`` of a cell, ready for ``sbatch``."""
+    directory, launch = places.cell(cell.id), study.launch
+    slurm = launch.slurm or Slurm()
+    nodes = launch.nproc // launch.ranks_per_node
+    path = directory / "job.sh"
+    directives: dict[str, Any] = {"job-name": job_name(study, cell.id), "nodes": nodes, "ntasks-per-node": 1}
+    directives |= {"output": f"{directory.absolute()}/slurm-%j.log"}
+    directives |= {name: None if value is True else value for name, value in slurm.options.items()}
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_prune.study", "."), undefined=jinja2.StrictUndefined, trim_blocks=False,
+        keep_trailing_newline=True,
+    ).get_template("job.sh.j2")  # fmt: skip
+    text = template.render(
+        directives=directives.items(),
+        cell=cell.id,
+        study=study.name,
+        after=", ".join(cell.after) or "nothing",
+        script=shlex.quote(str(path)),
+        directory=shlex.quote(os.getcwd()),
+        cell_directory=shlex.quote(str(directory)),
+        setup=slurm.setup or [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"],
+        environment=[(k, shlex.quote(v)) for k, v in environment(study, launch.threads).items()],
+        nodes=nodes,
+        stages=[(stage.command.stage, " ".join(_words(stage.command, launch.ranks_per_node))) for stage in cell.stages],
+    )
+    artifacts.write_bytes(path, text.encode())
+    return path
+
+
+def _words(command: Command, per_node: int) -> Iterator[str]:
+    """A command as a script has it: torchrun on every node of the job, or one process on the first."""
+    if command.stage == "import":
+        yield from ("python", str(Path(megatron_prune.__file__).parents[1] / "tools" / "convert_checkpoint.py"))
+    elif command.nproc == 1:
+        yield "python -m megatron_prune"
+    elif command.nproc == per_node:
+        yield f"torchrun --standalone --nproc-per-node {per_node} -m megatron_prune"
+    else:
+        nodes = command.nproc // per_node
+        yield f"srun --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1"
+        yield f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d"
+        yield '--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" -m megatron_prune'
+    yield shlex.join(command.argv)
+
+
+def _submit(script: Path, after: Sequence[str]) -> str:
+    words = ["sbatch", "--parsable"]
+    if after:  # those of a job that failed leave the queue, so that the runner sees them
+        words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    return _ask([*words, str(script)]).strip().split(";")[0]
+
+
+def _queue(*, strict: bool = False) -> list[tuple[str, str, str]]:
+    """Own jobs: id, name, state. A queue that does not answer is asked again later, unless ``strict``."""
+    while True:
+        try:
+            lines = _ask(["squeue", "--me", "--noheader", "--format=%i|%j|%T"]).splitlines()
+        except RunError:
+            if strict:
+                raise
+            time.sleep(5)
+            continue
+        job_lines = [line.strip().split("|") for line in lines if line.strip()]
+        return [(job, name, state) for job, name, state in job_lines]
+
+
+def _ask(words: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise RunError(f"launcher slurm: there is no {words[0]} on this machine") from error
+    if done.returncode:
+        raise RunError(f"{shlex.join(words)} left with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout

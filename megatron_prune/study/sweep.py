@@ -1,0 +1,78 @@
+"""Which learning rate stands for an arm: the one with the lowest validation loss, as the mean over the seeds.
+
+Both arms of a comparison were trained at every rate under every seed (``match`` looks at their accounts). One rate is
+chosen for an arm (a pruning's retraining at a budget; a setting's scratch runs beside it), not one a seed, so that a
+choice is less of a lottery; the test corpus has no say. An arm has no choice before all of its runs are finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_prune.study.grid import Comparison
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An arm's rates with their mean validation losses, and the one that was chosen (None: runs are missing)."""
+
+    arm: str
+    method: str
+    pattern: str | None
+    ratio: float | None
+    budget: int
+    setting: str | None  # of a scratch arm; pruned runs serve all settings
+    against: str | None
+    validation: Mapping[float, float | None]
+    chosen: float | None
+
+
+def choose(
+    comparisons: Sequence[Comparison], records: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[Comparison, ...], tuple[Sweep, ...]]:
+    """The comparisons with the runs that stand for their arms, and how these were chosen."""
+    runs: dict[tuple[Any, ...], dict[float, list[str | None]]] = {}
+    for made in comparisons:
+        for rate, pruned, scratch in made.swept:
+            runs.setdefault(_pruned(made), {}).setdefault(rate, []).append(pruned)
+            runs.setdefault(_scratch(made), {}).setdefault(rate, []).append(scratch)
+    sweeps = {key: _chosen(key, by_rate, records) for key, by_rate in runs.items() if not _left_out(by_rate)}
+    return tuple(_with_choice(made, sweeps) for made in comparisons), tuple(sweeps.values())
+
+
+def _pruned(made: Comparison) -> tuple[Any, ...]:
+    return ("pruned", *made.pruning.subject, made.budget, None, None)
+
+
+def _scratch(made: Comparison) -> tuple[Any, ...]:
+    return ("scratch", *made.pruning.subject, made.budget, made.setting, made.against)
+
+
+def _left_out(by_rate: Mapping[float, Sequence[str | None]]) -> bool:
+    """True for the scratch arm of a comparison that is not run."""
+    return all(name is None for names in by_rate.values() for name in names)
+
+
+def _chosen(
+    key: tuple[Any, ...], by_rate: Mapping[float, Sequence[str | None]], records: Mapping[str, Mapping[str, Any]]
+) -> Sweep:
+    means: dict[float, float | None] = {}
+    for rate, names in by_rate.items():
+        runs = {name for name in names if name is not None}
+        losses = [records[name]["validation_loss"] for name in sorted(runs & set(records))]
+        means[rate] = sum(losses) / len(losses) if len(losses) == len(set(names)) else None
+    known = {rate: mean for rate, mean in means.items() if mean is not None}
+    best = min(known, key=lambda rate: known[rate]) if len(known) == len(means) else None
+    arm, method, pattern, ratio, budget, setting, against = key
+    return Sweep(arm, method, pattern, ratio, budget, setting, against, means, best)
+
+
+def _with_choice(made: Comparison, sweeps: Mapping[tuple[Any, ...], Sweep]) -> Comparison:
+    arms = {"pruned": sweeps.get(_pruned(made)), "scratch": sweeps.get(_scratch(made))}
+    changes: dict[str, Any] = {"chosen": all(arm is None or arm.chosen is not None for arm in arms.values())}
+    for position, (which, arm) in enumerate(arms.items()):
+        if arm is not None and arm.chosen is not None:
+            changes[which] = next(names[position] for rate, *names in made.swept if rate == arm.chosen)
+    return replace(made, **changes)

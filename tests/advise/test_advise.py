@@ -1,0 +1,265 @@
+"""Advice from made-up ledgers with a known truth: what it says, and when it says that it does not know."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_prune import artifacts
+from megatron_prune.__main__ import main
+from megatron_prune.advise import answer, command, ledgers, target
+from megatron_prune.advise.answer import Advice
+from megatron_prune.errors import EXIT_REFUSED, UsageError
+from tests.study import made_up
+
+BUDGETS = (100_000, 200_000, 400_000, 800_000, 1_600_000)
+PARENT = {"params": 1_000_000, "tokens_train": 5_000_000}
+Gap = Callable[[str, float, int], float]  # scratch minus pruned of a method at a ratio and a budget
+
+
+def ledger(
+    gap: Gap,
+    *,
+    seeds: int = 3,
+    noise: float = 0.005,
+    methods: tuple[str, ...] = ("a", "b"),
+    ratios: tuple[float, ...] = (0.5,),
+    pattern: str | None = None,
+    against: str = "dense",
+    setting: str = "equal-training",
+    rng: int = 0,
+) -> dict[str, Any]:
+    """A ``results.json``: scratch falls from 3 nats with the budget, pruned lies ``gap`` below it."""
+    generator = np.random.default_rng(rng)
+    rows: list[dict[str, Any]] = [
+        {"cell": "parent", "arm": "parent", "status": "finished", "seed": None, "shape": None,
+         "removed_linears": None, "removed_all": None, "flops_train": 1, "test_loss": 2.0, **PARENT}
+    ]  # fmt: skip
+    comparisons = []
+    for method in methods:
+        for ratio in ratios:
+            for budget in BUDGETS:
+                for seed in range(1, seeds + 1):
+                    scratch = 2 + (budget / BUDGETS[0]) ** -0.5 + (0 if method == "a" else 0.01)
+                    losses = {"pruned": scratch - gap(method, ratio, budget), "scratch": scratch}
+                    cells = {arm: f"{arm}-{method}-{ratio}-{budget}-{seed}" for arm in losses}
+                    for arm, loss in losses.items():
+                        rows.append(
+                            {"cell": cells[arm], "arm": arm, "status": "finished", "seed": seed, "params": 600_000,
+                             "tokens_train": budget, "flops_train": 3_000_000 * budget, "removed_linears": ratio,
+                             "removed_all": 0.8 * ratio, "shape": "L2h64H4G2d16F128",
+                             "test_loss": loss + float(generator.normal(0, noise))}
+                        )  # fmt: skip
+                    comparisons.append(
+                        {"method": method, "pattern": pattern, "ratio": ratio, "setting": setting, "against": against,
+                         "tokens": budget, "seed": seed, "status": "finished", **cells}
+                    )  # fmt: skip
+    return {"version": 1, "study": "made-up", "one_parent": True, "rows": rows, "comparisons": comparisons}
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Advice]:
+    """``ask(ledger, "--ratio", …)``: the advice."""
+
+    def get(content: dict[str, Any], *argv: object) -> Advice:
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        read = ledgers.read(tmp_path / "results.json")
+        options = command._parser().parse_args([str(word) for word in argv])
+        return answer.advise(read, target.from_arguments(options, read.parent_params))
+
+    return get
+
+
+def lead(method: str, ratio: float, budget: int) -> float:
+    """Pruned is ahead at first, method b by a little more; scratch catches up near 450,000 tokens."""
+    return 0.3 * (1 - np.log(budget / BUDGETS[0]) / np.log(4.5)) + (0.06 if method == "b" else 0.0)
+
+
+def test_prune_scratch_and_which(ask) -> None:
+    at = ask(ledger(lead), "--ratio", 0.5, "--tokens", 100_000)
+    assert (at.answer, at.method, at.as_good) == ("prune", "b", ()) and at.confidence > 0.95
+    assert at.gap.mean == pytest.approx(0.35, abs=0.03) and at.reasons == ()
+    late = ask(ledger(lead), "--ratio", 0.5, "--tokens", "1.6M")
+    assert late.answer == "scratch" and late.gap.high < 0
+    assert "scratch catches up" in late.break_evens[0]
+
+
+def test_methods_that_the_seeds_do_not_tell_apart_are_named(ask) -> None:
+    found = ask(ledger(lambda *_: 0.3, noise=0.02), "--ratio", 0.5, "--tokens", 200_000)
+    assert found.answer == "prune" and {found.method, *found.as_good} == {"a", "b"}
+
+
+def test_another_shapes_scratch_run_is_a_rival_too(ask) -> None:
+    """Method b beats its own scratch run; a's scratch run, of the same ratio, beats b."""
+    content = ledger(lambda method, *_: -0.3 if method == "a" else 0.2, noise=0.002)
+    for row in content["rows"]:
+        if "-b-" in row["cell"]:
+            row["test_loss"] += 0.5
+    assert ask(content, "--ratio", 0.5, "--tokens", 200_000).answer == "scratch"
+    assert ask(content, "--ratio", 0.5, "--tokens", 200_000, "--method", "b").answer == "prune"
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason", "measurement"),
+    [
+        (["--ratio", 0.5, "--tokens", "10M"], "budgets that were run, 100,000 to 1,600,000", "at 10,000,000"),
+        (["--ratio", 0.5, "--tokens", "10k"], "beyond the budgets", "both arms at 10,000 tokens"),
+        (["--ratio", 0.8, "--tokens", "200k"], "beyond the ratios that were measured: 50%", "at 80% removed"),
+        (["--ratio", 0.5, "--tokens", "200k", "--parent-params", "8B"], "parent has 8,000,000,000", "parent.load"),
+        (["--ratio", 0.5, "--tokens", "200k", "--parent-tokens", "9M"], "9,000,000 tokens of training", "parent.load"),
+        (["--ratio", 0.5, "--tokens", "200k", "--setting", "equal-total"], "ledger has equal-training", "study run"),
+        (["--ratio", 0.5, "--tokens", "200k", "--method", "c"], "with c was not measured", "study run"),
+        (["--pattern", "2:4", "--tokens", "200k"], "2:4 was not measured", "50% 2:4 removed"),
+        (["--ratio", 0.5, "--gpu-hours", 1, "--gpu-flops", 1e14], "120,000,000,000 tokens are beyond", "seeds"),
+    ],
+)  # fmt: skip
+def test_it_does_not_know_beyond_what_was_measured(ask, argv, reason: str, measurement: str) -> None:
+    found = ask(ledger(lead), *argv)
+    assert found.answer == answer.UNKNOWN and found.gap is None and found.confidence is None
+    assert reason in " ".join(found.reasons) and measurement in " ".join(found.settle)
+
+
+def test_one_seed_is_a_lean_and_no_answer(ask) -> None:
+    found = ask(ledger(lead, seeds=1), "--ratio", 0.5, "--tokens", 100_000)
+    assert (found.answer, found.lean, found.method) == (answer.UNKNOWN, "prune", "b")
+    assert "one seed" in found.reasons[0] and "about 2 more seeds" in found.settle[0]
+
+
+def test_what_the_seeds_leave_open_says_how_many_would_do(ask) -> None:
+    found = ask(ledger(lambda *_: 0.02, noise=0.02, rng=3), "--ratio", 0.5, "--tokens", 100_000)
+    assert found.answer == answer.UNKNOWN and "do not tell" in found.reasons[0]
+    assert "more seed" in found.settle[0] or "too small to matter" in found.settle[0]
+
+
+def test_between_two_ratios_only_where_both_say_the_same(ask) -> None:
+    agree = ask(ledger(lead, ratios=(0.25, 0.5)), "--ratio", 0.4, "--tokens", 100_000)
+    assert agree.answer == "prune" and "40% was not measured: at 25% and 50%" in agree.caveats[0]
+    differ = ledger(lambda _, ratio, __: 0.3 if ratio == 0.25 else -0.3, ratios=(0.25, 0.5))
+    found = ask(differ, "--ratio", 0.4, "--tokens", 100_000)
+    assert found.answer == answer.UNKNOWN and "at 25%: prune; at 50%: scratch" in found.reasons[0]
+    assert ask(differ, "--ratio", 0.26, "--tokens", 100_000).answer == "prune"
+    assert ask(differ, "--ratio", 0.4, "--ratio-of", "all", "--tokens", 100_000).answer == "scratch"
+    assert ask(differ, "--target-params", 600_000, "--tokens", 100_000).answer == "scratch"  # 40% of all, as above
+
+
+def test_between_budgets_it_reads_the_laws(ask) -> None:
+    found = ask(ledger(lambda *_: 0.2), "--ratio", 0.5, "--tokens", 300_000)
+    assert found.answer == "prune" and found.caveats[0].startswith("a, b: not run at this budget")
+    assert found.scratch_loss == pytest.approx(2 + 3**-0.5, abs=0.01)
+    exact = ask(ledger(lambda *_: 0.2), "--ratio", 0.5, "--tokens", 200_000)
+    assert not any("not run" in caveat for caveat in exact.caveats)
+
+
+def test_gpu_hours_are_tokens_by_the_flops_of_the_pruned_model(ask) -> None:
+    hours = 200_000 * 3_000_000 / 4e14 / 3600
+    found = ask(ledger(lead), "--ratio", 0.5, "--gpu-hours", hours, "--gpu-flops", 4e14)
+    assert found == ask(ledger(lead), "--ratio", 0.5, "--tokens", 200_000)
+
+
+def test_dense_scratch_beside_sparse_models_is_said(ask) -> None:
+    dense = ask(ledger(lead, pattern="2:4", methods=("b",)), "--pattern", "2:4", "--tokens", 100_000)
+    assert dense.answer == "prune" and dense.method == "b 2:4"
+    assert any("scratch has no masks" in caveat for caveat in dense.caveats)
+    masked = ledger(lead, pattern="2:4", methods=("b",), against="masked")
+    assert not any("no masks" in c for c in ask(masked, "--pattern", "2:4", "--tokens", 100_000).caveats)
+
+
+def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any difference between the arms an answer is wrong whatever it says; with one, its sign may be."""
+    monkeypatch.setattr(ledgers.Curve, "break_even", lambda self: None)  # words alone, and slow
+    wrong: Counter[str] = Counter()
+    generator = np.random.default_rng(0)
+    for _ in range(400):
+        seeds = int(generator.integers(3, 6))
+        for name, gap in (("none", 0.0), ("real", 0.02)):
+            content = ledger(lambda *_, gap=gap: gap, seeds=seeds, noise=0.02, rng=int(generator.integers(1 << 30)))
+            for row in content["rows"]:  # one shape for both methods
+                if row["arm"] == "scratch" and "-b-" in row["cell"]:
+                    row["test_loss"] -= 0.01
+                elif row["arm"] == "pruned" and "-b-" in row["cell"]:
+                    row["test_loss"] -= 0.01
+            curves = ledgers._curves(content["comparisons"], {row["cell"]: row for row in content["rows"]})
+            read = ledgers.Ledger("made-up", 1_000_000, 5_000_000, True, curves)
+            said = answer.advise(read, target.Target(0.5, "linears", "equal-training", tokens=400_000)).answer
+            wrong[name] += said == "scratch" or (said == "prune" and not gap)
+    assert wrong["none"] < 0.07 * 400 and wrong["real"] < 0.05 * 400
+
+
+def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_path: Path) -> None:
+    given = {flag.replace("-", "_"): str(value) for flag, value in made_up.SHAPE_FLAGS.items()} | {"seed": "1"}
+    shape = made_up._write_parent(tmp_path / "parent", given)
+    (tmp_path / "parent" / "account.json").write_text(json.dumps({"tokens": PARENT["tokens_train"]}))
+    content = ledger(lead)
+    content["rows"][0]["params"] = shape.parameters()
+    argv = ("--parent", tmp_path / "parent", "--tokens", 100_000)
+    for row in content["rows"][1:]:
+        row["shape"] = "L2h32H4G2d8F64" if "-a-" in row["cell"] else "L4h32H4G2d8F8"
+    found = ask(content, *argv, "--target-num-layers", 2)
+    assert (found.answer, found.method) == ("prune", "a")  # b, the better one, is not cut in depth
+    assert ask(content, *argv, "--target-ffn-hidden-size", 8).answer == answer.UNKNOWN  # 38% of the linears
+    assert "a shape cut in hidden_size" in ask(content, *argv, "--target-hidden-size", 16).reasons[0]
+    (tmp_path / "parent" / "account.json").write_text(json.dumps({"tokens": 1}))
+    assert "1 tokens of training" in ask(content, *argv, "--target-num-layers", 2).reasons[0]
+    for wrong, text in ((4, "the parent's"), (5, "allowed is 1 to 4")):
+        with pytest.raises(UsageError, match=text):
+            ask(content, *argv, "--target-num-layers", wrong)
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        ([], "--ratio: given no target"),
+        (["--ratio", 0.5, "--target-params", 1000, "--tokens", "1M"], "--ratio: given --ratio and --target-params"),
+        (["--ratio", 1.5, "--tokens", "1M"], "--ratio: given 1.5"),
+        (["--ratio", 0.5], "--tokens, --gpu-hours: given neither"),
+        (["--ratio", 0.5, "--tokens", "1M", "--gpu-hours", 3], "--tokens, --gpu-hours: given both"),
+        (["--ratio", 0.5, "--gpu-hours", 3], "--gpu-hours: given 3.0"),
+        (["--ratio", 0.5, "--tokens", "1M", "--gpu-flops", 3], "--gpu-flops: given 3.0"),
+        (["--target-num-layers", 2, "--tokens", "1M"], "--target-num-layers: given without --parent"),
+        (["--target-params", "2M", "--tokens", "1M"], "--target-params: given 2000000, allowed is 1 to 999999"),
+        (["--target-params", 1000, "--ratio-of", "all", "--tokens", "1M"], "--ratio-of: given all"),
+        (["--pattern", "4:2", "--tokens", "1M"], "--pattern: given 4:2"),
+        (["--pattern", "unstructured", "--target-params", 1000, "--tokens", "1M"], "--pattern: given unstructured"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(ask, argv, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag}".replace("(", r"\(")):
+        ask(ledger(lead), *argv)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"study": "x", "rows": [], "comparisons": []}])
+def test_what_is_no_ledger_is_refused(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    for path in (tmp_path / "x.json", tmp_path / "missing"):
+        assert main(["advise", "--ledger", str(path), "--ratio", "0.5", "--tokens", "1M"]) == EXIT_REFUSED
+        assert "--ledger: given" in capsys.readouterr().err
+
+
+def test_the_verb_prints_and_writes_the_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report").mkdir()
+    content = ledger(lead)
+    (tmp_path / "report" / "results.json").write_text(json.dumps(content))
+    output = tmp_path / "advice.json"
+    argv = ["advise", "--ledger", str(tmp_path), "--ratio", "0.5", "--tokens", "100k", "--json", str(output)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    written = artifacts.read_json(output)
+    assert printed[0] == "Prune: b." and written["answer"] == "prune" and written["words"] == printed
+    assert written["target"]["tokens"] == 100_000 and written["gap"]["seeds"] == 3
+    assert "conditional on one parent" in " ".join(printed)
+
+
+def test_a_compact_ledger_says_the_same(ask) -> None:
+    content = ledger(lead) | {"verdicts": [{"long": "text"}], "stages": {}}
+    for row in content["rows"]:
+        row |= {"validation_loss": 3.0, "tokens_declared": False}
+    short = ledgers.compact(content)
+    assert "verdicts" not in short
+    argv = ("--ratio", 0.5, "--tokens", 100_000)
+    assert ask(short, *argv) == ask(content, *argv)

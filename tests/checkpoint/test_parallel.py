@@ -1,0 +1,61 @@
+"""Several processes write what one would: the same weights, nothing when one of them fails."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megatron_prune.apply import rewrite
+from megatron_prune.checkpoint import safetensors_io
+from megatron_prune.checkpoint.huggingface import export_hf
+from megatron_prune.checkpoint.parallel import shares
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import CheckpointError, UsageError
+from tests.checkpoint import small
+
+
+def test_shares_are_everything_once_and_even():
+    sizes = {"embedding": 70, **{f"layer{i}": 10 + i % 3 for i in range(12)}, "output": 70}
+    for number in (1, 2, 3, 7, 40):
+        found = shares(sizes, number)
+        assert sorted(name for share in found for name in share) == sorted(sizes)
+        assert len(found) <= number and all(share == [n for n in sizes if n in share] for share in found)
+        totals = [sum(sizes[name] for name in share) for share in found]
+        assert max(totals) - min(totals) <= 70 and (number != 2 or max(totals) - min(totals) <= 12)
+
+
+def test_two_processes_write_the_same_checkpoint_and_the_same_export(tiny_parent, tmp_path):
+    parent = open_checkpoint(tiny_parent)
+    made = rewrite(tiny_parent, tmp_path / "made", workers=2)
+    made.verify(hashes=True)
+    assert made.full_hash() == parent.full_hash() and made.huggingface == tmp_path / "made" / "huggingface"
+    assert sorted(p.name for p in made.directory.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
+    assert os.listdir(tmp_path) == ["made"] and not (tmp_path / "made" / ".shares").exists()
+
+    export_hf(tiny_parent, tmp_path / "one", max_shard_bytes=400_000)
+    export_hf(tmp_path / "made", tmp_path / "two", max_shard_bytes=400_000, workers=2)
+    files = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(files) > 2 and safetensors_io.INDEX in os.listdir(tmp_path / "two")
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_process_that_fails_says_why_and_leaves_nothing(tmp_path):
+    folder = small.write(tmp_path / "parent") / "release"
+    shard = folder / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"data.pkl", len(content) // 2)  # the index of some record in the middle
+    content[place : place + 4] = b"atad"
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp .*truncated or damaged"):
+        rewrite(folder, tmp_path / "made", workers=2)
+    assert os.listdir(tmp_path) == ["parent"]
+
+
+def test_numbers_of_workers_that_cannot_be(tmp_path):
+    small.write(tmp_path / "parent", dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match="--workers: given 0"):
+        rewrite(tmp_path / "parent", tmp_path / "made", workers=0)
+    assert os.listdir(tmp_path) == ["parent"]

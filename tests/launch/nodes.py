@@ -1,0 +1,96 @@
+"""Two nodes on one machine: a torchrun agent each, started by launch/node.sh, over a shared disk."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.training.small import MODEL, recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+BATCH = 8
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def training(corpus: Path, save: Path) -> list[str]:
+    """A run of ``STEPS`` steps that saves every tenth, and whose steps are long enough to be hit by a kill."""
+    flags = recipe(corpus, f"0:{STEPS * BATCH}", save, "--save-interval", 10, "--exit-signal-handler")
+    return ["pretrain", *MODEL, *flags]
+
+
+def environment(port: int, nodes: int = 2) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PET_NNODES": str(nodes),
+        "PET_NPROC_PER_NODE": "1",
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "PET_LOCAL_ADDR": "localhost",
+        # A node that says nothing for three seconds is gone; the default is fifteen.
+        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3",
+        "PET_MONITOR_INTERVAL": "0.2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@contextlib.contextmanager
+def node(argv: list[str], port: int, log: Path, nodes: int = 2):
+    """A running launch/node.sh; what it started is killed at the end."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            ["bash", "launch/node.sh", *argv], cwd=ROOT, env=environment(port, nodes), stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+
+
+def kill_tree(root: int) -> None:
+    """SIGKILL a process and all that it started, as when a node loses power."""
+    pids, seen = [root], []
+    while pids:
+        pid = pids.pop()
+        seen.append(pid)
+        found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+        pids += map(int, found.split())
+    for pid in seen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.01)
+
+
+def saved(save: Path) -> int:
+    """The last step that is saved."""
+    try:
+        return int((save / "latest_checkpointed_iteration.txt").read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def losses(save: Path) -> list[list[str]]:
+    with open(save / "losses.csv", newline="") as table:
+        return list(csv.reader(table))

@@ -1,0 +1,64 @@
+"""The files in launch/ are what they say: shell that parses, YAML that is a PyTorchJob, flags that Megatron has."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from tests.launch.nodes import ROOT
+from tests.preflight import commands
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_parses(script) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def flags() -> list[str]:
+    lines = (LAUNCH / "checkpointing.flags").read_text().splitlines()
+    return [word for line in lines if not line.startswith("#") for word in line.split()]
+
+
+def job() -> dict:
+    return yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+
+
+def test_megatron_accepts_the_flags_and_the_jobs_command_lines(distributed, tmp_path) -> None:
+    (container,) = job()["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    model = tmp_path / "llama.flags"
+    model.write_text(commands.LLAMA)
+    lines = [
+        ["--gpus", "64", *commands.train("--tensor-model-parallel-size 2", "--stream-range 0:24414208", *flags())],
+        ["--gpus", "16", "--model", str(model), *container["args"]],
+    ]
+    [[saving, kubernetes]] = distributed(commands.answers, 1, lines)
+    assert saving["verdict"] == "yes", commands.reasons(saving, "no")
+    assert commands.finding(saving, "storage")["facts"]["kept"] == 6  # four that stay, two in turns
+    assert kubernetes["verdict"] == "yes", commands.reasons(kubernetes, "no")
+    assert commands.finding(kubernetes, "time")["facts"]["tokens"] == pytest.approx(50e9, rel=1e-3)
+
+
+def test_the_kubernetes_job_is_one_for_kubeflow() -> None:
+    spec = job()["spec"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert job()["kind"] == "PyTorchJob" and container["name"] == "pytorch"
+    assert spec["elasticPolicy"]["minReplicas"] == spec["elasticPolicy"]["maxReplicas"] == worker["replicas"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in worker["template"]["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.ngc"])
+def test_docker_files_copy_what_is_there(name) -> None:
+    text = (LAUNCH / name).read_text()
+    copied = [word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[:-1]]
+    assert copied and all((ROOT / path).exists() for path in copied)
+    entry = re.search(r'ENTRYPOINT \["bash", "(.*)"\]', text)
+    assert entry and (ROOT / entry[1]).is_file()

@@ -1,0 +1,33 @@
+"""launch/node.sh: a job whose node dies and comes back ends with the losses of an undisturbed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.artifacts import read_json
+from tests.launch import nodes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, tiny_corpus, tmp_path_factory) -> Path:
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    job(nodes.training(tiny_corpus, save), nproc=2).ok()
+    return save
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_and_comes_back(undisturbed, tiny_corpus, tmp_path) -> None:
+    save, port = tmp_path / "run", nodes.free_port()
+    argv = nodes.training(tiny_corpus, save)
+    with nodes.node(argv, port, tmp_path / "first.txt") as first:
+        with nodes.node(argv, port, tmp_path / "second.txt"):
+            nodes.wait_for(lambda: nodes.saved(save) >= 10, "a save")
+        assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
+        with nodes.node(argv, port, tmp_path / "third.txt") as third:
+            assert third.wait(120) == 0, (tmp_path / "third.txt").read_text()[-3000:]
+            assert first.wait(60) == 0, (tmp_path / "first.txt").read_text()[-3000:]
+    account = read_json(save / "account.json")
+    assert account["complete"] and len(account["attempts"]) == 2
+    assert nodes.losses(save) == nodes.losses(undisturbed)

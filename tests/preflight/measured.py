@@ -1,0 +1,63 @@
+"""What Megatron's own model really keeps for its backward pass, counted while it runs; in a rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH
+
+MODEL = (
+    "--hidden-size 48 --num-attention-heads 6 --kv-channels 8 --ffn-hidden-size 96 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --max-position-embeddings 128 --padded-vocab-size 384 "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --mock-data --train-iters 1 "
+    f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size {GLOBAL_BATCH} --lr 1e-3"
+).split()
+
+
+def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
+    """Bytes of the tensors, weights aside, that a forward pass of a model of ``layers`` blocks leaves saved; its args.
+
+    A view counts for its own part. Attention is torch's fused one, which keeps what flash attention keeps.
+    """
+    import functools
+
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_prune.engine import runtime
+
+    args = runtime.start("pretrain", [*MODEL, "--num-layers", str(layers), *flags], lambda parser: parser)
+    runtime.initialize(args)
+    config = runtime.model_config(args)
+    (model,) = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+
+    def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
+        context = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+    for module in model.modules():
+        if isinstance(module, DotProductAttention):
+            module.forward = functools.partial(fused)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[tuple[int, int], int] = {}
+    alive: list[torch.Tensor] = []  # memory may not be freed and used again while it is counted
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        rotary = tensor.dim() == 4 and tensor.shape[1:3] == (1, 1)  # tables, which a fused kernel does not save
+        if tensor.untyped_storage().data_ptr() not in weights and not rotary:
+            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+            alive.append(tensor)
+        return tensor
+
+    tokens = torch.randint(0, 384, (2, SEQ_LENGTH))
+    positions = torch.arange(SEQ_LENGTH)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, positions, None, labels=tokens)
+    torch.distributed.destroy_process_group()
+    return sum(kept.values()), args

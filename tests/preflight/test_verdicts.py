@@ -1,0 +1,192 @@
+"""Verdicts for 8, 64 and 1024 GPUs, and a wrong configuration of each kind caught with its reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import UsageError
+from megatron_prune.preflight import command
+from tests.preflight import commands
+from tests.preflight.commands import FP8, LLAMA, finding, reasons, train
+
+SP = "--tensor-model-parallel-size 2 --sequence-parallel"
+WIDE = "--hidden-size 2432 --ffn-hidden-size 6144"
+DEEP = "--num-layers 12"
+# name: (GPUs, command line); each of them runs.
+GOOD = {
+    "parent on 8": ("--gpus 8", train(SP)),
+    "parent on 64": ("--gpus 64", train(SP)),
+    "parent on 1024": ("--gpus 1024", train("--tensor-model-parallel-size 4 --sequence-parallel")),
+    "parent on 64, FP8": ("--gpus 64", train(SP, FP8)),
+    "width 62.5% on 8": ("--gpus 8", train("", WIDE)),
+    "width 62.5% on 1024": ("--gpus 1024", train(SP, WIDE)),
+    "12 layers on 64, PP 2": (
+        "--gpus 64",
+        train("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettttttt|tttttL", DEEP),
+    ),
+    "virtual stages": (
+        "--gpus 64", train(f"{SP} --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 4"),
+    ),
+    "context parallel": ("--gpus 64", train(f"{SP} --context-parallel-size 2")),
+}  # fmt: skip
+# name: (preflight's flags, command line, what the reason says)
+BAD = {
+    "unknown flag": ("--gpus 8", train(SP, "--no-such-flag"), "arguments: .*--no-such-flag"),
+    "world": ("--gpus 64 --gpus-per-node 4", train("--tensor-model-parallel-size 24"), "arguments: .*64.*24"),
+    "batch": ("--gpus 8", train(SP, "--global-batch-size 6"), "arguments: .*6"),
+    "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*multiple of the global"),
+    "layers by stages": ("--gpus 64", train("--pipeline-model-parallel-size 8", "--num-layers 12"),
+                         "arguments: .*layers should be divisible"),
+    "heads": ("--gpus 48", train("--tensor-model-parallel-size 3"), "arguments|dimensions: .*3"),
+    "groups": ("--gpus 64", train("--tensor-model-parallel-size 16"), "num-query-groups 8"),
+    "ffn": ("--gpus 16", train("--tensor-model-parallel-size 2", "--ffn-hidden-size 14337"), "ffn-hidden-size 14337"),
+    "vocabulary": ("--gpus 64", train("--tensor-model-parallel-size 8", "--padded-vocab-size 128257"), "128257"),
+    "FP8 and 16": ("--gpus 64", train(SP, FP8, "--ffn-hidden-size 4728"), "FP8 needs multiples of 16.*4728"),
+    "memory": ("--gpus 8", train(""), r"memory: stage 0 needs .* of 85\.5 GB.*(recompute|parallel)"),
+    "too short a corpus": ("--gpus 64 --corpus-tokens 400M", train(SP), "data: .*0.400B tokens declared, 0.419B"),
+    "positions": ("--gpus 8", train(SP, "--max-position-embeddings 4096"), "arguments: max_position_embeddings"),
+    "overlap": ("--gpus 8", [w for w in train(SP) if w != "--overlap-grad-reduce"],
+                "arguments: .*overlap-grad-reduce"),
+    "vocabulary unknown": ("--gpus 8", [w for w in train(SP) if w not in ("--padded-vocab-size", "128256")],
+                           "arguments: --padded-vocab-size is not given"),
+    "calibrate with virtual stages": (
+        "--gpus 8",
+        ["calibrate", *LLAMA.split(), "--load", "/not/here", "--calibration-data-path", "/not/here", "--output",
+         "s.safetensors", "--num-layers-per-virtual-pipeline-stage", "4"],
+        "arguments: .*virtual",
+    ),
+}  # fmt: skip
+# What runs, but badly.
+POOR = {
+    "TP across nodes": ("--gpus 64 --gpus-per-node 4", train("--tensor-model-parallel-size 8"), "beyond a node of 4"),
+    "bubble": ("--gpus 1024", train(f"{SP} --pipeline-model-parallel-size 4"), "the pipeline waits 43%"),
+    "stages": ("--gpus 64", train(f"{SP} --pipeline-model-parallel-size 4", "--num-layers 8"),
+               r"stages: layers \[2, 2, 2, 2\].*--pipeline-model-parallel-layout"),
+    "tiles": ("--gpus 64", train(SP, "--ffn-hidden-size 4736", "--hidden-size 1544"), "dimensions: no multiples of 64"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answered(distributed) -> dict[str, dict]:
+    """All of the above in one rank."""
+    asked = {name: [*flags.split(), *line] for name, (flags, line) in GOOD.items()}
+    asked |= {name: [*flags.split(), *line] for name, (flags, line, _) in (BAD | POOR).items()}
+    [found] = distributed(commands.answers, 1, list(asked.values()))
+    return dict(zip(asked, found, strict=True))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_will_run(name, answered) -> None:
+    answer = answered[name]
+    assert (answer["verdict"], answer["code"]) == ("yes", 0), reasons(answer, "no")
+    assert finding(answer, "memory")["facts"]["stages"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_will_not_and_why(name, answered) -> None:
+    answer = answered[name]
+    assert (answer["verdict"], answer["code"]) == ("no", 1)
+    assert re.search(BAD[name][2], reasons(answer, "no"), re.DOTALL), reasons(answer, "no")
+
+
+@pytest.mark.parametrize("name", POOR)
+def test_what_will_run_badly(name, answered) -> None:
+    assert re.search(POOR[name][2], reasons(answered[name], "look")), answered[name]["findings"]
+
+
+def test_what_was_built_is_the_model(answered) -> None:
+    """8.03B parameters; 30.5 GB of weights, gradients and shards of optimizer state on each of 64 GPUs."""
+    answer = answered["parent on 64"]
+    assert answer["parameters"] == 8_030_261_248
+    [stage] = finding(answer, "memory")["facts"]["stages"]
+    parameters = 4_015_263_744  # of a rank: half of the matrices, all of the norms
+    assert stage["weights"] == 2 * parameters and stage["gradients"] == 4 * parameters
+    assert stage["optimizer"] == 12 * parameters // 32
+    spent = finding(answer, "time")["facts"]
+    a_token = 6 * (8_030_261_248 - 128256 * 4096 - 65 * 4096)  # of every matrix but the embedding
+    a_token += 3 * 4 * 8192 * 4096 * 32  # attention's two products, not causal
+    assert spent["flops"] == a_token * 8192 * 512
+    assert spent["gpu_hours"] == pytest.approx(spent["flops"] * 100 / (989e12 * 0.4) / 3600)
+
+
+def test_uneven_stages_are_those_asked_for(answered) -> None:
+    stages = finding(answered["12 layers on 64, PP 2"], "stages")
+    assert stages["facts"]["layers"] == [7, 5] and stages["verdict"] == "yes"
+
+
+def test_masks_corpora_and_checkpoints_that_are_here_are_read(
+    distributed, tiny_parent, tiny_corpus, tiny_hf, tmp_path
+) -> None:
+    shape = open_checkpoint(tiny_parent).shape
+    start = ["pretrain", "--pretrained-checkpoint", str(tiny_parent), "--use-checkpoint-args"]
+    recipe = "--seq-length 32 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --bf16".split()
+    recipe += ["--data-path", str(tiny_corpus), "--save", str(tmp_path / "run")]
+    sparse = ["sparsify", "--load", str(tiny_parent), "--use-checkpoint-args", "--method", "wanda", "--pattern", "2:4"]
+    sparse += ["--calibration-data-path", str(tiny_corpus), "--calibration-seq-length", "32", "--save", "x"]
+    before = sorted(tmp_path.rglob("*"))
+    lines = [
+        ["--gpus", "4", *start, *recipe, "--stream-range", "0:80"],
+        ["--gpus", "4", *start, *recipe, "--stream-range", "0:8000000"],
+        ["--gpus", "4", *start, *recipe, "--stream-range", "0:80", "--masks", str(tiny_parent)],
+        ["--gpus", "4", "pretrain", "--pretrained-checkpoint", str(tiny_parent), "--num-layers", "2",
+         *LLAMA.split()[2:], *recipe, "--stream-range", "0:80", "--max-position-embeddings", "8192"],
+        ["--gpus", "4", *sparse, "--tensor-model-parallel-size", "2", "--calibration-sequences", "4"],
+        ["--gpus", "4", *sparse, "--calibration-sequences", "4000000"],
+        ["--gpus", "1", "pretrain", "--shape-from", str(tmp_path), *recipe, "--stream-range", "0:80"],
+    ]  # fmt: skip
+    [found] = distributed(commands.answers, 1, lines)
+    assert [answer["verdict"] for answer in found] == ["yes", "no", "no", "no", "yes", "no", "no"], found
+    assert found[0]["parameters"] == shape.parameters()
+    assert finding(found[0], "start")["verdict"] == "yes"
+    assert "does not wrap" in reasons(found[1], "no")
+    assert "masks:" in reasons(found[2], "no")
+    assert "start:" in reasons(found[3], "no") and "this model needs" in reasons(found[3], "no")
+    assert "--calibration-sequences" in reasons(found[5], "no") or "1 to" in reasons(found[5], "no")
+    assert "arguments:" in reasons(found[6], "no")
+    assert sorted(tmp_path.rglob("*")) == before  # preflight writes nothing
+
+
+def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -> None:
+    model = tmp_path / "model.flags"
+    model.write_text(f"# Llama 3.1 8B\n{LLAMA}")
+    recipe = train("--tensor-model-parallel-size 2", model="")[1:]
+    lines = [
+        ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--pretrained-checkpoint", "/not/here",
+         "--use-checkpoint-args", "--masks", "/not/here/masks"],
+        ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--shape-from=/not/here"],
+    ]  # fmt: skip
+    [[pruned, scratch]] = distributed(commands.answers, 1, lines)
+    assert pruned["verdict"] == scratch["verdict"] == "yes", pruned["findings"]
+    assert pruned["parameters"] == scratch["parameters"] == 8_030_261_248
+    unchecked = reasons(pruned, "not checked")
+    assert "--pretrained-checkpoint /not/here" in unchecked and "--masks /not/here/masks" in unchecked
+    assert "--shape-from /not/here" in reasons(scratch, "not checked")
+    held = [finding(answer, "memory")["facts"]["stages"][0]["masks"] for answer in (pruned, scratch)]
+    assert held == [3_489_660_928, 0]  # a byte for each weight of half the linears
+
+
+def test_a_launcher_before_the_verb_is_skipped() -> None:
+    words = "--gpus 16 torchrun --nnodes 2 -m megatron_prune pretrain --lr 1".split()
+    assert command.split(words) == (["--gpus", "16"], "pretrain", ["--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("--gpus 8 plan --load X", "preflight"),
+        ("--gpus 8", "no command"),
+        ("--gpus 12 pretrain --lr 1", "--gpus"),
+        ("--gpus 0 pretrain --lr 1", "--gpus"),
+        ("--gpus 8 pretrain --shape-from /not/here", "--model.*not/here"),
+        ("--gpus 8 calibrate --load /not/here --use-checkpoint-args", "--model.*not/here"),
+        ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
+        ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
+        ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),
+    ],
+)
+def test_what_preflight_itself_refuses(line, names) -> None:
+    with pytest.raises(UsageError, match=names):
+        command.main(line.split())

@@ -1,0 +1,87 @@
+"""What the report of a simulated study says, against the laws that its losses were made by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from scipy import optimize
+
+from megatron_prune.report import findings, tables
+from megatron_prune.study import results
+from megatron_prune.study.commands import Places
+from megatron_prune.study.results import Results
+from tests.report.test_page import Reader
+from tests.study import simulated
+
+
+@pytest.fixture(scope="module")
+def found(simulated_study: Places) -> Results:
+    return results.collect(simulated_study)
+
+
+def test_break_evens_are_those_of_the_laws(found: Results) -> None:
+    assert len(found.trends) == 2 * 2 * 2
+    missed = 0
+    for trend in found.trends:
+        beside = found.lay.parent_tokens if trend.setting == "equal-total" else 0
+
+        def gap(tokens: float, ratio: float = trend.ratio or 0, beside: int = beside or 0) -> float:
+            return simulated.scratch(tokens + beside) - simulated.pruned(tokens, ratio)
+
+        truth = optimize.brentq(gap, 1_000, 200_000)
+        even = trend.break_even
+        assert even.by == "laws" and even.seeds == 3 and even.status in ("inside", "open")
+        missed += not (even.low or 0) <= truth <= (even.high or 1e9)
+        assert even.tokens is None or even.tokens == pytest.approx(truth, rel=0.25)
+    assert missed <= 1  # of eight intervals, 95% each
+
+
+def test_the_family_is_the_studys(found: Results) -> None:
+    for verdict in found.verdicts:
+        inside = verdict.setting == "equal-total" and verdict.tokens == simulated.BUDGETS[-1]
+        assert verdict.family == (4 if inside else 0) and (verdict.corrected is None) == (not inside)
+        assert ("by Holm over 4 comparisons" in verdict.words) == inside
+
+
+def test_trends_and_verdicts_are_on_the_page_and_in_the_data(simulated_study: Places, found: Results) -> None:
+    folder = simulated_study.root / "report"
+    reader = Reader()
+    reader.feed((folder / "index.html").read_text())
+    shown = [cells for cells in reader.tables["verdicts"] if cells]
+    assert len(shown) == len(found.verdicts) == 2 * 2 * 2 * 5
+    by_name = {cells[0]: cells for cells in reader.tables["laws"] if cells}
+    data = json.loads((folder / "results.json").read_text())
+    assert len(data["trends"]) == len(by_name) == 8
+    for trend, item in zip(found.trends, data["trends"], strict=True):
+        assert by_name[trend.subject][1] == trend.break_even.words == item["break_even"]["words"]
+        assert item["scratch"]["law"]["exponent"] == trend.scratch.law.exponent and item["scratch"]["used"] is True
+    for verdict, item in zip(found.verdicts, data["verdicts"], strict=True):
+        assert (item["winner"], item["corrected"], item["test"]["effect"]) == (
+            verdict.winner, verdict.corrected, verdict.test.effect,
+        )  # fmt: skip
+    first = findings.verdicts(found)[0]
+    assert [row["tokens"] for row in first["rows"]] == [f"{tokens:,}" for tokens in simulated.BUDGETS]
+
+
+def test_the_first_words_count_who_is_ahead(found: Results) -> None:
+    for trend, said in zip(found.trends, findings.trends(found), strict=True):
+        own = [v for v in found.verdicts if (v.label, v.setting) == (trend.label, trend.setting)]
+        for winner, words in (("pruned", "pruned is ahead at"), ("scratch", "scratch is ahead at")):
+            number = sum(verdict.winner == winner for verdict in own)
+            assert (f"{words} {number}" in said["budgets"]) == bool(number)
+        assert said["budgets"].endswith("of 5 budgets")
+
+
+def test_efficiency_is_the_accounts(simulated_study: Places, found: Results) -> None:
+    shown = {item["model"]: item for item in tables.efficiency(found)}
+    assert list(shown) == ["parent"] + [f"{m}, {r}% removed" for m in ("shortgpt", "minitron-width") for r in (25, 50)]
+    account = json.loads(simulated_study.account("pruned-shortgpt-r50-s1-t40960").read_text())
+    mine = shown["shortgpt, 50% removed"]
+    assert mine["params"] == f"{account['parameters']:,}" and mine["linears"] == "50.0%"
+    assert mine["flops"] == f"{account['flops_executed'] / account['tokens']:.3e}"
+    losses = [
+        json.loads(simulated_study.scores(f"pruned-shortgpt-r50-s{seed}-t40960").read_text())["corpora"]["test"]["loss"]
+        for seed in (1, 2, 3)
+    ]
+    assert mine["loss"] == f"{sum(losses) / 3:.4f}"

@@ -1,0 +1,86 @@
+"""A made-up study whose losses follow known laws, so that what is concluded from them can be checked.
+
+Scratch: ``FLOOR + 3 * (N / 1000)**-0.5``; pruned: ``FLOOR + 0.4 * ratio + 3 * ((N + START) / 1000)**-0.5``, N being
+tokens of training, both plus a normal error of ``NOISE`` nats that is a function of the run's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.masks import find_masks, open_masks
+from megatron_prune.study.commands import Places
+from tests.study import made_up
+
+FLOOR, START, NOISE = 2.0, 20_000, 0.01
+PARENT, UNRETRAINED = 2.4, 3.4
+BUDGETS = [2_560, 5_120, 10_240, 20_480, 40_960]
+
+
+def scratch(tokens: float) -> float:
+    return FLOOR + 3 * (tokens / 1000) ** -0.5
+
+
+def pruned(tokens: float, ratio: float) -> float:
+    return FLOOR + 0.4 * ratio + 3 * ((tokens + START) / 1000) ** -0.5
+
+
+def error(*parts: object) -> float:
+    """A normal error that is a function of ``parts``."""
+    return NOISE * float(np.random.default_rng(int(1e12 * made_up.number(*parts))).normal())
+
+
+class Launcher(made_up.FakeLauncher):
+    """Trainings and evaluations whose losses follow the laws."""
+
+    def _pretrain(self, argv: list[str]) -> None:
+        super()._pretrain(argv)
+        save = Path(made_up.words(argv)["save"])
+        account, cell = artifacts.read_json(save / "account.json"), save.parent.name
+        batch, length = account["global_batch_size"], account["seq_length"]
+        rows = [
+            f"{step},{step * batch},{_law(cell, account['start'], step * batch * length) + error(cell, step)},1e-3,1.0"
+            for step in range(1, account["steps"] + 1)
+        ]
+        (save / "losses.csv").write_text("\n".join(["step,samples,loss,learning_rate,grad_norm", *rows]) + "\n")
+
+    def _evaluate(self, argv: list[str]) -> None:
+        given = made_up.words(argv)
+        load = Path(given["load"])
+        cell, account = load.parent.name, load / "account.json"
+        if cell == "parent":
+            loss = PARENT
+        elif not account.is_file():
+            loss = UNRETRAINED
+        else:
+            made = artifacts.read_json(account)
+            loss = _law(cell, made["start"], made["tokens"]) + error(cell)
+        corpora: dict[str, Any] = {}
+        for name in given["labels"].split():
+            windows = np.random.default_rng(len(cell)).normal(0, 0.2, int(given["windows"]))
+            windows += loss - windows.mean()
+            corpora[name] = {"windows": len(windows), "loss": loss, "window_losses": windows.tolist()}
+        parameters = open_checkpoint(load).shape.parameters() if cell == "parent" else 1
+        found = find_masks(load)
+        scores = {"version": 1, "corpora": corpora, "parameters": parameters, "parameters_nonzero": parameters}
+        artifacts.write_json(given["output"], scores | {"masks": open_masks(found).hash if found else None})
+
+
+def _law(cell: str, start: str, tokens: int) -> float:
+    if start == "random":
+        return scratch(tokens)
+    percent = next(word[1:] for word in cell.split("-") if word[0] == "r" and word[1:].replace(".", "").isdecimal())
+    return pruned(tokens, float(percent) / 100)
+
+
+def run(folder: Path, **changes: Any) -> Places:
+    """A study of two structured methods at two ratios, five budgets, both settings and three seeds, run."""
+    methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": {"divisible-by": 8}}]
+    asked = {"methods": methods, "ratios": [0.25, 0.5], "budgets": BUDGETS, "seeds": [1, 2, 3], "name": "simulated"}
+    study = made_up.study(made_up.corpora(folder, train=60_000), **(asked | changes))
+    return made_up.run(study, folder / "runs", Launcher())

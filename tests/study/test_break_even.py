@@ -1,0 +1,125 @@
+"""Laws and break-evens of simulated runs against the laws that made them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_prune.study import break_even, fits
+from megatron_prune.study.break_even import Arms
+from tests.study.crossings import holds, simulate
+
+TOKENS = [10e9 * 2**k for k in range(6)]
+
+
+def test_intervals_hold_the_truth() -> None:
+    generator = np.random.default_rng(0)
+    found = [
+        (break_even.find(arms)[0], truth) for arms, truth in (simulate(generator, inside=True) for _ in range(150))
+    ]
+    assert np.mean([holds(*item) for item in found]) >= 0.9
+    inside = [item for item, _ in found if item.status == "inside"]
+    assert len(inside) > 100  # they are not right by saying nothing
+    widths = [item.high / item.low for item in inside if item.low and item.high]
+    assert np.median(widths) < 2
+
+
+def test_a_truth_beyond_the_data_is_not_called_inside() -> None:
+    generator = np.random.default_rng(1)
+    found = [break_even.find(simulate(generator, inside=False)[0])[0] for _ in range(150)]
+    counts = Counter(item.status for item in found)
+    assert counts["inside"] < 0.05 * len(found) and counts["beyond"] > 0.5 * len(found)
+    assert not counts["before"] and not counts["reversed"]
+
+
+@pytest.mark.parametrize("start", [0.0, 4e10])
+def test_a_law_without_noise_is_found_again(start: float) -> None:
+    truth = fits.Law(2.1, 900.0, 0.31, start)
+    found = fits.law(TOKENS, truth(np.array(TOKENS)), pruned=bool(start))
+    at = np.geomspace(TOKENS[0], TOKENS[-1], 50)
+    assert found(at) == pytest.approx(truth(at), abs=2e-4)
+    assert found.exponent == pytest.approx(0.31, rel=0.15) and found.floor == pytest.approx(2.1, abs=0.1)
+
+
+def test_laws_stay_physical() -> None:
+    """Losses that rise, or fall faster than any floor allows, give a law with nothing below zero."""
+    for losses in (np.linspace(2, 3, 6), np.linspace(3, 0.1, 6), np.full(6, 2.0)):
+        for pruned in (False, True):
+            found = fits.law(TOKENS, losses, pruned=pruned)
+            assert min(found.floor, found.scale, found.start) >= 0 and np.isfinite(found(np.array(TOKENS))).all()
+
+
+def test_fewer_than_five_budgets_have_no_law() -> None:
+    assert fits.fit(TOKENS[:4], np.full((3, 4), 2.0), pruned=False) is None
+    assert fits.fit(TOKENS[:5], np.full((3, 5), 2.0), pruned=False) is not None
+
+
+def test_a_law_that_does_not_describe_the_losses_is_not_used() -> None:
+    """A step is no power law; where seeds hardly scatter, that shows."""
+    losses = np.array([4.0, 4.0, 4.0, 2.0, 2.0, 2.0]) + np.random.default_rng(0).normal(0, 0.001, (3, 6))
+    found = fits.fit(TOKENS, losses, pruned=False)
+    assert found is not None and not found.good
+    arms = Arms(tuple(map(int, TOKENS)), tuple(map(int, TOKENS)), (1, 2, 3), np.full((3, 6), 3.0), losses)
+    even, _, _ = break_even.find(arms)
+    assert (even.status, even.by, even.low, even.high) == ("inside", "budgets", TOKENS[2], TOKENS[3])
+    assert even.words == "between 40,000,000,000 and 80,000,000,000 tokens, by the measured budgets alone."
+
+
+def arms(gaps: list[float], seeds: int = 3, noise: float = 0.001) -> Arms:
+    tokens = tuple(int(10 * 2**k) for k in range(len(gaps)))
+    scatter = np.random.default_rng(0).normal(0, noise, (seeds, len(gaps))) if seeds > 1 else 0.0
+    pruned = np.full((seeds, len(gaps)), 3.0)
+    return Arms(tokens, tokens, tuple(range(seeds)), pruned, pruned + np.array(gaps) + scatter)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "status", "words"),
+    [
+        ([0.5, 0.3, 0.1], "beyond", "not within the data: pruned is ahead at every budget up to 40 tokens"),
+        ([-0.1, -0.2, -0.3], "before", "scratch is ahead from the smallest budget on, 10 tokens"),
+        ([-0.1, 0.2, 0.3], "reversed", "none: scratch is ahead at 10 tokens and pruned at 40"),
+        ([0.5, 0.1, -0.1], "inside", "between 20 and 40 tokens"),
+        ([0.5, 0.3, 0.0], "open", "after 20 tokens; the data end at 40 and do not say where"),
+        ([0.0, -0.3, -0.5], "open", "before 20 tokens; the data begin at 10 and do not say where"),
+        ([0.0, 0.0, 0.0], "open", "undecided between 10 and 40 tokens"),
+    ],
+)
+def test_what_is_said_of_few_budgets(gaps: list[float], status: str, words: str) -> None:
+    found, pruned, scratch = break_even.find(arms(gaps))
+    assert (found.status, pruned, scratch) == (status, None, None) and words in found.words
+
+
+def test_one_seed_has_a_break_even_without_an_interval() -> None:
+    found, _, _ = break_even.find(arms([0.5, 0.1, -0.1], seeds=1))
+    assert found.words == "between 20 and 40 tokens, by the measured budgets alone (one seed: no interval)."
+    law = fits.Law(2.0, 3.0, 0.5)
+    tokens = tuple(int(value) for value in np.geomspace(10, 1000, 6))
+    single = Arms(tokens, tokens, (1,), np.full((1, 6), 2.3), law(np.array(tokens))[None])
+    found, _, _ = break_even.find(single)
+    assert (found.status, found.low, found.high) == ("inside", None, None)
+    assert found.tokens == pytest.approx(100, rel=0.02)  # 2 + 3 / sqrt(100) = 2.3
+    assert "one seed" in found.words
+
+
+def test_scratch_tokens_of_another_setting_are_their_own() -> None:
+    """At equal total tokens scratch has the parent's tokens too: its law is one of its own tokens."""
+    law, parent = fits.Law(2.0, 30.0, 0.5), 500
+    tokens = np.array([100, 200, 400, 800, 1600])
+    beside = tokens + parent
+    scatter = np.random.default_rng(0).normal(0, 1e-4, (2, 3, 5))
+    pruned = np.full((3, 5), 2.0 + 30 / np.sqrt(1000)) + scatter[0]
+    found, _, _ = break_even.find(
+        Arms(tuple(tokens.tolist()), tuple(beside.tolist()), (1, 2, 3), pruned, law(beside) + scatter[1])
+    )
+    assert found.tokens == pytest.approx(500, rel=0.02) and found.low < 500 < found.high
+
+
+def test_unfinished_studies_keep_the_largest_full_table() -> None:
+    whole = [(seed, tokens, tokens, 2.0, 3.0) for seed in (1, 2, 3) for tokens in (10, 20, 40)]
+    found = break_even.arms([run for run in whole if run[:2] not in ((3, 20), (3, 40))])
+    assert found is not None and (found.seeds, found.tokens) == ((1, 2), (10, 20, 40))
+    found = break_even.arms([run for run in whole if run[:2] != (3, 40)])
+    assert found is not None and found.pruned.shape in ((2, 3), (3, 2))
+    assert break_even.arms(whole[:1]) is None and break_even.arms([]) is None

@@ -1,0 +1,157 @@
+"""`study plan`: what every cell will take, by hand; `study status --watch`: a table that follows a runner."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import DataError, UsageError
+from megatron_prune.study import anomalies, command, outlay, preflight, status
+from megatron_prune.study.outlay import Outlay, Speed
+from megatron_prune.study.places import Places
+from tests.study import made_up
+
+LLAMA = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def outlays(study: Any) -> dict[str, Outlay]:
+    outlook = preflight.check(study, Places(Path("runs/made-up")))
+    return {one.cell: one for one in outlay.of_study(study, outlook)}
+
+
+def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
+    methods = [{"name": "shortgpt"}, {"name": "wanda", "pattern": "2:4", "compare": ["equal-training"]}]
+    study = made_up.study(prefixes, methods=methods)
+    planned = outlays(study)
+    places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    for cell in ("parent", "pruned-shortgpt-r50-s1-t1280", "scratch-L2h32H4G2d8F64-equal-total-t3968-s1"):
+        account = yaml.safe_load(places.account(cell).read_text())
+        found = planned[cell]
+        assert (found.steps, found.tokens) == (account["steps"], account["tokens"])
+        assert (found.flops, found.parameters) == (account["flops_executed"], account["parameters"])
+    assert planned["calibration-s1"].flops and planned["calibration-s1"].tokens == 8 * 16
+    assert planned["pruning-shortgpt-r50-s1"].after == ("parent", "calibration-s1")
+    assert planned["pruned-shortgpt-r50-s1-t1280"].after == ("pruning-shortgpt-r50-s1",)
+
+
+@pytest.mark.parametrize(
+    ("retention", "saves"), [("all", 4), ("final", 1), ("none", 0)]
+)  # fmt: skip
+def test_storage_is_weights_and_adam_of_the_saves_that_stay(prefixes, retention: str, saves: int) -> None:
+    recipe = made_up.mapping(prefixes)["recipe"] | {"save_interval": 3, "arguments": {"bf16": True}}
+    found = outlays(made_up.study(prefixes, retention=retention, recipe=recipe))["pruned-shortgpt-r50-s1-t1280"]
+    assert found.parameters is not None
+    assert found.storage == saves * found.parameters * (2 + 3 * 4)  # bf16; fp32 master and two moments
+
+
+def test_memory_is_megatrons_estimate(prefixes) -> None:
+    from types import SimpleNamespace
+
+    from megatron.training import theoretical_memory_usage as megatron
+
+    launch = {"nproc": 32, "tensor_parallel": 4, "pipeline_parallel": 1}
+    arguments = {"bf16": True, "use-distributed-optimizer": True}
+    recipe = {"lr": 1e-4, "global_batch_size": 1024, "micro_batch_size": 2, "arguments": arguments}
+    data = {**prefixes, "seq_length": 8192}
+    study = made_up.study(prefixes, launch=launch, recipe=recipe, data=data)
+    args = SimpleNamespace(
+        **asdict(LLAMA), group_query_attention=True, num_experts=None, swiglu=True, mtp_num_layers=None,
+        moe_shared_expert_intermediate_size=None, normalization="RMSNorm", multi_latent_attention=False,
+        untie_embeddings_and_output_weights=True, moe_latent_size=None, moe_router_topk=2, add_bias_linear=False,
+        expert_tensor_parallel_size=1, expert_model_parallel_size=1, pipeline_model_parallel_size=1,
+        tensor_model_parallel_size=4, world_size=32, data_parallel_size=8, use_distributed_optimizer=True,
+        seq_length=8192, micro_batch_size=2, virtual_pipeline_model_parallel_size=None,
+        moe_shared_expert_gate=False, moe_use_shared_expert_gate=False,
+    )  # fmt: skip
+    expected = megatron.compute_weight_and_optimizer_memory(args) + megatron.compute_activation_memory(args, 8)
+    assert outlay.memory(study, LLAMA) == pytest.approx(expected, rel=0.01)
+
+
+def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
+    one_token = LLAMA.training_flops(8192) / 8192
+    assert Speed.parse("40%", 989, 8, LLAMA, 8192).flops == pytest.approx(0.4 * 989e12)
+    assert Speed.parse("7500", 989, 8, LLAMA, 8192).flops == pytest.approx(7500 * one_token)
+    assert Speed(2e12, 8).seconds(Outlay("x", flops=8 * 10**12), 4) == 1
+    for wrong in ("fast", "0", "140%", "1.2.3"):
+        with pytest.raises(UsageError, match="--throughput: given"):
+            Speed.parse(wrong, 989, 8, LLAMA, 8192)
+    with pytest.raises(UsageError, match="--throughput: given 7500, allowed is an MFU"):
+        Speed.parse("7500", 989, 8, None, 8192)
+
+
+def test_cells_wait_for_what_they_need() -> None:
+    cells = [Outlay("a"), Outlay("b", after=("a",)), Outlay("c", after=("a",)), Outlay("d", after=("b", "c"))]
+    seconds = {"a": 10.0, "b": 5.0, "c": 7.0, "d": 1.0}
+    assert outlay.makespan(cells, seconds, 1) == 23
+    assert outlay.makespan(cells, seconds, 2) == 18
+
+
+def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
+    settings = {"search": ["hidden", "ffn"], "max-candidates": 4, "divisible-by": 8, "tolerance": 0.2}
+    methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": settings}]
+    content = made_up.mapping(prefixes, methods=methods, settings=["equal-training", "equal-flops"])
+    Path("study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "4"])
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if " pruned-shortgpt-r50-s1-t1280 " in line)
+    assert "160:240" in row and "26,784" in row and row.rstrip().endswith("s │")
+    assert "together on 4 GPUs" in printed
+    assert "shapes that a search chooses are known when it has been run" in printed
+    assert "scratch runs at equal FLOPs are estimates until the prunings have said what they spent" in printed
+    assert "scratch-L2h32H4G2d8F64-equal-flops-t" in printed
+    with pytest.raises(UsageError, match="--gpus: given 0"):
+        command.main(["plan", "study.yaml", "--gpus", "0"])
+    too_long = made_up.study(prefixes, settings=["equal-flops"], budgets=[9000], methods=[{"name": "shortgpt"}])
+    with pytest.raises(DataError, match="too short for scratch-L2h32H4G2d8F64-equal-flops"):
+        preflight.check(too_long, Places(Path("runs/x")))
+
+
+def test_watching_ends_with_the_runner(prefixes) -> None:
+    made = made_up.study(prefixes, settings=["equal-training"])
+    places = Places(Path("runs") / made.name)
+
+    class Slow(made_up.FakeLauncher):
+        def __call__(self, command: Any, **given: Any) -> int:
+            time.sleep(0.1)
+            return super().__call__(command, **given)
+
+    runner = threading.Thread(target=made_up.run, args=(made, Path("runs"), Slow()))
+    runner.start()
+    while not status.at_work(places):
+        time.sleep(0.01)
+    console = Console(file=io.StringIO(), width=150, force_terminal=True)
+    status.show(made.name, places, console, watch=0.05)
+    runner.join()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a runner is at work" in text and "calibrate" in text
+    last = text[text.rindex("study made-up:") :]
+    assert last.startswith("study made-up: 8 finished; no runner is at work") and "interrupted" not in last
+
+
+def test_spikes_are_counted_against_the_steps_before(tmp_path: Path) -> None:
+    losses = [4.0 - 0.01 * step + (0.01 if step % 2 else -0.01) for step in range(100)]
+    losses[60] += 2.0  # a spike
+    losses[5] += 2.0  # too early to tell
+    losses[70] = float("nan")
+    path = tmp_path / "losses.csv"
+    path.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, start=1)))
+    assert anomalies.count(path) == {"not_finite": 1, "spikes": 1}

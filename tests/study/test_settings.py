@@ -1,0 +1,247 @@
+"""Chains of prunings, equal FLOPs, sweeps of the learning rate, a parent for each seed: on a made-up study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import AccountError, UsageError
+from megatron_prune.masks import open_masks
+from megatron_prune.study import grid, preflight, prunings, results
+from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
+from tests.study import made_up
+
+DEPTH_THEN_SPARSE = {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4"}]}
+RATES = [1e-3, 2e-3]
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def records(places: Places) -> dict[str, dict[str, Any]]:
+    found = Ledger(places.ledger).read()
+    return {cell: {k: v for k, v in record.items() if k != "seconds"} for cell, record in found.items()}
+
+
+def tamper(places: Places, cell: str, **changes: Any) -> None:
+    path = places.account(cell)
+    account = json.loads(path.read_text())
+    account["arguments"] |= changes.pop("arguments", {})
+    path.write_text(json.dumps(account | changes))
+
+
+# ------------------------------------------------------------------ chains
+
+
+def test_a_chain_starts_from_its_first_link_and_shares_it(prefixes) -> None:
+    study = made_up.study(prefixes, methods=[{"name": "shortgpt"}, DEPTH_THEN_SPARSE], settings=["equal-training"])
+    launcher = made_up.FakeLauncher()
+    places = made_up.run(study, Path("runs"), launcher)
+    found = records(places)
+    chained, name = "pruning-shortgpt-r50-then-wanda-2-4-r50-s1", "shortgpt-r50-then-wanda-2-4-r50-s1"
+    assert [cell for cell in found if cell.startswith("pruning")] == ["pruning-shortgpt-r50-s1", chained]
+    sparsify = next(command for command in launcher.commands if command.stage == "sparsify")
+    assert made_up.words(list(sparsify.argv[1:]))["load"] == str(places.checkpoint("pruning-shortgpt-r50-s1"))
+    masks = open_masks(places.checkpoint(chained) / "masks")
+    whole = ModelShape(**json.loads((places.root / "outlook.json").read_text())["shapes"]["shortgpt-r50-s1"])
+    parent = whole.linear_parameters() * 2  # half of its layers are gone
+    assert found[chained]["base"] == "pruning-shortgpt-r50-s1" and found[chained]["masks"] == masks.hash
+    assert found[chained]["removed_linears"] == pytest.approx(1 - (whole.linear_parameters() - masks.removed) / parent)
+    assert found[chained]["removed_linears"] == pytest.approx(0.75)
+
+    rows = [row for row in results.collect(places).rows if row["arm"] == "pruned"]
+    assert [(row["method"], row["pattern"], row["ratio"]) for row in rows] == [
+        ("shortgpt", None, 0.5), ("shortgpt 50% + wanda", "2:4", None)
+    ]  # fmt: skip
+    # Both links read calibration text; the chain's FLOPs are those of both, and of the one calibration.
+    assert [row["tokens_pruning"] for row in rows] == [128, 256]
+    calibration = found["calibration-s1"]["flops"]
+    assert [row["flops_pruning"] for row in rows] == [calibration, calibration + 10**9]
+    assert rows[1]["cell"] == f"pruned-{name}-t1280" and rows[1]["params_nonzero"] < rows[0]["params_nonzero"]
+    (item,) = [item for item in results.collect(places).compared if item.comparison.pruning.base]
+    assert item.comparison.scratch == "scratch-masked-shortgpt-r50-then-wanda-2-4-r50-equal-training-t1280-s1"
+    assert {line.field: line.pruned for line in item.match}["masks"] == masks.hash
+
+
+def test_a_structured_link_after_another_has_statistics_of_its_own(prefixes) -> None:
+    links = [{"name": "shortgpt", "ratio": 0.5},
+             {"name": "minitron-width", "ratio": 0.5, "settings": {"divisible-by": 8}}]  # fmt: skip
+    study = made_up.study(prefixes, methods=[{"label": "both", "chain": links}], seeds=[1, 2])
+    expected = records(made_up.run(study, Path("whole"), made_up.FakeLauncher()))
+    assert [cell for cell, record in expected.items() if record["kind"] == "calibration"] == [
+        "calibration-s1", "calibration-s2", "calibration-shortgpt-r50-s1", "calibration-shortgpt-r50-s2",
+    ]  # fmt: skip
+    target = expected["pruning-both-r50-s1"]["target"]
+    assert target["num_layers"] == 2 and target["hidden_size"] < 32
+    while True:
+        try:
+            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
+        except made_up.Killed:
+            continue
+        break
+    assert records(places) == expected
+    (verdict, _) = results.collect(places).verdicts
+    assert (verdict.method, verdict.ratio, verdict.test.seeds) == ("both", None, 2)
+
+
+def test_what_a_chain_cannot_be_is_refused(prefixes) -> None:
+    chain = [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "3:6"}]
+    study = made_up.study(prefixes, methods=[{"chain": chain}])
+    with pytest.raises(UsageError, match=r"--pattern: given 3:6, allowed is an M that divides the inputs"):
+        preflight.check(study, Places(Path("runs/x")))
+    other = [{"name": "shortgpt", "settings": {"distance": "euclid"}}, DEPTH_THEN_SPARSE]
+    with pytest.raises(UsageError, match="two prunings called shortgpt-r50-s1 with different settings"):
+        prunings.links(made_up.study(prefixes, methods=other))
+
+
+# ------------------------------------------------------------------ equal FLOPs
+
+
+def test_equal_flops_counts_what_the_whole_pruned_arm_executed(prefixes) -> None:
+    methods = [{"name": "shortgpt"}, {"name": "wanda", "pattern": "2:4"}]
+    study = made_up.study(prefixes, methods=methods, settings=["equal-flops"], scratch=["dense"])
+    places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    found = results.collect(places)
+    assert [item.status for item in found.compared] == ["finished"] * 2
+    for pruned, scratch in zip(found.rows[1::2], found.rows[2::2], strict=True):
+        account = json.loads(places.account(scratch["cell"]).read_text())
+        one_step = account["flops_executed"] // account["steps"]
+        parent, spent = found.rows[0]["flops_total"], pruned["flops_pruning"]
+        assert pruned["flops_total"] == parent + spent + pruned["flops_train"]
+        counted = spent if spent >= 0.001 * (parent + pruned["flops_train"]) else 0
+        assert 0 <= scratch["flops_total"] - (parent + pruned["flops_train"] + counted) < one_step
+        assert account["range"][0] == 0
+    # The smaller shape trains on more tokens than its pruned arm has behind it: the parent's were dearer.
+    assert found.rows[2]["tokens_total"] > found.rows[1]["tokens_total"]
+    again = made_up.FakeLauncher()
+    made_up.run(study, Path("runs"), again)
+    assert not again.commands
+
+    cell = found.rows[2]["cell"]
+    account = json.loads(places.account(cell).read_text())
+    fewer = account["steps"] - 2
+    tamper(places, cell, steps=fewer, range=[0, fewer * 8], tokens=fewer * 128,
+           flops_executed=account["flops_executed"] * fewer // account["steps"],
+           arguments={"train_iters": fewer, "lr_decay_iters": fewer})  # fmt: skip
+    with pytest.raises(AccountError, match=rf"equal-flops: .* and {cell} may not be compared: total FLOPs: "):
+        results.collect(places)
+    tamper(places, "parent", flops_executed=1)
+    with pytest.raises(AccountError, match="FLOPs of the parent"):
+        results.collect(places)
+
+
+def test_equal_flops_waits_for_what_a_pruning_spends(prefixes) -> None:
+    study = made_up.study(prefixes, settings=["equal-flops"], methods=[{"name": "shortgpt"}])
+    outlook = preflight.check(study, Places(Path("runs/made-up")))
+    laid = outlook.grid(study)
+    assert [cell.kind for cell in laid.cells] == ["pruned"] and laid.comparisons[0].scratch is None
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=4))
+    assert [item.status for item in results.collect(Places(Path("runs/made-up"))).compared] == ["pending"]
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def swept(prefixes, **changes: Any) -> Any:
+    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "lr": 1e-3}}
+    recipe = made_up.mapping(prefixes)["recipe"] | {"lr": RATES}
+    changes = {"parent": parent, "recipe": recipe, "methods": [{"name": "shortgpt"}], "seeds": [1, 2], **changes}
+    return made_up.study(prefixes, **changes)
+
+
+def test_a_sweep_trains_both_arms_at_every_rate_and_validation_chooses(prefixes) -> None:
+    places = made_up.run(swept(prefixes), Path("runs"), made_up.FakeLauncher())
+    found = records(places)
+    names = [f"{name}-lr{rate:g}" for rate in RATES for name in (
+        "pruned-shortgpt-r50-s1-t1280", "scratch-L2h32H4G2d8F64-equal-training-t1280-s2")]  # fmt: skip
+    assert set(names) < set(found) and len([r for r in found.values() if r["kind"] in ("pruned", "scratch")]) == 12
+    made = results.collect(places)
+
+    def mean(pattern: str, rate: float) -> float:
+        runs = [cell for cell in found if cell.startswith(pattern) and cell.endswith(f"-lr{rate:g}")]
+        losses = [found[cell]["validation_loss"] for cell in runs]
+        assert len(losses) == 2
+        return sum(losses) / 2
+
+    for item in made.compared:
+        arms = {"pruned": "pruned-shortgpt", "scratch": f"scratch-L2h32H4G2d8F64-{item.comparison.setting}"}
+        for which, pattern in arms.items():
+            best = min(RATES, key=lambda rate, pattern=pattern: mean(pattern, rate))
+            assert getattr(item.comparison, which).endswith(f"-lr{best:g}")
+            assert found[getattr(item.comparison, which)]["lr"] == best
+        lines = {line.field: line for line in item.match}
+        assert lines["learning rates tried"].pruned == RATES
+    assert [row["lr"] in RATES for row in made.rows[1:]] == [True] * 8
+    assert {(one.arm, one.setting) for one in made.sweeps} == {
+        ("pruned", None), ("scratch", "equal-training"), ("scratch", "equal-total")
+    }  # fmt: skip
+    assert all(one.chosen in RATES and set(one.validation) == set(RATES) for one in made.sweeps)
+    assert json.loads(json.dumps(results.to_json(made), allow_nan=False))["sweeps"]
+
+
+def test_a_run_of_the_sweep_that_differs_in_more_than_its_rate_is_refused(prefixes) -> None:
+    places = made_up.run(swept(prefixes, settings=["equal-training"]), Path("runs"), made_up.FakeLauncher())
+    item = results.collect(places).compared[0]
+    other = next(str(scratch) for _, _, scratch in item.comparison.swept if scratch != item.comparison.scratch)
+    whole = places.account(other).read_text()
+    for field, changes in {
+        "range": {"range": [168, 248]},
+        "seed": {"seed": 7},
+        "arguments.weight_decay": {"arguments": {"weight_decay": "0.2"}},
+        "arguments.lr": {"arguments": {"lr": 3e-3}},
+    }.items():
+        tamper(places, other, **changes)
+        with pytest.raises(AccountError, match=rf"{item.comparison.scratch} may not be compared: {field}: "):
+            results.collect(places)
+        places.account(other).write_text(whole)
+
+
+def test_an_arm_has_no_rate_before_all_of_its_runs_are_finished(prefixes) -> None:
+    study = swept(prefixes, settings=["equal-training"])
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=22))
+    found = results.collect(Places(Path("runs/made-up")))
+    assert any(one.chosen is None for one in found.sweeps) and not found.verdicts
+    assert {item.status for item in found.compared} == {"pending"}
+
+
+# ------------------------------------------------------------------ a parent for each seed
+
+
+def test_a_parent_for_each_seed(prefixes) -> None:
+    methods = [{"name": "shortgpt"}, {"name": "wanda", "pattern": "2:4"}]
+    study = made_up.study(prefixes, methods=methods, seeds=[1, 2], parent_per_seed=True)
+    places = made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
+    found = records(places)
+    assert [record["cell"] for record in found.values() if record["kind"] == "parent"] == ["parent-s1", "parent-s2"]
+    for command in launcher.commands:
+        text = " ".join(command.argv)
+        assert not ("-s1" in text and "parent-s2" in text)
+    seeds = [json.loads(places.account(f"parent-s{seed}").read_text())["seed"] for seed in (1, 2)]
+    assert seeds == [1235, 1236]
+    made = results.collect(places)
+    assert [(row["arm"], row["seed"]) for row in made.rows[:2]] == [("parent", 1235), ("parent", 1236)]
+    assert made.parent is not None
+    assert made.parent["test_loss"] == pytest.approx(sum(found[f"parent-s{s}"]["test_loss"] for s in (1, 2)) / 2)
+    assert all(item.status == "finished" for item in made.compared)
+    assert all("conditional on this parent" not in verdict.words for verdict in made.verdicts)
+    # Masks of a seed's parent fit the weights that it began with: that seed may not be a scratch run's.
+    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 0}}
+    with pytest.raises(UsageError, match="seeds: given 1, allowed is another than the parent's"):
+        preflight.check(
+            made_up.study(prefixes, methods=methods, parent=parent, parent_per_seed=True), Places(Path("runs/x"))
+        )
+    assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]

@@ -1,0 +1,188 @@
+"""The launcher ``slurm`` on a stand-in that really runs its scripts: dependencies, kills, failures, by hand."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from megatron_prune.engine.launch import launch
+from megatron_prune.errors import RunError
+from megatron_prune.study import command, config, runner, slurm
+from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
+from megatron_prune.study.progress import Progress
+from tests.study import made_up, slurm_stand_in
+from tests.study.test_end_to_end import ARGUMENTS
+
+LAUNCH = {"launcher": "slurm", "slurm": {"poll_seconds": 0.1, "options": {"partition": "debug", "exclusive": True}}}
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> config.Study:
+    return config.from_mapping(mapping(prefixes, stand_in, **changes))
+
+
+def mapping(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> dict:
+    launching = {**LAUNCH, "slurm": {**LAUNCH["slurm"], "setup": [f"export PATH={stand_in.bin}:$PATH"]}}
+    return made_up.mapping(prefixes, **{"launch": launching, "settings": ["equal-training"], **changes})
+
+
+def run(made: config.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue) -> Places:
+    places = Places(runs / made.name)
+    with Progress(Console(file=io.StringIO())) as progress:
+        runner.run(made, places, launcher=queue(made, places, progress), progress=progress)
+    return places
+
+
+def records(places: Places) -> dict[str, dict]:
+    found = Ledger(places.ledger).read()
+    return {cell: {k: v for k, v in record.items() if k != "seconds"} for cell, record in found.items()}
+
+
+def test_jobs_wait_for_each_other_and_end_with_the_ledger_of_a_local_run(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = made_up.study(prefixes, settings=["equal-training"])
+    expected = records(made_up.run(local, Path("local"), made_up.FakeLauncher()))
+    with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
+        places = run(study(prefixes, stand_in), Path("runs"))
+    assert records(places) == expected
+    after = {name.removeprefix("made-up/"): [one.removeprefix("made-up/") for one in names]
+             for name, names in stand_in.after().items()}  # fmt: skip
+    assert after["parent"] == [] and after["calibration-s1"] == ["parent"]
+    assert after["pruning-shortgpt-r50-s1"] == ["parent", "calibration-s1"]
+    assert after["pruned-shortgpt-r50-s1-t1280"] == ["pruning-shortgpt-r50-s1"]
+    script = (places.cell("pruned-shortgpt-r50-s1-t1280") / "job.sh").read_text()
+    assert "#SBATCH --partition=debug\n#SBATCH --exclusive\n" in script
+    assert "stage pretrain -- python -m megatron_prune pretrain --pretrained-checkpoint runs/made-up" in script
+
+
+def test_a_killed_runner_finds_its_jobs_again_and_submits_none_twice(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kills = 0
+
+    class Killed(slurm.Queue):
+        """Five runners are killed while they wait, every other one after a look at the queue; jobs go on."""
+
+        def ended(self) -> Mapping:
+            nonlocal kills
+            if kills < 5:
+                kills += 1
+                found = super().ended() if kills % 2 else {}
+                if not found:
+                    raise made_up.Killed
+                return found
+            return super().ended()
+
+    with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
+        made = study(prefixes, stand_in)
+        for _ in range(6):
+            try:
+                places = run(made, Path("runs"), Killed)
+                break
+            except made_up.Killed:
+                continue
+    assert set(Counter(stand_in.submissions()).values()) == {1}
+    assert len(records(places)) == len(stand_in.submissions()) == 8
+
+
+def test_a_failing_job_is_retried_then_marked_and_the_rest_goes_on(tmp_path, prefixes, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def breaking(argv: Sequence[str], log: Path) -> int:
+        return 1 if argv[0] == "apply" and "shortgpt" in argv[-1] else slurm_stand_in.made_up_verbs(argv, log)
+
+    with slurm_stand_in.installed(tmp_path / "slurm", breaking, monkeypatch) as stand_in:
+        made = study(prefixes, stand_in)
+        Path("study.yaml").write_text(yaml.safe_dump(mapping(prefixes, stand_in), sort_keys=False))
+        with pytest.raises(RunError, match="pruning-shortgpt-r50-s1: apply ended without saying that it succeeded"):
+            run(made, Path("runs"))
+    submitted = Counter(stand_in.submissions())
+    assert submitted["made-up/pruning-shortgpt-r50-s1"] == 2
+    finished = records(Places(Path("runs/made-up")))
+    assert sorted(finished) == [
+        "calibration-s1", "parent", "pruned-minitron-width-r50-s1-t1280", "pruning-minitron-width-r50-s1",
+        "scratch-L4h24H4G2d8F32-equal-training-t1280-s1",
+    ]  # fmt: skip
+    command.main(["status", "study.yaml"])
+    printed = capsys.readouterr().out
+    rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
+    assert "failed after 2 attempts" in rows["pruning-shortgpt-r50-s1"]
+    assert "blocked, needs pruning-shortgpt-r50-s1" in rows["pruned-shortgpt-r50-s1-t1280"]
+    assert "5 finished, 1 failed, 2 blocked; no runner is at work" in printed
+
+
+def test_scripts_are_plain_and_can_be_submitted_by_hand(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
+        Path("study.yaml").write_text(yaml.safe_dump(mapping(prefixes, stand_in), sort_keys=False))
+        command.main(["plan", "study.yaml", "--scripts"])
+        places = Places(Path("runs/made-up"))
+        assert len(list(places.root.glob("cells/*/job.sh"))) == 8 and not stand_in.submissions()
+        script = places.cell("parent") / "job.sh"
+        assert slurm_stand_in.words_of_script(script) == ["pretrain", "evaluate"]
+        subprocess.run(["bash", "-n", script], check=True)
+        subprocess.run(["sbatch", "--parsable", script], check=True)
+        deadline = time.monotonic() + 30
+        while not stand_in.idle():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert places.account("parent").is_file() and not places.ledger.exists()
+        run(study(prefixes, stand_in), Path("runs"))
+    assert Counter(stand_in.submissions())["made-up/parent"] == 1  # by hand; the runner found it done
+
+
+def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    launching = {"launcher": "slurm", "nproc": 16, "tensor_parallel": 2, "slurm": {"ranks_per_node": 8}}
+    content = made_up.mapping(prefixes, launch=launching, recipe={"lr": 1e-3, "global_batch_size": 8,
+                                                                  "micro_batch_size": 1})  # fmt: skip
+    Path("study.yaml").write_text(yaml.safe_dump(content))
+    command.main(["plan", "study.yaml", "--scripts"])
+    script = Path("runs/made-up/cells/parent/job.sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text
+    assert (
+        "stage pretrain -- srun --nodes 2 --ntasks 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 "
+        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" -m megatron_prune pretrain'
+    ) in text
+    assert "\nstage plan -- python -m megatron_prune plan" in Path(
+        "runs/made-up/cells/pruning-shortgpt-r50-s1/job.sh"
+    ).read_text()  # fmt: skip
+
+
+def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match="there is no squeue on this machine"):
+        run(config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH)), Path("runs"))
+
+
+def test_jobs_on_the_real_engine(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def engine(argv: Sequence[str], log: Path) -> int:
+        return launch(argv, log=log, env={"OMP_NUM_THREADS": "1"})
+
+    with slurm_stand_in.installed(tmp_path / "slurm", engine, monkeypatch) as stand_in:
+        prefixes = made_up.corpora(tmp_path)
+        parent = {"pretrain": {"tokens": 1280, "arguments": ARGUMENTS}}
+        made = study(prefixes, stand_in, parent=parent, budgets=[640], methods=[{"name": "shortgpt"}])
+        places = run(made, Path("runs"))
+    found = records(places)
+    assert sorted(record["kind"] for record in found.values()) == [
+        "calibration", "parent", "pruned", "pruning", "scratch"
+    ]  # fmt: skip
+    assert 0 < found["parent"]["test_loss"] < 20

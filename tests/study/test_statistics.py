@@ -1,0 +1,165 @@
+"""Intervals over simulated seeds and documents against their truth; Holm's correction against its definition."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from scipy import stats
+
+from megatron_prune.data import index_file
+from megatron_prune.errors import DataError, UsageError
+from megatron_prune.study import documents, statistics, verdicts
+from megatron_prune.study.family import Family
+
+LEDGERS = 6000
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_t_intervals_cover_the_truth(seeds: int) -> None:
+    """Pairs share a seed's own error, which pairing takes out; the truth is a gap of 0.03 nats."""
+    generator = np.random.default_rng(seeds)
+    shared = generator.normal(0, 0.2, (LEDGERS, seeds))
+    pruned = 2.5 + shared + generator.normal(0, 0.02, (LEDGERS, seeds))
+    scratch = 2.53 + shared + generator.normal(0, 0.01, (LEDGERS, seeds))
+    found = [statistics.paired(p, s) for p, s in zip(pruned, scratch, strict=True)]
+    covered = np.mean([f.low <= 0.03 <= f.high for f in found if f.low is not None and f.high is not None])
+    assert abs(covered - statistics.CONFIDENCE) < 0.02
+    # p is below 0.05 exactly where the interval leaves 0 out.
+    assert all((f.p < 0.05) == (f.winner != "neither") for f in found if f.p is not None)
+
+
+def test_p_is_scipys_and_the_effect_is_hedges() -> None:
+    pruned, scratch = np.array([2.0, 2.1, 2.05, 2.2]), np.array([2.3, 2.25, 2.4, 2.35])
+    found = statistics.paired(pruned, scratch)
+    assert found.p == pytest.approx(stats.ttest_rel(scratch, pruned).pvalue)
+    differences = scratch - pruned
+    exact = (np.sqrt(np.pi) / 2) / np.sqrt(1.5)  # Γ(df/2) / (√(df/2) Γ((df-1)/2)) at df = 3
+    assert found.effect == pytest.approx(exact * differences.mean() / differences.std(ddof=1))
+
+
+@pytest.mark.parametrize(("mean", "p", "winner"), [(0.0, 1.0, "neither"), (0.5, 0.0, "pruned")])
+def test_differences_that_do_not_vary(mean: float, p: float, winner: str) -> None:
+    found = statistics.paired([2.0, 3.0, 4.0], [2.0 + mean, 3.0 + mean, 4.0 + mean])
+    assert (found.p, found.winner, found.effect) == (p, winner, None)
+
+
+def closed_testing(p: list[float]) -> list[float]:
+    """Holm's p values by their definition: the largest Bonferroni p of all intersections that hold a hypothesis."""
+    count = range(len(p))
+    return [
+        max(
+            min(1.0, len(group) * min(p[i] for i in group))
+            for size in range(1, len(p) + 1)
+            for group in itertools.combinations(count, size)
+            if own in group
+        )
+        for own in count
+    ]
+
+
+def test_holm_is_closed_testing_with_bonferroni() -> None:
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 5, 8):
+        p = (generator.random(size) ** 3).tolist()
+        assert statistics.holm(p) == pytest.approx(closed_testing(p))
+    assert statistics.holm([]) == []
+
+
+def test_holm_keeps_the_error_of_the_family() -> None:
+    """Ten comparisons without a difference: rarely more than one family in twenty finds one."""
+    generator = np.random.default_rng(1)
+    families = [
+        min(statistics.holm([statistics.paired(np.zeros(3), row).p or 0.0 for row in generator.normal(0, 1, (10, 3))]))
+        for _ in range(1000)
+    ]
+    assert np.mean(np.array(families) < 0.05) < 0.07
+
+
+def test_bootstrap_over_documents_covers_the_truth() -> None:
+    """Windows of one document have an error in common: resampling windows one by one would be too sure."""
+    generator = np.random.default_rng(2)
+    own, covered = np.repeat(np.arange(40), 4), []
+    for _ in range(150):
+        gaps = 0.1 + generator.normal(0, 0.2, 40)[own] + generator.normal(0, 0.1, 160)
+        pruned = generator.normal(3, 0.5, (2, 160))
+        found = statistics.over_documents(pruned, pruned + gaps, own)
+        assert found is not None and found.documents == 40
+        covered.append(found.low <= 0.1 <= found.high)
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_too_few_documents_have_no_bootstrap() -> None:
+    losses = np.random.default_rng(0).normal(3, 1, (2, 1, 20))
+    with warnings.catch_warnings(action="error"):
+        assert statistics.over_documents(losses[0], losses[1], np.arange(20) // 3) is None
+        assert statistics.over_documents(losses[0], losses[0], np.arange(20)) is None  # one model twice
+
+
+def test_windows_belong_to_the_document_of_most_of_their_tokens(tmp_path: Path) -> None:
+    lengths = [7, 30, 3, 3, 40, 19]
+    builder = IndexedDatasetBuilder(f"{tmp_path}/text.bin", dtype=np.uint16)
+    for length in lengths:
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(f"{tmp_path}/text.idx")
+    assert index_file.document_tokens(tmp_path / "text.idx").tolist() == lengths
+    found = documents.of_windows(tmp_path / "text", 6, 16)
+    assert found is not None
+    own = np.repeat(np.arange(len(lengths)), lengths)
+    for window, document in enumerate(found):
+        counts = np.bincount(own[window * 16 + 1 : window * 16 + 17], minlength=len(lengths))
+        assert counts[document] == counts.max()
+    assert documents.of_windows(tmp_path / "missing", 6, 16) is None
+    (tmp_path / "text.idx").write_bytes((tmp_path / "text.idx").read_bytes()[:60])
+    with pytest.raises(DataError, match="cut short"):
+        index_file.document_tokens(tmp_path / "text.idx")
+    (tmp_path / "text.idx").write_bytes(b"not an index" * 9)
+    with pytest.raises(DataError, match="not an index"):
+        index_file.document_tokens(tmp_path / "text.idx")
+
+
+def verdict(scratch: list[float], setting: str = "equal-total", **more: object) -> verdicts.Verdict:
+    def rows(values: list[float]) -> list[dict[str, float]]:
+        return [{"validation_loss": value, "test_loss": value} for value in values]
+
+    return verdicts.judge(
+        method="m", pattern=None, ratio=0.5, setting=setting, against="dense", tokens=7,
+        pruned=rows([2.0] * len(scratch)), scratch=rows(scratch), **more,
+    )  # fmt: skip
+
+
+def test_a_verdict_of_a_family_is_corrected_for_it() -> None:
+    weak, strong, outside = [2.1, 2.2, 2.15], [2.50, 2.51, 2.49], [2.1, 2.2, 2.15]
+    found = verdicts.corrected(
+        [verdict(weak), verdict(strong), verdict([2.1, 1.9, 2.0]), verdict(outside, "equal-training"), verdict([2.1])],
+        lambda item: Family(settings=["equal-total"]).holds(vars(item)),
+    )
+    p = [item.test.p for item in found[:3]]
+    assert [item.corrected for item in found[:3]] == pytest.approx(statistics.holm(p))
+    assert [item.family for item in found] == [3, 3, 3, 0, 0]
+    assert [item.winner for item in found] == ["neither", "pruned", "neither", "pruned", "pruned"]
+    assert "by Holm over 3 comparisons" in found[1].words and "outside the study's family" in found[3].words
+    assert "One seed: no interval" in found[4].words
+    many = verdicts.corrected([verdict(weak)] + [verdict([2.1, 1.9, 2.0])] * 9, lambda _: True)
+    assert many[0].test.winner == "pruned" and many[0].winner == "neither"
+    assert "cannot be told apart" in many[0].words and "were it not one of 10 comparisons" in many[0].words
+
+
+def test_words_say_what_an_interval_is_conditional_on() -> None:
+    over = statistics.OverDocuments(30, 0.1, 0.2)
+    text = verdict([2.1, 2.2, 2.15], documents=over).words
+    assert "2 degrees of freedom, conditional on this parent" in text
+    assert "Over 30 evaluation documents, these models fixed: +0.100 to +0.200 (95%, bootstrap)" in text
+    assert "conditional" not in verdict([2.1, 2.2, 2.15], one_parent=False).words
+
+
+def test_a_family_names_what_the_study_has() -> None:
+    with pytest.raises(UsageError, match=r"family.budgets: given 7, allowed is what the study has: 5, 6"):
+        Family(budgets=[7]).check(budgets=[5, 6])
+    Family().check(budgets=[5])
+    assert Family().holds({"method": "m", "pattern": None, "ratio": 0.5, "setting": "equal-total", "budget": 5})

@@ -1,0 +1,129 @@
+"""Disks that are really full: a small tmpfs. A clear error, nothing left behind, the source untouched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prune.apply import apply_plan, rewrite
+from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import CheckpointError
+from tests.sparsify import small as sparsifying
+from tests.test_apply import make
+from tests.test_killed import files_of, sparsifying_scratch
+from tests.training.small import MODEL, recipe
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``disk(size)`` mounts a file system of so many bytes; called again, it changes the size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        pages = max(1, size // 4096) * 4096
+        again = "remount," if folder.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={pages}", "tmpfs", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a tmpfs")
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def works(parent: Path, hf: Path) -> dict[str, Callable[[Path], Any]]:
+    """What writes something large to a path."""
+    made = make(open_checkpoint(parent), "random", num_layers=3, ffn_hidden_size=100)
+    return {
+        "import": lambda save: import_hf(hf, save),
+        "apply": lambda save: apply_plan(parent, made, save),
+        "rewrite": lambda save: rewrite(parent, save, workers=2),
+        "export": lambda save: export_hf(parent, save),
+    }
+
+
+@pytest.mark.parametrize("verb", ["import", "apply", "rewrite", "export"])
+@pytest.mark.parametrize("room", [0.5, 0.99], ids=["half", "nearly"])
+def test_it_says_so_and_leaves_nothing(
+    tiny_hf: Callable[..., Path], tiny_parent: Path, tmp_path: Path, disk: Callable[[int], Path], verb: str, room: float
+) -> None:
+    """With half of the room it is refused before the work; with nearly enough the disk fills up at the very end."""
+    hf = tiny_hf("llama-gqa", layers=4)
+    work = works(tiny_parent, hf)[verb]
+    before = files_of(tiny_parent) | files_of(hf)
+    work(tmp_path / "whole")
+    folder = disk(int(size_of(tmp_path / "whole") * room))
+    expected = "GB free, made needs" if room == 0.5 else "GB free, made needs|no space left while writing .*made"
+    with pytest.raises(CheckpointError, match=expected):
+        work(folder / "made")
+    assert os.listdir(folder) == [] and files_of(tiny_parent) | files_of(hf) == before
+
+
+def test_it_fills_up_in_the_middle(
+    tiny_parent: Path, tmp_path: Path, disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody else takes the room after it was counted: in this process, and in one of several."""
+    from megatron_prune.checkpoint import writer
+
+    monkeypatch.setattr(writer, "check_space", lambda *_: None)
+    before = files_of(tiny_parent)
+    folder = disk(size_of(tiny_parent) // 2)
+    for workers in (1, 2):
+        with pytest.raises(CheckpointError, match="no space left while writing .*made.*: nothing was kept"):
+            rewrite(tiny_parent, folder / "made", workers=workers)
+        assert os.listdir(folder) == []
+    assert files_of(tiny_parent) == before
+    disk(4 * size_of(tiny_parent))
+    assert rewrite(tiny_parent, folder / "made").full_hash() == open_checkpoint(tiny_parent).full_hash()
+
+
+def test_sparsify_keeps_its_blocks(
+    job: Callable[..., Any], tiny_parent: Path, tmp_path: Path, disk: Callable[[int], Path]
+) -> None:
+    before = files_of(tiny_parent)
+    folder = disk(size_of(tiny_parent) // 2)
+    argv = sparsifying.flags(tiny_parent, folder / "made", "magnitude", "--ratio", 0.5)
+    refused = job(argv)
+    assert refused.returncode == 2 and "Traceback" not in refused.output
+    assert "no space left while writing" in refused.output or "GB free" in refused.output
+    assert not (folder / "made").exists() and files_of(tiny_parent) == before
+    kept = len(list(sparsifying_scratch(folder / "made").glob("*/done.json")))
+    disk(8 * size_of(tiny_parent))
+    assert job(argv).ok().output.count("kept from before") == kept
+    sparsifying.result(folder / "made")
+
+
+def test_a_training_run_goes_on_where_its_last_whole_save_is(
+    job: Callable[..., Any], tiny_corpus: Path, tmp_path: Path, disk: Callable[[int], Path]
+) -> None:
+    steps = 4
+    whole = tmp_path / "whole"
+    argv = ["pretrain", *MODEL, "--save-interval", 1]
+    job([*argv, *recipe(tiny_corpus, f"0:{8 * steps}", whole)]).ok()
+    folder = disk(int(size_of(whole) * 0.6))
+    flags = recipe(tiny_corpus, f"0:{8 * steps}", folder / "made")
+    refused = job([*argv, *flags])
+    assert refused.returncode == 2 and "no space left while saving to" in refused.output
+    saved = open_checkpoint(folder / "made")
+    assert 1 <= (saved.iteration or 0) < steps
+    assert saved.full_hash() == open_checkpoint(whole / saved.directory.name).full_hash()
+    disk(4 * size_of(whole))
+    job([*argv, *flags]).ok()
+    assert open_checkpoint(folder / "made").full_hash() == open_checkpoint(whole).full_hash()
+    shutil.rmtree(folder / "made")
