@@ -31,6 +31,10 @@ ALLOWED: dict[str, str] = {
     "shape_from": "start",
     "use_checkpoint_args": "start",
     "finetune": "start",
+    # Set by pretrain for FP8 weights that begin with a checkpoint (training/masters.py).
+    "load_main_params_from_ckpt": "start",
+    "no_load_optim": "start",
+    "stream_ckpt_dequant": "start",
     "load": "output path",
     "save": "output path",
     "tensorboard_dir": "output path",
