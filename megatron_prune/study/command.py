@@ -7,12 +7,12 @@ import logging
 import shlex
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config
 from megatron_prune.study.commands import Command
 from megatron_prune.study.places import Places
@@ -25,9 +25,27 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.action is _stage:
         return _stage(options)
-    study = config.load(options.study)
-    places = Places(Path(options.runs_dir) / study.name)
-    return options.action(study, places, options)
+    studies = config.load_all(options.study)
+    if options.parent is not None:
+        studies = [study for study in studies if study.name.endswith(f".{options.parent}")]
+        if not studies:
+            raise UsageError("--parent", given=options.parent, allowed=f"a label under parents in {options.study}")
+    return _each(studies, options)
+
+
+def _each(studies: Sequence[config.Study], options: argparse.Namespace) -> int:
+    """The verb for the study of every parent; one that fails does not keep the others from theirs."""
+    failures = []
+    for study in studies:
+        try:
+            options.action(study, Places(Path(options.runs_dir) / study.name), options)
+        except MegatronPruneError as error:
+            if len(studies) == 1:
+                raise
+            failures.append(f"{study.name}: {error}")
+    if failures:
+        raise RunError("\n".join(failures))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("study", metavar="STUDY.yaml")
         sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where studies lie (default: runs)")
+        sub.add_argument("--parent", metavar="LABEL", help="only the study of this one, where STUDY.yaml has parents")
         if name == "plan":
             _add_plan_arguments(sub)
         if name == "status":

@@ -130,6 +130,17 @@ class Study:
 
 def load(path: str | Path) -> Study:
     """Read a study.yaml; UsageError names the key that is wrong and what is allowed there."""
+    found = load_all(path)
+    if len(found) > 1:
+        raise UsageError("STUDY.yaml", given=f"{path} with {len(found)} parents", allowed="a study of one parent")
+    return found[0]
+
+
+def load_all(path: str | Path) -> list[Study]:
+    """Read a study.yaml that may have ``parents``, by label, in place of ``parent``: one study for each of them.
+
+    They are called NAME.LABEL, and are studies of their own, in folders of their own.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError("STUDY.yaml", given=path, allowed="an existing file")
@@ -137,7 +148,16 @@ def load(path: str | Path) -> Study:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UsageError("STUDY.yaml", given=path, allowed="valid YAML", why=str(error)) from error
-    return from_mapping(content, where=str(path))
+    if not isinstance(content, dict) or "parents" not in content:
+        return [from_mapping(content, where=str(path))]
+    parents = content.pop("parents")
+    if not isinstance(parents, dict) or not parents or "parent" in content:
+        raise UsageError(f"{path}: parents", given=parents if "parent" not in content else "set beside parent",
+                         allowed="parents by their labels, in place of parent")  # fmt: skip
+    return [
+        from_mapping({**content, "name": f"{content.get('name')}.{label}", "parent": parent}, where=f"{path}: {label}")
+        for label, parent in parents.items()
+    ]
 
 
 def from_mapping(content: Any, where: str = "study") -> Study:

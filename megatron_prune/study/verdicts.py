@@ -50,9 +50,9 @@ class Verdict:
     @property
     def subject(self) -> str:
         """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
-        setting = self.setting.replace("-", " ")
+        setting = "equal FLOPs" if self.setting == "equal-flops" else f"{self.setting.replace('-', ' ')} tokens"
         dense = ", against dense scratch" if self.dense else ""
-        return f"{self.label}, {setting} tokens, {self.tokens:,} of retraining{dense}"
+        return f"{self.label}, {setting}, {self.tokens:,} of retraining{dense}"
 
     @property
     def label(self) -> str:

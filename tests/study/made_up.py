@@ -166,7 +166,8 @@ class FakeLauncher:
             "removed_all": masks.removed / parent.shape.parameters(),
             "flops": 10**9 if "calibration_data_path" in given else 0,
         }
-        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=[*parent.pruning, entry]) as writer:
+        chain = [*parent.pruning, entry]
+        with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=chain) as writer:
             folder.rename(writer.beside(MASKS))
             for weight in weights(parent.shape):
                 values = parent.read(weight.name)

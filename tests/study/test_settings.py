@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import AccountError, UsageError
+from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import grid, preflight, prunings, results
+from megatron_prune.study import command, config, grid, preflight, prunings, results
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from tests.study import made_up
@@ -227,8 +228,8 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     places = made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
     found = records(places)
     assert [record["cell"] for record in found.values() if record["kind"] == "parent"] == ["parent-s1", "parent-s2"]
-    for command in launcher.commands:
-        text = " ".join(command.argv)
+    for ran in launcher.commands:
+        text = " ".join(ran.argv)
         assert not ("-s1" in text and "parent-s2" in text)
     seeds = [json.loads(places.account(f"parent-s{seed}").read_text())["seed"] for seed in (1, 2)]
     assert seeds == [1235, 1236]
@@ -245,3 +246,37 @@ def test_a_parent_for_each_seed(prefixes) -> None:
             made_up.study(prefixes, methods=methods, parent=parent, parent_per_seed=True), Places(Path("runs/x"))
         )
     assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]
+
+
+# ------------------------------------------------------------------ several parents
+
+
+def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
+    content = made_up.mapping(prefixes, methods=[{"name": "shortgpt"}])
+    pretrain = content.pop("parent")["pretrain"]
+    content["parents"] = {"short": {"pretrain": pretrain}, "long": {"pretrain": pretrain | {"tokens": 3840}}}
+    path = Path("study.yaml")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    studies = config.load_all(path)
+    assert [study.name for study in studies] == ["made-up.short", "made-up.long"]
+    assert command.main(["plan", "study.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("study made-up.short") < printed.index("0:160") < printed.index("study made-up.long")
+    command.main(["plan", "study.yaml", "--parent", "long"])
+    assert "made-up.short" not in capsys.readouterr().out
+    for study in studies:
+        made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    command.main(["report", "study.yaml"])
+    assert Path("runs/made-up.long/report/index.html").is_file() and "1,280 of retraining" in capsys.readouterr().out
+    # One that fails does not keep the other from its report.
+    Path("runs/made-up.short/outlook.json").unlink()
+    with pytest.raises(RunError, match="made-up.short: study report: given runs/made-up.short"):
+        command.main(["report", "study.yaml"])
+    assert "wrote runs/made-up.long/report/index.html" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--parent: given wide, allowed is a label under parents in study.yaml"):
+        command.main(["status", "study.yaml", "--parent", "wide"])
+    with pytest.raises(UsageError, match="study.yaml with 2 parents, allowed is a study of one parent"):
+        config.load(path)
+    path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))
+    with pytest.raises(UsageError, match="parents: given set beside parent"):
+        config.load_all(path)

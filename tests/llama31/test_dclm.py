@@ -1,0 +1,69 @@
+"""examples/llama3.1_8b/dclm.sh on a download in miniature: shards, interrupted, held-out text, blend, index."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_prune.artifacts import read_json
+from tests import tiny
+from tests.llama31.example import EXAMPLE
+
+SHARDS = [f"global-shard_0{g}_of_10/local-shard_{n}_of_10" for g, n in ((1, 0), (1, 1), (2, 0))]
+
+
+@pytest.fixture
+def dclm(tmp_path, tiny_tokenizer):
+    """``dclm(*words)``: the script over a made-up download in ``tmp_path``."""
+    texts = iter(tiny.documents(280))
+    for folder in [*SHARDS, "global-shard_10_of_10/local-shard_9_of_10"]:
+        for number in range(3):
+            file = tmp_path / "text" / folder / f"shard_0000000{number}_processed.jsonl.zst"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps({"text": next(texts), "url": "x"}) + "\n" for _ in range(20))
+            file.write_bytes(zstandard.compress(lines.encode()))
+    env = {**os.environ, "PYTHON": sys.executable, "WORKERS": "1", "SEQ_LENGTH": "32", "TOKENIZER": str(tiny_tokenizer)}
+    env |= {"DCLM_TEXT": str(tmp_path / "text"), "DCLM_OUT": str(tmp_path / "out"), "CACHE": str(tmp_path / "cache")}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", EXAMPLE / "dclm.sh", *words], env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_from_download_to_stream(dclm, tmp_path) -> None:
+    out: Path = tmp_path / "out"
+    assert "3 shards: tokenize 0 to 2" in dclm("shards").stdout
+    assert (out / "shards.txt").read_text().split() == SHARDS
+    for number in ("0", "2"):
+        assert dclm("tokenize", number).returncode == 0
+    early = dclm("blend")
+    assert early.returncode == 1 and "--array 1" in early.stderr and not (out / "blend.txt").exists()
+    assert dclm("tokenize", "1").returncode == 0
+    assert dclm("tokenize", "7").returncode == 2
+    again = dclm("tokenize", "1")
+    assert again.returncode == 0 and "is there" in again.stdout
+    assert dclm("held-out").returncode == 0
+    blend = dclm("blend")
+    assert blend.returncode == 0, blend.stderr
+    names = ["global-01-local-0", "global-01-local-1", "global-02-local-0"]
+    assert (out / "blend.txt").read_text().split() == [str(out / name) for name in names]
+    held = [read_json(out / f"{name}.json") for name in names]
+    assert [corpus["documents"] for corpus in held] == [60, 60, 60]
+    assert f"{sum(corpus['tokens'] for corpus in held):,} tokens" in blend.stdout
+    index = dclm("index", "--stream-range", "0:16")
+    assert index.returncode == 0, index.stderr
+    described = json.loads(index.stdout)
+    assert len(described["corpora"]) == 3 and described["seed"] == 1
+    assert [path.parent for path in (tmp_path / "cache").glob("*/stream.json")]
+
+
+def test_without_a_word_it_says_what_it_can(dclm) -> None:
+    ran = dclm()
+    assert ran.returncode == 2 and "usage: dclm.sh" in ran.stderr

@@ -1,0 +1,78 @@
+"""examples/llama3.1_8b/launch.py: every layout will run, as LAYOUTS.md says; runs read what they should."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_prune.errors import UsageError
+from tests.llama31.example import EXAMPLE, TABLE, launch
+from tests.preflight import commands
+
+
+@pytest.fixture(scope="module")
+def answers(distributed, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("models")
+    asked = {
+        which: launch.preflight_line(*which, folder / f"{number}.flags")
+        for number, which in enumerate(launch.everything())
+    }
+    [found] = distributed(commands.answers, 1, list(asked.values()))
+    return dict(zip(asked, found, strict=True))
+
+
+def test_every_layout_will_run(answers) -> None:
+    for which, answer in answers.items():
+        assert answer["verdict"] == "yes", f"{which}: {commands.reasons(answer, 'no')}"
+        assert not commands.reasons(answer, "look"), which
+    assert {gpus for _, _, gpus in answers} == {"8", "64", "64 pp", "1024"}
+
+
+def test_the_table_is_what_preflight_says(answers) -> None:
+    """`python examples/llama3.1_8b/launch.py --preflight` writes it anew."""
+    assert (EXAMPLE / "LAYOUTS.md").read_text() == launch.table(answers)
+
+
+def test_arms_read_the_samples_that_make_them_comparable() -> None:
+    def samples(name: str) -> tuple[int, int]:
+        words = launch.run("width-50", name)
+        start, end = words[words.index("--stream-range") + 1].split(":")
+        return int(start), int(end)
+
+    parent = launch.run("parent", "P200")
+    assert parent[parent.index("--stream-range") + 1] == "0:24414208"
+    assert samples("R50") == samples("S50") == (24_414_208, 30_517_760)
+    assert samples("S200+50") == (0, 30_517_760)
+    assert samples("R500")[1] * 8192 < 750e9
+    assert "--shape-from" in launch.run("width-50", "S50") and "--pretrained-checkpoint" in launch.run(
+        "width-50", "R50"
+    )
+    warmup = launch.run("width-50", "R500")
+    assert warmup[warmup.index("--lr-warmup-iters") + 1] == "2000"  # the paper's cap
+
+
+def test_fp8_is_for_wide_products_alone() -> None:
+    assert "--fp8-format" in launch.layout("parent", "64")
+    assert "--fp8-format" not in launch.layout("width-81.25", "64")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("parent", "R50"), ("width-50", "P200"), ("width-50", "R50+5"), ("sparse", "x")]
+)
+def test_runs_that_there_are_not(target, name) -> None:
+    with pytest.raises(UsageError, match="RUN"):
+        launch.run(target, name)
+
+
+def test_a_line_is_for_the_shell(capsys) -> None:
+    assert launch.main(["depth-62.5", "R50", "--gpus", "64 pp"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("sbatch --nodes 8 ") and "'Ettttttt|tttttL'" in line
+    assert f"--data-path $(cat {launch.BLEND})" in line and "launch/checkpointing.flags" in line
+    assert launch.main(["parent", "P200", "--gpus", "8", "--plain"]) == 0
+    assert capsys.readouterr().out.startswith("pretrain --num-layers 32 ")
+    with pytest.raises(UsageError, match="8, 64, 1024"):
+        launch.main(["sparse", "R50", "--gpus", "64 pp"])
+
+
+def test_targets_have_a_layout() -> None:
+    assert set(TABLE["chosen"]) == set(TABLE["targets"])

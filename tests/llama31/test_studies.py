@@ -1,0 +1,146 @@
+"""The studies of examples/llama3.1_8b are planned at their real size, and every command of theirs passes preflight.
+
+Corpora are sparse files that say how long they are and hold next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.data.index_file import write_index
+from megatron_prune.study import command, config
+from tests.llama31.example import EXAMPLE, TABLE, launch
+from tests.preflight import commands
+
+STUDIES = ("token_scaling", "ratios", "imported")
+SHARD = 38 * 10**9  # tokens of a corpus
+STEP = 512 * 8192
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Path:
+    """A directory to start from, with the corpora that study.yaml names."""
+    root = tmp_path_factory.mktemp("cluster")
+    study = config.load(EXAMPLE / "ratios.yaml")
+    for number, (_, prefix) in enumerate(study.data.train):
+        sparse_corpus(root / prefix, SHARD, number)
+    for number, name in enumerate(("calibration", "validation", "test")):
+        sparse_corpus(root / getattr(study.data, name), 5_000_000, 100 + number)
+    return root
+
+
+def sparse_corpus(prefix: Path, tokens: int, first: int) -> None:
+    """``tokens`` zeros after one token that makes it another corpus than the next."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    longest = 2**28 if tokens > 10**9 else 1_000_003
+    lengths = [longest] * (tokens // longest) + [tokens % longest]
+    with open(f"{prefix}.bin", "wb") as handle:
+        handle.write(np.array([first + 1], np.int32).tobytes())
+        handle.truncate(4 * tokens)
+    write_index(f"{prefix}.idx", [np.array(lengths)], [np.ones(len(lengths), np.int64)], "int32")
+
+
+def content(name: str) -> dict:
+    """A study's YAML; the parent that another study trains is not there yet, so it is described as there."""
+    found = yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text())
+    if name == "ratios":
+        assert found["parent"] == {"load": "runs/llama3.1-8b-token-scaling/cells/parent/checkpoint"}
+        found["parent"] = content("token_scaling")["parent"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def planned(cluster) -> dict[str, str]:
+    """What `study plan --commands` prints of each."""
+    import contextlib
+    import io
+
+    printed = {}
+    with contextlib.chdir(cluster):
+        for name in STUDIES:
+            Path(f"{name}.yaml").write_text(yaml.safe_dump(content(name)))
+            output = io.StringIO()
+            speed = (
+                [] if name == "imported" else ["--throughput", "40%", "--gpus", "1024"]
+            )  # no shape before the import
+            with contextlib.redirect_stdout(output):
+                assert command.main(["plan", f"{name}.yaml", "--commands", *speed]) == 0
+            printed[name] = output.getvalue()
+    return printed
+
+
+def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
+    for name in STUDIES:
+        study = config.load(EXAMPLE / f"{name}.yaml")
+        for method in study.methods:
+            if method.target:
+                wanted = TABLE["targets"][method.label] | (
+                    {} if "depth" in method.label else {"num-attention-heads": 32}
+                )
+                assert method.target == wanted
+        ours = launch.TABLE["recipe"] | {"seq-length": study.data.seq_length}
+        assert study.recipe.lr == float(ours["lr"]) and study.recipe.global_batch_size == ours["global-batch-size"]
+        assert study.recipe.lr * study.recipe.min_lr_fraction == pytest.approx(float(ours["min-lr"]))
+        for flag, value in study.recipe.arguments.items():
+            if flag in ours:
+                assert value == ours[flag], flag
+    parent = config.load(EXAMPLE / "token_scaling.yaml").parent.pretrain
+    assert parent is not None and parent.arguments == TABLE["model"]
+
+
+def test_budgets_are_the_papers(planned) -> None:
+    scaling, ratios = planned["token_scaling"], planned["ratios"]
+    for billions in (10, 30, 50, 250, 500):
+        tokens = round(billions * 10**9 / STEP) * STEP
+        assert re.search(rf"pruned-depth-50-\S*t{tokens} ", scaling), billions
+    assert "0:24414208" in scaling  # P200
+    assert "24414208:30517760" in ratios and "0:30517760" in ratios  # R50 and S50; S250
+    assert "not run" in planned["imported"] or "equal-total" not in planned["imported"]
+
+
+def test_targets_remove_what_they_are_called() -> None:
+    parent = ModelShape.from_args(arguments({}))
+    for name, changes in TABLE["targets"].items():
+        if not changes:
+            continue
+        shape = ModelShape.from_args(arguments(changes))
+        called = float(name.split("-")[1]) / 100
+        removed = 1 - shape.linear_parameters() / parent.linear_parameters()
+        assert removed == pytest.approx(called, abs=0.06), name
+
+
+def arguments(changes: dict) -> dict:
+    named = {flag.replace("-", "_"): value for flag, value in (TABLE["model"] | changes).items()}
+    return named | {"add_bias_linear": False}
+
+
+def test_commands_pass_preflight(planned, distributed, tmp_path) -> None:
+    """One of each kind: a verb, a target, a start."""
+    flags = {target: tmp_path / f"{target}.flags" for target in TABLE["targets"]}
+    for target, file in flags.items():
+        file.write_text(shlex.join(launch.model(target)))
+    lines = {}
+    for line in "".join(planned.values()).splitlines():
+        words = shlex.split(line) if line.startswith("torchrun") else []
+        verb = words[words.index("megatron_prune") + 1] if words else ""
+        if verb not in ("pretrain", "calibrate", "sparsify") or "--score" in words:
+            continue
+        starts = {
+            flag: words[words.index(flag) + 1] for flag in ("--pretrained-checkpoint", "--shape-from") if flag in words
+        }
+        source = next(iter(starts.values()), "")
+        target = next((target for target in flags if f"pruning-{target}-" in source), "parent")
+        kind = (verb, target, *starts, "--masks" in words)
+        lines[kind] = ["--gpus", "64", "--model", str(flags[target]), "--corpus-tokens", "760B", *words]
+    assert {kind[1] for kind in lines} == set(flags) - {"sparse"} and ("sparsify", "parent", False) in lines
+    assert {kind[-1] for kind in lines} == {True, False}
+    [answers] = distributed(commands.answers, 1, list(lines.values()))
+    for kind, answer in zip(lines, answers, strict=True):
+        assert answer["verdict"] == "yes", f"{kind}: {commands.reasons(answer, 'no')}"
