@@ -17,6 +17,7 @@ from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import EXIT_NEEDS_SCORES
+from tests.calibrate.verbs import Verbs
 
 SEQUENCES, LENGTH, LAYERS = 5, 64, 4
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -53,30 +54,9 @@ def hf_without(folder: Path, removed: range) -> Any:
     return model
 
 
-class Verbs:
-    """calibrate, plan and calibrate --score for one parent, each as a user would call it."""
-
-    def __init__(self, job: Callable[..., Any], parent: Path, corpus: Path, folder: Path):
-        self.job, self.parent, self.corpus, self.folder = job, parent, corpus, folder
-        self.statistics, self.plan = folder / "s.safetensors", folder / "plan.json"
-        self.load = ["--load", parent, "--use-checkpoint-args"]
-
-    def calibrate(self, *more: object) -> None:
-        text = ["--calibration-data-path", self.corpus, *TEXT]
-        self.job(["calibrate", *self.load, *text, "--output", self.statistics, *more]).ok()
-
-    def make(self, *choice: object) -> Any:
-        found = ["--statistics", self.statistics, "--output", self.plan]
-        return self.job(["plan", "--load", self.parent, *found, "--divisible-by", "4", *choice])
-
-    def score(self, *more: object, nproc: int = 1) -> Any:
-        asked = ["--score", self.folder / "candidates.json", "--statistics", self.statistics]
-        return self.job(["calibrate", *self.load, *asked, *more], nproc=nproc)
-
-
 @pytest.fixture
 def verbs(job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> Verbs:
-    return Verbs(job, tiny_parent, tiny_corpus, tmp_path)
+    return Verbs(job, tiny_parent, tiny_corpus, tmp_path, TEXT, ["--divisible-by", "4"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -146,7 +126,7 @@ def test_width_scores_are_those_of_checkpoints_that_are_cut(
     layouts: list[str],
 ) -> None:
     import_hf(tiny_hf(model, layers=2), tmp_path / "parent")
-    verbs = Verbs(job, tmp_path / "parent", tiny_corpus, tmp_path)
+    verbs = Verbs(job, tmp_path / "parent", tiny_corpus, tmp_path, TEXT, ["--divisible-by", "4"])
     verbs.calibrate()
     choice = [*SEARCH, "--max-candidates", 7, "--tensor-model-parallel-size", 2]
     assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES

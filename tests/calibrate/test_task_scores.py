@@ -20,6 +20,7 @@ from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import EXIT_NEEDS_SCORES, MegatronPruneError
+from tests.calibrate.verbs import Verbs
 
 LAYERS, KEPT = 4, 2
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "tp2pp2": (4, [*TP2, *PP2]),
 }
+TEXT = ["--calibration-sequences", 3, "--calibration-seq-length", 64]
 DEPTH = ["--method", "minitron-depth", "--target-num-layers", str(KEPT)]
 
 
@@ -81,31 +83,9 @@ def hf_correct(folder: Path, task: Path, kept: list[int]) -> dict[str, int]:
     return right
 
 
-class Verbs:
-    """calibrate, plan and calibrate --score for one parent, as a user calls them."""
-
-    def __init__(self, job: Callable[..., Any], parent: Path, corpus: Path, folder: Path):
-        self.job, self.parent, self.folder = job, parent, folder
-        self.statistics, self.plan = folder / "s.safetensors", folder / "plan.json"
-        self.load = ["--load", parent, "--use-checkpoint-args"]
-        self.text = ["--calibration-data-path", corpus, "--calibration-sequences", 3, "--calibration-seq-length", 64]
-
-    def calibrate(self) -> None:
-        self.job(["calibrate", *self.load, *self.text, "--output", self.statistics]).ok()
-
-    def make(self, *choice: object) -> Any:
-        return self.job(
-            ["plan", "--load", self.parent, "--statistics", self.statistics, "--output", self.plan, *choice]
-        )
-
-    def score(self, *more: object, nproc: int = 1) -> Any:
-        asked = ["--score", self.folder / "candidates.json", "--statistics", self.statistics]
-        return self.job(["calibrate", *self.load, *asked, *more], nproc=nproc)
-
-
 @pytest.fixture
 def verbs(job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> Verbs:
-    return Verbs(job, tiny_parent, tiny_corpus, tmp_path)
+    return Verbs(job, tiny_parent, tiny_corpus, tmp_path, TEXT, [])
 
 
 def correct(found: Statistics) -> dict[str, dict[str, int]]:

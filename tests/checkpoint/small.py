@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_prune.checkpoint import record
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from tests.checkpoint.ranks import STORED_ARGS as ARGS
@@ -27,3 +31,17 @@ def write(root: Path, args=ARGS, *, block_rows: int = 1000, dtype: torch.dtype =
         for name, tensor in tensors(args, dtype=dtype).items():
             writer.add(name, tensor.shape, tensor.split(block_rows))
     return root
+
+
+def disk_with(monkeypatch: Any, room: int) -> list[int]:
+    """Have records find a full disk once more than ``room`` bytes are written; the sizes of what was written."""
+    written: list[int] = []
+
+    def write(handle: Any, segments: Any, real: Any = record.RecordFiles._write) -> None:
+        written.append(sum(map(len, segments)))
+        if sum(written) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle, segments)
+
+    monkeypatch.setattr(record.RecordFiles, "_write", staticmethod(write))
+    return written

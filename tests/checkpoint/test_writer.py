@@ -204,15 +204,7 @@ def test_a_disk_too_small_is_refused_before_work(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     """On the writing thread, after some records are out."""
-    written = []
-
-    def write(handle, segments, real=record.RecordFiles._write):
-        written.append(sum(map(len, segments)))
-        if sum(written) > 50_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle, segments)
-
-    monkeypatch.setattr(record.RecordFiles, "_write", staticmethod(write))
+    written = small.disk_with(monkeypatch, 50_000)
     with pytest.raises(CheckpointError, match="no space left while writing .*made"):
         small.write(tmp_path / "made")
     assert sum(written) > 50_000 and os.listdir(tmp_path) == []

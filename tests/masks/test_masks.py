@@ -17,6 +17,7 @@ from megatron_prune.masks import Masks, Pattern, find_masks, open_masks, verify,
 from megatron_prune.masks import reader as reader_module
 from megatron_prune.masks import writer as writer_module
 from megatron_prune.masks.verify import guarded
+from tests.checkpoint.small import disk_with
 from tests.masks import small
 from tests.masks.ranks import random_masks
 
@@ -133,15 +134,7 @@ def test_no_masks_and_the_same_mask_twice_are_refused(tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    written = []
-
-    def write(handle, segments, real=record.RecordFiles._write):
-        written.append(sum(map(len, segments)))
-        if sum(written) > 5_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle, segments)
-
-    monkeypatch.setattr(record.RecordFiles, "_write", staticmethod(write))
+    written = disk_with(monkeypatch, 5_000)
     with pytest.raises(CheckpointError, match="no space left while writing .*masks"):
         small.write_masks(tmp_path / "masks")
     assert sum(written) > 5_000 and os.listdir(tmp_path) == []
