@@ -48,9 +48,7 @@ def hf_without(folder: Path, removed: range) -> Any:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    model.model.layers = torch.nn.ModuleList(
-        layer for i, layer in enumerate(model.model.layers) if i not in removed
-    )
+    model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in removed)
     return model
 
 

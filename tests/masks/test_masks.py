@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 import pytest
 import torch
 
 from megatron_prune.artifacts import read_json
-from megatron_prune.checkpoint import record
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError, MasksError, MegatronPruneError, UsageError
