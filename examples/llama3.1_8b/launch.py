@@ -58,7 +58,7 @@ def layout(target: str, gpus: str) -> list[str]:
     heads, head = shape["num-attention-heads"] // tensor, shape["kv-channels"]
     narrowest = min(shape["hidden-size"], shape["ffn-hidden-size"] // tensor, heads * head)
     if narrowest >= TABLE["fp8"]["narrowest"]:
-        words += flags(TABLE["fp8"]["arguments"])
+        words += ["--fp8-preset", TABLE["fp8"]["preset"]]
     return words
 
 
@@ -127,7 +127,7 @@ def row(target: str, gpus: str, answer: Mapping[str, Any]) -> str:
     split = found.get("stages", {}).get("facts", {}).get("layers", "")
     memory = max(stage["total"] for stage in found["memory"]["facts"]["stages"]) / 1e9
     gemms = " ".join(f"{k}x{n}" for _, k, n in found["dimensions"]["facts"]["gemms"].values())
-    precision = "FP8" if "--fp8-format" in layout(target, gpus) else "bf16"
+    precision = "FP8" if "--fp8-preset" in layout(target, gpus) else "bf16"
     looks = "; ".join(f["check"] for f in answer["findings"] if f["verdict"] == "look")
     cells = [
         target, f"{answer['parameters'] / 1e9:.2f}", gpus,

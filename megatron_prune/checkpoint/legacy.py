@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,13 @@ class LegacySource:
     def _refuse_missing_ranks(self) -> None:
         if not all(type(size) is int and 1 <= size <= 10_000 for size in (self._tp, self._pp)):
             raise CheckpointError(f"{self._directory} was saved at TP={self._tp}, PP={self._pp}, say its stored args")
-        expected = {(tp, pp) for tp in range(self._tp) for pp in range(self._pp)}
-        if self._states.keys() != expected:
-            odd = sorted(self._states.keys() ^ expected)[0]
-            raise CheckpointError(
-                f"{self._directory} has {len(self._states)} ranks; its stored args say TP={self._tp}, PP={self._pp}: "
-                f"tensor-parallel rank {odd[0]} of stage {odd[1]} is {'missing' if odd in expected else 'too many'}"
-            )
+        said = f"{self._directory}: its stored args say TP={self._tp}, PP={self._pp}: tensor-parallel rank"
+        for tp, stage in self._states:
+            if tp >= self._tp or stage >= self._pp:
+                raise CheckpointError(f"{said} {tp} of stage {stage} is too many")
+        for tp, stage in product(range(self._tp), range(self._pp)):
+            if (tp, stage) not in self._states:
+                raise CheckpointError(f"{said} {tp} of stage {stage} is missing")
 
     @property
     def layout(self) -> tuple[int, int, int]:

@@ -89,6 +89,8 @@ def repair_tracker(root: str | Path) -> Path | None:
 
     Raises CheckpointError when the tracker names an iteration and no complete one is left.
     """
+    from megatron_prune.checkpoint.legacy import is_legacy
+
     root = Path(root)
     tracked = _tracked(root)
     if tracked is not None and is_complete(tracked.directory):
@@ -98,12 +100,13 @@ def repair_tracker(root: str | Path) -> Path | None:
         write_bytes(root / TRACKER_FILE, ("release" if newest.release else str(newest.iteration)).encode())
         return newest.directory
     if tracked is not None:
-        if (tracked.directory / "metadata.json").is_file() or not tracked.directory.is_dir():
+        known = (tracked.directory / "metadata.json").is_file() or is_legacy(tracked.directory)
+        if known or not tracked.directory.is_dir():
             raise CheckpointError(
                 f"{root / TRACKER_FILE} names {tracked.directory.name}, which is missing or truncated, and "
                 f"{root} holds no other complete checkpoint: restore it, or delete the tracker to start anew"
             )
-        return tracked.directory  # another format than torch_dist: Megatron's to judge
+        return tracked.directory  # another format than these two: Megatron's to judge
     (root / TRACKER_FILE).unlink(missing_ok=True)
     return None
 

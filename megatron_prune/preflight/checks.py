@@ -17,7 +17,6 @@ from megatron_prune.preflight import cost, memory
 from megatron_prune.preflight.cluster import Cluster
 
 Verdict = Literal["yes", "look", "no", "not checked"]
-FP8_MULTIPLE = 16  # of both dimensions of every FP8 GEMM
 TILE = 64  # below it, tensor cores work on padding
 CROWDED = 0.92  # of a GPU's memory
 UNEVEN = 1.15  # slowest stage against the mean
@@ -108,7 +107,10 @@ def layout(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
 
 
 def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
-    """Every size that tensor parallelism divides, and both sides of every GEMM on a rank."""
+    """Every size that tensor parallelism divides, and both sides of every GEMM on a rank.
+
+    What FP8 asks of them is refused with the arguments (``engine.fp8``).
+    """
     t = args.tensor_model_parallel_size
     if bad := [f"{flag} {size}" for flag, size in _divided(shape) if size % t]:
         return [Finding("dimensions", "no", f"--tensor-model-parallel-size {t} does not divide {', '.join(bad)}")]
@@ -120,13 +122,6 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     gemms = _gemms(args, shape)
     facts = {"gemms": {name: list(sizes) for name, sizes in gemms.items()}}
     sides = {f"{name} {'x'.join(map(str, sizes))}": sizes for name, sizes in gemms.items()}
-    if args.fp8 and (odd := [name for name, sizes in sides.items() if any(n % FP8_MULTIPLE for n in sizes)]):
-        return [Finding(
-            "dimensions", "no",
-            f"FP8 needs multiples of {FP8_MULTIPLE}; on a rank (tokens x inputs x outputs): {'; '.join(odd)}; choose "
-            "another tensor parallel size, or prune with --divisible-by",
-            facts,
-        )]  # fmt: skip
     ragged = [name for name, sizes in sides.items() if any(n % TILE for n in sizes[1:])]
     if ragged:
         return [Finding(

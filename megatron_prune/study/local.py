@@ -1,4 +1,7 @@
-"""Cells on this machine: up to ``launch.parallel_cells`` at a time, each on GPUs of its own where there are any."""
+"""Cells on this machine: up to ``launch.parallel_cells`` at a time, each on GPUs of its own where there are any.
+
+Without a GPU no more begin than there are cores for: a process needs one.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,11 @@ class Local:
 
     def __init__(self, study: Study, places: Places, progress: Progress, execute_command: Execute = launch_command):
         self.study, self.places, self.progress, self.execute_command = study, places, progress, execute_command
-        self.cells = study.launch.parallel_cells
-        self.devices = _devices(study, _visible() if execute_command is launch_command else [])
+        visible = _visible() if execute_command is launch_command else []
+        cores = len(os.sched_getaffinity(0))
+        bound = study.launch.parallel_cells if visible else max(1, cores // study.launch.nproc)
+        self.cells = min(study.launch.parallel_cells, bound)
+        self.devices = _devices(study, visible)
         self.running: dict[str, threading.Thread] = {}
         self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 

@@ -8,6 +8,7 @@ and patterns that cannot be met, and recipes under which zeros would not stay ze
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,10 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import blend, heldout, indexed, overlap, windows
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import budgets, choices, commands, grid
+from megatron_prune.study import budgets, choices, commands
 from megatron_prune.study.choices import Needs
 from megatron_prune.study.config import Study
+from megatron_prune.study.grid import Grid, expand
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import calibration_tokens, flops_of, links, prunings
@@ -43,14 +45,14 @@ class Outlook:
     spent: Mapping[str, int] = field(default_factory=dict)
     account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
 
-    def grid(self, study: Study) -> grid.Grid:
+    def grid(self, study: Study) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""
-        return grid.expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
+        return expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
 
-    def estimated_grid(self, study: Study) -> grid.Grid:
+    def estimated_grid(self, study: Study) -> Grid:
         """The same, where prunings that have not said what they spent are taken to have spent nothing."""
         spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
-        return grid.expand(study, self.lay, self.shapes, self.consumed(study), spent)
+        return expand(study, self.lay, self.shapes, self.consumed(study), spent)
 
     @property
     def shapes(self) -> dict[str, Mapping[str, Any]]:
@@ -81,6 +83,9 @@ class Outlook:
 
 def check(study: Study, places: Places) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
+    if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UsageError("tracking.wandb_project", given=study.tracking.wandb_project,
+                         allowed="a project only where wandb is installed: pip install wandb")  # fmt: skip
     outlook = look(study, places)
     _check_masked(study, places, outlook)
     _check_data(study, outlook)

@@ -113,7 +113,7 @@ class _Runner:
             if not may:
                 return
             cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
-            if all(stage.done() for stage in cell.stages):  # an earlier runner was killed before its line
+            if _done(cell):  # an earlier runner was killed before its line
                 self._finish(cell)
                 continue
             self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
@@ -128,7 +128,7 @@ class _Runner:
     def _take_back(self, cell: Cell, error: MegatronPruneError | None) -> None:
         """A cell has ended: its line in the ledger, another attempt, or the mark that it failed."""
         self.begun.discard(cell.id)
-        if not all(stage.done() for stage in cell.stages):
+        if not _done(cell):
             if any(name not in self.finished for name in cell.after):
                 return  # the queue dropped it since what it waited for failed: no attempt of its own
             self._failed(cell, error or self._why(cell))
@@ -180,9 +180,23 @@ class _Runner:
                 missing = ", ".join(name for name in cell.after if name not in self.finished)
                 self.states.write(cell.id, State("blocked", failures=[f"needs {missing}"]))
 
-    def _why(self, cell: Cell) -> RunError:
-        stage = next(stage.command.stage for stage in cell.stages if not stage.done())
-        return unfinished(self.places.cell(cell.id), stage)
+    def _why(self, cell: Cell) -> MegatronPruneError:
+        """What is wrong with a cell that has ended, from what it left."""
+        for stage in cell.stages:
+            try:
+                if not stage.done():
+                    return unfinished(self.places.cell(cell.id), stage.command.stage)
+            except MegatronPruneError as error:
+                return error
+        return RunError(f"{cell.id}: it ended, and was done only afterwards")
+
+
+def _done(cell: Cell) -> bool:
+    """True if everything that a cell writes says that it is done; what cannot be read says nothing."""
+    try:
+        return all(stage.done() for stage in cell.stages)
+    except MegatronPruneError:
+        return False
 
 
 @contextlib.contextmanager

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prune.apply import apply_plan
+from megatron_prune.checkpoint import inspect
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import is_complete, repair_tracker
 from megatron_prune.errors import CheckpointError
 from tests.checkpoint.test_safe import Touches
+from tests.training.small import any_plan
 
 # name: (model, processes, flags of the layout)
 LAYOUTS = {
@@ -80,6 +83,17 @@ def test_it_exports_like_the_other_format(converted, tmp_path):
     parent, made = converted("tp2-uneven")
     first, second = (export_hf(path, tmp_path / name) for path, name in ((parent, "a"), (made, "b")))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_it_is_planned_and_cut_like_the_other_format(converted, tmp_path):
+    parent, made = (open_checkpoint(path) for path in converted("virtual"))
+    plan = any_plan(made)
+    assert plan == any_plan(parent)
+    for load, name in ((parent.root, "a"), (made.root, "b")):
+        apply_plan(load, plan, tmp_path / name)
+    assert open_checkpoint(tmp_path / "a").full_hash() == open_checkpoint(tmp_path / "b").full_hash()
+    found = inspect.describe(made)
+    assert found["format"] == "torch" and len(found["files"]) == 2 and found["flags"] == inspect.flags(parent)
 
 
 def test_megatron_loads_it_at_its_layout_and_others_are_refused(converted, job, tiny_corpus, tmp_path):
@@ -157,3 +171,7 @@ def test_a_half_written_iteration_is_passed_over(copy):
     (copy / "latest_checkpointed_iteration.txt").write_text("7")
     assert repair_tracker(copy) == copy / "iter_0000000"
     assert open_checkpoint(copy).iteration == 0
+    shutil.rmtree(copy / "iter_0000000")
+    (copy / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(CheckpointError, match="no other complete checkpoint"):
+        repair_tracker(copy)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +57,44 @@ def test_a_process_that_fails_says_why_and_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp .*truncated or damaged"):
         rewrite(folder, tmp_path / "made", workers=2)
     assert os.listdir(tmp_path) == ["parent"]
+
+
+SLEEPERS = """
+import time
+from megatron_prune.checkpoint.parallel import run
+if __name__ == "__main__":
+    run(time.sleep, [(600,), (600,)], 2)
+"""
+
+
+def test_processes_die_with_whoever_started_them(tmp_path):
+    """A killed job must not go on writing where a rerun writes."""
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    job = subprocess.Popen([sys.executable, tmp_path / "sleepers.py"], start_new_session=True)
+
+    def session() -> set[int]:
+        found = set()
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = status.read_text().rsplit(")", 1)[1].split()
+                if int(fields[3]) == job.pid and fields[0] != "Z":
+                    found.add(int(status.parent.name))
+        return found
+
+    def wait_until(holds, seconds=60):
+        ends = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+
+    try:
+        wait_until(lambda: len(session()) >= 5)  # it, a resource tracker, the server of forks, and two of them
+        job.kill()
+        job.wait()
+        wait_until(lambda: not session(), 20)
+    finally:
+        for pid in session():
+            os.kill(pid, 9)
 
 
 def test_numbers_of_workers_that_cannot_be(tmp_path):

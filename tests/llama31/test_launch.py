@@ -51,8 +51,8 @@ def test_arms_read_the_samples_that_make_them_comparable() -> None:
 
 
 def test_fp8_is_for_wide_products_alone() -> None:
-    assert "--fp8-format" in launch.layout("parent", "64")
-    assert "--fp8-format" not in launch.layout("width-81.25", "64")
+    assert "--fp8-preset" in launch.layout("parent", "64")
+    assert "--fp8-preset" not in launch.layout("width-81.25", "64")
 
 
 @pytest.mark.parametrize(

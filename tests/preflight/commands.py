@@ -18,7 +18,7 @@ RECIPE = (
     "--overlap-grad-reduce --overlap-param-gather --data-path /not/here --stream-range 0:51200 --save /not/here/run "
     "--save-interval 50"
 )
-FP8 = "--fp8-format hybrid --fp8-recipe tensorwise"
+FP8 = "--fp8-preset current"
 
 
 def train(layout: str, *more: str, model: str = LLAMA) -> list[str]:

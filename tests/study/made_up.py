@@ -288,7 +288,11 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         "initial_loss": number("first", given["save"].split("cells/")[-1]),
         "final_loss": number("last", given["save"].split("cells/")[-1]),
         "arguments": {
-            **given, "adam_beta1": 0.9, "train_iters": steps, "lr_decay_iters": steps, "lr": float(given["lr"]),
+            **given,
+            "adam_beta1": 0.9,
+            "train_iters": steps,
+            "lr_decay_iters": steps,
+            "lr": float(given["lr"]),
             "check_for_nan_in_loss_and_grad": True,
         },
         "initial": None,

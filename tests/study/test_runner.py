@@ -13,6 +13,7 @@ from megatron_prune.errors import DataError, RunError, UsageError
 from megatron_prune.study import local, results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.progress import Progress
 from tests.study import made_up
 
 
@@ -295,6 +296,30 @@ def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> Non
         local._devices(study, ["0", "1", "2"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3f")
     assert local._visible() == ["2", "GPU-3f"]
+
+
+@pytest.mark.parametrize(("cores", "nproc", "cells"), [(8, 2, 3), (4, 2, 2), (1, 2, 1)])
+def test_no_more_cells_begin_than_there_are_cores_for(tmp_path, prefixes, monkeypatch, cores, nproc, cells) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    study = made_up.study(prefixes, launch={"parallel_cells": 3, "nproc": nproc})
+    launcher = local.Local(study, Places(tmp_path), Progress(), made_up.FakeLauncher())
+    assert launcher.cells == cells
+
+
+def test_an_account_that_cannot_be_read_fails_its_cell_alone(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes, settings=["equal-training"])
+    cell = "pruned-shortgpt-r50-s1-t1280"
+
+    class Damaging(made_up.FakeLauncher):
+        def _pretrain(self, argv: list[str]) -> None:
+            super()._pretrain(argv)
+            if f"{cell}/" in " ".join(argv):
+                (Path(made_up.words(argv)["save"]) / "account.json").write_text("{")
+
+    with pytest.raises(RunError, match=rf"{cell}/checkpoint/account.json is not valid JSON"):
+        made_up.run(study, Path("runs"), Damaging())
+    assert len(ledger(Places(Path("runs/made-up")))) == 7
 
 
 def test_runs_report_to_megatrons_writers_grouped_by_study(tmp_path: Path, prefixes, monkeypatch) -> None:
