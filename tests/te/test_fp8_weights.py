@@ -132,3 +132,50 @@ def test_zeros_stay_zero_where_the_optimizer_has_the_masters(more, tiny_pruned, 
     for step in (4, STEPS):
         assert_zero_in_checkpoint(save / f"iter_{step:07d}", pruned.kept, moments=("param", *ADAM))
     assert losses(save)[-1] < losses(save)[0]
+
+
+def fused(argv: list[str], folder: str) -> None:
+    """``pretrain`` in this rank, TE's linears putting their weights' gradients into ``main_grad`` themselves."""
+    import transformer_engine.pytorch as te
+    from megatron.training import training
+
+    from megatron_prune.__main__ import main
+
+    setup, seen = training.setup_model_and_optimizer, []
+
+    @functools.wraps(setup)
+    def set_up(*positional: Any, **named: Any) -> Any:
+        found = setup(*positional, **named)
+        for module in (module for chunk in found[0] for module in chunk.modules()):
+            if isinstance(module, te.Linear | te.LayerNormLinear):
+                module.fuse_wgrad_accumulation = True
+                seen.append(module)
+        return found
+
+    training.setup_model_and_optimizer = set_up
+    leave_with(main(["pretrain", *argv]))
+    added = sum(bool(getattr(module.weight, "grad_added_to_main_grad", False)) for module in seen)
+    Path(folder, f"seen-{os.environ['RANK']}.json").write_text(json.dumps([len(seen), added]))
+
+
+@pytest.mark.parametrize("more", [[], FP8], ids=["bf16 weights", "fp8 weights"])
+def test_fused_weight_gradients_keep_zeros(more, tiny_pruned, tiny_corpus, tmp_path):
+    pruned = tiny_pruned("2:4")
+    arms = {}
+    for name, function in (("fused", fused), ("plain", observe)):
+        save, folder = tmp_path / name, tmp_path / f"{name}-seen"
+        words = recipe(
+            tiny_corpus,
+            RANGE,
+            save,
+            *(["--fp8-preset", "current", *more] if more else ["--bf16", "--use-distributed-optimizer"]),
+        )
+        argv = [str(word) for word in start_from(pruned, *words)]
+        code, output = run_function(
+            function, folder, 2, argv, str(folder), *([str(pruned.path)] if name == "plain" else [])
+        )
+        assert code == 0, output[-4000:]
+        arms[name] = losses(save)
+        assert_zero_in_checkpoint(save / f"iter_{STEPS:07d}", pruned.kept, moments=ADAM)
+    assert json.loads((tmp_path / "fused-seen" / "seen-0.json").read_text()) == [16, 16]
+    np.testing.assert_allclose(arms["fused"], arms["plain"], rtol=5e-3)
