@@ -57,7 +57,8 @@ def _loss_curves(results: Results, curves: Curves, panels: Panels, many: bool, s
     columns = 1 if stacked else min(3 if many else 2, len(panels))
     rows = math.ceil(len(panels) / columns)
     palette = _by_variant(results) if many else colours(results)
-    with_parent = "parent" in curves and any(setting == "equal-total" for setting, _ in panels)
+    parents = [cell for cell in curves if results.records[cell]["kind"] == "parent"]
+    with_parent = bool(parents) and any(setting == "equal-total" for setting, _ in panels)
     keys: dict[str, Any] = {"parent": {"color": INK}} if with_parent else {}
     keys |= {name: {"color": colour} for name, colour in palette.items()}
     keys |= {"from scratch": {"color": INK, "linestyle": DASHED}}
@@ -68,7 +69,8 @@ def _loss_curves(results: Results, curves: Curves, panels: Panels, many: bool, s
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axis, ((setting, title), compared) in zip(axes, panels.items(), strict=False):
         if with_parent and setting == "equal-total":
-            _line(axis, curves["parent"], 0, INK, "-", 1.3)
+            for parent in parents:
+                _line(axis, curves[parent], 0, INK, "-", 1.3)
         drawn: set[str] = set()
         for made in compared:
             colour = palette[_variant(made.pruning) if many else label(*made.pruning.subject)]
@@ -90,7 +92,8 @@ def _loss_curves(results: Results, curves: Curves, panels: Panels, many: bool, s
 
 def _panels(results: Results, curves: Curves, many: bool) -> Panels:
     """What is drawn together, by setting and title: one setting, with ``many`` arms one method of it."""
-    panels: Panels = {("equal-total", TITLES["equal-total"]): []} if "parent" in curves and not many else {}
+    parents = any(results.records[cell]["kind"] == "parent" for cell in curves)
+    panels: Panels = {("equal-total", TITLES["equal-total"]): []} if parents and not many else {}
     several = len({item.comparison.setting for item in results.compared}) > 1
     for setting, title in TITLES.items():
         for made in (item.comparison for item in results.compared if item.comparison.setting == setting):

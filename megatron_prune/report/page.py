@@ -78,6 +78,7 @@ def render(found: Results, drawings: list[drawing.Drawing]) -> str:
         bootstrapped=any(verdict.documents for verdict in found.verdicts),
         unigram={name: f"{value:.3f}" for name, value in parent["unigram_loss"].items()} if parent else None,
         declared=bool(parent and parent["declared"]),
+        sweeps=tables.sweeps(found),
         runs=tables.runs(found),
         matches=tables.matches(found),
         prunings=tables.prunings(found),

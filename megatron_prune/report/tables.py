@@ -69,6 +69,8 @@ def runs(found: Results) -> Shown:
                 "flops": numbers.flops(record["flops"]),
                 "flops_total": numbers.flops(row["flops_total"]),
                 "flops_theoretical": numbers.flops(row["flops_train_theoretical"]),
+                "spikes": numbers.count(row["loss_spikes"]),
+                "not_finite": numbers.count(row["losses_not_finite"]),
                 "seconds": numbers.DASH if row["seconds"] is None else f"{row['seconds']:,.1f}",
             }
         )
@@ -142,6 +144,20 @@ def efficiency(found: Results) -> Shown:
             "loss": _best(own),
         }
         for name, own in groups.items()
+    ]
+
+
+def sweeps(found: Results) -> Shown:
+    """Learning rates of every arm, with the one that stands for it."""
+    return [
+        {
+            "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio)}",
+            "setting": numbers.setting(one.setting, one.against, one.pattern) if one.setting else "all",
+            "budget": numbers.count(one.budget),
+            "rates": ", ".join(f"{rate:g}: {numbers.loss(loss)}" for rate, loss in one.validation.items()),
+            "chosen": numbers.DASH if one.chosen is None else f"{one.chosen:g}",
+        }
+        for one in found.sweeps
     ]
 
 

@@ -12,7 +12,7 @@ from tests.study import simulated
 
 @pytest.fixture(scope="session")
 def simulated_study(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """Two methods at two ratios, five budgets, both settings, three seeds; its report is written."""
+    """A method at two ratios, five budgets, both settings, three seeds; its report is written."""
     folder = tmp_path_factory.mktemp("simulated")
     places = simulated.run(folder, family={"settings": ["equal-total"], "budgets": [simulated.BUDGETS[-1]]})
     page.write(results.collect(places), places)

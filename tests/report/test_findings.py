@@ -21,7 +21,7 @@ def found(simulated_study: Places) -> Results:
 
 
 def test_break_evens_are_those_of_the_laws(found: Results) -> None:
-    assert len(found.trends) == 2 * 2 * 2
+    assert len(found.trends) == 2 * 2
     missed = 0
     for trend in found.trends:
         beside = found.lay.parent_tokens if trend.setting == "equal-total" else 0
@@ -34,14 +34,14 @@ def test_break_evens_are_those_of_the_laws(found: Results) -> None:
         assert even.by == "laws" and even.seeds == 3 and even.status in ("inside", "open")
         missed += not (even.low or 0) <= truth <= (even.high or 1e9)
         assert even.tokens is None or even.tokens == pytest.approx(truth, rel=0.25)
-    assert missed <= 1  # of eight intervals, 95% each
+    assert missed <= 1  # of four intervals, 95% each
 
 
 def test_the_family_is_the_studys(found: Results) -> None:
     for verdict in found.verdicts:
         inside = verdict.setting == "equal-total" and verdict.tokens == simulated.BUDGETS[-1]
-        assert verdict.family == (4 if inside else 0) and (verdict.corrected is None) == (not inside)
-        assert ("by Holm over 4 comparisons" in verdict.words) == inside
+        assert verdict.family == (2 if inside else 0) and (verdict.corrected is None) == (not inside)
+        assert ("by Holm over 2 comparisons" in verdict.words) == inside
 
 
 def test_trends_and_verdicts_are_on_the_page_and_in_the_data(simulated_study: Places, found: Results) -> None:
@@ -49,10 +49,10 @@ def test_trends_and_verdicts_are_on_the_page_and_in_the_data(simulated_study: Pl
     reader = Reader()
     reader.feed((folder / "index.html").read_text())
     shown = [cells for cells in reader.tables["verdicts"] if cells]
-    assert len(shown) == len(found.verdicts) == 2 * 2 * 2 * 5
+    assert len(shown) == len(found.verdicts) == 2 * 2 * 5
     by_name = {cells[0]: cells for cells in reader.tables["laws"] if cells}
     data = json.loads((folder / "results.json").read_text())
-    assert len(data["trends"]) == len(by_name) == 8
+    assert len(data["trends"]) == len(by_name) == 4
     for trend, item in zip(found.trends, data["trends"], strict=True):
         assert by_name[trend.subject][1] == trend.break_even.words == item["break_even"]["words"]
         assert item["scratch"]["law"]["exponent"] == trend.scratch.law.exponent and item["scratch"]["used"] is True
@@ -75,7 +75,7 @@ def test_the_first_words_count_who_is_ahead(found: Results) -> None:
 
 def test_efficiency_is_the_accounts(simulated_study: Places, found: Results) -> None:
     shown = {item["model"]: item for item in tables.efficiency(found)}
-    assert list(shown) == ["parent"] + [f"{m}, {r}% removed" for m in ("shortgpt", "minitron-width") for r in (25, 50)]
+    assert list(shown) == ["parent", "shortgpt, 25% removed", "shortgpt, 50% removed"]
     account = json.loads(simulated_study.account("pruned-shortgpt-r50-s1-t40960").read_text())
     mine = shown["shortgpt, 50% removed"]
     assert mine["params"] == f"{account['parameters']:,}" and mine["linears"] == "50.0%"

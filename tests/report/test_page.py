@@ -203,6 +203,26 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
             assert words.count("2:4, 50% removed") == 1 and words.count("5:8, 37.5% removed") == 1
 
 
+def test_rates_and_models_of_every_seed_are_on_the_page(tmp_path: Path) -> None:
+    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "lr": 1e-3}}
+    recipe = {"lr": [1e-3, 3e-3], "global_batch_size": 8, "micro_batch_size": 4}
+    changes = {"parent": parent, "recipe": recipe, "parent_per_seed": True, "seeds": [1, 2]}
+    study = made_up.study(made_up.corpora(tmp_path), methods=[{"name": "shortgpt"}], **changes)
+    places = made_up.run(study, tmp_path / "runs", made_up.FakeLauncher())
+    found = results.collect(places)
+    text = page.write(found, places).read_text()
+    reader = Reader()
+    reader.feed(text)
+    shown = [cells for cells in reader.tables["sweeps"] if cells]
+    assert len(shown) == len(found.sweeps) == 3
+    for cells, one in zip(shown, found.sweeps, strict=True):
+        assert cells[4] == f"{one.chosen:g}" and f"{one.chosen:g}: {min(one.validation.values()):.4f}" in cells[3]
+    assert "conditional on" not in text
+    counted = {cells[1]: cells for cells in reader.tables["account"] if cells}
+    assert len([cells for cells in counted.values() if cells[0] == "parent"]) == 2
+    assert {cells[8] for cells in counted.values()} <= {"0", "–"}  # loss spikes
+
+
 def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     study = made_up.study(made_up.corpora(tmp_path))
     with pytest.raises(made_up.Killed):
