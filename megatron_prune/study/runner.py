@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
 from megatron_prune.study.stages import Cell
 
+LOOKS = 10  # at a lock that is held: `study status` holds it too, for a moment
 KINDS = ("parent", "calibration", "pruning", "training")
 
 
@@ -201,14 +203,18 @@ def _done(cell: Cell) -> bool:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the study's lock; RunError if another runner does. A killed runner leaves no lock."""
+    """Hold the study's lock; RunError if another runner does. It goes with the process, however that ends."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "study.lock", "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(LOOKS):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        else:
             handle.seek(0)
-            raise RunError(f"another runner (process {handle.read().strip()}) is at work on {root}") from None
+            raise RunError(f"another runner (process {handle.read().strip()}) is at work on {root}")
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {socket.gethostname()}")
         handle.flush()
