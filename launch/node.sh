@@ -7,7 +7,8 @@
 # torchrun reads its own options from PET_…, which is how Kubeflow's PyTorchJob passes them too. Rendezvous is c10d:
 # the first node holds the store, nodes get their rank when they come. When a rank or a node dies, all agents stop
 # their ranks and wait until the nodes are complete again, PET_MAX_RESTARTS times; the ranks then go on from the last
-# save, at the same samples. PET_NNODES=MIN:MAX lets a job go on with fewer nodes where the batch still divides.
+# save, at the same samples. PET_NNODES=MIN:MAX, which lets a job go on with fewer nodes, was not tried: the batch must
+# divide, and the optimizer's state be fully reshardable.
 #
 # SIGTERM and SIGUSR1 go to the ranks alone. Under --exit-signal-handler Megatron finishes its step, saves, and leaves
 # with 0 on all nodes; who starts the job again looks into account.json, never at exit codes.

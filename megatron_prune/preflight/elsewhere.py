@@ -25,38 +25,44 @@ class CommandLine:
 
 def resolve(argv: list[str], model: str | None) -> CommandLine:
     """Leave out what is elsewhere. UsageError where the model's arguments are there, and no ``model`` says them."""
-    named = {flag: value for flag in (*STARTS, "--load") if (value := _value(argv, flag)) is not None}
-    absent = {flag: path for flag, path in named.items() if flag in STARTS and not Path(path).exists()}
-    source = named.get("--load") if _exists(named.get("--load")) else named.get("--pretrained-checkpoint")
-    source = source or named.get("--load")
-    asks = "--use-checkpoint-args" in argv and source is not None and not Path(source).exists()
-    if (asks or "--shape-from" in absent) and model is None:
+    load, pretrained, scratch = (_value(argv, flag) for flag in ("--load", *STARTS))
+    absent = {flag: path for flag, path in zip(STARTS, (pretrained, scratch), strict=True) if _is_absent(path)}
+    # Megatron's precedence: the run's own checkpoint once it has one, else what it starts from.
+    source = load if load is not None and not _is_absent(load) else pretrained or load
+    left_out = set(absent)
+    if "--use-checkpoint-args" in argv and _is_absent(source):
+        left_out.add("--use-checkpoint-args")
+    if model is None and left_out & {"--use-checkpoint-args", "--shape-from"}:
         raise UsageError(
             "--model", given="nothing", allowed="a file with the model's flags",
             why=f"they are in {absent.get('--shape-from', source)}, which is not on this machine",
         )  # fmt: skip
-    words = []
-    skip = False
-    for word in argv:
-        flag, equals, _ = word.partition("=")
-        if skip or flag in absent or (asks and flag == "--use-checkpoint-args"):
-            skip = not skip and flag in absent and not equals
-            continue
-        words.append(word)
-    return CommandLine([*(read_flags(model) if asks or absent else []), *words], absent)
+    described = read_flags(model) if model is not None and left_out else []
+    return CommandLine([*described, *_without(argv, left_out)], absent)
 
 
-def read_flags(path: str | Path | None) -> list[str]:
+def _without(argv: list[str], flags: set[str]) -> list[str]:
+    """``argv`` without these flags and the values of those that have one."""
+    words = iter(argv)
+    kept = []
+    for word in words:
+        flag, has_value, _ = word.partition("=")
+        if flag not in flags:
+            kept.append(word)
+        elif flag in STARTS and not has_value:
+            next(words, None)
+    return kept
+
+
+def read_flags(path: str | Path) -> list[str]:
     """The words of a file of flags."""
-    if path is None:
-        return []
     if not Path(path).is_file():
         raise UsageError("--model", given=path, allowed="a file with the model's flags")
     return shlex.split(Path(path).read_text(), comments=True)
 
 
-def _exists(path: str | None) -> bool:
-    return path is not None and Path(path).exists()
+def _is_absent(path: str | None) -> bool:
+    return path is not None and not Path(path).exists()
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -26,7 +26,7 @@ def test_a_node_is_killed_and_comes_back(undisturbed, tiny_corpus, tmp_path) -> 
             nodes.wait_for(lambda: nodes.saved(save) >= 10, "a save")
         assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
         with nodes.node(argv, port, tmp_path / "third.txt") as third:
-            assert third.wait(120) == 0, (tmp_path / "third.txt").read_text()[-3000:]
+            assert third.wait(200) == 0, (tmp_path / "third.txt").read_text()[-3000:]
             assert first.wait(60) == 0, (tmp_path / "first.txt").read_text()[-3000:]
     account = read_json(save / "account.json")
     assert account["complete"] and len(account["attempts"]) == 2
