@@ -11,6 +11,7 @@ from megatron_prune.advise import answer, ledgers, target
 from megatron_prune.advise.answer import UNKNOWN, Advice
 from megatron_prune.advise.ledgers import Ledger
 from megatron_prune.advise.target import Target
+from megatron_prune.study.verdicts import setting_words
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +53,7 @@ def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
     lines += [f"  {even.rstrip('.')}" for even in advice.break_evens]
     lines += [f"  note: {caveat}" for caveat in advice.caveats]
     lines += [f"  would settle it: {measurement}" for measurement in advice.settle]
-    lines.append(f"  from study {ledger.study}, {asked.setting.replace('-', ' ')}")
+    lines.append(f"  from study {ledger.study}, {setting_words(asked.setting)}")
     return lines
 
 

@@ -80,7 +80,7 @@ class Curve:
         """Where scratch catches up with it, in words; None for one budget."""
         if len(self.arms.tokens) < 2:
             return None
-        return f"{self.label}: scratch catches up {break_even.find(self.arms)[0].words}"
+        return f"{self.label}: break-even (scratch catches up) {break_even.find(self.arms)[0].words}"
 
     def at(self, tokens: float) -> Losses:
         """Losses at a budget that ``holds``: as measured; between budgets by the laws, or on a line in log(tokens)."""

@@ -68,7 +68,7 @@ def trends(found: Results) -> Shown:
 def _ahead(winners: Sequence[str]) -> str:
     words = [
         f"{name} at {winners.count(winner)}"
-        for winner, name in (("pruned", "pruned is ahead"), ("scratch", "scratch is ahead"), ("neither", "no telling"))
+        for winner, name in (("pruned", "pruned is ahead"), ("scratch", "scratch is ahead"), ("neither", "neither"))
         if winner in winners
     ]
     return f"{', '.join(words)} of {len(winners)} budgets"

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_prune.study import break_even
 from megatron_prune.study.break_even import Arms, BreakEven
 from megatron_prune.study.fits import FEWEST_BUDGETS, POOR, Fit
-from megatron_prune.study.verdicts import label
+from megatron_prune.study.verdicts import label, setting_words
 
 # What is the same for all budgets and seeds.
 SUBJECT = ("method", "pattern", "ratio", "setting", "against")
@@ -44,7 +44,7 @@ class Trend:
     @property
     def subject(self) -> str:
         """``shortgpt, 50% removed, equal training tokens``"""
-        return f"{self.label}, {self.setting.replace('-', ' ')} tokens{', against dense scratch' * self.dense}"
+        return f"{self.label}, {setting_words(self.setting)}{', against dense scratch' * self.dense}"
 
     @property
     def laws(self) -> str:

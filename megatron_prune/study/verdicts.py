@@ -50,9 +50,8 @@ class Verdict:
     @property
     def subject(self) -> str:
         """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
-        setting = "equal FLOPs" if self.setting == "equal-flops" else f"{self.setting.replace('-', ' ')} tokens"
         dense = ", against dense scratch" if self.dense else ""
-        return f"{self.label}, {setting}, {self.tokens:,} of retraining{dense}"
+        return f"{self.label}, {setting_words(self.setting)}, {self.tokens:,} of retraining{dense}"
 
     @property
     def label(self) -> str:
@@ -104,6 +103,11 @@ class Verdict:
 def p_value(p: float) -> str:
     """``= 0.032``; ``< 0.0001``"""
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+
+
+def setting_words(setting: str) -> str:
+    """``equal training tokens``"""
+    return "equal FLOPs" if setting == "equal-flops" else f"{setting.replace('-', ' ')} tokens"
 
 
 def label(method: str, pattern: str | None, ratio: float | None) -> str:
