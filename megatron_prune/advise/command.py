@@ -86,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_prune advise", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--ledger",
-        default=str(ledgers.SHIPPED),
+        default=str(ledgers.SHIPPED) if ledgers.SHIPPED.is_file() else None,
+        required=not ledgers.SHIPPED.is_file(),
         metavar="STUDY",
-        help="a study's folder with a report, or its results.json (default: the quickstart's, which is shipped)",
+        help="a study's folder with a report, or its results.json (default: the quickstart's, where it is shipped)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the advice as JSON too")
     target.add_arguments(parser)

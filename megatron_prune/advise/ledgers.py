@@ -1,9 +1,10 @@
 """A study's comparisons as curves over budgets: what advice rests on.
 
 Read from a study's ``report/results.json``: its comparisons are there only because their accounts matched. The ledger
-that is shipped is such a file without what advice does not need:
+that is shipped (``SHIPPED``: the quickstart's study of several seeds and budgets) is such a file without what advice
+does not need; it is made anew from that study's report by
 
-    python -m megatron_prune.advise.ledgers runs/quickstart/report/results.json ledger.json
+    python -m megatron_prune.advise.ledgers runs/STUDY/report/results.json megatron_prune/advise/quickstart.json
 """
 
 from __future__ import annotations
@@ -176,12 +177,15 @@ def compact(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def shorten(report: str | Path, output: str | Path) -> None:
+    """Write a report's ``results.json`` as a ledger to ship, a row a line."""
+    lines = []
+    for key, value in compact(artifacts.read_json(report)).items():
+        rows = [json.dumps(item) for item in value] if isinstance(value, list) else None
+        text = json.dumps(value) if rows is None else "[\n  " + ",\n  ".join(rows) + "\n ]"
+        lines.append(f' "{key}": {text}')
+    artifacts.write_bytes(output, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
 if __name__ == "__main__":
-    source, output = sys.argv[1:]
-    shortened = compact(artifacts.read_json(source))
-    lines = ",\n".join(
-        f' "{key}": '
-        + ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if isinstance(value, list) else json.dumps(value))
-        for key, value in shortened.items()
-    )
-    artifacts.write_bytes(output, f"{{\n{lines}\n}}\n".encode())
+    shorten(*sys.argv[1:])

@@ -70,7 +70,7 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
     def get(content: dict[str, Any], *argv: object) -> Advice:
         (tmp_path / "results.json").write_text(json.dumps(content))
         read = ledgers.read(tmp_path / "results.json")
-        options = command._parser().parse_args([str(word) for word in argv])
+        options = command._parser().parse_args(["--ledger", "read above", *map(str, argv)])
         return answer.advise(read, target.from_arguments(options, read.parent_params))
 
     return get
@@ -263,3 +263,27 @@ def test_a_compact_ledger_says_the_same(ask) -> None:
     assert "verdicts" not in short
     argv = ("--ratio", 0.5, "--tokens", 100_000)
     assert ask(short, *argv) == ask(content, *argv)
+
+
+@pytest.mark.skipif(
+    not ledgers.SHIPPED.is_file(), reason="no ledger is shipped yet: the quickstart's study has not ended"
+)
+def test_the_shipped_ledger_answers_and_knows_its_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = ledgers.read(ledgers.SHIPPED)
+    curve = shipped.curves[0]
+    assert len(curve.arms.seeds) >= 3
+    asked = ["--ratio", f"{curve.removed_linears:.3f}", "--setting", curve.setting]
+    assert main(["advise", *asked, "--tokens", str(curve.arms.tokens[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"  from study {shipped.study}")
+    assert main(["advise", *asked, "--tokens", "1T"]) == 0
+    assert capsys.readouterr().out.startswith("Don't know")
+
+
+def test_the_ledger_module_shortens_a_report(tmp_path: Path) -> None:
+    content = ledger(lead)
+    for row in content["rows"]:
+        row |= {"validation_loss": 3.0, "tokens_declared": False}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    ledgers.shorten(tmp_path / "results.json", tmp_path / "short.json")
+    assert ledgers.read(tmp_path / "short.json").curves[0].label == "a, 50% removed"
+    assert len((tmp_path / "short.json").read_text().splitlines()) > 60  # a row a line: its changes can be read
