@@ -1,6 +1,6 @@
 """SmolLM2-135M pruned by half at several layouts in fp32: mask bits that agree with one process's, and perplexity.
 
-    python tests/benchmarks/sparse_layouts.py [--data runs/smollm2-data] [--sequences 8] [--length 256] [--json FILE]
+    python tests/benchmarks/sparse_layouts.py [--data runs/smollm2-data] [--sequences 8] [--length 512] [--json FILE]
 
 Agreement is over all masks of the model, over those of the first block, and of the worst matrix. Perplexity is that of
 ``evaluate``, in one process for all. ``--data`` is what examples/smollm2_135m/run.sh prepares.
@@ -66,8 +66,10 @@ def agreement(one: Path, other: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "smollm2-data")
+    parser.add_argument("--methods", nargs="+", default=list(dict(CASES)), choices=list(dict(CASES)))
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS), help="besides TP1")
     parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -75,11 +77,11 @@ def main() -> int:
     print("| method | layout | equal bits | first block | worst matrix | perplexity |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory(dir=options.data) as folder:
-        for method, pattern in CASES:
+        for method, pattern in (case for case in CASES if case[0] in options.methods):
             base = Path(folder, f"{method}-{pattern.replace(':', '-')}-TP1")
-            for name, layout in LAYOUTS.items():
+            for name in dict.fromkeys(["TP1", *options.layouts]):
                 save = base.with_name(base.name.removesuffix("TP1") + name)
-                perplexity = prune(options, method, pattern, layout, save)
+                perplexity = prune(options, method, pattern, LAYOUTS[name], save)
                 row = {"method": method, "pattern": pattern, "layout": name, "perplexity": perplexity}
                 rows.append(row | agreement(base, save))
                 bits = "{all:.4%} | {first_block:.4%} | {worst_matrix:.4%}".format(**rows[-1])
