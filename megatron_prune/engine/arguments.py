@@ -149,6 +149,13 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
             allowed="local",
             why="Transformer Engine needs a GPU; none is visible",
         )
+    if args.async_save and args.use_persistent_ckpt_worker:  # alone, Megatron switches it off
+        raise UsageError(
+            "--async-save",
+            given="on",
+            allowed="off on this machine",
+            why="Megatron's process that saves wants a GPU, and the run would wait for it for ever; none is visible",
+        )
     if args.distributed_backend != "gloo":
         raise UsageError(
             "--distributed-backend", given=args.distributed_backend, allowed="gloo", why="no GPU is visible"

@@ -1,8 +1,8 @@
 """Checkpoints that are larger than the memory allowed: a synthetic Llama-3.1-8B, and one of 70B's width.
 
 Every stage is a process of its own, as a user runs it; its seconds and the peak of anonymous and shared memory (over
-all its processes, sampled every 20 ms) are printed. The limit is 3 GB for each. What must be equal is compared bit by
-bit.
+all its processes, sampled every 100 ms) are printed. The limit is 3 GB for each. What must be equal is compared bit
+by bit.
 
 * 8B (16 GB, bf16): written; planned and applied at four ratios in depth and in width; made 2:4 with masks; exported and
   imported again, dense and with masks; every kept layer of a depth cut against the parent's.
@@ -265,7 +265,7 @@ def timed(words: list[str]) -> tuple[float, float]:
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
-            time.sleep(0.02)
+            time.sleep(0.1)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} left with {process.returncode}")
