@@ -26,7 +26,8 @@ class CommandLine:
 def resolve(argv: list[str], model: str | None) -> CommandLine:
     """Leave out what is elsewhere. UsageError where the model's arguments are there, and no ``model`` says them."""
     load, pretrained, scratch = (_value(argv, flag) for flag in ("--load", *STARTS))
-    absent = {flag: path for flag, path in zip(STARTS, (pretrained, scratch), strict=True) if _is_absent(path)}
+    starts = zip(STARTS, (pretrained, scratch), strict=True)
+    absent = {flag: path for flag, path in starts if path is not None and _is_absent(path)}
     # Megatron's precedence: the run's own checkpoint once it has one, else what it starts from.
     source = load if load is not None and not _is_absent(load) else pretrained or load
     left_out = set(absent)
