@@ -84,7 +84,7 @@ def _losses(results: Results, shown: dict[str, list[Verdict]], stacked: bool) ->
         by_tokens(axis, (verdict.tokens for verdict in verdicts))
         axis.tick_params(axis="x", labelsize=8)
         axis.tick_params(axis="y", labelleft=True, labelsize=8)
-        axis.set_title(name, pad=6 + 9 * len(kinds), fontsize=9)
+        axis.set_title("\n".join(name.split(", ", 1)), pad=6 + 9 * len(kinds), fontsize=9)
         grid(axis)
         if parent is not None:
             axis.axhline(parent, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
