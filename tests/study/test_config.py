@@ -176,7 +176,10 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         config.load(tmp_path / "list.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/study.yaml")), ids=lambda path: path.parent.name)
+STUDIES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path.name != "layouts.yaml"]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_study_is_valid(path: Path) -> None:
     study = config.load(path)
     assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.resolved(study)))) == study
