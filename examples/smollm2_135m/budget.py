@@ -20,7 +20,7 @@ import yaml
 from megatron_prune.artifacts import write_bytes
 from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError
-from megatron_prune.study import config, grid
+from megatron_prune.study import config, prunings
 
 STUDY = Path(__file__).with_name("study.yaml")
 STEPS, WARM_UP = 5, 2
@@ -45,7 +45,7 @@ def seconds_per_step(study: dict, checkpoint: str) -> float:
 def whole_models(study: config.Study) -> float:
     """The study's training runs, in runs of the whole model; methods of one shape may share more than is counted."""
     sizes: dict[tuple[str, str], float] = {}
-    for pruning in grid.prunings(study):
+    for pruning in prunings.prunings(study):
         sparse = pruning.method.pattern is not None
         size = 1.0 if sparse or pruning.ratio is None else 1 - pruning.ratio  # zeros take as long
         sizes["pruned", pruning.name] = size
