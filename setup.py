@@ -58,7 +58,7 @@ setup(
         "jinja2>=3.1",
         "pydantic>=2.9",
         "pyyaml>=6.0",
-        "pydantic>=2.7",
+        "packaging>=24",
         "rich>=13.7",
         "tqdm>=4.66",
     ],
