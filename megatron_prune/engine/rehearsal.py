@@ -173,7 +173,6 @@ def _build(args: argparse.Namespace, number: int) -> Stage:
     from megatron.core import parallel_state as mpu
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -187,14 +186,7 @@ def _build(args: argparse.Namespace, number: int) -> Stage:
         args.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    config = runtime.model_config(_buildable(args))
-    chunks = unwrap_model(
-        config.get_builder_cls()(config).build_distributed_models(
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            wrap_with_ddp=False,
-            data_parallel_random_init=False,
-        )
-    )
+    chunks = unwrap_model(runtime.build_model(_buildable(args)))
     sizes = {"linears": 0, "vocabulary": 0, "others": 0}
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:

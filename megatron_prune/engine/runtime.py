@@ -65,22 +65,28 @@ def initialize(args: argparse.Namespace) -> None:
     training.initialize_megatron()
 
 
+def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
+    """This rank's stage as Megatron builds it, without DDP; a chunk for each virtual stage. Nothing is loaded."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    config = model_config(args)
+    built: list[torch.nn.Module] = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    return built
+
+
 def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     """Build this rank's stage in evaluation mode, without DDP, and load ``args.load`` into it.
 
     Raises CheckpointError naming the weights that the checkpoint lacks or has in another shape.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
 
     refuse_unfit_checkpoint(args, args.load, "--load")
-    config = model_config(args)
-    builder = config.get_builder_cls()(config)
-    model = builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
+    model = build_model(args)
     args.finetune, args.no_load_optim, args.no_load_rng = True, True, True
     args.exit_on_missing_checkpoint = True
     load_checkpoint(model, None, None)

@@ -22,19 +22,13 @@ def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
     import functools
 
     import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_prune.engine import runtime
 
     args = runtime.start("pretrain", [*MODEL, "--num-layers", str(layers), *flags], lambda parser: parser)
     runtime.initialize(args)
-    config = runtime.model_config(args)
-    (model,) = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
+    (model,) = runtime.build_model(args)
 
     def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]

@@ -41,19 +41,13 @@ def sharded_state(argv: list[str]) -> dict[str, Any]:
     """In a rank: what Megatron would save of the model that ``argv`` describes: key to shape, place and type."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_prune.engine import runtime
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     args = runtime.start("evaluate", argv, lambda parser: parser)
     runtime.initialize(args)
-    config = runtime.model_config(args)
-    (model,) = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
+    (model,) = runtime.build_model(args)
     state = model.sharded_state_dict()
     apply_factories(state)
     found: dict[str, Any] = {}
