@@ -13,10 +13,8 @@ The interpreter's and torch's start are in the time of ``apply``.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.targets import Target
 from tests.benchmarks import ratio
 from tests.benchmarks.calibration import write_random
+from tests.benchmarks.resident import timed
 
 TIME_LIMIT = 2.5
 MEMORY_LIMIT = 1.5e9
@@ -54,14 +53,14 @@ def main() -> int:
         def apply(name: str) -> float:
             words = [sys.executable, "-m", "megatron_prune", "apply", "--load", parent]
             words += ["--plan", folder / f"{name}.json", "--save", folder / "pruned"]
-            seconds, peak = timed([str(word) for word in words])
+            seconds, peak = timed([str(word) for word in words], every=0.01)
             memory[name].append(peak)
             rmtree(folder / "pruned")
             return seconds
 
         def copy() -> float:
             words = ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh"]
-            seconds, _ = timed([*words, str(parent), str(folder / "copy")])
+            seconds, _ = timed([*words, str(parent), str(folder / "copy")], every=0.01)
             rmtree(folder / "copy")
             return seconds
 
@@ -111,29 +110,6 @@ def cut_a_tenth(parent: Path) -> plan.PruningPlan:
 def random_plan(parent: Checkpoint, target: ModelShape) -> plan.PruningPlan:
     question = Question("random", {"axis": None}, parent.shape, (target,), parent.fingerprint(), seed=0)
     return plan.make(question, ratio=None, ratio_of="linears")
-
-
-def timed(words: list[str]) -> tuple[float, float]:
-    """Run a command; its seconds, and the peak of its RssAnon + RssShmem in bytes."""
-    started, peak = time.perf_counter(), 0.0
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            peak = max(peak, resident(process.pid))
-            time.sleep(0.01)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words)} left with {process.returncode}")
-    return seconds, peak
-
-
-def resident(pid: int) -> float:
-    """RssAnon + RssShmem of a process, in bytes; 0 once it has gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
-    return sum(1024.0 * int(words[1]) for words in lines)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ Needs 50 GB on the disk of ``--folder``. What it wrote is removed.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import rmtree
@@ -39,6 +37,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks, write_single
 from tests.benchmarks import ratio
+from tests.benchmarks.resident import timed
 
 ROOT = Path(__file__).resolve().parents[2]
 RATIOS = (0.5, 0.625, 0.75, 0.8125)
@@ -257,31 +256,6 @@ def read_kept(pruned: Path) -> tuple[int, ...]:
     from megatron_prune import plan
 
     return plan.read(pruned.parent / "plan.json").kept_layers
-
-
-def timed(words: list[str]) -> tuple[float, float]:
-    """Run a command; its seconds, and the peak of RssAnon + RssShmem of it and all below it, in bytes."""
-    started, peak = time.perf_counter(), 0.0
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            peak = max(peak, resident(process.pid))
-            time.sleep(0.1)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words)} left with {process.returncode}")
-    return seconds, peak
-
-
-def resident(pid: int) -> float:
-    """RssAnon + RssShmem of a process and its descendants, in bytes."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-                    for child in (task / "children").read_text().split()]  # fmt: skip
-    except OSError:
-        return 0.0
-    lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
-    return sum(1024.0 * int(words[1]) for words in lines) + sum(map(resident, children))
 
 
 if __name__ == "__main__":

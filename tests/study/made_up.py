@@ -330,3 +330,12 @@ def run(study: config.Study, runs: Path, launcher: FakeLauncher) -> Places:
     with Progress(Console(file=io.StringIO())) as progress:
         runner.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
     return places
+
+
+def run_killed(study: config.Study, runs: Path) -> Places:
+    """The same, killed after every command that it gives, and started again until it ends."""
+    while True:
+        try:
+            return run(study, runs, FakeLauncher(kill_at=1))
+        except Killed:
+            continue

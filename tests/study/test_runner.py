@@ -110,12 +110,7 @@ def test_a_search_gives_its_shape_to_scratch_and_survives_kills(tmp_path: Path, 
     settings = {"search": ["hidden", "ffn"], "max-candidates": 4, "divisible-by": 8, "tolerance": 0.2}
     study = made_up.study(prefixes, methods=[{"name": "minitron-width", "settings": settings}])
     expected = ledger(made_up.run(study, Path("whole"), made_up.FakeLauncher()))
-    while True:
-        try:
-            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
-        except made_up.Killed:
-            continue
-        break
+    places = made_up.run_killed(study, Path("killed"))
     assert ledger(places) == expected
     pruning = expected["pruning-minitron-width-r50-s1"]
     assert f"scratch-{pruning['shape']}-equal-training-t1280-s1" in expected
@@ -133,12 +128,7 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     expected = ledger(made_up.run(study, Path("whole"), first := made_up.FakeLauncher()))
     stages = [command.stage for command in first.commands if "pruning-" in " ".join(command.argv)]
     assert stages[:5] == ["candidates", "score", "rescore", "plan", "apply"]
-    while True:
-        try:
-            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
-        except made_up.Killed:
-            continue
-        break
+    places = made_up.run_killed(study, Path("killed"))
     assert ledger(places) == expected
     name = "minitron-width-r50-s1"
     made = plan.read(places.cell(f"pruning-{name}") / "plan.json")

@@ -86,12 +86,7 @@ def test_a_structured_link_after_another_has_statistics_of_its_own(prefixes) -> 
     ]  # fmt: skip
     target = expected["pruning-both-r50-s1"]["target"]
     assert target["num_layers"] == 2 and target["hidden_size"] < 32
-    while True:
-        try:
-            places = made_up.run(study, Path("killed"), made_up.FakeLauncher(kill_at=1))
-        except made_up.Killed:
-            continue
-        break
+    places = made_up.run_killed(study, Path("killed"))
     assert records(places) == expected
     (verdict, _) = results.collect(places).verdicts
     assert (verdict.method, verdict.ratio, verdict.test.seeds) == ("both", None, 2)

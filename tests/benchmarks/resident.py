@@ -1,0 +1,35 @@
+"""Time and peak memory of a command."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+
+def timed(words: list[str], *, every: float = 0.1) -> tuple[float, float]:
+    """Run a command; its seconds, and the peak of RssAnon + RssShmem of it and all below it, in bytes.
+
+    Memory is looked at each ``every`` seconds.
+    """
+    started, peak = time.perf_counter(), 0.0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(every)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} left with {process.returncode}")
+    return seconds, peak
+
+
+def resident(pid: int) -> float:
+    """RssAnon + RssShmem of a process and its descendants, in bytes."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()]  # fmt: skip
+    except OSError:
+        return 0.0
+    lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(1024.0 * int(words[1]) for words in lines) + sum(map(resident, children))
