@@ -26,6 +26,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def holds_a_store(port: int) -> bool:
+    """Whether an agent already holds the rendezvous' store: on one machine the first to bind the port does, and a job
+    outlives every node but that one."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def training(corpus: Path, save: Path) -> list[str]:
     """A run of ``STEPS`` steps that saves every tenth, and whose steps are long enough to be hit by a kill."""
     flags = recipe(corpus, f"0:{STEPS * BATCH}", save, "--save-interval", 10, "--exit-signal-handler")

@@ -22,6 +22,7 @@ def test_a_node_is_killed_and_comes_back(undisturbed, tiny_corpus, tmp_path) -> 
     save, port = tmp_path / "run", nodes.free_port()
     argv = nodes.training(tiny_corpus, save)
     with nodes.node(argv, port, tmp_path / "first.txt") as first:
+        nodes.wait_for(lambda: nodes.holds_a_store(port), "the first node's store")
         with nodes.node(argv, port, tmp_path / "second.txt"):
             nodes.wait_for(lambda: nodes.saved(save) >= 10, "a save")
         assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
