@@ -13,7 +13,7 @@ import io
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,7 @@ from megatron_prune.checkpoint.direct import DirectFile
 
 FILE_BYTES = 4 << 30  # a file is full when it has grown to this
 ALIGNMENT = 64
+_UNDER_WAY = 3  # records that are being hashed and written
 _STORAGES = {dtype: getattr(torch, name) for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
 _FOLDER = "archive/"
 
@@ -101,7 +102,8 @@ def _pickled(tensor: torch.Tensor) -> bytes:
 class RecordFiles:
     """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory, filled one after the other.
 
-    Not for several threads at once. ``hashes`` has the SHA-256 of every file that is closed.
+    Hashing and writing go on in threads of their own while the caller makes the next record: what it gave must not
+    change until ``close``. Not for several callers at once. ``hashes`` has the SHA-256 of every file that is closed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -109,14 +111,15 @@ class RecordFiles:
         self._file: DirectFile | None = None
         self._size = 0
         self._count = 0
+        self._hashing = ThreadPoolExecutor(1, "checkpoint-hash")
         self._disk = ThreadPoolExecutor(1, "checkpoint-disk")
-        self._writing: Future[None] | None = None
+        self._under_way: deque[tuple[Future[None], ...]] = deque()
         self.hashes: dict[str, str] = {}
 
     def append(self, make: Callable[[Any, int], list[Segment]], value: Any) -> tuple[str, int, int]:
         """Write the record ``make(value, start)``; its file, start and length.
 
-        The disk may be one record behind: an error in writing it is raised by the next call, or by ``close``.
+        The disk may be some records behind: an error in writing one is raised by a later call, or by ``close``.
         """
         if self._file is not None and self._size >= FILE_BYTES:
             self.close()
@@ -127,34 +130,44 @@ class RecordFiles:
             self._count += 1
         start = self._size
         segments = make(value, start)
-        self._wait()
-        self._writing = self._disk.submit(self._write, self._file, segments)
-        for segment in segments:
-            self._digest.update(segment)
+        self._wait(_UNDER_WAY - 1)
+        self._under_way.append(
+            (
+                self._hashing.submit(self._hash, self._digest, segments),
+                self._disk.submit(self._write, self._file, segments),
+            )
+        )
         self._size += sum(map(len, segments))
         return self._name, start, self._size - start
+
+    @staticmethod
+    def _hash(digest: hashlib._Hash, segments: list[Segment]) -> None:
+        for segment in segments:
+            digest.update(segment)
 
     @staticmethod
     def _write(file: DirectFile, segments: list[Segment]) -> None:
         for segment in segments:
             file.write(segment)
 
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+    def _wait(self, left: int) -> None:
+        """Until at most ``left`` records are under way."""
+        while len(self._under_way) > left:
+            for future in self._under_way.popleft():
+                future.result()
 
     def close(self) -> None:
         """Finish the file that is being written."""
-        self._wait()
+        self._wait(0)
         file, self._file = self._file, None
         if file is not None:
             file.close()
             self.hashes[self._name] = self._digest.hexdigest()
 
     def shutdown(self) -> None:
-        """End the thread, whatever happened before; a file that was not closed stays unfinished."""
-        self._disk.shutdown(wait=True)
+        """End the threads, whatever happened before; a file that was not closed stays unfinished."""
+        for pool in (self._hashing, self._disk):
+            pool.shutdown(wait=True, cancel_futures=True)
         if self._file is not None:
             self._file.abandon()
             self._file = None

@@ -12,7 +12,6 @@ import contextlib
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,8 +31,6 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE,
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import CheckpointError
-
-_PENDING = 2  # blocks in flight between the producer and the disk
 
 # Files of a Hugging Face model that travel beside its weights.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -96,8 +93,6 @@ class CheckpointWriter:
         self._directory.mkdir()
         self._files = RecordFiles(self._directory)
         self._stack.callback(self._files.shutdown)
-        self._worker = self._stack.enter_context(ThreadPoolExecutor(1, "checkpoint-writer"))
-        self._pending: list[Future[None]] = []
         self._parts_adopted = 0
         self._adopted: dict[str, str] = {}  # file: SHA-256
         for part in self._parts:
@@ -108,17 +103,9 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            try:
-                if error is not None:
-                    raise error
-                self._finish()
-            except BaseException:
-                self._abandon()
-                raise
-
-    def _abandon(self) -> None:
-        for future in self._pending:
-            future.cancel()
+            if error is not None:
+                raise error
+            self._finish()
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -133,7 +120,7 @@ class CheckpointWriter:
         """Add a logical weight of ``shape`` as consecutive blocks of its rows, [rows, ...] each.
 
         ``dtype`` is the stored type (the writer's by default); blocks of another type are cast. Blocks are
-        written in the background: they must not change after they are yielded.
+        hashed and written in the background: they must not change after they are yielded.
         """
         layout = self._layouts.get(name)
         if layout is None:
@@ -168,10 +155,7 @@ class CheckpointWriter:
 
     def _submit(self, layout: WeightLayout, row: int, block: torch.Tensor) -> None:
         index, sizes = self._enter(layout, (row, *(0 for _ in layout.shape[1:])), block.shape, block.dtype)
-        while len(self._pending) >= _PENDING:
-            self._pending.pop(0).result()
-        record = block.reshape(sizes).contiguous()
-        self._pending.append(self._worker.submit(self._write, index, tensor_record, record))
+        self._write(index, tensor_record, block.reshape(sizes).contiguous())
 
     def _enter(
         self, layout: WeightLayout, offsets: Sequence[int], sizes: Sequence[int], dtype: torch.dtype
@@ -228,8 +212,6 @@ class CheckpointWriter:
         missing = [name for name in self._layouts if name not in self._added]
         if missing:
             raise CheckpointError(f"{len(missing)} weights were not added, the first is {missing[0]}")
-        while self._pending:
-            self._pending.pop(0).result()
         if self._huggingface is not None:
             self._carry_along(self._huggingface)
         self._write_objects()
