@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_prune import storage
 from megatron_prune.errors import MegatronPruneError
 
 PARTIAL = ".partial-"
@@ -38,8 +39,11 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:
-    """Write a file atomically: a temporary file in the same directory, fsync, rename."""
-    path = Path(path)
+    """Write a file atomically: a temporary file in the same directory, fsync, rename. In an object store one put."""
+    path = storage.path(path)
+    if storage.is_stored(path):
+        path.write_bytes(payload)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
     try:
@@ -58,7 +62,7 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
 def read_json(path: str | Path) -> Any:
     """Read JSON; a missing or broken file is an error that names the path."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(storage.path(path).read_text())
     except FileNotFoundError as error:
         raise MegatronPruneError(f"{path} does not exist") from error
     except (ValueError, RecursionError) as error:  # also of its encoding
@@ -99,6 +103,19 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
         raise
 
 
+def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
+    """Make ``target``, which is not there, a copy of ``source``. On a disk it appears whole. In an object store a kill
+    leaves a part of it, but the file named ``last`` only when all others are there."""
+    if storage.is_stored(target):
+        storage.copy_files(source, target, last)
+        return
+    with atomic_directory(target) as scratch:
+        if storage.is_stored(source):
+            storage.copy_files(source, scratch)
+        else:
+            shutil.copytree(source, scratch, dirs_exist_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -109,7 +126,7 @@ def _sync(path: Path) -> None:
 
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's content, read in pieces."""
-    with open(path, "rb") as handle:
+    with storage.path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

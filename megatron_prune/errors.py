@@ -34,6 +34,10 @@ class MasksError(CheckpointError):
     """Masks that are missing, damaged, of another model, or contradicted by the weights."""
 
 
+class StorageError(MegatronPruneError):
+    """An object store that did not answer as it should; nothing is known of what it holds."""
+
+
 class PlanError(MegatronPruneError):
     """A pruning plan that contradicts itself or belongs to another parent."""
 

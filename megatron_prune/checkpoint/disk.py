@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_prune import storage
 from megatron_prune.errors import CheckpointError
 
 
 def check_space(target: Path, needed: int) -> None:
     """Refuse to start on something of ``needed`` bytes that ``target``'s file system cannot hold."""
+    if storage.is_stored(target):
+        return
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
@@ -26,7 +29,7 @@ def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[
     try:
         yield
     except BaseException as error:
-        if not _is_full_disk(error):
+        if not _is_full_disk(error) or storage.is_stored(target):
             raise
         free = shutil.disk_usage(target.absolute().parent).free
         raise CheckpointError(
@@ -43,7 +46,7 @@ def explain_failed_save(save: Path | None) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError) as error:
-        if save is None or not save.is_dir():
+        if save is None or storage.is_stored(save) or not save.is_dir():
             raise
         usage = shutil.disk_usage(save)
         if usage.free > max(16 << 20, usage.total // 1000) and not _is_full_disk(error):

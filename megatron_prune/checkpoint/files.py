@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.checkpoint import stored_record
 from megatron_prune.checkpoint.index import Box, Piece
 from megatron_prune.errors import CheckpointError
@@ -17,12 +17,8 @@ class StoredFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._descriptors: dict[str, int] = {}
+        self._handles: dict[str, storage.LocalBytes | storage.StoredBytes] = {}
         self._records: dict[tuple[str, int], stored_record.Record] = {}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
 
     def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
         """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
@@ -59,27 +55,27 @@ class StoredFiles:
 
     def read_bytes(self, name: str, start: int, length: int) -> bytes:
         """Bytes [start, start + length) of a file. Raises CheckpointError where it ends before."""
-        found = os.pread(self._open(name), length, start)
+        found = self._open(name).read(length, start)
         if len(found) < length:
             raise CheckpointError(f"{self._directory / name} is truncated: it ends before {start + length}")
         return found
 
-    def _open(self, name: str) -> int:
-        if name not in self._descriptors:
+    def _open(self, name: str) -> storage.LocalBytes | storage.StoredBytes:
+        if name not in self._handles:
             try:
-                self._descriptors[name] = os.open(self._directory / name, os.O_RDONLY)
+                self._handles[name] = storage.open_bytes(self._directory / name)
             except OSError as error:
-                raise CheckpointError(f"{self._directory / name} cannot be read: {error.strerror}") from error
-        return self._descriptors[name]
+                raise CheckpointError(f"{self._directory / name} cannot be read: {error.strerror or error}") from error
+        return self._handles[name]
 
     def _read_into(self, target: torch.Tensor, name: str, start: int) -> None:
         if target.numel() == 0:
             return
         view = memoryview(target.view(-1).view(torch.uint8).numpy())
-        descriptor = self._open(name)
+        handle = self._open(name)
         done = 0
         while done < len(view):
-            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], start + done)
+            got = handle.read_into(view[done:], start + done)
             if got == 0:
                 raise CheckpointError(
                     f"{self._directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}"

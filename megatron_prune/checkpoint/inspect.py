@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.index import is_weight
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint
@@ -54,8 +55,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
         "format": checkpoint.format,
         "files": {
             str(path.relative_to(checkpoint.directory)): path.stat().st_size
-            for path in sorted(checkpoint.directory.rglob("*"))
-            if path.is_file()
+            for path in storage.files(checkpoint.directory)
         },
         "tensors": tensors,
         "other_tensors": sum(not is_weight(key) for key in checkpoint.stored),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
 from megatron_prune.checkpoint.safe_objects import load_legacy
@@ -54,6 +55,12 @@ class LegacySource:
     format = "torch"
 
     def __init__(self, directory: Path) -> None:
+        if storage.is_stored(directory):
+            raise CheckpointError(
+                f"{directory} holds legacy per-rank files, which are mapped into memory, and which Megatron too reads "
+                "from disks alone: copy it to one, or make a torch_dist checkpoint of it with "
+                "tools/convert_checkpoint.py rewrite"
+            )
         self._directory = directory
         self._files = {rank: f"{name}/{RANK_FILE}" for rank, name in self._folders().items()}
         self._states = {rank: load_legacy(directory / file) for rank, file in self._files.items()}

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.artifacts import read_json, sha256_file
 from megatron_prune.checkpoint import index, tracker
-from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.legacy import LegacySource, is_legacy
 from megatron_prune.checkpoint.torch_dist import TorchDistSource
@@ -138,6 +138,8 @@ class Checkpoint:
         """
         own = self.root / HUGGINGFACE_FOLDER
         named = self.args.get("tokenizer_model")
+        if storage.is_stored(own) and own.is_dir():
+            return storage.fetched(own)  # who reads tokenizers reads files of a disk
         if not own.is_dir() and self.args.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str):
             own = Path(named)
         return own if own.is_dir() else None
@@ -150,14 +152,17 @@ class Checkpoint:
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for name in self.names:
-            spec = self.spec(name)
-            digest.update(json.dumps([name, list(spec.shape), str(spec.dtype)]).encode())
-            numel = torch.Size(spec.shape).numel()
-            count = min(FINGERPRINT_ELEMENTS, numel)
-            for i in range(count):
-                digest.update(self._element(name, i * (numel - 1) // max(1, count - 1)))
+        for part in storage.each(self._sample, list(self.names), self.directory):
+            digest.update(part)
         return digest.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        """A weight's name, shape, type and evenly spaced elements."""
+        spec = self.spec(name)
+        numel = torch.Size(spec.shape).numel()
+        count = min(FINGERPRINT_ELEMENTS, numel)
+        elements = (self._element(name, i * (numel - 1) // max(1, count - 1)) for i in range(count))
+        return json.dumps([name, list(spec.shape), str(spec.dtype)]).encode() + b"".join(elements)
 
     def full_hash(self) -> str:
         """SHA-256 over every logical tensor's name, shape, type and all its numbers: like ``fingerprint``, but
@@ -227,6 +232,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, before any weight is read, when it is missing, incomplete, truncated,
     hostile, or not a dense GPT.
     """
-    refuse_remote("--load", path)
-    found = tracker.resolve(Path(path))
+    storage.refuse_unusable("--load", path)
+    found = tracker.resolve(storage.path(path))
     return Checkpoint(found.directory, root=found.root, iteration=found.iteration, release=found.release)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune.checkpoint.safe_objects import Opaque
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, StorageError
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
@@ -81,6 +81,8 @@ def load_metadata(directory: Path) -> dcp.Metadata:
         payload = path.read_bytes()
         _refuse_absurd(payload)
         metadata = _MetadataUnpickler(io.BytesIO(payload)).load()
+    except StorageError:
+        raise
     except Exception as error:  # a broken pickle can raise anything
         raise CheckpointError(f"{path} is refused: {error}") from error
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.storage_data, dict):

@@ -4,7 +4,6 @@ into tensors. ``locate`` reads a record's own index and gives the byte range; no
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.safe_objects import refuse_compression
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, StorageError
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,6 @@ class Record:
                 return False
             expected *= extent
         return True
-
-
-class _Window(io.RawIOBase):
-    """Bytes [start, start + length) of a file as a seekable stream, read by position."""
-
-    def __init__(self, descriptor: int, start: int, length: int) -> None:
-        self._descriptor, self._start, self._length, self._position = descriptor, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = max(0, offset + (0, self._position, self._length)[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        count = max(0, min(len(view), self._length - self._position))
-        got = os.preadv(self._descriptor, [view[:count]], self._start + self._position) if count else 0
-        self._position += got
-        return got
 
 
 _STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
@@ -86,14 +59,14 @@ class _TensorUnpickler(pickle.Unpickler):
         return dtype, str(key), int(numel)
 
 
-def locate(descriptor: int, start: int, length: int, origin: str) -> Record:
+def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length: int, origin: str) -> Record:
     """Find the raw numbers of the ``torch.save`` record in bytes [start, start + length) of an open file.
 
     Nothing in the record is executed. Raises CheckpointError naming ``origin`` for a record that is
     truncated, compressed, big-endian, or not one plain tensor.
     """
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(descriptor, start, length))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(storage.Window(handle, start, length))) as archive:
             refuse_compression(archive)
             entries = {name.split("/", 1)[-1]: entry for name, entry in archive.NameToInfo.items()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
@@ -103,7 +76,7 @@ def locate(descriptor: int, start: int, length: int, origin: str) -> Record:
             ).load()
             entry = entries[f"data/{key}"]
         # The local header says how much padding precedes the numbers.
-        header = os.pread(descriptor, 30, start + entry.header_offset)
+        header = handle.read(30, start + entry.header_offset)
         if header[:4] != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its numbers are compressed or missing")
         begin = (
@@ -115,6 +88,8 @@ def locate(descriptor: int, start: int, length: int, origin: str) -> Record:
             raise ValueError("it is shorter than it says")
         if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (not empty and last > numel):
             raise ValueError("its view reaches beyond its storage")
+    except StorageError:
+        raise
     except Exception as error:  # a damaged archive can raise anything
         raise CheckpointError(f"{origin} is truncated or damaged: {error}") from error
     return Record(start + begin + first * dtype.itemsize, dtype, size, stride)

@@ -1,6 +1,6 @@
 """Which iteration of a save directory is the latest whole one, and the tracker file that says so.
 
-Megatron rewrites ``latest_checkpointed_iteration.txt`` in place: a process killed there leaves it
+Megatron rewrites ``latest_checkpointed_iteration.txt`` in place (on a disk): a process killed there leaves it
 empty, and loading then ends the program with exit code 0. ``repair_tracker`` points it to the newest
 complete iteration; readers find that iteration without writing anything.
 """
@@ -12,9 +12,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune import storage
 from megatron_prune.artifacts import read_json, write_bytes
 from megatron_prune.checkpoint.foreign import refuse_foreign
-from megatron_prune.errors import CheckpointError, MegatronPruneError
+from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _TRACKER_BYTES = 20  # no iteration has so many digits
@@ -33,7 +34,7 @@ class Found:
 
 def iteration_directory(root: str | Path, iteration: int) -> Path:
     """``root/iter_0000100``"""
-    return Path(root) / f"iter_{iteration:07d}"
+    return storage.path(root) / f"iter_{iteration:07d}"
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -44,7 +45,7 @@ def is_complete(directory: str | Path) -> bool:
     """
     from megatron_prune.checkpoint import index, legacy, safe
 
-    directory = Path(directory)
+    directory = storage.path(directory)
     try:
         if legacy.is_legacy(directory):
             legacy.LegacySource(directory)
@@ -55,6 +56,8 @@ def is_complete(directory: str | Path) -> bool:
         for info in (safe.load_metadata(directory).storage_data or {}).values():
             needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
         index.check_files(directory, needed)
+    except StorageError:
+        raise  # it may be complete
     except (MegatronPruneError, OSError, TypeError):
         return False
     return True
@@ -66,7 +69,7 @@ def find_iteration(root: str | Path) -> Found | None:
 
     Raises CheckpointError when the tracker names a directory that does not exist or is incomplete.
     """
-    root = Path(root)
+    root = storage.path(root)
     tracked = _tracked(root)
     if tracked is not None:
         if not tracked.directory.is_dir():
@@ -77,7 +80,8 @@ def find_iteration(root: str | Path) -> Found | None:
 
 def is_sound(root: str | Path) -> bool:
     """True where Megatron can read the tracker, or there is none."""
-    return _tracked(Path(root)) is not None or not (Path(root) / TRACKER_FILE).exists()
+    root = storage.path(root)
+    return _tracked(root) is not None or not (root / TRACKER_FILE).exists()
 
 
 def repair_tracker(root: str | Path) -> Path | None:
@@ -91,7 +95,7 @@ def repair_tracker(root: str | Path) -> Path | None:
     """
     from megatron_prune.checkpoint.legacy import is_legacy
 
-    root = Path(root)
+    root = storage.path(root)
     tracked = _tracked(root)
     if tracked is not None and is_complete(tracked.directory):
         return tracked.directory
@@ -153,8 +157,7 @@ def _tracked(root: Path) -> Found | None:
     """What a sound tracker says; None where it is missing, empty or broken."""
     if not (root / TRACKER_FILE).is_file():
         return None
-    with open(root / TRACKER_FILE, "rb") as handle:
-        text = handle.read(_TRACKER_BYTES).decode(errors="replace").strip()
+    text = storage.open_bytes(root / TRACKER_FILE).read(_TRACKER_BYTES, 0).decode(errors="replace").strip()
     if text == "release":
         return Found(root, root / "release", 0, True)
     if text.isascii() and text.isdigit() and len(text) < _TRACKER_BYTES:

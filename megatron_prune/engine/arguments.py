@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_prune.checkpoint.foreign import refuse_object_stores
+from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
-from megatron_prune.engine import cpu, fp8
+from megatron_prune.engine import cpu, fp8, stores
 from megatron_prune.errors import CheckpointError, UsageError
 
 Complete = Callable[[argparse.Namespace, list[str]], None]
@@ -35,11 +35,12 @@ def parse(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    refuse_object_stores(argv)
+    stores.refuse_unusable(verb, argv)
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_own_flags(_mend_help(parser))))
     _refuse_missing_gpu(args)
+    stores.refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
     if not given(argv, "--use-tokenizer-model-from-checkpoint-args"):
@@ -175,7 +176,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is None:
             continue
-        path = Path(value)
+        path = storage.path(value)
         if name == "load" and args.save is not None and not path.exists():
             continue  # a run that resumes from its own save directory, which does not exist yet
         if name != "load" and not path.exists():
@@ -193,8 +194,8 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
             setattr(args, name, str(path.parent))
         root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
         _repair(args, root)
-    if args.save is not None and Path(args.save).is_dir():
-        _repair(args, Path(args.save))
+    if args.save is not None and storage.path(args.save).is_dir():
+        _repair(args, storage.path(args.save))
 
 
 def _repair(args: argparse.Namespace, root: Path) -> None:
@@ -209,4 +210,4 @@ def _latest(root: Path) -> str | None:
 
 
 def _has_checkpoint(path: str | None) -> bool:
-    return path is not None and Path(path).is_dir() and find_iteration(Path(path)) is not None
+    return path is not None and storage.path(path).is_dir() and find_iteration(path) is not None

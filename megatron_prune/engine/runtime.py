@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.engine import cpu, torch_adam
@@ -97,7 +98,7 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 
 def loaded_directory(args: argparse.Namespace) -> Path:
     """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if one is given."""
-    return iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else Path(args.load)
+    return iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else storage.path(args.load)
 
 
 def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> None:

@@ -23,6 +23,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prune import storage
 from megatron_prune.artifacts import atomic_directory
 from megatron_prune.checkpoint.disk import check_space
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
@@ -112,7 +113,7 @@ def save(
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, entries)
     together = {name: entry for of_rank in everywhere for name, entry in of_rank.items()}
-    target = Path(folder).absolute()
+    target = storage.path(folder).absolute()
     needed = sum(e.shape[0] * (bits.bytes_of(e.shape[1]) if e.packed else e.shape[1]) for e in together.values())
     _on_first_rank(lambda: check_space(target, needed))
     with _atomic_together(target) as scratch:
@@ -159,7 +160,12 @@ def _save(state: dict[str, list[Any]], scratch: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _atomic_together(folder: Path) -> Iterator[Path]:
-    """The first rank's ``atomic_directory``, for all ranks: on all of them it is there afterwards, or an error is."""
+    """The first rank's ``atomic_directory``, for all ranks: on all of them it is there afterwards, or an error is.
+
+    In an object store it is ``folder`` itself: ``masks.json``, written last, makes it whole."""
+    if storage.is_stored(folder):
+        yield folder
+        return
     with contextlib.ExitStack() as stack:
         scratch = _on_first_rank(lambda: str(stack.enter_context(atomic_directory(folder))))
         yield Path(scratch)

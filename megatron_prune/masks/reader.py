@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.artifacts import read_json, sha256_json
 from megatron_prune.checkpoint import index, safe
 from megatron_prune.checkpoint.files import StoredFiles
@@ -140,7 +141,7 @@ class Masks:
 
 def open_masks(path: str | Path) -> Masks:
     """Open a ``masks`` folder. Raises MasksError when it is missing, truncated, hostile, or contradicts itself."""
-    folder = Path(path).absolute()
+    folder = storage.path(path).absolute()
     if not (folder / MASKS_FILE).is_file():
         raise MasksError(f"{folder} has no {MASKS_FILE}: no masks, or their writing was not finished")
     with as_masks_error():
@@ -164,7 +165,8 @@ def open_masks(path: str | Path) -> Masks:
 
 def find_masks(root: str | Path) -> Path | None:
     """The masks of the checkpoint ``root`` (or of the root of one of its iterations), if it has any."""
-    for folder in (Path(root), *([Path(root).parent] if (Path(root) / "metadata.json").is_file() else [])):
+    root = storage.path(root)
+    for folder in (root, *([root.parent] if (root / "metadata.json").is_file() else [])):
         if (folder / MASKS).is_dir():
             return folder / MASKS
     return None

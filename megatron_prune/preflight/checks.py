@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_prune import storage as places
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.engine.rehearsal import Rehearsal
@@ -291,7 +292,7 @@ def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megatron_prune.training.account import trained_on
 
     path = args.pretrained_checkpoint
-    return trained_on(Path(path)) if path and Path(path).is_dir() else []
+    return trained_on(places.path(path)) if path and places.path(path).is_dir() else []
 
 
 def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
@@ -302,14 +303,14 @@ def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
     args = rehearsal.args
     for flag, path in question.absent.items():
         yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
-    own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
+    own = args.load is not None and places.path(args.load).is_dir() and find_iteration(args.load) is not None
     flag, path = ("--load", args.load) if own or not args.pretrained_checkpoint else (
         "--pretrained-checkpoint", args.pretrained_checkpoint
     )  # fmt: skip
     if path is None or (flag == "--load" and not own and path == args.save):
         if not question.absent:
             yield Finding("start", "yes", "from random weights")
-    elif not Path(path).is_dir():
+    elif not places.path(path).is_dir():
         yield Finding("start", "not checked", f"{flag} {path} is not on this machine")
     else:
         try:
@@ -331,7 +332,7 @@ def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
 def _masks(args: argparse.Namespace) -> Finding:
     from megatron_prune.training import masked
 
-    if not Path(args.masks).is_dir():
+    if not places.path(args.masks).is_dir():
         return Finding("masks", "not checked", f"--masks {args.masks} is not on this machine")
     try:
         chosen = masked.choose(args)
@@ -348,6 +349,8 @@ def storage(args: argparse.Namespace, shape: ModelShape, steps: int) -> Finding:
     one, kept = cost.checkpoint_bytes(args, shape), cost.saves_kept(args, steps)
     facts: dict[str, Any] = {"checkpoint": one, "kept": kept, "total": one * kept}
     words = f"{kept} checkpoints of {one / 1e9:,.1f} GB: {one * kept / 1e12:,.2f} TB"
+    if places.is_stored(args.save):
+        return Finding("storage", "yes", f"{words} (an object store is not asked what it has room for)", facts)
     parent = next((folder for folder in Path(args.save).absolute().parents if folder.is_dir()), None)
     if parent is None or not Path(args.save).absolute().parent.is_dir():
         return Finding("storage", "yes", f"{words} (free space not checked: {args.save} is not here)", facts)

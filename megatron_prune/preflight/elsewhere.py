@@ -10,6 +10,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune import storage
+from megatron_prune.engine import stores
 from megatron_prune.errors import UsageError
 
 STARTS = ("--pretrained-checkpoint", "--shape-from")
@@ -24,7 +26,15 @@ class CommandLine:
 
 
 def resolve(argv: list[str], model: str | None) -> CommandLine:
-    """Leave out what is elsewhere. UsageError where the model's arguments are there, and no ``model`` says them."""
+    """Leave out what is elsewhere, or in a store that does not answer here.
+
+    UsageError where the model's arguments are there, and no ``model`` says them; UsageError or StorageError where the
+    store of ``--load`` or ``--save`` cannot be asked."""
+    stores.refuse_malformed(argv)
+    for flag in ("--load", "--save"):  # a rehearsal asks for them
+        if (value := _value(argv, flag)) is not None and storage.is_stored(value):
+            storage.refuse_unusable(flag, value)
+            storage.path(value).exists()
     load, pretrained, scratch = (_value(argv, flag) for flag in ("--load", *STARTS))
     starts = zip(STARTS, (pretrained, scratch), strict=True)
     absent = {flag: path for flag, path in starts if path is not None and _is_absent(path)}
@@ -63,7 +73,9 @@ def read_flags(path: str | Path) -> list[str]:
 
 
 def _is_absent(path: str | None) -> bool:
-    return path is not None and not Path(path).exists()
+    if path is None or (storage.is_stored(path) and not storage.is_reachable(path)):
+        return path is not None
+    return not storage.path(path).exists()
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -14,10 +14,11 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
@@ -136,19 +137,23 @@ class Recorder:
     def __init__(self, account: Account, save: Path):
         self.account, self.save = account, save
         self.began = time.time()
-        self._file: TextIO | None = None
+        self._table: storage.GrowingText | None = None
 
     def step(self, step: int, loss: float, learning_rate: float | None, grad_norm: float | None) -> None:
         """Record one finished step (counted from 1)."""
-        table = self._file or self._begin(step)
+        table = self._table or self._begin(step)
         row = (step, step * self.account.global_batch_size, loss, learning_rate, grad_norm)
         csv.writer(table).writerow(["" if value is None else value for value in row])
-        table.flush()
         if step == 1:
             self.account.initial_loss = _finite(loss)
         self.account.final_loss = _finite(loss)
 
-    def _begin(self, first: int) -> TextIO:
+    def settle(self) -> None:
+        """Return when every step so far is in the table, wherever that lies."""
+        if self._table is not None:
+            self._table.settle()
+
+    def _begin(self, first: int) -> storage.GrowingText:
         """Open the table for the step that this attempt starts with; drop what it will replay."""
         path, account = self.save / LOSSES, self.account
         kept: list[list[str]] = []
@@ -164,10 +169,10 @@ class Recorder:
         table = io.StringIO()
         csv.writer(table).writerows([COLUMNS, *kept])
         write_bytes(path, table.getvalue().encode())
-        self._file = open(path, "a", newline="")
+        self._table = storage.GrowingText(path, table.getvalue())
         account.attempts.append({"began": self.began, "from_step": first})
         account.write(self.save)
-        return self._file
+        return self._table
 
     def end_killed_attempt(self) -> None:
         """Give the attempt before this one its time if it was killed: its last sign of life is its last row."""
@@ -178,8 +183,8 @@ class Recorder:
     def finish(self, *, complete: bool, parameters_nonzero: int) -> None:
         """Close the table and write the account's last state."""
         account = self.account
-        if self._file is not None:
-            self._file.close()
+        if self._table is not None:
+            self._table.close()
             account.attempts[-1]["seconds"] = round(time.time() - self.began, 3)
         account.wall_seconds = round(sum(a.get("seconds", 0.0) for a in account.attempts), 3)
         replayed = sum(last - first + 1 for first, last in account.replayed)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_prune import storage
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import MasksError, UsageError
-from megatron_prune.masks import MASKS, Masks, find_masks, open_masks
+from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
 from megatron_prune.training.account import ACCOUNT
 from megatron_prune.training.random_masks import RandomMasks
 
@@ -97,8 +98,9 @@ def choose(args: argparse.Namespace) -> Choice | None:
     MasksError where the masks are missing, damaged or of another model.
     """
     folder = _where(args)
-    own = bool(args.save) and find_masks(args.save) is not None
-    account = read_json(Path(args.save, ACCOUNT)) if args.save and Path(args.save, ACCOUNT).exists() else None
+    own = _own(args) is not None
+    save = storage.path(args.save) if args.save else None
+    account = read_json(save / ACCOUNT) if save is not None and (save / ACCOUNT).exists() else None
     if account is not None and account["masks"] is None and folder is not None:
         raise UsageError(
             "--masks", given=folder, allowed=f"nothing, or another --save: {args.save} holds a dense run"
@@ -129,15 +131,23 @@ def choose(args: argparse.Namespace) -> Choice | None:
 
 def _where(args: argparse.Namespace) -> Path | None:
     """The masks that the run has, or begins with, or inherits from the masked run that it goes on from."""
-    own = find_masks(args.save) if args.save else None
+    own = _own(args)
     if own is not None or args.masks:
-        return own or Path(args.masks)
+        return own or storage.path(args.masks)
     inherited = find_masks(args.load) if args.load and not args.finetune else None
     return inherited if inherited is not None and _holds_checkpoint(args.load) else None
 
 
+def _own(args: argparse.Namespace) -> Path | None:
+    """The masks of the run in ``--save``. In a store, a run that was killed before it began may have left a part."""
+    found = find_masks(args.save) if args.save else None
+    if found is None or not storage.is_stored(found) or (found / MASKS_FILE).exists():
+        return found
+    return found if (found.parent / ACCOUNT).exists() else None
+
+
 def _holds_checkpoint(path: str | None) -> bool:
-    return path is not None and Path(path).is_dir() and find_iteration(Path(path)) is not None
+    return path is not None and storage.path(path).is_dir() and find_iteration(path) is not None
 
 
 def _equal(given: Masks, own: Masks) -> bool:

@@ -10,8 +10,8 @@ the launch that begins, and for no other.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import UsageError
@@ -32,6 +32,6 @@ def begin_with_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _loads_weights_alone(args: argparse.Namespace) -> bool:
-    if args.load is None or not Path(args.load).is_dir() or find_iteration(Path(args.load)) is None:
+    if args.load is None or not storage.path(args.load).is_dir() or find_iteration(args.load) is None:
         return args.pretrained_checkpoint is not None
     return args.finetune or args.no_load_optim or open_checkpoint(args.load).release

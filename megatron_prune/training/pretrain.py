@@ -10,14 +10,14 @@ import argparse
 import functools
 import inspect
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_prune.artifacts import atomic_directory
+from megatron_prune import storage
+from megatron_prune.artifacts import copy_directory
 from megatron_prune.checkpoint.disk import explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
@@ -52,7 +52,7 @@ from megatron_prune.training.masters import begin_with_checkpoint
 def main(argv: list[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before."""
     args = runtime.start("pretrain", argv, _add_arguments, complete=_complete)
-    save = Path(args.save) if args.save else None
+    save = storage.path(args.save) if args.save else None
     if save is not None:
         refuse_other_run(save, _identity(args))
     chosen = choose(args)
@@ -114,7 +114,7 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     """Where the weights come from: the run's own checkpoint, a pretrained one, or nowhere."""
     from megatron_prune.checkpoint.tracker import find_iteration
 
-    own = args.load is not None and Path(args.load).is_dir() and find_iteration(Path(args.load)) is not None
+    own = args.load is not None and storage.path(args.load).is_dir() and find_iteration(args.load) is not None
     if args.rank not in (0, args.world_size - 1):  # who refuses, and who keeps the account
         return None
     flag, path = ("--load", args.load) if own else ("--pretrained-checkpoint", args.pretrained_checkpoint)
@@ -146,6 +146,7 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
         zeros.attach(config, training)
     recorder = _OnFirstStep(args, save, initial, provider, zeros)
     training.training_log = recorder.wrap(training.training_log)
+    training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
     model: list[torch.nn.Module] = []
 
     def keep(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -204,6 +205,17 @@ class _OnFirstStep:
 
         return listening
 
+    def settle_before(self, save: Any) -> Any:
+        """Megatron's ``save_checkpoint``, and before it every loss in the table: a run that goes on lacks none."""
+
+        @functools.wraps(save)
+        def settled(*positional: Any, **named: Any) -> Any:
+            if self.recorder is not None:
+                self.recorder.settle()
+            return save(*positional, **named)
+
+        return settled
+
     def _open(self) -> Recorder:
         assert self.save is not None
         args = self.args
@@ -237,9 +249,9 @@ def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
     """Copy the tokenizer and Hugging Face config that came with the model, for evaluation and export."""
     source = args.pretrained_checkpoint or args.shape_from
     folder = open_checkpoint(source).huggingface if source else None
-    if folder is not None and not (save / HUGGINGFACE_FOLDER).exists():
-        with atomic_directory(save / HUGGINGFACE_FOLDER) as scratch:
-            shutil.copytree(folder, scratch, dirs_exist_ok=True)
+    # In a store, what is there may be a part of it: a run before this one may have been killed.
+    if folder is not None and (storage.is_stored(save) or not (save / HUGGINGFACE_FOLDER).exists()):
+        copy_directory(folder, save / HUGGINGFACE_FOLDER)
 
 
 def _unique_tokens(train: Any, args: argparse.Namespace) -> int:

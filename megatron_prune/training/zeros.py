@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from typing import Any
 
 import torch
 
-from megatron_prune.artifacts import atomic_directory
+from megatron_prune import storage
+from megatron_prune.artifacts import copy_directory
 from megatron_prune.checkpoint.disk import explain_full_disk
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import MASKS, Masks, find_masks, open_masks
+from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
 from megatron_prune.masks.verify import check_bits
 from megatron_prune.training.masked import Choice
 
@@ -131,15 +131,15 @@ class Zeros:
         """Make the masks the run's own, in its save directory. Collective."""
         from megatron_prune.masks import megatron
 
-        masks, folder = self.chosen.masks, Path(self.args.save, MASKS)
+        masks, folder = self.chosen.masks, storage.path(self.args.save) / MASKS
         if self.chosen.drawn:
             kept = {held.parameter: held.bits != _REMOVED for held in self.held}
             megatron.save(folder, chunks, kept, {name: entry.pattern for name, entry in masks.entries.items()})
             self.hash = open_masks(folder).hash
             return
         if torch.distributed.get_rank() == 0:
-            with explain_full_disk(folder), atomic_directory(folder) as scratch:
-                shutil.copytree(masks.folder, scratch, dirs_exist_ok=True)
+            with explain_full_disk(folder):
+                copy_directory(masks.folder, folder, last=MASKS_FILE)
         torch.distributed.barrier()
 
     def _then_audit(self, setup: Callable[..., Any]) -> Callable[..., Any]:
