@@ -65,6 +65,8 @@ setup(
     extras_require={
         "datasets": ["datasets>=3.0"],
         "eval": ["lm-eval>=0.4.8"],
+        # The stores' own clients come with its extras: multi-storage-client[boto3], …
+        "msc": ["multi-storage-client>=1.3"],
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
         "dev": [
             "pytest>=8.2",
@@ -74,6 +76,10 @@ setup(
             "mypy>=1.13",
             "datasets>=3.0",
             "gguf>=0.10",
+            "multi-storage-client[boto3]>=1.3",
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=4",
             "types-PyYAML",
             "types-tqdm",
         ],

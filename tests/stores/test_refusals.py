@@ -1,0 +1,64 @@
+"""What cannot work with a store is refused by its flag, before anything starts."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_prune.engine import stores
+from megatron_prune.errors import UsageError
+from tests.training.small import MODEL, recipe
+
+ON = "--enable-msc"
+
+
+ADDRESSES = {  # what is said after "given …, "
+    "--load msc://disk/x": "allowed is an object store only with --enable-msc",
+    "--save=msc://disk/x": "allowed is an object store only with --enable-msc",
+    f"{ON} --pretrained-checkpoint s3://b/x": "allowed is a directory, or msc://PROFILE",
+    f"{ON} --masks gs://b/x": "allowed is a directory, or msc://PROFILE",
+    f"{ON} --load msc://other/x": 'allowed is a profile of MSC_CONFIG (Profile "other"',
+    f"{ON} --ckpt-convert-save msc://disk/x": "allowed is a directory of this machine",
+}
+
+
+@pytest.mark.parametrize("line", ADDRESSES)
+def test_addresses(configured, job, line):
+    done = job(["pretrain", *line.split()])
+    flag, value = line.replace("=", " ").split()[-2:]
+    assert done.returncode == 2 and f"{flag}: given {value}, {ADDRESSES[line]}" in done.output, done.output
+    assert "Traceback" not in done.output and "arguments" not in done.output
+
+
+ON_DISKS = {
+    "--save-retain-interval 4": "--save-retain-interval: given 4, .*rmtree",
+    "--log-progress": "--log-progress: given on, .*appends",
+    "--ckpt-format torch": "--ckpt-format: given torch, allowed is torch_dist, where --save is in an object store",
+    "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: given global, .*rmtree",
+    "--wandb-project p": "--wandb-save-dir: given nothing",
+}
+
+
+@pytest.mark.parametrize("flags", ON_DISKS)
+def test_what_megatron_does_on_disks_alone(disk, job, tmp_path, flags):
+    done = job(["pretrain", *MODEL, *recipe(tmp_path / "none", "0:8", disk("run")), ON, *flags.split()])
+    assert done.returncode == 2 and "Traceback" not in done.output, done.output
+    assert re.search(ON_DISKS[flags], done.output), done.output
+    assert not disk.path("run").exists()
+
+
+def test_verbs_that_rename_what_they_wrote(disk, job, tmp_path):
+    for verb in ("sparsify", "prune"):
+        words = ["--load", tmp_path, "--method", "magnitude", "--ratio", "0.5", "--save", disk("run"), ON]
+        done = job([verb, *words])
+        assert done.returncode == 2 and "object stores rename no directories" in done.output, done.output
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setattr(stores.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--enable-msc: given on, .*pip install 'megatron-prune\[msc\]'"):
+        stores.refuse_unusable("pretrain", [ON])
+    with pytest.raises(UsageError, match="--enable-msc: given on"):
+        stores.refuse_unusable("pretrain", ["--load", "msc://disk/x", ON])
+    stores.refuse_unusable("pretrain", ["--load", "/a/directory"])
