@@ -1,9 +1,9 @@
 """The account of a training run: which samples it consumed, how, and what it cost.
 
-``losses.csv`` grows by a row a step while the run goes on; ``account.json`` says what the run is
-from its first step and that it is complete after its last. Both lie in the save directory. A run
-that was killed and resumed keeps one account: rows past the checkpoint that it resumed from are
-dropped and listed as replayed.
+``losses.csv`` grows by a row a step while the run goes on (in an object store by several at a time, and
+before every save); ``account.json`` says what the run is from its first step and that it is complete
+after its last. Both lie in the save directory. A run that was killed and resumed keeps one account:
+rows past the checkpoint that it resumed from are dropped and listed as replayed (those that a store has).
 """
 
 from __future__ import annotations

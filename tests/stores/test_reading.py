@@ -14,9 +14,16 @@ from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.masks import open_masks
 from tests.checkpoint import small
-from tests.training.small import MODEL, layout
+from tests.training.small import MODEL
 
 MSC = "--enable-msc"
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, small.TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def there(s3, tiny_parent):
 def test_evaluate(there, tiny_parent, tiny_corpus, tmp_path, job):
     for load, output, more in ((tiny_parent, "here", []), (there, "there", [MSC])):
         job(["evaluate", "--load", load, "--use-checkpoint-args", "--seq-length", 32, "--windows", 4, "--data-path",
-             tiny_corpus, "--output", tmp_path / output, *more, *layout(2)], nproc=2).ok()  # fmt: skip
+             tiny_corpus, "--output", tmp_path / output, *more]).ok()  # fmt: skip
     here, found = read_json(tmp_path / "here"), read_json(tmp_path / "there")
     assert found["corpora"] == here["corpora"]
     assert found["checkpoint"]["fingerprint"] == here["checkpoint"]["fingerprint"]
@@ -60,13 +67,26 @@ def test_sparsify_and_apply_make_here_what_they_read_there(there, tiny_parent, t
     assert names[0] == names[1] and "tokenizer.json" in names[1]
 
 
+def test_rewrite_and_export_with_masks(s3, tiny_pruned, tmp_path):
+    pruned = tiny_pruned("2:4").path
+    there, convert = s3.put(pruned, "pruned"), tool("convert_checkpoint")
+    for load, name in ((str(pruned), "here"), (there, "there")):
+        more = ["--load", load, "--workers", "2"]
+        assert convert(["rewrite", *more, "--save", str(tmp_path / name), "--verify-integrity"]) == 0
+        assert convert(["export", *more, "--hf", str(tmp_path / f"{name}-hf")]) == 0
+    made = [open_checkpoint(tmp_path / name) for name in ("here", "there")]
+    assert made[0].full_hash() == made[1].full_hash()
+    assert open_masks(made[0].root / "masks").hash == open_masks(made[1].root / "masks").hash
+    here, found = tmp_path / "here-hf", tmp_path / "there-hf"
+    assert {file.name: file.read_bytes() for file in here.iterdir()} == {
+        file.name: file.read_bytes() for file in found.iterdir()
+    }
+
+
 def test_inspect(there, tiny_parent, capsys):
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", small.TOOLS / "inspect_checkpoint.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    found = []
+    inspect, found = tool("inspect_checkpoint"), []
     for load in (str(tiny_parent), there):
-        assert tool.main([load, "--json", "--sparsity", "--full-hash", "--verify-integrity"]) == 0
+        assert inspect([load, "--json", "--sparsity", "--full-hash", "--verify-integrity"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     for description in found:
         for key in ("root", "directory", "huggingface", "flags"):

@@ -80,7 +80,7 @@ def test_ranks_share_a_store_and_another_layout_goes_on(reference, tiny_corpus, 
     open_checkpoint(s3("run")).verify(hashes=True)
 
 
-def test_a_pruned_start_from_a_s3(tiny_parent, tiny_corpus, s3, tmp_path, job):
+def test_a_pruned_start_from_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job):
     """``--pretrained-checkpoint`` there and ``--save`` here, the other way round, and both there."""
     local = tmp_path / "pruned"
     apply_plan(tiny_parent, any_plan(open_checkpoint(tiny_parent)), local)
@@ -108,26 +108,26 @@ def test_a_pruned_start_from_a_s3(tiny_parent, tiny_corpus, s3, tmp_path, job):
     assert seen.returncode == 2 and "both would see 64:88" in seen.output
 
 
-def test_masks_go_along_and_are_found_again(tiny_pruned, tiny_corpus, s3, tmp_path, job):
+def test_masks_go_along_and_are_found_again(tiny_pruned, tiny_corpus, disk, tmp_path, job):
     pruned = tiny_pruned("2:4")
-    there = s3.put(pruned.path, "pruned")
+    there = disk.put(pruned.path, "pruned")
     words = recipe(tiny_corpus, "64:112", tmp_path / "reference", "--save-interval", "3")
     job(["pretrain", *start_from(pruned, *words)]).ok()
 
-    words = recipe(tiny_corpus, "64:112", s3("run"), "--save-interval", "3")
+    words = recipe(tiny_corpus, "64:112", disk("run"), "--save-interval", "3")
     argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", there, *words, "--enable-msc"]
     # What a kill leaves of masks that were being put: the run has not begun, and they are put again.
     first = next(file for file in pruned.masks.iterdir() if file.name.endswith(".distcp"))
-    (s3.path("run/masks") / first.name).write_bytes(b"half")
+    (disk.path("run/masks") / first.name).write_bytes(b"half")
     job([*argv, "--masks", f"{there}/masks", "--exit-interval", "3"]).ok()
-    assert open_masks(s3("run/masks")).hash == open_masks(pruned.masks).hash
+    assert open_masks(disk("run/masks")).hash == open_masks(pruned.masks).hash
     job(argv).ok()  # it finds its masks
-    found = s3.fetch("run", tmp_path / "found")
+    found = disk.fetch("run", tmp_path / "found")
     assert account(found) == account(tmp_path / "reference") and account(found)["masks"]
     assert (found / "losses.csv").read_bytes() == (tmp_path / "reference" / "losses.csv").read_bytes()
     assert_zero_in_checkpoint(found / "iter_0000006", pruned.kept, moments=ADAM)
 
-    (s3.path("run/masks") / "masks.json").unlink()
+    (disk.path("run/masks") / "masks.json").unlink()
     refused = job(argv)
     assert refused.returncode == 2 and "masks.json" in refused.output and "Traceback" not in refused.output
 
