@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from megatron_prune.apply import apply_plan
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.engine.launch import start
 from megatron_prune.masks import open_masks
 from tests.training.small import MODEL, any_plan, layout, recipe, train_and_record
 from tests.training.small_masked import ADAM, assert_zero_in_checkpoint, losses, run_function, start_from
@@ -59,14 +62,30 @@ def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, stor
     assert account(found) == account(reference) and account(found)["complete"]
     resumed = read_json(found / "account.json")
     assert len(resumed["attempts"]) == 2
-    if run.is_relative_to("msc://disk"):  # the table is put as often as a store is fast
-        assert resumed["replayed"] == [[KILLED, KILLED]]
+    assert resumed["replayed"] in ([], [[KILLED, KILLED]])  # the table is put as often as the store is fast
     assert open_checkpoint(run).full_hash() == open_checkpoint(reference).full_hash()
     # The files are those that Megatron makes on a disk: from there it goes on with them.
     assert open_checkpoint(found).full_hash() == open_checkpoint(reference).full_hash()
     again = job(["pretrain", *argv]).ok()
     assert "the run is complete at step 6" in again.output
     assert not (Path.cwd() / "msc:").exists()
+
+
+@pytest.mark.parametrize("shown", [".metadata", "metadata.json"])
+def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, disk, tmp_path, job, shown):
+    """SIGKILL as soon as a part of the second save shows; two ranks, so that one may be ahead of the other."""
+    argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, disk("run"), "--save-interval", "2"), "--enable-msc"]
+    with start(argv, nproc=2, log=tmp_path / "log.txt") as running:
+        while not (disk.path("run/iter_0000004") / shown).exists():
+            assert running.returncode is None
+        for rank in running.ranks:
+            os.kill(rank, signal.SIGKILL)
+        assert running.wait(60) != 0
+    assert not read_json(disk.path("run/account.json"))["complete"]
+    job(argv, nproc=2).ok()
+    found = disk.fetch("run", tmp_path / "found")
+    np.testing.assert_allclose(losses(found), losses(reference), rtol=2e-5)
+    assert account(found)["complete"] and len(losses(found)) == STEPS
 
 
 def test_ranks_share_a_store_and_another_layout_goes_on(reference, tiny_corpus, s3, tmp_path, job):
