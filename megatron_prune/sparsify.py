@@ -1,12 +1,13 @@
-"""``torchrun … -m megatron_prune sparsify``: zero weights of a checkpoint, block after block, and say which.
+"""``python|torchrun … -m megatron_prune sparsify``: zero weights of a checkpoint, block after block, and say which.
 
     SAVE/release/…               the pruned checkpoint, of the same shape, dense in form
     SAVE/masks/                  which weights were removed (a kept weight may be zero)
     SAVE/pruning/sparsity.json   what went from each matrix, and the error that it makes
 
-``magnitude`` and ``random`` look at the weights alone; ``wanda`` and ``sparsegpt`` read calibration text. What is
-finished of a run that was killed lies beside SAVE (``sparse/scratch.py``): the same command goes on from there, at
-any layout. ``prune --method wanda`` is the same verb.
+``magnitude`` and ``random`` look at the weights alone, which pass by in blocks of rows (``sparse/weights_only.py``):
+no model is built, and no flag of one is needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
+(``sparse/driver.py``). What is finished of a run that was killed lies beside SAVE (``sparse/scratch.py``): the same
+command goes on from there, at any layout. ``prune --method wanda`` is the same verb.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_prune import methods
 from megatron_prune.checkpoint.disk import check_space
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
@@ -50,14 +52,18 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
             )
         calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
 
+    argv = _with_model(argv)
+    from_checkpoint = "--use-checkpoint-args" in argv
     args = runtime.start(verb, argv, add_arguments, complete=complete)
     from megatron_prune.calibrate import run as calibration  # imports Megatron, which must be started first
-    from megatron_prune.sparse import driver, result
+    from megatron_prune.sparse import driver, result, weights_only
+    from megatron_prune.sparse.task import Task
 
     calibration.refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
     request.check(parent.shape)
-    windows = calibration.chosen_windows(args, parent) if request.method.statistic != "none" else None
+    reads_text = request.method.statistic != "none"
+    windows = calibration.chosen_windows(args, parent) if reads_text else None
     read = None if windows is None else calibration.provenance(args, windows)
     question = {
         "parent": parent.fingerprint(),
@@ -67,7 +73,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
         else {"corpus": read["corpus"], "windows": read["windows"], "seq_length": windows.seq_length},
         "params_dtype": str(args.params_dtype).removeprefix("torch."),
     }
-    task = driver.Task(parent, request, windows, question, save)
+    task = Task(parent, request, windows, question, save)
     if result.is_finished(task):
         if args.rank == 0:
             Scratch(save).remove()
@@ -79,12 +85,28 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
     scratch.refuse_another(question)
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
-    driver.run(args, task)
+    if reads_text:
+        driver.run(args, task)
+    else:
+        if not from_checkpoint:
+            runtime.refuse_unfit_checkpoint(args, args.load, "--load")
+        weights_only.run(task, args.params_dtype, args.rank, args.world_size)
     if args.rank != 0:
         return 0
     show(result.write(task, read))
     print(f"wrote {save}", flush=True)
     return 0
+
+
+def _with_model(argv: list[str]) -> list[str]:
+    """The command line, with the checkpoint's word for the model where the method needs none and no flag says it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method")
+    first.add_argument("--load")
+    first.add_argument("--num-layers")
+    known = first.parse_known_args(argv)[0]
+    streams = known.method in methods.sparse_names() and methods.get_sparse(known.method).statistic == "none"
+    return [*argv, "--use-checkpoint-args"] if streams and known.load and not known.num_layers else argv
 
 
 def _bytes(parent: Checkpoint) -> int:

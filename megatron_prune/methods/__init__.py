@@ -189,24 +189,47 @@ class Sparsity:
 
 
 class SparseMethod(ABC):
-    """A sparse method: zeroes weights of one matrix at a time. Stateless, like ``Method``."""
+    """A sparse method: zeroes weights of one matrix at a time. Stateless, like ``Method``.
+
+    It is a ``WeightMethod`` or an ``InputMethod``.
+    """
 
     #: What it reads about a matrix's inputs: nothing, a ``sparse.square_sums.SquareSums.mean()`` or a
     #: ``sparse.hessian.Hessian.factor()``. Matrices that read the same input share one.
     statistic: Literal["none", "square_sums", "hessian"]
-    #: True where the method draws random numbers, and so needs ``prune``'s ``seed``.
+    #: True where the method draws random numbers.
     random: bool = False
+
+
+class WeightMethod(SparseMethod):
+    """A method that looks at the weights alone: the lowest scores go, of a whole matrix, or of every M inputs.
+
+    Nothing else of the model is needed, and a matrix is never whole in memory: ``sparse/weights_only.py``.
+    """
+
+    statistic = "none"
+
+    @abstractmethod
+    def scores(self, weight: torch.Tensor, first: int, seed: tuple[int, ...]) -> torch.Tensor:
+        """Scores of rows of one logical matrix (q, k, v, o, gate, up or down), the same whenever it is asked.
+
+        ``weight`` is [rows, in], the matrix's rows from ``first`` on, bf16, fp16 or fp32. ``seed`` names the matrix:
+        (the run's seed, layer, matrix). Returns [rows, in], one of these types, never negative.
+        """
+
+
+class InputMethod(SparseMethod):
+    """A method that looks at what a matrix reads."""
 
     @abstractmethod
     def prune(
-        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prune this rank's rows of one logical matrix (q, k, v, o, gate, up or down).
 
         ``weight`` is fp32 [rows, in] with the whole input dimension, and is changed in place; ``rows`` says
         which rows of the matrix they are, and every rank that holds others calls this too. ``sparsity``'s M
-        must divide ``in`` (``Pattern.check_inputs``). ``seed`` names the matrix, the same on every rank:
-        (the run's seed, layer, matrix).
+        must divide ``in`` (``Pattern.check_inputs``).
 
         Returns (weight, kept): kept is bool [rows, in], True where a weight stays; removed weights are +0.
         """

@@ -25,12 +25,9 @@ from megatron_prune.methods import (
     RankingMethod,
     Request,
     Selection,
-    SparseMethod,
-    Sparsity,
+    WeightMethod,
 )
 from megatron_prune.ranking import keep_heads, keep_highest
-from megatron_prune.sparse.choose import lowest_in_groups
-from megatron_prune.sparse.rows import Rows
 
 
 class Random(RankingMethod):
@@ -78,24 +75,13 @@ class Random(RankingMethod):
         return Selection(layers, hidden, heads, ffn)
 
 
-class RandomWeights(SparseMethod):
-    statistic = "none"
+class RandomWeights(WeightMethod):
     random = True
 
-    def prune(
-        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = weight.shape[1]
-        # One draw a weight of the whole matrix; this rank skips to its own.
-        bits = numpy.random.PCG64(seed).advance(rows.first * inputs)
-        draws = numpy.random.Generator(bits).random(weight.shape)  # [rows, in]
-        scores = torch.from_numpy(draws).float().to(weight.device)
-        n, m = sparsity.pattern.n, sparsity.pattern.m
-        if n is None or m is None:
-            removed = rows.lowest(scores, sparsity.removed(rows.total * inputs))
-        else:
-            removed = lowest_in_groups(scores, m - n, m)
-        return weight.masked_fill_(removed, 0), removed.logical_not_()
+    def scores(self, weight: torch.Tensor, first: int, seed: tuple[int, ...]) -> torch.Tensor:
+        # One draw a weight of the whole matrix; these rows skip to their own.
+        bits = numpy.random.PCG64(seed).advance(first * weight.shape[1])
+        return torch.from_numpy(numpy.random.Generator(bits).random(weight.shape)).float()  # [rows, in]
 
 
 METHOD = Random()

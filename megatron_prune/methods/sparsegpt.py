@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.methods import SparseMethod, Sparsity
+from megatron_prune.methods import InputMethod, Sparsity
 from megatron_prune.sparse.choose import full_precision, lowest_of_planes, refuse_infinite
 from megatron_prune.sparse.hessian import Factor
 from megatron_prune.sparse.rows import Rows
@@ -30,11 +30,11 @@ BLOCK = 128
 STRIP = 32
 
 
-class SparseGPT(SparseMethod):
+class SparseGPT(InputMethod):
     statistic = "hessian"
 
     def prune(
-        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         factor: Factor = statistic
         inputs, m = weight.shape[1], sparsity.pattern.m or 1

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from megatron_prune.methods import SparseMethod, Sparsity
+from megatron_prune.methods import InputMethod, Sparsity
 from megatron_prune.sparse.choose import lowest_in_groups, lowest_in_rows
 from megatron_prune.sparse.rows import Rows
 
 
-class Wanda(SparseMethod):
+class Wanda(InputMethod):
     statistic = "square_sums"
 
     def prune(
-        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows, seed: tuple[int, ...] = ()
+        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = weight.abs().mul_(statistic.sqrt().float())  # [rows, in]
         n, m = sparsity.pattern.n, sparsity.pattern.m

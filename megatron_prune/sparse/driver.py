@@ -5,7 +5,8 @@
                                    run the stream through it again, pruned                  (if a later one needs it)
 
 A stage waits until the one before has its windows ready, receives them, and hands its own on; a block that an earlier
-attempt has finished is read back and only run. Methods that read nothing about inputs run no stream at all.
+attempt has finished is read back and only run. Methods that read nothing about inputs go another way, without a model
+(``weights_only.py``).
 Import after ``runtime.start``: Megatron must be ready.
 """
 
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,33 +22,15 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import layer_name
-from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.data.windows import Windows
 from megatron_prune.engine import attention, runtime
-from megatron_prune.masks import find_masks, open_masks
 from megatron_prune.masks import megatron as megatron_masks
 from megatron_prune.sparse.inputs import Inputs, linears
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.progress import Progress
-from megatron_prune.sparse.request import Request
-from megatron_prune.sparse.scratch import Scratch, Shards
-from megatron_prune.sparse.solve import Sums, prune_block
+from megatron_prune.sparse.scratch import Pruned, Scratch
+from megatron_prune.sparse.solve import prune_block
 from megatron_prune.sparse.stream import Stream
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be done: prune ``parent`` as ``request`` says, by what it does with ``windows`` (None: unread)."""
-
-    parent: Checkpoint
-    request: Request
-    windows: Windows | None
-    question: Mapping[str, Any]  # all that decides the result, as JSON
-    save: Path
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return self.request.chosen(self.parent.shape)
+from megatron_prune.sparse.task import Task
 
 
 def run(args: argparse.Namespace, task: Task) -> None:
@@ -84,30 +65,29 @@ class _Stage:
         self.blocks: list[Any] = list(unwrap_model(model[0]).decoder.layers)
         self.shards = {shard.name: shard for shard in megatron_masks.shards(model)}
         self.kept: dict[str, torch.Tensor] = {}  # by logical name, on the CPU
-        self.stream: Stream | None = None
-        if task.windows is not None:
-            replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-            self.stream = Stream(model[0], task.windows[replica::replicas])
+        assert task.windows is not None
+        self.windows = task.windows
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        self.stream = Stream(model[0], self.windows[replica::replicas])
         # The stream has nothing to do past the last block that is still to be pruned.
-        left = [layer for layer in task.layers if layer not in self.done]
-        self.last = max(left, default=-1) if self.stream is not None else -1
+        self.last = max((layer for layer in task.layers if layer not in self.done), default=-1)
 
     def run(self) -> None:
         stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
         numbers = [block.layer_number - 1 for block in self.blocks]  # Megatron counts layers of all stages from 1
         needed = bool(numbers) and numbers[0] <= self.last
-        if needed and self.stream is not None and self.task.windows is not None:
+        if needed:
             if stage > 0:
                 self.scratch.wait_for_stage(stage - 1)
-            self.stream.enter(self.task.windows.seq_length)
+            self.stream.enter(self.windows.seq_length)
         for layer, block in zip(numbers, self.blocks, strict=True):
             if layer in self.done:
                 self._read(layer, block)
             elif layer in self.task.layers:
                 self._prune(layer, block)
-            if self.stream is not None and layer < self.last:
+            if layer < self.last:
                 self.stream.advance(block)
-        if needed and self.stream is not None and stage < stages - 1 and numbers[-1] < self.last:
+        if needed and stage < stages - 1 and numbers[-1] < self.last:
             if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
                 self.scratch.leave(stage)
             self.stream.leave()
@@ -115,29 +95,21 @@ class _Stage:
     def _prune(self, layer: int, block: Any) -> None:
         began = time.monotonic()
         request = self.task.request
-        statistics = {}
-        if self.stream is not None and self.task.windows is not None:
-            windows = self.task.windows
-            tokens = len(windows) * windows.seq_length
-            with Inputs(block, request.modules, request.method.statistic, tokens) as inputs:
-                self.stream.run(block)
-            inputs.reduce(len(windows))
-            statistics = inputs.of
+        tokens = len(self.windows) * self.windows.seq_length
+        with Inputs(block, request.modules, request.method.statistic, tokens) as inputs:
+            self.stream.run(block)
+        inputs.reduce(len(self.windows))
         parent = self.task.parent
         stored = parent.spec(layer_name(layer, next(iter(SUFFIXES.values())))).dtype
-        masks, sums = prune_block(block, layer, parent.shape, request, statistics, stored)
+        masks, sums = prune_block(block, parent.shape, request, inputs.of, stored)
         names = {module: layer_name(layer, SUFFIXES[module]) for module in request.modules}
         self.kept |= {names[module]: mask.cpu() for module, mask in masks.items()}
         group = mpu.get_tensor_model_parallel_group()
         if mpu.get_data_parallel_rank() == 0:
-            self.scratch.write(
-                layer, group.rank(),
-                self._pieces({name: self.shards[name].parameter.data.to("cpu", stored) for name in names.values()}),
-                self._pieces({name: self.kept[name] for name in names.values()}),
-            )  # fmt: skip
+            self.scratch.write(layer, group.rank(), self._pieces(names.values(), stored))
             torch.distributed.barrier(group)
             if group.rank() == 0:
-                row = {"layer": layer, "seconds": time.monotonic() - began, "matrices": [_row(s) for s in sums]}
+                row = {"layer": layer, "seconds": time.monotonic() - began, "matrices": [s.row() for s in sums]}
                 self.scratch.finish(layer, group.size(), row)
                 self.progress.block(row)
 
@@ -158,35 +130,20 @@ class _Stage:
         fill([(name, tuple(piece.global_offset), part) for piece, part in zip(pieces, parts, strict=True)])
         return shard.merge(parts)
 
-    def _pieces(self, tensors: Mapping[str, torch.Tensor]) -> Shards:
-        """Shards as rectangles of the whole weights, as Megatron's own saving takes them apart."""
-        for name, tensor in tensors.items():
-            for piece in self.shards[name].pieces(tensor):
-                yield name, tuple(piece.global_offset), piece.data
+    def _pieces(self, names: Iterable[str], stored: torch.dtype) -> Pruned:
+        """Pruned shards as rectangles of the whole weights, as Megatron's own saving takes them apart."""
+        for name in names:
+            shard = self.shards[name]
+            weights, masks = shard.pieces(shard.parameter.data.to("cpu", stored)), shard.pieces(self.kept[name])
+            for weight, mask in zip(weights, masks, strict=True):
+                yield name, tuple(weight.global_offset), weight.data, mask.data
 
     def masks(self) -> tuple[dict[torch.nn.Parameter, torch.Tensor], dict[str, str]]:
         """Masks of this rank's shards and the patterns of all pruned weights: new ones, and the parent's elsewhere."""
         kept = {self.shards[name].parameter: mask for name, mask in self.kept.items()}
-        request, parent = self.task.request, find_masks(self.task.parent.root)
-        patterns = {
-            layer_name(layer, SUFFIXES[module]): str(request.of[module].pattern)
-            for layer in self.task.layers
-            for module in request.modules
-        }
-        if parent is not None:
-            held = open_masks(parent)
+        held, patterns = self.task.held_masks(), self.task.patterns
+        if held is not None:
             for _, parameter, mask in megatron_masks.local(self.model, held):
                 kept.setdefault(parameter, mask)
             patterns = {name: entry.pattern for name, entry in held.entries.items()} | patterns
         return kept, patterns
-
-
-def _row(sums: Sums) -> dict[str, Any]:
-    matrix = sums.matrix
-    return {
-        "matrix": matrix.name,
-        "rows": matrix.rows,
-        "inputs": matrix.inputs,
-        "removed": sums.removed,
-        "error": sums.error,
-    }

@@ -24,6 +24,7 @@ from megatron_prune.sparse.square_sums import SquareSums
 
 Statistic = SquareSums | Hessian
 
+
 def linears(block: Any) -> dict[str, Any]:
     """The linears of a Megatron transformer layer, by the name of their module."""
     attention, mlp = block.self_attention, block.mlp

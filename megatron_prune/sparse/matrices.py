@@ -14,6 +14,7 @@ turns that back.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,16 @@ class LocalRows:
     count: int
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows [start, stop) of a module's weight, which are a matrix's rows from ``first`` on."""
+
+    matrix: Matrix
+    start: int
+    stop: int
+    first: int
+
+
 def matrices(module: str, shape: ModelShape) -> tuple[Matrix, ...]:
     """The matrices of a module, in the order of their rows."""
     heads, groups = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
@@ -61,6 +72,23 @@ def matrices(module: str, shape: ModelShape) -> tuple[Matrix, ...]:
         "fc2": (("down", hidden, ffn),),
     }
     return tuple(Matrix(name, module, rows, inputs) for name, rows, inputs in table[module])
+
+
+def runs(module: str, shape: ModelShape) -> list[Run]:
+    """A module's whole weight, from its first row to its last, as runs of rows that belong to one matrix."""
+    if module == "qkv":
+        q, k, v = matrices(module, shape)
+        d = shape.kv_channels
+        lengths = [(q, shape.heads_per_group * d), (k, d), (v, d)] * shape.num_query_groups
+    else:
+        lengths = [(matrix, matrix.rows) for matrix in matrices(module, shape)]
+    found: list[Run] = []
+    seen: dict[Matrix, int] = defaultdict(int)
+    start = 0
+    for matrix, length in lengths:
+        found.append(Run(matrix, start, start + length, seen[matrix]))
+        start, seen[matrix] = start + length, seen[matrix] + length
+    return found
 
 
 def local_rows(matrix: Matrix, shape: ModelShape, rank: int, ranks: int) -> LocalRows:

@@ -13,10 +13,10 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape, layer_name, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
-from megatron_prune.sparse.driver import Task
 from megatron_prune.sparse.matrices import SUFFIXES, matrices
 from megatron_prune.sparse.request import Request
 from megatron_prune.sparse.scratch import Scratch
+from megatron_prune.sparse.task import Task
 from megatron_prune.training.account import trained_on
 
 TABLE = "pruning/sparsity.json"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _PATIENT_SECONDS = 1.0
 
 # What of a shard lies where in the whole weight: (logical name, offsets, tensor [rows, columns]).
 Shards = Iterable[tuple[str, tuple[int, ...], torch.Tensor]]
+# The same of a pruned weight and its mask: (logical name, offsets, weight, kept).
+Pruned = Iterable[tuple[str, tuple[int, ...], torch.Tensor, torch.Tensor]]
 
 
 class Scratch:
@@ -77,16 +79,20 @@ class Scratch:
 
     # -- blocks -------------------------------------------------------------------------------------
 
-    def write(self, layer: int, rank: int, weights: Shards, masks: Shards) -> None:
-        """Keep a tensor-parallel rank's shards of a pruned block."""
+    def write(self, layer: int, rank: int, pruned: Pruned) -> None:
+        """Keep a tensor-parallel rank's shards of a pruned block. One is in memory at a time, and the packed masks."""
         folder = self._block(layer)
         packed, places = {}, []
-        for number, (name, offsets, kept) in enumerate(masks):
-            packed[str(number)] = bits.pack(kept)
-            places.append([name, list(offsets), list(kept.shape)])
+
+        def weights() -> Shards:
+            for number, (name, offsets, weight, kept) in enumerate(pruned):
+                packed[str(number)] = bits.pack(kept)
+                places.append([name, list(offsets), list(kept.shape)])
+                yield name, offsets, weight
+
         with explain_full_disk(folder, "the blocks before it are kept"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_part(folder / f"weights-{rank}", weights)
+            write_part(folder / f"weights-{rank}", weights())
             described = safetensors.torch.save(packed, {"places": json.dumps(places)})
             write_bytes(folder / f"masks-{rank}.safetensors", described)
 
@@ -95,14 +101,9 @@ class Scratch:
         write_json(self._block(layer) / "done.json", {"ranks": ranks, **row})
 
     def done(self, layers: Iterable[int]) -> list[dict[str, Any]]:
-        """What ``finish`` was told of the first of ``layers``, up to one that is not there."""
-        found = []
-        for layer in layers:
-            path = self._block(layer) / "done.json"
-            if not path.exists():
-                break
-            found.append(read_json(path))
-        return found
+        """What ``finish`` was told of those of ``layers`` that are finished."""
+        paths = (self._block(layer) / "done.json" for layer in layers)
+        return [read_json(path) for path in paths if path.exists()]
 
     def parts(self, layer: int) -> list[Part]:
         """The weights of a finished block."""
@@ -130,6 +131,13 @@ class Scratch:
                             filled[i] += copy_overlap(kept, offsets, target, asked_offsets)
         for (name, _, target), count in zip(wanted, filled, strict=True):
             self._check(layer, name, target, count)
+
+    def mask_rows(self, layer: int, name: str) -> Iterator[torch.Tensor]:
+        """The mask of a weight as its block was written: consecutive rows, from one rank that had all of them."""
+        with safetensors.safe_open(self._block(layer) / "masks-0.safetensors", framework="pt") as file:
+            for number, (given, _, sizes) in enumerate(_places(file)):
+                if given == name:
+                    yield bits.unpack(file.get_tensor(str(number)), 0, sizes[1])
 
     def _check(self, layer: int, name: str, target: torch.Tensor, filled: int) -> None:
         if filled != target.numel():

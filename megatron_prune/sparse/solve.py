@@ -10,13 +10,13 @@ A weight comes back rounded to the type that the model computes in and to the ty
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.methods import InputMethod
 from megatron_prune.sparse.choose import full_precision
 from megatron_prune.sparse.hessian import Factor, Hessian
 from megatron_prune.sparse.inputs import Statistic, linears
@@ -24,20 +24,11 @@ from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, mat
 from megatron_prune.sparse.request import Request
 from megatron_prune.sparse.rows import Rows
 from megatron_prune.sparse.square_sums import SquareSums
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What pruning did to one matrix, over all its rows."""
-
-    matrix: Matrix
-    removed: int
-    error: float | None  # tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ); None where W·H·Wᵀ is zero
+from megatron_prune.sparse.task import Sums
 
 
 def prune_block(
     block: Any,
-    layer: int,
     shape: ModelShape,
     request: Request,
     statistics: Mapping[str, Statistic],
@@ -56,7 +47,7 @@ def prune_block(
     for number, module in enumerate(request.modules):
         weight = found[module].weight
         if number % replicas == replica:
-            solver = _Solver(module, layer, shape, request, statistics.get(module), number)
+            solver = _Solver(module, shape, request, statistics[module], number)
             masks[module] = solver.prune(weight, stored)
             for matrix, values in solver.sums.items():
                 sums[all_matrices.index(matrix)] = torch.stack(values)
@@ -79,10 +70,10 @@ def prune_block(
 class _Solver:
     """Prunes the matrices of one module on the ranks of one replica."""
 
-    def __init__(
-        self, module: str, layer: int, shape: ModelShape, request: Request, statistic: Statistic | None, number: int
-    ):
-        self.module, self.layer, self.shape, self.request, self.statistic = module, layer, shape, request, statistic
+    def __init__(self, module: str, shape: ModelShape, request: Request, statistic: Statistic, number: int):
+        assert isinstance(request.method, InputMethod)
+        self.method = request.method
+        self.module, self.shape, self.request, self.statistic = module, shape, request, statistic
         self.group = mpu.get_tensor_model_parallel_group()
         self.maker = number % self.group.size()  # of the factor
         self.sums: dict[Matrix, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -101,8 +92,7 @@ class _Solver:
             local = local_rows(matrix, self.shape, rank, ranks)
             rows = Rows(local.first, matrix.rows, self.group if ranks > 1 else None)
             before = whole[local.places].clone()  # [rows of the matrix here, in]
-            seed = (self.request.seed or 0, self.layer, matrix.number)
-            pruned, stays = self.request.method.prune(before.clone(), shared, sparsity, rows, seed)
+            pruned, stays = self.method.prune(before.clone(), shared, sparsity, rows)
             pruned = pruned.to(weight.dtype).to(stored).float()
             whole[local.places], kept[local.places] = pruned, stays
             self.sums[matrix] = ((~stays).sum().double(), *measure(before, pruned))
@@ -112,12 +102,10 @@ class _Solver:
         weight.data.copy_(whole)
         return kept
 
-    def _shared_statistic(self, device: torch.device) -> torch.Tensor | Factor | None:
+    def _shared_statistic(self, device: torch.device) -> torch.Tensor | Factor:
         """What the method reads, the same on all tensor-parallel ranks."""
         if isinstance(self.statistic, SquareSums):
             return self.statistic.mean()
-        if not isinstance(self.statistic, Hessian):
-            return None
         if self.group.size() == 1:
             return self.statistic.factor()
         made = self.statistic.factor() if self.group.rank() == self.maker else None
@@ -132,21 +120,19 @@ class _Solver:
 
 
 class _Measure:
-    """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) of some rows, with as much of H as the method had: all, its diagonal, or I."""
+    """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) of some rows, with as much of H as the method had: all, or its diagonal."""
 
-    def __init__(self, statistic: Statistic | None):
-        self._upper = None
-        if isinstance(statistic, Hessian):  # which is symmetric: what lies right of the diagonal counts twice
-            self._upper = statistic.total.triu().float()
-            self._upper.diagonal().mul_(0.5)
-        self._diagonal = statistic.total.float() if isinstance(statistic, SquareSums) else None
+    def __init__(self, statistic: Statistic):
+        self._whole = isinstance(statistic, Hessian)
+        self._h = statistic.total.triu().float() if self._whole else statistic.total.float()
+        if self._whole:  # it is symmetric: what lies right of the diagonal counts twice
+            self._h.diagonal().mul_(0.5)
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._weigh(before - after), self._weigh(before)
 
     def _weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._upper is not None:
+        if self._whole:
             with full_precision():
-                return 2 * ((rows @ self._upper) * rows).sum(dtype=torch.float64)
-        squares = rows.square()
-        return (squares if self._diagonal is None else squares * self._diagonal).sum(dtype=torch.float64)
+                return 2 * ((rows @ self._h) * rows).sum(dtype=torch.float64)
+        return (rows.square() * self._h).sum(dtype=torch.float64)

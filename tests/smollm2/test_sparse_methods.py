@@ -23,6 +23,7 @@ from tests.sparse.test_methods import (
     check_result,
     factor,
     pieces,
+    prune,
     square_sums,
 )
 
@@ -69,7 +70,7 @@ def test_weights_tie_and_hold_zeros(linears) -> None:
 def test_masks_without_an_update(linears, name: str, pattern: str) -> None:
     before, given = linears[name][0][:ROWS], linears[name][1]
     sparsity, rows = Sparsity.parse(0.5, pattern), Rows.all(len(before))
-    weight, kept = methods.get_sparse("magnitude").prune(before.clone(), None, sparsity, rows)
+    weight, kept = prune("magnitude", before, None, sparsity)
     check_result(before, weight, kept)
     assert np.array_equal(kept.numpy(), oracles.magnitude(before.numpy(), Fraction("0.5"), *pieces(pattern)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods import Sparsity
+from megatron_prune.sparse.blocks import Choice, LowestInGroups, LowestOfAll
 from megatron_prune.sparse.choose import lowest_in_groups, lowest_in_rows
 from megatron_prune.sparse.rows import Rows
 from tests.sparse import oracles
@@ -27,6 +29,15 @@ def matrices(rows: st.SearchStrategy[int], columns: st.SearchStrategy[int]) -> s
 
 
 SCORES = matrices(st.integers(1, 6), st.integers(1, 12))
+
+
+def in_blocks(scores: torch.Tensor, made: Choice, rows: int = 2) -> np.ndarray:
+    """What a choice says that sees so many rows at a time."""
+    while made.counts:
+        for block in scores.split(rows):
+            made.count(block)
+        made.narrow()
+    return torch.cat([made.lowest(block) for block in scores.split(rows)]).numpy()
 
 
 def mask_of(shape: tuple[int, ...], chosen: list[int]) -> np.ndarray:
@@ -55,6 +66,7 @@ def test_lowest_of_a_whole_matrix(scores: np.ndarray, data: st.DataObject | None
     # Laid out column after column, as SparseGPT's blocks are, the indices still count row by row.
     transposed = given_scores.t().contiguous().t()
     assert np.array_equal(Rows.all(len(scores)).lowest(transposed, count).numpy(), expected)
+    assert np.array_equal(in_blocks(given_scores, LowestOfAll(count)), expected)
 
 
 @settings(deadline=None, max_examples=200)
@@ -66,6 +78,17 @@ def test_lowest_in_groups(m: int, data: st.DataObject) -> None:
     found = lowest_in_groups(torch.from_numpy(scores), m - keep, m).numpy()
     assert np.array_equal(found, oracles.lowest_of_each_group(scores, keep, m))
     assert (found.reshape(-1, m).sum(1) == m - keep).all()
+    assert np.array_equal(in_blocks(torch.from_numpy(scores), LowestInGroups(m - keep, m)), found)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from([torch.bfloat16, torch.float16]), SCORES, st.data())
+def test_halves_are_chosen_as_what_they_are_in_fp32(kind: torch.dtype, found: np.ndarray, data: st.DataObject) -> None:
+    scores = torch.from_numpy(found).clamp(max=6e4).to(kind)
+    count, m = data.draw(st.integers(0, scores.numel())), scores.shape[1]
+    assert np.array_equal(in_blocks(scores, LowestOfAll(count)), in_blocks(scores.float(), LowestOfAll(count)))
+    lowest = [in_blocks(some, LowestInGroups(m // 2, m), 1) for some in (scores, scores.float())]
+    assert np.array_equal(*lowest)
 
 
 def test_a_matrix_of_more_than_one_slice() -> None:
@@ -84,6 +107,11 @@ def test_what_is_not_finite_is_refused(broken: float) -> None:
         lambda: lowest_in_rows(scores, 2),
         lambda: lowest_in_groups(scores, 2, 4),
         lambda: Rows.all(4).lowest(scores, 3),
+        *(
+            functools.partial(in_blocks, scores.to(kind), made)
+            for kind in (torch.float32, torch.bfloat16, torch.float16)
+            for made in (LowestOfAll(3), LowestInGroups(2, 4))
+        ),
     ):
         with pytest.raises(CheckpointError, match="not finite"):
             choose()

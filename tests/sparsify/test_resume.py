@@ -42,7 +42,11 @@ def scratch_of(save: Path) -> Path:
     return save.with_name(f".{save.name}.sparsify")
 
 
-@pytest.mark.parametrize(("layout", "method"), [("tp1", "sparsegpt"), ("tp2pp2", "wanda"), ("dp2", "magnitude")])
+def finished(save: Path) -> list[str]:
+    return sorted(p.parent.name for p in scratch_of(save).glob("*/done.json"))
+
+
+@pytest.mark.parametrize(("layout", "method"), [("tp1", "sparsegpt"), ("tp2pp2", "wanda"), ("tp1", "magnitude")])
 def test_killed_in_a_block(
     job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, layout: str, method: str
 ) -> None:
@@ -51,15 +55,26 @@ def test_killed_in_a_block(
     argv = small.flags(tiny_parent, save, method, "--ratio", 0.5, *small.layout(layout), corpus=corpus)
     kill(tmp_path / "kill", argv, nproc, "block 2")
     assert not save.exists()
-    assert sorted(p.parent.name for p in scratch_of(save).glob("*/done.json")) == ["block-0000", "block-0001"]
+    assert finished(save) == ["block-0000", "block-0001"]
 
-    finished = job(argv, nproc=nproc).ok()
-    assert finished.output.count("kept from before") == 2
+    assert job(argv, nproc=nproc).ok().output.count("kept from before") == 2
     assert not scratch_of(save).exists()
     whole = tmp_path / "whole"
     job([*argv, "--save", whole], nproc=nproc).ok()
     assert same(save, whole)
     small.result(save)
+
+
+def test_ranks_that_share_the_blocks_out_are_killed(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
+    """The first has blocks 0 and 2, the second 1 and 3: what is kept need not be the first blocks."""
+    save, whole = tmp_path / "killed", tmp_path / "whole"
+    argv = small.flags(tiny_parent, save, "random", "--ratio", 0.5)
+    kill(tmp_path / "kill", argv, 2, "block 2")
+    kept = finished(save)
+    assert not save.exists() and "block-0000" in kept and "block-0002" not in kept
+    assert job(argv, nproc=3).ok().output.count("kept from before") == len(kept)
+    job([*argv, "--save", whole]).ok()
+    assert same(save, whole) and not scratch_of(save).exists()
 
 
 def test_killed_in_the_writing_of_the_result(
