@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune import artifacts
+from megatron_prune.errors import AccountError
 from megatron_prune.study import documents, statistics, trends, verdicts
 from megatron_prune.study.commands import Places
 from megatron_prune.study.config import Study
@@ -26,6 +27,9 @@ Groups = dict[tuple[Any, ...], list[Any]]
 def judge(study: Study, places: Places, compared: Sequence[Any], records: Mapping[str, Record]) -> list[Verdict]:
     """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order."""
     windows = _Windows(study, places)
+    groups = _groups(compared, lambda item: tuple(item.group.values()))
+    for items in groups.values():
+        _refuse_repeated_seeds(items)
     found = [
         verdicts.judge(
             **items[0].group,
@@ -37,9 +41,20 @@ def judge(study: Study, places: Places, compared: Sequence[Any], records: Mappin
                 [item.comparison.pruned for item in items], [item.comparison.scratch for item in items]
             ),
         )
-        for items in _groups(compared, lambda item: tuple(item.group.values())).values()
+        for items in groups.values()
     ]
     return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)))
+
+
+def _refuse_repeated_seeds(items: Sequence[Any]) -> None:
+    """A run that came into a verdict twice would make it too sure."""
+    seeds = [item.comparison.seed for item in items]
+    for item in items:
+        if seeds.count(item.comparison.seed) > 1:
+            made = item.comparison
+            raise AccountError(
+                f"{made.setting}: {made.pruned} and {made.scratch} are compared more than once under seed {made.seed}"
+            )
 
 
 def follow(compared: Sequence[Any], records: Mapping[str, Record]) -> list[Trend]:

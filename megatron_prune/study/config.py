@@ -15,11 +15,12 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
+from megatron_prune.study import study_file
+from megatron_prune.study.budgets import Batch
 from megatron_prune.study.family import Family
 from megatron_prune.study.launch import Launch, Tracking
 from megatron_prune.study.sections import Calibration, Data, Evaluation, Method, Parent, Recipe
@@ -89,6 +90,7 @@ class Study:
             values = getattr(self, what)
             if len(set(values)) != len(values):
                 raise UsageError(what, given=values, allowed="different values")
+        self._refuse_budgets_of_one_run()
         tags = [method.tag for method in self.methods]
         for tag in tags:
             if tags.count(tag) > 1:
@@ -112,6 +114,20 @@ class Study:
                 "ratio_of", given=self.ratio_of, allowed="linears in a study with sparse methods",
                 why="they remove their ratio of every linear",
             )  # fmt: skip
+
+    def _refuse_budgets_of_one_run(self) -> None:
+        """Budgets are trained as whole batches: two of as many are one run, which would count as two."""
+        batch = Batch(self.recipe.global_batch_size, self.data.seq_length)
+        known: dict[int, int] = {}
+        for budget in self.budgets:
+            steps = batch.steps(budget, "budgets")
+            if steps in known:
+                raise UsageError(
+                    "budgets", given=f"{known[steps]} and {budget}",
+                    allowed="budgets of different numbers of steps",
+                    why=f"both are {steps} step{'s' * (steps != 1)} of {batch.tokens:,} tokens: one run",
+                )  # fmt: skip
+            known[steps] = budget
 
     def compared(self, method: Method) -> list[tuple[Setting, Scratch]]:
         """The comparisons that a pruned model of ``method`` is for."""
@@ -141,21 +157,18 @@ def load_all(path: str | Path) -> list[Study]:
 
     They are called NAME.LABEL, and are studies of their own, in folders of their own.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError("STUDY.yaml", given=path, allowed="an existing file")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UsageError("STUDY.yaml", given=path, allowed="valid YAML", why=str(error)) from error
+    content = study_file.read(path)
     if not isinstance(content, dict) or "parents" not in content:
         return [from_mapping(content, where=str(path))]
     parents = content.pop("parents")
     if not isinstance(parents, dict) or not parents or "parent" in content:
         raise UsageError(f"{path}: parents", given=parents if "parent" not in content else "set beside parent",
                          allowed="parents by their labels, in place of parent")  # fmt: skip
+    if not isinstance(name := content.get("name"), str):
+        raise UsageError(f"{path}: name", given="nothing" if name is None else name, allowed="a name: studies are "
+                         "called NAME.LABEL")  # fmt: skip
     return [
-        from_mapping({**content, "name": f"{content.get('name')}.{label}", "parent": parent}, where=f"{path}: {label}")
+        from_mapping({**content, "name": f"{name}.{label}", "parent": parent}, where=f"{path}: {label}")
         for label, parent in parents.items()
     ]
 

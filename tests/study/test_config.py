@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import config, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("launch", {"nproc": 3, "tensor_parallel": 2}, r"launch\.nproc: given 3, allowed is a multiple of .* = 2"),
         ("budgets", ["40 apples"], r"budgets\.0: given '40 apples', allowed is a number of tokens"),
         ("budgets", [100, 100], r"budgets: given \[100, 100\], allowed is different values"),
+        ("budgets", ["400k", 400_030], r"budgets: given 400000 and 400030, .*are 3125 steps of 128 tokens: one run"),
+        ("budgets", [63], r"budgets: 63 tokens are less than half a global batch"),
         ("ratios", [1.5], r"ratios\.0: given 1\.5, allowed is less than 1"),
         ("ratios", [], r"ratios: given none"),
         ("settings", ["equal-training"] * 2, r"settings: given .*, allowed is different values"),
@@ -104,8 +106,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, DataError), match=message):
         config.from_mapping(changed(path, value))
+
+
+def test_budgets_of_different_steps_are_not_refused() -> None:
+    study = config.from_mapping(changed("budgets", [128 * 7, 128 * 8]))
+    assert study.budgets == [896, 1024]
 
 
 def test_defaults_and_round_trip() -> None:
@@ -174,6 +181,29 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UsageError, match="given list, allowed is a mapping"):
         config.load(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nbudgets: [1]\nname: b", r"valid YAML \(name is there twice, on lines 1 and 3"),
+        ("recipe:\n  lr: 1e-3\n  'lr': 2e-3", r"valid YAML \(lr is there twice, on lines 2 and 3"),
+        ("parents: {a: {load: x}}", "name: given nothing, allowed is a name"),
+        ("name: 5\nparents: {a: {load: x}}", "name: given 5, allowed is a name"),
+    ],
+)
+def test_a_key_that_is_there_twice_and_parents_without_a_name_are_refused(tmp_path: Path, text, message: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        config.load_all(tmp_path / "study.yaml")
+
+
+def test_a_merged_key_may_be_set_again(tmp_path: Path) -> None:
+    content = changed("recipe", {"global_batch_size": 16, "micro_batch_size": 8, "lr": 1e-3})
+    text = yaml.safe_dump({**content, "recipe": None}).replace("recipe: null", "recipe: {<<: {global_batch_size: 16, "
+                                                               "micro_batch_size: 8, lr: 1e-3}, lr: 2e-3}")  # fmt: skip
+    (tmp_path / "study.yaml").write_text(text)
+    assert config.load(tmp_path / "study.yaml").recipe.lr == 2e-3
 
 
 STUDIES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path.name != "layouts.yaml"]

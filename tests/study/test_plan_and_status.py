@@ -72,7 +72,7 @@ def test_memory_is_megatrons_estimate(prefixes) -> None:
     arguments = {"bf16": True, "use-distributed-optimizer": True}
     recipe = {"lr": 1e-4, "global_batch_size": 1024, "micro_batch_size": 2, "arguments": arguments}
     data = {**prefixes, "seq_length": 8192}
-    study = made_up.study(prefixes, launch=launch, recipe=recipe, data=data)
+    study = made_up.study(prefixes, launch=launch, recipe=recipe, data=data, budgets=["1B"])
     args = SimpleNamespace(
         **asdict(LLAMA), group_query_attention=True, num_experts=None, swiglu=True, mtp_num_layers=None,
         moe_shared_expert_intermediate_size=None, normalization="RMSNorm", multi_latent_attention=False,

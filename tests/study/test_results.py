@@ -17,7 +17,7 @@ from scipy import stats
 
 from megatron_prune.errors import AccountError
 from megatron_prune.report import page
-from megatron_prune.study import records, results, statistics, verdicts
+from megatron_prune.study import conclusions, records, results, statistics, verdicts
 from megatron_prune.study.commands import Places
 from tests.study import made_up
 
@@ -94,6 +94,13 @@ def test_verdicts_are_paired_over_seeds(places: Places) -> None:
     data = results.to_json(found)
     assert json.loads(json.dumps(data, allow_nan=False))["rows"] == list(found.rows)
     assert all(item["match"] for item in data["comparisons"])
+
+
+def test_a_seed_counts_once(places: Places) -> None:
+    found = results.collect(places)
+    again = [*found.compared, found.compared[0]]
+    with pytest.raises(AccountError, match=r"pruned-shortgpt-r50-s1-t1280 and .* more than once under seed 1"):
+        conclusions.judge(found.study, places, again, found.records)
 
 
 def test_csv_holds_the_rows(places: Places) -> None:
