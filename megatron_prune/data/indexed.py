@@ -50,7 +50,7 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
         raise DataError(f"{prefix} holds no tokens")
     found = paths[".bin"].stat().st_size
     # Contiguity is what makes "the concatenated documents" one slice of the file.
-    end = pointers[-1] + lengths[-1] * corpus.index.dtype_size
+    end = int(pointers[-1]) + int(lengths[-1]) * corpus.index.dtype_size  # lengths are int32: 2^29 tokens are too many
     if found != expected or pointers[0] != 0 or end != expected:
         raise DataError(
             f"{paths['.bin']} has {found} bytes, {paths['.idx']} describes {expected}: "

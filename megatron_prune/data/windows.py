@@ -72,5 +72,5 @@ def windows(
             why=f"{prefix} holds {length} tokens, windows are {seq_length} long",
         )
     # RandomState, as everywhere in this room: NumPy promises its numbers will never change.
-    order = np.arange(available) if seed is None else np.random.RandomState(seed).permutation(available)
-    return Windows(prefix, seq_length, order[:count])
+    order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(available)[:count].copy()
+    return Windows(prefix, seq_length, order)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import _IndexWriter
 
+from megatron_prune.data import indexed
+from megatron_prune.data.near_duplicates import Documents
 from megatron_prune.data.windows import windows
 from megatron_prune.errors import DataError, UsageError
 from tests.data.corpora import write_corpus
@@ -52,3 +55,18 @@ def test_more_windows_than_there_are_is_refused(tmp_path):
         windows(tmp_path / "c", 10, 0)
     with pytest.raises(UsageError, match="--seq-length: given 0"):
         windows(tmp_path / "c", 0)
+
+
+def test_a_document_may_be_longer_than_two_gigabytes(tmp_path):
+    """Megatron's index has lengths in int32, which their bytes do not fit into. The file is a hole but for its ends."""
+    lengths = [3, 2**29 + 4094]
+    with _IndexWriter(f"{tmp_path}/c.idx", np.int32) as writer:
+        writer.write(lengths, None, [0, 1, 2])
+    with open(tmp_path / "c.bin", "wb") as handle:
+        handle.write(np.array([7, 8, 9, 10], np.int32).tobytes())
+        handle.seek(4 * sum(lengths) - 8)
+        handle.write(np.array([11, 12], np.int32).tobytes())
+    corpus = indexed.open_indexed(tmp_path / "c")
+    assert indexed.tokens(corpus) == sum(lengths) and corpus[1][-1] == 12
+    assert windows(tmp_path / "c", 4096)[-1][-3:].tolist() == [0, 11, 12]
+    assert Documents(tmp_path / "c").tokens(1)[[0, -1]].tolist() == [10, 12]
