@@ -51,6 +51,7 @@ _METADATA_IGNORED = {
 } | {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),  # in plans of --ckpt-assume-constant-structure
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
     ("pathlib._local", "PosixPath"),
