@@ -17,7 +17,7 @@ from megatron_prune import candidates as candidate_file
 from megatron_prune import plan as plan_file
 from megatron_prune.calibrate import statistics as calibrate
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.errors import MegatronPruneError
+from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.study.commands import CORPORA
 
@@ -33,12 +33,21 @@ class Check:
         return CHECKS[self.name](**self.arguments)
 
 
-def trained(account: str, start: int, end: int, steps: int) -> bool:
-    """True if an account says that exactly this range was trained on, to its end."""
+def trained(account: str, start: int, end: int, steps: int, seed: int, lr: float) -> bool:
+    """True if an account says that exactly this range was trained on, to its end.
+
+    UsageError where it was with another seed or learning rate: such a run would never become this one.
+    """
     if not Path(account).is_file():
         return False
     found = artifacts.read_json(account)
-    return found.get("complete") is True and found.get("range") == [start, end] and found.get("steps") == steps
+    if found.get("complete") is not True or found.get("range") != [start, end] or found.get("steps") != steps:
+        return False
+    for name, asked, given in (("seed", seed, found.get("seed")), ("lr", lr, found.get("arguments", {}).get("lr"))):
+        if given != asked:
+            raise UsageError(account, given=f"a finished run with {name} {given}", allowed=f"one with {name} {asked}",
+                             why="remove its folder, or restore study.yaml")  # fmt: skip
+    return True
 
 
 def evaluated(scores: str, windows: int) -> bool:

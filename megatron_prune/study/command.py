@@ -166,7 +166,10 @@ def _stage(options: argparse.Namespace) -> int:
     """What a job of a queue does for each stage: the artifact decides before and after, never the exit code."""
     from megatron_prune.study.execution import described, execute
 
-    _, done = described(options.cell, options.stage)
+    known, done = described(options.cell, options.stage)
+    if options.command[-len(known["argv"]) :] != known["argv"]:
+        raise UsageError(f"{options.cell.name}: {options.stage}", given="another command line than cell.json has",
+                         allowed="that one", why="study.yaml was changed after this script was written")  # fmt: skip
     if done():
         print(f"{options.cell.name}: {options.stage} is done", flush=True)
         return 0

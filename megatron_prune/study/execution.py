@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ class State:
     failures: Sequence[str] = ()
     job: str | None = None
     queue: str | None = None  # Slurm's word for the state of that job
-    began: float = field(default_factory=time.time)
 
 
 class States:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
 from megatron_prune.study.values import STRICT, Flags, Positive
+
+# Options of sbatch that a job's script sets, or that would make it another job.
+OF_THE_SCRIPT = (
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "output", "chdir", "open-mode", "dependency",
+    "kill-on-invalid-dep", "array", "parsable", "wrap", "wait", "test-only",
+)  # fmt: skip
+TIMES = ("time", "time-min", "begin", "deadline")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,6 +32,27 @@ class Slurm:
     options: Flags = dataclasses.field(default_factory=dict)
     setup: list[str] = dataclasses.field(default_factory=list)
     poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between looks at the queue
+
+    def __post_init__(self) -> None:
+        for name, value in self.options.items():
+            _check_option(name, value)
+
+
+def _check_option(name: str, value: Any) -> None:
+    """UsageError for an option of sbatch that the script sets itself, or that would not mean what is written."""
+    allowed = why = ""
+    if name in OF_THE_SCRIPT:
+        allowed = "options that a job's script does not set itself"
+    elif name in TIMES and not isinstance(value, str):
+        allowed, why = 'a time in quotes, as "24:00:00"', "YAML reads 24:00:00 as 86400, Slurm that as minutes"
+    elif value is None or value is False:
+        allowed, why = "true for a flag without a value", "an option that is not wanted is left out"
+    elif isinstance(value, list):
+        allowed = 'text as sbatch takes it, as "a,b"'
+    elif isinstance(value, str) and not (value and value.isprintable() and not set("'\"\\") & set(value)):
+        allowed = "text on one line, without quotes and backslashes"
+    if allowed:
+        raise UsageError(f"launch.slurm.options.{name}", given=repr(value), allowed=allowed, why=why)
 
 
 @dataclass(frozen=True, config=STRICT)

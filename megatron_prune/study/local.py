@@ -56,6 +56,9 @@ class Local:
         self.running: dict[str, threading.Thread] = {}
         self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
+    def check(self, cell: Cell) -> None:
+        """What an earlier runner of this machine began has a log, and ``stages.keep`` compares its commands."""
+
     def room(self) -> bool:
         return len(self.running) < self.cells
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError, RunError
+from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config, preflight, retention, stages
 from megatron_prune.study.execution import Refused, State, States, unfinished
 from megatron_prune.study.ledger import Ledger
@@ -39,6 +39,10 @@ class Launcher(Protocol):
     """Takes cells and reports those that have ended. ``orders``: it lets a cell wait for others by itself."""
 
     orders: bool
+
+    def check(self, cell: Cell) -> None:
+        """UsageError for a cell that an earlier runner handed over with other settings, and that has not begun."""
+        ...
 
     def room(self) -> bool:
         """True if another cell may begin now."""
@@ -99,6 +103,9 @@ class _Runner:
         else:
             artifacts.write_json(self.places.root / "outlook.json", self.outlook.to_json(self.study))
             cells = stages.all_cells(self.study, self.places, self.outlook, frozenset(self.failed))
+        for cell in cells:
+            if cell.id not in self.begun and cell.id not in self.finished:
+                self.launcher.check(cell)
         for cell in cells:
             if cell.id in self.begun:
                 continue
@@ -166,7 +173,7 @@ class _Runner:
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
         told = self.failures.setdefault(cell.id, [])
         told.append(str(error))
-        again = len(told) <= self.study.launch.retries and not isinstance(error, Refused)
+        again = len(told) <= self.study.launch.retries and not isinstance(error, Refused | UsageError)
         self.progress.failed(cell.id, len(told), again=again)
         if again:
             self.states.write(cell.id, State("waiting", failures=told))

@@ -9,6 +9,7 @@ code means nothing to it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -22,14 +23,14 @@ import jinja2
 
 import megatron_prune
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError, RunError
+from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study.commands import Command, environment
 from megatron_prune.study.config import Study
 from megatron_prune.study.execution import State, States
 from megatron_prune.study.launch import Slurm
 from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
-from megatron_prune.study.stages import Cell
+from megatron_prune.study.stages import Cell, first_other_word, has_begun
 
 GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
 
@@ -45,17 +46,35 @@ class Queue:
         self.states = States(places)
         self.jobs: dict[str, str] = {}  # by cell, of those that the runner waits for
         self.missed: dict[str, int] = {}
-        self.found: dict[str, str] | None = None  # what an earlier runner left in the queue, job by name
+        self._found: dict[str, str] | None = None
+
+    @property
+    def found(self) -> dict[str, str]:
+        """What an earlier runner left in the queue, job by name."""
+        if self._found is None:
+            self._found = {name: job for job, name, _ in _queue(strict=True)}
+        return self._found
+
+    def check(self, cell: Cell) -> None:
+        """UsageError for a cell that waits in the queue with another script; once begun, its commands are kept."""
+        job, path = self.found.get(job_name(self.study, self.places, cell.id)), self.places.cell(cell.id) / "job.sh"
+        if job is None or not path.is_file() or has_begun(path.parent):
+            return
+        earlier, now = path.read_text(), script(self.study, self.places, cell)
+        if earlier != now:
+            differs = first_other_word(earlier.split(), now.split()) or "another script"
+            raise UsageError(
+                f"study {self.study.name}", given=f"{cell.id} with {differs}",
+                allowed=f"the script of job {job} while that waits in the queue",
+                why=f"scancel {job}, or restore study.yaml",
+            )  # fmt: skip
 
     def room(self) -> bool:
         return True
 
     def begin(self, cell: Cell, after: Sequence[str]) -> None:
-        if self.found is None:
-            self.found = {name: job for job, name, _ in _queue(strict=True)}
-        script = write_script(self.study, self.places, cell)
-        adopted = self.found.pop(job_name(self.study, cell.id), None)
-        job = adopted or _submit(script, [self.jobs[name] for name in after])
+        adopted = self.found.pop(job_name(self.study, self.places, cell.id), None)
+        job = adopted or _submit(write_script(self.study, self.places, cell), [self.jobs[name] for name in after])
         self.jobs[cell.id], self.missed[cell.id] = job, 0
         self._tell(cell.id, "submitted")
         self.progress.queued(cell.id, job, adopted=adopted is not None)
@@ -81,30 +100,37 @@ class Queue:
             self.states.write(cell, State("begun", known.failures, self.jobs[cell], queue))
 
 
-def job_name(study: Study, cell: str) -> str:
-    """How the queue calls a cell: that is how a runner finds it again."""
-    return f"{study.name}/{cell}"
+def job_name(study: Study, places: Places, cell: str) -> str:
+    """How the queue calls a cell, and a runner finds it again: another study of the same name lies elsewhere."""
+    place = hashlib.sha256(str(places.root.resolve()).encode()).hexdigest()[:6]
+    return f"{study.name}@{place}/{cell}"
 
 
 def write_script(study: Study, places: Places, cell: Cell) -> Path:
     """``job.sh`` of a cell, ready for ``sbatch``."""
+    path = places.cell(cell.id) / "job.sh"
+    artifacts.write_bytes(path, script(study, places, cell).encode())
+    return path
+
+
+def script(study: Study, places: Places, cell: Cell) -> str:
+    """The text of ``job.sh``."""
     directory, launch = places.cell(cell.id), study.launch
     slurm = launch.slurm or Slurm()
     nodes = launch.nproc // launch.ranks_per_node
-    path = directory / "job.sh"
-    directives: dict[str, Any] = {"job-name": job_name(study, cell.id), "nodes": nodes, "ntasks-per-node": 1}
+    directives: dict[str, Any] = {"job-name": job_name(study, places, cell.id), "nodes": nodes, "ntasks-per-node": 1}
     directives |= {"output": f"{directory.absolute()}/slurm-%j.log"}
-    directives |= {name: None if value is True else value for name, value in slurm.options.items()}
+    directives |= slurm.options
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_prune.study", "."), undefined=jinja2.StrictUndefined, trim_blocks=False,
         keep_trailing_newline=True,
     ).get_template("job.sh.j2")  # fmt: skip
-    text = template.render(
-        directives=directives.items(),
+    return template.render(
+        directives=[(key, "" if value is True else f"={shlex.quote(str(value))}") for key, value in directives.items()],
         cell=cell.id,
         study=study.name,
         after=", ".join(cell.after) or "nothing",
-        script=shlex.quote(str(path)),
+        script=shlex.quote(str(directory / "job.sh")),
         directory=shlex.quote(os.getcwd()),
         cell_directory=shlex.quote(str(directory)),
         setup=slurm.setup or [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"],
@@ -112,8 +138,6 @@ def write_script(study: Study, places: Places, cell: Cell) -> Path:
         nodes=nodes,
         stages=[(stage.command.stage, " ".join(_words(stage.command, launch.ranks_per_node))) for stage in cell.stages],
     )
-    artifacts.write_bytes(path, text.encode())
-    return path
 
 
 def _words(command: Command, per_node: int) -> Iterator[str]:

@@ -81,7 +81,8 @@ def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int
     samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
     if study.parent.pretrain is not None:
         command = commands.parent_training(study, places, samples, seed)
-        stages.append(_trained(places, cell, samples, command))
+        lr = study.parent.pretrain.lr or study.recipe.rates[0]
+        stages.append(_trained(places, cell, samples, study.parent.pretrain.seed + seed, lr, command))
     elif study.parent.import_hf is not None:
         check = Check("imported", {"checkpoint": str(places.checkpoint(cell))})
         stages.append(Stage(commands.importing(study, places), check))
@@ -191,7 +192,7 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
     """
     candidates = (cell.source, *cell.others)
     directory = places.cell(cell.id)
-    if len(candidates) > 1 and _has_begun(directory):
+    if len(candidates) > 1 and has_begun(directory):
         words = artifacts.read_json(directory / "cell.json")["stages"][0]["argv"]
         for pruning in candidates:
             if str(places.checkpoint(pruning.cell)) in words:
@@ -205,7 +206,7 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
         cell.id,
         "training",
         (
-            _trained(places, cell.id, cell.samples, command),
+            _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command),
             _evaluation(study, places, cell.id, places.checkpoint(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
@@ -214,9 +215,9 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
     )
 
 
-def _trained(places: Places, cell: str, samples: SampleRange, command: Command) -> Stage:
+def _trained(places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command) -> Stage:
     asked = {"account": str(places.account(cell)), "start": samples.start, "end": samples.end, "steps": samples.steps}
-    return Stage(command, Check("trained", asked))
+    return Stage(command, Check("trained", {**asked, "seed": seed, "lr": lr}))
 
 
 def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Stage:
@@ -236,7 +237,7 @@ def keep(study: Study, places: Places, cell: Cell) -> None:
     earlier = artifacts.read_json(path) if path.is_file() else None
     if earlier == content:
         return
-    if earlier is not None and _has_begun(path.parent) and (changed := _first_difference(earlier, content)):
+    if earlier is not None and has_begun(path.parent) and (changed := _first_difference(earlier, content)):
         raise UsageError(
             f"study {study.name}",
             given=f"{cell.id} with {changed}",
@@ -246,7 +247,8 @@ def keep(study: Study, places: Places, cell: Cell) -> None:
     artifacts.write_json(path, content)
 
 
-def _has_begun(directory: Path) -> bool:
+def has_begun(directory: Path) -> bool:
+    """True once any stage of a cell, or its job, has written a log."""
     return any(directory.glob("*.log"))
 
 
@@ -255,9 +257,14 @@ def _first_difference(earlier: Any, now: Any) -> str:
     for old, new in zip(earlier["stages"], now["stages"], strict=False):
         if all(old[key] == new[key] for key in ("stage", "nproc", "argv")):
             continue
-        for position, (a, b) in enumerate(zip(old["argv"], new["argv"], strict=False)):
-            if a != b:
-                flag = new["argv"][position - 1] if not b.startswith("--") else ""
-                return f"{flag} {b} in place of {a}".strip()
-        return f"another command line for {new['stage']}"
+        return first_other_word(old["argv"], new["argv"]) or f"another command line for {new['stage']}"
     return "other stages" if len(earlier["stages"]) != len(now["stages"]) else ""
+
+
+def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:
+    """``--lr 0.002 in place of 0.001``; nothing where one begins with the other."""
+    for position, (a, b) in enumerate(zip(earlier, now, strict=False)):
+        if a != b:
+            flag = now[position - 1] if position and not b.startswith("--") else ""
+            return f"{flag} {b} in place of {a}".strip()
+    return ""

@@ -82,12 +82,16 @@ class StandIn:
         for path in (self.bin, self.jobs):
             path.mkdir(parents=True)
 
-    def submissions(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of all jobs in the order of their submission."""
         return [(self.jobs / str(number) / "name").read_text().strip() for number in self._numbers()]
 
+    def submissions(self) -> list[str]:
+        """The same without the study: cells."""
+        return [name.partition("/")[2] for name in self.names()]
+
     def after(self) -> dict[str, list[str]]:
-        """What each job was to wait for, by name."""
+        """What each job was to wait for, by cell."""
         names = dict(zip(map(str, self._numbers()), self.submissions(), strict=True))
         texts = {job: (self.jobs / job / "after").read_text().strip() for job in names}
         return {names[job]: [names[one] for one in text.split(":") if one] for job, text in texts.items()}

@@ -184,6 +184,22 @@ def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch
         made_up.run(study, Path("runs"), Lying())
 
 
+@pytest.mark.parametrize(("content", "says"), [({"seed": 5}, "seed 5"), ({"arguments": {"lr": 0.5}}, "lr 0.5")])
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
+    tmp_path: Path, prefixes, monkeypatch, content: dict, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes, settings=["equal-training"])
+    places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    cell = "pruned-shortgpt-r50-s1-t1280"
+    places.account(cell).write_text(json.dumps(json.loads(places.account(cell).read_text()) | content))
+    lines = places.ledger.read_text().splitlines(keepends=True)
+    places.ledger.write_text("".join(line for line in lines if f'"cell":"{cell}"' not in line.replace(" ", "")))
+    with pytest.raises(RunError, match=f"given a finished run with {says}, allowed is one with"):
+        made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
+    assert not launcher.commands
+
+
 def test_only_one_runner_at_a_time(tmp_path: Path, prefixes, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +16,8 @@ import yaml
 from rich.console import Console
 
 from megatron_prune.engine.launch import launch
-from megatron_prune.errors import RunError
-from megatron_prune.study import command, config, runner, slurm
+from megatron_prune.errors import RunError, UsageError
+from megatron_prune.study import command, config, preflight, runner, slurm, stages
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
@@ -58,8 +60,7 @@ def test_jobs_wait_for_each_other_and_end_with_the_ledger_of_a_local_run(tmp_pat
     with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
         places = run(study(prefixes, stand_in), Path("runs"))
     assert records(places) == expected
-    after = {name.removeprefix("made-up/"): [one.removeprefix("made-up/") for one in names]
-             for name, names in stand_in.after().items()}  # fmt: skip
+    after = stand_in.after()
     assert after["parent"] == [] and after["calibration-s1"] == ["parent"]
     assert after["pruning-shortgpt-r50-s1"] == ["parent", "calibration-s1"]
     assert after["pruned-shortgpt-r50-s1-t1280"] == ["pruning-shortgpt-r50-s1"]
@@ -109,7 +110,7 @@ def test_a_failing_job_is_retried_then_marked_and_the_rest_goes_on(tmp_path, pre
         with pytest.raises(RunError, match="pruning-shortgpt-r50-s1: apply ended without saying that it succeeded"):
             run(made, Path("runs"))
     submitted = Counter(stand_in.submissions())
-    assert submitted["made-up/pruning-shortgpt-r50-s1"] == 2
+    assert submitted["pruning-shortgpt-r50-s1"] == 2
     finished = records(Places(Path("runs/made-up")))
     assert sorted(finished) == [
         "calibration-s1", "parent", "pruned-minitron-width-r50-s1-t1280", "pruning-minitron-width-r50-s1",
@@ -140,7 +141,7 @@ def test_scripts_are_plain_and_can_be_submitted_by_hand(tmp_path, prefixes, monk
             time.sleep(0.05)
         assert places.account("parent").is_file() and not places.ledger.exists()
         run(study(prefixes, stand_in), Path("runs"))
-    assert Counter(stand_in.submissions())["made-up/parent"] == 1  # by hand; the runner found it done
+    assert Counter(stand_in.submissions())["parent"] == 1  # by hand; the runner found it done
 
 
 def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> None:
@@ -161,6 +162,88 @@ def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> Non
     assert "\nstage plan -- python -m megatron_prune plan" in Path(
         "runs/made-up/cells/pruning-shortgpt-r50-s1/job.sh"
     ).read_text()  # fmt: skip
+
+
+def test_a_queued_job_of_other_settings_is_not_taken_for_this_one(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    go_on = threading.Event()
+
+    def waiting(argv: Sequence[str], log: Path) -> int:
+        assert go_on.wait(60)
+        return slurm_stand_in.made_up_verbs(argv, log)
+
+    class Killed(slurm.Queue):
+        def ended(self) -> Mapping:
+            raise made_up.Killed
+
+    edited = {"calibration": {"sequences": 12}}
+    with slurm_stand_in.installed(tmp_path / "slurm", waiting, monkeypatch) as stand_in:
+        with pytest.raises(made_up.Killed):
+            run(study(prefixes, stand_in), Path("runs"), Killed)
+        cell_json = Path("runs/made-up/cells/calibration-s1/cell.json")
+        before = cell_json.read_bytes()
+        job = stand_in.submissions().index("calibration-s1") + 1
+        says = f"calibration-s1 with --calibration-sequences 12 in place of 8, .* job {job} .*scancel {job}, or restore"
+        with pytest.raises(UsageError, match=says):
+            run(study(prefixes, stand_in, **edited), Path("runs"))
+        assert cell_json.read_bytes() == before
+        go_on.set()
+        places = run(study(prefixes, stand_in), Path("runs"))
+    assert set(Counter(stand_in.submissions()).values()) == {1} and len(records(places)) == 8
+
+
+def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
+    places = Places(Path("runs/made-up"))
+    (parent,) = stages.parents(made, places, preflight.look(made, places))
+    stages.keep(made, places, parent)
+    words = ["false", *parent.stages[0].command.argv]
+    stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
+    with pytest.raises(RunError, match="without saying that it succeeded"):
+        command.main([*stage, *words])
+    words[words.index("--lr") + 1] = "0.5"
+    with pytest.raises(UsageError, match="another command line than cell.json has"):
+        command.main([*stage, *words])
+
+
+def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    Path("again").symlink_to("here")
+    made = config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
+    names = [slurm.job_name(made, Places(Path(folder) / "made-up"), "parent") for folder in ("here", "there", "again")]
+    assert names[0] == names[2] != names[1]
+    assert all(re.fullmatch("made-up@[0-9a-f]{6}/parent", name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("time: 24:00:00", 'time: given 86400, allowed is a time in quotes, as "24:00:00"'),
+        ("exclusive: false", "exclusive: given False, allowed is true for a flag"),
+        ("comment:", "comment: given None, allowed is true for a flag"),
+        ("gres: [gpu:8]", "gres: given .'gpu:8'., allowed is text as sbatch takes it"),
+        ('comment: "one\\ntwo"', "comment: given 'one.ntwo', allowed is text on one line"),
+        ("comment: it's", "comment: given .*, allowed is text on one line"),
+        ("job-name: mine", "job-name: given 'mine', allowed is options that a job's script does not set itself"),
+        ("ntasks_per_node: 8", "ntasks-per-node: given 8, allowed is options that a job's script does not set"),
+    ],
+)
+def test_options_that_slurm_would_read_otherwise_are_refused(prefixes, options: str, says: str) -> None:
+    launching = {"launcher": "slurm", "slurm": {"options": yaml.safe_load(options)}}
+    with pytest.raises(UsageError, match=rf"launch\.slurm\.options\.{says}"):
+        config.from_mapping(made_up.mapping(prefixes, launch=launching))
+
+
+def test_options_are_written_as_slurm_reads_them(prefixes) -> None:
+    options = {"time": "24:00:00", "gres": "gpu:8", "mem": 0, "exclusive": True, "comment": "for the paper"}
+    launching = {"launcher": "slurm", "slurm": {"options": options}}
+    made = config.from_mapping(made_up.mapping(prefixes, launch=launching))
+    places = Places(Path("runs/made-up"))
+    text = slurm.script(made, places, stages.parents(made, places, preflight.look(made, places))[0])
+    for line in ("--time=24:00:00", "--gres=gpu:8", "--mem=0", "--exclusive", "--comment='for the paper'"):
+        assert f"\n#SBATCH {line}\n" in text
 
 
 def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
