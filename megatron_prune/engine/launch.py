@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
 import pickle
@@ -27,6 +28,7 @@ from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
 ZYGOTE = zygote.__name__  # the module that the process which forks ranks runs
+AGENT = "megatron_prune.engine.agent"
 
 
 def launch(
@@ -60,7 +62,7 @@ def start(
     log: str | Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Job:
-    """Like ``launch``, but return at once with the running ``Job``."""
+    """Like ``launch``, but return at once with the running ``Job``, which ends with the thread that started it."""
     _check_nproc(nproc)
     argv = [os.fspath(argument) for argument in argv]
     with _open_log(log) as (out, err):
@@ -134,7 +136,7 @@ class _ForkedJob(Job):
 
 class _TorchrunJob(Job):
     def __init__(self, argv: list[str], nproc: int, out: int, err: int, env: Mapping[str, str] | None):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [sys.executable, "-m", AGENT, str(os.getpid()), "--standalone"]
         command += ["--nproc-per-node", str(nproc), "-m", "megatron_prune", *argv]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
@@ -180,15 +182,35 @@ def _start_forked(
 
 @contextlib.contextmanager
 def _open_log(log: str | Path | None) -> Iterator[tuple[int, int]]:
-    """Descriptors for a job's stdout and stderr."""
+    """Descriptors for a job's stdout and stderr.
+
+    A shared lock lies on a log as long as any process of the job has it open, whatever became of the others:
+    ``wait_until_free`` waits for it.
+    """
     if log is None:
         sys.stdout.flush()
         sys.stderr.flush()
         yield 1, 2
         return
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as handle:
+    with open(log, "a+b") as handle:  # NFS locks nothing that cannot be read
+        with contextlib.suppress(OSError):  # a file system without locks, or not a file
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield handle.fileno(), handle.fileno()
+
+
+def wait_until_free(log: Path, tell: Callable[[], None]) -> bool:
+    """Return when no process of an earlier job has ``log`` open; True, after a ``tell``, if there were any."""
+    if not log.is_file():
+        return False
+    with open(log, "r+b") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            return True
+    return False
 
 
 # OpenMP's threads wait for each other in a loop of milliseconds. Beside other work on two cores a

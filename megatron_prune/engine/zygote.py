@@ -106,7 +106,7 @@ def _reap() -> None:
             pass
 
 
-def _die_with(parent: int, signal_number: int) -> None:
+def die_with(parent: int, signal_number: int) -> None:
     """Have the kernel end this process when ``parent`` ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
@@ -147,7 +147,7 @@ def _exit_code(leaving: SystemExit) -> int:
 
 def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     """Fork the ranks of one job, watch them and the caller, report the job's exit code."""
-    _die_with(os.getppid(), signal.SIGTERM)
+    die_with(os.getppid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     request: dict[str, Any] = receive(connection)
     os.dup2(out, 1)
@@ -168,7 +168,7 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
                 os.close(descriptor)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setpgid(0, 0)
-            _die_with(me, signal.SIGKILL)
+            die_with(me, signal.SIGKILL)
             _run_and_exit(functools.partial(_rank, request, rank, start_read))
         os.setpgid(child, child)
         os.close(start_read)

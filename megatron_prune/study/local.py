@@ -1,5 +1,7 @@
 """Cells on this machine: up to ``launch.parallel_cells`` at a time, each on GPUs of its own where there are any.
 
+Processes end with their runner. Where some live on for a while, the next runner waits for them before it begins what
+they were doing: two runs never write to one folder.
 Without a GPU no more begin than there are cores for: a process needs one.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_prune.engine.launch import wait_until_free
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.study.commands import Command, environment
 from megatron_prune.study.config import Study
@@ -95,7 +98,11 @@ class Local:
                 continue
             with self.progress.stage(cell.id, stage.command.stage):
                 command = functools.partial(self._command, stage.command, env)
-                execute(self.places.cell(cell.id), stage.command.stage, stage.done, command)
+                directory, name = self.places.cell(cell.id), stage.command.stage
+                tell = functools.partial(self.progress.left, cell.id, name)
+                if wait_until_free(directory / f"{name}.log", tell) and stage.done():
+                    continue
+                execute(directory, name, stage.done, command)
 
     def _command(self, command: Command, env: dict[str, str], log: Path) -> int:
         return self.execute_command(command, log=log, env=env)

@@ -64,6 +64,11 @@ class Progress:
         what = "is run again" if again else "is given up"
         self.console.print(f"{self._clock()}  {'failed':<7}{cell}  attempt {attempt}, {what}", soft_wrap=True)
 
+    def left(self, cell: str, stage: str) -> None:
+        """A stage that an earlier runner's processes are still at."""
+        text = f"{stage}  waits for processes of an earlier runner to end"
+        self.console.print(f"{self._clock()}  {'held':<7}{cell}  {text}", soft_wrap=True)
+
     def queued(self, cell: str, job: str, *, adopted: bool = False) -> None:
         """A cell in a cluster's queue; ``adopted`` if an earlier runner put it there."""
         what = "found in the queue" if adopted else "submitted"

@@ -202,5 +202,40 @@ def test_where_there_is_a_gpu_it_is_torchrun(a_gpu, tmp_path) -> None:
     assert "torch.distributed.elastic" in log.read_text()
 
 
+def test_a_killed_caller_takes_its_torchrun_along_and_the_log_is_held_until_the_last_rank_is_gone(tmp_path) -> None:
+    """torchrun is a stand-in that leaves its rank behind, as one that is killed itself does."""
+    (tmp_path / "torch/distributed").mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").write_text("")
+    (tmp_path / "torch/distributed/run.py").write_text(
+        "import os, subprocess\n"
+        "def main():\n"
+        "    rank = subprocess.Popen(['sleep', '120'])\n"
+        "    print('pids', os.getpid(), rank.pid, flush=True)\n"
+        "    rank.wait()\n"
+    )
+    caller = (
+        "import sys; from types import SimpleNamespace; from megatron_prune.engine import launch;"
+        "launch._zygote = lambda: SimpleNamespace(forks=False);"
+        "launch.launch(['pretrain'], log=sys.argv[1], env={'PYTHONPATH': sys.argv[2]})"
+    )
+    log, root = tmp_path / "log", Path(__file__).parents[2]
+    search = {"PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", caller, log, f"{tmp_path}:{root}"], env={**os.environ, **search})
+    assert wait_until(lambda: log.is_file() and "pids" in log.read_text(), 60)
+    agent, rank = map(int, log.read_text().split()[1:])
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not alive(agent)) and alive(rank)
+    told: list[str] = []
+
+    def the_rank_ends() -> None:
+        told.append("waiting")
+        os.kill(rank, signal.SIGKILL)
+
+    assert launch.wait_until_free(log, the_rank_ends) and told == ["waiting"]
+    assert wait_until(lambda: not alive(rank))
+    assert not launch.wait_until_free(log, the_rank_ends)
+
+
 def test_a_torchrun_job_is_ended_in_time(a_gpu, tmp_path) -> None:
     assert launch.launch(["--help"], log=tmp_path / "log", timeout=0.2) == launch.EXIT_TIMEOUT

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_prune import plan
+from megatron_prune.engine import launch
 from megatron_prune.errors import DataError, RunError, UsageError
-from megatron_prune.study import local, results
+from megatron_prune.study import local, preflight, results, stages
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.progress import Progress
@@ -290,6 +293,29 @@ def test_what_needs_a_failed_cell_is_blocked_and_a_shared_scratch_run_takes_its_
     made_up.run(study, Path("runs"), again := made_up.FakeLauncher())
     assert [command.stage for command in again.commands] == ["apply", "evaluate", "pretrain", "evaluate"]
     assert [item.status for item in results.collect(places).compared] == ["finished"] * 2
+
+
+def test_what_an_earlier_runner_left_running_is_waited_for_and_not_begun_twice(
+    tmp_path: Path, prefixes, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(prefixes, settings=["equal-training"])
+    places, log = Places(Path("runs/made-up")), Path("runs/made-up/cells/parent/pretrain.log")
+    with pytest.raises(made_up.Killed):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=0))
+    with launch._open_log(log) as (out, _):
+        left = subprocess.Popen(["sleep", "120"], stdout=out)
+    command = stages.parents(study, places, preflight.look(study, places))[0].stages[0].command
+
+    def finishes(progress: Progress, cell: str, stage: str) -> None:
+        assert (cell, stage) == ("parent", "pretrain") and left.poll() is None
+        made_up.FakeLauncher()(command, log=tmp_path / "log", env={})
+        left.kill()
+
+    monkeypatch.setattr(Progress, "left", finishes)
+    made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
+    assert left.wait() == -signal.SIGKILL
+    assert [command.stage for command in launcher.commands][:2] == ["evaluate", "calibrate"]
 
 
 def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> None:
