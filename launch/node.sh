@@ -5,10 +5,16 @@
 #         bash launch/node.sh pretrain <flags>          # the same line on every node, in any order
 #
 # torchrun reads its own options from PET_…, which is how Kubeflow's PyTorchJob passes them too. Rendezvous is c10d:
-# the first node holds the store, nodes get their rank when they come. When a rank or a node dies, all agents stop
-# their ranks and wait until the nodes are complete again, PET_MAX_RESTARTS times; the ranks then go on from the last
-# save, at the same samples. PET_NNODES=MIN:MAX, which lets a job go on with fewer nodes, was not tried: the batch must
-# divide, and the optimizer's state be fully reshardable.
+# nodes get their rank when they come. When a rank or a node dies, all agents stop their ranks and wait until the nodes
+# are complete again, PET_MAX_RESTARTS times; the ranks then go on from the last save, at the same samples.
+#
+# PET_NNODES=MIN:MAX lets a job go on with fewer nodes: it waits for the others for last_call_timeout (PET_RDZV_CONF, 30
+# seconds), and takes them in when they come back. The flags must fit every number of nodes: the batch divides, and
+# --dist-ckpt-optim-fully-reshardable. account.json says how many ranks each attempt had.
+#
+# The agent on the host of PET_RDZV_ENDPOINT holds the rendezvous' store (where that is one machine for all, the first).
+# A job outlives every node but that one: without it all agents end within seconds, and not with 0. Whoever started the
+# job starts it again (Slurm requeues it, Kubernetes restarts its pods), and it goes on from the last save.
 #
 # SIGTERM and SIGUSR1 go to the ranks alone. Under --exit-signal-handler Megatron finishes its step, saves, and leaves
 # with 0 on all nodes; who starts the job again looks into account.json, never at exit codes.

@@ -170,7 +170,8 @@ class Recorder:
         csv.writer(table).writerows([COLUMNS, *kept])
         write_bytes(path, table.getvalue().encode())
         self._table = storage.GrowingText(path, table.getvalue())
-        account.attempts.append({"began": self.began, "from_step": first})
+        ranks = account.arguments.get("world_size")  # an elastic job goes on with fewer nodes
+        account.attempts.append({"began": self.began, "from_step": first, "world_size": ranks})
         account.write(self.save)
         return self._table
 

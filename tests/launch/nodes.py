@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prune.artifacts import read_json
 from tests.training.small import MODEL, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def training(corpus: Path, save: Path) -> list[str]:
     return ["pretrain", *MODEL, *flags]
 
 
-def environment(port: int, nodes: int = 2) -> dict[str, str]:
+def environment(port: int, nodes: int | str = 2) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHON": sys.executable,
@@ -47,8 +48,9 @@ def environment(port: int, nodes: int = 2) -> dict[str, str]:
         "PET_NPROC_PER_NODE": "1",
         "PET_RDZV_ENDPOINT": f"localhost:{port}",
         "PET_LOCAL_ADDR": "localhost",
-        # A node that says nothing for three seconds is gone; the default is fifteen.
-        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3",
+        # A node that says nothing for three seconds is gone; the default is fifteen. Enough nodes, but not all, wait four
+        # seconds for the others; the default is thirty.
+        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=4",
         "PET_MONITOR_INTERVAL": "0.2",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -56,7 +58,7 @@ def environment(port: int, nodes: int = 2) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def node(argv: list[str], port: int, log: Path, nodes: int = 2):
+def node(argv: list[str], port: int, log: Path, nodes: int | str = 2):
     """A running launch/node.sh; what it started is killed at the end."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -96,6 +98,12 @@ def saved(save: Path) -> int:
         return int((save / "latest_checkpointed_iteration.txt").read_text() or 0)
     except FileNotFoundError:
         return 0
+
+
+def sizes(save: Path) -> list[int]:
+    """How many ranks each attempt at a run had."""
+    path = save / "account.json"
+    return [attempt["world_size"] for attempt in read_json(path)["attempts"]] if path.exists() else []
 
 
 def losses(save: Path) -> list[list[str]]:

@@ -32,3 +32,20 @@ def test_a_node_is_killed_and_comes_back(undisturbed, tiny_corpus, tmp_path) -> 
     account = read_json(save / "account.json")
     assert account["complete"] and len(account["attempts"]) == 2
     assert nodes.losses(save) == nodes.losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_and_the_other_goes_on_alone(undisturbed, tiny_corpus, tmp_path) -> None:
+    save, port = tmp_path / "run", nodes.free_port()
+    argv = nodes.training(tiny_corpus, save)
+    with nodes.node(argv, port, tmp_path / "first.txt", "1:2") as first:
+        nodes.wait_for(lambda: nodes.holds_a_store(port), "the first node's store")
+        with nodes.node(argv, port, tmp_path / "second.txt", "1:2"):
+            nodes.wait_for(lambda: nodes.sizes(save)[-1:] == [2] and nodes.saved(save) >= 10, "a save of both")
+        assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
+        assert first.wait(200) == 0, (tmp_path / "first.txt").read_text()[-3000:]
+    assert read_json(save / "account.json")["complete"] and nodes.sizes(save)[-2:] == [2, 1]
+    found, expected = (
+        [float(loss) for _, _, loss, *_ in nodes.losses(run)[1:]] for run in (save, undisturbed)
+    )  # one rank sums in another order than two
+    assert len(found) == nodes.STEPS and found == pytest.approx(expected, rel=1e-5)
