@@ -48,8 +48,8 @@ def environment(port: int, nodes: int | str = 2) -> dict[str, str]:
         "PET_NPROC_PER_NODE": "1",
         "PET_RDZV_ENDPOINT": f"localhost:{port}",
         "PET_LOCAL_ADDR": "localhost",
-        # A node that says nothing for three seconds is gone; the default is fifteen. Enough nodes, but not all, wait four
-        # seconds for the others; the default is thirty.
+        # A node that says nothing for three seconds is gone; the default is fifteen. Enough nodes, but not all, wait
+        # four seconds for the others; the default is thirty.
         "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=4",
         "PET_MONITOR_INTERVAL": "0.2",
         "GLOO_SOCKET_IFNAME": "lo",
