@@ -1,7 +1,8 @@
 """The ``evaluate`` verb: mean token loss and perplexity of a checkpoint on fixed windows of corpora.
 
 Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same
-for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation.
+for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation. The scores
+say which text it was: the corpus's fingerprint, windows and their length.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
         for label, prefix in zip(args.labels or args.data_path, args.data_path, strict=True)
     }
     runtime.initialize(args)
+    from megatron_prune.data.indexed import fingerprint
     from megatron_prune.engine import forward
     from megatron_prune.training.zeros import check_loaded
 
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> int:
                   f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
     nonzero = forward.count_nonzero(model)
     if args.rank == 0:
+        for corpus in scores.values():
+            corpus["fingerprint"] = fingerprint(corpus["prefix"])
         checkpoint = open_checkpoint(runtime.loaded_directory(args))
         write_json(args.output, {
             "version": 1,

@@ -1,24 +1,17 @@
 """Loss spikes and numbers that are none: one policy for every run of a study, and a count of what happened.
 
-The policy (``POLICY``): Megatron stops a run at the first loss or gradient that is not finite; the runner starts it
+The policy: Megatron stops a run at the first loss or gradient that is not finite; the runner starts it
 again from its last save, and gives its cell up after ``launch.retries``. A spike is counted, and nothing else: no batch
-is skipped, and nothing is wound back. The flags behind it are the recipe's, and ``match`` compares them.
+is skipped, and nothing is wound back. The flags behind it are the recipe's, and ``match`` compares all of those.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-POLICY = "non-finite: stopped and retried from the last save; spikes: counted; no batch skipped"
-FLAGS = (  # Megatron's, as an account's arguments have them
-    "check_for_nan_in_loss_and_grad", "check_for_spiky_loss", "check_for_large_grads", "rerun_mode",
-    "iterations_to_skip", "clip_grad",
-)  # fmt: skip
 WINDOW, DEVIATIONS, LEAST = 64, 10.0, 0.1
 
 
@@ -40,8 +33,3 @@ def count(losses: Path) -> dict[str, int]:
         spikes += value - middle > max(DEVIATIONS * spread, LEAST)
     return {"not_finite": sum(not math.isfinite(value) for value in values), "spikes": spikes}
 
-
-def policy(arguments: Mapping[str, Any]) -> str:
-    """A run's policy in words, with the flags that its account says it ran under."""
-    flags = ", ".join(f"{name} {arguments[name]}" for name in FLAGS if arguments.get(name) not in (None, []))
-    return f"{POLICY} ({flags})" if flags else POLICY

@@ -51,12 +51,15 @@ def trained(account: str, start: int, end: int, steps: int, seed: int, lr: float
 
 
 def evaluated(scores: str, windows: int) -> bool:
-    """True if scores of both corpora on that many windows are there, and are numbers."""
+    """True if scores of both corpora on that many windows are there, are numbers, and say of which text they are."""
     if not Path(scores).is_file():
         return False
     corpora = artifacts.read_json(scores).get("corpora", {})
     return all(
-        corpora.get(name, {}).get("windows") == windows and _is_number(corpora[name].get("loss")) for name in CORPORA
+        corpora.get(name, {}).get("windows") == windows
+        and _is_number(corpora[name].get("loss"))
+        and "fingerprint" in corpora[name]
+        for name in CORPORA
     )
 
 

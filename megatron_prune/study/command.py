@@ -142,8 +142,9 @@ def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> i
     if options.commands:
         _print_commands(stages.all_commands(stages.all_cells(study, places, outlook)))
     if options.scripts:
-        for cell in stages.all_cells(study, places, outlook):
-            stages.keep(study, places, cell)
+        cells = stages.all_cells(study, places, outlook)
+        for cell in cells:
+            stages.keep(study, places, cell, cells)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
 

@@ -139,7 +139,8 @@ def recipe(study: Study, places: Places, samples: SampleRange, seed: int, lr: fl
             "lr": lr,
             "min-lr": float(f"{lr * made.min_lr_fraction:.12g}"),
             "lr-decay-style": "cosine",
-            "lr-warmup-fraction": made.warmup_fraction or None,
+            "lr-warmup-fraction": made.warmup_fraction or None if made.warmup_at_most is None else None,
+            "lr-warmup-iters": made.warmup_iters(samples.steps) or None,
         }
     )
 

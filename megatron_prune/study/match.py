@@ -6,8 +6,8 @@ stream and batch, every argument equal outside ``ALLOWED`` and what follows from
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
 step or 0.1%. *Equal FLOPs*: the same with executed FLOPs in place of tokens. In all of them a
 sparse model was retrained under the masks that its pruning made, and the scratch run was trained under the same masks,
-or, where it is a dense one, under none; and losses that spike or are no numbers were met by one policy. Where the study
-sweeps the learning rate, both arms had the same rates.
+or, where it is a dense one, under none; retraining began with the weights that the pruning left, and every loss that is
+shown is of the same text. Where the study sweeps the learning rate, both arms had the same rates.
 
 The result is the list of what was compared, for the report; the first thing that does not match
 raises AccountError, which names both runs and the field.
@@ -15,12 +15,11 @@ raises AccountError, which names both runs and the field.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study import anomalies
 from megatron_prune.study.budgets import counted
 
 Account = Mapping[str, Any]
@@ -53,11 +52,8 @@ ALLOWED: dict[str, str] = {
 # What a run's own number of steps decides, where the settings differ in it.
 OWN_STEPS: dict[str, str] = {
     "train_iters": "own steps",
-    "train_samples": "own steps",
     "lr_decay_iters": "own steps",
-    "lr_decay_samples": "own steps",
-    "lr_warmup_iters": "own steps",
-    "lr_warmup_samples": "own steps",
+    "lr_warmup_iters": "own steps, by the recipe",
     "stream_range": "own steps",
     "eval_interval": "own steps",
 }
@@ -82,14 +78,19 @@ class Line:
 class Runs:
     """Two complete accounts with their names, and the checks that both settings share.
 
-    ``masks`` is the hash of those that the pruning made, None where it made none; ``dense`` says that
-    the scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
+    ``weights``: fingerprint of what the pruning left. ``texts``: by run, for all whose losses are shown, what it was
+    evaluated on. ``warmup``: the recipe's steps of warm-up for a number of steps. ``masks``: the hash of those that the
+    pruning made, None where it made none; ``dense`` says that the scratch run is to have none. ``swept``: of every
+    learning rate, if there are several, both arms' accounts.
     """
 
     pruned_name: str
     scratch_name: str
     pruned: Account
     scratch: Account
+    weights: str
+    texts: Mapping[str, Any]
+    warmup: Callable[[int], int]
     masks: str | None = None
     dense: bool = True
     swept: Mapping[float, tuple[Account, Account]] | None = None
@@ -129,6 +130,11 @@ class Runs:
                         setting, f"arguments.{key}", f"{name} has {account['arguments'][key]}, its own steps are "
                         f"{account['steps']}"
                     )  # fmt: skip
+            warmed, rule = account["arguments"].get("lr_warmup_iters") or 0, self.warmup(account["steps"])
+            if warmed != rule:
+                raise self.refuse(
+                    setting, "arguments.lr_warmup_iters", f"{name} has {warmed}, by the recipe it is {rule}"
+                )
 
     def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
         if pruned != scratch:
@@ -158,10 +164,26 @@ class Runs:
         verdict = "may differ: the study asks for dense scratch" if self.dense else "equal"
         return [Line("masks", self.masks, expected or "none", verdict)]
 
-    def policy(self, setting: str) -> Line:
-        """What was done about spikes and losses that are no numbers."""
-        ours, theirs = (anomalies.policy(account["arguments"]) for account in (self.pruned, self.scratch))
-        return self.equal(setting, "policy for spikes and NaNs", ours, theirs)
+    def began(self, setting: str) -> Line:
+        """Retraining started from the checkpoint that the pruning left, not from one that was there before it."""
+        found = (self.pruned["initial"] or {}).get("fingerprint")
+        if found != self.weights:
+            why = f"{self.pruned_name} began with {found}, its pruning left {self.weights}"
+            raise self.refuse(setting, "weights at the start", why)
+        return Line("weights at the start", found, "random", "may differ: start")
+
+    def text(self, setting: str) -> Line:
+        """Every loss that is shown is over the same windows of the same corpora."""
+        (first, text), *others = self.texts.items()
+        for name, other in others:
+            for corpus in sorted({*text, *other}):
+                one, two = text.get(corpus), other.get(corpus)
+                if one != two:
+                    raise self.refuse(setting, "evaluation text", f"{corpus}: {one} for {first}, {two} for {name}")
+        shown = ", ".join(
+            f"{corpus} {own['fingerprint'][:12]} {own['windows']} x {own['seq_length']}" for corpus, own in text.items()
+        )
+        return Line("evaluation text", shown, shown)
 
     def rates(self, setting: str) -> list[Line]:
         """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
@@ -251,7 +273,10 @@ def equal_flops(
 
 
 def _common(runs: Runs, setting: str, parent: Account | None) -> list[Line]:
-    return [*runs.held(setting), *_unseen(runs, setting, parent), runs.policy(setting), *runs.rates(setting)]
+    return [
+        runs.began(setting), *runs.held(setting), *_unseen(runs, setting, parent), runs.text(setting),
+        *runs.rates(setting),
+    ]  # fmt: skip
 
 
 def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: bool) -> Line:

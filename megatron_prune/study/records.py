@@ -17,6 +17,7 @@ from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
+from megatron_prune.errors import RunError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import anomalies
 from megatron_prune.study.commands import CORPORA, Places
@@ -25,6 +26,7 @@ from megatron_prune.study.grid import TrainingCell, shape_tag
 from megatron_prune.study.prunings import Pruning, calibration_cell, parent_cell
 
 Record = dict[str, Any]
+TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: what says which tokens were predicted
 
 
 def parent(
@@ -33,7 +35,7 @@ def parent(
     """A parent: trained here or elsewhere (``account``), or only declared."""
     cell = parent_cell(study, seed)
     scores = artifacts.read_json(places.scores(cell))
-    record: Record = {"cell": cell, "kind": "parent", **_losses(scores), "seconds": dict(seconds)}
+    record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
     if study.parent.pretrain is not None:
         record["anomalies"] = anomalies.count(places.losses(cell))
     if account is not None:
@@ -74,6 +76,8 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
     spent = made.calibration or {}
     return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
+        "made_of": made.parent,
+        "statistics": made.statistics,
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
@@ -87,6 +91,8 @@ def sparse_pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]
     made = open_checkpoint(places.checkpoint(chosen.cell)).pruning[-1]
     return _pruning(places, chosen, made["target"], seconds) | {
         "masks": made["masks"],
+        "made_of": made["parent"]["fingerprint"],
+        "statistics": None,  # it reads the text itself
         "removed_linears": made["removed_linears"],
         "removed_all": made["removed_all"],
         "near_ties": None,  # masks are too many for a list of them
@@ -105,7 +111,7 @@ def _pruning(places: Places, chosen: Pruning, target: Record, seconds: Mapping[s
         "seed": chosen.seed,
         "target": target,
         "shape": shape_tag(target),
-        **_losses(artifacts.read_json(places.scores(chosen.cell))),
+        **_evaluated(artifacts.read_json(places.scores(chosen.cell))),
         "seconds": dict(seconds),
     }
 
@@ -130,13 +136,16 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
     """A trained and evaluated run."""
     account = artifacts.read_json(places.account(cell.id))
     scores = artifacts.read_json(places.scores(cell.id))
+    if scores["masks"] != account["masks"]:
+        held = f"under masks {account['masks'] or 'none'}", f"with masks {scores['masks'] or 'none'}"
+        raise RunError(f"{cell.id}: it was trained {held[0]}, and evaluated {held[1]}")
     return {
         "cell": cell.id,
         "kind": cell.kind,
         "seed": cell.seed,
         "lr": cell.lr,
         **_run(account),
-        **_losses(scores),
+        **_evaluated(scores),
         "anomalies": anomalies.count(places.losses(cell.id)),
         "seconds": dict(seconds),
     }
@@ -158,8 +167,14 @@ def _run(account: Mapping[str, Any]) -> Record:
     }
 
 
-def _losses(scores: Mapping[str, Any]) -> Record:
-    return {f"{name}_loss": scores["corpora"][name]["loss"] for name in CORPORA}
+def _evaluated(scores: Mapping[str, Any]) -> Record:
+    """Losses, the weights that have them, and the text that they are of."""
+    corpora = scores["corpora"]
+    return {
+        **{f"{name}_loss": corpora[name]["loss"] for name in CORPORA},
+        "fingerprint": scores["checkpoint"]["fingerprint"],
+        "text": {name: {key: corpora[name][key] for key in TEXT} for name in CORPORA},
+    }
 
 
 def unigram_loss(prefix: str, count: int) -> float:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune.study import conclusions, config, grid, match, rows, sweep
+from megatron_prune.study import conclusions, config, grid, match, origins, rows, sweep
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA, Places
 from megatron_prune.study.ledger import Ledger
-from megatron_prune.study.prunings import parent_cells
+from megatron_prune.study.prunings import parent_cell, parent_cells
 from megatron_prune.study.rows import COLUMNS
 from megatron_prune.study.sweep import Sweep
 from megatron_prune.study.trends import Trend
@@ -113,19 +113,31 @@ class _Matching:
         if made.not_run:
             return Compared(made, tokens, "not run" if made.pruned in self.records else "pending")
         finished = made.pruned in self.records and made.scratch in self.records
-        if made.scratch is None or not finished or not made.chosen:
+        made_again = any(name not in self.records for name in (made.pruning.cell, parent_cell(self.study, made.seed)))
+        if made.scratch is None or not finished or not made.chosen or made_again:
             return Compared(made, tokens, "pending")
+        origins.refuse_others(self.study, made.pruning, self.records)
+        pruning = self.records[made.pruning.cell]
         swept = {rate: (self._account(a), self._account(b or "")) for rate, a, b in made.swept}
         runs = match.Runs(
             made.pruned,
             made.scratch,
             self._account(made.pruned),
             self._account(made.scratch),
-            masks=self.records[made.pruning.cell].get("masks"),
+            weights=pruning["fingerprint"],
+            texts=self._texts(made),
+            warmup=self.study.recipe.warmup_iters,
+            masks=pruning.get("masks"),
             dense=made.against == "dense",
             swept=swept or None,
         )
         return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
+
+    def _texts(self, made: grid.Comparison) -> dict[str, Any]:
+        """What every run was evaluated on whose loss stands beside the others, or decides which of them it is."""
+        swept = [name for _, *names in made.swept for name in names]
+        cells = [made.pruned, made.scratch, *swept, made.pruning.cell, parent_cell(self.study, made.seed)]
+        return {cell: self.records[cell]["text"] for cell in cells if cell is not None}
 
     def _lines(self, made: grid.Comparison, runs: match.Runs) -> list[match.Line]:
         path = self.places.parent(self.study, made.seed) / "account.json"

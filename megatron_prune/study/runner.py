@@ -109,7 +109,7 @@ class _Runner:
         for cell in cells:
             if cell.id in self.begun:
                 continue
-            stages.keep(self.study, self.places, cell)
+            stages.keep(self.study, self.places, cell, cells)
             if cell.id in self.finished and cell.id not in self.cells:
                 self.progress.skipped(cell.id)
                 retention.apply(self.study, self.places, cell)

@@ -126,7 +126,8 @@ class Parent:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps.
+    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps, the warmup
+    of ``warmup_at_most`` steps at most.
 
     Several ``lr`` are a sweep: every arm is trained at each of them, and the one with the lowest validation loss
     (mean over the seeds) stands for the arm.
@@ -137,8 +138,15 @@ class Recipe:
     micro_batch_size: Positive
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    warmup_at_most: Positive | None = None  # steps
     save_interval: Positive | None = None  # steps; None: at the end only
     arguments: Flags = dataclasses.field(default_factory=dict)
+
+    def warmup_iters(self, steps: int) -> int:
+        """Steps of warm-up that a run of ``steps`` is told; 0 where it is told the fraction."""
+        if self.warmup_at_most is None:
+            return 0
+        return min(round(self.warmup_fraction * steps), self.warmup_at_most)
 
     @property
     def rates(self) -> list[float]:

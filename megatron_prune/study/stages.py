@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prune import artifacts
 from megatron_prune.errors import RunError, UsageError
-from megatron_prune.study import commands, pruning_commands, records
+from megatron_prune.study import commands, origins, pruning_commands, records
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.checks import Check
 from megatron_prune.study.commands import Command
@@ -21,7 +21,7 @@ from megatron_prune.study.config import Study
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.places import Places
 from megatron_prune.study.preflight import Outlook
-from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cell, parent_cells
+from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cells
 
 Seconds = Mapping[str, float]
 
@@ -114,12 +114,8 @@ def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> C
         "calibration",
         (Stage(pruning_commands.calibration(study, places, pruning), check),),
         lambda seconds: records.calibration(study, places, pruning, seconds),
-        after=(_source_cell(study, pruning),),
+        after=(origins.source_cell(study, pruning),),
     )
-
-
-def _source_cell(study: Study, pruning: Pruning) -> str:
-    return pruning.base.cell if pruning.base else parent_cell(study, pruning.seed)
 
 
 def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
@@ -133,7 +129,7 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
             raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
         return found
 
-    after = [_source_cell(study, pruning)]
+    after = [origins.source_cell(study, pruning)]
     if outlook.needs[pruning.name].statistics:
         after.append(calibration_cell(study, pruning))
     stages = (_sparsifying if sparse else _planning)(study, places, outlook, pruning)
@@ -230,8 +226,8 @@ def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
     return {cell.id: [stage.command for stage in cell.stages] for cell in cells}
 
 
-def keep(study: Study, places: Places, cell: Cell) -> None:
-    """Write cell.json; UsageError for a cell that has begun with other commands."""
+def keep(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study."""
     path = places.cell(cell.id) / "cell.json"
     content = cell.to_json()
     earlier = artifacts.read_json(path) if path.is_file() else None
@@ -242,9 +238,26 @@ def keep(study: Study, places: Places, cell: Cell) -> None:
             f"study {study.name}",
             given=f"{cell.id} with {changed}",
             allowed="its earlier commands",
-            why=f"rename the study, or remove {path.parent} and its line",
+            why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)} with their lines in "
+            f"{places.ledger}",
         )
     artifacts.write_json(path, content)
+
+
+def _begun_after(places: Places, cell: Cell, cells: Sequence[Cell]) -> str:
+    """The cells that rest on ``cell`` and have begun, for people: made again alone, it would leave them stale."""
+    resting, more = {cell.id}, {cell.id}
+    while more:
+        more = {one.id for one in cells if more.intersection(one.after) and not _takes_a_shape(one)} - resting
+        resting |= more
+    found = [one.id for one in cells if one.id in resting - {cell.id} and has_begun(places.cell(one.id))]
+    return f" and what rests on it ({', '.join(found)})" if found else ""
+
+
+def _takes_a_shape(cell: Cell) -> bool:
+    """True for a dense scratch run: the shape is in its name, and it needs no weights of what it is after."""
+    argv = cell.stages[0].command.argv
+    return "--shape-from" in argv and "--masks" not in argv
 
 
 def has_begun(directory: Path) -> bool:

@@ -25,12 +25,14 @@ from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
 from megatron_prune.study import config
 from megatron_prune.study.commands import Command, Places
 
 VOCABULARY = 128
+LABELS = ("validation", "test")
 SHAPE_FLAGS = {
     "num-layers": 4,
     "hidden-size": 32,
@@ -161,6 +163,7 @@ class FakeLauncher:
             "pattern": str(pattern),
             "source": asdict(parent.shape),
             "target": asdict(parent.shape),
+            "parent": {"fingerprint": parent.fingerprint()},
             "masks": masks.hash,
             "removed_linears": masks.removed / parent.shape.linear_parameters(),
             "removed_all": masks.removed / parent.shape.parameters(),
@@ -198,6 +201,8 @@ class FakeLauncher:
         shape = open_checkpoint(source).shape if source else _write_parent(save, given)
         save.mkdir(parents=True, exist_ok=True)
         made = account(given, shape)
+        if "pretrained_checkpoint" in given:
+            made["initial"] = {"path": source, "fingerprint": open_checkpoint(source).fingerprint()}
         if "masks" in given:
             masks = open_masks(given["masks"])
             made["masks"], made["parameters_nonzero"] = masks.hash, shape.parameters() - masks.removed
@@ -213,15 +218,33 @@ class FakeLauncher:
 
     def _evaluate(self, argv: list[str]) -> None:
         given = words(argv)
-        corpora = {
-            name: {"windows": int(given["windows"]), "loss": number(given["load"].split("cells/")[-1], name)}
-            for name in given["labels"].split()
-        }
-        parameters = open_checkpoint(given["load"]).shape.parameters() if "parent" in given["load"] else 1
-        found = find_masks(given["load"])
-        scores = {"version": 1, "corpora": corpora, "parameters": parameters, "parameters_nonzero": parameters}
-        scores["masks"] = open_masks(found).hash if found else None
-        artifacts.write_json(given["output"], scores)
+        write_scores(given, {name: {"loss": number(given["load"].split("cells/")[-1], name)} for name in LABELS})
+
+
+def write_scores(given: dict[str, str], losses: dict[str, dict[str, Any]]) -> None:
+    """scores.json as ``evaluate`` writes it, with what ``losses`` says of each corpus."""
+    load, prefixes = Path(given["load"]), dict(zip(given["labels"].split(), given["data_path"].split(), strict=True))
+    windows, seq_length = int(given["windows"]), int(given["seq_length"])
+    text = {
+        name: {"fingerprint": indexed.fingerprint(prefix), "windows": windows, "seq_length": seq_length}
+        for name, prefix in prefixes.items()
+    }
+    trained = load.parent.name.startswith(("pruned", "scratch"))  # these have no weights
+    checkpoint = None if trained else open_checkpoint(load)
+    fingerprint = checkpoint.fingerprint() if checkpoint else f"weights of {load.parent.name}"
+    parameters = checkpoint.shape.parameters() if checkpoint else 1
+    found = find_masks(load)
+    masks = open_masks(found).hash if found else None
+    if trained:
+        masks = artifacts.read_json(load / "account.json")["masks"]
+    artifacts.write_json(given["output"], {
+        "version": 1,
+        "checkpoint": {"path": str(load), "fingerprint": fingerprint},
+        "corpora": {name: own | losses[name] for name, own in text.items()},
+        "parameters": parameters,
+        "parameters_nonzero": parameters,
+        "masks": masks,
+    })  # fmt: skip
 
 
 def first_removed(shape: tuple[int, ...], pattern: Pattern, ratio: float, seed: int) -> torch.Tensor:
@@ -293,6 +316,7 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
             "train_iters": steps,
             "lr_decay_iters": steps,
             "lr": float(given["lr"]),
+            "lr_warmup_iters": int(given.get("lr_warmup_iters", 0)),
             "check_for_nan_in_loss_and_grad": True,
         },
         "initial": None,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import DataError
-from megatron_prune.study import config, grid, prunings
+from megatron_prune.study import commands, config, grid, prunings
 from megatron_prune.study.budgets import Batch, Lay, counted
+from megatron_prune.study.places import Places
 from tests.study.test_config import GOOD
 
 batches = st.builds(Batch, st.integers(1, 512), st.integers(1, 4096))
@@ -125,3 +129,19 @@ def test_a_declared_parent_is_matched_when_the_study_says_so() -> None:
     made = grid.expand(study, Lay(Batch(16, 8), 0, 12_800), {}, {})
     total = next(cell for cell in made.cells if "equal-total" in cell.id)
     assert total.samples.steps * 128 == 12_800 + 400_000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({}, {1: "--lr-warmup-fraction 0.05", 90: "--lr-warmup-fraction 0.05", 2000: "--lr-warmup-fraction 0.05"}),
+        ({"warmup_at_most": 50}, {1: "", 90: "--lr-warmup-iters 4", 2000: "--lr-warmup-iters 50"}),
+        ({"warmup_at_most": 50, "warmup_fraction": 0}, {1: "", 90: "", 2000: ""}),
+    ],
+)
+def test_warm_up_is_a_fraction_of_a_runs_steps_up_to_the_cap(recipe: dict[str, Any], words: dict[int, str]) -> None:
+    study = make(recipe=GOOD["recipe"] | recipe)
+    for steps, expected in words.items():
+        argv = commands.recipe(study, Places(Path("runs")), LAY.batch.range(0, steps), 1, 1e-3, permute=True)
+        found = [word for i, word in enumerate(argv) if "warmup" in word or (i and "warmup" in argv[i - 1])]
+        assert " ".join(found) == expected, steps

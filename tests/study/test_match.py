@@ -45,19 +45,28 @@ def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any
 
 PARENT = account("random", 0, 1600)
 PRUNED = account("pruned", 1600, 2400, pretrained_checkpoint="p", finetune=True, shape_from=None)
+PRUNED["initial"] = {"fingerprint": "w"}
+TEXT = {name: {"fingerprint": f"{name} text", "windows": 16, "seq_length": 32} for name in ("test", "validation")}
+TEXTS = dict.fromkeys(("run-p", "run-s", "parent"), TEXT)
+
+
+def runs(pruned: dict, scratch: dict, texts: dict = TEXTS, warmup: Any = lambda steps: 0) -> match.Runs:
+    return match.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup)
+
+
 EQUAL_TRAINING = account("random", 1600, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
 EQUAL_TOTAL = account("random", 0, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
 
 
 def training(pruned: dict = PRUNED, scratch: dict = EQUAL_TRAINING, parent: dict | None = PARENT) -> list[match.Line]:
-    return match.equal_training(match.Runs("run-p", "run-s", pruned, scratch), parent)
+    return match.equal_training(runs(pruned, scratch), parent)
 
 
 def total(
     pruned: dict = PRUNED, scratch: dict = EQUAL_TOTAL, parent: dict | None = PARENT, consumed: int = 0,
     parent_tokens: int = 51_200,
 ) -> list[match.Line]:  # fmt: skip
-    return match.equal_total(match.Runs("run-p", "run-s", pruned, scratch), parent, parent_tokens, consumed)
+    return match.equal_total(runs(pruned, scratch), parent, parent_tokens, consumed)
 
 
 def flops(
@@ -65,8 +74,7 @@ def flops(
     parent_flops: int = 100 * 10**6,
 ) -> list[match.Line]:  # fmt: skip
     """The parent executed 100 steps' worth, the pruned arm 50; scratch has 150 unless it is given."""
-    runs = match.Runs("run-p", "run-s", pruned, scratch or EQUAL_TOTAL)
-    return match.equal_flops(runs, parent, parent_flops, spent)
+    return match.equal_flops(runs(pruned, scratch or EQUAL_TOTAL), parent, parent_flops, spent)
 
 
 def test_what_matches_is_listed() -> None:
@@ -81,7 +89,8 @@ def test_what_matches_is_listed() -> None:
     assert lines["arguments.train_iters"].verdict == "may differ: own steps"
     lines = {line.field: line for line in flops()}
     assert lines["total FLOPs"].verdict == "equal" and lines["total FLOPs"].scratch == "150,000,000"
-    assert "stopped and retried" in lines["policy for spikes and NaNs"].pruned
+    assert lines["evaluation text"].pruned == "test test text 16 x 32, validation validation t 16 x 32"
+    assert (lines["weights at the start"].pruned, lines["weights at the start"].scratch) == ("w", "random")
 
 
 def tampered(account: dict, path: str, value: Any) -> dict:
@@ -185,18 +194,33 @@ def test_equal_flops_counts_what_was_executed_and_what_pruning_spent() -> None:
     flops(spent=10**5)  # below 0.1%
 
 
+@pytest.mark.parametrize("initial", [None, {"fingerprint": "those of an earlier pruning"}])
 @pytest.mark.parametrize("compare", [training, total, flops])
-@pytest.mark.parametrize(
-    ("flag", "value"), [("check_for_nan_in_loss_and_grad", False), ("iterations_to_skip", [7]), ("clip_grad", 0.5)]
-)
-def test_another_policy_for_spikes_and_nans_is_refused(compare: Any, flag: str, value: Any) -> None:
-    arguments = {"check_for_nan_in_loss_and_grad": True, "iterations_to_skip": [], "clip_grad": 1.0}
-    default = {training: EQUAL_TRAINING, total: EQUAL_TOTAL, flops: EQUAL_TOTAL}[compare]
-    pruned = tampered(PRUNED, "arguments", PRUNED["arguments"] | arguments)
-    scratch = tampered(default, "arguments", default["arguments"] | arguments)
-    compare(pruned=pruned, scratch=scratch)
-    with pytest.raises(AccountError, match=r"run-p and run-s may not be compared: policy for spikes and NaNs: "):
-        compare(pruned=pruned, scratch=tampered(scratch, f"arguments.{flag}", value))
+def test_retraining_from_other_weights_is_refused(compare: Any, initial: Any) -> None:
+    with pytest.raises(AccountError, match="weights at the start: run-p began with .* its pruning left w"):
+        compare(pruned=tampered(PRUNED, "initial", initial))
+
+
+@pytest.mark.parametrize("run", ["run-p", "run-s", "parent"])
+@pytest.mark.parametrize(("key", "value"), [("fingerprint", "other"), ("windows", 8), ("seq_length", 16)])
+def test_losses_on_other_text_are_refused(run: str, key: str, value: Any) -> None:
+    texts = {**TEXTS, run: TEXT | {"validation": TEXT["validation"] | {key: value}}}
+    with pytest.raises(AccountError, match="may not be compared: evaluation text: validation: .* for run-p"):
+        match.equal_training(runs(PRUNED, EQUAL_TRAINING, texts), PARENT)
+
+
+def test_warm_up_is_the_recipes() -> None:
+    def rule(steps: int) -> int:
+        return min(steps // 10, 10)
+
+    pruned, scratch = (tampered(one, "arguments.lr_warmup_iters", n) for one, n in ((PRUNED, 5), (EQUAL_TOTAL, 10)))
+    lines = match.equal_total(runs(pruned, scratch, warmup=rule), PARENT, 51_200, 0)
+    (line,) = (line for line in lines if line.field == "arguments.lr_warmup_iters")
+    assert line.verdict == "may differ: own steps, by the recipe"
+    for wrong in (15, 5):
+        scratch = tampered(EQUAL_TOTAL, "arguments.lr_warmup_iters", wrong)
+        with pytest.raises(AccountError, match=f"lr_warmup_iters: run-s has {wrong}, by the recipe it is 10"):
+            match.equal_total(runs(pruned, scratch, warmup=rule), PARENT, 51_200, 0)
 
 
 @pytest.mark.parametrize(("path", "value", "field"), TAMPERINGS)

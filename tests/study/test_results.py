@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from megatron_prune.errors import AccountError
+from megatron_prune import artifacts
+from megatron_prune.errors import AccountError, RunError
 from megatron_prune.report import page
-from megatron_prune.study import conclusions, records, results, statistics, verdicts
+from megatron_prune.study import conclusions, config, grid, records, results, statistics, verdicts
+from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import Places
 from tests.study import made_up
 
@@ -140,6 +142,53 @@ def test_a_tampered_account_stops_the_report_and_names_both_runs_and_the_field(p
         named = f"pruned-shortgpt-r50-s2-t1280 and {cell}"
     with pytest.raises(AccountError, match=f"{named} may not be compared: {field}: "):
         results.collect(places)
+
+
+def in_ledger(places: Places, cell: str, **changes: Any) -> None:
+    """Change a line of the ledger; ``None`` as the only change removes it."""
+    lines = [json.loads(line) for line in places.ledger.read_text().splitlines()]
+    lines = [line | changes if line["cell"] == cell else line for line in lines]
+    places.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines if line.get("kind")))
+
+
+PRUNING = "pruning-shortgpt-r50-s2"
+
+
+@pytest.mark.parametrize(
+    ("cell", "changes", "message"),
+    [
+        ("parent", {"fingerprint": "x"}, r"pruning-\S+ was made of other weights than parent has now \(.* against x\)"),
+        ("calibration-s2", {"statistics": "x"}, f"{PRUNING} was made of other statistics than calibration-s2 has now"),
+        (PRUNING, {"fingerprint": "x"}, "weights at the start: pruned-shortgpt-r50-s2-t1280 began with .* left x"),
+        (PRUNING, {"text": {}}, f"evaluation text: test: .* for pruned-shortgpt-r50-s2-t1280, None for {PRUNING}"),
+        ("parent", {"text": {}}, "evaluation text: test: .*, None for parent"),
+        (SCRATCH.format("equal-total-t3968"), {"text": {}}, "equal-total: .*evaluation text: test: .*, None for scr"),
+    ],
+)
+def test_a_cell_that_was_made_anew_beside_old_ones_stops_the_report(
+    places: Places, cell: str, changes: dict[str, Any], message: str
+) -> None:
+    in_ledger(places, cell, **changes)
+    with pytest.raises(AccountError, match=message):
+        results.collect(places)
+
+
+@pytest.mark.parametrize("cell", ["parent", PRUNING])
+def test_while_a_cell_is_made_anew_what_rests_on_it_is_pending(places: Places, cell: str) -> None:
+    in_ledger(places, cell, kind=None)
+    found = {(c.comparison.pruning.cell, c.comparison.seed): c.status for c in results.collect(places).compared}
+    assert found[PRUNING, 2] == "pending" and (found["pruning-shortgpt-r50-s1", 1] == "pending") == (cell == "parent")
+
+
+def test_the_scores_are_of_the_masks_that_were_trained_under(places: Places) -> None:
+    study = config.from_mapping(artifacts.read_json(places.root / "study.json"))
+    lay = Lay.from_json(artifacts.read_json(places.root / "outlook.json")["lay"])
+    cell = next(cell for cell in grid.expand(study, lay, {}, {}).cells if cell.kind == "pruned")
+    records.training(places, cell, {})
+    scores = artifacts.read_json(places.scores(cell.id))
+    artifacts.write_json(places.scores(cell.id), scores | {"masks": "m"})
+    with pytest.raises(RunError, match=f"{cell.id}: it was trained under masks none, and evaluated with masks m"):
+        records.training(places, cell, {})
 
 
 def test_unfinished_and_left_out_arms_have_rows_without_numbers(prefixes, tmp_path: Path, monkeypatch) -> None:

@@ -221,8 +221,12 @@ def test_a_changed_recipe_is_refused_and_a_larger_grid_is_not(tmp_path: Path, pr
     monkeypatch.chdir(tmp_path)
     made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())
     recipe = made_up.mapping(prefixes)["recipe"] | {"lr": 2e-3}
-    with pytest.raises(UsageError, match="parent with --lr 0.002 in place of 0.001"):
+    with pytest.raises(UsageError, match="parent with --lr 0.002 in place of 0.001") as caught:
         made_up.run(made_up.study(prefixes, recipe=recipe), Path("runs"), made_up.FakeLauncher())
+    # What has to go with it: all but the dense scratch runs, which take nothing but a shape.
+    resting = str(caught.value).split("what rests on it (")[1].split(")")[0].split(", ")
+    records = ledger(Places(Path("runs/made-up")))
+    assert set(resting) == {cell for cell, record in records.items() if record["kind"] not in ("parent", "scratch")}
     launcher = made_up.FakeLauncher()
     made_up.run(made_up.study(prefixes, budgets=[1280, 2560]), Path("runs"), launcher)
     assert [command.stage for command in launcher.commands] == ["pretrain", "evaluate"] * 6

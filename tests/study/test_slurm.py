@@ -197,7 +197,7 @@ def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monke
     made = config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
     places = Places(Path("runs/made-up"))
     (parent,) = stages.parents(made, places, preflight.look(made, places))
-    stages.keep(made, places, parent)
+    stages.keep(made, places, parent, [parent])
     words = ["false", *parent.stages[0].command.argv]
     stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
     with pytest.raises(RunError, match="without saying that it succeeded"):
