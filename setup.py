@@ -64,7 +64,7 @@ setup(
     ],
     extras_require={
         "datasets": ["datasets>=3.0"],
-        "eval": ["lm-eval>=0.4.8"],
+        "eval": ["lm-eval>=0.4.13,<0.5"],
         # The stores' own clients come with its extras: multi-storage-client[boto3], …
         "msc": ["multi-storage-client>=1.3"],
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
@@ -76,6 +76,7 @@ setup(
             "mypy>=1.13",
             "datasets>=3.0",
             "gguf>=0.10",
+            "lm-eval>=0.4.13,<0.5",
             "multi-storage-client[boto3]>=1.3",
             "moto[s3]>=5",
             "flask>=3",

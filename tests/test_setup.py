@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -98,18 +99,21 @@ def test_the_version_is_the_packages() -> None:
     assert said == megatron_prune.__version__
 
 
-def required() -> list[str]:
-    """``install_requires`` as setup.py writes it; installed metadata may be older."""
+def listed(keyword: str) -> Any:
+    """``install_requires`` or ``extras_require`` as setup.py writes it; installed metadata may be older."""
     tree = ast.parse((ROOT / "setup.py").read_text())
-    (found,) = [
-        node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "install_requires"
-    ]
+    (found,) = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == keyword]
     return ast.literal_eval(found)
+
+
+def required() -> list[str]:
+    return listed("install_requires")
 
 
 def test_every_import_of_the_package_is_required() -> None:
     """A dependency that only comes along with another one would go when that one drops it."""
-    wanted = {canonicalize_name(Requirement(line).name) for line in required()}
+    optional = [line for extra, lines in listed("extras_require").items() if extra != "dev" for line in lines]
+    wanted = {canonicalize_name(Requirement(line).name) for line in [*required(), *optional]}
     distributions = packages_distributions()
     for path in [*(ROOT / "megatron_prune").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

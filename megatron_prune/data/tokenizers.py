@@ -1,7 +1,7 @@
 """Tokenizers by Megatron's names for them, and whether one fits a model.
 
-Only what preparing text needs: ids of many texts at once, the size of the vocabulary, the
-end-of-document id, and an identity. No special token is ever added to a text.
+Only what text needs: its ids, the size of the vocabulary, the ids that begin and end a document, and an
+identity. No special token is added to a text, but by ``encode_whole``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What ``load_tokenizer`` returns. ``vocab_size`` counts added tokens; ``eod`` is None without one."""
+    """What ``load_tokenizer`` returns. ``vocab_size`` counts added tokens; ``bos`` and ``eod`` are None without one."""
 
     type: str
     model: str
     vocab_size: int
+    bos: int | None
     eod: int | None
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_whole(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer itself adds (a BOS, say), unless the text begins with them."""
+        ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The same of many texts, faster, as int32 arrays."""
@@ -67,9 +72,12 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.get_piece_size()
         self._chunks = chunks.of_sentencepiece(self._processor)
         self.eod = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+        self.bos: int | None = None  # a .model file may have one, but says of no text that it begins with it
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    encode_whole = encode
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._chunks is None:
@@ -107,10 +115,15 @@ class HuggingFaceTokenizer:
         self._chunks = chunks.of_hugging_face(self._backend)
         # The largest id counts, not the number of entries: a vocabulary may have holes.
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.eod = loaded.eos_token_id
+        self.bos, self.eod = loaded.bos_token_id, loaded.eos_token_id
+        self._start = loaded.bos_token or loaded.eos_token
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        begun = self._start is not None and text.startswith(self._start)
+        return self._backend.encode(text, add_special_tokens=not begun).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._chunks is not None:
@@ -166,6 +179,7 @@ class TikTokenizer:
                 f"cannot make a tiktoken tokenizer of {model} with {num_special_tokens} special tokens "
                 f"and pattern {pattern or 'v2'}: {error or 'its entries or the special tokens do not fit'}"
             ) from error
+        self.bos: int | None = None
         self.eod = self._tokenizer.eod
         self._encoding = self._tokenizer.tokenizer
         self._any_special = re.compile("|".join(map(re.escape, self._tokenizer.special_tokens)))
@@ -177,6 +191,8 @@ class TikTokenizer:
         if self._any_special.search(text):
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
+
+    encode_whole = encode
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._chunks is not None:

@@ -118,36 +118,59 @@ def run(
     is one micro-batch: batching must not change a sum. ``reduce`` gets the losses of one, float64 [S], and
     returns a scalar. Returns None but on the last stage.
     """
-    losses: list[float] = []
+    batches = ((window[None, :-1], window[None, 1:]) for window in windows)  # [1, S] each
+    return _through_the_pipeline(model, batches, lambda losses: reduce(losses.double().view(-1)).item())
 
-    def step(iterator: Iterator[torch.Tensor], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        window = next(iterator).cuda()  # [S + 1]
-        tokens, labels = window[None, :-1], window[None, 1:]  # [1, S]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
-        output = stage(tokens, positions, None, labels=labels)
 
-        def collect(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            reduced = reduce(token_losses.double().view(-1))  # [1, S] → [S]
-            losses.append(reduced.item())
-            return reduced.float(), torch.tensor(1, dtype=torch.int, device=token_losses.device), {}
+def run_logits(
+    model: list[torch.nn.Module], batches: Iterable[torch.Tensor], read: Callable[[torch.Tensor], Any]
+) -> list[Any] | None:
+    """Forward every batch through the pipeline; what ``read`` makes of the logits of each, in order.
+
+    ``batches`` yields int64 tensors [B, S] as ``run`` does windows. ``read`` gets [B, S, V / TP] on every tensor
+    parallel rank of the last stage: this rank's share of the padded vocabulary. Returns None but on that stage.
+    """
+    return _through_the_pipeline(model, ((batch, None) for batch in batches), read)
+
+
+def _through_the_pipeline(
+    model: list[torch.nn.Module],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    read: Callable[[torch.Tensor], Any],
+) -> list[Any] | None:
+    """Tokens [B, S] and labels, or None for logits, through all stages; what ``read`` makes of each output."""
+    found: list[Any] = []
+
+    def step(iterator: Iterator[tuple[torch.Tensor, torch.Tensor | None]], stage: torch.nn.Module) -> tuple:
+        tokens, labels = next(iterator)
+        tokens = tokens.cuda()  # [B, S]
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = stage(tokens, positions, None, labels=None if labels is None else labels.cuda())
+
+        def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            found.append(read(output))
+            # What the schedule makes of a loss and its number of tokens is of no use here.
+            return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
 
         return output, collect
 
     schedule = get_forward_backward_func()
     in_flight = 4 * mpu.get_pipeline_model_parallel_world_size()  # enough to keep every stage busy
-    alike = (same for _, same in itertools.groupby(windows, key=len))  # a pipeline sends one length at a time
+    # A pipeline sends one shape at a time.
+    alike = (same for _, same in itertools.groupby(batches, key=lambda batch: batch[0].shape))
     with torch.no_grad():
         for group in itertools.chain.from_iterable(itertools.batched(same, in_flight) for same in alike):
+            size, length = group[0][0].shape
             schedule(
                 forward_step_func=step,
                 data_iterator=iter(group),
                 model=model[0],
                 num_microbatches=len(group),
-                seq_length=group[0].numel() - 1,
-                micro_batch_size=1,
+                seq_length=length,
+                micro_batch_size=size,
                 forward_only=True,
             )
-    return losses if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
+    return found if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
 
 
 def count_nonzero(model: list[torch.nn.Module]) -> int:

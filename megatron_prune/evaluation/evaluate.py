@@ -1,4 +1,4 @@
-"""The ``evaluate`` verb: mean token loss and perplexity of a checkpoint on fixed windows of corpora.
+"""The ``evaluate`` verb: mean token loss and perplexity of a checkpoint on fixed windows of corpora; lm-eval's tasks.
 
 Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same
 for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation. The scores
@@ -18,17 +18,20 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import runtime
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.evaluation import tasks
 
 
 def main(argv: list[str]) -> int:
-    """Score one checkpoint on every corpus in one load of the model."""
+    """Score one checkpoint on every corpus and every task in one load of the model."""
     args = runtime.start("evaluate", argv, _add_arguments, complete=_complete)
     from megatron_prune.data.windows import windows
 
+    prefixes = args.data_path or []
     corpora = {
         label: windows(prefix, args.seq_length, args.windows)
-        for label, prefix in zip(args.labels or args.data_path, args.data_path, strict=True)
+        for label, prefix in zip(args.labels or prefixes, prefixes, strict=True)
     }
+    asked = tasks.prepare(args, argv)
     runtime.initialize(args)
     from megatron_prune.data.indexed import fingerprint
     from megatron_prune.engine import forward
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> int:
         if args.rank == 0:
             print(f"{label}: loss {loss:.4f}, perplexity {scores[label]['perplexity']:.3f} "
                   f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
+    answers = tasks.run(asked, args, model) if tasks.names(args) else {}
     nonzero = forward.count_nonzero(model)
     if args.rank == 0:
         for corpus in scores.values():
@@ -65,6 +69,7 @@ def main(argv: list[str]) -> int:
                 "fingerprint": checkpoint.fingerprint(),
             },
             "corpora": scores,
+            **({"tasks": answers} if answers else {}),
             "parameters": ModelShape.from_args(vars(args)).parameters(),
             "parameters_nonzero": nonzero,
             "masks": masks,
@@ -116,21 +121,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="windows of --seq-length tokens to score of each corpus (default: all)",
     )
     group.add_argument("--labels", nargs="+", default=None, help="names for the corpora of --data-path, in order")
-    return parser  # fmt: skip
+    tasks.add_arguments(parser)
+    return parser
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     if not args.load:
         raise UsageError("--load", given="nothing", allowed="a checkpoint")
-    if not args.data_path:
-        raise UsageError("--data-path", given="nothing", allowed="one or more prefixes of tokenized corpora")
-    if args.labels and (len(args.labels) != len(args.data_path) or len(set(args.labels)) != len(args.labels)):
+    tasks.refuse_unfit(args, argv)
+    prefixes = args.data_path or []
+    if not prefixes and not tasks.names(args):
+        raise UsageError("--data-path", given="nothing", allowed="prefixes of tokenized corpora, or --tasks")
+    if args.labels and (len(args.labels) != len(prefixes) or len(set(args.labels)) != len(args.labels)):
         raise UsageError("--labels", given=" ".join(args.labels), allowed="one different name a --data-path prefix")
+    if args.windows is not None and not prefixes:
+        raise UsageError("--windows", given=args.windows, allowed="together with --data-path")
+    if args.seq_length is None and not prefixes:
+        args.seq_length = args.max_position_embeddings
     if args.seq_length is None:
         raise UsageError("--seq-length", given="nothing", allowed="a number of tokens a window")
     if args.seq_length > (args.max_position_embeddings or 0) and args.position_embedding_type == "rope":
         args.max_position_embeddings = args.seq_length  # RoPE has no table that ends
-    args.micro_batch_size = 1
+    if not tasks.names(args) or args.micro_batch_size is None:
+        args.micro_batch_size = 1  # windows are run one at a time
     args.global_batch_size = None
     args.train_iters = 1  # Megatron validates a schedule, though nothing is trained
     args.lr = args.lr or 1.0

@@ -1,0 +1,225 @@
+"""lm-eval's tasks for ``evaluate --tasks``: found, loaded and refused before the model is, then run on it.
+
+lm-eval runs on rank 0 alone (``likelihoods`` says how the others take part). It is optional, and slow to import:
+nothing here imports it before it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint import huggingface_config
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data import tokenizers
+from megatron_prune.data.tokenizers import Tokenizer
+from megatron_prune.engine import runtime, text
+from megatron_prune.engine.arguments import given
+from megatron_prune.errors import DataError, UsageError
+
+EXTRA = "pip install 'megatron_prune[eval]'"
+KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "megatron_prune: lm-eval's tasks",
+        "A task reads up to --seq-length tokens where that is given, else as many as the model has positions for; "
+        "--micro-batch-size of its sequences run together (default: 1).",
+    )
+    group.add_argument("--tasks", metavar="NAME,…", help="tasks, groups or tags of lm-eval (" + EXTRA + ")")
+    group.add_argument("--tasks-path", metavar="DIR", help="a folder with YAML files of more tasks")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    group.add_argument("--task-samples", metavar="FILE.jsonl", help="write every question and its likelihoods there")
+
+
+def names(args: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(name for name in (args.tasks or "").split(",") if name))
+
+
+def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
+    """What the flags alone say against it: UsageError."""
+    if not names(args):
+        for flag in FLAGS:
+            if given(argv, flag):
+                raise UsageError(flag, given="on", allowed="together with --tasks")
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks", given=args.tasks, allowed=f"with lm-eval, which is not installed: {EXTRA}")
+    if args.tasks_path is not None and not Path(args.tasks_path).is_dir():
+        raise UsageError("--tasks-path", given=args.tasks_path, allowed="a folder with YAML files of tasks")
+    for flag, value, least in (("--num-fewshot", args.num_fewshot, 0), ("--limit", args.limit, 1)):
+        if value is not None and value < least:
+            raise UsageError(flag, given=value, allowed=f"{least} or more")
+    text.refuse_fixed_lengths(args)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What lm-eval loaded (its ``TaskDict``), and how text becomes tokens: at most ``longest`` are read."""
+
+    tasks: dict[str, Any]
+    tokenizer: Tokenizer
+    longest: int
+
+
+def prepare(args: argparse.Namespace, argv: list[str]) -> Asked | None:
+    """On rank 0, where tasks are asked for: all that they need but the model. lm-eval downloads data that is not here.
+
+    UsageError where a name is unknown or a task generates text, DataError where one cannot be loaded.
+    """
+    if not names(args) or args.rank != 0:
+        return None
+    tokenizer = text.tokenizer(args, argv)
+    tokenizers.check_fits(tokenizer, _vocabulary(args))
+    longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
+    return Asked(_load(args), tokenizer, longest)
+
+
+def _load(args: argparse.Namespace) -> dict[str, Any]:
+    """Seeds and few-shot settings are those of lm-eval's command line, whose questions these are."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    manager = _manager(args)
+    random.seed(DEFAULT_RANDOM_SEED)
+    numpy.random.seed(DEFAULT_OTHER_SEED)
+    known = manager.all_tasks
+    loaded: list[Any] = []
+    for name in names(args):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=5)
+            raise UsageError("--tasks", given=name, allowed=", ".join(near) or "a task of lm-eval or of --tasks-path")
+        try:
+            found = manager.load(name)
+        except Exception as error:  # a task is somebody's YAML, perhaps their code, and a data set from anywhere
+            raise DataError(f"--tasks {name}: lm-eval cannot load it: {type(error).__name__}: {error}") from error
+        for task in found["tasks"].values():
+            _refuse(task, args.num_fewshot)
+            if args.num_fewshot is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    try:
+        tasks: dict[str, Any] = manager.load(loaded)
+    except ValueError as error:  # a task and a group that holds it
+        raise UsageError("--tasks", given=args.tasks, allowed="each task once", why=str(error)) from error
+    return tasks
+
+
+def _manager(args: argparse.Namespace) -> Any:
+    """lm-eval's list of tasks. Its own, of which it reads thousands of files, only where a name may need them."""
+    from lm_eval.tasks import TaskManager
+
+    if args.tasks_path is not None:
+        own = TaskManager(include_path=args.tasks_path, include_defaults=False)
+        if set(names(args)) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=args.tasks_path)
+
+
+def _refuse(task: Any, num_fewshot: int | None) -> None:
+    from megatron_prune.evaluation.language_model import refusal
+
+    if task.OUTPUT_TYPE not in KINDS:
+        raise refusal(task.task_name, task.OUTPUT_TYPE)
+    if getattr(task, "MULTIMODAL", False):
+        raise refusal(task.task_name, "multimodal")
+    if num_fewshot and task.get_config("num_fewshot") == 0:
+        raise UsageError("--num-fewshot", given=num_fewshot, allowed=f"0 for {task.task_name}, which fixes it")
+
+
+def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
+    """Run the tasks and write ``--task-samples``; on rank 0 what the scores file says of them. Collective."""
+    from megatron_prune.evaluation.likelihoods import Scorer
+
+    scorer = Scorer(model, vocabulary=_vocabulary(args), batch=args.micro_batch_size)
+    if asked is None:
+        scorer.follow()
+        return {}
+    from lm_eval.evaluator import evaluate
+
+    from megatron_prune.evaluation.language_model import MegatronLM
+
+    language_model = MegatronLM(asked.tokenizer, asked.longest, scorer.score)
+    found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=args.task_samples is not None)
+    scorer.finish()
+    shown = results(found)
+    print(*lines(shown), sep="\n", flush=True)
+    if args.task_samples is not None:
+        samples = ({"task": task, **one} for task, of_task in found["samples"].items() for one in of_task)
+        written = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        artifacts.write_bytes(args.task_samples, written.encode())
+    return {
+        "results": shown,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "limit": args.limit,
+        "longest": asked.longest,
+        "truncated": language_model.truncated,  # texts that were longer, and lost their beginning
+        "micro_batch_size": args.micro_batch_size,
+        "tokenizer": {"model": asked.tokenizer.model, "fingerprint": asked.tokenizer.fingerprint()},
+    }
+
+
+def _vocabulary(args: argparse.Namespace) -> int:
+    return huggingface_config.vocabulary(open_checkpoint(runtime.loaded_directory(args)).args)
+
+
+def results(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by task and group: each metric with its standard error, how many questions, which version.
+
+    A metric that a filter of lm-eval's made bears its name too: ``acc,strict-match``.
+    """
+    shown: dict[str, dict[str, Any]] = {}
+    for name, values in found["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            metrics[metric if chosen == "none" else key] = {
+                "value": _number(value),
+                "stderr": _number(values.get(f"{metric}_stderr,{chosen}")),
+                "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
+            }
+        counted = found["n-samples"].get(name, {})
+        shown[name] = {
+            "metrics": metrics,
+            "samples": counted.get("effective", values.get("sample_len")),
+            "samples_of": counted.get("original"),
+            "num_fewshot": found["n-shot"].get(name),
+            "version": found["versions"].get(name),
+            **({"tasks": found["group_subtasks"][name]} if name in found["group_subtasks"] else {}),
+        }
+    return shown
+
+
+def lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The same for people, a task a line."""
+    said = []
+    for name, found in results.items():
+        parts = [
+            f"{metric} {one['value']:.4f}" + (f" ± {one['stderr']:.4f}" if one["stderr"] is not None else "")
+            for metric, one in found["metrics"].items()
+            if one["value"] is not None
+        ]
+        said.append(f"{name}: {', '.join(parts) or 'no metric'} ({found['samples']} samples)")
+    return said
+
+
+def _number(value: Any) -> float | None:
+    """JSON has neither NaN nor lm-eval's "N/A"."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

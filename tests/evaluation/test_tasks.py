@@ -1,0 +1,321 @@
+"""``evaluate --tasks``: what lm-eval's own HFLM says of the exported model, request by request, at every layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prune.errors import DataError, MegatronPruneError, UsageError
+from megatron_prune.evaluation import tasks
+from tests.training.small import layout
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron_prune[eval]'")
+
+LONGEST = 128  # tokens, as many as the tiny models have positions for
+LAYOUTS = {"1": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
+ODD = "</s>ö\u0000 \U0001f980\t\n  ﬁ"  # the BOS itself, bytes that the tokenizer never saw, white space
+TASKS: dict[str, dict[str, Any]] = {
+    "tiny_choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metadata": {"version": 3.0},
+    },
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        "metadata": {"version": 1.0},
+    },
+    "tiny_story": {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"},
+    "tiny_bare": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "num_fewshot": 0,
+    },
+}
+GROUP = {"group": "tiny_all", "task": ["tiny_choices", "tiny_bare"],
+         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}  # fmt: skip
+
+
+def documents(texts: list[str]) -> list[dict[str, Any]]:
+    """Questions without sense: short, long, beyond what the model reads, odd, without a query, of one token each."""
+    draw = random.Random(3)
+    made: list[dict[str, Any]] = []
+    for number in range(14):
+        choices = [" " + draw.choice(texts)[: draw.randint(3, 50)].strip() for _ in range(2 + number % 3)]
+        made.append({"query": texts[number][: draw.randint(5, 90)] + " " * (number % 2), "choices": choices})
+    made.append({"query": " ".join(texts[:2]), "choices": [" and so on", texts[5][:60]]})  # longer than LONGEST
+    made.append({"query": ODD, "choices": [ODD, " \U0001f980", "\n"]})
+    made.append({"query": "", "choices": ["The", "</s>x", "ä"]})
+    made.append({"query": "Which of them?", "choices": [" A", " B", " C", " D"]})
+    return [{**one, "gold": draw.randrange(len(one["choices"])), "text": text}
+            for one, text in zip(made, [*texts[: len(made) - 2], ODD, "x"], strict=True)]  # fmt: skip
+
+
+def likely(exported: Path, texts: list[str]) -> dict[str, Any]:
+    """A question whose first choice is what the model itself would say, with a token that stays one as text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    for text in texts:
+        query = text[:30].strip()
+        before = tokenizer(query).input_ids
+        with torch.no_grad():
+            said = int(model(torch.tensor([before])).logits[0, -1].argmax())
+        choice = tokenizer.decode(said)
+        if tokenizer(query + choice).input_ids == [*before, said]:
+            return {"query": query, "choices": [choice, choice + " x"], "gold": 0, "text": choice}
+    raise AssertionError("no text is gone on with by a whole token")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[str], models: tuple[Path, Path]) -> Path:
+    """YAML files of tasks on local JSON lines."""
+    made = tmp_path_factory.mktemp("tasks")
+    data = made / "documents.jsonl"
+    lines = [*documents(tiny_documents), likely(models[1], tiny_documents)]
+    data.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    for name, task in TASKS.items():
+        files = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "fewshot_split": "test",
+        }
+        (made / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **files, **task}))
+    lost = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(made / "no.jsonl")}}}
+    (made / "lost.yaml").write_text(yaml.safe_dump({**TASKS["tiny_bare"], "task": "tiny_lost", **lost}))
+    (made / "group.yaml").write_text(yaml.safe_dump(GROUP))
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path]) -> tuple[Path, Path]:
+    """A checkpoint with a padded vocabulary whose tokenizer puts a BOS before a text, and the export of it."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+
+    home = tmp_path_factory.mktemp("with-bos")
+    source, checkpoint, exported = (home / name for name in ("hf", "checkpoint", "exported"))
+    shutil.copytree(tiny_hf("llama-gqa", layers=2), source)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>").save_pretrained(source)
+    import_hf(source, checkpoint, make_vocab_size_divisible_by=256)
+    export_hf(checkpoint, exported)
+    return checkpoint, exported
+
+
+def own_manager(folder: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def hflm(models: tuple[Path, Path], folder: Path) -> Callable[..., Any]:
+    """lm-eval's own results for the export, by its own command's function, in padded batches of four."""
+    import lm_eval.evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(models[1]), device="cpu", dtype="float32", batch_size=4)
+    assert model.max_length == LONGEST
+    manager = own_manager(folder)
+
+    def results(*tasks: str, longest: int = LONGEST, **settings: Any) -> Any:
+        model._max_length = longest
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)  # eight seconds of asking the machine
+            return lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **settings)
+
+    return results
+
+
+def likelihoods(samples: list[dict[str, Any]]) -> list[tuple[float, bool | None]]:
+    """Of every request in order; of whole texts lm-eval keeps no greediness."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    answers = [answer[0] for sample in ordered for answer in sample["resps"]]
+    return [(one[0], one[1]) if isinstance(one, list | tuple) else (one, None) for one in answers]
+
+
+def evaluate(job: Any, checkpoint: Path, folder: Path, output: Path, *more: object, nproc: int = 1) -> Any:
+    words = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--tasks-path", folder, "--output", output]
+    return job([*words, *more], nproc=nproc, env={"HF_DATASETS_CACHE": str(folder / "cache")})
+
+
+def agree(tasks: dict[str, Any], samples: Path, expected: Any, task: str) -> None:
+    """Every request's likelihood, whether it is greedy, and every metric of one task."""
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    found = likelihoods([line for line in lines if line["task"] == task])
+    wanted = likelihoods(expected["samples"][task])
+    assert len(found) == len(wanted)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+    result = tasks["results"][task]
+    assert result["samples"] == expected["n-samples"][task]["effective"]
+    assert result["samples_of"] == expected["n-samples"][task]["original"] == 19
+    assert result["num_fewshot"] == expected["n-shot"][task]
+    assert result["version"] == TASKS[task]["metadata"]["version"]
+    for metric in ("acc", "acc_norm") if "choices" in task else ("word_perplexity", "bits_per_byte"):
+        one, value = result["metrics"][metric], expected["results"][task][f"{metric},none"]
+        assert one["value"] == (value if "acc" in metric else pytest.approx(value, rel=1e-5))
+        assert one["higher_is_better"] == ("acc" in metric)
+        if "acc" in metric:
+            assert one["stderr"] == pytest.approx(expected["results"][task][f"{metric}_stderr,none"])
+
+
+def test_every_layout_says_what_hflm_says_of_the_export(models, folder, hflm, job, tmp_path) -> None:
+    expected = hflm("tiny_choices", "tiny_text")
+    assert {greedy for _, greedy in likelihoods(expected["samples"]["tiny_choices"])} == {True, False}
+    for name, (tp, pp, dp) in LAYOUTS.items():
+        output, samples = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        batch = 1 if name == "1" else 3  # alone, and padded
+        flags = [*layout(tp, pp), "--micro-batch-size", batch, "--tasks", "tiny_choices,tiny_text"]
+        evaluate(job, models[0], folder, output, *flags, "--task-samples", samples, nproc=tp * pp * dp).ok()
+        tasks = json.loads(output.read_text())["tasks"]
+        assert (tasks["longest"], tasks["limit"], tasks["micro_batch_size"]) == (LONGEST, None, batch)
+        assert tasks["truncated"] == 2, "both choices of the long question"
+        for task in ("tiny_choices", "tiny_text"):
+            agree(tasks, samples, expected, task)
+
+
+def test_examples_limit_and_length_beside_a_corpus(models, folder, hflm, tiny_corpus, job, tmp_path) -> None:
+    expected = hflm("tiny_choices", longest=64, num_fewshot=2, limit=5)
+    output, samples = tmp_path / "scores.json", tmp_path / "samples.jsonl"
+    flags = ["--tasks", "tiny_choices", "--num-fewshot", 2, "--limit", 5, "--task-samples", samples]
+    corpus = ["--data-path", tiny_corpus, "--windows", 3, "--seq-length", 64]
+    printed = evaluate(job, models[0], folder, output, *flags, *corpus).ok().output
+    scores = json.loads(output.read_text())
+    assert scores["tasks"]["limit"] == 5 and scores["tasks"]["longest"] == 64 and scores["tasks"]["truncated"] > 2
+    agree(scores["tasks"], samples, expected, "tiny_choices")
+    assert len(scores["corpora"][str(tiny_corpus)]["window_losses"]) == 3
+    accuracy = scores["tasks"]["results"]["tiny_choices"]["metrics"]["acc"]
+    assert f"tiny_choices: acc {accuracy['value']:.4f} ± {accuracy['stderr']:.4f}" in printed
+
+
+def test_groups_are_named_with_their_tasks(hflm) -> None:
+    found = tasks.results(hflm("tiny_all", "tiny_text"))
+    assert found["tiny_all"]["tasks"] == ["tiny_choices", "tiny_bare"]
+    parts = [found[name]["metrics"]["acc"]["value"] for name in ("tiny_choices", "tiny_bare")]
+    assert found["tiny_all"]["metrics"]["acc"]["value"] == pytest.approx(sum(parts) / 2)
+    json.dumps(found, allow_nan=False)  # lm-eval has "N/A" for what it cannot tell
+
+
+def flags(**given: Any) -> argparse.Namespace:
+    empty = {"tasks": None, "tasks_path": None, "num_fewshot": None, "limit": None, "fp8": None}
+    return argparse.Namespace(**{**empty, "sequence_parallel": False, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tasks": "tiny_choice"}, "given tiny_choice, allowed is tiny_choices"),
+        ({"tasks": "tiny_choices,tiny_story"}, "tiny_story, allowed is tasks of likelihoods .*generate_until"),
+        ({"tasks": "tiny_all,tiny_bare"}, "each task once .*tiny_bare"),
+        ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: given 2, allowed is 0 for tiny_bare"),
+        ({"tasks": "tiny_lost"}, "--tasks tiny_lost: lm-eval cannot load it"),
+    ],
+)
+def test_tasks_that_cannot_run_are_refused(given, says, folder, monkeypatch) -> None:
+    manager = own_manager(folder)
+    monkeypatch.setattr(tasks, "_manager", lambda _: manager)
+    with pytest.raises(MegatronPruneError, match=says):
+        tasks._load(flags(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "says"),
+    [
+        ({"limit": 5}, ["--limit=5"], "--limit: .*together with --tasks"),
+        ({"tasks": "x", "limit": 0}, [], "--limit: given 0"),
+        ({"tasks": "x", "num_fewshot": -1}, [], "--num-fewshot: given -1"),
+        ({"tasks": "x", "tasks_path": "/nowhere"}, [], "--tasks-path: given /nowhere"),
+        ({"tasks": "x", "sequence_parallel": True}, [], "--sequence-parallel"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(given, words, says) -> None:
+    with pytest.raises(UsageError, match=says):
+        tasks.refuse_unfit(flags(**given), words)
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=re.escape("pip install 'megatron_prune[eval]'")):
+        tasks.refuse_unfit(flags(tasks="arc_easy"), [])
+    tasks.refuse_unfit(flags(), [])
+
+
+def test_only_names_of_the_folder_spare_lm_evals_own_list(folder, monkeypatch) -> None:
+    asked = []
+
+    class Manager:
+        all_subtasks = ("tiny_choices", "tiny_text")
+
+        def __init__(self, include_path: str, include_defaults: bool = True):
+            asked.append(include_defaults)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    for named, wanted in (("tiny_choices", [False]), ("tiny_all", [False, True]), ("tiny_text,piqa", [False, True])):
+        asked.clear()
+        tasks._manager(flags(tasks=named, tasks_path=str(folder)))
+        assert asked == wanted, named
+
+
+def test_a_task_that_generates_is_refused_before_the_model_is_loaded(models, folder, job, tmp_path) -> None:
+    refused = evaluate(job, models[0], folder, tmp_path / "scores.json", "--tasks", "tiny_story")
+    assert refused.returncode == 2 and "--tasks: given tiny_story" in refused.output
+    assert "loading distributed checkpoint" not in refused.output and not (tmp_path / "scores.json").exists()
+
+
+class Letters:
+    """A tokenizer whose tokens are characters, and 0 the end of a document."""
+
+    type, model, vocab_size, bos, eod = "Letters", "letters", 128, None, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    encode_whole = encode
+
+
+def test_what_the_model_cannot_score_is_named() -> None:
+    from lm_eval.api.instance import Instance
+
+    from megatron_prune.evaluation.language_model import MegatronLM
+
+    asked: list[Any] = []
+    model = MegatronLM(Letters(), 4, lambda requests: asked.extend(requests) or [(-1.0, False)] * len(requests))
+
+    def request(kind: str, *arguments: Any) -> list[Instance]:
+        return [Instance(kind, {}, arguments, 0, metadata=("mixed", 0, 1))]
+
+    model.loglikelihood(request("loglikelihood", "abcdefg", "xy"))
+    assert [(one.inputs, one.targets) for one in asked] == [(tuple(b"efgx"), tuple(b"xy"))] and model.truncated == 1
+    assert model.loglikelihood_rolling(request("loglikelihood_rolling", "abcdef")) == [-2.0]
+    assert [one.targets for one in asked[1:]] == [tuple(b"abcd"), tuple(b"ef")] and asked[1].inputs[0] == 0
+    with pytest.raises(DataError, match="'' has no tokens"):
+        model.loglikelihood(request("loglikelihood", "abc", ""))
+    with pytest.raises(DataError, match="has 5 tokens, the model reads 4"):
+        model.loglikelihood(request("loglikelihood", "abc", "vwxyz"))
+    with pytest.raises(UsageError, match="given mixed"):
+        model.generate_until(request("generate_until", "abc", {}))
