@@ -24,4 +24,6 @@ fi
 
 ruff check .
 mypy
+# Two at a time: every other test is one process. A file stays together, for what its tests share.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 exec python -m pytest "$@" </dev/null

@@ -29,7 +29,7 @@ from megatron_prune.errors import MegatronPruneError
 from megatron_prune.masks import open_masks, verify
 from tests.sparsify import small as sparsifying
 from tests.test_apply import make
-from tests.training.small import MODEL, recipe
+from tests.training.small import MODEL, kill_ranks, recipe
 
 FORKED = int(os.environ.get("KILLS", 20))
 JOBS = int(os.environ.get("KILLS", 6))
@@ -110,9 +110,7 @@ class Jobs:
         with start(self.argv, nproc=1, log=self.log) as running:
             with contextlib.suppress(TimeoutError):
                 running.wait(self.draws.uniform(0.1 * self.whole, self.whole))
-            for rank in running.ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGKILL)
+            kill_ranks(running)
             code = running.wait(60)
         assert code in (0, -signal.SIGKILL), self.log.read_text()[-3000:]
         self.killed += code != 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.masks import open_masks
-from tests.training.small import MODEL, any_plan, layout, recipe, train_and_record
+from tests.training.small import MODEL, any_plan, kill_ranks, layout, recipe, train_and_record
 from tests.training.small_masked import ADAM, assert_zero_in_checkpoint, losses, run_function, start_from
 
 STEPS = 6
@@ -78,8 +76,7 @@ def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corp
     with start(argv, nproc=2, log=tmp_path / "log.txt") as running:
         while not (disk.path("run/iter_0000004") / shown).exists():
             assert running.returncode is None
-        for rank in running.ranks:
-            os.kill(rank, signal.SIGKILL)
+        kill_ranks(running)
         assert running.wait(60) != 0
     assert not read_json(disk.path("run/account.json"))["complete"]
     job(argv, nproc=2).ok()

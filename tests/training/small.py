@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from megatron_prune.engine.launch import Job
 
 GLOBAL_BATCH = 8
 SEQ_LENGTH = 32
@@ -34,6 +37,13 @@ def recipe(corpus: Path, stream_range: str, save: Path | None, *more: object) ->
 
 def layout(tp: int = 1, pp: int = 1) -> list[str]:
     return ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+
+
+def kill_ranks(job: Job) -> None:
+    """SIGKILL to every rank. When one is dead the others are ended, perhaps before their turn."""
+    for rank in job.ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
 
 
 def train_and_record(argv: list[str], folder: str, kill_at: int | None = None) -> int:

@@ -21,6 +21,7 @@ from tests.training.small import (
     MODEL,
     SEQ_LENGTH,
     consumed,
+    kill_ranks,
     layout,
     recipe,
     train_and_record,
@@ -351,7 +352,6 @@ def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpu
 @pytest.mark.parametrize("moment", ["directory", "shard", "index", "metadata"])
 def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, tmp_path, job, moment):
     """SIGKILL as soon as a part of the second save shows; two ranks, so that one may be ahead of the other."""
-    import os
 
     save = tmp_path / "run"
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), "--save-interval", "2"]
@@ -365,8 +365,7 @@ def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corp
     with start(argv, nproc=2, log=tmp_path / "log.txt") as running:
         while not shown():
             assert running.returncode is None
-        for rank in running.ranks:
-            os.kill(rank, signal.SIGKILL)
+        kill_ranks(running)
         assert running.wait(60) != 0
     assert not _account(save)["complete"]
     job(argv, nproc=2).ok()
