@@ -74,6 +74,7 @@ def render(found: Results, drawings: list[drawing.Drawing]) -> str:
         trends=findings.trends(found),
         efficiency=tables.efficiency(found),
         family=max((verdict.family for verdict in found.verdicts), default=0),
+        without=max((verdict.without for verdict in found.verdicts), default=0),
         one_parent=not found.study.parent_per_seed,
         bootstrapped=any(verdict.documents for verdict in found.verdicts),
         unigram={name: f"{value:.3f}" for name, value in parent["unigram_loss"].items()} if parent else None,

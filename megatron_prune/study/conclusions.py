@@ -1,7 +1,7 @@
 """From matched comparisons to what they say: verdicts at every budget, trends over the budgets.
 
-Verdicts are corrected over the study's family (``family``), and bootstrapped over evaluation documents where the
-corpus and the losses of its windows are there.
+Verdicts are corrected over all that the study's family (``family``) is to have, finished or not, and bootstrapped over
+evaluation documents where the corpus and the losses of its windows are there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def judge(study: Study, places: Places, compared: Sequence[Any], records: Mappin
         )
         for items in groups.values()
     ]
-    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)))
+    meant = {tuple(item.group.values()): item.group | {"budget": item.comparison.budget} for item in compared}
+    planned = sum(study.family.holds(comparison) for comparison in meant.values())
+    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
 
 
 def _refuse_repeated_seeds(items: Sequence[Any]) -> None:

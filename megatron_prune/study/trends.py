@@ -58,7 +58,7 @@ class Trend:
         ]
         text = f"Pruned {self.pruned.law.words}, scratch {self.scratch.law.words}"
         if off:
-            return f"{text}; not used: off by more than the seeds scatter (F test below {POOR}): {', '.join(off)}."
+            return f"{text}; not used: off by more than runs scatter (F test below {POOR}): {', '.join(off)}."
         return f"{text}; off by {self.pruned.rms:.3f} and {self.scratch.rms:.3f} nats (root mean square)."
 
     def to_json(self) -> dict[str, Any]:

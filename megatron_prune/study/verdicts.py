@@ -21,8 +21,9 @@ WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}
 class Verdict:
     """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds.
 
-    ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``corrected``: its
-    p value then. ``documents``: the bootstrap over evaluation documents, of the test text.
+    ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``without``: those of
+    them that have no p value; ``corrected``: its own p value then. ``documents``: the bootstrap over evaluation
+    documents, of the test text.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Verdict:
     budget: int = 0  # as the study asks for it; ``tokens`` are whole batches
     one_parent: bool = True  # for all seeds
     family: int = 0
+    without: int = 0
     corrected: float | None = None
     documents: OverDocuments | None = None
 
@@ -95,6 +97,7 @@ class Verdict:
         )
         if self.corrected is not None:
             found += f"; p {p_value(self.corrected)} by Holm over {self.family} comparisons"
+            found += f", of which {self.without} count with p = 1: not finished or not run" if self.without else ""
         elif self.test.p is not None:
             found += f"; p {p_value(self.test.p)}, outside the study's family"
         return f"{found}."
@@ -153,11 +156,16 @@ def judge(
     )
 
 
-def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool]) -> list[Verdict]:
-    """The verdicts, those of the family with Holm's correction over it. One seed has no p value to correct."""
+def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool], planned: int) -> list[Verdict]:
+    """The verdicts, those of the family with Holm's correction over all its ``planned`` comparisons.
+
+    Those that have no p value yet, or will have none, count with p = 1: what was looked at first is not judged as if
+    the rest had never been meant. One seed has no p value to correct.
+    """
     family = [number for number, verdict in enumerate(found) if verdict.test.p is not None and in_family(verdict)]
-    values = statistics.holm([found[number].test.p or 0.0 for number in family])
+    known = [found[number].test.p or 0.0 for number in family]
+    values = statistics.holm(known + [1.0] * (planned - len(known)))
     judged = list(found)
-    for number, p in zip(family, values, strict=True):
-        judged[number] = replace(judged[number], family=len(family), corrected=p)
+    for number, p in zip(family, values, strict=False):
+        judged[number] = replace(judged[number], family=planned, without=planned - len(known), corrected=p)
     return judged

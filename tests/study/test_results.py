@@ -173,6 +173,16 @@ def test_a_cell_that_was_made_anew_beside_old_ones_stops_the_report(
         results.collect(places)
 
 
+def test_comparisons_that_are_not_finished_belong_to_the_family(places: Places) -> None:
+    assert [(v.family, v.without) for v in results.collect(places).verdicts] == [(4, 0)] * 4
+    for seed in (1, 2, 3):
+        in_ledger(places, f"pruned-shortgpt-r50-s{seed}-t1280", kind=None)
+    found = results.collect(places)
+    assert [(v.method, v.family, v.without) for v in found.verdicts] == [("minitron-width", 4, 2)] * 2
+    text = " ".join(page.render(found, []).split())
+    assert "family of 4 comparisons, 2 of which are not finished or not run and count with p = 1, and a" in text
+
+
 @pytest.mark.parametrize("cell", ["parent", PRUNING])
 def test_while_a_cell_is_made_anew_what_rests_on_it_is_pending(places: Places, cell: str) -> None:
     in_ledger(places, cell, kind=None)

@@ -138,6 +138,7 @@ def test_a_verdict_of_a_family_is_corrected_for_it() -> None:
     found = verdicts.corrected(
         [verdict(weak), verdict(strong), verdict([2.1, 1.9, 2.0]), verdict(outside, "equal-training"), verdict([2.1])],
         lambda item: Family(settings=["equal-total"]).holds(vars(item)),
+        planned=3,
     )
     p = [item.test.p for item in found[:3]]
     assert [item.corrected for item in found[:3]] == pytest.approx(statistics.holm(p))
@@ -145,9 +146,18 @@ def test_a_verdict_of_a_family_is_corrected_for_it() -> None:
     assert [item.winner for item in found] == ["neither", "pruned", "neither", "pruned", "pruned"]
     assert "by Holm over 3 comparisons" in found[1].words and "outside the study's family" in found[3].words
     assert "One seed: no interval" in found[4].words
-    many = verdicts.corrected([verdict(weak)] + [verdict([2.1, 1.9, 2.0])] * 9, lambda _: True)
+    many = verdicts.corrected([verdict(weak)] + [verdict([2.1, 1.9, 2.0])] * 9, lambda _: True, planned=10)
     assert many[0].test.winner == "pruned" and many[0].winner == "neither"
     assert "cannot be told apart" in many[0].words and "were it not one of 10 comparisons" in many[0].words
+
+
+def test_an_early_look_is_corrected_for_what_is_still_to_come() -> None:
+    (whole,) = verdicts.corrected([verdict([2.1, 2.2, 2.15])], lambda _: True, planned=1)
+    (early,) = verdicts.corrected([verdict([2.1, 2.2, 2.15])], lambda _: True, planned=4)
+    assert whole.corrected == pytest.approx(whole.test.p) and (whole.winner, early.winner) == ("pruned", "neither")
+    assert early.corrected == pytest.approx(closed_testing([early.test.p, 1, 1, 1])[0])
+    assert "over 4 comparisons, of which 3 count with p = 1: not finished or not run" in early.words
+    assert "count with" not in whole.words
 
 
 def test_words_say_what_an_interval_is_conditional_on() -> None:
