@@ -51,6 +51,12 @@ def needs(study: Study, method: Method, ratio: float | None) -> Needs:
             f"methods.{method.tag}.settings.retrain-tokens", given=retraining.tokens,
             allowed=f"a multiple of {batch}, a global batch",
         )  # fmt: skip
+    if retraining and study.launch.nproc > study.launch.ranks_per_node:
+        raise UsageError(
+            f"methods.{method.tag}.settings.retrain-candidates", given=f"with launch.nproc {study.launch.nproc}",
+            allowed=f"up to {study.launch.ranks_per_node} processes, one node's",
+            why="one process of the first node starts all ranks that retrain candidates; use `rescore --commands`",
+        )  # fmt: skip
     _ = chosen.task  # a file that is no task is refused here
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 

@@ -18,6 +18,7 @@ from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import Pruning, parent_cell
 
 CORPORA = ("validation", "test")
+SAVES_WHEN_TOLD = "--exit-signal-handler"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def _pretrain(
     words += flags({"load": save, "save": save})  # a run that was killed goes on from its own last save
     words += recipe(study, places, samples, seed, lr, permute=permute)
     words += flags(study.recipe.arguments) + _tracking(study, places, cell)
+    if study.launch.launcher == "slurm" and SAVES_WHEN_TOLD not in words:  # its job tells it before the time limit
+        words.append(SAVES_WHEN_TOLD)
     return Command("pretrain", tuple(words), study.launch.nproc)
 
 

@@ -58,6 +58,16 @@ def seconds_of(directory: Path) -> dict[str, float]:
     return artifacts.read_json(path) if path.is_file() else {}
 
 
+def reached(directory: Path) -> tuple[int, int]:
+    """How far a cell is: stages that have been run to their end, and steps that its trainings have saved."""
+    saved = 0
+    for path in (*directory.glob("checkpoint"), *directory.glob("candidates/*/retrained")):
+        tracker = path / "latest_checkpointed_iteration.txt"
+        text = tracker.read_text().strip() if tracker.is_file() else ""
+        saved += int(text) if text.isdecimal() else 0
+    return len(seconds_of(directory)), saved
+
+
 def execute(directory: Path, stage: str, done: Callable[[], bool], command: Callable[[Path], int]) -> None:
     """Run ``command(log)`` in the cell ``directory`` and keep its seconds; RunError unless ``done`` afterwards."""
     began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -32,6 +33,7 @@ class Slurm:
     options: Flags = dataclasses.field(default_factory=dict)
     setup: list[str] = dataclasses.field(default_factory=list)
     poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between looks at the queue
+    most_jobs: Positive | None = None  # in the queue at once; None: all that may be
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():
@@ -47,6 +49,8 @@ def _check_option(name: str, value: Any) -> None:
         allowed, why = 'a time in quotes, as "24:00:00"', "YAML reads 24:00:00 as 86400, Slurm that as minutes"
     elif value is None or value is False:
         allowed, why = "true for a flag without a value", "an option that is not wanted is left out"
+    elif name == "signal" and not re.fullmatch(r"B:USR1@\d+", str(value)):
+        allowed, why = "B:USR1@SECONDS", "the script tells its training to save so long before the time limit"
     elif isinstance(value, list):
         allowed = 'text as sbatch takes it, as "a,b"'
     elif isinstance(value, str) and not (value and value.isprintable() and not set("'\"\\") & set(value)):
@@ -59,7 +63,8 @@ def _check_option(name: str, value: Any) -> None:
 class Launch:
     """Processes of one run, runs at a time, and what starts them: this machine or a cluster's queue.
 
-    ``retries``: how often a stage that failed is run again, from its last save, before its cell is marked as failed.
+    ``retries``: how often a stage that failed is run again, from its last save, before its cell is marked as failed;
+    attempts that got further are not counted.
     ``parallel_cells`` bounds the runs on this machine; under Slurm the queue decides.
     """
 

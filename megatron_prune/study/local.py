@@ -65,9 +65,10 @@ class Local:
     def room(self) -> bool:
         return len(self.running) < self.cells
 
-    def begin(self, cell: Cell, after: Sequence[str]) -> None:
+    def begin(self, cell: Cell, after: Sequence[str]) -> bool:
         self.running[cell.id] = threading.Thread(target=self._run, args=(cell,), daemon=True)
         self.running[cell.id].start()
+        return True
 
     def ended(self) -> Mapping[str, MegatronPruneError | None]:
         name, error = self.results.get()

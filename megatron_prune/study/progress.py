@@ -64,6 +64,10 @@ class Progress:
         what = "is run again" if again else "is given up"
         self.console.print(f"{self._clock()}  {'failed':<7}{cell}  attempt {attempt}, {what}", soft_wrap=True)
 
+    def stopped(self, cell: str) -> None:
+        """A cell whose attempt ended before it was done, but got further."""
+        self.console.print(f"{self._clock()}  {'stopped':<7}{cell}  goes on from what it saved", soft_wrap=True)
+
     def left(self, cell: str, stage: str) -> None:
         """A stage that an earlier runner's processes are still at."""
         text = f"{stage}  waits for processes of an earlier runner to end"
@@ -73,6 +77,10 @@ class Progress:
         """A cell in a cluster's queue; ``adopted`` if an earlier runner put it there."""
         what = "found in the queue" if adopted else "submitted"
         self.console.print(f"{self._clock()}  {'queue':<7}{cell}  job {job} {what}", soft_wrap=True)
+
+    def refused(self, cell: str, why: str) -> None:
+        """A cell that a cluster's queue did not take."""
+        self.console.print(f"{self._clock()}  {'queue':<7}{cell}  not taken, tried again later: {why}", soft_wrap=True)
 
     def _line(self, what: str, cell: str, stage: str, seconds: float) -> None:
         self.console.print(f"{self._clock()}  {what:<7}{cell}  {stage}  {seconds:.1f} s", soft_wrap=True)

@@ -3,8 +3,9 @@
 Cells are a graph: a parent before its calibrations and prunings, these before the training runs. A launcher
 (``local``, ``slurm``) takes cells and says which of them have ended; the runner decides what may begin, looks at
 whether what a cell wrote says that it is done, and gives it its line in the ledger. A cell that failed is begun
-again up to ``launch.retries`` times; then it is marked, what needs it is blocked, and the rest goes on. Running the
-study again gives it another chance. Only one runner works on a study: it holds ``study.lock``.
+again up to ``launch.retries`` times (an attempt that got further is none of them); then it is marked, what needs it
+is blocked, and the rest goes on. Running the study again gives it another chance. Only one runner works on a study:
+it holds ``study.lock``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Protocol
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config, preflight, retention, stages
-from megatron_prune.study.execution import Refused, State, States, unfinished
+from megatron_prune.study.execution import Refused, State, States, reached, unfinished
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
@@ -48,12 +49,12 @@ class Launcher(Protocol):
         """True if another cell may begin now."""
         ...
 
-    def begin(self, cell: Cell, after: Sequence[str]) -> None:
-        """Begin a cell, or hand it over to begin after those of ``after``, which have begun."""
+    def begin(self, cell: Cell, after: Sequence[str]) -> bool:
+        """Begin a cell, or hand it over to begin after those of ``after``, which have begun. False: not now."""
         ...
 
     def ended(self) -> Mapping[str, MegatronPruneError | None]:
-        """Wait until cells have ended; why each of them failed, as far as the launcher knows."""
+        """Wait until cells have ended, or there may be room; why each failed, as far as the launcher knows."""
         ...
 
 
@@ -82,12 +83,13 @@ class _Runner:
         self.begun: set[str] = set()
         self.failures: dict[str, list[str]] = {}  # of every cell, what went wrong at each attempt
         self.failed: dict[str, str] = {}
+        self.reached: dict[str, tuple[int, int]] = {}  # how far a cell was when its attempt began
 
     def run(self) -> None:
         self._expand()
         while True:
-            self._begin_what_may()
-            if not self.begun:
+            waiting = self._begin_what_may()
+            if not self.begun and not waiting:
                 break
             ended = self.launcher.ended()
             for cell in [cell for name, cell in self.cells.items() if name in ended]:  # what others wait for is first
@@ -115,19 +117,22 @@ class _Runner:
                 retention.apply(self.study, self.places, cell)
             self.cells[cell.id] = cell
 
-    def _begin_what_may(self) -> None:
-        """Hand out cells, parents first and long ones before short ones of a kind, while there is room."""
-        while self.launcher.room():
+    def _begin_what_may(self) -> bool:
+        """Hand out cells, parents first and long ones before short ones; True if there is room for no more."""
+        while True:
             may = [cell for cell in self.cells.values() if self._may_begin(cell)]
-            if not may:
-                return
+            if not may or not self.launcher.room():
+                return bool(may)
             cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
             if _done(cell):  # an earlier runner was killed before its line
                 self._finish(cell)
                 continue
             self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
-            self.begun.add(cell.id)
-            self.launcher.begin(cell, [name for name in cell.after if name in self.begun])
+            self.reached[cell.id] = reached(self.places.cell(cell.id))
+            if self.launcher.begin(cell, [name for name in cell.after if name in self.begun]):
+                self.begun.add(cell.id)
+            else:
+                self.states.write(cell.id, State("waiting", failures=self.failures.get(cell.id, [])))
 
     def _may_begin(self, cell: Cell) -> bool:
         if cell.id in self.finished or cell.id in self.begun or cell.id in self.failed:
@@ -171,9 +176,15 @@ class _Runner:
         )
 
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
-        told = self.failures.setdefault(cell.id, [])
+        """An attempt has ended: one that got further, up to a time limit say, is no failure and simply goes on."""
+        told, refused = self.failures.setdefault(cell.id, []), isinstance(error, Refused | UsageError)
+        now = reached(self.places.cell(cell.id))
+        if not refused and now > self.reached.get(cell.id, now):
+            self.progress.stopped(cell.id)
+            self.states.write(cell.id, State("waiting", failures=told))
+            return
         told.append(str(error))
-        again = len(told) <= self.study.launch.retries and not isinstance(error, Refused | UsageError)
+        again = len(told) <= self.study.launch.retries and not refused
         self.progress.failed(cell.id, len(told), again=again)
         if again:
             self.states.write(cell.id, State("waiting", failures=told))

@@ -10,7 +10,9 @@ code means nothing to it.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import jinja2
 import megatron_prune
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
-from megatron_prune.study.commands import Command, environment
+from megatron_prune.study.commands import SAVES_WHEN_TOLD, Command, environment
 from megatron_prune.study.config import Study
 from megatron_prune.study.execution import State, States
 from megatron_prune.study.launch import Slurm
@@ -32,7 +34,12 @@ from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
 from megatron_prune.study.stages import Cell, first_other_word, has_begun
 
+ROOT = Path(megatron_prune.__file__).parents[1]  # the checkout
 GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
+
+
+class NoAnswer(RunError):
+    """A program of Slurm's that failed in a way that may pass: too many jobs, or a controller that does not answer."""
 
 
 class Queue:
@@ -46,6 +53,7 @@ class Queue:
         self.states = States(places)
         self.jobs: dict[str, str] = {}  # by cell, of those that the runner waits for
         self.missed: dict[str, int] = {}
+        self.refused, self.refused_last = False, ""  # whether a job was since the last look, and what was said
         self._found: dict[str, str] | None = None
 
     @property
@@ -70,14 +78,23 @@ class Queue:
             )  # fmt: skip
 
     def room(self) -> bool:
-        return True
+        return not self.refused and len(self.jobs) < (self.slurm.most_jobs or math.inf)
 
-    def begin(self, cell: Cell, after: Sequence[str]) -> None:
-        adopted = self.found.pop(job_name(self.study, self.places, cell.id), None)
-        job = adopted or _submit(write_script(self.study, self.places, cell), [self.jobs[name] for name in after])
+    def begin(self, cell: Cell, after: Sequence[str]) -> bool:
+        try:
+            adopted = self.found.pop(job_name(self.study, self.places, cell.id), None)
+            job = adopted or _submit(write_script(self.study, self.places, cell), [self.jobs[name] for name in after])
+        except NoAnswer as error:
+            if str(error) != self.refused_last:
+                self.progress.refused(cell.id, str(error))
+            self.refused, self.refused_last = True, str(error)
+            self._found = None  # it may have been taken all the same: look before it is submitted again
+            return False
+        self.refused_last = ""
         self.jobs[cell.id], self.missed[cell.id] = job, 0
         self._tell(cell.id, "submitted")
         self.progress.queued(cell.id, job, adopted=adopted is not None)
+        return True
 
     def ended(self) -> Mapping[str, MegatronPruneError | None]:
         while True:
@@ -90,7 +107,8 @@ class Queue:
             gone = [cell for cell, times in self.missed.items() if times >= GONE_LOOKS]
             for cell in gone:
                 del self.jobs[cell], self.missed[cell]
-            if gone:
+            if gone or self.refused:
+                self.refused = False
                 return dict.fromkeys(gone)
 
     def _tell(self, cell: str, queue: str) -> None:
@@ -119,8 +137,8 @@ def script(study: Study, places: Places, cell: Cell) -> str:
     slurm = launch.slurm or Slurm()
     nodes = launch.nproc // launch.ranks_per_node
     directives: dict[str, Any] = {"job-name": job_name(study, places, cell.id), "nodes": nodes, "ntasks-per-node": 1}
-    directives |= {"output": f"{directory.absolute()}/slurm-%j.log"}
-    directives |= slurm.options
+    directives |= {"output": f"{directory.absolute()}/slurm-%j.log", "open-mode": "append", "signal": "B:USR1@600"}
+    directives |= ({} if "no-requeue" in slurm.options else {"requeue": True}) | slurm.options
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_prune.study", "."), undefined=jinja2.StrictUndefined, trim_blocks=False,
         keep_trailing_newline=True,
@@ -136,6 +154,8 @@ def script(study: Study, places: Places, cell: Cell) -> str:
         setup=slurm.setup or [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"],
         environment=[(k, shlex.quote(v)) for k, v in environment(study, launch.threads).items()],
         nodes=nodes,
+        per_node=launch.ranks_per_node,
+        saves_when_told=SAVES_WHEN_TOLD,
         stages=[(stage.command.stage, " ".join(_words(stage.command, launch.ranks_per_node))) for stage in cell.stages],
     )
 
@@ -143,16 +163,13 @@ def script(study: Study, places: Places, cell: Cell) -> str:
 def _words(command: Command, per_node: int) -> Iterator[str]:
     """A command as a script has it: torchrun on every node of the job, or one process on the first."""
     if command.stage == "import":
-        yield from ("python", str(Path(megatron_prune.__file__).parents[1] / "tools" / "convert_checkpoint.py"))
-    elif command.nproc == 1:
+        yield f"python {shlex.quote(str(ROOT / 'tools' / 'convert_checkpoint.py'))}"
+    elif command.nproc == 1 and SAVES_WHEN_TOLD not in command.argv:
         yield "python -m megatron_prune"
-    elif command.nproc == per_node:
-        yield f"torchrun --standalone --nproc-per-node {per_node} -m megatron_prune"
     else:
-        nodes = command.nproc // per_node
-        yield f"srun --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1"
-        yield f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d"
-        yield '--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" -m megatron_prune'
+        if (nodes := command.nproc // per_node) > 1:
+            yield f"srun --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1"
+        yield f"bash {shlex.quote(str(ROOT / 'launch' / 'node.sh'))}"
     yield shlex.join(command.argv)
 
 
@@ -183,5 +200,7 @@ def _ask(words: Sequence[str]) -> str:
     except FileNotFoundError as error:
         raise RunError(f"launcher slurm: there is no {words[0]} on this machine") from error
     if done.returncode:
-        raise RunError(f"{shlex.join(words)} left with {done.returncode}: {done.stderr.strip()}")
+        wrong = re.search("invalid|unrecognized", done.stderr, re.IGNORECASE)  # an option: waiting mends none
+        kind = RunError if wrong else NoAnswer
+        raise kind(f"{shlex.join(words)} left with {done.returncode}: {done.stderr.strip()}")
     return done.stdout

@@ -30,6 +30,8 @@ Verb = Callable[[Sequence[str], Path], int]  # the words after ``python -m megat
 
 SBATCH = """#!/bin/bash
 jobs={jobs}; after=
+limit={limit}; [ ! -f $limit ] || [ $(squeue --me --noheader '--format=%i|%j|%T' | wc -l) -lt $(cat $limit) ] || {{
+  echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }}
 for word in "$@"; do
   case $word in
     --dependency=afterok:*) after=${{word#*:}} ;;
@@ -79,6 +81,7 @@ class StandIn:
 
     def __init__(self, folder: Path):
         self.bin, self.jobs = folder / "bin", folder / "jobs"
+        self.limit = folder / "limit"  # how many jobs may be in the queue, where that is written
         for path in (self.bin, self.jobs):
             path.mkdir(parents=True)
 
@@ -109,7 +112,7 @@ def installed(folder: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> Iter
     made = StandIn(folder)
     address = str(Path(tempfile.mkdtemp(prefix="slurm-")) / "python")  # a socket's path may not be long
     programs = {
-        "sbatch": SBATCH.format(jobs=made.jobs),
+        "sbatch": SBATCH.format(jobs=made.jobs, limit=made.limit),
         "squeue": SQUEUE.format(jobs=made.jobs),
         "python": PYTHON.format(python=sys.executable, address=address),
     }
@@ -134,7 +137,9 @@ def installed(folder: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def _run(argv: Sequence[str], verb: Verb) -> tuple[int, str]:
-    """A call of ``python``: its exit code and what it printed."""
+    """A call of ``python``, or of torchrun through it: its exit code and what it printed."""
+    if list(argv[:2]) == ["-m", "torch.distributed.run"]:
+        argv = argv[2:]
     assert list(argv[:2]) == ["-m", "megatron_prune"], argv
     try:
         if argv[2:4] == ["study", "stage"]:

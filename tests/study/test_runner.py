@@ -154,6 +154,11 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     with pytest.raises(DataError, match="too short for methods.minitron-width's candidates"):
         training = made_up.study(prefixes, methods=[method], settings=["equal-training"])
         made_up.run(training, Path("long"), made_up.FakeLauncher())
+    method, launching = {"name": "minitron-width", "settings": settings}, {"launcher": "slurm", "nproc": 4}
+    with pytest.raises(UsageError, match=r"retrain-candidates: given with launch.nproc 4, allowed is up to 2 proc"):
+        cluster = made_up.study(prefixes, methods=[method], launch=launching | {"slurm": {"ranks_per_node": 2}},
+                                recipe={"lr": 1e-3, "global_batch_size": 8, "micro_batch_size": 2})  # fmt: skip
+        made_up.run(cluster, Path("nodes"), made_up.FakeLauncher())
     method = {"name": "minitron-depth", "settings": {"score-by": "task", "task-data": "nowhere.jsonl"}}
     with pytest.raises(DataError, match="cannot read the task nowhere.jsonl"):
         made_up.run(made_up.study(prefixes, methods=[method]), Path("task"), made_up.FakeLauncher())
@@ -275,6 +280,27 @@ def test_retries_are_bounded_and_a_refusal_is_not_retried(
     assert state["state"] == ("finished" if times < attempts else "failed")
     assert len(state["failures"]) == min(times, attempts)
     assert len(ledger(places)) == 8 - (times >= attempts)
+
+
+def test_an_attempt_that_got_further_is_no_failure(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell, saves = "pruned-shortgpt-r50-s1-t1280", [3, 6, 9]
+
+    class Stopped(made_up.FakeLauncher):
+        """A training that is stopped after a save, three times."""
+
+        def _pretrain(self, argv: list[str]) -> None:
+            save = Path(made_up.words(argv)["save"])
+            if save.parent.name != cell or not saves:
+                super()._pretrain(argv)
+                return
+            save.mkdir(exist_ok=True)
+            (save / "latest_checkpointed_iteration.txt").write_text(f"{saves.pop(0)}\n")
+
+    study = made_up.study(prefixes, launch={"retries": 0}, settings=["equal-training"])
+    places = made_up.run(study, Path("runs"), Stopped())
+    state = json.loads((places.cell(cell) / "state.json").read_text())
+    assert (state["state"], state["failures"], saves) == ("finished", [], [])
 
 
 def test_what_needs_a_failed_cell_is_blocked_and_a_shared_scratch_run_takes_its_shape_elsewhere(

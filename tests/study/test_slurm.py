@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +27,7 @@ from megatron_prune.study.progress import Progress
 from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
 
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = {"launcher": "slurm", "slurm": {"poll_seconds": 0.1, "options": {"partition": "debug", "exclusive": True}}}
 
 
@@ -41,9 +45,11 @@ def mapping(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **change
     return made_up.mapping(prefixes, **{"launch": launching, "settings": ["equal-training"], **changes})
 
 
-def run(made: config.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue) -> Places:
+def run(
+    made: config.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue, output: io.StringIO | None = None
+) -> Places:
     places = Places(runs / made.name)
-    with Progress(Console(file=io.StringIO())) as progress:
+    with Progress(Console(file=output or io.StringIO())) as progress:
         runner.run(made, places, launcher=queue(made, places, progress), progress=progress)
     return places
 
@@ -66,7 +72,8 @@ def test_jobs_wait_for_each_other_and_end_with_the_ledger_of_a_local_run(tmp_pat
     assert after["pruned-shortgpt-r50-s1-t1280"] == ["pruning-shortgpt-r50-s1"]
     script = (places.cell("pruned-shortgpt-r50-s1-t1280") / "job.sh").read_text()
     assert "#SBATCH --partition=debug\n#SBATCH --exclusive\n" in script
-    assert "stage pretrain -- python -m megatron_prune pretrain --pretrained-checkpoint runs/made-up" in script
+    assert f"stage pretrain -- bash {ROOT}/launch/node.sh pretrain --pretrained-checkpoint runs/made-up" in script
+    assert " --exit-signal-handler\n" in script and "#SBATCH --signal=B:USR1@600\n" in script
 
 
 def test_a_killed_runner_finds_its_jobs_again_and_submits_none_twice(tmp_path, prefixes, monkeypatch) -> None:
@@ -110,7 +117,7 @@ def test_a_failing_job_is_retried_then_marked_and_the_rest_goes_on(tmp_path, pre
         with pytest.raises(RunError, match="pruning-shortgpt-r50-s1: apply ended without saying that it succeeded"):
             run(made, Path("runs"))
     submitted = Counter(stand_in.submissions())
-    assert submitted["pruning-shortgpt-r50-s1"] == 2
+    assert submitted["pruning-shortgpt-r50-s1"] == 3  # the first got as far as its plan
     finished = records(Places(Path("runs/made-up")))
     assert sorted(finished) == [
         "calibration-s1", "parent", "pruned-minitron-width-r50-s1-t1280", "pruning-minitron-width-r50-s1",
@@ -156,9 +163,9 @@ def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> Non
     text = script.read_text()
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text
     assert (
-        "stage pretrain -- srun --nodes 2 --ntasks 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 "
-        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" -m megatron_prune pretrain'
+        f"stage pretrain -- srun --nodes 2 --ntasks 2 --ntasks-per-node 1 bash {ROOT}/launch/node.sh pretrain --"
     ) in text
+    assert "\nexport PET_NNODES=2 PET_NPROC_PER_NODE=8 PET_MAX_RESTARTS=0\n" in text
     assert "\nstage plan -- python -m megatron_prune plan" in Path(
         "runs/made-up/cells/pruning-shortgpt-r50-s1/job.sh"
     ).read_text()  # fmt: skip
@@ -226,6 +233,7 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
         ("gres: [gpu:8]", "gres: given .'gpu:8'., allowed is text as sbatch takes it"),
         ('comment: "one\\ntwo"', "comment: given 'one.ntwo', allowed is text on one line"),
         ("comment: it's", "comment: given .*, allowed is text on one line"),
+        ("signal: TERM@60", "signal: given 'TERM@60', allowed is B:USR1@SECONDS"),
         ("job-name: mine", "job-name: given 'mine', allowed is options that a job's script does not set itself"),
         ("ntasks_per_node: 8", "ntasks-per-node: given 8, allowed is options that a job's script does not set"),
     ],
@@ -244,6 +252,97 @@ def test_options_are_written_as_slurm_reads_them(prefixes) -> None:
     text = slurm.script(made, places, stages.parents(made, places, preflight.look(made, places))[0])
     for line in ("--time=24:00:00", "--gres=gpu:8", "--mem=0", "--exclusive", "--comment='for the paper'"):
         assert f"\n#SBATCH {line}\n" in text
+
+
+@pytest.mark.parametrize(("most", "refused"), [(None, True), (2, False)])
+def test_a_full_queue_is_waited_for(tmp_path, prefixes, monkeypatch, most: int | None, refused: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
+        stand_in.limit.write_text("2")
+        content = mapping(prefixes, stand_in)
+        content["launch"]["slurm"]["most_jobs"] = most
+        places = run(config.from_mapping(content), Path("runs"), output=(told := io.StringIO()))
+    assert set(Counter(stand_in.submissions()).values()) == {1} and len(records(places)) == 8
+    assert ("not taken, tried again later: sbatch" in told.getvalue()) == refused
+
+
+def test_a_job_that_was_taken_though_nobody_answered_is_found(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    submit, lost, found = slurm._submit, [], threading.Event()
+
+    def losing(script: Path, after: Sequence[str]) -> str:
+        job = submit(script, after)
+        if not lost:
+            lost.append(job)
+            raise slurm.NoAnswer("sbatch: error: Socket timed out on send/recv operation")
+        found.set()
+        return job
+
+    def waiting(argv: Sequence[str], log: Path) -> int:
+        assert found.wait(60)
+        return slurm_stand_in.made_up_verbs(argv, log)
+
+    monkeypatch.setattr(slurm, "_submit", losing)
+    with slurm_stand_in.installed(tmp_path / "slurm", waiting, monkeypatch) as stand_in:
+        run(study(prefixes, stand_in), Path("runs"))
+    assert lost and Counter(stand_in.submissions())["parent"] == 1
+
+
+def test_an_option_that_slurm_does_not_know_ends_the_runner(tmp_path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
+        (stand_in.bin / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition: x' >&2; exit 1\n")
+        with pytest.raises(RunError, match="invalid partition: x"):
+            run(study(prefixes, stand_in), Path("runs"))
+
+
+TORCHRUN = """#!{python} -IS
+import os, pathlib, signal, subprocess, sys, time
+words, saved = sys.argv[1:], pathlib.Path("runs/made-up/cells/parent/checkpoint/latest_checkpointed_iteration.txt")
+if "stage" in words:
+    subprocess.call(words[words.index("--") + 1 :])
+    sys.exit(0 if os.path.exists("done") else 1)
+if "torch.distributed.run" in words:
+    sys.exit(subprocess.call([sys.argv[0], "rank"]))
+if words == ["rank"] and not saved.exists():
+    def save(*_):
+        if {saves}:
+            saved.parent.mkdir()
+            saved.write_text("20")
+        sys.exit()
+    signal.signal(signal.SIGTERM, save)
+    open("started", "w").close()
+    time.sleep(60)
+open("done", "w").close()
+"""
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, monkeypatch, saves: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bin").mkdir()
+    programs = {"python": TORCHRUN.format(python=sys.executable, saves=saves),
+                "scontrol": '#!/bin/bash\necho "$*" >> requeued\n'}  # fmt: skip
+    for name, text in programs.items():
+        Path("bin", name).write_text(text)
+        Path("bin", name).chmod(0o755)
+    launching = {"launcher": "slurm", "slurm": {"setup": [f"export PATH={tmp_path}/bin:$PATH"]}}
+    made, places = config.from_mapping(made_up.mapping(prefixes, launch=launching)), Places(Path("runs/made-up"))
+    (parent,) = stages.parents(made, places, preflight.look(made, places))
+    job = ["bash", slurm.write_script(made, places, parent)]
+    environment = {**os.environ, "SLURM_JOB_ID": "7"}
+    running = subprocess.Popen(job, env=environment)
+    deadline = time.monotonic() + 60
+    while not Path("started").exists():
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGUSR1)  # what `--signal=B:USR1@600` does
+    assert running.wait(60) == (0 if saves else 1)
+    assert Path("requeued").is_file() == saves
+    if saves:
+        assert Path("requeued").read_text() == "requeue 7\n" and not Path("done").exists()
+        subprocess.run(job, env=environment, check=True)
+        assert Path("done").exists() and Path("requeued").read_text() == "requeue 7\n"
 
 
 def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
