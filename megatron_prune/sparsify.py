@@ -85,6 +85,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
     scratch.refuse_another(question)
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
+        task.check_held_masks()
     if reads_text:
         driver.run(args, task)
     else:

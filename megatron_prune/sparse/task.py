@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
-from megatron_prune.masks import Masks, find_masks, open_masks
+from megatron_prune.masks import Masks, find_masks, open_masks, verify
 from megatron_prune.sparse.matrices import SUFFIXES, Matrix
 from megatron_prune.sparse.request import Request
 
@@ -42,6 +42,13 @@ class Task:
         """The masks that the parent has already: those of weights that are not pruned now stay."""
         folder = find_masks(self.parent.root)
         return None if folder is None else open_masks(folder)
+
+    def check_held_masks(self) -> None:
+        """MasksError where masks of the parent that stay are damaged, or do not fit its weights: they would be hashed
+        anew as they are."""
+        held = self.held_masks()
+        if held is not None:
+            verify(held, self.parent, but=self.patterns)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,6 @@ def _masks(task: Task, scratch: Scratch) -> Iterator[tuple[str, Iterator[torch.T
     """The masks of what was pruned, and the parent's elsewhere, as ``write_single`` takes them."""
     held, patterns = task.held_masks(), task.patterns
     if held is not None:
-        held.check_model(task.parent.shape, str(task.parent.root))
         for name, entry in held.entries.items():
             if name not in patterns:
                 yield name, held.row_blocks(name), entry.pattern

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -194,6 +195,21 @@ def test_flags_of_another_model_are_refused(job: Callable[..., Any], tiny_parent
     refused = job([*argv, "--vocab-size", 100])
     assert refused.returncode == 2 and "this model needs" in refused.output
     assert not list(tmp_path.iterdir())
+
+
+def test_masks_that_stay_must_fit_the_weights(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
+    """They are written anew, and would get a hash that says that all is well."""
+    of = open_checkpoint(tiny_parent)
+    one, other = (prune(of, tmp_path / method, method, AMOUNTS["half"]) for method in ("magnitude", "random"))
+    shutil.rmtree(one / "masks")
+    shutil.copytree(other / "masks", one / "masks")
+    again = ["sparsify", "--load", one, "--method", "magnitude", "--ratio", 0.5, "--save", tmp_path / "save"]
+    refused = job([*again, "--modules", "fc1,fc2,proj"])
+    assert refused.returncode == 2 and "masks do not fit these weights: decoder.layers.0.self_attention.linear_qkv" in (
+        refused.output
+    )
+    assert not (tmp_path / "save").exists()
+    job(again).ok()  # all of them are replaced
 
 
 @pytest.mark.parametrize("amount", ["half", "2:4"])
