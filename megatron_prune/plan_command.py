@@ -148,6 +148,8 @@ def main(argv: list[str]) -> int:
     refuse_unknown(unknown, name)
     if options.seed is not None and not method.random:
         raise UsageError("--seed", given=options.seed, allowed=f"no seed with --method {name}, which draws nothing")
+    if options.seed is not None and options.seed < 0:
+        raise UsageError("--seed", given=options.seed, allowed="0 or more")
     seed = (options.seed or 0) if method.random else None
     choice = choice_from(name, method, own, options, options.tensor_model_parallel_size, seed)
     if options.statistics and not choice.needs_statistics:

@@ -364,6 +364,10 @@ S = "STATISTICS"
         (["--method", "shortgpt", "--ratio", "0.5"], "--statistics: given nothing"),
         (["--method", "random", "--target-num-layers", "2", "--statistics", S], "--statistics: given .*needs none"),
         (
+            ["--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "-1"],
+            "--seed: given -1, allowed is 0 or more",
+        ),
+        (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--seed", "1"],
             "--seed: given 1.*draws nothing",
         ),

@@ -18,6 +18,14 @@ from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_t
 from megatron_prune.engine import cpu, fp8, stores
 from megatron_prune.errors import CheckpointError, UsageError
 
+# What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
+_POSITIVE = (
+    "seed", "global_batch_size", "micro_batch_size", "seq_length", "stream_epochs", "save_interval", "eval_interval",
+    "log_interval", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+)  # fmt: skip
+_NOT_NEGATIVE = ("eval_iters", "stream_permutation_seed", "random_masks")
+_SEEDS = ("seed", "stream_permutation_seed")  # NumPy's have 32 bits
+
 Complete = Callable[[argparse.Namespace, list[str]], None]
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -39,6 +47,7 @@ def parse(
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
     args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_own_flags(_mend_help(parser))))
+    _refuse_unfit_numbers(args)
     _refuse_missing_gpu(args)
     stores.refuse_unfit(args)
     fp8.apply_preset(args, argv)
@@ -123,6 +132,14 @@ def restore_forgotten(args: argparse.Namespace, checkpoint: Checkpoint, argv: li
         stored = checkpoint.args.get(name)
         if stored is not None and not given(argv, *options):
             setattr(args, name, stored)
+
+
+def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value, least = getattr(args, name, None), int(name in _POSITIVE)
+        if value is not None and (value < least or name in _SEEDS and value >= 1 << 32):
+            allowed = f"{least} to {(1 << 32) - 1}" if name in _SEEDS else f"{least} or more"
+            raise UsageError(f"--{name.replace('_', '-')}", given=value, allowed=allowed)
 
 
 def _refuse_missing_gpu(args: argparse.Namespace) -> None:
