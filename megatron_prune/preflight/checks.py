@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_prune import methods
 from megatron_prune import storage as places
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.tracker import find_iteration
@@ -55,6 +56,8 @@ class Question:
 def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
     """Every check on a command line that Megatron accepts."""
     args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
+    if question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none":
+        return [*layout(question, rehearsal), *weights_alone(args)]
     found = [*layout(question, rehearsal), *dimensions(args, shape)]
     if rehearsal.unbuilt is not None:
         return [*found, Finding("model", "no", f"Megatron cannot build it: {rehearsal.unbuilt}")]
@@ -105,6 +108,23 @@ def layout(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
             f"{sizes['pipeline']} stages; fewer stages, a smaller --micro-batch-size or virtual stages help",
             {"bubble": waits},
         )  # fmt: skip
+
+
+def weights_alone(args: argparse.Namespace) -> Iterator[Finding]:
+    """A pruning that builds no model: whatever fits on the disk can be done, whatever layout wrote the checkpoint."""
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.engine import runtime
+
+    yield Finding("memory", "yes", f"{args.method} reads and writes blocks of rows: no model is built, no GPU is used")
+    if not places.path(args.load).is_dir():
+        yield Finding("start", "not checked", f"--load {args.load} is not on this machine")
+        return
+    try:
+        open_checkpoint(runtime.loaded_directory(args))
+    except MegatronPruneError as error:
+        yield Finding("start", "no", str(error))
+    else:
+        yield Finding("start", "yes", f"--load {args.load} is whole")
 
 
 def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:

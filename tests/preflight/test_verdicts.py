@@ -128,6 +128,9 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
     recipe += ["--data-path", str(tiny_corpus), "--save", str(tmp_path / "run")]
     sparse = ["sparsify", "--load", str(tiny_parent), "--use-checkpoint-args", "--method", "wanda", "--pattern", "2:4"]
     sparse += ["--calibration-data-path", str(tiny_corpus), "--calibration-seq-length", "32", "--save", "x"]
+    alone = ["sparsify", "--method", "magnitude", "--ratio", "0.5", "--save", "x", "--load"]
+    large = tmp_path / "70b.flags"  # of a model that fits on no GPU
+    large.write_text(LLAMA.replace("-layers 32", "-layers 80").replace("-size 4096", "-size 8192"))
     before = sorted(tmp_path.rglob("*"))
     lines = [
         ["--gpus", "4", *start, *recipe, "--stream-range", "0:80"],
@@ -138,9 +141,11 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
         ["--gpus", "4", *sparse, "--tensor-model-parallel-size", "2", "--calibration-sequences", "4"],
         ["--gpus", "4", *sparse, "--calibration-sequences", "4000000"],
         ["--gpus", "1", "pretrain", "--shape-from", str(tmp_path), *recipe, "--stream-range", "0:80"],
+        ["--gpus", "1", *alone, str(tiny_parent)],
+        ["--gpus", "1", "--model", str(large), *alone, "/not/here", "--use-checkpoint-args"],
     ]  # fmt: skip
     [found] = distributed(commands.answers, 1, lines)
-    assert [answer["verdict"] for answer in found] == ["yes", "no", "no", "no", "yes", "no", "no"], found
+    assert [answer["verdict"] for answer in found] == ["yes", "no", "no", "no", "yes", "no", "no", "yes", "yes"], found
     assert found[0]["parameters"] == shape.parameters()
     assert finding(found[0], "start")["verdict"] == "yes"
     assert "does not wrap" in reasons(found[1], "no")
@@ -148,6 +153,8 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
     assert "start:" in reasons(found[3], "no") and "this model needs" in reasons(found[3], "no")
     assert "--calibration-sequences" in reasons(found[5], "no") or "1 to" in reasons(found[5], "no")
     assert "arguments:" in reasons(found[6], "no")
+    assert "start:" in reasons(found[7], "yes") and "start:" in reasons(found[8], "not checked")
+    assert all("no model is built" in finding(answer, "memory")["reason"] for answer in found[7:])
     assert sorted(tmp_path.rglob("*")) == before  # preflight writes nothing
 
 
