@@ -37,6 +37,12 @@ def iteration_directory(root: str | Path, iteration: int) -> Path:
     return storage.path(root) / f"iter_{iteration:07d}"
 
 
+def root_of(path: str | Path) -> Path:
+    """Where the tracker of a checkpoint lies, and what was written beside it: of ROOT/iter_… and ROOT/release, ROOT."""
+    path = storage.path(path)
+    return path.parent if _ITERATION.fullmatch(path.name) or path.name == "release" else path
+
+
 def is_complete(directory: str | Path) -> bool:
     """True for a directory whose save finished and whose files are all long enough.
 

@@ -28,7 +28,7 @@ def write(found: Results, places: Places) -> Path:
     directory = places.root / "report"
     losses = {cell: places.losses(cell) for cell in found.records}
     if found.study.parent.load:
-        losses["parent"] = places.parent(found.study) / "losses.csv"
+        losses["parent"] = places.beside_parent(found.study) / "losses.csv"
     made = (
         budgets.losses(found), bars.equal_total(found), budgets.gaps(found), ratios.gap_by_ratio(found),
         final.final_losses(found), curves.loss_curves(found, losses),

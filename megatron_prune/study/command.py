@@ -83,8 +83,8 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of one GPU: tokens a second on the parent's shape, or an MFU as 40%%")  # fmt: skip
     parser.add_argument("--gpus", type=int, metavar="N", help="how many there are (default: launch.nproc x "
                         "launch.parallel_cells)")  # fmt: skip
-    parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, metavar="TFLOPS",
-                        help="what an MFU is of (default: %(default)s, an H100 in bf16)")  # fmt: skip
+    parser.add_argument("--peak-tflops", type=float, metavar="TFLOPS",
+                        help=f"what an MFU is of (default: {PEAK_TFLOPS:g}, an H100 in bf16)")  # fmt: skip
 
 
 def _console() -> Console:
@@ -136,9 +136,10 @@ def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> i
     from megatron_prune.study import preflight, slurm, stages
     from megatron_prune.study.plan_view import show
 
+    _refuse_times_of_nothing(options)
     outlook = preflight.check(study, places)
     console = _console()
-    show(study, outlook, console, options.throughput, options.gpus, options.peak_tflops)
+    show(study, outlook, console, options.throughput, options.gpus, options.peak_tflops or PEAK_TFLOPS)
     if options.commands:
         _print_commands(stages.all_commands(stages.all_cells(study, places, outlook)))
     if options.scripts:
@@ -147,6 +148,16 @@ def _plan(study: config.Study, places: Places, options: argparse.Namespace) -> i
             stages.keep(study, places, cell, cells)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
+
+
+def _refuse_times_of_nothing(options: argparse.Namespace) -> None:
+    """Flags that only say how times are reckoned, where none are, or not by an MFU."""
+    if options.gpus is not None and options.throughput is None:
+        raise UsageError("--gpus", given=options.gpus, allowed="only with --throughput", why="it says times")
+    if options.peak_tflops is not None and not str(options.throughput or "").strip().endswith("%"):
+        raise UsageError("--peak-tflops", given=f"{options.peak_tflops:g}", allowed="beside an MFU: --throughput 40%")
+    if options.peak_tflops is not None and not options.peak_tflops > 0:
+        raise UsageError("--peak-tflops", given=f"{options.peak_tflops:g}", allowed="a positive number")
 
 
 def _print_commands(commands: Mapping[str, list[Command]]) -> None:

@@ -152,9 +152,11 @@ def _not_run(study: Study, lay: Lay, setting: Setting) -> str:
         return ""
     if lay.parent_tokens is None:
         return "the parent's training tokens are unknown"
+    tokens = f"the parent's {lay.parent_tokens:,} tokens"
+    if lay.parent_end:  # they are samples of this stream, by its account
+        return f"parent.equal_total does not say that a scratch run on {tokens} is to be made"
     return (
-        f"the parent's {lay.parent_tokens:,} tokens are only declared, and parent.equal_total does not say "
-        "that a scratch run on as many is to be made"
+        f"{tokens} are only declared, and parent.equal_total does not say that a scratch run on as many is to be made"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune import candidates
+from megatron_prune.checkpoint import tracker
 from megatron_prune.masks import MASKS
 from megatron_prune.study.config import Study
 from megatron_prune.study.prunings import Pruning, parent_cell
@@ -56,6 +57,10 @@ class Places:
     def parent(self, study: Study, seed: int = 0) -> Path:
         """A seed's parent checkpoint: the study's own, or where study.yaml says that it lies."""
         return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))
+
+    def beside_parent(self, study: Study, seed: int = 0) -> Path:
+        """Where a seed's parent has its account and its losses, if study.yaml names one of its iterations too."""
+        return tracker.root_of(self.parent(study, seed))
 
     def source(self, study: Study, pruning: Pruning) -> Path:
         """The checkpoint that a pruning starts from: its parent's, or that of the link before it."""

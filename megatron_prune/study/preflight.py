@@ -12,7 +12,6 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, plan
@@ -35,7 +34,8 @@ class Outlook:
 
     ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
     that is, before an import; the target of a search, until its plan is made. ``needs`` says by the name of a
-    pruning what it asks for; ``spent`` its FLOPs, and those of what it starts from, once it is finished.
+    pruning what it asks for; ``spent`` its FLOPs, and those of what it starts from, once it is finished;
+    ``retrained`` the tokens that its candidates were trained on, once there is a plan.
     """
 
     lay: budgets.Lay
@@ -44,6 +44,7 @@ class Outlook:
     needs: Mapping[str, Needs]
     spent: Mapping[str, int] = field(default_factory=dict)
     account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
+    retrained: Mapping[str, int] = field(default_factory=dict)
 
     def grid(self, study: Study) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""
@@ -75,7 +76,8 @@ class Outlook:
         consumed: dict[str, int] = {}
         for pruning in links(study):
             needs = self.needs[pruning.name]
-            trained = needs.retraining.candidates * needs.retraining.tokens if needs.retraining else 0
+            asked = needs.retraining.candidates * needs.retraining.tokens if needs.retraining else 0
+            trained = self.retrained.get(pruning.name, asked)  # a search may have fewer candidates
             before = consumed[pruning.base.name] if pruning.base else 0
             consumed[pruning.name] = before + (tokens if needs.tokens else 0) + trained
         return consumed
@@ -97,12 +99,25 @@ def look(study: Study, places: Places) -> Outlook:
     needs = {pruning.name: choices.needs(study, pruning.method, pruning.ratio) for pruning in links(study)}
     source, account = _parent(study, places)
     return Outlook(
-        _lay(study, source, account), source, _targets(study, places, source), needs, _spent(study, places, needs),
-        account,
+        _lay(study, source, account), source, _targets(study, places, source, needs), needs,
+        _spent(study, places, needs), account, _retrained(study, places, needs),
     )  # fmt: skip
 
 
-def _targets(study: Study, places: Places, source: ModelShape | None) -> dict[str, ModelShape]:
+def _retrained(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
+    """What candidates were trained on, from the plans that were chosen so."""
+    made = {link.name: places.plan(link) for link in links(study) if needs[link.name].retraining}
+    return {
+        name: (plan.read(path).calibration or {})["retraining"]["tokens"]
+        for name, path in made.items()
+        if path.is_file()
+    }
+
+
+def _targets(
+    study: Study, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
+) -> dict[str, ModelShape]:
+    """The shapes that are known. One that candidates were retrained for is not before that has been counted too."""
     found: dict[str, ModelShape] = {}
     for pruning in links(study):
         before = source if pruning.base is None else found.get(pruning.base.name)
@@ -110,7 +125,7 @@ def _targets(study: Study, places: Places, source: ModelShape | None) -> dict[st
             continue
         competing = choices.shapes(study, pruning.method, pruning.ratio, before)
         made = places.plan(pruning)
-        if len(competing) == 1:
+        if len(competing) == 1 and not needs[pruning.name].retraining:
             found[pruning.name] = competing[0]
         elif made.is_file():
             found[pruning.name] = plan.read(made).target
@@ -154,8 +169,12 @@ def _parent(study: Study, places: Places) -> tuple[ModelShape | None, Mapping[st
     if parent.load is not None:
         checkpoint = open_checkpoint(parent.load)
         checkpoint.verify()
-        path = Path(parent.load) / "account.json"
-        return checkpoint.shape, artifacts.read_json(path) if path.is_file() else None
+        path = places.beside_parent(study) / "account.json"
+        account = artifacts.read_json(path) if path.is_file() else None
+        if account is not None and not checkpoint.release and account["steps"] != checkpoint.iteration:
+            raise UsageError("parent.load", given=f"iteration {checkpoint.iteration} of {places.beside_parent(study)}",
+                             allowed=f"iteration {account['steps']}, of which its account is")  # fmt: skip
+        return checkpoint.shape, account
     imported = places.checkpoint("parent")
     return (open_checkpoint(imported).shape if imported.is_dir() else None), None
 

@@ -140,7 +140,7 @@ class _Matching:
         return {cell: self.records[cell]["text"] for cell in cells if cell is not None}
 
     def _lines(self, made: grid.Comparison, runs: match.Runs) -> list[match.Line]:
-        path = self.places.parent(self.study, made.seed) / "account.json"
+        path = self.places.beside_parent(self.study, made.seed) / "account.json"
         outside = self.study.parent.import_hf is not None or not path.is_file()
         parent = None if outside else self._read(path)
         if made.setting == "equal-training":

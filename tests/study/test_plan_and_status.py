@@ -119,7 +119,20 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     assert "scratch runs at equal FLOPs are estimates until the prunings have said what they spent" in printed
     assert "scratch-L2h32H4G2d8F64-equal-flops-t" in printed
     with pytest.raises(UsageError, match="--gpus: given 0"):
-        command.main(["plan", "study.yaml", "--gpus", "0"])
+        command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])
+    for flags, refused in (
+        (["--gpus", "8"], "--gpus: given 8, allowed is only with --throughput"),
+        (["--peak-tflops", "300"], "--peak-tflops: given 300, allowed is beside an MFU"),
+        (["--peak-tflops", "300", "--throughput", "1000"], "--peak-tflops: given 300, allowed is beside an MFU"),
+        (["--peak-tflops", "-1", "--throughput", "40%"], "--peak-tflops: given -1, allowed is a positive number"),
+    ):
+        with pytest.raises(UsageError, match=refused):
+            command.main(["plan", "study.yaml", *flags])
+    capsys.readouterr()
+    for peak in ("300", "600"):
+        command.main(["plan", "study.yaml", "--throughput", "40%", "--peak-tflops", peak])
+    slow, fast = capsys.readouterr().out.split("study made-up:")[1:]
+    assert slow != fast
     too_long = made_up.study(prefixes, settings=["equal-flops"], budgets=[9000], methods=[{"name": "shortgpt"}])
     with pytest.raises(DataError, match="too short for scratch-L2h32H4G2d8F64-equal-flops"):
         preflight.check(too_long, Places(Path("runs/x")))

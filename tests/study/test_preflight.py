@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_prune import artifacts
 from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
-from megatron_prune.study import command, preflight
+from megatron_prune.study import command, preflight, results
 from megatron_prune.study.commands import Places
 from tests.study import made_up
 
@@ -135,6 +135,27 @@ def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tm
     data = prefixes | {"seq_length": 16, "stream_seed": 7}
     with pytest.raises(UsageError, match="stream seed 7.*would overlap what the parent was trained on"):
         check(prefixes, tmp_path, data=data, **load(trained))
+
+
+def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, tmp_path: Path) -> None:
+    path = trained / "account.json"
+    account = artifacts.read_json(path)
+    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    artifacts.write_json(path, account)
+    assert check(prefixes, tmp_path, **load(trained / "release")).lay.parent_tokens == 2560
+    (trained / "release").rename(trained / "iter_0000010")
+    with pytest.raises(UsageError, match=r"parent\.load: given iteration 10 of .*checkpoint, allowed is iteration 20"):
+        check(prefixes, tmp_path, **load(trained / "iter_0000010"))
+    (trained / "iter_0000010").rename(trained / "iter_0000020")
+    plan = check(prefixes, tmp_path, **load(trained / "iter_0000020")).grid(made_up.study(prefixes, **load(trained)))
+    assert {c.not_run for c in plan.comparisons if c.not_run} == {
+        "parent.equal_total does not say that a scratch run on the parent's 2,560 tokens is to be made"
+    }
+    study = made_up.study(prefixes, **load(trained / "iter_0000020", equal_total="run"), methods=[{"name": "shortgpt"}])
+    found = results.collect(made_up.run(study, Path("runs"), made_up.FakeLauncher()))
+    assert len(found.compared) == 2 and all(item.status == "finished" for item in found.compared)
+    for item in found.compared:  # equal total ran, since its tokens are accounted, and no range was seen before
+        assert {line.field: line.verdict for line in item.match}["range against the parent's"] == "disjoint"
 
 
 def test_an_outside_parents_tokens_are_only_declared(prefixes, trained: Path, tmp_path: Path) -> None:

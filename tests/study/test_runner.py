@@ -147,6 +147,16 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     (row,) = (row for row in results.collect(places).rows if row["arm"] == "pruned" and row["setting"] == "equal-total")
     assert row["tokens_pruning"] == 8 * 16 + 3 * 256 and row["tokens_total"] == total
 
+    # Where a search has fewer candidates than it may retrain, what they really took is matched.
+    asked = {"name": "minitron-width", "settings": settings | {"max-candidates": 20, "retrain-candidates": 20}}
+    fewer = made_up.run(made_up.study(prefixes, methods=[asked], name="fewer"), Path("fewer"), made_up.FakeLauncher())
+    made = plan.read(fewer.cell(f"pruning-{name}") / "plan.json")
+    assert made.calibration is not None and 1 < len(made.candidates) < 20
+    retrained = made.calibration["retraining"]["tokens"]
+    assert retrained == len(made.candidates) * 256
+    (row,) = (row for row in results.collect(fewer).rows if row["arm"] == "scratch" and row["setting"] == "equal-total")
+    assert row["tokens_total"] == 2560 + 1280 + 8 * 16 + retrained
+
     method = {"name": "minitron-width", "settings": settings | {"retrain-tokens": 200}}
     with pytest.raises(UsageError, match="retrain-tokens: given 200, allowed is a multiple of 128"):
         made_up.run(made_up.study(prefixes, methods=[method]), Path("odd"), made_up.FakeLauncher())
