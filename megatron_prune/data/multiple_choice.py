@@ -82,7 +82,7 @@ def read(path: str | Path) -> Task:
 def _example(line: str, where: str) -> Example:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON: {error}") from error
     if not isinstance(found, dict):
         raise DataError(f"{where}: a JSON object is expected, found {type(found).__name__}")

@@ -191,7 +191,7 @@ def text_of(record: Record) -> str:
         value = json.loads(record.payload)
     except UnicodeDecodeError as error:
         raise DataError(f"{record.origin} is not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too, or brackets without end
         raise DataError(f"{record.origin} is not JSON: {error}") from error
     text = value.get(record.json_key) if isinstance(value, dict) else None
     if not isinstance(text, str):

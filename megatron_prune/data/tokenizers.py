@@ -213,7 +213,7 @@ def _tiktoken_ranks(path: Path) -> int:
         raise DataError(f"{path} does not exist: --tokenizer-model takes a tiktoken vocabulary, a .json file")
     try:
         entries = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     wanted = {"rank", "token_bytes", "token_str"}
     if path.suffix != ".json" or not isinstance(entries, list) or any(set(e) != wanted for e in entries[:1000]):

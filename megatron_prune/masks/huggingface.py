@@ -77,7 +77,7 @@ def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata[key])
         return {str(name): value for name, value in found.items()}
-    except (KeyError, json.JSONDecodeError, AttributeError) as error:
+    except (KeyError, ValueError, RecursionError, AttributeError) as error:
         raise MasksError(f"the header of {HUGGINGFACE_MASKS} has no readable {key}: {error!r}") from error
 
 
@@ -95,7 +95,7 @@ def _fused(
         names = [name for name in rows if name in stored]
         if not names:
             continue
-        if len(names) != len(rows) or len({str(patterns.get(name)) for name in names}) != 1:
+        if len(names) != len(rows) or len({str(patterns.get(name)) for name in names}) != 1 or names[0] not in patterns:
             raise MasksError(
                 f"{path}: {', '.join(rows)} are one matrix in Megatron: all have a mask, of one pattern, or none has"
             )

@@ -36,6 +36,7 @@ def test_names_of_keys_and_of_lm_evals_documents(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2: not a line of JSON"),
+        ('{"gold": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
         ("[1]", "line 2: a JSON object is expected, found list"),
         ({"choices": ["a", "b"], "gold": 0}, "line 2: the key query or question is missing, found choices, gold"),
         ({"query": "q", "gold": 0}, "line 2: the key choices is missing"),

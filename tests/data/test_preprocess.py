@@ -157,6 +157,8 @@ def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
     ('{"content": "a"}', r"x.jsonl:2 has no text under 'text' \(its keys: content\).*--json-keys"),
     ("[1]", "x.jsonl:2 .* not an object"),
     ("{broken", "x.jsonl:2 is not JSON"),
+    ('{"n": ' + "1" * 5000 + "}", "x.jsonl:2 is not JSON"),
+    ("[" * 100_000, "x.jsonl:2 is not JSON"),
 ])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_broken_line_is_named_and_leaves_nothing(tmp_path, model, line, says, workers):

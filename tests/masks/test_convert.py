@@ -120,6 +120,8 @@ def _pattern(name, pattern):
         (lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}), r"said to be \[96, 190\], this model's"),
         (lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()), "a mask for x, which is no linear weight"),
         (lambda tensors, texts: texts.pop("patterns"), "no readable patterns"),
+        (lambda tensors, texts: texts.update(patterns={}), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
+        (lambda tensors, texts: texts.update(patterns="[" * 100_000), "no readable patterns"),
         (lambda tensors, texts: texts.update(hash="0" * 64), "is damaged: its masks hash to"),
         (lambda tensors, texts: tensors[DOWN].bitwise_not_(), "do not fit these weights|hash"),
         (lambda tensors, texts: [tensors.pop(name) for name in list(tensors)], "no mask at all"),
