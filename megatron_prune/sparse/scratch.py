@@ -12,6 +12,7 @@ out is open meanwhile. The weights become the checkpoint as they lie here (``Che
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from megatron_prune.masks import bits
 
 POLL_SECONDS = 0.1
 _PATIENT_SECONDS = 1.0
+SEEN_SECONDS = 120.0  # a network file system may remember for a minute what was not there
 
 # What of a shard lies where in the whole weight: (logical name, offsets, tensor [rows, columns]).
 Shards = Iterable[tuple[str, tuple[int, ...], torch.Tensor]]
@@ -68,6 +70,18 @@ class Scratch:
         for left in self.folder.glob("stage-*.left"):
             left.unlink()
         shutil.rmtree(self.masks, ignore_errors=True)
+
+    def refuse_unseen(self) -> None:
+        """UsageError where what the first rank has opened is not on this machine: ranks would wait for one another's
+        blocks for ever."""
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not (self.folder / "question.json").exists():
+            if time.monotonic() >= deadline:
+                raise UsageError(
+                    "--save", given=f"a directory that {os.uname().nodename} does not see as the first rank does",
+                    allowed="one on a file system that all nodes share",
+                )  # fmt: skip
+            time.sleep(_PATIENT_SECONDS)
 
     @property
     def size(self) -> int:

@@ -46,6 +46,7 @@ def run(task: Task, params_dtype: torch.dtype, rank: int = 0, ranks: int = 1) ->
     done = scratch.done(task.layers) if rank == 0 else []
     if ranks > 1:
         done = _from_first(done)
+        scratch.refuse_unseen()
     with Progress(task.request.name, len(task.layers), shown=rank == 0) as progress:
         for row in done:
             progress.block(row, resumed=True)

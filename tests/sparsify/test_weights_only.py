@@ -19,9 +19,10 @@ import torch
 
 from megatron_prune.checkpoint import reader
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.sparse import request, result, weights_only
+from megatron_prune.sparse import request, result, scratch, weights_only
+from megatron_prune.sparse.scratch import Scratch
 from megatron_prune.sparse.task import Task
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint
@@ -60,14 +61,18 @@ def parent(root: Path, kind: str) -> Checkpoint:
     return open_checkpoint(root)
 
 
+def asked(method: str, amount: list[str]) -> request.Request:
+    parser = request.add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--seed", type=int, default=SEED)
+    return request.from_arguments(parser.parse_args(["--method", method, *amount]))
+
+
 def prune(
     of: Checkpoint, save: Path, method: str, amount: list[str], params_dtype: torch.dtype = torch.float32
 ) -> Path:
-    parser = request.add_arguments(argparse.ArgumentParser())
-    parser.add_argument("--seed", type=int, default=SEED)
-    asked = request.from_arguments(parser.parse_args(["--method", method, *amount]))
-    asked.check(of.shape)
-    task = Task(of, asked, None, {"what": [method, *amount]}, save)
+    wanted = asked(method, amount)
+    wanted.check(of.shape)
+    task = Task(of, wanted, None, {"what": [method, *amount]}, save)
     weights_only.run(task, params_dtype)
     result.write(task, None)
     return save
@@ -164,11 +169,11 @@ def test_megatron_wrote_it_at_some_layout(
 def test_no_flag_of_the_model_is_needed_and_ranks_share_the_blocks(
     job: Callable[..., Any], tiny_parent: Path, tmp_path: Path
 ) -> None:
-    asked = ["--load", tiny_parent, "--method", "magnitude", "--ratio", 0.5, "--save"]
-    job(["sparsify", *asked, tmp_path / "bare"]).ok()
-    finished = job(["sparsify", *asked, tmp_path / "three"], nproc=3).ok()
+    words = ["--load", tiny_parent, "--method", "magnitude", "--ratio", 0.5, "--save"]
+    job(["sparsify", *words, tmp_path / "bare"]).ok()
+    finished = job(["sparsify", *words, tmp_path / "three"], nproc=3).ok()
     assert all(f"block {number} of 4" in finished.output for number in range(1, 5))
-    job(["prune", *asked, tmp_path / "layout", "--use-checkpoint-args", *small.layout("tp2pp2")], nproc=4).ok()
+    job(["prune", *words, tmp_path / "layout", "--use-checkpoint-args", *small.layout("tp2pp2")], nproc=4).ok()
     one, *others = (
         (open_checkpoint(save).full_hash(), open_masks(save / "masks").hash, (save / result.TABLE).read_text())
         for save in (tmp_path / "bare", tmp_path / "three", tmp_path / "layout")
@@ -210,6 +215,17 @@ def test_masks_that_stay_must_fit_the_weights(job: Callable[..., Any], tiny_pare
     )
     assert not (tmp_path / "save").exists()
     job(again).ok()  # all of them are replaced
+
+
+def test_nodes_that_share_no_disk_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, first = parent(tmp_path / "parent", "bf16"), Scratch(tmp_path / "save")
+    task = Task(of, asked("magnitude", AMOUNTS["half"]), None, {}, tmp_path / "elsewhere" / "save")
+    first.open({})  # on the first rank's machine
+    monkeypatch.setattr(weights_only, "_from_first", lambda done: done)
+    monkeypatch.setattr(scratch, "SEEN_SECONDS", 0.0)
+    first.refuse_unseen()
+    with pytest.raises(UsageError, match="--save: .*all nodes share"):
+        weights_only.run(task, torch.float32, rank=1, ranks=2)
 
 
 @pytest.mark.parametrize("amount", ["half", "2:4"])
