@@ -167,7 +167,7 @@ def _per_token(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tokens a second of the longest runs, their median."""
+    """Tokens trained on a second of the longest runs, all attempts at them taken together; their median."""
     longest = max((row["tokens_train"] or 0 for row in rows), default=0)
     found = [row["tokens_train"] / row["seconds"] for row in rows if row["seconds"] and row["tokens_train"] == longest]
     return f"{statistics.median(found):,.0f}" if found else numbers.DASH

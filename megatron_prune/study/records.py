@@ -38,6 +38,7 @@ def parent(
     record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
     if study.parent.pretrain is not None:
         record["anomalies"] = anomalies.count(places.losses(cell))
+        record["seconds"] |= _training_seconds(artifacts.read_json(places.account(cell)))
     if account is not None:
         record |= _run(account) | {"declared": False}
     else:
@@ -147,8 +148,13 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
         **_run(account),
         **_evaluated(scores),
         "anomalies": anomalies.count(places.losses(cell.id)),
-        "seconds": dict(seconds),
+        "seconds": {**seconds, **_training_seconds(account)},
     }
+
+
+def _training_seconds(account: Mapping[str, Any]) -> dict[str, float]:
+    """Of all attempts, those that were killed and steps that were run again included; the stage's are of its last."""
+    return {"pretrain": account["wall_seconds"]}
 
 
 def _run(account: Mapping[str, Any]) -> Record:

@@ -321,6 +321,7 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         },
         "initial": None,
         "masks": None,
+        "wall_seconds": 10 + steps / 4,
     }
 
 

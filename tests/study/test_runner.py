@@ -61,6 +61,17 @@ def test_killed_before_any_command_ends_with_the_same_ledger(tmp_path: Path, pre
     assert not again.commands
 
 
+def test_seconds_of_a_training_are_those_of_all_its_attempts(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())
+    records = Ledger(places.ledger).read()
+    trained = {cell for cell, record in records.items() if record["kind"] in ("parent", "pruned", "scratch")}
+    for cell in trained:
+        assert records[cell]["seconds"]["pretrain"] == json.loads(places.account(cell).read_text())["wall_seconds"] > 10
+    rows = [row for row in results.collect(places).rows if row["cell"] in trained]
+    assert rows and all(row["seconds"] == records[row["cell"]]["seconds"]["pretrain"] for row in rows)
+
+
 def test_a_kill_after_the_last_stage_only_costs_the_line(tmp_path: Path, prefixes, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes)
