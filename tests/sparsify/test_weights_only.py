@@ -40,12 +40,16 @@ AMOUNTS = {
 }
 
 
-@pytest.fixture(params=[1, 700, 1 << 20], ids=["row by row", "some rows", "all at once"])
+SIZES = {"row by row": 1, "some rows": 700, "all at once": 1 << 20}
+
+
+@pytest.fixture(params=SIZES)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of rows that are read at a time."""
-    monkeypatch.setattr(weights_only, "RECORD_BYTES", request.param)
-    monkeypatch.setattr(weights_only, "CHUNK_BYTES", max(1, request.param // 3))
-    return request.param
+    size = SIZES[request.param]
+    monkeypatch.setattr(weights_only, "RECORD_BYTES", size)
+    monkeypatch.setattr(weights_only, "CHUNK_BYTES", max(1, size // 3))
+    return size
 
 
 def parent(root: Path, kind: str) -> Checkpoint:
@@ -130,7 +134,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "kind", "amount"), CASES)
+# How the rows are cut matters to a method, a width of digits and a pattern, not to all that these are combined with.
+CUT = [("magnitude", "bf16", "2:4"), ("magnitude", "fp32", "half"), ("random", "bf16", "half")]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "method", "kind", "amount"),
+    [
+        *(("some rows", *case) for case in CASES),
+        *((size, *case) for size in ("row by row", "all at once") for case in CUT),
+    ],
+    indirect=["blocks"],
+)
 def test_it_is_a_sort_of_whole_matrices(tmp_path: Path, blocks: int, method: str, kind: str, amount: str) -> None:
     of = parent(tmp_path / "parent", kind)
     save = prune(of, tmp_path / "pruned", method, AMOUNTS[amount])
