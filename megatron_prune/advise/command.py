@@ -11,7 +11,7 @@ from megatron_prune.advise import answer, ledgers, target
 from megatron_prune.advise.answer import UNKNOWN, Advice
 from megatron_prune.advise.ledgers import Ledger
 from megatron_prune.advise.target import Target
-from megatron_prune.study.verdicts import setting_words
+from megatron_prune.study.subject import setting_words
 
 
 def main(argv: list[str]) -> int:

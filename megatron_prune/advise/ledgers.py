@@ -22,8 +22,7 @@ from megatron_prune import artifacts
 from megatron_prune.errors import UsageError
 from megatron_prune.study import break_even, fits
 from megatron_prune.study.break_even import Arms
-from megatron_prune.study.trends import SUBJECT
-from megatron_prune.study.verdicts import label
+from megatron_prune.study.subject import SUBJECT, Subject, label
 
 SHIPPED = Path(__file__).with_name("quickstart.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
@@ -42,14 +41,9 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Subject):
     """One method at one ratio in one setting against one kind of scratch, over budgets and seeds."""
 
-    method: str
-    pattern: str | None
-    ratio: float | None
-    setting: str
-    against: str
     arms: Arms
     removed_linears: float
     removed_all: float
@@ -57,18 +51,9 @@ class Curve:
     flops_per_token: float  # of retraining
 
     @property
-    def label(self) -> str:
-        return label(self.method, self.pattern, self.ratio)
-
-    @property
     def name(self) -> str:
         """The method and its pattern."""
         return label(self.method, self.pattern, None)
-
-    @property
-    def dense(self) -> bool:
-        """True where a sparse model stands against one that has all its weights."""
-        return self.pattern is not None and self.against == "dense"
 
     def removed(self, of: str) -> float:
         return self.removed_linears if of == "linears" else self.removed_all
@@ -122,6 +107,9 @@ def read(path: str | Path) -> Ledger:
     content = artifacts.read_json(file)
     if not isinstance(content, dict) or not {"study", "rows", "comparisons"} <= set(content):
         raise UsageError("--ledger", given=file, allowed="the results.json of a study's report")
+    if any(key not in made for made in content["comparisons"] for key in COMPARISON):
+        raise UsageError("--ledger", given=f"{file}, of another version", allowed="a report written by this one: "
+                         "`study report` writes it again")  # fmt: skip
     rows = {row["cell"]: row for row in content["rows"] if row["status"] == "finished"}
     parents = [row for row in content["rows"] if row["arm"] == "parent"]
     curves = _curves(content["comparisons"], rows)

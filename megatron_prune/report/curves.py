@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_prune.report.drawing import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
 from megatron_prune.study.grid import Comparison, Pruning
 from megatron_prune.study.results import Results
-from megatron_prune.study.verdicts import label
+from megatron_prune.study.subject import label
 
 TITLES = {
     "equal-total": "All tokens behind the model",
@@ -111,7 +111,7 @@ def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour:
     share a dense one, in none's.
     """
     start = (results.lay.parent_tokens or 0) if made.setting == "equal-total" else 0
-    dense = made.against == "dense" and made.pruning.method.pattern is not None
+    dense = made.against == "dense" and made.pruning.sparse
     for cell, offset, ink, dashes in (
         (made.pruned, start, colour, "-"),
         (made.scratch, 0, INK if dense else colour, DASHED),

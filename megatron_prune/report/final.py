@@ -66,7 +66,7 @@ def _final_losses(results: Results, panels: Mapping[str, Sequence[Verdict]], sta
     hollow: dict[str, Any] = {"linestyle": "", "color": INK, "markerfacecolor": "none"}
     handles = [Line2D([], [], marker="o", linestyle="", color=INK, label="pruned, retrained")]
     if not all(verdict.dense for verdict in results.verdicts):
-        sparse = any(verdict.pattern for verdict in results.verdicts)
+        sparse = any(verdict.sparse for verdict in results.verdicts)
         text = "same shape (and masks), from scratch" if sparse else "same shape, from scratch"
         handles.append(Line2D([], [], marker="o", **hollow, label=text))
     if any(verdict.dense for verdict in results.verdicts):

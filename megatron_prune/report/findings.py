@@ -9,7 +9,7 @@ from megatron_prune.report import numbers
 from megatron_prune.report.drawing import signed
 from megatron_prune.study.results import Results
 from megatron_prune.study.statistics import Difference
-from megatron_prune.study.trends import SUBJECT
+from megatron_prune.study.subject import SUBJECT
 from megatron_prune.study.verdicts import Verdict, p_value
 
 Shown = list[dict[str, Any]]
@@ -19,7 +19,7 @@ def verdicts(found: Results) -> Shown:
     """Every verdict with its numbers, those of one comparison one below the other: its name and its rows."""
     groups: dict[str, Shown] = {}
     for verdict in found.verdicts:
-        setting = numbers.setting(verdict.setting, verdict.against, verdict.pattern)
+        setting = numbers.setting(verdict.setting, verdict.against, verdict.sparse)
         groups.setdefault(f"{verdict.label}: {setting.lower()}", []).append(_verdict(verdict))
     return [{"name": name, "rows": rows} for name, rows in groups.items()]
 

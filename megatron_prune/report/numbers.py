@@ -10,11 +10,11 @@ from megatron_prune.report.drawing import SETTINGS, signed
 DASH = "–"
 
 
-def setting(setting: str | None, against: str | None, pattern: str | None) -> str:
+def setting(setting: str | None, against: str | None, sparse: bool) -> str:
     """A comparison's setting for people; a dense scratch run is the rule where pruning made the shape smaller."""
     if setting is None:
         return ""
-    return SETTINGS[setting] + ", dense scratch" * (pattern is not None and against == "dense")
+    return SETTINGS[setting] + ", dense scratch" * (sparse and against == "dense")
 
 
 def loss(value: float | None) -> str:

@@ -18,7 +18,7 @@ from megatron_prune.report import bars, budgets, curves, drawing, final, finding
 from megatron_prune.study import config, grid, results
 from megatron_prune.study.commands import Places
 from megatron_prune.study.results import Results
-from megatron_prune.study.verdicts import label
+from megatron_prune.study.subject import label
 
 MOST_PENDING = 12  # named one by one
 
@@ -68,7 +68,7 @@ def render(found: Results, drawings: list[drawing.Drawing]) -> str:
         figures=drawings,
         windows=f"{found.study.evaluation.windows:,}",
         several_seeds=len(found.study.seeds) > 1,
-        sparse=any(method.pattern for method in found.study.methods),
+        sparse=any(method.sparse for method in found.study.methods),
         rows=tables.rows(found),
         table=findings.verdicts(found),
         trends=findings.trends(found),
@@ -111,7 +111,7 @@ def _remarks(found: Results) -> list[str]:
         remarks.append(f"{pending} of {len(found.compared)} comparisons are not finished.")
     for item in found.compared:
         made = item.comparison
-        setting = numbers.setting(made.setting, made.against, made.pruning.method.pattern)
+        setting = numbers.setting(made.setting, made.against, made.pruning.sparse)
         name = f"{setting}, {label(*made.pruning.subject)}, seed {made.seed}"
         if made.not_run:
             remarks.append(f"{name}: not run, since {made.not_run}.")

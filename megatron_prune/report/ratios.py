@@ -24,11 +24,12 @@ def gap_by_ratio(results: Results) -> Drawing | None:
     budgets = sorted({verdict.tokens for verdict in verdicts})
     if len(budgets) > MOST:
         budgets = [budgets[0], budgets[len(budgets) // 2], budgets[-1]]
+    what = "all parameters" if results.study.ratio_of == "all" else "the blocks' linear weights"
     return drawing(
         lambda stacked: _gap_by_ratio(verdicts, budgets, stacked),
         "gap-by-ratio",
         "The gap against the ratio",
-        "Scratch minus pruned on test against the share of the blocks' weights that was removed: above zero the pruned "
+        f"Scratch minus pruned on test against the share of {what} that was removed: above zero the pruned "
         "model is ahead. Bars are 95% t intervals over seeds (none for one seed).",
     )
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from megatron_prune.report import numbers
 from megatron_prune.study.results import Results
-from megatron_prune.study.verdicts import label
+from megatron_prune.study.subject import label
 
 Shown = list[dict[str, Any]]
 
 
 def rows(found: Results) -> Shown:
     shown = []
+    sparse = {item.comparison.pruning.subject for item in found.compared if item.comparison.pruning.sparse}
     for row, gap in zip(found.rows, gaps(found), strict=True):
         shown.append(
             {
@@ -22,8 +23,8 @@ def rows(found: Results) -> Shown:
                 "arm": row["arm"],
                 "setting": row["setting"],
                 "against": row["against"],
-                "shown_setting": numbers.setting(row["setting"], row["against"], row["pattern"]),
-                "method": label(row["method"], row["pattern"], row["ratio"]) if row["method"] else "",
+                "shown_setting": numbers.setting(row["setting"], row["against"], _subject(row) in sparse),
+                "method": label(*_subject(row)) if row["method"] else "",
                 "status": row["status"],
                 "seed": numbers.DASH if row["seed"] is None else row["seed"],
                 "params": numbers.count(row["params"]),
@@ -37,6 +38,10 @@ def rows(found: Results) -> Shown:
             }
         )
     return shown
+
+
+def _subject(row: Mapping[str, Any]) -> tuple[str, str | None, float | None]:
+    return row["method"], row["pattern"], row["ratio"]
 
 
 def gaps(found: Results) -> list[float | None]:
@@ -85,7 +90,7 @@ def matches(found: Results) -> Shown:
         note = f"{same} lines equal, {len(item.match) - same} as allowed" if item.match else item.status
         shown.append(
             {
-                "setting": numbers.setting(made.setting, made.against, made.pruning.method.pattern),
+                "setting": numbers.setting(made.setting, made.against, made.pruning.sparse),
                 "method": label(*made.pruning.subject),
                 "seed": made.seed,
                 "pruned": made.pruned,
@@ -129,7 +134,7 @@ def efficiency(found: Results) -> Shown:
     finished = [row for row in found.rows if row["status"] == "finished" and row["arm"] in ("parent", "pruned")]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in finished:
-        name = "parent" if row["arm"] == "parent" else label(row["method"], row["pattern"], row["ratio"])
+        name = "parent" if row["arm"] == "parent" else label(*_subject(row))
         groups.setdefault(name, []).append(row)
     return [
         {
@@ -152,7 +157,7 @@ def sweeps(found: Results) -> Shown:
     return [
         {
             "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio)}",
-            "setting": numbers.setting(one.setting, one.against, one.pattern) if one.setting else "all",
+            "setting": numbers.setting(one.setting, one.against, one.sparse) if one.setting else "all",
             "budget": numbers.count(one.budget),
             "rates": ", ".join(f"{rate:g}: {numbers.loss(loss)}" for rate, loss in one.validation.items()),
             "chosen": numbers.DASH if one.chosen is None else f"{one.chosen:g}",

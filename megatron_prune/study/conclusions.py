@@ -17,7 +17,8 @@ from megatron_prune.study import documents, statistics, trends, verdicts
 from megatron_prune.study.commands import Places
 from megatron_prune.study.config import Study
 from megatron_prune.study.statistics import OverDocuments
-from megatron_prune.study.trends import SUBJECT, Trend
+from megatron_prune.study.subject import SUBJECT
+from megatron_prune.study.trends import Trend
 from megatron_prune.study.verdicts import Verdict
 
 Record = Mapping[str, Any]

@@ -47,6 +47,7 @@ class Compared:
             "ratio": ratio,
             "setting": made.setting,
             "against": made.against,
+            "sparse": made.pruning.sparse,
             "tokens": self.tokens,
         }
 

@@ -43,7 +43,7 @@ def of_comparison(
     made = item.comparison
     pruning = records.get(made.pruning.cell, {})
     shared = {
-        **{key: value for key, value in item.group.items() if key != "tokens"},
+        **{key: value for key, value in item.group.items() if key in COLUMNS},
         "ratio_of": study.ratio_of if made.pruning.ratio is not None else None,
         "seed": made.seed,
         **{key: pruning.get(key) for key in ("removed_linears", "removed_all", "shape")},

@@ -25,6 +25,7 @@ class Sweep:
     budget: int
     setting: str | None  # of a scratch arm; pruned runs serve all settings
     against: str | None
+    sparse: bool
     validation: Mapping[float, float | None]
     chosen: float | None
 
@@ -43,11 +44,11 @@ def choose(
 
 
 def _pruned(made: Comparison) -> tuple[Any, ...]:
-    return ("pruned", *made.pruning.subject, made.budget, None, None)
+    return ("pruned", *made.pruning.subject, made.budget, None, None, made.pruning.sparse)
 
 
 def _scratch(made: Comparison) -> tuple[Any, ...]:
-    return ("scratch", *made.pruning.subject, made.budget, made.setting, made.against)
+    return ("scratch", *made.pruning.subject, made.budget, made.setting, made.against, made.pruning.sparse)
 
 
 def _left_out(by_rate: Mapping[float, Sequence[str | None]]) -> bool:
@@ -65,8 +66,8 @@ def _chosen(
         means[rate] = sum(losses) / len(losses) if len(losses) == len(set(names)) else None
     known = {rate: mean for rate, mean in means.items() if mean is not None}
     best = min(known, key=lambda rate: known[rate]) if len(known) == len(means) else None
-    arm, method, pattern, ratio, budget, setting, against = key
-    return Sweep(arm, method, pattern, ratio, budget, setting, against, means, best)
+    arm, method, pattern, ratio, budget, setting, against, sparse = key
+    return Sweep(arm, method, pattern, ratio, budget, setting, against, sparse, means, best)
 
 
 def _with_choice(made: Comparison, sweeps: Mapping[tuple[Any, ...], Sweep]) -> Comparison:

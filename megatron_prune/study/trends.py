@@ -12,39 +12,17 @@ from typing import Any
 from megatron_prune.study import break_even
 from megatron_prune.study.break_even import Arms, BreakEven
 from megatron_prune.study.fits import FEWEST_BUDGETS, POOR, Fit
-from megatron_prune.study.verdicts import label, setting_words
-
-# What is the same for all budgets and seeds.
-SUBJECT = ("method", "pattern", "ratio", "setting", "against")
+from megatron_prune.study.subject import SUBJECT, Subject
 
 
 @dataclass(frozen=True)
-class Trend:
+class Trend(Subject):
     """One method at one ratio in one setting against one kind of scratch, over budgets and seeds."""
 
-    method: str
-    pattern: str | None
-    ratio: float | None
-    setting: str
-    against: str
     arms: Arms
     break_even: BreakEven
     pruned: Fit | None
     scratch: Fit | None
-
-    @property
-    def label(self) -> str:
-        return label(self.method, self.pattern, self.ratio)
-
-    @property
-    def dense(self) -> bool:
-        """True where a sparse model stands against one that has all its weights."""
-        return self.pattern is not None and self.against == "dense"
-
-    @property
-    def subject(self) -> str:
-        """``shortgpt, 50% removed, equal training tokens``"""
-        return f"{self.label}, {setting_words(self.setting)}{', against dense scratch' * self.dense}"
 
     @property
     def laws(self) -> str:

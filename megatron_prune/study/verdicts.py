@@ -12,13 +12,14 @@ from typing import Any
 
 from megatron_prune.study import statistics
 from megatron_prune.study.statistics import CONFIDENCE, Difference, OverDocuments
+from megatron_prune.study.subject import Subject, setting_words
 
 CORPORA = ("validation", "test")
 WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Subject):
     """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds.
 
     ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``without``: those of
@@ -26,11 +27,6 @@ class Verdict:
     documents, of the test text.
     """
 
-    method: str
-    pattern: str | None
-    ratio: float | None
-    setting: str
-    against: str  # masked or dense
     tokens: int
     validation: Difference
     test: Difference
@@ -54,15 +50,6 @@ class Verdict:
         """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
         dense = ", against dense scratch" if self.dense else ""
         return f"{self.label}, {setting_words(self.setting)}, {self.tokens:,} of retraining{dense}"
-
-    @property
-    def label(self) -> str:
-        return label(self.method, self.pattern, self.ratio)
-
-    @property
-    def dense(self) -> bool:
-        """True where a sparse model stands against one that has all its weights."""
-        return self.pattern is not None and self.against == "dense"
 
     @property
     def words(self) -> str:
@@ -108,44 +95,28 @@ def p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
 
 
-def setting_words(setting: str) -> str:
-    """``equal training tokens``"""
-    return "equal FLOPs" if setting == "equal-flops" else f"{setting.replace('-', ' ')} tokens"
-
-
-def label(method: str, pattern: str | None, ratio: float | None) -> str:
-    """``shortgpt, 50% removed``; ``wanda 2:4, 50% removed``"""
-    name = method if pattern is None else f"{method} {pattern}"
-    return name if ratio is None else f"{name}, {100 * ratio:g}% removed"
-
-
 def judge(
     *,
-    method: str,
-    pattern: str | None,
-    ratio: float | None,
-    setting: str,
-    against: str,
     tokens: int,
     pruned: Sequence[Mapping[str, Any]],
     scratch: Sequence[Mapping[str, Any]],
     budget: int = 0,
     one_parent: bool = True,
     documents: OverDocuments | None = None,
+    **subject: Any,
 ) -> Verdict:
-    """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``."""
+    """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``.
+
+    ``subject``: the fields of ``Subject``.
+    """
     losses = {
         arm: {name: [record[f"{name}_loss"] for record in records] for name in CORPORA}
         for arm, records in (("pruned", pruned), ("scratch", scratch))
     }
     means = {arm: {name: sum(v) / len(v) for name, v in by.items()} for arm, by in losses.items()}
     return Verdict(
-        method,
-        pattern,
-        ratio,
-        setting,
-        against,
-        tokens,
+        **subject,
+        tokens=tokens,
         validation=statistics.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
         test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"]),
         pruned=means["pruned"],

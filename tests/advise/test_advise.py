@@ -58,7 +58,7 @@ def ledger(
                         )  # fmt: skip
                     comparisons.append(
                         {"method": method, "pattern": pattern, "ratio": ratio, "setting": setting, "against": against,
-                         "tokens": budget, "seed": seed, "status": "finished", **cells}
+                         "sparse": pattern is not None, "tokens": budget, "seed": seed, "status": "finished", **cells}
                     )  # fmt: skip
     return {"version": 1, "study": "made-up", "one_parent": True, "rows": rows, "comparisons": comparisons}
 
@@ -174,10 +174,11 @@ def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any difference between the arms an answer is wrong whatever it says; with one, its sign may be."""
     monkeypatch.setattr(ledgers.Curve, "break_even", lambda self: None)  # words alone, and slow
     wrong: Counter[str] = Counter()
+    right = 0
     generator = np.random.default_rng(0)
     for _ in range(400):
         seeds = int(generator.integers(3, 6))
-        for name, gap in (("none", 0.0), ("real", 0.02)):
+        for name, gap in (("none", 0.0), ("real", 0.02), ("large", 0.1)):
             content = ledger(lambda *_, gap=gap: gap, seeds=seeds, noise=0.02, rng=int(generator.integers(1 << 30)))
             for row in content["rows"]:  # one shape for both methods
                 if row["arm"] == "scratch" and "-b-" in row["cell"]:
@@ -188,7 +189,9 @@ def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
             read = ledgers.Ledger("made-up", 1_000_000, 5_000_000, True, curves)
             said = answer.advise(read, target.Target(0.5, "linears", "equal-training", tokens=400_000)).answer
             wrong[name] += said == "scratch" or (said == "prune" and not gap)
+            right += name == "large" and said == "prune"
     assert wrong["none"] < 0.07 * 400 and wrong["real"] < 0.05 * 400
+    assert right > 0.7 * 400  # they are not rare by saying nothing
 
 
 def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_path: Path) -> None:
@@ -233,7 +236,16 @@ def test_targets_that_make_no_sense_are_refused(ask, argv, flag: str) -> None:
         ask(ledger(lead), *argv)
 
 
-@pytest.mark.parametrize("content", [{}, [1], {"study": "x", "rows": [], "comparisons": []}])
+def of_an_earlier_version() -> dict[str, Any]:
+    content = ledger(lead)
+    for made in content["comparisons"]:
+        del made["sparse"]
+    return content
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [1], {"study": "x", "rows": [], "comparisons": []}, of_an_earlier_version()]
+)
 def test_what_is_no_ledger_is_refused(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(json.dumps(content))
     for path in (tmp_path / "x.json", tmp_path / "missing"):

@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,49 @@ def test_verdicts_and_matches_are_on_the_page(places: Places) -> None:
     for verdict in found.verdicts:
         assert verdict.subject in text and verdict.words in text
     assert text.count("all other resolved arguments") == 8
-    assert "total tokens" in text and "within one step" in text or "equal" in text
+    reader = Reader()
+    reader.feed(text)
+    lines = [line for item in found.compared for line in item.match if line.field == "total tokens"]
+    assert len(lines) == 4
+    for line in lines:
+        words = [line.field, line.pruned, line.scratch, line.verdict]
+        assert words in [cells for rows in reader.tables.values() for cells in rows]
+
+
+def test_odd_text_stays_text(places: Places) -> None:
+    """Paths and arguments of a study.yaml, and labels, may hold anything."""
+    odd = "<script>alert('1')</script> & \"quoted\" </td></pre>"
+    found = results.collect(places)
+    rows = tuple(row | {"method": row["method"] and odd} for row in found.rows)
+    verdicts = tuple(replace(verdict, method=odd) for verdict in found.verdicts)
+    recipe = replace(found.study.recipe, arguments=found.study.recipe.arguments | {"wandb-notes": odd})
+    changed = replace(found, rows=rows, verdicts=verdicts, study=replace(found.study, recipe=recipe))
+    text = page.render(changed, [])
+    assert "<script" not in text and text.count("&lt;script&gt;") > 3 * len(verdicts)
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+    shown = [cells for cells in reader.tables["rows"] if cells]
+    assert {cells[1] for cells in shown[1:]} == {f"{odd}, 50% removed"}
+
+
+def test_a_chain_whose_masks_are_of_an_earlier_link_is_sparse(tmp_path: Path) -> None:
+    links = [{"name": "magnitude", "pattern": "2:4"}, {"name": "shortgpt", "ratio": 0.5}]
+    chain = {"chain": links, "label": "both", "compare": {"equal-training": ["dense", "masked"]}}
+    methods = [chain, {"name": "shortgpt", "compare": ["equal-training"]}]
+    made = made_up.study(made_up.corpora(tmp_path), methods=methods)
+    found = results.collect(made_up.run(made, tmp_path / "runs", made_up.FakeLauncher()))
+    said = [(v.method, v.against, v.sparse, v.dense, "against dense scratch" in v.subject) for v in found.verdicts]
+    assert said == [("both", "dense", True, True, True), ("both", "masked", True, False, False),
+                    ("shortgpt", "dense", False, False, False)]  # fmt: skip
+    reader = Reader()
+    reader.feed(page.render(found, []))
+    dense = "Equal training tokens, dense scratch"
+    assert [cells[0] for cells in reader.tables["rows"] if cells] == [
+        "", dense, dense, *["Equal training tokens"] * 4
+    ]  # fmt: skip
+    shown = [cells[5] for cells in reader.tables["rows"] if cells]  # weights that are not zero
+    assert shown == [f"{row['params_nonzero']:,}" for row in found.rows]
 
 
 def test_nothing_is_fetched_and_no_id_is_twice(read: Reader) -> None:

@@ -246,7 +246,7 @@ def test_a_sentence_claims_no_more_than_its_interval(pruned, scratch, winner: st
         return [{"validation_loss": value, "test_loss": value} for value in values]
 
     verdict = verdicts.judge(
-        method="m", pattern=None, ratio=0.5, setting="equal-total", against="dense", tokens=7,
+        method="m", pattern=None, ratio=0.5, setting="equal-total", against="dense", sparse=False, tokens=7,
         pruned=rows(pruned), scratch=rows(scratch),
     )  # fmt: skip
     assert verdict.test.winner == winner

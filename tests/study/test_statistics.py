@@ -128,7 +128,7 @@ def verdict(scratch: list[float], setting: str = "equal-total", **more: object) 
         return [{"validation_loss": value, "test_loss": value} for value in values]
 
     return verdicts.judge(
-        method="m", pattern=None, ratio=0.5, setting=setting, against="dense", tokens=7,
+        method="m", pattern=None, ratio=0.5, setting=setting, against="dense", sparse=False, tokens=7,
         pruned=rows([2.0] * len(scratch)), scratch=rows(scratch), **more,
     )  # fmt: skip
 
