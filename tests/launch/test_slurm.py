@@ -41,25 +41,27 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
     undisturbed, save, log = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "log.txt"
     job(nodes.training(tiny_corpus, undisturbed)).ok()
     argv = nodes.training(tiny_corpus, save)
-    running = submit(argv, tmp_path, log)
-    try:
-        nodes.wait_for(lambda: nodes.saved(save) >= 10, "a save")
-        running.send_signal(signal.SIGUSR1)  # what `--signal=B:USR1@600` does
-        assert running.wait(120) == 0, log.read_text()[-3000:]
-    finally:
-        nodes.kill_tree(running.pid)
-    reached = nodes.saved(save)
-    assert 10 <= reached < nodes.STEPS and not read_json(save / "account.json")["complete"]
-    assert (tmp_path / "requeued").read_text() == "7\n"
-    again = submit(argv, tmp_path, log, restarts=1)
+    reached = [0]
+    for signal_number in (signal.SIGUSR1, signal.SIGTERM):  # what `--signal=B:USR1@600` does, and a preemption may
+        running = submit(argv, tmp_path, log, restarts=len(reached) - 1)
+        try:
+            nodes.wait_for(lambda: nodes.saved(save) >= reached[-1] + 10, "a save")
+            running.send_signal(signal_number)
+            assert running.wait(120) == 0, log.read_text()[-3000:]
+        finally:
+            nodes.kill_tree(running.pid)
+        reached.append(nodes.saved(save))
+        assert reached[-2] + 10 <= reached[-1] < nodes.STEPS and not read_json(save / "account.json")["complete"]
+        assert (tmp_path / "requeued").read_text() == "7\n" * (len(reached) - 1)
+    again = submit(argv, tmp_path, log, restarts=2)
     try:
         assert again.wait(200) == 0, log.read_text()[-3000:]
     finally:
         nodes.kill_tree(again.pid)
     account = read_json(save / "account.json")
-    assert account["complete"] and [a["from_step"] for a in account["attempts"]] == [1, reached + 1]
-    assert not account["replayed"]  # the save was at the step that the signal came in
-    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert account["complete"] and [a["from_step"] for a in account["attempts"]] == [step + 1 for step in reached]
+    assert not account["replayed"]  # the saves were at the steps that the signals came in
+    assert (tmp_path / "requeued").read_text() == "7\n" * 2
     assert nodes.losses(save) == nodes.losses(undisturbed)
 
 
