@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
@@ -51,7 +51,7 @@ class Study:
     ratio_of: Literal["linears", "all"] = "linears"
     settings: Settings = dataclasses.field(default_factory=lambda: ["equal-training", "equal-total"])
     scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # beside sparse methods
-    seeds: Annotated[list[int], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
+    seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
     launch: Launch = dataclasses.field(default_factory=Launch)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)

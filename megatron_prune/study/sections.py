@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
@@ -82,7 +82,7 @@ class Pretrain:
 
     tokens: Tokens
     arguments: Flags
-    seed: int = 1234
+    seed: PositiveInt = 1234
     lr: Annotated[float, Field(gt=0)] | None = None
 
 

@@ -41,6 +41,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("seeds", [0, 1], r"seeds\.0: given 0, allowed is greater than 0"),
         ("seed", 1, r"seed: given an unknown key, allowed is one of name, data, .*seeds"),
         ("data.seqlength", 8, r"data\.seqlength: given an unknown key, allowed is one of train, .*seq_length"),
         ("methods.0.ratio", 0.5, r"methods\.0\.ratio: given an unknown key, allowed is one of name, pattern, settings"),
