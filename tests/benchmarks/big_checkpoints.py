@@ -7,8 +7,8 @@ by bit.
 * 8B (16 GB, bf16): written; planned and applied at four ratios in depth and in width; sparsified by magnitude at the
   same ratios and 2:4, this one cut in depth with its masks; exported and imported again, dense and with masks; every
   kept layer of a depth cut against the parent's.
-* ``cp -r`` and a sync against ``rewrite`` (which copies every weight into a new checkpoint) on 4 GB, in turns: at least
-  0.4 of the speed.
+* ``cp -r`` and a sync against ``rewrite`` (which copies every weight into a new checkpoint) on the same 8B, in turns:
+  at least 0.4 of the speed.
 * 70B's width (hidden 8192, FFN 28672, vocabulary 128256), two layers, with records as large as whole matrices (up to
   2.1 GB), as Megatron writes them at TP=1: applied, sparsified, exported, imported, rewritten.
 
@@ -74,7 +74,7 @@ def main() -> int:
             elif part == "70b":
                 wide(Path(name), stages)
             else:
-                measured.append(rewriting(Path(name), options.pairs))
+                measured.append(rewriting(Path(name), options.pairs, options.layers))
     print(f"load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
     code = ratio.finish(measured, options, stages=stages.rows, memory_limit=MEMORY_LIMIT)
     highest = max((row["memory"] for row in stages.rows), default=0.0)
@@ -174,8 +174,8 @@ def wide(folder: Path, stages: Stages) -> None:
     same(checkpoint, open_checkpoint(folder / "again"))
 
 
-def rewriting(folder: Path, pairs: int) -> ratio.Ratio:
-    write(folder / "parent", LLAMA | {"num_hidden_layers": 5})
+def rewriting(folder: Path, pairs: int, layers: int) -> ratio.Ratio:
+    write(folder / "parent", LLAMA | {"num_hidden_layers": layers})
 
     def rewrite() -> float:
         seconds, _ = timed([sys.executable, str(CONVERT), "rewrite", "--load", str(folder / "parent"),
