@@ -77,7 +77,8 @@ def run(function: Callable[..., Any], work: Sequence[tuple], workers: int) -> li
     context = multiprocessing.get_context("forkserver")  # torch is imported once; forks of this process may hang
     context.set_forkserver_preload([__name__])
     watched, held = context.Pipe(duplex=False)  # this process alone holds the other end
-    with held, ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(watched,)) as pool:
+    prepared = (watched, dict(os.environ))
+    with held, ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=prepared) as pool:
         futures = [pool.submit(function, *arguments) for arguments in work]
         try:
             return [future.result() for future in futures]
@@ -89,7 +90,8 @@ def run(function: Callable[..., Any], work: Sequence[tuple], workers: int) -> li
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepare(watched: Connection) -> None:
+def _prepare(watched: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the server's is of the time when it was started
     threading.Thread(target=_die_with_caller, args=(watched,), daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()

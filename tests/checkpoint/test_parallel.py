@@ -102,3 +102,10 @@ def test_numbers_of_workers_that_cannot_be(tmp_path):
     with pytest.raises(UsageError, match="--workers: given 0"):
         rewrite(tmp_path / "parent", tmp_path / "made", workers=0)
     assert os.listdir(tmp_path) == ["parent"]
+
+
+def test_processes_have_the_environment_of_their_caller(monkeypatch) -> None:
+    """Not that of the time when the server, which they are forked from, was started: clients of stores read it."""
+    assert parallel.run(os.getenv, [("STORE_OF_A_TEST",)], 1) == [None]
+    monkeypatch.setenv("STORE_OF_A_TEST", "there")
+    assert parallel.run(os.getenv, [("STORE_OF_A_TEST",)], 1) == ["there"]

@@ -234,12 +234,13 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     assert made.parent["test_loss"] == pytest.approx(sum(found[f"parent-s{s}"]["test_loss"] for s in (1, 2)) / 2)
     assert all(item.status == "finished" for item in made.compared)
     assert all("conditional on this parent" not in verdict.words for verdict in made.verdicts)
-    # Masks of a seed's parent fit the weights that it began with: that seed may not be a scratch run's.
-    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 0}}
+    # Masks fit the weights that their parent began with. Parents began under seeds 2 and 3 here, whose scratch runs
+    # under masks have 1 and 2: none has its own parent's.
+    parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 1}}
+    per_seed = {"methods": methods, "parent": parent, "seeds": [1, 2]}
+    preflight.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
     with pytest.raises(UsageError, match="seeds: given 1, allowed is another than the parent's"):
-        preflight.check(
-            made_up.study(prefixes, methods=methods, parent=parent, parent_per_seed=True), Places(Path("runs/x"))
-        )
+        preflight.check(made_up.study(prefixes, **per_seed), Places(Path("runs/x")))
     assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]
 
 
