@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_prune.apply import rewrite
-from megatron_prune.checkpoint import safetensors_io
+from megatron_prune.checkpoint import parallel, safetensors_io
 from megatron_prune.checkpoint.huggingface import export_hf
 from megatron_prune.checkpoint.parallel import shares
 from megatron_prune.checkpoint.reader import open_checkpoint
