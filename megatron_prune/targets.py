@@ -171,6 +171,9 @@ class Target:
     def _width(self, source: ModelShape) -> ModelShape:
         goal, step, tolerance = self._goal(source), self.divisible_by, self.tolerance or TOLERANCE
         ffn_step = math.lcm(step, self.tensor_parallel)
+        # The source's own FFN size needs no --divisible-by, but the ranks must divide it.
+        whole = source.ffn_hidden_size
+        widest = whole if whole % self.tensor_parallel == 0 else whole // ffn_step * ffn_step
         best: tuple[tuple[float, ...], ModelShape] | None = None
         nearest: tuple[float, ModelShape] | None = None
         for hidden in {*range(step, source.hidden_size, step), source.hidden_size}:
@@ -179,7 +182,7 @@ class Target:
                 self._count(replace(source, hidden_size=hidden, ffn_hidden_size=f)) for f in (ffn_step, 2 * ffn_step)
             )
             below = ffn_step * max(1, 1 + math.floor((goal - base) / (one_more - base)))
-            sizes = {min(ffn, source.ffn_hidden_size) for ffn in (below, below + ffn_step)}
+            sizes = {min(ffn, widest) for ffn in (below, below + ffn_step)} - {0}
             shapes = [replace(source, hidden_size=hidden, ffn_hidden_size=ffn) for ffn in sizes]
             candidates = [(abs(self._count(s) - goal), -s.ffn_hidden_size, s) for s in shapes if s != source]
             if not candidates:
