@@ -170,10 +170,7 @@ class Target:
 
     def _width(self, source: ModelShape) -> ModelShape:
         goal, step, tolerance = self._goal(source), self.divisible_by, self.tolerance or TOLERANCE
-        ffn_step = math.lcm(step, self.tensor_parallel)
-        # The source's own FFN size needs no --divisible-by, but the ranks must divide it.
-        whole = source.ffn_hidden_size
-        widest = whole if whole % self.tensor_parallel == 0 else whole // ffn_step * ffn_step
+        ffn_step, widest = self._ffn_step_and_widest(source)
         best: tuple[tuple[float, ...], ModelShape] | None = None
         nearest: tuple[float, ModelShape] | None = None
         for hidden in {*range(step, source.hidden_size, step), source.hidden_size}:
@@ -223,7 +220,7 @@ class Target:
 
     def _ffn_sizes(self, source: ModelShape, shape: ModelShape, goal: float, tolerance: float) -> list[int]:
         """FFN sizes that bring ``shape`` within the tolerance, and those on both sides of the goal."""
-        step, whole = math.lcm(self.divisible_by, self.tensor_parallel), source.ffn_hidden_size
+        step, widest = self._ffn_step_and_widest(source)
         # The count is linear in the FFN size, so two points give the size that meets a goal.
         one, two = (self._count(replace(shape, ffn_hidden_size=size)) for size in (step, 2 * step))
 
@@ -232,7 +229,13 @@ class Target:
 
         first = math.floor(min(steps(goal * (1 - tolerance)), steps(goal)))
         last = math.ceil(max(steps(goal * (1 + tolerance)), steps(goal)))
-        return sorted({min(step * max(1, n), whole) for n in range(first, last + 1)})
+        return sorted({min(step * max(1, n), widest) for n in range(first, last + 1)} - {0})
+
+    def _ffn_step_and_widest(self, source: ModelShape) -> tuple[int, int]:
+        """FFN sizes are multiples of the first, up to the second (0: none). The source's own size needs no
+        --divisible-by, but the ranks must divide it."""
+        step, whole = math.lcm(self.divisible_by, self.tensor_parallel), source.ffn_hidden_size
+        return step, whole if whole % self.tensor_parallel == 0 else whole // step * step
 
     # -- refusals --------------------------------------------------------------------------------
 

@@ -32,4 +32,3 @@ def count(losses: Path) -> dict[str, int]:
         spread = median(abs(earlier - middle) for earlier in before)
         spikes += value - middle > max(DEVIATIONS * spread, LEAST)
     return {"not_finite": sum(not math.isfinite(value) for value in values), "spikes": spikes}
-

@@ -58,8 +58,8 @@ def parent_training(study: Study, places: Places, samples: SampleRange, seed: in
     """Pretraining of a parent from random weights; ``seed`` is that of its replicate, where each has a parent."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
-    cell, start, lr = parent_cell(study, seed), flags(pretrain.arguments), pretrain.lr or study.recipe.rates[0]
-    return _pretrain(study, places, cell, samples, pretrain.seed + seed, lr, start, permute=False)
+    cell, start = parent_cell(study, seed), flags(pretrain.arguments)
+    return _pretrain(study, places, cell, samples, *study.parent_run(seed), start, permute=False)
 
 
 def importing(study: Study, places: Places) -> Command:
@@ -142,7 +142,7 @@ def recipe(study: Study, places: Places, samples: SampleRange, seed: int, lr: fl
             "lr": lr,
             "min-lr": float(f"{lr * made.min_lr_fraction:.12g}"),
             "lr-decay-style": "cosine",
-            "lr-warmup-fraction": made.warmup_fraction or None if made.warmup_at_most is None else None,
+            "lr-warmup-fraction": (made.warmup_fraction or None) if made.warmup_at_most is None else None,
             "lr-warmup-iters": made.warmup_iters(samples.steps) or None,
         }
     )

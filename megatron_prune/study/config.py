@@ -135,6 +135,11 @@ class Study:
         default: list[Scratch] = self.scratch if method.sparse else ["dense"]
         return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
 
+    def parent_run(self, replicate: int) -> tuple[int, float]:
+        """Seed and learning rate that a parent is trained with; ``replicate`` is what ``parent_cells`` has for it."""
+        assert self.parent.pretrain is not None
+        return self.parent.pretrain.seed + replicate, self.parent.pretrain.lr or self.recipe.rates[0]
+
     @property
     def evaluation_seq_length(self) -> int:
         return self.evaluation.seq_length or self.data.seq_length

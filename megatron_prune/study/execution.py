@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_prune import artifacts
+from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import EXIT_REFUSED, RunError
 from megatron_prune.study.checks import Check
 from megatron_prune.study.places import Places
@@ -62,7 +63,7 @@ def reached(directory: Path) -> tuple[int, int]:
     """How far a cell is: stages that have been run to their end, and steps that its trainings have saved."""
     saved = 0
     for path in (*directory.glob("checkpoint"), *directory.glob("candidates/*/retrained")):
-        tracker = path / "latest_checkpointed_iteration.txt"
+        tracker = path / TRACKER_FILE
         text = tracker.read_text().strip() if tracker.is_file() else ""
         saved += int(text) if text.isdecimal() else 0
     return len(seconds_of(directory)), saved

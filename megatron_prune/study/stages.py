@@ -81,8 +81,7 @@ def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int
     samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
     if study.parent.pretrain is not None:
         command = commands.parent_training(study, places, samples, seed)
-        lr = study.parent.pretrain.lr or study.recipe.rates[0]
-        stages.append(_trained(places, cell, samples, study.parent.pretrain.seed + seed, lr, command))
+        stages.append(_trained(places, cell, samples, *study.parent_run(seed), command))
     elif study.parent.import_hf is not None:
         check = Check("imported", {"checkpoint": str(places.checkpoint(cell))})
         stages.append(Stage(commands.importing(study, places), check))
