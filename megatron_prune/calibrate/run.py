@@ -19,7 +19,7 @@ from megatron_prune.calibrate.hooks import Recorder
 from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.data import indexed
+from megatron_prune.data import identity, indexed
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
 from megatron_prune.engine import forward, runtime
@@ -68,7 +68,7 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     if parent.fingerprint() != found.parent:
         raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
     indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
-    if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
+    if identity.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
             "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"
         )
@@ -137,7 +137,7 @@ def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:
     random = args.calibration_sampling == "random"
     return {
         "prefix": args.calibration_data_path,
-        "corpus": indexed.fingerprint(args.calibration_data_path),
+        "corpus": identity.fingerprint(args.calibration_data_path),
         "sampling": args.calibration_sampling,
         "seed": args.seed if random else None,
         "windows": chosen.numbers.tolist(),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune import artifacts
+from megatron_prune.data.identity import fingerprint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import documents, statistics, trends, verdicts
 from megatron_prune.study.commands import Places
@@ -89,11 +90,15 @@ def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> G
 
 
 class _Windows:
-    """The test losses of every window, each run's read once, and the document of each window."""
+    """The test losses of every window, each run's read once, and the document of each window.
+
+    Losses on another text than the one that lies there now have no documents.
+    """
 
     def __init__(self, study: Study, places: Places):
         self.places = places
         self.documents = documents.of_windows(study.data.test, study.evaluation.windows, study.evaluation_seq_length)
+        self.text = None if self.documents is None else fingerprint(study.data.test)
         self._read: dict[str, np.ndarray | None] = {}
 
     def interval(self, pruned: Sequence[str], scratch: Sequence[str]) -> OverDocuments | None:
@@ -108,5 +113,6 @@ class _Windows:
         if cell not in self._read:
             path = self.places.scores(cell)
             test = artifacts.read_json(path)["corpora"]["test"] if path.is_file() else {}
-            self._read[cell] = np.array(test["window_losses"]) if "window_losses" in test else None
+            there = test.get("fingerprint") == self.text and "window_losses" in test
+            self._read[cell] = np.array(test["window_losses"]) if there else None
         return self._read[cell]

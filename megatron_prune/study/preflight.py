@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prune import artifacts, plan
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import blend, heldout, indexed, overlap, windows
+from megatron_prune.data import blend, heldout, identity, indexed, overlap, windows
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import budgets, choices, commands
 from megatron_prune.study.choices import Needs
@@ -237,7 +237,7 @@ def _check_data(study: Study, outlook: Outlook) -> None:
     seen: dict[str, str] = {}
     for name, prefix in prints.items():
         indexed.open_indexed(prefix)
-        if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
+        if earlier := seen.get(print_ := identity.fingerprint(prefix)):
             raise DataError(
                 f"{name} and {earlier} hold the same tokens: no stage may train on what another is judged by"
             )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.data import indexed
+from megatron_prune.data import identity
 from tests import reference
 from tests.training.small import layout
 
@@ -52,7 +52,7 @@ def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tm
         assert text["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
         assert text["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
         assert text["windows"] == WINDOWS and text["predictions"] == WINDOWS * S
-        assert text["fingerprint"] == indexed.fingerprint(tiny_corpus)
+        assert text["fingerprint"] == identity.fingerprint(tiny_corpus)
         assert scores["parameters"] == scores["parameters_nonzero"]
 
 

@@ -25,7 +25,7 @@ from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.data import indexed
+from megatron_prune.data import identity
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
 from megatron_prune.study import config
@@ -226,7 +226,7 @@ def write_scores(given: dict[str, str], losses: dict[str, dict[str, Any]]) -> No
     load, prefixes = Path(given["load"]), dict(zip(given["labels"].split(), given["data_path"].split(), strict=True))
     windows, seq_length = int(given["windows"]), int(given["seq_length"])
     text = {
-        name: {"fingerprint": indexed.fingerprint(prefix), "windows": windows, "seq_length": seq_length}
+        name: {"fingerprint": identity.fingerprint(prefix), "windows": windows, "seq_length": seq_length}
         for name, prefix in prefixes.items()
     }
     trained = load.parent.name.startswith(("pruned", "scratch"))  # these have no weights

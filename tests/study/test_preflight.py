@@ -13,7 +13,7 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
-from megatron_prune.data import indexed
+from megatron_prune.data import identity, indexed
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import command, preflight, results
 from megatron_prune.study.commands import Places
@@ -126,7 +126,7 @@ def load(path: Path, **more: Any) -> dict[str, Any]:
 def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tmp_path: Path) -> None:
     path = trained / "account.json"
     account = artifacts.read_json(path)
-    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
     artifacts.write_json(path, account)
     outlook = check(prefixes, tmp_path, **load(trained))
     assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
@@ -140,7 +140,7 @@ def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tm
 def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, tmp_path: Path) -> None:
     path = trained / "account.json"
     account = artifacts.read_json(path)
-    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
     artifacts.write_json(path, account)
     assert check(prefixes, tmp_path, **load(trained / "release")).lay.parent_tokens == 2560
     (trained / "release").rename(trained / "iter_0000010")

@@ -21,7 +21,7 @@ from megatron_prune.report import page
 from megatron_prune.study import conclusions, config, grid, records, results, statistics, verdicts
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import Places
-from tests.study import made_up
+from tests.study import made_up, simulated
 
 REQUIRED = (
     "study cell method pattern ratio ratio_of arm setting seed tokens_train tokens_total flops_total params "
@@ -259,3 +259,15 @@ def test_unigram_loss_is_the_entropy_of_what_is_predicted(prefixes) -> None:
     tokens = np.fromfile(f"{prefixes['test']}.bin", dtype=np.uint16)[1 : 16 * 16 + 1]
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
     assert records.unigram_loss(prefixes["test"], 256) == pytest.approx(stats.entropy(shares))
+
+
+def test_losses_on_another_text_are_not_resampled_by_this_ones_documents(tmp_path) -> None:
+    asked = {"ratios": [0.5], "budgets": [simulated.BUDGETS[0]], "seeds": [1], "evaluation": {"windows": 120}}
+    places = simulated.run(tmp_path, **asked)
+
+    def found() -> list[int | None]:
+        return [v.documents and v.documents.documents for v in results.collect(places).verdicts]
+
+    assert found() == [20, 20]  # 120 windows of 16 tokens, documents of 100
+    shutil.copy(tmp_path / "validation.bin", tmp_path / "test.bin")  # as long, but another text
+    assert found() == [None, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.data import indexed
+from megatron_prune.data import identity
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import checks, command, config, grid, preflight, prunings, results
@@ -307,7 +307,7 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     # The account of a parent that was trained elsewhere says its seed too.
     trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
     account = json.loads(trained.account("parent").read_text())
-    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
+    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
     trained.account("parent").write_text(json.dumps(account))
     parent = {"load": str(trained.checkpoint("parent"))}
     preflight.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
