@@ -3,7 +3,7 @@
 FLOPs are dense GEMMs (``checkpoint.layout``). Memory is that of the fullest pipeline stage: bytes a parameter for
 weights, gradients and Adam, and activations with flash attention and without recomputation by the formula that
 Megatron's ``theoretical_memory_usage`` takes from arXiv:2205.05198, table 2; for a real check there is the verb
-``preflight``. Times are FLOPs over a stated speed: no start-up, no data, no evaluation.
+``preflight``. Times are FLOPs, those of evaluation too, over a stated speed: no start-up, no data.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.config import Study
 from megatron_prune.study.preflight import Outlook
 from megatron_prune.study.prunings import (
@@ -37,6 +38,7 @@ class Outlay:
     steps: int | None = None
     tokens: int | None = None
     flops: int | None = None
+    evaluation: int = 0  # FLOPs more, which no account counts
     parameters: int | None = None
     memory: float | None = None  # bytes
     storage: float | None = None  # bytes, of what stays
@@ -65,7 +67,7 @@ class Speed:
         return Speed(value * source.training_flops(seq_length) / seq_length, gpus)
 
     def seconds(self, outlay: Outlay, nproc: int) -> float | None:
-        return None if outlay.flops is None else outlay.flops / (self.flops * nproc)
+        return None if outlay.flops is None else (outlay.flops + outlay.evaluation) / (self.flops * nproc)
 
 
 def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
@@ -81,8 +83,9 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
         flops = shape.training_flops(seq_length) * samples.steps * lay.batch.samples
         storage = kept * saves * shape.parameters() * (14 if _half(study) else 12)
         return Outlay(
-            cell, str(samples), samples.steps, tokens, flops, shape.parameters(), memory(study, shape), storage, after
-        )
+            cell, str(samples), samples.steps, tokens, flops, _evaluation(study, shape), shape.parameters(),
+            memory(study, shape), storage, after,
+        )  # fmt: skip
 
     for cell, _ in parent_cells(study):
         if study.parent.pretrain is not None:
@@ -118,7 +121,16 @@ def _pruning(study: Study, outlook: Outlook, link: Any) -> Outlay:
     elif needs.scores:
         flops = None  # how many candidates there are is known when they are named
     parameters = None if shape is None else shape.parameters()
-    return Outlay(link.cell, tokens=own, flops=flops, parameters=parameters, storage=storage, after=tuple(after))
+    return Outlay(
+        link.cell, tokens=own, flops=flops, evaluation=_evaluation(study, shape), parameters=parameters,
+        storage=storage, after=tuple(after),
+    )  # fmt: skip
+
+
+def _evaluation(study: Study, shape: ModelShape | None) -> int:
+    """FLOPs of a cell's evaluation on all corpora; 0 while the shape is not known."""
+    windows = study.evaluation.windows * len(CORPORA)
+    return windows * shape.forward_flops(study.evaluation_seq_length) if shape else 0
 
 
 def left_to_know(study: Study, outlook: Outlook) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import anomalies, command, outlay, preflight, status
 from megatron_prune.study.outlay import Outlay, Speed
@@ -48,6 +49,9 @@ def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
         found = planned[cell]
         assert (found.steps, found.tokens) == (account["steps"], account["tokens"])
         assert (found.flops, found.parameters) == (account["flops_executed"], account["parameters"])
+    shape = open_checkpoint(places.checkpoint("pruning-shortgpt-r50-s1")).shape
+    for cell in ("pruning-shortgpt-r50-s1", "pruned-shortgpt-r50-s1-t1280"):  # before and after retraining
+        assert planned[cell].evaluation == 2 * 16 * shape.forward_flops(16)  # two corpora of 16 windows of 16
     assert planned["calibration-s1"].flops and planned["calibration-s1"].tokens == 8 * 16
     assert planned["pruning-shortgpt-r50-s1"].after == ("parent", "calibration-s1")
     assert planned["pruned-shortgpt-r50-s1-t1280"].after == ("pruning-shortgpt-r50-s1",)
@@ -90,7 +94,7 @@ def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
     one_token = LLAMA.training_flops(8192) / 8192
     assert Speed.parse("40%", 989, 8, LLAMA, 8192).flops == pytest.approx(0.4 * 989e12)
     assert Speed.parse("7500", 989, 8, LLAMA, 8192).flops == pytest.approx(7500 * one_token)
-    assert Speed(2e12, 8).seconds(Outlay("x", flops=8 * 10**12), 4) == 1
+    assert Speed(2e12, 8).seconds(Outlay("x", flops=6 * 10**12, evaluation=2 * 10**12), 4) == 1
     for wrong in ("fast", "0", "140%", "1.2.3"):
         with pytest.raises(UsageError, match="--throughput: given"):
             Speed.parse(wrong, 989, 8, LLAMA, 8192)
