@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 
+from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.masks import MASKS
 from megatron_prune.study.config import Study
 from megatron_prune.study.places import Places
@@ -24,7 +25,7 @@ def apply(study: Study, places: Places, cell: Cell) -> None:
     saves = sorted(checkpoint.glob("iter_*"))
     removed = saves if study.retention == "none" else saves[:-1]
     if study.retention == "none":
-        (checkpoint / "latest_checkpointed_iteration.txt").unlink(missing_ok=True)
+        (checkpoint / TRACKER_FILE).unlink(missing_ok=True)
         removed = [*saves, checkpoint / MASKS]
     for path in removed:
         if path.is_dir():
