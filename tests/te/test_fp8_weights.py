@@ -24,7 +24,7 @@ from tests.training.small_masked import (
 
 RANGE, STEPS = "64:112", 6
 FP8 = ["--fp8-param-gather", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-PRESETS = ["hybrid-delayed", "current"]  # blockwise casts by kernels that are not written in torch here
+PRESETS = ["hybrid-delayed", "current", "blockwise"]
 
 
 def observe(argv: list[str], folder: str, source: str) -> None:
@@ -95,9 +95,9 @@ def test_masters_begin_with_the_checkpoints_values_and_moments_are_restored(pres
 
 
 @pytest.mark.parametrize("preset, more", [
-    ("hybrid-delayed", []), ("current", []),
+    ("hybrid-delayed", []), ("current", []), ("blockwise", []),
     ("current", ["--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]),
-], ids=["delayed", "current", "precision-aware"])  # fmt: skip
+], ids=["delayed", "current", "blockwise", "precision-aware"])  # fmt: skip
 @pytest.mark.parametrize("pp", [1, 2])
 def test_zeros_stay_zero(preset, more, pp, tiny_pruned, tiny_corpus, tmp_path):
     pruned, save = tiny_pruned("2:4"), tmp_path / "run"
