@@ -1,7 +1,8 @@
 """How many tokens each run of study.yaml may train on in a given time on this machine.
 
-Times a few steps of SmolLM2's shape from random weights with the study's own recipe, counts the runs of
-the methods that were asked for by their parameters, and writes the study of these with that budget.
+Times a few steps of SmolLM2's shape from random weights with the study's own recipe, counts the FLOPs of the methods
+that were asked for, of training and of all else, and writes the study of these with that budget. Where the time is
+short, less text is evaluated and calibrated on.
 
     python examples/smollm2_135m/budget.py --minutes 120 --checkpoint CKPT --output runs/smollm2-data/structured.yaml
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import math
 import re
 import statistics
 import sys
@@ -20,13 +23,17 @@ import yaml
 
 from megatron_prune import methods
 from megatron_prune.artifacts import write_bytes
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
-from megatron_prune.errors import RunError
+from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config, prunings
+from megatron_prune.study.commands import CORPORA
 
 STUDY = Path(__file__).with_name("study.yaml")
 STEPS, WARM_UP = 5, 2
-OVERHEAD = 0.3  # of the time: evaluation, start-up, saving, calibration
+START = 5.0  # seconds of a run that are neither steps nor evaluation: its start, its save
+LEAST = 4  # steps, and sequences that are evaluated and calibrated on
 
 
 def seconds_per_step(study: dict, checkpoint: str) -> float:
@@ -56,19 +63,71 @@ def only(study: dict, kind: str) -> dict:
     return study | {"name": f"{study['name']}-{kind}", "methods": chosen}
 
 
-def whole_models(study: config.Study) -> float:
-    """The study's training runs, in runs of the whole model."""
-    sizes: dict[tuple[object, ...], float] = {}
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Models that the study trains, and forward passes over a sequence: in FLOPs, at one sequence each."""
+
+    runs: int
+    training: int  # of all runs, forward and backward
+    evaluation: int
+    calibration: int
+
+
+def work(study: config.Study, parent: ModelShape) -> Work:
+    """What the study does with the parent of that shape. Width counts as if as many layers were gone."""
+    starts: list[ModelShape] = []
+    runs: dict[tuple[object, ...], ModelShape] = {}
+    calibrated = parent.forward_flops(study.data.seq_length)
     for pruning in prunings.prunings(study):
-        method = pruning.method
-        size = 1.0 if pruning.sparse or pruning.ratio is None else 1 - pruning.ratio  # zeros take as long
-        sizes["pruned", pruning.name] = size
+        method, shape = pruning.method, parent
+        if not pruning.sparse and pruning.ratio is not None:
+            shape = dataclasses.replace(parent, num_layers=round(parent.num_layers * (1 - pruning.ratio)))
+        starts.append(shape)
+        runs["pruned", pruning.name] = shape
+        forward = shape.forward_flops(study.data.seq_length)
+        if pruning.sparse and method.name in ("wanda", "sparsegpt"):
+            calibrated += forward
+        if method.name == "minitron-depth":
+            calibrated += (shape.num_layers + 1) * forward  # a candidate for each layer that the cut may begin at
         for _, against in study.compared(method):
             if pruning.sparse:
-                sizes[against, None if against == "dense" else pruning.name] = size
+                runs[against, None if against == "dense" else pruning.name] = shape
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
-                sizes[against, methods.get(method.name).free_dimensions(method.settings), pruning.ratio] = size
-    return sum(sizes.values()) * len(study.recipe.rates)
+                runs[against, methods.get(method.name).free_dimensions(method.settings), pruning.ratio] = shape
+    trained = [shape for shape in runs.values() for _ in study.recipe.rates]
+    evaluated = [parent, *starts, *trained]
+    return Work(
+        len(trained),
+        sum(shape.training_flops(study.data.seq_length) for shape in trained),
+        len(CORPORA) * sum(shape.forward_flops(study.evaluation_seq_length) for shape in evaluated),
+        calibrated,
+    )
+
+
+def planned(content: dict, minutes: float, step: float, parent: ModelShape) -> tuple[dict, int, float]:
+    """The study that takes about ``minutes`` where a step of the whole model takes ``step`` seconds; its steps a run,
+    its expected minutes. UsageError where it cannot be as short."""
+    study = config.from_mapping(content, where=str(STUDY))
+    made = work(study, parent)
+    batch = study.recipe.global_batch_size
+    speed = parent.training_flops(study.data.seq_length) * batch / step  # FLOPs a second
+    windows, sequences = study.evaluation.windows, study.calibration.sequences
+
+    def once() -> float:
+        return (windows * made.evaluation + sequences * made.calibration) / speed + START * made.runs
+
+    while once() > 60 * minutes / 3 and max(windows, sequences) > LEAST:
+        windows, sequences = max(LEAST, windows // 2), max(LEAST, sequences // 2)
+    each = made.training * batch / speed
+    steps = int((60 * minutes - once()) / each)
+    if steps < LEAST:
+        least = math.ceil((once() + LEAST * each) / 60)
+        raise UsageError("--budget", given=f"{minutes:g} minutes", allowed=f"at least {least} on this machine")
+    tokens = steps * batch * study.data.seq_length
+    changed = {"budgets": [tokens]}
+    changed["evaluation"] = content["evaluation"] | {"windows": windows}
+    changed["calibration"] = content["calibration"] | {"sequences": sequences}
+    return content | changed, steps, (once() + steps * each) / 60
 
 
 def main() -> int:
@@ -78,13 +137,16 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="SmolLM2, imported")
     parser.add_argument("--output", type=Path, required=True, metavar="STUDY.yaml")
     options = parser.parse_args()
-    study = only(yaml.safe_load(STUDY.read_text()), options.methods)
-    step = seconds_per_step(study, options.checkpoint)
-    runs = whole_models(config.from_mapping(study, where=str(STUDY)))
-    steps = max(4, int(60 * options.minutes * (1 - OVERHEAD) / (runs * step)))
-    tokens = steps * study["recipe"]["global_batch_size"] * study["data"]["seq_length"]
-    write_bytes(options.output, yaml.safe_dump(study | {"budgets": [tokens]}, sort_keys=False).encode())
-    print(f"{step:.2f} s a step of the whole model: {steps} steps, {tokens:,} tokens a run")
+    content = only(yaml.safe_load(STUDY.read_text()), options.methods)
+    try:
+        step = seconds_per_step(content, options.checkpoint)
+        study, steps, expected = planned(content, options.minutes, step, open_checkpoint(options.checkpoint).shape)
+    except MegatronPruneError as error:
+        print(f"budget.py: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    write_bytes(options.output, yaml.safe_dump(study, sort_keys=False).encode())
+    print(f"{step:.2f} s a step of the whole model: {steps} steps a run, {study['budgets'][0]:,} tokens; "
+          f"{study['evaluation']['windows']} windows, about {expected:.0f} minutes")  # fmt: skip
     return 0
 
 

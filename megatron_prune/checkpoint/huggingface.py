@@ -56,7 +56,7 @@ def import_hf(
     CheckpointError, before anything is written, for a model that cannot be represented or whose files are missing or
     truncated, and MasksError for masks that do not fit it.
     """
-    source = _directory(hf)
+    source = local_directory(hf)
     config = read_json(source / "config.json")
     args = args_from_config(
         config,
@@ -225,7 +225,9 @@ def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dic
         raise CheckpointError(f"{source} holds tensors that no Llama has: {', '.join(left[:4])}")
 
 
-def _directory(hf: str | Path) -> Path:
+def local_directory(hf: str | Path) -> Path:
+    """``hf`` itself, a directory, or where the Hub's model of that name has been downloaded to. CheckpointError when
+    there is none, or no network."""
     if Path(hf).is_dir():
         if not (Path(hf) / "config.json").is_file():
             raise CheckpointError(f"{hf} has no config.json: expected a Hugging Face model directory")

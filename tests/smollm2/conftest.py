@@ -21,7 +21,7 @@ def source(tmp_path_factory):
     prepare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare)
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
-    prepare.dequantise(prepare.packaged_gguf(), folder)
+    prepare.prepare(folder, prepare.packaged_gguf())
     return folder
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megatron_prune import methods
-from megatron_prune.study import config
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.study import config, grid, prunings
+from megatron_prune.study.budgets import Batch, Lay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2_135m"
 
@@ -26,31 +31,74 @@ def test_the_study_names_methods_and_paths_that_there_are():
     prefixes = [prefix for _, prefix in study.data.train]
     prefixes += [study.data.calibration, study.data.validation, study.data.test]
     assert "DATA=runs/smollm2-data" in script and all(Path(p).parent == Path("runs/smollm2-data") for p in prefixes)
-    assert study.parent.import_hf == "runs/smollm2-data/hf" and study.parent.equal_total == "skip"
+    assert study.parent.import_hf == "runs/smollm2-data/hf"
 
 
-# Pruned: five methods, two at most of one shape: so scratch is trained once in depth and once in width. At 3/4 and 1/2
-# of the whole model's 10 s a step. Sparse: three methods of the whole model's cost, at two ratios and two N:M; dense
-# scratch; SparseGPT's own scratch under its masks.
-@pytest.mark.parametrize(
-    ("kind", "runs"), [("structured", (5 + 2) * (0.75 + 0.5)), ("sparse", 3 * (2 + 2) + 1 + (2 + 2))]
-)
-def test_the_budget_is_shared_out_among_the_runs(tmp_path, monkeypatch, kind, runs):
-    spec = importlib.util.spec_from_file_location("budget", EXAMPLE / "budget.py")
-    budget = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(budget)
-    monkeypatch.setattr(budget, "seconds_per_step", lambda study, checkpoint: 10.0)
-    output = tmp_path / "study.yaml"
-    argv = ["budget.py", "--minutes", "120", "--methods", kind, "--checkpoint", "c", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert budget.main() == 0
-    study = config.load(output)
-    tokens = study.recipe.global_batch_size * study.data.seq_length
-    steps, rest = divmod(study.budgets[0], tokens)
-    assert rest == 0 and steps == int(7200 * 0.7 / (runs * 10 * 2))  # at two learning rates, in 70% of two hours
-    assert study.name == f"smollm2-{kind}" and {method.sparse for method in study.methods} == {kind == "sparse"}
-    unchanged = yaml.safe_load((EXAMPLE / "study.yaml").read_text())
-    written = yaml.safe_load(output.read_text())
-    assert written["methods"] == [m for m in unchanged["methods"] if ("pattern" in m) == (kind == "sparse")]
-    varies = {"name": study.name, "methods": written["methods"], "budgets": study.budgets}
-    assert written == unchanged | varies
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", EXAMPLE / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
+    study = config.load(EXAMPLE / "study.yaml")
+    lay = Lay(Batch(study.recipe.global_batch_size, study.data.seq_length), 0, study.parent.declared_tokens)
+    consumed = {pruning.name: 16_384 for pruning in prunings.prunings(study)}
+    found = grid.expand(study, lay, {}, consumed).comparisons
+    reasons = {(c.setting, bool(c.scratch), bool(c.not_run)) for c in found}
+    assert reasons == {("equal-training", True, False), ("equal-total", False, True)}
+    assert not study.family.holds({"setting": "equal-total"})  # what is not run weighs on no verdict
+
+
+SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
+
+
+# By hand, at depth's shapes: structured, five pruned models and one from scratch for depth, one for width, at both
+# ratios; sparse, three methods at two ratios and two N:M, dense scratch, SparseGPT's own scratch. All at two rates.
+@pytest.mark.parametrize(("kind", "layers"), [
+    ("structured", 2 * (5 + 2) * [22, 15]), ("sparse", 2 * (3 * (2 + 2) + 1 + (2 + 2)) * [30]),
+])  # fmt: skip
+@pytest.mark.parametrize("minutes", [60, 120, 1200])
+def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
+    budget, whole = script("budget"), yaml.safe_load((EXAMPLE / "study.yaml").read_text())
+    content = budget.only(whole, kind)
+    study, steps, expected = budget.planned(content, minutes, 4.0, SMOLLM2)
+    read = config.from_mapping(study, where="study")
+    assert read.budgets == [steps * read.recipe.global_batch_size * 512]
+    training = sum(replace(SMOLLM2, num_layers=n).training_flops(512) for n in layers) / SMOLLM2.training_flops(512)
+    share = 4.0 * steps * training / (60 * minutes)
+    assert 0.6 < share < 1 and 60 * (minutes - expected) < 4.0 * training  # another step would be too many
+    assert {method.sparse for method in read.methods} == {kind == "sparse"} and read.name == f"smollm2-{kind}"
+    assert study["methods"] == [m for m in whole["methods"] if ("pattern" in m) == (kind == "sparse")]
+    varies = ("name", "methods", "budgets", "evaluation", "calibration")
+    assert {k: v for k, v in study.items() if k not in varies} == {k: v for k, v in whole.items() if k not in varies}
+    if minutes == 1200:
+        assert (read.evaluation.windows, read.calibration.sequences) == (16, 32)  # the study's own
+
+
+def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused(tmp_path, monkeypatch, capsys):
+    budget = script("budget")
+    content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
+    study, steps, expected = budget.planned(content, 20, 8.0, SMOLLM2)
+    assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 20
+    with pytest.raises(UsageError, match=r"--budget: given 5 minutes, allowed is at least \d+ on this") as why:
+        budget.planned(content, 5, 8.0, SMOLLM2)
+    least = int(str(why.value).split("at least ")[1].split()[0])
+    assert budget.planned(content, least, 8.0, SMOLLM2)[1] == 4
+
+
+def test_another_source_than_the_one_that_is_there_is_refused(tmp_path, monkeypatch, capsys):
+    prepare, hub = script("prepare"), tmp_path / "cache"
+    hub.mkdir()
+    (tmp_path / "blob").write_text("{}")
+    (hub / "config.json").symlink_to(tmp_path / "blob")
+    monkeypatch.setattr(prepare, "local_directory", lambda name: hub)
+    output = tmp_path / "data" / "hf"
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(output), "--hub", "owner/model"])
+    assert prepare.main() == 0 and prepare.main() == 0
+    assert (output / "config.json").read_text() == "{}" and not (output / "config.json").is_symlink()
+    gguf = ["--gguf", str(tmp_path / "model.gguf")]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(output), *gguf])
+    assert prepare.main() == 2
+    assert f"{output} was made from owner/model, not from model.gguf" in capsys.readouterr().err
