@@ -1,6 +1,6 @@
 """Time and peak memory of every stage on SmolLM2-135M, each in a process of its own, as a table.
 
-    python tests/benchmarks/smollm2_stages.py [--data runs/smollm2-data] [--json FILE]
+    python tests/benchmarks/smollm2_stages.py [--data runs/smollm2-data] [--only 'import|search'] [--json FILE]
 
 ``--data`` is what examples/smollm2_135m/run.sh prepares: the model as a Hugging Face directory and the
 tokenized corpora. Memory is the largest resident set of any process of a stage, file pages that it has
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,12 @@ def stages(data: Path, work: Path) -> list[tuple[str, list[str]]]:
     train += ["--global-batch-size", "8", "--micro-batch-size", "1", "--lr", "3e-4", "--stream-range", "0:32"]
     read = ["--data-path", str(data / "test"), "--seq-length", str(LENGTH), "--windows", str(SEQUENCES)]
     sparse = ["--load", str(work / "parent"), "--use-checkpoint-args", *text, "--ratio", "0.5"]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(data / "hf"), "--append-eod"]
     return [
+        ("prepare (dequantise)", ["examples/smollm2_135m/prepare.py", "--output", str(work / "dequantised")]),
+        ("tokenize the training text, 2 workers",
+         ["tools/preprocess_data.py", "--input", str(data / "text" / "train.jsonl"), "--output-prefix",
+          str(work / "train"), *tokenizer, "--workers", "2"]),
         ("import", ["tools/convert_checkpoint.py", "import", "--hf", str(data / "hf"), "--save", str(work / "parent")]),
         ("evaluate", [*verb, "evaluate", *load, *read, "--output", str(work / "scores.json")]),
         ("calibrate", [*verb, "calibrate", *load, *text, "--output", str(work / "statistics.safetensors")]),
@@ -49,11 +55,17 @@ def stages(data: Path, work: Path) -> list[tuple[str, list[str]]]:
                              "--save", str(work / "shortgpt")]),
         ("prune, minitron-depth", [*verb, "prune", *load, *text, "--method", "minitron-depth",
                                    "--target-num-layers", "27", "--save", str(work / "minitron-depth")]),
+        ("prune, minitron-width, search of 8", [
+            *verb, "prune", *load, *text, "--method", "minitron-width", "--ratio", "0.25", "--search", "hidden", "ffn",
+            "heads", "--divisible-by", "32", "--max-candidates", "8", "--save", str(work / "searched")]),
         *((f"sparsify, {method} {pattern}",
            [*verb, "sparsify", *(sparse if method != "magnitude" else [*load, "--ratio", "0.5"]), "--method", method,
             "--pattern", pattern, "--save", str(work / f"{method}-{pattern.replace(':', '-')}")])
           for method in ("magnitude", "wanda", "sparsegpt") for pattern in ("unstructured", "2:4")),
-        ("retrain, 4 steps of 4,096 tokens", [*verb, *train, "--pretrained-checkpoint", str(work / "width"),
+        ("retrain depth (27 of 30 layers), 4 steps of 4,096 tokens", [
+            *verb, *train, "--pretrained-checkpoint", str(work / "shortgpt"), "--use-checkpoint-args",
+            "--save", str(work / "retrained-depth")]),
+        ("retrain width (half), 4 steps", [*verb, *train, "--pretrained-checkpoint", str(work / "width"),
                                               "--use-checkpoint-args", "--save", str(work / "retrained")]),
         ("train the parent's shape, 4 steps", [*verb, *train, "--shape-from", str(work / "parent"),
                                                "--save", str(work / "scratch")]),
@@ -79,12 +91,14 @@ def measure(words: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "smollm2-data")
+    parser.add_argument("--only", default="", metavar="REGEX", help="stages; one reads what those before it wrote")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory(dir=options.data) as folder:
         print("| stage | seconds | peak memory, GB |\n| --- | ---: | ---: |")
-        for name, words in stages(options.data.resolve(), Path(folder)):
+        chosen = (s for s in stages(options.data.resolve(), Path(folder)) if re.search(options.only, s[0]))
+        for name, words in chosen:
             found[name] = measure(words)
             print(f"| {name} | {found[name]['seconds']:.1f} | {found[name]['peak_bytes'] / 1e9:.2f} |", flush=True)
     if options.json:
