@@ -61,5 +61,5 @@ def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) ->
                 row, twin = shared[0]
                 raise DataError(
                     f"{len(shared)} document(s) of {held} are in {prefix} too (document {twin} is its document {row}): "
-                    "take them out of one of the two, so that nothing is trained on what it is judged by"
+                    "take them out of one of the two, so that no stage uses what another is judged by"
                 )

@@ -89,7 +89,7 @@ def refuse(report: Mapping[str, Any]) -> None:
     if wrong:
         raise DataError(
             f"{'; '.join(wrong)}: allowed are {report['max_duplicates']:.2%} and {report['max_near_duplicates']:.2%} "
-            "of the documents; take them out of one of the two, so that nothing is trained on what it is judged by"
+            "of the documents; take them out of one of the two, so that no stage uses what another is judged by"
         )
 
 

@@ -257,9 +257,10 @@ def _check_data(study: Study, outlook: Outlook) -> None:
             study.evaluation.windows,
             flag="evaluation.windows",
         )
-    heldout.refuse_shared_documents(
-        [prefix for _, prefix in data.train], [data.calibration, data.validation, data.test]
-    )
+    held_out = [data.calibration, data.validation, data.test]
+    heldout.refuse_shared_documents([prefix for _, prefix in data.train], held_out)
+    for number, earlier in enumerate(held_out):  # what is judged finally was not looked at before, either
+        heldout.refuse_shared_documents([earlier], held_out[number + 1 :])
     if data.max_near_duplicates is not None:
         stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
         stages["train"] = [prefix for _, prefix in data.train]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_refuses_documents_of_the_training_text(prefixes, tmp_path: Path) -> Non
     builder.finalize(str(tmp_path / "leak.idx"))
     with pytest.raises(DataError, match="40 document.s. of .*leak are in .*train too"):
         check(prefixes | {"calibration": str(tmp_path / "leak")}, tmp_path)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(("calibration", "validation", "test"), 2)))
+def test_refuses_a_document_that_two_held_out_corpora_share(prefixes, tmp_path: Path, first: str, second: str) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "leak.bin"), dtype=np.uint16)
+    for name, documents in ((second, range(20)), (first, [7])):
+        corpus = indexed.open_indexed(prefixes[name])
+        for document in documents:
+            builder.add_document(torch.from_numpy(corpus[document].astype(np.int64)), [100])
+    builder.finalize(str(tmp_path / "leak.idx"))
+    with pytest.raises(
+        DataError, match=rf"1 document.s. of .*leak are in .*{first} too .document 20 is its document 7"
+    ):
+        check(prefixes | {second: str(tmp_path / "leak")}, tmp_path)
 
 
 def test_refuses_near_copies_of_the_training_text_when_asked_to(prefixes, tmp_path: Path) -> None:
