@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -36,6 +37,15 @@ def json_bytes(value: Any) -> bytes:
     text = json.dumps(value, indent=2, allow_nan=False)
     text = re.sub(r"\[\n[\s\d,-]+\]", lambda match: " ".join(match[0].split()), text)
     return (text + "\n").encode()
+
+
+def with_nulls(value: Any) -> Any:
+    """``value`` as JSON can hold it: lists for tuples, null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: with_nulls(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:

@@ -12,13 +12,14 @@ Where the best are to be retrained, it is the question for ``rescore`` too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, methods
-from megatron_prune.calibrate.statistics import Score, Statistics, StatisticsError, TaskScore
+from megatron_prune.calibrate.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import PlanError
 from megatron_prune.methods import Method, Request, Retraining, Selection
@@ -104,10 +105,10 @@ class Question:
         return [c for c in (self.dense, *asked) if not _has_task(c, statistics, self.task)]
 
     def finalists(self, statistics: Statistics) -> list[Candidate]:
-        """The candidates that are to be retrained: those of the lowest loss, best first. All have scores."""
+        """The candidates that are to be retrained: those of the lowest finite loss, best first. All have scores."""
         if self.retraining is None:
             return []
-        found = self.candidates(statistics)
+        found = [c for c in self.candidates(statistics) if math.isfinite(statistics.scores[c.selection.key].loss)]
         found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: of equals the first
         return found[: self.retraining.candidates]
 
@@ -159,7 +160,8 @@ def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
 def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
     """``statistics`` and the losses of these candidates."""
     scores = {
-        candidate.selection.key: Score(candidate.label, loss) for candidate, loss in zip(found, losses, strict=True)
+        candidate.selection.key: Score(candidate.label, loss_of(loss))
+        for candidate, loss in zip(found, losses, strict=True)
     }
     return replace(statistics, scores={**statistics.scores, **scores})
 

@@ -8,6 +8,7 @@ it. All indices are in source numbering and ascending.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -104,7 +105,7 @@ class PruningPlan:
         # Through JSON, so that tuples and lists hash alike.
         content = json.loads(json.dumps(asdict(self)))
         rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
-        return {**content, "candidates": list(rows)}
+        return {**content, "candidates": artifacts.with_nulls(list(rows))}
 
     def file(self) -> bytes:
         """Content of ``plan.json``, a list of indices a line."""
@@ -138,7 +139,7 @@ def read(path: str | Path) -> PruningPlan:
                 "kept_hidden": None if fields["kept_hidden"] is None else tuple(fields["kept_hidden"]),
                 "kept_heads": _tuples(fields["kept_heads"]),
                 "kept_ffn": _tuples(fields["kept_ffn"]),
-                "candidates": tuple(Scored(**row) for row in fields["candidates"]),
+                "candidates": tuple(Scored(**_no_nulls(row)) for row in fields["candidates"]),
                 "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
             }
         )
@@ -212,6 +213,11 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
         raise PlanError(f"plan: {name} must be ascending without repeats")
     if indices[0] < 0 or indices[-1] >= limit:
         raise PlanError(f"plan: {name} must lie in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
+
+
+def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table as ``Scored`` has it: a loss that is null was not finite."""
+    return {key: math.inf if value is None else value for key, value in {**row}.items()}
 
 
 def _tuples(sets: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:

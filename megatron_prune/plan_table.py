@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prune import methods
 from megatron_prune.calibrate.accuracy import Accuracy
-from megatron_prune.judging import Scored
+from megatron_prune.judging import Scored, loss_text
 from megatron_prune.methods import DIMENSIONS
 from megatron_prune.plan import PruningPlan
 
@@ -65,7 +67,7 @@ def show(made: PruningPlan, console: Console | None = None) -> None:
 
 
 def _show_candidates(made: PruningPlan, console: Console) -> None:
-    """The candidates, the best first: by what decided, then by the loss."""
+    """The candidates, the best first: by what decided, then by the loss. Those without a finite loss are last."""
     method = methods.get(made.method)
     search, task = method.search(made.settings), method.task(made.settings)
     # The shapes beyond the limit were never looked at, which a reader should know.
@@ -88,14 +90,15 @@ def _show_candidates(made: PruningPlan, console: Console) -> None:
     def rank(item: tuple[int, Scored]) -> tuple[float, ...]:
         index, row = item
         after = row.retrained_loss
-        return (-(row.accuracy or 0.0), after is None, after or 0.0, row.loss, index)
+        lost = not math.isfinite(row.loss)
+        return (lost, -(row.accuracy or 0.0), after is None, after or 0.0, row.loss, index)
 
     best = min(row.loss for row in made.candidates)
     for index, row in sorted(enumerate(made.candidates), key=rank):
         mark = "chosen" if index == made.chosen else ""
         decided = [f"{row.accuracy:.4f}"] if row.accuracy is not None else []
         if after:
-            decided = ["–" if row.retrained_loss is None else f"{row.retrained_loss:.5f}"]
-        losses = f"{row.loss:.5f}", f"{row.loss - best:.5f}"
+            decided = ["–" if row.retrained_loss is None else loss_text(row.retrained_loss)]
+        losses = loss_text(row.loss), f"{row.loss - best:.5f}" if math.isfinite(row.loss) else "–"
         table.add_row(mark, row.candidate, f"{row.parameters:,}", *decided, *losses)
     console.print(table)

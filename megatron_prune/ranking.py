@@ -73,7 +73,10 @@ def keep_heads(
 
 
 def lowest_loss(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
-    """Index of the candidate with the lowest loss, the first of equals, and what lies within rounding of it."""
+    """Index of the candidate with the lowest loss, the first of equals, and what lies within rounding of it.
+
+    All are finite.
+    """
     (best,), ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), 1, "candidate")
     return best, [replace(t, kept_score=-t.kept_score, removed_score=-t.removed_score) for t in ties]
 

@@ -8,6 +8,8 @@ least un-retrained, ordinary verbs run one after another, in SCRATCH/<candidate>
     statistics.safetensors     ``calibrate`` on the windows of --statistics: its loss is the new score
 
 The scores go into the statistics, and the same plan command then chooses. SCRATCH is of no use after it.
+A training that ends with a loss that is not finite comes last. Megatron's check stops one earlier, and rescore
+with it: --no-check-for-nan-in-loss-and-grad lets it end.
 
 Flags before ``--pretrain`` that are not listed below go to pretrain and calibrate (layout, precision),
 flags after it to pretrain alone. What is finished is not run again. ``--commands`` prints all of it
@@ -17,6 +19,7 @@ instead, for a cluster: when the commands have been run there, rescore collects.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import warnings
 from collections.abc import Callable
@@ -30,6 +33,7 @@ from megatron_prune.calibrate.statistics import Retrained, Statistics
 from megatron_prune.candidates import Candidate, Question
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
+from megatron_prune.judging import loss_text
 
 OWN = ("--load", "--save", "--pretrained-checkpoint", "--use-checkpoint-args", "--shape-from", "--masks")
 PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> int:
         found = replace(found, scores={**found.scores, trial.candidate.selection.key: score})
         found.write(options.output or options.statistics)
         assert score.retrained is not None
-        print(f"{title}: loss {score.loss:.5f} before, {score.retrained.loss:.5f} after", flush=True)
+        print(f"{title}: loss {loss_text(score.loss)} before, {loss_text(score.retrained.loss)} after", flush=True)
     if not options.commands:
         found.write(options.output or options.statistics)
         print(f"retrained {len(trials)} candidates; wrote {options.output or options.statistics}. Now plan again")
@@ -214,16 +218,24 @@ class _Trial:
         from megatron_prune.engine.launch import launch
 
         for name, argv, nproc, done in self.stages:
-            if done():
+            if done() or (name == "calibrate" and self._diverged):
                 continue
             log = self.folder / f"{name}.log"
             code = launch(argv, nproc=nproc, log=log)
             if not done():
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                 raise RunError(f"{name} of {self.candidate.label} ended with {code}. The end of {log}:\n{tail}")
-        account, after = artifacts.read_json(self.retrained / "account.json"), statistics_file.read(self.statistics)
+        account = artifacts.read_json(self.retrained / "account.json")
+        if self._diverged:
+            return Retrained(math.inf, account["tokens"], account["flops_executed"], self.recipe.id)
+        after = statistics_file.read(self.statistics)
         flops = account["flops_executed"] + after.provenance()["flops"]
         return Retrained(after.loss, account["tokens"], flops, self.recipe.id)
+
+    @property
+    def _diverged(self) -> bool:
+        """True where the training has ended with a loss that is not finite: such a model has no statistics."""
+        return self._is_trained() and artifacts.read_json(self.retrained / "account.json")["final_loss"] is None
 
     def _is_applied(self) -> bool:
         return self.pruned.is_dir() and open_checkpoint(self.pruned).pruning[-1].get("plan") == self.plan.hash

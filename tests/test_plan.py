@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from rich.console import Console
 from megatron_prune import candidates, plan, plan_command, plan_table
 from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.accuracy import Accuracy
-from megatron_prune.calibrate.statistics import Statistics, StatisticsError, TaskScore, tensor_shapes
+from megatron_prune.calibrate.statistics import Retrained, Statistics, StatisticsError, TaskScore, tensor_shapes
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -175,6 +176,73 @@ def test_between_equal_losses_the_lower_start_is_chosen_and_near_ones_are_listed
     assert depth(2.5 * (1 + 5e-6), 2.5, 3.0).near_ties and not depth(2.5 * (1 + 2e-5), 2.5, 3.0).near_ties
 
 
+def test_a_loss_that_is_not_finite_comes_last(tmp_path: Path) -> None:
+    made = depth(math.nan, 2.5, math.inf)
+    assert (made.chosen, made.near_ties) == (1, ())
+    made.write(tmp_path / "plan.json")
+    assert plan.read(tmp_path / "plan.json") == made
+    assert json.loads((tmp_path / "plan.json").read_text())["candidates"][0]["loss"] is None
+    shown = io.StringIO()
+    plan_table.show(made, Console(file=shown, width=110))
+    rows = [line for line in shown.getvalue().splitlines() if "without layers" in line]
+    assert ["without layers 1-2" in row for row in rows] == [True, False, False]
+    assert ["not finite" in row for row in rows] == [False, True, True] and "0.00000" in rows[0]
+    with pytest.raises(PlanError, match="minitron-depth: no candidate has a finite loss"):
+        depth(math.nan, math.inf, -math.inf)
+
+
+def test_scores_that_are_not_finite_are_kept(tmp_path: Path) -> None:
+    question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
+    found = statistics()
+    asked = question.candidates(found)
+    scored = candidates.with_scores(found, asked, [math.nan, 2.5, 3.0])
+    keys = [c.selection.key for c in asked]
+    gone = replace(scored.scores[keys[2]], retrained=Retrained(math.inf, 7, 9, "recipe"))
+    scored = replace(scored, scores={**scored.scores, keys[2]: gone})
+    scored.write(tmp_path / "s.safetensors")
+    again = statistics_file.read(tmp_path / "s.safetensors")
+    assert again.scores == scored.scores and not question.unscored(again)
+    content = json.loads((tmp_path / "s.json").read_text())["scores"]
+    assert [content[key]["loss"] for key in keys] == [None, 2.5, 3.0]
+    assert content[keys[2]]["retrained"]["loss"] is None and content[keys[1]]["retrained"] is None
+    more = replace(found, calibrations=({**found.calibrations[0], "windows": [7, 8, 9]},))
+    merged = statistics_file.merge([scored, candidates.with_scores(more, asked, [1.0, 3.5, 3.0])])
+    assert [merged.scores[key].loss for key in keys] == [math.inf, 3.0, 3.0]
+    with pytest.raises(StatisticsError, match="loss on the calibration text is not finite"):
+        replace(found, loss_sum=math.nan)
+
+
+def retrained(losses: list[float], after: dict[int, float], best: int = 2) -> plan.PruningPlan:
+    """minitron-width's plan where the ``best`` of these FFN sizes were retrained, to the losses ``after``."""
+    settings = SETTINGS | {"search": ["ffn"], "retrain_candidates": best, "retrain_tokens": 7}
+    shapes = tuple(replace(SOURCE, ffn_hidden_size=19 - i) for i in range(len(losses)))
+    question = Question("minitron-width", settings, SOURCE, shapes, "parent")
+    found = statistics()
+    asked = question.candidates(found)
+    found = candidates.with_scores(found, asked, losses)
+    scores = dict(found.scores)
+    for i, loss in after.items():
+        key = asked[i].selection.key
+        scores[key] = replace(scores[key], retrained=Retrained(loss, 7, 9, "recipe"))
+    return plan.make(question, ratio=0.5, ratio_of="linears", statistics=replace(found, scores=scores))
+
+
+def test_a_retraining_that_diverged_comes_last(tmp_path: Path) -> None:
+    made = retrained([math.nan, 3.0, 2.0, 4.0], {1: 2.5, 2: math.inf})
+    assert (made.chosen, made.near_ties) == (1, ())
+    made.write(tmp_path / "plan.json")
+    assert plan.read(tmp_path / "plan.json") == made
+    shown = io.StringIO()
+    plan_table.show(made, Console(file=shown, width=110))
+    rows = [line for line in shown.getvalue().splitlines() if "in 3 groups" in line]
+    assert [row.split("FFN ")[1].split()[0] for row in rows] == ["18", "17", "16", "19"]
+    assert "not finite" in rows[1] and "2.00000" in rows[1] and "not finite" in rows[3]
+    with pytest.raises(PlanError, match="no candidate that was retrained has a finite loss"):
+        retrained([1.0, 3.0, 2.0], {0: math.inf, 2: math.inf})
+    # With one finite loss there is one to retrain, not two.
+    assert retrained([math.nan, 3.0, math.nan], {1: 2.5}).chosen == 1
+
+
 def test_scoring_counts_in_the_plan() -> None:
     found = statistics()
     calibration = depth(3.0, 2.5, 4.0).calibration
@@ -244,6 +312,11 @@ def test_a_task_decides_before_the_loss(
     assert [row.accuracy for row in made.candidates] == [correct / 10 for correct, _, _ in right]
     assert [i for tie in made.near_ties for i in (tie.removed, *tie.others)] == rivals
     assert all(tie.kept == chosen and tie.kept_score == right[chosen][0] / 10 for tie in made.near_ties)
+
+
+def test_a_task_cannot_choose_what_has_no_finite_loss() -> None:
+    made = by_task((9, 9, 9), (6, 6, 6), (7, 7, 7), losses=(math.nan, 2.5, 4.0))
+    assert (made.chosen, made.near_ties) == (2, ())
 
 
 def test_a_task_is_in_the_table_and_in_the_account(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -177,6 +178,17 @@ def test_a_training_that_fails_is_shown(files: Files) -> None:
     failed = files.rescore(pretrain=[*files.training(), "--train-iters", 99])
     assert failed.returncode == EXIT_REFUSED
     assert re.search("pretrain of hidden .* ended with 2.*--train-iters: given 99", failed.output, re.DOTALL)
+
+
+def test_a_training_that_diverges_is_a_score(files: Files) -> None:
+    assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
+    wild = ["--lr", "1e30", "--clip-grad", 0, "--no-check-for-nan-in-loss-and-grad"]
+    printed = files.rescore(pretrain=[*files.training(), *wild]).ok().output
+    assert printed.count("before, not finite after") == 2
+    scores = statistics_file.read(files.statistics).scores.values()
+    assert sorted(one.retrained.loss for one in scores if one.retrained) == [math.inf, math.inf]
+    refused = files.make(*SEARCH, *RETRAIN)
+    assert refused.returncode == EXIT_REFUSED and "no candidate that was retrained has a finite loss" in refused.output
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_path: Path) -> None:

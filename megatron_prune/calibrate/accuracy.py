@@ -1,7 +1,8 @@
 """From the log-likelihoods of choices to accuracy, and how far rounding could move it.
 
 ``acc`` takes the choice of the highest log-likelihood, ``acc_norm`` divides each by the number of
-characters of its choice first (lm-eval's definitions; of equal choices the first is taken).
+characters of its choice first (lm-eval's definitions; of equal choices the first is taken). Where
+one is NaN the answer is wrong.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def accuracies(task: Task, likelihoods: torch.Tensor) -> dict[str, Accuracy]:
         first += len(example.choices)
         characters = torch.tensor([len(choice) for choice in example.choices], dtype=torch.float64)
         for metric, compared in zip(METRICS, (values, values / characters), strict=True):
+            if bool(compared.isnan().any()):  # which argmax would prefer
+                continue
             right = int(compared.argmax()) == example.gold
             gold = float(compared[example.gold])
             other = max(float(v) for i, v in enumerate(compared) if i != example.gold)

@@ -14,12 +14,14 @@ with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of 
 The JSON says what is behind them: parent, shape, sequences, tokens, loss, windows, and the hash of
 the tensor file, which ties the two files together. It also holds the scores of candidates: the mean
 loss, on the same windows, of the parent without what a candidate removes; its accuracy on tasks; and
-the loss, on these windows again, of a candidate that was cut and trained for a while.
+the loss, on these windows again, of a candidate that was cut and trained for a while. A loss that is not
+finite is null there, and infinite here, so that it comes last in every order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,11 +70,16 @@ class TaskScore:
     flops: int
 
 
+def loss_of(value: float | None) -> float:
+    """``value``, or infinity where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
 @dataclass(frozen=True)
 class Retrained:
     """A candidate after it was cut and trained, and what that cost."""
 
-    loss: float  # on the calibration windows
+    loss: float  # on the calibration windows; infinite where it is not finite
     tokens: int
     flops: int
     recipe: str  # what candidates that are compared must have in common (rescore.py)
@@ -83,7 +90,7 @@ class Score:
     """What the parent is worth without what one candidate removes."""
 
     candidate: str  # in words
-    loss: float  # mean per token, in nats, on all calibration windows
+    loss: float  # mean per token, in nats, on all calibration windows; infinite where it is not finite
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)  # by a task's fingerprint
     retrained: Retrained | None = None
 
@@ -94,7 +101,9 @@ class Score:
             for task, one in content.get("tasks", {}).items()
         }
         retrained = content.get("retrained")
-        return Score(content["candidate"], content["loss"], tasks, retrained and Retrained(**retrained))
+        if retrained:
+            retrained = Retrained(**{**retrained, "loss": loss_of(retrained["loss"])})
+        return Score(content["candidate"], loss_of(content["loss"]), tasks, retrained)
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,10 @@ class Statistics:
                     f"statistics tensor {name} is not finite: the parent overflows on the calibration text "
                     "(try bf16 or fp32 in place of fp16)"
                 )
+        if not math.isfinite(self.loss_sum):
+            raise StatisticsError(
+                "the parent's loss on the calibration text is not finite (try bf16 or fp32 in place of fp16)"
+            )
         if self.sequences < 1 or self.seq_length < 1:
             raise StatisticsError("statistics must stand on at least one sequence of one token")
 
@@ -156,7 +169,7 @@ class Statistics:
             "shape": asdict(self.shape),
             "loss_sum": self.loss_sum,
             **self.provenance(),
-            "scores": {key: asdict(score) for key, score in self.scores.items()},
+            "scores": {key: artifacts.with_nulls(asdict(score)) for key, score in self.scores.items()},
             "versions": artifacts.versions(),
         }
         return payload, artifacts.json_bytes(meta)

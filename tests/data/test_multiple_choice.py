@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def accuracy(likelihoods: list[float], choices: list[str], gold: int) -> dict[st
         ([-4.0, -4.0 * (1 - 5e-6)], 1, (1, 0, 1), (1, 1, 1)),
         ([-4.0, -4.0], 0, (1, 0, 1), (0, 0, 0)),  # of equal choices the first is taken
         ([-2.0, -4.0], 1, (0, 0, 0), (0, 0, 1)),
+        ([math.nan, -4.0], 0, (0, 0, 0), (0, 0, 0)),  # a model that overflows knows nothing
+        ([math.nan, math.nan], 0, (0, 0, 0), (0, 0, 0)),
     ],
 )
 def test_accuracy_and_what_rounding_can_make_of_it(
