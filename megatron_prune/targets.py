@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ class Target:
                     rank = (place > 0, round(_unevenness(source, one, search), 12), round(error, 12))
                     ranked.append(((*rank, *(-getattr(one, axis) for axis in DIMENSIONS)), one))
         if not ranked:
-            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None)
+            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None, search.axes)
         return [shape for _, shape in sorted(ranked, key=lambda item: item[0])]
 
     # -- what should stay ------------------------------------------------------------------------
@@ -193,7 +193,8 @@ class Target:
             if error <= tolerance and (best is None or rank < best[0]):
                 best = (rank, shape)
         if best is None:
-            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None)
+            axes = ("hidden_size", "ffn_hidden_size")
+            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None, axes)
         self._check(source, best[1])
         return best[1]
 
@@ -239,21 +240,24 @@ class Target:
 
     # -- refusals --------------------------------------------------------------------------------
 
-    def _missed(self, goal: float, tolerance: float, source: ModelShape, shape: ModelShape | None) -> UsageError:
-        """What to say when no width lies within the tolerance; ``shape`` is the nearest."""
+    def _missed(
+        self, goal: float, tolerance: float, source: ModelShape, shape: ModelShape | None, axes: Sequence[str]
+    ) -> UsageError:
+        """What to say when no width within the tolerance differs in ``axes``; ``shape`` is the nearest."""
         if shape is None:
             return UsageError(
                 "--divisible-by",
                 given=self.divisible_by,
                 allowed="a number that divides sizes below the source's",
-                why=f"the source has hidden size {source.hidden_size} and FFN size {source.ffn_hidden_size}",
+                why=f"the source has {', '.join(_sizes(source, axes).values())}",
             )
         flag, given = self._describe()
         return UsageError(
             flag,
             given=given,
-            allowed=f"a target that multiples of {self.divisible_by} (hidden, FFN) meet within {tolerance:.3g}",
-            why=f"the nearest is hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, which keeps "
+            allowed=f"a target that multiples of {self.divisible_by} ({', '.join(_sizes(shape, axes))}) meet within "
+            f"{tolerance:.3g}",
+            why=f"the nearest is {', '.join(_sizes(shape, axes).values())}, which keeps "
             f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
             "--tolerance or explicit --target-… sizes",
         )
@@ -286,6 +290,17 @@ class Target:
                 given=groups,
                 allowed=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
             )
+
+
+def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:
+    """What multiples are of, and the size in words: of those ``axes`` of ``shape``."""
+    heads = f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups"
+    named = {
+        "hidden": (("hidden_size",), f"hidden {shape.hidden_size}"),
+        "heads' channels": (("num_attention_heads", "num_query_groups"), heads),
+        "FFN": (("ffn_hidden_size",), f"FFN {shape.ffn_hidden_size}"),
+    }
+    return {name: words for name, (fields, words) in named.items() if set(fields) & set(axes)}
 
 
 def _unevenness(source: ModelShape, shape: ModelShape, search: Search) -> float:

@@ -16,6 +16,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
+SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 SMALL = ModelShape(6, 96, 12, 6, 8, 192, 384, tied=True)
 MHA = replace(SMALL, num_query_groups=12)
 UNLIMITED = {"max_candidates": None, "retrain_candidates": None, "retrain_tokens": None}
@@ -209,7 +210,7 @@ def test_search_finds_every_shape_within_the_tolerance(
                         expected.add(shape)
     flags = ["--ratio", repr(ratio), "--ratio-of", ratio_of, "--divisible-by", "8"]
     if not expected:
-        with pytest.raises(UsageError, match="the nearest is hidden"):
+        with pytest.raises(UsageError, match="the nearest is"):
             near(source, axes, *flags, tp=tp)
         return
     found = near(source, axes, *flags, tp=tp)
@@ -232,7 +233,30 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
     [
         (SMALL, "hidden", ["--target-hidden-size", "64"], "--search: given with an explicit shape"),
         (replace(SMALL, norm_bias=True), "hidden", ["--ratio", "0.5"], "--search: given hidden.*LayerNorm"),
-        (SMALL, "heads", ["--ratio", "0.9", "--divisible-by", "8"], "given 0.9.*the nearest is hidden 96, FFN 192"),
+        (
+            SMALL,
+            "heads",
+            ["--ratio", "0.9", "--divisible-by", "8"],
+            r"given 0.9, .* multiples of 8 \(heads' channels\).*the nearest is 6 heads in 6 groups, which keeps",
+        ),
+        (
+            SMOLLM2,
+            "heads",
+            ["--ratio", "0.25"],
+            r"multiples of 64 \(heads' channels\).*the nearest is 3 heads in 3 groups, which keeps",
+        ),
+        (
+            SMALL,
+            "hidden ffn groups",
+            ["--ratio", "0.99", "--divisible-by", "32", "--tolerance", "0.001"],
+            r"\(hidden, heads' channels, FFN\).*the nearest is hidden 32, 4 heads in 2 groups, FFN 32, which keeps",
+        ),
+        (
+            replace(SMALL, num_query_groups=1, num_attention_heads=2),
+            "groups",
+            ["--ratio", "0.5"],
+            "the source has 2 heads in 1 groups",
+        ),
         (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: given 99999999, allowed is fewer"),
     ],
 )
