@@ -17,7 +17,7 @@ from megatron_prune.calibrate.statistics import Statistics, StatisticsError
 from megatron_prune.candidates import Candidate, Question
 from megatron_prune.errors import PlanError
 from megatron_prune.methods import NearTie
-from megatron_prune.ranking import highest_accuracy, lowest_loss
+from megatron_prune.ranking import highest_accuracy, lowest_loss, lowest_losses
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def judge(
     question: Question, found: Sequence[Candidate], statistics: Statistics
 ) -> tuple[int, list[Scored], list[NearTie]]:
     """Index of the best of ``found``, the table of all, and what lies within rounding of the best.
+
+    Where the best are retrained, which of them are is a cut too, between a ``finalist`` and one that is none.
 
     Judged by loss, by a task's accuracy, or, where the best are retrained, by their loss after that.
     PlanError where no loss is finite.
@@ -58,13 +60,16 @@ def judge(
     keys = {c.selection.key for c in finalists}
     tried = [i for i, c in enumerate(found) if c.selection.key in keys]
     after = {i: retrained for i in tried if (retrained := scores[i].retrained)}
+    assert question.retraining is not None
+    _, cut = lowest_losses([table[i].loss for i in usable], question.retraining.candidates, "finalist")
     if len({one.recipe for one in after.values()}) > 1:
         raise StatisticsError("the candidates were not all retrained by the same recipe: run rescore again")
     table = [replace(row, retrained_loss=after[i].loss if i in after else None) for i, row in enumerate(table)]
     trained = _finite([after[i].loss for i in tried], f"{question.method}: no candidate that was retrained")
-    usable = [tried[i] for i in trained]
-    best, ties = lowest_loss([after[i].loss for i in usable])
-    return usable[best], table, [_renumbered(tie, usable) for tie in ties]
+    trained = [tried[i] for i in trained]
+    best, ties = lowest_loss([after[i].loss for i in trained])
+    ties = [_renumbered(tie, trained) for tie in ties]
+    return trained[best], table, [*ties, *(_renumbered(tie, usable) for tie in cut)]
 
 
 def loss_text(loss: float) -> str:

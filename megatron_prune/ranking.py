@@ -77,8 +77,14 @@ def lowest_loss(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
 
     All are finite.
     """
-    (best,), ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), 1, "candidate")
-    return best, [replace(t, kept_score=-t.kept_score, removed_score=-t.removed_score) for t in ties]
+    (best,), ties = lowest_losses(losses, 1, "candidate")
+    return best, ties
+
+
+def lowest_losses(losses: Sequence[float], count: int, unit: str) -> tuple[tuple[int, ...], list[NearTie]]:
+    """``keep_highest`` for losses, which are better low."""
+    kept, ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), count, unit)
+    return kept, [replace(t, kept_score=-t.kept_score, removed_score=-t.removed_score) for t in ties]
 
 
 def highest_accuracy(found: Sequence[Accuracy], losses: Sequence[float]) -> tuple[int, list[NearTie]]:

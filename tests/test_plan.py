@@ -243,6 +243,17 @@ def test_a_retraining_that_diverged_comes_last(tmp_path: Path) -> None:
     assert retrained([math.nan, 3.0, math.nan], {1: 2.5}).chosen == 1
 
 
+def test_a_near_tie_for_the_last_place_among_the_retrained_is_listed() -> None:
+    close = 3.0 * (1 + 5e-6)
+    (tie,) = retrained([math.nan, 3.0, 2.0, close], {1: 2.5, 2: 2.6}).near_ties
+    assert (tie.unit, tie.kept, tie.removed, tie.kept_score, tie.removed_score) == ("finalist", 1, 3, 3.0, close)
+    first, cut = retrained([close, 3.0, 2.0, close, 3.0], {1: 2.5, 2: 2.5}).near_ties
+    assert (first.unit, first.kept, first.removed, first.others) == ("candidate", 1, 2, ())
+    assert (cut.unit, cut.kept, cut.removed, cut.others) == ("finalist", 1, 4, (0, 3))
+    assert not retrained([4.0, 3.0, 2.0, 3.0 * (1 + 2e-5)], {1: 2.5, 2: 2.6}).near_ties
+    assert not retrained([3.0, 2.0, math.nan], {0: 2.5, 1: 2.6}).near_ties
+
+
 def test_scoring_counts_in_the_plan() -> None:
     found = statistics()
     calibration = depth(3.0, 2.5, 4.0).calibration

@@ -43,7 +43,7 @@ class NearTie:
     the choice is not made per layer or group.
     """
 
-    unit: str  # layer, hidden, group, head or ffn
+    unit: str  # layer, hidden, group, head, ffn, candidate, or finalist (a candidate that is retrained)
     kept: int
     removed: int
     kept_score: float
