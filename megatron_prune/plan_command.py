@@ -3,11 +3,12 @@
 Needs no model and no GPU: the parent is read for its shape and fingerprint only. One calibration
 serves every method and every ratio.
 
-Where the model must decide between candidates (minitron-depth, minitron-width --search), those that
-the statistics have no score for are written to candidates.json, beside the plan that is not written
-yet, and the exit code is 3. `calibrate --score candidates.json --statistics FILE` adds their scores to
-the statistics; then the same plan command chooses. With --retrain-candidates it leaves with 3 once
-more: `rescore` retrains the best of them and adds their losses after that.
+Where the model must decide between candidates (minitron-depth, minitron-width --search or
+--target-shapes), those that the statistics have no score for are written to candidates.json, beside
+the plan that is not written yet, and the exit code is 3. `calibrate --score candidates.json
+--statistics FILE` adds their scores to the statistics; then the same plan command chooses. With
+--retrain-candidates it leaves with 3 once more: `rescore` retrains the best of them and adds their
+losses after that.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Choice:
         search = self.method.search(self.settings)
         if search is None:
             return (self.target.choose(source, self.method, self.settings),)
-        return tuple(self.target.near(source, search)[: search.max_candidates])
+        return tuple(self.target.compete(source, search))
 
     @property
     def task(self) -> str | None:

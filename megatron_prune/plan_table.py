@@ -71,7 +71,7 @@ def _show_candidates(made: PruningPlan, console: Console) -> None:
     method = methods.get(made.method)
     search, task = method.search(made.settings), method.task(made.settings)
     # The shapes beyond the limit were never looked at, which a reader should know.
-    full = search is not None and len(made.candidates) == search.max_candidates
+    full = search is not None and not search.shapes and len(made.candidates) == search.max_candidates
     limit = " (as many as --max-candidates allows)" if full else ""
     spent = made.calibration or {}
     by = "the loss without what they remove"

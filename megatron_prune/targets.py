@@ -1,12 +1,13 @@
 """From flags to the shape after pruning: explicit sizes, a ratio, or a parameter count.
 
-Exactly one of three ways is used:
+Exactly one of these ways is used:
 
 * ``--target-num-layers …``: sizes are given; what is not given stays.
 * ``--ratio R``: the fraction to remove, of the blocks' linears or (``--ratio-of all``) of all parameters.
 * ``--target-params P``: how many parameters, of all, should stay.
+* ``--target-shapes …`` (minitron-width): the shapes that compete are given.
 
-For the last two the shape is chosen deterministically. Depth: the number of layers whose removal
+For ratio and parameters the shape is chosen deterministically. Depth: the number of layers whose removal
 comes nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. For every
 hidden size, the FFN size that comes nearest (of two, the larger); among those pairs that lie within
 ``--tolerance`` of what should stay, the one that shrinks hidden and FFN most evenly (by ratio to
@@ -38,6 +39,7 @@ class Target:
     """What the user asked for; the fields are the flags."""
 
     sizes: Mapping[str, int]  # explicit ones, by ModelShape field
+    shapes: Sequence[str] = ()
     ratio: float | None = None
     ratio_of: str = "linears"
     params: int | None = None
@@ -52,6 +54,7 @@ class Target:
                 ("--target-<size>", self.sizes),
                 ("--ratio", self.ratio is not None),
                 ("--target-params", self.params is not None),
+                ("--target-shapes", self.shapes),
             )
             if given
         ]
@@ -59,7 +62,8 @@ class Target:
             raise UsageError(
                 "--ratio",
                 given=" and ".join(ways) or "no target",
-                allowed="exactly one of --ratio, --target-params, or explicit --target-<size> flags",
+                allowed="exactly one of --ratio, --target-params, or explicit --target-<size> flags "
+                "(minitron-width: or --target-shapes)",
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError("--ratio", given=self.ratio, allowed="a fraction removed, between 0 and 1")
@@ -75,13 +79,31 @@ class Target:
     def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
         """The shape after pruning; UsageError where the flags cannot be met."""
         if self.sizes:
-            shape = _explicit(source, self.sizes, method)
+            shape = _explicit(source, self.sizes, method.dimensions)
             self._check(source, shape)
         elif "num_layers" in (free := method.free_dimensions(settings)):
             shape = self._depth(source)
         else:
             assert {"hidden_size", "ffn_hidden_size"} <= set(free)
             shape = self._width(source)
+        return shape
+
+    def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:
+        """The shapes that compete: those that are given, in that order, or the best of those near the target."""
+        if not search.shapes:
+            return self.near(source, search)[: search.max_candidates]
+        return [self._given(source, dict(zip(search.axes, sizes, strict=True))) for sizes in search.shapes]
+
+    def _given(self, source: ModelShape, sizes: Mapping[str, int]) -> ModelShape:
+        words = "/".join(map(str, sizes.values()))
+        if source.norm_bias and sizes["hidden_size"] != source.hidden_size:
+            raise _unmasked("--target-shapes", words, f"hidden size {source.hidden_size}")
+        try:
+            shape = _explicit(source, sizes, tuple(sizes))
+            self._check(source, shape)
+        except UsageError as error:  # it names the flag of a size
+            given = f"{words}, which is {error.flag} {error.given}"
+            raise UsageError("--target-shapes", given=given, allowed=error.allowed) from error
         return shape
 
     def near(self, source: ModelShape, search: Search) -> list[ModelShape]:
@@ -92,12 +114,7 @@ class Target:
         if self.sizes:
             raise UsageError("--search", given="with an explicit shape", allowed="with --ratio or --target-params")
         if source.norm_bias and "hidden_size" in search.axes:
-            raise UsageError(
-                "--search",
-                given="hidden",
-                allowed="ffn, heads and groups, for a parent with LayerNorm",
-                why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
-            )
+            raise _unmasked("--search", "hidden", "ffn, heads and groups")
         goal, tolerance = self._goal(source), self.tolerance or TOLERANCE
         ranked: list[tuple[tuple[float, ...], ModelShape]] = []
         nearest: tuple[float, ModelShape] | None = None
@@ -292,6 +309,16 @@ class Target:
             )
 
 
+def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
+    """What to say where candidates of a parent with LayerNorm would have fewer hidden channels."""
+    return UsageError(
+        flag,
+        given=given,
+        allowed=f"{allowed}, for a parent with LayerNorm",
+        why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
+    )
+
+
 def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:
     """What multiples are of, and the size in words: of those ``axes`` of ``shape``."""
     heads = f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups"
@@ -313,13 +340,13 @@ def _unevenness(source: ModelShape, shape: ModelShape, search: Search) -> float:
     return max(ratios) - min(ratios)
 
 
-def _explicit(source: ModelShape, sizes: Mapping[str, int], method: Method) -> ModelShape:
+def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence[str]) -> ModelShape:
     for field, size in sizes.items():
-        if field not in method.dimensions:
+        if field not in dimensions:
             raise UsageError(
                 flag_of(field),
                 given=size,
-                allowed="a size that the method cuts: " + ", ".join(flag_of(d) for d in method.dimensions),
+                allowed="a size that the method cuts: " + ", ".join(map(flag_of, dimensions)),
             )
         if not 1 <= size <= getattr(source, field):
             raise UsageError(flag_of(field), given=size, allowed=f"1 to {getattr(source, field)}, the source's size")
@@ -380,10 +407,12 @@ def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Tar
     sizes = {f: size for f in DIMENSIONS if (size := getattr(options, "target_" + f)) is not None}
     if options.ratio is None and options.ratio_of is not None:
         raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
-    if sizes and options.tolerance is not None:
+    shapes = getattr(options, "target_shapes", None) or ()  # a flag of minitron-width
+    if (sizes or shapes) and options.tolerance is not None:
         raise UsageError("--tolerance", given=options.tolerance, allowed="together with --ratio or --target-params")
     return Target(
         sizes=sizes,
+        shapes=shapes,
         ratio=options.ratio,
         ratio_of=options.ratio_of or "linears",
         params=options.target_params,

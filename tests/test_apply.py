@@ -36,7 +36,7 @@ def statistics(parent: Checkpoint, seed: int = 0) -> Statistics:
 
 
 WIDTH_SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH_SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None}
+WIDTH_SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
 
 
 def make(parent: Checkpoint, method: str, **sizes: int) -> plan.PruningPlan:

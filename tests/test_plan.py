@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_prune import candidates, plan, plan_command, plan_table
+from megatron_prune import candidates, methods, plan, plan_command, plan_table
 from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.accuracy import Accuracy
 from megatron_prune.calibrate.statistics import Retrained, Statistics, StatisticsError, TaskScore, tensor_shapes
@@ -28,7 +29,7 @@ from megatron_prune.errors import EXIT_NEEDS_SCORES, PlanError, UsageError
 SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
 SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None}
+SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
 DEPTH = {"score_by": "loss", "task_data": None, "task_metric": None}
 
 
@@ -286,6 +287,30 @@ def test_a_table_as_long_as_it_may_be_says_so() -> None:
     plan_table.show(made, Console(file=shown, width=110))
     assert "candidates: 2 (as many as --max-candidates allows)" in shown.getvalue()
     assert "hidden 24, 12 heads in 3 groups, FFN 8" in shown.getvalue()
+
+
+def test_the_papers_candidates_for_llama_compete() -> None:
+    """62.5%: hidden, heads and FFN as they were given; the one that loses least is cut."""
+    llama = ModelShape(4, 4096, 32, 8, 128, 14336, 128256, tied=False)  # four of its layers
+    words = ["2176/32/7168", "2304/32/6656", "2432/32/6144", "2560/32/6400", "2688/32/5888"]
+    method = methods.get("minitron-width")
+    parser = argparse.ArgumentParser()
+    own = plan_command.add_choice_arguments(parser, method)
+    options = parser.parse_args(["--method", "minitron-width", "--target-shapes", *words])
+    choice = plan_command.choice_from("minitron-width", method, own, options, 1, None)
+    question = Question("minitron-width", choice.settings, llama, choice.shapes(llama), "parent")
+    found = statistics(llama)
+    scored = candidates.with_scores(found, question.candidates(found), [3.2, 3.1, 2.9, 3.0, 3.3])
+    made = choice.make(question, scored)
+    chosen = made.target
+    assert (chosen.hidden_size, chosen.num_attention_heads, chosen.ffn_hidden_size) == (2432, 32, 6144)
+    assert (made.chosen, made.ratio) == (2, None)
+    assert [row.candidate for row in made.candidates] == [
+        "hidden {}, {} heads in 8 groups, FFN {}".format(*word.split("/")) for word in words
+    ]
+    shown = io.StringIO()
+    plan_table.show(made, Console(file=shown, width=110))
+    assert "candidates: 5, by the loss" in shown.getvalue() and "asked for" not in shown.getvalue()
 
 
 def by_task(*right: tuple[int, int, int], losses: tuple[float, ...] = (3.0, 2.5, 4.0)) -> plan.PruningPlan:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_prune import methods, targets
+from megatron_prune import methods, plan_command, targets
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 
@@ -19,7 +19,13 @@ LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 SMALL = ModelShape(6, 96, 12, 6, 8, 192, 384, tied=True)
 MHA = replace(SMALL, num_query_groups=12)
-UNLIMITED = {"max_candidates": None, "retrain_candidates": None, "retrain_tokens": None}
+UNLIMITED = {
+    "search": None,
+    "max_candidates": None,
+    "retrain_candidates": None,
+    "retrain_tokens": None,
+    "target_shapes": None,
+}
 
 
 def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
@@ -144,7 +150,7 @@ def test_random_cuts_depth_and_width_at_once() -> None:
 def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
     parser = argparse.ArgumentParser()
     targets.add_arguments(parser)
-    search = methods.get("minitron-width").search({"search": axes.split(), **UNLIMITED})
+    search = methods.get("minitron-width").search(UNLIMITED | {"search": axes.split()})
     assert search is not None
     return targets.from_arguments(parser.parse_args(flags), tp).near(source, search)
 
@@ -269,6 +275,67 @@ def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message
 def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: list[str] | None) -> None:
     with pytest.raises(UsageError, match=f"--max-candidates: given {limit}"):
         methods.get("minitron-width").search(UNLIMITED | {"search": search, "max_candidates": limit})
+
+
+def given_shapes(source: ModelShape, *words: str, tp: int = 1) -> tuple[ModelShape, ...]:
+    """The shapes that compete by minitron-width's flags, as ``plan`` reads them."""
+    method = methods.get("minitron-width")
+    parser = argparse.ArgumentParser()
+    own = plan_command.add_choice_arguments(parser, method)
+    options = parser.parse_args(["--method", "minitron-width", *words])
+    return plan_command.choice_from("minitron-width", method, own, options, tp, None).shapes(source)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_candidates_compete_where_they_are_given(name: str) -> None:
+    words = [f"{hidden}/32/{ffn}" for hidden, ffn in PAPER[name]]
+    found = given_shapes(LLAMA_8B, "--target-shapes", *words)
+    assert found == tuple(replace(LLAMA_8B, hidden_size=h, ffn_hidden_size=f) for h, f in PAPER[name])
+
+
+def test_heads_of_given_shapes_stay_in_their_groups() -> None:
+    words = ["--divisible-by", "8", "--target-shapes", "64/6/96", "96/4/192"]
+    found = given_shapes(MHA, *words)
+    assert [(s.num_attention_heads, s.num_query_groups) for s in found] == [(6, 6), (4, 4)]
+    gqa = given_shapes(SMALL, "--divisible-by", "8", "--target-shapes", "64/6/96", "64/12/96")
+    assert [(s.num_attention_heads, s.num_query_groups) for s in gqa] == [(6, 6), (12, 6)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["64/12/64"], "given 64/12/64, allowed is two shapes or more"),
+        (["64/12/64", "64/12"], "given 64/12, allowed is HIDDEN/HEADS/FFN"),
+        (["64/12/64", "64/0/64"], "given 64/0/64, allowed is HIDDEN/HEADS/FFN"),
+        (["64/12/64", "64x12x64"], "given 64x12x64, allowed is HIDDEN/HEADS/FFN"),
+        (["64/12/64", "64/12/64"], "given 64/12/64 twice, allowed is every shape once"),
+        (["64/12/64", "48/12/64"], "given 48/12/64, which is --target-hidden-size 48, allowed is .* --divisible-by 64"),
+        (["64/12/64", "64/9/64"], "given 64/9/64, which is --target-num-attention-heads 9 for 6 query groups"),
+        (["64/12/64", "64/12/256"], "given 64/12/256, which is --target-ffn-hidden-size 256, allowed is 1 to 192"),
+        (["64/12/64", "96/12/192"], "given 96/12/192, which is .* the source's sizes"),
+        (["64/12/64", "64/12/128", "--ratio", "0.5"], "given --ratio and --target-shapes, allowed is exactly one of"),
+        (["64/12/64", "64/12/128", "--target-params", "9"], "given --target-params and --target-shapes"),
+        (["64/12/64", "64/12/128", "--target-ffn-hidden-size", "64"], "given --target-<size> and --target-shapes"),
+        (["64/12/64", "64/12/128", "--tolerance", "0.1"], "--tolerance: given 0.1"),
+        (["64/12/64", "64/12/128", "--search", "ffn"], "--search: given with --target-shapes"),
+        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: given 2, allowed is together with"),
+        (
+            ["64/12/64", "64/12/128", "--retrain-candidates", "3", "--retrain-tokens", "9"],
+            "--retrain-candidates: given 3, allowed is 2 to the number of shapes, 2",
+        ),
+    ],
+)
+def test_given_shapes_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        given_shapes(SMALL, "--target-shapes", *words)
+
+
+def test_given_shapes_obey_tensor_parallelism_and_layer_norm() -> None:
+    with pytest.raises(UsageError, match="given 96/12/64, which is --target-ffn-.* --tensor-model-parallel-size 3"):
+        given_shapes(SMALL, "--target-shapes", "96/12/64", "96/12/128", tp=3)
+    narrow = ["--target-shapes", "96/12/64", "64/12/128"]
+    with pytest.raises(UsageError, match="--target-shapes: given 64/12/128, allowed is hidden size 96, .* LayerNorm"):
+        given_shapes(replace(SMALL, norm_bias=True), *narrow)
 
 
 REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [

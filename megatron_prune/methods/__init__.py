@@ -82,11 +82,15 @@ class Retraining:
 
 @dataclass(frozen=True)
 class Search:
-    """Which sizes a search varies (of WIDTH), and how many shapes it may score."""
+    """Which sizes a search varies (of WIDTH), and how many shapes it may score.
+
+    Where the shapes that compete are given, ``shapes`` are their sizes on ``axes``.
+    """
 
     axes: tuple[str, ...]
     max_candidates: int
     retraining: Retraining | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ the batch first, then squares are summed over tokens. With sequences one at a ti
 
 The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (targets.py) or, with
 ``--search AXIS …``, by the model: the shapes near the target are cut as above, one at a time, and
-the one with the lowest un-retrained loss on the calibration text is taken.
+the one with the lowest un-retrained loss on the calibration text is taken. ``--target-shapes`` names
+the shapes that compete.
 
 A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K
 best are really cut, trained on T tokens each (the verb ``rescore``), and the one with the lowest loss
@@ -25,7 +26,8 @@ parent, and K·T counts as what pruning itself trained on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ _AXES = {
     "heads": "num_attention_heads",
     "groups": "num_query_groups",
 }
+_GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # what a word of --target-shapes says
 _SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
@@ -68,6 +71,12 @@ class MinitronWidth(RankingMethod):
             "query groups, whole groups) by the loss of the model; default: a rule gives the shape",
         )
         parser.add_argument(
+            "--target-shapes",
+            nargs="+",
+            metavar="HIDDEN/HEADS/FFN",
+            help="in place of all other targets: score these shapes, and take the best; query groups stay",
+        )
+        parser.add_argument(
             "--max-candidates",
             type=int,
             metavar="N",
@@ -77,15 +86,20 @@ class MinitronWidth(RankingMethod):
             "--retrain-candidates",
             type=int,
             metavar="K",
-            help="with --search: the K best are retrained before one is chosen (see rescore)",
+            help="of the shapes that compete the K best are retrained before one is chosen (see rescore)",
         )
         parser.add_argument("--retrain-tokens", type=int, metavar="T", help="tokens of each of these retrainings")
 
     def search(self, settings: Mapping[str, Any]) -> Search | None:
-        chosen, limit = settings["search"], settings["max_candidates"]
+        chosen, limit, shapes = settings["search"], settings["max_candidates"], settings["target_shapes"]
         if limit is not None and (chosen is None or limit < 1):
             allowed = "together with --search" if chosen is None else "an integer of at least 1"
             raise UsageError("--max-candidates", given=limit, allowed=allowed)
+        if shapes is not None:
+            if chosen is not None:
+                raise UsageError("--search", given="with --target-shapes", allowed="with --ratio or --target-params")
+            given = _given(shapes)
+            return Search(_GIVEN, len(given), _retraining(settings, len(given), "the number of shapes, "), given)
         if chosen is None:
             _retraining(settings, 0)
             return None
@@ -132,17 +146,32 @@ class MinitronWidth(RankingMethod):
         return Selection(tuple(layers), hidden, heads, ffn, tuple(near))
 
 
-def _retraining(settings: Mapping[str, Any], limit: int) -> Retraining | None:
+def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Sizes of the shapes in ``--target-shapes``; UsageError where they are none, or nothing competes."""
+    for word in words:
+        if not re.fullmatch(r"[1-9][0-9]*(/[1-9][0-9]*){2}", word):
+            raise UsageError("--target-shapes", given=word, allowed="HIDDEN/HEADS/FFN, such as 2432/32/6144")
+        if words.count(word) > 1:
+            raise UsageError("--target-shapes", given=f"{word} twice", allowed="every shape once")
+    if len(words) < 2:
+        raise UsageError(
+            "--target-shapes", given=words[0], allowed="two shapes or more",
+            why="for one there are --target-hidden-size and its like",
+        )  # fmt: skip
+    return tuple(tuple(map(int, word.split("/"))) for word in words)
+
+
+def _retraining(settings: Mapping[str, Any], limit: int, called: str = "--max-candidates ") -> Retraining | None:
     """What ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError where that cannot be."""
     count, tokens = settings["retrain_candidates"], settings["retrain_tokens"]
     if count is None and tokens is None:
         return None
     if not limit:
         flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
-        raise UsageError(flag, given=given, allowed="together with --search")
+        raise UsageError(flag, given=given, allowed="together with --search or --target-shapes")
     if count is None or not 2 <= count <= limit:
         given = "nothing" if count is None else count
-        raise UsageError("--retrain-candidates", given=given, allowed=f"2 to --max-candidates {limit}")
+        raise UsageError("--retrain-candidates", given=given, allowed=f"2 to {called}{limit}")
     if tokens is None or tokens < 1:
         given = "nothing" if tokens is None else tokens
         raise UsageError("--retrain-tokens", given=given, allowed="a number of tokens, with --retrain-candidates")

@@ -29,7 +29,7 @@ LAYOUTS = {
     "tp2pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH |= {"retrain_candidates": None, "retrain_tokens": None}
+WIDTH |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
 
 
 def flags(parent: Path, corpus: Path, *more: object) -> list[Any]:

@@ -155,6 +155,26 @@ def test_width_scores_are_those_of_checkpoints_that_are_cut(
     assert made.kept_ffn == offered[best].selection.ffn and "candidates: 7" in shown
 
 
+def test_given_shapes_are_scored_like_a_searchs(verbs: Verbs, tmp_path: Path) -> None:
+    verbs.calibrate()
+    choice = ["--method", "minitron-width", "--target-shapes", "48/12/180", "72/6/96"]
+    assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES
+    question, _ = candidates.read(tmp_path / "candidates.json")
+    unscored = statistics_file.read(verbs.statistics)
+    offered = question.candidates(unscored)
+    expected = applied_losses(verbs, unscored, offered)
+    verbs.score(*TP2, nproc=2).ok()
+    shown = verbs.make(*choice).ok().output
+    made = plan.read(verbs.plan)
+    assert [row.loss for row in made.candidates] == pytest.approx(expected, abs=2e-5)
+    assert made.chosen == int(np.argmin(expected)) and made.target == offered[made.chosen].target
+    assert (made.ratio, made.settings["target_shapes"]) == (None, ["48/12/180", "72/6/96"])
+    assert [(s.hidden_size, s.num_attention_heads, s.ffn_hidden_size) for s in question.targets] == [
+        (48, 12, 180), (72, 6, 96),
+    ]  # fmt: skip
+    assert "candidates: 2, by the loss" in shown
+
+
 def test_masked_width_is_transformers_sliced_model(verbs: Verbs, tiny_corpus: Path, tmp_path: Path) -> None:
     """The loss that scoring finds for the chosen shape, against the exported cut in float64."""
     import transformers

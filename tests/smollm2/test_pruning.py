@@ -23,7 +23,7 @@ from tests.training.small import layout
 SEQUENCES, LENGTH = 4, 96
 LAYOUTS = {"tp1": (1, 1, 1), "tp3": (3, 1, 3), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp3pp2": (3, 2, 6)}
 WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH |= {"retrain_candidates": None, "retrain_tokens": None}
+WIDTH |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
 CUTS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "3 of 30 layers": ("shortgpt", {}, {"num_layers": 27}),
     "half the layers": ("shortgpt", {}, {"num_layers": 15}),

@@ -132,6 +132,16 @@ def test_a_search_gives_its_shape_to_scratch_and_survives_kills(tmp_path: Path, 
     assert len(table) == 4 and len({row.candidate for row in table}) == 4
 
 
+def test_given_shapes_compete_without_a_ratio(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"shapes": ["16/4/48", "24/2/32", "24/4/24"]}
+    method = {"name": "minitron-width", "target": given, "settings": {"divisible-by": 8}}
+    study = made_up.study(prefixes, methods=[method])
+    places = made_up.run(study, tmp_path, made_up.FakeLauncher())
+    made = plan.read(places.cell("pruning-minitron-width-target-s1") / "plan.json")
+    assert len(made.candidates) == 3 and made.settings["target_shapes"] == given["shapes"]
+
+
 def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     tmp_path: Path, prefixes, monkeypatch
 ) -> None:
