@@ -85,6 +85,44 @@ def test_depth_scores_are_the_losses_without_those_layers(
     assert f"without layers {best}-{best + 1}" in shown and "candidates: 3" in shown
 
 
+def count_blocks(argv: list[str]) -> int:
+    """``calibrate`` in this rank; how often a block was run."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from torch.nn.modules.module import register_module_forward_hook
+
+    from megatron_prune.__main__ import main
+
+    calls = 0
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal calls
+        calls += isinstance(module, TransformerLayer)
+
+    handle = register_module_forward_hook(count)
+    try:
+        assert main(["calibrate", *argv]) == 0
+    finally:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_depth_candidates_share_what_is_before_their_first_removed_layer(
+    verbs: Verbs, distributed: Callable[..., list[int]], tmp_path: Path, stages: int
+) -> None:
+    verbs.calibrate()
+    kept = LAYERS - 1
+    verbs.make("--method", "minitron-depth", "--target-num-layers", kept)
+    words = [*verbs.load, "--score", tmp_path / "candidates.json", "--statistics", verbs.statistics]
+    words += ["--pipeline-model-parallel-size", stages]
+    calls = sum(distributed(count_blocks, stages, [str(word) for word in words]))
+    assert len(statistics_file.read(verbs.statistics).scores) == kept + 1
+    apart = (kept + 1) * kept  # every candidate by itself
+    # Shared: once up to the last start's first removed layer, then each start s has the kept - s layers after it.
+    shared = (kept + 1) + kept * (kept + 1) // 2
+    assert shared < apart and calls == SEQUENCES * (shared if stages == 1 else apart)
+
+
 AXES = ["hidden", "ffn", "heads", "groups"]
 SEARCH = ["--method", "minitron-width", "--search", *AXES, "--ratio", "0.4", "--tolerance", "0.1"]
 
