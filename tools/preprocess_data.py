@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--nltk-data", metavar="DIR", help="folder with tokenizers/punkt_tab (else where NLTK looks)")
     add("--workers", type=int, default=1, help="processes; the files do not depend on their number")
     add("--json-keys", default="text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
-    add("--input-format", choices=text.FORMATS, default="auto", help="auto goes by the names")
+    add("--input-format", choices=text.FORMATS, default="auto", help="auto goes by the endings")
     add("--text-documents", choices=text.DOCUMENTS, default="file", help="what a document in a text file is")
     return parser.parse_args(argv)
 

@@ -81,7 +81,7 @@ def preprocess(
     """
     paths = [name for name in inputs if isinstance(name, str | Path)]
     if paths or not inputs:
-        check_inputs(paths)
+        check_inputs(paths, input_format)
     sources: list[Source] = [
         File(Path(name), json_key, input_format, text_documents) if isinstance(name, str | Path) else name
         for name in inputs

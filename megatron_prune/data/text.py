@@ -19,6 +19,8 @@ from megatron_prune.errors import DataError, UsageError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
 FORMATS = ("auto", "jsonl", "parquet", "text")
 DOCUMENTS = ("file", "paragraph", "line")
 PARQUET_ROWS = 256  # that are decoded at a time
@@ -77,23 +79,36 @@ class File:
 
 
 def format_of(path: Path, input_format: str = "auto") -> str:
-    """``jsonl``, ``parquet`` or ``text``: as ``--input-format`` says, or by the name before .gz or .zst."""
+    """``jsonl``, ``parquet`` or ``text``: as ``--input-format`` says, or by the ending before .gz or .zst, in any case.
+
+    UsageError for an ending that says nothing: taken for text, a shard of JSON lines would be one document.
+    """
     if input_format != "auto":
         return input_format
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(JSONL_SUFFIXES):
-        return "jsonl"
-    return "parquet" if name.endswith(PARQUET_SUFFIXES) else "text"
+    name = path.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
+    for kind, suffixes in (("jsonl", JSONL_SUFFIXES), ("parquet", PARQUET_SUFFIXES), ("text", TEXT_SUFFIXES)):
+        if name.endswith(suffixes):
+            return kind
+    known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *TEXT_SUFFIXES))
+    raise UsageError(
+        "--input-format", given=f"auto for {path}", allowed=f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}",
+        why=f"auto goes by the ending: {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
+    )  # fmt: skip
 
 
-def check_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The input files as paths; UsageError when one is missing or none is given."""
+def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Path]:
+    """The input files as paths; UsageError when one is missing or of no known format, or none is given."""
     paths = [Path(name) for name in inputs]
     if not paths:
         raise UsageError("--input", given="nothing", allowed="one or more files")
     for path in paths:
         if not path.is_file():
             raise UsageError("--input", given=path, allowed="existing files of JSON lines, Parquet or text")
+        format_of(path, input_format)
     return paths
 
 

@@ -37,7 +37,7 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    paths = check_inputs(inputs)
+    paths = check_inputs(inputs, input_format)
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError("--vocab-size", given=vocab_size, allowed=f"{SMALLEST_VOCABULARY} or more")
     if model_type not in MODEL_TYPES:

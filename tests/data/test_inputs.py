@@ -24,6 +24,7 @@ from megatron_prune.data import hub, index_file, text
 from megatron_prune.data.preprocess import preprocess
 from megatron_prune.data.sentences import load_splitter
 from megatron_prune.data.tokenizers import load_tokenizer
+from megatron_prune.data.train_tokenizer import train_tokenizer
 from megatron_prune.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,7 @@ def writers(texts):
         "x.jsonl": lines,
         "x.jsonl.gz": gzip.compress(lines),
         "x.jsonl.zst": frames,
+        "X.JSONL.Zstd": frames,
         "x.json.zst": zstandard.ZstdCompressor(write_content_size=False).compress(lines),
         "misnamed.jsonl": zstandard.compress(lines),
         "x.parquet": lambda path: parquet(path, texts, row_group_size=7, compression="zstd"),
@@ -88,6 +90,24 @@ def test_the_format_can_be_said_where_the_name_does_not(tmp_path, tokenizer):
     for name, kind in (("shard", "parquet"), ("lines", "jsonl"), ("x.jsonl", "text")):
         preprocess([tmp_path / name], tmp_path / kind, tokenizer, input_format=kind, text_documents="line")
     assert hashes(tmp_path / "parquet") == hashes(tmp_path / "jsonl") == hashes(tmp_path / "text")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz.part", "part-00000", "x.jsonl.xz", "x.csv.gz", "zst", "x.jsonl.gz.zst"])
+def test_a_name_that_says_no_format_is_refused_before_anything_is_read(tmp_path, tokenizer, name):
+    for found in ("good.jsonl", name):
+        (tmp_path / found).write_bytes(json_lines(["one", "two"]))
+    says = rf"--input-format: given auto for .*/{name}, allowed is jsonl, parquet or text .*\.jsonl.*\.txt.*\.zstd"
+    with pytest.raises(UsageError, match=says):
+        preprocess([tmp_path / "good.jsonl", tmp_path / name], tmp_path / "P", tokenizer)
+    with pytest.raises(UsageError, match=says):
+        train_tokenizer([tmp_path / name], tmp_path / "t.model", 400)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["good.jsonl", name])
+    preprocess([tmp_path / "good.jsonl", tmp_path / name], tmp_path / "P", tokenizer, input_format="jsonl")
+
+
+def test_text_is_what_is_named_so():
+    for name in ("a.txt", "a.TXT.GZ", "a.text", "README.md", "a.rst.zst"):
+        assert text.format_of(Path(name)) == "text"
 
 
 def test_broken_files_are_named(tmp_path, tokenizer):
