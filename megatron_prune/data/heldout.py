@@ -2,55 +2,75 @@
 
 Corpora of different names can still share documents (a test set that came out of the training set, a
 crawl that holds the book). Documents are compared as token sequences, so both corpora must come from
-one tokenizer; only whole, equal documents are found, not quotations.
+one tokenizer; only whole, equal documents of ``documents.SHORTEST`` tokens and more are found, not
+quotations and not sentences that two documents share.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.data import indexed
+from megatron_prune.data.documents import SHORTEST, Documents
 from megatron_prune.errors import DataError
 
-SHORTEST = 32  # tokens; shorter documents may well be equal by chance
-HEAD = 16  # tokens by which a training document is judged before it is read whole
-BLOCK = 1 << 20  # training documents that are judged at a time
+HEAD = 16  # tokens by which, and by its length, a document is judged before it is read whole
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: tokens of a head are digits of a number to this base
 
 
 def shared_documents(training: str | Path, held_out: str | Path) -> list[tuple[int, int]]:
     """Pairs (document of ``training``, document of ``held_out``) with the same tokens; each held-out one once.
 
-    Reads the held-out corpus and of the training corpus its lengths and the heads of documents of
-    fitting length, so the held-out one is to be the small one.
+    Reads of both corpora the lengths and the heads of documents of fitting length, and whole only those whose
+    heads fit; the held-out one is to be the small one.
     """
-    train, held = indexed.open_indexed(training), indexed.open_indexed(held_out)
-    by_tokens = {
-        held[i].astype(np.int32).tobytes(): i for i in np.flatnonzero(held.sequence_lengths >= SHORTEST)[::-1].tolist()
-    }
-    if not by_tokens:
-        return []
-    heads = np.array([np.frombuffer(key, np.int32, HEAD) for key in by_tokens])
-    wanted = np.unique(_as_one(heads))
-    lengths = np.unique([len(key) // 4 for key in by_tokens])
-    ids = np.memmap(f"{training}.bin", dtype=train.index.dtype, mode="r")
-    found: dict[int, int] = {}
-    for block in range(0, len(train), BLOCK):
-        rows = block + np.flatnonzero(np.isin(train.sequence_lengths[block : block + BLOCK], lengths))
-        starts = train.index.sequence_pointers[rows] // train.index.dtype_size
-        begun = ids[starts[:, None] + np.arange(HEAD)].astype(np.int32)
-        for row in rows[np.isin(_as_one(begun), wanted)].tolist():
-            twin = by_tokens.get(train[row].astype(np.int32).tobytes())
-            if twin is not None:
-                found.setdefault(twin, row)
-    return sorted((row, twin) for twin, row in found.items())
+    train, held = Documents(training), Documents(held_out)
+    numbers, lengths, sketches = _all_sketches(held)
+    lengths, wanted = np.unique(lengths), np.unique(sketches)
+    begun_alike, alike = [], []
+    for first, bounds in train.blocks():
+        rows = np.flatnonzero(np.isin(np.diff(bounds), lengths))
+        found = _sketches(train.ids, bounds[rows], np.diff(bounds)[rows])
+        fits = np.isin(found, wanted)
+        begun_alike.append(first + rows[fits])
+        alike.append(np.unique(found[fits]))
+    candidates = numbers[np.isin(sketches, np.concatenate(alike))]
+    by_tokens: dict[bytes, list[int]] = {}
+    for number in candidates.tolist():
+        by_tokens.setdefault(_digest(held.tokens(number)), []).append(number)
+    pairs: list[tuple[int, int]] = []
+    for row in np.concatenate(begun_alike).tolist():
+        if not by_tokens:
+            break
+        pairs += [(row, twin) for twin in by_tokens.pop(_digest(train.tokens(row)), [])]
+    return sorted(pairs)
 
 
-def _as_one(heads: np.ndarray) -> np.ndarray:
-    """[documents, HEAD] int32 → [documents], each head as one comparable value."""
-    return np.ascontiguousarray(heads).view(f"S{4 * HEAD}").reshape(-1)
+def _all_sketches(corpus: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers, lengths and sketches of the documents that are long enough to compare."""
+    found = []
+    for first, bounds in corpus.blocks():
+        rows = np.flatnonzero(np.diff(bounds) >= SHORTEST)
+        lengths = np.diff(bounds)[rows]
+        found.append((first + rows, lengths, _sketches(corpus.ids, bounds[rows], lengths)))
+    numbers, lengths, sketches = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return numbers, lengths, sketches
+
+
+def _sketches(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[documents] uint64 of each document's length and first HEAD tokens: equal for equal documents."""
+    sketches = lengths.astype(np.uint64)
+    for position in range(HEAD):  # a shorter document's last token stands for those that it lacks
+        token = ids[starts + np.minimum(position, lengths - 1)].astype(np.uint64)
+        sketches = sketches * MULTIPLIER + token
+    return sketches
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.astype(np.int32).tobytes(), digest_size=16).digest()
 
 
 def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) -> None:

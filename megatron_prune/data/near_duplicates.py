@@ -6,21 +6,23 @@ only if enough of its shingles occur in the held-out corpus at all, which nearly
 that the index proposes is then compared in full, so no pair below the threshold is ever reported. A pair
 above it can be missed by chance (measured in the tests: below 1% at the threshold itself).
 
-A short document quoted inside a long one is not near it in this measure.
+A short document quoted inside a long one is not near it in this measure; documents below
+``documents.SHORTEST`` tokens are not compared.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_prune.data import indexed
+from megatron_prune.data.documents import SHORTEST, Documents
 from megatron_prune.errors import DataError, UsageError
 
 SHINGLE = 5  # tokens
-SHORTEST = 32  # tokens; shorter documents may well be alike by chance, as in heldout
 PERMUTATIONS = 256
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, of 64 bits: tokens of a shingle are digits of a number to this base
 
@@ -34,32 +36,16 @@ class Pair:
     similarity: float
 
 
-class Documents:
-    """The documents of a corpus, each the union of its sequences, as sets of shingles."""
-
-    def __init__(self, prefix: str | Path):
-        self._corpus = indexed.open_indexed(prefix)
-        index = self._corpus.index
-        ends = np.append(index.sequence_pointers // index.dtype_size, indexed.tokens(self._corpus))
-        self._bounds = ends[self._corpus.document_indices]  # [documents + 1], in tokens
-        self._ids = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def tokens(self, document: int) -> np.ndarray:
-        return self._ids[self._bounds[document] : self._bounds[document + 1]]
-
-    def shingles(self, document: int) -> np.ndarray:
-        """Sorted different shingles of a document as uint64 hashes; none where it is shorter than SHORTEST."""
-        tokens = self.tokens(document).astype(np.uint64)
-        count = len(tokens) - SHINGLE + 1 if len(tokens) >= SHORTEST else 0
-        hashes = np.zeros(max(count, 0), dtype=np.uint64)
-        for position in range(SHINGLE if count > 0 else 0):
-            hashes = hashes * np.uint64(MULTIPLIER) + tokens[position : position + count] + np.uint64(1)
-        hashes ^= hashes >> np.uint64(32)  # spread the high bits, since MinHash takes the low ones
-        hashes *= np.uint64(MULTIPLIER)
-        return np.unique(hashes ^ (hashes >> np.uint64(29)))
+def shingles_of(tokens: np.ndarray) -> np.ndarray:
+    """Sorted different shingles of a document as uint64 hashes; none where it is shorter than SHORTEST."""
+    tokens = tokens.astype(np.uint64)
+    count = len(tokens) - SHINGLE + 1 if len(tokens) >= SHORTEST else 0
+    hashes = np.zeros(count, dtype=np.uint64)
+    for position in range(SHINGLE if count else 0):
+        hashes = hashes * np.uint64(MULTIPLIER) + tokens[position : position + count] + np.uint64(1)
+    hashes ^= hashes >> np.uint64(32)  # spread the high bits, since MinHash takes the low ones
+    hashes *= np.uint64(MULTIPLIER)
+    return np.unique(hashes ^ (hashes >> np.uint64(29)))
 
 
 def near_duplicates(training: str | Path, held_out: str | Path, similarity: float = 0.8) -> list[Pair]:
@@ -78,7 +64,7 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
     lsh = MinHashLSH(threshold=max(0.05, similarity - 0.1), num_perm=PERMUTATIONS, weights=(0.05, 0.95))
     everything = []
     for number in range(len(held)):
-        shingles = held.shingles(number)
+        shingles = shingles_of(held.tokens(number))
         if len(shingles):
             everything.append(shingles)
             lsh.insert(number, _signature(shingles), check_duplication=False)
@@ -86,15 +72,16 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
         return []
     known = np.unique(np.concatenate(everything))
     nearest: dict[int, Pair] = {}
-    for number in range(len(train)):
-        shingles = train.shingles(number)
-        # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: fewer known shingles than that, and no document B is near.
-        if not len(shingles) or _members(shingles, known) < similarity * len(shingles):
-            continue
-        for twin in lsh.query(_signature(shingles)):
-            found = jaccard(shingles, held.shingles(twin))
-            if found >= similarity and (twin not in nearest or found > nearest[twin].similarity):
-                nearest[twin] = Pair(number, twin, found)
+    for first, bounds in train.blocks():
+        for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist()), start=first):
+            shingles = shingles_of(train.ids[start:end])
+            # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: fewer known shingles than that, and no document B is near.
+            if not len(shingles) or _members(shingles, known) < similarity * len(shingles):
+                continue
+            for twin in lsh.query(_signature(shingles)):
+                found = jaccard(shingles, shingles_of(held.tokens(twin)))
+                if found >= similarity and (twin not in nearest or found > nearest[twin].similarity):
+                    nearest[twin] = Pair(number, twin, found)
     return [nearest[twin] for twin in sorted(nearest)]
 
 

@@ -10,14 +10,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from megatron_prune.data import indexed
+from megatron_prune.data.documents import SHORTEST, Documents
 from megatron_prune.data.heldout import shared_documents
-from megatron_prune.data.near_duplicates import Documents, near_duplicates
+from megatron_prune.data.near_duplicates import near_duplicates
 from megatron_prune.errors import DataError, UsageError
-
-EXAMPLES = 10  # pairs of documents that a report names
 
 
 def compare_stages(
@@ -46,7 +43,8 @@ def compare_stages(
             and found["near_duplicates"] <= max_near_duplicates * found["documents"]
         )
     return {
-        "version": 1,
+        "version": 2,
+        "shortest": SHORTEST,
         "similarity": similarity,
         "max_duplicates": max_duplicates,
         "max_near_duplicates": max_near_duplicates,
@@ -59,27 +57,22 @@ def compare(first: tuple[str, str], second: tuple[str, str], similarity: float) 
     """What two corpora, each (stage, prefix), share; ``documents`` are the smaller one's, non-empty ones."""
     sizes = [indexed.tokens(indexed.open_indexed(prefix)) for _, prefix in (first, second)]
     large, small = (first, second) if sizes[0] >= sizes[1] else (second, first)
-    index = indexed.open_indexed(small[1])
-    ends = index.document_indices
-    exact = {
-        int(np.searchsorted(ends, sequence, side="right")) - 1 for _, sequence in shared_documents(large[1], small[1])
-    }
-    pairs, others, own = near_duplicates(large[1], small[1], similarity), Documents(large[1]), Documents(small[1])
-    for pair in pairs:  # a document that the smaller corpus holds twice is found once above
-        if np.array_equal(others.tokens(pair.training), own.tokens(pair.held_out)):
-            exact.add(pair.held_out)
-    near = [pair for pair in pairs if pair.held_out not in exact]
+    exact = [document for _, document in shared_documents(large[1], small[1])]
+    known = set(exact)
+    near = [pair for pair in near_duplicates(large[1], small[1], similarity) if pair.held_out not in known]
+    documents, too_short = Documents(small[1]).counts()
     return {
         "of": {"stage": small[0], "prefix": small[1]},
         "in": {"stage": large[0], "prefix": large[1]},
-        "documents": int((np.diff(ends) > 0).sum()),
+        "documents": documents,
+        "too_short": too_short,
         "duplicates": len(exact),
         "near_duplicates": len(near),
         "nearest": [
             {"document": pair.held_out, "is_like": pair.training, "similarity": round(pair.similarity, 4)}
-            for pair in sorted(near, key=lambda pair: -pair.similarity)[:EXAMPLES]
+            for pair in sorted(near, key=lambda pair: -pair.similarity)
         ],
-        "exact": sorted(exact)[:EXAMPLES],
+        "exact": sorted(exact),
     }
 
 
@@ -102,4 +95,6 @@ def line(found: Mapping[str, Any]) -> str:
     )
     for pair in found["nearest"][:1]:
         text += f" (document {pair['document']} is like its document {pair['is_like']})"
+    if found["too_short"]:
+        text += f", {found['too_short']} are too short to judge (below {SHORTEST} tokens)"
     return text

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_prune.data import documents as documents_module
 from megatron_prune.data import heldout, index
 from megatron_prune.errors import DataError
 from tests.data.corpora import write_corpus
 
-# Few values, so that equal lengths, equal heads and equal documents all happen; zeros, since NumPy's
-# byte strings drop trailing ones when they are read back.
+# Few values, so that equal lengths, equal heads and equal documents all happen.
 documents = st.lists(
-    st.tuples(st.integers(30, 36), st.integers(0, 2), st.integers(0, 1)).map(
-        lambda d: np.concatenate([np.full(20, d[1]), np.full(d[0] - 20, d[2])])
+    st.tuples(st.sampled_from([1, 7, 8, 9, 16, 30, 31]), st.integers(0, 2), st.integers(0, 1)).map(
+        lambda d: np.concatenate([np.full(d[0] - d[0] // 3, d[1]), np.full(d[0] // 3, d[2])])
     ),
     min_size=1,
     max_size=12,
@@ -27,14 +28,30 @@ documents = st.lists(
 def test_shared_documents_are_the_equal_ones(tmp_path_factory, train, held, dtype):
     folder = tmp_path_factory.mktemp("held")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heldout, "BLOCK", 5)
+        patch.setattr(documents_module, "BLOCK", 5)
         training = write_corpus(folder / "train", train)
         found = heldout.shared_documents(training, write_corpus(folder / "held", held, dtype))
     texts = [d.tolist() for d in train]
-    expected = {tuple(d.tolist()) for d in held if len(d) >= 32 and d.tolist() in texts}
-    assert {tuple(held[twin].tolist()) for _, twin in found} == expected
-    assert len(found) == len(expected)
+    assert {twin for _, twin in found} == {i for i, d in enumerate(held) if len(d) >= 8 and d.tolist() in texts}
+    assert len(found) == len({twin for _, twin in found})
     assert all(train[row].tolist() == held[twin].tolist() for row, twin in found)
+
+
+def write_sentences(prefix, documents) -> str:
+    """Documents of several sequences, as with --split-sentences; an empty one among them."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
+    for sentences in documents:
+        builder.add_document(np.concatenate([np.empty(0, np.int64), *sentences]), [len(s) for s in sentences])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_a_document_is_all_of_its_sentences(tmp_path):
+    generator = np.random.RandomState(0)
+    a, b, c, d = (generator.randint(0, 900, 40) for _ in range(4))
+    train = write_sentences(tmp_path / "train", [[a, b], [], [c], [a, d]])
+    held = write_sentences(tmp_path / "held", [[], [a, c], [b], [a[:9], a[9:], d], []])
+    assert heldout.shared_documents(train, held) == [(3, 3)]  # a, b and c alone are sentences that both hold
 
 
 def test_the_verb_refuses_a_stream_that_holds_held_out_documents(tmp_path, capsys):

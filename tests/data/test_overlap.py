@@ -41,11 +41,12 @@ def test_near_duplicates_are_those_of_all_pairs_in_plain_python(tmp_path):
     train = random_documents(1, 150)
     # Copies of all degrees of likeness, a few strangers, an exact copy, and one too short to judge.
     held = [changed(train[i], share, generator) for i, share in enumerate(np.linspace(0, 0.5, 60))]
-    held += [*random_documents(2, 20), train[100], train[3][:20]]
+    train[5] = train[5][:12]
+    held += [*random_documents(2, 20), train[100], train[3][:7], train[5]]
     pairs = near_duplicates(write_corpus(tmp_path / "train", train), write_corpus(tmp_path / "held", held), 0.6)
     expected = {}
     for j, document in enumerate(held):
-        likeness = [similarity(document, other) if len(document) >= 32 else 0 for other in train]
+        likeness = [similarity(document, other) if len(document) >= 8 else 0 for other in train]
         if max(likeness) >= 0.6:
             expected[j] = (int(np.argmax(likeness)), max(likeness))
     assert {p.held_out: (p.training, pytest.approx(p.similarity)) for p in pairs} == expected
@@ -105,6 +106,21 @@ def test_the_report_counts_and_the_limits_decide(stages):
     for duplicates, near, accepted in ((0.2, 0.1, True), (0.19, 0.1, False), (0.2, 0.09, False)):
         assert overlap.compare_stages(
             given, max_duplicates=duplicates, max_near_duplicates=near)["accepted"] is accepted  # fmt: skip
+
+
+def test_short_documents_are_equal_or_counted_and_every_duplicate_is_named(tmp_path):
+    short, tiny = random_documents(8, 30, 8, 20), random_documents(9, 5, 1, 8)
+    train = write_corpus(tmp_path / "train", [*random_documents(10, 50), *short, *tiny])
+    test = write_corpus(tmp_path / "test", [*tiny, *short])
+    report = overlap.compare_stages({"train": [train], "test": [test]}, max_duplicates=1)
+    (found,) = report["pairs"]
+    assert (found["documents"], found["duplicates"], found["too_short"]) == (35, 30, 5)
+    assert found["exact"] == list(range(5, 35)) and report["shortest"] == 8
+    assert "30 are in train" in overlap.line(found)
+    assert overlap.line(found).endswith(", 5 are too short to judge (below 8 tokens)")
+    nearly = [np.append(document, 7) for document in random_documents(10, 50)]
+    report = overlap.compare_stages({"train": [train], "test": [write_corpus(tmp_path / "near", nearly)]})
+    assert sorted(pair["document"] for pair in report["pairs"][0]["nearest"]) == list(range(50))
 
 
 def test_what_cannot_be_compared_is_refused(stages):
