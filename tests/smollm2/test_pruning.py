@@ -123,6 +123,16 @@ def evaluated(
     return artifacts.read_json(output)["corpora"]["text"]["loss"]
 
 
+def transformers_loss(model: Any, corpus: Path, kept: Iterable[int], windows: int, length: int) -> float:
+    """Mean loss of transformers' model with only these layers."""
+    layers = model.model.layers
+    try:
+        model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+        return float(np.mean(reference.window_losses(model, corpus, length, windows)))
+    finally:
+        model.model.layers = layers
+
+
 def test_the_mildly_pruned_model_still_reads_and_is_transformers_without_those_layers(
     job, calibrated, checkpoint, corpus, model, tmp_path
 ):
@@ -134,14 +144,8 @@ def test_the_mildly_pruned_model_still_reads_and_is_transformers_without_those_l
         apply.apply_plan(checkpoint, one, tmp_path / cut)
         losses[cut] = evaluated(job, tmp_path / cut, corpus, tmp_path / "scores.json")
         assert dense < losses[cut] < dense + 1.0
-    layers = model.model.layers
-    try:
-        model.model.layers = torch.nn.ModuleList(
-            layers[i] for i in made(calibrated["tp1"], "3 of 30 layers").kept_layers
-        )
-        expected = np.mean(reference.window_losses(model, corpus, LENGTH, SEQUENCES))
-    finally:
-        model.model.layers = layers
+    kept = made(calibrated["tp1"], "3 of 30 layers").kept_layers
+    expected = transformers_loss(model, corpus, kept, SEQUENCES, LENGTH)
     assert losses["3 of 30 layers"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -172,6 +176,38 @@ def test_scores_of_candidates_are_those_of_applied_checkpoints(job, checkpoint, 
         apply.apply_plan(checkpoint, one, tmp_path / f"cut-{number}")
         loss = evaluated(job, tmp_path / f"cut-{number}", corpus, tmp_path / "scores.json", windows, length)
         assert found.scores[kept.key].loss == pytest.approx(loss, abs=1e-4), candidate.label
+
+
+def test_depth_scores_and_their_choice_are_the_same_on_every_layout(job, checkpoint, corpus, model, tmp_path):
+    """minitron-depth, 3 of 30 layers, four of the 28 starts."""
+    windows, length, starts = 2, 64, (0, 9, 18, 27)
+    statistics, load = tmp_path / "s.safetensors", ["--load", checkpoint, "--use-checkpoint-args"]
+    text = ["--calibration-sequences", windows, "--calibration-seq-length", length]
+    job(["calibrate", *load, "--calibration-data-path", corpus, *text, "--output", statistics]).ok()
+    choice = ["--method", "minitron-depth", "--target-num-layers", 27, "--output", tmp_path / "plan.json"]
+    assert job(["plan", "--load", checkpoint, "--statistics", statistics, *choice]).returncode == EXIT_NEEDS_SCORES
+    question, _ = candidates.read(tmp_path / "candidates.json")
+    found = statistics_file.read(statistics)
+    offered = question.candidates(found)
+    others = [candidate for start, candidate in enumerate(offered) if start not in starts]
+    candidates.with_scores(found, others, [99.0] * len(others)).write(statistics)  # what has a score is not run
+
+    losses, chosen = {}, {}
+    for name, (tp, pp, nproc) in LAYOUTS.items():
+        output = tmp_path / f"{name}.safetensors"
+        words = ["--score", tmp_path / "candidates.json", "--statistics", statistics, "--output", output]
+        printed = job(["calibrate", *load, *words, *layout(tp, pp)], nproc=nproc).ok().output
+        assert f"scored {len(starts)} candidates" in printed
+        scored = statistics_file.read(output)
+        losses[name] = [scored.scores[offered[start].selection.key].loss for start in starts]
+        chosen[name] = plan.make(question, ratio=None, ratio_of="linears", statistics=scored).chosen
+    for name in LAYOUTS:
+        assert losses[name] == pytest.approx(losses["tp1"], rel=1e-5), name
+        assert chosen[name] == chosen["tp1"] == starts[int(np.argmin(losses["tp1"]))], name
+    for start in (9, 18):
+        kept = [layer for layer in range(30) if not start <= layer < start + 3]
+        expected = transformers_loss(model, corpus, kept, windows, length)
+        assert losses["tp1"][starts.index(start)] == pytest.approx(expected, abs=1e-4)
 
 
 def train_and_return(argv: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
