@@ -10,10 +10,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_prune.data import indexed
+from megatron_prune.data import identity, indexed
 from megatron_prune.data.documents import SHORTEST, Documents
 from megatron_prune.data.heldout import shared_documents
-from megatron_prune.data.near_duplicates import near_duplicates
+from megatron_prune.data.near_duplicates import PERMUTATIONS, SHINGLE, near_duplicates
 from megatron_prune.errors import DataError, UsageError
 
 
@@ -23,8 +23,11 @@ def compare_stages(
     similarity: float = 0.8,
     max_duplicates: float = 0.0,
     max_near_duplicates: float = 0.0,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A report (JSON) on every two corpora of different stages; ``refuse`` turns it into an error.
+
+    An ``earlier`` report on the same corpora (by their fingerprints) with the same settings is the answer.
 
     ``stages``: corpora (prefixes) by stage. The limits are shares, 0 to 1, of the documents of the smaller
     corpus; near duplicates do not count the exact ones. Raises UsageError and DataError.
@@ -36,21 +39,25 @@ def compare_stages(
     pairs = [(a, b) for a, b in itertools.combinations(given_stages, 2) if a[0] != b[0]]
     if not pairs:
         raise UsageError("--train, …, --test", given=f"corpora of {len(stages)} stage(s)", allowed="two stages or more")
+    question = {
+        "version": 2,
+        "corpora": {stage: [identity.fingerprint(prefix) for prefix in stages[stage]] for stage in sorted(stages)},
+        "shortest": SHORTEST,
+        "shingle": SHINGLE,
+        "permutations": PERMUTATIONS,
+        "similarity": similarity,
+        "max_duplicates": max_duplicates,
+        "max_near_duplicates": max_near_duplicates,
+    }
+    if earlier is not None and question == {name: earlier.get(name) for name in question}:
+        return dict(earlier)
     compared = [compare(a, b, similarity) for a, b in pairs]
     for found in compared:
         found["accepted"] = (
             found["duplicates"] <= max_duplicates * found["documents"]
             and found["near_duplicates"] <= max_near_duplicates * found["documents"]
         )
-    return {
-        "version": 2,
-        "shortest": SHORTEST,
-        "similarity": similarity,
-        "max_duplicates": max_duplicates,
-        "max_near_duplicates": max_near_duplicates,
-        "accepted": all(found["accepted"] for found in compared),
-        "pairs": compared,
-    }
+    return question | {"accepted": all(found["accepted"] for found in compared), "pairs": compared}
 
 
 def compare(first: tuple[str, str], second: tuple[str, str], similarity: float) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class Places:
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
 
+    @property
+    def overlap(self) -> Path:
+        """The report on near duplicates between the study's corpora, where it looks for them."""
+        return self.root / "overlap.json"
+
     def parent(self, study: Study, seed: int = 0) -> Path:
         """A seed's parent checkpoint: the study's own, or where study.yaml says that it lies."""
         return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))

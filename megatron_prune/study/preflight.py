@@ -90,7 +90,7 @@ def check(study: Study, places: Places) -> Outlook:
                          allowed="a project only where wandb is installed: pip install wandb")  # fmt: skip
     outlook = look(study, places)
     _check_masked(study, places, outlook)
-    _check_data(study, outlook)
+    _check_data(study, places, outlook)
     return outlook
 
 
@@ -230,7 +230,7 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
     return math.ceil(int(size) / multiple) * multiple
 
 
-def _check_data(study: Study, outlook: Outlook) -> None:
+def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
     data = study.data
     prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
     prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
@@ -262,9 +262,7 @@ def _check_data(study: Study, outlook: Outlook) -> None:
     for number, earlier in enumerate(held_out):  # what is judged finally was not looked at before, either
         heldout.refuse_shared_documents([earlier], held_out[number + 1 :])
     if data.max_near_duplicates is not None:
-        stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
-        stages["train"] = [prefix for _, prefix in data.train]
-        overlap.refuse(overlap.compare_stages(stages, max_near_duplicates=data.max_near_duplicates))
+        _check_near_duplicates(study, data.max_near_duplicates, places)
     ends = {"parent": outlook.lay.parent_end}
     ends |= {cell.id: cell.samples.end for cell in outlook.estimated_grid(study).cells}
     for pruning in links(study):
@@ -280,6 +278,18 @@ def _check_data(study: Study, outlook: Outlook) -> None:
             f"{data.seq_length} tokens in {data.epochs} epoch(s); give more text, smaller budgets or more data.epochs"
         )
     _check_parent_stream(study, outlook.account)
+
+
+def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
+    """Refuse corpora that share too much; the report is kept, since making it reads every training token."""
+    data = study.data
+    stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
+    stages["train"] = [prefix for _, prefix in data.train]
+    earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
+    report = overlap.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
+    if report != earlier and places.root.is_dir():  # a plan of a study that has not begun leaves nothing
+        artifacts.write_json(places.overlap, report)
+    overlap.refuse(report)
 
 
 def _check_parent_stream(study: Study, account: Mapping[str, Any] | None) -> None:

@@ -14,7 +14,7 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
-from megatron_prune.data import identity, indexed
+from megatron_prune.data import identity, indexed, overlap
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import command, preflight, results
 from megatron_prune.study.commands import Places
@@ -113,6 +113,34 @@ def test_refuses_near_copies_of_the_training_text_when_asked_to(prefixes, tmp_pa
     check(data | {"max_near_duplicates": 1.0}, tmp_path)
     with pytest.raises(DataError, match="0 are in train .* and 40 nearly so"):
         check(data | {"max_near_duplicates": 0.01}, tmp_path)
+
+
+def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Path, monkeypatch) -> None:
+    compared = []
+    compare = overlap.compare
+    monkeypatch.setattr(overlap, "compare", lambda *given: compared.append(given) or compare(*given))
+    data: dict[str, Any] = prefixes | {"max_near_duplicates": 0.01}
+    check(data, tmp_path)
+    assert len(compared) == 6 and not (tmp_path / "runs").exists()  # as a plan of a study that has not begun
+    path = Places(tmp_path / "runs" / "made-up").overlap
+    path.parent.mkdir(parents=True)
+    for calls in (12, 12):
+        check(data, tmp_path)
+        assert len(compared) == calls
+    report = artifacts.read_json(path)
+    assert report["accepted"] and len(report["pairs"]) == 6
+    assert report["corpora"]["train"] == [identity.fingerprint(prefixes["train"])]
+    check(data | {"max_near_duplicates": 0.02}, tmp_path)  # another question
+    assert len(compared) == 18
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefixes['train']}{suffix}", tmp_path / f"copy{suffix}")
+    check(data | {"max_near_duplicates": 0.02, "train": str(tmp_path / "copy")}, tmp_path)  # the same text elsewhere
+    assert len(compared) == 18
+    other = tmp_path / "other"
+    other.mkdir()
+    near = made_up.corpora(other, train=12_100)  # one document more before them: the others are new
+    check(data | {"max_near_duplicates": 0.02, "test": near["test"]}, tmp_path)
+    assert len(compared) == 24
 
 
 def test_refuses_tokens_that_the_model_has_no_embedding_for(prefixes, tmp_path: Path) -> None:
