@@ -33,6 +33,7 @@ class Shard:
         try:
             for row, found in enumerate(self.data.shard(self.of, self.number), start=1):
                 text = found[self.column]
+                text = "" if text is None else text
                 if not isinstance(text, str):
                     raise DataError(f"{place}:{row} has no text under '{self.column}': see --json-keys")
                 yield Record(text.encode("utf-8", "replace"), f"{place}:{row}", None)

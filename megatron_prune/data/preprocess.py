@@ -87,7 +87,9 @@ def preprocess(
         for name in inputs
     ]
     if append_eod and tokenizer.eod is None:
-        raise UsageError("--append-eod", given="a tokenizer without </s>", allowed="one that ends documents")
+        raise UsageError(
+            "--append-eod", given=f"{tokenizer.model}, which has no end-of-document token", allowed="one that has one"
+        )
     if workers < 1:
         raise UsageError("--workers", given=workers, allowed="1 or more")
     begun = monotonic()

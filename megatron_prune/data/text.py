@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from megatron_prune.data.zstd import ZSTD_MAGIC, ZstdFile
+from megatron_prune.data.zstd import ZstdFile, is_zstd
 from megatron_prune.errors import DataError, UsageError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -148,13 +148,14 @@ def _open(path: Path) -> IO[bytes]:
         magic = handle.read(4)
     if magic.startswith(b"\x1f\x8b"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    return ZstdFile.open(path) if magic == ZSTD_MAGIC else open(path, "rb")
+    return ZstdFile.open(path) if is_zstd(magic) else open(path, "rb")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Record]:
-    """One record a row, a few hundred rows in memory. Rows count from 1 in messages."""
+    """One record a row, an empty one where it is null; a few hundred rows in memory. Rows count from 1 in messages."""
     import pyarrow
     import pyarrow.parquet
+    from pyarrow import types
 
     try:
         # Without pre-buffering and with a buffer, a row group is streamed and not held.
@@ -163,16 +164,15 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
             if column not in names:
                 raise DataError(f"{path} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
             kind = file.schema_arrow.field(column).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            # A shard may hold nothing but nulls, and so have no other type.
+            if not any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_null)):
                 raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
             row = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
                     row += 1
-                    if value is None:
-                        raise DataError(f"{path}:{row} has no text under '{column}' (it is null): see --json-keys")
-                    yield Record(value, f"{path}:{row}", None)
+                    yield Record(value or b"", f"{path}:{row}", None)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} to its end: {error}") from error
 
@@ -199,7 +199,7 @@ def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes
 
 
 def text_of(record: Record) -> str:
-    """The text of a record; DataError names the file and line when it is not what it should be."""
+    """The text of a record, empty where it is null; DataError names file and line when it is not what it should be."""
     try:
         if record.json_key is None:
             return record.payload.decode()
@@ -209,6 +209,8 @@ def text_of(record: Record) -> str:
     except (ValueError, RecursionError) as error:  # a number of too many digits, too, or brackets without end
         raise DataError(f"{record.origin} is not JSON: {error}") from error
     text = value.get(record.json_key) if isinstance(value, dict) else None
+    if text is None and isinstance(value, dict) and record.json_key in value:
+        return ""  # null, as data sets write it
     if not isinstance(text, str):
         found = f"its keys: {', '.join(sorted(value))}" if isinstance(value, dict) else "it is not an object"
         raise DataError(f"{record.origin} has no text under '{record.json_key}' ({found}): see --json-keys")

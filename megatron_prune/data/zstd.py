@@ -10,9 +10,16 @@ import io
 from pathlib import Path
 from typing import IO
 
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_MAGIC = 0xFD2FB528
+SKIPPABLE_MAGIC = 0x184D2A50  # to …5F: a frame without content, as pzstd writes before each of its own
 COMPRESSED_BYTES = 1 << 16  # that are read at a time; what they expand to is in memory
 LARGEST_WINDOW = 1 << 31  # `zstd --long=31`, as some published shards need
+
+
+def is_zstd(head: bytes) -> bool:
+    """Whether a file that begins with these four bytes is one of zstd frames."""
+    magic = int.from_bytes(head[:4], "little")
+    return magic == ZSTD_MAGIC or magic & ~0xF == SKIPPABLE_MAGIC
 
 
 class ZstdFile(io.RawIOBase):

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import runpy
+import struct
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -49,6 +50,12 @@ def parquet(path, texts, kind=None, **options):
     return path
 
 
+def as_pzstd(content):
+    """A skippable frame with the size of the next, then that."""
+    frame = zstandard.compress(content)
+    return struct.pack("<III", 0x184D2A50, 4, len(frame)) + frame
+
+
 def writers(texts):
     """name -> bytes or a function that writes the file."""
     lines = json_lines(texts)
@@ -59,6 +66,7 @@ def writers(texts):
         "x.jsonl.gz": gzip.compress(lines),
         "x.jsonl.zst": frames,
         "X.JSONL.Zstd": frames,
+        "pzstd.jsonl.zst": b"".join(map(as_pzstd, (lines[:half], lines[half:]))),
         "x.json.zst": zstandard.ZstdCompressor(write_content_size=False).compress(lines),
         "misnamed.jsonl": zstandard.compress(lines),
         "x.parquet": lambda path: parquet(path, texts, row_group_size=7, compression="zstd"),
@@ -117,6 +125,7 @@ def test_broken_files_are_named(tmp_path, tokenizer):
     cases = {
         "cut.jsonl.zst": (compressed[:-9], "cannot read .*cut.jsonl.zst to its end"),
         "torn.jsonl.zst": (compressed[:40] + b"\x00" * 40 + compressed[80:], "cannot read .*torn.jsonl.zst to its end"),
+        "cut.pzstd.jsonl.zst": (as_pzstd(lines)[:10], "cannot read .*cut.pzstd.jsonl.zst to its end"),
         "cut.parquet": ((tmp_path / "good.parquet").read_bytes()[:-5], "cannot read .*cut.parquet to its end"),
     }
     for name, (content, says) in cases.items():
@@ -127,10 +136,18 @@ def test_broken_files_are_named(tmp_path, tokenizer):
         preprocess([tmp_path / "good.parquet"], tmp_path / "P", tokenizer, json_key="body")
     with pytest.raises(DataError, match="holds int64 in column 'id', not strings"):
         preprocess([tmp_path / "good.parquet"], tmp_path / "P", tokenizer, json_key="id")
-    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    with pytest.raises(DataError, match="null.parquet:2 has no text under 'text'"):
-        preprocess([tmp_path / "null.parquet"], tmp_path / "P", tokenizer)
     assert not list(tmp_path.glob("P*")) and not list(tmp_path.glob(".P*"))
+
+
+def test_null_is_an_empty_document(tmp_path, tokenizer):
+    (tmp_path / "plain.jsonl").write_bytes(json_lines(["one", "two"]))
+    preprocess([tmp_path / "plain.jsonl"], tmp_path / "P", tokenizer)
+    (tmp_path / "null.jsonl").write_bytes(json_lines(["one", None, "two", None]))
+    parquet(tmp_path / "null.parquet", ["one", None, "two"])
+    pq.write_table(pa.table({"text": pa.nulls(1)}), tmp_path / "only.parquet")
+    for inputs in (["null.jsonl"], ["null.parquet", "only.parquet"]):
+        made = preprocess([tmp_path / name for name in inputs], tmp_path / "Q", tokenizer)
+        assert hashes(tmp_path / "Q") == hashes(tmp_path / "P") and made.sidecar["empty_documents"] == 2
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -294,6 +311,14 @@ def test_a_data_set_is_streamed_by_shard(tmp_path, tokenizer, dataset):
     made = preprocess(shards, tmp_path / "Q", tokenizer, append_eod=True, workers=2)
     assert hashes(tmp_path / "Q") == hashes(tmp_path / "P")
     assert [found["shard"] for found in made.sidecar["inputs"]] == [[0, 3], [1, 3], [2, 3]]
+
+
+def test_null_in_a_data_set_is_an_empty_document(tmp_path, tokenizer):
+    pytest.importorskip("datasets", reason="the extra [datasets] is not installed")
+    (tmp_path / "dataset").mkdir()
+    parquet(tmp_path / "dataset" / "train.parquet", ["one", None])
+    made = preprocess(hub.shards(str(tmp_path / "dataset")), tmp_path / "P", tokenizer)
+    assert (made.sidecar["documents"], made.sidecar["empty_documents"]) == (1, 1)
 
 
 def test_data_sets_that_cannot_be_had_are_refused(dataset, monkeypatch):
