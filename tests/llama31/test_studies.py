@@ -37,12 +37,14 @@ def cluster(tmp_path_factory) -> Path:
 
 
 def sparse_corpus(prefix: Path, tokens: int, first: int) -> None:
-    """``tokens`` zeros after one token that makes it another corpus than the next."""
+    """``tokens`` zeros, but for one at each document's start, by which no document is in another corpus too."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     longest = 2**28 if tokens > 10**9 else 1_000_003
     lengths = [longest] * (tokens // longest) + [tokens % longest]
     with open(f"{prefix}.bin", "wb") as handle:
-        handle.write(np.array([first + 1], np.int32).tobytes())
+        for document in range(len(lengths)):
+            handle.seek(4 * document * longest)
+            handle.write(np.array([first + 1], np.int32).tobytes())
         handle.truncate(4 * tokens)
     write_index(f"{prefix}.idx", [np.array(lengths)], [np.ones(len(lengths), np.int64)], "int32")
 
