@@ -217,7 +217,7 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
 
 def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table as ``Scored`` has it: a loss that is null was not finite."""
-    return {key: math.inf if value is None else value for key, value in {**row}.items()}
+    return {key: math.inf if value is None else value for key, value in row.items()}
 
 
 def _tuples(sets: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:

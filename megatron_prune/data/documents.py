@@ -13,6 +13,8 @@ import numpy as np
 from megatron_prune.data import indexed
 
 SHORTEST = 8  # tokens; shorter documents (a heading, "page not found") are equal by chance and give nothing away
+# Odd, of 64 bits: tokens of a sketch or a shingle are digits of a number to this base.
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 BLOCK = 1 << 20  # documents whose bounds are in memory at a time
 
 

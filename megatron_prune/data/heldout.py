@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.data.documents import SHORTEST, Documents
+from megatron_prune.data.documents import MULTIPLIER, SHORTEST, Documents
 from megatron_prune.errors import DataError
 
 HEAD = 16  # tokens by which, and by its length, a document is judged before it is read whole
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: tokens of a head are digits of a number to this base
 
 
 def shared_documents(training: str | Path, held_out: str | Path) -> list[tuple[int, int]]:

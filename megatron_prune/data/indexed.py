@@ -7,7 +7,6 @@ tokens, hash of the ``.bin``); corpora made by other tools have none and work al
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_prune.artifacts import read_json
 from megatron_prune.data.identity import BLOCK_BYTES, BLOCKS
+from megatron_prune.data.index_file import HEADER, MAGIC
 from megatron_prune.errors import DataError
-
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
 
 
 def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedDataset:
@@ -54,13 +52,13 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
 def _check_index(path: Path) -> None:
     """Refuse what Megatron's reader would fail on half-way: a foreign, truncated or empty index."""
     with open(path, "rb") as handle:
-        header = handle.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(b"MMIDIDX\x00\x00"):
+        header = handle.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{path} is not a Megatron index")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
+    _, version, code, sequences, documents = HEADER.unpack(header)
     if version != 1 or code not in {kind.value for kind in DType}:
         raise DataError(f"{path} is a Megatron index of unknown kind (version {version}, token type {code})")
-    expected = _HEADER.size + sequences * (4 + 8) + documents * 8  # lengths, pointers; document ends
+    expected = HEADER.size + sequences * (4 + 8) + documents * 8  # lengths, pointers; document ends
     found = path.stat().st_size
     if found < expected:
         raise DataError(f"{path} is not a whole Megatron index: {found} bytes, its header says {expected}")

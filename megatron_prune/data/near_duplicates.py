@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_prune.data import indexed
-from megatron_prune.data.documents import SHORTEST, Documents
+from megatron_prune.data.documents import MULTIPLIER, SHORTEST, Documents
 from megatron_prune.errors import DataError, UsageError
 
 SHINGLE = 5  # tokens
 PERMUTATIONS = 256
-MULTIPLIER = 0x9E3779B97F4A7C15  # odd, of 64 bits: tokens of a shingle are digits of a number to this base
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ def shingles_of(tokens: np.ndarray) -> np.ndarray:
     count = len(tokens) - SHINGLE + 1 if len(tokens) >= SHORTEST else 0
     hashes = np.zeros(count, dtype=np.uint64)
     for position in range(SHINGLE if count else 0):
-        hashes = hashes * np.uint64(MULTIPLIER) + tokens[position : position + count] + np.uint64(1)
+        hashes = hashes * MULTIPLIER + tokens[position : position + count] + np.uint64(1)
     hashes ^= hashes >> np.uint64(32)  # spread the high bits, since MinHash takes the low ones
-    hashes *= np.uint64(MULTIPLIER)
+    hashes *= MULTIPLIER
     return np.unique(hashes ^ (hashes >> np.uint64(29)))
 
 

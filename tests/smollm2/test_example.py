@@ -77,7 +77,7 @@ def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
         assert (read.evaluation.windows, read.calibration.sequences) == (16, 32)  # the study's own
 
 
-def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused():
     budget = script("budget")
     content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
     study, steps, expected = budget.planned(content, 20, 8.0, SMOLLM2)
