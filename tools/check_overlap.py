@@ -24,8 +24,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for stage in STAGES:
         add(f"--{stage}", nargs="+", default=[], metavar="PREFIX", help=f"corpora of {stage}")
     add("--similarity", type=float, default=0.8, help="Jaccard index of 5-token shingles of near documents")
-    add("--max-duplicates", type=float, default=0.0,
-        help="share of the smaller corpus's documents that may be in the other")
+    add(
+        "--max-duplicates",
+        type=float,
+        default=0.0,
+        help="share of the smaller corpus's documents that may be in the other",
+    )
     add("--max-near-duplicates", type=float, default=0.0, help="share that may be near one, exact ones not counted")
     add("--json", metavar="FILE", help="write the report here")
     return parser.parse_args(argv)

@@ -17,8 +17,13 @@ from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, UsageError
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Defaults)
     add = parser.add_argument
-    add("--input", nargs="+", default=[], metavar="FILE",
-        help="JSON lines, Parquet or text, perhaps .gz or .zst, in order; a run that was stopped keeps those finished")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON lines, Parquet or text, perhaps .gz or .zst, in order; a run that was stopped keeps those finished",
+    )
     add("--dataset", metavar="NAME[:CONFIG]", help="a data set of the Hugging Face hub or a folder, streamed")
     add("--dataset-split", default="train", help="the split of --dataset")
     add("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
@@ -30,9 +35,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer-special-tokens", nargs="+", metavar="TOKEN", help="TikTokenizer: names of the first ids")
     add("--checkpoint", metavar="CKPT", help="refuse a tokenizer that does not fit this checkpoint")
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
-    add("--split-sentences", action="store_true",
+    add(
+        "--split-sentences",
+        action="store_true",
         help="a document's sentences (NLTK's Punkt) become its sequences, as in Megatron; for BERT-like training: "
-        "GPT data sets shuffle sequences")
+        "GPT data sets shuffle sequences",
+    )
     add("--keep-newlines", action="store_true", help="sentences keep the white space that follows them")
     add("--lang", default="english", help="Punkt model of --split-sentences")
     add("--nltk-data", metavar="DIR", help="folder with tokenizers/punkt_tab (else where NLTK looks)")

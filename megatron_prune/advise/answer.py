@@ -107,7 +107,8 @@ def _in_scope(ledger: Ledger, target: Target) -> tuple[list[Curve], str]:
         curve
         for curve in kinds
         if (curve.pattern, curve.sparse) == (target.pattern, target.pattern is not None)
-        and target.method in (None, curve.method) and target.same_cuts(curve.shape)
+        and target.method in (None, curve.method)
+        and target.same_cuts(curve.shape)
     ]
     masked = [curve for curve in found if not curve.dense]
     if found:

@@ -88,8 +88,15 @@ class ModelShape:
     positions: int = 0  # learned position embeddings; 0 for RoPE
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
-                     "kv_channels", "ffn_hidden_size", "padded_vocab_size"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "ffn_hidden_size",
+            "padded_vocab_size",
+        ):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.num_attention_heads % self.num_query_groups:
@@ -109,12 +116,18 @@ class ModelShape:
         Raises CheckpointError naming the argument when one is missing or of a kind of model
         (experts, latent attention, state-space layers) that this package cannot cut.
         """
-        for flag in ("num_experts", "multi_latent_attention", "is_hybrid_model",
-                     "heterogeneous_layers_config_path", "mtp_num_layers"):
+        for flag in (
+            "num_experts",
+            "multi_latent_attention",
+            "is_hybrid_model",
+            "heterogeneous_layers_config_path",
+            "mtp_num_layers",
+        ):
             if args.get(flag):
                 raise CheckpointError(f"checkpoint has {flag}={args[flag]}: only dense GPT models are supported")
-        missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
-                   if args.get(k) is None]
+        missing = [
+            k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if args.get(k) is None
+        ]
         if missing:
             raise CheckpointError(f"the checkpoint's stored args lack {', '.join(missing)}")
         for name, most in _MOST.items():

@@ -25,10 +25,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stream-seed", type=int, default=1234, help="pretrain's (default: %(default)s)")
     add("--stream-epochs", type=int, default=1, help="pretrain's (default: %(default)s)")
     add("--data-cache-path", help="where the caches go (default: beside the first prefix)")
-    add("--stream-range", metavar="START:END", action="append", default=[],
-        help="also check that the stream has these samples; repeated, that the ranges are disjoint")
-    add("--held-out", nargs="+", default=[], metavar="PREFIX",
-        help="also check that no document of these corpora (calibration, validation, test) is in the stream's")
+    add(
+        "--stream-range",
+        metavar="START:END",
+        action="append",
+        default=[],
+        help="also check that the stream has these samples; repeated, that the ranges are disjoint",
+    )
+    add(
+        "--held-out",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
+        help="also check that no document of these corpora (calibration, validation, test) is in the stream's",
+    )
     return parser.parse_args(argv)  # fmt: skip
 
 

@@ -44,14 +44,16 @@ class SentenceSplitter:
     def digest(self) -> str:
         """Identity of what decides where a sentence ends, 64 hex digits."""
         parameters = self._punkt._params
-        return sha256_json({
-            "sentences": 1,
-            "keep_newlines": self.keep_newlines,
-            "abbreviations": sorted(parameters.abbrev_types),
-            "collocations": sorted(map(list, parameters.collocations)),
-            "starters": sorted(parameters.sent_starters),
-            "orthography": sorted(parameters.ortho_context.items()),
-        })
+        return sha256_json(
+            {
+                "sentences": 1,
+                "keep_newlines": self.keep_newlines,
+                "abbreviations": sorted(parameters.abbrev_types),
+                "collocations": sorted(map(list, parameters.collocations)),
+                "starters": sorted(parameters.sent_starters),
+                "orthography": sorted(parameters.ortho_context.items()),
+            }
+        )
 
 
 def load_splitter(

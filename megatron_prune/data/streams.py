@@ -60,14 +60,16 @@ class Stream:
     def __init__(self, corpora: Sequence[Corpus], seq_length: int, seed: int, epochs: int):
         self.corpora, self.seq_length, self.seed, self.epochs = tuple(corpora), seq_length, seed, epochs
         self._weights = shares(corpora)
-        self.id = artifacts.sha256_json({
-            "stream": 1,
-            "corpora": [c.fingerprint for c in corpora],
-            "weights": self._weights,
-            "seq_length": seq_length,
-            "seed": seed,
-            "epochs": epochs,
-        })
+        self.id = artifacts.sha256_json(
+            {
+                "stream": 1,
+                "corpora": [c.fingerprint for c in corpora],
+                "weights": self._weights,
+                "seq_length": seq_length,
+                "seed": seed,
+                "epochs": epochs,
+            }
+        )
         self.parts: list[GPTDataset | BlendedDataset] = []  # one an epoch
 
     @staticmethod

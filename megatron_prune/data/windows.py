@@ -68,7 +68,9 @@ def windows(
     count = available if count is None else count
     if not 1 <= count <= available:
         raise UsageError(
-            flag, given=count, allowed=f"1 to {available}",
+            flag,
+            given=count,
+            allowed=f"1 to {available}",
             why=f"{prefix} holds {length} tokens, windows are {seq_length} long",
         )
     # RandomState, as everywhere in this room: NumPy promises its numbers will never change.

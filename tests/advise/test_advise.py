@@ -243,9 +243,7 @@ def of_an_earlier_version() -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1], {"study": "x", "rows": [], "comparisons": []}, of_an_earlier_version()]
-)
+@pytest.mark.parametrize("content", [{}, [1], {"study": "x", "rows": [], "comparisons": []}, of_an_earlier_version()])
 def test_what_is_no_ledger_is_refused(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(json.dumps(content))
     for path in (tmp_path / "x.json", tmp_path / "missing"):

@@ -56,7 +56,7 @@ def unequal(whole, cut, text):
 
 @pytest.fixture(scope="module")
 def backends():
-    texts = [*tiny.documents(100), "a\n\n b\n  c.\n\nd (e) it's \"f\"" * 20]
+    texts = [*tiny.documents(100), 'a\n\n b\n  c.\n\nd (e) it\'s "f"' * 20]
     return {kind: byte_level(kind, texts) for kind in ("gpt2", "smollm2", "llama3", "qwen2")}
 
 

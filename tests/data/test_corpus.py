@@ -89,10 +89,16 @@ def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     assert made[0]["kinds"]["docstrings"]["documents"] > 20
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    (PROSE * 3, None), (PROSE, "short"), ("α β γ δ " * 60, "not ASCII"),
-    ("0x1f 0x2e 77 int foo = bar_baz; " * 20, "not English"), ("1234 5678\n" * 60, "not English"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PROSE * 3, None),
+        (PROSE, "short"),
+        ("α β γ δ " * 60, "not ASCII"),
+        ("0x1f 0x2e 77 int foo = bar_baz; " * 20, "not English"),
+        ("1234 5678\n" * 60, "not English"),
+    ],
+)
 def test_what_is_left_out(text, reason):
     assert corpus.why_not(text) == reason
 

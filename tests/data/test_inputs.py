@@ -206,9 +206,7 @@ def megatron_tiktoken(path, **settings):
 def test_tiktoken_ids_are_megatrons(tiktoken_file, tiny_documents, pattern):
     given = {"pattern": pattern} if pattern else {}
     ours = load_tokenizer("TikTokenizer", tiktoken_file, vocab_size=600, num_special_tokens=20, **given)
-    oracle = megatron_tiktoken(
-        tiktoken_file, vocab_size=600, tiktoken_num_special_tokens=20, tiktoken_pattern=pattern
-    )
+    oracle = megatron_tiktoken(tiktoken_file, vocab_size=600, tiktoken_num_special_tokens=20, tiktoken_pattern=pattern)
     texts = [*tiny_documents[:20], "", "a </s> b<s>", "<SPECIAL_19><SPECIAL_20>", "X2025  Ünïcode\r\n\n12 ☃'s"]
     assert [ids.tolist() for ids in ours.encode_batch(texts)] == [oracle.tokenize(text) for text in texts]
     assert (ours.eod, ours.vocab_size) == (oracle.eod, oracle.vocab_size) == (2, 600)

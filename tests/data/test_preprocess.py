@@ -113,9 +113,14 @@ def test_hugging_face_ids_are_transformers_without_special_tokens(tmp_path, hf_f
     assert read_back(tmp_path / "P") == [oracle(t, add_special_tokens=False)["input_ids"] + [1] for t in texts]
 
 
-@pytest.mark.parametrize(("documents", "expected"), [
-    ("file", ["a b\nc\n\n\nd\n"]), ("paragraph", ["a b\nc\n", "d\n"]), ("line", ["a b", "c", "d"]),
-])
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("file", ["a b\nc\n\n\nd\n"]),
+        ("paragraph", ["a b\nc\n", "d\n"]),
+        ("line", ["a b", "c", "d"]),
+    ],
+)
 @pytest.mark.parametrize("zipped", [False, True])
 def test_documents_of_plain_text(tmp_path, model, documents, expected, zipped):
     path = tmp_path / "x.txt"
@@ -152,14 +157,17 @@ def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
         preprocess([tmp_path / "x.jsonl"], tmp_path / "P", Bytes(vocab_size), append_eod=True)
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ('{"text": 3}', r"x.jsonl:2 has no text under 'text' \(its keys: text\)"),
-    ('{"content": "a"}', r"x.jsonl:2 has no text under 'text' \(its keys: content\).*--json-keys"),
-    ("[1]", "x.jsonl:2 .* not an object"),
-    ("{broken", "x.jsonl:2 is not JSON"),
-    ('{"n": ' + "1" * 5000 + "}", "x.jsonl:2 is not JSON"),
-    ("[" * 100_000, "x.jsonl:2 is not JSON"),
-])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": 3}', r"x.jsonl:2 has no text under 'text' \(its keys: text\)"),
+        ('{"content": "a"}', r"x.jsonl:2 has no text under 'text' \(its keys: content\).*--json-keys"),
+        ("[1]", "x.jsonl:2 .* not an object"),
+        ("{broken", "x.jsonl:2 is not JSON"),
+        ('{"n": ' + "1" * 5000 + "}", "x.jsonl:2 is not JSON"),
+        ("[" * 100_000, "x.jsonl:2 is not JSON"),
+    ],
+)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_broken_line_is_named_and_leaves_nothing(tmp_path, model, line, says, workers):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
@@ -220,12 +228,15 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_refused(model, hf_folde
         check_fits_checkpoint(small, Checkpoint(512, hf_folder))  # small enough, but its ids mean other text
 
 
-@pytest.mark.parametrize(("kind", "path", "error", "says"), [
-    ("GPT2BPETokenizer", "x", UsageError, "--tokenizer-type: given GPT2BPETokenizer"),
-    ("SentencePieceTokenizer", "absent.model", DataError, "absent.model does not exist"),
-    ("SentencePieceTokenizer", __file__, DataError, "is not a SentencePiece model"),
-    ("HuggingFaceTokenizer", str(ROOT / "tests" / "data"), DataError, "cannot load a Hugging Face tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("kind", "path", "error", "says"),
+    [
+        ("GPT2BPETokenizer", "x", UsageError, "--tokenizer-type: given GPT2BPETokenizer"),
+        ("SentencePieceTokenizer", "absent.model", DataError, "absent.model does not exist"),
+        ("SentencePieceTokenizer", __file__, DataError, "is not a SentencePiece model"),
+        ("HuggingFaceTokenizer", str(ROOT / "tests" / "data"), DataError, "cannot load a Hugging Face tokenizer"),
+    ],
+)
 def test_tokenizers_that_cannot_be_loaded(kind, path, error, says):
     with pytest.raises(error, match=says):
         load_tokenizer(kind, path)

@@ -195,9 +195,15 @@ def test_permutation_stays_inside_the_range_and_is_the_same_for_both_arms(corpus
     assert torch.equal(ranges[0][3]["tokens"], stream[orders[0][3]]["tokens"])
 
 
-@pytest.mark.parametrize(("start", "end", "says"), [
-    (0, 10**6, "does not wrap"), (5, 5, "START < END"), (-1, 4, "0 <= START"), (0, 10, "leave 2 over"),
-])
+@pytest.mark.parametrize(
+    ("start", "end", "says"),
+    [
+        (0, 10**6, "does not wrap"),
+        (5, 5, "START < END"),
+        (-1, 4, "0 <= START"),
+        (0, 10, "leave 2 over"),
+    ],
+)
 def test_ranges_that_cannot_be_are_refused(corpus, start, end, says):
     with pytest.raises(UsageError, match="--stream-range") as refusal:
         SampleRange(Stream.build(corpus, 8, seed=3), start, end, global_batch_size=4)

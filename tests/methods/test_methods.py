@@ -31,8 +31,7 @@ def numpy_activations(shape: ModelShape, seed: int = 0) -> dict[str, np.ndarray]
         "final_layernorm": shape.hidden_size,
     }
     return {
-        site: random.standard_normal((shape.num_layers, 3, 5, n))
-        * random.uniform(0.5, 2, (shape.num_layers, 1, 1, n))
+        site: random.standard_normal((shape.num_layers, 3, 5, n)) * random.uniform(0.5, 2, (shape.num_layers, 1, 1, n))
         for site, n in widths.items()
     }
 
@@ -54,9 +53,7 @@ def settings(name: str, *flags: str) -> dict[str, Any]:
     return vars(parser.parse_args(flags))
 
 
-def select(
-    name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0
-) -> Selection:
+def select(name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0) -> Selection:
     request = Request(source, target, statistics, settings(name, *flags), seed)
     (selection,) = methods.get(name).candidates(request)
     return selection
@@ -99,9 +96,7 @@ def test_scores_further_apart_than_the_tolerance_are_no_near_tie() -> None:
 def test_minitron_width_matches_its_definition(
     source: ModelShape, groups: int, heads: int, aggregation: str, final_norm: bool
 ) -> None:
-    target = replace(
-        source, hidden_size=16, num_query_groups=groups, num_attention_heads=heads, ffn_hidden_size=7
-    )
+    target = replace(source, hidden_size=16, num_query_groups=groups, num_attention_heads=heads, ffn_hidden_size=7)
     activations = numpy_activations(source)
     flags = ["--aggregation", aggregation, *(["--include-final-norm"] if final_norm else [])]
     chosen = select("minitron-width", source, target, sums(activations), *flags)
@@ -109,13 +104,9 @@ def test_minitron_width_matches_its_definition(
     def importance(x: np.ndarray) -> np.ndarray:  # [b, t, n] → [n]
         if aggregation == "definition":
             return np.sqrt((np.abs(x).mean(1) ** 2).sum(0))
-        return np.sqrt(
-            sum((np.abs(x[b : b + 1]).mean(0) ** 2).sum(0) for b in range(len(x)))
-        )  # batches of one
+        return np.sqrt(sum((np.abs(x[b : b + 1]).mean(0) ** 2).sum(0) for b in range(len(x))))  # batches of one
 
-    norms = [
-        activations[site][layer] for site in ("input_layernorm", "pre_mlp_layernorm") for layer in range(4)
-    ]
+    norms = [activations[site][layer] for site in ("input_layernorm", "pre_mlp_layernorm") for layer in range(4)]
     if final_norm:
         norms.append(activations["final_layernorm"][0])
     assert chosen.hidden == top(sum(importance(x) for x in norms), 16)
