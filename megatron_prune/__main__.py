@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if runs_model:  # torch must know the machine before anything imports Megatron
             importlib.import_module("megatron_prune.engine.cpu").prepare()
-        return importlib.import_module(module).main(rest)
+        code: int = importlib.import_module(module).main(rest)
+        return code
     except MegatronPruneError as error:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 says the same; a launcher ends all ranks with the first that leaves, so let it speak.

@@ -42,7 +42,7 @@ class Candidate:
         kept, shape = self.selection, self.target
         if shape == self.source:
             return "dense"
-        if kept.hidden is kept.heads is kept.ffn is None:
+        if kept.hidden is None and kept.heads is None and kept.ffn is None:
             return f"without layers {_ranges(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
         return (
             f"hidden {shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups, "

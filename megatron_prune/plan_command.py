@@ -85,7 +85,7 @@ def method_of(argv: Sequence[str]) -> str:
     """The value of ``--method``, which decides what other flags there are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method")
-    name = first.parse_known_args(list(argv))[0].method
+    name: str | None = first.parse_known_args(list(argv))[0].method
     if name is None:
         raise UsageError("--method", given="nothing", allowed="one of " + ", ".join(methods.names()))
     return name

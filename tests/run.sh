@@ -23,6 +23,7 @@ if [ "${1:-}" = --te ]; then
 fi
 
 ruff check .
+ruff format --check .
 mypy
 # Two at a time: every other test is one process. A file stays together, for what its tests share.
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile

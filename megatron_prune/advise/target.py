@@ -181,7 +181,7 @@ def _trained_on(parent: Path) -> int | None:
     """The tokens of a parent that was trained here."""
     for folder in (parent, parent.parent):
         if (folder / "account.json").is_file():
-            return artifacts.read_json(folder / "account.json")["tokens"]
+            return int(artifacts.read_json(folder / "account.json")["tokens"])
     return None
 
 

@@ -103,7 +103,7 @@ class Recorder:
         counts = [torch.Size(size).numel() for size in sizes.values()]
         flat = torch.zeros(1 + sum(counts), dtype=torch.float64, device=self._device)
         flat[0] = loss_sum
-        views = dict(zip(sizes, flat[1:].split(counts), strict=True))
+        views = dict(zip(sizes, torch.split(flat[1:], counts), strict=True))
         tensors = {name: views[name].view(size) for name, size in sizes.items()}
         for layer, cosine in self._cosines:
             tensors["block_influence"][layer] = cosine.total

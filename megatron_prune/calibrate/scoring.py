@@ -68,7 +68,7 @@ def _sums(
     """Losses of the last ``scored[i]`` tokens of ``sequences[i]``, summed: float64 [selections, sequences]."""
     own = range(mpu.get_data_parallel_rank(), len(sequences), mpu.get_data_parallel_world_size())
     sums = torch.zeros(len(selections), len(sequences), dtype=torch.float64)
-    depth = [i for i, s in enumerate(selections) if s.hidden is s.heads is s.ffn is None]
+    depth = [i for i, s in enumerate(selections) if s.hidden is None and s.heads is None and s.ffn is None]
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         depth = []
     for n in own if depth else ():
@@ -109,7 +109,7 @@ def _from_the_first_removed_layer(
     before: dict[int, torch.Tensor] = {}  # layer: the residual stream [S, 1, h] that enters it
 
     def keep(layer: int) -> Any:
-        def hook(_: Any, args: tuple, named: dict[str, Any]) -> None:
+        def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             before[layer] = named["hidden_states"] if "hidden_states" in named else args[0]
 
         return layers[layer].register_forward_pre_hook(hook, with_kwargs=True)

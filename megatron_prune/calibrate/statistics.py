@@ -157,7 +157,7 @@ class Statistics:
         return hashlib.sha256(self._payload()).hexdigest()
 
     def _payload(self) -> bytes:
-        return safetensors.torch.save({name: t.contiguous() for name, t in sorted(self.tensors.items())})
+        return bytes(safetensors.torch.save({name: t.contiguous() for name, t in sorted(self.tensors.items())}))
 
     def files(self) -> tuple[bytes, bytes]:
         """Content of the tensor file and of its JSON."""

@@ -199,7 +199,8 @@ class LegacySource:
 
     def _tensor(self, piece: Piece) -> torch.Tensor:
         chunk, _, key = piece.key.partition(".")
-        return self._states[self._rank_of[piece.file]][chunk][key]
+        tensor: torch.Tensor = self._states[self._rank_of[piece.file]][chunk][key]
+        return tensor
 
     def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
         """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""

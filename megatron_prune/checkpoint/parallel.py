@@ -72,7 +72,7 @@ def shares(sizes: dict[str, int], number: int) -> list[list[str]]:
     return [sorted(group, key=order.__getitem__) for group in groups if group]
 
 
-def run(function: Callable[..., Any], work: Sequence[tuple], workers: int) -> list[Any]:
+def run(function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
     """``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; the results in order."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once; forks of this process may hang
     context.set_forkserver_preload([__name__])

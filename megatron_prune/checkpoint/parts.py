@@ -56,7 +56,8 @@ class Part:
     def _read(self, piece: Piece) -> torch.Tensor:
         with open(self.folder / piece.file, "rb") as handle:
             handle.seek(piece.start)
-            return torch.load(io.BytesIO(handle.read(piece.length)), weights_only=True).view(piece.sizes)
+            tensor: torch.Tensor = torch.load(io.BytesIO(handle.read(piece.length)), weights_only=True)
+        return tensor.view(piece.sizes)
 
 
 def copy_overlap(source: torch.Tensor, at: Sequence[int], target: torch.Tensor, offsets: Sequence[int]) -> int:

@@ -82,7 +82,8 @@ class Tensors:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop): [stop - start, ...]."""
-        return self._slices[name][start:stop]
+        found: torch.Tensor = self._slices[name][start:stop]
+        return found
 
 
 def write_sharded(

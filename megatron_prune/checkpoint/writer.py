@@ -136,7 +136,7 @@ class CheckpointWriter:
         for block in blocks:
             if tuple(block.shape[1:]) != layout.shape[1:]:
                 raise CheckpointError(f"{name} {list(layout.shape)}: a block has shape {list(block.shape)}")
-            for part in block.detach().to(device="cpu", dtype=dtype).split(most):
+            for part in torch.split(block.detach().to(device="cpu", dtype=dtype), most):
                 self._submit(layout, row, part)
                 row += len(part)
         if row != layout.shape[0]:

@@ -15,12 +15,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_prune.data import indexed
 from megatron_prune.data.documents import MULTIPLIER, SHORTEST, Documents
 from megatron_prune.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 SHINGLE = 5  # tokens
 PERMUTATIONS = 256
@@ -95,7 +99,7 @@ def _members(shingles: np.ndarray, known: np.ndarray) -> int:
     return int((known[places] == shingles).sum())
 
 
-def _signature(shingles: np.ndarray):
+def _signature(shingles: np.ndarray) -> MinHash:
     from datasketch import MinHash
 
     signature = MinHash(num_perm=PERMUTATIONS, hashfunc=int)

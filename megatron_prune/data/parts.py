@@ -74,7 +74,8 @@ class Parts:
             return False
 
     def manifest(self, key: str) -> dict[str, Any]:
-        return artifacts.read_json(self.folder / f"{key}.json")
+        found: dict[str, Any] = artifacts.read_json(self.folder / f"{key}.json")
+        return found
 
     def merge(self, keys: Sequence[str], dtype: str) -> str:
         """Make ``merged.bin`` and ``merged.idx`` of the parts in this order; the hash of the ``.bin``."""

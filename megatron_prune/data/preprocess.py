@@ -251,6 +251,10 @@ def _work(batch: list[Record]) -> Batch:
     return _in_worker(batch)
 
 
+def _finished(key: str, future: Future[Batch] | None) -> tuple[str, Batch | None]:
+    return key, None if future is None else future.result()
+
+
 def _encode_all(
     batches: Iterator[tuple[str, list[Record] | None]], encoder: Encoder, workers: int
 ) -> Generator[tuple[str, Batch | None]]:
@@ -263,16 +267,13 @@ def _encode_all(
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (encoder, os.getpid())) as pool:
         waiting: deque[tuple[str, Future[Batch] | None]] = deque()
-        result = lambda future: None if future is None else future.result()  # noqa: E731
         try:
             for key, batch in batches:
                 waiting.append((key, None if batch is None else pool.submit(_work, batch)))
                 if len(waiting) >= workers * BATCHES_AHEAD:
-                    first, future = waiting.popleft()
-                    yield first, result(future)
+                    yield _finished(*waiting.popleft())
             while waiting:
-                first, future = waiting.popleft()
-                yield first, result(future)
+                yield _finished(*waiting.popleft())
         except BrokenProcessPool as error:
             raise RunError("a worker process died (out of memory?): try fewer --workers") from error
         finally:

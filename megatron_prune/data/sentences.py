@@ -9,6 +9,7 @@ The models are data (``punkt_tab``), never the pickles of old NLTK releases, whi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_prune.artifacts import sha256_json
 from megatron_prune.errors import DataError, UsageError
@@ -24,7 +25,7 @@ class SentenceSplitter:
     before it, so that the sentences joined are the text.
     """
 
-    def __init__(self, punkt, name: str, keep_newlines: bool = False):
+    def __init__(self, punkt: Any, name: str, keep_newlines: bool = False):
         self.name, self.keep_newlines, self._punkt = name, keep_newlines, punkt
 
     def split(self, text: str) -> list[str]:

@@ -44,7 +44,7 @@ class _Tokens:
 
     vocab_size = None
     pad = -1
-    unique_identifiers: OrderedDict = OrderedDict()
+    unique_identifiers: OrderedDict[str, Any] = OrderedDict()
 
     def __init__(self, eod: int | None):
         self.eod = eod
@@ -205,7 +205,8 @@ class Stream:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a stream of {len(self)}")
         epoch, position = divmod(int(sample), self.samples_per_epoch)
-        return self.parts[epoch][position]
+        found: dict[str, Any] = self.parts[epoch][position]
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What an account says about its stream (JSON). ``samples`` is there once it is built."""
@@ -220,7 +221,7 @@ class Stream:
         return described | ({"samples": len(self)} if self.parts else {})
 
 
-class SampleRange(torch.utils.data.Dataset):
+class SampleRange(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples [start, end) of a stream, in stream order or, with a seed, in one fixed permutation of it.
 
     The permutation depends on the seed and on ``end - start`` alone, so that two arms of a comparison that

@@ -75,7 +75,8 @@ class SentencePieceTokenizer:
         self.bos: int | None = None  # a .model file may have one, but says of no text that it begins with it
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     encode_whole = encode
 
@@ -119,11 +120,13 @@ class HuggingFaceTokenizer:
         self._start = loaded.bos_token or loaded.eos_token
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_whole(self, text: str) -> list[int]:
         begun = self._start is not None and text.startswith(self._start)
-        return self._backend.encode(text, add_special_tokens=not begun).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=not begun).ids
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._chunks is not None:
@@ -188,9 +191,12 @@ class TikTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # Most texts hold no special token, and looking for a thousand of them takes tiktoken long.
+        ids: list[int]
         if self._any_special.search(text):
-            return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+            ids = self._encoding.encode(text, allowed_special="all")
+        else:
+            ids = self._encoding.encode_ordinary(text)
+        return ids
 
     encode_whole = encode
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -27,7 +28,11 @@ class Windows(Sequence[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, position):
+    @overload
+    def __getitem__(self, position: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, position: slice) -> Windows: ...
+    def __getitem__(self, position: int | slice) -> torch.Tensor | Windows:
         if isinstance(position, slice):
             return Windows(self.prefix, self.seq_length, self.numbers[position])
         index = self._corpus.index

@@ -7,6 +7,7 @@ become a corpus without a word. Here every frame must be whole.
 from __future__ import annotations
 
 import io
+from collections.abc import Buffer
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +44,7 @@ class ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
             compressed = self._file.read(COMPRESSED_BYTES)
             if not compressed:
@@ -51,8 +52,9 @@ class ZstdFile(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             self._ready = memoryview(self._decompress(compressed))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), len(self._ready))
+        view[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 

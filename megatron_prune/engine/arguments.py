@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
@@ -83,7 +84,8 @@ def parse(
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
-    return args
+    parsed: argparse.Namespace = args
+    return parsed
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -113,7 +115,7 @@ def given(argv: list[str], *options: str) -> bool:
 
 
 def _take_arguments(
-    args: argparse.Namespace, source: str, argv: list[str], load_args_from_checkpoint: Callable
+    args: argparse.Namespace, source: str, argv: list[str], load_args_from_checkpoint: Callable[..., Any]
 ) -> None:
     """Megatron's own restoring of arguments from ``source``, then what it forgets."""
     own_load, own_step = args.load, args.ckpt_step

@@ -45,7 +45,8 @@ def _forward(
 ) -> torch.Tensor:
     """``DotProductAttention.forward``: queries [sq, b, n, d], keys and values [sk, b, g, d] to [sq, b, n·d]."""
     if module.training or torch.is_grad_enabled() or attention_mask is not None or len(query) != len(key):
-        return unfused(query, key, value, attention_mask, *others, **more)
+        output: torch.Tensor = unfused(query, key, value, attention_mask, *others, **more)
+        return output
     repeats = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]

@@ -168,7 +168,7 @@ def _nothing() -> Callable[..., None]:
     return lambda *_, **__: None
 
 
-class _Zeros(dict):
+class _Zeros(dict[str, int]):
     def __missing__(self, key: str) -> int:
         return 0
 

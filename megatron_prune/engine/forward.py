@@ -29,7 +29,7 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"
 
 def needs_data(vp_stage: int | None = None) -> bool:
     """True on the ranks whose data loader feeds the others: first and last stage, first TP rank."""
-    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+    return bool(is_first_or_last_pipeline_stage(vp_stage)) and mpu.get_tensor_model_parallel_rank() == 0
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> dict[str, Any]:
@@ -63,7 +63,9 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     return {key: batch.get(key) for key in _BATCH_KEYS}
 
 
-def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def loss_function(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses [b, s], how many tokens, and the pair for Megatron's log."""
     args = get_args()
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
@@ -90,7 +92,7 @@ def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.
     return loss, tokens, report
 
 
-def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """One micro-batch through this stage, as Megatron's schedules call it."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -141,13 +143,13 @@ def _through_the_pipeline(
     """Tokens [B, S] and labels, or None for logits, through all stages; what ``read`` makes of each output."""
     found: list[Any] = []
 
-    def step(iterator: Iterator[tuple[torch.Tensor, torch.Tensor | None]], stage: torch.nn.Module) -> tuple:
+    def step(iterator: Iterator[tuple[torch.Tensor, torch.Tensor | None]], stage: torch.nn.Module) -> tuple[Any, Any]:
         tokens, labels = next(iterator)
         tokens = tokens.cuda()  # [B, S]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         output = stage(tokens, positions, None, labels=None if labels is None else labels.cuda())
 
-        def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             found.append(read(output))
             # What the schedule makes of a loss and its number of tokens is of no use here.
             return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}

@@ -258,7 +258,8 @@ def in_child[T](work: Callable[[], T]) -> T:
         raise Refused(value)
     if outcome == "bug":
         raise RunError(f"a rehearsal failed:\n{value}")
-    return value
+    answer: T = value
+    return answer
 
 
 def _outcome(work: Callable[[], Any], printed: int) -> tuple[str, Any]:

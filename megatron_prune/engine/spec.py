@@ -31,7 +31,8 @@ def norms(block: Any) -> Iterator[Any]:
 
 def gain(norm: Any) -> torch.nn.Parameter:
     """The gain of what ``norms`` yields, or of a final norm."""
-    return norm.layer_norm_weight if _is_fused(norm) else norm.weight
+    parameter: torch.nn.Parameter = norm.layer_norm_weight if _is_fused(norm) else norm.weight
+    return parameter
 
 
 def gain_offset(norm: Any) -> int:

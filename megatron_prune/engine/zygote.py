@@ -178,7 +178,7 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     code = -signal.SIGTERM
     try:
         # Only now, since the store has a thread and threads do not survive a fork.
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for start_write in starts:

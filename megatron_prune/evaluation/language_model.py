@@ -19,7 +19,7 @@ from megatron_prune.evaluation.likelihoods import Request
 Score = Callable[[Sequence[Request]], list[tuple[float, bool]]]
 
 
-class MegatronLM(TemplateLM):
+class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without its types
     """``score`` runs the model, which reads at most ``longest`` tokens; ``truncated`` counts texts that were cut."""
 
     def __init__(self, tokenizer: Tokenizer, longest: int, score: Score):

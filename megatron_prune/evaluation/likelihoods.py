@@ -84,8 +84,8 @@ class Scorer:
             lengths = [len(piece) for piece in pieces]
             targets = torch.tensor([t for n in numbers for t in requests[n].targets], device=logits.device)
             losses, greedy = _compare(torch.cat(pieces), targets, self.vocabulary)
-            sums = [-part.sum().item() for part in losses.double().split(lengths)]
-            return list(zip(numbers, sums, [bool(part.all()) for part in greedy.split(lengths)], strict=True))
+            sums = [-part.sum().item() for part in torch.split(losses.double(), lengths)]
+            return list(zip(numbers, sums, [bool(part.all()) for part in torch.split(greedy, lengths)], strict=True))
 
         found = forward.run_logits(self.model, padded(), read)
         gathered = torch.zeros(len(requests), 2, dtype=torch.float64, device=torch.cuda.current_device())

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from megatron_prune.checkpoint.layout import Kept, WeightLayout, axis_indices
+from megatron_prune.checkpoint.layout import Axis, Kept, WeightLayout, axis_indices
 from megatron_prune.errors import MasksError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.masks.reader import Masks
@@ -50,7 +50,7 @@ def _whole_groups(columns: torch.Tensor, pattern: Pattern) -> bool:
     return bool((groups == groups[:, :1] // pattern.m * pattern.m + torch.arange(pattern.m)).all())
 
 
-def _blocks(masks: Masks, source: str, axes: Sequence, kept: Kept) -> Iterator[torch.Tensor]:
+def _blocks(masks: Masks, source: str, axes: Sequence[Axis], kept: Kept) -> Iterator[torch.Tensor]:
     rows, columns = (axis_indices(axis, masks.model, kept) for axis in axes)
     start = 0
     for block in masks.row_blocks(source):

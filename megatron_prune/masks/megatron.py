@@ -186,4 +186,5 @@ def _on_first_rank[T](work: Callable[[], T]) -> T:
         raise failure
     if outcome[1] is not None:
         raise MasksError(outcome[1])
-    return outcome[0]
+    result: T = outcome[0]
+    return result

@@ -65,7 +65,8 @@ def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int 
 def _not_zero(block: torch.Tensor) -> numpy.ndarray:
     """Where floating-point numbers are not ±0 (NaN is not), by their bits without the sign: bfloat16 goes as fast."""
     raw = block.view({2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[block.itemsize]).numpy()
-    return raw + raw != 0  # the sign falls out
+    some: numpy.ndarray = raw + raw != 0  # the sign falls out
+    return some
 
 
 def check_bits(masks: Masks, name: str) -> None:

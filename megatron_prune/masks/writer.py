@@ -116,7 +116,7 @@ def _gathered(name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor])
     for block in blocks:
         if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
             raise MasksError(f"the mask of {name} is bool {list(shape)}, given {block.dtype} {list(block.shape)}")
-        for part in bits.pack(block).split(most):
+        for part in torch.split(bits.pack(block), most):
             if held and sum(map(len, held)) + len(part) > most:
                 yield torch.cat(held)
                 held = []

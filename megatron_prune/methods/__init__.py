@@ -252,7 +252,8 @@ def sparse_names() -> list[str]:
 def get(name: str) -> Method:
     """The structured method of that name; UsageError lists the names there are."""
     if name in names():
-        return _module(name).METHOD
+        method: Method = _module(name).METHOD
+        return method
     why = f"{name} is sparse: run it with sparsify" if name in _files() else ""
     raise UsageError("--method", given=name, allowed="one of " + ", ".join(names()), why=why)
 
@@ -260,7 +261,8 @@ def get(name: str) -> Method:
 def get_sparse(name: str) -> SparseMethod:
     """The sparse method of that name; UsageError lists the names there are."""
     if name in sparse_names():
-        return _module(name).SPARSE
+        method: SparseMethod = _module(name).SPARSE
+        return method
     why = f"{name} is structured: run it with plan and apply, or prune" if name in _files() else ""
     raise UsageError("--method", given=name, allowed="one of " + ", ".join(sparse_names()), why=why)
 

@@ -292,7 +292,7 @@ def _end(args: argparse.Namespace) -> int:
 
     if args.stream_range:
         return parse_range(args.stream_range)[1]
-    return (args.train_iters or 0) * args.global_batch_size
+    return int(args.train_iters or 0) * int(args.global_batch_size)
 
 
 def _has_caches(args: argparse.Namespace, prefixes: Sequence[str]) -> bool:

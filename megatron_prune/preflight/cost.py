@@ -36,8 +36,8 @@ def time(args: argparse.Namespace, shape: ModelShape, cluster: Cluster, mfu: flo
 
 def bubble(args: argparse.Namespace, microbatches: int) -> float:
     """Share of a step in which a stage waits for the pipeline to fill and drain."""
-    waiting = args.pipeline_model_parallel_size - 1
-    working = microbatches * (args.virtual_pipeline_model_parallel_size or 1)
+    waiting: int = args.pipeline_model_parallel_size - 1
+    working: int = microbatches * (args.virtual_pipeline_model_parallel_size or 1)
     return waiting / (waiting + working)
 
 
@@ -68,8 +68,8 @@ def even_split(shape: ModelShape, stages: int, seq_length: int) -> list[int]:
 
 def checkpoint_bytes(args: argparse.Namespace, shape: ModelShape) -> int:
     """One save: weights, and with the optimizer its fp32 masters and two moments."""
-    with_optimizer = 0 if args.no_save_optim else 2 * FP32 + (FP32 if args.bf16 or args.fp16 else 0)
-    return shape.parameters() * (args.params_dtype.itemsize + with_optimizer)
+    with_optimizer: int = 0 if args.no_save_optim else 2 * FP32 + (FP32 if args.bf16 or args.fp16 else 0)
+    return shape.parameters() * (int(args.params_dtype.itemsize) + with_optimizer)
 
 
 def saves_kept(args: argparse.Namespace, steps: int) -> int:
@@ -77,5 +77,5 @@ def saves_kept(args: argparse.Namespace, steps: int) -> int:
     if not args.save_interval or args.save_interval >= steps:
         return 1
     if args.save_retain_interval:  # the newest always stays, others only on multiples of it
-        return steps // args.save_retain_interval + 2
-    return math.ceil(steps / args.save_interval)
+        return steps // int(args.save_retain_interval) + 2
+    return math.ceil(steps / int(args.save_interval))

@@ -77,7 +77,7 @@ def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]
 
 
 def _weights(args: argparse.Namespace, stage: Stage) -> int:
-    element = args.params_dtype.itemsize
+    element: int = args.params_dtype.itemsize
     if not args.fp8:
         return stage.parameters * element
     # TE keeps two FP8 copies of a linear's weight, one a direction; with param gather they are all there is.
@@ -149,7 +149,8 @@ def _unfused_attention(args: argparse.Namespace) -> bool:
 
 def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
     """Bytes a token of the logits in the model's type and of the softmax in fp32, which the loss saves."""
-    return (args.params_dtype.itemsize + FP32) * shape.padded_vocab_size / args.tensor_model_parallel_size
+    element: int = args.params_dtype.itemsize
+    return (element + FP32) * shape.padded_vocab_size / int(args.tensor_model_parallel_size)
 
 
 def activations(

@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_prune.report.drawing import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
-from megatron_prune.study.grid import Comparison, Pruning
+from megatron_prune.study.grid import Comparison
+from megatron_prune.study.prunings import Pruning
 from megatron_prune.study.results import Results
 from megatron_prune.study.subject import label
 

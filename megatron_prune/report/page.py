@@ -15,8 +15,8 @@ import yaml
 
 from megatron_prune import artifacts
 from megatron_prune.report import bars, budgets, curves, drawing, final, findings, numbers, ratios, tables
-from megatron_prune.study import config, grid, results
-from megatron_prune.study.commands import Places
+from megatron_prune.study import config, grid, results, rows
+from megatron_prune.study.places import Places
 from megatron_prune.study.results import Results
 from megatron_prune.study.subject import label
 
@@ -46,7 +46,7 @@ def write(found: Results, places: Places) -> Path:
 def table(found: Results) -> str:
     """The rows as CSV; an unknown value is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, results.COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, rows.COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found.rows)
     return text.getvalue()

@@ -75,7 +75,8 @@ class Stream:
     def _forward(self, state: torch.Tensor) -> torch.Tensor:
         state = state.cuda()
         self._model.set_input_tensor(state)  # where a stage that does not embed looks
-        return self._model(None, None, None, decoder_input=state)
+        output: torch.Tensor = self._model(None, None, None, decoder_input=state)
+        return output
 
 
 @contextlib.contextmanager

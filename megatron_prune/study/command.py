@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = _parser().parse_args(argv)
     if options.action is _stage:
-        return _stage(options)
+        code: int = _stage(options)
+        return code
     studies = config.load_all(options.study)
     if options.parent is not None:
         studies = [study for study in studies if study.name.endswith(f".{options.parent}")]

@@ -15,8 +15,8 @@ from megatron_prune import artifacts
 from megatron_prune.data.identity import fingerprint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import documents, statistics, trends, verdicts
-from megatron_prune.study.commands import Places
 from megatron_prune.study.config import Study
+from megatron_prune.study.places import Places
 from megatron_prune.study.statistics import OverDocuments
 from megatron_prune.study.subject import SUBJECT
 from megatron_prune.study.trends import Trend

@@ -190,7 +190,8 @@ def from_mapping(content: Any, where: str = "study") -> Study:
 
 def resolved(study: Study) -> dict[str, Any]:
     """The study with every default filled in, as JSON values."""
-    return TypeAdapter(Study).dump_python(study, mode="json")
+    values: dict[str, Any] = TypeAdapter(Study).dump_python(study, mode="json")
+    return values
 
 
 def _usage_error(error: ValidationError, where: str) -> UsageError:

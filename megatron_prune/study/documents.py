@@ -24,4 +24,5 @@ def of_windows(prefix: str | Path, windows: int, seq_length: int) -> np.ndarray 
         return None
     ends = np.cumsum(document_tokens(index))
     predicted = np.arange(1, windows * seq_length + 1).reshape(windows, seq_length)
-    return stats.mode(np.searchsorted(ends, predicted, side="right"), axis=1).mode
+    most: np.ndarray = stats.mode(np.searchsorted(ends, predicted, side="right"), axis=1).mode
+    return most

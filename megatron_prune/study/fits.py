@@ -97,7 +97,8 @@ def law(budgets: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Law:
     def residuals(logs: np.ndarray) -> np.ndarray:
         basis = _basis(tokens, *np.exp(logs))
         floor, scale = _floor_and_scale(basis, losses)
-        return floor + scale * basis - losses
+        left: np.ndarray = floor + scale * basis - losses
+        return left
 
     found = optimize.least_squares(
         residuals, np.clip(np.log(begin), low + 1e-9, high - 1e-9), bounds=(low, high), xtol=1e-10, ftol=1e-10,
@@ -111,7 +112,8 @@ def law(budgets: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Law:
 
 def _basis(tokens: np.ndarray, exponent: float, start: float = 0.0) -> np.ndarray:
     """(N + N0)**-alpha, 1 at the first budget."""
-    return ((tokens + start) / (tokens[0] + start)) ** -exponent
+    terms: np.ndarray = ((tokens + start) / (tokens[0] + start)) ** -exponent
+    return terms
 
 
 def _floor_and_scale(basis: np.ndarray, losses: np.ndarray) -> tuple[float, float]:

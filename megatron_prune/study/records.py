@@ -20,9 +20,10 @@ from megatron_prune.data import indexed
 from megatron_prune.errors import RunError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import anomalies
-from megatron_prune.study.commands import CORPORA, Places
+from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.config import Study
 from megatron_prune.study.grid import TrainingCell, shape_tag
+from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import Pruning, calibration_cell, parent_cell
 
 Record = dict[str, Any]

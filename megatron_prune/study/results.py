@@ -16,8 +16,9 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.study import conclusions, config, grid, match, origins, rows, sweep
 from megatron_prune.study.budgets import Lay
-from megatron_prune.study.commands import CORPORA, Places
+from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import parent_cell, parent_cells
 from megatron_prune.study.rows import COLUMNS
 from megatron_prune.study.sweep import Sweep

@@ -170,7 +170,8 @@ class Provider:
         from megatron_prune.engine.forward import needs_data
 
         if self.args.stream_range is None:
-            return _megatron_datasets(self.args, num_samples, vp_stage)
+            datasets: tuple[Any, Any, Any] = _megatron_datasets(self.args, num_samples, vp_stage)
+            return datasets
         if self.train is None:  # once, though every virtual stage asks
             self._build(num_samples[1])
         return (self.train, self._valid, None) if needs_data(vp_stage) else (None, None, None)

@@ -257,7 +257,7 @@ def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
 def _unique_tokens(train: Any, args: argparse.Namespace) -> int:
     """Different tokens among those trained on; of Megatron's own data sets nothing is known but their number."""
     if train is None:
-        return args.train_iters * args.global_batch_size * args.seq_length
+        return int(args.train_iters) * int(args.global_batch_size) * int(args.seq_length)
     from megatron_prune.data.coverage import unique_tokens
 
     return unique_tokens(train)
