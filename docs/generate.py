@@ -1,0 +1,85 @@
+"""MkDocs hook: writes the reference pages from the code that reads the files, so that they cannot go out of date."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from typing import Any
+
+from pydantic.dataclasses import is_pydantic_dataclass
+
+MARK = "<!-- study-schema -->"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the mark of a generated page."""
+    return markdown.replace(MARK, study_schema()) if MARK in markdown else markdown
+
+
+def study_schema() -> str:
+    """A section for each dataclass of study.yaml, in the order in which a reader meets them."""
+    from megatron_prune.study.config import Study
+
+    parts, pending, done = [], [("the file", Study)], set()
+    while pending:
+        key, section = pending.pop(0)
+        if section in done:
+            continue
+        done.add(section)
+        parts.append(_section(key, section))
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            pending += [(field.name, inner) for inner in _sections_in(hints[field.name])]
+    return "\n\n".join(parts)
+
+
+def _section(key: str, section: Any) -> str:
+    hints = typing.get_type_hints(section, include_extras=True)
+    rows = [
+        f"| `{field.name}` | {_words(hints[field.name])} | {_default(field)} |" for field in dataclasses.fields(section)
+    ]
+    title = "The file" if key == "the file" else f"`{key}`"
+    about = inspect.cleandoc(section.__doc__ or "").replace("``", "`")
+    return "\n".join([f"## {title}", "", about, "", "| key | value | default |", "| --- | --- | --- |", *rows])
+
+
+def _sections_in(hint: Any) -> list[Any]:
+    """The dataclasses inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
+    if dataclasses.is_dataclass(hint) and is_pydantic_dataclass(hint):
+        return [hint]
+    return [found for inner in typing.get_args(hint) for found in _sections_in(inner)]
+
+
+def _words(hint: Any) -> str:
+    """A type as a reader would say it."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _words(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(one) for one in inner if one is not types.NoneType)
+    if origin is typing.Literal:
+        return ", ".join(f"`{one}`" for one in inner)
+    if origin is list:
+        return f"list of {_words(inner[0])}"
+    if origin is tuple:
+        return " and ".join(_words(one) for one in inner)
+    if origin is dict:
+        return f"mapping of {_words(inner[0])} to {_words(inner[1])}"
+    if dataclasses.is_dataclass(hint):
+        return f"section, see below (`{hint.__name__}`)"  # type: ignore[union-attr]
+    plain = {bool: "true or false", int: "whole number", float: "number", str: "text", Any: "anything"}
+    return plain.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        value: Any = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    if value is None or value == {} or value == []:
+        return "none"
+    return "see below" if dataclasses.is_dataclass(value) else f"`{value}`"
