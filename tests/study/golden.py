@@ -1,0 +1,122 @@
+"""Every command line of the studies in examples/, as text: golden/*.txt, which reviews read.
+
+    python -m tests.study.golden        writes them again, after a change that is meant
+
+Nothing runs and no corpus is there: a parent's shape is said here where a study would read it. What all commands of
+one verb share is said once, at the top, so that a flag which is wrong in both arms is one line of a diff.
+"""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.study import config, preflight, stages
+from megatron_prune.study.commands import Command
+from megatron_prune.study.config import Study
+from megatron_prune.study.places import Places
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = Path(__file__).parent / "golden"
+SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
+LLAMA = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
+# A parent that no study trains: its shape; of one that another study trained, that study.
+STUDIES: dict[str, ModelShape | str | None] = {
+    "quickstart/study": None,
+    "quickstart/seeds": None,
+    "smollm2_135m/study": SMOLLM2,
+    "llama3.1_8b/token_scaling": None,
+    "llama3.1_8b/ratios": "llama3.1_8b/token_scaling",
+    "llama3.1_8b/imported": LLAMA,
+}
+Flag = tuple[str, ...]  # its name and its values
+
+
+def file(name: str) -> Path:
+    return FILES / f"{name.replace('/', '-')}.txt"
+
+
+def text(name: str) -> str:
+    """The golden text of ``examples/<name>.yaml``."""
+    study = config.load(EXAMPLES / f"{name}.yaml")
+    return "\n".join(_lines(name, study, commands(name)))
+
+
+def commands(name: str) -> dict[str, list[Command]]:
+    """Every cell of a study with its commands, as if no pruning had cost anything."""
+    study, parent = config.load(EXAMPLES / f"{name}.yaml"), STUDIES[name]
+    places = Places(Path("RUN"))
+    known: tuple[Any, Any] = (parent, None) if not isinstance(parent, str) else _account(parent)
+    there = preflight._parent if parent is None else lambda *_: known
+    with mock.patch.object(preflight, "_parent", there):
+        outlook = preflight.look(study, places)
+    outlook = replace(outlook, spent=dict.fromkeys(outlook.targets, 0))
+    return stages.all_commands(stages.all_cells(study, places, outlook))
+
+
+def _account(name: str) -> tuple[ModelShape, dict[str, Any]]:
+    """Shape and account of the parent that another study trains."""
+    study = config.load(EXAMPLES / f"{name}.yaml")
+    outlook = preflight.look(study, Places(Path("RUN")))
+    lay, data = outlook.lay, study.data
+    stream = {"seed": data.stream_seed, "seq_length": data.seq_length, "epochs": data.epochs, "corpora": []}
+    range_ = [0, lay.parent_end]
+    assert outlook.source is not None and study.parent.pretrain is not None
+    return outlook.source, {
+        "complete": True, "stream": stream, "range": range_, "tokens": lay.parent_tokens,
+        "flops_executed": lay.parent_flops, "seed": study.parent.pretrain.seed,
+    }  # fmt: skip
+
+
+def _lines(name: str, study: Study, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:
+    corpora = " ".join(study.data.blend)
+    yield f"examples/{name}.yaml, every command. RUN is runs/{study.name}, CELL a cell's own folder in it, TRAIN:"
+    yield from textwrap.wrap(corpora, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    flags = {(cell, c.stage): split(cell, c.argv, study.data.blend) for cell, many in commands.items() for c in many}
+    shared: dict[str, list[Flag]] = {}
+    of_stage: dict[str, list[Command]] = defaultdict(list)
+    for (_, stage), own in flags.items():
+        shared[stage] = [flag for flag in shared.get(stage, own) if flag in own]
+    for many in commands.values():
+        for command in many:
+            of_stage[command.stage].append(command)
+    for stage, many in of_stage.items():
+        [begin] = {tuple(c.words[: len(c.words) - len(c.argv) + 1]) for c in many}
+        yield f"\n{stage} x {len(many)}: {shlex.join(begin)}"
+        yield from ("  " + shlex.join(flag) for flag in shared[stage])
+    for cell, many in commands.items():
+        yield f"\n{cell}"
+        for command in many:
+            own = [flag for flag in flags[cell, command.stage] if flag not in shared[command.stage]]
+            line = " ".join([f"{command.stage}:", *map(shlex.join, own)])
+            yield from textwrap.wrap(
+                line, 118, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+            )
+    yield ""
+
+
+def split(cell: str, argv: Sequence[str], blend: Sequence[str]) -> list[Flag]:
+    """The words after a verb as flags with their values; the training corpora as one word, a cell's paths shorter."""
+    found: list[list[str]] = []
+    own = f"RUN/cells/{cell}/"
+    for word in argv[1:]:
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(f"CELL/{word.removeprefix(own)}" if word.startswith(own) else word)
+    return [tuple(flag if flag[1:] != list(blend) else [flag[0], "TRAIN"]) for flag in found]
+
+
+def main() -> None:
+    for name in STUDIES:
+        file(name).write_text(text(name))
+
+
+if __name__ == "__main__":
+    main()
