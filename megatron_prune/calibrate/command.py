@@ -146,6 +146,7 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
     from megatron_prune.engine.arguments import given
 
     runtime.refuse_layouts(args)
+    args.builds_model = reads_text  # without, no package that Megatron's layers want is asked for
     for flag in () if reads_text else FLAGS:
         if given(argv, flag):
             raise UsageError(flag, given="on the command line", allowed="where the method needs statistics")

@@ -16,7 +16,7 @@ from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
-from megatron_prune.engine import cpu, fp8, stores
+from megatron_prune.engine import cpu, fp8, installed, stores
 from megatron_prune.errors import CheckpointError, UsageError
 
 # What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
@@ -80,6 +80,7 @@ def parse(
         args.vocab_size = args.padded_vocab_size
     if complete is not None:
         complete(args, argv)
+    installed.settle(args)
     validate_args(args, {})
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again

@@ -6,7 +6,8 @@ fake process group whose collectives do nothing; the GPU is pretended. Weights a
 that a stage of an 8B model takes no memory. Nothing is written to disk, and no tracker is repaired.
 
 Each rehearsal is a forked child, since Megatron's globals can be set once. Call where ``engine.cpu.prepare`` has
-been called. Stages are built from the local spec, whatever the command asks for: the weights are the same ones.
+been called. Stages are built from the local spec, whatever the command asks for: the weights are the same ones. What
+is installed on the cluster is said by the caller, and decides there as it would there (``engine.installed``).
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import cpu
+from megatron_prune.engine.installed import Installed
 from megatron_prune.errors import MegatronPruneError, RunError
 
 # What Megatron refuses a configuration with; anything else is a bug and keeps its traceback.
 REFUSALS = (MegatronPruneError, AssertionError, ValueError, RuntimeError, NotImplementedError)
-ASSUMED_TE = "2.9.0"  # of the cluster, where none is installed here
+ASSUMED_TE = "2.9.0"  # of a cluster that has Transformer Engine
 
 
 class Refused(Exception):
@@ -59,19 +61,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """``args`` as validated by Megatron; ``stages`` in order, or why they cannot be built."""
+    """``args`` as validated by Megatron; ``stages`` in order, or why they cannot be built; ``off``: what the cluster
+    has no packages for."""
 
     args: argparse.Namespace
     microbatches: int
     stages: tuple[Stage, ...]
     unbuilt: str | None = None
+    off: tuple[str, ...] = ()
 
     @property
     def shape(self) -> ModelShape:
         return ModelShape.from_args(vars(self.args))
 
 
-def rehearse(verb: str, argv: list[str], *, gpus: int, per_node: int, capability: tuple[int, int]) -> Rehearsal:
+def rehearse(
+    verb: str, argv: list[str], *, gpus: int, per_node: int, capability: tuple[int, int], has: Installed
+) -> Rehearsal:
     """Rehearse ``python -m megatron_prune VERB ARGV`` on ``gpus`` ranks. ``Refused`` says why it would not start."""
 
     def work() -> Rehearsal:
@@ -80,29 +86,40 @@ def rehearse(verb: str, argv: list[str], *, gpus: int, per_node: int, capability
             MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
         )  # fmt: skip
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # launch/ sets it
-        _pretend_gpu(capability)
+        off = _pretend_gpu(capability, has)
         args = _parse(verb, argv)
         microbatches = _microbatches(args)
         try:
             stages = [in_child(partial(_build, args, p)) for p in range(args.pipeline_model_parallel_size)]
         except Refused as refused:
-            return Rehearsal(args, microbatches, (), str(refused))
-        return Rehearsal(args, microbatches, tuple(stages))
+            return Rehearsal(args, microbatches, (), str(refused), tuple(off))
+        return Rehearsal(args, microbatches, tuple(stages), off=tuple(off))
 
     return in_child(work)
 
 
-def _pretend_gpu(capability: tuple[int, int]) -> None:
+def _pretend_gpu(capability: tuple[int, int], has: Installed) -> list[str]:
+    """From here on flags and refusals are the cluster's; what it has no packages for comes into the list returned."""
     import megatron.core.utils
     import megatron.training  # noqa: F401
     from packaging.version import Version
 
+    from megatron_prune.engine import installed
+
     cpu.prepare_megatron()
-    cpu._cuda_is_available = lambda: True  # from here on flags and refusals are the cluster's
+    cpu._cuda_is_available = lambda: True
     properties = SimpleNamespace(major=capability[0], minor=capability[1], name="", total_memory=0)
     torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment]
-    megatron.core.utils._te_version = Version(ASSUMED_TE)
+    megatron.core.utils._te_version = Version(ASSUMED_TE if has.te else "0.0.0")
+    installed.assume(has)
+    switched_off: list[str] = []
+
+    def keep(args: argparse.Namespace, off: list[str]) -> None:
+        switched_off.extend(off)
+
+    installed.say = keep
+    return switched_off
 
 
 class _Parsed(BaseException):

@@ -13,6 +13,7 @@ from megatron_prune import methods
 from megatron_prune import storage as places
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.engine.installed import Installed
 from megatron_prune.engine.rehearsal import Rehearsal
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.preflight import cost, memory
@@ -47,6 +48,7 @@ class Question:
     reserve: int  # bytes
     corpus_tokens: int | None
     absent: dict[str, str]  # checkpoints that are not here, by flag
+    installed: Installed  # on the cluster
 
     @property
     def trains(self) -> bool:
@@ -58,7 +60,7 @@ def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
     args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
     if question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none":
         return [*layout(question, rehearsal), *weights_alone(args)]
-    found = [*layout(question, rehearsal), *dimensions(args, shape)]
+    found = [installed(question, rehearsal), *layout(question, rehearsal), *dimensions(args, shape)]
     if rehearsal.unbuilt is not None:
         return [*found, Finding("model", "no", f"Megatron cannot build it: {rehearsal.unbuilt}")]
     found += balance(args, shape, rehearsal)
@@ -76,6 +78,14 @@ def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
         found.append(storage(args, shape, spent.steps))
     assert len(stages) == args.pipeline_model_parallel_size
     return found
+
+
+def installed(question: Question, rehearsal: Rehearsal) -> Finding:
+    """What the cluster is taken to have, and what a run does without there."""
+    words = f"--installed {str(question.installed).replace(' ', '')}: taken to be so on every node"
+    if rehearsal.off:
+        words += f"; switched off without the rest: {'; '.join(rehearsal.off)}"
+    return Finding("installed", "yes", words, {"installed": str(question.installed), "off": list(rehearsal.off)})
 
 
 def layout(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from megatron_prune.preflight.cluster import GPUS, Cluster
 
 VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
 EXIT_NO = 1
+CONTAINER = "te,apex,flash-attn"  # NVIDIA's for PyTorch
 _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     if not 0 < options.mfu <= 1:
         raise UsageError("--mfu", given=options.mfu, allowed="a fraction up to 1")
+    from megatron_prune.engine import installed
     from megatron_prune.preflight.checks import Question
     from megatron_prune.study.values import parse_tokens
 
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> int:
     cluster = Cluster(options.gpus, options.gpu, options.gpus_per_node)
     line = elsewhere.resolve(rest, options.model)
     reserve = int(options.reserve_gb * 1e9)
-    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, tokens, line.absent))
+    has = installed.named(options.installed)
+    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, tokens, line.absent, has))
     if options.output:
         artifacts.write_json(options.output, found)
     show(found)
@@ -83,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
     add("--gpu", default="h100", choices=GPUS, help="kind of GPU (default: %(default)s)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    add(
+        "--installed",
+        default=CONTAINER,
+        metavar="WORDS",
+        help="what every node has besides PyTorch, of te, apex, flash-attn, nvrx and emerging-optimizers, with commas "
+        "between, or none (default: %(default)s, as launch/Dockerfile.ngc has; launch/Dockerfile: none)",
+    )
     add(
         "--mfu",
         type=float,
@@ -117,7 +127,7 @@ def answer(question: Any) -> dict[str, Any]:
     try:
         rehearsed = rehearsal.rehearse(
             question.verb, question.argv, gpus=cluster.gpus, per_node=cluster.local_ranks,
-            capability=cluster.gpu.capability,
+            capability=cluster.gpu.capability, has=question.installed,
         )  # fmt: skip
     except rehearsal.Refused as refused:
         findings = [checks.Finding("arguments", "no", str(refused))]

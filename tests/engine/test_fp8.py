@@ -54,8 +54,9 @@ def validated(argv: list[str], capability: tuple[int, int], world: int) -> str |
     torch.cuda.get_device_capability = lambda *_: capability
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from megatron_prune.engine import arguments
+    from megatron_prune.engine import arguments, installed
 
+    installed.assume(installed.named("te,apex"))
     try:
         args = arguments.parse("pretrain", argv, lambda parser: parser)
         config = gpt_config_from_args(args).transformer

@@ -31,12 +31,14 @@ GOOD = {
         "--gpus 64", train(f"{SP} --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 4"),
     ),
     "context parallel": ("--gpus 64", train(f"{SP} --context-parallel-size 2")),
+    "without Apex": ("--gpus 64 --installed te", train(SP)),
 }  # fmt: skip
 # name: (preflight's flags, command line, what the reason says)
 BAD = {
     "unknown flag": ("--gpus 8", train(SP, "--no-such-flag"), "arguments: .*--no-such-flag"),
     "world": ("--gpus 64 --gpus-per-node 4", train("--tensor-model-parallel-size 24"), "arguments: .*64.*24"),
     "batch": ("--gpus 8", train(SP, "--global-batch-size 6"), "arguments: .*6"),
+    "nothing installed": ("--gpus 64 --installed none", train(SP), "arguments: --transformer-impl: .*pip install"),
     "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*multiple of the global"),
     "layers by stages": ("--gpus 64", train("--pipeline-model-parallel-size 8", "--num-layers 12"),
                          "arguments: .*layers should be divisible"),
@@ -112,6 +114,13 @@ def test_what_was_built_is_the_model(answered) -> None:
     a_token += 3 * 4 * 8192 * 4096 * 32  # attention's two products, not causal
     assert spent["flops"] == a_token * 8192 * 512
     assert spent["gpu_hours"] == pytest.approx(spent["flops"] * 100 / (989e12 * 0.4) / 3600)
+
+
+def test_what_is_installed_there_is_said(answered) -> None:
+    """In this machine's place: here neither package is."""
+    container, plain = (finding(answered[name], "installed") for name in ("parent on 64", "without Apex"))
+    assert container["reason"].startswith("--installed te,apex,flash-attn:") and not container["facts"]["off"]
+    assert plain["facts"]["off"] == ["gradient accumulation fusion (NVIDIA Apex)"]
 
 
 def test_uneven_stages_are_those_asked_for(answered) -> None:
@@ -194,6 +203,7 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
         ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
         ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
         ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),
+        ("--gpus 8 --installed te,cuda pretrain --lr 1", "--installed: given cuda"),
     ],
 )
 def test_what_preflight_itself_refuses(line, names) -> None:
