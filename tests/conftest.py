@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.waiting import GENEROUS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,7 +55,7 @@ class FinishedJob:
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedJob]:
-    """``job(argv, nproc=1, env=None, timeout=240)`` runs ``megatron_prune <argv>`` to its end."""
+    """``job(argv, nproc=1, env=None, timeout=GENEROUS)`` runs ``megatron_prune <argv>`` to its end."""
     from megatron_prune.engine.launch import launch
 
     folder = tmp_path_factory.mktemp("jobs")
@@ -64,7 +65,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedJob]:
         argv: Sequence[str | os.PathLike[str]],
         nproc: int = 1,
         env: dict[str, str] | None = None,
-        timeout: float = 240,
+        timeout: float = GENEROUS,
     ) -> FinishedJob:
         words = [str(word) for word in argv]
         log = folder / f"{next(numbers):03d}-{words[0]}.txt"
@@ -85,7 +86,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
     from megatron_prune.engine.launch import start_function
     from tests.distributed_work import FunctionCall, results
 
-    def run(function: Callable[..., Any], nproc: int, *arguments: Any, timeout: float = 240, **keywords: Any):
+    def run(function: Callable[..., Any], nproc: int, *arguments: Any, timeout: float = GENEROUS, **keywords: Any):
         folder = tmp_path_factory.mktemp(function.__name__)
         log = folder / "log.txt"
         call = FunctionCall(

@@ -30,6 +30,7 @@ from megatron_prune.masks import open_masks, verify
 from tests.sparsify import small as sparsifying
 from tests.test_apply import make
 from tests.training.small import MODEL, kill_ranks, recipe
+from tests.waiting import GENEROUS
 
 FORKED = int(os.environ.get("KILLS", 20))
 JOBS = int(os.environ.get("KILLS", 6))
@@ -96,13 +97,13 @@ class Jobs:
         self.argv, self.log = [str(word) for word in argv], folder / "log.txt"
         self.draws, self.whole, self.killed, self.tries = random.Random(1), 0.0, 0, 0
         with start([self.argv[0], "--help"], nproc=1, log=self.log) as running:  # jobs are forked from then on
-            running.wait(60)
+            running.wait(GENEROUS)
 
     def run(self, *more: Any) -> None:
         """To the end."""
         began = time.perf_counter()
         with start([*self.argv, *map(str, more)], nproc=1, log=self.log) as running:
-            assert running.wait(200) == 0, self.log.read_text()[-3000:]
+            assert running.wait(GENEROUS) == 0, self.log.read_text()[-3000:]
         self.whole = self.whole or time.perf_counter() - began
 
     def kill(self) -> bool:
@@ -111,7 +112,7 @@ class Jobs:
             with contextlib.suppress(TimeoutError):
                 running.wait(self.draws.uniform(0.1 * self.whole, self.whole))
             kill_ranks(running)
-            code = running.wait(60)
+            code = running.wait(GENEROUS)
         assert code in (0, -signal.SIGKILL), self.log.read_text()[-3000:]
         self.killed += code != 0
         self.whole *= 1 if code else 0.9  # the machine is less busy than it was, or there was less left to do

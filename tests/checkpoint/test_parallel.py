@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_prune.checkpoint.parallel import shares
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError, UsageError
 from tests.checkpoint import small
+from tests.waiting import wait_for_progress
 
 
 def test_shares_are_everything_once_and_even():
@@ -63,7 +63,7 @@ SLEEPERS = """
 import time
 from megatron_prune.checkpoint.parallel import run
 if __name__ == "__main__":
-    run(time.sleep, [(600,), (600,)], 2)
+    run(time.sleep, [(7200,), (7200,)], 2)
 """
 
 
@@ -81,17 +81,12 @@ def test_processes_die_with_whoever_started_them(tmp_path):
                     found.add(int(status.parent.name))
         return found
 
-    def wait_until(holds, seconds=60):
-        ends = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < ends
-            time.sleep(0.1)
-
     try:
-        wait_until(lambda: len(session()) >= 5)  # it, a resource tracker, the server of forks, and two of them
+        # It, a resource tracker, the server of forks, and two of them.
+        wait_for_progress(lambda: len(session()) >= 5, "two processes", session)
         job.kill()
         job.wait()
-        wait_until(lambda: not session(), 20)
+        wait_for_progress(lambda: not session(), "the end of all", session)
     finally:
         for pid in session():
             os.kill(pid, 9)

@@ -218,7 +218,7 @@ with CheckpointWriter(sys.argv[1], args=small.ARGS, dtype=torch.float32) as writ
         writer.add(name, tensor.shape, [tensor])
         if i == 12:
             print("half", flush=True)
-            time.sleep(60)
+            time.sleep(7200)
 """
 
 

@@ -21,6 +21,7 @@ from megatron_prune.data.preprocess import preprocess
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.errors import DataError, RunError
 from tests import tiny
+from tests.waiting import alive, wait_for_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -165,12 +166,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path, inputs, tiny_tokeni
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
         assert run.stdout is not None and run.stdout.readline() == "go\n"
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        deadline = time.monotonic() + 20
-        while len(workers := children.read_text().split()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_progress(lambda: len(children.read_text().split()) >= 2, "two workers")
+        workers = children.read_text().split()
         run.kill()
-    while any(Path(f"/proc/{worker}/stat").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text()
-              for worker in workers):  # fmt: skip
-        assert time.monotonic() < deadline + 20, "a worker outlived its parent"
-        time.sleep(0.01)
+    wait_for_progress(lambda: not any(map(alive, workers)), "the end of the workers, which outlived their parent")

@@ -19,7 +19,7 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
 
 
 def train(job, start: list[str], corpus: Path, save: Path, *more: str, samples: str = RANGE) -> list[float]:
-    job(["pretrain", *start, *recipe(corpus, samples, save), *more], timeout=600).ok()
+    job(["pretrain", *start, *recipe(corpus, samples, save), *more]).ok()
     assert account(save)["complete"]
     return losses(save)
 

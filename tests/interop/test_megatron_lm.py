@@ -21,6 +21,7 @@ from megatron_prune.checkpoint import inspect
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from tests.test_apply import make
+from tests.waiting import GENEROUS
 
 LAUNCHER = Path(__file__).with_name("run_pretrain_gpt.py")
 STEPS = 3
@@ -55,7 +56,7 @@ def run_theirs(checkout: Path, flags: list[str], nproc: int, port: int) -> str:
         )
         for rank in range(nproc)
     ]  # fmt: skip
-    printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    printed = [rank.communicate(timeout=GENEROUS)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * nproc, printed[-1][-3000:]
     return printed[-1]
 

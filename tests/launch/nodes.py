@@ -9,8 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_prune.artifacts import read_json
@@ -48,9 +46,9 @@ def environment(port: int, nodes: int | str = 2) -> dict[str, str]:
         "PET_NPROC_PER_NODE": "1",
         "PET_RDZV_ENDPOINT": f"localhost:{port}",
         "PET_LOCAL_ADDR": "localhost",
-        # A node that says nothing for three seconds is gone; the default is fifteen. Enough nodes, but not all, wait
+        # A node that says nothing for ten seconds is gone; the default is fifteen. Enough nodes, but not all, wait
         # four seconds for the others; the default is thirty.
-        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=4",
+        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=10,last_call_timeout=4",
         "PET_MONITOR_INTERVAL": "0.2",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -83,13 +81,6 @@ def kill_tree(root: int) -> None:
     for pid in seen:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.01)
 
 
 def saved(save: Path) -> int:

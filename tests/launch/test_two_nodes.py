@@ -8,6 +8,7 @@ import pytest
 
 from megatron_prune.artifacts import read_json
 from tests.launch import nodes
+from tests.waiting import GENEROUS, content, wait_for_progress
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,13 @@ def test_a_node_is_killed_and_comes_back(undisturbed, tiny_corpus, tmp_path) -> 
     save, port = tmp_path / "run", nodes.free_port()
     argv = nodes.training(tiny_corpus, save)
     with nodes.node(argv, port, tmp_path / "first.txt") as first:
-        nodes.wait_for(lambda: nodes.holds_a_store(port), "the first node's store")
+        wait_for_progress(lambda: nodes.holds_a_store(port), "the first node's store")
         with nodes.node(argv, port, tmp_path / "second.txt"):
-            nodes.wait_for(lambda: nodes.saved(save) >= 10, "a save")
+            wait_for_progress(lambda: nodes.saved(save) >= 10, "a save", lambda: content(tmp_path))
         assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
         with nodes.node(argv, port, tmp_path / "third.txt") as third:
-            assert third.wait(200) == 0, (tmp_path / "third.txt").read_text()[-3000:]
-            assert first.wait(60) == 0, (tmp_path / "first.txt").read_text()[-3000:]
+            assert third.wait(GENEROUS) == 0, (tmp_path / "third.txt").read_text()[-3000:]
+            assert first.wait(GENEROUS) == 0, (tmp_path / "first.txt").read_text()[-3000:]
     account = read_json(save / "account.json")
     assert account["complete"] and len(account["attempts"]) == 2
     assert nodes.losses(save) == nodes.losses(undisturbed)
@@ -39,11 +40,15 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(undisturbed, tiny_corpus, 
     save, port = tmp_path / "run", nodes.free_port()
     argv = nodes.training(tiny_corpus, save)
     with nodes.node(argv, port, tmp_path / "first.txt", "1:2") as first:
-        nodes.wait_for(lambda: nodes.holds_a_store(port), "the first node's store")
+        wait_for_progress(lambda: nodes.holds_a_store(port), "the first node's store")
         with nodes.node(argv, port, tmp_path / "second.txt", "1:2"):
-            nodes.wait_for(lambda: nodes.sizes(save)[-1:] == [2] and nodes.saved(save) >= 10, "a save of both")
+            wait_for_progress(
+                lambda: nodes.sizes(save)[-1:] == [2] and nodes.saved(save) >= 10,
+                "a save of both",
+                lambda: content(tmp_path),
+            )
         assert nodes.saved(save) < nodes.STEPS, "it was over before the kill"
-        assert first.wait(200) == 0, (tmp_path / "first.txt").read_text()[-3000:]
+        assert first.wait(GENEROUS) == 0, (tmp_path / "first.txt").read_text()[-3000:]
     assert read_json(save / "account.json")["complete"] and nodes.sizes(save)[-2:] == [2, 1]
     found, expected = (
         [float(loss) for _, _, loss, *_ in nodes.losses(run)[1:]] for run in (save, undisturbed)

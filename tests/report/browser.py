@@ -24,7 +24,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync "
     "--disable-dev-shm-usage --remote-debugging-pipe"
 ).split()
-SECONDS = 60
+SECONDS = 300
 
 
 class Browser:

@@ -26,6 +26,7 @@ import yaml
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
 from tests.study import made_up
+from tests.waiting import LONGEST, content, wait_for_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = made_up.SHAPE_FLAGS | {
@@ -48,7 +49,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(folder: Path, timeout: float = 900) -> str:
+def finish(folder: Path, timeout: float = LONGEST) -> str:
     job = start(folder)
     output, _ = job.communicate(timeout=timeout)
     assert job.returncode == 0, output
@@ -59,13 +60,13 @@ def kill_when(folder: Path, path: str, lines: int = 1) -> None:
     """Start the study and kill its runner as soon as the file has that many lines."""
     job = start(folder)
     target = folder / "runs" / "made-up" / path
-    deadline = time.monotonic() + 600
-    while job.poll() is None and time.monotonic() < deadline:
-        if target.is_file() and target.read_bytes().count(b"\n") >= lines:
-            job.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    output, _ = job.communicate(timeout=30)
+    wait_for_progress(
+        lambda: (target.is_file() and target.read_bytes().count(b"\n") >= lines) or job.poll() is not None,
+        f"{lines} lines of {path}",
+        lambda: content(folder),
+    )
+    job.kill()
+    output, _ = job.communicate()
     assert job.returncode == -signal.SIGKILL, output
 
 
@@ -135,7 +136,7 @@ def kill_after(folder: Path, stages: int, seconds: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(seconds)
     job.kill()
-    job.communicate(timeout=60)
+    job.communicate()
     return job.returncode == -signal.SIGKILL
 
 
@@ -163,7 +164,7 @@ def test_a_study_killed_at_random_ends_with_the_same_ledger(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(content))
     began = time.monotonic()
-    finish(tmp_path / "whole", timeout=1200)
+    finish(tmp_path / "whole")
     whole_seconds = time.monotonic() - began
     expected = records(tmp_path / "whole")
     assert len(expected) == 1 + 3 + 18 + 18 + 30
@@ -173,7 +174,7 @@ def test_a_study_killed_at_random_ends_with_the_same_ledger(tmp_path: Path) -> N
     for _ in range(kills):
         killed += kill_after(tmp_path / "killed", moments.randint(1, 10), moments.uniform(0, 1.5))
     assert killed == kills >= 10
-    finish(tmp_path / "killed", timeout=1200)
+    finish(tmp_path / "killed")
     assert records(tmp_path / "killed") == expected
     reports = [tmp_path / name / "runs/made-up/report/results.json" for name in ("whole", "killed")]
     rows = [json.loads(path.read_text()) for path in reports]

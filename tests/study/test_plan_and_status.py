@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megatron_prune.study import anomalies, command, outlay, preflight, status
 from megatron_prune.study.outlay import Outlay, Speed
 from megatron_prune.study.places import Places
 from tests.study import made_up
+from tests.waiting import wait_for_progress
 
 LLAMA = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 
@@ -146,19 +146,25 @@ def test_watching_ends_with_the_runner(prefixes) -> None:
     made = made_up.study(prefixes, settings=["equal-training"])
     places = Places(Path("runs") / made.name)
 
-    class Slow(made_up.FakeLauncher):
+    console = Console(file=io.StringIO(), width=150, force_terminal=True)
+
+    def shown() -> str:
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    class Watched(made_up.FakeLauncher):
+        """Calibrates only when somebody has seen that it does."""
+
         def __call__(self, command: Any, **given: Any) -> int:
-            time.sleep(0.1)
+            if command.stage == "calibrate":
+                wait_for_progress(lambda: "calibrate" in shown(), "a look at the calibration", lambda: len(shown()))
             return super().__call__(command, **given)
 
-    runner = threading.Thread(target=made_up.run, args=(made, Path("runs"), Slow()))
+    runner = threading.Thread(target=made_up.run, args=(made, Path("runs"), Watched()))
     runner.start()
-    while not status.at_work(places):
-        time.sleep(0.01)
-    console = Console(file=io.StringIO(), width=150, force_terminal=True)
+    wait_for_progress(lambda: status.at_work(places) or not runner.is_alive(), "the runner")
     status.show(made.name, places, console, watch=0.05)
     runner.join()
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = shown()
     assert "a runner is at work" in text and "calibrate" in text
     last = text[text.rindex("study made-up:") :]
     assert last.startswith("study made-up: 8 finished; no runner is at work") and "interrupted" not in last

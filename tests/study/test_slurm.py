@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
 from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
+from tests.waiting import GENEROUS, content, wait_for_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = {"launcher": "slurm", "slurm": {"poll_seconds": 0.1, "options": {"partition": "debug", "exclusive": True}}}
@@ -142,10 +142,7 @@ def test_scripts_are_plain_and_can_be_submitted_by_hand(tmp_path, prefixes, monk
         assert slurm_stand_in.words_of_script(script) == ["pretrain", "evaluate"]
         subprocess.run(["bash", "-n", script], check=True)
         subprocess.run(["sbatch", "--parsable", script], check=True)
-        deadline = time.monotonic() + 30
-        while not stand_in.idle():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_progress(stand_in.idle, "the queue's end", lambda: content(tmp_path))
         assert places.account("parent").is_file() and not places.ledger.exists()
         run(study(prefixes, stand_in), Path("runs"))
     assert Counter(stand_in.submissions())["parent"] == 1  # by hand; the runner found it done
@@ -312,7 +309,7 @@ if words == ["rank"] and not saved.exists():
         sys.exit()
     signal.signal(signal.SIGTERM, save)
     open("started", "w").close()
-    time.sleep(60)
+    time.sleep(7200)
 open("done", "w").close()
 """
 
@@ -332,12 +329,10 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, m
     job = ["bash", slurm.write_script(made, places, parent)]
     environment = {**os.environ, "SLURM_JOB_ID": "7"}
     running = subprocess.Popen(job, env=environment)
-    deadline = time.monotonic() + 60
-    while not Path("started").exists():
-        assert time.monotonic() < deadline and running.poll() is None
-        time.sleep(0.01)
+    wait_for_progress(lambda: Path("started").exists() or running.poll() is not None, "the rank")
+    assert running.poll() is None
     running.send_signal(signal.SIGUSR1)  # what `--signal=B:USR1@600` does
-    assert running.wait(60) == (0 if saves else 1)
+    assert running.wait(GENEROUS) == (0 if saves else 1)
     assert Path("requeued").is_file() == saves
     if saves:
         assert Path("requeued").read_text() == "requeue 7\n" and not Path("done").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -26,6 +27,7 @@ from tests.training.small import (
     recipe,
     train_and_record,
 )
+from tests.waiting import GENEROUS, content, wait_for_progress
 
 STEPS = 6
 RANGE = f"16:{16 + STEPS * GLOBAL_BATCH}"
@@ -158,14 +160,10 @@ def test_sigterm_saves_and_the_rerun_goes_on(reference, tiny_corpus, tmp_path, j
     save = tmp_path / "run"
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), "--exit-signal-handler"]
     running = start(argv, log=tmp_path / "log.txt")
-    import os
-    import time
-
-    while not (save / "losses.csv").exists():
-        time.sleep(0.02)
+    wait_for_progress((save / "losses.csv").exists, "the first steps", lambda: content(tmp_path))
     for rank in running.ranks:
         os.kill(rank, signal.SIGTERM)
-    running.wait(120)
+    running.wait(GENEROUS)
     running.close()
     assert (save / "latest_checkpointed_iteration.txt").exists()
     job(argv).ok()
