@@ -153,3 +153,20 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def device() -> dict[str, str]:
+    """What this process computes on: the kind (``cuda`` or ``cpu``), its name, and its instruction set."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return {"kind": "cuda", "name": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
+    names = (line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name"))
+    name = next(names, platform.machine())
+    return {"kind": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []

@@ -47,7 +47,7 @@ class DataError(MegatronPruneError):
 
 
 class AccountError(MegatronPruneError):
-    """Two runs that may not be compared; names both runs and the field that differs."""
+    """Two runs that may not be compared, or files of one that contradict each other; names them and the field."""
 
 
 class RunError(MegatronPruneError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,15 +164,20 @@ class Checkpoint:
         elements = (self._element(name, i * (numel - 1) // max(1, count - 1)) for i in range(count))
         return json.dumps([name, list(spec.shape), str(spec.dtype)]).encode() + b"".join(elements)
 
-    def full_hash(self) -> str:
-        """SHA-256 over every logical tensor's name, shape, type and all its numbers: like ``fingerprint``, but
-        every weight is read."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            spec = self.spec(name)
-            digest.update(json.dumps([name, list(spec.shape), str(spec.dtype)]).encode())
-            for block in self.row_blocks(name):
-                digest.update(block.view(-1).view(torch.uint8).numpy())
+    def full_hash(self, weights: Mapping[str, str] | None = None) -> str:
+        """SHA-256 over the ``weight_hash`` of every logical tensor: like ``fingerprint``, but every number counts.
+
+        ``weights``: those hashes by name, where several processes have shared the work of reading.
+        """
+        found = {name: self.weight_hash(name) for name in self.names} if weights is None else weights
+        return hashlib.sha256("".join(found[name] for name in self.names).encode()).hexdigest()
+
+    def weight_hash(self, name: str) -> str:
+        """SHA-256 over a logical tensor's name, shape, type and all its numbers."""
+        spec = self.spec(name)
+        digest = hashlib.sha256(json.dumps([name, list(spec.shape), str(spec.dtype)]).encode())
+        for block in self.row_blocks(name):
+            digest.update(block.view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _element(self, name: str, number: int) -> bytes:

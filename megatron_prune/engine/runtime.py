@@ -101,6 +101,26 @@ def loaded_directory(args: argparse.Namespace) -> Path:
     return iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else storage.path(args.load)
 
 
+def identity(path: str | Path) -> dict[str, Any]:
+    """Which weights a checkpoint holds: iteration, fingerprint, and the hash of all its numbers.
+
+    Every rank calls it and reads a share of the weights: one alone would keep the others waiting in NCCL.
+    """
+    from megatron_prune.checkpoint.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares: list[dict[str, str]] = [{}] * ranks
+    own = {name: checkpoint.weight_hash(name) for name in checkpoint.names[rank::ranks]}
+    torch.distributed.all_gather_object(shares, own)
+    hashes = {name: value for share in shares for name, value in share.items()}
+    return {
+        "iteration": checkpoint.iteration,
+        "fingerprint": checkpoint.fingerprint(),
+        "full_hash": checkpoint.full_hash(hashes),
+    }
+
+
 def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> None:
     """Every weight that the model will ask for must be in the checkpoint, whole, in its shape.
 

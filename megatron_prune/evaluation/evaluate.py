@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_prune.artifacts import versions, write_json
+from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import runtime
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.evaluation import tasks
@@ -57,23 +56,20 @@ def main(argv: list[str]) -> int:
                   f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
     answers = tasks.run(asked, args, model) if tasks.names(args) else {}
     nonzero = forward.count_nonzero(model)
+    scored = runtime.identity(runtime.loaded_directory(args))
     if args.rank == 0:
         for corpus in scores.values():
             corpus["fingerprint"] = fingerprint(corpus["prefix"])
-        checkpoint = open_checkpoint(runtime.loaded_directory(args))
         write_json(args.output, {
             "version": 1,
-            "checkpoint": {
-                "path": str(runtime.loaded_directory(args)),
-                "iteration": checkpoint.iteration,
-                "fingerprint": checkpoint.fingerprint(),
-            },
+            "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
             "corpora": scores,
             **({"tasks": answers} if answers else {}),
             "parameters": ModelShape.from_args(vars(args)).parameters(),
             "parameters_nonzero": nonzero,
             "masks": masks,
             "versions": versions(),
+            "device": device(),
         })  # fmt: skip
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

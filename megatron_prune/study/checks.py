@@ -19,6 +19,7 @@ from megatron_prune.calibrate import statistics as calibrate
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.masks import MASKS, open_masks
+from megatron_prune.study import custody
 from megatron_prune.study.commands import CORPORA
 
 
@@ -33,34 +34,48 @@ class Check:
         return CHECKS[self.name](**self.arguments)
 
 
-def trained(account: str, start: int, end: int, steps: int, seed: int, lr: float) -> bool:
+def trained(account: str, start: int, end: int, steps: int, seed: int, permutation_seed: int | None, lr: float) -> bool:
     """True if an account says that exactly this range was trained on, to its end.
 
-    UsageError where it was with another seed or learning rate: such a run would never become this one.
+    UsageError where it was with another seed or learning rate: such a run would never become this one. AccountError
+    where the account contradicts itself, or the losses beside it.
     """
     if not Path(account).is_file():
         return False
     found = artifacts.read_json(account)
     if found.get("complete") is not True or found.get("range") != [start, end] or found.get("steps") != steps:
         return False
-    for name, asked, given in (("seed", seed, found.get("seed")), ("lr", lr, found.get("arguments", {}).get("lr"))):
+    for name, asked, given in (
+        ("seed", seed, found.get("seed")),
+        ("permutation_seed", permutation_seed, found.get("permutation_seed")),
+        ("lr", lr, found.get("arguments", {}).get("lr")),
+    ):
         if given != asked:
             raise UsageError(account, given=f"a finished run with {name} {given}", allowed=f"one with {name} {asked}",
                              why="remove its folder, or restore study.yaml")  # fmt: skip
+    custody.check_account(Path(account))
     return True
 
 
-def evaluated(scores: str, windows: int) -> bool:
-    """True if scores of both corpora on that many windows are there, are numbers, and say of which text they are."""
+def evaluated(scores: str, windows: int, checkpoint: str, account: str | None = None) -> bool:
+    """True if scores of both corpora on that many windows are there, are numbers, and say of which text they are.
+
+    AccountError where they are not of the weights that lie at ``checkpoint`` or that ``account`` says were saved, or
+    contradict themselves.
+    """
     if not Path(scores).is_file():
         return False
     corpora = artifacts.read_json(scores).get("corpora", {})
-    return all(
+    there = all(
         corpora.get(name, {}).get("windows") == windows
         and _is_number(corpora[name].get("loss"))
         and "fingerprint" in corpora[name]
         for name in CORPORA
     )
+    if there:
+        custody.check_scores(Path(scores), CORPORA)
+        custody.check_weights(Path(scores), Path(account) if account else None, Path(checkpoint))
+    return there
 
 
 def calibrated(statistics: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune.study import conclusions, config, grid, match, origins, rows, sweep
+from megatron_prune.study import conclusions, config, custody, grid, match, origins, rows, sweep
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.ledger import Ledger
@@ -76,6 +76,8 @@ def collect(places: Places) -> Results:
     records = Ledger(places.ledger).read()
     laid = grid.expand(study, lay, outlook["shapes"], consumed, outlook.get("spent", {}))
     judged, sweeps = sweep.choose(laid.comparisons, records)
+    trained = [cell for cell, record in records.items() if record["kind"] in ("pruned", "scratch")]
+    custody.refuse_copies([custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained])
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
     found = [row for item in compared for row in rows.of_comparison(study, item, records, consumed)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError, RunError, UsageError
+from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config, preflight, retention, stages
 from megatron_prune.study.execution import Refused, State, States, reached, unfinished
 from megatron_prune.study.ledger import Ledger
@@ -177,7 +177,7 @@ class _Runner:
 
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
         """An attempt has ended: one that got further, up to a time limit say, is no failure and simply goes on."""
-        told, refused = self.failures.setdefault(cell.id, []), isinstance(error, Refused | UsageError)
+        told, refused = self.failures.setdefault(cell.id, []), isinstance(error, Refused | UsageError | AccountError)
         now = reached(self.places.cell(cell.id))
         if not refused and now > self.reached.get(cell.id, now):
             self.progress.stopped(cell.id)

@@ -81,11 +81,13 @@ def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int
     samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
     if study.parent.pretrain is not None:
         command = commands.parent_training(study, places, samples, seed)
-        stages.append(_trained(places, cell, samples, *study.parent_run(seed), command))
+        stages.append(_trained(places, cell, samples, *study.parent_run(seed), command, permuted=False))
     elif study.parent.import_hf is not None:
         check = Check("imported", {"checkpoint": str(places.checkpoint(cell))})
         stages.append(Stage(commands.importing(study, places), check))
-    stages.append(_evaluation(study, places, cell, places.parent(study, seed)))
+    beside = places.beside_parent(study, seed) / "account.json"
+    trained = study.parent.pretrain is not None or (study.parent.load is not None and beside.is_file())
+    stages.append(_evaluation(study, places, cell, places.parent(study, seed), beside if trained else None))
 
     def record(seconds: Seconds) -> dict[str, Any]:
         account = outlook.account
@@ -202,7 +204,7 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
         "training",
         (
             _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command),
-            _evaluation(study, places, cell.id, places.checkpoint(cell.id)),
+            _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
         after=(source.cell,),
@@ -210,13 +212,18 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
     )
 
 
-def _trained(places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command) -> Stage:
+def _trained(
+    places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command, *, permuted: bool = True
+) -> Stage:
     asked = {"account": str(places.account(cell)), "start": samples.start, "end": samples.end, "steps": samples.steps}
-    return Stage(command, Check("trained", {**asked, "seed": seed, "lr": lr}))
+    asked |= {"seed": seed, "permutation_seed": seed if permuted else None, "lr": lr}
+    return Stage(command, Check("trained", asked))
 
 
-def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Stage:
-    asked = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
+def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:
+    """``account``: of the training that left the checkpoint, where one is known."""
+    asked: dict[str, Any] = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
+    asked |= {"checkpoint": str(checkpoint), "account": None if account is None else str(account)}
     return Stage(commands.evaluation(study, places, cell, checkpoint), Check("evaluated", asked))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_prune import storage
-from megatron_prune.artifacts import read_json, versions, write_bytes, write_json
+from megatron_prune.artifacts import device, read_json, versions, write_bytes, write_json
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
 
@@ -58,9 +58,10 @@ class Account:
     parameters_nonzero: int | None = None
     initial_loss: float | None = None
     final_loss: float | None = None
+    final: dict[str, Any] | None = None  # iteration, fingerprint and full_hash of the weights that the run saved last
     wall_seconds: float = 0.0
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=versions)  # of the attempt that wrote it; each has its own
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -120,7 +121,8 @@ def is_complete(save: Path) -> bool:
 def close(save: Path, checkpoint: Checkpoint) -> None:
     """Finish the account of a run that was killed between its last save and its last line.
 
-    ``checkpoint`` is that last save; its weights are streamed to count those that are not zero.
+    ``checkpoint`` is that last save; its weights are streamed to count those that are not zero, and to say which
+    they are.
     """
     account = Account(**read_json(save / ACCOUNT))
     recorder = Recorder(account, save)
@@ -128,7 +130,12 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
     account.initial_loss, account.final_loss = (_finite(float(row[2])) for row in (rows[0], rows[-1]))
     recorder.end_killed_attempt()
     nonzero = sum(int(torch.count_nonzero(block)) for name in checkpoint.names for block in checkpoint.row_blocks(name))
-    recorder.finish(complete=True, parameters_nonzero=nonzero)
+    final = {
+        "iteration": checkpoint.iteration,
+        "fingerprint": checkpoint.fingerprint(),
+        "full_hash": checkpoint.full_hash(),
+    }
+    recorder.finish(final=final, parameters_nonzero=nonzero)
 
 
 class Recorder:
@@ -171,7 +178,15 @@ class Recorder:
         write_bytes(path, table.getvalue().encode())
         self._table = storage.GrowingText(path, table.getvalue())
         ranks = account.arguments.get("world_size")  # an elastic job goes on with fewer nodes
-        account.attempts.append({"began": self.began, "from_step": first, "world_size": ranks})
+        account.attempts.append(
+            {
+                "began": self.began,
+                "from_step": first,
+                "world_size": ranks,
+                "device": device(),
+                "versions": versions(),
+            }
+        )
         account.write(self.save)
         return self._table
 
@@ -181,8 +196,11 @@ class Recorder:
         if last is not None and "seconds" not in last:
             last["seconds"] = round(max((self.save / LOSSES).stat().st_mtime - last["began"], 0.0), 3)
 
-    def finish(self, *, complete: bool, parameters_nonzero: int) -> None:
-        """Close the table and write the account's last state."""
+    def finish(self, *, final: dict[str, Any] | None, parameters_nonzero: int) -> None:
+        """Close the table and write the account's last state.
+
+        ``final``: which weights the run saved after its last step; None for a run that stopped before that.
+        """
         account = self.account
         if self._table is not None:
             self._table.close()
@@ -191,7 +209,8 @@ class Recorder:
         replayed = sum(last - first + 1 for first, last in account.replayed)
         account.tokens_computed = (account.steps + replayed) * account.global_batch_size * account.seq_length
         account.parameters_nonzero = parameters_nonzero
-        account.complete = complete
+        account.final = final
+        account.complete = final is not None
         account.write(self.save)
 
 

@@ -23,6 +23,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import runtime
+from megatron_prune.errors import CheckpointError
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
@@ -161,11 +162,20 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
         zeros.audit("at the end")
     if save is not None:
         nonzero = count_nonzero(unwrap_model(model))
+        final = _saved(save, args.train_iters) if recorder.last_step == args.train_iters else None
         if recorder.recorder is not None:
-            recorder.recorder.finish(complete=recorder.last_step == args.train_iters, parameters_nonzero=nonzero)
+            recorder.recorder.finish(final=final, parameters_nonzero=nonzero)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
+
+
+def _saved(save: Path, steps: int) -> dict[str, Any]:
+    """Which weights lie in ``save`` now that training has returned: Megatron has ended asynchronous saves by then."""
+    final = runtime.identity(save)
+    if final["iteration"] != steps:
+        raise CheckpointError(f"{save} holds the weights of step {final['iteration']}, the run ended at step {steps}")
+    return final
 
 
 class _OnFirstStep:

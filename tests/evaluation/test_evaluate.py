@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import identity
 from tests import reference
 from tests.training.small import layout
@@ -54,6 +56,9 @@ def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tm
         assert text["windows"] == WINDOWS and text["predictions"] == WINDOWS * S
         assert text["fingerprint"] == identity.fingerprint(tiny_corpus)
         assert scores["parameters"] == scores["parameters_nonzero"]
+        scored, held = scores["checkpoint"], open_checkpoint(checkpoint)
+        assert (scored["fingerprint"], scored["full_hash"]) == (held.fingerprint(), held.full_hash())
+        assert scores["device"] == artifacts.device()
 
 
 def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):

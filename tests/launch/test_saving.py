@@ -21,6 +21,7 @@ def test_a_run_with_these_flags_ends_as_one_without(job, tiny_corpus, tmp_path) 
     assert read_json(save / "account.json")["complete"] and nodes.saved(save) == nodes.STEPS
     assert nodes.losses(save) == nodes.losses(plain)
     assert open_checkpoint(save).full_hash() == open_checkpoint(plain).full_hash()
+    assert read_json(save / "account.json")["final"] == read_json(plain / "account.json")["final"]
     # Those of steps 10, 20, 40 and 50 went as soon as the next was whole.
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000030", "iter_0000060"]
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -208,42 +210,75 @@ class FakeLauncher:
             made["masks"], made["parameters_nonzero"] = masks.hash, shape.parameters() - masks.removed
             steps = made["flops_executed"] // shape.training_flops(made["seq_length"])
             made["flops_theoretical"] = steps * shape.training_flops(made["seq_length"], masks.removed)
-        batch, name = made["global_batch_size"], save.parent.name
-        rows = [
-            f"{step},{step * batch},{number(given['stream_range'], name, step)},1e-3,1.0"
-            for step in range(1, made["steps"] + 1)
-        ]
-        (save / "losses.csv").write_text("\n".join(["step,samples,loss,learning_rate,grad_norm", *rows]) + "\n")
+        name = save.parent.name
+        write_losses(save, made, [number(given["stream_range"], name, step) for step in range(made["steps"])])
+        if source:
+            write_weights(save, source, made["steps"])
+        made["final"] = weights_of(save)
         artifacts.write_json(save / "account.json", made)
 
     def _evaluate(self, argv: list[str]) -> None:
         given = words(argv)
-        write_scores(given, {name: {"loss": number(given["load"].split("cells/")[-1], name)} for name in LABELS})
+        write_scores(given, {name: number(given["load"].split("cells/")[-1], name) for name in LABELS})
 
 
-def write_scores(given: dict[str, str], losses: dict[str, dict[str, Any]]) -> None:
-    """scores.json as ``evaluate`` writes it, with what ``losses`` says of each corpus."""
+def write_losses(save: Path, made: dict[str, Any], losses: Sequence[float]) -> None:
+    """losses.csv, and what an account says of it."""
+    batch = made["global_batch_size"]
+    rows = [f"{step},{step * batch},{loss},1e-3,1.0" for step, loss in enumerate(losses, start=1)]
+    (save / "losses.csv").write_text("\n".join(["step,samples,loss,learning_rate,grad_norm", *rows]) + "\n")
+    made["initial_loss"], made["final_loss"] = losses[0], losses[-1]
+
+
+def write_weights(save: Path, source: str, iteration: int) -> None:
+    """A save of that iteration, with weights that are a function of the run's name, in the shape of ``source``."""
+    parent, made = open_checkpoint(source), save.parent / "made"
+    generator = torch.Generator().manual_seed(int(1e9 * number(save.parent.name)))
+    with CheckpointWriter(made, args=parent.args, dtype=torch.float32) as writer:
+        for weight in weights(parent.shape):
+            writer.add(weight.name, weight.shape, [torch.randn(weight.shape, generator=generator)])
+    directory = save / f"iter_{iteration:07d}"
+    shutil.rmtree(directory, ignore_errors=True)
+    (made / "release").rename(directory)
+    shutil.rmtree(made)
+    (save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def weights_of(save: Path) -> dict[str, Any]:
+    """Which weights lie in ``save``."""
+    held = open_checkpoint(save)
+    return {"iteration": held.iteration, "fingerprint": held.fingerprint(), "full_hash": held.full_hash()}
+
+
+def write_scores(given: dict[str, str], losses: dict[str, float]) -> None:
+    """scores.json as ``evaluate`` writes it, with the mean loss of each corpus, and windows around it."""
     load, prefixes = Path(given["load"]), dict(zip(given["labels"].split(), given["data_path"].split(), strict=True))
     windows, seq_length = int(given["windows"]), int(given["seq_length"])
-    text = {
-        name: {"fingerprint": identity.fingerprint(prefix), "windows": windows, "seq_length": seq_length}
-        for name, prefix in prefixes.items()
-    }
-    trained = load.parent.name.startswith(("pruned", "scratch"))  # these have no weights
-    checkpoint = None if trained else open_checkpoint(load)
-    fingerprint = checkpoint.fingerprint() if checkpoint else f"weights of {load.parent.name}"
-    parameters = checkpoint.shape.parameters() if checkpoint else 1
+    corpora = {}
+    for name, prefix in prefixes.items():
+        spread = np.random.default_rng(len(load.parent.name)).normal(0, 0.2, windows)
+        own = (spread + losses[name] - spread.mean()).tolist()
+        corpora[name] = {
+            "fingerprint": identity.fingerprint(prefix),
+            "windows": windows,
+            "seq_length": seq_length,
+            "loss": sum(own) / windows,
+            "window_losses": own,
+        }
+    parameters = open_checkpoint(load).shape.parameters()
     found = find_masks(load)
     masks = open_masks(found).hash if found else None
-    if trained:
+    if load.parent.name.startswith(("pruned", "scratch")):  # these have only the hash of their masks
         masks = artifacts.read_json(load / "account.json")["masks"]
     artifacts.write_json(given["output"], {
         "version": 1,
-        "checkpoint": {"path": str(load), "fingerprint": fingerprint},
-        "corpora": {name: own | losses[name] for name, own in text.items()},
+        "checkpoint": {"path": str(load), **weights_of(load)},
+        "corpora": corpora,
         "parameters": parameters,
         "parameters_nonzero": parameters,
         "masks": masks,
+        "versions": artifacts.versions(),
+        "device": artifacts.device(),
     })  # fmt: skip
 
 
@@ -308,10 +343,8 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         "seed": int(given["seed"]),
         "parameters": shape.parameters(),
         "parameters_nonzero": shape.parameters(),
-        "initial_loss": number("first", given["save"].split("cells/")[-1]),
-        "final_loss": number("last", given["save"].split("cells/")[-1]),
         "arguments": {
-            **given,
+            **{name: _value(value) for name, value in given.items()},
             "adam_beta1": 0.9,
             "train_iters": steps,
             "lr_decay_iters": steps,
@@ -322,6 +355,7 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
         "initial": None,
         "masks": None,
         "wall_seconds": 10 + steps / 4,
+        "attempts": [{"from_step": 1, "device": artifacts.device(), "versions": artifacts.versions()}],
     }
 
 

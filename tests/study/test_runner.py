@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -457,8 +458,10 @@ def test_retention_removes_saves_only_of_runs_in_the_ledger(
             save = Path(made_up.words(argv)["save"])
             if save.parent.name == "parent":
                 return
+            (last,) = save.glob("iter_*")
             for step in (10, 20, 30):
-                (save / f"iter_{step:07d}").mkdir(exist_ok=True)
+                if last.name != f"iter_{step:07d}":
+                    shutil.copytree(last, save / f"iter_{step:07d}")
             (save / "latest_checkpointed_iteration.txt").write_text("30")
 
         def _evaluate(self, argv: list[str]) -> None:

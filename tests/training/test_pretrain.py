@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start, start_function
 from tests.conftest import WITH_TE
 from tests.distributed_work import FunctionCall
@@ -183,7 +185,7 @@ def test_killed_after_its_last_save_it_only_closes_its_account(reference, tiny_c
     save = tmp_path / "run"
     shutil.copytree(reference, save)
     account, whole = _account(save), _account(save)
-    account.update(complete=False, parameters_nonzero=None, final_loss=None, initial_loss=None)
+    account.update(complete=False, parameters_nonzero=None, final_loss=None, initial_loss=None, final=None)
     del account["attempts"][-1]["seconds"]
     (save / "account.json").write_text(json.dumps(account))
     job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save)], nproc=2).ok()
@@ -203,6 +205,11 @@ def test_the_account_says_what_the_run_was(reference, tiny_corpus):
     linears = 4 * (48 * (6 + 2 * 2) * 8 + 48 * 48 + 3 * 96 * 48)
     assert account["parameters"] == 2 * 384 * 48 + linears + 4 * 2 * 48 + 48
     assert account["parameters_nonzero"] == account["parameters"]
+    saved = open_checkpoint(reference)
+    weights = {"iteration": STEPS, "fingerprint": saved.fingerprint(), "full_hash": saved.full_hash()}
+    assert account["final"] == weights
+    (attempt,) = account["attempts"]
+    assert attempt["device"] == artifacts.device() and attempt["versions"] == artifacts.versions()
     attention = 4 * 2 * 2 * SEQ_LENGTH * 6 * 8
     per_token = 3 * (2 * linears + attention + 2 * 48 * 384)
     assert account["flops_executed"] == per_token * account["tokens"]

@@ -1,0 +1,154 @@
+"""What ties the files of a run to each other, and the runs of a study apart.
+
+    training ──▶ checkpoint/iter_N ──▶ account.json  "final": fingerprint and full_hash of the weights that it saved
+                        │                                ║ the same
+                        └──▶ evaluation ──▶ scores.json  "checkpoint": those of the weights that it scored
+
+A cell in which these disagree is an error by name (AccountError): whoever copied a checkpoint, an account or scores
+from one cell to another has to change both files. Each file has to agree with itself too: losses.csv with the account
+beside it, a loss with the mean of its windows. And two runs that differ in anything that decides a run do not end with
+the same weights, or with equal losses: where they do, one of them is a copy.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.errors import AccountError
+from megatron_prune.study.match import ALLOWED
+
+WEIGHTS = ("fingerprint", "full_hash")
+TWICE = ("seed", "global_batch_size", "micro_batch_size", "seq_length")  # in an account and among its arguments
+CLOSE = 1e-6  # nats: of all windows of a text, between two runs; other seeds are apart by thousands of that
+
+
+def check_account(path: Path) -> None:
+    """AccountError where a complete account does not agree with itself, or with the losses beside it."""
+    account = artifacts.read_json(path)
+    for name in TWICE:
+        given = account["arguments"].get(name)
+        if given not in (None, account[name]):
+            raise AccountError(f"{path}: {name} is {account[name]}, and {given} among its arguments")
+    losses = path.parent / "losses.csv"
+    rows = _rows(losses)
+    expected = [(step, step * account["global_batch_size"]) for step in range(1, account["steps"] + 1)]
+    if [(int(row["step"]), int(row["samples"])) for row in rows] != expected:
+        raise AccountError(
+            f"{losses}: expected a row for each of the {account['steps']} steps of {path.name}, got {len(rows)} rows"
+        )
+    for name, row in (("initial_loss", rows[0]), ("final_loss", rows[-1])):
+        loss = float(row["loss"])
+        if (loss if math.isfinite(loss) else None) != account[name]:
+            raise AccountError(f"{path}: {name} is {account[name]}, and {loss} in {losses.name}")
+
+
+def check_scores(path: Path, corpora: Sequence[str]) -> None:
+    """AccountError where scores do not agree with themselves: a loss is the mean of its windows."""
+    scores = artifacts.read_json(path)
+    for name in corpora:
+        corpus = scores["corpora"][name]
+        windows = corpus.get("window_losses") or []
+        if len(windows) != corpus["windows"]:
+            raise AccountError(f"{path}: {name} has losses of {len(windows)} windows, and says {corpus['windows']}")
+        mean = sum(windows) / len(windows)
+        if not math.isclose(mean, corpus["loss"], rel_tol=1e-12):
+            raise AccountError(f"{path}: the loss of {name} is {corpus['loss']}, the mean of its windows {mean}")
+
+
+def check_weights(scores: Path, account: Path | None, checkpoint: Path) -> None:
+    """AccountError where scores are not of the weights that training saved (``account``; None where nothing was
+    trained), or of those on the disk (where ``retention`` has left any)."""
+    scored = artifacts.read_json(scores).get("checkpoint", {})
+    if account is not None:
+        saved = artifacts.read_json(account).get("final")
+        if not saved:
+            raise AccountError(f"{account} does not say which weights were saved: train again, or restore it")
+        _same(scores, scored, account, saved, WEIGHTS)
+    if checkpoint.is_dir() and find_iteration(checkpoint) is not None or (checkpoint / ".metadata").is_file():
+        held = {"fingerprint": open_checkpoint(checkpoint).fingerprint()}
+        _same(scores, scored, checkpoint, held, ("fingerprint",))
+
+
+def _same(scores: Path, scored: Mapping[str, Any], other: Path, held: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if scored.get(key) is None or scored[key] != held.get(key):
+            raise AccountError(
+                f"{scores} is of weights with {key} {scored.get(key)}, {other} has {held.get(key)}: restore what was "
+                f"changed, or remove {scores.name} to have these weights evaluated"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained and evaluated run: what its files say."""
+
+    cell: str
+    account: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    losses: tuple[str, ...]  # of every step, as they are written
+
+    @staticmethod
+    def read(cell: str, account: Path, scores: Path) -> Run:
+        """Read a cell's files; ``losses.csv`` is beside the account."""
+        losses = tuple(row["loss"] for row in _rows(account.parent / "losses.csv"))
+        return Run(cell, artifacts.read_json(account), artifacts.read_json(scores), losses)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What decides how a training ends, path and progress apart: two runs that share it may be equal."""
+        account = self.account
+        keys = ("start", "stream", "range", "permutation_seed", "seed", "steps", "seq_length", "parameters", "masks")
+        arguments = {name: value for name, value in account["arguments"].items() if name not in ALLOWED}
+        initial = (account["initial"] or {}).get("fingerprint")
+        return {key: account[key] for key in keys} | {"initial": initial} | arguments
+
+
+def refuse_copies(runs: Sequence[Run]) -> None:
+    """AccountError for two different runs with the same weights, the same losses at every step, or on every window."""
+    for what, key in (
+        ("the same weights (fingerprint)", lambda run: run.account["final"]["fingerprint"]),
+        ("the same weights (full_hash)", lambda run: run.account["final"]["full_hash"]),
+        ("losses of training that are equal to the last digit", lambda run: run.losses),
+    ):
+        _refuse_equal(runs, what, key)
+    for corpus in ("validation", "test"):
+        windows = {run.cell: np.array(run.scores["corpora"][corpus]["window_losses"]) for run in runs}
+        for one, other in combinations(runs, 2):
+            a, b = windows[one.cell], windows[other.cell]
+            if a.shape == b.shape and np.abs(a - b).max() < CLOSE:
+                _refuse_pair(one, other, f"the same {corpus} loss on every window")
+
+
+def _refuse_equal(runs: Sequence[Run], what: str, key: Callable[[Run], Hashable]) -> None:
+    known: dict[Hashable, Run] = {}
+    for run in runs:
+        _refuse_pair(known.setdefault(key(run), run), run, what)
+
+
+def _refuse_pair(one: Run, other: Run, what: str) -> None:
+    """AccountError unless they are one training under two names, by what their accounts say."""
+    ours, theirs = one.training, other.training
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        if (a := ours.get(name)) != (b := theirs.get(name)):
+            raise AccountError(
+                f"{one.cell} and {other.cell} have {what}, but are different runs by their accounts "
+                f"({name}: {a} against {b}): one of them is a copy of the other"
+            )
+
+
+def _rows(losses: Path) -> list[dict[str, str]]:
+    if not losses.is_file():
+        raise AccountError(f"{losses} is missing: an account has its losses beside it")
+    with open(losses, newline="") as handle:
+        return list(csv.DictReader(handle))
