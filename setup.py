@@ -70,6 +70,7 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
         "dev": [
             "pytest>=8.2",
+            "pytest-cov>=7",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_call  # noqa: F401  # hooks
 from tests.waiting import GENEROUS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,30 +1,78 @@
 #!/usr/bin/env bash
-# Sets up .venv where needed, then the linter, the type checker and the tests.
-# Arguments go to pytest:   bash tests/run.sh tests/engine -k launch
-# With --te first: builds Transformer Engine (minutes, once) and runs tests/te, and the tests of whatever runs a model
-# once more, on Transformer Engine's layers.
+# Sets up .venv where needed, then the linter, the formatter, the type checker and the tests, in tiers:
+#
+#   bash tests/run.sh --quick              tests of less than a second each: the loop while one works
+#   bash tests/run.sh                      all that is not marked slow; Transformer Engine's own too, where it was built
+#   bash tests/run.sh --all                everything, with a coverage figure: slow tests, Transformer Engine (built where
+#                                          it is not: minutes, once), 30 kills of each verb, and Megatron-LM's main branch
+#                                          where MEGATRON_LM names a checkout
+#   bash tests/run.sh tests/study -k plan  arguments go to pytest
+#   bash tests/run.sh --te [ARGUMENTS]     tests/te, and the tests of whatever runs a model once more on TE's layers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tier=default
+case "${1:-}" in
+    --quick | --all | --te) tier=${1#--}; shift ;;
+    "") ;;
+    *) tier=some ;;
+esac
 source tools/setup_env.sh
 setup_env dev
-setup_smollm2
-setup_browser
+[ "$tier" = quick ] || { setup_smollm2; setup_browser; }
 
 # One thread a process: most tests run several processes, and results must not hang on the cores.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(nproc)}"
+# A worker per core. A file stays together, for what its tests share; the longest files begin (tests/tiers.py).
+WORKERS=(-n auto --dist loadfile --no-loadscope-reorder)
 
-if [ "${1:-}" = --te ]; then
-    shift
+tests() { python -m pytest "$@" </dev/null; }
+
+checks() {
+    ruff check .
+    ruff format --check .
+    mypy
+}
+
+# Runs in a shell of its own, since .venv-te is another environment. It has .venv under it.
+on_te() ( # arguments of pytest
     source tools/setup_te.sh
     setup_te
     export MEGATRON_PRUNE_TE_TESTS=1
-    [ $# -gt 0 ] || set -- tests/te tests/calibrate tests/sparsify tests/masks tests/training tests/evaluation
-    exec python -m pytest "$@" </dev/null
-fi
+    tests "$@"
+)
 
-ruff check .
-ruff format --check .
-mypy
-# Two at a time: every other test is one process. A file stays together, for what its tests share.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
-exec python -m pytest "$@" </dev/null
+te_is_built() ( source tools/setup_te.sh; te_wheel_is_there )
+
+TE_TOO=(tests/te tests/calibrate tests/sparsify tests/masks tests/training tests/evaluation)
+
+case $tier in
+    quick)
+        checks
+        tests --quick "${WORKERS[@]}" "$@"
+        ;;
+    some)
+        checks
+        tests "$@"
+        ;;
+    default)
+        checks
+        tests "${WORKERS[@]}" -m "not slow and not gpu"
+        if te_is_built; then
+            on_te "${WORKERS[@]}" -m "not slow and not gpu" tests/te
+        else
+            echo "tests/te: not run, Transformer Engine is not built here: bash tests/run.sh --te" >&2
+        fi
+        ;;
+    te)
+        [ $# -gt 0 ] || set -- "${TE_TOO[@]}"
+        on_te "$@"
+        ;;
+    all)
+        checks
+        export KILLS="${KILLS:-30}"
+        tests "${WORKERS[@]}" --cov --cov-report= "$@"
+        echo "coverage: $(python -m coverage report --format=total)% of the package's lines, those in forked ranks too"
+        on_te "${WORKERS[@]}" "${TE_TOO[@]}"
+        ;;
+esac

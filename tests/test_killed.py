@@ -1,8 +1,9 @@
 """SIGKILL at random moments of import, apply, sparsify and save: nothing half-written is taken for whole, and what
 is run again ends bit-identical to a run that nobody killed.
 
-``KILLS=30 pytest tests/test_killed.py`` kills so often in each; by default processes that are forked in no time are
-killed 20 times, whole jobs of Megatron a few times. Moments are drawn over the length of an undisturbed run.
+``KILLS=30 pytest tests/test_killed.py`` kills so often in each, as ``tests/run.sh --all`` does; by default processes
+that are forked in no time are killed eight times, whole jobs of Megatron twice. Moments are drawn over the length of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from tests.test_apply import make
 from tests.training.small import MODEL, kill_ranks, recipe
 from tests.waiting import GENEROUS
 
-FORKED = int(os.environ.get("KILLS", 20))
-JOBS = int(os.environ.get("KILLS", 6))
+FORKED = int(os.environ.get("KILLS", 8))
+JOBS = int(os.environ.get("KILLS", 2))
 
 
 def files_of(folder: Path) -> dict[str, str]:

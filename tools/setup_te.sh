@@ -16,6 +16,9 @@ print(f"te{sys.argv[1]}-torch{torch.__version__}-py{sys.version_info.major}{sys.
 PYTHON
 }
 
+# Whether the wheel that this environment needs was built already.
+te_wheel_is_there() { compgen -G "$TE_WHEELS/$(_te_key)/transformer_engine_torch-*.whl" >/dev/null; }
+
 # The headers come from wheels, torch's own and one more, so that no CUDA toolkit is needed.
 _te_wheel() { # folder
     local target="$1" made

@@ -148,8 +148,9 @@ def applied_losses(verbs: Verbs, found: Statistics, offered: list[candidates.Can
 @pytest.mark.parametrize(
     ("model", "layouts"),
     [
-        ("llama-gqa", ["tp1", "tp2", "pp2", "dp2", "tp2pp2"]),
-        ("llama-mha-tied", ["tp1", "tp2", "pp2"]),
+        ("llama-gqa", ["tp1", "tp2pp2"]),
+        pytest.param("llama-gqa", ["tp2", "pp2", "dp2"], marks=pytest.mark.slow),
+        pytest.param("llama-mha-tied", ["tp1", "tp2", "pp2"], marks=pytest.mark.slow),
         ("llama-gqa-tied-rope", ["tp2pp2"]),
     ],
 )

@@ -96,8 +96,11 @@ def correct(found: Statistics) -> dict[str, dict[str, int]]:
     return {candidate: {metric: one.correct for metric, one in a.items()} for candidate, a in accuracies.items()}
 
 
+@pytest.mark.parametrize(
+    "layouts", [["tp1", "tp2pp2"], pytest.param([*LAYOUTS], marks=pytest.mark.slow)], ids=["two", "every"]
+)
 def test_accuracies_are_transformers_at_every_layout(
-    verbs: Verbs, tiny_hf: Callable[..., Path], task: Path, tmp_path: Path
+    verbs: Verbs, tiny_hf: Callable[..., Path], task: Path, tmp_path: Path, layouts: list[str]
 ) -> None:
     verbs.calibrate()
     choice = [*DEPTH, "--score-by", "task", "--task-data", task]
@@ -110,7 +113,8 @@ def test_accuracies_are_transformers_at_every_layout(
     }
     assert len({tuple(right.values()) for right in expected.values()}) > 2, "equal accuracies would show nothing"
     unscored = verbs.statistics
-    for name, (nproc, flags) in LAYOUTS.items():
+    for name in layouts:
+        nproc, flags = LAYOUTS[name]
         output, verbs.statistics = tmp_path / f"{name}.safetensors", unscored
         assert "scored 4 candidates" in verbs.score(*flags, "--output", output, nproc=nproc).ok().output
         found = statistics_file.read(output)

@@ -20,6 +20,8 @@ from tests import reference
 from tests.calibrate.test_calibrate import hf_statistics
 from tests.training.small import layout
 
+pytestmark = pytest.mark.slow  # the model of test_import, at up to six ranks
+
 SEQUENCES, LENGTH = 4, 96
 LAYOUTS = {"tp1": (1, 1, 1), "tp3": (3, 1, 3), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp3pp2": (3, 2, 6)}
 WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}

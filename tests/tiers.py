@@ -1,0 +1,91 @@
+"""Which tests run when, by what they were measured to take: ``durations.txt``, processor seconds of a test and of all
+processes that it started.
+
+``--quick`` leaves out what took more than a second, and what is marked ``slow`` or ``gpu``; a test that nobody has
+measured yet is quick unless it starts ranks. Files run in the order of what they take, the longest first, so that two
+workers end together.
+
+    python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DURATIONS = Path(__file__).with_name("durations.txt")
+QUICK = 1.0  # processor seconds
+SHORTEST = 0.2  # what takes less is not listed, unless it starts ranks
+RANKS = {"job", "distributed"}  # fixtures that start ranks
+_HERTZ = os.sysconf("SC_CLK_TCK")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tiers", "which tests run")
+    group.addoption("--quick", action="store_true", help="only tests that take less than a second")
+    group.addoption("--measure", metavar="FILE", help="write what every test takes into FILE, where it is listed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    taken = durations(DURATIONS)
+    if config.getoption("--quick"):
+        kept = [item for item in items if _is_quick(item, taken)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    of_file: dict[Path, float] = defaultdict(float)
+    for item in items:
+        of_file[item.path] += taken.get(item.nodeid, 0.0)
+    items.sort(key=lambda item: -of_file[item.path])  # stable: a file's tests stay together and in order
+
+
+def _is_quick(item: pytest.Item, taken: dict[str, float]) -> bool:
+    if any(item.get_closest_marker(name) for name in ("slow", "gpu")):
+        return False
+    starts_ranks = not RANKS.isdisjoint(getattr(item, "fixturenames", ()))
+    return taken.get(item.nodeid, QUICK if starts_ranks else 0.0) < QUICK
+
+
+def durations(path: Path) -> dict[str, float]:
+    """Processor seconds by the test's name."""
+    if not path.is_file():
+        return {}
+    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
+    return {name: float(seconds) for seconds, name in lines}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    path = item.config.getoption("--measure")
+    before = processor_seconds() if path else 0.0
+    yield
+    if path:
+        taken = durations(Path(path))
+        taken.pop(item.nodeid, None)
+        seconds = processor_seconds() - before
+        if seconds >= SHORTEST or not RANKS.isdisjoint(getattr(item, "fixturenames", ())):
+            taken[item.nodeid] = seconds
+        Path(path).write_text("".join(f"{taken[name]:.1f} {name}\n" for name in sorted(taken)))
+
+
+def processor_seconds() -> float:
+    """What this process, all below it and all of theirs that have ended have used."""
+    used: dict[int, int] = {}
+    children: dict[int, list[int]] = defaultdict(list)
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children[int(fields[1])].append(int(folder.name))
+        used[int(folder.name)] = sum(map(int, fields[11:15]))  # user and system, its own and those of the dead
+    waiting, total = [os.getpid()], 0
+    while waiting:
+        pid = waiting.pop()
+        total += used.get(pid, 0)
+        waiting += children[pid]
+    return total / _HERTZ
