@@ -2,8 +2,8 @@
 
 All arms that meet the target stand against one another: every method's pruned model, and the scratch run of every
 shape. *Prune* is the answer where the best pruned model is below every scratch run, *scratch* where the best scratch
-run is below every pruned model: by paired t over seeds, the largest p of these comparisons times the number of arms
-that the best was picked from (Bonferroni), below 0.05. Nothing is said beyond the ledger's parent, ratios and budgets.
+run is below every pruned model, and ``best`` says how sure that is: wrong answers stay below 5% for someone who follows
+the advice to train more seeds and asks again. Nothing is said beyond the ledger's parent, ratios and budgets.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_prune.advise import settle
+from megatron_prune.advise import best, settle
+from megatron_prune.advise.best import LOOKS
 from megatron_prune.advise.ledgers import Curve, Ledger
 from megatron_prune.advise.target import Target
-from megatron_prune.study import statistics
-from megatron_prune.study.statistics import CONFIDENCE, Difference
+from megatron_prune.study.statistics import Difference
 
 SAME_SIZE = 0.1  # by how much a parent may be larger or smaller than the ledger's, in parameters and in tokens
 SAME_RATIO = 0.02
@@ -32,7 +32,9 @@ BETWEEN = {
 class Advice:
     """``answer``: prune, scratch or don't know; ``lean``: what the means say where there is no answer.
 
-    ``gap``: the best scratch arm minus the best pruned arm, nats of test loss. ``confidence``: 1 - p, corrected.
+    ``gap``: the best scratch arm minus the best pruned arm, nats of test loss. ``confidence``: 1 - p, corrected for
+    picking the best of ``picked_from`` arms and for all looks, of which this is number ``look``. ``more_seeds``: how
+    many would make the next answer likely.
     """
 
     answer: str
@@ -44,6 +46,9 @@ class Advice:
     scratch_loss: float | None = None
     gap: Difference | None = None
     confidence: float | None = None
+    look: int | None = None
+    picked_from: int | None = None
+    more_seeds: int | None = None
     break_evens: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
@@ -180,41 +185,59 @@ def _different(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def _compare(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: Target) -> Advice:
-    best, rival = min(pruned, key=lambda arm: arm.mean), min(scratch, key=lambda arm: arm.mean)
-    lean = "prune" if best.mean < rival.mean else "scratch"
-    own, other = (pruned, scratch) if lean == "prune" else (scratch, pruned)
-    first = best if lean == "prune" else rival
-    gap = statistics.paired(best.losses.tolist(), rival.losses.tolist())
-    curves = [best.curve] if best.curve is rival.curve else [best.curve, rival.curve]
-    even = best.curve.break_even()
-    advice = Advice(
-        UNKNOWN, lean, best.curve.name, rival.curve.shape, pruned_loss=best.mean, scratch_loss=rival.mean, gap=gap,
+    if best.look(seeds) is None:
+        return _too_few(pruned, scratch, seeds, target)
+    found = best.compare(*(np.stack([arm.losses for arm in side]) for side in (pruned, scratch)))
+    first, rival = pruned[found.pruned], scratch[found.scratch]
+    used = found.gap.seeds
+    lean = _lean(first, rival, used)
+    advice = replace(lean, gap=found.gap, confidence=1 - found.p, look=found.look, picked_from=found.picked_from)
+    if used < seeds:
+        looks = ", ".join(map(str, LOOKS))
+        caveat = f"{seeds} seeds are there and the first {used} are used: answers are looked for at {looks} seeds"
+        advice = replace(advice, caveats=(caveat,))
+    if not found.sure:
+        reason = (
+            f"{used} seeds do not tell the best pruned and the best scratch model apart: {found.gap.mean:+.3f} nats, "
+            f"p = {found.p:.2g}"
+        )
+        what = (
+            f"nothing within {LOOKS[-1]} seeds: the difference is too small to matter beside their scatter"
+            if found.more_seeds is None
+            else settle.more_seeds(_curves(first, rival), target, seeds, found.more_seeds)
+        )
+        return replace(advice, reasons=(reason,), more_seeds=found.more_seeds, settle=(what,))
+    own = pruned if found.prunes else scratch
+    as_good = tuple(own[arm].curve.name if found.prunes else f"shape {own[arm].curve.shape}" for arm in found.as_good)
+    return replace(advice, answer=advice.lean or UNKNOWN, as_good=as_good)
+
+
+def _too_few(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: Target) -> Advice:
+    """What the means of fewer seeds say than the first look needs."""
+    first, rival = (min(side, key=lambda arm: arm.mean) for side in (pruned, scratch))
+    lean, more = _lean(first, rival, seeds), LOOKS[0] - seeds
+    assert lean.gap is not None
+    reason = (
+        f"{seeds} seed{'s' * (seeds != 1)}: how far others would scatter around a gap of {lean.gap.mean:+.3f} nats is "
+        f"judged from {LOOKS[0]} on"
+    )
+    what = settle.more_seeds(_curves(first, rival), target, seeds, more)
+    return replace(lean, reasons=(reason,), more_seeds=more, settle=(what,))
+
+
+def _lean(first: Arm, rival: Arm, seeds: int) -> Advice:
+    """What the means over the first ``seeds`` seeds say of the best pruned and the best scratch arm."""
+    losses = [float(arm.losses[:seeds].mean()) for arm in (first, rival)]
+    even = first.curve.break_even()
+    return Advice(
+        UNKNOWN, "prune" if losses[0] < losses[1] else "scratch", first.curve.name, rival.curve.shape,
+        pruned_loss=losses[0], scratch_loss=losses[1], gap=Difference(seeds, losses[1] - losses[0]),
         break_evens=(even,) if even else (),
     )  # fmt: skip
-    if seeds == 1:
-        reason = f"one seed: how far other seeds would scatter around a gap of {gap.mean:+.3f} nats is not known"
-        return replace(advice, reasons=(reason,), settle=(settle.more_seeds(curves, target, 1, settle.FEWEST_SEEDS),))
-    largest = max(statistics.paired(first.losses.tolist(), arm.losses.tolist()).p or 0.0 for arm in other)
-    p = min(1.0, largest * len(own))
-    advice = replace(advice, confidence=1 - p)
-    if p >= 1 - CONFIDENCE:
-        reason = (
-            f"the seeds do not tell the best pruned and the best scratch model apart: {gap.mean:+.3f} nats, p = {p:.2g}"
-        )
-        need = settle.seeds_needed(rival.losses - best.losses, len(own))
-        what = (
-            f"nothing within {settle.MOST_SEEDS} seeds: the difference is too small to matter beside their scatter"
-            if need is None
-            else settle.more_seeds(curves, target, seeds, need)
-        )
-        return replace(advice, reasons=(reason,), settle=(what,))
-    as_good = tuple(
-        arm.curve.name if lean == "prune" else f"shape {arm.curve.shape}"
-        for arm in own
-        if arm is not first
-        and (statistics.paired(first.losses.tolist(), arm.losses.tolist()).p or 0.0) >= 1 - CONFIDENCE
-    )
-    return replace(advice, answer=lean, as_good=as_good)
+
+
+def _curves(first: Arm, rival: Arm) -> list[Curve]:
+    return [first.curve] if first.curve is rival.curve else [first.curve, rival.curve]
 
 
 def _between(found: Sequence[Advice], groups: Sequence[Sequence[Curve]], target: Target) -> Advice:

@@ -9,8 +9,10 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.advise import answer, ledgers, target
 from megatron_prune.advise.answer import UNKNOWN, Advice
+from megatron_prune.advise.best import LOOKS
 from megatron_prune.advise.ledgers import Ledger
 from megatron_prune.advise.target import Target
+from megatron_prune.study.statistics import Difference
 from megatron_prune.study.subject import setting_words
 
 
@@ -48,8 +50,7 @@ def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
     if advice.gap is not None:
         lines.append(f"  {_numbers(advice)}")
     if advice.confidence is not None and advice.gap is not None:
-        how = f"paired t over {advice.gap.seeds} seeds, corrected for picking the best"
-        lines.append(f"  confidence {_percent(advice.confidence)} ({how})")
+        lines.append(f"  confidence {_percent(advice.confidence)} ({_how(advice, advice.gap)})")
     lines += [f"  {even.rstrip('.')}" for even in advice.break_evens]
     lines += [f"  note: {caveat}" for caveat in advice.caveats]
     lines += [f"  would settle it: {measurement}" for measurement in advice.settle]
@@ -76,6 +77,15 @@ def _numbers(advice: Advice) -> str:
     if advice.gap.low is None or advice.gap.high is None:
         return text
     return f"{text}, 95% interval {advice.gap.low:+.3f} to {advice.gap.high:+.3f}"
+
+
+def _how(advice: Advice, gap: Difference) -> str:
+    """What the confidence and the interval are corrected for."""
+    picked = f", for picking the best of {advice.picked_from} arms" * ((advice.picked_from or 1) > 1)
+    return (
+        f"paired over {gap.seeds} seeds, {gap.freedom:.3g} degrees of freedom; corrected for asking again with more "
+        f"seeds, look {advice.look} of {len(LOOKS)}{picked}"
+    )
 
 
 def _percent(confidence: float) -> str:

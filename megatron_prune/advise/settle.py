@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
+from megatron_prune.advise.best import LOOKS
 from megatron_prune.advise.ledgers import Curve
 from megatron_prune.advise.target import Target
-from megatron_prune.study.statistics import CONFIDENCE
 
-FEWEST_SEEDS = 3
-MOST_SEEDS = 50
+FEWEST_SEEDS = LOOKS[0]
 
 
-def seeds_needed(differences: np.ndarray, picked_from: int) -> int | None:
-    """Seeds after which p, times the arms that the best was picked from, would be below 0.05 if means and scatter stay.
-
-    None where that takes more than ``MOST_SEEDS``.
-    """
-    mean, deviation = abs(float(differences.mean())), float(differences.std(ddof=1))
-    for seeds in range(max(FEWEST_SEEDS, len(differences) + 1), MOST_SEEDS + 1):
-        p = 2 * float(special.stdtr(seeds - 1, -mean * math.sqrt(seeds) / deviation)) if deviation else 0.0
-        if p * picked_from < 1 - CONFIDENCE:
-            return seeds
-    return None
-
-
-def more_seeds(curves: Sequence[Curve], target: Target, have: int, need: int) -> str:
-    """The same comparison under more seeds."""
-    extra = need - have
-    return f"about {extra} more seed{'s' * (extra != 1)} of {_names(curves)}: {_cost(curves, target, extra)}"
+def more_seeds(curves: Sequence[Curve], target: Target, have: int, extra: int) -> str:
+    """The same comparison under more seeds, up to the next look that is likely to see it."""
+    seeds = f"{extra} more seed{'s' * (extra != 1)} of {_names(curves)}, {have + extra} in all"
+    return f"{seeds}: {_cost(curves, target, extra)}"
 
 
 def new_runs(curves: Sequence[Curve], target: Target, what: str) -> str:

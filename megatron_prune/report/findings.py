@@ -33,7 +33,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "gap": signed(test.mean, 4),
         "winner": verdict.winner,
         "interval": numbers.interval(test.low, test.high),
-        "freedom": test.degrees_of_freedom or numbers.DASH,
+        "freedom": test.freedom or numbers.DASH,
         "p": _p(test.p),
         "corrected": _p(verdict.corrected),
         "effect": numbers.DASH if test.effect is None else signed(test.effect, 1),

@@ -33,10 +33,7 @@ class Difference:
     high: float | None = None
     p: float | None = None  # two-sided
     effect: float | None = None
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        return self.seeds - 1
+    freedom: float = 0  # degrees of, of the variance that the interval rests on
 
     @property
     def winner(self) -> str:
@@ -65,7 +62,7 @@ def paired(pruned: Sequence[float], scratch: Sequence[float]) -> Difference:
     error = deviation / math.sqrt(seeds)
     reach = t_quantile(freedom) * error
     p = 2 * float(special.stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
-    return Difference(seeds, mean, mean - reach, mean + reach, p, _effect(mean, deviation, freedom))
+    return Difference(seeds, mean, mean - reach, mean + reach, p, _effect(mean, deviation, freedom), freedom)
 
 
 def _effect(mean: float, deviation: float, freedom: int) -> float | None:

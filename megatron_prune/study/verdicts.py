@@ -75,7 +75,7 @@ class Verdict(Subject):
 
     @property
     def _over_seeds(self) -> str:
-        freedom = self.test.degrees_of_freedom
+        freedom = self.test.freedom
         given = ", conditional on this parent" * self.one_parent
         found = (
             f"Scratch minus pruned {self.test.mean:+.3f}, "

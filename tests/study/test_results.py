@@ -228,7 +228,7 @@ def test_interval_is_scipys(pruned: list[float], random: Any) -> None:
     found = statistics.paired(pruned, scratch)
     interval = stats.ttest_rel(scratch, pruned).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
-    assert found.degrees_of_freedom == len(pruned) - 1
+    assert found.freedom == len(pruned) - 1
 
 
 @pytest.mark.parametrize(

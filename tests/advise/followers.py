@@ -1,0 +1,96 @@
+"""People who ask ``advise``, train as many more seeds as it says, and ask again, until it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_prune.advise import answer
+from megatron_prune.advise.answer import Advice
+from megatron_prune.advise.best import LOOKS
+from megatron_prune.advise.ledgers import Curve, Ledger
+from megatron_prune.advise.target import Target
+from megatron_prune.study.break_even import Arms
+
+BUDGET = 1_000_000
+Losses = tuple[np.ndarray, np.ndarray]  # of pruned and scratch arms [arms, seeds]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Arms whose losses are normal. ``gaps`` and ``rivals``: true losses of pruned and scratch arms.
+
+    ``seed`` is the deviation of a seed's effect on its side, ``noise`` of a run, ``loud`` of runs of the first arm of
+    either side.
+    """
+
+    pruned: tuple[float, ...]
+    scratch: tuple[float, ...]
+    noise: float = 1.0
+    seed: float = 0.0
+    loud: float | None = None
+
+    def losses(self, generator: np.random.Generator, seeds: int = LOOKS[-1]) -> Losses:
+        shared = generator.normal(0, 2, seeds)
+
+        def side(means: tuple[float, ...]) -> np.ndarray:
+            errors = generator.normal(0, self.noise, (len(means), seeds))
+            if self.loud is not None:
+                errors[0] *= self.loud / self.noise
+            return np.array(means)[:, None] + shared + generator.normal(0, self.seed or 1e-12, seeds) + errors
+
+        return side(self.pruned), side(self.scratch)
+
+    def wrong(self, said: str) -> bool:
+        """Whether an answer is false: no arm of that side is below all of the other's."""
+        best, rival = min(self.pruned), min(self.scratch)
+        return (said == "prune" and best >= rival) or (said == "scratch" and rival >= best)
+
+
+def ledger(pruned: np.ndarray, scratch: np.ndarray) -> Ledger:
+    """A ledger of one budget: every scratch arm is that of a method's own shape."""
+    curves = []
+    for number in range(max(len(pruned), len(scratch))):
+        own, beside = pruned[min(number, len(pruned) - 1)], scratch[min(number, len(scratch) - 1)]
+        arms = Arms((BUDGET,), (BUDGET,), tuple(range(len(own))), own[:, None], beside[:, None])
+        curves.append(
+            Curve(
+                method=f"m{number}",
+                pattern=None,
+                ratio=0.5,
+                setting="equal-training",
+                against="dense",
+                sparse=False,
+                arms=arms,
+                removed_linears=0.5,
+                removed_all=0.5,
+                shape=f"L{number}",
+                flops_per_token=1.0,
+            )  # fmt: skip
+        )
+    return Ledger("made-up", 1_000_000, 5_000_000, True, tuple(curves))
+
+
+def ask(losses: Losses, seeds: int) -> Advice:
+    pruned, scratch = (side[:, :seeds] for side in losses)
+    return answer.advise(ledger(pruned, scratch), Target(0.5, "linears", "equal-training", tokens=BUDGET))
+
+
+def follow(losses: Losses, begin: int = LOOKS[0], asked: Callable[[Losses, int], Advice] = ask) -> tuple[str, int]:
+    """What is said in the end, and with how many seeds: more are trained as the advice says in so many words."""
+    seeds = begin
+    while True:
+        advice = asked(losses, seeds)
+        more = re.match(r"(\d+) more seed", advice.settle[0]) if advice.settle else None
+        if advice.answer != answer.UNKNOWN or more is None:
+            return advice.answer, seeds
+        seeds += int(more[1])
+
+
+def insist(losses: Losses) -> str:
+    """What is said by whoever asks at every look until there is an answer."""
+    said = (ask(losses, seeds).answer for seeds in LOOKS)
+    return next((word for word in said if word != answer.UNKNOWN), answer.UNKNOWN)
