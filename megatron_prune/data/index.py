@@ -1,8 +1,9 @@
-"""``megatron_prune index``: build a token stream's index caches before the cluster starts.
+"""``megatron_prune index``: build a token stream's index caches before the cluster starts, and count unique tokens.
 
 Under a process group rank 0 builds them while everybody waits, ten minutes at most; for hundreds of
 billions of tokens it takes longer than that. Run here, on one machine and without a process group,
-with the flags of the training run, the caches are found by it. Needs no GPU.
+with the flags of the training run, the caches are found by it. So is the number of unique tokens of each
+--stream-range that reaches over several epochs. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="START:END",
         action="append",
         default=[],
-        help="also check that the stream has these samples; repeated, that the ranges are disjoint",
+        help="also check that the stream has these samples, and count their unique tokens, which a run over several "
+        "epochs would otherwise count at its start; repeated, that the ranges are disjoint",
     )
     add(
         "--held-out",
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
     if (args.data_path is None) == (args.train_data_path is None):
         raise UsageError("--data-path, --train-data-path", given="both or neither", allowed="one of them")
     warnings.filterwarnings("ignore", module="megatron")
+    from megatron_prune.data import coverage
     from megatron_prune.data.heldout import refuse_shared_documents
     from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
 
@@ -71,6 +74,10 @@ def main(argv: list[str]) -> int:
             )
         checked.append([start, end])
     refuse_shared_documents([corpus.prefix for corpus in stream.corpora], args.held_out)
-    extra = {"tokens": len(stream) * stream.seq_length, "seconds": round(monotonic() - begun, 3)}
+    ranges = [
+        {"range": [start, end], "unique_tokens": coverage.count(stream, start, end, args.data_cache_path)}
+        for start, end in checked
+    ]
+    extra = {"tokens": len(stream) * stream.seq_length, "seconds": round(monotonic() - begun, 3), "ranges": ranges}
     print(json.dumps(stream.describe() | extra, indent=2))
     return 0

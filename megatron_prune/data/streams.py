@@ -126,8 +126,7 @@ class Stream:
             "create_attention_mask": create_attention_mask,
             "mmap_bin_files": mmap_bin_files,
         }
-        caches = Path(cache_path or f"{stream.corpora[0].prefix}.streams").absolute()
-        cache = caches / f"stream-{stream.id[:16]}"
+        cache = stream.cache(cache_path)
         distributed = torch.distributed.is_initialized()
         # Only rank 0 looks before the barrier: a network file system may remember for a while what was not there.
         if not (distributed and torch.distributed.get_rank()) and not cache.is_dir():
@@ -141,6 +140,11 @@ class Stream:
             )
         stream.parts = stream._open(cache, flags)
         return stream
+
+    def cache(self, cache_path: str | Path | None = None) -> Path:
+        """Where the stream's index caches lie, built or not."""
+        caches = Path(cache_path or f"{self.corpora[0].prefix}.streams").absolute()
+        return caches / f"stream-{self.id[:16]}"
 
     def _build_cache(self, cache: Path, flags: dict[str, Any]) -> None:
         """Build in a scratch directory and rename; when others do the same, the first to finish wins."""

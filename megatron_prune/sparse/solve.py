@@ -124,9 +124,9 @@ class _Measure:
 
     def __init__(self, statistic: Statistic):
         self._whole = isinstance(statistic, Hessian)
-        self._h = statistic.total.triu().float() if self._whole else statistic.total.float()
+        self._h = statistic.total.float()
         if self._whole:  # it is symmetric: what lies right of the diagonal counts twice
-            self._h.diagonal().mul_(0.5)
+            self._h.triu_().diagonal().mul_(0.5)
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._weigh(before - after), self._weigh(before)

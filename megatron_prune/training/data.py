@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
@@ -135,6 +136,35 @@ def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> 
 def train_blend(args: argparse.Namespace) -> list[str]:
     """What the stream is made of: Megatron's flags for training text. Empty where neither is given."""
     return args.train_data_path or args.data_path or []
+
+
+def unique_tokens(args: argparse.Namespace) -> int:
+    """Different tokens among those that the run trains on. Call on all ranks, before any process group exists.
+
+    Of Megatron's own data sets nothing is known but their number. Over several epochs rank 0 builds the stream's caches
+    and counts, where ``megatron_prune index`` has not, and the others wait in no collective, which would time out.
+    """
+    if args.stream_range is None:
+        return int(args.train_iters * args.global_batch_size * args.seq_length)
+    from megatron_prune.data import coverage
+
+    start, end = parse_range(args.stream_range)
+    corpora = members(parse_blend(train_blend(args)))
+    size = samples_per_epoch(corpora, args.seq_length)
+    if start // size == (end - 1) // size:
+        return int((end - start) * args.seq_length)
+    stream, cache = Stream(corpora, args.seq_length, args.stream_seed, args.stream_epochs), args.data_cache_path
+    known = coverage.cached(stream, start, end, cache)
+    if known is not None:
+        return known
+    shared = coverage.is_shared(stream, cache)
+    if args.rank == 0 if shared else args.rank == args.world_size - 1:  # the last rank keeps the account
+        with coverage.alive(stream, cache) if shared else nullcontext():
+            built = Stream.build(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs, cache)
+            return coverage.count(built, start, end, cache)
+    if not shared:
+        return 0  # in no account
+    return coverage.wait(stream, start, end, cache, 60 * args.distributed_timeout_minutes)
 
 
 def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> Stream:

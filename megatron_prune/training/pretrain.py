@@ -38,6 +38,7 @@ from megatron_prune.training.data import (
     add_stream_arguments,
     complete_arguments,
     refuse_unfit_range,
+    unique_tokens,
 )
 from megatron_prune.training.masked import (
     Choice,
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
         say_that_zeros_are_not_held(args)
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
-    return _train(args, save, initial, chosen)
+    unique = unique_tokens(args) if save is not None else 0  # for the account alone
+    return _train(args, save, initial, chosen, unique)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -131,7 +133,9 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: Choice | None) -> int:
+def _train(
+    args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: Choice | None, unique: int
+) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
     from megatron.training import pretrain, training
@@ -145,7 +149,7 @@ def _train(args: argparse.Namespace, save: Path | None, initial: dict[str, Any] 
     zeros = None if chosen is None else Zeros(args, chosen)
     if zeros is not None:
         zeros.attach(config, training)
-    recorder = _OnFirstStep(args, save, initial, provider, zeros)
+    recorder = _OnFirstStep(args, save, initial, provider, zeros, unique)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
     model: list[torch.nn.Module] = []
@@ -188,8 +192,10 @@ class _OnFirstStep:
         initial: dict[str, Any] | None,
         provider: Provider,
         zeros: Any,
+        unique: int,
     ):
         self.args, self.save, self.initial, self.provider, self.zeros = args, save, initial, provider, zeros
+        self.unique = unique
         self.recorder: Recorder | None = None
         self.last_step = 0
 
@@ -245,7 +251,7 @@ class _OnFirstStep:
             parameters=shape.parameters(),
             flops_executed=shape.training_flops(args.seq_length) * samples,
             flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
-            unique_tokens=_unique_tokens(train, args),
+            unique_tokens=self.unique,
             arguments=json.loads(json.dumps(vars(args), default=str)),
             initial=None if self.initial is None else {k: v for k, v in self.initial.items() if k != "flag"},
             masks=self.zeros.hash if self.zeros is not None else None,
@@ -262,12 +268,3 @@ def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
     # In a store, what is there may be a part of it: a run before this one may have been killed.
     if folder is not None and (storage.is_stored(save) or not (save / HUGGINGFACE_FOLDER).exists()):
         copy_directory(folder, save / HUGGINGFACE_FOLDER)
-
-
-def _unique_tokens(train: Any, args: argparse.Namespace) -> int:
-    """Different tokens among those trained on; of Megatron's own data sets nothing is known but their number."""
-    if train is None:
-        return int(args.train_iters) * int(args.global_batch_size) * int(args.seq_length)
-    from megatron_prune.data.coverage import unique_tokens
-
-    return unique_tokens(train)

@@ -1,9 +1,10 @@
-"""Time and peak memory of a command."""
+"""Time and peak memory of a command; peak memory of a call in this process."""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -33,3 +34,18 @@ def resident(pid: int) -> float:
         return 0.0
     lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
     return sum(1024.0 * int(words[1]) for words in lines) + sum(map(resident, children))
+
+
+def high_water[T](call: Callable[[], T]) -> tuple[T, float]:
+    """What ``call`` returns, and by how many bytes this process grew at most meanwhile, as the kernel counts."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _field("VmRSS")
+    found = call()
+    return found, _field("VmHWM") - before
+
+
+def _field(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024.0 * int(line.split()[1])
+    raise ValueError(name)

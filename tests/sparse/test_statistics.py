@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.sparse.hessian import Hessian
+from megatron_prune.sparse.hessian import PEAK, Hessian
+from megatron_prune.sparse.solve import _Measure
 from megatron_prune.sparse.square_sums import SquareSums
+from tests.benchmarks.resident import high_water
 from tests.sparse import oracles
 
 
@@ -80,6 +82,22 @@ def test_factor_of_the_inverse(tokens: int) -> None:
     found = factor.upper.numpy()
     assert factor.upper.dtype == torch.float32 and np.array_equal(np.triu(found), found)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_factoring_holds_as_many_squares_as_it_says() -> None:
+    """Measured by the kernel. A copy of L beside H, or of its parts for each solve, is a square or more."""
+    inputs = 2600  # a square of 54 MB is mapped by itself, and given back at once
+    square = 8 * inputs**2
+    hessian = Hessian(inputs, 10 * inputs)
+    hessian.count = 1
+    noise = torch.randn(inputs, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hessian.total += noise
+    hessian.total.diagonal().add_(2 * inputs)
+    del noise
+    _, once = high_water(hessian.factor)
+    assert PEAK - 0.35 < 1 + once / square <= PEAK
+    _, measured = high_water(lambda: _Measure(hessian))
+    assert measured / square < 0.6  # a square in fp32
 
 
 def test_damping_is_doubled_where_it_was_too_little_and_says_so() -> None:

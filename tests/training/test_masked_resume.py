@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
 from megatron_prune.masks import open_masks
-from tests.training.small import layout, recipe
+from tests.training.small import SEQ_LENGTH, layout, recipe
 from tests.training.small_masked import (
     ADAM,
     account,
@@ -27,12 +29,14 @@ RANGE = "64:112"
 def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus, tmp_path):
     """DP=2 with accumulation, bf16, everything overlapped; then TP=2 and PP=2 from its save."""
     pruned, save = tiny_pruned("unstructured"), tmp_path / "run"
-    words = recipe(tiny_corpus, "0:1200", save, "--stream-epochs", "3", "--save-interval", "150", "--bf16")
+    epoch = samples_per_epoch(members(parse_blend(str(tiny_corpus))), SEQ_LENGTH)
+    first, last = epoch - 600, epoch + 600
+    words = recipe(tiny_corpus, f"{first}:{last}", save, "--stream-epochs", "3", "--save-interval", "150", "--bf16")
     words[words.index("--global-batch-size") + 1] = "4"
     words[words.index("--micro-batch-size") + 1] = "1"
     argv = start_from(pruned, *words, "--use-distributed-optimizer")
-    first = [*argv, "--overlap-grad-reduce", "--overlap-param-gather", "--exit-interval", "150"]
-    code, output = run_function(watch, tmp_path / "first", 2, [str(w) for w in first], pruned.file, str(tmp_path))
+    begin = [*argv, "--overlap-grad-reduce", "--overlap-param-gather", "--exit-interval", "150"]
+    code, output = run_function(watch, tmp_path / "first", 2, [str(w) for w in begin], pruned.file, str(tmp_path))
     assert code == 0 and "exiting program at iteration 150" in output, output[-4000:]
     assert_zero_in_checkpoint(save / "iter_0000150", pruned.kept, moments=("param", *ADAM))
     assert not account(save)["complete"]
@@ -41,6 +45,10 @@ def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus,
     assert all(rank["steps"] == 150 for rank in seen)
     assert_zero_in_checkpoint(save / "iter_0000300", pruned.kept, moments=("param", *ADAM))
     assert account(save)["complete"] and len(losses(save)) == 300
+    [counted] = Path(f"{tiny_corpus}.streams").glob(
+        f"stream-*/unique-{first}-{last}.json"
+    )  # before each start, by rank 0
+    assert account(save)["unique_tokens"] == json.loads(counted.read_text())["unique_tokens"] < account(save)["tokens"]
     assert np.mean(losses(save)[-20:]) < np.mean(losses(save)[:20]) - 1
 
 
