@@ -137,6 +137,11 @@ class _Recipe:
                 allowed=f"the precision of --statistics, {behind['params_dtype']}, before --pretrain",
                 why="losses before and after are compared",
             )  # fmt: skip
+        if (behind.get("fp8") is not None) != any(word.startswith("--fp8-") for word in shared):
+            raise UsageError(
+                "--fp8-preset", given="for the calibration or before --pretrain", allowed="for both or neither",
+                why="losses before and after are compared",
+            )  # fmt: skip
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         reader.add_argument("--stream-range")
         reader.add_argument("--seq-length", type=int)
@@ -255,6 +260,6 @@ class _Trial:
             after = statistics_file.read(self.statistics)
         except MegatronPruneError:
             return False
-        windows = ("corpus", "windows", "params_dtype")
-        same = all(after.calibrations[0][key] == self.found.calibrations[0][key] for key in windows)
+        windows = ("corpus", "windows", "params_dtype", "fp8")
+        same = all(after.calibrations[0].get(key) == self.found.calibrations[0].get(key) for key in windows)
         return same and after.parent == open_checkpoint(self.retrained).fingerprint()

@@ -32,7 +32,7 @@ from megatron_prune.sparse.scratch import Scratch
 def main(argv: list[str], verb: str = "sparsify") -> int:
     """Run the verb; returns the exit code."""
     from megatron_prune.calibrate import command as calibrate
-    from megatron_prune.engine import runtime
+    from megatron_prune.engine import fp8, runtime
 
     request: Request
     save: Path
@@ -72,6 +72,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
         if windows is None or read is None
         else {"corpus": read["corpus"], "windows": read["windows"], "seq_length": windows.seq_length},
         "params_dtype": str(args.params_dtype).removeprefix("torch."),
+        "fp8": fp8.describe(args) if reads_text else None,
     }
     task = Task(parent, request, windows, question, save)
     if result.is_finished(task):

@@ -18,7 +18,7 @@ from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.calibrate.statistics import Statistics, json_path
 from megatron_prune.candidates import Question
 from megatron_prune.data.multiple_choice import Requests
-from megatron_prune.engine import runtime
+from megatron_prune.engine import fp8, runtime
 from megatron_prune.errors import UsageError
 
 FLAGS = (
@@ -147,6 +147,8 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
 
     runtime.refuse_layouts(args)
     args.builds_model = reads_text  # without, no package that Megatron's layers want is asked for
+    if reads_text:
+        fp8.refuse_delayed(args)
     for flag in () if reads_text else FLAGS:
         if given(argv, flag):
             raise UsageError(flag, given="on the command line", allowed="where the method needs statistics")

@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.data import identity, indexed
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
-from megatron_prune.engine import forward, runtime
+from megatron_prune.engine import forward, fp8, runtime
 from megatron_prune.errors import UsageError
 
 
@@ -75,6 +75,11 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     if (dtype := _dtype(args)) != behind["params_dtype"]:
         raise UsageError(
             "--bf16, --fp16", given=dtype, allowed=behind["params_dtype"],
+            why="scores are compared with one another and with the calibration's loss",
+        )  # fmt: skip
+    if (recipe := fp8.describe(args)) != behind.get("fp8"):
+        raise UsageError(
+            "--fp8-preset", given=_words(recipe), allowed=f"that of --statistics: {_words(behind.get('fp8'))}",
             why="scores are compared with one another and with the calibration's loss",
         )  # fmt: skip
     if not question.unscored(found):
@@ -147,7 +152,15 @@ def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:
             "data_parallel": args.data_parallel_size,
         },
         "params_dtype": _dtype(args),
+        "fp8": fp8.describe(args),
     }
+
+
+def _words(recipe: dict[str, Any] | None) -> str:
+    if recipe is None:
+        return "no FP8"
+    first, last = recipe["bf16_layers"]
+    return f"{recipe['format']} with {recipe['recipe']} scaling, {first} first and {last} last layers in bf16"
 
 
 def _dtype(args: argparse.Namespace) -> str:

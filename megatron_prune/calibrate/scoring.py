@@ -29,7 +29,7 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
-from megatron_prune.engine import forward, spec
+from megatron_prune.engine import forward, fp8, spec
 from megatron_prune.methods import Selection
 
 
@@ -99,6 +99,7 @@ def _from_the_first_removed_layer(
 
     Each is run from its first removed layer on.
     """
+    fp8.cast_weights_again(stage)  # no schedule says so
     sequence = sequence.cuda()
     tokens, labels = sequence[None, :-1], sequence[None, 1:]  # [1, S]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
@@ -167,6 +168,7 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
                 _mask_output(stack, model.embedding, selection.hidden, shape)
             if decoder.final_layernorm is not None:
                 _narrow(stack, decoder.final_layernorm, len(selection.hidden) / shape.hidden_size)
+        fp8.cast_weights_again(model)  # the schedule only knows the layers of its first pass
         yield
 
 

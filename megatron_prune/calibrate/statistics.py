@@ -239,6 +239,9 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                     f"{getattr(part, name)} in another"
                 )
         for calibration in part.calibrations:
+            for name in ("params_dtype", "fp8"):
+                if (own := calibration.get(name)) != (other := first.calibrations[0].get(name)):
+                    raise StatisticsError(f"cannot merge statistics: {name} is {other} in one and {own} in another")
             windows = {(calibration["corpus"], window) for window in calibration["windows"]}
             if windows & seen:
                 raise StatisticsError(

@@ -105,6 +105,42 @@ def refuse_unfit(args: argparse.Namespace) -> None:
             )  # fmt: skip
 
 
+def describe(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The FP8 recipe of ``args`` as JSON; None without FP8. Two forward passes are alike only where these are equal."""
+    if not args.fp8:
+        return None
+    ends = [getattr(args, name) for name in _COUNTS] if args.first_last_layers_bf16 else [0, 0]
+    recipe = getattr(args.fp8_recipe, "value", args.fp8_recipe)
+    return {"format": str(args.fp8), "recipe": str(recipe), "bf16_layers": ends}
+
+
+def refuse_delayed(args: argparse.Namespace, why: str = "") -> None:
+    """UsageError where forward passes alone would run under delayed scaling.
+
+    Transformer Engine takes a delayed scale from the largest values of earlier steps, and updates it only in steps
+    with gradients. Without any, every scale stays 1: E4M3's values near zero are 2^-9 apart, so that a weight of 0.005
+    is rounded by up to a fifth, and activations above 448 are cut.
+    """
+    if args.fp8 and args.fp8_recipe == "delayed":
+        raise UsageError(
+            FLAG if args.fp8_preset else "--fp8-recipe", given=args.fp8_preset or "delayed",
+            allowed="current or blockwise scaling (--fp8-preset current), or bf16, with this verb",
+            why=why or "delayed scales come from training steps, and forward passes alone leave them at 1",
+        )  # fmt: skip
+
+
+def cast_weights_again(module: torch.nn.Module) -> None:
+    """Let every linear in ``module`` cast its weight to FP8 at its next forward pass.
+
+    Transformer Engine keeps the FP8 copy from the first micro-batch of a step to the last. Megatron's schedules say
+    when a step begins, for the modules that they found at their first one. Whoever runs blocks without a schedule, or
+    changes a weight between two passes, must call this: the old copy would be multiplied otherwise.
+    """
+    for part in module.modules():
+        if hasattr(part, "is_first_microbatch"):
+            part.is_first_microbatch = True
+
+
 def _refuse_gpu(flag: str, value: str, recipe: str) -> None:
     if recipe not in _CAPABILITIES:
         return

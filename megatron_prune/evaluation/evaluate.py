@@ -15,7 +15,8 @@ import torch
 
 from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.engine import runtime
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.engine import fp8, runtime
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.evaluation import tasks
 
@@ -121,9 +122,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_unscaled(args: argparse.Namespace) -> None:
+    """Under delayed scaling a checkpoint must bring its scales: those that training left."""
+    if not args.fp8:
+        return
+    checkpoint = open_checkpoint(runtime.loaded_directory(args))
+    trained = not checkpoint.release and bool(checkpoint.args.get("fp8"))
+    if not trained or str(checkpoint.args.get("fp8_recipe")) != "delayed":
+        fp8.refuse_delayed(args, "this checkpoint was not trained under delayed scaling, so it holds no scales")
+
+
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     if not args.load:
         raise UsageError("--load", given="nothing", allowed="a checkpoint")
+    _refuse_unscaled(args)
     tasks.refuse_unfit(args, argv)
     prefixes = args.data_path or []
     if not prefixes and not tasks.names(args):

@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
-from megatron_prune.engine import spec
+from megatron_prune.engine import fp8, spec
 
 
 class Stream:
@@ -54,13 +54,15 @@ class Stream:
     @torch.no_grad()
     def run(self, block: Any) -> None:
         """Run ``block`` on every window and forget what comes out: its hooks have seen what goes in."""
+        fp8.cast_weights_again(block)
         with _only(self._model, [block]):
             for state in self.states:
                 self._forward(state)
 
     @torch.no_grad()
     def advance(self, block: Any) -> None:
-        """Replace the states by what ``block`` makes of them."""
+        """Replace the states by what ``block`` makes of them, with its weights as they are now."""
+        fp8.cast_weights_again(block)
         with _only(self._model, [block]):
             for number, state in enumerate(self.states):
                 self.states[number] = self._forward(state).cpu()

@@ -56,6 +56,26 @@ def test_merging_adds_sums_and_counts() -> None:
     assert merge([one]).hash == one.hash
 
 
+def under(seed: int, windows: tuple[int, ...], **precision: object) -> Statistics:
+    made = statistics(seed, windows)
+    return replace(made, calibrations=({**made.calibrations[0], **precision},))
+
+
+CURRENT = {"format": "hybrid", "recipe": "tensorwise", "bf16_layers": [1, 1]}
+
+
+def test_merging_keeps_one_precision() -> None:
+    merge(
+        [under(0, (0, 1), params_dtype="bfloat16", fp8=CURRENT), under(1, (5,), params_dtype="bfloat16", fp8=CURRENT)]
+    )
+    with pytest.raises(StatisticsError, match="fp8 is None in one and .*tensorwise"):
+        merge([under(0, (0, 1), fp8=None), under(1, (5,), fp8=CURRENT)])
+    with pytest.raises(StatisticsError, match="fp8 is .*tensorwise.* in one and .*blockwise"):
+        merge([under(0, (0, 1), fp8=CURRENT), under(1, (5,), fp8={**CURRENT, "recipe": "blockwise"})])
+    with pytest.raises(StatisticsError, match="params_dtype is float32 in one and bfloat16"):
+        merge([under(0, (0, 1), params_dtype="float32"), under(1, (5,), params_dtype="bfloat16")])
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

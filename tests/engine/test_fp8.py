@@ -125,3 +125,32 @@ def test_counts_of_bf16_layers_stay_the_users() -> None:
     )  # fmt: skip
     fp8.apply_preset(args, ["--fp8-preset", "current", "--num-layers-at-start-in-bf16=3"])
     assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16, args.bf16) == (3, 1, True)
+
+
+def chosen(*argv: str) -> argparse.Namespace:
+    """Arguments as a preset leaves them."""
+    args = argparse.Namespace(
+        fp8_preset=argv[0] if argv else None, transformer_impl="transformer_engine", fp8=None, fp8_recipe="delayed",
+        first_last_layers_bf16=False, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
+    )  # fmt: skip
+    fp8.apply_preset(args, [])
+    return args
+
+
+def test_recipes_that_differ_are_described_differently() -> None:
+    described = [fp8.describe(chosen()), *(fp8.describe(chosen(preset)) for preset in fp8.PRESETS)]
+    assert described[0] is None and len({str(recipe) for recipe in described}) == 4
+    more = chosen("current")
+    more.num_layers_at_end_in_bf16 = 2
+    assert fp8.describe(more) != fp8.describe(chosen("current"))
+
+
+def test_delayed_scaling_is_refused_where_nothing_sets_its_scales() -> None:
+    for args in (chosen(), chosen("current"), chosen("blockwise")):
+        fp8.refuse_delayed(args)
+    with pytest.raises(UsageError, match="--fp8-preset: given hybrid-delayed.*leave them at 1"):
+        fp8.refuse_delayed(chosen("hybrid-delayed"))
+    megatrons = chosen()
+    megatrons.fp8 = "hybrid"  # --fp8-format alone: delayed is Megatron's default
+    with pytest.raises(UsageError, match="--fp8-recipe: given delayed"):
+        fp8.refuse_delayed(megatrons)

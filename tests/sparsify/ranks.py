@@ -1,4 +1,4 @@
-"""``sparsify`` in a rank whose insides a test has changed: block inputs from a file, a death in the middle."""
+"""``sparsify`` in a rank whose insides a test has changed: block inputs from a file, cached weights, a death."""
 
 from __future__ import annotations
 
@@ -44,6 +44,46 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
 
     Stream.advance = advance_and_exchange  # type: ignore[method-assign]
     _main(argv)
+
+
+def with_cached_weights(argv: list[str]) -> None:
+    """Linears multiply a copy of their weights, made anew only where ``is_first_microbatch`` says so: as Transformer
+    Engine's do in FP8, where the copy is the cast one."""
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron_prune.engine import runtime
+
+    load = runtime.load_model
+
+    def load_and_cache(args: Any) -> Any:
+        model = load(args)
+        for block in model[0].modules():
+            for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+                if hasattr(block, name):
+                    _cache(getattr(block, name))
+        return model
+
+    runtime.load_model = load_and_cache
+    _main(argv)
+
+
+def _cache(linear: Any) -> None:
+    forward, copies = linear.forward, []
+    linear.is_first_microbatch = True
+
+    def cached(*args: Any, **named: Any) -> Any:
+        own = linear.weight.data
+        if linear.is_first_microbatch:
+            copies[:] = [own.clone()]
+        linear.is_first_microbatch = False
+        linear.weight.data = copies[0]
+        try:
+            return forward(*args, **named)
+        finally:
+            linear.weight.data = own
+
+    linear.forward = cached
 
 
 def killed(argv: list[str], where: str) -> None:
