@@ -9,8 +9,9 @@
 # are complete again, PET_MAX_RESTARTS times; the ranks then go on from the last save, at the same samples.
 #
 # PET_NNODES=MIN:MAX lets a job go on with fewer nodes: it waits for the others for last_call_timeout (PET_RDZV_CONF, 30
-# seconds), and takes them in when they come back. The flags must fit every number of nodes: the batch divides, and
-# --dist-ckpt-optim-fully-reshardable. account.json says how many ranks each attempt had.
+# seconds), and takes them in when they come back. The batch must divide for every number of nodes, and TP and PP stay:
+# optimizer state loads at another number of data-parallel ranks as it is, and at another TP or PP after
+# tools/reshard_optimizer.py. account.json says how many ranks each attempt had.
 #
 # The agent on the host of PET_RDZV_ENDPOINT holds the rendezvous' store (where that is one machine for all, the first).
 # A job outlives every node but that one: without it all agents end within seconds, and not with 0. Whoever started the

@@ -131,6 +131,13 @@ class Checkpoint:
         return chain
 
     @property
+    def optimizer_form(self) -> str | None:
+        """Megatron's name of the form of the optimizer's state (checkpoint/reshard.py); None where it says none."""
+        content = self._source.common.get("content_metadata")
+        found = content.get("distrib_optim_sharding_type") if isinstance(content, dict) else None
+        return found if isinstance(found, str) else None
+
+    @property
     def huggingface(self) -> Path | None:
         """The folder with tokenizer files and Hugging Face config that came with the model, if any.
 

@@ -100,14 +100,14 @@ def _pickled(tensor: torch.Tensor) -> bytes:
 
 
 class RecordFiles:
-    """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory, filled one after the other.
+    """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory (or with another prefix), filled one after the other.
 
     Hashing and writing go on in threads of their own while the caller makes the next record: what it gave must not
     change until ``close``. Not for several callers at once. ``hashes`` has the SHA-256 of every file that is closed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, prefix: str = "__0") -> None:
+        self._directory, self._prefix = directory, prefix
         self._file: DirectFile | None = None
         self._size = 0
         self._count = 0
@@ -124,7 +124,7 @@ class RecordFiles:
         if self._file is not None and self._size >= FILE_BYTES:
             self.close()
         if self._file is None:
-            self._name = f"__0_{self._count}.distcp"
+            self._name = f"{self._prefix}_{self._count}.distcp"
             self._file = DirectFile(self._directory / self._name)
             self._size, self._digest = 0, hashlib.sha256()
             self._count += 1

@@ -136,6 +136,7 @@ def cast_weights_again(module: torch.nn.Module) -> None:
     when a step begins, for the modules that they found at their first one. Whoever runs blocks without a schedule, or
     changes a weight between two passes, must call this: the old copy would be multiplied otherwise.
     """
+    part: Any
     for part in module.modules():
         if hasattr(part, "is_first_microbatch"):
             part.is_first_microbatch = True

@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.disk import explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
-from megatron_prune.engine import runtime
+from megatron_prune.engine import optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError
 from megatron_prune.training.account import (
     ACCOUNT,
@@ -87,6 +87,7 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     complete_arguments(args, argv)
     refuse_unfit_arguments(args)
     begin_with_checkpoint(args)
+    optimizer_layout.prepare(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
     if args.eval_interval is None:
@@ -144,6 +145,7 @@ def _train(
     from megatron_prune.engine.forward import count_nonzero, forward_step
     from megatron_prune.training.zeros import Zeros
 
+    optimizer_layout.install(args)
     provider = Provider(args)
     config = runtime.model_config(args)
     zeros = None if chosen is None else Zeros(args, chosen)

@@ -34,7 +34,15 @@ def holds_a_store(port: int) -> bool:
 
 def training(corpus: Path, save: Path) -> list[str]:
     """A run of ``STEPS`` steps that saves every tenth, and whose steps are long enough to be hit by a kill."""
-    flags = recipe(corpus, f"0:{STEPS * BATCH}", save, "--save-interval", 10, "--exit-signal-handler")
+    flags = recipe(
+        corpus,
+        f"0:{STEPS * BATCH}",
+        save,
+        "--save-interval",
+        10,
+        "--exit-signal-handler",
+        "--use-distributed-optimizer",
+    )
     return ["pretrain", *MODEL, *flags]
 
 

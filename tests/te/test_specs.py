@@ -15,6 +15,7 @@ import torch
 
 from megatron_prune.calibrate.statistics import Statistics, read
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.masks import open_masks
 from tests.training.small import MODEL, layout, recipe
 
@@ -176,5 +177,9 @@ def test_a_run_goes_on_with_the_other_spec(first, then, layout_then, job, tiny_p
     job(words("whole", first)).ok()
     job(words("mixed", first, "--exit-interval", "3")).ok()
     assert len(losses(tmp_path / "mixed")) == 3
+    if layout_then == "tp1":  # the other spec has its weights in another order
+        refused = job(words("mixed", then))
+        assert refused.returncode != 0 and "with its weights in another order" in refused.output
+    reshard(tmp_path / "mixed")
     job(words("mixed", then, *layout(tp, pp), *more), tp * pp * dp).ok()
     np.testing.assert_allclose(losses(tmp_path / "mixed"), losses(tmp_path / "whole"), rtol=1e-4)

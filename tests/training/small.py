@@ -29,8 +29,7 @@ def recipe(corpus: Path, stream_range: str, save: Path | None, *more: object) ->
     words = (
         f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size {GLOBAL_BATCH} --lr 1e-2 --min-lr 1e-3 "
         f"--lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 --seed 7 --log-interval 1 "
-        f"--train-data-path {corpus} --stream-range {stream_range} --stream-seed 3 --num-workers 0 "
-        "--dist-ckpt-optim-fully-reshardable"
+        f"--train-data-path {corpus} --stream-range {stream_range} --stream-seed 3 --num-workers 0"
     ).split()
     return [*words, *(["--save", str(save), "--load", str(save)] if save else []), *map(str, more)]
 

@@ -11,7 +11,9 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.reshard import reshard
 
 Kept = Mapping[str, torch.Tensor]  # logical name → bool [out, in]
 ADAM = ("exp_avg", "exp_avg_sq")
@@ -175,6 +178,11 @@ def account(save: Path) -> dict[str, Any]:
 def assert_zero_in_checkpoint(directory: Path, kept: Kept, *, moments: tuple[str, ...]) -> None:
     """Weights, masters and moments of the masked linears, as the checkpoint has them; most kept ones are not zero."""
     found = stored(directory)
+    if moments and not any(key.startswith("optimizer.state.") for key in found):  # flat buckets
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = shutil.copytree(directory, Path(scratch, directory.name))
+            reshard(copy)
+            found = stored(copy)
     for prefix in ("", *(f"optimizer.state.{moment}." for moment in moments)):
         for name, mask in kept.items():
             _, _, layer, suffix = name.split(".", 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
 from megatron_prune.masks import open_masks
 from tests.training.small import SEQ_LENGTH, layout, recipe
@@ -41,6 +42,7 @@ def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus,
     assert_zero_in_checkpoint(save / "iter_0000150", pruned.kept, moments=("param", *ADAM))
     assert not account(save)["complete"]
 
+    reshard(save)
     seen = watched([*argv, *layout(2, 2)], tmp_path / "then", 4, pruned.file)
     assert all(rank["steps"] == 150 for rank in seen)
     assert_zero_in_checkpoint(save / "iter_0000300", pruned.kept, moments=("param", *ADAM))

@@ -1,0 +1,262 @@
+"""Make a saved optimizer state load at every layout, off-line: from Megatron's flat buckets to one tensor a weight.
+
+By default Megatron's distributed optimizer saves what each rank holds, as it holds it (``dp_reshardable``): flat
+buckets, one set for each tensor- and pipeline-parallel rank. Nothing is gathered, and such a state loads at another
+number of data-parallel ranks, but not at another TP or PP. The form that does (``fully_reshardable``) is gathered from
+all data-parallel ranks into the host memory of each, 12 bytes a parameter, at every save.
+
+``reshard`` turns the first into the second in the files of one save, without a GPU and without a process group: it
+reads each rank's share of each weight out of the buckets by byte range (``engine/optimizer_layout.py`` had Megatron
+store which share lies where), writes it as a rectangle of the weight's state, and replaces the index at the end, in
+one step. Until then the save is as it was; killed, it is started again. Weights stay where they are.
+
+Memory is bounded by a few records. On the disk it takes 12 bytes a parameter more, as long as this save is kept.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_prune.artifacts import read_json, sha256_file, write_bytes, write_json
+from megatron_prune.checkpoint import index, safe, safe_objects, tracker
+from megatron_prune.checkpoint.disk import check_space, explain_full_disk
+from megatron_prune.checkpoint.files import StoredFiles
+from megatron_prune.checkpoint.foreign import refuse_remote
+from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
+from megatron_prune.checkpoint.parts import RECORD_BYTES
+from megatron_prune.checkpoint.reader import INTEGRITY_FILE
+from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
+from megatron_prune.errors import CheckpointError
+
+BUCKETS, WHOLE = "dp_reshardable", "fully_reshardable"  # Megatron's names of the two forms
+LAYOUT_OBJECT = "param_layout"  # what engine/optimizer_layout.py has Megatron store, of each set of buckets
+COMMAND = "python tools/reshard_optimizer.py"
+_FILES = "__resharded"
+_SET = re.compile(r"optimizer\.distributed\.dp_group_idx_\d+")
+_COMMON = "common_state/shard_0_1"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a weight: a rectangle of the weight ``key``, and where its numbers begin in a bucket."""
+
+    key: str
+    shape: tuple[int, ...]  # of the whole weight, layers stacked where Megatron stacks them
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+
+
+def reshard(path: str | Path) -> Path | None:
+    """Let the newest save in ``path`` (or the one that it is) load at every TP, PP and DP; its directory.
+
+    None where it does so already. Raises CheckpointError where it holds no such state, was saved by a program that did
+    not say what lies where, or the disk is full; the save is then as it was.
+    """
+    refuse_remote("SAVE", path)
+    directory = tracker.resolve(Path(path)).directory
+    save = _Save(directory)
+    if save.form == WHOLE:
+        return None
+    if save.form != BUCKETS:
+        raise CheckpointError(
+            f"{directory}: expected an optimizer state in the form {BUCKETS}, got {save.form or 'another'}"
+        )
+    with explain_full_disk(directory, "the save is as it was"):
+        save.reshard()
+    return directory
+
+
+class _Save:
+    """One ``iter_…`` directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._metadata = safe.load_metadata(directory)
+        self._stored = index.stored_tensors(self._metadata, directory)
+        self._files = StoredFiles(directory)
+        self._objects = {i.fqn: info for i, info in self._metadata.storage_data.items() if i.offset is None}
+        self._common_key = next((key for key in self._objects if key.split("/")[0] == "common_state"), _COMMON)
+        if self._common_key not in self._objects:
+            raise CheckpointError(f"{directory} has no common state in its index: an older Megatron saved it")
+        content = safe_objects.load_common(self._bytes(self._common_key), str(directory)).get("content_metadata") or {}
+        self.form = content.get("distrib_optim_sharding_type")
+
+    def reshard(self) -> None:
+        sets = sorted({found[0] for key in self._stored if (found := _SET.match(key))})
+        shares = {bucket: of for name in sets for bucket, of in self._layout(name).items()}
+        self._check_buckets(shares)
+        old = [key for key in self._stored if _SET.match(key)]
+        check_space(self._directory / _FILES, sum(_nbytes(self._stored[key]) for key in old))
+        self._remove_left_over()
+        files = RecordFiles(self._directory, _FILES)
+        try:
+            entries, storage = self._write_states(files, shares)
+            common = files.append(object_record, [self._new_common(sets[0])])
+            files.close()
+        finally:
+            files.shutdown()
+        for name in files.hashes:
+            _sync(self._directory / name)
+        kept: dict[str, Any] = {k: v for k, v in self._metadata.state_dict_metadata.items() if not _SET.match(k)}
+        places = {i: info for i, info in self._metadata.storage_data.items() if not _SET.match(i.fqn)}
+        places |= storage | {dcp.MetadataIndex(self._common_key): _StorageInfo(*common)}
+        made = dcp.Metadata(
+            state_dict_metadata=kept | entries, storage_data=places, storage_meta=dcp.StorageMeta(), version="1.0.0"
+        )
+        self._replace_index(pickle.dumps(made), files.hashes)
+
+    # -- what lies where ------------------------------------------------------------------------
+
+    def _layout(self, name: str) -> dict[str, list[Share]]:
+        """The shares in each bucket of one model-parallel rank, as its optimizer said when it saved."""
+        key = f"{name}.{LAYOUT_OBJECT}/shard_0_1"
+        if key not in self._objects:
+            raise CheckpointError(
+                f"{self._directory} does not say which weight lies where in its optimizer state: only saves of "
+                "`megatron_prune pretrain` do. Resume at the layout that it was saved at, and save once more"
+            )
+        try:
+            (text,) = torch.load(io.BytesIO(self._bytes(key)), map_location="cpu", weights_only=True)
+            buckets = json.loads(text)["buckets"]
+            return {
+                bucket: [
+                    Share(s["key"], tuple(s["shape"]), tuple(s["offsets"]), tuple(s["sizes"]), s["start"]) for s in of
+                ]
+                for bucket, of in buckets.items()
+            }
+        except Exception as error:  # whatever a damaged record raises
+            raise CheckpointError(f"{self._directory}: {key} is damaged ({error!r})") from error
+
+    def _check_buckets(self, shares: Mapping[str, list[Share]]) -> None:
+        """Every bucket is known, and every weight's state is there exactly once."""
+        unknown = [key for key in self._stored if _SET.match(key) and key.rsplit(".", 1)[0] not in shares]
+        if unknown:
+            raise CheckpointError(f"{self._directory}: no layout is stored for {unknown[0]}")
+        rectangles: dict[str, list[Box]] = defaultdict(list)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for bucket, of in shares.items():
+            for share in of:
+                piece = Piece(share.key, torch.float32, share.offsets, share.sizes, bucket, share.start, 0)
+                rectangles[share.key].append(Box(piece, share.offsets, share.sizes, 0))
+                if shapes.setdefault(share.key, share.shape) != share.shape:
+                    raise CheckpointError(f"{self._directory}: the layouts of {share.key} contradict each other")
+        for key, boxes in rectangles.items():
+            if not index.covers(boxes, shapes[key]):
+                raise CheckpointError(f"{self._directory}: the optimizer state of {key} is not there exactly once")
+
+    # -- what is written ------------------------------------------------------------------------
+
+    def _write_states(
+        self, files: RecordFiles, shares: Mapping[str, list[Share]]
+    ) -> tuple[dict[str, dcp.TensorStorageMetadata], dict[dcp.MetadataIndex, _StorageInfo]]:
+        entries: dict[str, dcp.TensorStorageMetadata] = {}
+        storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
+        for bucket, of in shares.items():
+            for state, flat in self._states(bucket):
+                for share in of:
+                    key = f"optimizer.state.{state}.{share.key}"
+                    entry = entries.setdefault(
+                        key,
+                        dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=flat.dtype), torch.Size(share.shape), []),
+                    )
+                    for offsets, block in self._blocks(flat, share):
+                        entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), block.shape))
+                        place = dcp.MetadataIndex(key, torch.Size(offsets))
+                        storage[place] = _StorageInfo(*files.append(tensor_record, block))
+        return entries, storage
+
+    def _states(self, bucket: str) -> Iterator[tuple[str, StoredTensor]]:
+        """Masters and moments of a bucket, [numbers]."""
+        for key, tensor in self._stored.items():
+            if key.rsplit(".", 1)[0] == bucket:
+                yield key.rsplit(".", 1)[1], tensor
+
+    def _blocks(self, flat: StoredTensor, share: Share) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """A share in records of bounded size: (offsets in the whole weight, block)."""
+        stacked = len(share.sizes) > 1 and share.sizes[0] == 1  # [1, rows, …]: one layer of all
+        axis = 1 if stacked else 0
+        row = torch.Size(share.sizes[axis + 1 :]).numel()
+        most = max(1, RECORD_BYTES // max(1, row * flat.dtype.itemsize))
+        for first in range(0, share.sizes[axis], most):
+            rows = min(most, share.sizes[axis] - first)
+            sizes = (*share.sizes[:axis], rows, *share.sizes[axis + 1 :])
+            offsets = (*share.offsets[:axis], share.offsets[axis] + first, *share.offsets[axis + 1 :])
+            yield offsets, self._read(flat, share.start + first * row, rows * row).view(sizes)
+
+    def _read(self, flat: StoredTensor, start: int, length: int) -> torch.Tensor:
+        """Numbers [start, start + length) of a bucket, whose shards are the data-parallel ranks'."""
+        out = torch.empty(length, dtype=flat.dtype)
+        filled = 0
+        for piece in flat.pieces:
+            first, last = max(start, piece.offsets[0]), min(start + length, piece.offsets[0] + piece.sizes[0])
+            if first < last:
+                box = Box(piece, (first,), (last - first,), first - piece.offsets[0])
+                self._files.fill(out[first - start : last - start], box, 0)
+                filled += last - first
+        if filled != length:
+            raise CheckpointError(f"{self._directory}: {flat.key} lacks {length - filled} numbers from {start} on")
+        return out
+
+    def _new_common(self, name: str) -> dict[str, Any]:
+        """The common state in the new form, with what was stored for each set of buckets (step, rates, loss scale)."""
+        with warnings.catch_warnings(action="ignore"):  # of what a machine without GPUs lacks
+            from megatron.core.safe_globals import register_safe_globals
+
+        register_safe_globals()  # its own classes in the arguments: they were vetted when the form was read
+        (common,) = torch.load(io.BytesIO(self._bytes(self._common_key)), map_location="cpu", weights_only=True)
+        optimizer = {"param_state_sharding_type": WHOLE}
+        for key in self._objects:
+            field = key.removeprefix(f"{name}.").rsplit("/", 1)[0]
+            if key.startswith(f"{name}.") and field in ("optimizer", "grad_scaler"):
+                (optimizer[field],) = torch.load(io.BytesIO(self._bytes(key)), map_location="cpu", weights_only=True)
+        content = common["content_metadata"] | {
+            "distrib_optim_sharding_type": WHOLE,
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
+        made: dict[str, Any] = common | {"optimizer": optimizer, "content_metadata": content}
+        return made
+
+    def _replace_index(self, payload: bytes, hashes: Mapping[str, str]) -> None:
+        """The step that decides: before it the save is the old one, after it the new one."""
+        integrity = self._directory / INTEGRITY_FILE
+        if integrity.is_file():  # of --verify-integrity: without it for a moment, and never beside another's index
+            known = read_json(integrity)
+            integrity.unlink()
+            write_bytes(self._directory / ".metadata", payload)
+            files = {**known["files"], **hashes, ".metadata": sha256_file(self._directory / ".metadata")}
+            write_json(integrity, {**known, "files": dict(sorted(files.items()))})
+        else:
+            write_bytes(self._directory / ".metadata", payload)
+
+    def _remove_left_over(self) -> None:
+        """What a killed attempt wrote, and no index names."""
+        for path in self._directory.glob(f"{_FILES}_*.distcp"):
+            path.unlink()
+
+    def _bytes(self, key: str) -> bytes:
+        info = self._objects[key]
+        return self._files.read_bytes(info.relative_path, info.offset, info.length)
+
+
+def _nbytes(tensor: StoredTensor) -> int:
+    return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
