@@ -1,11 +1,22 @@
-# Sourced by node.sh: what Megatron, PyTorch and NCCL are told on every node. What is set already stays.
+# Sourced by node.sh, with its command line: what Megatron, PyTorch and NCCL are told on every node. What is set
+# already stays.
 
 # One hardware queue, so that a kernel is issued before the communication that it overlaps with. Megatron refuses
 # tensor or context parallelism without it on Hopper and older, and FSDP with it.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+case " $* " in
+*" --use-torch-fsdp2 "* | *" --use-megatron-fsdp "*) ;;
+*) export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" ;;
+esac
 
 # Activations come and go in other sizes with every micro-batch; growing segments leave no holes between them.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# Megatron refuses them with NCCL's user buffers, and CUDA graphs with them while NCCL registers a graph's buffers.
+case " $* " in
+*" --use-nccl-ub "*) ;;
+*)
+    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+    export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER:-0}"
+    ;;
+esac
 
 # A collective that hangs ends its rank after --distributed-timeout-minutes, and torchrun restarts the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"

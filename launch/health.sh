@@ -27,6 +27,9 @@ fi
 shared=$(df --output=avail -B1M /dev/shm 2>/dev/null | tail -n 1)
 [ "${shared:-0}" -ge "${HEALTH_SHM_MB:-8192}" ] || complain "/dev/shm has ${shared:-0} MB, ${HEALTH_SHM_MB:-8192} are wanted"
 
+case "${1:-}" in
+*://*) set -- ;; # an object store, which the run itself asks
+esac
 if [ $# -gt 0 ]; then
     mkdir -p "$1" && probe=$(mktemp "$1/.health.XXXXXX") && rm -f "$probe" || complain "$1 cannot be written to"
 fi

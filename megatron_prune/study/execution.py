@@ -19,6 +19,11 @@ from megatron_prune.study.checks import Check
 from megatron_prune.study.places import Places
 
 TAIL_LINES = 15
+# Why a lock that another does not hold cannot be had.
+NO_LOCKS = (
+    "its file system has no locks (Lustre has them when it is mounted with flock), and two runs could write the same "
+    "files: put the study on another one"
+)
 
 
 class Refused(RunError):

@@ -45,6 +45,11 @@ def _check_option(name: str, value: Any) -> None:
     allowed = why = ""
     if name in OF_THE_SCRIPT:
         allowed = "options that a job's script does not set itself"
+    elif name.startswith("container-"):
+        allowed = (
+            "no container here: name one in each command of your own, or install the environment (launch.slurm.setup)"
+        )
+        why = "sbatch would put the job's script itself in it, which calls srun and scontrol"
     elif name in TIMES and not isinstance(value, str):
         allowed, why = 'a time in quotes, as "24:00:00"', "YAML reads 24:00:00 as 86400, Slurm that as minutes"
     elif value is None or value is False:

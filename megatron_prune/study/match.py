@@ -40,6 +40,8 @@ ALLOWED: dict[str, str] = {
     "wandb_save_dir": "output path",
     "wandb_exp_name": "output path",
     "save_interval": "how often an output is saved",
+    # Set by pretrain where a run goes on at another number of ranks (engine/optimizer_layout.py).
+    "ddp_bucket_size": "how gradients are packed to be sent",
     "masks": "a path; which masks they are is compared by their hash",
     # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
     "iteration": "progress at the last start",

@@ -22,7 +22,7 @@ from typing import Protocol
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import config, preflight, retention, stages
-from megatron_prune.study.execution import Refused, State, States, reached, unfinished
+from megatron_prune.study.execution import NO_LOCKS, Refused, State, States, reached, unfinished
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
@@ -230,6 +230,8 @@ def _locked(root: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+            except OSError as error:
+                raise RunError(f"{root / 'study.lock'} cannot be locked ({error.strerror}): {NO_LOCKS}") from error
         else:
             handle.seek(0)
             raise RunError(f"another runner (process {handle.read().strip()}) is at work on {root}")

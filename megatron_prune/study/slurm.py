@@ -28,7 +28,7 @@ from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study.commands import SAVES_WHEN_TOLD, Command, environment
 from megatron_prune.study.config import Study
-from megatron_prune.study.execution import State, States
+from megatron_prune.study.execution import NO_LOCKS, State, States
 from megatron_prune.study.launch import Slurm
 from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
@@ -146,6 +146,7 @@ def script(study: Study, places: Places, cell: Cell) -> str:
     return template.render(
         directives=[(key, "" if value is True else f"={shlex.quote(str(value))}") for key, value in directives.items()],
         cell=cell.id,
+        no_locks=NO_LOCKS,
         study=study.name,
         after=", ".join(cell.after) or "nothing",
         script=shlex.quote(str(directory / "job.sh")),

@@ -69,6 +69,8 @@ def at_work(places: Places) -> bool:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # a file system without locks, on which no runner starts
+            return False
     return False
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_prune.artifacts import read_json
 from tests.launch import nodes
@@ -15,7 +19,10 @@ from tests.launch import nodes
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 
-def submit(argv: list[str], tmp_path: Path, log: Path, restarts: int = 0) -> subprocess.Popen:
+NO_TRAINING = {"PYTHON": str(STAND_INS / "no-training"), "STAND_IN_PYTHON": sys.executable}
+
+
+def submit(argv: list[str], tmp_path: Path, log: Path, restarts: int = 0, **variables: str) -> subprocess.Popen:
     env = {
         **nodes.environment(nodes.free_port(), 1),
         "PATH": f"{STAND_INS}:{os.environ['PATH']}",
@@ -27,7 +34,9 @@ def submit(argv: list[str], tmp_path: Path, log: Path, restarts: int = 0) -> sub
         "SLURM_SUBMIT_DIR": str(nodes.ROOT),
         "STAND_IN_REQUEUED": str(tmp_path / "requeued"),
         "STAND_IN_GPUS": "0, 0, 4",
+        "STAND_IN_STEPS": str(tmp_path / "steps"),
         "HEALTH_SHM_MB": "1",
+        **variables,
     }
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -70,6 +79,70 @@ def test_a_job_that_gets_nowhere_is_not_requeued(tmp_path) -> None:
     running = submit(["no-such-verb", "--save", str(tmp_path / "run")], tmp_path, log)
     assert running.wait(60) == 1
     assert "not requeued" in log.read_text() and not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "step"), [(["--save={save}"], 30), (["--save", "elsewhere", "--save={save}"], 30), (["--save=other"], 0)]
+)
+def test_where_the_run_is_saved_may_be_said_with_an_equals_sign(tmp_path, words: list[str], step: int) -> None:
+    """The last one counts, as for the run itself."""
+    log, save = tmp_path / "log.txt", tmp_path / "run"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("30")
+    words = [word.format(save=save).replace("=other", f"={tmp_path}/other") for word in words]
+    assert submit(["pretrain", *words], tmp_path, log, **NO_TRAINING).wait(120) == 1
+    assert f"nothing was saved since step {step} " in log.read_text()
+
+
+def in_a_store(folder: Path) -> dict[str, str]:
+    """An object store that is a folder of this machine, as the profile ``disk``."""
+    folder.mkdir()
+    provider = {"storage_provider": {"type": "file", "options": {"base_path": str(folder)}}}
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({"profiles": {"disk": provider}}))
+    return {"MSC_CONFIG": str(config), **NO_TRAINING}
+
+
+def test_a_run_in_an_object_store_is_asked_through_its_client(tmp_path) -> None:
+    log, store = tmp_path / "log.txt", tmp_path / "store"
+    variables = in_a_store(store)
+    argv = ["pretrain", "--save", "msc://disk/run", "--enable-msc"]
+    assert submit(argv, tmp_path, log, **variables).wait(120) == 1
+    assert "nothing was saved since step 0 " in log.read_text()
+    (store / "run").mkdir()
+    (store / "run" / "latest_checkpointed_iteration.txt").write_text("40")
+    assert submit(argv, tmp_path, log, **variables).wait(120) == 1
+    assert "nothing was saved since step 40 " in log.read_text() and not (nodes.ROOT / "msc:").exists()
+    (store / "run" / "account.json").write_text(json.dumps({"complete": True}, indent=2))
+    assert submit(argv, tmp_path, log, **variables).wait(120) == 0
+    assert "msc://disk/run is complete" in log.read_text()
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(tmp_path) -> None:
+    log = tmp_path / "log.txt"
+    argv = ["pretrain", "--save", "msc://nowhere/run", "--enable-msc"]
+    assert submit(argv, tmp_path, log, **in_a_store(tmp_path / "store")).wait(120) == 1
+    assert "cannot be asked how far it is" in log.read_text() and not (tmp_path / "requeued").exists()
+
+
+def test_every_step_runs_in_the_container_that_is_named(tmp_path) -> None:
+    log = tmp_path / "log.txt"
+    variables = {"CONTAINER_IMAGE": "registry#megatron-prune:1", "CONTAINER_MOUNTS": "/data:/data", **NO_TRAINING}
+    submit(["pretrain", "--save", str(tmp_path / "run")], tmp_path, log, **variables).wait(120)
+    steps = (tmp_path / "steps").read_text().splitlines()
+    assert [step.split(" :: ")[1] for step in steps] == ["bash launch/health.sh", "bash launch/node.sh"]
+    for step in steps:
+        assert "--container-image=registry#megatron-prune:1" in step
+        assert f"--container-mounts={nodes.ROOT}:{nodes.ROOT},/data:/data" in step
+
+
+def test_a_script_that_is_in_the_container_itself_is_refused(tmp_path) -> None:
+    log, programs = tmp_path / "log.txt", tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "cat", "grep"):
+        (programs / name).symlink_to(shutil.which(name))
+    assert submit(["pretrain", "--save", "x"], tmp_path, log, PATH=str(programs)).wait(60) == 2
+    assert "there is no srun" in log.read_text() and "CONTAINER_IMAGE" in log.read_text()
 
 
 def test_a_run_without_a_place_to_go_on_from_is_refused(tmp_path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 from megatron_prune import plan
 from megatron_prune.engine import launch
 from megatron_prune.errors import DataError, RunError, UsageError
-from megatron_prune.study import local, preflight, results, stages
+from megatron_prune.study import local, preflight, results, stages, status
 from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.progress import Progress
@@ -252,6 +254,19 @@ def test_only_one_runner_at_a_time(tmp_path: Path, prefixes, monkeypatch) -> Non
         with pytest.raises(RunError, match="another runner .process 4711."):
             made_up.run(study, Path("runs"), made_up.FakeLauncher())
     made_up.run(study, Path("runs"), made_up.FakeLauncher())
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, prefixes, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    study = made_up.study(prefixes)
+    with pytest.raises(RunError, match=r"study.lock cannot be locked .*: its file system has no locks"):
+        made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    assert not status.at_work(Places(Path("runs", study.name)))
 
 
 def test_a_changed_recipe_is_refused_and_a_larger_grid_is_not(tmp_path: Path, prefixes, monkeypatch) -> None:

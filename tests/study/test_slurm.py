@@ -232,6 +232,7 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
         ("comment: it's", "comment: given .*, allowed is text on one line"),
         ("signal: TERM@60", "signal: given 'TERM@60', allowed is B:USR1@SECONDS"),
         ("job-name: mine", "job-name: given 'mine', allowed is options that a job's script does not set itself"),
+        ("container-image: image", "container-image: given 'image', allowed is no container here"),
         ("ntasks_per_node: 8", "ntasks-per-node: given 8, allowed is options that a job's script does not set"),
     ],
 )
@@ -363,3 +364,23 @@ def test_jobs_on_the_real_engine(tmp_path, monkeypatch) -> None:
         "calibration", "parent", "pruned", "pruning", "scratch"
     ]  # fmt: skip
     assert 0 < found["parent"]["test_loss"] < 20
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "says"),
+    [(75, 75, "another job is at work on parent"), (71, 1, "exit code 71 of flock): its file system has no locks")],
+)
+def test_a_lock_that_cannot_be_had(tmp_path, prefixes, monkeypatch, code: int, ends: int, says: str) -> None:
+    """util-linux's flock leaves with its conflict code where another holds the lock, else with one of sysexits.h."""
+    monkeypatch.chdir(tmp_path)
+    Path("bin").mkdir()
+    Path("bin", "flock").write_text(
+        f"#!/bin/bash\n[[ \"$*\" == *'--conflict-exit-code 75'* ]] && exit {code}\nexit 1\n"
+    )
+    Path("bin", "flock").chmod(0o755)
+    made, places = config.from_mapping(made_up.mapping(prefixes, launch={"launcher": "slurm"})), Places(Path("runs/x"))
+    (parent,) = stages.parents(made, places, preflight.look(made, places))
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    job = ["bash", slurm.write_script(made, places, parent)]
+    done = subprocess.run(job, env=environment, capture_output=True, text=True)
+    assert done.returncode == ends and says in done.stdout + done.stderr

@@ -1,0 +1,75 @@
+"""launch/environment.sh: what it sets lets Megatron validate what a command line asks for. No GPU: a Hopper is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from tests.engine.test_fp8 import words
+from tests.launch.nodes import ROOT
+
+NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER")
+
+
+def environment(*argv: str, **given: str) -> dict[str, str]:
+    """The variables in NAMES after the script was sourced with a command line."""
+    clean = {key: value for key, value in os.environ.items() if key not in NAMES}
+    script = "source launch/environment.sh; env -0"
+    done = subprocess.run(
+        ["bash", "-c", script, "node.sh", *argv],
+        cwd=ROOT,
+        env=clean | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def validated(argv: list[str], variables: dict[str, str]) -> str:
+    """In a rank: what Megatron's validation says as rank 0 of 64 Hoppers that are not there."""
+    for name in NAMES:
+        os.environ.pop(name, None)
+    from packaging.version import Version
+
+    from megatron_prune.engine import cpu
+
+    cpu._cuda_is_available = lambda: True
+    os.environ.update(RANK="0", WORLD_SIZE="64", LOCAL_RANK="0", **variables)
+    import megatron.core.utils
+    import torch
+
+    megatron.core.utils._te_version = Version("2.9.0")
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    from megatron_prune.engine import arguments, installed
+
+    installed.assume(installed.named("te,apex"))
+    try:
+        arguments.parse("pretrain", argv, lambda parser: parser)
+    except AssertionError as error:
+        return str(error)
+    return "yes"
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_cuda_graphs(distributed, impl: str) -> None:
+    argv = words("depth 16", "--bf16", "--cuda-graph-impl", impl)
+    assert distributed(validated, 1, argv, environment(*argv)) == ["yes"]
+    without = environment(*argv, NCCL_GRAPH_REGISTER="1")  # what is set already stays
+    assert without["NCCL_GRAPH_REGISTER"] == "1"
+    if impl == "transformer_engine":  # that the assertion is still there: the local graphs are looked at later
+        assert "NCCL_GRAPH_REGISTER=0" in distributed(validated, 1, argv, without)[0]
+
+
+def test_what_megatron_refuses_together_is_not_set() -> None:
+    assert environment("pretrain", "--lr", "1") == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_GRAPH_REGISTER": "0",
+    }
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment("pretrain", "--use-nccl-ub", "--lr", "1")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment("pretrain", "--use-torch-fsdp2")
+    assert environment("pretrain", PYTORCH_CUDA_ALLOC_CONF="")["PYTORCH_CUDA_ALLOC_CONF"]
