@@ -18,6 +18,7 @@ from megatron_prune.calibrate.statistics import Statistics, tensor_shapes
 from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import CheckpointError, MegatronPruneError, PlanError
 
 LAYERS = 3
@@ -283,3 +284,17 @@ def test_small_blocks_make_the_same_weights(
     large, small = open_checkpoint(tmp_path / "large"), open_checkpoint(tmp_path / "small")
     assert large.fingerprint() == small.fingerprint()
     assert all(torch.equal(large.read(name), small.read(name)) for name in large.names)
+
+
+def test_megatrons_second_name_for_the_depth_is_cut_too(tiny_parent: Path, tmp_path: Path) -> None:
+    """Checkpoints of Megatron's own trainings hold ``encoder_num_layers``; it is what some of its tools read."""
+    parent = open_checkpoint(tiny_parent)
+    with CheckpointWriter(
+        tmp_path / "parent", args={**parent.args, "encoder_num_layers": parent.shape.num_layers}, dtype=torch.float32
+    ) as writer:
+        for name in parent.names:
+            writer.add(name, parent.spec(name).shape, [parent.read(name)])
+    stored = open_checkpoint(tmp_path / "parent")
+    apply.apply_plan(tmp_path / "parent", make(stored, "random", num_layers=2), tmp_path / "pruned")
+    args = open_checkpoint(tmp_path / "pruned").args
+    assert args["num_layers"] == args["encoder_num_layers"] == 2

@@ -60,16 +60,17 @@ def durations(path: Path) -> dict[str, float]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    path = item.config.getoption("--measure")
-    before = processor_seconds() if path else 0.0
+    asked = item.config.getoption("--measure")
+    before = processor_seconds() if asked else 0.0
     yield
-    if path:
-        taken = durations(Path(path))
+    if asked:
+        path = item.config.invocation_params.dir / asked  # tests change the working directory
+        taken = durations(path)
         taken.pop(item.nodeid, None)
         seconds = processor_seconds() - before
         if seconds >= SHORTEST or not RANKS.isdisjoint(getattr(item, "fixturenames", ())):
             taken[item.nodeid] = seconds
-        Path(path).write_text("".join(f"{taken[name]:.1f} {name}\n" for name in sorted(taken)))
+        path.write_text("".join(f"{taken[name]:.1f} {name}\n" for name in sorted(taken)))
 
 
 def processor_seconds() -> float:

@@ -158,6 +158,20 @@ def test_a_model_that_was_pretrained_here_is_exported(tmp_path):
     LlamaForCausalLM(config).load_state_dict(tensors(tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 3e-4, 0.25])
+def test_the_norms_epsilon_is_the_models_own_both_ways(epsilon):
+    args = args_from_config(BASE | {"rms_norm_eps": epsilon})
+    assert args["layernorm_epsilon"] == epsilon
+    assert config_from_args(args, torch.float32)["rms_norm_eps"] == epsilon
+    assert config_from_args(args, torch.float32, BASE | {"rms_norm_eps": 1e-2})["rms_norm_eps"] == epsilon
+
+
+def test_an_epsilon_that_a_config_leaves_out_is_transformers_default():
+    from transformers import LlamaConfig
+
+    assert args_from_config(dict(BASE))["layernorm_epsilon"] == LlamaConfig(**BASE).rms_norm_eps
+
+
 BASE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "hidden_act": "silu",

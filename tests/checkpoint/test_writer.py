@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -42,6 +44,20 @@ def test_block_sizes_do_not_change_the_fingerprint(tmp_path):
     assert len(found) == 1
     other = open_checkpoint(small.write(tmp_path / "bf16", dtype=torch.bfloat16)).fingerprint()
     assert other not in found
+
+
+def test_the_fingerprint_is_of_64_elements_of_every_weight(tmp_path):
+    """Again from the definition: name, shape, type and elements evenly spaced from the first to the last."""
+    checkpoint = open_checkpoint(small.write(tmp_path / "made", block_rows=7))
+    digest, expected = hashlib.sha256(), small.tensors()
+    for name in checkpoint.names:
+        weight = expected[name]
+        digest.update(json.dumps([name, list(weight.shape), "torch.float32"]).encode())
+        count = min(64, weight.numel())
+        places = [i * (weight.numel() - 1) // max(1, count - 1) for i in range(count)]
+        assert (places[0], places[-1], len(set(places))) == (0, weight.numel() - 1, count)
+        digest.update(weight.flatten()[places].numpy().tobytes())
+    assert checkpoint.fingerprint() == digest.hexdigest()
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])

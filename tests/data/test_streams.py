@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from megatron_prune import artifacts
 from megatron_prune.data import blend, identity, indexed
 from megatron_prune.data.streams import SampleRange, Stream, epoch_seed, parse_range, refuse_overlap
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.training.data import refuse_unfit_range
 from tests.data.corpora import write_corpus
 
 
@@ -208,6 +210,22 @@ def test_ranges_that_cannot_be_are_refused(corpus, start, end, says):
     with pytest.raises(UsageError, match="--stream-range") as refusal:
         SampleRange(Stream.build(corpus, 8, seed=3), start, end, global_batch_size=4)
     assert says in str(refusal.value)
+
+
+def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
+    stream = Stream.build(corpus, 8, seed=3, epochs=2)
+    last = len(stream)
+    assert torch.equal(SampleRange(stream, last - 1, last)[0]["tokens"], stream[last - 1]["tokens"])
+    with pytest.raises(UsageError, match=f"an end up to {last}"):
+        SampleRange(stream, last - 1, last + 1)
+    with pytest.raises(IndexError):
+        stream[last]
+    arguments = SimpleNamespace(
+        train_data_path=[corpus], data_path=None, seq_length=8, stream_epochs=2, stream_seed=3, stream_allow_seen=False
+    )
+    refuse_unfit_range(SimpleNamespace(stream_range=f"0:{last}", **vars(arguments)), [])
+    with pytest.raises(UsageError, match=f"an end up to {last}"):
+        refuse_unfit_range(SimpleNamespace(stream_range=f"0:{last + 1}", **vars(arguments)), [])
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "7:7", "9:3", "-1:4", "1:2:3", "a:b", "1.0:2"])

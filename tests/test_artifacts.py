@@ -1,0 +1,71 @@
+"""Files are whole or absent: a reader never meets half of one, and what is renamed is on disk before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_prune import artifacts
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is synced and renamed from now on, by file names at that time."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(artifacts.os, "fsync", synced)
+    for name, real in (("replace", replace), ("rename", rename)):
+        monkeypatch.setattr(
+            artifacts.os, name, lambda a, b, real=real: (events.append(("rename", str(b))), real(a, b))[1]
+        )
+    return events
+
+
+def test_a_reader_of_json_keeps_the_whole_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"value": "old" * 1000})
+    with open(path) as reader:
+        begun = reader.read(10)
+        artifacts.write_json(path, {"value": 1})
+        assert begun + reader.read() == artifacts.json_bytes({"value": "old" * 1000}).decode()
+    assert artifacts.read_json(path) == {"value": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, [1])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        artifacts.write_json(path, [2])
+    assert artifacts.read_json(path) == [1] and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_is_on_disk_before_its_name_and_its_name_before_it_is_said(tmp_path: Path, disk) -> None:
+    artifacts.write_bytes(tmp_path / "a", b"content")
+    (first, temporary), *rest = disk
+    assert first == "fsync" and Path(temporary).parent == tmp_path and Path(temporary).name != "a"
+    assert rest == [("rename", str(tmp_path / "a")), ("fsync", str(tmp_path))]
+
+
+def test_a_folder_is_on_disk_before_its_name(tmp_path: Path, disk) -> None:
+    with artifacts.atomic_directory(tmp_path / "made") as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "a").write_text("a")
+        (scratch / "sub" / "b").write_text("b")
+        assert not (tmp_path / "made").exists()
+    *before, renamed, last = disk
+    assert {path for _, path in before} == {str(scratch / name) for name in ("a", "sub", "sub/b")} | {str(scratch)}
+    assert {event for event, _ in before} == {"fsync"}
+    assert (renamed, last) == (("rename", str(tmp_path / "made")), ("fsync", str(tmp_path)))
