@@ -2,7 +2,8 @@
 
 ``install()`` comes before the first import of Megatron. TE's own constructors, parameters, names, state dicts and
 quantized tensors are used as they are; ``forward`` of its linears, norm and attention are replaced, and kernels that
-cast and optimize (``kernels.py``). Activations are never FP8. Nothing here claims TE's speed or rounding.
+cast and optimize (``kernels.py``). Under FP8 a linear multiplies the cast copy of its weight, kept from one
+micro-batch to the next as TE keeps it. Activations are never FP8. Nothing here claims TE's speed or rounding.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _norm(module: Any, gain: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _norm_linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
     assert self.normalization == "RMSNorm"
-    return _linear(self, _norm(self, self.layer_norm_weight, x))
+    return _linear(self, _norm(self, self.layer_norm_weight, x), is_first_microbatch)
 
 
 def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
@@ -98,8 +99,11 @@ def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None)
             if self.sequence_parallel
             else mappings.copy_to_tensor_model_parallel_region(x)
         )
-    special = self.fuse_wgrad_accumulation or isinstance(self.weight, QuantizedTensor)
-    out = (_Linear.apply if special else F.linear)(x, self.weight, *([self.fuse_wgrad_accumulation] if special else []))
+    multiplied = _cast(self, is_first_microbatch)
+    if multiplied is self.weight and not self.fuse_wgrad_accumulation and not isinstance(self.weight, QuantizedTensor):
+        out = F.linear(x, self.weight)
+    else:
+        out = _Linear.apply(x, self.weight, self.fuse_wgrad_accumulation, _plain(multiplied))
     if self.tp_size > 1 and self.parallel_mode == "row":
         out = (
             mappings.reduce_scatter_to_sequence_parallel_region(out)
@@ -109,25 +113,47 @@ def _linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None)
     return out
 
 
+def _cast(self: Any, is_first_microbatch: bool | None) -> torch.Tensor:
+    """What a linear multiplies: its weight, or under FP8 the cast copy, by TE's own rule of when it is cast again."""
+    from transformer_engine.pytorch.module.base import quantize_weight
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+    from transformer_engine.pytorch.tensor import QuantizedTensor
+
+    if isinstance(self.weight, QuantizedTensor) or not FP8GlobalStateManager.is_fp8_enabled():
+        return self.weight
+    self.init_fp8_metadata(num_gemms=1)
+    (quantizer,) = self._get_weight_quantizers()
+    quantizer.set_usage(rowwise=True, columnwise=False)
+    caching = is_first_microbatch is not None
+    found, new = quantize_weight(
+        tensor=self.weight.detach(), quantizer=quantizer, cache=caching,
+        workspace=self._fp8_workspaces.get("weight") if caching else None,
+        update_workspace=is_first_microbatch is None or is_first_microbatch,
+    )  # fmt: skip
+    if new is not None:
+        self._fp8_workspaces["weight"] = new
+    return found.dequantize(dtype=self.weight.dtype)
+
+
 class _Linear(torch.autograd.Function):
-    """A linear whose weight may be FP8, and whose weight's gradient may go straight into ``main_grad``, as in TE's."""
+    """A linear that multiplies a copy of its weight, and whose weight's gradient may go straight into ``main_grad``."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, fused: bool, multiplied: torch.Tensor) -> torch.Tensor:
         ctx.weight, ctx.fused = weight, fused
-        ctx.save_for_backward(x)
-        return F.linear(x, _plain(weight))
+        ctx.save_for_backward(x, multiplied)
+        return F.linear(x, multiplied)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        x, multiplied = ctx.saved_tensors
         weight = ctx.weight
         of_weight = gradient.flatten(0, 1).t() @ x.flatten(0, 1)
         if ctx.fused:
             weight.main_grad += of_weight
             weight.grad_added_to_main_grad = True
             of_weight = torch.empty_like(of_weight)  # TE's dummy: nobody reads it
-        return gradient @ _plain(weight), of_weight, None
+        return gradient @ multiplied, of_weight, None, None
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
