@@ -6,18 +6,26 @@
 #   bash tests/run.sh --all                everything, with a coverage figure: slow tests, Transformer Engine (built where
 #                                          it is not: minutes, once), 30 kills of each verb, and Megatron-LM's main branch
 #                                          where MEGATRON_LM names a checkout
+#   bash tests/run.sh --gpu                on a machine with a GPU: tests/gpu and its benchmark, with Transformer Engine;
+#                                          writes examples/llama3.1_8b/RESULTS.md
 #   bash tests/run.sh tests/study -k plan  arguments go to pytest
 #   bash tests/run.sh --te [ARGUMENTS]     tests/te, and the tests of whatever runs a model once more on TE's layers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tier=default
 case "${1:-}" in
-    --quick | --all | --te) tier=${1#--}; shift ;;
+    --quick | --all | --te | --gpu) tier=${1#--}; shift ;;
     "") ;;
     *) tier=some ;;
 esac
 source tools/setup_env.sh
-setup_env dev
+# NVIDIA's container has Transformer Engine, built for its own PyTorch: with megatron_prune in it, it is the environment.
+of_container=
+if [ "$tier" = gpu ] && python -c 'import megatron_prune, pytest, transformer_engine' 2>/dev/null; then
+    of_container=yes
+else
+    setup_env dev
+fi
 [ "$tier" = quick ] || { setup_smollm2; setup_browser; }
 
 # One thread a process: most tests run several processes, and results must not hang on the cores.
@@ -40,6 +48,17 @@ on_te() ( # arguments of pytest
     setup_te
     export MEGATRON_PRUNE_TE_TESTS=1
     tests "$@"
+)
+
+on_gpu() ( # folder for what is measured
+    if [ -z "$of_container" ]; then
+        source tools/setup_te.sh
+        setup_te
+    fi
+    # What fails is on the page too, which is written of what there is.
+    MEGATRON_PRUNE_GPU_RESULTS="$1/tests.json" tests tests/gpu || true
+    python tests/benchmarks/gpu_training.py --json "$1/benchmark.json" || true
+    python -m tests.gpu.results "$1/tests.json" --benchmark "$1/benchmark.json"
 )
 
 te_is_built() ( source tools/setup_te.sh; te_wheel_is_there )
@@ -67,6 +86,10 @@ case $tier in
     te)
         [ $# -gt 0 ] || set -- "${TE_TOO[@]}"
         on_te "$@"
+        ;;
+    gpu)
+        measured=$(mktemp -d)
+        on_gpu "$measured"
         ;;
     all)
         checks

@@ -1,6 +1,6 @@
 """On a GPU: tokens a second and peak memory of BF16 and of every FP8 preset, and of bare Megatron in BF16.
 
-    bash tests/run.sh --te tests/gpu      # once: builds Transformer Engine
+    bash tests/run.sh --gpu               # builds Transformer Engine, runs tests/gpu and this
     .venv-te/bin/python tests/benchmarks/gpu_training.py [--layers 16] [--pairs 6] [--json FILE]
 
 The model is as wide as Llama-3.1-8B and has fewer layers, so that it fits one GPU with its optimizer. A ratio above
