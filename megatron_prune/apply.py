@@ -29,7 +29,8 @@ from megatron_prune.errors import PlanError
 from megatron_prune.masks import MASKS, Masks, open_masks, write_single
 from megatron_prune.masks.cut import Source, check_cut, cut_masks
 from megatron_prune.masks.verify import guarded, masks_of
-from megatron_prune.training.account import trained_on
+from megatron_prune.training import lineage
+from megatron_prune.training.account import ACCOUNT
 
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
 
@@ -79,14 +80,16 @@ def apply_plan(
 
 
 def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
-    """Write the weights of any readable checkpoint ``load``, its masks and its provenance, to ``save``, as a release of
-    iteration 0 in `torch_dist` format. Optimizer state stays behind.
+    """Write the weights of any readable checkpoint ``load``, its masks, account and provenance, to ``save``, as a
+    release of iteration 0 in `torch_dist` format. Optimizer state stays behind.
 
     Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
     """
     parent = open_checkpoint(load)
     all_of_it = [(layout, layout.name, Kept()) for layout in weights(parent.shape)]
-    _write(parent, parent.shape, all_of_it, save, parent.pruning, {}, workers)
+    account = parent.root / ACCOUNT
+    files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
+    _write(parent, parent.shape, all_of_it, save, parent.pruning, files, workers)
     return open_checkpoint(save)
 
 
@@ -198,7 +201,7 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
             "iteration": parent.iteration,
             "fingerprint": parent.fingerprint(),
         },
-        "trained_on": trained_on(parent.root),
+        "lineage": lineage.of(parent),
         "method": made.method,
         "settings": made.settings,
         "seed": made.seed,

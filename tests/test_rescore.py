@@ -136,7 +136,7 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
     apply.apply_plan(files.parent, made, tmp_path / "cut")
     cut = open_checkpoint(tmp_path / "cut")
     assert cut.fingerprint() == open_checkpoint(tmp_path / f"pruned-{made.chosen}").fingerprint()  # nothing trained
-    assert cut.pruning[-1]["tokens"] == 4 * 64 + 2 * TOKENS and cut.pruning[-1]["trained_on"] == []
+    assert cut.pruning[-1]["tokens"] == 4 * 64 + 2 * TOKENS and cut.pruning[-1]["lineage"] == []
     flops = made.calibration["flops"] + made.calibration["scoring"]["flops"] + spent["flops"]
     assert cut.pruning[-1]["flops"] == flops
     files.make(*SEARCH).ok()  # and without retraining the un-retrained loss decides as ever

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
@@ -21,6 +20,7 @@ from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods import DIMENSIONS
 from megatron_prune.study.values import parse_tokens
 from megatron_prune.targets import flag_of
+from megatron_prune.training import lineage
 
 LETTERS = {"L": "num_layers", "h": "hidden_size", "H": "num_attention_heads", "G": "num_query_groups",
            "d": "kv_channels", "F": "ffn_hidden_size"}  # fmt: skip
@@ -178,11 +178,9 @@ def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
 
 
 def _trained_on(parent: Path) -> int | None:
-    """The tokens of a parent that was trained here."""
-    for folder in (parent, parent.parent):
-        if (folder / "account.json").is_file():
-            return int(artifacts.read_json(folder / "account.json")["tokens"])
-    return None
+    """The tokens of all stages behind a parent that was trained here."""
+    stages = lineage.of(open_checkpoint(parent))
+    return lineage.tokens(stages) if lineage.begins_at_random(stages) else None
 
 
 def _count(text: str) -> int:

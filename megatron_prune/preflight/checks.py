@@ -319,10 +319,12 @@ def _is_number(word: str) -> bool:
 
 
 def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from megatron_prune.training.account import trained_on
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.training import lineage
 
     path = args.pretrained_checkpoint
-    return trained_on(places.path(path)) if path and places.path(path).is_dir() else []
+    here = path and places.path(path).is_dir()
+    return lineage.trainings(lineage.of(open_checkpoint(places.path(path)))) if here else []
 
 
 def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:

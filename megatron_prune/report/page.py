@@ -14,7 +14,7 @@ import jinja2
 import yaml
 
 from megatron_prune import artifacts
-from megatron_prune.report import bars, budgets, curves, drawing, final, findings, numbers, ratios, tables
+from megatron_prune.report import bars, behind, budgets, curves, drawing, final, findings, numbers, ratios, tables
 from megatron_prune.study import config, grid, results, rows
 from megatron_prune.study.places import Places
 from megatron_prune.study.results import Results
@@ -104,8 +104,9 @@ def _summary(found: Results) -> str:
 
 
 def _remarks(found: Results) -> list[str]:
-    """What has no verdict, and why; what of the study does not apply as it may seem to."""
-    remarks = [f"{note}." for note in grid.notes(found.study)]
+    """What is to be known of the parent; what has no verdict, and why; what of the study does not apply as it may seem
+    to."""
+    remarks = [*behind.said(found), *(f"{note}." for note in grid.notes(found.study))]
     pending = sum(item.status == "pending" for item in found.compared)
     if pending > MOST_PENDING:
         remarks.append(f"{pending} of {len(found.compared)} comparisons are not finished.")

@@ -17,7 +17,7 @@ from megatron_prune.sparse.matrices import SUFFIXES, matrices
 from megatron_prune.sparse.request import Request
 from megatron_prune.sparse.scratch import Scratch
 from megatron_prune.sparse.task import Task
-from megatron_prune.training.account import trained_on
+from megatron_prune.training import lineage
 
 TABLE = "pruning/sparsity.json"
 # What the errors in the table are relative to, by the statistic that the method reads.
@@ -78,7 +78,7 @@ def _provenance(
     asked = set(described["ratios"].values())
     return {
         "parent": {"path": str(parent.root), "iteration": parent.iteration, "fingerprint": parent.fingerprint()},
-        "trained_on": trained_on(parent.root),
+        "lineage": lineage.of(parent),
         "method": request.name,
         "settings": {key: described[key] for key in ("pattern", "ratios", "layers")},
         "pattern": described["pattern"],

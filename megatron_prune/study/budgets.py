@@ -1,10 +1,11 @@
 """From tokens to sample ranges: how a study lays its runs on one stream (DESIGN §6).
 
 The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``,
-scratch at equal total ``[0, P+R+C)``, where C is what pruning itself consumed. All are whole global
-batches of samples. A parent from outside has no samples on this stream: its P is 0, and the tokens
-that it is declared to have seen count in the totals alone. At equal FLOPs scratch takes as many samples
-from 0 on as cost what all of the pruned arm has executed.
+scratch at equal total ``[0, P+R+C)``, where C is what pruning itself consumed. A chain that retrains between
+its links takes what that takes, T, before the last retraining: ``[P, P+T)``, then ``[P+T, P+T+R)``; it is counted in
+the totals. All are whole global batches of samples. A parent from outside has no samples on this stream: its P is 0,
+and the tokens that it is declared, or accounted, to have seen elsewhere count in the totals alone. At equal FLOPs
+scratch takes as many samples from 0 on as cost what all of the pruned arm has executed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class SampleRange:
 
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        return self.start, self.end
 
 
 @dataclass(frozen=True)
@@ -63,45 +68,54 @@ class Batch:
 class Lay:
     """Where a study's runs lie on the stream.
 
-    ``parent_end``: samples of the stream that the parent consumed (0 for an outside parent);
-    ``parent_tokens``: what it was trained on, measured or declared; None when nobody says. ``parent_flops``: what
-    that executed; None where its shape is not known yet either.
+    ``parent_end``: where on the stream the last sample is that the parent consumed (0 for an outside parent);
+    ``parent_tokens``: what it was trained on in all its stages, measured or declared; None when nobody says.
+    ``parent_flops``: what that executed; None where its shape is not known yet either. ``declared`` and
+    ``declared_flops``: those of them that nothing accounts for.
     """
 
     batch: Batch
     parent_end: int
     parent_tokens: int | None
     parent_flops: int | None = None
+    declared: int = 0
+    declared_flops: int | None = 0
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Lay:
         return Lay(**{**value, "batch": Batch(**value["batch"])})
 
-    def retrain(self, tokens: int) -> SampleRange:
-        return self.batch.range(self.parent_end, self.batch.steps(tokens, "budgets"))
+    def retrain(self, tokens: int, before: int = 0) -> SampleRange:
+        """The range of a retraining, after the parent's and ``before`` tokens of retraining between links."""
+        start = self.parent_end + before // self.batch.seq_length
+        return self.batch.range(start, self.batch.steps(tokens, "budgets"))
 
     def pruned_total(self, retrain_tokens: int, consumed: int) -> int | None:
-        """Tokens behind the pruned arm: parent, retraining, and what pruning consumed if not negligible."""
+        """Tokens behind the pruned arm: parent, all retraining, and what pruning consumed if not negligible."""
         if self.parent_tokens is None:
             return None
         trained = self.parent_tokens + retrain_tokens
         return trained + counted(consumed, trained)
 
     def scratch_total(self, retrain_tokens: int, consumed: int) -> SampleRange:
-        """The range of a scratch run with as many tokens as all of the pruned arm, rounded up."""
+        """The range of a scratch run with as many tokens as all of the pruned arm, rounded up.
+
+        ``retrain_tokens``: of all retraining, that between links included.
+        """
         total = self.pruned_total(retrain_tokens, consumed)
         if total is None:
             raise DataError("the parent's tokens are unknown: give parent.declared_tokens")
         return self.batch.range(0, self.batch.steps_up(total))
 
-    def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int) -> SampleRange | None:
+    def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int, between: int = 0) -> SampleRange | None:
         """The range of a scratch run that executes as many FLOPs as all of the pruned arm, rounded up to a batch.
 
-        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, the same for both arms.
+        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, the same for both arms;
+        ``between``: of retraining between links.
         """
         if self.parent_flops is None:
             return None
-        trained = self.parent_flops + (retrain.end - retrain.start) * sequence
+        trained = self.parent_flops + between + (retrain.end - retrain.start) * sequence
         total = trained + counted(spent, trained)
         return self.batch.range(0, -(-total // (sequence * self.batch.samples)))
 

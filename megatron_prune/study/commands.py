@@ -73,7 +73,7 @@ def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning)
     source = str(places.checkpoint(pruning.cell))
     start = (
         ["--pretrained-checkpoint", source, "--use-checkpoint-args"]
-        if cell.kind == "pruned"
+        if cell.kind != "scratch"
         else ["--shape-from", source]
     )
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []

@@ -1,26 +1,30 @@
 """The grid: every run of a study, with shared work once, and the comparisons that it is for.
 
     parent ─▶ calibration (one a set of windows) ─▶ pruning (method x ratio x seed) ─▶ pruned (x budget x rate)
+                    ▲                                  ├─ retrained (between the links of a chain) ─┐
+                    └──────────────────────────────────┼─────────────────◀──────────────────────────┘
                                                        ├─ shape ─▶ scratch (shape x setting x budget x rate x seed)
                                                        └─ masks ─▶ scratch (masks x setting x budget x rate x seed)
 
-A sparse method leaves the parent's shape and makes masks. Its scratch runs are trained under these
-masks, every parameter initialised anew (``masked``); or without any (``dense``: all sparse methods of a
-study share that run). ``prunings`` (``prunings.py``) are known from study.yaml alone. The training cells need
-the shapes that the plans chose, so ``expand`` takes them; before they are known, ``expand(study, lay, {}, {})``
-names a scratch cell after its pruning. Equal FLOPs need what the prunings spent too. Nothing here reads files.
+A sparse method leaves the parent's shape and makes masks. Its scratch runs are trained under these masks, every
+parameter initialised anew (``masked``); or without any (``dense``: all sparse methods of a study share that run). A
+chain may retrain between two links: on the samples after the parent's, the same for all that share it, before those
+of the runs that are compared, which begin where it ended. ``prunings`` (``prunings.py``) are known from study.yaml
+alone. The training cells need the shapes that the plans chose, so ``expand`` takes them; before they are known,
+``expand(study, lay, {}, {})`` names a scratch cell after its pruning. Equal FLOPs need what the prunings spent too.
+Nothing here reads files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.budgets import Lay, SampleRange
 from megatron_prune.study.config import Study
-from megatron_prune.study.prunings import Pruning, of_method
+from megatron_prune.study.prunings import Pruning, links, of_method
 from megatron_prune.study.values import Scratch, Setting
 
 Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
@@ -31,11 +35,12 @@ class TrainingCell:
     """A run of ``pretrain`` and ``evaluate``: where it starts, what it consumes, under which seed, at which rate.
 
     ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``:
-    its masks too. ``others`` are prunings of the same shape, which a scratch run serves as well.
+    its masks too. ``others`` are prunings of the same shape, which a scratch run serves as well. ``retrained`` are
+    those between links: nothing is compared with them, the next link starts from them.
     """
 
     id: str
-    kind: Literal["pruned", "scratch"]
+    kind: Literal["pruned", "scratch", "retrained"]
     source: Pruning
     samples: SampleRange
     seed: int
@@ -85,12 +90,12 @@ def expand(
     ``shapes`` maps a pruning's name to its target shape; ``consumed`` to the tokens that pruning read, ``spent`` to
     the FLOPs. Prunings of one shape share their dense scratch runs wherever those would consume the same samples.
     """
-    cells: dict[str, TrainingCell] = {}
+    cells: dict[str, TrainingCell] = {cell.id: cell for cell in between(study, lay)}
     comparisons = []
     for entry in study.methods:
         for pruning in of_method(study, entry):
             for budget in study.budgets:
-                retrain = lay.retrain(budget)
+                retrain = lay.retrain(budget, pruning.trained)
                 pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}")
                 for rate, name in pruned.items():
                     _add(cells, TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse))
@@ -99,7 +104,7 @@ def expand(
                     shape = shapes.get(pruning.name)
                     samples = None
                     if not reason:
-                        samples = _samples(lay, setting, retrain, pruning, shape, consumed, spent or {})
+                        samples = _samples(lay, setting, retrain, pruning, shapes, consumed, spent or {})
                     scratch: dict[float, str] = {}
                     if samples is not None:
                         what = f"{_scratch_tag(pruning, against, shape)}-{setting}-t{samples.steps * lay.batch.tokens}"
@@ -113,6 +118,28 @@ def expand(
                     made = Comparison(pruning, setting, against, budget, pruning.seed, first[1], first[2], reason)
                     comparisons.append(replace(made, swept=swept) if len(swept) > 1 else made)
     return Grid(tuple(cells.values()), tuple(comparisons))
+
+
+def between(study: Study, lay: Lay) -> Iterator[TrainingCell]:
+    """The retrainings between the links of chains, each once and after what it starts from; of several rates they take
+    the first."""
+    for link in links(study):
+        if link.base is not None and link.retraining_cell is not None:
+            samples = lay.retrain(link.retrained, link.base.trained)
+            rate = study.recipe.rates[0]
+            yield TrainingCell(link.retraining_cell, "retrained", link.base, samples, link.seed, rate, link.base.sparse)
+
+
+def between_flops(pruning: Pruning, shapes: Mapping[str, Shape], seq_length: int) -> int | None:
+    """FLOPs of the retrainings between a pruning's links; None while a shape is not known."""
+    total = 0
+    for link in pruning.links:
+        if link.base is not None and link.retrained:
+            if link.base.name not in shapes:
+                return None
+            one = ModelShape(**shapes[link.base.name]).training_flops(seq_length)
+            total += link.retrained // seq_length * one
+    return total
 
 
 def _swept(study: Study, name: str) -> dict[float, str]:
@@ -132,7 +159,7 @@ def _samples(
     setting: Setting,
     retrain: SampleRange,
     pruning: Pruning,
-    shape: Shape | None,
+    shapes: Mapping[str, Shape],
     consumed: Mapping[str, int],
     spent: Mapping[str, int],
 ) -> SampleRange | None:
@@ -140,10 +167,12 @@ def _samples(
     if setting == "equal-training":
         return retrain
     if setting == "equal-total":
-        return lay.scratch_total(retrain.steps * lay.batch.tokens, consumed.get(pruning.name, 0))
-    if shape is None or pruning.name not in spent:
+        return lay.scratch_total(retrain.steps * lay.batch.tokens + pruning.trained, consumed.get(pruning.name, 0))
+    shape, trained = shapes.get(pruning.name), between_flops(pruning, shapes, lay.batch.seq_length)
+    if shape is None or trained is None or pruning.name not in spent:
         return None
-    return lay.scratch_flops(retrain, spent[pruning.name], ModelShape(**shape).training_flops(lay.batch.seq_length))
+    sequence = ModelShape(**shape).training_flops(lay.batch.seq_length)
+    return lay.scratch_flops(retrain, spent[pruning.name], sequence, trained)
 
 
 def _not_run(study: Study, lay: Lay, setting: Setting) -> str:
@@ -153,10 +182,12 @@ def _not_run(study: Study, lay: Lay, setting: Setting) -> str:
     if lay.parent_tokens is None:
         return "the parent's training tokens are unknown"
     tokens = f"the parent's {lay.parent_tokens:,} tokens"
-    if lay.parent_end:  # they are samples of this stream, by its account
+    if not lay.declared:  # by its account
         return f"parent.equal_total does not say that a scratch run on {tokens} is to be made"
+    part = f"{lay.declared:,} of " if lay.declared < lay.parent_tokens else ""
     return (
-        f"{tokens} are only declared, and parent.equal_total does not say that a scratch run on as many is to be made"
+        f"{part}{tokens} are only declared, and parent.equal_total does not say that a scratch run on as many is to be "
+        "made"
     )
 
 

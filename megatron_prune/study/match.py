@@ -9,18 +9,26 @@ sparse model was retrained under the masks that its pruning made, and the scratc
 or, where it is a dense one, under none; retraining began with the weights that the pruning left, and every loss that is
 shown is of the same text. Where the study sweeps the learning rate, both arms had the same rates.
 
+What is behind the pruned arm is in the lineage of its account (``training/lineage``): it must be the parent's stages as
+they are now, then the study's prunings and the retrainings between them, each begun with what the one before it left.
+Where the parent's tokens or FLOPs count, ``parents`` names what its recipe has other than the arms'.
+
 The result is the list of what was compared, for the report; the first thing that does not match
 raises AccountError, which names both runs and the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import AccountError
+from megatron_prune.study import parents
 from megatron_prune.study.budgets import counted
+from megatron_prune.study.lines import Line as Line
+from megatron_prune.training import lineage
+from megatron_prune.training.lineage import Stage
 
 Account = Mapping[str, Any]
 
@@ -67,23 +75,14 @@ TOLERANCE = 0.001
 
 
 @dataclass(frozen=True)
-class Line:
-    """One compared thing: its name, what each run has, and ``equal`` or why a difference is allowed."""
-
-    field: str
-    pruned: Any
-    scratch: Any
-    verdict: str = "equal"
-
-
-@dataclass(frozen=True)
 class Runs:
     """Two complete accounts with their names, and the checks that both settings share.
 
-    ``weights``: fingerprint of what the pruning left. ``texts``: by run, for all whose losses are shown, what it was
-    evaluated on. ``warmup``: the recipe's steps of warm-up for a number of steps. ``masks``: the hash of those that the
-    pruning made, None where it made none; ``dense`` says that the scratch run is to have none. ``swept``: of every
-    learning rate, if there are several, both arms' accounts.
+    ``weights``: fingerprint of what the pruning left. ``parent``: stages behind the parent as they are now, none
+    for one from elsewhere. ``between``: samples of the retrainings between links. ``texts``: by run, for all
+    whose losses are shown, what it was evaluated on. ``warmup``: the recipe's steps of warm-up for a number of
+    steps. ``masks``: the hash of those that the pruning made, None where it made none; ``dense`` says that the
+    scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
     """
 
     pruned_name: str
@@ -93,6 +92,8 @@ class Runs:
     weights: str
     texts: Mapping[str, Any]
     warmup: Callable[[int], int]
+    parent: Sequence[Stage] = ()
+    between: Sequence[Sequence[int]] = ()
     masks: str | None = None
     dense: bool = True
     swept: Mapping[float, tuple[Account, Account]] | None = None
@@ -229,64 +230,67 @@ def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str 
     return next((key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")), None)
 
 
-def equal_training(runs: Runs, parent: Account | None) -> list[Line]:
+def equal_training(runs: Runs) -> list[Line]:
     """The lines of an equal-training match; AccountError at the first field that differs."""
     setting = "equal-training"
     runs.whole(setting)
     lines = runs.accounted(setting, ("range", "steps", "tokens", "unique_tokens", *ACCOUNTED))
-    lines += _common(runs, setting, parent)
+    lines += _common(runs, setting)
     return lines + runs.arguments(setting, ALLOWED)
 
 
-def equal_total(
-    runs: Runs, parent: Account | None, parent_tokens: int, consumed: int, *, declared: bool = False
-) -> list[Line]:
+def equal_total(runs: Runs, parent_tokens: int, consumed: int, *, declared: int = 0) -> list[Line]:
     """The lines of an equal-total match; AccountError as above.
 
-    ``parent_tokens`` must be what ``parent``'s account says, where there is one.
+    ``parent_tokens`` must be what all stages behind the parent say, and those that are only ``declared``.
     """
     setting = "equal-total"
     runs.whole(setting)
-    if parent is not None and parent["tokens"] != parent_tokens:
-        raise runs.refuse(setting, "tokens of the parent", f"{parent_tokens} here, {parent['tokens']} in its account")
-    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting, parent)
+    _refuse_another_sum(runs, setting, "tokens", parent_tokens, declared)
+    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
     step = runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
     lines.append(_total(runs, setting, "tokens", parent_tokens, consumed, step, declared))
-    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+    return [*lines, *parents.recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
-def equal_flops(
-    runs: Runs, parent: Account | None, parent_flops: int, spent: int, *, declared: bool = False
-) -> list[Line]:
+def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0) -> list[Line]:
     """The lines of an equal-FLOPs match, executed ones; AccountError as above.
 
-    ``parent_flops`` must be what ``parent``'s account says, where there is one; ``spent`` is the pruning's.
+    ``parent_flops`` must be what all stages behind the parent say, and those of tokens that are only ``declared``;
+    ``spent`` is the pruning's.
     """
     setting = "equal-flops"
     runs.whole(setting)
-    if parent is not None and parent["flops_executed"] != parent_flops:
-        raise runs.refuse(
-            setting, "FLOPs of the parent", f"{parent_flops} here, {parent['flops_executed']} in its account"
-        )
-    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting, parent)
+    _refuse_another_sum(runs, setting, "FLOPs", parent_flops, declared)
+    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
     step = runs.scratch["flops_executed"] // runs.scratch["steps"]
     lines.append(_total(runs, setting, "flops_executed", parent_flops, spent, step, declared))
-    return lines + runs.arguments(setting, ALLOWED | OWN_STEPS)
+    return [*lines, *parents.recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
-def _common(runs: Runs, setting: str, parent: Account | None) -> list[Line]:
+def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declared: int) -> None:
+    """The parent's tokens, or FLOPs, are what its stages add up to; ``declared`` ones come before these."""
+    found = (lineage.tokens if unit == "tokens" else lineage.flops)(runs.parent) + declared
+    if (runs.parent or not declared) and found != known:
+        raise runs.refuse(setting, f"{unit} of the parent", f"{known} here, {found} in the accounts of its stages")
+
+
+def _common(runs: Runs, setting: str) -> list[Line]:
     return [
-        runs.began(setting), *runs.held(setting), *_unseen(runs, setting, parent), runs.text(setting),
-        *runs.rates(setting),
+        runs.began(setting), *runs.held(setting), *parents.unseen(runs, setting), parents.behind(runs, setting),
+        runs.text(setting), *runs.rates(setting),
     ]  # fmt: skip
 
 
-def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: bool) -> Line:
+def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: int) -> Line:
     """Scratch has as many tokens, or FLOPs, as all of the pruned arm, within one step or 0.1%."""
     retrained, found = runs.pruned[unit], runs.scratch[unit]
-    pruning = counted(spent, parent + retrained)
-    total = parent + retrained + pruning
+    own = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
+    between = (lineage.tokens if unit == "tokens" else lineage.flops)(own)
+    pruning = counted(spent, parent + retrained + between)
+    total = parent + retrained + between + pruning
     terms = f"{parent:,} parent + {retrained:,} retraining + {pruning:,} pruning"
+    terms += f" + {between:,} retraining between prunings" if between else ""
     difference = abs(found - total)
     name = {"tokens": "total tokens", "flops_executed": "total FLOPs"}[unit]
     if difference > max(step, TOLERANCE * total):
@@ -298,20 +302,3 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
     return Line(name, f"{total:,} = {terms}{marked}", f"{found:,}", verdict)
-
-
-def _unseen(runs: Runs, setting: str, parent: Account | None) -> list[Line]:
-    """The retraining range holds nothing that the parent saw, on one stream for both."""
-    if parent is None:
-        return []
-    if parent["stream"]["id"] != runs.pruned["stream"]["id"]:
-        raise runs.refuse(setting, "stream.id of the parent", "the parent was trained on another stream")
-    (first, end), (start, stop) = parent["range"], runs.pruned["range"]
-    if max(first, start) < min(end, stop):
-        raise runs.refuse(
-            setting,
-            "range",
-            f"{runs.pruned_name} retrains on {start}:{stop}, of which the parent saw "
-            f"{max(first, start)}:{min(end, stop)}",
-        )
-    return [Line("range against the parent's", f"{start}:{stop}", f"{first}:{end}", "disjoint")]

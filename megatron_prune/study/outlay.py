@@ -23,9 +23,9 @@ from megatron_prune.study.prunings import (
     calibration_cell,
     calibration_tokens,
     links,
-    parent_cell,
     parent_cells,
     prunings,
+    source_cell,
 )
 
 
@@ -91,20 +91,26 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
         if study.parent.pretrain is not None:
             samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
             yield training(cell, samples, outlook.source, 1, ())
-    calibrated = set()
+    runs = outlook.estimated_grid(study).cells
+    between = {run.id: run for run in runs if run.kind == "retrained"}
+    done = set()
     for link in links(study):
+        if link.retraining_cell in between and link.retraining_cell not in done:
+            run = between[link.retraining_cell]
+            done.add(run.id)
+            yield training(run.id, run.samples, outlook.targets.get(run.source.name), 1, (run.source.cell,))
         name = calibration_cell(study, link)
         before = outlook.targets.get(link.base.name) if link.base else outlook.source
-        after = link.base.cell if link.base else parent_cell(study, link.seed)
         forward = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
-        if outlook.needs[link.name].statistics and name not in calibrated:
-            calibrated.add(name)
-            yield Outlay(name, tokens=calibration_tokens(study), flops=forward, after=(after,))
-    for link in links(study):
+        if outlook.needs[link.name].statistics and name not in done:
+            done.add(name)
+            after = (source_cell(study, link),)
+            yield Outlay(name, tokens=calibration_tokens(study), flops=forward, after=after)
         yield _pruning(study, outlook, link)
-    for run in outlook.estimated_grid(study).cells:
-        shape = outlook.targets.get(run.source.name)
-        yield training(run.id, run.samples, shape, retained, (run.source.cell,))
+    for run in runs:
+        if run.id not in between:
+            shape = outlook.targets.get(run.source.name)
+            yield training(run.id, run.samples, shape, retained, (run.source.cell,))
 
 
 def _pruning(study: Study, outlook: Outlook, link: Any) -> Outlay:
@@ -112,7 +118,7 @@ def _pruning(study: Study, outlook: Outlook, link: Any) -> Outlay:
     before = outlook.targets.get(link.base.name) if link.base else outlook.source
     consumed = outlook.consumed(study)
     own = consumed[link.name] - (consumed[link.base.name] if link.base else 0)
-    after = [link.base.cell if link.base else parent_cell(study, link.seed)]
+    after = [source_cell(study, link)]
     after += [calibration_cell(study, link)] if needs.statistics else []
     storage = None if shape is None else shape.parameters() * (2 if _half(study) else 4)
     flops: int | None = 0

@@ -9,7 +9,7 @@ from megatron_prune import candidates
 from megatron_prune.checkpoint import tracker
 from megatron_prune.masks import MASKS
 from megatron_prune.study.config import Study
-from megatron_prune.study.prunings import Pruning, parent_cell
+from megatron_prune.study.prunings import Pruning, parent_cell, source_cell
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,5 @@ class Places:
         return tracker.root_of(self.parent(study, seed))
 
     def source(self, study: Study, pruning: Pruning) -> Path:
-        """The checkpoint that a pruning starts from: its parent's, or that of the link before it."""
-        return self.checkpoint(pruning.base.cell) if pruning.base else self.parent(study, pruning.seed)
+        """The checkpoint that a pruning starts from: its parent's, or that of the link, or retraining, before it."""
+        return self.checkpoint(source_cell(study, pruning)) if pruning.base else self.parent(study, pruning.seed)

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_prune import artifacts, plan
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import blend, heldout, identity, indexed, overlap, windows
+from megatron_prune.data import heldout, identity, indexed, overlap, windows
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import budgets, choices, commands
+from megatron_prune.study import budgets, choices, commands, ranges, unseen
 from megatron_prune.study.choices import Needs
 from megatron_prune.study.config import Study
 from megatron_prune.study.grid import Grid, expand
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import calibration_tokens, flops_of, links, prunings
+from megatron_prune.training import lineage
+from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.lineage import Stage
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Outlook:
     targets: Mapping[str, ModelShape]
     needs: Mapping[str, Needs]
     spent: Mapping[str, int] = field(default_factory=dict)
-    account: Mapping[str, Any] | None = field(default=None, repr=False)  # of a loaded parent
+    stages: Sequence[Stage] = field(default=(), repr=False)  # behind a loaded parent
     retrained: Mapping[str, int] = field(default_factory=dict)
 
     def grid(self, study: Study) -> Grid:
@@ -97,10 +100,10 @@ def check(study: Study, places: Places) -> Outlook:
 def look(study: Study, places: Places) -> Outlook:
     """What can be known now; UsageError where a method or a target cannot be meant."""
     needs = {pruning.name: choices.needs(study, pruning.method, pruning.ratio) for pruning in links(study)}
-    source, account = _parent(study, places)
+    source, stages = _parent(study, places)
     return Outlook(
-        _lay(study, source, account), source, _targets(study, places, source, needs), needs,
-        _spent(study, places, needs), account, _retrained(study, places, needs),
+        _lay(study, source, stages), source, _targets(study, places, source, needs), needs,
+        _spent(study, places, needs), stages, _retrained(study, places, needs),
     )  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
     trained = study.parent.pretrain
     for cell in masked:
         own = cell.seed if study.parent_per_seed else 0
-        seed = trained.seed + own if trained is not None else (outlook.account or {}).get("seed")
+        seed = trained.seed + own if trained is not None else _first_seed(outlook.stages)
         if cell.kind == "scratch" and cell.seed == seed:
             raise UsageError(
                 "seeds", given=seed, allowed="another than the parent's, for scratch under masks",
@@ -161,25 +164,30 @@ def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
             )  # fmt: skip
 
 
-def _parent(study: Study, places: Places) -> tuple[ModelShape | None, Mapping[str, Any] | None]:
-    """The parent's shape if it can be known, and its account if it was trained by us elsewhere."""
+def _first_seed(stages: Sequence[Stage]) -> int | None:
+    """The seed that a parent's first weights were drawn by, where that is known."""
+    return int(stages[0]["seed"]) if lineage.begins_at_random(stages) else None
+
+
+def _parent(study: Study, places: Places) -> tuple[ModelShape | None, list[Stage]]:
+    """The parent's shape if it can be known, and what is behind one that was made by us elsewhere."""
     parent = study.parent
     if parent.pretrain is not None:
-        return shape_from_flags(study), None
+        return shape_from_flags(study), []
     if parent.load is not None:
         checkpoint = open_checkpoint(parent.load)
         checkpoint.verify()
-        path = places.beside_parent(study) / "account.json"
-        account = artifacts.read_json(path) if path.is_file() else None
-        if account is not None and not checkpoint.release and account["steps"] != checkpoint.iteration:
-            raise UsageError("parent.load", given=f"iteration {checkpoint.iteration} of {places.beside_parent(study)}",
-                             allowed=f"iteration {account['steps']}, of which its account is")  # fmt: skip
-        return checkpoint.shape, account
+        path = checkpoint.root / ACCOUNT
+        steps = artifacts.read_json(path)["steps"] if path.is_file() else None
+        if steps is not None and not checkpoint.release and steps != checkpoint.iteration:
+            raise UsageError("parent.load", given=f"iteration {checkpoint.iteration} of {checkpoint.root}",
+                             allowed=f"iteration {steps}, of which its account is")  # fmt: skip
+        return checkpoint.shape, lineage.of(checkpoint)
     imported = places.checkpoint("parent")
-    return (open_checkpoint(imported).shape if imported.is_dir() else None), None
+    return (open_checkpoint(imported).shape if imported.is_dir() else None), []
 
 
-def _lay(study: Study, source: ModelShape | None, account: Mapping[str, Any] | None) -> budgets.Lay:
+def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage]) -> budgets.Lay:
     batch = budgets.Batch(study.recipe.global_batch_size, study.data.seq_length)
     parent = study.parent
     if parent.pretrain is not None:
@@ -187,20 +195,24 @@ def _lay(study: Study, source: ModelShape | None, account: Mapping[str, Any] | N
         samples = steps * batch.samples
         flops = source.training_flops(batch.seq_length) * samples if source else None
         return budgets.Lay(batch, samples, steps * batch.tokens, flops)
-    if account is None:
-        declared = parent.declared_tokens
-        one = source.training_flops(batch.seq_length) if source else None
-        flops = one * declared // batch.seq_length if one and declared else None
-        return budgets.Lay(batch, 0, declared, flops)
-    if account.get("complete") is not True or account.get("stream") is None:
-        raise UsageError("parent.load", given=parent.load, allowed="a run whose account is complete and on a stream")
-    if parent.declared_tokens not in (None, account["tokens"]):
-        raise UsageError(
-            "parent.declared_tokens",
-            given=parent.declared_tokens,
-            allowed=f"{account['tokens']}, as its account says",
-        )
-    return budgets.Lay(batch, account["range"][1], account["tokens"], account["flops_executed"])
+    tokens, flops, end = lineage.tokens(stages), lineage.flops(stages), unseen.end_on_stream(study, stages)
+    if not all(stage["complete"] is True for stage in lineage.trainings(stages)):
+        raise UsageError("parent.load", given=parent.load, allowed="a run whose account is complete")
+    if lineage.begins_at_random(stages):
+        if parent.declared_tokens not in (None, tokens):
+            raise UsageError(
+                "parent.declared_tokens",
+                given=parent.declared_tokens,
+                allowed=f"{tokens}, as the accounts of its {len(stages)} stage(s) say",
+            )
+        return budgets.Lay(batch, end, tokens, flops)
+    declared = parent.declared_tokens
+    if declared is None:
+        return budgets.Lay(batch, end, None)
+    first = ModelShape(**stages[0]["source"]) if stages and stages[0]["kind"] == "pruned" else source
+    before = first.training_flops(batch.seq_length) * declared // batch.seq_length if first else None
+    after = None if before is None else before + flops
+    return budgets.Lay(batch, end, declared + tokens, after, declared, before)
 
 
 def shape_from_flags(study: Study) -> ModelShape:
@@ -263,21 +275,8 @@ def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
         heldout.refuse_shared_documents([earlier], held_out[number + 1 :])
     if data.max_near_duplicates is not None:
         _check_near_duplicates(study, data.max_near_duplicates, places)
-    ends = {"parent": outlook.lay.parent_end}
-    ends |= {cell.id: cell.samples.end for cell in outlook.estimated_grid(study).cells}
-    for pruning in links(study):
-        needs = outlook.needs[pruning.name]
-        if needs.retraining:
-            ends[f"methods.{pruning.method.tag}'s candidates"] = outlook.lay.retrain(needs.retraining.tokens).end
-    longest = max(ends, key=lambda cell: ends[cell])
-    corpora = blend.members(blend.parse_blend(data.blend))
-    held = blend.samples_per_epoch(corpora, data.seq_length) * data.epochs
-    if ends[longest] > held:
-        raise DataError(
-            f"data.train is too short for {longest}, which ends at sample {ends[longest]}: it has {held} samples of "
-            f"{data.seq_length} tokens in {data.epochs} epoch(s); give more text, smaller budgets or more data.epochs"
-        )
-    _check_parent_stream(study, outlook.account)
+    unseen.check(study, outlook.stages)
+    ranges.check(study, outlook)
 
 
 def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
@@ -290,25 +289,3 @@ def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
     if report != earlier and places.root.is_dir():  # a plan of a study that has not begun leaves nothing
         artifacts.write_json(places.overlap, report)
     overlap.refuse(report)
-
-
-def _check_parent_stream(study: Study, account: Mapping[str, Any] | None) -> None:
-    """A loaded parent with an account was trained on the study's stream, or on other text altogether."""
-    if account is None:
-        return
-    data, stream = study.data, account["stream"]
-    ours = {corpus.fingerprint for corpus in blend.members(blend.parse_blend(data.blend))}
-    same = (
-        set(stream["corpora"]) == ours
-        and stream["seed"] == data.stream_seed
-        and stream["seq_length"] == data.seq_length
-        and stream["epochs"] == data.epochs
-    )
-    if not same:
-        raise UsageError(
-            "data",
-            given=f"stream seed {data.stream_seed}, length {data.seq_length}, epochs {data.epochs}",
-            allowed=f"the stream of parent.load: {stream['blend']}, seed {stream['seed']}, length "
-            f"{stream['seq_length']}, epochs {stream['epochs']}",
-            why="in another order the retraining range would overlap what the parent was trained on",
-        )

@@ -1,7 +1,7 @@
 """The prunings of a study: every method at every ratio under every seed, and chains of them.
 
-A chain's links are prunings of their own, each of which starts from the one before it, so that two chains, or a
-chain and a method, share what they have in common. Known from study.yaml alone.
+A chain's links are prunings of their own, each of which starts from the one before it, or from what that is after a
+retraining, so that two chains, or a chain and a method, share what they have in common. Known from study.yaml alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import UsageError
+from megatron_prune.study.budgets import Batch
 from megatron_prune.study.config import Study
 from megatron_prune.study.sections import Method
 
@@ -19,7 +20,8 @@ from megatron_prune.study.sections import Method
 class Pruning:
     """One method at one ratio (None: at its explicit target) under one seed.
 
-    ``base`` is the pruning that it starts from, None for the parent. The last link of a chain has the chain's
+    ``base`` is the pruning that it starts from, None for the parent; ``retrained``: the tokens, whole global batches,
+    that this was trained on before, 0 for none. The last link of a chain has the chain's
     ``title``, for rows, and its ``label``, for cells.
     """
 
@@ -29,11 +31,16 @@ class Pruning:
     base: Pruning | None = None
     title: str | None = None
     label: str | None = None
+    retrained: int = 0
 
     @property
     def name(self) -> str:
         amount = "target" if self.ratio is None else f"r{100 * self.ratio:g}"
-        before = "" if self.base is None or self.label else self.base.name.removesuffix(f"s{self.seed}") + "then-"
+        before = ""
+        if self.base is not None and not self.label:
+            before = (
+                self.base.name.removesuffix(f"s{self.seed}") + f"t{self.retrained}-" * bool(self.retrained) + "then-"
+            )
         return f"{before}{self.label or self.method.tag}-{amount}-s{self.seed}"
 
     @property
@@ -44,6 +51,23 @@ class Pruning:
     def links(self) -> tuple[Pruning, ...]:
         """The prunings behind it in order, itself last."""
         return (*(self.base.links if self.base else ()), self)
+
+    @property
+    def begins_with(self) -> str | None:
+        """What it starts from, for names of cells: its base, perhaps after a retraining. None for the parent."""
+        if self.base is None:
+            return None
+        return self.base.name + (f"-t{self.retrained}" if self.retrained else "")
+
+    @property
+    def retraining_cell(self) -> str | None:
+        """The cell of the retraining that it starts from."""
+        return f"retrained-{self.begins_with}" if self.retrained else None
+
+    @property
+    def trained(self) -> int:
+        """Tokens of all retrainings between the links behind it."""
+        return sum(link.retrained for link in self.links)
 
     @property
     def sparse(self) -> bool:
@@ -62,17 +86,21 @@ class Pruning:
 def of_method(study: Study, method: Method) -> list[Pruning]:
     """A method at every ratio under every seed; one with a target has no ratio, N:M its own, a chain its links'."""
     if method.chain:
-        return [_chained(method, seed) for seed in study.seeds]
+        return [_chained(study, method, seed) for seed in study.seeds]
     ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
     return [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
 
 
-def _chained(method: Method, seed: int) -> Pruning:
+def _chained(study: Study, method: Method, seed: int) -> Pruning:
+    batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
     made: Pruning | None = None
+    retrained = 0
     for link in method.chain:
         one, last = link.method(), link is method.chain[-1]
         title, label = (method.title, method.label) if last else (None, None)
-        made = Pruning(one, link.ratio or one.own_ratio, seed, made, title, label)
+        made = Pruning(one, link.ratio or one.own_ratio, seed, made, title, label, retrained)
+        where = f"methods.{method.tag}.chain.retrain"
+        retrained = batch.steps(link.retrain, where) * batch.tokens if link.retrain else 0
     assert made is not None
     return made
 
@@ -98,7 +126,7 @@ def links(study: Study) -> list[Pruning]:
 def calibration_cell(study: Study, pruning: Pruning) -> str:
     """The cell whose statistics a pruning's plan reads: one for all seeds when neither windows nor parent change."""
     if pruning.base is not None:
-        return f"calibration-{pruning.base.name}"
+        return f"calibration-{pruning.begins_with}"
     per_seed = study.calibration.sampling == "random" or study.parent_per_seed
     return f"calibration-s{pruning.seed}" if per_seed else "calibration"
 
@@ -110,6 +138,14 @@ def calibration_tokens(study: Study) -> int:
 def parent_cell(study: Study, seed: int) -> str:
     """The cell of the parent that a seed's prunings start from."""
     return f"parent-s{seed}" if study.parent_per_seed else "parent"
+
+
+def source_cell(study: Study, pruning: Pruning) -> str:
+    """The cell whose checkpoint a pruning starts from: its parent's, that of the link before it, or of the retraining
+    between the two."""
+    if pruning.base is None:
+        return parent_cell(study, pruning.seed)
+    return pruning.retraining_cell or pruning.base.cell
 
 
 def parent_cells(study: Study) -> Iterator[tuple[str, int]]:

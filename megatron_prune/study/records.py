@@ -20,37 +20,43 @@ from megatron_prune.data import indexed
 from megatron_prune.errors import RunError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import anomalies
+from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.config import Study
 from megatron_prune.study.grid import TrainingCell, shape_tag
 from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import Pruning, calibration_cell, parent_cell
+from megatron_prune.training import lineage
+from megatron_prune.training.account import ACCOUNT
 
 Record = dict[str, Any]
+SHOWN_OF_A_STAGE = ("kind", "method", "tokens", "flops", "range", "start", "end")
 TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: what says which tokens were predicted
 
 
-def parent(
-    study: Study, places: Places, seed: int, account: Mapping[str, Any] | None, seconds: Mapping[str, float]
-) -> Record:
-    """A parent: trained here or elsewhere (``account``), or only declared."""
+def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[str, float]) -> Record:
+    """A parent, with what is behind it in all its stages: trained here, or elsewhere, or only declared."""
     cell = parent_cell(study, seed)
     scores = artifacts.read_json(places.scores(cell))
     record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
     if study.parent.pretrain is not None:
         record["anomalies"] = anomalies.count(places.losses(cell))
         record["seconds"] |= _training_seconds(artifacts.read_json(places.account(cell)))
-    if account is not None:
-        record |= _run(account) | {"declared": False}
+    checkpoint = open_checkpoint(places.parent(study, seed))
+    stages = lineage.of(checkpoint)
+    account = checkpoint.root / ACCOUNT
+    if account.is_file():
+        record |= _run(artifacts.read_json(account))
     else:
-        record |= {
-            "tokens": study.parent.declared_tokens,
-            "declared": True,
-            "flops": None,
-            "parameters": scores["parameters"],
-            "parameters_nonzero": scores["parameters_nonzero"],
-            "loss_initial": None,
-        }
+        record |= {"parameters": scores["parameters"], "parameters_nonzero": scores["parameters_nonzero"]}
+        record |= {"loss_initial": None}
+    known = lineage.begins_at_random(stages)
+    record |= {
+        "tokens": lay.parent_tokens,
+        "flops": lineage.flops(stages) if known else None,
+        "declared": not known,
+        "stages": [{key: stage.get(key) for key in SHOWN_OF_A_STAGE} for stage in stages],
+    }
     record["unigram_loss"] = {
         name: unigram_loss(getattr(study.data, name), study.evaluation_seq_length * study.evaluation.windows)
         for name in CORPORA
@@ -124,13 +130,13 @@ def _chained(places: Places, chosen: Pruning) -> Record:
         return {}
     masks = open_masks(places.masks(chosen)) if chosen.sparse else None
     removed = masks.removed if masks else 0
-    made = open_checkpoint(places.checkpoint(chosen.cell)).pruning
-    first, last = ModelShape(**made[0]["source"]), ModelShape(**made[-1]["target"])
+    first, last = (open_checkpoint(places.checkpoint(link.cell)).pruning[-1] for link in (chosen.links[0], chosen))
+    before, after = ModelShape(**first["source"]), ModelShape(**last["target"])
     return {
         "base": chosen.base.cell,
         "masks": masks.hash if masks else None,
-        "removed_linears": 1 - (last.linear_parameters() - removed) / first.linear_parameters(),
-        "removed_all": 1 - (last.parameters() - removed) / first.parameters(),
+        "removed_linears": 1 - (after.linear_parameters() - removed) / before.linear_parameters(),
+        "removed_all": 1 - (after.parameters() - removed) / before.parameters(),
     }
 
 
@@ -148,6 +154,7 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
         "lr": cell.lr,
         **_run(account),
         **_evaluated(scores),
+        "made_of": (account["initial"] or {}).get("fingerprint"),
         "anomalies": anomalies.count(places.losses(cell.id)),
         "seconds": {**seconds, **_training_seconds(account)},
     }

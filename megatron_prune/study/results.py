@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.study import conclusions, config, custody, grid, match, origins, rows, sweep
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
@@ -24,6 +25,8 @@ from megatron_prune.study.rows import COLUMNS
 from megatron_prune.study.sweep import Sweep
 from megatron_prune.study.trends import Trend
 from megatron_prune.study.verdicts import Verdict
+from megatron_prune.training import lineage
+from megatron_prune.training.lineage import Stage
 
 Record = Mapping[str, Any]
 
@@ -76,7 +79,7 @@ def collect(places: Places) -> Results:
     records = Ledger(places.ledger).read()
     laid = grid.expand(study, lay, outlook["shapes"], consumed, outlook.get("spent", {}))
     judged, sweeps = sweep.choose(laid.comparisons, records)
-    trained = [cell for cell, record in records.items() if record["kind"] in ("pruned", "scratch")]
+    trained = [cell for cell, record in records.items() if record["kind"] in ("pruned", "scratch", "retrained")]
     custody.refuse_copies([custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained])
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
@@ -110,6 +113,7 @@ class _Matching:
     ):
         self.study, self.places, self.lay, self.records, self.consumed = study, places, lay, records, consumed
         self._accounts: dict[Path, Any] = {}
+        self._behind: dict[Path, list[Stage]] = {}
 
     def compare(self, made: grid.Comparison) -> Compared:
         """The match of a comparison whose runs are finished; AccountError when they do not match."""
@@ -131,6 +135,12 @@ class _Matching:
             weights=pruning["fingerprint"],
             texts=self._texts(made),
             warmup=self.study.recipe.warmup_iters,
+            parent=self._stages(made.seed),
+            between=[
+                self.lay.retrain(link.retrained, link.base.trained).samples
+                for link in made.pruning.links
+                if link.base is not None and link.retrained
+            ],
             masks=pruning.get("masks"),
             dense=made.against == "dense",
             swept=swept or None,
@@ -144,18 +154,23 @@ class _Matching:
         return {cell: self.records[cell]["text"] for cell in cells if cell is not None}
 
     def _lines(self, made: grid.Comparison, runs: match.Runs) -> list[match.Line]:
-        path = self.places.beside_parent(self.study, made.seed) / "account.json"
-        outside = self.study.parent.import_hf is not None or not path.is_file()
-        parent = None if outside else self._read(path)
         if made.setting == "equal-training":
-            return match.equal_training(runs, parent)
+            return match.equal_training(runs)
         if made.setting == "equal-total":
             assert self.lay.parent_tokens is not None
             read = self.consumed.get(made.pruning.name, 0)
-            return match.equal_total(runs, parent, self.lay.parent_tokens, read, declared=outside)
+            return match.equal_total(runs, self.lay.parent_tokens, read, declared=self.lay.declared)
         spent = rows.spent_on(self.study, made.pruning, self.records, self.consumed)
         assert self.lay.parent_flops is not None and spent is not None
-        return match.equal_flops(runs, parent, self.lay.parent_flops, spent, declared=outside)
+        declared = self.lay.declared_flops or 0
+        return match.equal_flops(runs, self.lay.parent_flops, spent, declared=declared)
+
+    def _stages(self, seed: int) -> list[Stage]:
+        """What is behind a seed's parent, as its checkpoint and what lies beside it say now."""
+        path = self.places.parent(self.study, seed)
+        if path not in self._behind:
+            self._behind[path] = lineage.of(open_checkpoint(path))
+        return self._behind[path]
 
     def _account(self, cell: str) -> Any:
         return self._read(self.places.account(cell))

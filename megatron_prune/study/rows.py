@@ -73,16 +73,20 @@ def _behind(
     records: Mapping[str, Record],
     consumed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Tokens and FLOPs of the whole pruned arm: the parent's, the pruning's and its own."""
+    """Tokens and FLOPs of the whole pruned arm: the parent's, the pruning's (with retrainings between links) and its
+    own."""
     record, spent = records.get(pruning.cell, {}), spent_on(study, pruning, records, consumed)
     tokens, known = consumed.get(pruning.name, 0), parent.get("tokens") is not None
-    trained = (parent.get("tokens") or 0) + pruned["tokens"]
+    trained = (parent.get("tokens") or 0) + pruned["tokens"] + pruning.trained
+    cells = [link.retraining_cell for link in pruning.links if link.retraining_cell]
+    between = [records.get(cell, {}).get("flops") for cell in cells]
+    spent = None if spent is None or None in between else spent + sum(flops for flops in between if flops)
     flops = [parent.get("flops"), spent, pruned["flops"]]
     return {
         "tokens_train": pruned["tokens"],
         "tokens_total": trained + counted(tokens, trained) if known else None,
         "tokens_parent": parent.get("tokens"),
-        "tokens_pruning": tokens,
+        "tokens_pruning": tokens + pruning.trained,
         "tokens_declared": parent.get("declared"),
         "flops_pruning": spent,
         "flops_total": None if None in flops else sum(part for part in flops if part is not None),

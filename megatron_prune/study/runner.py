@@ -29,7 +29,7 @@ from megatron_prune.study.progress import Progress
 from megatron_prune.study.stages import Cell
 
 LOOKS = 10  # at a lock that is held: `study status` holds it too, for a moment
-KINDS = ("parent", "calibration", "pruning", "training")
+KINDS = ("parent", "calibration", "pruning", "retraining", "training")
 
 
 class CellsFailed(RunError):

@@ -90,14 +90,17 @@ class Pretrain:
 class Parent:
     """Exactly one of: trained here, a checkpoint, or a Hugging Face directory.
 
-    ``declared_tokens`` is what an outside parent says that it was trained on. ``equal_total: run``
-    says that a scratch run on that many tokens is wanted and feasible; otherwise that arm is not run.
+    ``declared_tokens``: what a parent from elsewhere was trained on before anything that is accounted here.
+    ``declared_unseen``: why the text of the study is text that it has not seen, where no account says that; the
+    report prints it. ``equal_total: run`` says that a scratch run on as many tokens as are behind the parent is wanted
+    and feasible; otherwise that arm is not run.
     """
 
     pretrain: Pretrain | None = None
     load: str | None = None
     import_hf: str | None = None
     declared_tokens: Tokens | None = None
+    declared_unseen: Annotated[str, Field(min_length=1)] | None = None
     equal_total: Literal["run", "skip"] = "skip"
 
     def __post_init__(self) -> None:
@@ -108,9 +111,9 @@ class Parent:
                 given=" and ".join(given) or "none of them",
                 allowed="exactly one of pretrain, load, import_hf",
             )
-        if self.pretrain and (self.declared_tokens or self.equal_total == "run"):
+        if self.pretrain and (self.declared_tokens or self.declared_unseen or self.equal_total == "run"):
             raise UsageError(
-                "parent.declared_tokens, parent.equal_total",
+                "parent.declared_tokens, parent.declared_unseen, parent.equal_total",
                 given="beside parent.pretrain",
                 allowed="only with load or import_hf",
                 why="a parent trained here is accounted",
@@ -156,7 +159,10 @@ class Recipe:
 
 @dataclass(frozen=True, config=STRICT)
 class Link:
-    """One pruning of a chain: a method, and how much it removes: a ratio, a target or an N:M pattern."""
+    """One pruning of a chain: a method, and how much it removes: a ratio, a target or an N:M pattern.
+
+    ``retrain``: tokens that the result is trained on, by the recipe, before the next link begins with it.
+    """
 
     name: str
     pattern: PatternText | None = None
@@ -164,6 +170,7 @@ class Link:
     settings: Flags = dataclasses.field(default_factory=dict)
     target: Flags = dataclasses.field(default_factory=dict)
     label: str | None = None
+    retrain: Tokens | None = None
 
     def __post_init__(self) -> None:
         says = [self.ratio is not None, bool(self.target), self.method().own_ratio is not None]
@@ -182,7 +189,13 @@ class Link:
     def words(self, *, pattern: bool) -> str:
         """``minitron-depth 25%``, ``sparsegpt 2:4``"""
         shown = f" {self.pattern}" if pattern and self.pattern else ""
-        return f"{self.label or self.name}{shown}" + (f" {100 * self.ratio:g}%" if self.ratio else "")
+        trained = f" + {self.retrain:,} tokens" if self.retrain else ""
+        return f"{self.label or self.name}{shown}" + (f" {100 * self.ratio:g}%" if self.ratio else "") + trained
+
+    @property
+    def tag(self) -> str:
+        """How cells call it, with what is trained after it."""
+        return self.method().tag + (f"-t{self.retrain}" if self.retrain else "")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -209,6 +222,11 @@ class Method:
         if self.chain and (self.pattern or self.settings or self.target):
             raise UsageError(where, given="pattern, settings or target beside a chain",
                              allowed="those of its links")  # fmt: skip
+        if self.chain and self.chain[-1].retrain:
+            raise UsageError(
+                f"{where}.chain.retrain", given=f"{self.chain[-1].retrain} after the last link",
+                allowed="tokens between two links", why="what is trained after it are the budgets",
+            )  # fmt: skip
         for flag in self.settings:
             if flag in CHOSEN:
                 raise UsageError(f"{where}.settings.{flag}", given="set", allowed="flags that no other key stands for")
@@ -242,7 +260,7 @@ class Method:
     def tag(self) -> str:
         """How cells call it: ``wanda-2-4``; of a chain, its links, one ``then`` the other."""
         if self.chain and not self.label:
-            return "-then-".join(link.method().tag for link in self.chain)
+            return "-then-".join(link.tag for link in self.chain)
         if self.label or not self.pattern:
             return self.title
         return f"{self.name}-{self.pattern.replace(':', '-')}"

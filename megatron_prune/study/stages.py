@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prune import artifacts
 from megatron_prune.errors import RunError, UsageError
-from megatron_prune.study import commands, origins, pruning_commands, records
+from megatron_prune.study import commands, pruning_commands, records
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.checks import Check
 from megatron_prune.study.commands import Command
@@ -21,7 +21,7 @@ from megatron_prune.study.config import Study
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.places import Places
 from megatron_prune.study.preflight import Outlook
-from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cells
+from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cells, source_cell
 
 Seconds = Mapping[str, float]
 
@@ -39,7 +39,7 @@ class Cell:
     """Stages in order, the record when all are done, and the cells that must be finished before."""
 
     id: str
-    kind: str  # parent, calibration, pruning, training: the order among what may begin
+    kind: str  # parent, calibration, pruning, retraining, training: the order among what may begin
     stages: tuple[Stage, ...]
     record: Callable[[Seconds], dict[str, Any]]
     after: tuple[str, ...] = ()
@@ -90,10 +90,7 @@ def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int
     stages.append(_evaluation(study, places, cell, places.parent(study, seed), beside if trained else None))
 
     def record(seconds: Seconds) -> dict[str, Any]:
-        account = outlook.account
-        if study.parent.pretrain is not None:
-            account = artifacts.read_json(places.account(cell))
-        return records.parent(study, places, seed, account, seconds)
+        return records.parent(study, places, seed, outlook.lay, seconds)
 
     return Cell(cell, "parent", tuple(stages), record)
 
@@ -115,7 +112,7 @@ def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> C
         "calibration",
         (Stage(pruning_commands.calibration(study, places, pruning), check),),
         lambda seconds: records.calibration(study, places, pruning, seconds),
-        after=(origins.source_cell(study, pruning),),
+        after=(source_cell(study, pruning),),
     )
 
 
@@ -130,7 +127,7 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
             raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
         return found
 
-    after = [origins.source_cell(study, pruning)]
+    after = [source_cell(study, pruning)]
     if outlook.needs[pruning.name].statistics:
         after.append(calibration_cell(study, pruning))
     stages = (_sparsifying if sparse else _planning)(study, places, outlook, pruning)
@@ -160,7 +157,7 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
         )
         yield Stage(pruning_commands.scoring(study, places, pruning), Check("scored", question))
         if needs.retraining:
-            samples = outlook.lay.retrain(needs.retraining.tokens)
+            samples = outlook.lay.retrain(needs.retraining.tokens, pruning.trained)
             command = pruning_commands.rescoring(study, places, pruning, samples)
             yield Stage(command, Check("rescored", question))
         statistics = scored
@@ -171,12 +168,13 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
 
 
 def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
-    """The runs that are compared, the longest first; those of which the name does not depend on an unknown shape."""
+    """The runs that are compared, and those between links, the longest first; those of which the name does not depend
+    on an unknown shape."""
     return sorted(
         (
             _training(study, places, cell, _source(places, cell, failed))
             for cell in outlook.grid(study).cells
-            if cell.kind == "pruned" or cell.masked or cell.source.name in outlook.targets
+            if cell.kind != "scratch" or cell.masked or cell.source.name in outlook.targets
         ),
         key=lambda cell: -cell.weight,
     )
@@ -201,7 +199,7 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
     command = commands.training(study, places, cell, source)
     return Cell(
         cell.id,
-        "training",
+        "retraining" if cell.kind == "retrained" else "training",
         (
             _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command),
             _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),

@@ -20,7 +20,7 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.artifacts import device, read_json, versions, write_bytes, write_json
-from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import UsageError
 
 ACCOUNT = "account.json"
@@ -50,6 +50,7 @@ class Account:
     unique_tokens: int
     arguments: dict[str, Any]
     initial: dict[str, Any] | None
+    lineage: list[dict[str, Any]]  # stages before this run, oldest first (training/lineage.py); none: random weights
     masks: str | None = None
     complete: bool = False
     tokens: int = 0
@@ -78,7 +79,7 @@ class Account:
             return
         earlier = read_json(path)
         refuse_other_run(save, {name: getattr(self, name) for name in _IDENTITY})
-        for name in ("start", "initial", "attempts", "replayed"):
+        for name in ("start", "initial", "lineage", "attempts", "replayed"):
             setattr(self, name, earlier[name])
 
     def write(self, save: Path) -> None:
@@ -98,19 +99,6 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
                 "--save", given=f"{save}, which holds a run with {name} {_short(held.get(name))}",
                 allowed=f"a new directory, or the same run again (this one has {name} {_short(value)})",
             )  # fmt: skip
-
-
-def trained_on(root: Path) -> list[dict[str, Any]]:
-    """Every run whose samples went into the checkpoint at ``root``: [{"run", "stream", "range"}, …].
-
-    From the account beside a trained checkpoint, or from the chain of prunings that made it.
-    """
-    if (root / ACCOUNT).exists():
-        account = read_json(root / ACCOUNT)
-        own = {"run": str(root), "stream": account["stream"], "range": account["range"]}
-        return [*((account["initial"] or {}).get("trained_on") or []), own]
-    chain = open_checkpoint(root).pruning
-    return chain[-1].get("trained_on") or [] if chain else []
 
 
 def is_complete(save: Path) -> bool:

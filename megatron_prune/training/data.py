@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,30 +108,41 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
 def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> None:
     """Refuse a range beyond the stream's end, or one whose samples the start was trained on already.
 
-    From the corpora's sizes alone, before anything starts. ``seen`` is ``account.trained_on`` of the
+    From the corpora's sizes alone, before anything starts. ``seen`` are the trainings in the lineage of the
     checkpoint that the run starts from. Raises UsageError and DataError.
     """
     if args.stream_range is None:
         return
-    start, end = parse_range(args.stream_range)
-    corpora = members(parse_blend(train_blend(args)))
-    samples = samples_per_epoch(corpora, args.seq_length)
-    if end > samples * args.stream_epochs:
+    stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
+    refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
+
+
+def described(blend: list[str], seq_length: int, seed: int, epochs: int) -> dict[str, Any]:
+    """What an account will say of a stream, with its number of samples, from the corpora's sizes: no index is built."""
+    corpora = members(parse_blend(blend))
+    found = Stream(corpora, seq_length, seed, epochs).describe()
+    return found | {"samples": samples_per_epoch(corpora, seq_length) * epochs}
+
+
+def refuse_unfit(
+    stream: Mapping[str, Any], samples: tuple[int, int], seen: Sequence[Mapping[str, Any]], name: str = "this run"
+) -> None:
+    """UsageError for samples [start, end) beyond the stream's end, DataError where what the run ``name`` starts from,
+    the trainings ``seen``, has them already. ``study plan`` asks it for every cell, ``pretrain`` for its run."""
+    start, end = samples
+    if end > stream["samples"]:
         raise UsageError(
             "--stream-range",
-            given=args.stream_range,
-            allowed=f"an end up to {samples * args.stream_epochs}",
-            why=f"the stream has {samples} samples of {args.seq_length} tokens in each of {args.stream_epochs} "
-            "epoch(s) and does not wrap; give more text, or declare more epochs with --stream-epochs",
+            given=f"{start}:{end}" + f" for {name}" * (name != "this run"),
+            allowed=f"an end up to {stream['samples']}",
+            why=f"the stream has {stream['samples'] // stream['epochs']} samples of {stream['seq_length']} tokens in "
+            f"each of {stream['epochs']} epoch(s) and does not wrap; give more text, or declare more epochs with "
+            "--stream-epochs",
         )
-    if args.stream_allow_seen:
-        return
-    stream = Stream(corpora, args.seq_length, args.stream_seed, args.stream_epochs).describe()
-    stream["samples"] = samples * args.stream_epochs
     for earlier in seen:
         if earlier["stream"] is not None:
             own = {"stream": stream, "range": [start, end]}
-            refuse_overlap(earlier, own, (f"the run {earlier['run']}, which this one starts from,", "this run"))
+            refuse_overlap(earlier, own, (f"the run {earlier['run']}, which {name} starts from,", name))
 
 
 def train_blend(args: argparse.Namespace) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError
+from megatron_prune.training import lineage
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
@@ -31,7 +32,6 @@ from megatron_prune.training.account import (
     close,
     is_complete,
     refuse_other_run,
-    trained_on,
 )
 from megatron_prune.training.data import (
     Provider,
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if args.rank == 0:
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
-        refuse_unfit_range(args, initial["trained_on"] if starts and initial else [])
+        refuse_unfit_range(args, lineage.trainings(initial["lineage"]) if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     if args.rank == 0 and chosen is None:
@@ -130,7 +130,7 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
         "path": str(path),
         "fingerprint": checkpoint.fingerprint(),
         "pruning": checkpoint.pruning,
-        "trained_on": trained_on(checkpoint.root),
+        "lineage": lineage.of(checkpoint),
     }
 
 
@@ -255,7 +255,8 @@ class _OnFirstStep:
             flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
             unique_tokens=self.unique,
             arguments=json.loads(json.dumps(vars(args), default=str)),
-            initial=None if self.initial is None else {k: v for k, v in self.initial.items() if k != "flag"},
+            initial=None if self.initial is None else {k: self.initial[k] for k in ("path", "fingerprint", "pruning")},
+            lineage=[] if self.initial is None else self.initial["lineage"],
             masks=self.zeros.hash if self.zeros is not None else None,
         )
         account.adopt(self.save)

@@ -211,7 +211,20 @@ def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_path: Path) -> None:
     given = {flag.replace("-", "_"): str(value) for flag, value in made_up.SHAPE_FLAGS.items()} | {"seed": "1"}
     shape = made_up._write_parent(tmp_path / "parent", given)
-    (tmp_path / "parent" / "account.json").write_text(json.dumps({"tokens": PARENT["tokens_train"]}))
+    whole = {"initial": None, "lineage": [], "complete": True, "stream": None, "range": None, "steps": 1, "seed": 1}
+    whole |= {
+        "global_batch_size": 1,
+        "seq_length": 1,
+        "flops_executed": 1,
+        "masks": None,
+        "arguments": {},
+        "final": None,
+    }
+
+    def accounted(tokens: int) -> None:
+        (tmp_path / "parent" / "account.json").write_text(json.dumps(whole | {"tokens": tokens}))
+
+    accounted(PARENT["tokens_train"])
     content = ledger(lead)
     content["rows"][0]["params"] = shape.parameters()
     argv = ("--parent", tmp_path / "parent", "--tokens", 100_000)
@@ -221,7 +234,7 @@ def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_pa
     assert (found.answer, found.method) == ("prune", "a")  # b, the better one, is not cut in depth
     assert ask(content, *argv, "--target-ffn-hidden-size", 8).answer == answer.UNKNOWN  # 38% of the linears
     assert "a shape cut in hidden_size" in ask(content, *argv, "--target-hidden-size", 16).reasons[0]
-    (tmp_path / "parent" / "account.json").write_text(json.dumps({"tokens": 1}))
+    accounted(1)
     assert "1 tokens of training" in ask(content, *argv, "--target-num-layers", 2).reasons[0]
     for wrong, text in ((4, "the parent's"), (5, "allowed is 1 to 4")):
         with pytest.raises(UsageError, match=text):

@@ -53,26 +53,29 @@ def commands(name: str) -> dict[str, list[Command]]:
     """Every cell of a study with its commands, as if no pruning had cost anything."""
     study, parent = config.load(EXAMPLES / f"{name}.yaml"), STUDIES[name]
     places = Places(Path("RUN"))
-    known: tuple[Any, Any] = (parent, None) if not isinstance(parent, str) else _account(parent)
+    known: tuple[Any, list[Any]] = (parent, []) if not isinstance(parent, str) else _behind(parent)
     there = preflight._parent if parent is None else lambda *_: known
-    with mock.patch.object(preflight, "_parent", there):
+    end = max((stage["range"][1] for stage in known[1]), default=0)  # on the study's stream, whose corpora are not here
+    with (
+        mock.patch.object(preflight, "_parent", there),
+        mock.patch.object(preflight.unseen, "end_on_stream", lambda *_: end),
+    ):
         outlook = preflight.look(study, places)
     outlook = replace(outlook, spent=dict.fromkeys(outlook.targets, 0))
     return stages.all_commands(stages.all_cells(study, places, outlook))
 
 
-def _account(name: str) -> tuple[ModelShape, dict[str, Any]]:
-    """Shape and account of the parent that another study trains."""
+def _behind(name: str) -> tuple[ModelShape, list[Any]]:
+    """Shape and lineage of the parent that another study trains."""
     study = config.load(EXAMPLES / f"{name}.yaml")
     outlook = preflight.look(study, Places(Path("RUN")))
-    lay, data = outlook.lay, study.data
-    stream = {"seed": data.stream_seed, "seq_length": data.seq_length, "epochs": data.epochs, "corpora": []}
-    range_ = [0, lay.parent_end]
+    lay = outlook.lay
     assert outlook.source is not None and study.parent.pretrain is not None
-    return outlook.source, {
-        "complete": True, "stream": stream, "range": range_, "tokens": lay.parent_tokens,
-        "flops_executed": lay.parent_flops, "seed": study.parent.pretrain.seed,
+    stage = {
+        "kind": "trained", "start": None, "complete": True, "range": [0, lay.parent_end], "tokens": lay.parent_tokens,
+        "flops": lay.parent_flops, "seed": study.parent.pretrain.seed,
     }  # fmt: skip
+    return outlook.source, [stage]
 
 
 def _lines(name: str, study: Study, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:

@@ -32,6 +32,7 @@ from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
 from megatron_prune.study import config
 from megatron_prune.study.commands import Command, Places
+from megatron_prune.training import data, lineage
 
 VOCABULARY = 128
 LABELS = ("validation", "test")
@@ -170,6 +171,8 @@ class FakeLauncher:
             "removed_linears": masks.removed / parent.shape.linear_parameters(),
             "removed_all": masks.removed / parent.shape.parameters(),
             "flops": 10**9 if "calibration_data_path" in given else 0,
+            "tokens": 128 if "calibration_data_path" in given else 0,
+            "lineage": lineage.of(parent),
         }
         chain = [*parent.pruning, entry]
         with CheckpointWriter(given["save"], args=parent.args, dtype=torch.float32, pruning=chain) as writer:
@@ -203,8 +206,11 @@ class FakeLauncher:
         shape = open_checkpoint(source).shape if source else _write_parent(save, given)
         save.mkdir(parents=True, exist_ok=True)
         made = account(given, shape)
+        known = {name.replace("-", "_"): name for name in SHAPE_FLAGS}
+        args = open_checkpoint(source or save).args
+        made["arguments"] |= {name: args.get(name) for name in known}  # of the model, as Megatron resolves them
         if "pretrained_checkpoint" in given:
-            made["initial"] = {"path": source, "fingerprint": open_checkpoint(source).fingerprint()}
+            begins_with(made, source)
         if "masks" in given:
             masks = open_masks(given["masks"])
             made["masks"], made["parameters_nonzero"] = masks.hash, shape.parameters() - masks.removed
@@ -231,12 +237,17 @@ def write_losses(save: Path, made: dict[str, Any], losses: Sequence[float]) -> N
 
 
 def write_weights(save: Path, source: str, iteration: int) -> None:
-    """A save of that iteration, with weights that are a function of the run's name, in the shape of ``source``."""
+    """A save of that iteration, with weights that are a function of the run's name, in the shape of ``source``; those
+    between links keep the zeros of ``source``, and its masks."""
     parent, made = open_checkpoint(source), save.parent / "made"
     generator = torch.Generator().manual_seed(int(1e9 * number(save.parent.name)))
     with CheckpointWriter(made, args=parent.args, dtype=torch.float32) as writer:
         for weight in weights(parent.shape):
-            writer.add(weight.name, weight.shape, [torch.randn(weight.shape, generator=generator)])
+            drawn = torch.randn(weight.shape, generator=generator)
+            kept = parent.read(weight.name) != 0 if save.parent.name.startswith("retrained") else 1
+            writer.add(weight.name, weight.shape, [drawn * kept])
+    if save.parent.name.startswith("retrained") and (masks := find_masks(parent.root)):
+        shutil.copytree(masks, save / MASKS, dirs_exist_ok=True)
     directory = save / f"iter_{iteration:07d}"
     shutil.rmtree(directory, ignore_errors=True)
     (made / "release").rename(directory)
@@ -314,20 +325,13 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
     """An account as the engine writes it, for a run whose flags are ``given``."""
     start, end = (int(part) for part in given["stream_range"].split(":"))
     batch, length = int(given["global_batch_size"]), int(given["seq_length"])
-    stream = {
-        "id": hashlib.sha256(f"{given['data_path']} {given['stream_seed']} {length}".encode()).hexdigest(),
-        "seed": int(given["stream_seed"]),
-        "seq_length": length,
-        "epochs": int(given["stream_epochs"]),
-        "blend": [[None, given["data_path"]]],
-        "samples": 700,
-    }
+    stream = data.described([given["data_path"]], length, int(given["stream_seed"]), int(given["stream_epochs"]))
     seed = given.get("stream_permutation_seed")
     steps = (end - start) // batch
     return {
         "version": 1,
         "complete": True,
-        "start": "pruned" if "pretrained_checkpoint" in given else "random",
+        "start": "random",
         "stream": stream,
         "range": [start, end],
         "permutation_seed": None if seed is None else int(seed),
@@ -353,10 +357,27 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
             "check_for_nan_in_loss_and_grad": True,
         },
         "initial": None,
+        "lineage": [],
         "masks": None,
         "wall_seconds": 10 + steps / 4,
         "attempts": [{"from_step": 1, "device": artifacts.device(), "versions": artifacts.versions()}],
     }
+
+
+def foreign(folder: Path, seed: int = 1) -> Path:
+    """A checkpoint that was trained elsewhere: nothing in it knows of any training here."""
+    _write_parent(
+        folder, {name.replace("-", "_"): str(value) for name, value in SHAPE_FLAGS.items()} | {"seed": str(seed)}
+    )
+    return folder
+
+
+def begins_with(made: dict[str, Any], source: str | Path) -> None:
+    """Let an account begin with the weights of a checkpoint, as `pretrain` does."""
+    checkpoint = open_checkpoint(source)
+    made["start"] = "pruned" if checkpoint.pruning else "continued"
+    made["initial"] = {"path": str(source), "fingerprint": checkpoint.fingerprint()}
+    made["lineage"] = lineage.of(checkpoint)
 
 
 def _write_parent(save: Path, given: dict[str, str]) -> ModelShape:

@@ -85,10 +85,11 @@ def losses(folder: Path, cell: str) -> list[list[str]]:
 @pytest.mark.timeout(1800)
 def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
     prefixes = made_up.corpora(tmp_path, train=80_000)
+    chain = [{"name": "minitron-depth", "ratio": 0.5, "retrain": 2_560}, {"name": "wanda", "pattern": "2:4"}]
     content = made_up.mapping(
         prefixes,
         parent={"pretrain": {"tokens": 38_400, "arguments": ARGUMENTS}},
-        methods=[{"name": "minitron-depth"}, {"name": "wanda", "pattern": "2:4", "compare": ["equal-training"]}],
+        methods=[{"name": "minitron-depth"}, {"chain": chain, "compare": ["equal-training"]}],
         budgets=[25_600],
         launch={"parallel_cells": 2, "threads": 1},
     )
@@ -99,13 +100,14 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     output = finish(tmp_path / "whole")
     expected = records(tmp_path / "whole")
     assert sorted(record["kind"] for record in expected.values()) == [
-        "calibration", "parent", "pruned", "pruned", "pruning", "pruning", "scratch", "scratch", "scratch"
+        "calibration", "parent", "pruned", "pruned", "pruning", "pruning", "retrained", "scratch", "scratch", "scratch"
     ]  # fmt: skip
     assert output.count("One seed: no interval.") == 3 and "INFO" not in output
 
-    pruned = "pruned-wanda-2-4-r50-s1-t25600"  # it goes on under its masks
+    chained = "minitron-depth-r50-t2560-then-wanda-2-4-r50-s1"
+    pruned = f"pruned-{chained}-t25600"  # it goes on under its masks
     kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=52)  # inside a cell, after a save
-    kill_when(tmp_path / "killed", "ledger.jsonl", lines=4)  # between cells: the prunings are finished
+    kill_when(tmp_path / "killed", "ledger.jsonl", lines=4)  # between cells, inside the chain
     kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=52)
     finish(tmp_path / "killed")
     assert records(tmp_path / "killed") == expected
@@ -117,12 +119,18 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     # A busy machine can let one kill come as late as the end of a later save: nothing is replayed then.
     assert replayed and all(first % 50 == 1 for first, _ in replayed)
 
+    behind = json.loads(Places(tmp_path / "killed/runs/made-up").account(pruned).read_text())
+    assert [(stage["kind"], stage.get("range")) for stage in behind["lineage"]] == [
+        ("trained", [0, 2400]), ("pruned", None), ("trained", [2400, 2560]), ("pruned", None)
+    ]  # fmt: skip
+    assert behind["range"] == [2560, 4160] and expected[f"pruning-{chained}"]["removed_linears"] == pytest.approx(0.75)
+
     rows = json.loads((tmp_path / "killed/runs/made-up/report/results.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["parent", *["pruned", "scratch"] * 3]
     assert all(row["status"] == "finished" and 0 < row["test_loss"] < 20 for row in rows)
     assert (tmp_path / "killed/runs/made-up/report/index.html").stat().st_size > 50_000
     again = finish(tmp_path / "killed")
-    assert again.count("kept") == 9 and "done" not in again
+    assert again.count("kept") == 10 and "done" not in again
 
 
 def kill_after(folder: Path, stages: int, seconds: float) -> bool:

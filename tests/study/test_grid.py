@@ -117,7 +117,7 @@ def test_a_target_has_no_ratio() -> None:
 )
 def test_an_outside_parent_is_not_matched_by_guessing(parent: dict, tokens: int | None, reason: str) -> None:
     study = make(parent=parent)
-    made = grid.expand(study, Lay(Batch(16, 8), 0, tokens), {}, {})
+    made = grid.expand(study, Lay(Batch(16, 8), 0, tokens, declared=tokens or 0), {}, {})
     by_setting = {comparison.setting: comparison for comparison in made.comparisons}
     assert by_setting["equal-total"].scratch is None and reason in by_setting["equal-total"].not_run
     assert by_setting["equal-training"].scratch is not None

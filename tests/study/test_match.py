@@ -9,8 +9,12 @@ import pytest
 
 from megatron_prune.errors import AccountError
 from megatron_prune.study import match
+from megatron_prune.training import lineage
 
-STREAM = {"id": "s", "seed": 1, "seq_length": 32, "epochs": 1, "blend": [[None, "a"]], "samples": 9000}
+STREAM = {
+    "id": "s", "seed": 1, "seq_length": 32, "epochs": 1, "blend": [[None, "a"]], "corpora": ["text of a"],
+    "samples": 9000,
+}  # fmt: skip
 
 
 def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any]:
@@ -30,6 +34,8 @@ def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any
         "seed": 1,
         "parameters": 1000,
         "masks": None,
+        "initial": None,
+        "lineage": [],
         "flops_executed": steps * 10**6,
         "arguments": {
             "lr": 1e-3,
@@ -46,12 +52,18 @@ def account(start: str, first: int, end: int, **arguments: Any) -> dict[str, Any
 PARENT = account("random", 0, 1600)
 PRUNED = account("pruned", 1600, 2400, pretrained_checkpoint="p", finetune=True, shape_from=None)
 PRUNED["initial"] = {"fingerprint": "w"}
+PRUNING = {"kind": "pruned", "run": "pruning", "start": "p", "end": "w", "method": "m", "tokens": 0, "flops": 0}
 TEXT = {name: {"fingerprint": f"{name} text", "windows": 16, "seq_length": 32} for name in ("test", "validation")}
 TEXTS = dict.fromkeys(("run-p", "run-s", "parent"), TEXT)
 
 
-def runs(pruned: dict, scratch: dict, texts: dict = TEXTS, warmup: Any = lambda steps: 0) -> match.Runs:
-    return match.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup)
+def runs(
+    pruned: dict, scratch: dict, texts: dict = TEXTS, warmup: Any = lambda steps: 0, parent: dict | None = PARENT,
+) -> match.Runs:  # fmt: skip
+    """With a lineage that says what the parent's account does."""
+    stages = [] if parent is None else [lineage.trained(parent, run="parent", end="p")]
+    pruned = pruned | {"lineage": [*stages, PRUNING]}
+    return match.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup, parent=stages)
 
 
 EQUAL_TRAINING = account("random", 1600, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
@@ -59,14 +71,14 @@ EQUAL_TOTAL = account("random", 0, 2400, pretrained_checkpoint=None, finetune=Fa
 
 
 def training(pruned: dict = PRUNED, scratch: dict = EQUAL_TRAINING, parent: dict | None = PARENT) -> list[match.Line]:
-    return match.equal_training(runs(pruned, scratch), parent)
+    return match.equal_training(runs(pruned, scratch, parent=parent))
 
 
 def total(
     pruned: dict = PRUNED, scratch: dict = EQUAL_TOTAL, parent: dict | None = PARENT, consumed: int = 0,
     parent_tokens: int = 51_200,
 ) -> list[match.Line]:  # fmt: skip
-    return match.equal_total(runs(pruned, scratch), parent, parent_tokens, consumed)
+    return match.equal_total(runs(pruned, scratch, parent=parent), parent_tokens, consumed)
 
 
 def flops(
@@ -74,7 +86,7 @@ def flops(
     parent_flops: int = 100 * 10**6,
 ) -> list[match.Line]:  # fmt: skip
     """The parent executed 100 steps' worth, the pruned arm 50; scratch has 150 unless it is given."""
-    return match.equal_flops(runs(pruned, scratch or EQUAL_TOTAL), parent, parent_flops, spent)
+    return match.equal_flops(runs(pruned, scratch or EQUAL_TOTAL, parent=parent), parent_flops, spent)
 
 
 def test_what_matches_is_listed() -> None:
@@ -167,7 +179,7 @@ def test_equal_total_adds_what_pruning_consumed_unless_negligible() -> None:
 
 
 def test_changed_tokens_of_the_parent_are_refused() -> None:
-    with pytest.raises(AccountError, match="tokens of the parent: 51200 here, 51712 in its account"):
+    with pytest.raises(AccountError, match="tokens of the parent: 51200 here, 51712 in the accounts"):
         total(parent=account("random", 0, 1616))
 
 
@@ -186,7 +198,7 @@ def test_equal_flops_counts_what_was_executed_and_what_pruning_spent() -> None:
     with pytest.raises(AccountError, match="total FLOPs: 250,000,000 = 200,000,000 parent"):
         flops(parent=dear, parent_flops=200 * 10**6)
     flops(parent=dear, parent_flops=200 * 10**6, scratch=account("random", 0, 4000))
-    with pytest.raises(AccountError, match="FLOPs of the parent: 100000000 here, 200000000 in its account"):
+    with pytest.raises(AccountError, match="FLOPs of the parent: 100000000 here, 200000000 in the accounts"):
         flops(parent=dear)
     with pytest.raises(AccountError, match="5,000,000 pruning"):
         flops(spent=5 * 10**6)
@@ -206,7 +218,7 @@ def test_retraining_from_other_weights_is_refused(compare: Any, initial: Any) ->
 def test_losses_on_other_text_are_refused(run: str, key: str, value: Any) -> None:
     texts = {**TEXTS, run: TEXT | {"validation": TEXT["validation"] | {key: value}}}
     with pytest.raises(AccountError, match="may not be compared: evaluation text: validation: .* for run-p"):
-        match.equal_training(runs(PRUNED, EQUAL_TRAINING, texts), PARENT)
+        match.equal_training(runs(PRUNED, EQUAL_TRAINING, texts))
 
 
 def test_warm_up_is_the_recipes() -> None:
@@ -214,13 +226,13 @@ def test_warm_up_is_the_recipes() -> None:
         return min(steps // 10, 10)
 
     pruned, scratch = (tampered(one, "arguments.lr_warmup_iters", n) for one, n in ((PRUNED, 5), (EQUAL_TOTAL, 10)))
-    lines = match.equal_total(runs(pruned, scratch, warmup=rule), PARENT, 51_200, 0)
+    lines = match.equal_total(runs(pruned, scratch, warmup=rule), 51_200, 0)
     (line,) = (line for line in lines if line.field == "arguments.lr_warmup_iters")
     assert line.verdict == "may differ: own steps, by the recipe"
     for wrong in (15, 5):
         scratch = tampered(EQUAL_TOTAL, "arguments.lr_warmup_iters", wrong)
         with pytest.raises(AccountError, match=f"lr_warmup_iters: run-s has {wrong}, by the recipe it is 10"):
-            match.equal_total(runs(pruned, scratch, warmup=rule), PARENT, 51_200, 0)
+            match.equal_total(runs(pruned, scratch, warmup=rule), 51_200, 0)
 
 
 @pytest.mark.parametrize(("path", "value", "field"), TAMPERINGS)

@@ -49,7 +49,7 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     [
         (
             {"budgets": [12_000]},
-            r"data\.train is too short for scratch-.*equal-total.*it has 749 samples of 16 tokens in 1 epoch",
+            r"data\.train does not do for scratch-.*equal-total.* has 749 samples of 16 tokens in each of 1 epoch",
         ),
         ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
         ({"methods": [{"name": "wandering"}]}, r"--method: given wandering, allowed is one of .*shortgpt"),
@@ -167,10 +167,6 @@ def load(path: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tmp_path: Path) -> None:
-    path = trained / "account.json"
-    account = artifacts.read_json(path)
-    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
-    artifacts.write_json(path, account)
     outlook = check(prefixes, tmp_path, **load(trained))
     assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
     with pytest.raises(UsageError, match=r"declared_tokens: given 99, allowed is 2560"):
@@ -181,10 +177,6 @@ def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tm
 
 
 def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, tmp_path: Path) -> None:
-    path = trained / "account.json"
-    account = artifacts.read_json(path)
-    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
-    artifacts.write_json(path, account)
     assert check(prefixes, tmp_path, **load(trained / "release")).lay.parent_tokens == 2560
     (trained / "release").rename(trained / "iter_0000010")
     with pytest.raises(UsageError, match=r"parent\.load: given iteration 10 of .*checkpoint, allowed is iteration 20"):
@@ -201,13 +193,13 @@ def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, 
         assert {line.field: line.verdict for line in item.match}["range against the parent's"] == "disjoint"
 
 
-def test_an_outside_parents_tokens_are_only_declared(prefixes, trained: Path, tmp_path: Path) -> None:
-    (trained / "account.json").unlink()
+def test_an_outside_parents_tokens_are_only_declared(prefixes, tmp_path: Path) -> None:
+    trained = made_up.foreign(tmp_path / "elsewhere")
     outlook = check(prefixes, tmp_path, **load(trained, declared_tokens="2T"))
     assert outlook.lay.parent_end == 0 and outlook.lay.parent_tokens == 2 * 10**12
     study = made_up.study(prefixes, **load(trained, declared_tokens="2T"))
     assert [c.scratch is None for c in outlook.grid(study).comparisons] == [False, True, False, True]
-    with pytest.raises(DataError, match="data.train is too short for scratch-"):
+    with pytest.raises(DataError, match="data.train does not do for scratch-"):
         check(prefixes, tmp_path, **load(trained, declared_tokens="2M", equal_total="run"))
 
 

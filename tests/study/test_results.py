@@ -123,7 +123,7 @@ TAMPERED = {
     "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, "total tokens"),
     "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, "global_batch_size"),
     "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, "permutation_seed"),
-    "tokens of the parent": ("parent", {"tokens": 2688}, "tokens of the parent"),
+    "tokens of the parent": ("parent", {"tokens": 2688}, "lineage"),
     "range of the parent": ("parent", {"range": [0, 168]}, "range"),
 }
 
@@ -208,8 +208,7 @@ def test_unfinished_and_left_out_arms_have_rows_without_numbers(prefixes, tmp_pa
         made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=9))
     found = results.collect(Places(Path("runs/made-up")))
     assert [row["status"] for row in found.rows].count("pending") > 0 and not found.verdicts
-    parent = Path("runs/made-up/cells/parent/checkpoint")
-    (parent / "account.json").unlink()
+    parent = made_up.foreign(Path("elsewhere"))
     second = made_up.study(prefixes, name="second", parent={"load": str(parent), "declared_tokens": "2T"})
     found = results.collect(made_up.run(second, Path("runs"), made_up.FakeLauncher()))
     rows = {(row["method"], row["setting"], row["arm"]): row for row in found.rows[1:]}

@@ -7,6 +7,7 @@ own code is compared with something else.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -51,9 +52,13 @@ def write_pruned(parent: Path, kept: Kept, pattern: str, folder: Path) -> Path:
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.checkpoint.writer import CheckpointWriter
     from megatron_prune.masks import write_single
+    from megatron_prune.training import lineage
 
     source = open_checkpoint(parent)
-    entry = {"method": "random", "settings": {"pattern": pattern}, "trained_on": []}
+    entry = {
+        "method": "random", "settings": {"pattern": pattern}, "lineage": lineage.of(source), "tokens": 0, "flops": 0,
+        "parent": {"fingerprint": source.fingerprint()}, "source": dataclasses.asdict(source.shape),
+    }  # fmt: skip
     with CheckpointWriter(folder, args=source.args, dtype=torch.float32, pruning=[entry]) as writer:
         for name in source.names:
             value = source.read(name)

@@ -1,0 +1,129 @@
+"""What a match says of the stages behind the pruned arm: where they lie on the stream, how they hang together, and
+what their recipe has other than the arms'.
+
+Equal total and equal FLOPs take the parent's tokens and FLOPs as they were spent, under the parent's own recipe. A
+larger model is rightly trained at another rate, batch, precision or length, and nobody can train a published parent
+again, so such differences are no reason to refuse: each is named, in the match and at the head of the report, for the
+reader to judge. Refused is what makes the sum no sum: another tokenizer (a token of one is not a token of another), and
+a training that did not end. Its text and its range are compared apart (``unseen``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_prune.errors import AccountError
+from megatron_prune.study.lines import Line
+from megatron_prune.training import lineage
+from megatron_prune.training.lineage import Stage
+
+if TYPE_CHECKING:
+    from megatron_prune.study.match import Runs
+
+NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
+TOKENIZER = "tokenizer_type"
+OF_ITS_STEPS = ("train_iters", "lr_decay_iters", "lr_warmup_iters")
+# What the head of the report names one by one; what else differs is one line.
+_LEARNS = re.compile(
+    r"lr|min_lr|decoupled|warmup|weight_decay|start_weight|end_weight|apply_wd|no_weight|clip_grad|optimizer|adam|sgd"
+    r"|muon|lion|global_batch|rampup|step_batch|seq_length|bf16|fp16|fp8|fp4|loss_scale|hidden_dropout"
+    r"|attention_dropout|init_method|calculate_per_token|reset_|eod_mask|grad_reduce_in|accumulate_allreduce|main_"
+    r"|exp_avg|tokenizer_model|use_precision_aware|iterations_to_skip"
+)
+
+
+def unseen(runs: Runs, setting: str) -> list[Line]:
+    """Nothing behind the pruned arm has seen what it retrains on."""
+    own = runs.pruned["stream"]
+    start, stop = runs.pruned["range"]
+    lines = []
+    before = lineage.trainings(runs.parent)
+    between = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
+    for stage in (*before, *between):
+        who = "the parent" if len(before) == 1 and stage is before[0] else stage["run"]
+        field = "range against the parent's" if who == "the parent" else f"range against {who}'s"
+        stream = stage["stream"]
+        if stream is None:
+            lines.append(Line(field, f"{start}:{stop}", "not on a stream", "not compared: its text is only declared"))
+        elif stream["id"] != own["id"]:
+            if set(stream["corpora"]) & set(own["corpora"]):
+                raise runs.refuse(setting, f"stream.id of {who}", f"{who} was trained on its corpora in another order")
+            ours, theirs = (", ".join(prefix for _, prefix in one["blend"]) for one in (own, stream))
+            verdict = "other corpora: a study whose corpora share documents with them is refused"
+            lines.append(Line(f"text of {who}", ours, theirs, verdict))
+        else:
+            first, end = stage["range"]
+            if max(first, start) < min(end, stop):
+                seen = f"{max(first, start)}:{min(end, stop)}"
+                raise runs.refuse(
+                    setting, "range", f"{runs.pruned_name} retrains on {start}:{stop}, of which {who} saw {seen}"
+                )
+            lines.append(Line(field, f"{start}:{stop}", f"{first}:{end}", "disjoint"))
+    return lines
+
+
+def behind(runs: Runs, setting: str) -> Line:
+    """The pruned arm's lineage: the parent's stages as they are now, then prunings and the retrainings between them."""
+    own: list[Stage] = runs.pruned["lineage"]
+    try:
+        lineage.check(own, str((runs.pruned["initial"] or {}).get("fingerprint")), runs.pruned_name)
+    except AccountError as error:
+        raise runs.refuse(setting, "lineage", str(error)) from error
+    for stage, now in zip(own, runs.parent, strict=False):
+        for key, value in now.items():
+            if key != "run" and stage.get(key) != value:
+                why = f"{key} of {now['run']} is {value} now, {runs.pruned_name} began with {stage.get(key)}"
+                raise runs.refuse(setting, "lineage", why)
+    rest = own[len(runs.parent) :]
+    if not rest or rest[-1]["kind"] != "pruned":
+        raise runs.refuse(setting, "lineage", f"{runs.pruned_name} has {len(own)} stages, the last is no pruning")
+    found, asked = [stage["range"] for stage in lineage.trainings(rest)], [list(one) for one in runs.between]
+    if found != asked:
+        why = f"{runs.pruned_name} was trained on {found} after its parent, the study asks for {asked}"
+        raise runs.refuse(setting, "retraining between prunings", why)
+    return Line("lineage", " → ".join(map(_words, own)), "random", "may differ: start")
+
+
+def _words(stage: Stage) -> str:
+    if stage["kind"] == "pruned":
+        return str(stage["method"])
+    return f"trained on {stage['tokens']:,}"
+
+
+def recipes(runs: Runs, setting: str) -> list[Line]:
+    """What every training behind the pruned arm has other than the arms have; AccountError where it cannot count."""
+    stages = lineage.trainings(runs.pruned["lineage"])
+    arms = lineage.recipe_of(runs.scratch["arguments"])
+    lines: list[Line] = []
+    for number, stage in enumerate(stages, 1):
+        if stage["complete"] is not True:
+            raise runs.refuse(setting, "complete", f"{stage['run']}, behind {runs.pruned_name}, has not finished")
+        of = "recipe of the parent" + f", training {number} of {len(stages)}" * (len(stages) > 1)
+        named: list[tuple[str, Any, Any]] = []
+        others: list[tuple[str, Any, Any]] = []
+        for key, value, arm in _differences(stage, arms, runs):
+            if key == TOKENIZER:
+                why = f"{value} of {stage['run']} against {arm}: their tokens are not the same unit"
+                raise runs.refuse(setting, f"{of}: {key}", why)
+            (named if _LEARNS.match(key) else others).append((key, value, arm))
+        lines += [Line(f"{of}: {key}", value, arm, NAMED) for key, value, arm in named]
+        if others:
+            theirs, ours = ("; ".join(f"{one[0]} {one[side]}" for one in others) for side in (1, 2))
+            lines.append(Line(f"{of}: other arguments", theirs, ours, NAMED))
+    return lines
+
+
+def _differences(stage: Stage, arms: Mapping[str, Any], runs: Runs) -> Iterator[tuple[str, Any, Any]]:
+    recipe, steps = stage["recipe"], stage["steps"]
+    for key in sorted({*recipe, *arms} - {*OF_ITS_STEPS}):
+        value, arm = (one.get(key, "not set") for one in (recipe, arms))
+        if value != arm:
+            yield key, value, arm
+    # By the arms' rule, for a run of so many steps.
+    if recipe.get("lr_decay_iters") not in (None, steps):
+        yield "lr_decay_iters", recipe["lr_decay_iters"], steps
+    warmed, rule = recipe.get("lr_warmup_iters") or 0, runs.warmup(steps)
+    if warmed != rule:
+        yield "lr_warmup_iters", warmed, rule

@@ -1,0 +1,171 @@
+"""What lies behind a checkpoint's weights: every training and every pruning, oldest first, back to random weights.
+
+``account.json`` of a training and each entry of ``pruning.json`` hold the ``lineage`` of what they began with, a list
+of stages, so that one file says all of it when the earlier checkpoints are gone. A stage is JSON:
+
+    kind         trained | pruned
+    run          where it was written
+    start, end   fingerprints of the weights before and after it; no start: random weights
+    tokens       trained on, or read for pruning;   flops: executed
+    trained:     stream, range, steps, global_batch_size, seq_length, seed, and its recipe (``recipe_of``)
+    pruned:      method, source (the shape before it), masks
+
+``of`` checks that every stage began with the weights that the one before it left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from megatron_prune.artifacts import read_json
+from megatron_prune.checkpoint.reader import PRUNING_FILE, Checkpoint
+from megatron_prune.errors import AccountError
+from megatron_prune.training.account import ACCOUNT
+
+Stage = dict[str, Any]
+# A flag that only the parser of our `pretrain` has: a checkpoint whose stored arguments know it was trained here, or
+# made of one that was.
+MARK = "stream_range"
+
+# Arguments that are no part of how weights are learned: places, logs, how outputs are saved, what other programs than
+# pretraining read. Sizes of the model and of the machine are said elsewhere; range and stream are in the stage itself.
+_NOT_OF_THE_RECIPE = re.compile(
+    r"load|save|pretrained|tensor_model_par|pipeline_model_par|virtual_pipe|context_par|ckpt|checkpoint|dist_ckpt"
+    r"|log_|logging|tensorboard|wandb|one_logger|timing|profile|record_|memory_|nvtx|use_pytorch_profiler"
+    r"|pytorch_profiler|barrier_with|async_|no_save|replication|titles_data|evidence_data|block_data|exit_|adlr"
+    r"|inference|mamba_|rl_|grpo_|langrl|refit|inprocess|flight_recorder|distributed_|straggler|nccl|moe_|expert_"
+    r"|logits_|eval_|valid|test_|full_validation|multiple_validation|dataloader_|num_workers|num_dataset|data_path"
+    r"|train_data_path|data_cache|per_|split$|stream_|masks$|random_masks|shape_from|rank$|local_rank|world_size"
+    r"|iteration$|curr_iteration|consumed_|skipped_|num_floating|seed$|app_tag|bert_|ict_|img_|vision|swin|dino"
+    r"|biencoder|retriever|indexer|dsa_|mask_|short_seq|patch_dim|num_classes|num_channels|ft_|calc_ft|fault_"
+    r"|error_injection|rerun|msc|enable_msc|fim_|sft|let_zeros|use_checkpoint_args|finetune|no_load"
+    r"|verify_integrity|num_layers|hidden_size|num_attention_heads|num_query_groups|ffn_hidden_size|kv_channels"
+    r"|encoder_|decoder_|start_eval|phase_transition|run_workload|data_parallel_size|max_tokens_to_oom|output_bert"
+    r"|use_legacy|enable_ft"
+)
+
+
+def of(checkpoint: Checkpoint) -> list[Stage]:
+    """Every stage behind the weights of ``checkpoint``; empty for one that was made elsewhere.
+
+    Raises AccountError where the checkpoint says that it was trained here and nothing beside it accounts for that, and
+    where stages do not fit together.
+    """
+    path = checkpoint.root / ACCOUNT
+    if path.exists():
+        account = read_json(path)
+        stages = [*_before(account, path), _trained(account, checkpoint)]
+    elif checkpoint.pruning:
+        entry, path = checkpoint.pruning[-1], checkpoint.directory / PRUNING_FILE
+        end = read_json(path).get("fingerprint")
+        stages = [*_before(entry, path), pruned(entry, run=str(checkpoint.root), end=end)]
+    elif MARK in checkpoint.args:
+        raise AccountError(
+            f"{checkpoint.root}: its stored arguments say that it was trained here ({_words(checkpoint)}), and {path} "
+            "is missing: what it was trained on is not known. Put the account of that run back beside the checkpoint"
+        )
+    else:
+        return []
+    check(stages, checkpoint.fingerprint(), str(checkpoint.root))
+    return stages
+
+
+def _words(checkpoint: Checkpoint) -> str:
+    trained = checkpoint.args.get(MARK)
+    return f"--stream-range {trained}" if trained else f"iteration {checkpoint.iteration}"
+
+
+def _before(said: Mapping[str, Any], path: Any) -> list[Stage]:
+    found = said.get("lineage")
+    if not isinstance(found, list):
+        raise AccountError(f"{path} does not say what its run began with: it has no lineage")
+    return found
+
+
+def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
+    """The stage of a training, from its account; ``end``: fingerprint of the weights that it left."""
+    return {
+        "kind": "trained",
+        "run": run,
+        "start": (account["initial"] or {}).get("fingerprint"),
+        "end": end,
+        "complete": account["complete"],
+        **{key: account[key] for key in ("stream", "range", "steps", "global_batch_size", "seq_length", "seed")},
+        "tokens": account["tokens"],
+        "flops": account["flops_executed"],
+        "masks": account["masks"],
+        "recipe": recipe_of(account["arguments"]),
+    }
+
+
+def _trained(account: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
+    """The same of the iteration that ``checkpoint`` is: an earlier one counts its own steps. Its range is then more
+    than it has seen, since samples may be permuted inside it."""
+    steps, iteration = account["steps"], checkpoint.iteration
+    if checkpoint.release or iteration == steps:
+        final = account["final"] or {"fingerprint": checkpoint.fingerprint()}
+        return trained(account, run=str(checkpoint.root), end=final["fingerprint"])
+    stage = trained(account, run=str(checkpoint.directory), end=checkpoint.fingerprint())
+    done = {key: stage[key] * iteration // steps for key in ("tokens", "flops")}
+    return stage | done | {"steps": iteration, "complete": True}
+
+
+def pruned(entry: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
+    """The stage of a pruning, from its entry in ``pruning.json``."""
+    return {
+        "kind": "pruned",
+        "run": run,
+        "start": entry["parent"]["fingerprint"],
+        "end": end,
+        "method": entry["method"],
+        "source": entry["source"],
+        "masks": entry.get("masks"),
+        "tokens": entry["tokens"],
+        "flops": entry["flops"],
+    }
+
+
+def check(stages: Sequence[Stage], end: str, what: str) -> None:
+    """AccountError unless each stage began with what the one before it left, and the last left ``end``."""
+    for earlier, later in itertools.pairwise(stages):
+        if later["start"] is None or later["start"] != earlier["end"]:
+            raise AccountError(
+                f"{what}: its stages do not fit together: {later['run']} began with the weights {later['start']}, "
+                f"{earlier['run']} before it left {earlier['end']}"
+            )
+    if stages and stages[-1]["end"] != end:
+        raise AccountError(
+            f"{what} holds the weights {end}, and what lies beside it says that {stages[-1]['end']} were written: "
+            "one of the two belongs to another checkpoint"
+        )
+
+
+def trainings(stages: Iterable[Stage]) -> list[Stage]:
+    return [stage for stage in stages if stage["kind"] == "trained"]
+
+
+def begins_at_random(stages: Sequence[Stage]) -> bool:
+    """True where nothing lies before the first stage, so that sums over all stages are all that there is."""
+    return bool(stages) and stages[0]["kind"] == "trained" and stages[0]["start"] is None
+
+
+def tokens(stages: Iterable[Stage]) -> int:
+    """Tokens of all stages."""
+    return sum(int(stage["tokens"]) for stage in stages)
+
+
+def flops(stages: Iterable[Stage]) -> int:
+    """FLOPs that all stages executed."""
+    return sum(int(stage["flops"]) for stage in stages)
+
+
+def recipe_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's resolved arguments those that are set and say how weights are learned."""
+    return {
+        key: value
+        for key, value in sorted(arguments.items())
+        if value is not None and value is not False and value != [] and not _NOT_OF_THE_RECIPE.match(key)
+    }
