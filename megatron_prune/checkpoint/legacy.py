@@ -21,7 +21,7 @@ import torch
 from megatron_prune import storage
 from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
-from megatron_prune.checkpoint.safe_objects import load_legacy
+from megatron_prune.checkpoint.safe_objects import load_legacy, vet_file
 from megatron_prune.errors import CheckpointError
 
 RANK_FILE = "model_optim_rng.pt"
@@ -64,6 +64,7 @@ class LegacySource:
         self._directory = directory
         self._files = {rank: f"{name}/{RANK_FILE}" for rank, name in self._folders().items()}
         self._states = {rank: load_legacy(directory / file) for rank, file in self._files.items()}
+        self.refuse_damaged()
         first = self._states.get((0, 0))
         if first is None:
             raise CheckpointError(f"{directory} has no rank (0, 0): the checkpoint is incomplete")
@@ -76,6 +77,12 @@ class LegacySource:
         self._refuse_missing_ranks()
         self._rank_of = {file: rank for rank, file in self._files.items()}
         self.stored: dict[str, StoredTensor] = {}
+
+    def refuse_damaged(self) -> None:
+        """Refuse a file beside a rank's own (of an optimizer) that asks for code: Megatron loads them too."""
+        for file in sorted(self._directory.glob("mp_rank_*/*.pt")):
+            if file.name != RANK_FILE:
+                vet_file(file)
 
     def _folders(self) -> dict[tuple[int, int], str]:
         """Folder of every (tensor-parallel rank, pipeline stage)."""

@@ -214,6 +214,11 @@ class Checkpoint:
         if hashes:
             self._verify_hashes(self.directory / INTEGRITY_FILE, needed)
 
+    def refuse_damaged(self) -> None:
+        """Look at every stored tensor's record, of an optimizer too, and none of its numbers. Raises CheckpointError
+        naming one that is damaged, or asks for code."""
+        self._source.refuse_damaged()
+
     def _verify_hashes(self, path: Path, needed: Iterable[str]) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: this checkpoint was saved without hashes")

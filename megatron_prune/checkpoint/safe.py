@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_prune.checkpoint.safe_objects import Opaque
+from megatron_prune.checkpoint.safe_objects import Opaque, refuse_absurd
 from megatron_prune.errors import CheckpointError, StorageError
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
@@ -45,7 +45,7 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): dict,
 }
 # Saving plans that Megatron caches in the metadata; nothing here needs them.
-_METADATA_IGNORED = {
+PLANNING = {
     ("torch.distributed.checkpoint.planner", name)
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 } | {
@@ -58,15 +58,27 @@ _METADATA_IGNORED = {
 }
 
 
+class AsksForCode(CheckpointError):
+    """An index that is not damaged but hostile: nobody may pass over it to an older checkpoint."""
+
+
+class _Code(pickle.UnpicklingError):
+    pass
+
+
 class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, payload: bytes, planning: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(payload))
+        self._planning = planning
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_CLASSES:
             return _METADATA_CLASSES[module, name]
-        if (module, name) in _METADATA_IGNORED:
-            return Opaque
+        if (module, name) in PLANNING:
+            return self._planning.get((module, name), Opaque)
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
+        raise _Code(f"it asks for {module}.{name}, which no checkpoint index needs")
 
 
 def load_metadata(directory: Path) -> dcp.Metadata:
@@ -80,12 +92,11 @@ def load_metadata(directory: Path) -> dcp.Metadata:
         raise CheckpointError(f"{path} does not exist: not a (complete) torch_dist checkpoint")
     try:
         payload = path.read_bytes()
-        _refuse_absurd(payload)
-        metadata = _MetadataUnpickler(io.BytesIO(payload)).load()
     except StorageError:
         raise
-    except Exception as error:  # a broken pickle can raise anything
+    except OSError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
+    metadata = read_metadata(payload, str(path))
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{path} is refused: it holds no checkpoint index")
     try:
@@ -116,11 +127,18 @@ def load_metadata(directory: Path) -> dcp.Metadata:
     return metadata
 
 
-def _refuse_absurd(payload: bytes) -> None:
-    """An unpickler makes room for what a pickle announces: a few bytes could ask for all memory."""
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
-            raise ValueError(f"it numbers its {number}th value {argument}")
+def read_metadata(payload: bytes, origin: str, planning: Mapping[tuple[str, str], Any] | None = None) -> Any:
+    """What an index holds, by the allow-list; saving plans in it are of the classes in ``planning``, else ``Opaque``.
+
+    Raises CheckpointError when it is broken or asks for code. Nothing else of it is validated.
+    """
+    try:
+        refuse_absurd(payload)
+        return _MetadataUnpickler(payload, planning or {}).load()
+    except _Code as error:
+        raise AsksForCode(f"{origin} is refused: {error}") from error
+    except Exception as error:  # a broken pickle can raise anything
+        raise CheckpointError(f"{origin} is refused: {error}") from error
 
 
 def _check(holds: bool, problem: str) -> None:

@@ -1,8 +1,11 @@
-"""Read the arguments that a checkpoint stores, and legacy files, without running what they hold.
+"""Read the objects that a checkpoint stores, and legacy files, without running what they hold.
 
 ``torch.load`` reads them with ``weights_only``, through an allow-list: what Megatron's own list allows becomes an inert
 ``Opaque``, so that Megatron need not be imported. What comes back is checked to be a tree of bounded size, so that
 nobody who walks it walks for ever.
+
+A module's ``_extra_state`` is a pickle inside of that: Transformer Engine stores it as the bytes of a tensor, and
+unpickles them when the model is loaded. They are read here through an allow-list of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import pickle
+import pickletools
 import reprlib
+import threading
 import types
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +27,7 @@ import torch
 
 from megatron_prune.errors import CheckpointError
 
+_ALLOWING = threading.Lock()
 _MOST_VALUES, _DEEPEST = 1_000_000, 64  # of what a walk through a loaded object may meet
 
 
@@ -37,12 +44,21 @@ class Opaque:
         return f"Opaque{reprlib.repr(getattr(self, 'arguments', ()))}"
 
 
+class _Stream(Opaque):
+    """Stands for an ``io.BytesIO``, and keeps its bytes."""
+
+    content = b""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            self.content = state[0]
+
+
 # Classes that Megatron (megatron.core.safe_globals) allows in the common state. Inert here.
 _COMMON_IGNORED = (
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
     "signal.Signals",
-    "_io.BytesIO",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
     "numpy.ndarray",
@@ -62,6 +78,38 @@ _COMMON_IGNORED = (
     ),
 )
 
+# What Transformer Engine puts into a module's state, as Megatron's own reader of it (SafeUnpickler) allows it.
+_IN_MODULE_STATE = {
+    *(("builtins", name) for name in ("dict", "list", "tuple", "int", "float", "bool", "bytes", "str")),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._tensor", "_rebuild_from_type_v2"),
+    ("torch.storage", "UntypedStorage"),
+    *(
+        ("transformer_engine.common.recipe", name)
+        for name in (
+            "DelayedScaling",
+            "Float8CurrentScaling",
+            "Float8BlockScaling",
+            "MXFP8BlockScaling",
+            "NVFP4BlockScaling",
+            "Format",
+            "_FormatHelper",
+            "MMParams",
+            "QParams",
+        )
+    ),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+_STORAGE_IN_MODULE_STATE = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+}
+
 
 def load_common(payload: bytes, origin: str) -> dict[str, Any]:
     """The common state of a checkpoint (a ``torch.save`` payload), read with ``weights_only``.
@@ -73,6 +121,20 @@ def load_common(payload: bytes, origin: str) -> dict[str, Any]:
     return _as_state(_load(io.BytesIO(payload), what), what)
 
 
+def vet(payload: bytes, key: str, origin: str) -> None:
+    """Refuse (CheckpointError) the object record ``key`` of an index unless Megatron may load it: it is what
+    ``torch.save`` writes, holds nothing but what the allow-list has, and so does a module's state inside of it."""
+    what = f"{origin}: the record {key}"
+    value = _load(io.BytesIO(payload), what)
+    if is_module_state(key):
+        _vet_module_state(value, what)
+
+
+def is_module_state(key: str) -> bool:
+    """True for a key of what Transformer Engine keeps beside a module's weights."""
+    return "_extra_state" in key
+
+
 def load_legacy(path: Path) -> dict[str, Any]:
     """One ``model_optim_rng.pt``: ``args`` as a plain dictionary, tensors mapped into memory and not read.
 
@@ -81,6 +143,73 @@ def load_legacy(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
     return _as_state(_load(path, str(path)), str(path))
+
+
+def vet_file(path: Path) -> None:
+    """Refuse (CheckpointError) a file of ``torch.save`` that asks for code."""
+    _load(path, str(path))
+
+
+def vet_module_states(value: Any, what: str) -> None:
+    """Refuse (CheckpointError) a loaded state in which a module's ``_extra_state`` asks for code: Transformer Engine
+    would unpickle it. ``value`` is a tree of bounded size."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if isinstance(key, str) and is_module_state(key):
+                _vet_module_state(part, f"{what}: {key}")
+            else:
+                vet_module_states(part, what)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            vet_module_states(part, what)
+
+
+def _vet_module_state(value: Any, what: str) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.uint8 and value.numel():
+            _vet_pickle(value.detach().cpu().contiguous().view(-1).numpy().tobytes(), what)
+    elif isinstance(value, (_Stream, io.BytesIO)):  # of Transformer Engine before 2.0
+        content = value.content if isinstance(value, _Stream) else value.getvalue()
+        if content:
+            _load(io.BytesIO(content), what)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _vet_module_state(part, what)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _vet_module_state(part, what)
+
+
+def _vet_pickle(content: bytes, what: str) -> None:
+    try:
+        refuse_absurd(content)
+        _ModuleStateUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a broken pickle can raise anything
+        raise CheckpointError(f"{what} is refused: {error}") from error
+
+
+class _ModuleStateUnpickler(pickle.Unpickler):
+    """Builds nothing: every name that is allowed is an ``Opaque``."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STORAGE_IN_MODULE_STATE:
+            return _storage
+        if (module, name) in _IN_MODULE_STATE:
+            return Opaque
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no module's state needs")
+
+
+def _storage(content: bytes) -> Opaque:
+    with _only_allowing([]):
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return Opaque()
+
+
+def refuse_absurd(payload: bytes) -> None:
+    """An unpickler makes room for what a pickle announces: a few bytes could ask for all memory."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
+            raise ValueError(f"it numbers its {number}th value {argument}")
 
 
 def refuse_compression(archive: zipfile.ZipFile) -> None:
@@ -94,6 +223,7 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
     allowed: list[Any] = [
         (argparse.Namespace, "argparse.Namespace"),
         (types.SimpleNamespace, "types.SimpleNamespace"),
+        (_Stream, "_io.BytesIO"),
         *((Opaque, name) for name in _COMMON_IGNORED),
     ]
     try:
@@ -105,6 +235,9 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
             mapped = isinstance(source, Path)
             value = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         _check_tree(value)
+        vet_module_states(value, what)
+    except CheckpointError:
+        raise
     except Exception as error:  # refused globals, broken archives
         reason = str(error).strip().splitlines() or ["unreadable"]
         detail = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
@@ -114,15 +247,19 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
 
 @contextlib.contextmanager
 def _only_allowing(allowed: list[Any]) -> Iterator[None]:
-    """Megatron registers its real classes with torch; mixed with inert ones, a pickle would meet some of both."""
-    registered = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(allowed):
-            yield
-    finally:
+    """Megatron registers its real classes with torch; mixed with inert ones, a pickle would meet some of both.
+
+    The list is the process's: one thread at a time, or Megatron would be left with inert ones.
+    """
+    with _ALLOWING:
+        registered = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(registered)
+        try:
+            with torch.serialization.safe_globals(allowed):
+                yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(registered)
 
 
 def _check_tree(value: Any) -> None:

@@ -48,6 +48,8 @@ def is_complete(directory: str | Path) -> bool:
 
     In `torch_dist` format Megatron writes ``metadata.json`` last; the index says which bytes of which file must
     exist. In the legacy format every rank's file must be there and end as such a file does.
+
+    Raises CheckpointError where the index asks for code.
     """
     from megatron_prune.checkpoint import index, legacy, safe
 
@@ -62,8 +64,8 @@ def is_complete(directory: str | Path) -> bool:
         for info in (safe.load_metadata(directory).storage_data or {}).values():
             needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
         index.check_files(directory, needed)
-    except StorageError:
-        raise  # it may be complete
+    except (StorageError, safe.AsksForCode):
+        raise  # it may be complete; it is, and hostile
     except (MegatronPruneError, OSError, TypeError):
         return False
     return True

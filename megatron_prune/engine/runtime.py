@@ -17,7 +17,7 @@ import torch
 from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.tracker import iteration_directory
-from megatron_prune.engine import cpu, torch_adam
+from megatron_prune.engine import cpu, safe_loading, torch_adam
 from megatron_prune.errors import CheckpointError, UsageError
 
 
@@ -35,6 +35,7 @@ def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any 
 
     cpu.prepare_megatron()
     torch_adam.mend()
+    safe_loading.install()
     _keep_prebuilt_helpers()
     from megatron_prune.engine.arguments import parse
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.artifacts import read_json, sha256_json
-from megatron_prune.checkpoint import index, safe
+from megatron_prune.checkpoint import index, safe, torch_dist
 from megatron_prune.checkpoint.files import StoredFiles
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights
 from megatron_prune.errors import MasksError, MegatronPruneError
@@ -70,7 +70,9 @@ class Masks:
         if not entries:
             raise MasksError(f"{self.label} holds no mask at all")
         self._files = StoredFiles(folder)
-        stored = index.stored_tensors(safe.load_metadata(folder), folder)
+        metadata = safe.load_metadata(folder)
+        torch_dist.vet_objects(metadata, self._files, folder)
+        stored = index.stored_tensors(metadata, folder)
         if stored.keys() != self.entries.keys():
             odd = sorted(stored.keys() ^ self.entries.keys())[0]
             raise MasksError(f"{folder}: {odd} is in only one of {MASKS_FILE} and the index")
