@@ -55,6 +55,11 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="train a new model under random masks with the pattern and the counts of --masks "
         "(per row; per group for N:M)",
     )
+    group.add_argument(
+        "--let-zeros-fill",
+        action="store_true",
+        help="train a sparse checkpoint as a dense one: its zeros become weights again",
+    )
     return parser  # fmt: skip
 
 
@@ -63,6 +68,8 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
     if args.random_masks is not None and args.masks is None:
         raise UsageError("--random-masks", given=args.random_masks, allowed="together with --masks",
                          why="their pattern and counts are taken")  # fmt: skip
+    if args.let_zeros_fill and args.masks is not None:
+        raise UsageError("--let-zeros-fill", given="on", allowed="off, together with --masks", why="they hold zeros")
     if _where(args) is None:
         return
     graphs = f"{args.cuda_graph_impl} {args.cuda_graph_modules} {args.cuda_graph_scope_deprecated}"
@@ -70,7 +77,6 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
     unreached, unproven = "its gradients lie where no mask reaches them", "not proven to hold zeros"
     for unfit, flag, given, allowed, why in (
         (args.optimizer not in ("adam", "sgd"), "--optimizer", args.optimizer, "adam or sgd", unproven),
-        (args.use_megatron_fsdp, "--use-megatron-fsdp", "on", "off", unreached),
         (args.use_torch_fsdp2, "--use-torch-fsdp2", "on", "off", unreached),
         (
             shards not in (None, args.tensor_model_parallel_size),
@@ -179,13 +185,15 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
         )  # fmt: skip
 
 
-def say_that_zeros_are_not_held(args: argparse.Namespace) -> None:
-    """A dense run that starts from a sparse checkpoint is allowed, but seldom meant."""
+def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
+    """Refuse (UsageError) a dense run that starts from a sparse checkpoint, which is seldom meant, unless asked for."""
     start = args.load if _holds_checkpoint(args.load) else args.pretrained_checkpoint
     found = find_masks(start) if start is not None else None
-    if found is not None:
-        print(f"{start} has masks, and this run does not hold them: its zeros will fill; --masks {found} holds them",
-              flush=True)  # fmt: skip
+    if found is not None and not args.let_zeros_fill:
+        raise UsageError(
+            "--masks", given="nothing", allowed=f"{found}, which holds the zeros of {start}, or --let-zeros-fill",
+            why="without either its zeros would become weights again, and the result would be no sparse model",
+        )  # fmt: skip
 
 
 def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> None:

@@ -45,8 +45,8 @@ from megatron_prune.training.masked import (
     add_mask_arguments,
     choose,
     refuse_unfit_arguments,
+    refuse_zeros_that_fill,
     say_that_masks_know_the_start,
-    say_that_zeros_are_not_held,
 )
 from megatron_prune.training.masters import begin_with_checkpoint
 
@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
     if save is not None:
         refuse_other_run(save, _identity(args))
     chosen = choose(args)
+    if chosen is None:
+        refuse_zeros_that_fill(args)
     if save is not None and _already_finished(args, save):
         if args.rank == 0:
             if not is_complete(save):
@@ -71,8 +73,6 @@ def main(argv: list[str]) -> int:
         refuse_unfit_range(args, lineage.trainings(initial["lineage"]) if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
-    if args.rank == 0 and chosen is None:
-        say_that_zeros_are_not_held(args)
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone

@@ -158,10 +158,15 @@ def test_weights_that_are_not_zero_under_the_masks_are_refused(tiny_parent, tiny
 def test_an_optimizer_state_that_would_move_zeros_is_refused(tiny_pruned, tiny_corpus, tmp_path, job):
     pruned, dense = tiny_pruned("2:4"), tmp_path / "dense"
     start = ["pretrain", "--use-checkpoint-args"]
-    told = job(
-        [*start, "--pretrained-checkpoint", pruned.path, *recipe(tiny_corpus, RANGE, dense, "--exit-interval", 2)]
-    )
-    assert "this run does not hold them" in told.ok().output and account(dense)["masks"] is None
+    filled = [
+        *start, "--pretrained-checkpoint", pruned.path, *recipe(tiny_corpus, RANGE, dense, "--exit-interval", 2)
+    ]  # fmt: skip
+    refused = job(filled)
+    assert refused.returncode == 2 and not dense.exists(), refused.output[-2000:]
+    assert f"--masks: given nothing, allowed is {pruned.masks}" in refused.output
+    assert "--let-zeros-fill" in refused.output
+    job([*filled, "--let-zeros-fill"]).ok()
+    assert account(dense)["masks"] is None
 
     words = recipe(tiny_corpus, RANGE, tmp_path / "run")
     words[words.index("--load") + 1] = str(dense)
@@ -190,6 +195,7 @@ REFUSED = [
     (["--cuda-graph-impl", "full_iteration"], "--cuda-graph-impl"),
     (["--optimizer-cpu-offload"], "--optimizer-cpu-offload"),
     (["--random-masks", "1"], "--random-masks"),
+    (["--let-zeros-fill"], "--let-zeros-fill"),
     (["--num-layers", "3"], "num_layers is 4 there and 3"),
 ]
 
@@ -215,9 +221,9 @@ def test_fp4_is_refused():
     from megatron_prune.training.masked import refuse_unfit_arguments
 
     fine = argparse.Namespace(
-        save=None, load=None, finetune=False, masks="m", random_masks=None, optimizer="adam", use_megatron_fsdp=False,
+        save=None, load=None, finetune=False, masks="m", random_masks=None, optimizer="adam",
         use_torch_fsdp2=False, tensor_parallel_num_weight_shards=None, tensor_model_parallel_size=1, fp4=None,
-        reuse_grad_buf_for_mxfp8_param_ag=False, cuda_graph_impl="local", cuda_graph_modules=[],
+        let_zeros_fill=False, reuse_grad_buf_for_mxfp8_param_ag=False, cuda_graph_impl="local", cuda_graph_modules=[],
         cuda_graph_scope_deprecated=None, optimizer_cpu_offload=False,
     )  # fmt: skip
     refuse_unfit_arguments(fine)
