@@ -37,7 +37,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
-    package_data={"megatron_prune": ["py.typed", "report/*.j2", "advise/*.json", "study/*.j2"]},
+    package_data={
+        "megatron_prune": [
+            "py.typed",
+            "report/*.j2",
+            "checkpoint/*.json",
+            "engine/*.json",
+            "advise/*.json",
+            "study/*.j2",
+        ]
+    },
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.6",

@@ -16,7 +16,7 @@ from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
-from megatron_prune.engine import cpu, fp8, installed, stores
+from megatron_prune.engine import cpu, fp8, installed, refusals, stores
 from megatron_prune.errors import CheckpointError, UsageError
 
 # What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
@@ -45,9 +45,17 @@ def parse(
     from megatron.training.global_vars import set_global_variables
 
     stores.refuse_unusable(verb, argv)
+    refusals.refuse_yaml(argv)
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
-    args = parse_args(extra_args_provider=lambda parser: add_verb_arguments(_add_own_flags(_mend_help(parser))))
+    parsers: list[argparse.ArgumentParser] = []
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
+        return add_verb_arguments(_add_own_flags(_mend_help(parser)))
+
+    args = parse_args(extra_args_provider=add)
+    refusals.refuse_without_effect(parsers[0], args, argv)
     _refuse_unfit_numbers(args)
     _refuse_missing_gpu(args)
     stores.refuse_unfit(args)

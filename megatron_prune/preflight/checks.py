@@ -212,7 +212,7 @@ def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -
 def memory_of_ranks(question: Question, rehearsal: Rehearsal) -> Finding:
     """The fullest rank against its GPU."""
     args, shape, gpu = rehearsal.args, rehearsal.shape, question.cluster.gpu
-    if args.use_megatron_fsdp or args.use_torch_fsdp2:
+    if args.use_torch_fsdp2:
         return Finding("memory", "not checked", "memory under FSDP is not estimated")
     if question.trains:
         ranks = memory.training(args, shape, rehearsal.stages, rehearsal.microbatches)

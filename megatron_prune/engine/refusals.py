@@ -1,0 +1,101 @@
+"""Flags of Megatron's parser that would do nothing here, or start a run that cannot go on: refused when given.
+
+Megatron's flags work as in Megatron, and its entry scripts read some of them: under another entry, which this package
+is, these are accepted by the parser and change nothing. ``unreached.json`` lists the flags that nothing which runs here
+reads; it is worked out from Megatron's source (``tests/engine/unreached.py``) and a test works it out again. Below
+stand the few that Megatron's library does read, while what they are for is elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import UsageError
+
+# Groups of the parser that belong to programs which this is not. CUDA graphs stand among the flags of inference.
+_OTHER_PROGRAMS = ("rl", "biencoder", "vision", "inference")
+_OF_TRAINING = ("cuda_graph_modules", "cuda_graph_scope_deprecated")
+# Deprecated names of what is Megatron's default now: they do what they say.
+_ASK_FOR_THE_DEFAULT = (
+    "deprecated_use_mcore_models",
+    "use_dist_ckpt_deprecated",
+    "ckpt_fully_parallel_save_deprecated",
+)
+
+_CANNOT_RESUME = "its checkpoints are in a format that is not read here: the run would start, and could not resume"
+# destination: why, where any other value than the parser's default would be accepted without its effect
+_ELSEWHERE = {
+    "logits_load_dir": "the loss on these logits is in pretrain_gpt.py's forward step: the run would train without",
+    "sft": "its data set is made by pretrain_gpt.py: the run would train on plain text",
+    "hybrid_context_parallel": "its batches are cut by pretrain_gpt.py's forward step",
+    "inprocess_restart": "pretrain_gpt.py wraps the run in it; here a launcher starts a failed run again",
+    "use_megatron_fsdp": _CANNOT_RESUME,
+}
+# (destination, value): why
+_VALUES = {
+    ("ckpt_format", "torch_dcp"): _CANNOT_RESUME,
+    ("ckpt_format", "fsdp_dtensor"): _CANNOT_RESUME,
+    ("non_persistent_ckpt_type", "local"): "what it stores are pickles, which would run when the run resumes",
+}
+
+
+def refuse_yaml(argv: Sequence[str]) -> None:
+    """Refuse (UsageError) Megatron's ``--yaml-cfg``, which its parser would read at once."""
+    for position, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag == "--yaml-cfg":
+            raise UsageError(
+                flag, given=value or " ".join(argv[position + 1 : position + 2]), allowed="nothing here",
+                why="its file would replace the command line, and the flags of this program with it",
+            )  # fmt: skip
+
+
+def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Refuse (UsageError) a flag that was given a value other than its default and would not do what it says."""
+    for action, why in _refused(parser):
+        value = getattr(args, action.dest, action.default)
+        if value != action.default:
+            raise UsageError(_option(action, argv), given=_given(action, value), allowed="nothing here", why=why)
+    actions = {action.dest: action for action in parser._actions}
+    for (name, value), why in _VALUES.items():
+        if getattr(args, name, None) == value and actions[name].default != value:
+            raise UsageError(_option(actions[name], argv), given=value, allowed="another value", why=why)
+
+
+def _refused(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:
+    others = {
+        action.dest: f"it belongs to other programs ({group.title})"
+        for group in parser._action_groups
+        if group.title in _OTHER_PROGRAMS
+        for action in group._group_actions
+        if action.dest not in _OF_TRAINING
+    }
+    for action in parser._actions:
+        name = action.dest
+        if name in _ELSEWHERE:
+            yield action, _ELSEWHERE[name]
+        elif name in others:
+            yield action, others[name]
+        elif name in unreached() and name not in _ASK_FOR_THE_DEFAULT:
+            yield action, "nothing that runs here reads it: it would be without effect"
+
+
+@cache
+def unreached() -> frozenset[str]:
+    """Destinations of Megatron's flags that no code which runs here reads."""
+    return frozenset(json.loads(Path(__file__).with_name("unreached.json").read_text()))
+
+
+def _option(action: argparse.Action, argv: Sequence[str]) -> str:
+    """The flag as it stands on the command line."""
+    words = {word.split("=", 1)[0] for word in argv}
+    return next((option for option in action.option_strings if option in words), action.option_strings[0])
+
+
+def _given(action: argparse.Action, value: Any) -> Any:
+    return "on" if action.nargs == 0 else value

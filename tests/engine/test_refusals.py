@@ -1,0 +1,118 @@
+"""Flags that would be accepted and do nothing, or start a run that cannot resume, are refused by their name."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from megatron_prune.engine import refusals
+from megatron_prune.errors import UsageError
+from tests.engine import unreached as source
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return source.parser()
+
+
+def refusal(parser, argv):
+    with pytest.raises(UsageError) as refused:
+        refusals.refuse_without_effect(parser, parser.parse_args(argv), argv)
+    return str(refused.value)
+
+
+def test_the_list_is_what_megatrons_source_says():
+    """Megatron changes: python -m tests.engine.unreached > megatron_prune/engine/unreached.json"""
+    assert sorted(refusals.unreached()) == source.unreached()
+
+
+def test_the_search_finds_what_is_known():
+    """Flags of which it was looked up by hand who reads them."""
+    unread = refusals.unreached()
+    assert {"logits_load_kd_loss_alpha", "fim_rate", "ict_load", "img_h", "grpo_kl_beta", "openai_gelu"} <= unread
+    read = "lr seed window_size adam_beta1 overlap_grad_reduce fp8 muon_momentum tokenizer_model save eod_mask_loss"
+    assert not set(read.split()) & unread
+
+
+def words(action: argparse.Action) -> list[str] | None:
+    """The action's flag with a value that is not its default; None where the parser's own rules leave none."""
+    if action.nargs == 0:
+        turned = [option for option in action.option_strings if option.startswith("--")]
+        return [turned[-1] if action.default is True and len(turned) > 1 else turned[0]]
+    if action.choices:
+        other = [choice for choice in action.choices if choice != action.default]
+        return [action.option_strings[0], str(other[0])] if other else None
+    for value in ("7", "0.7", "other", "7,7"):
+        try:
+            found = action.type(value) if callable(action.type) else value
+        except (ValueError, TypeError, AssertionError, argparse.ArgumentTypeError):
+            continue
+        if found != action.default:
+            return [action.option_strings[0], value]
+    return None
+
+
+def test_each_of_them_is_refused_when_given(parser):
+    refused = {action.dest: action for action, _ in refusals._refused(parser) if action.option_strings}
+    assert set(refusals.unreached()) - set(refusals._ASK_FOR_THE_DEFAULT) <= set(refused)
+    tried = 0
+    for action in refused.values():
+        argv = words(action)
+        if argv is None or parser.parse_args(argv) == parser.parse_args([]):
+            continue
+        assert refusal(parser, argv).startswith(f"{argv[0]}: given "), argv
+        tried += 1
+    assert tried > 0.9 * len(refused), (tried, len(refused))
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--logits-load-dir", "/nonexistent"], "the run would train without"),
+        (["--logits-load-dir=/nonexistent"], "the run would train without"),
+        (["--perform-rl-step"], "other programs"),
+        (["--use-megatron-fsdp"], "could not resume"),
+        (["--ckpt-format", "torch_dcp"], "could not resume"),
+        (["--ckpt-format", "fsdp_dtensor"], "could not resume"),
+        (["--non-persistent-ckpt-type", "local"], "pickles"),
+        (["--inprocess-restart"], "launcher"),
+        (["--hybrid-context-parallel"], "forward step"),
+    ],
+)
+def test_switches_whose_other_half_is_elsewhere_are_refused(parser, argv, why):
+    said = refusal(parser, argv)
+    assert said.startswith(f"{argv[0].split('=')[0]}: given ") and why in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--logits-load-prefetch-factor", "DEFAULT"],
+        ["--use-mcore-models"],
+        ["--cuda-graph-impl", "local"],
+        ["--ckpt-format", "torch"],
+        ["--non-persistent-ckpt-type", "global"],
+        ["--use-torch-fsdp2"],
+    ],
+)
+def test_what_has_its_effect_or_is_the_default_passes(parser, argv):
+    default = {option: action.default for action in parser._actions for option in action.option_strings}
+    argv = [str(default[argv[0]]) if word == "DEFAULT" else word for word in argv]
+    refusals.refuse_without_effect(parser, parser.parse_args(argv), argv)
+
+
+def test_a_run_that_would_not_distill_ends_before_it_starts(job, tmp_path):
+    from tests.training.small import MODEL
+
+    recipe = "--mock-data --seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 1".split()
+    done = job(["pretrain", *MODEL, *recipe, "--logits-load-dir", "/nonexistent"])
+    assert done.returncode == 2 and "Traceback" not in done.output
+    (line,) = [line for line in done.output.splitlines() if "logits" in line]
+    assert line.startswith("megatron_prune pretrain: --logits-load-dir: given /nonexistent, allowed is nothing here")
+
+
+def test_a_yaml_file_in_place_of_flags_is_refused(job):
+    done = job(["pretrain", "--yaml-cfg", "/nonexistent"])
+    assert done.returncode == 2 and "Traceback" not in done.output and "--yaml-cfg: given /nonexistent" in done.output
