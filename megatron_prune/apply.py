@@ -22,6 +22,7 @@ import torch
 from megatron_prune import artifacts, plan
 from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
 from megatron_prune.checkpoint.memory import keep_freed_memory
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
@@ -74,6 +75,7 @@ def apply_plan(
     cut would tear the groups of N:M masks; CheckpointError from reading and writing.
     """
     parent = open_checkpoint(load)
+    refuse_unrestored(parent.args, str(load))
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
     _write(parent, made.target, sources, save, [*parent.pruning, provenance(parent, made)], files or {}, workers)
@@ -86,6 +88,7 @@ def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoi
     Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
     """
     parent = open_checkpoint(load)
+    refuse_unrestored(parent.args, str(load))
     all_of_it = [(layout, layout.name, Kept()) for layout in weights(parent.shape)]
     account = parent.root / ACCOUNT
     files = {ACCOUNT: account.read_bytes()} if account.exists() else {}

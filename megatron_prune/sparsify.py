@@ -22,6 +22,7 @@ from rich.table import Table
 
 from megatron_prune import methods
 from megatron_prune.checkpoint.disk import check_space
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import UsageError
 from megatron_prune.sparse import request as requests
@@ -61,6 +62,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
 
     calibration.refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
+    refuse_unrestored(parent.args, f"--load {args.load}", vars(args))
     request.check(parent.shape)
     reads_text = request.method.statistic != "none"
     windows = calibration.chosen_windows(args, parent) if reads_text else None

@@ -27,6 +27,7 @@ from megatron_prune.checkpoint.huggingface_config import (
 )
 from megatron_prune.checkpoint.huggingface_table import Segment, rows_of_tensors, segments
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
@@ -117,6 +118,7 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
     fit the weights.
     """
     checkpoint = open_checkpoint(load)
+    refuse_unrestored(checkpoint.args, str(load))
     masks = masks_of(checkpoint)
     side = checkpoint.huggingface
     original = side / "config.json" if side is not None else None

@@ -49,6 +49,7 @@ FORGOTTEN = {
     "rope_scaling_factor": ("--rope-scaling-factor",),
     "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
     "init_method_std": ("--init-method-std",),
+    "embedding_init_method_std": ("--embedding-init-method-std",),
     "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
     "vocab_size": ("--vocab-size",),
     "qk_layernorm": ("--qk-layernorm",),

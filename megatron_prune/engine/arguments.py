@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
 from megatron_prune.engine import cpu, fp8, installed, refusals, stores
@@ -143,6 +144,7 @@ def restore_forgotten(args: argparse.Namespace, checkpoint: Checkpoint, argv: li
         stored = checkpoint.args.get(name)
         if stored is not None and not given(argv, *options):
             setattr(args, name, stored)
+    refuse_unrestored(checkpoint.args, str(checkpoint.root), vars(args))
 
 
 def _refuse_unfit_numbers(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape, weights
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.engine import cpu, safe_loading, torch_adam
 from megatron_prune.errors import CheckpointError, UsageError
@@ -131,6 +132,7 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
 
     checkpoint = open_checkpoint(loaded_directory(args) if flag == "--load" else path)
     checkpoint.verify()
+    refuse_unrestored(checkpoint.args, f"{flag} {path}", vars(args))
     virtual = args.virtual_pipeline_model_parallel_size or 1
     ours = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, virtual)
     if checkpoint.rank_layout not in (None, ours):

@@ -1,0 +1,100 @@
+"""Stored arguments that change what a model computes, and that nothing gives back to Megatron when it is built again.
+
+``--use-checkpoint-args`` restores some of a model's arguments and forgets others; this package restores more
+(``layout.FORGOTTEN``). A checkpoint that was trained with one of the rest, such as ``--window-size``, would run as
+another model without a word. ``megatron_arguments.json`` holds every argument of Megatron's model and transformer
+configuration with its default, as its parser has them; below stand those that are restored and those that cannot matter
+to the function. All others must be at their default, or be given on the command line as they are stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.errors import CheckpointError
+
+# By Megatron's load_args_from_checkpoint, and what follows from these.
+_RESTORED = frozenset(
+    (
+        *FORGOTTEN,
+        *"num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention".split(),
+        *"kv_channels max_position_embeddings position_embedding_type add_position_embedding rotary_base".split(),
+        *"use_rotary_position_embeddings rotary_percent rotary_interleaved add_bias_linear add_qkv_bias".split(),
+        *"squared_relu swiglu untie_embeddings_and_output_weights normalization encoder_num_layers".split(),
+        *"apply_query_key_layer_scaling attention_dropout hidden_dropout".split(),
+    )
+)
+# Refused by ModelShape wherever they are switched on: their details do not matter while they are off.
+_OF_OTHER_MODELS = (
+    *("num_experts", "moe_", "use_grouped_gemm_for_shared_expert"),  # experts
+    *("mtp_",),  # multi-token prediction
+    *("is_hybrid_model", "mamba_", "use_mamba_mem_eff_path", "mlp_chunks_for_"),  # state-space layers
+    "heterogeneous_layers_config_path",
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    *("rotary_scaling_factor", "mscale", "cache_mla_latents", "mla_down_proj_fusion", "rope_type"),
+)
+# Of attention variants whose switch (experimental_attention_variant) is compared.
+_OF_VARIANTS = ("dsa_", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_")
+# How a run computes the same function: where, in which precision, with which kernels, in which memory.
+_OF_THE_RUN = (
+    *("tensor_", "pipeline_", "context_", "expert_", "hierarchical_context", "sequence_parallel", "max_seqlen_per_dp"),
+    *("tp_comm_", "overlap_", "delay_wgrad", "ep_overlap", "use_ring_exchange", "defer_embedding", "wgrad_deferral"),
+    *("microbatch_group", "account_for_", "high_priority_a2a", "hybrid_context_parallel", "use_cpu_initialization"),
+    *(
+        "cpu_offloading",
+        "recompute_",
+        "distribute_saved",
+        "fine_grained_",
+        "offload_",
+        "min_offloaded",
+        "delay_offload",
+    ),
+    *("delta_offload", "activation_offload", "clone_scatter", "init_model_with_meta", "perform_initialization"),
+    *("fp16", "bf16", "fp8", "fp4", "first_last_layers_bf16", "num_layers_at_", "deterministic_mode", "te_precision"),
+    *("disable_bf16_reduced", "fp32_residual_connection", "attention_softmax_in_fp32"),
+    *("attention_backend", "flash_", "transformer_impl", "use_transformer_engine_op_fuser", "use_te_activation_func"),
+    *("cross_entropy_", "use_fused_weighted", "fused_residual", "use_grouped_gemm_for_dense_mlp", "batch_invariant"),
+    *("masked_softmax_fusion", "bias_", "apply_rope_fusion", "gradient_accumulation_fusion", "enable_cuda_graph"),
+    *("cuda_graph", "external_cuda_graph", "inference_", "symmetric_ar", "config_logger_dir", "enable_experimental"),
+    *("calculate_per_token_loss", "qk_clip", "use_precision_aware", "main_grads", "main_params", "exp_avg"),
+    *("megatron_fsdp_", "fsdp_", "yaml_cfg", "kitchen_", "use_kitchen", "cp_comm_type", "nccl_all_reduce_for_prefill"),
+    *("barrier_with_L1_time", "log_max_attention_logit", "onnx_safe", "test_mode", "bert_", "decoder_num_layers"),
+)
+_CANNOT_MATTER = (*_OF_OTHER_MODELS, *_OF_VARIANTS, *_OF_THE_RUN)
+
+
+def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping[str, Any] | None = None) -> None:
+    """Refuse (CheckpointError) stored arguments under which the model computes something else than it would here.
+
+    ``effective`` are the arguments that the model is built with, where it is built: one that has the stored value is
+    right. Without them, every value that is not Megatron's default is refused.
+    """
+    for name, default in compared().items():
+        value = _plain(stored.get(name, default))
+        if value in (default, None) or (effective is not None and _plain(effective.get(name)) == value):
+            continue
+        remedy = f"; give --{name.replace('_', '-')} by hand if that is its flag" if effective is not None else ""
+        raise CheckpointError(
+            f"{origin} was trained with {name}={value!r}, Megatron's default is {default!r}: nothing restores it, and "
+            f"without it this is another model{remedy}"
+        )
+
+
+@cache
+def compared() -> dict[str, Any]:
+    """Arguments of a model that must be at their default, which is given."""
+    known = json.loads(Path(__file__).with_name("megatron_arguments.json").read_text())
+    return {name: default for name, default in known.items() if not _excused(name)}
+
+
+def _excused(name: str) -> bool:
+    return name in _RESTORED or name.startswith(_CANNOT_MATTER)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
