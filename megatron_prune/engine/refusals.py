@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _ASK_FOR_THE_DEFAULT = (
     "ckpt_fully_parallel_save_deprecated",
 )
 
+_UNREAD = "nothing that runs here reads it: it would be without effect"
 _CANNOT_RESUME = "its checkpoints are in a format that is not read here: the run would start, and could not resume"
 # destination: why, where any other value than the parser's default would be accepted without its effect
 _ELSEWHERE = {
@@ -67,6 +68,20 @@ def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namesp
             raise UsageError(_option(actions[name], argv), given=value, allowed="another value", why=why)
 
 
+def refuse_names(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse (UsageError) flags of the list above by their names alone, before there is a command line.
+
+    ``arguments`` are values by flag, without its dashes; ``where`` they are written, for the error.
+    """
+    for flag, value in arguments.items():
+        name = flag.replace("-", "_")
+        why = _ELSEWHERE.get(name) or _VALUES.get((name, str(value)))
+        if why is None and name in unreached() - set(_ASK_FOR_THE_DEFAULT):
+            why = _UNREAD
+        if why is not None and value not in (None, False):
+            raise UsageError(f"{where}.{flag}", given=value, allowed="nothing here", why=why)
+
+
 def _refused(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:
     others = {
         action.dest: f"it belongs to other programs ({group.title})"
@@ -82,7 +97,7 @@ def _refused(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action,
         elif name in others:
             yield action, others[name]
         elif name in unreached() and name not in _ASK_FOR_THE_DEFAULT:
-            yield action, "nothing that runs here reads it: it would be without effect"
+            yield action, _UNREAD
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.checkpoint import safe, safe_objects
@@ -70,7 +71,7 @@ def _load_bytes(self: default_planner.DefaultLoadPlanner, read_item: Any, value:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error)[:200])
         raise CheckpointError(f"the record {key} is refused: {reason.strip()}") from error
     if self.flatten_state_dict:
-        default_planner.set_element(self.original_state_dict, self.mappings[key], loaded)
+        set_element(self.original_state_dict, self.mappings[key], loaded)
     else:
         self.state_dict[key] = loaded
 

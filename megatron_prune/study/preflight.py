@@ -18,6 +18,7 @@ from megatron_prune import artifacts, plan
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import heldout, identity, indexed, overlap, windows
+from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import budgets, choices, commands, ranges, unseen
 from megatron_prune.study.choices import Needs
@@ -91,6 +92,9 @@ def check(study: Study, places: Places) -> Outlook:
     if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UsageError("tracking.wandb_project", given=study.tracking.wandb_project,
                          allowed="a project only where wandb is installed: pip install wandb")  # fmt: skip
+    refusals.refuse_names(study.recipe.arguments, "recipe.arguments")
+    if study.parent.pretrain is not None:
+        refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
     outlook = look(study, places)
     _check_masked(study, places, outlook)
     _check_data(study, places, outlook)

@@ -37,6 +37,7 @@ _PARSERS = {"megatron.training.arguments", "megatron.training.yaml_arguments"}
 _SEES_ARGUMENTS = ("megatron.core.tokenizers.", "megatron.core.fault_injector")
 # megatron.core.optimizer.emerging_optimizers puts these names together.
 _PUT_TOGETHER = ("muon_", "adaptive_muon_")
+_TABLES = ("refusals.py", "model_arguments.py")  # of ours, which name flags and read none of them
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -129,8 +130,7 @@ def reached() -> list[_Piece]:
     files = _files()
     known = set(files)
     module = cache(lambda name: _Module(name, files[name], known))
-    # What is refused by name is not read for that.
-    own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "refusals.py"]
+    own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES]
     ours = [_Module(f"ours.{number}", path, known) for number, path in enumerate(own)]
     pieces: list[_Piece] = []
     mentioned: set[str] = set()

@@ -68,6 +68,22 @@ def test_refuses(prefixes, tmp_path: Path, changes: dict[str, Any], message: str
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits-load-dir": "/x"}, r"recipe\.arguments\.logits-load-dir: given /x, .*would train without"),
+        ({"use-megatron-fsdp": True}, r"recipe\.arguments\.use-megatron-fsdp: .*could not resume"),
+        ({"ckpt-format": "torch_dcp"}, r"recipe\.arguments\.ckpt-format: given torch_dcp, .*could not resume"),
+        ({"fim-data": True}, r"recipe\.arguments\.fim-data: .*without effect"),
+    ],
+)
+def test_refuses_flags_that_would_do_nothing(prefixes, tmp_path: Path, arguments, message: str) -> None:
+    recipe = {"lr": 1e-3, "global_batch_size": 8, "micro_batch_size": 4}
+    check(prefixes, tmp_path, recipe=recipe | {"arguments": dict.fromkeys(arguments, False) | {"bf16": False}})
+    with pytest.raises(UsageError, match=message):
+        check(prefixes, tmp_path, recipe=recipe | {"arguments": arguments})
+
+
 def test_refuses_a_copy_of_the_training_text(prefixes, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         shutil.copy(prefixes["train"] + suffix, tmp_path / f"copy{suffix}")
