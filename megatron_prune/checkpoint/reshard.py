@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune.artifacts import read_json, sha256_file, write_bytes, write_json
-from megatron_prune.checkpoint import index, safe, safe_objects, tracker
+from megatron_prune.checkpoint import index, safe, safe_objects, torch_dist, tracker
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
 from megatron_prune.checkpoint.files import StoredFiles
 from megatron_prune.checkpoint.foreign import refuse_remote
@@ -90,10 +90,10 @@ class _Save:
         self._stored = index.stored_tensors(self._metadata, directory)
         self._files = StoredFiles(directory)
         self._objects = {i.fqn: info for i, info in self._metadata.storage_data.items() if i.offset is None}
-        self._common_key = next((key for key in self._objects if key.split("/")[0] == "common_state"), _COMMON)
-        if self._common_key not in self._objects:
+        torch_dist.vet_objects(self._metadata, self._files, directory)
+        if _COMMON not in self._objects:
             raise CheckpointError(f"{directory} has no common state in its index: an older Megatron saved it")
-        content = safe_objects.load_common(self._bytes(self._common_key), str(directory)).get("content_metadata") or {}
+        content = safe_objects.load_common(self._bytes(_COMMON), str(directory)).get("content_metadata") or {}
         self.form = content.get("distrib_optim_sharding_type")
 
     def reshard(self) -> None:
@@ -114,7 +114,7 @@ class _Save:
             _sync(self._directory / name)
         kept: dict[str, Any] = {k: v for k, v in self._metadata.state_dict_metadata.items() if not _SET.match(k)}
         places = {i: info for i, info in self._metadata.storage_data.items() if not _SET.match(i.fqn)}
-        places |= storage | {dcp.MetadataIndex(self._common_key): _StorageInfo(*common)}
+        places |= storage | {dcp.MetadataIndex(_COMMON): _StorageInfo(*common)}
         made = dcp.Metadata(
             state_dict_metadata=kept | entries, storage_data=places, storage_meta=dcp.StorageMeta(), version="1.0.0"
         )
@@ -218,7 +218,7 @@ class _Save:
             from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()  # its own classes in the arguments: they were vetted when the form was read
-        (common,) = torch.load(io.BytesIO(self._bytes(self._common_key)), map_location="cpu", weights_only=True)
+        (common,) = torch.load(io.BytesIO(self._bytes(_COMMON)), map_location="cpu", weights_only=True)
         optimizer = {"param_state_sharding_type": WHOLE}
         for key in self._objects:
             field = key.removeprefix(f"{name}.").rsplit("/", 1)[0]

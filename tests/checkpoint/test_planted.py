@@ -16,6 +16,7 @@ import torch
 
 from megatron_prune.checkpoint import safe_objects
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import open_masks
 from tests.checkpoint import plants
@@ -102,6 +103,13 @@ def test_every_object_record_of_masks_is_vetted(tmp_path):
         with pytest.raises(CheckpointError, match=rf"the record {key} is refused: .*posix\.system"):
             open_masks(changed)
         shutil.rmtree(changed)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_tool_that_reshards_an_optimizer_refuses_it(copy, tmp_path):
+    plants.in_object("rng_state/shard_0.0_1.1")(copy, tmp_path / "executed")
+    with pytest.raises(CheckpointError, match=r"the record rng_state/shard_0\.0_1\.1 is refused: .*posix\.system"):
+        reshard(copy)
     assert not (tmp_path / "executed").exists()
 
 

@@ -10,8 +10,8 @@ its vision, retriever and RL programs). Under our own entry they would be accept
    class counts with all its methods. That is more than what can run: what is not reached by it cannot run.
 2. A flag is read where reached code has an attribute of its name (``args.x``, ``config.x``), or that name as a string
    (``getattr(args, "x")``). In ``megatron.core``, which never sees the arguments, that counts only for fields of the
-   configurations that are filled from all arguments of the same name. ``arguments.py`` itself does not count, except
-   where the flag decides what another, read flag becomes.
+   configurations that are filled from all arguments of the same name; in our own code, only for ``args.x`` and strings.
+   ``arguments.py`` itself does not count, except where the flag decides what another, read flag becomes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _PARSERS = {"megatron.training.arguments", "megatron.training.yaml_arguments"}
 _SEES_ARGUMENTS = ("megatron.core.tokenizers.", "megatron.core.fault_injector")
 # megatron.core.optimizer.emerging_optimizers puts these names together.
 _PUT_TOGETHER = ("muon_", "adaptive_muon_")
+_OURS = "ours."
 _TABLES = ("refusals.py", "model_arguments.py")  # of ours, which name flags and read none of them
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -90,7 +91,7 @@ class _Piece:
 
 
 def _look(module: _Module, node: ast.AST) -> _Piece:
-    piece = _Piece(module.name, node)
+    piece, ours = _Piece(module.name, node), module.name.startswith(_OURS)
     waiting = [(node, False)]
     while waiting:
         part, naming = waiting.pop()
@@ -98,7 +99,8 @@ def _look(module: _Module, node: ast.AST) -> _Piece:
             piece.mentions.add(part.id)
         elif isinstance(part, ast.Attribute):
             piece.mentions.add(part.attr)
-            if isinstance(part.ctx, ast.Load):
+            base = getattr(part.value, "id", getattr(part.value, "attr", ""))
+            if isinstance(part.ctx, ast.Load) and (base == "args" or not ours):
                 piece.reads.add(part.attr)
         elif isinstance(part, ast.Constant):
             if isinstance(part.value, str) and part.value.isidentifier():
@@ -131,7 +133,7 @@ def reached() -> list[_Piece]:
     known = set(files)
     module = cache(lambda name: _Module(name, files[name], known))
     own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES]
-    ours = [_Module(f"ours.{number}", path, known) for number, path in enumerate(own)]
+    ours = [_Module(f"{_OURS}{number}", path, known) for number, path in enumerate(own)]
     pieces: list[_Piece] = []
     mentioned: set[str] = set()
     modules: set[str] = set()
