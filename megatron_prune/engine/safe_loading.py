@@ -33,6 +33,9 @@ def install() -> None:
     # Of every other torch.load in Megatron and Transformer Engine: legacy files, optimizer files of ranks.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # Transformer Engine 2.20 refuses its own state of delayed scaling, a pickle, unless told that it can be trusted: a
+    # run under it could not resume. Here it is vetted, below.
+    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     vars(filesystem)["pickle"] = _IndexPickle()
     default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
     if not hasattr(checkpointing._load_base_checkpoint, "__wrapped__"):

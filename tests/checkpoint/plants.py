@@ -56,6 +56,11 @@ def inside_bytes(proof: Path) -> torch.Tensor:
     return torch.frombuffer(bytearray(pickle.dumps({"recipe": Touches(proof)})), dtype=torch.uint8)
 
 
+def inside_signed(proof: Path) -> torch.Tensor:
+    """The same bytes as signed numbers, which Transformer Engine takes for the same."""
+    return inside_bytes(proof).view(torch.int8)
+
+
 def inside_stream(proof: Path) -> io.BytesIO:
     """The same, of Transformer Engine 1."""
     return io.BytesIO(saved(Touches(proof)))
@@ -96,6 +101,7 @@ ATTACKS = {
     "a key that nobody knows": in_object("zzz/shard_0_1"),
     "a module's state": in_object(MODULE_STATE),
     "the bytes of a module's state": in_object(MODULE_STATE, inside_bytes),
+    "the signed bytes of a module's state": in_object(MODULE_STATE, inside_signed),
     "the stream of a module's state": in_object(MODULE_STATE, inside_stream),
     "random states": in_object("rng_state/shard_0.0_1.1"),
 }
