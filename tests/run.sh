@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Sets up .venv where needed, then the linter, the formatter, the type checker and the tests, in tiers:
 #
-#   bash tests/run.sh --quick              tests of less than a second each: the loop while one works
+#   bash tests/run.sh --quick              tests of less than half a second each: the loop while one works
 #   bash tests/run.sh                      all that is not marked slow; Transformer Engine's own too, where it was built
 #   bash tests/run.sh --all                everything, with a coverage figure: slow tests, Transformer Engine (built where
-#                                          it is not: minutes, once), 30 kills of each verb, and Megatron-LM's main branch
-#                                          where MEGATRON_LM names a checkout
+#                                          it is not: minutes, once), 30 kills of each verb, a sample of mutants, and
+#                                          Megatron-LM's main branch where MEGATRON_LM names a checkout
 #   bash tests/run.sh --gpu                on a machine with a GPU: tests/gpu and its benchmark, with Transformer Engine;
 #                                          writes examples/llama3.1_8b/RESULTS.md
 #   bash tests/run.sh tests/study -k plan  arguments go to pytest
 #   bash tests/run.sh --te [ARGUMENTS]     tests/te, and the tests of whatever runs a model once more on TE's layers
+#   bash tests/run.sh --mutation [MODULE]  every mutant of the modules in tests/mutation/modules.toml: hours; goes on
+#                                          where it was stopped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tier=default
 case "${1:-}" in
-    --quick | --all | --te | --gpu) tier=${1#--}; shift ;;
+    --quick | --all | --te | --gpu | --mutation) tier=${1#--}; shift ;;
     "") ;;
     *) tier=some ;;
 esac
@@ -97,5 +99,7 @@ case $tier in
         tests "${WORKERS[@]}" --cov --cov-report= "$@"
         echo "coverage: $(python -m coverage report --format=total)% of the package's lines, those in forked ranks too"
         on_te "${WORKERS[@]}" "${TE_TOO[@]}"
+        python -m tests.mutation --sample 20
         ;;
+    mutation) python -m tests.mutation "$@" ;;
 esac

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from megatron_prune import artifacts
+from megatron_prune.errors import MegatronPruneError
 
 
 @pytest.fixture
@@ -69,3 +72,43 @@ def test_a_folder_is_on_disk_before_its_name(tmp_path: Path, disk) -> None:
     assert {path for _, path in before} == {str(scratch / name) for name in ("a", "sub", "sub/b")} | {str(scratch)}
     assert {event for event, _ in before} == {"fsync"}
     assert (renamed, last) == (("rename", str(tmp_path / "made")), ("fsync", str(tmp_path)))
+
+
+def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:
+    artifacts.write_json(tmp_path / "a" / "b" / "c.json", {})
+    assert artifacts.read_json(tmp_path / "a" / "b" / "c.json") == {}
+
+
+def test_the_hash_of_json_is_of_its_canonical_form() -> None:
+    expected = hashlib.sha256(b'{"a":1,"b":[2,{"c":null}]}').hexdigest()
+    assert artifacts.sha256_json({"b": [2, {"c": None}], "a": 1}) == expected
+    with pytest.raises(ValueError):
+        artifacts.sha256_json([math.nan])
+
+
+def test_numbers_that_are_not_finite_become_null_and_others_stay() -> None:
+    given = {"a": (1, 2.5, math.inf, -math.inf, math.nan, "x", None, True), "b": {"c": [0.0]}}
+    assert artifacts.with_nulls(given) == {"a": [1, 2.5, None, None, None, "x", None, True], "b": {"c": [0.0]}}
+
+
+def test_an_error_after_the_rename_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then there is no temporary file to remove, and that is no error of its own."""
+
+    def after(source: str, target: Path, real=os.replace) -> None:
+        real(source, target)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(artifacts.os, "replace", after)
+    with pytest.raises(OSError, match="Input/output error"):
+        artifacts.write_json(tmp_path / "a.json", 1)
+
+
+def test_a_folder_is_copied_whole_and_over_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "a").write_text("a")
+    artifacts.copy_directory(source, tmp_path / "copy")
+    assert (tmp_path / "copy" / "sub" / "a").read_text() == "a"
+    with pytest.raises(MegatronPruneError, match="already exists"):
+        artifacts.copy_directory(source, tmp_path / "copy")
+    assert sorted(os.listdir(tmp_path)) == ["copy", "source"]

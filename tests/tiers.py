@@ -1,9 +1,9 @@
 """Which tests run when, by what they were measured to take: ``durations.txt``, processor seconds of a test and of all
 processes that it started.
 
-``--quick`` leaves out what took more than a second, and what is marked ``slow`` or ``gpu``; a test that nobody has
-measured yet is quick unless it starts ranks. Files run in the order of what they take, the longest first, so that two
-workers end together.
+``--quick`` leaves out what took half a second and more, and what is marked ``slow`` or ``gpu``; a test that nobody has
+measured yet is quick unless it starts ranks. Under xdist, files run in the order of what they take, the longest first,
+so that all workers end together.
 
     python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 DURATIONS = Path(__file__).with_name("durations.txt")
-QUICK = 1.0  # processor seconds
+QUICK = 0.5  # processor seconds
 SHORTEST = 0.2  # what takes less is not listed, unless it starts ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
 _HERTZ = os.sysconf("SC_CLK_TCK")
@@ -26,7 +26,7 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers", "which tests run")
-    group.addoption("--quick", action="store_true", help="only tests that take less than a second")
+    group.addoption("--quick", action="store_true", help="only tests that take less than half a second")
     group.addoption("--measure", metavar="FILE", help="write what every test takes into FILE, where it is listed")
 
 
@@ -37,10 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if _is_quick(item, taken)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
-    of_file: dict[Path, float] = defaultdict(float)
-    for item in items:
-        of_file[item.path] += taken.get(item.nodeid, 0.0)
-    items.sort(key=lambda item: -of_file[item.path])  # stable: a file's tests stay together and in order
+    if hasattr(config, "workerinput"):
+        of_file: dict[Path, float] = defaultdict(float)
+        for item in items:
+            of_file[item.path] += taken.get(item.nodeid, 0.0)
+        items.sort(key=lambda item: -of_file[item.path])  # stable: a file's tests stay together and in order
 
 
 def _is_quick(item: pytest.Item, taken: dict[str, float]) -> bool:

@@ -41,6 +41,18 @@ def test_ranges(batch: Batch, parent_steps: int, retrain: int, consumed: int) ->
     assert total.end >= range_.end  # everything that the pruned arm saw
 
 
+@given(batches, st.integers(0, 10**15), st.integers(1, 500), st.integers(0, 10**13), st.integers(1, 10**9))
+def test_ranges_of_equal_flops(batch: Batch, parent: int, steps: int, spent: int, sequence: int) -> None:
+    """The fewest whole batches that execute what parent, pruning and retraining did."""
+    retrain = batch.range(3 * batch.samples, steps)
+    trained = parent + steps * batch.samples * sequence
+    wanted = trained + (spent if spent * 1000 >= trained else 0)
+    found = Lay(batch, 0, 0, parent).scratch_flops(retrain, spent, sequence)
+    assert found is not None and found.start == 0 and found.end == found.steps * batch.samples
+    assert 0 <= found.end * sequence - wanted < batch.samples * sequence
+    assert Lay(batch, 0, 0, None).scratch_flops(retrain, spent, sequence) is None  # nobody knows
+
+
 @given(st.integers(0, 10**12), st.integers(1, 10**12))
 def test_negligible_consumption_is_not_counted(consumed: int, trained: int) -> None:
     assert counted(consumed, trained) == (consumed if consumed >= trained / 1000 else 0)
@@ -145,3 +157,22 @@ def test_warm_up_is_a_fraction_of_a_runs_steps_up_to_the_cap(recipe: dict[str, A
         argv = commands.recipe(study, Places(Path("runs")), LAY.batch.range(0, steps), 1, 1e-3, permute=True)
         found = [word for i, word in enumerate(argv) if "warmup" in word or (i and "warmup" in argv[i - 1])]
         assert " ".join(found) == expected, steps
+
+
+def test_masks_of_methods_whose_labels_begin_alike_are_of_two_runs() -> None:
+    """A label may hold what ends a name before its seed."""
+    method = {"name": "sparsegpt", "pattern": "2:4", "compare": {"equal-training": ["masked"]}}
+    study = make(methods=[method | {"label": label} for label in ("my-small", "my-slow")], settings=["equal-training"])
+    made = grid.expand(study, LAY, {p.name: SHAPE for p in prunings.prunings(study)}, {})
+    found = sorted(c.id.split("-r50-")[0] for c in made.cells if c.kind == "scratch")
+    assert found == ["scratch-masked-my-slow", "scratch-masked-my-small"]
+
+
+def test_of_several_rates_a_comparison_names_the_first() -> None:
+    parent = {"pretrain": GOOD["parent"]["pretrain"] | {"lr": 1e-3}}
+    study = make(recipe=GOOD["recipe"] | {"lr": [1e-3, 2e-3, 3e-3]}, parent=parent)
+    made = grid.expand(study, LAY, {p.name: SHAPE for p in prunings.prunings(study)}, {})
+    for comparison in made.comparisons:
+        assert [rate for rate, _, _ in comparison.swept] == [1e-3, 2e-3, 3e-3]
+        assert (comparison.pruned, comparison.scratch) == comparison.swept[0][1:]
+        assert comparison.pruned.endswith("-lr0.001")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ RECORDS = [{"cell": f"c{n}", "loss": n / 3, "name": "grün"} for n in range(3)]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    path = tmp_path / "runs" / "ledger.jsonl"
+    path = tmp_path / "runs" / "study" / "ledger.jsonl"  # neither folder is there
     for record in RECORDS:
         Ledger(path).append(record)
     return path
@@ -39,6 +40,14 @@ def test_appending_never_rewrites_earlier_lines(path: Path) -> None:
     before = path.read_bytes()
     Ledger(path).append({"cell": "c3"})
     assert path.read_bytes().startswith(before)
+
+
+def test_a_loss_that_is_not_finite_is_not_written(path: Path) -> None:
+    """JSON has no word for it: another program could not read the line."""
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        Ledger(path).append({"cell": "c3", "loss": math.nan})
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("line", [b"{oops\n", b"[]\n", b'{"loss": 1}\n', b'{"cell": "c0"}\n'])
