@@ -25,6 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="gets train, calibration, validation and test .jsonl")
     add("--max-bytes", type=int, default=16_000_000, help="stop after this much text; 0 takes all there is")
     add("--split", default=",".join(map(str, corpus.SHARES)), help="shares of the four splits")
+    add("--longest-held-out", type=int, default=0, metavar="CHARACTERS", help="of a document of the last three; 0: all")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; the files do not depend on them")
     return parser.parse_args(argv)
 
@@ -33,12 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         manifest = corpus.build_corpus(
-            args.output, max_bytes=args.max_bytes or None, shares=shares(args.split), workers=args.workers
+            args.output,
+            max_bytes=args.max_bytes or None,
+            shares=shares(args.split),
+            longest_held_out=args.longest_held_out or None,
+            workers=args.workers,
         )
     except MegatronPruneError as error:
         print(f"build_corpus: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    sizes = ", ".join(f"{name} {s['bytes'] / 1e6:.2f} MB" for name, s in manifest["splits"].items())
+    sizes = ", ".join(
+        f"{name} {s['bytes'] / 1e6:.2f} MB of {s['documents']} documents" for name, s in manifest["splits"].items()
+    )
     print(f"{args.output}: {sizes} in {manifest['seconds']:.1f} s")
     return 0
 

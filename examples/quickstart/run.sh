@@ -32,7 +32,8 @@ tokenize() { # the four corpora side by side: most of each is start-up
 stage "set-up" setup_env
 begin=$SECONDS
 mkdir -p "$DATA"
-[ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 10000000
+[ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 10000000 \
+    --longest-held-out 1200 # so that the windows evaluated are of many documents
 [ -f "$DATA/tokenizer.model" ] || stage "tokenizer" python tools/train_tokenizer.py \
     --input "$DATA/text/train.jsonl" --output "$DATA/tokenizer.model" --vocab-size $VOCABULARY --max-bytes 4000000
 stage "tokenize" tokenize

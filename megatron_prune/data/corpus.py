@@ -10,11 +10,11 @@ the text comes from: nothing of it belongs in a repository.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -38,13 +38,15 @@ def build_corpus(
     *,
     max_bytes: int | None = 16_000_000,
     shares: Sequence[float] = SHARES,
+    longest_held_out: int | None = None,
     workers: int = 1,
     places: Places | None = None,
 ) -> dict[str, Any]:
     """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; the manifest.
 
     ``max_bytes`` of text (UTF-8) end the gathering; ``shares`` are the splits' parts of the bytes, which
-    are met but for the document on each border.
+    are met but for the document on each border. Of documents of calibration, validation and test, ``longest_held_out``
+    characters at most are kept and the rest is in no split: where they are resampled, many say more than long ones.
     An ``output`` from before is replaced. Raises UsageError, and DataError when a split stays empty.
     """
     if len(shares) != len(SPLITS) or min(shares) <= 0:
@@ -52,26 +54,29 @@ def build_corpus(
         raise UsageError("--split", given=given, allowed="four positive shares, such as 94,2,2,2")
     if max_bytes is not None and max_bytes < 1:
         raise UsageError("--max-bytes", given=max_bytes, allowed="a positive number")
+    if longest_held_out is not None and longest_held_out < SHORTEST:
+        raise UsageError("--longest-held-out", given=longest_held_out, allowed=f"{SHORTEST} characters or more")
     begun = monotonic()
     rejected: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
-    documents: list[tuple[bytes, int, Found]] = []
+    documents: list[tuple[bytes, Found]] = []
     total = 0
     for document in clean(gather(places or Places(), workers), rejected):
         payload = document.text.encode()
         size = len(payload)
-        documents.append((hashlib.sha256(payload).digest(), size, document))
+        documents.append((hashlib.sha256(payload).digest(), document))
         kinds.setdefault(document.kind, Counter()).update(documents=1, bytes=size)
         total += size
         if max_bytes is not None and total >= max_bytes:
             break
-    splits = _split(documents, total, shares)
+    splits = _split(documents, total, shares, longest_held_out)
     if empty := [name for name, found in splits.items() if not found]:
         raise DataError(
             f"only {total} bytes of text were found and {', '.join(empty)} got none: "
             "install packages with documentation, or raise --max-bytes"
         )
-    manifest: dict[str, Any] = {"version": 1, "max_bytes": max_bytes, "shares": list(shares), "bytes": total,
+    manifest: dict[str, Any] = {"version": 1, "max_bytes": max_bytes, "shares": list(shares),
+                                "longest_held_out": longest_held_out, "bytes": total,
                                 "splits": {}, "kinds": kinds, "rejected": dict(rejected)}  # fmt: skip
     with artifacts.atomic_directory(output, replace=True) as scratch:
         for name, chosen in splits.items():
@@ -89,20 +94,36 @@ def build_corpus(
 
 
 def _split(
-    documents: Sequence[tuple[bytes, int, Found]], total: int, shares: Sequence[float]
+    documents: Sequence[tuple[bytes, Found]], total: int, shares: Sequence[float], longest: int | None
 ) -> dict[str, list[Found]]:
-    """Cut the documents, in the order of their hashes, where each split has its share of the bytes.
+    """Cut the documents, in the order of their hashes, where each split has its share of the bytes: test from the end.
 
     The order stays: so the first windows of a split are a mixture and not all of one kind.
     """
-    splits: dict[str, list[Found]] = {name: [] for name in SPLITS}
-    borders = [total * end / sum(shares) for end in itertools.accumulate(shares)]
-    seen = 0
-    for _, size, found in sorted(documents, key=lambda document: document[0]):
-        middle = seen + size / 2
-        splits[SPLITS[sum(middle >= border for border in borders[:-1])]].append(found)
-        seen += size
-    return splits
+    rest = [found for _, found in sorted(documents, key=lambda document: document[0])]
+    splits: dict[str, list[Found]] = {}
+    seen, border = 0, 0.0
+    for name, share in reversed(list(zip(SPLITS, shares, strict=True))[1:]):
+        border += total * share / sum(shares)
+        chosen: list[Found] = []
+        while rest:
+            held = replace(rest[-1], text=beginning(rest[-1].text, longest))
+            size = len(held.text.encode())
+            if seen + size / 2 >= border:
+                break
+            chosen.append(held)
+            rest.pop()
+            seen += size
+        splits[name] = chosen[::-1]
+    return {SPLITS[0]: rest} | {name: splits[name] for name in SPLITS[1:]}
+
+
+def beginning(text: str, longest: int | None) -> str:
+    """A text's first paragraphs, of ``longest`` characters at most; the first words of a paragraph longer than that."""
+    if longest is None or len(text) <= longest:
+        return text
+    ends = (text.rfind(mark, SHORTEST, longest + 1) for mark in ("\n\n", " "))
+    return text[: next((end for end in ends if end > 0), longest)]
 
 
 def clean(found: Iterable[Found], rejected: Counter[str]) -> Iterator[Found]:

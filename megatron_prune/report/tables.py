@@ -161,6 +161,7 @@ def sweeps(found: Results) -> Shown:
             "budget": numbers.count(one.budget),
             "rates": ", ".join(f"{rate:g}: {numbers.loss(loss)}" for rate, loss in one.validation.items()),
             "chosen": numbers.DASH if one.chosen is None else f"{one.chosen:g}",
+            "edge": "" if one.edge is None else f"the {one.edge.end}: add {one.edge.add:g}",
         }
         for one in found.sweeps
     ]

@@ -14,9 +14,10 @@ import numpy as np
 from megatron_prune import artifacts
 from megatron_prune.data.identity import fingerprint
 from megatron_prune.errors import AccountError
-from megatron_prune.study import documents, statistics, trends, verdicts
+from megatron_prune.study import documents, pooling, statistics, trends, verdicts
 from megatron_prune.study.config import Study
 from megatron_prune.study.places import Places
+from megatron_prune.study.pooling import Paired
 from megatron_prune.study.statistics import OverDocuments
 from megatron_prune.study.subject import SUBJECT
 from megatron_prune.study.trends import Trend
@@ -32,6 +33,7 @@ def judge(study: Study, places: Places, compared: Sequence[Any], records: Mappin
     groups = _groups(compared, lambda item: tuple(item.group.values()))
     for items in groups.values():
         _refuse_repeated_seeds(items)
+    scatters = pooling.shared([_paired(items, records) for items in groups.values()])
     found = [
         verdicts.judge(
             **items[0].group,
@@ -39,15 +41,27 @@ def judge(study: Study, places: Places, compared: Sequence[Any], records: Mappin
             scratch=[records[item.comparison.scratch] for item in items],
             budget=items[0].comparison.budget,
             one_parent=not study.parent_per_seed,
+            scatter=scatter,
+            edges=items[0].comparison.edges,
             documents=windows.interval(
                 [item.comparison.pruned for item in items], [item.comparison.scratch for item in items]
             ),
         )
-        for items in groups.values()
+        for items, scatter in zip(groups.values(), scatters, strict=True)
     ]
     meant = {tuple(item.group.values()): item.group | {"budget": item.comparison.budget} for item in compared}
     planned = sum(study.family.holds(comparison) for comparison in meant.values())
     return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
+
+
+def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
+    """The paired test losses of one verdict, and its runs, which others may have too."""
+    items = sorted(items, key=lambda item: item.comparison.seed)
+    pruned, scratch = (tuple(getattr(item.comparison, arm) for item in items) for arm in ("pruned", "scratch"))
+    losses = [np.array([records[cell]["test_loss"] for cell in cells]) for cells in (pruned, scratch)]
+    seeds = tuple(item.comparison.seed for item in items)
+    setting = (items[0].comparison.setting, items[0].comparison.against)
+    return Paired(setting, seeds, pruned, scratch, losses[1] - losses[0])
 
 
 def _refuse_repeated_seeds(items: Sequence[Any]) -> None:

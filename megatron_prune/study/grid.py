@@ -50,12 +50,27 @@ class TrainingCell:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """An arm's learning rate is at an end of those tried, so that a better one may lie beyond: ``add`` is the next."""
+
+    arm: str  # pruned or scratch
+    rate: float
+    end: Literal["smallest", "largest"]
+    add: float
+
+    @property
+    def words(self) -> str:
+        return f"The {self.arm} arm's learning rate, {self.rate:g}, is the {self.end} that was tried: add {self.add:g}."
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A pruned run and the scratch run that it is measured against.
 
     ``scratch`` is None where it is not run, and ``not_run`` says why; or where its length is not known yet. Of a
     sweep, ``pruned`` and ``scratch`` are the runs at the first rate until ``results`` has chosen the arms' own;
-    ``swept`` has both by rate, and ``chosen`` is False while runs that decide are missing.
+    ``swept`` has both by rate, ``chosen`` is False while runs that decide are missing, and ``edges`` says whose rate
+    was the smallest or the largest of its grid.
     """
 
     pruning: Pruning
@@ -68,6 +83,7 @@ class Comparison:
     not_run: str = ""
     swept: tuple[tuple[float, str, str | None], ...] = ()
     chosen: bool = True
+    edges: tuple[Edge, ...] = ()
 
 
 @dataclass(frozen=True)

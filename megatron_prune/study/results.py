@@ -192,7 +192,12 @@ def to_json(results: Results) -> dict[str, Any]:
         "columns": list(COLUMNS),
         "rows": list(results.rows),
         "verdicts": [
-            asdict(verdict) | {"winner": verdict.winner, "words": f"{verdict.subject}: {verdict.words}"}
+            asdict(verdict)
+            | {
+                "winner": verdict.winner,
+                "detectable": verdict.detectable,
+                "words": f"{verdict.subject}: {verdict.words}",
+            }
             for verdict in results.verdicts
         ],
         "trends": [trend.to_json() for trend in results.trends],
@@ -208,7 +213,7 @@ def to_json(results: Results) -> dict[str, Any]:
             }
             for item in results.compared
         ],
-        "sweeps": [asdict(one) for one in results.sweeps],
+        "sweeps": [asdict(one) | {"edge": one.edge and asdict(one.edge)} for one in results.sweeps],
         "unigram_loss": results.parent["unigram_loss"] if results.parent else None,
         "stages": {cell: record["seconds"] for cell, record in results.records.items()},
     }

@@ -12,19 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
+
+from megatron_prune.study.pooling import Scatter
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000
-FEWEST_DOCUMENTS = 10  # below it resampling them says little
+POWER = 0.8
+RESAMPLES = 4000
+FEWEST_DOCUMENTS = 30  # below it intervals over documents cover less than they say
 
 
 @dataclass(frozen=True)
 class Difference:
     """Scratch minus pruned in nats, so that positive says that pruning won. One seed has a mean alone.
 
-    ``effect``: the mean in standard deviations over seeds, times Hedges' correction for few of them (1981, eq. 6e);
-    from three seeds on, where they differ.
+    ``effect``: the mean in standard deviations over seeds (shared ones where ``pooled``), times Hedges' correction for
+    few of them (1981, eq. 6e); from three seeds on, where they differ.
     """
 
     seeds: int
@@ -34,6 +37,7 @@ class Difference:
     p: float | None = None  # two-sided
     effect: float | None = None
     freedom: float = 0  # degrees of, of the variance that the interval rests on
+    pooled: int = 1  # comparisons that this variance is of
 
     @property
     def winner(self) -> str:
@@ -45,36 +49,70 @@ class Difference:
 
 @dataclass(frozen=True)
 class OverDocuments:
-    """A 95% interval of the same difference, had other documents been drawn and the models been the same."""
+    """A 95% interval of the same difference, had other documents been drawn and the models been the same.
+
+    Without ends for fewer documents than ``FEWEST_DOCUMENTS``.
+    """
 
     documents: int
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def words(self) -> str:
+        if self.low is None or self.high is None:
+            return (
+                f"Over evaluation documents no interval: the windows are of {self.documents}, and from fewer than "
+                f"{FEWEST_DOCUMENTS} it would be too short."
+            )
+        return (
+            f"Over {self.documents} evaluation documents, these models fixed: "
+            f"{self.low:+.3f} to {self.high:+.3f} (95%, bootstrap)."
+        )
 
 
-def paired(pruned: Sequence[float], scratch: Sequence[float]) -> Difference:
-    """The paired difference over seeds, with a two-sided 95% t interval from two seeds on."""
+def paired(pruned: Sequence[float], scratch: Sequence[float], scatter: Scatter | None = None) -> Difference:
+    """The paired difference over seeds, with a two-sided 95% t interval from two seeds on.
+
+    ``scatter`` is what it shares with other comparisons, which its own is put together with.
+    """
     differences = np.subtract(scratch, pruned, dtype=np.float64)
     seeds, mean = len(differences), float(differences.mean())
     if seeds == 1:
         return Difference(1, mean)
-    freedom, deviation = seeds - 1, float(differences.std(ddof=1))
+    freedom, variance = float(seeds - 1), float(differences.var(ddof=1))
+    if scatter is not None:
+        variance, freedom = scatter.variance_of(variance, seeds - 1)
+    deviation = math.sqrt(variance)
     error = deviation / math.sqrt(seeds)
     reach = t_quantile(freedom) * error
     p = 2 * float(special.stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
-    return Difference(seeds, mean, mean - reach, mean + reach, p, _effect(mean, deviation, freedom), freedom)
+    return Difference(seeds, mean, mean - reach, mean + reach, p, _effect(mean, deviation, freedom), freedom,
+                      scatter.comparisons if scatter else 1)  # fmt: skip
 
 
-def _effect(mean: float, deviation: float, freedom: int) -> float | None:
+def _effect(mean: float, deviation: float, freedom: float) -> float | None:
     if freedom < 2 or not deviation:
         return None
     correction = math.exp(special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2)) / math.sqrt(freedom / 2)
     return correction * mean / deviation
 
 
-def t_quantile(freedom: int) -> float:
+def t_quantile(freedom: float) -> float:
     """How many standard errors a two-sided 95% interval reaches to either side."""
     return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def detectable(found: Difference, level: float) -> float | None:
+    """The true difference that a two-sided t test at ``level`` finds with probability ``POWER``, at this scatter.
+
+    By the noncentral t distribution. None for one seed.
+    """
+    if found.low is None or found.high is None:
+        return None
+    error = (found.high - found.low) / 2 / t_quantile(found.freedom)
+    critical = float(special.stdtrit(found.freedom, 1 - level / 2))
+    return error * float(special.nctdtrinc(found.freedom, 1 - POWER, critical))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -88,18 +126,32 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def over_documents(pruned: np.ndarray, scratch: np.ndarray, documents: np.ndarray) -> OverDocuments | None:
-    """Bootstrap (BCa, Efron 1987) of scratch minus pruned over evaluation documents.
+    """Studentised bootstrap (bootstrap-t, Efron 1981) of scratch minus pruned over evaluation documents.
 
     ``pruned`` and ``scratch``: losses [seeds, windows]; ``documents`` [windows] names the document of each window,
-    and a document's windows are drawn together. None for fewer than ``FEWEST_DOCUMENTS``, or equal models.
+    and a document's windows are drawn together. Documents differ in length, so that the mean over windows is a ratio of
+    two sums; its standard error, of the data and of every resample, is the linear one. Without an interval for fewer
+    than ``FEWEST_DOCUMENTS``; None for equal models.
     """
     differences = (np.asarray(scratch) - np.asarray(pruned)).mean(axis=0)
-    names, own = np.unique(documents, return_inverse=True)
-    if len(names) < FEWEST_DOCUMENTS or np.ptp(differences) == 0:
-        return None
+    _, own = np.unique(documents, return_inverse=True)
     sums, windows = np.bincount(own, differences), np.bincount(own).astype(np.float64)
-    found = stats.bootstrap(
-        (sums, windows), lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis), paired=True, vectorized=True,
-        n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return OverDocuments(len(names), float(found.low), float(found.high))
+    number = len(sums)
+    if np.ptp(differences) == 0:
+        return None
+    if number < FEWEST_DOCUMENTS:
+        return OverDocuments(number)
+    moments = np.stack([sums, windows, sums * sums, sums * windows, windows * windows], axis=1)
+    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES) @ moments
+    ratio, error = _ratio(moments.sum(axis=0), number)
+    ratios, errors = _ratio(drawn, number)
+    low, high = np.quantile((ratios - ratio) / np.maximum(errors, 1e-300), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return OverDocuments(number, float(ratio - high * error), float(ratio - low * error))
+
+
+def _ratio(moments: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ratio of sums and its standard error, from sums over documents of s, n, s*s, s*n and n*n [..., 5]."""
+    s, n, ss, sn, nn = np.moveaxis(moments, -1, 0)
+    ratio = s / n
+    squares = np.maximum(ss - 2 * ratio * sn + ratio * ratio * nn, 0.0)
+    return ratio, np.sqrt(squares * number / (number - 1)) / n

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_prune.study.grid import Comparison
+from megatron_prune.study.grid import Comparison, Edge
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class Sweep:
     sparse: bool
     validation: Mapping[float, float | None]
     chosen: float | None
+
+    @property
+    def edge(self) -> Edge | None:
+        """Where the choice is at an end of the rates: the next one, as far from it as its neighbour on a log scale."""
+        rates = sorted(self.validation)
+        if self.chosen is None or self.chosen not in (rates[0], rates[-1]):
+            return None
+        largest = self.chosen == rates[-1]
+        add = self.chosen**2 / rates[-2 if largest else 1]
+        return Edge(self.arm, self.chosen, "largest" if largest else "smallest", float(f"{add:.3g}"))
 
 
 def choose(
@@ -73,6 +83,7 @@ def _chosen(
 def _with_choice(made: Comparison, sweeps: Mapping[tuple[Any, ...], Sweep]) -> Comparison:
     arms = {"pruned": sweeps.get(_pruned(made)), "scratch": sweeps.get(_scratch(made))}
     changes: dict[str, Any] = {"chosen": all(arm is None or arm.chosen is not None for arm in arms.values())}
+    changes["edges"] = tuple(edge for arm in arms.values() if arm is not None and (edge := arm.edge))
     for position, (which, arm) in enumerate(arms.items()):
         if arm is not None and arm.chosen is not None:
             changes[which] = next(names[position] for rate, *names in made.swept if rate == arm.chosen)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune.study import statistics
-from megatron_prune.study.statistics import CONFIDENCE, Difference, OverDocuments
+from megatron_prune.study.grid import Edge
+from megatron_prune.study.pooling import Scatter
+from megatron_prune.study.statistics import CONFIDENCE, POWER, Difference, OverDocuments
 from megatron_prune.study.subject import Subject, setting_words
 
 CORPORA = ("validation", "test")
@@ -23,8 +25,8 @@ class Verdict(Subject):
     """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds.
 
     ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``without``: those of
-    them that have no p value; ``corrected``: its own p value then. ``documents``: the bootstrap over evaluation
-    documents, of the test text.
+    them that have no p value; ``corrected``: its own p value then; ``level``: what Holm holds those against that are
+    not told apart. ``documents``: the bootstrap over evaluation documents, of the test text.
     """
 
     tokens: int
@@ -37,7 +39,14 @@ class Verdict(Subject):
     family: int = 0
     without: int = 0
     corrected: float | None = None
+    level: float = 1 - CONFIDENCE
+    edges: tuple[Edge, ...] = ()  # arms whose learning rate is at an end of those tried
     documents: OverDocuments | None = None
+
+    @property
+    def detectable(self) -> float | None:
+        """The gap in nats that would have been told apart in four such studies of five; None for one seed."""
+        return statistics.detectable(self.test, self.level)
 
     @property
     def winner(self) -> str:
@@ -59,6 +68,8 @@ class Verdict(Subject):
             found = f"pruned and scratch cannot be told apart, {losses}"
             if self.test.winner != "neither":
                 found += f" (their interval could, were it not one of {self.family} comparisons)"
+            if self.detectable is not None:
+                found += f"; a gap of {self.detectable:.3f} nats would have been in {POWER:.0%} of such studies"
             return f"{found}. {self._certainty}"
         return f"{WINNERS[self.winner]} ends lower by {abs(self.test.mean):.3f} nats, {losses}. {self._certainty}"
 
@@ -66,21 +77,19 @@ class Verdict(Subject):
     def _certainty(self) -> str:
         parts = ["One seed: no interval."] if self.test.low is None or self.test.high is None else [self._over_seeds]
         if self.documents:
-            low, high = self.documents.low, self.documents.high
-            parts.append(
-                f"Over {self.documents.documents} evaluation documents, these models fixed: "
-                f"{low:+.3f} to {high:+.3f} (95%, bootstrap)."
-            )
-        return " ".join(parts)
+            parts.append(self.documents.words)
+        return " ".join([*parts, *(edge.words for edge in self.edges)])
 
     @property
     def _over_seeds(self) -> str:
         freedom = self.test.freedom
+        pooled = f", scatter shared with {self.test.pooled} comparisons" * (self.test.pooled > 1)
         given = ", conditional on this parent" * self.one_parent
         found = (
             f"Scratch minus pruned {self.test.mean:+.3f}, "
             f"95% interval {self.test.low:+.3f} to {self.test.high:+.3f} "
-            f"(paired t over {self.test.seeds} seeds, {freedom} degree{'s' * (freedom != 1)} of freedom{given})"
+            f"(paired t over {self.test.seeds} seeds, {freedom:.3g} degree{'s' * (freedom != 1)} of freedom"
+            f"{pooled}{given})"
         )
         if self.corrected is not None:
             found += f"; p {p_value(self.corrected)} by Holm over {self.family} comparisons"
@@ -103,11 +112,13 @@ def judge(
     budget: int = 0,
     one_parent: bool = True,
     documents: OverDocuments | None = None,
+    scatter: Scatter | None = None,
+    edges: tuple[Edge, ...] = (),
     **subject: Any,
 ) -> Verdict:
     """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``.
 
-    ``subject``: the fields of ``Subject``.
+    ``scatter``: what its test losses share with other comparisons. ``subject``: the fields of ``Subject``.
     """
     losses = {
         arm: {name: [record[f"{name}_loss"] for record in records] for name in CORPORA}
@@ -118,12 +129,13 @@ def judge(
         **subject,
         tokens=tokens,
         validation=statistics.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
-        test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"]),
+        test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"], scatter),
         pruned=means["pruned"],
         scratch=means["scratch"],
         budget=budget,
         one_parent=one_parent,
         documents=documents,
+        edges=edges,
     )
 
 
@@ -137,6 +149,9 @@ def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool], pl
     known = [found[number].test.p or 0.0 for number in family]
     values = statistics.holm(known + [1.0] * (planned - len(known)))
     judged = list(found)
+    # Holm holds what is not told apart against the family without what is.
+    level = (1 - CONFIDENCE) / max(1, planned - sum(p < 1 - CONFIDENCE for p in values))
     for number, p in zip(family, values, strict=False):
-        judged[number] = replace(judged[number], family=planned, without=planned - len(known), corrected=p)
+        without = planned - len(known)
+        judged[number] = replace(judged[number], family=planned, without=without, corrected=p, level=level)
     return judged

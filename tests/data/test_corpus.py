@@ -76,6 +76,32 @@ def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monke
     assert manifest["rejected"] == {"short": 60}
 
 
+def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeypatch):
+    """Of 400 documents the last splits have many short ones in place of few long ones, and no split has their ends."""
+    parts = [[f"Part {k} of {i}: {PROSE}".rstrip() for k in range(30)] for i in range(400)]
+    made = [Found("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
+    monkeypatch.setattr(corpus, "gather", lambda places, workers: iter(made))
+    whole = corpus.build_corpus(tmp_path / "w", places=machine)["splits"]
+    short = corpus.build_corpus(tmp_path / "s", places=machine, longest_held_out=600)["splits"]
+    assert (tmp_path / "s" / "train.jsonl").read_text() in (tmp_path / "w" / "train.jsonl").read_text()
+    names = []
+    for split in corpus.SPLITS:
+        lines = [json.loads(line) for line in (tmp_path / "s" / f"{split}.jsonl").read_text().splitlines()]
+        names += [line["source"] for line in lines]
+        for line in lines:
+            text = next(found.text for found in made if f"k/{found.name}" == line["source"])
+            assert text == line["text"] if split == "train" else text.startswith(line["text"] + "\n\n")
+            assert split == "train" or 600 - len(PROSE) - 30 < len(line["text"]) <= 600
+        if split != "train":
+            assert short[split]["bytes"] == pytest.approx(whole[split]["bytes"], rel=0.2)
+            assert short[split]["documents"] > 3 * whole[split]["documents"]
+    assert len(names) == len(set(names)) == 400
+    assert corpus.beginning("word " * 100, 403) == ("word " * 80).rstrip()
+    assert corpus.beginning("w" * 500, 403) == "w" * 403 and corpus.beginning("w" * 403, 403) == "w" * 403
+    with pytest.raises(UsageError, match="--longest-held-out: given 10"):
+        corpus.build_corpus(tmp_path / "x", places=machine, longest_held_out=10)
+
+
 def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     places = Places(documentation=(), manuals=())
     made = [corpus.build_corpus(tmp_path / name, max_bytes=1_800_000, workers=workers, places=places)

@@ -18,9 +18,10 @@ from scipy import stats
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, RunError
 from megatron_prune.report import page
-from megatron_prune.study import conclusions, config, grid, records, results, statistics, verdicts
+from megatron_prune.study import conclusions, config, grid, pooling, records, results, statistics, verdicts
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import Places
+from megatron_prune.study.pooling import Paired
 from tests.study import made_up, simulated
 
 REQUIRED = (
@@ -83,16 +84,26 @@ def test_verdicts_are_paired_over_seeds(places: Places) -> None:
     assert [(v.method, v.setting) for v in found.verdicts] == [
         (method, setting) for method in ("shortgpt", "minitron-width") for setting in ("equal-training", "equal-total")
     ]
+    differences = []
     for verdict in found.verdicts:
         by_arm: dict[str, list[float]] = {"pruned": [], "scratch": []}
         for row in found.rows[1:]:
             if (row["method"], row["setting"]) == (verdict.method, verdict.setting):
                 by_arm[row["arm"]].append(row["test_loss"])
-        test = stats.ttest_rel(by_arm["scratch"], by_arm["pruned"])
-        interval = test.confidence_interval(0.95)
+        differences.append(np.subtract(by_arm["scratch"], by_arm["pruned"]))
         assert verdict.test.mean == pytest.approx(np.mean(by_arm["scratch"]) - np.mean(by_arm["pruned"]))
-        assert (verdict.test.low, verdict.test.high) == pytest.approx((interval.low, interval.high))
-        assert "2 degrees of freedom, conditional on this parent" in verdict.words
+    # Both settings of a method share their pruned runs; no setting has four comparisons of its own.
+    runs = [("shortgpt", 1), ("shortgpt", 2), ("width", 3), ("width", 4)]
+    pairs = [Paired("", (1, 2, 3), *names, own) for names, own in zip(runs, differences, strict=True)]
+    scatter = pooling.common(pairs)
+    assert scatter is not None and scatter.comparisons == 4
+    for verdict, own in zip(found.verdicts, differences, strict=True):
+        weight = scatter.weight
+        variance = (weight * scatter.variance + own.var(ddof=1) * 2) / (weight + 2)
+        freedom = max(2.0, min(weight + 2, scatter.limit))
+        reach = stats.t.ppf(0.975, freedom) * np.sqrt(variance / 3)
+        assert (verdict.test.low, verdict.test.high) == pytest.approx((own.mean() - reach, own.mean() + reach))
+        assert f"{freedom:.3g} degrees of freedom, scatter shared with 4 comparisons, conditional on" in verdict.words
     data = results.to_json(found)
     assert json.loads(json.dumps(data, allow_nan=False))["rows"] == list(found.rows)
     assert all(item["match"] for item in data["comparisons"])

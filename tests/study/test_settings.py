@@ -12,6 +12,7 @@ import yaml
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
+from megatron_prune.report import page
 from megatron_prune.study import command, config, grid, preflight, prunings, results
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
@@ -186,6 +187,31 @@ def test_a_sweep_trains_both_arms_at_every_rate_and_validation_chooses(prefixes)
     }  # fmt: skip
     assert all(one.chosen in RATES and set(one.validation) == set(RATES) for one in made.sweeps)
     assert json.loads(json.dumps(results.to_json(made), allow_nan=False))["sweeps"]
+
+
+def test_a_rate_at_the_end_of_its_grid_is_flagged_in_the_verdict(prefixes) -> None:
+    """Of three rates; the next beyond is as far from the chosen one as its neighbour is."""
+    recipe = made_up.mapping(prefixes)["recipe"] | {"lr": [2e-3, 1e-3, 4e-3]}
+    places = made_up.run(swept(prefixes, recipe=recipe), Path("runs"), made_up.FakeLauncher())
+    made = results.collect(places)
+    data, by_arm = results.to_json(made), {(one.arm, one.setting): one for one in made.sweeps}
+    expected = {1e-3: ("smallest", 5e-4), 4e-3: ("largest", 8e-3)}
+    seen = 0
+    for verdict, item in zip(made.verdicts, data["verdicts"], strict=True):
+        arms = {"pruned": by_arm["pruned", None], "scratch": by_arm["scratch", verdict.setting]}
+        chosen = {arm: one.chosen for arm, one in arms.items()}
+        ends = [(arm, rate, *expected[rate]) for arm, rate in chosen.items() if rate in expected]
+        assert [(edge.arm, edge.rate, edge.end, edge.add) for edge in verdict.edges] == ends
+        assert [edge["add"] for edge in item["edges"]] == [add for *_, add in ends]
+        for arm, rate, end, add in ends:
+            words = f"The {arm} arm's learning rate, {rate:g}, is the {end} that was tried: add {add:g}."
+            assert words in verdict.words and words in item["words"]
+        seen += len(ends)
+    assert 0 < seen < 2 * len(made.verdicts)  # some are at an end, some are not
+    text = page.render(made, [])
+    edge = next(edge for verdict in made.verdicts for edge in verdict.edges)
+    assert f"the {edge.end}: add {edge.add:g}" in text and "is the smallest or the largest that was tried" in text
+    assert [one["edge"] is None for one in data["sweeps"]] == [one.chosen == 2e-3 for one in made.sweeps]
 
 
 def test_a_run_of_the_sweep_that_differs_in_more_than_its_rate_is_refused(prefixes) -> None:

@@ -16,6 +16,7 @@ from megatron_prune.data import index_file
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import documents, statistics, verdicts
 from megatron_prune.study.family import Family
+from tests.study import corpora_made_up
 
 LEDGERS = 6000
 
@@ -81,24 +82,54 @@ def test_holm_keeps_the_error_of_the_family() -> None:
     assert np.mean(np.array(families) < 0.05) < 0.07
 
 
-def test_bootstrap_over_documents_covers_the_truth() -> None:
-    """Windows of one document have an error in common: resampling windows one by one would be too sure."""
+@pytest.mark.parametrize(("documents", "skewed", "least"), [(30, False, 0.92), (60, True, 0.86)])
+def test_bootstrap_over_documents_covers_the_truth(documents: int, skewed: bool, least: float) -> None:
+    """Documents of uneven length; at 30 of them with normal gaps BCa covers 90%."""
     generator = np.random.default_rng(2)
-    own, covered = np.repeat(np.arange(40), 4), []
-    for _ in range(150):
-        gaps = 0.1 + generator.normal(0, 0.2, 40)[own] + generator.normal(0, 0.1, 160)
-        pruned = generator.normal(3, 0.5, (2, 160))
+    covered = []
+    for _ in range(200):
+        gaps, own = corpora_made_up.windows(generator, documents, skewed=skewed)
+        pruned = generator.normal(3, 0.5, (2, len(gaps)))
         found = statistics.over_documents(pruned, pruned + gaps, own)
-        assert found is not None and found.documents == 40
-        covered.append(found.low <= 0.1 <= found.high)
-    assert 0.88 <= np.mean(covered) <= 0.99
+        assert found is not None and found.documents == documents and found.low is not None and found.high is not None
+        covered.append(found.low <= corpora_made_up.TRUTH <= found.high)
+    assert least <= np.mean(covered) <= 0.985
 
 
-def test_too_few_documents_have_no_bootstrap() -> None:
-    losses = np.random.default_rng(0).normal(3, 1, (2, 1, 20))
+def test_the_bootstrap_is_studentised_as_written_in_the_books() -> None:
+    """Resamples drawn one by one, with the jackknife's standard error in place of the linear one."""
+    gaps, own = corpora_made_up.windows(np.random.default_rng(4), 80)
+    sums, windows = np.bincount(own, gaps), np.bincount(own).astype(float)
+
+    def ratio_and_error(s: np.ndarray, n: np.ndarray) -> tuple[float, float]:
+        without = (s.sum() - s) / (n.sum() - n)
+        return s.sum() / n.sum(), np.sqrt((len(s) - 1) / len(s) * ((without - without.mean()) ** 2).sum())
+
+    ratio, error = ratio_and_error(sums, windows)
+    generator, t = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = generator.integers(0, 80, 80)
+        own_ratio, own_error = ratio_and_error(sums[drawn], windows[drawn])
+        t.append((own_ratio - ratio) / own_error)
+    low, high = np.quantile(t, [0.025, 0.975])
+    found = statistics.over_documents(np.zeros((1, len(gaps))), gaps[None], own)
+    width = (high - low) * error
+    assert found is not None
+    assert found.low == pytest.approx(ratio - high * error, abs=0.05 * width)
+    assert found.high == pytest.approx(ratio - low * error, abs=0.05 * width)
+
+
+def test_too_few_documents_have_no_interval() -> None:
+    generator = np.random.default_rng(0)
+    losses = generator.normal(3, 1, (2, 1, 87))
     with warnings.catch_warnings(action="error"):
-        assert statistics.over_documents(losses[0], losses[1], np.arange(20) // 3) is None
-        assert statistics.over_documents(losses[0], losses[0], np.arange(20)) is None  # one model twice
+        found = statistics.over_documents(losses[0], losses[1], np.arange(87) // 3)  # 29 documents
+        assert found == statistics.OverDocuments(29, None, None)
+        assert "no interval: the windows are of 29, and from fewer than 30" in found.words
+        assert found.words in verdict([2.1, 2.2, 2.15], documents=found).words
+        assert statistics.over_documents(losses[0], losses[0], np.arange(87)) is None  # one model twice
+        enough = statistics.over_documents(losses[0], losses[1], np.minimum(np.arange(87) // 2, 29))
+        assert enough is not None and enough.documents == 30 and enough.low is not None
 
 
 def test_windows_belong_to_the_document_of_most_of_their_tokens(tmp_path: Path) -> None:
