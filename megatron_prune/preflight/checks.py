@@ -16,12 +16,12 @@ from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.engine.installed import Installed
 from megatron_prune.engine.rehearsal import Rehearsal
 from megatron_prune.errors import MegatronPruneError
-from megatron_prune.preflight import cost, memory
+from megatron_prune.preflight import cost, host, memory
 from megatron_prune.preflight.cluster import Cluster
 
 Verdict = Literal["yes", "look", "no", "not checked"]
+DECIDING = ("memory", "host memory", "data", "storage")  # "look" of others: it runs, but badly
 TILE = 64  # below it, tensor cores work on padding
-CROWDED = 0.92  # of a GPU's memory
 UNEVEN = 1.15  # slowest stage against the mean
 IDLE = 0.15  # of a step in the pipeline's bubble
 LONG_STREAM = 20e9  # tokens whose indices rank 0 may not build within its time limit
@@ -46,6 +46,7 @@ class Question:
     cluster: Cluster
     mfu: float
     reserve: int  # bytes
+    host: int | None  # bytes of a node's memory
     corpus_tokens: int | None
     absent: dict[str, str]  # checkpoints that are not here, by flag
     installed: Installed  # on the cluster
@@ -53,6 +54,13 @@ class Question:
     @property
     def trains(self) -> bool:
         return self.verb == "pretrain"
+
+
+def verdict(findings: Sequence[Finding]) -> Verdict:
+    """Will it run? "look" where nothing refuses, and one of ``DECIDING`` leaves it open."""
+    if any(finding.verdict == "no" for finding in findings):
+        return "no"
+    return "look" if any(f.verdict == "look" and f.check in DECIDING for f in findings) else "yes"
 
 
 def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
@@ -65,6 +73,7 @@ def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
         return [*found, Finding("model", "no", f"Megatron cannot build it: {rehearsal.unbuilt}")]
     found += balance(args, shape, rehearsal)
     found.append(memory_of_ranks(question, rehearsal))
+    found.append(memory_of_nodes(question, rehearsal))
     found += data(question, args)
     found += start(question, rehearsal)
     if question.trains:
@@ -231,10 +240,21 @@ def memory_of_ranks(question: Question, rehearsal: Rehearsal) -> Finding:
         f"stage {fullest} needs {totals[fullest] / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB ({gb}, "
         f"reserve {question.reserve / 1e9:.1f})"
     )
-    if totals[fullest] > gpu.memory:
-        largest = max(parts, key=lambda name: parts[name])
-        return Finding("memory", "no", f"{words}; {_REMEDIES[largest]}", facts)
-    return Finding("memory", "look" if totals[fullest] > CROWDED * gpu.memory else "yes", words, facts)
+    margin = int(memory.MARGIN * gpu.memory)
+    facts["margin"] = margin
+    remedy = _REMEDIES[max(parts, key=lambda name: parts[name])]
+    if totals[fullest] > gpu.memory + margin:
+        return Finding("memory", "no", f"{words}; {remedy}", facts)
+    if totals[fullest] > gpu.memory - margin:
+        side = "above" if totals[fullest] > gpu.memory else "below"
+        trial = "three steps of this very line" if question.trains else "this line on a few windows"
+        return Finding(
+            "memory", "look",
+            f"{words}: {abs(gpu.memory - totals[fullest]) / 1e9:.1f} GB {side} full, where an estimate decides nothing "
+            f"(within {margin / 1e9:.1f} GB); {trial} would (nvidia-smi, or `max reserved` in Megatron's log); room "
+            f"comes from {remedy}", facts,
+        )  # fmt: skip
+    return Finding("memory", "yes", words, facts)
 
 
 _REMEDIES = {
@@ -247,6 +267,23 @@ _REMEDIES = {
     "working": "more tensor parallelism, a shorter --seq-length or a smaller --micro-batch-size",
     "pruning": "another method, or fewer --modules at a time",
 }
+
+
+def memory_of_nodes(question: Question, rehearsal: Rehearsal) -> Finding:
+    """The fullest node against its host memory, where that is told."""
+    taken = host.node(rehearsal.args, rehearsal.shape, rehearsal.stages, question.cluster.local_ranks, question.trains)
+    parts = {name: size for name, size in asdict(taken).items() if size}
+    gb = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    words = f"a node of {question.cluster.local_ranks} ranks needs {taken.total / 1e9:.1f} GB of host memory ({gb})"
+    facts = asdict(taken) | {"total": taken.total, "node": question.host}
+    if question.host is None:
+        return Finding("host memory", "not checked", f"{words}; --host-memory-gb says what a node has", facts)
+    words += f" of {question.host / 1e9:.0f}"
+    remedy = host.REMEDIES.get(max(parts, key=lambda name: parts[name]), "fewer ranks on a node")
+    if taken.total > question.host:
+        return Finding("host memory", "no", f"{words}; {remedy}", facts)
+    crowded = taken.total > (1 - memory.MARGIN) * question.host
+    return Finding("host memory", "look" if crowded else "yes", f"{words}; {remedy}" if crowded else words, facts)
 
 
 def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:

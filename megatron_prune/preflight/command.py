@@ -25,8 +25,13 @@ from megatron_prune.preflight import elsewhere
 from megatron_prune.preflight.cluster import GPUS, Cluster
 
 VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
-EXIT_NO = 1
+EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a refusal's (errors.py)
 CONTAINER = "te,apex,flash-attn"  # NVIDIA's for PyTorch
+_SUMMARIES = {
+    "yes": "it will run",
+    "look": "it may run or not: look first",
+    "no": "it will not run",
+}
 _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 
 
@@ -57,12 +62,13 @@ def main(argv: list[str]) -> int:
     cluster = Cluster(options.gpus, options.gpu, options.gpus_per_node)
     line = elsewhere.resolve(rest, options.model)
     reserve = int(options.reserve_gb * 1e9)
+    host = None if options.host_memory_gb is None else int(options.host_memory_gb * 1e9)
     has = installed.named(options.installed)
-    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, tokens, line.absent, has))
+    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, host, tokens, line.absent, has))
     if options.output:
         artifacts.write_json(options.output, found)
     show(found)
-    return 0 if found["verdict"] == "yes" else EXIT_NO
+    return EXIT_CODES[found["verdict"]]
 
 
 def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
@@ -107,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="of every GPU, for the CUDA context, NCCL, workspaces and fragmentation (default: %(default)s)",
     )
+    add("--host-memory-gb", type=float, metavar="GB", help="memory of a node, without which it is told and not judged")
     add(
         "--model",
         metavar="FILE",
@@ -136,8 +143,8 @@ def answer(question: Any) -> dict[str, Any]:
         findings += checks.all_findings(question, rehearsed)
         facts["parameters"] = rehearsed.shape.parameters()
     return {
-        "version": 1,
-        "verdict": "no" if any(finding.verdict == "no" for finding in findings) else "yes",
+        "version": 2,
+        "verdict": checks.verdict(findings),
         "command": [question.verb, *question.argv],
         "cluster": asdict(cluster),
         **facts,
@@ -159,7 +166,7 @@ def show(found: dict[str, Any]) -> None:
         style = _STYLES[finding["verdict"]]
         table.add_row(finding["check"], f"[{style}]{finding['verdict']}[/{style}]", _plain(finding["reason"]))
     console.print(table)
-    console.print("it will run" if found["verdict"] == "yes" else "it will not run", style="bold")
+    console.print(_SUMMARIES[found["verdict"]], style="bold")
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,11 @@ each module saves for its backward pass (Korthikanti et al., 2205.05198, for Meg
 queries, gated MLPs, flash attention and FP8), times the micro-batches that the schedule keeps in flight. What the
 CUDA context, NCCL, workspaces and fragmentation take is not known beforehand: ``reserve`` is set aside for them.
 
+``MARGIN`` is how far from full an estimate has to be to decide anything, to either side. It covers what is not known
+before a run: the reserve is a guess (a context and NCCL's buffers take 2 to 6 GB; an allocator's holes some percent of
+what it holds), and whether an attention kernel keeps q, k and v as views of one tensor, which holds on to
+2·(q + kv) bytes a token and block more (2.7 GB for Llama-3.1-8B at TP 1). None of it was measured on a GPU.
+
 Sizes are bytes. T is a micro-batch's tokens on a rank (before sequence parallelism), t the tensor parallel size.
 """
 
@@ -16,10 +21,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine.rehearsal import Stage
 
-FP32 = 4
+FP32, FP64 = 4, 8
+MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
 
 
 @dataclass(frozen=True)
@@ -59,21 +66,47 @@ def training(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage
 
 
 def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> list[Memory]:
-    """Memory of the verbs that only run the model, of each stage; SparseGPT's Hessians too."""
+    """Memory of the verbs that only run the model, of each stage; what a sparse method gathers and solves, too."""
     tokens = args.seq_length * args.micro_batch_size
-    hessians = 0
-    if getattr(args, "method", None) == "sparsegpt":
-        # One block's at a time, over the whole inputs, in float64; the largest is copied, factored and inverted.
-        inputs = [shape.hidden_size, shape.kv_channels * shape.num_attention_heads]
-        inputs += [shape.hidden_size, shape.ffn_hidden_size]
-        hessians = 8 * sum(n * n for n in inputs) + (8 + 8 + FP32) * max(inputs) ** 2
+    pruned = pruning(args, shape)
     found = []
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
         working = tokens * _block(args, shape).saved
         working += tokens * _loss(args, shape) if last else 0
-        found.append(Memory(weights=_weights(args, stage), working=int(working), pruning=hessians))
+        found.append(Memory(weights=_weights(args, stage), working=int(working), pruning=pruned))
     return found
+
+
+def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
+    """Bytes that pruning one block takes at its worst, beside its weights (``sparse/solve.py``).
+
+    Sums over inputs of all its linears, and masks; then of one linear at a time an fp32 copy of this rank's rows, and
+    either what factoring its Hessian holds, or the factor, the sum in fp32 and what one matrix is worked on with: its
+    weights before and after, and what choosing (Wanda) or measuring (SparseGPT) needs for each of them.
+    """
+    name = getattr(args, "method", None)
+    if name not in methods.sparse_names():
+        return 0
+    from megatron_prune.sparse.hessian import PEAK
+
+    t, h, f = args.tensor_model_parallel_size, shape.hidden_size, shape.ffn_hidden_size
+    q, kv = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups
+    linears = {  # rows and inputs of a rank's share, and rows of its largest matrix
+        "qkv": ((q + 2 * kv) // t, h, q // t),
+        "proj": (h // t, q, h // t),
+        "fc1": (f * (2 if shape.gated else 1) // t, h, f // t),
+        "fc2": (h // t, f, h // t),
+    }
+    chosen = [linears[module] for module in args.modules.split(",")]
+    squares = methods.get_sparse(name).statistic == "hessian"
+    held = sum(rows * inputs + (FP64 * inputs**2 if squares else 0) for rows, inputs, _ in chosen)
+    once = 0.0
+    for rows, inputs, largest in chosen:
+        square = FP64 * inputs**2 if squares else 0
+        solving = square + (21 if squares else 24) * largest * inputs
+        once = max(once, FP32 * rows * inputs + max((PEAK - 1) * square, solving))
+    return int(held + once)
 
 
 def _weights(args: argparse.Namespace, stage: Stage) -> int:
@@ -159,16 +192,28 @@ def activations(
     """Bytes that stage ``number`` of ``stages`` keeps for backward, and that it needs beside them for a moment."""
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     block = _block(args, shape)
-    kept, once = 0.0, block.backward
-    flights = _in_flight(stage, number, stages, microbatches)
-    for layers, flying in zip(stage.chunks, flights, strict=True):
-        per_token, again = _chunk(args, block, layers)
-        kept += flying * per_token
-        once = max(once, block.backward + again)
+    kept, once = 0.0, 0.0
+    chunks = [_chunk(args, block, layers) for layers in stage.chunks]
+    flights = _in_flight(args, stage, number, stages, microbatches)
+    for flying in flights:
+        kept = max(kept, sum(count * per_token for count, (per_token, _) in zip(flying, chunks, strict=True)))
+    once = max(block.backward + again for _, again in chunks)
     if number == stages - 1:
         kept += 2 * block.entry  # the final norm
-        once += _loss(args, shape)
-    return int(tokens * kept), int(tokens * once)
+        once = max(once, _loss(args, shape))  # it is gone when the last block's turn comes
+    if stages > 1:  # a hidden state and a gradient come in while others are worked on
+        once += (4 if getattr(args, "overlap_p2p_comm", False) else 2) * block.entry
+    gradient = 0
+    if not args.gradient_accumulation_fusion:  # of one weight, before it is added to the main gradients
+        gradient = args.params_dtype.itemsize * _largest_weight(args, shape, number == stages - 1)
+    return int(tokens * kept), int(tokens * once) + gradient
+
+
+def _largest_weight(args: argparse.Namespace, shape: ModelShape, last: bool) -> int:
+    """Elements of a rank's largest matrix among those that a backward pass meets while much is kept."""
+    fc1 = shape.ffn_hidden_size * (2 if shape.gated else 1)
+    rows = max(fc1, shape.padded_vocab_size if last else 0)
+    return int(rows * shape.hidden_size // args.tensor_model_parallel_size)
 
 
 def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float, float]:
@@ -183,11 +228,31 @@ def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float,
     return -(-layers // unit) * block.entry / share, min(unit, layers) * block.full
 
 
-def _in_flight(stage: Stage, number: int, stages: int, microbatches: int) -> list[int]:
-    """Micro-batches whose activations each virtual stage holds at the worst moment, under 1F1B."""
+def _in_flight(
+    args: argparse.Namespace, stage: Stage, number: int, stages: int, microbatches: int
+) -> list[tuple[int, ...]]:
+    """Micro-batches whose activations each virtual stage holds, whenever a forward pass has ended, under 1F1B.
+
+    Megatron's schedule: warm-up passes, then one forward and one backward in turn. Passes go through the virtual
+    stages a group of micro-batches at a time, backward through the last one first.
+    """
     v = len(stage.chunks)
     if v == 1:
-        return [min(microbatches, stages - number)]
-    # Interleaved: as many passes as its warm-up runs and one more, each virtual stage `stages` micro-batches in turn.
-    flying = min((stages - number - 1) * 2 + (v - 1) * stages + 1, microbatches * v)
-    return [sum(i // stages % v == chunk for i in range(flying)) for chunk in range(v)]
+        return [(min(microbatches, stages - number),)]
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or stages
+    forward = [
+        chunk
+        for first in range(0, microbatches, group)
+        for chunk in range(v)
+        for _ in range(first, min(first + group, microbatches))
+    ]
+    warm = min((stages - number - 1) * 2 + (v - 1) * group, len(forward))
+    held = [0] * v
+    found = []
+    for place, chunk in enumerate(forward):
+        held[chunk] += 1
+        if place >= warm - 1:
+            found.append(tuple(held))
+        if place >= warm:
+            held[v - 1 - forward[place - warm]] -= 1
+    return list(dict.fromkeys(found))

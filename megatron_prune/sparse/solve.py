@@ -96,6 +96,7 @@ class _Solver:
             pruned = pruned.to(weight.dtype).to(stored).float()
             whole[local.places], kept[local.places] = pruned, stays
             self.sums[matrix] = ((~stays).sum().double(), *measure(before, pruned))
+            del before, pruned, stays  # or they would be held while the next matrix is worked on
         if sharded_inputs:
             whole = to_columns(whole, len(weight), self.group)
             kept = to_columns(kept.to(torch.uint8), len(weight), self.group).bool()

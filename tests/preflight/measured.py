@@ -1,4 +1,4 @@
-"""What Megatron's own model really keeps for its backward pass, counted while it runs; in a rank."""
+"""What Megatron's own model keeps for its backward pass, and what pruning a block takes, while they run; in a rank."""
 
 from __future__ import annotations
 
@@ -55,3 +55,53 @@ def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
         model(tokens, positions, None, labels=tokens)
     torch.distributed.destroy_process_group()
     return sum(kept.values()), args
+
+
+def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
+    """By how many bytes a process grows that gathers for ``method`` and prunes a block, its weights aside; its args."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_prune.checkpoint.layout import ModelShape
+    from megatron_prune.engine import runtime
+    from megatron_prune.methods import Sparsity, get_sparse
+    from megatron_prune.sparse.hessian import Hessian
+    from megatron_prune.sparse.request import Request
+    from megatron_prune.sparse.solve import prune_block
+    from megatron_prune.sparse.square_sums import SquareSums
+    from tests.benchmarks.resident import give_back_at_once, high_water
+
+    flags = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --kv-channels {hidden // 6} --num-layers 2 --bf16".split()
+    args = runtime.start("pretrain", [*MODEL, *flags], lambda parser: parser)
+    runtime.initialize(args)
+    shape = ModelShape.from_args(vars(args))
+    sizes = {"qkv": (3 * hidden, hidden), "proj": (hidden, hidden), "fc1": (2 * ffn, hidden), "fc2": (hidden, ffn)}
+    linears = {
+        name: SimpleNamespace(weight=torch.nn.Parameter(torch.randn(size, dtype=torch.bfloat16)))
+        for name, size in sizes.items()
+    }
+    block = SimpleNamespace(
+        self_attention=SimpleNamespace(linear_qkv=linears["qkv"], linear_proj=linears["proj"]),
+        mlp=SimpleNamespace(linear_fc1=linears["fc1"], linear_fc2=linears["fc2"]),
+    )
+    request = Request(method, get_sparse(method), dict.fromkeys(sizes, Sparsity.parse(0.5, "unstructured")), None, None)
+
+    def work() -> Any:
+        statistics: dict[str, Any] = {}
+        for name, (_, inputs) in sizes.items():
+            if request.method.statistic == "hessian":
+                statistics[name] = Hessian(inputs, 10 * inputs)
+                statistics[name].total.fill_(0.1).diagonal().add_(1)
+            else:
+                statistics[name] = SquareSums(inputs)
+                statistics[name].total.fill_(1)
+            statistics[name].count = 1
+        return prune_block(block, shape, request, statistics, torch.bfloat16)
+
+    give_back_at_once()
+    work()  # libraries' pages are touched for the first time
+    _, grown = high_water(work)
+    torch.distributed.destroy_process_group()
+    args.method, args.modules = method, ",".join(sizes)
+    return grown, args

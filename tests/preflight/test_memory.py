@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine.rehearsal import Stage
-from megatron_prune.preflight import cost, memory
+from megatron_prune.preflight import checks, cost, host, memory
+from megatron_prune.preflight.cluster import Cluster
 from tests.preflight import measured
 
 LLAMA = ModelShape(
@@ -51,6 +54,8 @@ def arguments(**changes: object) -> argparse.Namespace:
         recompute_modules=None, recompute_method=None, recompute_num_layers=None, distribute_saved_activations=False,
         hidden_dropout=0.0, bias_swiglu_fusion=True, transformer_impl="transformer_engine", attention_backend=None,
         no_save_optim=None, save_interval=1000, save_retain_interval=None, train_iters=10_000,
+        gradient_accumulation_fusion=True, save="run", num_workers=2, ckpt_fully_parallel_save=True,
+        dist_ckpt_optim_fully_reshardable=False, optimizer_offload_fraction=1.0, stream_permutation_seed=None,
     )  # fmt: skip
     return argparse.Namespace(**(given | changes))
 
@@ -96,12 +101,132 @@ def test_first_stages_keep_more_microbatches_than_last() -> None:
     assert few[0] == few[2]
 
 
+def chunked(*chunks: int) -> Stage:
+    return Stage(sum(chunks), 0, 0, 0, chunks=chunks, shapes={})
+
+
+def blocks_kept(stage: Stage, number: int, stages: int, microbatches: int, **changes: object) -> float:
+    """Activations of how many blocks and micro-batches a stage keeps; what is not a block's is taken off."""
+    args = arguments(pipeline_model_parallel_size=stages, **changes)
+    of = [
+        memory.activations(args, LLAMA, chunked(*(n * count for count in stage.chunks)), number, stages, microbatches)[
+            0
+        ]
+        for n in (1, 2)
+    ]
+    one = [memory.activations(args, LLAMA, chunked(n), 0, 1, 1)[0] for n in (1, 2)]
+    return (of[1] - of[0]) / (one[1] - one[0])
+
+
 def test_interleaving_costs_its_penalty() -> None:
-    """Megatron's formula: 1 + (p - 1)/(p·v) times what a pipeline without virtual stages keeps."""
-    args = arguments(pipeline_model_parallel_size=4)
-    plain = memory.activations(args, LLAMA, Stage(8, 0, 0, 0, chunks=(8,), shapes={}), 0, 4, 64)[0]
-    virtual = memory.activations(args, LLAMA, Stage(8, 0, 0, 0, chunks=(4, 4), shapes={}), 0, 4, 64)[0]
-    assert virtual / plain == pytest.approx(1 + 3 / 8)
+    """The published factor (2205.05198): 1 + (p - 1)/(p·v) times what a pipeline without virtual stages keeps."""
+    for p, v in ((4, 2), (4, 4), (8, 2)):
+        layers = 8
+        plain = blocks_kept(chunked(layers), 0, p, 64)
+        virtual = blocks_kept(chunked(*[layers // v] * v), 0, p, 64)
+        assert plain == pytest.approx(p * layers)
+        assert virtual / plain == pytest.approx(1 + (p - 1) / (p * v))
+
+
+@pytest.mark.parametrize("group", [None, 6])
+@pytest.mark.parametrize("microbatches", [2, 8, 23])
+@pytest.mark.parametrize("chunks", [(2, 2), (3, 2, 1), (1, 2, 4)])
+def test_virtual_stages_hold_what_megatrons_schedule_leaves_open(chunks, microbatches, group) -> None:
+    """Its own table and warm-up, played through with the passes that are open as a set."""
+    from megatron.core.pipeline_parallel import schedules
+
+    p, v = 4, len(chunks)
+    for rank in range(p):
+        communicator = SimpleNamespace(
+            pp_group=SimpleNamespace(size=lambda: p, rank=lambda rank=rank: rank),
+            virtual_pipeline_model_parallel_size=v,
+        )
+        table = schedules.get_schedule_table(microbatches, v, group or p)
+        _, _, warm, _ = schedules.get_pp_rank_microbatches(microbatches, v, group or p, p2p_communicator=communicator)
+        ahead, back = iter(table), iter([(i, v - 1 - chunk) for i, chunk in table])
+        unfinished = set()
+        most = 0
+        for place, passed in enumerate(ahead):
+            unfinished.add(passed)
+            most = max(most, sum(chunks[chunk] for _, chunk in unfinished))
+            if place >= warm:
+                unfinished.remove(next(back))
+        for passed in back:
+            unfinished.remove(passed)
+        assert not unfinished
+        kept = blocks_kept(chunked(*chunks), rank, p, microbatches, microbatch_group_size_per_vp_stage=group)
+        assert kept == pytest.approx(most)
+
+
+def test_the_loss_is_gone_when_the_last_blocks_turn_comes() -> None:
+    """Logits in bf16 and a softmax in fp32 over 128,256 tokens are more than a block's gradients: not both at once."""
+    _, once = memory.activations(arguments(), LLAMA, chunked(32), 0, 1, 16)
+    assert once == 8192 * (2 + 4) * 128256 // 2
+    _, of_block = memory.activations(
+        arguments(), dataclasses.replace(LLAMA, padded_vocab_size=128), chunked(32), 0, 1, 16
+    )
+    assert 0 < of_block < once / 4
+
+
+def test_a_fusion_that_is_missing_costs_a_weights_gradient() -> None:
+    """Of the output layer on the last stage; of gate and up on the others."""
+    for number, elements in ((0, 2 * 14336 * 4096 // 2), (1, 128256 * 4096 // 2)):
+        more, less = (
+            memory.activations(arguments(gradient_accumulation_fusion=fused), LLAMA, chunked(4), number, 2, 8)[1]
+            for fused in (False, True)
+        )
+        assert more - less == 2 * elements
+
+
+@pytest.mark.parametrize(("method", "ffn"), [("sparsegpt", 2700), ("sparsegpt", 768), ("wanda", 3840)])
+def test_what_pruning_a_block_takes_is_what_a_process_grows_by(distributed, method, ffn) -> None:
+    """Counted by the kernel while a block is pruned: 2,700 inputs of fc2 decide, or the rows of gate and up."""
+    [(grown, args)] = distributed(measured.pruned_bytes, 1, method, 768, ffn)
+    assert memory.pruning(args, ModelShape.from_args(vars(args))) == pytest.approx(grown, rel=0.15)
+
+
+def test_a_nodes_memory_by_hand() -> None:
+    """Llama-3.1-8B on 64 GPUs at TP 2: 4.02B parameters in a rank, 32 replicas, 8 ranks a node."""
+    stage = whole(2)
+    of = host.node(arguments(), LLAMA, [stage], 8, trains=True)
+    assert of.processes == 8 * 4e9 and of.workers == 4 * 2 * 0.5e9
+    assert of.saving == pytest.approx(8 * 14 * stage.parameters / 32, rel=1e-6)
+    assert of.gathering == of.offloaded == of.order == of.windows == 0
+    gathers = host.node(arguments(dist_ckpt_optim_fully_reshardable=True), LLAMA, [stage], 8, trains=True)
+    assert gathers.gathering == 8 * 12 * stage.parameters > 385e9  # whatever the number of replicas
+    half = host.node(arguments(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5), LLAMA, [stage], 8, True)
+    assert half.offloaded == pytest.approx(8 * 16 * stage.parameters / 32 / 2, rel=1e-6)
+    alone = host.node(arguments(ckpt_fully_parallel_save=False, save=None), LLAMA, [stage], 8, True)
+    assert alone.saving == 0
+    permuted = host.node(arguments(stream_permutation_seed=1), LLAMA, [stage], 8, True)
+    assert permuted.order == 8 * 4 * 10_000 * 512
+
+
+def test_windows_of_sparsify_are_on_the_host() -> None:
+    args = arguments(method="wanda", modules="fc1", calibration_sequences=128, data_parallel_size=4, save="x")
+    stage = whole(2)
+    of = host.node(args, LLAMA, [stage], 8, trains=False)
+    states = 32 * 8192 // 2 * 4096 * 2  # 32 windows of a replica, shared by two ranks, in bf16
+    assert of.windows == 8 * (states + stage.linears) and of.saving == 0
+
+
+@pytest.mark.parametrize(
+    ("from_full", "verdict"),
+    [(-9e9, "yes"), (-8.1e9, "look"), (-3e6, "look"), (3e6, "look"), (8.1e9, "look"), (9e9, "no")],
+)
+def test_within_a_tenth_of_full_an_estimate_decides_nothing(from_full, verdict) -> None:
+    cluster = Cluster(64)
+    rehearsal: Any = SimpleNamespace(
+        args=arguments(use_megatron_fsdp=False, use_torch_fsdp2=False), shape=LLAMA, stages=[whole(2)], microbatches=16
+    )
+    needs = memory.training(rehearsal.args, LLAMA, [whole(2)], 16)[0].total
+    reserve = int(cluster.gpu.memory - needs + from_full)
+    question: Any = SimpleNamespace(cluster=cluster, trains=True, reserve=reserve)
+    found = checks.memory_of_ranks(question, rehearsal)
+    assert found.verdict == verdict
+    if verdict == "look":
+        side = "above" if from_full > 0 else "below"
+        assert f"GB {side} full" in found.reason and "three steps of this very line would" in found.reason
 
 
 def test_even_splits_count_the_output_layer() -> None:

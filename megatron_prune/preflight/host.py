@@ -1,0 +1,91 @@
+"""Host memory of a node: what its ranks hold outside their GPUs, at the worst moment.
+
+Tensors are arithmetic: a save is staged in host memory, offloaded optimizers live there, ``sparsify`` keeps its windows
+there. What a process takes before it holds any tensor is a guess (``PROCESS``, ``WORKER``). Corpora and index caches
+are mapped files: the page cache holds them, and gives them up; they are not counted. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine.rehearsal import Stage
+
+FP32 = 4
+PROCESS = 4e9  # of a rank: Python, torch, Megatron and CUDA's libraries
+WORKER = 0.5e9  # of a data loader's worker, a fork that shares most of its parent
+
+
+@dataclass(frozen=True)
+class Host:
+    """Bytes of one node."""
+
+    processes: int = 0
+    workers: int = 0  # of data loaders
+    order: int = 0  # of a permuted range, in every rank
+    saving: int = 0  # weights and optimizer states on their way to storage
+    gathering: int = 0  # optimizer states in a form that any layout loads
+    offloaded: int = 0  # pinned: optimizer states that live on the host
+    windows: int = 0  # of calibration, between blocks, and masks
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+REMEDIES = {
+    "saving": "more data parallelism shares a save out; --no-save-optim leaves most of it away",
+    "gathering": "leave --dist-ckpt-optim-fully-reshardable out: it gathers a model-parallel rank's states in every "
+    "data-parallel one, whatever their number",
+    "offloaded": "a smaller --optimizer-offload-fraction, or more data parallelism",
+    "windows": "more data parallelism, or fewer --calibration-sequences",
+    "workers": "a smaller --num-workers",
+}
+
+
+def node(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage], ranks: int, trains: bool) -> Host:
+    """A node of ``ranks`` ranks, all of the stage with the most parameters."""
+    parameters = max((stage.parameters for stage in stages), default=0)
+    processes = int(ranks * PROCESS)
+    if not trains:
+        return Host(processes=processes, windows=ranks * _windows(args, shape, stages))
+    replicas = args.data_parallel_size * args.context_parallel_size
+    states = 0 if args.no_save_optim or args.optimizer == "sgd" else 3 * FP32  # a master and two moments
+    gathers = bool(getattr(args, "dist_ckpt_optim_fully_reshardable", False)) and args.use_distributed_optimizer
+    saves = args.save is not None
+    loading = max(
+        ranks // args.tensor_model_parallel_size, 1
+    )  # ranks that read data: one of each tensor-parallel group
+    weights = parameters * args.params_dtype.itemsize / (replicas if args.ckpt_fully_parallel_save else 1)
+    shard = parameters * states / (replicas if args.use_distributed_optimizer or args.ckpt_fully_parallel_save else 1)
+    offloaded = 0.0
+    if args.optimizer_cpu_offload:  # weights and gradients in fp32, and two moments
+        offloaded = 4 * FP32 * parameters / replicas * args.optimizer_offload_fraction
+    return Host(
+        processes=processes,
+        workers=int(loading * args.num_workers * WORKER),
+        order=ranks * _order(args),
+        saving=int(ranks * (weights + shard)) if saves else 0,
+        gathering=ranks * parameters * states if saves and gathers else 0,
+        offloaded=int(ranks * offloaded),
+    )
+
+
+def _order(args: argparse.Namespace) -> int:
+    """A number of 4 bytes for each sample of a permuted range (``data/streams.py``)."""
+    if getattr(args, "stream_permutation_seed", None) is None:
+        return 0
+    return int(4 * args.train_iters * args.global_batch_size)
+
+
+def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> int:
+    """``sparsify``'s residual stream of a replica's windows (``sparse/stream.py``), and masks of its stage."""
+    if getattr(args, "method", None) is None or getattr(args, "modules", None) is None:
+        return 0
+    shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    windows = -(-args.calibration_sequences // args.data_parallel_size)
+    states = windows * args.seq_length // shared * shape.hidden_size * args.params_dtype.itemsize
+    return int(states + max((stage.linears for stage in stages), default=0))
