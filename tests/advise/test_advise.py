@@ -171,6 +171,36 @@ def test_dense_scratch_beside_sparse_models_is_said(ask) -> None:
     assert not any("no masks" in c for c in ask(masked, "--pattern", "2:4", "--tokens", 100_000).caveats)
 
 
+def test_what_more_seeds_cost_is_both_arms_of_each_method(ask) -> None:
+    """Two seeds more of both methods at equal total tokens, where scratch has the parent's tokens too."""
+    content = ledger(lead, seeds=1, setting="equal-total")
+    for row in content["rows"]:
+        if row["arm"] == "scratch":
+            row["tokens_train"] += 5_000_000
+    found = ask(content, "--ratio", 0.5, "--tokens", 100_000, "--setting", "equal-total")
+    tokens = 2 * 2 * (100_000 + 100_000 + 5_000_000)
+    assert found.settle[0].endswith(f": 8 runs at most, {tokens:,} tokens, {3e6 * tokens:.2e} FLOPs")
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1.09, True), (0.91, True), (1.11, False), (0.89, False)])
+@pytest.mark.parametrize(("flag", "value"), [("--parent-params", 1_000_000), ("--parent-tokens", 5_000_000)])
+def test_a_parent_within_a_tenth_is_the_same(ask, flag: str, value: int, factor: float, same: bool) -> None:
+    found = ask(ledger(lead), "--ratio", 0.5, "--tokens", 100_000, flag, round(value * factor))
+    assert (found.answer == "prune") == same and (found.answer == answer.UNKNOWN) == (not same)
+
+
+@pytest.mark.parametrize(("ratio", "same"), [(0.519, True), (0.481, True), (0.521, False), (0.479, False)])
+def test_a_ratio_within_two_hundredths_is_the_same(ask, ratio: float, same: bool) -> None:
+    found = ask(ledger(lead), "--ratio", ratio, "--tokens", 100_000)
+    assert (found.answer == "prune") == same and ("beyond the ratios" in " ".join(found.reasons)) == (not same)
+
+
+@pytest.mark.parametrize(("tokens", "measured"), [(201_900, True), (198_100, True), (202_100, False), (197_900, False)])
+def test_a_budget_within_a_hundredth_is_the_one_that_was_run(ask, tokens: int, measured: bool) -> None:
+    found = ask(ledger(lead), "--ratio", 0.5, "--tokens", tokens)
+    assert any("not run at this budget" in caveat for caveat in found.caveats) == (not measured)
+
+
 def test_seeds_between_two_looks_wait_for_the_next(ask) -> None:
     five = ask(ledger(lambda *_: 0.05, seeds=5, noise=0.02, rng=1), "--ratio", 0.5, "--tokens", 100_000)
     content = ledger(lambda *_: 0.05, seeds=5, noise=0.02, rng=1)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from megatron_prune.study import break_even, fits
 from megatron_prune.study.break_even import Arms
@@ -147,3 +148,63 @@ def test_unfinished_studies_keep_the_largest_full_table() -> None:
     found = break_even.arms([run for run in whole if run[:2] != (3, 40)])
     assert found is not None and found.pruned.shape in ((2, 3), (3, 2))
     assert break_even.arms(whole[:1]) is None and break_even.arms([]) is None
+
+
+def of_gaps(gaps: np.ndarray) -> Arms:
+    """``gaps`` [seeds, budgets], scratch minus pruned."""
+    tokens = tuple(int(10 * 2**k) for k in range(gaps.shape[1]))
+    pruned = np.full(gaps.shape, 3.0)
+    return Arms(tokens, tokens, tuple(range(len(gaps))), pruned, pruned + gaps)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_arm_is_ahead_where_a_t_test_over_seeds_says_so(seeds: int, sign: int) -> None:
+    """Just within, and just beyond, what a t test with one degree of freedom less than seeds sees."""
+    scatter = np.linspace(-1, 1, seeds)[:, None] * [0.1, 0.1]
+    edge = stats.t.ppf(0.975, seeds - 1) * stats.sem(scatter[:, 0])
+    for factor, seen in ((0.999, False), (1.001, True)):
+        gaps = scatter + sign * factor * edge
+        assert (stats.ttest_1samp(gaps[:, 0], 0).pvalue < 0.05) == seen
+        found, _, _ = break_even.find(of_gaps(gaps))
+        assert found.status == ({1: "beyond", -1: "before"}[sign] if seen else "open")
+
+
+def test_a_laws_break_even_ends_where_the_t_intervals_of_the_gap_leave_zero() -> None:
+    """Gaps that fall on a line in log(tokens), with a seed's own offset: the ends are known in closed form."""
+    tokens = np.geomspace(1000, 16_000, 6)
+    law = fits.Law(2.0, 30.0, 0.5)
+    offsets = np.array([-0.01, 0.0, 0.01, 0.02])[:, None]
+    noise = np.random.default_rng(0).normal(0, 2e-4, (2, 4, 6))
+    scratch, pruned = law(tokens) + offsets + noise[0], float(law(4000.0)) + noise[1]
+    whole = tuple(round(value) for value in tokens)
+    found, _, _ = break_even.find(Arms(whole, whole, (1, 2, 3, 4), pruned, scratch))
+    reach = stats.t.ppf(0.975, 3) * stats.sem(offsets[:, 0])
+    mean = offsets.mean()
+
+    def crosses(shift: float) -> float:
+        """Where 30 / sqrt(tokens) + shift is what it is at 4,000 tokens."""
+        return float((30 / (30 / np.sqrt(4000) - shift)) ** 2)
+
+    assert (found.status, found.by) == ("inside", "laws")
+    assert found.tokens == pytest.approx(crosses(mean), rel=0.01)
+    assert (found.low, found.high) == pytest.approx((crosses(mean - reach), crosses(mean + reach)), rel=0.02)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_lack_of_fit_is_the_f_test_against_what_budgets_and_seeds_leave(pruned: bool) -> None:
+    generator, tokens = np.random.default_rng(1), np.array(TOKENS)
+    losses = fits.Law(2.0, 1.5 * TOKENS[0] ** 0.3, 0.3)(tokens) + generator.normal(0, 0.02, (4, 6))
+    losses += np.arange(4)[:, None] * 0.5
+    found = fits.fit(TOKENS, losses, pruned=pruned)
+    assert found is not None
+    # The scatter of runs by least squares on indicators of seeds and budgets.
+    seeds, budgets = np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)
+    design = np.concatenate([np.eye(4)[seeds], np.eye(6)[budgets]], axis=1)
+    fitted, _, rank, _ = np.linalg.lstsq(design, losses.ravel(), rcond=None)
+    scatter = ((losses.ravel() - design @ fitted) ** 2).sum() / (24 - rank)
+    off = losses.mean(axis=0) - found.law(tokens)
+    free = 6 - (4 if pruned else 3)
+    assert found.lack_of_fit == pytest.approx(stats.f.sf(4 * (off @ off) / free / scatter, free, 24 - rank))
+    assert found.rms == pytest.approx(np.sqrt(np.mean(off**2)))
+    assert found.good == (found.lack_of_fit >= 0.01)
