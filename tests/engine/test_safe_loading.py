@@ -1,0 +1,43 @@
+"""Megatron's own loading: what was vetted may have changed since, and what it must still get."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+
+import pytest
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.planner import SavePlan
+
+from megatron_prune.engine import safe_loading
+from megatron_prune.errors import CheckpointError
+from tests.checkpoint import plants
+
+
+@pytest.mark.parametrize("make", [plants.inside_bytes, plants.inside_signed, plants.inside_stream])
+def test_a_modules_state_is_vetted_once_more_before_a_module_gets_it(tmp_path, make):
+    state = {"iteration": 3, "model": {"decoder.layers.0.mlp.linear_fc1._extra_state": make(tmp_path / "executed")}}
+    load = safe_loading._vetted(lambda load_dir, args: (state, "iter_3", False, None))
+    with pytest.raises(CheckpointError, match=r"iter_3: decoder.*_extra_state is refused: .*posix\.system"):
+        load("somewhere", argparse.Namespace())
+    assert not (tmp_path / "executed").exists()
+    state["model"] = {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(0, dtype=torch.uint8)}
+    assert load("somewhere", argparse.Namespace())[0] is state
+
+
+def test_the_plans_in_an_index_are_torchs_own():
+    """Megatron compares them with those of its next save (--ckpt-assume-constant-structure)."""
+    index = dcp.Metadata(state_dict_metadata={}, storage_data={})
+    index.all_local_plans = [SavePlan(items=[])]
+    found = safe_loading._IndexPickle().load(io.BytesIO(pickle.dumps(index)))
+    assert found.all_local_plans == index.all_local_plans and type(found.all_local_plans[0]) is SavePlan
+
+
+def test_an_index_that_asks_for_code_is_refused(tmp_path):
+    from tests.checkpoint.test_safe import Touches
+
+    with pytest.raises(CheckpointError, match=r"it asks for posix\.system"):
+        safe_loading._IndexPickle().load(io.BytesIO(pickle.dumps(Touches(tmp_path / "executed"))))
+    assert not (tmp_path / "executed").exists()
