@@ -29,6 +29,11 @@ Stage = dict[str, Any]
 # A flag that only the parser of our `pretrain` has: a checkpoint whose stored arguments know it was trained here, or
 # made of one that was.
 MARK = "stream_range"
+BOTH = {"kind", "run", "start", "end", "tokens", "flops"}
+PRUNED = BOTH | {"method", "source"}
+TRAINED = BOTH | {
+    "complete", "stream", "range", "steps", "global_batch_size", "seq_length", "seed", "masks", "recipe",
+}  # fmt: skip
 
 # Arguments that are no part of how weights are learned: places, logs, how outputs are saved, what other programs than
 # pretraining read. Sizes of the model and of the machine are said elsewhere; range and stream are in the stage itself.
@@ -55,13 +60,15 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
     where stages do not fit together.
     """
     path = checkpoint.root / ACCOUNT
-    if path.exists():
-        account = read_json(path)
-        stages = [*_before(account, path), _trained(account, checkpoint)]
-    elif checkpoint.pruning:
-        entry, path = checkpoint.pruning[-1], checkpoint.directory / PRUNING_FILE
-        end = read_json(path).get("fingerprint")
-        stages = [*_before(entry, path), pruned(entry, run=str(checkpoint.root), end=end)]
+    if path.exists() or checkpoint.pruning:
+        path = path if path.exists() else checkpoint.directory / PRUNING_FILE
+        try:
+            stages = _read(checkpoint, read_json(path), path.name == ACCOUNT)
+        except (KeyError, TypeError, AttributeError) as error:  # it is data from anywhere
+            raise AccountError(
+                f"{path} does not say what was done to these weights before: {error!r}; restore it, or take another "
+                "checkpoint"
+            ) from error
     elif MARK in checkpoint.args:
         raise AccountError(
             f"{checkpoint.root}: its stored arguments say that it was trained here ({_words(checkpoint)}), and {path} "
@@ -78,11 +85,20 @@ def _words(checkpoint: Checkpoint) -> str:
     return f"--stream-range {trained}" if trained else f"iteration {checkpoint.iteration}"
 
 
-def _before(said: Mapping[str, Any], path: Any) -> list[Stage]:
-    found = said.get("lineage")
-    if not isinstance(found, list):
-        raise AccountError(f"{path} does not say what its run began with: it has no lineage")
-    return found
+def _read(checkpoint: Checkpoint, said: Mapping[str, Any], is_account: bool) -> list[Stage]:
+    """The stages that an account, or ``pruning.json``, tells of; KeyError or TypeError where it is not whole."""
+    if is_account:
+        stages = [*said["lineage"], _trained(said, checkpoint)]
+    else:
+        entry = checkpoint.pruning[-1]
+        stages = [*entry["lineage"], pruned(entry, run=str(checkpoint.root), end=said["fingerprint"])]
+    for stage in stages:
+        missing = (TRAINED if stage["kind"] == "trained" else PRUNED) - set(stage)
+        if missing:
+            raise KeyError(*sorted(missing))
+        if not all(isinstance(stage[key], int) for key in ("tokens", "flops")):
+            raise TypeError(f"{stage['run']}: tokens {stage['tokens']!r}, flops {stage['flops']!r}")
+    return stages
 
 
 def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:

@@ -186,6 +186,12 @@ def _no_lineage(first: Path, second: Path) -> None:
     artifacts.write_json(second / "account.json", account)
 
 
+def _a_stage_without_tokens(first: Path, second: Path) -> None:
+    account = artifacts.read_json(second / "account.json")
+    account["lineage"][0]["tokens"] = None
+    artifacts.write_json(second / "account.json", account)
+
+
 def _not_finished(first: Path, second: Path) -> None:
     account = artifacts.read_json(second / "account.json")
     account["lineage"][0]["complete"] = False
@@ -200,7 +206,11 @@ def _not_finished(first: Path, second: Path) -> None:
             r"second: its stages do not fit together: .*second began with the weights \w+, .*first before it",
         ),
         (_no_account, r"second: its stored arguments say that it was trained here .*account\.json is missing"),
-        (_no_lineage, r"second/account\.json does not say what its run began with"),
+        (
+            _no_lineage,
+            r"account\.json does not say what was done to these weights before: KeyError\('lineage'\)",
+        ),
+        (_a_stage_without_tokens, r"does not say what was done .*tokens None"),
         (_not_finished, r"parent\.load: given second, allowed is a run whose account is complete"),
     ],
 )
@@ -221,11 +231,15 @@ def test_a_pruned_checkpoint_without_its_provenance_was_still_trained_here(prefi
         check(study(prefixes, pruned))
 
 
+FORGED = {"kind": "pruned", "run": "x", "start": None, "end": None, "tokens": 9, "flops": 0, "method": "m",
+          "source": {}}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tokens": 1280}, "lineage: tokens of .*parent is 1280 now, pruned-shortgpt-r50-s1-t1280 began with 2560"),
-        ({"lineage": [{"kind": "pruned", "run": "x", "start": None, "end": None, "tokens": 9, "flops": 0}]},
+        ({"lineage": [FORGED]},
          "stages do not fit together"),
     ],
 )  # fmt: skip
