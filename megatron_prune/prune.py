@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
                 "--retrain-candidates", given=question.retraining.candidates, allowed="with plan, and rescore after it",
                 why="prune loads the model once and trains nothing",
             )  # fmt: skip
-        requests = calibrate.task_requests(args, argv, question) if question.task else None
+        requests = calibrate.task_requests(args, question) if question.task else None
 
     args = runtime.start("prune", argv, add_arguments, complete=complete)
     statistics = None

@@ -65,7 +65,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
     refuse_unrestored(parent.args, f"--load {args.load}", vars(args))
     request.check(parent.shape)
     reads_text = request.method.statistic != "none"
-    windows = calibration.chosen_windows(args, parent) if reads_text else None
+    windows = calibration.chosen_windows(args) if reads_text else None
     read = None if windows is None else calibration.provenance(args, windows)
     question = {
         "parent": parent.fingerprint(),

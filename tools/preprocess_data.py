@@ -79,9 +79,11 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError("--keep-newlines, --nltk-data", given="alone", allowed="with --split-sentences")
         tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model, **tiktoken_settings(args))
         if args.checkpoint:
+            from megatron_prune.checkpoint.layout import vocabulary
             from megatron_prune.checkpoint.reader import open_checkpoint
 
-            check_fits_checkpoint(tokenizer, open_checkpoint(args.checkpoint))
+            checkpoint = open_checkpoint(args.checkpoint)
+            check_fits_checkpoint(tokenizer, checkpoint, vocabulary(checkpoint.args))
         inputs = args.input
         if args.dataset:
             from megatron_prune.data.hub import shards

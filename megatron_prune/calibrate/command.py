@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         nonlocal asked, requests
         asked = _read_question(args, argv)
         complete(args, argv)
-        requests = task_requests(args, argv, asked[0] if asked else None)
+        requests = task_requests(args, asked[0] if asked else None)
 
     args = runtime.start("calibrate", argv, _add_own_arguments, complete=complete_all)
     from megatron_prune.calibrate import run  # imports Megatron, which must be started first
@@ -74,7 +74,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return add_arguments(parser)
 
 
-def task_requests(args: argparse.Namespace, argv: list[str], question: Question | None) -> Requests | None:
+def task_requests(args: argparse.Namespace, question: Question | None) -> Requests | None:
     """What the task of ``question`` asks of the model, if there is one; all that can be wrong with it is refused.
 
     Call after ``complete``.
@@ -87,7 +87,7 @@ def task_requests(args: argparse.Namespace, argv: list[str], question: Question 
         return None
     asked = methods.get(question.method).task(question.settings)
     assert asked is not None
-    return tasks.requests(args, argv, args.task_data or asked.path, question.task)
+    return tasks.requests(args, args.task_data or asked.path, question.task)
 
 
 def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question, Statistics] | None:

@@ -18,7 +18,7 @@ from megatron_prune.calibrate import scoring, tasks
 from megatron_prune.calibrate.hooks import Recorder
 from megatron_prune.calibrate.statistics import Statistics
 from megatron_prune.candidates import Question
-from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import identity, indexed
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
@@ -34,7 +34,7 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
     """
     refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
-    chosen = chosen_windows(args, parent)
+    chosen = chosen_windows(args)
     model = _load(args)
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     with Recorder(model[0], parent.shape) as recorder:
@@ -67,7 +67,7 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     parent = open_checkpoint(runtime.loaded_directory(args))
     if parent.fingerprint() != found.parent:
         raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
-    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
+    indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
     if identity.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
             "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"
@@ -101,9 +101,9 @@ def refuse_virtual_stages(args: argparse.Namespace) -> None:
         )
 
 
-def chosen_windows(args: argparse.Namespace, parent: Checkpoint) -> Windows:
+def chosen_windows(args: argparse.Namespace) -> Windows:
     """The windows that the calibration's flags choose. DataError or UsageError where the corpus does not fit."""
-    indexed.check_fits_model(args.calibration_data_path, parent.shape.padded_vocab_size)
+    indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
     return windows(
         args.calibration_data_path,
         args.calibration_seq_length,

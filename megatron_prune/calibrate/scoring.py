@@ -73,7 +73,7 @@ def _sums(
         depth = []
     for n in own if depth else ():
         layers = [selections[i].layers for i in depth]
-        sums[depth, n] = _from_the_first_removed_layer(model[0], layers, sequences[n], scored[n])
+        sums[depth, n] = _from_the_first_removed_layer(model[0], layers, forward.checked(sequences[n]), scored[n])
     for i in sorted(set(range(len(selections))) - set(depth)):
         with reduced(model[0], shape, selections[i]):
             found = forward.run(model, (sequences[n] for n in own), _tails([scored[n] for n in own]))

@@ -19,7 +19,7 @@ from megatron_prune.engine import text
 from megatron_prune.errors import UsageError
 
 
-def requests(args: argparse.Namespace, argv: list[str], path: str, wanted: str) -> Requests:
+def requests(args: argparse.Namespace, path: str, wanted: str) -> Requests:
     """The task in ``path``, which must be the one with the fingerprint ``wanted``, for the checkpoint ``--load``.
 
     UsageError or DataError where file, tokenizer and model do not fit each other.
@@ -28,7 +28,7 @@ def requests(args: argparse.Namespace, argv: list[str], path: str, wanted: str) 
     if task.fingerprint != wanted:
         raise UsageError("--task-data", given=path, allowed="the examples that the plan was asked for with")
     text.refuse_fixed_lengths(args)
-    return multiple_choice.encode(task, text.tokenizer(args, argv), args.max_position_embeddings)
+    return multiple_choice.encode(task, text.tokenizer(args), args.max_position_embeddings)
 
 
 def task_scores(candidates: Sequence[Candidate], requests: Requests, likelihoods: torch.Tensor) -> list[TaskScore]:

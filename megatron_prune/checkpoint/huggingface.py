@@ -20,13 +20,9 @@ import torch
 from megatron_prune.artifacts import atomic_directory, read_json, write_json
 from megatron_prune.checkpoint import safetensors_io
 from megatron_prune.checkpoint.disk import check_space, explain_full_disk
-from megatron_prune.checkpoint.huggingface_config import (
-    args_from_config,
-    config_from_args,
-    vocabulary,
-)
+from megatron_prune.checkpoint.huggingface_config import args_from_config, config_from_args
 from megatron_prune.checkpoint.huggingface_table import Segment, rows_of_tensors, segments
-from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, vocabulary, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import ModelShape, vocabulary
 from megatron_prune.errors import CheckpointError, UsageError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -176,12 +176,6 @@ def config_from_args(
         "torch_dtype": name,
         "dtype": name,
     }
-
-
-def vocabulary(args: Mapping[str, Any]) -> int:
-    """Rows of the embedding that are words; the rest up to ``padded_vocab_size`` is padding."""
-    size, padded = args.get("vocab_size"), args["padded_vocab_size"]
-    return size if isinstance(size, int) and 0 < size <= padded else padded
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

@@ -232,6 +232,12 @@ class WeightLayout:
         return self.suffix in LINEARS
 
 
+def vocabulary(args: Mapping[str, Any]) -> int:
+    """Rows of the embedding that are words; the rest up to ``padded_vocab_size`` is padding."""
+    size, padded = args.get("vocab_size"), args["padded_vocab_size"]
+    return size if isinstance(size, int) and 0 < size <= padded else padded
+
+
 LAYERS = "decoder.layers."
 
 

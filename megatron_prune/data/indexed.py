@@ -77,8 +77,8 @@ def sidecar(prefix: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def check_fits_model(prefix: str | Path, padded_vocab_size: int) -> None:
-    """Refuse a corpus whose token ids a model of this padded vocabulary has no embedding for.
+def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
+    """Refuse a corpus whose token ids are not words of a model with this ``vocabulary``, padding not counted.
 
     The sidecar's vocabulary decides; without a sidecar, evenly spaced blocks are searched for the
     largest id. Raises DataError.
@@ -86,18 +86,18 @@ def check_fits_model(prefix: str | Path, padded_vocab_size: int) -> None:
     described = sidecar(prefix)
     if described:
         size = int(described["tokenizer"]["vocab_size"])
-        if size > padded_vocab_size:
+        if size > vocabulary:
             raise DataError(
-                f"{prefix} was tokenized with a vocabulary of {size}, the model's padded vocabulary has "
-                f"{padded_vocab_size}: tokenize the text with the model's own tokenizer"
+                f"{prefix} was tokenized with a vocabulary of {size}, the model has one of {vocabulary}: "
+                "tokenize the text with the model's own tokenizer"
             )
     corpus = open_indexed(prefix)
     ids = np.memmap(f"{prefix}.bin", dtype=corpus.index.dtype, mode="r")
     length = BLOCK_BYTES // ids.itemsize
     starts = {block * max(len(ids) - length, 0) // (BLOCKS - 1) for block in range(BLOCKS)}
     largest = max(int(ids[start : start + length].max()) for start in starts)
-    if largest >= padded_vocab_size:
+    if largest >= vocabulary:
         raise DataError(
-            f"{prefix} holds token id {largest}, the model's padded vocabulary ends at "
-            f"{padded_vocab_size - 1}: tokenize the text with the model's own tokenizer"
+            f"{prefix} holds token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+            "tokenize the text with the model's own tokenizer"
         )

@@ -255,22 +255,22 @@ def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
     return SentencePieceTokenizer(model) if type == "SentencePieceTokenizer" else HuggingFaceTokenizer(model)
 
 
-def check_fits(tokenizer: Tokenizer, padded_vocab_size: int) -> None:
-    """Refuse a tokenizer that gives ids for which a model of this padded vocabulary has no embedding."""
-    if tokenizer.vocab_size > padded_vocab_size:
+def check_fits(tokenizer: Tokenizer, vocabulary: int) -> None:
+    """Refuse a tokenizer whose ids are not all words of a model with this ``vocabulary``, padding not counted."""
+    if tokenizer.vocab_size > vocabulary:
         raise DataError(
-            f"{tokenizer.model} has a vocabulary of {tokenizer.vocab_size}, the checkpoint's (padded) has "
-            f"{padded_vocab_size}: use the tokenizer that the checkpoint was trained with"
+            f"{tokenizer.model} has a vocabulary of {tokenizer.vocab_size}, the checkpoint one of {vocabulary}: use "
+            "the tokenizer that the checkpoint was trained with"
         )
 
 
-def check_fits_checkpoint(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer that is not the checkpoint's own: its ids must exist there and mean the same.
+def check_fits_checkpoint(tokenizer: Tokenizer, checkpoint: Checkpoint, vocabulary: int) -> None:
+    """Refuse a tokenizer that is not the checkpoint's own: its ids must be among its ``vocabulary`` and mean the same.
 
     The meaning can be checked where the checkpoint carries its Hugging Face tokenizer files (it was
     imported); elsewhere only the size can.
     """
-    check_fits(tokenizer, checkpoint.shape.padded_vocab_size)
+    check_fits(tokenizer, vocabulary)
     folder = checkpoint.huggingface
     if folder is None or not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return

@@ -16,8 +16,8 @@ from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.checkpoint.tracker import find_iteration, is_sound, repair_tracker
-from megatron_prune.engine import cpu, fp8, installed, refusals, stores
+from megatron_prune.checkpoint.tracker import find_iteration, is_sound, iteration_directory, repair_tracker
+from megatron_prune.engine import cpu, fp8, installed, refusals, stores, vocabulary
 from megatron_prune.errors import CheckpointError, UsageError
 
 # What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
@@ -85,8 +85,7 @@ def parse(
         _take_arguments(args, source, argv, load_args_from_checkpoint)
     if args.tokenizer_type is None:
         args.tokenizer_type = "NullTokenizer"  # data is tokenized already
-    if args.vocab_size is None:
-        args.vocab_size = args.padded_vocab_size
+    vocabulary.take(args, _model_source(args))
     if complete is not None:
         complete(args, argv)
     installed.settle(args)
@@ -94,6 +93,7 @@ def parse(
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
+    vocabulary.settle(args, given=given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args
     return parsed
 
@@ -136,6 +136,15 @@ def _take_arguments(
     args.load, args.ckpt_step = own_load, own_step
     args.iteration = 0  # the loader sets it again from the checkpoint that is really loaded
     restore_forgotten(args, checkpoint, argv)
+
+
+def _model_source(args: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint whose model this run builds, in Megatron's order of precedence."""
+    if args.shape_from is not None:
+        return open_checkpoint(args.shape_from)
+    if _has_checkpoint(args.load):
+        return open_checkpoint(iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else args.load)
+    return None if args.pretrained_checkpoint is None else open_checkpoint(args.pretrained_checkpoint)
 
 
 def restore_forgotten(args: argparse.Namespace, checkpoint: Checkpoint, argv: list[str]) -> None:

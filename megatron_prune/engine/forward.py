@@ -23,6 +23,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_prune.errors import DataError
+
 _SPIKE_FACTOR = 10  # a loss this many times the largest seen is reported, with --check-for-spiky-loss
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -118,10 +120,22 @@ def run(
     ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica, of any
     lengths: token t+1 is predicted from the tokens up to t, so each window makes S predictions. One window
     is one micro-batch: batching must not change a sum. ``reduce`` gets the losses of one, float64 [S], and
-    returns a scalar. Returns None but on the last stage.
+    returns a scalar. Returns None but on the last stage. Padding of the vocabulary does not count
+    (``engine/vocabulary.py``); DataError where a window holds an id of it.
     """
-    batches = ((window[None, :-1], window[None, 1:]) for window in windows)  # [1, S] each
+    batches = ((window[None, :-1], window[None, 1:]) for window in map(checked, windows))  # [1, S] each
     return _through_the_pipeline(model, batches, lambda losses: reduce(losses.double().view(-1)).item())
+
+
+def checked(window: torch.Tensor) -> torch.Tensor:
+    """``window``, int64 [S + 1], all of whose ids are words of the loaded model; else DataError."""
+    largest, words = int(window.max()), get_args().vocab_size
+    if largest >= words:
+        raise DataError(
+            f"the text holds token {largest}, the model's vocabulary ends at {words - 1}: it was written with another "
+            "tokenizer; or give --vocab-size, if the model has learnt more words than its checkpoint says"
+        )
+    return window
 
 
 def run_logits(

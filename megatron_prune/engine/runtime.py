@@ -19,6 +19,7 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.engine import cpu, safe_loading, torch_adam
+from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
 
 
@@ -84,12 +85,15 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     """Build this rank's stage in evaluation mode, without DDP, and load ``args.load`` into it.
 
+    Padding of the vocabulary has no probability in what it computes (``engine/vocabulary.py``).
+
     Raises CheckpointError naming the weights that the checkpoint lacks or has in another shape.
     """
     from megatron.training.checkpointing import load_checkpoint
 
     refuse_unfit_checkpoint(args, args.load, "--load")
     model = build_model(args)
+    mask_padding(model, args)
     args.finetune, args.no_load_optim, args.no_load_rng = True, True, True
     args.exit_on_missing_checkpoint = True
     load_checkpoint(model, None, None)

@@ -30,10 +30,8 @@ def refuse_fixed_lengths(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def tokenizer(args: argparse.Namespace, argv: list[str]) -> Tokenizer:
+def tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of the checkpoint ``--load``; UsageError or DataError where there is none, or it does not fit."""
-    from megatron_prune.engine.arguments import given
-
     checkpoint = open_checkpoint(runtime.loaded_directory(args))
     if args.tokenizer_type in (None, "NullTokenizer"):
         if checkpoint.huggingface is None:
@@ -47,13 +45,12 @@ def tokenizer(args: argparse.Namespace, argv: list[str]) -> Tokenizer:
     else:
         settings: dict[str, Any] = {}
         if args.tokenizer_type == "TikTokenizer":
-            own = args.vocab_size if given(argv, "--vocab-size") else checkpoint.args.get("vocab_size")
             settings = {
-                "vocab_size": own,
+                "vocab_size": args.vocab_size,
                 "pattern": args.tiktoken_pattern,
                 "num_special_tokens": args.tiktoken_num_special_tokens,
                 "special_tokens": args.tokenizer_special_tokens,
             }
         found = tokenizers.load_tokenizer(args.tokenizer_type, args.tokenizer_model, **settings)
-    tokenizers.check_fits_checkpoint(found, checkpoint)
+    tokenizers.check_fits_checkpoint(found, checkpoint, args.vocab_size)
     return found

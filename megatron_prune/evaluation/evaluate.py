@@ -17,7 +17,7 @@ from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import fp8, runtime
-from megatron_prune.errors import DataError, UsageError
+from megatron_prune.errors import UsageError
 from megatron_prune.evaluation import tasks
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     masks = check_loaded(model, runtime.loaded_directory(args))
     scores: dict[str, Any] = {}
     for label, selected in corpora.items():
-        losses = score(model, selected, vocabulary=args.padded_vocab_size)
+        losses = score(model, selected)
         loss = sum(losses) / len(losses)
         scores[label] = {
             "prefix": selected.prefix,
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
             "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
             "corpora": scores,
             **({"tasks": answers} if answers else {}),
+            "vocabulary": {"words": args.vocab_size, "padded": args.padded_vocab_size},
             "parameters": ModelShape.from_args(vars(args)).parameters(),
             "parameters_nonzero": nonzero,
             "masks": masks,
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def score(model: list[torch.nn.Module], selected: Any, *, vocabulary: int) -> list[float]:
+def score(model: list[torch.nn.Module], selected: Any) -> list[float]:
     """Mean loss of every window, in order, on every rank the same.
 
     Data-parallel replica r of R scores windows r, r + R, …; each window is computed alone, so its
@@ -89,18 +90,7 @@ def score(model: list[torch.nn.Module], selected: Any, *, vocabulary: int) -> li
 
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = range(replica, len(selected), replicas)
-
-    def checked() -> Any:
-        for number in mine:
-            window = selected[number]
-            if int(window.max()) >= vocabulary:
-                raise DataError(
-                    f"{selected.prefix} holds token {int(window.max())}, the model's vocabulary ends at "
-                    f"{vocabulary - 1}: it was written with another tokenizer"
-                )
-            yield window
-
-    losses = forward.run(model, checked())
+    losses = forward.run(model, (selected[number] for number in mine))
     gathered = torch.zeros(len(selected), dtype=torch.float64, device=torch.cuda.current_device())
     if losses is not None and mpu.get_tensor_model_parallel_rank() == 0:
         gathered[list(mine)] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)

@@ -35,10 +35,10 @@ class Request:
 
 
 class Scorer:
-    """The model of all ranks. Collective, like each of its methods; ``vocabulary`` is without padding."""
+    """The model of all ranks, from ``runtime.load_model``. Collective, like each of its methods."""
 
-    def __init__(self, model: list[torch.nn.Module], *, vocabulary: int, batch: int):
-        self.model, self.vocabulary, self.batch = model, vocabulary, batch
+    def __init__(self, model: list[torch.nn.Module], *, batch: int):
+        self.model, self.batch = model, batch
         # NCCL would give up on a rank that is busy elsewhere; and there is nothing here for a GPU.
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -83,7 +83,7 @@ class Scorer:
                     pieces.append(logits[row, len(inputs) - len(requests[number].targets) : len(inputs)])
             lengths = [len(piece) for piece in pieces]
             targets = torch.tensor([t for n in numbers for t in requests[n].targets], device=logits.device)
-            losses, greedy = _compare(torch.cat(pieces), targets, self.vocabulary)
+            losses, greedy = _compare(torch.cat(pieces), targets)
             sums = [-part.sum().item() for part in torch.split(losses.double(), lengths)]
             return list(zip(numbers, sums, [bool(part.all()) for part in torch.split(greedy, lengths)], strict=True))
 
@@ -96,15 +96,14 @@ class Scorer:
         return [(likelihood, bool(greedy)) for likelihood, greedy in gathered.tolist()]
 
 
-def _compare(logits: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [n] of ``targets`` [n], and whether each is the likeliest token, from this rank's logits [n, V / TP].
 
-    Padding of the vocabulary gets no probability, since an exported model has none. Writes into ``logits``.
+    Writes into ``logits``.
     """
     group = mpu.get_tensor_model_parallel_group()
     first = mpu.get_tensor_model_parallel_rank() * logits.shape[1]
     logits = logits.float()
-    logits[:, max(0, vocabulary - first) :] = -torch.inf
     own, place = logits.max(-1)
     highest = own.clone()
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)

@@ -21,11 +21,8 @@ import numpy
 import torch
 
 from megatron_prune import artifacts
-from megatron_prune.checkpoint import huggingface_config
-from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import runtime, text
+from megatron_prune.engine import text
 from megatron_prune.engine.arguments import given
 from megatron_prune.errors import DataError, UsageError
 
@@ -84,8 +81,7 @@ def prepare(args: argparse.Namespace, argv: list[str]) -> Asked | None:
     """
     if not names(args) or args.rank != 0:
         return None
-    tokenizer = text.tokenizer(args, argv)
-    tokenizers.check_fits(tokenizer, _vocabulary(args))
+    tokenizer = text.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
     return Asked(_load(args), tokenizer, longest)
 
@@ -146,7 +142,7 @@ def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Modu
     """Run the tasks and write ``--task-samples``; on rank 0 what the scores file says of them. Collective."""
     from megatron_prune.evaluation.likelihoods import Scorer
 
-    scorer = Scorer(model, vocabulary=_vocabulary(args), batch=args.micro_batch_size)
+    scorer = Scorer(model, batch=args.micro_batch_size)
     if asked is None:
         scorer.follow()
         return {}
@@ -172,10 +168,6 @@ def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Modu
         "micro_batch_size": args.micro_batch_size,
         "tokenizer": {"model": asked.tokenizer.model, "fingerprint": asked.tokenizer.fingerprint()},
     }
-
-
-def _vocabulary(args: argparse.Namespace) -> int:
-    return huggingface_config.vocabulary(open_checkpoint(runtime.loaded_directory(args)).args)
 
 
 def results(found: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_prune import artifacts, plan
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import ModelShape, vocabulary
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import heldout, identity, indexed, overlap, windows
 from megatron_prune.engine import refusals
@@ -246,6 +246,15 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
     return math.ceil(int(size) / multiple) * multiple
 
 
+def _words(study: Study, places: Places, source: ModelShape) -> int:
+    """The parent's vocabulary without padding, as far as flags or its checkpoint say it."""
+    pretrain = study.parent.pretrain
+    if pretrain is None:
+        return vocabulary(open_checkpoint(study.parent.load or places.checkpoint("parent")).args)
+    size = (dict(study.recipe.arguments) | dict(pretrain.arguments)).get("vocab-size")
+    return vocabulary({"vocab_size": size, "padded_vocab_size": source.padded_vocab_size})
+
+
 def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
     data = study.data
     prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
@@ -259,7 +268,7 @@ def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
             )
         seen[print_] = name
         if outlook.source is not None:
-            indexed.check_fits_model(prefix, outlook.source.padded_vocab_size)
+            indexed.check_fits_model(prefix, _words(study, places, outlook.source))
     windows.windows(
         data.calibration,
         study.calibration_seq_length,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from megatron_prune.data import indexed
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
 from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
 from megatron_prune.engine.arguments import given
@@ -108,11 +109,13 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
 def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> None:
     """Refuse a range beyond the stream's end, or one whose samples the start was trained on already.
 
-    From the corpora's sizes alone, before anything starts. ``seen`` are the trainings in the lineage of the
-    checkpoint that the run starts from. Raises UsageError and DataError.
+    Before anything starts, from the corpora's sizes, and their ids, which must be words of the model. ``seen`` are the
+    trainings in the lineage of the checkpoint that the run starts from. Raises UsageError and DataError.
     """
     if args.stream_range is None:
         return
+    for _, prefix in parse_blend(train_blend(args)):
+        indexed.check_fits_model(prefix, args.vocab_size)
     stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
     refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
 

@@ -143,6 +143,7 @@ def _train(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_prune.engine.forward import count_nonzero, forward_step
+    from megatron_prune.engine.vocabulary import clear_padding, mask_padding
     from megatron_prune.training.zeros import Zeros
 
     optimizer_layout.install(args)
@@ -160,7 +161,12 @@ def _train(
         model.extend(chunks)
         return chunks
 
-    config.post_wrap_hooks.append(keep)
+    def without_padding(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        clear_padding(chunks, args)
+        mask_padding(chunks, args)
+        return chunks
+
+    config.post_wrap_hooks += [keep, without_padding]
     with explain_failed_save(save):
         pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
 

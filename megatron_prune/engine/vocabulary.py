@@ -1,0 +1,92 @@
+"""Padding of the vocabulary: how many embeddings are words, and that the others get no probability.
+
+Megatron pads the vocabulary to a multiple of ``--make-vocab-size-divisible-by`` × TP and then treats the padding as
+words: its rows count in every softmax, and training pushes them down. An exported model does not have them. So here
+no loss, score or log-likelihood counts them, in training neither: they get no gradient either, and two runs that
+differ in their padding alone are the same run.
+
+``take`` and ``settle`` find the vocabulary when arguments are parsed. ``mask_padding`` hooks the output layer, which
+every way to a loss goes through: Megatron's loop, its validation, and the forward passes of the other verbs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.layout import vocabulary
+from megatron_prune.checkpoint.reader import Checkpoint
+from megatron_prune.errors import UsageError
+
+
+def take(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+    """Set ``args.vocab_size`` where no flag did, from the ``checkpoint`` that the model is of; before validation.
+
+    Where neither says it and no tokenizer will, every embedding is taken for a word, and rank 0 says so.
+    """
+    if args.vocab_size is None and checkpoint is not None:
+        args.vocab_size = checkpoint.args.get("vocab_size")
+    if args.vocab_size is None and args.tokenizer_type == "NullTokenizer":
+        args.vocab_size = args.padded_vocab_size  # without one, Megatron cannot build this tokenizer
+        if checkpoint is not None and args.rank == 0:
+            print(
+                f"{checkpoint.root} does not say how many of its {checkpoint.shape.padded_vocab_size} embeddings are "
+                "words: all of them count in losses. If some are padding, give --vocab-size",
+                flush=True,
+            )
+
+
+def settle(args: argparse.Namespace, *, given: bool) -> None:
+    """Make ``args.vocab_size`` the number of words, at most ``args.padded_vocab_size``. Call with the tokenizer built.
+
+    UsageError where ``--vocab-size``, if it is ``given``, or else the tokenizer, has more than the embedding.
+    """
+    from megatron.training import get_tokenizer
+
+    flag = "--vocab-size" if given else "--tokenizer-model"
+    if args.vocab_size is None:
+        args.vocab_size, given = get_tokenizer().vocab_size, True
+    if given and args.vocab_size > args.padded_vocab_size:
+        raise UsageError(
+            flag, given=args.vocab_size, allowed=f"a vocabulary of at most {args.padded_vocab_size}",
+            why="the model has no embedding for the rest",
+        )  # fmt: skip
+    args.vocab_size = vocabulary(vars(args))
+
+
+def mask_padding(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) -> None:
+    """Give the logits of padding no probability in whatever these chunks of a model compute, on every rank of TP."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.utils import unwrap_model
+
+    rank, words, padded = mpu.get_tensor_model_parallel_rank(), args.vocab_size, args.padded_vocab_size
+
+    def mask(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+        # In place, and not seen by autograd: a probability of zero has a gradient of exactly zero, and a graph node
+        # would cost a copy of the logits. Finite: where all of a rank's rows are padding, fused cross entropies
+        # subtract its own maximum, and -inf - -inf is not a number.
+        with torch.no_grad():
+            logits = output[0]  # [s, b, padded vocabulary / TP]; whole where the layer was asked to gather it
+            first = rank * logits.shape[-1] if logits.shape[-1] < padded else 0
+            logits[..., max(0, words - first) :] = torch.finfo(logits.dtype).min
+
+    for chunk in chunks:
+        model: Any = unwrap_model(chunk)
+        if model.post_process and words < padded:
+            model.output_layer.register_forward_hook(mask)
+
+
+@torch.no_grad()
+def clear_padding(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) -> None:
+    """Zero the rows of padding, as an import writes them: where a model is built, before a checkpoint is loaded."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.utils import unwrap_model
+
+    first = args.padded_vocab_size // args.tensor_model_parallel_size * mpu.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        for name, parameter in unwrap_model(chunk).named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                parameter[max(0, args.vocab_size - first) :] = 0
