@@ -127,7 +127,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_documents: lis
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
-    """``tiny_hf(name, layers=2, seed=0, **config)``: a directory with a model of ``tiny.HF_MODELS``.
+    """``tiny_hf(name, layers=2, seed=None, **config)``: a directory with a model of ``tiny.HF_MODELS``.
 
     Float32, with ``tiny_tokenizer``'s files beside the weights. Built once for each set of arguments.
     """

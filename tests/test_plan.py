@@ -26,7 +26,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import EXIT_NEEDS_SCORES, PlanError, UsageError
 
-SOURCE = ModelShape(4, 24, 12, 3, 2, 20, 16, tied=False)
+SOURCE = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
 SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
 SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}

@@ -1,12 +1,16 @@
 """Small things that tests share: random Hugging Face models, real text, a tokenizer for both.
 
-Sizes are chosen so that TP=2, TP=3, PP=2 and every kind of pruning divide them.
+Sizes are chosen so that TP=2, TP=3, PP=2 and every kind of pruning divide them, and so that no two that a bug could
+swap are equal: heads × head size is not the hidden size, the vocabulary is padded, epsilon and RoPE's base are nobody's
+default. Every kind of model has a seed of its own; TEST_SEED=N shifts all of them, for another run of the same tests.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +55,9 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 12, "tie_word_embeddings": True, "sliding_window": None},
     ),
 }
-VOCABULARY = 384
+SEED = int(os.environ.get("TEST_SEED", "0"))
+VOCABULARY = 379  # a prime: every checkpoint of it is padded
+PADDING = 384 - VOCABULARY  # rows of zeros in an imported embedding, and in an output layer of its own
 BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
@@ -59,17 +65,21 @@ BASE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 12,
     "num_key_value_heads": 6,
+    "head_dim": 12,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rms_norm_eps": 3e-4,  # large enough that another one shows
+    "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.1,  # logits large enough that a wrong weight shows
 }
 
 
-def write_hf_model(folder: Path, name: str, *, layers: int = 2, seed: int = 0, **changes: Any) -> Path:
-    """A random model of ``HF_MODELS`` in float32, its gains random too, saved as transformers saves it."""
+def write_hf_model(folder: Path, name: str, *, layers: int = 2, seed: int | None = None, **changes: Any) -> Path:
+    """A random model of ``HF_MODELS`` in float32, its gains random too, saved as transformers saves it.
+
+    ``seed``: by default one of its own for each name and depth.
+    """
     import torch
     import transformers
 
@@ -77,7 +87,7 @@ def write_hf_model(folder: Path, name: str, *, layers: int = 2, seed: int = 0, *
     settings = BASE | {"num_hidden_layers": layers} | differs | changes
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(zlib.crc32(f"{name} {layers} {SEED}".encode()) if seed is None else seed)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,9 @@ def test_bf16_scores_are_those_of_fp32_but_for_rounding(verbs: Verbs, tmp_path: 
     for name, flags in {"fp32": [], "bf16": ["--bf16"]}.items():
         verbs.statistics = tmp_path / f"{name}.safetensors"
         verbs.calibrate(*flags)
+        if name == "bf16":  # in its own statistics other units may lie on the right side of the cut
+            same = statistics_file.read(tmp_path / "fp32.safetensors").tensors
+            replace(statistics_file.read(verbs.statistics), tensors=same).write(verbs.statistics)
         verbs.make(*choice)
         verbs.score(*flags).ok()
         losses = statistics_file.read(verbs.statistics).scores.values()

@@ -20,7 +20,7 @@ from megatron_prune.calibrate.statistics import (
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import MegatronPruneError
 
-SHAPE = ModelShape(2, 8, 4, 2, 2, 12, 16, tied=False)
+SHAPE = ModelShape(2, 8, 4, 2, 3, 10, 16, tied=False)
 
 
 def statistics(seed: int = 0, windows: tuple[int, ...] = (0, 1), **changes: object) -> Statistics:
@@ -91,7 +91,8 @@ def test_merging_is_refused(other: Statistics, message: str) -> None:
 
 def test_same_windows_of_another_corpus_merge() -> None:
     other = statistics(1)
-    merge([statistics(), replace(other, calibrations=({**other.calibrations[0], "corpus": "d"},))])
+    made = merge([statistics(), replace(other, calibrations=({**other.calibrations[0], "corpus": "d"},))])
+    assert [run["corpus"] for run in made.calibrations] == [statistics().calibrations[0]["corpus"], "d"]
 
 
 def test_files_of_two_runs_are_refused(tmp_path: Path) -> None:

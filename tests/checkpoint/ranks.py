@@ -15,11 +15,13 @@ SIZES = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "ffn_hidden_size": 48,
-    "kv_channels": 8,
+    "kv_channels": 10,
 }
 STORED_ARGS = SIZES | {
     "group_query_attention": True,
     "padded_vocab_size": 128,
+    "vocab_size": 125,
+    "layernorm_epsilon": 3e-4,
     "swiglu": True,
     "normalization": "RMSNorm",
     "add_bias_linear": False,

@@ -337,7 +337,7 @@ def test_odd_configs_are_refused(tiny_hf, tmp_path, key):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {key: value}))
         if (key, value) in NOT_SO_ODD and value is not True:
             continue
-        with pytest.raises(MegatronPruneError):
+        with pytest.raises(MegatronPruneError, match=key):
             import_hf(tmp_path / "hf", tmp_path / "made")
         assert not (tmp_path / "made").exists()
 
@@ -357,7 +357,7 @@ def test_odd_configs_are_refused(tiny_hf, tmp_path, key):
 def test_odd_indices_are_refused(tiny_hf, tmp_path, index):
     shutil.copytree(tiny_hf("llama-gqa"), tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(MegatronPruneError):
+    with pytest.raises(MegatronPruneError, match=r"model\.safetensors\.index\.json"):
         import_hf(tmp_path / "hf", tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
@@ -376,6 +376,6 @@ def test_headers_that_lie_are_refused(tiny_hf, tmp_path):
         stream = io.BytesIO()
         stream.write(struct.pack("<Q", len(text)) + text + original[8 + length :])
         (hf / "model.safetensors").write_bytes(stream.getvalue())
-        with pytest.raises(MegatronPruneError):
+        with pytest.raises(MegatronPruneError, match=r"model\.safetensors|model\.norm\.weight"):
             import_hf(hf, tmp_path / "made")
         assert not (tmp_path / "made").exists()

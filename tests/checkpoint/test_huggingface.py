@@ -19,6 +19,7 @@ from megatron_prune.checkpoint.huggingface_config import args_from_config, confi
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError, MegatronPruneError
+from tests import tiny
 from tests.checkpoint import small
 from tests.tiny import HF_MODELS
 
@@ -104,7 +105,7 @@ def test_the_layout_inside_fused_weights(tiny_hf, tmp_path):
     source = tensors(tiny_hf("llama-gqa"))
     checkpoint = import_hf(tiny_hf("llama-gqa"), tmp_path / "checkpoint")
     q, k, v = (source[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv")
-    d, groups, per_group = 8, 6, 2
+    d, groups, per_group = 12, 6, 2
     rows = []
     for g in range(groups):
         rows += [q[g * per_group * d : (g + 1) * per_group * d], k[g * d : (g + 1) * d], v[g * d : (g + 1) * d]]
@@ -154,7 +155,8 @@ def test_a_model_that_was_pretrained_here_is_exported(tmp_path):
 
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     assert config.rope_parameters["rope_theta"] == 5000 and config.max_position_embeddings == 99
-    assert config.head_dim == 8 and config.num_key_value_heads == 2 and config.rms_norm_eps == 1e-5
+    assert config.head_dim == 10 and config.num_key_value_heads == 2 and config.rms_norm_eps == 3e-4
+    assert config.vocab_size == 125
     LlamaForCausalLM(config).load_state_dict(tensors(tmp_path / "hf"))
 
 
@@ -351,7 +353,7 @@ def test_every_weight_comes_from_exactly_the_rows_of_the_model(tiny_hf):
     shape = ModelShape.from_args(args_from_config(read_json(tiny_hf("llama-gqa") / "config.json")))
     covered = {}
     for layout in weights(shape):
-        for segment in huggingface.segments(layout, shape, 384):
+        for segment in huggingface.segments(layout, shape, tiny.VOCABULARY):
             if segment.name is not None:
                 covered.setdefault(segment.name, []).extend(range(segment.start, segment.stop))
     source = tensors(tiny_hf("llama-gqa"))

@@ -14,6 +14,7 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import identity
 from tests import reference
+from tests.tiny import PADDING, VOCABULARY
 from tests.training.small import layout
 
 S, WINDOWS = 32, 11
@@ -55,10 +56,12 @@ def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tm
         assert text["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
         assert text["windows"] == WINDOWS and text["predictions"] == WINDOWS * S
         assert text["fingerprint"] == identity.fingerprint(tiny_corpus)
-        assert scores["parameters"] == scores["parameters_nonzero"]
         scored, held = scores["checkpoint"], open_checkpoint(checkpoint)
         assert (scored["fingerprint"], scored["full_hash"]) == (held.fingerprint(), held.full_hash())
         assert scores["device"] == artifacts.device()
+        assert scores["vocabulary"] == {"words": VOCABULARY, "padded": 384}
+        rows = 1 if open_checkpoint(checkpoint).shape.tied else 2
+        assert scores["parameters_nonzero"] == scores["parameters"] - rows * PADDING * 96
 
 
 def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):

@@ -170,7 +170,8 @@ def agree(tasks: dict[str, Any], samples: Path, expected: Any, task: str) -> Non
     wanted = likelihoods(expected["samples"][task])
     assert len(found) == len(wanted)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+    # HFLM sums in fp32, whose last bit is 1.2e-4 at a thousand.
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4, rel=2e-7)
     result = tasks["results"][task]
     assert result["samples"] == expected["n-samples"][task]["effective"]
     assert result["samples_of"] == expected["n-samples"][task]["original"] == 19

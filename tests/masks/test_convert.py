@@ -45,7 +45,7 @@ def test_the_file_is_as_documented(sparse, tmp_path):
     """Names, packing and metadata, read by safetensors and numpy alone, against masks taken apart by hand."""
     root, kept = sparse("2:4")
     export_hf(root, tmp_path / "hf")
-    expected = by_hand(kept, layers=2, heads=12, groups=6, d=8, ffn=192)
+    expected = by_hand(kept, layers=2, heads=12, groups=6, d=12, ffn=192)
     stored = load_file(tmp_path / "hf" / "masks.safetensors")
     assert stored.keys() == expected.keys()
     for name, mask in expected.items():

@@ -69,7 +69,7 @@ def test_unstructured_masks_are_cut_as_the_weights(cut, sparse, tmp_path):
 
 @pytest.mark.parametrize("cut", ["depth", "heads", "groups"])
 def test_whole_groups_may_go_from_n_to_m_masks(cut, sparse, tmp_path):
-    """A layer, or a head: its 8 channels are two groups of 4 inputs of linear_proj."""
+    """A layer, or a head: its 12 channels are three groups of 4 inputs of linear_proj."""
     root, kept = sparse("2:4")
     made = make(open_checkpoint(root), CUTS[cut][0], **CUTS[cut][1])
     apply_plan(root, made, tmp_path / "small")

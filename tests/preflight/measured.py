@@ -7,7 +7,7 @@ from typing import Any
 from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH
 
 MODEL = (
-    "--hidden-size 48 --num-attention-heads 6 --kv-channels 8 --ffn-hidden-size 96 --swiglu --normalization RMSNorm "
+    "--hidden-size 48 --num-attention-heads 6 --kv-channels 12 --ffn-hidden-size 96 --swiglu --normalization RMSNorm "
     "--disable-bias-linear --position-embedding-type rope --max-position-embeddings 128 --padded-vocab-size 384 "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --mock-data --train-iters 1 "
     f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size {GLOBAL_BATCH} --lr 1e-3"

@@ -237,13 +237,15 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
     found = results.collect(places)
     assert len(set(drawing.colours(found).values())) == 2  # by method, where each is named beside its line
     page.write(found, places)
-    for path in (places.root / "report" / "figures").glob("*.svg"):
-        words = [text.strip() for text in xml.etree.ElementTree.fromstring(path.read_text()).itertext() if text.strip()]
-        if path.name == "final-loss.svg":
-            assert words.count("magnitude 2:4") == words.count("random 2:4") == 1
-        elif path.name == "loss-curves.svg":
-            assert words.count("magnitude") == words.count("random") == 1
-            assert words.count("2:4, 50% removed") == 1 and words.count("5:8, 37.5% removed") == 1
+
+    def words(name: str) -> list[str]:
+        figure = xml.etree.ElementTree.fromstring((places.root / "report" / "figures" / name).read_text())
+        return [text.strip() for text in figure.itertext() if text.strip()]
+
+    final, curves = words("final-loss.svg"), words("loss-curves.svg")
+    assert final.count("magnitude 2:4") == final.count("random 2:4") == 1
+    assert curves.count("magnitude") == curves.count("random") == 1
+    assert curves.count("2:4, 50% removed") == 1 and curves.count("5:8, 37.5% removed") == 1
 
 
 def test_rates_and_models_of_every_seed_are_on_the_page(tmp_path: Path) -> None:

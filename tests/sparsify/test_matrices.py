@@ -12,7 +12,7 @@ from megatron_prune.sparse.matrices import MODULES, local_rows, matrices, to_col
 
 # heads, groups, head size, hidden, ffn
 SIZES = {
-    "gqa": (12, 6, 8, 96, 192),
+    "gqa": (12, 6, 12, 96, 192),
     "mha": (6, 6, 4, 24, 36),
     "few groups": (12, 2, 8, 96, 192),
     "wide": (6, 3, 16, 24, 18),

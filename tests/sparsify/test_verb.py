@@ -90,7 +90,7 @@ def test_unmodified_megatron_loads_the_result(
     job: Callable[..., Any], distributed: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Strictly, with its own loader and hashes, at layouts that did not write it."""
-    args = small_checkpoint.ARGS | {"max_position_embeddings": 64, "kv_channels": 8, "seq_length": 64}
+    args = small_checkpoint.ARGS | {"max_position_embeddings": 64, "seq_length": 64}
     parent = small_checkpoint.write(tmp_path / "parent", args)
     save = tmp_path / "pruned"
     argv = small.flags(parent, save, "magnitude", "--pattern", "2:4", "--tensor-model-parallel-size", 2)

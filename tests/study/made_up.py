@@ -34,7 +34,7 @@ from megatron_prune.study import config
 from megatron_prune.study.commands import Command, Places
 from megatron_prune.training import data, lineage
 
-VOCABULARY = 128
+VOCABULARY = 123
 LABELS = ("validation", "test")
 SHAPE_FLAGS = {
     "num-layers": 4,
@@ -48,7 +48,8 @@ SHAPE_FLAGS = {
     "position-embedding-type": "rope",
     "disable-bias-linear": True,
     "untie-embeddings-and-output-weights": True,
-    "padded-vocab-size": VOCABULARY,
+    "vocab-size": VOCABULARY,
+    "padded-vocab-size": 128,
 }
 
 

@@ -31,7 +31,6 @@ from tests.waiting import LONGEST, content, wait_for_progress
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = made_up.SHAPE_FLAGS | {
     "tokenizer-type": "NullTokenizer",
-    "vocab-size": made_up.VOCABULARY - 1,
     "max-position-embeddings": 16,
     "attention-dropout": 0,
     "hidden-dropout": 0,

@@ -160,9 +160,10 @@ def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Pa
 
 
 def test_refuses_tokens_that_the_model_has_no_embedding_for(prefixes, tmp_path: Path) -> None:
-    arguments = made_up.SHAPE_FLAGS | {"padded-vocab-size": 64}
-    with pytest.raises(DataError, match="vocabulary ends at 63"):
-        check(prefixes, tmp_path, parent={"pretrain": {"tokens": 2560, "arguments": arguments}})
+    for sizes in ({"padded-vocab-size": 64, "vocab-size": 64}, {"vocab-size": 64}):  # the rest is padding
+        arguments = made_up.SHAPE_FLAGS | sizes
+        with pytest.raises(DataError, match="vocabulary ends at 63"):
+            check(prefixes, tmp_path, parent={"pretrain": {"tokens": 2560, "arguments": arguments}})
 
 
 def test_a_missing_corpus_is_named(prefixes, tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
     places = made_up.run(study, Path("runs"), launcher)
     assert launcher.commands[0].words[:3] == ["python", "tools/convert_checkpoint.py", "import"]
     cells = {path.name for path in (places.root / "cells").iterdir()}
-    assert "scratch-L2h96H12G6d8F192-equal-training-t1280-s1" in cells
+    assert "scratch-L2h96H12G6d12F192-equal-training-t1280-s1" in cells
     assert not [cell for cell in cells if "equal-total" in cell]
 
 

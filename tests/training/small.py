@@ -17,8 +17,8 @@ SEQ_LENGTH = 32
 
 MODEL = (
     "--num-layers 4 --hidden-size 48 --num-attention-heads 6 --group-query-attention --num-query-groups 2 "
-    "--kv-channels 8 --ffn-hidden-size 96 --swiglu --normalization RMSNorm --disable-bias-linear "
-    "--position-embedding-type rope --max-position-embeddings 128 --padded-vocab-size 384 "
+    "--kv-channels 10 --ffn-hidden-size 96 --swiglu --normalization RMSNorm --norm-epsilon 3e-4 --disable-bias-linear "
+    "--position-embedding-type rope --rotary-base 700 --max-position-embeddings 128 --padded-vocab-size 384 "
     "--untie-embeddings-and-output-weights --init-method-std 0.05 "
     "--attention-dropout 0 --hidden-dropout 0"
 ).split()

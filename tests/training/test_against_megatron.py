@@ -54,11 +54,15 @@ def test_a_bare_script_trains_a_pruned_checkpoint_on_another_layout(
 ):
     """Megatron alone: ``--load --use-checkpoint-args --finetune`` at TP=2 gives the losses of our run at TP=1."""
     from megatron_prune.apply import apply_plan
+    from megatron_prune.checkpoint import inspect
     from megatron_prune.checkpoint.reader import open_checkpoint
 
     pruned, save = tmp_path / "pruned", tmp_path / "run"
     apply_plan(tiny_parent, any_plan(open_checkpoint(tiny_parent)), pruned)
-    argv = [*FLAGS, "--use-checkpoint-args", "--data-path", str(tiny_corpus), "--data-cache-path", str(tmp_path / "c")]
+    forgotten = [word for flag in inspect.flags(open_checkpoint(pruned)) for word in flag.split()]
+    # The last --vocab-size counts: Megatron's loss knows no padding.
+    argv = [*forgotten, *FLAGS, "--use-checkpoint-args", "--data-path", str(tiny_corpus)]
+    argv += ["--data-cache-path", str(tmp_path / "c")]
     job(["pretrain", *argv, "--pretrained-checkpoint", pruned, "--save", save]).ok()
     with open(save / "losses.csv") as table:
         ours = [float(row["loss"]) for row in csv.DictReader(table)]

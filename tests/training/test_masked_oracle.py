@@ -110,7 +110,7 @@ def test_losses_and_clip_norms_are_those_of_a_plain_loop(tiny_pruned, tiny_hf, t
         record_batches, tmp_path / "ranks", 1, [str(word) for word in argv], str(tmp_path / "batches.json")
     )
     assert code == 0, output[-4000:]
-    masks = matrices(pruned.kept, layers=4, groups=6, head=8)
+    masks = matrices(pruned.kept, layers=4, groups=6, head=12)
     expected, norms, model = plain_loop(
         tiny_hf("llama-gqa", layers=4), masks, json.loads((tmp_path / "batches.json").read_text()),
         [0.0, *losses(save, "learning_rate")],  # Megatron logs the next step's; the warm-up begins at 0

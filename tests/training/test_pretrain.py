@@ -204,7 +204,7 @@ def test_the_account_says_what_the_run_was(reference, tiny_corpus):
     assert account["stream"]["seed"] == 3 and account["stream"]["blend"] == [[None, str(tiny_corpus)]]
     assert account["initial_loss"] == _losses(reference)[0] and account["final_loss"] == _losses(reference)[-1]
     # Counted by hand: 2 embeddings, 4 layers of qkv, proj, gate and up, down, 2 norms, and the final norm.
-    linears = 4 * (48 * (6 + 2 * 2) * 8 + 48 * 48 + 3 * 96 * 48)
+    linears = 4 * (48 * (6 + 2 * 2) * 10 + 6 * 10 * 48 + 3 * 96 * 48)
     assert account["parameters"] == 2 * 384 * 48 + linears + 4 * 2 * 48 + 48
     assert account["parameters_nonzero"] == account["parameters"]
     saved = open_checkpoint(reference)
@@ -212,7 +212,7 @@ def test_the_account_says_what_the_run_was(reference, tiny_corpus):
     assert account["final"] == weights
     (attempt,) = account["attempts"]
     assert attempt["device"] == artifacts.device() and attempt["versions"] == artifacts.versions()
-    attention = 4 * 2 * 2 * SEQ_LENGTH * 6 * 8
+    attention = 4 * 2 * 2 * SEQ_LENGTH * 6 * 10
     per_token = 3 * (2 * linears + attention + 2 * 48 * 384)
     assert account["flops_executed"] == per_token * account["tokens"]
 
