@@ -85,7 +85,8 @@ def parse(
         _take_arguments(args, source, argv, load_args_from_checkpoint)
     if args.tokenizer_type is None:
         args.tokenizer_type = "NullTokenizer"  # data is tokenized already
-    vocabulary.take(args, _model_source(args))
+    if args.vocab_size is None:
+        vocabulary.take(args, _model_source(args))
     if complete is not None:
         complete(args, argv)
     installed.settle(args)

@@ -23,11 +23,11 @@ from megatron_prune.errors import UsageError
 
 
 def take(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
-    """Set ``args.vocab_size`` where no flag did, from the ``checkpoint`` that the model is of; before validation.
+    """Set ``args.vocab_size``, which no flag said, from the ``checkpoint`` that the model is of; before validation.
 
     Where neither says it and no tokenizer will, every embedding is taken for a word, and rank 0 says so.
     """
-    if args.vocab_size is None and checkpoint is not None:
+    if checkpoint is not None:
         args.vocab_size = checkpoint.args.get("vocab_size")
     if args.vocab_size is None and args.tokenizer_type == "NullTokenizer":
         args.vocab_size = args.padded_vocab_size  # without one, Megatron cannot build this tokenizer

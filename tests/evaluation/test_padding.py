@@ -19,7 +19,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from tests import reference
 from tests.tiny import VOCABULARY
-from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH, layout, recipe
+from tests.training.small import GLOBAL_BATCH, MODEL, SEQ_LENGTH, layout, recipe
 
 S, WINDOWS = 32, 5
 ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -142,3 +142,21 @@ def test_a_run_from_scratch_takes_its_parents_vocabulary(tiny_hf, tiny_corpus, t
     rows = checkpoint.read("embedding.word_embeddings.weight")
     assert checkpoint.args["vocab_size"] == VOCABULARY and len(rows) == 384
     assert not rows[VOCABULARY:].any() and rows[:VOCABULARY].any(dim=1).all()
+
+
+def test_a_tokenizer_says_how_many_words_there_are(tiny_tokenizer, tiny_corpus, tmp_path, job):
+    """No flag does: Megatron pads by the tokenizer, and the checkpoint says what is padding."""
+    at = MODEL.index("--padded-vocab-size")
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tiny_tokenizer]
+    run = recipe(tiny_corpus, f"0:{GLOBAL_BATCH}", tmp_path / "run")
+    job(["pretrain", *MODEL[:at], *MODEL[at + 2 :], *tokenizer, *run]).ok()
+    checkpoint = open_checkpoint(tmp_path / "run")
+    assert checkpoint.args["vocab_size"] == VOCABULARY and checkpoint.shape.padded_vocab_size == 384
+    assert not checkpoint.read("output_layer.weight")[VOCABULARY:].any()
+
+    small = recipe(tiny_corpus, f"0:{GLOBAL_BATCH}", tmp_path / "small")
+    refused = job(["pretrain", *MODEL, "--padded-vocab-size", 256, *tokenizer, *small])
+    assert refused.returncode == 2 and f"--tokenizer-model: given {VOCABULARY}" in refused.output
+    refused = job(["pretrain", *MODEL, "--vocab-size", 100, *small])
+    assert refused.returncode == 2 and f"a vocabulary of {VOCABULARY}, the model has one of 100" in refused.output
+    assert not (tmp_path / "small").exists()
