@@ -59,7 +59,7 @@ def test_unstructured_masks_are_cut_as_the_weights(cut, sparse, tmp_path):
     assert masks.model == made.target == small.shape
     found = by_hand(
         {name: masks.read(name) for name in masks.entries}, layers=made.target.num_layers,
-        heads=made.target.num_attention_heads, groups=made.target.num_query_groups, d=8,
+        heads=made.target.num_attention_heads, groups=made.target.num_query_groups, d=12,
         ffn=made.target.ffn_hidden_size,
     )  # fmt: skip
     expected = cut_by_hand(kept, made)
