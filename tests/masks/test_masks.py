@@ -207,7 +207,10 @@ def test_masks_of_another_model_are_refused_by_what_differs(tmp_path):
     for changes, message in (
         ({"num_layers": 5}, "num_layers is 4 there and 5"),
         ({"ffn_hidden_size": 96, "num_query_groups": 4}, "num_query_groups is 2 there and 4, ffn_hidden_size is 48"),
-        ({"kv_channels": 16, "num_attention_heads": 2}, "num_attention_heads is 4 there and 2, kv_channels is 10 there"),
+        (
+            {"kv_channels": 16, "num_attention_heads": 2},
+            "num_attention_heads is 4 there and 2, kv_channels is 10 there",
+        ),
         ({"gated": False}, "gated is True there and False"),
     ):
         other = ModelShape(**{**vars(small.SHAPE), **changes})
