@@ -312,7 +312,8 @@ def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:
             refuse_unfit_range(args, _seen(args))
         else:
             for prefix in prefixes:
-                windows.windows(prefix, args.seq_length, windows_wanted)
+                flag = "--windows" if hasattr(args, "windows") else "--calibration-sequences"
+                windows.windows(prefix, args.seq_length, windows_wanted, flag=flag)
     except MegatronPruneError as error:
         yield Finding("data", "no", str(error))
         return

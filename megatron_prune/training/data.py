@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.data import indexed
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
 from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
@@ -115,7 +116,7 @@ def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> 
     if args.stream_range is None:
         return
     for _, prefix in parse_blend(train_blend(args)):
-        indexed.check_fits_model(prefix, args.vocab_size)
+        indexed.check_fits_model(prefix, vocabulary(vars(args)))  # of a dry run no tokenizer has said it yet
     stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
     refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
 

@@ -337,7 +337,7 @@ def test_odd_configs_are_refused(tiny_hf, tmp_path, key):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {key: value}))
         if (key, value) in NOT_SO_ODD and value is not True:
             continue
-        with pytest.raises(MegatronPruneError, match=key):
+        with pytest.raises(MegatronPruneError, match="RoPE parameters" if key == "rope_parameters" else key):
             import_hf(tmp_path / "hf", tmp_path / "made")
         assert not (tmp_path / "made").exists()
 

@@ -41,7 +41,7 @@ BAD = {
         r"arguments: world size \(64\) is not divisible by .*24",
     ),
     "batch": ("--gpus 8", train(SP, "--global-batch-size 6 --stream-range 0:600"),
-              r"global batch size \(6\) is not divisible by micro batch size"),
+              r"global_batch_size \(6\) must be divisible by"),
     "nothing installed": ("--gpus 64 --installed none", train(SP), "arguments: --transformer-impl: .*pip install"),
     "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*multiple of the global"),
     "layers by stages": ("--gpus 64", train("--pipeline-model-parallel-size 8", "--num-layers 12"),
