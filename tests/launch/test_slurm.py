@@ -15,6 +15,7 @@ import yaml
 
 from megatron_prune.artifacts import read_json
 from tests.launch import nodes
+from tests.waiting import GENEROUS, content, wait_for_progress
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 
@@ -54,9 +55,10 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
     for signal_number in (signal.SIGUSR1, signal.SIGTERM):  # what `--signal=B:USR1@600` does, and a preemption may
         running = submit(argv, tmp_path, log, restarts=len(reached) - 1)
         try:
-            nodes.wait_for(lambda: nodes.saved(save) >= reached[-1] + 10, "a save")
+            due = reached[-1] + 10
+            wait_for_progress(lambda due=due: nodes.saved(save) >= due, "a save", lambda: content(tmp_path))
             running.send_signal(signal_number)
-            assert running.wait(120) == 0, log.read_text()[-3000:]
+            assert running.wait(GENEROUS) == 0, log.read_text()[-3000:]
         finally:
             nodes.kill_tree(running.pid)
         reached.append(nodes.saved(save))
