@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
 
 from megatron_prune import artifacts
 from megatron_prune.report import bars, behind, budgets, curves, drawing, final, findings, numbers, ratios, tables
-from megatron_prune.study import config, grid, results, rows
+from megatron_prune.study import config, grid, match, results, rows
 from megatron_prune.study.places import Places
 from megatron_prune.study.results import Results
 from megatron_prune.study.subject import label
@@ -77,16 +79,38 @@ def render(found: Results, drawings: list[drawing.Drawing]) -> str:
         without=max((verdict.without for verdict in found.verdicts), default=0),
         one_parent=not found.study.parent_per_seed,
         bootstrapped=any(verdict.documents for verdict in found.verdicts),
-        unigram={name: f"{value:.3f}" for name, value in parent["unigram_loss"].items()} if parent else None,
+        unigram=_unigram(parent),
         declared=bool(parent and parent["declared"]),
         sweeps=tables.sweeps(found),
         runs=tables.runs(found),
         matches=tables.matches(found),
         prunings=tables.prunings(found),
         seconds=tables.seconds(found),
+        left_out=tables.left_out(found),
         configuration=yaml.safe_dump(config.resolved(found.study), sort_keys=False),
-        versions=", ".join(f"{name} {version}" for name, version in artifacts.versions().items()),
+        ran=found.ran,
     )
+
+
+def _differences(found: Results) -> list[str]:
+    """What compared runs were made with, where it was not the same."""
+    seen: dict[tuple[str, str, str], list[str]] = {}
+    for item in found.compared:
+        for line in item.match:
+            if line.verdict == match.DIFFERS:
+                pair = f"{item.comparison.pruned} and {item.comparison.scratch}"
+                seen.setdefault((line.field, str(line.pruned), str(line.scratch)), []).append(pair)
+    return [
+        f"Compared runs differ in {field}: {pruned} for pruned, {scratch} for scratch, in {len(pairs)} "
+        f"comparison{'s' * (len(pairs) != 1)} ({pairs[0]}{', …' if len(pairs) > 1 else ''})."
+        for (field, pruned, scratch), pairs in seen.items()
+    ]
+
+
+def _unigram(parent: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Nothing where the texts that were scored are not there any more."""
+    losses = parent["unigram_loss"] if parent else {}
+    return None if not losses or None in losses.values() else {name: f"{loss:.3f}" for name, loss in losses.items()}
 
 
 def _summary(found: Results) -> str:
@@ -104,9 +128,16 @@ def _summary(found: Results) -> str:
 
 
 def _remarks(found: Results) -> list[str]:
-    """What is to be known of the parent; what has no verdict, and why; what of the study does not apply as it may seem
-    to."""
-    remarks = [*behind.said(found), *(f"{note}." for note in grid.notes(found.study))]
+    """What is to be known of the files and the parent; what has no verdict, and why; what of the study does not apply
+    as it may seem to."""
+    remarks = [f"Not believed: {said}." for said in found.disbelieved]
+    if found.left_out:
+        remarks.append(
+            f"{len(found.left_out)} more finished in this folder and are not shown: the table “Not shown” has them, "
+            "and comparisons between them count in the correction of p values."
+        )
+    remarks += [*behind.said(found), *_differences(found)]
+    remarks += [f"{note}." for note in grid.notes(found.study)]
     pending = sum(item.status == "pending" for item in found.compared)
     if pending > MOST_PENDING:
         remarks.append(f"{pending} of {len(found.compared)} comparisons are not finished.")

@@ -118,6 +118,19 @@ def prunings(found: Results) -> Shown:
     ]
 
 
+def left_out(found: Results) -> Shown:
+    """Runs that were finished in the folder and that the study does not ask for."""
+    return [
+        {
+            "cell": one.cell,
+            "why": one.why,
+            "validation_loss": numbers.loss(one.record.get("validation_loss")),
+            "test_loss": numbers.loss(one.record.get("test_loss")),
+        }
+        for one in found.left_out
+    ]
+
+
 def seconds(found: Results) -> Shown:
     return [
         {

@@ -10,9 +10,7 @@ scratch takes as many samples from 0 on as cost what all of the pruned arm has e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_prune.errors import DataError
 
@@ -80,10 +78,6 @@ class Lay:
     parent_flops: int | None = None
     declared: int = 0
     declared_flops: int | None = 0
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Lay:
-        return Lay(**{**value, "batch": Batch(**value["batch"])})
 
     def retrain(self, tokens: int, before: int = 0) -> SampleRange:
         """The range of a retraining, after the parent's and ``before`` tokens of retraining between links."""

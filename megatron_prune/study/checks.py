@@ -17,7 +17,7 @@ from megatron_prune import candidates as candidate_file
 from megatron_prune import plan as plan_file
 from megatron_prune.calibrate import statistics as calibrate
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.errors import MegatronPruneError, UsageError
+from megatron_prune.errors import AccountError, MegatronPruneError
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.study import custody
 from megatron_prune.study.commands import CORPORA
@@ -35,24 +35,28 @@ class Check:
 
 
 def trained(account: str, start: int, end: int, steps: int, seed: int, permutation_seed: int | None, lr: float) -> bool:
-    """True if an account says that exactly this range was trained on, to its end.
+    """True if an account says that a run has come to its end.
 
-    UsageError where it was with another seed or learning rate: such a run would never become this one. AccountError
-    where the account contradicts itself, or the losses beside it.
+    AccountError where that was another run than is asked for: it would never become this one. And where the account
+    contradicts itself, or the losses beside it.
     """
     if not Path(account).is_file():
         return False
     found = artifacts.read_json(account)
-    if found.get("complete") is not True or found.get("range") != [start, end] or found.get("steps") != steps:
+    if found.get("complete") is not True:
         return False
     for name, asked, given in (
+        ("range", [start, end], found.get("range")),
+        ("steps", steps, found.get("steps")),
         ("seed", seed, found.get("seed")),
         ("permutation_seed", permutation_seed, found.get("permutation_seed")),
         ("lr", lr, found.get("arguments", {}).get("lr")),
     ):
         if given != asked:
-            raise UsageError(account, given=f"a finished run with {name} {given}", allowed=f"one with {name} {asked}",
-                             why="remove its folder, or restore study.yaml")  # fmt: skip
+            raise AccountError(
+                f"{account}: expected a finished run with {name} {asked}, got {given}: remove its folder, or restore "
+                "what was changed"
+            )
     custody.check_account(Path(account))
     return True
 

@@ -17,6 +17,7 @@ from megatron_prune.study import config
 from megatron_prune.study.commands import Command
 from megatron_prune.study.places import Places
 
+MOST_NAMED = 12  # runs that are not shown: the report names all
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
 
 
@@ -112,20 +113,27 @@ def _run(study: config.Study, places: Places, options: argparse.Namespace) -> in
         try:
             runner.run(study, places, launcher=launcher, progress=progress)
         except runner.CellsFailed:
-            if (places.root / "outlook.json").is_file():  # the cells that did finish have something to say
+            if (places.root / "study.json").is_file():  # the cells that did finish have something to say
                 _report(study, places, options)
             raise
     return _report(study, places, options)
 
 
 def _report(study: config.Study, places: Places, options: argparse.Namespace) -> int:
+    _quiet()
     from megatron_prune.report import page
     from megatron_prune.study import results
 
-    if not (places.root / "outlook.json").is_file():
+    if not (places.root / "study.json").is_file():
         raise UsageError("study report", given=places.root, allowed="a study that has begun: `study run` it first")
-    found = results.collect(places)
+    found = results.collect(places, study)
     written = page.write(found, places)
+    for said in found.disbelieved:
+        print(f"not believed: {said}")
+    for one in found.left_out[:MOST_NAMED]:
+        print(f"not shown: {one.cell}: {one.why}")
+    if len(found.left_out) > MOST_NAMED:
+        print(f"not shown: {len(found.left_out) - MOST_NAMED} more, which are in the report")
     for verdict in found.verdicts:
         print(f"{verdict.subject}: {verdict.words}")
     print(f"wrote {written}")

@@ -19,7 +19,7 @@ from megatron_prune.study.config import Study
 from megatron_prune.study.places import Places
 from megatron_prune.study.pooling import Paired
 from megatron_prune.study.statistics import OverDocuments
-from megatron_prune.study.subject import SUBJECT
+from megatron_prune.study.subject import GROUP, SUBJECT
 from megatron_prune.study.trends import Trend
 from megatron_prune.study.verdicts import Verdict
 
@@ -27,8 +27,18 @@ Record = Mapping[str, Any]
 Groups = dict[tuple[Any, ...], list[Any]]
 
 
-def judge(study: Study, places: Places, compared: Sequence[Any], records: Mapping[str, Record]) -> list[Verdict]:
-    """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order."""
+def judge(
+    study: Study,
+    places: Places,
+    compared: Sequence[Any],
+    records: Mapping[str, Record],
+    before: Sequence[Record] = (),
+) -> list[Verdict]:
+    """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order.
+
+    ``before``: groups that were finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those of
+    the family, as it is or as it was then, are counted in the correction, shown or not.
+    """
     windows = _Windows(study, places)
     groups = _groups(compared, lambda item: tuple(item.group.values()))
     for items in groups.values():
@@ -50,7 +60,11 @@ def judge(study: Study, places: Places, compared: Sequence[Any], records: Mappin
         for items, scatter in zip(groups.values(), scatters, strict=True)
     ]
     meant = {tuple(item.group.values()): item.group | {"budget": item.comparison.budget} for item in compared}
-    planned = sum(study.family.holds(comparison) for comparison in meant.values())
+    family = {key for key, comparison in meant.items() if study.family.holds(comparison)}
+    for group in before:
+        if group["in_family"] or study.family.holds(group):
+            family.add(tuple(group[part] for part in GROUP))
+    planned = len(family)
     return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
 
 

@@ -40,6 +40,17 @@ def check_account(path: Path) -> None:
         given = account["arguments"].get(name)
         if given not in (None, account[name]):
             raise AccountError(f"{path}: {name} is {account[name]}, and {given} among its arguments")
+    first, end = account["range"]
+    samples, length = account["steps"] * account["global_batch_size"], account["seq_length"]
+    for name, found, follows in (
+        ("range", end - first, samples),
+        ("tokens", account["tokens"], samples * length),
+    ):
+        if found != follows:
+            raise AccountError(
+                f"{path}: {name}: expected {follows:,} by its {account['steps']} steps of "
+                f"{account['global_batch_size']} x {length}, got {found:,}"
+            )
     losses = path.parent / "losses.csv"
     rows = _rows(losses)
     expected = [(step, step * account["global_batch_size"]) for step in range(1, account["steps"] + 1)]
@@ -114,8 +125,15 @@ class Run:
         return {key: account[key] for key in keys} | {"initial": initial} | arguments
 
 
-def refuse_copies(runs: Sequence[Run]) -> None:
-    """AccountError for two different runs with the same weights, the same losses at every step, or on every window."""
+def refuse_copies(runs: Sequence[Run], untrained: Mapping[str, str]) -> None:
+    """AccountError for two different runs with the same weights, the same losses at every step, or on every window.
+
+    ``untrained``: fingerprints of the parents and of what prunings left, by cell: no run ends with these.
+    """
+    starts = {fingerprint: cell for cell, fingerprint in untrained.items()}
+    for run in runs:
+        if source := starts.get(run.account["final"]["fingerprint"]):
+            raise AccountError(f"{run.cell} ended with the weights of {source}, by their fingerprint: one is a copy")
     for what, key in (
         ("the same weights (fingerprint)", lambda run: run.account["final"]["fingerprint"]),
         ("the same weights (full_hash)", lambda run: run.account["final"]["full_hash"]),
@@ -138,6 +156,7 @@ def _refuse_equal(runs: Sequence[Run], what: str, key: Callable[[Run], Hashable]
 
 def _refuse_pair(one: Run, other: Run, what: str) -> None:
     """AccountError unless they are one training under two names, by what their accounts say."""
+    one, other = sorted((one, other), key=lambda run: run.cell)
     ours, theirs = one.training, other.training
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         if (a := ours.get(name)) != (b := theirs.get(name)):

@@ -85,6 +85,24 @@ class Comparison:
     chosen: bool = True
     edges: tuple[Edge, ...] = ()
 
+    @property
+    def runs(self) -> list[tuple[float | None, str, str | None]]:
+        """Every rate's pruned run and scratch run; where nothing is swept the rate is None."""
+        return list(self.swept) or [(None, self.pruned, self.scratch)]
+
+    def group(self, tokens: int) -> dict[str, Any]:
+        """What is the same for all seeds; ``tokens`` are those of the retraining."""
+        method, pattern, ratio = self.pruning.subject
+        return {
+            "method": method,
+            "pattern": pattern,
+            "ratio": ratio,
+            "setting": self.setting,
+            "against": self.against,
+            "sparse": self.pruning.sparse,
+            "tokens": tokens,
+        }
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -4,6 +4,10 @@ A line is written by one ``write`` on a descriptor opened for appending and is o
 runner goes on. A kill in the middle of it can only tear the last line: a torn line is one that does
 not end in a newline; it is cut off before the next append, and never read. Anything else that is
 not a record is an error, since nobody but us writes here.
+
+The ledger is a diary, not the source: what a report shows is read from the artifacts of the cells each time
+(``evidence``), and a line that says something else is named. A cell that was made again has a line each time; the
+last one counts, and the others stay as a trace.
 """
 
 from __future__ import annotations
@@ -23,24 +27,29 @@ class Ledger:
         self.path = Path(path)
 
     def read(self) -> dict[str, dict[str, Any]]:
+        """The last record of every cell, in the order in which the cells were first appended."""
+        return {record["cell"]: record for record in self.lines()}
+
+    def replaced(self) -> list[dict[str, Any]]:
+        """Records of cells that have been made again since."""
+        lines = self.lines()
+        last = {record["cell"]: number for number, record in enumerate(lines)}
+        return [record for number, record in enumerate(lines) if number != last[record["cell"]]]
+
+    def lines(self) -> list[dict[str, Any]]:
         """All whole records, in the order in which they were appended; a torn last line is left out."""
         whole, _ = self._split()
-        records: dict[str, dict[str, Any]] = {}
+        records: list[dict[str, Any]] = []
         for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
             try:
                 record = json.loads(line)
-                cell = record["cell"]
+                _ = record["cell"]
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise RunError(
                     f"{self.path}, line {number} is not a record of a cell: it was changed by hand; "
                     "remove the file to have it made again from the cells"
                 ) from error
-            if cell in records:
-                raise RunError(
-                    f"{self.path}, line {number}: cell {cell} is there twice; remove the file to have "
-                    "it made again from the cells"
-                )
-            records[cell] = record
+            records.append(record)
         return records
 
     def append(self, record: dict[str, Any]) -> None:

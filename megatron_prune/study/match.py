@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study import parents
+from megatron_prune.study import environment, parents
 from megatron_prune.study.budgets import counted
 from megatron_prune.study.lines import Line as Line
 from megatron_prune.training import lineage
@@ -58,6 +58,19 @@ ALLOWED: dict[str, str] = {
     "consumed_valid_samples": "progress at the last start",
     "skipped_train_samples": "progress at the last start",
     "num_floating_point_operations_so_far": "progress at the last start",
+    # How a global batch is computed: the sums are the same but for their order, so that the last digits differ.
+    **dict.fromkeys(
+        (
+            "micro_batch_size",
+            "eval_micro_batch_size",
+            "world_size",
+            "inprocess_active_world_size",
+            "data_parallel_size",
+            "rank",
+            "local_rank",
+        ),
+        "how a batch is shared out",
+    ),
 }
 # What a run's own number of steps decides, where the settings differ in it.
 OWN_STEPS: dict[str, str] = {
@@ -70,8 +83,9 @@ OWN_STEPS: dict[str, str] = {
 SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
 HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
 STREAM = ("id", "seed", "seq_length", "epochs", "blend")
-ACCOUNTED = ("global_batch_size", "micro_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
+ACCOUNTED = ("global_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
 TOLERANCE = 0.001
+DIFFERS = "differs"  # of what the runs were made with: listed at the top of the report
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ class Runs:
     whose losses are shown, what it was evaluated on. ``warmup``: the recipe's steps of warm-up for a number of
     steps. ``masks``: the hash of those that the pruning made, None where it made none; ``dense`` says that the
     scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
+    ``scored``: what each was evaluated with.
     """
 
     pruned_name: str
@@ -97,6 +112,7 @@ class Runs:
     masks: str | None = None
     dense: bool = True
     swept: Mapping[float, tuple[Account, Account]] | None = None
+    scored: tuple[environment.Environment, environment.Environment] = ({}, {})
 
     def refuse(self, setting: str, field: str, why: str) -> AccountError:
         return AccountError(
@@ -188,6 +204,12 @@ class Runs:
         )
         return Line("evaluation text", shown, shown)
 
+    def environments(self) -> list[Line]:
+        """Versions, devices and precision of both, equal or not: none of them is a reason not to compare."""
+        trained = environment.differences(environment.of_account(self.pruned), environment.of_account(self.scratch))
+        scored = [(f"{name} of the evaluation", a, b) for name, a, b in environment.differences(*self.scored)]
+        return [Line(name, a, b, "equal" if a == b else DIFFERS) for name, a, b in [*trained, *scored]]
+
     def rates(self, setting: str) -> list[Line]:
         """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
         if self.swept is None:
@@ -278,7 +300,7 @@ def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declare
 def _common(runs: Runs, setting: str) -> list[Line]:
     return [
         runs.began(setting), *runs.held(setting), *parents.unseen(runs, setting), parents.behind(runs, setting),
-        runs.text(setting), *runs.rates(setting),
+        runs.text(setting), *runs.rates(setting), *runs.environments(),
     ]  # fmt: skip
 
 

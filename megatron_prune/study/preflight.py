@@ -20,13 +20,12 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import heldout, identity, indexed, overlap, windows
 from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import budgets, choices, commands, ranges, unseen
+from megatron_prune.study import budgets, choices, commands, ranges, records, unseen
 from megatron_prune.study.choices import Needs
 from megatron_prune.study.config import Study
 from megatron_prune.study.grid import Grid, expand
-from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
-from megatron_prune.study.prunings import calibration_tokens, flops_of, links, prunings
+from megatron_prune.study.prunings import calibration_cell, calibration_tokens, flops_of, links, prunings
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 from megatron_prune.training.lineage import Stage
@@ -63,15 +62,6 @@ class Outlook:
     def shapes(self) -> dict[str, Mapping[str, Any]]:
         """The targets as plain mappings."""
         return {name: asdict(shape) for name, shape in self.targets.items()}
-
-    def to_json(self, study: Study) -> dict[str, Any]:
-        """What a report needs to know of it, without Megatron."""
-        return {
-            "lay": asdict(self.lay),
-            "shapes": self.shapes,
-            "consumed": self.consumed(study),
-            "spent": dict(self.spent),
-        }
 
     def consumed(self, study: Study) -> dict[str, int]:
         """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, and
@@ -140,15 +130,27 @@ def _targets(
 
 
 def _spent(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
-    """FLOPs behind every pruning that is finished, from the ledger."""
-    records = Ledger(places.ledger).read()
+    """FLOPs behind every pruning that has been made, from what it left."""
+    costs = _costs(study, places, needs)
     spent: dict[str, int] = {}
     for pruning in prunings(study):
-        found = [flops_of(records, study, link, statistics=needs[link.name].statistics) for link in pruning.links]
+        found = [flops_of(costs, study, link, statistics=needs[link.name].statistics) for link in pruning.links]
         known = [flops for flops in found if flops is not None]
         if len(known) == len(found):
             spent[pruning.name] = sum(known)
     return spent
+
+
+def _costs(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, dict[str, Any]]:
+    """What every pruning and calibration that has been made cost by itself, by cell."""
+    found: dict[str, dict[str, Any]] = {}
+    for link in links(study):
+        cell, statistics = calibration_cell(study, link), places.statistics(calibration_cell(study, link))
+        if needs[link.name].statistics and statistics.is_file():
+            found.setdefault(cell, {"flops": records.calibration_flops(statistics)})
+        if (flops := records.pruning_flops(places, link)) is not None:
+            found[link.cell] = {"flops": flops}
+    return found
 
 
 def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:

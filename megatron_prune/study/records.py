@@ -1,4 +1,4 @@
-"""What a finished cell is worth: one record for the ledger, read from the files that its stages left.
+"""What a finished cell is worth: one record, read from the files that its stages left.
 
 A record holds numbers that a rerun reproduces, and apart from them, under ``seconds``, what it does
 not (``checks`` say when there is something to read).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from megatron_prune import artifacts, plan
 from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import indexed
-from megatron_prune.errors import RunError
+from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.data import identity, indexed
+from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import anomalies
 from megatron_prune.study.budgets import Lay
@@ -57,11 +59,16 @@ def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[s
         "declared": not known,
         "stages": [{key: stage.get(key) for key in SHOWN_OF_A_STAGE} for stage in stages],
     }
-    record["unigram_loss"] = {
-        name: unigram_loss(getattr(study.data, name), study.evaluation_seq_length * study.evaluation.windows)
-        for name in CORPORA
-    }
+    record["unigram_loss"] = {name: _unigram_loss(study, name, record["text"][name]["fingerprint"]) for name in CORPORA}
     return record
+
+
+def _unigram_loss(study: Study, name: str, scored: str) -> float | None:
+    """None where the text that was scored is not there any more."""
+    prefix = getattr(study.data, name)
+    if not Path(f"{prefix}.bin").is_file() or identity.fingerprint(prefix) != scored:
+        return None
+    return unigram_loss(prefix, study.evaluation_seq_length * study.evaluation.windows)
 
 
 def calibration(study: Study, places: Places, made_for: Pruning, seconds: Mapping[str, float]) -> Record:
@@ -72,16 +79,32 @@ def calibration(study: Study, places: Places, made_for: Pruning, seconds: Mappin
         "cell": cell,
         "kind": "calibration",
         "tokens": found.tokens,
-        "flops": found.provenance()["flops"],
+        "flops": calibration_flops(places.statistics(cell)),
         "statistics": found.hash,
         "seconds": dict(seconds),
     }
 
 
+def calibration_flops(path: Path) -> int:
+    """What statistics cost."""
+    return int(statistics.read(path).provenance()["flops"])
+
+
+def pruning_flops(places: Places, chosen: Pruning) -> int | None:
+    """What a pruning cost beyond its calibration; None before it is made."""
+    if chosen.method.pattern is None:
+        if not places.plan(chosen).is_file():
+            return None
+        spent = plan.read(places.plan(chosen)).calibration or {}
+        return int(sum(spent.get(part, {}).get("flops", 0) for part in ("scoring", "retraining")))
+    if find_iteration(places.checkpoint(chosen.cell)) is None:
+        return None
+    return int(open_checkpoint(places.checkpoint(chosen.cell)).pruning[-1]["flops"])
+
+
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
     """A plan, its checkpoint, and the losses of that before any retraining."""
     made = plan.read(places.plan(chosen))
-    spent = made.calibration or {}
     return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
         "made_of": made.parent,
@@ -89,7 +112,7 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),
-        "flops": sum(spent.get(part, {}).get("flops", 0) for part in ("scoring", "retraining")),  # beyond calibration
+        "flops": pruning_flops(places, chosen),
         **_chained(places, chosen),
     }
 
@@ -104,7 +127,7 @@ def sparse_pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]
         "removed_linears": made["removed_linears"],
         "removed_all": made["removed_all"],
         "near_ties": None,  # masks are too many for a list of them
-        "flops": made["flops"],
+        "flops": pruning_flops(places, chosen),
         **_chained(places, chosen),
     }
 
@@ -146,7 +169,7 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
     scores = artifacts.read_json(places.scores(cell.id))
     if scores["masks"] != account["masks"]:
         held = f"under masks {account['masks'] or 'none'}", f"with masks {scores['masks'] or 'none'}"
-        raise RunError(f"{cell.id}: it was trained {held[0]}, and evaluated {held[1]}")
+        raise AccountError(f"{cell.id}: it was trained {held[0]}, and evaluated {held[1]}")
     return {
         "cell": cell.id,
         "kind": cell.kind,

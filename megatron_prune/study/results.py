@@ -1,4 +1,6 @@
-"""From the ledger to results: rows, matched comparisons and verdicts. Imports no Megatron.
+"""From a study's folder to results: rows, matched comparisons and verdicts.
+
+What is finished, and its numbers, come from the artifacts of the cells (``evidence``), never from the ledger.
 
 A row (``rows``) is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
 setting, kind of scratch (``against``) and seed, and one row for each parent. A run that serves several
@@ -8,17 +10,16 @@ comparisons (a pruned run under both settings, a scratch run for two methods of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.study import conclusions, config, custody, grid, match, origins, rows, sweep
+from megatron_prune.study import conclusions, config, environment, evidence, grid, match, origins, rows, sweep
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
-from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.study.prunings import parent_cell, parent_cells
 from megatron_prune.study.rows import COLUMNS
@@ -43,17 +44,7 @@ class Compared:
     @property
     def group(self) -> dict[str, Any]:
         """What is the same for all seeds."""
-        made = self.comparison
-        method, pattern, ratio = made.pruning.subject
-        return {
-            "method": method,
-            "pattern": pattern,
-            "ratio": ratio,
-            "setting": made.setting,
-            "against": made.against,
-            "sparse": made.pruning.sparse,
-            "tokens": self.tokens,
-        }
+        return self.comparison.group(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -69,25 +60,29 @@ class Results:
     verdicts: tuple[Verdict, ...]
     trends: tuple[Trend, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    disbelieved: tuple[str, ...] = ()  # what the ledger says that the artifacts do not
+    left_out: tuple[evidence.LeftOut, ...] = ()  # runs that the folder holds and the study does not ask for
+    ran: str = ""  # what the trainings ran with
 
 
-def collect(places: Places) -> Results:
-    """Read a study's folder. AccountError when two runs that should match do not."""
-    study = config.from_mapping(artifacts.read_json(places.root / "study.json"), str(places.root / "study.json"))
-    outlook = artifacts.read_json(places.root / "outlook.json")
-    lay, consumed = Lay.from_json(outlook["lay"]), outlook["consumed"]
-    records = Ledger(places.ledger).read()
-    laid = grid.expand(study, lay, outlook["shapes"], consumed, outlook.get("spent", {}))
-    judged, sweeps = sweep.choose(laid.comparisons, records)
-    trained = [cell for cell, record in records.items() if record["kind"] in ("pruned", "scratch", "retrained")]
-    custody.refuse_copies([custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained])
+def collect(places: Places, study: config.Study | None = None) -> Results:
+    """Read a study's folder: ``study`` as it is now, or as it was last run.
+
+    AccountError when two runs that should match do not, or the files of one contradict each other.
+    """
+    study = study or config.from_mapping(artifacts.read_json(places.root / "study.json"), str(places.root))
+    held = evidence.gather(study, places)
+    outlook, records = held.outlook, held.records
+    lay, consumed = outlook.lay, outlook.consumed(study)
+    judged, sweeps = sweep.choose(outlook.grid(study).comparisons, records)
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
     found = [row for item in compared for row in rows.of_comparison(study, item, records, consumed)]
     return Results(
         study, lay, _parent(study, records), records, compared, (*rows.of_parents(study, records), *found),
-        tuple(conclusions.judge(study, places, compared, records)), tuple(conclusions.follow(compared, records)),
-        sweeps,
+        tuple(conclusions.judge(study, places, compared, records, held.compared)),
+        tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
+        environment.words(matching.ran(records)),
     )  # fmt: skip
 
 
@@ -144,6 +139,7 @@ class _Matching:
             masks=pruning.get("masks"),
             dense=made.against == "dense",
             swept=swept or None,
+            scored=(self._scored(made.pruned), self._scored(made.scratch)),
         )
         return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
 
@@ -171,6 +167,13 @@ class _Matching:
         if path not in self._behind:
             self._behind[path] = lineage.of(open_checkpoint(path))
         return self._behind[path]
+
+    def _scored(self, cell: str) -> dict[str, str]:
+        return environment.of_scores(self._read(self.places.scores(cell)))
+
+    def ran(self, cells: Iterable[str]) -> list[dict[str, str]]:
+        """What these cells were trained with."""
+        return [environment.of_account(self._account(cell)) for cell in cells if self.places.account(cell).is_file()]
 
     def _account(self, cell: str) -> Any:
         return self._read(self.places.account(cell))
@@ -212,6 +215,16 @@ def to_json(results: Results) -> dict[str, Any]:
                 "match": [asdict(line) for line in item.match],
             }
             for item in results.compared
+        ],
+        "ran": results.ran,
+        "disbelieved": list(results.disbelieved),
+        "left_out": [
+            {
+                "cell": one.cell,
+                "why": one.why,
+                **{key: one.record.get(key) for key in ("validation_loss", "test_loss")},
+            }
+            for one in results.left_out
         ],
         "sweeps": [asdict(one) | {"edge": one.edge and asdict(one.edge)} for one in results.sweeps],
         "unigram_loss": results.parent["unigram_loss"] if results.parent else None,

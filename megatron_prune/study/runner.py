@@ -17,11 +17,11 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
-from megatron_prune.study import config, preflight, retention, stages
+from megatron_prune.study import config, evidence, preflight, retention, stages
 from megatron_prune.study.execution import NO_LOCKS, Refused, State, States, reached, unfinished
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
@@ -78,7 +78,8 @@ class _Runner:
         self.study, self.places, self.outlook, self.launcher = study, places, outlook, launcher
         self.progress, self.states = progress, States(places)
         self.ledger = Ledger(places.ledger)
-        self.finished = self.ledger.read()
+        self.lines = self.ledger.read()  # what earlier runners wrote; what is finished, the artifacts say
+        self.finished: dict[str, dict[str, Any]] = {}
         self.cells: dict[str, Cell] = {}
         self.begun: set[str] = set()
         self.failures: dict[str, list[str]] = {}  # of every cell, what went wrong at each attempt
@@ -99,23 +100,35 @@ class _Runner:
             raise CellsFailed("\n".join(self.failed.values()))
 
     def _expand(self) -> None:
-        """Name the cells that can be named by now, and write down what a report needs to know of them."""
+        """Name the cells that can be named by now, and look at what earlier runners have left of them."""
         if self.outlook.source is None:  # an import: before it there is no shape to check targets against
             cells = stages.parents(self.study, self.places, self.outlook)
         else:
-            artifacts.write_json(self.places.root / "outlook.json", self.outlook.to_json(self.study))
             cells = stages.all_cells(self.study, self.places, self.outlook, frozenset(self.failed))
         for cell in cells:
-            if cell.id not in self.begun and cell.id not in self.finished:
+            if cell.id not in self.begun and cell.id not in self.lines:
                 self.launcher.check(cell)
         for cell in cells:
             if cell.id in self.begun:
                 continue
             stages.keep(self.study, self.places, cell, cells)
-            if cell.id in self.finished and cell.id not in self.cells:
-                self.progress.skipped(cell.id)
-                retention.apply(self.study, self.places, cell)
+            if cell.id in self.lines and cell.id not in self.cells:
+                self._look_at(cell)
             self.cells[cell.id] = cell
+
+    def _look_at(self, cell: Cell) -> None:
+        """A cell that is in the ledger is finished if its artifacts say so; what they contradict is not run again."""
+        try:
+            record = evidence.record(cell, self.states)
+        except MegatronPruneError as wrong:
+            self.failed[cell.id] = str(wrong)
+            self.states.write(cell.id, State("failed", failures=[str(wrong)]))
+            self.progress.failed(cell.id, 1, again=False)
+            return
+        if record is not None:
+            self.finished[cell.id] = record
+            self.progress.skipped(cell.id)
+            retention.apply(self.study, self.places, cell)
 
     def _begin_what_may(self) -> bool:
         """Hand out cells, parents first and long ones before short ones; True if there is room for no more."""
@@ -124,7 +137,12 @@ class _Runner:
             if not may or not self.launcher.room():
                 return bool(may)
             cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
-            if _done(cell):  # an earlier runner was killed before its line
+            try:
+                done = cell.is_done()
+            except AccountError as wrong:
+                self._failed(cell, wrong)
+                continue
+            if done:  # an earlier runner was killed before its line
                 self._finish(cell)
                 continue
             self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
@@ -156,7 +174,7 @@ class _Runner:
         except MegatronPruneError as wrong:
             self._failed(cell, Refused(str(wrong)))
             return
-        self.ledger.append(record)
+        self.ledger.append(evidence.line(self.places, cell, record))
         self.finished[cell.id] = record
         self.states.write(cell.id, State("finished", failures=self.failures.get(cell.id, [])))
         self.progress.finished(cell.id, record)
@@ -212,10 +230,10 @@ class _Runner:
 
 
 def _done(cell: Cell) -> bool:
-    """True if everything that a cell writes says that it is done; what cannot be read says nothing."""
+    """True if a cell is done, and is what it should be."""
     try:
-        return all(stage.done() for stage in cell.stages)
-    except MegatronPruneError:
+        return cell.is_done()
+    except AccountError:
         return False
 
 

@@ -7,18 +7,18 @@ then calibrations, prunings, and the training runs of the grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune.errors import RunError, UsageError
+from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import commands, pruning_commands, records
 from megatron_prune.study.budgets import SampleRange
 from megatron_prune.study.checks import Check
 from megatron_prune.study.commands import Command
 from megatron_prune.study.config import Study
-from megatron_prune.study.grid import TrainingCell
+from megatron_prune.study.grid import Grid, TrainingCell
 from megatron_prune.study.places import Places
 from megatron_prune.study.preflight import Outlook
 from megatron_prune.study.prunings import Pruning, calibration_cell, links, parent_cells, source_cell
@@ -44,11 +44,25 @@ class Cell:
     record: Callable[[Seconds], dict[str, Any]]
     after: tuple[str, ...] = ()
     weight: float = 1.0  # how long it may take, relative to others of its kind; longer ones start first
+    about: Mapping[str, Any] = field(default_factory=dict)  # of a training run: what it is, and what it is compared in
+
+    def is_done(self) -> bool:
+        """True if everything that it writes says that it is done; what cannot be read says nothing.
+
+        AccountError where it is done, but is not what it should be.
+        """
+        try:
+            return all(stage.done() for stage in self.stages)
+        except AccountError:
+            raise
+        except MegatronPruneError:
+            return False
 
     def to_json(self) -> dict[str, Any]:
-        """``cell.json``: what is run, and what says that it is done."""
+        """``cell.json``: what it is, what is run, and what says that it is done."""
         return {
             "cell": self.id,
+            "about": {"kind": self.kind, **self.about},
             "stages": [
                 {
                     "stage": stage.command.stage,
@@ -170,14 +184,32 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
 def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
     """The runs that are compared, and those between links, the longest first; those of which the name does not depend
     on an unknown shape."""
+    grid = outlook.grid(study)
+    compared = _compared(study, outlook, grid)
     return sorted(
         (
-            _training(study, places, cell, _source(places, cell, failed))
-            for cell in outlook.grid(study).cells
+            _training(study, places, cell, _source(places, cell, failed), compared.get(cell.id, []))
+            for cell in grid.cells
             if cell.kind != "scratch" or cell.masked or cell.source.name in outlook.targets
         ),
         key=lambda cell: -cell.weight,
     )
+
+
+def _compared(study: Study, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
+    """By run, the comparisons that it is for: each as ``Comparison.group``, and whether it is in the study's family.
+
+    It is written down with the run, so that a comparison that is taken out of study.yaml later still counts.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for made in grid.comparisons:
+        group = made.group(outlook.lay.retrain(made.budget).steps * outlook.lay.batch.tokens) | {"budget": made.budget}
+        group["in_family"] = study.family.holds(group)
+        for _, *names in made.runs:
+            for name in names:
+                if name is not None and group not in found.setdefault(name, []):
+                    found[name].append(group)
+    return found
 
 
 def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruning:
@@ -195,7 +227,9 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
     return next((pruning for pruning in candidates if pruning.cell not in failed), cell.source)
 
 
-def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning) -> Cell:
+def _training(
+    study: Study, places: Places, cell: TrainingCell, source: Pruning, compared: Sequence[Mapping[str, Any]]
+) -> Cell:
     command = commands.training(study, places, cell, source)
     return Cell(
         cell.id,
@@ -207,6 +241,7 @@ def _training(study: Study, places: Places, cell: TrainingCell, source: Pruning)
         lambda seconds: records.training(places, cell, seconds),
         after=(source.cell,),
         weight=cell.samples.steps,
+        about={"arm": cell.kind, "seed": cell.seed, "lr": cell.lr, "compared": list(compared)},
     )
 
 
@@ -230,22 +265,57 @@ def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
     return {cell.id: [stage.command for stage in cell.stages] for cell in cells}
 
 
+# Flags in which accounts may differ: a cell that has begun goes on with others.
+FREE = (
+    "--save-interval", "--micro-batch-size", "--tensorboard-dir", "--wandb-project", "--wandb-entity",
+    "--wandb-exp-name", "--wandb-save-dir", commands.SAVES_WHEN_TOLD,
+)  # fmt: skip
+
+
 def keep(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study."""
-    path = places.cell(cell.id) / "cell.json"
-    content = cell.to_json()
+    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study.
+
+    What accounts may differ in (how often is saved, how many processes share a batch, and how, what is tracked) may
+    change while a cell is not finished. A finished one keeps the commands that it was made with.
+    """
+    path, content = places.cell(cell.id) / "cell.json", cell.to_json()
+    refuse_other_commands(study, places, cell, cells)
     earlier = artifacts.read_json(path) if path.is_file() else None
-    if earlier == content:
+    if earlier is not None and has_begun(path.parent):
+        content["about"] = _with_earlier(earlier.get("about", {}), content["about"])
+        if earlier["stages"] != content["stages"] and _was_done(cell):
+            content["stages"] = earlier["stages"]
+    if earlier != content:
+        artifacts.write_json(path, content)
+
+
+def refuse_other_commands(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+    """UsageError for a cell that has begun with commands which differ in more than what is ``FREE``."""
+    path = places.cell(cell.id) / "cell.json"
+    if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
         return
-    if earlier is not None and has_begun(path.parent) and (changed := _first_difference(earlier, content)):
+    if changed := _first_difference(artifacts.read_json(path), cell.to_json()):
         raise UsageError(
             f"study {study.name}",
             given=f"{cell.id} with {changed}",
             allowed="its earlier commands",
-            why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)} with their lines in "
-            f"{places.ledger}",
+            why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
         )
-    artifacts.write_json(path, content)
+
+
+def _was_done(cell: Cell) -> bool:
+    try:
+        return cell.is_done()
+    except MegatronPruneError:  # the runner names it
+        return True
+
+
+def _with_earlier(earlier: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is compared in now, and what it was compared in before study.yaml was changed."""
+    if "compared" not in about:
+        return dict(about)
+    groups = [*earlier.get("compared", []), *about["compared"]]
+    return {**about, "compared": [group for number, group in enumerate(groups) if group not in groups[:number]]}
 
 
 def _begun_after(places: Places, cell: Cell, cells: Sequence[Cell]) -> str:
@@ -270,12 +340,24 @@ def has_begun(directory: Path) -> bool:
 
 
 def _first_difference(earlier: Any, now: Any) -> str:
-    """The first words in which the commands of two cell.json differ; nothing where none does."""
+    """The first words in which the commands of two cell.json differ, ``FREE`` ones apart; nothing where none does."""
     for old, new in zip(earlier["stages"], now["stages"], strict=False):
-        if all(old[key] == new[key] for key in ("stage", "nproc", "argv")):
-            continue
-        return first_other_word(old["argv"], new["argv"]) or f"another command line for {new['stage']}"
+        words, others = _fixed(old["argv"]), _fixed(new["argv"])
+        if (old["stage"], words) != (new["stage"], others):
+            return first_other_word(words, others) or f"another command line for {new['stage']}"
     return "other stages" if len(earlier["stages"]) != len(now["stages"]) else ""
+
+
+def _fixed(argv: Sequence[str]) -> list[str]:
+    """The words of a command without flags that are ``FREE``; sorted: the order of keys in a YAML says nothing."""
+    flags: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    first, *others = flags
+    kept = sorted((words for words in others if words[0] not in FREE), key=lambda words: words[0])
+    return [*first, *(word for words in kept for word in words)]
 
 
 def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:

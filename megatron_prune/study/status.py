@@ -46,8 +46,7 @@ def table(name: str, places: Places) -> Table:
         else:
             word, text = _state(places, states, cell, running)
         counts[word] += 1
-        losses = [finished.get(cell, {}).get(key) for key in ("validation_loss", "test_loss")]
-        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        shown = _losses(places, cell) if cell in finished else ["", ""]
         rows.append((cell, text, *shown, f"{sum(seconds.values()):.1f}" if seconds else ""))
     together = ", ".join(f"{count} {word}" for word, count in counts.items())
     at = "a runner is at work" if running else "no runner is at work"
@@ -90,6 +89,13 @@ def _state(places: Places, states: States, cell: str, running: bool) -> tuple[st
     if not running and not state.job:
         return "interrupted", _joined("interrupted", of_stages)
     return "running", _joined(stage, _steps(places, cell) if stage == "pretrain" else "", job)
+
+
+def _losses(places: Places, cell: str) -> list[str]:
+    """Validation and test loss from a cell's scores, not from the ledger; nothing where it has none."""
+    path = places.scores(cell)
+    corpora = artifacts.read_json(path)["corpora"] if path.is_file() else {}
+    return [f"{corpora[name]['loss']:.4f}" if name in corpora else "" for name in ("validation", "test")]
 
 
 def _steps(places: Places, cell: str) -> str:

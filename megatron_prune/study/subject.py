@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 # By these, comparisons are one. A budget's verdict has its tokens beside them.
 SUBJECT = ("method", "pattern", "ratio", "setting", "against", "sparse")
+GROUP = (*SUBJECT, "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,8 @@ from megatron_prune.data import identity
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
 from megatron_prune.study import config
-from megatron_prune.study.commands import Command, Places
+from megatron_prune.study.commands import Command
+from megatron_prune.study.places import Places
 from megatron_prune.training import data, lineage
 
 VOCABULARY = 123
@@ -420,3 +421,20 @@ def run_killed(study: config.Study, runs: Path) -> Places:
             return run(study, runs, FakeLauncher(kill_at=1))
         except Killed:
             continue
+
+
+def remake(places: Places, cell: str) -> None:
+    """Make a parent or a pruning again: other weights, and scores and an account that know of them."""
+    held, made = open_checkpoint(places.checkpoint(cell)), places.cell(cell) / "made"
+    with CheckpointWriter(made, args=held.args, dtype=torch.float32, pruning=held.pruning) as writer:
+        for weight in weights(held.shape):
+            writer.add(weight.name, weight.shape, [held.read(weight.name) + 1])
+    shutil.rmtree(held.directory)
+    (made / "release").rename(held.directory)
+    edit(places.scores(cell), checkpoint=weights_of(places.checkpoint(cell)))
+    if places.account(cell).is_file():
+        edit(places.account(cell), final=weights_of(places.checkpoint(cell)))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    artifacts.write_json(path, artifacts.read_json(path) | changes)

@@ -24,7 +24,7 @@ def run(cell: str, account: dict[str, Any], number: float, **changes: Any) -> cu
 
 
 def test_runs_that_differ_pass() -> None:
-    custody.refuse_copies([run("a", PRUNED, 0.1), run("b", EQUAL_TRAINING, 0.2), run("c", PRUNED, 0.3, seed=2)])
+    custody.refuse_copies([run("a", PRUNED, 0.1), run("b", EQUAL_TRAINING, 0.2), run("c", PRUNED, 0.3, seed=2)], {})
 
 
 @pytest.mark.parametrize("what", ["fingerprint", "full_hash", "digit", "validation loss", "test loss"])
@@ -38,22 +38,29 @@ def test_a_copy_is_seen_by_each_of_its_files(what: str) -> None:
         corpus = other.scores["corpora"][what.split()[0]]
         corpus["window_losses"] = [loss + 5e-7 for loss in one.scores["corpora"]["test"]["window_losses"]]
     with pytest.raises(AccountError, match=rf"^a and b have .*{what}.*different runs .*\(seed: 1 against 2\)"):
-        custody.refuse_copies([one, other])
+        custody.refuse_copies([one, other], {})
 
 
 def test_one_training_under_two_names_is_no_copy() -> None:
     """Two methods that keep the same layers retrain the same model; a path is no difference."""
     moved = PRUNED | {"arguments": PRUNED["arguments"] | {"save": "elsewhere"}}
-    custody.refuse_copies([run("a", PRUNED, 0.1), run("b", moved, 0.1)])
+    custody.refuse_copies([run("a", PRUNED, 0.1), run("b", moved, 0.1)], {})
     decayed = PRUNED | {"arguments": PRUNED["arguments"] | {"weight_decay": 0.2}}
     with pytest.raises(AccountError, match=r"\(weight_decay: 0.1 against 0.2\)"):
-        custody.refuse_copies([run("a", PRUNED, 0.1), run("b", decayed, 0.1)])
+        custody.refuse_copies([run("a", PRUNED, 0.1), run("b", decayed, 0.1)], {})
     with pytest.raises(AccountError, match=r"\(initial: v against w\)"):
-        custody.refuse_copies([run("a", PRUNED | {"initial": {"fingerprint": "v"}}, 0.1), run("b", PRUNED, 0.1)])
+        custody.refuse_copies([run("a", PRUNED | {"initial": {"fingerprint": "v"}}, 0.1), run("b", PRUNED, 0.1)], {})
+
+
+def test_no_run_ends_with_the_weights_of_a_parent_or_a_pruning() -> None:
+    custody.refuse_copies([run("a", EQUAL_TRAINING, 0.1)], {"parent": "f0.2"})
+    with pytest.raises(AccountError, match="a ended with the weights of parent"):
+        custody.refuse_copies([run("a", EQUAL_TRAINING, 0.1)], {"parent": "f0.1"})
 
 
 def account(folder: Path, **changes: Any) -> Path:
-    made = EQUAL_TRAINING | {"steps": 3, "arguments": EQUAL_TRAINING["arguments"] | {"seed": 1}}
+    made = EQUAL_TRAINING | {"range": [0, 48], "steps": 3, "tokens": 48 * 32}
+    made["arguments"] = EQUAL_TRAINING["arguments"] | {"seed": 1}
     made_up.write_losses(folder, made, [9.0, 8.0, 7.0])
     artifacts.write_json(folder / "account.json", made | changes)
     return folder / "account.json"
@@ -65,8 +72,9 @@ def account(folder: Path, **changes: Any) -> Path:
         ({"seed": 2}, "seed is 2, and 1 among its arguments"),
         ({"final_loss": 6.9}, r"final_loss is 6.9, and 7.0 in losses.csv"),
         ({"initial_loss": 8.0}, r"initial_loss is 8.0, and 9.0 in losses.csv"),
-        ({"steps": 4}, "expected a row for each of the 4 steps of account.json, got 3 rows"),
-        ({"global_batch_size": 8}, "expected a row for each"),
+        ({"steps": 4}, "range: expected 64 by its 4 steps of 16 x 32, got 48"),
+        ({"global_batch_size": 8}, "range: expected 24 by its 3 steps of 8 x 32, got 48"),
+        ({"tokens": 1600}, "tokens: expected 1,536 by its 3 steps of 16 x 32, got 1,600"),
     ],
 )
 def test_an_account_that_contradicts_itself(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -77,6 +85,11 @@ def test_an_account_that_contradicts_itself(tmp_path: Path, changes: dict[str, A
 
 def test_an_account_without_its_losses(tmp_path: Path) -> None:
     path = account(tmp_path)
+    whole = (tmp_path / "losses.csv").read_text()
+    for cut in (whole[: whole.rindex("3,48")], whole.replace("2,32", "2,33")):
+        (tmp_path / "losses.csv").write_text(cut)
+        with pytest.raises(AccountError, match="expected a row for each of the 3 steps of account.json, got [23] rows"):
+            custody.check_account(path)
     (tmp_path / "losses.csv").unlink()
     with pytest.raises(AccountError, match="losses.csv is missing"):
         custody.check_account(path)

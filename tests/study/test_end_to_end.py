@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prune.study.commands import Places
+from megatron_prune.errors import AccountError
+from megatron_prune.study import results
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
 from tests.study import made_up
 from tests.waiting import LONGEST, content, wait_for_progress
 
@@ -72,7 +75,23 @@ def kill_when(folder: Path, path: str, lines: int = 1) -> None:
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """Records without times."""
     found = Ledger(Places(folder / "runs" / "made-up").ledger).read()
-    return {cell: {k: v for k, v in r.items() if k != "seconds"} for cell, r in found.items()}
+    return {cell: {k: v for k, v in r.items() if k not in ("seconds", "artifacts")} for cell, r in found.items()}
+
+
+def forged_and_refused(folder: Path) -> None:
+    """The report of a real study believes its files; with one run's weights in the place of another's it does not."""
+    places = Places(Path("runs/made-up"))
+    with contextlib.chdir(folder):
+        found = results.collect(places)
+        assert not found.disbelieved and not found.left_out and all(item.match for item in found.compared)
+        pruned, scratch = found.compared[0].comparison.pruned, str(found.compared[0].comparison.scratch)
+        (held,), (saved,) = (sorted(places.checkpoint(cell).glob("iter_*"))[-1:] for cell in (pruned, scratch))
+        shutil.move(saved, folder / "kept")
+        shutil.copytree(held, saved)
+        with pytest.raises(AccountError, match=rf"{scratch}/scores.json is of weights with fingerprint"):
+            results.collect(places)
+        shutil.rmtree(saved)
+        shutil.move(folder / "kept", saved)
 
 
 def losses(folder: Path, cell: str) -> list[list[str]]:
@@ -97,6 +116,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(content))
     output = finish(tmp_path / "whole")
+    forged_and_refused(tmp_path / "whole")
     expected = records(tmp_path / "whole")
     assert sorted(record["kind"] for record in expected.values()) == [
         "calibration", "parent", "pruned", "pruned", "pruning", "pruning", "retrained", "scratch", "scratch", "scratch"

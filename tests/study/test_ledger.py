@@ -50,7 +50,13 @@ def test_a_loss_that_is_not_finite_is_not_written(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", [b"{oops\n", b"[]\n", b'{"loss": 1}\n', b'{"cell": "c0"}\n'])
+def test_a_cell_that_is_made_again_has_a_line_each_time_and_the_last_counts(path: Path) -> None:
+    Ledger(path).append({"cell": "c1", "loss": 7.0})
+    assert list(Ledger(path).read()) == ["c0", "c1", "c2"] and Ledger(path).read()["c1"]["loss"] == 7.0
+    assert Ledger(path).replaced() == [RECORDS[1]]
+
+
+@pytest.mark.parametrize("line", [b"{oops\n", b"[]\n", b'{"loss": 1}\n'])
 def test_a_line_that_is_not_ours_is_an_error(path: Path, line: bytes) -> None:
     path.write_bytes(path.read_bytes() + line)
     with pytest.raises(RunError, match=r"ledger\.jsonl, line 4"):

@@ -120,7 +120,6 @@ TAMPERINGS = [
     ("stream.seed", 2, "stream.seed"),
     ("permutation_seed", 2, "permutation_seed"),  # another order
     ("global_batch_size", 8, "range"),  # another batch, at odds with the range
-    ("micro_batch_size", 8, "micro_batch_size"),
     ("seed", 2, "seed"),
     ("parameters", 999, "parameters"),
     ("complete", False, "complete"),

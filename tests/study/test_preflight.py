@@ -17,7 +17,7 @@ from megatron_prune import artifacts
 from megatron_prune.data import identity, indexed, overlap
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import command, preflight, results
-from megatron_prune.study.commands import Places
+from megatron_prune.study.places import Places
 from tests.study import made_up
 
 

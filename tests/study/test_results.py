@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megatron_prune import artifacts
-from megatron_prune.errors import AccountError, RunError
+from megatron_prune.calibrate import statistics as statistics_file
+from megatron_prune.errors import AccountError
 from megatron_prune.report import page
-from megatron_prune.study import conclusions, config, grid, pooling, records, results, statistics, verdicts
-from megatron_prune.study.budgets import Lay
-from megatron_prune.study.commands import Places
+from megatron_prune.study import (
+    conclusions,
+    config,
+    grid,
+    pooling,
+    preflight,
+    records,
+    results,
+    rows,
+    statistics,
+    verdicts,
+)
+from megatron_prune.study.places import Places
 from megatron_prune.study.pooling import Paired
 from tests.study import made_up, simulated
 
@@ -30,31 +42,19 @@ REQUIRED = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(scope="module")
-def finished(prefixes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a study of three seeds has been run."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        made_up.run(made_up.study(prefixes, seeds=[1, 2, 3]), Path("runs"), made_up.FakeLauncher())
-    return folder
+@pytest.fixture
+def prefixes(corpora: dict[str, str]) -> dict[str, str]:
+    return corpora
 
 
 @pytest.fixture
-def places(finished: Path, tmp_path: Path, monkeypatch) -> Places:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return Places(Path("runs/made-up"))
+def places(finished_copy: Places) -> Places:
+    return finished_copy
 
 
 def test_rows_are_the_accounts(places: Places) -> None:
     found = results.collect(places)
-    assert set(REQUIRED) <= set(results.COLUMNS)
+    assert set(REQUIRED) <= set(rows.COLUMNS)
     assert len(found.rows) == 1 + 2 * (2 * 2 * 3)  # parent; both arms of method x setting x seed
     parent = found.rows[0]
     assert (parent["arm"], parent["tokens_total"], parent["seed"]) == ("parent", 2560, 1234)
@@ -119,67 +119,82 @@ def test_a_seed_counts_once(places: Places) -> None:
 def test_csv_holds_the_rows(places: Places) -> None:
     found = results.collect(places)
     read = list(csv.DictReader(io.StringIO(page.table(found))))
-    assert list(read[0]) == list(results.COLUMNS)
+    assert list(read[0]) == list(rows.COLUMNS)
     for line, row in zip(read, found.rows, strict=True):
         assert {k: "" if v is None else str(v) for k, v in row.items()} == line
 
 
 SCRATCH = "scratch-L2h32H4G2d8F64-{}-s2"
+OWN = "account.json: expected a finished run with {}"  # what its own account says against what the study asks for
 TAMPERED = {
-    "shifted range": ("equal-training-t1280", {"range": [168, 248]}, "range"),
-    "another batch": ("equal-training-t1280", {"global_batch_size": 4, "steps": 20}, "steps"),
-    "another order": ("equal-training-t1280", {"permutation_seed": 9}, "permutation_seed"),
-    "an optimizer setting": ("equal-training-t1280", {"arguments": {"adam_beta1": 0.8}}, "arguments.adam_beta1"),
-    "fewer steps": ("equal-training-t1280", {"steps": 9, "range": [160, 232], "tokens": 1152}, "range"),
-    "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, "total tokens"),
-    "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, "global_batch_size"),
-    "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, "permutation_seed"),
-    "tokens of the parent": ("parent", {"tokens": 2688}, "lineage"),
-    "range of the parent": ("parent", {"range": [0, 168]}, "range"),
+    "shifted range": ("equal-training-t1280", {"range": [168, 248]}, OWN.format("range")),
+    "another batch": ("equal-training-t1280", {"global_batch_size": 4, "steps": 20}, OWN.format("steps")),
+    "another order": ("equal-training-t1280", {"permutation_seed": 9}, OWN.format("permutation_seed")),
+    "an optimizer setting": ("equal-training-t1280", {"arguments": {"adam_beta1": 0.8}}, "arguments.adam_beta1: "),
+    "fewer steps": ("equal-training-t1280", {"steps": 9, "range": [160, 232], "tokens": 1152}, OWN.format("range")),
+    "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, OWN.format("range")),
+    "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, OWN.format("steps")),
+    "a batch alone": ("equal-total-t3968", {"global_batch_size": 4}, "global_batch_size is 4, and 8 among its argum"),
+    "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, OWN.format("permutation_seed")),
+    "another stream": ("equal-total-t3968", {"stream": {"id": "x"}}, "may not be compared: stream.id: "),
+    "tokens of the parent": ("parent", {"tokens": 2688}, "account.json: tokens: expected 2,560"),
+    "range of the parent": ("parent", {"range": [0, 168]}, OWN.format("range")),
 }
 
 
 @pytest.mark.parametrize("what", TAMPERED)
-def test_a_tampered_account_stops_the_report_and_names_both_runs_and_the_field(places: Places, what: str) -> None:
-    run, changes, field = TAMPERED[what]
+def test_a_tampered_account_stops_the_report_and_names_the_run_and_the_field(places: Places, what: str) -> None:
+    run, changes, message = TAMPERED[what]
     cell = run if run == "parent" else SCRATCH.format(run)
     path = places.account(cell)
     account = json.loads(path.read_text())
     steps = changes.get("steps", account["steps"])
     arguments = account["arguments"] | {"train_iters": steps, "lr_decay_iters": steps} | changes.get("arguments", {})
     path.write_text(json.dumps(account | changes | {"arguments": arguments}))
-    named = r"pruned-shortgpt-r50-s\d-t1280 and scratch-L2h32H4G2d8F64-equal-\w+-t\d+-s\d"
-    if run != "parent":
-        named = f"pruned-shortgpt-r50-s2-t1280 and {cell}"
-    with pytest.raises(AccountError, match=f"{named} may not be compared: {field}: "):
+    with pytest.raises(AccountError, match=rf"{cell}.*{message}"):
         results.collect(places)
 
 
-def in_ledger(places: Places, cell: str, **changes: Any) -> None:
-    """Change a line of the ledger; ``None`` as the only change removes it."""
-    lines = [json.loads(line) for line in places.ledger.read_text().splitlines()]
-    lines = [line | changes if line["cell"] == cell else line for line in lines]
-    places.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines if line.get("kind")))
+def on_another_text(places: Places, cell: str) -> None:
+    corpora = artifacts.read_json(places.scores(cell))["corpora"]
+    made_up.edit(places.scores(cell), corpora=corpora | {"test": corpora["test"] | {"fingerprint": "x"}})
+
+
+def calibrate_again(places: Places, cell: str) -> None:
+    path = places.statistics(cell)
+    held = statistics_file.read(path)
+    replace(held, tensors={name: tensor + 1 for name, tensor in held.tensors.items()}).write(path)
+
+
+def unfinish(places: Places, cell: str) -> None:
+    """Take its scores away, and its line."""
+    places.scores(cell).unlink()
+    lines = [line for line in places.ledger.read_text().splitlines() if json.loads(line)["cell"] != cell]
+    places.ledger.write_text("".join(f"{line}\n" for line in lines))
 
 
 PRUNING = "pruning-shortgpt-r50-s2"
 
 
 @pytest.mark.parametrize(
-    ("cell", "changes", "message"),
+    ("cell", "change", "message"),
     [
-        ("parent", {"fingerprint": "x"}, r"pruning-\S+ was made of other weights than parent has now \(.* against x\)"),
-        ("calibration-s2", {"statistics": "x"}, f"{PRUNING} was made of other statistics than calibration-s2 has now"),
-        (PRUNING, {"fingerprint": "x"}, "weights at the start: pruned-shortgpt-r50-s2-t1280 began with .* left x"),
-        (PRUNING, {"text": {}}, f"evaluation text: test: .* for pruned-shortgpt-r50-s2-t1280, None for {PRUNING}"),
-        ("parent", {"text": {}}, "evaluation text: test: .*, None for parent"),
-        (SCRATCH.format("equal-total-t3968"), {"text": {}}, "equal-total: .*evaluation text: test: .*, None for scr"),
+        ("parent", made_up.remake, r"pruning-\S+ was made of other weights than parent has now \("),
+        ("calibration-s2", calibrate_again, f"{PRUNING} was made of other statistics than calibration-s2 has now"),
+        (PRUNING, made_up.remake, "weights at the start: pruned-shortgpt-r50-s2-t1280 began with .* left "),
+        (
+            PRUNING,
+            on_another_text,
+            f"evaluation text: test: .*-s2-t1280, .*'x'.* for {PRUNING}",
+        ),
+        ("parent", on_another_text, "evaluation text: test: .*'x'.* for parent"),
+        (SCRATCH.format("equal-total-t3968"), on_another_text, "equal-total: .*evaluation text: test: .*'x'.* for scr"),
     ],
 )
 def test_a_cell_that_was_made_anew_beside_old_ones_stops_the_report(
-    places: Places, cell: str, changes: dict[str, Any], message: str
+    places: Places, cell: str, change: Any, message: str
 ) -> None:
-    in_ledger(places, cell, **changes)
+    change(places, cell)
     with pytest.raises(AccountError, match=message):
         results.collect(places)
 
@@ -187,7 +202,7 @@ def test_a_cell_that_was_made_anew_beside_old_ones_stops_the_report(
 def test_comparisons_that_are_not_finished_belong_to_the_family(places: Places) -> None:
     assert [(v.family, v.without) for v in results.collect(places).verdicts] == [(4, 0)] * 4
     for seed in (1, 2, 3):
-        in_ledger(places, f"pruned-shortgpt-r50-s{seed}-t1280", kind=None)
+        unfinish(places, f"pruned-shortgpt-r50-s{seed}-t1280")
     found = results.collect(places)
     assert [(v.method, v.family, v.without) for v in found.verdicts] == [("minitron-width", 4, 2)] * 2
     text = " ".join(page.render(found, []).split())
@@ -196,19 +211,19 @@ def test_comparisons_that_are_not_finished_belong_to_the_family(places: Places) 
 
 @pytest.mark.parametrize("cell", ["parent", PRUNING])
 def test_while_a_cell_is_made_anew_what_rests_on_it_is_pending(places: Places, cell: str) -> None:
-    in_ledger(places, cell, kind=None)
+    unfinish(places, cell)
     found = {(c.comparison.pruning.cell, c.comparison.seed): c.status for c in results.collect(places).compared}
     assert found[PRUNING, 2] == "pending" and (found["pruning-shortgpt-r50-s1", 1] == "pending") == (cell == "parent")
 
 
 def test_the_scores_are_of_the_masks_that_were_trained_under(places: Places) -> None:
     study = config.from_mapping(artifacts.read_json(places.root / "study.json"))
-    lay = Lay.from_json(artifacts.read_json(places.root / "outlook.json")["lay"])
+    lay = preflight.look(study, places).lay
     cell = next(cell for cell in grid.expand(study, lay, {}, {}).cells if cell.kind == "pruned")
     records.training(places, cell, {})
     scores = artifacts.read_json(places.scores(cell.id))
     artifacts.write_json(places.scores(cell.id), scores | {"masks": "m"})
-    with pytest.raises(RunError, match=f"{cell.id}: it was trained under masks none, and evaluated with masks m"):
+    with pytest.raises(AccountError, match=f"{cell.id}: it was trained under masks none, and evaluated with masks m"):
         records.training(places, cell, {})
 
 

@@ -17,8 +17,8 @@ from megatron_prune import plan
 from megatron_prune.engine import launch
 from megatron_prune.errors import DataError, RunError, UsageError
 from megatron_prune.study import local, preflight, results, stages, status
-from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
 from megatron_prune.study.progress import Progress
 from tests.study import made_up
 
@@ -31,7 +31,9 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ledger(places: Places) -> dict[str, dict]:
     """Records without what a rerun does not reproduce."""
     records = Ledger(places.root / "ledger.jsonl").read()
-    return {cell: {k: v for k, v in record.items() if k != "seconds"} for cell, record in records.items()}
+    return {
+        cell: {k: v for k, v in record.items() if k not in ("seconds", "artifacts")} for cell, record in records.items()
+    }
 
 
 def test_killed_before_any_command_ends_with_the_same_ledger(tmp_path: Path, prefixes, monkeypatch) -> None:
@@ -211,8 +213,15 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, prefixes, m
     assert [command.stage for command in retry.commands] == ["evaluate"]
 
 
-@pytest.mark.parametrize("content", [{"complete": False}, {"range": [0, 80]}, {"steps": 3}])
-def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch, content: dict) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"complete": False}, "parent: pretrain ended"),
+        ({"range": [0, 80]}, r"account.json: expected a finished run with range \[0, 160\], got \[0, 80\]"),
+        ({"steps": 3}, "account.json: expected a finished run with steps 20, got 3"),
+    ],
+)
+def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch, content: dict, says: str) -> None:
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes, launch={"retries": 0})
 
@@ -222,11 +231,13 @@ def test_a_run_counts_by_its_account_alone(tmp_path: Path, prefixes, monkeypatch
             path = Path(made_up.words(argv)["save"]) / "account.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | content))
 
-    with pytest.raises(RunError, match="parent: pretrain ended"):
+    with pytest.raises(RunError, match=says):
         made_up.run(study, Path("runs"), Lying())
 
 
-@pytest.mark.parametrize(("content", "says"), [({"seed": 5}, "seed 5"), ({"arguments": {"lr": 0.5}}, "lr 0.5")])
+@pytest.mark.parametrize(
+    ("content", "says"), [({"seed": 5}, "seed 1, got 5"), ({"arguments": {"lr": 0.5}}, "lr 0.001, got 0.5")]
+)
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
     tmp_path: Path, prefixes, monkeypatch, content: dict, says: str
 ) -> None:
@@ -237,7 +248,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
     places.account(cell).write_text(json.dumps(json.loads(places.account(cell).read_text()) | content))
     lines = places.ledger.read_text().splitlines(keepends=True)
     places.ledger.write_text("".join(line for line in lines if f'"cell":"{cell}"' not in line.replace(" ", "")))
-    with pytest.raises(RunError, match=f"given a finished run with {says}, allowed is one with"):
+    with pytest.raises(RunError, match=f"expected a finished run with {says}"):
         made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
     assert not launcher.commands
 
@@ -282,6 +293,30 @@ def test_a_changed_recipe_is_refused_and_a_larger_grid_is_not(tmp_path: Path, pr
     launcher = made_up.FakeLauncher()
     made_up.run(made_up.study(prefixes, budgets=[1280, 2560]), Path("runs"), launcher)
     assert [command.stage for command in launcher.commands] == ["pretrain", "evaluate"] * 6
+
+
+def test_what_accounts_may_differ_in_may_change_while_cells_are_not_finished(
+    tmp_path: Path, prefixes, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places, settings = Places(Path("runs/made-up")), {"settings": ["equal-training"]}
+    with pytest.raises(made_up.Killed):
+        made_up.run(made_up.study(prefixes, **settings), Path("runs"), made_up.FakeLauncher(kill_at=10))
+    before = {cell: (places.cell(cell) / "cell.json").read_text() for cell in ledger(places)}
+    (begun,) = (path.parent.name for path in places.root.glob("cells/*/pretrain.log") if path.parent.name not in before)
+    recipe = made_up.mapping(prefixes)["recipe"] | {"micro_batch_size": 2, "save_interval": 5}
+    free = {"recipe": recipe, "launch": {"nproc": 2}, "tracking": {"tensorboard": True}, **settings}
+    made_up.run(made_up.study(prefixes, **free), Path("runs"), launcher := made_up.FakeLauncher())
+    trained = [made_up.words(list(command.argv[1:])) for command in launcher.commands if command.stage == "pretrain"]
+    assert len(trained) == 3 and all(command.nproc == 2 for command in launcher.commands)
+    assert {(words["micro_batch_size"], words["save_interval"]) for words in trained} == {("2", "5")}
+    assert {cell: (places.cell(cell) / "cell.json").read_text() for cell in before} == before
+    assert "--save-interval" in (places.cell(begun) / "cell.json").read_text()
+    matched = {line.field: line for item in results.collect(places).compared for line in item.match}
+    assert matched["arguments.micro_batch_size"].verdict == "may differ: how a batch is shared out"
+    with pytest.raises(UsageError, match="parent with --lr 0.002 in place of 0.001"):
+        other = made_up.study(prefixes, **(free | {"recipe": recipe | {"lr": 2e-3}}))
+        made_up.run(other, Path("runs"), made_up.FakeLauncher())
 
 
 def test_parallel_cells_give_the_same_ledger(tmp_path: Path, prefixes, monkeypatch) -> None:

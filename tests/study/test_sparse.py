@@ -13,8 +13,8 @@ from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import checks, command, config, grid, preflight, prunings, results
 from megatron_prune.study.budgets import Batch, Lay
-from megatron_prune.study.commands import Places
 from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
 from tests.study import made_up
 from tests.study.test_config import GOOD
 from tests.study.test_grid import LAY, SHAPE
@@ -219,7 +219,7 @@ def test_other_masks_stop_the_report(places: Places, cell: str, masks: str | Non
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"masks": masks}))
     try:
-        with pytest.raises(AccountError, match=f"may not be compared: masks: {cell} held {masks or 'none'}, expected"):
+        with pytest.raises(AccountError, match=f"{cell}: it was trained under masks {masks or 'none'}, and evaluated"):
             results.collect(places)
     finally:
         path.write_text(before)
@@ -239,7 +239,9 @@ def test_killed_before_any_command_ends_with_the_same_ledger(prefixes, tmp_path:
             spent += launcher.commands
             continue
         break
-    without = [{cell: r | {"seconds": None} for cell, r in records(p).items()} for p in (whole, places)]
+    without = [
+        {cell: r | {"seconds": None, "artifacts": None} for cell, r in records(p).items()} for p in (whole, places)
+    ]
     assert without[0] == without[1]
     assert [command.stage for command in spent].count("sparsify") == 2
     hashes = {record["masks"] for record in without[0].values() if record["kind"] == "pruning"}

@@ -1,0 +1,219 @@
+"""What a study's folder holds: records of what is finished, read from the artifacts each time, and what is beside it.
+
+The ledger is not believed. Where its line of a cell says something else than the cell's artifacts, both are named and
+the artifacts are shown. Runs that the folder holds and study.yaml no longer asks for are listed with the reason, and
+comparisons between them stay in the family that p values are corrected over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts
+from megatron_prune.errors import MegatronPruneError
+from megatron_prune.study import custody, preflight, stages
+from megatron_prune.study.checks import Check
+from megatron_prune.study.config import Study
+from megatron_prune.study.execution import States
+from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import of_method, prunings
+from megatron_prune.study.stages import Cell
+from megatron_prune.study.subject import GROUP
+
+Record = Mapping[str, Any]
+TRAINED = ("training", "retraining")  # kinds of cells
+NOT_COMPARED = {"seconds", "about", "artifacts", "unigram_loss"}  # of a line and a record
+FILES = ("scores.json", "plan.json", "checkpoint/account.json", "checkpoint/losses.csv")  # of a cell: what is hashed
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that was finished in the folder and is not shown; ``record`` has its losses where they are known."""
+
+    cell: str
+    why: str
+    record: Record
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """``records``: of the study's finished cells. ``disbelieved``: where the ledger says something else. ``compared``:
+    every comparison, as ``Comparison.group``, of which both arms have finished in this folder, shown or not."""
+
+    outlook: preflight.Outlook
+    records: Mapping[str, dict[str, Any]]
+    disbelieved: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    compared: tuple[Record, ...]
+
+
+def gather(study: Study, places: Places) -> Evidence:
+    """Read a study's folder. AccountError where the files of a cell, or two cells, contradict each other; UsageError
+    where ``study`` would have run a cell with other commands."""
+    outlook, ledger = preflight.look(study, places), Ledger(places.ledger)
+    known = stages.parents if outlook.source is None else stages.all_cells
+    cells = {cell.id: cell for cell in known(study, places, outlook)}
+    for cell in cells.values():  # what was run is what study.yaml says now
+        stages.refuse_other_commands(study, places, cell, list(cells.values()))
+    lines, states = ledger.read(), States(places)
+    order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
+    found = {cell: record(cells[cell], states) for cell in order}
+    records = {cell: made for cell, made in found.items() if made is not None}
+    beside = {name: described for name, described in _described(places) if name not in cells}
+    left_out = list(_left_out(study, places, cells, beside, ledger))
+    trained = [cell for cell in records if cells[cell].kind in TRAINED]
+    trained += [name for name in beside if _is_trained(places, name, beside[name])]
+    custody.refuse_copies(
+        [custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained],
+        {cell: made["fingerprint"] for cell, made in records.items() if made["kind"] in ("parent", "pruning")},
+    )
+    return Evidence(
+        outlook, records, tuple(_disbelieved(places, cells, lines, records)), tuple(left_out),
+        tuple(_compared(places, set(trained), lines, cells)),
+    )  # fmt: skip
+
+
+def record(cell: Cell, states: States) -> dict[str, Any] | None:
+    """The record of a cell from its artifacts; None if it is not finished."""
+    if not cell.is_done():
+        return None
+    made: dict[str, Any] = json.loads(json.dumps(cell.record(states.seconds(cell.id))))  # as a line gives it back
+    return made
+
+
+def line(places: Places, cell: Cell, made: Record) -> dict[str, Any]:
+    """A record as the ledger keeps it: with what the run is, and the hashes of what it was made of."""
+    return {**made, "about": {"kind": cell.kind, **cell.about}, "artifacts": hashes(places, cell.id)}
+
+
+def hashes(places: Places, cell: str) -> dict[str, str]:
+    """SHA-256 of a cell's artifacts, those that numbers are read from."""
+    paths = {name: places.cell(cell) / name for name in FILES}
+    return {name: artifacts.sha256_file(path) for name, path in paths.items() if path.is_file()}
+
+
+def _disbelieved(
+    places: Places, cells: Mapping[str, Cell], lines: Mapping[str, Record], records: Mapping[str, Record]
+) -> Iterator[str]:
+    for cell, said in lines.items():
+        if cell not in cells:
+            continue
+        if cell not in records:
+            yield f"{cell}: the ledger has a line of it, its artifacts are gone or not finished"
+            continue
+        made = records[cell]
+        pairs = {key: (said.get(key), made.get(key)) for key in sorted({*made, *said} - NOT_COMPARED)}
+        differing = [f"{key} {a}, its artifacts {b}" for key, (a, b) in pairs.items() if a != b]
+        now, then = hashes(places, cell), said.get("artifacts", {})
+        changed = [name for name in FILES if now.get(name) != then.get(name)]
+        if differing:
+            yield f"{cell}: the ledger says {'; '.join(differing)}" + _since(changed)
+        elif changed:
+            yield f"{cell}: its numbers are those of the ledger{_since(changed)}"
+
+
+def _since(changed: Sequence[str]) -> str:
+    return f" ({', '.join(changed)} changed after the line was written)" if changed else ""
+
+
+def _described(places: Places) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every cell of the folder with its cell.json."""
+    for path in sorted(places.root.glob("cells/*/cell.json")):
+        yield path.parent.name, artifacts.read_json(path)
+
+
+def _left_out(
+    study: Study, places: Places, cells: Mapping[str, Cell], beside: Mapping[str, dict[str, Any]], ledger: Ledger
+) -> Iterator[LeftOut]:
+    lines = ledger.read()
+    for name in [*beside, *(name for name in lines if name not in cells and name not in beside)]:
+        described = beside.get(name)
+        finished, why = _finished(places.cell(name), described) if described else (False, "")
+        if finished or why or name in lines:
+            about = (described or {}).get("about") or lines.get(name, {}).get("about") or {}
+            gone = "" if finished or why else "; its artifacts are gone, or not finished"
+            yield LeftOut(name, _reason(study, about) + why + gone, _losses(places, name) or lines.get(name, {}))
+    for replaced in ledger.replaced():
+        yield LeftOut(replaced["cell"], "this cell was made again since", replaced)
+
+
+def _finished(directory: Path, described: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a cell is finished by what its cell.json says; and what is wrong with its files."""
+    try:
+        for stage in described["stages"]:
+            arguments = dict(stage["done"])
+            if not Check(arguments.pop("check"), arguments)():
+                return False, ""
+    except (MegatronPruneError, KeyError, TypeError) as error:
+        return False, f"; its files are not whole ({error})" if stages.has_begun(directory) else ""
+    return True, ""
+
+
+def _is_trained(places: Places, name: str, described: Mapping[str, Any]) -> bool:
+    if described.get("about", {}).get("kind") not in TRAINED:
+        return False
+    return _finished(places.cell(name), described)[0]
+
+
+def _losses(places: Places, cell: str) -> Record:
+    try:
+        corpora = artifacts.read_json(places.scores(cell))["corpora"]
+        return {f"{name}_loss": corpora[name]["loss"] for name in ("validation", "test")}
+    except (MegatronPruneError, KeyError, TypeError):
+        return {}
+
+
+def _reason(study: Study, about: Mapping[str, Any]) -> str:
+    """Why study.yaml has no place for a run that it once had."""
+    groups = about.get("compared", [])
+    if not groups:
+        return "no run of study.yaml needs it now"
+    subjects = {pruning.subject for pruning in prunings(study)}
+    asked = {
+        (pruning.subject, *compared)
+        for entry in study.methods
+        for pruning in of_method(study, entry)
+        for compared in study.compared(entry)
+    }
+    named = {(group["method"], group["pattern"], group["ratio"]) for group in groups}
+    settings = {((g["method"], g["pattern"], g["ratio"]), g["setting"], g["against"]) for g in groups}
+    methods = {(method, pattern) for method, pattern, _ in subjects}
+    if not any(one[:2] in methods for one in named):
+        subject = [f"method {groups[0]['method']}" + (f" {groups[0]['pattern']}" if groups[0]["pattern"] else "")]
+    elif not named & subjects:
+        subject = [f"ratio {groups[0]['ratio']}"]
+    elif not settings & asked:
+        subject = [f"setting {groups[0]['setting']} ({groups[0]['against']} scratch)"]
+    else:
+        subject = []
+    checks = (
+        (about["seed"] in study.seeds, f"seed {about['seed']}"),
+        (any(group["budget"] in study.budgets for group in groups), f"budget {groups[0]['budget']:,}"),
+        (about["lr"] in study.recipe.rates, f"learning rate {about['lr']:g}"),
+    )
+    missing = subject + [what for there, what in checks if not there]
+    return f"study.yaml no longer has {', '.join(missing)}" if missing else "no run of study.yaml needs it now"
+
+
+def _compared(
+    places: Places, trained: set[str], lines: Mapping[str, Record], cells: Mapping[str, Cell]
+) -> Iterator[Record]:
+    """Comparisons of which a pruned and a scratch run were finished, by what was written down with the runs."""
+    arms: dict[tuple[Any, ...], set[str]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    abouts = {name: described.get("about", {}) for name, described in _described(places)}
+    for name in [*abouts, *(name for name in lines if name not in abouts)]:
+        if name not in trained and name not in lines:
+            continue
+        for about in (abouts.get(name, {}), lines.get(name, {}).get("about", {})):
+            for group in about.get("compared", []):
+                key = tuple(group[part] for part in GROUP)
+                arms.setdefault(key, set()).add(about["arm"])
+                known = groups.setdefault(key, dict(group))
+                known["in_family"] = known["in_family"] or group["in_family"]
+    yield from (group for key, group in groups.items() if arms[key] == {"pruned", "scratch"})

@@ -1,0 +1,34 @@
+"""One made-up study of three seeds for all tests that change a copy of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.study.places import Places
+from tests.study import made_up
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="session")
+def finished(corpora: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a study of two methods, both settings and three seeds has been run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        made_up.run(made_up.study(corpora, seeds=[1, 2, 3]), Path("runs"), made_up.FakeLauncher())
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """A copy of it to change; the working directory is the copy's."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Places(Path("runs/made-up"))
