@@ -41,13 +41,26 @@ def test_ranges(batch: Batch, parent_steps: int, retrain: int, consumed: int) ->
     assert total.end >= range_.end  # everything that the pruned arm saw
 
 
-@given(batches, st.integers(0, 10**15), st.integers(1, 500), st.integers(0, 10**13), st.integers(1, 10**9))
-def test_ranges_of_equal_flops(batch: Batch, parent: int, steps: int, spent: int, sequence: int) -> None:
-    """The fewest whole batches that execute what parent, pruning and retraining did."""
+@given(batches, st.integers(1, 100), st.integers(0, 100), st.integers(1, 100))
+def test_retraining_begins_after_the_parents_and_that_between_links(
+    batch: Batch, parent: int, between: int, steps: int
+) -> None:
+    lay = Lay(batch, parent * batch.samples, parent * batch.tokens)
+    found = lay.retrain(steps * batch.tokens, before=between * batch.tokens)
+    assert (found.start, found.steps) == ((parent + between) * batch.samples, steps)
+    assert found.end - found.start == steps * batch.samples
+
+
+@given(
+    batches, st.integers(0, 10**15), st.integers(1, 500), st.integers(0, 10**13), st.integers(1, 10**9),
+    st.integers(0, 10**14),
+)  # fmt: skip
+def test_ranges_of_equal_flops(batch: Batch, parent: int, steps: int, spent: int, sequence: int, between: int) -> None:
+    """The fewest whole batches that execute what parent, pruning and all retraining did."""
     retrain = batch.range(3 * batch.samples, steps)
-    trained = parent + steps * batch.samples * sequence
+    trained = parent + between + steps * batch.samples * sequence
     wanted = trained + (spent if spent * 1000 >= trained else 0)
-    found = Lay(batch, 0, 0, parent).scratch_flops(retrain, spent, sequence)
+    found = Lay(batch, 0, 0, parent).scratch_flops(retrain, spent, sequence, between)
     assert found is not None and found.start == 0 and found.end == found.steps * batch.samples
     assert 0 <= found.end * sequence - wanted < batch.samples * sequence
     assert Lay(batch, 0, 0, None).scratch_flops(retrain, spent, sequence) is None  # nobody knows
