@@ -74,6 +74,17 @@ def test_an_arm_that_is_noisier_than_its_neighbours_is_judged_by_its_own_scatter
     assert not found.sure and found.gap.high - found.gap.mean > 1
 
 
+@pytest.mark.parametrize(("factor", "good"), [(0.999, (1,)), (1.001, ())])
+def test_of_two_arms_the_second_is_as_good_until_a_paired_t_test_parts_them(
+    factor: float, good: tuple[int, ...]
+) -> None:
+    """One-sided, at what the first look may spend on one direction: 0.0125."""
+    scatter = np.array([-0.3, 0.1, 0.2])
+    edge = stats.t.ppf(1 - 0.0125, 2) * stats.sem(scatter)
+    own = np.stack([np.zeros(3), scatter + factor * edge])
+    assert best.compare(own, np.full((1, 3), 90.0)).as_good == good
+
+
 def test_as_good_is_who_may_be_the_best() -> None:
     """Of six arms three are equal: each of these is first or among the good ones nearly always, a far one never."""
     generator, kept, far = GENERATOR(1), 0, 0
