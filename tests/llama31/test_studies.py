@@ -104,7 +104,7 @@ def test_budgets_are_the_papers(planned) -> None:
         assert re.search(rf"pruned-depth-50-\S*t{tokens} ", scaling), billions
     assert "0:24414208" in scaling  # P200
     assert "24414208:30517760" in ratios and "0:30517760" in ratios  # R50 and S50; S250
-    assert "not run: equal-total for pruned-depth-50-" in planned["imported"]
+    assert "equal-training" in planned["imported"] and "equal-total" not in planned["imported"]
 
 
 def test_targets_remove_what_they_are_called() -> None:
