@@ -41,7 +41,6 @@ def training(corpus: Path, save: Path) -> list[str]:
         "--save-interval",
         10,
         "--exit-signal-handler",
-        "--use-distributed-optimizer",
     )
     return ["pretrain", *MODEL, *flags]
 
