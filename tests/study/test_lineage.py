@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, DataError, UsageError
 from megatron_prune.report import page
-from megatron_prune.study import command, outlay, preflight, results
+from megatron_prune.study import command, origins, outlay, preflight, prunings, results
 from megatron_prune.study.ledger import Ledger
 from megatron_prune.study.places import Places
 from megatron_prune.training import lineage
@@ -520,6 +520,16 @@ def test_a_retraining_that_was_made_again_stops_the_report(places: Places) -> No
     made_up.remake(places, FIRST)
     with pytest.raises(AccountError, match=f"was made of other weights than {FIRST} has now "):
         results.collect(places)
+
+
+def test_the_start_of_a_retraining_is_held_against_the_ledger(prefixes, places: Places) -> None:
+    made = chain_study(prefixes)
+    (last,) = [pruning for pruning in prunings.prunings(made) if pruning.base]
+    records = Ledger(places.ledger).read()
+    origins.refuse_others(made, last, records)
+    records[FIRST] = records[FIRST] | {"made_of": "x"}
+    with pytest.raises(AccountError, match=f"{FIRST} was made of other weights than pruning-shortgpt-r50-s1 has now"):
+        origins.refuse_others(made, last, records)
 
 
 @pytest.mark.parametrize(
