@@ -31,8 +31,9 @@ fi
 [ "$tier" = quick ] || { setup_smollm2; setup_browser; }
 
 # One thread a process: most tests run several processes, and results must not hang on the cores.
+# nproc is asked first: it answers with OMP_NUM_THREADS once that is set.
+export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(env -u OMP_NUM_THREADS nproc)}"
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
-export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(nproc)}"
 # A worker per core. A file stays together, for what its tests share; the longest files begin (tests/tiers.py).
 WORKERS=(-n auto --dist loadfile --no-loadscope-reorder)
 
