@@ -77,6 +77,7 @@ setup(
         # The stores' own clients come with its extras: multi-storage-client[boto3], …
         "msc": ["multi-storage-client>=1.3"],
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],
+        "docs": ["mkdocs-material>=9.5,<10"],
         "dev": [
             "pytest>=8.2",
             "pytest-cov>=7",
@@ -92,6 +93,7 @@ setup(
             "moto[s3]>=5",
             "flask>=3",
             "flask-cors>=4",
+            "mkdocs-material>=9.5,<10",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -86,6 +86,8 @@ def method_of(argv: Sequence[str]) -> str:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method")
     name: str | None = first.parse_known_args(list(argv))[0].method
+    if name is None and {"-h", "--help"} & set(argv):
+        return methods.names()[0]  # without a method there is still help to give
     if name is None:
         raise UsageError("--method", given="nothing", allowed="one of " + ", ".join(methods.names()))
     return name
@@ -115,9 +117,7 @@ def choice_from(
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    # Without a method there is still help to give.
-    asked_for_help = {"-h", "--help"} & set(argv) and not any(a.split("=")[0] == "--method" for a in argv)
-    name = methods.names()[0] if asked_for_help else method_of(argv)
+    name = method_of(argv)
     method = methods.get(name)
     parser = argparse.ArgumentParser(
         prog="megatron_prune plan",

@@ -1,4 +1,4 @@
-"""Every command in README.md and the large example's names a file or verb that exists, with flags that it has."""
+"""Every command in README.md, docs/ and the large example names a file or verb that exists, with flags that it has."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from megatron_prune.__main__ import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLE = (ROOT / "examples" / "llama3.1_8b" / "README.md").read_text()
+PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "pages").rglob("*.md"))}
 
 
 def commands() -> list[str]:
-    """The commands of the bash blocks, continued lines joined, comments dropped."""
-    blocks = re.findall(r"```bash\n(.*?)```", README + EXAMPLE, re.DOTALL)
+    """The commands of the bash blocks, each once, continued lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join([README, EXAMPLE, *PAGES.values()]), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].split("     #")[0].strip() for line in lines if line.strip()]
+    found = [line.partition("  #")[0].split("     #")[0].strip() for line in lines if line.strip()]
+    return list(dict.fromkeys(found))
 
 
 def program(words: list[str]) -> str:
@@ -81,3 +83,15 @@ def test_every_method_is_in_the_table_of_methods() -> None:
 
     for name in methods.names():
         assert f"| `{name}` |" in README
+
+
+def test_every_method_has_a_page() -> None:
+    from megatron_prune import methods
+
+    pages = {path.stem for path in PAGES if path.parent.name == "methods"}
+    assert pages - {"index"} == {*methods.names(), *methods.sparse_names()}
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

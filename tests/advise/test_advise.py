@@ -345,14 +345,14 @@ def test_the_shipped_ledger_answers_and_knows_its_limits(capsys: pytest.CaptureF
     asked = ["--ratio", f"{curve.removed_linears:.3f}", "--setting", curve.setting]
     assert main(["advise", *asked, "--tokens", str(curve.arms.tokens[0])]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"  from study {shipped.study}")
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "pages" / "reports.md").read_text().split())
     for setting, said in (
         ("equal-training", ["Prune: shortgpt; as good within the seeds: minitron-width", "+1.519 nats"]),
         ("equal-total", ["Don't know", "-0.119 nats", "45 more seeds"]),
     ):
         assert main(["advise", "--ratio", "0.5", "--tokens", "160k", "--setting", setting]) == 0
         printed = capsys.readouterr().out
-        assert all(text in printed and text.replace("-0", "−0") in readme for text in said)
+        assert all(text in printed and text.replace("-0", "−0") in page for text in said)
     assert main(["advise", *asked, "--tokens", "1T"]) == 0
     assert capsys.readouterr().out.startswith("Don't know")
 
