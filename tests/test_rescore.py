@@ -20,6 +20,7 @@ from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import EXIT_NEEDS_SCORES, EXIT_REFUSED, MegatronPruneError
+from tests import tiny
 from tests.data.corpora import write_corpus
 
 SEQ, BATCH, STEPS = 32, 4, 3
@@ -82,7 +83,7 @@ class Files:
 def files(job: Callable[..., Any], tiny_hf: Callable[..., Path], tiny_corpus: Path, tmp_path: Path) -> Files:
     import_hf(tiny_hf("llama-gqa", layers=2), tmp_path / "parent")
     draw = np.random.default_rng(0)
-    text = write_corpus(tmp_path / "text", [draw.integers(1, 384, 90) for _ in range(40)])
+    text = write_corpus(tmp_path / "text", [draw.integers(1, tiny.VOCABULARY, 90) for _ in range(40)])
     return Files(job, tmp_path / "parent", tiny_corpus, text, tmp_path)
 
 

@@ -69,7 +69,7 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
                 f"{path} does not say what was done to these weights before: {error!r}; restore it, or take another "
                 "checkpoint"
             ) from error
-    elif MARK in checkpoint.args:
+    elif _trained_here(checkpoint):
         raise AccountError(
             f"{checkpoint.root}: its stored arguments say that it was trained here ({_words(checkpoint)}), and {path} "
             "is missing: what it was trained on is not known. Put the account of that run back beside the checkpoint"
@@ -78,6 +78,12 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
         return []
     check(stages, checkpoint.fingerprint(), str(checkpoint.root))
     return stages
+
+
+def _trained_here(checkpoint: Checkpoint) -> bool:
+    """True where our ``pretrain`` wrote it after a step; Megatron's converter of formats writes it after none."""
+    args = checkpoint.args
+    return MARK in args and bool(args[MARK] or checkpoint.iteration or args.get("consumed_train_samples"))
 
 
 def _words(checkpoint: Checkpoint) -> str:

@@ -105,14 +105,14 @@ def test_every_verb_that_builds_a_model_refuses_it(tmp_path, distributed):
 
 def test_by_hand_it_must_be_given_as_it_is_stored(tmp_path, job, tiny_corpus):
     """Without --use-checkpoint-args too; and where it is given, the model is that of the checkpoint."""
-    changed = {"window_size": (4, 0), "max_position_embeddings": 64, "padded_vocab_size": 384}
+    changed = {"window_size": (4, 0), "max_position_embeddings": 64, "vocab_size": 379, "padded_vocab_size": 384}
     root = small.write(tmp_path / "windowed", small.ARGS | changed)
     words = ["evaluate", "--load", root, "--data-path", tiny_corpus, "--seq-length", "16", "--windows", "1"]
     sizes = (
         "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
-        "--ffn-hidden-size 48 --kv-channels 8 --swiglu --normalization RMSNorm --disable-bias-linear "
+        "--ffn-hidden-size 48 --kv-channels 10 --swiglu --normalization RMSNorm --disable-bias-linear "
         "--position-embedding-type rope --untie-embeddings-and-output-weights --padded-vocab-size 384 "
-        "--max-position-embeddings 64"
+        "--vocab-size 379 --max-position-embeddings 64"
     ).split()
     refused = job([*words, *sizes, "--output", tmp_path / "scores.json"])
     assert refused.returncode == 2 and "window_size=[4, 0]" in refused.output, refused.output[-2000:]

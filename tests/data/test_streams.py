@@ -221,7 +221,14 @@ def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
     with pytest.raises(IndexError):
         stream[last]
     arguments = SimpleNamespace(
-        train_data_path=[corpus], data_path=None, seq_length=8, stream_epochs=2, stream_seed=3, stream_allow_seen=False
+        train_data_path=[corpus],
+        data_path=None,
+        seq_length=8,
+        stream_epochs=2,
+        stream_seed=3,
+        stream_allow_seen=False,
+        vocab_size=None,
+        padded_vocab_size=1 << 16,
     )
     refuse_unfit_range(SimpleNamespace(stream_range=f"0:{last}", **vars(arguments)), [])
     with pytest.raises(UsageError, match=f"an end up to {last}"):
