@@ -85,6 +85,18 @@ def test_of_two_arms_the_second_is_as_good_until_a_paired_t_test_parts_them(
     assert best.compare(own, np.full((1, 3), 90.0)).as_good == good
 
 
+def test_of_three_arms_each_comparison_with_the_first_has_half_of_the_level() -> None:
+    """Residuals by least squares on indicators of arms and seeds: 9 numbers, 5 coefficients, 4 degrees of freedom."""
+    noise = np.array([[-0.3, 0.1, 0.2], [0.25, -0.05, -0.2], [0.05, 0.2, -0.25]])
+    arm, seed = np.divmod(np.arange(9), 3)
+    design = np.stack([np.ones(9), arm == 1, arm == 2, seed == 1, seed == 2], axis=1).astype(float)
+    _, (squares,), _, _ = np.linalg.lstsq(design, noise.ravel())
+    reach = stats.t.ppf(1 - 0.0125 / 2, 4) * np.sqrt(2 * squares / 4 / 3)
+    centred = noise - noise.mean(axis=1, keepdims=True)
+    own = centred + np.array([0, 0.99, 1.01])[:, None] * reach
+    assert best.compare(own, np.full((1, 3), 90.0)).as_good == (1,)
+
+
 def test_as_good_is_who_may_be_the_best() -> None:
     """Of six arms three are equal: each of these is first or among the good ones nearly always, a far one never."""
     generator, kept, far = GENERATOR(1), 0, 0
