@@ -1,9 +1,9 @@
 """Which tests run when, by what they were measured to take: ``durations.txt``, processor seconds of a test and of all
 processes that it started.
 
-``--quick`` leaves out what took half a second and more, and what is marked ``slow`` or ``gpu``; a test that nobody has
-measured yet is quick unless it starts ranks. Under xdist, files run in the order of what they take, the longest first,
-so that all workers end together.
+``--quick`` leaves out what took half a second and more, what is marked ``slow`` or ``gpu``, and files whose tests share
+something that takes seconds to make; a test that nobody has measured yet is quick unless it starts ranks. Under xdist,
+files run in the order of what they take, the longest first, so that all workers end together.
 
     python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
 """
@@ -21,6 +21,11 @@ DURATIONS = Path(__file__).with_name("durations.txt")
 QUICK = 0.5  # processor seconds
 SHORTEST = 0.2  # what takes less is not listed, unless it starts ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
+# Whose first test pays seconds for what the others share: a real model, a site, a whole study.
+SHARED = (
+    "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/report/test_findings.py",
+    "tests/report/test_page.py", "tests/report/test_browser.py", "tests/masks/test_layouts.py", "tests/stores/",
+)  # fmt: skip
 _HERTZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -46,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_quick(item: pytest.Item, taken: dict[str, float]) -> bool:
     if any(item.get_closest_marker(name) for name in ("slow", "gpu")):
+        return False
+    if item.nodeid.startswith(SHARED):
         return False
     starts_ranks = not RANKS.isdisjoint(getattr(item, "fixturenames", ()))
     return taken.get(item.nodeid, QUICK if starts_ranks else 0.0) < QUICK
