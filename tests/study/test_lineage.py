@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -544,3 +545,17 @@ def test_the_start_of_a_retraining_is_held_against_the_ledger(prefixes, places: 
 def test_a_retraining_that_cannot_be_is_refused(prefixes, chain: list[dict[str, Any]], message: str) -> None:
     with pytest.raises((UsageError, DataError), match=message):
         check(made_up.study(prefixes, methods=[{"chain": chain}]))
+
+
+@pytest.mark.parametrize(
+    ("args", "iteration", "here"),
+    [
+        ({}, 7, False),  # our pretrain always stores the flag
+        ({"stream_range": None}, 0, False),  # Megatron's converter of formats, before any step
+        ({"stream_range": None}, 7, True),
+        ({"stream_range": None, "consumed_train_samples": 16}, 0, True),
+        ({"stream_range": "0:16"}, 0, True),
+    ],
+)
+def test_what_says_that_a_checkpoint_was_trained_here(args: dict[str, Any], iteration: int, here: bool) -> None:
+    assert lineage._trained_here(SimpleNamespace(args=args, iteration=iteration)) is here
