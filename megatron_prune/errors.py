@@ -26,10 +26,6 @@ class UsageError(MegatronPruneError):
         super().__init__(f"{flag}: given {given}, allowed is {allowed}{reason}")
 
 
-class CommandLineError(MegatronPruneError):
-    """A word of a command line that no parser knows, or that lacks its value."""
-
-
 class CheckpointError(MegatronPruneError):
     """A checkpoint that is missing, truncated, hostile, or not of the expected kind."""
 

@@ -192,7 +192,7 @@ def _vet_pickle(tensor: torch.Tensor, what: str) -> None:
 
 
 class _ModuleStateUnpickler(pickle.Unpickler):
-    """Builds nothing: every name that is allowed is an ``Opaque``."""
+    """Builds nothing: every allowed name becomes an ``Opaque``."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STORAGE_IN_MODULE_STATE:

@@ -84,7 +84,7 @@ def prepare(args: argparse.Namespace) -> None:
 def describe(optimizer: Any, model_state: Any) -> dict[str, list[dict[str, Any]]]:
     """By bucket, as it is named in a checkpoint: the shares of weights in it that no other rank saves too.
 
-    ``model_state`` is the model's sharded state, whose entries say where a parameter lies in the whole weight.
+    ``model_state`` is the model's sharded state, whose entries say where a parameter is in the whole weight.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

@@ -7,7 +7,7 @@
                                                        └─ masks ─▶ scratch (masks x setting x budget x rate x seed)
 
 A sparse method leaves the parent's shape and makes masks. Its scratch runs are trained under these masks, every
-parameter initialised anew (``masked``); or without any (``dense``: all sparse methods of a study share that run). A
+parameter initialised again (``masked``); or without any (``dense``: all sparse methods of a study share that run). A
 chain may retrain between two links: on the samples after the parent's, the same for all that share it, before those
 of the runs that are compared, which begin where it ended. ``prunings`` (``prunings.py``) are known from study.yaml
 alone. The training cells need the shapes that the plans chose, so ``expand`` takes them; before they are known,

@@ -162,7 +162,7 @@ class _Matching:
         return match.equal_flops(runs, self.lay.parent_flops, spent, declared=declared)
 
     def _stages(self, seed: int) -> list[Stage]:
-        """What is behind a seed's parent, as its checkpoint and what lies beside it say now."""
+        """What is behind a seed's parent, as its checkpoint and the files next to it say now."""
         path = self.places.parent(self.study, seed)
         if path not in self._behind:
             self._behind[path] = lineage.of(open_checkpoint(path))

@@ -160,7 +160,7 @@ def check(stages: Sequence[Stage], end: str, what: str) -> None:
             )
     if stages and stages[-1]["end"] != end:
         raise AccountError(
-            f"{what} holds the weights {end}, and what lies beside it says that {stages[-1]['end']} were written: "
+            f"{what} holds the weights {end}, and the files next to it say that {stages[-1]['end']} were written: "
             "one of the two belongs to another checkpoint"
         )
 

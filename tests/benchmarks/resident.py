@@ -39,7 +39,7 @@ def resident(pid: int) -> float:
 
 def high_water[T](call: Callable[[], T]) -> tuple[T, float]:
     """What ``call`` returns, and by how many bytes this process grew at most meanwhile, as the kernel counts."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _field("VmRSS")
     found = call()
     return found, _field("VmHWM") - before

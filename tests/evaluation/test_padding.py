@@ -88,7 +88,7 @@ def test_a_checkpoint_that_does_not_know_its_vocabulary_says_so(tiny_hf, tiny_co
     assert "does not say" not in said
     expected = reference.window_losses(model, tiny_corpus, S, WINDOWS)
     np.testing.assert_allclose(window_losses(output), expected, rtol=2e-5)
-    # A vocabulary that is too small, or larger than the embedding, is no silent number either.
+    # A vocabulary that is too small, or larger than the embedding, is refused.
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", 1025)
     assert refused.returncode == 2 and "--vocab-size: given 1025" in refused.output
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", int(tokens.max()))

@@ -47,7 +47,7 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
 
 
 def with_cached_weights(argv: list[str]) -> None:
-    """Linears multiply a copy of their weights, made anew only where ``is_first_microbatch`` says so: as Transformer
+    """Linears multiply a copy of their weights, made again only where ``is_first_microbatch`` says so: as Transformer
     Engine's do in FP8, where the copy is the cast one."""
     from megatron_prune.engine import cpu
 

@@ -49,7 +49,7 @@ class Study:
 
 
 def told_apart(comparisons: list[Paired], *, pool: bool = True) -> np.ndarray:
-    """Which of the comparisons Holm's correction leaves with p below 0.05; ``pool`` False: as before there was any."""
+    """Which of the comparisons Holm's correction leaves with p below 0.05; ``pool`` False: without pooling."""
     shared = pooling.shared(comparisons) if pool else [None] * len(comparisons)
     found = [
         statistics.paired(np.zeros(len(one.seeds)).tolist(), one.differences.tolist(), scatter)

@@ -134,7 +134,7 @@ def test_a_pruned_parent_that_was_trained_on_counts_what_was_before_the_pruning(
     assert lineage.flops(stages) == 160 * large + 40 * small
     for parent, tokens in ((pruned, 20 * TOKENS), (again, 25 * TOKENS)):
         assert check(study(prefixes, parent)).lay.parent_tokens == tokens
-    with pytest.raises(AccountError, match="pruned holds the weights .* what lies beside it says that x were written"):
+    with pytest.raises(AccountError, match="pruned holds the weights .* the files next to it say that x were written"):
         change(pruned / "release" / "pruning.json", fingerprint="x")
         lineage.of(open_checkpoint(pruned))
 
