@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.methods import NearTie
-
-if TYPE_CHECKING:
-    from megatron_prune.calibrate.accuracy import Accuracy
 
 NEAR = 1e-5  # relative
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
+import torch
 
 from megatron_prune.errors import CheckpointError
 

@@ -153,7 +153,6 @@ class _Linear:
             yield start, self._parent.read_rows(self._name, start, min(start + step, run.stop)).to(self._dtype)
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def _zero(weight: torch.Tensor, kept: torch.Tensor) -> None:

@@ -13,7 +13,6 @@ from megatron_prune.errors import AccountError
 from megatron_prune.study.config import Study
 from megatron_prune.study.prunings import Pruning, calibration_cell, source_cell
 
-Record = Mapping[str, Any]
 
 
 def refuse_others(study: Study, pruning: Pruning, records: Mapping[str, Record]) -> None:

@@ -290,7 +290,7 @@ def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
         heldout.refuse_shared_documents([earlier], held_out[number + 1 :])
     if data.max_near_duplicates is not None:
         _check_near_duplicates(study, data.max_near_duplicates, places)
-    unseen.check(study, outlook.stages)
+    unseen.check_unseen(study, outlook.stages)
     ranges.check(study, outlook)
 
 

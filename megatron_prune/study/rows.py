@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_prune.study.budgets import counted
 from megatron_prune.study.config import Study
 from megatron_prune.study.prunings import Pruning, flops_of, parent_cell, parent_cells
-
-if TYPE_CHECKING:
-    from megatron_prune.study.results import Compared
 
 COLUMNS = (
     "study", "cell", "method", "pattern", "ratio", "ratio_of", "arm", "setting", "against", "seed", "status",
@@ -19,7 +16,6 @@ COLUMNS = (
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
     "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite",
 )  # fmt: skip
-Record = Mapping[str, Any]
 
 
 def of_parents(study: Study, records: Mapping[str, Record]) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ def end_on_stream(study: Study, stages: Sequence[Stage]) -> int:
     return max((stage["range"][1] for stage in trainings if stage["stream"]["id"] == own), default=0)
 
 
-def check(study: Study, stages: Sequence[Stage]) -> None:
+def check_unseen(study: Study, stages: Sequence[Stage]) -> None:
     """UsageError or DataError where a stage has seen text of the study, or may have and nobody says that it has not."""
     trainings = lineage.trainings(stages)
     if not trainings:
