@@ -40,11 +40,11 @@ setup(
     package_data={
         "megatron_prune": [
             "py.typed",
-            "report/*.j2",
+            "study/report/*.j2",
             "checkpoint/*.json",
             "engine/*.json",
-            "advise/*.json",
-            "study/*.j2",
+            "study/advise/*.json",
+            "study/run/*.j2",
         ]
     },
     install_requires=[

@@ -20,7 +20,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def study_schema() -> str:
     """A section for each dataclass of study.yaml, in the order in which a reader meets them."""
-    from megatron_prune.study.config import Study
+    from megatron_prune.study.schema import Study
 
     parts, pending, done = [], [("the file", Study)], set()
     while pending:

@@ -11,18 +11,22 @@ from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
 # verb: (module with `main(argv) -> exit status`, whether it runs Megatron's model, what it does)
 VERBS = {
-    "calibrate": ("megatron_prune.calibrate.command", True, "gather statistics of a parent's activations"),
-    "plan": ("megatron_prune.plan_command", False, "choose what stays, from statistics"),
-    "rescore": ("megatron_prune.rescore", False, "retrain the best candidates of a search, and score them again"),
-    "apply": ("megatron_prune.apply", False, "cut a checkpoint as a plan says"),
-    "sparsify": ("megatron_prune.sparsify", True, "zero weights in the model, block after block, and leave masks"),
-    "prune": ("megatron_prune.prune", True, "calibrate, plan and apply, or sparsify, in one command"),
+    "calibrate": ("megatron_prune.cli.calibrate", True, "gather statistics of a parent's activations"),
+    "plan": ("megatron_prune.cli.plan", False, "choose what stays, from statistics"),
+    "rescore": (
+        "megatron_prune.structured.retrain_candidates",
+        False,
+        "retrain the best candidates of a search, and score them again",
+    ),
+    "apply": ("megatron_prune.structured.apply", False, "cut a checkpoint as a plan says"),
+    "sparsify": ("megatron_prune.cli.sparsify", True, "zero weights in the model, block after block, and leave masks"),
+    "prune": ("megatron_prune.cli.prune", True, "calibrate, plan and apply, or sparsify, in one command"),
     "pretrain": ("megatron_prune.training.pretrain", True, "Megatron's training loop, with an account"),
-    "index": ("megatron_prune.data.index", False, "build a token stream's caches beforehand"),
+    "index": ("megatron_prune.cli.build_index", False, "build a token stream's caches beforehand"),
     "evaluate": ("megatron_prune.evaluation.evaluate", True, "loss and perplexity on fixed windows"),
-    "preflight": ("megatron_prune.preflight.command", True, "will a command line run on a cluster of any size"),
-    "study": ("megatron_prune.study.command", False, "run|plan|status|report a token-matched comparison"),
-    "advise": ("megatron_prune.advise.command", False, "prune or scratch, as far as a ledger can say"),
+    "preflight": ("megatron_prune.cli.preflight", True, "will a command line run on a cluster of any size"),
+    "study": ("megatron_prune.cli.study", False, "run|plan|status|report a token-matched comparison"),
+    "advise": ("megatron_prune.cli.advise", False, "prune or scratch, as far as a ledger can say"),
 }
 
 

@@ -160,7 +160,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_jsonl: Path, tiny
 @pytest.fixture(scope="session")
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path]) -> Path:
     """A Megatron checkpoint of ``tiny_hf("llama-gqa", layers=4)``: random weights, nobody trained it."""
-    from megatron_prune.checkpoint.huggingface import import_hf
+    from megatron_prune.convert.huggingface import import_hf
 
     checkpoint = tmp_path_factory.mktemp("parent") / "checkpoint"
     import_hf(tiny_hf("llama-gqa", layers=4), checkpoint)

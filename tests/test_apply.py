@@ -14,13 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_prune import apply, plan
-from megatron_prune.calibrate.statistics import Statistics, tensor_shapes
-from megatron_prune.candidates import Question
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError, MegatronPruneError, PlanError
+from megatron_prune.structured import apply, plan
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Statistics, tensor_shapes
 from tests import tiny
 
 LAYERS = 3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.study.config import Study
+from megatron_prune.study.schema import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 

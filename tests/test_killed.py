@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 from megatron_prune import artifacts
-from megatron_prune.apply import apply_plan
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, is_complete
+from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.engine.launch import start
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.masks import open_masks, verify
+from megatron_prune.structured.apply import apply_plan
 from tests.sparsify import small as sparsifying
 from tests.test_apply import make
 from tests.training.small import MODEL, kill_ranks, recipe

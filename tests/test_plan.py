@@ -17,14 +17,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_prune import candidates, methods, plan, plan_command, plan_table
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.accuracy import Accuracy
-from megatron_prune.calibrate.statistics import Retrained, Statistics, StatisticsError, TaskScore, tensor_shapes
-from megatron_prune.candidates import Question
+from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.cli import plan as plan_command
 from megatron_prune.errors import EXIT_NEEDS_SCORES, PlanError, UsageError
+from megatron_prune.methods.ranking import Accuracy
+from megatron_prune.structured import candidates, plan, plan_table
+from megatron_prune.structured import choice as choices
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Retrained, Statistics, StatisticsError, TaskScore, tensor_shapes
 
 SOURCE = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
@@ -295,9 +298,9 @@ def test_the_papers_candidates_for_llama_compete() -> None:
     words = ["2176/32/7168", "2304/32/6656", "2432/32/6144", "2560/32/6400", "2688/32/5888"]
     method = methods.get("minitron-width")
     parser = argparse.ArgumentParser()
-    own = plan_command.add_choice_arguments(parser, method)
+    own = choices.add_choice_arguments(parser, method)
     options = parser.parse_args(["--method", "minitron-width", "--target-shapes", *words])
-    choice = plan_command.choice_from("minitron-width", method, own, options, 1, None)
+    choice = choices.choice_from("minitron-width", method, own, options, 1, None)
     question = Question("minitron-width", choice.settings, llama, choice.shapes(llama), "parent")
     found = statistics(llama)
     scored = candidates.with_scores(found, question.candidates(found), [3.2, 3.1, 2.9, 3.0, 3.3])

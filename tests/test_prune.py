@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune import plan
-from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.structured import plan, statistics
 
 CALIBRATION = ["--calibration-sequences", "5", "--calibration-seq-length", "64"]
 CUTS = {

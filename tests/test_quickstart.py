@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_prune.study import config
+from megatron_prune.study import schema
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,7 @@ STUDY = ROOT / "examples" / "quickstart" / "study.yaml"
 def test_the_parent_has_at_most_three_million_parameters() -> None:
     from megatron_prune.checkpoint.layout import ModelShape
 
-    study = config.load(STUDY)
+    study = schema.load(STUDY)
     assert study.parent.pretrain is not None
     flags = {name.replace("-", "_"): value for name, value in study.parent.pretrain.arguments.items()}
     shape = ModelShape.from_args(flags)
@@ -30,7 +30,7 @@ def test_the_parent_has_at_most_three_million_parameters() -> None:
 
 def test_the_script_uses_the_vocabulary_and_the_paths_of_the_study() -> None:
     script = (STUDY.parent / "run.sh").read_text()
-    study = config.load(STUDY)
+    study = schema.load(STUDY)
     assert study.parent.pretrain is not None and study.data.tokenizer is not None
     assert f"VOCABULARY={study.parent.pretrain.arguments['padded-vocab-size']}" in script
     data = Path(study.data.tokenizer.model).parent

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_prune import apply, artifacts, candidates, plan, plan_command, rescore
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.checkpoint.huggingface import import_hf
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.cli import plan as plan_command
+from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, EXIT_REFUSED, MegatronPruneError
+from megatron_prune.structured import apply, candidates, plan, retrain_candidates
+from megatron_prune.structured import statistics as statistics_file
 from tests import tiny
 from tests.data.corpora import write_corpus
 
@@ -76,7 +78,9 @@ class Files:
     def rescore(self, *more: object, pretrain: list[Any] | None = None, nproc: int = 1) -> Called:
         words = ["--load", self.parent, "--candidates", self.folder / "candidates.json"]
         words += ["--statistics", self.statistics, "--scratch", self.folder / "scratch", "--nproc", nproc, *more]
-        return call(rescore.main, [*words, "--pretrain", *(self.training() if pretrain is None else pretrain)])
+        return call(
+            retrain_candidates.main, [*words, "--pretrain", *(self.training() if pretrain is None else pretrain)]
+        )
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_prune import methods, plan_command, targets
+from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.structured import choice as choices
+from megatron_prune.structured import target as targets
 
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
@@ -281,9 +283,9 @@ def given_shapes(source: ModelShape, *words: str, tp: int = 1) -> tuple[ModelSha
     """The shapes that compete by minitron-width's flags, as ``plan`` reads them."""
     method = methods.get("minitron-width")
     parser = argparse.ArgumentParser()
-    own = plan_command.add_choice_arguments(parser, method)
+    own = choices.add_choice_arguments(parser, method)
     options = parser.parse_args(["--method", "minitron-width", *words])
-    return plan_command.choice_from("minitron-width", method, own, options, tp, None).shapes(source)
+    return choices.choice_from("minitron-width", method, own, options, tp, None).shapes(source)
 
 
 @pytest.mark.parametrize("name", PAPER)

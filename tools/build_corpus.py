@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gather English text that is on this machine into JSON lines (megatron_prune/data/corpus.py)."""
+"""Gather English text that is on this machine into JSON lines (megatron_prune/data/local_text.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter as Defaults
 
-from megatron_prune.data import corpus
+from megatron_prune.data import local_text
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, UsageError
 
 
@@ -24,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", required=True, metavar="DIR", help="gets train, calibration, validation and test .jsonl")
     add("--max-bytes", type=int, default=16_000_000, help="stop after this much text; 0 takes all there is")
-    add("--split", default=",".join(map(str, corpus.SHARES)), help="shares of the four splits")
+    add("--split", default=",".join(map(str, local_text.SHARES)), help="shares of the four splits")
     add("--longest-held-out", type=int, default=0, metavar="CHARACTERS", help="of a document of the last three; 0: all")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; the files do not depend on them")
     return parser.parse_args(argv)
@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        manifest = corpus.build_corpus(
+        manifest = local_text.build_corpus(
             args.output,
             max_bytes=args.max_bytes or None,
             shares=shares(args.split),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look for documents that the corpora of different stages share (megatron_prune/data/overlap.py).
+"""Look for documents that the corpora of different stages share (megatron_prune/data/contamination.py).
 
 Every corpus is given by its prefix, as tools/preprocess_data.py made it; all by one tokenizer. Leaves
 with 2 when two stages share more documents than allowed.
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     warnings.filterwarnings("ignore", module="megatron")
     try:
-        from megatron_prune.data import overlap
+        from megatron_prune.data import contamination
 
-        report = overlap.compare_stages(
+        report = contamination.compare_stages(
             {stage: getattr(args, stage) for stage in STAGES if getattr(args, stage)},
             similarity=args.similarity,
             max_duplicates=args.max_duplicates,
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             artifacts.write_json(args.json, report)
         for found in report["pairs"]:
-            print(overlap.line(found))
-        overlap.refuse(report)
+            print(contamination.line(found))
+        contamination.refuse(report)
     except MegatronPruneError as error:
         print(f"check_overlap: {error}", file=sys.stderr)
         return EXIT_REFUSED

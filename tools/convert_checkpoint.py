@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Checkpoints in another form; the work is in megatron_prune/checkpoint/huggingface.py and megatron_prune/apply.py.
+"""Checkpoints in another form; the work is in megatron_prune/convert and megatron_prune/structured.
 
     convert_checkpoint.py import  --hf HF_DIR --save CKPT      Llama family, Hugging Face → Megatron
     convert_checkpoint.py export  --load CKPT --hf HF_DIR      and back
     convert_checkpoint.py rewrite --load CKPT --save CKPT      any Megatron checkpoint, legacy per-rank files
                                                                too → torch_dist, its weights alone
 
-Masks go along: CKPT/masks is HF_DIR/masks.safetensors (megatron_prune/masks/huggingface.py). Legacy per-rank files are
+Masks go along: CKPT/masks is HF_DIR/masks.safetensors (megatron_prune/convert/masks.py). Legacy per-rank files are
 written by Megatron itself: pretrain … --ckpt-convert-format torch --ckpt-convert-save DIR, at the layout they are for.
 """
 
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch
 
-        from megatron_prune.apply import rewrite
-        from megatron_prune.checkpoint.foreign import refuse_remote
-        from megatron_prune.checkpoint.huggingface import export_hf, import_hf
-        from megatron_prune.checkpoint.memory import keep_freed_memory
+        from megatron_prune.checkpoint.parallel import keep_freed_memory
         from megatron_prune.checkpoint.reader import open_checkpoint
+        from megatron_prune.checkpoint.tracker import refuse_remote
+        from megatron_prune.convert.huggingface import export_hf, import_hf
+        from megatron_prune.structured.apply import rewrite
 
         keep_freed_memory()
         refuse_remote("--hf", getattr(args, "hf", ""))

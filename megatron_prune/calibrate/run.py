@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 
-from megatron_prune import candidates
-from megatron_prune.calibrate import scoring, tasks
+from megatron_prune.calibrate import scoring
 from megatron_prune.calibrate.hooks import Recorder
-from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.candidates import Question
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import identity, indexed
+from megatron_prune.data import indexed
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
 from megatron_prune.engine import forward, fp8, runtime
 from megatron_prune.errors import UsageError
+from megatron_prune.structured import candidates
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Statistics
 
 
 def gather(args: argparse.Namespace, question: Question | None = None, requests: Requests | None = None) -> Statistics:
@@ -68,7 +68,7 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     if parent.fingerprint() != found.parent:
         raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
     indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
-    if identity.fingerprint(args.calibration_data_path) != behind["corpus"]:
+    if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
             "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"
         )
@@ -133,7 +133,7 @@ def _with_scores(
         return found
     assert requests is not None
     likelihoods = scoring.log_likelihoods(model, found.shape, [c.selection for c in asked], requests)
-    scores = tasks.task_scores(asked, requests, likelihoods)
+    scores = scoring.task_scores(asked, requests, likelihoods)
     return candidates.with_accuracies(found, asked, question.task, scores)
 
 
@@ -142,7 +142,7 @@ def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:
     random = args.calibration_sampling == "random"
     return {
         "prefix": args.calibration_data_path,
-        "corpus": identity.fingerprint(args.calibration_data_path),
+        "corpus": indexed.fingerprint(args.calibration_data_path),
         "sampling": args.calibration_sampling,
         "seed": args.seed if random else None,
         "windows": chosen.numbers.tolist(),

@@ -17,6 +17,7 @@ removed layer is the dense model's, and is computed once a sequence.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,15 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
+from megatron_prune.data import multiple_choice
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
-from megatron_prune.engine import forward, fp8, spec
+from megatron_prune.engine import forward, fp8, runtime, spec
+from megatron_prune.errors import UsageError
 from megatron_prune.methods import Selection
+from megatron_prune.methods.ranking import accuracies
+from megatron_prune.structured.candidates import Candidate
+from megatron_prune.structured.statistics import TaskScore
 
 
 def losses(
@@ -212,3 +218,29 @@ def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
         norm.eps = eps
 
     stack.callback(restore)
+
+
+# The task that judges candidates, ready for the model: read, and tokenized as the model's own text was.
+#
+# All that can be wrong with a task is refused here, before anything starts.
+
+
+def requests(args: argparse.Namespace, path: str, wanted: str) -> Requests:
+    """The task in ``path``, which must be the one with the fingerprint ``wanted``, for the checkpoint ``--load``.
+
+    UsageError or DataError where file, tokenizer and model do not fit each other.
+    """
+    task = multiple_choice.read(path)
+    if task.fingerprint != wanted:
+        raise UsageError("--task-data", given=path, allowed="the examples that the plan was asked for with")
+    runtime.refuse_fixed_lengths(args)
+    return multiple_choice.encode(task, runtime.tokenizer(args), args.max_position_embeddings)
+
+
+def task_scores(candidates: Sequence[Candidate], requests: Requests, likelihoods: torch.Tensor) -> list[TaskScore]:
+    """The scores of ``candidates`` on a task, from ``likelihoods`` [candidates, choices]."""
+    lengths = [len(sequence) - 1 for sequence in requests.sequences]
+    return [
+        TaskScore(accuracies(requests.task, row), sum(candidate.scoring_flops(length) for length in lengths))
+        for candidate, row in zip(candidates, likelihoods, strict=True)
+    ]

@@ -31,15 +31,14 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_prune.artifacts import read_json, sha256_file, write_bytes, write_json
+from megatron_prune.artifacts import check_space, explain_full_disk, read_json, sha256_file, write_bytes, write_json
 from megatron_prune.checkpoint import index, safe, safe_objects, torch_dist, tracker
-from megatron_prune.checkpoint.disk import check_space, explain_full_disk
-from megatron_prune.checkpoint.files import StoredFiles
-from megatron_prune.checkpoint.foreign import refuse_remote
 from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
-from megatron_prune.checkpoint.parts import RECORD_BYTES
+from megatron_prune.checkpoint.parallel import RECORD_BYTES
 from megatron_prune.checkpoint.reader import INTEGRITY_FILE
 from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
+from megatron_prune.checkpoint.torch_dist import StoredFiles
+from megatron_prune.checkpoint.tracker import refuse_remote
 from megatron_prune.errors import CheckpointError
 
 BUCKETS, WHOLE = "dp_reshardable", "fully_reshardable"  # Megatron's names of the two forms

@@ -5,7 +5,11 @@ Every object in it is vetted when it is opened, whether or not anybody here need
 
 from __future__ import annotations
 
+import io
+import pickle
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_prune import storage
 from megatron_prune.checkpoint import index, safe, safe_objects
-from megatron_prune.checkpoint.files import StoredFiles
-from megatron_prune.checkpoint.index import Box
+from megatron_prune.checkpoint.index import Box, Piece
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
-from megatron_prune.errors import CheckpointError
+from megatron_prune.checkpoint.safe_objects import refuse_compression
+from megatron_prune.errors import CheckpointError, StorageError
 
 _COMMON = "common_state/shard_0_1"  # the one that Megatron reads
 
@@ -99,3 +103,160 @@ def vet_objects(metadata: Metadata, files: StoredFiles, directory: Path) -> None
 def _content(info: Any, files: StoredFiles, directory: Path) -> bytes:
     index.check_files(directory, {info.relative_path: info.offset + info.length})
     return files.read_bytes(info.relative_path, info.offset, info.length)
+
+
+# The numbers in the files of a `torch_dist` directory, read by byte range. Nothing in them is executed.
+
+
+class StoredFiles:
+    """Open files of ``directory``; usable from several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._handles: dict[str, storage.LocalBytes | storage.StoredBytes] = {}
+        self._records: dict[tuple[str, int], Record] = {}
+
+    def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
+        """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
+        record = self.record(box.piece)
+        row = torch.Size(box.sizes[1:]).numel()
+        if not record.contiguous:
+            reach = sum((extent - 1) * step for extent, step in zip(record.size, record.stride, strict=True)) + 1
+            storage = torch.empty(reach, dtype=record.dtype)
+            self._read_into(storage, box.piece.file, record.offset)
+            flat = storage.as_strided(record.size, record.stride).reshape(-1)[box.skip + first * row :]
+            target.copy_(flat[: target.numel()].view(target.shape))
+            return
+        begin = record.offset + (box.skip + first * row) * record.dtype.itemsize
+        if target.is_contiguous():
+            self._read_into(target, box.piece.file, begin)
+        else:
+            buffer = torch.empty(target.shape, dtype=record.dtype)
+            self._read_into(buffer, box.piece.file, begin)
+            target.copy_(buffer)
+
+    def record(self, piece: Piece) -> Record:
+        """Where the numbers of a piece lie. Raises CheckpointError where its record is damaged or another's."""
+        place = (piece.file, piece.start)
+        if place not in self._records:
+            origin = f"{self._directory / piece.file} (the shard of {piece.key} at {list(piece.offsets)})"
+            record = locate(self._open(piece.file), piece.start, piece.length, origin)
+            if (record.dtype, torch.Size(record.size).numel()) != (piece.dtype, torch.Size(piece.sizes).numel()):
+                raise CheckpointError(
+                    f"{origin} holds {record.dtype} {list(record.size)}, "
+                    f"the index says {piece.dtype} {list(piece.sizes)}"
+                )
+            self._records[place] = record
+        return self._records[place]
+
+    def read_bytes(self, name: str, start: int, length: int) -> bytes:
+        """Bytes [start, start + length) of a file. Raises CheckpointError where it ends before."""
+        found = self._open(name).read(length, start)
+        if len(found) < length:
+            raise CheckpointError(f"{self._directory / name} is truncated: it ends before {start + length}")
+        return found
+
+    def _open(self, name: str) -> storage.LocalBytes | storage.StoredBytes:
+        if name not in self._handles:
+            try:
+                self._handles[name] = storage.open_bytes(self._directory / name)
+            except OSError as error:
+                raise CheckpointError(f"{self._directory / name} cannot be read: {error.strerror or error}") from error
+        return self._handles[name]
+
+    def _read_into(self, target: torch.Tensor, name: str, start: int) -> None:
+        if target.numel() == 0:
+            return
+        view = memoryview(target.view(-1).view(torch.uint8).numpy())
+        handle = self._open(name)
+        done = 0
+        while done < len(view):
+            got = handle.read_into(view[done:], start + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{self._directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}"
+                )
+            done += got
+
+
+# Where the numbers of a stored tensor lie in its file: the records that ``torch.save`` writes, never unpickled
+# into tensors. ``locate`` reads a record's own index and gives the byte range; nothing in it is executed.
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where the numbers of one stored tensor lie: byte ``offset`` in its file, and their strides."""
+
+    offset: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        expected = 1
+        for extent, step in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if extent != 1 and step != expected:
+                return False
+            expected *= extent
+        return True
+
+
+_STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Understands exactly what ``torch.save(tensor)`` writes, and builds no tensor."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: (storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *rest: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, key, _location, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
+            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+        return dtype, str(key), int(numel)
+
+
+def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length: int, origin: str) -> Record:
+    """Find the raw numbers of the ``torch.save`` record in bytes [start, start + length) of an open file.
+
+    Nothing in the record is executed. Raises CheckpointError naming ``origin`` for a record that is
+    truncated, compressed, big-endian, or not one plain tensor.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(storage.Window(handle, start, length))) as archive:
+            refuse_compression(archive)
+            entries = {name.split("/", 1)[-1]: entry for name, entry in archive.NameToInfo.items()}
+            if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+                raise ValueError("its numbers are big-endian")
+            (dtype, key, numel), first, size, stride = _TensorUnpickler(
+                io.BytesIO(archive.read(entries["data.pkl"]))
+            ).load()
+            entry = entries[f"data/{key}"]
+        # The local header says how much padding precedes the numbers.
+        header = handle.read(30, start + entry.header_offset)
+        if header[:4] != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its numbers are compressed or missing")
+        begin = (
+            entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        )
+        last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) + 1
+        empty = 0 in size
+        if numel * dtype.itemsize != entry.file_size or begin + entry.file_size > length:
+            raise ValueError("it is shorter than it says")
+        if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (not empty and last > numel):
+            raise ValueError("its view reaches beyond its storage")
+    except StorageError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise CheckpointError(f"{origin} is truncated or damaged: {error}") from error
+    return Record(start + begin + first * dtype.itemsize, dtype, size, stride)

@@ -10,7 +10,7 @@ import numpy as np
 from megatron.core.datasets import helpers
 from megatron.core.datasets.utils import normalize
 
-from megatron_prune.data import identity, indexed
+from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
 
 
@@ -53,7 +53,7 @@ def members(pairs: Sequence[tuple[float | None, str]]) -> list[Corpus]:
     """The corpora of a blend with their fingerprints; broken or repeated ones raise DataError."""
     for _, prefix in pairs:
         indexed.open_indexed(prefix)
-    found = [Corpus(prefix, weight, identity.fingerprint(prefix)) for weight, prefix in pairs]
+    found = [Corpus(prefix, weight, indexed.fingerprint(prefix)) for weight, prefix in pairs]
     for earlier, later in itertools.combinations(found, 2):
         if earlier.fingerprint == later.fingerprint:
             raise DataError(

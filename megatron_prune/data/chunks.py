@@ -9,7 +9,7 @@ What makes a cut safe:
 
 * byte-level BPE with the patterns of GPT-2, Llama 3, Qwen 2 or Megatron's tiktoken: no alternative of
   these patterns goes on from a non-blank to a blank (but for line ends behind punctuation, where nothing
-  is cut) or from ASCII letters to other ASCII; and ``\\s+(?!\\S)`` looks no further than the blanks that it
+  is cut) or from ASCII letters to other ASCII; and ``\s+(?!\S)`` looks no further than the blanks that it
   matches and the character behind them;
 * SentencePiece BPE with byte fallback: only symbols whose union is a piece are ever merged, and no piece
   of the vocabulary has such a pair of characters in it.
@@ -21,9 +21,13 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_prune.artifacts import sha256_json
+from megatron_prune.errors import DataError, UsageError
 
 LIMIT = 1 << 18  # chunks remembered, some 50 MB a process
 LONGEST = 64  # characters of a chunk worth remembering
@@ -166,3 +170,83 @@ def of_sentencepiece(processor: Any) -> Chunks | None:
     chunks = Chunks(raw.encode, pattern)
     agrees = all(chunks.encode(processor.normalize(trial)).tolist() == processor.encode(trial) for trial in TRIALS)
     return chunks if agrees else None
+
+
+# Splitting documents into sentences with NLTK's Punkt, as Megatron's ``--split-sentences`` does.
+#
+# A document's sentences become its sequences in the ``.idx``. That is what BERT-like objectives need.
+# Megatron's GPT data sets shuffle *sequences*: on such a corpus a GPT sees sentences out of their order.
+#
+# The models are data (``punkt_tab``), never the pickles of old NLTK releases, which can run code.
+
+
+# As in Megatron: Punkt sees a document in slices of this many characters, so a slice's end ends a sentence.
+LONGEST_SLICE = 1_000_000
+
+
+class SentenceSplitter:
+    """``split(text)``: its sentences in order.
+
+    The white space between sentences goes, or with ``keep_newlines`` stays at the end of the sentence
+    before it, so that the sentences joined are the text.
+    """
+
+    def __init__(self, punkt: Any, name: str, keep_newlines: bool = False):
+        self.name, self.keep_newlines, self._punkt = name, keep_newlines, punkt
+
+    def split(self, text: str) -> list[str]:
+        found: list[str] = []
+        for begin in range(0, len(text), LONGEST_SLICE):
+            part = text[begin : begin + LONGEST_SLICE]
+            if not self.keep_newlines:
+                found += self._punkt.tokenize(part)
+            elif starts := [start for start, _ in self._punkt.span_tokenize(part)]:
+                ends = [*starts[1:], len(part)]
+                starts[0] = 0
+                found += [part[start:end] for start, end in zip(starts, ends, strict=True)]
+            else:
+                found.append(part)
+        return found
+
+    def digest(self) -> str:
+        """Identity of what decides where a sentence ends, 64 hex digits."""
+        parameters = self._punkt._params
+        return sha256_json(
+            {
+                "sentences": 1,
+                "keep_newlines": self.keep_newlines,
+                "abbreviations": sorted(parameters.abbrev_types),
+                "collocations": sorted(map(list, parameters.collocations)),
+                "starters": sorted(parameters.sent_starters),
+                "orthography": sorted(parameters.ortho_context.items()),
+            }
+        )
+
+
+def load_splitter(
+    language: str = "english", nltk_data: str | Path | None = None, keep_newlines: bool = False
+) -> SentenceSplitter:
+    """The Punkt model of a language from ``nltk_data`` or from where NLTK looks ($NLTK_DATA, ~/nltk_data, …).
+
+    Raises UsageError (no such folder) and DataError, which says what to download.
+    """
+    import nltk.data
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    if nltk_data is not None:
+        folder = Path(nltk_data).absolute()
+        if not folder.is_dir():
+            raise UsageError("--nltk-data", given=nltk_data, allowed="a folder that holds tokenizers/punkt_tab")
+        if str(folder) not in nltk.data.path:
+            nltk.data.path.insert(0, str(folder))
+    try:
+        punkt = PunktTokenizer(language)
+    except (LookupError, OSError) as error:
+        raise DataError(
+            f"NLTK has no Punkt model for '{language}' (looked for tokenizers/punkt_tab/{language} in "
+            f"{', '.join(map(str, nltk.data.path))}). On a machine with the network: "
+            f"python -m nltk.downloader -d DIR punkt_tab; then give --nltk-data DIR or set NLTK_DATA=DIR"
+        ) from error
+    except ValueError as error:
+        raise UsageError("--lang", given=language, allowed="the name of a Punkt model, such as english") from error
+    return SentenceSplitter(punkt, language, keep_newlines)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.text import Record
+from megatron_prune.data.readers import Record
 from megatron_prune.errors import DataError, UsageError
 
 

@@ -28,10 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_prune import artifacts
-from megatron_prune.data.index_file import token_type
-from megatron_prune.data.parts import Parts, PartWriter
-from megatron_prune.data.sentences import SentenceSplitter
-from megatron_prune.data.text import File, Record, Source, check_inputs, text_of
+from megatron_prune.data.chunks import SentenceSplitter
+from megatron_prune.data.indexed import token_type
+from megatron_prune.data.readers import File, Record, Source, check_inputs, text_of
+from megatron_prune.data.shards import Parts, PartWriter
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_prune import artifacts
-from megatron_prune.data.text import check_inputs, records, text_of
+from megatron_prune.data.readers import check_inputs, records, text_of
 from megatron_prune.errors import DataError, UsageError
 
 MODEL_TYPES = ("bpe", "unigram")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from megatron_prune.engine.zygote import die_with
+from megatron_prune.engine.fork_server import die_with
 
 
 def main() -> None:

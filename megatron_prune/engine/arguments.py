@@ -7,8 +7,9 @@ step between reading the checkpoint's arguments and validating them: ``restore_f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ from megatron_prune import storage
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.checkpoint.tracker import find_iteration, is_sound, iteration_directory, repair_tracker
-from megatron_prune.engine import cpu, fp8, installed, refusals, stores, vocabulary
+from megatron_prune.checkpoint.tracker import (
+    find_iteration,
+    is_sound,
+    iteration_directory,
+    refuse_remote,
+    repair_tracker,
+)
+from megatron_prune.engine import cpu, fp8, installed, refusals, vocabulary
 from megatron_prune.errors import CheckpointError, UsageError
 
 # What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
@@ -45,7 +52,7 @@ def parse(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    stores.refuse_unusable(verb, argv)
+    refuse_unusable(verb, argv)
     refusals.refuse_yaml(argv)
     # Megatron reads sys.argv; this is the one place that sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
@@ -59,7 +66,7 @@ def parse(
     refusals.refuse_without_effect(parsers[0], args, argv)
     _refuse_unfit_numbers(args)
     _refuse_missing_gpu(args)
-    stores.refuse_unfit(args)
+    refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
     if not given(argv, "--use-tokenizer-model-from-checkpoint-args"):
@@ -251,3 +258,73 @@ def _latest(root: Path) -> str | None:
 
 def _has_checkpoint(path: str | None) -> bool:
     return path is not None and storage.path(path).is_dir() and find_iteration(path) is not None
+
+
+# Which of Megatron's flags work with checkpoints in an object store (``msc://``), and which do not.
+#
+# Megatron reads and writes them through the Multi-Storage Client under ``--enable-msc``. Some of what it does beside
+# that still takes a ``msc://`` path for a directory of this machine: that is refused here, before anything starts.
+
+
+_CONVERTED = "--ckpt-convert-save"
+_FLAGS = ("--load", "--save", "--pretrained-checkpoint", "--shape-from", "--masks", _CONVERTED)
+
+
+def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
+    """Refuse (UsageError) a command line whose stores ``verb`` cannot use from here, before Megatron reads it."""
+    refuse_malformed(argv)
+    if "--enable-msc" in argv and importlib.util.find_spec("multistorageclient") is None:
+        raise UsageError("--enable-msc", given="on", allowed="off: the client is not installed", why=storage.EXTRA)
+    for flag, value in _checkpoints(argv):
+        if flag == "--save" and verb != "pretrain":
+            refuse_remote(flag, value)
+        storage.refuse_unusable(flag, value)
+
+
+def refuse_malformed(argv: Sequence[str]) -> None:
+    """Refuse (UsageError) what no machine could run: other URLs, and ``msc://`` without ``--enable-msc``."""
+    for flag, value in _checkpoints(argv):
+        if flag == _CONVERTED:
+            storage.refuse_stored(flag, value, "Megatron's converter writes to disks")
+        storage.refuse_other_url(flag, value)
+        if storage.is_stored(value) and "--enable-msc" not in argv:
+            raise UsageError(
+                flag, given=value, allowed="an object store only with --enable-msc",
+                why="Megatron reads and writes them through its Multi-Storage Client, which that flag switches on",
+            )  # fmt: skip
+
+
+def _checkpoints(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(flag, value) of all that say where a checkpoint lies."""
+    for position, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag in _FLAGS:
+            yield flag, value or (argv[position + 1] if position + 1 < len(argv) else "")
+
+
+def refuse_unfit(args: argparse.Namespace) -> None:
+    """Refuse (UsageError) what Megatron would do to ``--save`` as if it were a directory."""
+    if args.save is None or not storage.is_stored(args.save):
+        return
+    for unfit, flag, given, allowed, why in (
+        (
+            args.ckpt_format != "torch_dist", "--ckpt-format", args.ckpt_format, "torch_dist",
+            "Megatron writes the others with torch.save, to disks",
+        ),
+        (
+            args.save_retain_interval is not None, "--save-retain-interval", args.save_retain_interval, "nothing",
+            "Megatron removes saves with shutil.rmtree, which leaves those in a store: let the store expire them",
+        ),
+        (args.log_progress, "--log-progress", "on", "off", "Megatron appends to a file there"),
+        (
+            args.non_persistent_ckpt_type == "global" and args.non_persistent_global_ckpt_dir is None,
+            "--non-persistent-ckpt-type", "global", "local, or with a --non-persistent-global-ckpt-dir on a disk",
+            "Megatron removes the older of them with shutil.rmtree",
+        ),
+        (
+            args.wandb_project and not args.wandb_save_dir,
+            "--wandb-save-dir", "nothing", "a directory", "by default it is in --save",
+        ),
+    ):  # fmt: skip
+        if unfit:
+            raise UsageError(flag, given=given, allowed=f"{allowed}, where --save is in an object store", why=why)

@@ -2,7 +2,7 @@
 
 ``launch(["pretrain", …], nproc=4, log="log.txt")`` is ``torchrun --nproc-per-node 4 -m
 megatron_prune pretrain …`` and, where there is a GPU, just that. Without one, the ranks are
-forked from a process that has already imported torch and Megatron (``engine/zygote.py``): the
+forked from a process that has already imported torch and Megatron (``engine/fork_server.py``): the
 same work, seconds earlier. Whether a job *succeeded* is for its account, scores or manifest to
 say (DESIGN §5); the return code says whether every process left with 0.
 """
@@ -23,11 +23,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_prune.engine import zygote
+from megatron_prune.engine import fork_server
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
-ZYGOTE = zygote.__name__  # the module that the process which forks ranks runs
+ZYGOTE = fork_server.__name__  # the module that the process which forks ranks runs
 AGENT = "megatron_prune.engine.agent"
 
 
@@ -68,8 +68,8 @@ def start(
     with _open_log(log) as (out, err):
         if not _zygote().forks:
             return _TorchrunJob(argv, nproc, out, err, env)
-        work = functools.partial(zygote.run_verb, argv)
-        main = str(Path(zygote.__file__).parents[1] / "__main__.py")
+        work = functools.partial(fork_server.run_verb, argv)
+        main = str(Path(fork_server.__file__).parents[1] / "__main__.py")
         return _start_forked(work, [main, *argv], nproc, out, err, env)
 
 
@@ -121,7 +121,7 @@ class _ForkedJob(Job):
         if self.returncode is None:
             self.connection.settimeout(timeout)
             try:
-                self.returncode = zygote.receive(self.connection)["returncode"]
+                self.returncode = fork_server.receive(self.connection)["returncode"]
             except EOFError:  # the supervisor itself was killed, and its ranks with it
                 self.returncode = -9
             self.connection.close()
@@ -174,8 +174,8 @@ def _start_forked(
         "environment": {**os.environ, **(env or {})},
     }
     try:
-        zygote.send(ours, request)
-        return _ForkedJob(ours, zygote.receive(ours)["ranks"])
+        fork_server.send(ours, request)
+        return _ForkedJob(ours, fork_server.receive(ours)["ranks"])
     except (EOFError, OSError) as error:
         raise RunError(f"the process that starts jobs died before {argv[1:2]} began: see its log") from error
 
@@ -235,8 +235,8 @@ class _Zygote:
         )
         theirs.close()
         answer = self.control.recv(1)
-        self.forks = answer == zygote.READY  # there is no GPU
-        if answer not in (zygote.READY, zygote.GPU):
+        self.forks = answer == fork_server.READY  # there is no GPU
+        if answer not in (fork_server.READY, fork_server.GPU):
             raise RunError(f"{sys.executable} -m {ZYGOTE} could not start: its error is above")
 
     def submit(self, *descriptors: int) -> None:

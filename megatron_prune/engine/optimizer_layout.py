@@ -20,9 +20,9 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.checkpoint import safe
-from megatron_prune.checkpoint.files import StoredFiles
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.reshard import BUCKETS, COMMAND, LAYOUT_OBJECT
+from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.engine import runtime
 from megatron_prune.errors import CheckpointError, UsageError

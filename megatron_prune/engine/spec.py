@@ -1,7 +1,7 @@
 """What differs between Megatron's two layer specs, local and Transformer Engine: the one place that knows.
 
 Checkpoints do not differ: names and shapes are the same, and the ``_extra_state`` that one spec's modules ask for
-is in every checkpoint (``checkpoint/common_state.py``). Models do:
+is in every checkpoint (``checkpoint/writer.py``). Models do:
 
 * Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``; the norm of its
   own is an identity, and its output is nowhere to be seen;

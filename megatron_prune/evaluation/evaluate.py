@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     }
     asked = tasks.prepare(args, argv)
     runtime.initialize(args)
-    from megatron_prune.data.identity import fingerprint
+    from megatron_prune.data.indexed import fingerprint
     from megatron_prune.engine import forward
     from megatron_prune.training.zeros import check_loaded
 

@@ -22,7 +22,7 @@ import torch
 
 from megatron_prune import artifacts
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import text
+from megatron_prune.engine import runtime
 from megatron_prune.engine.arguments import given
 from megatron_prune.errors import DataError, UsageError
 
@@ -62,7 +62,7 @@ def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
     for flag, value, least in (("--num-fewshot", args.num_fewshot, 0), ("--limit", args.limit, 1)):
         if value is not None and value < least:
             raise UsageError(flag, given=value, allowed=f"{least} or more")
-    text.refuse_fixed_lengths(args)
+    runtime.refuse_fixed_lengths(args)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def prepare(args: argparse.Namespace, argv: list[str]) -> Asked | None:
     """
     if not names(args) or args.rank != 0:
         return None
-    tokenizer = text.tokenizer(args)
+    tokenizer = runtime.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
     return Asked(_load(args), tokenizer, longest)
 
@@ -128,7 +128,7 @@ def _manager(args: argparse.Namespace) -> Any:
 
 
 def _refuse(task: Any, num_fewshot: int | None) -> None:
-    from megatron_prune.evaluation.language_model import refusal
+    from megatron_prune.evaluation.likelihoods import refusal
 
     if task.OUTPUT_TYPE not in KINDS:
         raise refusal(task.task_name, task.OUTPUT_TYPE)
@@ -148,7 +148,7 @@ def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Modu
         return {}
     from lm_eval.evaluator import evaluate
 
-    from megatron_prune.evaluation.language_model import MegatronLM
+    from megatron_prune.evaluation.likelihoods import MegatronLM
 
     language_model = MegatronLM(asked.tokenizer, asked.longest, scorer.score)
     found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=args.task_samples is not None)

@@ -24,8 +24,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune import storage
-from megatron_prune.artifacts import atomic_directory
-from megatron_prune.checkpoint.disk import check_space
+from megatron_prune.artifacts import atomic_directory, check_space
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits

@@ -19,8 +19,8 @@ import torch
 from megatron_prune import storage
 from megatron_prune.artifacts import read_json, sha256_json
 from megatron_prune.checkpoint import index, safe, torch_dist
-from megatron_prune.checkpoint.files import StoredFiles
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights
+from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.errors import MasksError, MegatronPruneError
 from megatron_prune.masks import bits
 from megatron_prune.masks.pattern import Pattern

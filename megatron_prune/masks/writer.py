@@ -12,8 +12,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_prune.artifacts import atomic_directory, write_json
-from megatron_prune.checkpoint.disk import explain_full_disk
+from megatron_prune.artifacts import atomic_directory, explain_full_disk, write_json
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
 from megatron_prune.errors import MasksError

@@ -27,7 +27,7 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.sparse.rows import Rows
+from megatron_prune.methods.selection import Rows
 
 DEPTH = ("num_layers",)
 WIDTH = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
@@ -98,7 +98,7 @@ class TaskFile:
     """A multiple-choice task whose accuracy decides between candidates."""
 
     path: str  # JSON lines, see data/multiple_choice.py
-    metric: str  # of calibrate/accuracy.py
+    metric: str  # of methods/ranking.py
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Request:
 
     source: ModelShape
     target: ModelShape
-    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see calibrate/statistics.py
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see structured/statistics.py
     settings: Mapping[str, Any] = field(default_factory=dict)  # the method's own flags
     seed: int | None = None
 

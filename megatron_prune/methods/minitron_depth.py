@@ -19,9 +19,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prune.calibrate.accuracy import METRICS
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import DEPTH, Method, Request, Selection, TaskFile
+from megatron_prune.methods.ranking import METRICS
 
 
 class MinitronDepth(Method):

@@ -12,7 +12,7 @@ A channel's importance in a layer is √Σ_b (mean_t |x|)², t over tokens and b
 the batch first, then squares are summed over tokens. With sequences one at a time that is
 √Σ over all tokens of x², so one calibration serves both.
 
-The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (targets.py) or, with
+The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (structured/target.py) or, with
 ``--search AXIS …``, by the model: the shapes near the target are cut as above, one at a time, and
 the one with the lowest un-retrained loss on the calibration text is taken. ``--target-shapes`` names
 the shapes that compete.
@@ -34,7 +34,7 @@ import torch
 
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import WIDTH, NearTie, RankingMethod, Request, Retraining, Search, Selection
-from megatron_prune.ranking import keep_heads, keep_highest
+from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 MAX_CANDIDATES = 16
 _AXES = {

@@ -27,7 +27,7 @@ from megatron_prune.methods import (
     Selection,
     WeightMethod,
 )
-from megatron_prune.ranking import keep_heads, keep_highest
+from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 
 class Random(RankingMethod):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.methods import DEPTH, RankingMethod, Request, Selection
-from megatron_prune.ranking import keep_highest
+from megatron_prune.methods.ranking import keep_highest
 
 
 class ShortGPT(RankingMethod):

@@ -1,7 +1,7 @@
 """SparseGPT (2301.00774): remove weights one column at a time, and let the columns behind make up for it.
 
 With H the Hessian of the layer's squared error and U the upper Cholesky factor of its inverse
-(sparse/hessian.py), removing w of column i costs (w / U_ii)², and is made up for best by subtracting
+(methods/hessian.py), removing w of column i costs (w / U_ii)², and is made up for best by subtracting
 (w / U_ii)·U[i, i:] from the weights of the same row.
 
 Columns go in blocks of 128 (N:M: the largest multiple of M up to 128). Unstructured, what goes is chosen when
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from megatron_prune.methods import InputMethod, Sparsity
-from megatron_prune.sparse.choose import full_precision, lowest_of_planes, refuse_infinite
-from megatron_prune.sparse.hessian import Factor
-from megatron_prune.sparse.rows import Rows
+from megatron_prune.methods.hessian import Factor
+from megatron_prune.methods.selection import Rows, full_precision, lowest_of_planes, refuse_infinite
 
 BLOCK = 128
 STRIP = 32

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from megatron_prune.methods import InputMethod, Sparsity
-from megatron_prune.sparse.choose import lowest_in_groups, lowest_in_rows
-from megatron_prune.sparse.rows import Rows
+from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
 
 
 class Wanda(InputMethod):

@@ -14,10 +14,10 @@ from megatron_prune import storage as places
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.engine.installed import Installed
-from megatron_prune.engine.rehearsal import Rehearsal
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.preflight import cost, host, memory
-from megatron_prune.preflight.cluster import Cluster
+from megatron_prune.preflight.cost import Cluster
+from megatron_prune.preflight.dry_run import Rehearsal
 
 Verdict = Literal["yes", "look", "no", "not checked"]
 DECIDING = ("memory", "host memory", "data", "storage")  # "look" of others: it runs, but badly

@@ -8,11 +8,16 @@ are mapped files: the page cache holds them, and gives them up; they are not cou
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.engine.rehearsal import Stage
+from megatron_prune.engine import arguments
+from megatron_prune.errors import UsageError
+from megatron_prune.preflight.dry_run import Stage
 
 FP32 = 4
 PROCESS = 4e9  # of a rank: Python, torch, Megatron and CUDA's libraries
@@ -82,10 +87,91 @@ def _order(args: argparse.Namespace) -> int:
 
 
 def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> int:
-    """``sparsify``'s residual stream of a replica's windows (``sparse/stream.py``), and masks of its stage."""
+    """``sparsify``'s residual stream of a replica's windows (``sparse/driver.py``), and masks of its stage."""
     if getattr(args, "method", None) is None or getattr(args, "modules", None) is None:
         return 0
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
     windows = -(-args.calibration_sequences // args.data_parallel_size)
     states = windows * args.seq_length // shared * shape.hidden_size * args.params_dtype.itemsize
     return int(states + max((stage.linears for stage in stages), default=0))
+
+
+# Command lines that name checkpoints which are not on this machine, or not made yet.
+#
+# Their model's flags can be given in a file instead (``--model``): Megatron's flags, ``#`` begins a comment. The flags
+# that would read the checkpoint are left out of what is rehearsed, and reported as not checked.
+
+
+STARTS = ("--pretrained-checkpoint", "--shape-from")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """``argv`` can be rehearsed here; ``absent`` are the flags that were left out, with their directories."""
+
+    argv: list[str]
+    absent: dict[str, str]
+
+
+def resolve(argv: list[str], model: str | None) -> CommandLine:
+    """Leave out what is elsewhere, or in a store that does not answer here.
+
+    UsageError where the model's arguments are there, and no ``model`` says them; UsageError or StorageError where the
+    store of ``--load`` or ``--save`` cannot be asked."""
+    arguments.refuse_malformed(argv)
+    for flag in ("--load", "--save"):  # a rehearsal asks for them
+        if (value := _value(argv, flag)) is not None and storage.is_stored(value):
+            storage.refuse_unusable(flag, value)
+            storage.path(value).exists()
+    load, pretrained, scratch = (_value(argv, flag) for flag in ("--load", *STARTS))
+    starts = zip(STARTS, (pretrained, scratch), strict=True)
+    absent = {flag: path for flag, path in starts if path is not None and _is_absent(path)}
+    # Megatron's precedence: the run's own checkpoint once it has one, else what it starts from.
+    source = load if load is not None and not _is_absent(load) else pretrained or load
+    left_out = set(absent)
+    if "--use-checkpoint-args" in argv and _is_absent(source):
+        left_out.add("--use-checkpoint-args")
+    if model is None and left_out & {"--use-checkpoint-args", "--shape-from"}:
+        raise UsageError(
+            "--model", given="nothing", allowed="a file with the model's flags",
+            why=f"they are in {absent.get('--shape-from', source)}, which is not on this machine",
+        )  # fmt: skip
+    described = read_flags(model) if model is not None and left_out else []
+    return CommandLine([*described, *_without(argv, left_out)], absent)
+
+
+def _without(argv: list[str], flags: set[str]) -> list[str]:
+    """``argv`` without these flags and the values of those that have one."""
+    words = iter(argv)
+    kept = []
+    for word in words:
+        flag, has_value, _ = word.partition("=")
+        if flag not in flags:
+            kept.append(word)
+        elif flag in STARTS and not has_value:
+            next(words, None)
+    return kept
+
+
+def read_flags(path: str | Path) -> list[str]:
+    """The words of a file of flags."""
+    if not Path(path).is_file():
+        raise UsageError("--model", given=path, allowed="a file with the model's flags")
+    return shlex.split(Path(path).read_text(), comments=True)
+
+
+def _is_absent(path: str | None) -> bool:
+    if path is None or (storage.is_stored(path) and not storage.is_reachable(path)):
+        return path is not None
+    return not storage.path(path).exists()
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The last value of ``flag``, as argparse would have it."""
+    found = None
+    for place, word in enumerate(argv):
+        if word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+        elif word == flag and place + 1 < len(argv):
+            found = argv[place + 1]
+    return found

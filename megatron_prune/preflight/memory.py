@@ -23,7 +23,7 @@ import torch
 
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.engine.rehearsal import Stage
+from megatron_prune.preflight.dry_run import Stage
 
 FP32, FP64 = 4, 8
 MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
@@ -88,7 +88,7 @@ def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
     name = getattr(args, "method", None)
     if name not in methods.sparse_names():
         return 0
-    from megatron_prune.sparse.hessian import PEAK
+    from megatron_prune.methods.hessian import PEAK
 
     t, h, f = args.tensor_model_parallel_size, shape.hidden_size, shape.ffn_hidden_size
     q, kv = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups

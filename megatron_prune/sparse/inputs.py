@@ -18,9 +18,9 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune.engine import spec
-from megatron_prune.sparse.hessian import Hessian
+from megatron_prune.methods.accumulators import SquareSums
+from megatron_prune.methods.hessian import Hessian
 from megatron_prune.sparse.matrices import ROW_PARALLEL
-from megatron_prune.sparse.square_sums import SquareSums
 
 Statistic = SquareSums | Hessian
 

@@ -14,9 +14,8 @@ from megatron_prune.checkpoint.layout import ModelShape, layer_name, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.sparse.matrices import SUFFIXES, matrices
-from megatron_prune.sparse.request import Request
-from megatron_prune.sparse.scratch import Scratch
-from megatron_prune.sparse.task import Task
+from megatron_prune.sparse.request import Request, Task
+from megatron_prune.sparse.resume import Scratch
 from megatron_prune.training import lineage
 
 TABLE = "pruning/sparsity.json"

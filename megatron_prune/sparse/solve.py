@@ -17,14 +17,12 @@ from megatron.core import parallel_state as mpu
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.methods import InputMethod
-from megatron_prune.sparse.choose import full_precision
-from megatron_prune.sparse.hessian import Factor, Hessian
+from megatron_prune.methods.accumulators import SquareSums
+from megatron_prune.methods.hessian import Factor, Hessian
+from megatron_prune.methods.selection import Rows, full_precision
 from megatron_prune.sparse.inputs import Statistic, linears
 from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
-from megatron_prune.sparse.request import Request
-from megatron_prune.sparse.rows import Rows
-from megatron_prune.sparse.square_sums import SquareSums
-from megatron_prune.sparse.task import Sums
+from megatron_prune.sparse.request import Request, Sums
 
 
 def prune_block(

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune import candidates as candidate_file
-from megatron_prune import plan as plan_file
-from megatron_prune.calibrate import statistics as calibrate
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError, MegatronPruneError
 from megatron_prune.masks import MASKS, open_masks
+from megatron_prune.structured import candidates as candidate_file
+from megatron_prune.structured import plan as plan_file
+from megatron_prune.structured import statistics as calibrate
 from megatron_prune.study import custody
 from megatron_prune.study.commands import CORPORA
 

@@ -1,29 +1,99 @@
-"""What a study's folder holds: records of what is finished, read from the artifacts each time, and what is beside it.
+"""ledger.jsonl: one line a finished cell, appended whole or not at all.
 
-The ledger is not believed. Where its line of a cell says something else than the cell's artifacts, both are named and
-the artifacts are shown. Runs that the folder holds and study.yaml no longer asks for are listed with the reason, and
-comparisons between them stay in the family that p values are corrected over.
+A line is written by one ``write`` on a descriptor opened for appending and is on disk before the
+runner goes on. A kill in the middle of it can only tear the last line: a torn line is one that does
+not end in a newline; it is cut off before the next append, and never read. Anything else that is
+not a record is an error, since nobody but us writes here.
+
+The ledger is a diary, not the source: what a report shows is read from the artifacts of the cells each time
+(``evidence``), and a line that says something else is named. A cell that was made again has a line each time; the
+last one counts, and the others stay as a trace.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError
-from megatron_prune.study import custody, preflight, stages
+from megatron_prune.errors import MegatronPruneError, RunError
+from megatron_prune.study import custody, jobs
+from megatron_prune.study import outlook as preflight
 from megatron_prune.study.checks import Check
-from megatron_prune.study.config import Study
 from megatron_prune.study.execution import States
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.grid import of_method, prunings
+from megatron_prune.study.jobs import Cell
 from megatron_prune.study.places import Places
-from megatron_prune.study.prunings import of_method, prunings
-from megatron_prune.study.stages import Cell
+from megatron_prune.study.schema import Study
 from megatron_prune.study.subject import GROUP
+
+
+class Ledger:
+    """The records of a study's finished cells, by cell."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The last record of every cell, in the order in which the cells were first appended."""
+        return {record["cell"]: record for record in self.lines()}
+
+    def replaced(self) -> list[dict[str, Any]]:
+        """Records of cells that have been made again since."""
+        lines = self.lines()
+        last = {record["cell"]: number for number, record in enumerate(lines)}
+        return [record for number, record in enumerate(lines) if number != last[record["cell"]]]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole records, in the order in which they were appended; a torn last line is left out."""
+        whole, _ = self._split()
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                _ = record["cell"]
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise RunError(
+                    f"{self.path}, line {number} is not a record of a cell: it was changed by hand; "
+                    "remove the file to have it made again from the cells"
+                ) from error
+            records.append(record)
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a cell's record; a torn last line is removed first."""
+        whole, torn = self._split()
+        line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if torn:
+                os.ftruncate(descriptor, len(whole))
+            if os.write(descriptor, line) != len(line):
+                raise RunError(f"{self.path}: the disk took only a part of a line; free some space and run again")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _split(self) -> tuple[bytes, bytes]:
+        """The file up to its last newline, and what lies behind it."""
+        if not self.path.exists():
+            return b"", b""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        return content[:end], content[end:]
+
+
+# What a study's folder holds: records of what is finished, read from the artifacts each time, and what is beside it.
+#
+# The ledger is not believed. Where its line of a cell says something else than the cell's artifacts, both are named and
+# the artifacts are shown. Runs that the folder holds and study.yaml no longer asks for are listed with the reason, and
+# comparisons between them stay in the family that p values are corrected over.
+
 
 Record = Mapping[str, Any]
 TRAINED = ("training", "retraining")  # kinds of cells
@@ -56,10 +126,10 @@ def gather(study: Study, places: Places) -> Evidence:
     """Read a study's folder. AccountError where the files of a cell, or two cells, contradict each other; UsageError
     where ``study`` would have run a cell with other commands."""
     outlook, ledger = preflight.look(study, places), Ledger(places.ledger)
-    known = stages.parents if outlook.source is None else stages.all_cells
+    known = jobs.parents if outlook.source is None else jobs.all_cells
     cells = {cell.id: cell for cell in known(study, places, outlook)}
     for cell in cells.values():  # what was run is what study.yaml says now
-        stages.refuse_other_commands(study, places, cell, list(cells.values()))
+        jobs.refuse_other_commands(study, places, cell, list(cells.values()))
     lines, states = ledger.read(), States(places)
     order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
     found = {cell: record(cells[cell], states) for cell in order}
@@ -150,7 +220,7 @@ def _finished(directory: Path, described: Mapping[str, Any]) -> tuple[bool, str]
             if not Check(arguments.pop("check"), arguments)():
                 return False, ""
     except (MegatronPruneError, KeyError, TypeError) as error:
-        return False, f"; its files are not whole ({error})" if stages.has_begun(directory) else ""
+        return False, f"; its files are not whole ({error})" if jobs.has_begun(directory) else ""
     return True, ""
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from megatron_prune.errors import AccountError
 from megatron_prune.study import environment, parents
 from megatron_prune.study.budgets import counted
-from megatron_prune.study.lines import Line as Line
+from megatron_prune.study.parents import Line as Line
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 
@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     "shape_from": "start",
     "use_checkpoint_args": "start",
     "finetune": "start",
-    # Set by pretrain for FP8 weights that begin with a checkpoint (training/masters.py).
+    # Set by pretrain for FP8 weights that begin with a checkpoint (training/pretrain.py).
     "load_main_params_from_ckpt": "start",
     "no_load_optim": "start",
     "stream_ckpt_dequant": "start",

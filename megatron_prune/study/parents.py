@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study.lines import Line
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 
@@ -127,3 +127,16 @@ def _differences(stage: Stage, arms: Mapping[str, Any], runs: Runs) -> Iterator[
     warmed, rule = recipe.get("lr_warmup_iters") or 0, runs.warmup(steps)
     if warmed != rule:
         yield "lr_warmup_iters", warmed, rule
+
+
+# A line of a match: what two runs were compared by.
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared thing: its name, what each run has, and ``equal`` or why a difference is allowed."""
+
+    field: str
+    pruned: Any
+    scratch: Any
+    verdict: str = "equal"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune import candidates
 from megatron_prune.checkpoint import tracker
 from megatron_prune.masks import MASKS
-from megatron_prune.study.config import Study
-from megatron_prune.study.prunings import Pruning, parent_cell, source_cell
+from megatron_prune.structured import candidates
+from megatron_prune.study.grid import Pruning, parent_cell, source_cell
+from megatron_prune.study.schema import Study
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ not (``checks`` say when there is something to read).
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,21 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune import artifacts, plan
-from megatron_prune.calibrate import statistics
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
-from megatron_prune.data import identity, indexed
+from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import anomalies
+from megatron_prune.structured import plan, statistics
 from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
-from megatron_prune.study.config import Study
-from megatron_prune.study.grid import TrainingCell, shape_tag
+from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell, parent_cell, shape_tag
 from megatron_prune.study.places import Places
-from megatron_prune.study.prunings import Pruning, calibration_cell, parent_cell
+from megatron_prune.study.schema import Study
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 
@@ -42,7 +41,7 @@ def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[s
     scores = artifacts.read_json(places.scores(cell))
     record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
     if study.parent.pretrain is not None:
-        record["anomalies"] = anomalies.count(places.losses(cell))
+        record["anomalies"] = count(places.losses(cell))
         record["seconds"] |= _training_seconds(artifacts.read_json(places.account(cell)))
     checkpoint = open_checkpoint(places.parent(study, seed))
     stages = lineage.of(checkpoint)
@@ -66,7 +65,7 @@ def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[s
 def _unigram_loss(study: Study, name: str, scored: str) -> float | None:
     """None where the text that was scored is not there any more."""
     prefix = getattr(study.data, name)
-    if not Path(f"{prefix}.bin").is_file() or identity.fingerprint(prefix) != scored:
+    if not Path(f"{prefix}.bin").is_file() or indexed.fingerprint(prefix) != scored:
         return None
     return unigram_loss(prefix, study.evaluation_seq_length * study.evaluation.windows)
 
@@ -178,7 +177,7 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
         **_run(account),
         **_evaluated(scores),
         "made_of": (account["initial"] or {}).get("fingerprint"),
-        "anomalies": anomalies.count(places.losses(cell.id)),
+        "anomalies": count(places.losses(cell.id)),
         "seconds": {**seconds, **_training_seconds(account)},
     }
 
@@ -224,3 +223,37 @@ def unigram_loss(prefix: str, count: int) -> float:
     counts = np.bincount(np.asarray(tokens, dtype=np.int64))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
+
+
+# Loss spikes and numbers that are none: one policy for every run of a study, and a count of what happened.
+#
+# The policy: Megatron stops a run at the first loss or gradient that is not finite; the runner starts it again from
+# its last save, and gives its cell up after ``launch.retries``. A spike is counted, and nothing else: no batch is
+# skipped, and nothing is wound back. The flags behind it are the recipe's, and ``match`` compares all of those.
+
+
+WINDOW, DEVIATIONS, LEAST = 64, 10.0, 0.1
+CHUNK = 4096  # steps whose windows are looked at together
+
+
+def count(losses: Path) -> dict[str, int]:
+    """Steps of a ``losses.csv`` whose loss was no number, and spikes.
+
+    A spike is a loss above the median of the ``WINDOW`` steps before it by ``DEVIATIONS`` times their median absolute
+    deviation, and by ``LEAST`` nats at least. The first quarter of a window has none.
+    """
+    with open(losses, newline="") as handle:
+        values = np.array([float(row["loss"]) for row in csv.DictReader(handle)])
+    finite = np.where(np.isfinite(values), values, np.nan)
+    padded = np.concatenate([np.full(WINDOW, np.nan), finite])
+    spikes = 0
+    for start in range(0, len(values), CHUNK):
+        own = finite[start : start + CHUNK]
+        before = np.lib.stride_tricks.sliding_window_view(padded[start : start + len(own) + WINDOW - 1], WINDOW)
+        enough = np.isfinite(own) & (np.isfinite(before).sum(axis=1) >= WINDOW // 4)
+        whole = np.isfinite(before).all(axis=1)
+        for rows, median in ((enough & whole, np.median), (enough & ~whole, np.nanmedian)):  # the former is faster
+            middle = median(before[rows], axis=1)
+            spread = median(np.abs(before[rows] - middle[:, None]), axis=1)
+            spikes += int((own[rows] - middle > np.maximum(DEVIATIONS * spread, LEAST)).sum())
+    return {"not_finite": int(np.isnan(finite).sum()), "spikes": spikes}

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from megatron_prune import storage
-from megatron_prune.artifacts import copy_directory
-from megatron_prune.checkpoint.disk import explain_failed_save
+from megatron_prune.artifacts import copy_directory, explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
+from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import optimizer_layout, runtime
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.training import lineage
 from megatron_prune.training.account import (
     ACCOUNT,
@@ -48,7 +48,6 @@ from megatron_prune.training.masked import (
     refuse_zeros_that_fill,
     say_that_masks_know_the_start,
 )
-from megatron_prune.training.masters import begin_with_checkpoint
 
 
 def main(argv: list[str]) -> int:
@@ -277,3 +276,32 @@ def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
     # In a store, what is there may be a part of it: a run before this one may have been killed.
     if folder is not None and (storage.is_stored(save) or not (save / HUGGINGFACE_FOLDER).exists()):
         copy_directory(folder, save / HUGGINGFACE_FOLDER)
+
+
+# fp32 masters that begin with the checkpoint's values where the weights live in FP8 (``--fp8-param-gather``).
+#
+# Megatron makes masters of weights that were loaded without their optimizer out of the weights as they are then: FP8,
+# dequantized. A run from a pruned checkpoint would begin with an FP8 rounding of it, one from random weights would not.
+# ``load_main_params_from_ckpt`` mends it where the checkpoint is not streamed into FP8, and only works with
+# ``no_load_optim``, which would lose the moments where a run goes on from its own checkpoint: so all three are set for
+# the launch that begins, and for no other.
+
+
+def begin_with_checkpoint(args: argparse.Namespace) -> None:
+    """Set what lets masters take a start's own values; UsageError where they cannot. Before Megatron validates."""
+    if not args.fp8_param_gather or not _loads_weights_alone(args):
+        return
+    if args.use_precision_aware_optimizer and (args.fp8_recipe == "delayed" or args.main_params_dtype != "fp32"):
+        raise UsageError(
+            "--use-precision-aware-optimizer", given="with --fp8-param-gather and --fp8-recipe " + args.fp8_recipe,
+            allowed="without it, or with another recipe and fp32 masters, where a run starts from a checkpoint",
+            why="this optimizer makes its masters of the FP8 weights, which are a rounding of the checkpoint's",
+        )  # fmt: skip
+    args.load_main_params_from_ckpt = args.no_load_optim = True
+    args.stream_ckpt_dequant = False  # streaming would hand over the FP8 weights again
+
+
+def _loads_weights_alone(args: argparse.Namespace) -> bool:
+    if args.load is None or not storage.path(args.load).is_dir() or find_iteration(args.load) is None:
+        return args.pretrained_checkpoint is not None
+    return args.finetune or args.no_load_optim or open_checkpoint(args.load).release

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 
 from megatron_prune import storage
-from megatron_prune.artifacts import copy_directory
-from megatron_prune.checkpoint.disk import explain_full_disk
+from megatron_prune.artifacts import copy_directory, explain_full_disk
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
 from megatron_prune.masks.verify import check_bits

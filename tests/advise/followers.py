@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prune.advise import answer
-from megatron_prune.advise.answer import Advice
-from megatron_prune.advise.best import LOOKS
-from megatron_prune.advise.ledgers import Curve, Ledger
-from megatron_prune.advise.target import Target
-from megatron_prune.study.break_even import Arms
+from megatron_prune.study.advise import answer
+from megatron_prune.study.advise.answer import Advice
+from megatron_prune.study.advise.best import LOOKS
+from megatron_prune.study.advise.ledgers import Curve, Ledger
+from megatron_prune.study.advise.target import Target
+from megatron_prune.study.analysis.scaling_laws import Arms
 
 BUDGET = 1_000_000
 Losses = tuple[np.ndarray, np.ndarray]  # of pruned and scratch arms [arms, seeds]

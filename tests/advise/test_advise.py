@@ -13,9 +13,10 @@ import pytest
 
 from megatron_prune import artifacts
 from megatron_prune.__main__ import main
-from megatron_prune.advise import answer, command, ledgers, target
-from megatron_prune.advise.answer import Advice
+from megatron_prune.cli import advise
 from megatron_prune.errors import EXIT_REFUSED, UsageError
+from megatron_prune.study.advise import answer, ledgers, target
+from megatron_prune.study.advise.answer import Advice
 from tests.study import made_up
 
 BUDGETS = (100_000, 200_000, 400_000, 800_000, 1_600_000)
@@ -70,7 +71,7 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
     def get(content: dict[str, Any], *argv: object) -> Advice:
         (tmp_path / "results.json").write_text(json.dumps(content))
         read = ledgers.read(tmp_path / "results.json")
-        options = command._parser().parse_args(["--ledger", "read above", *map(str, argv)])
+        options = advise._parser().parse_args(["--ledger", "read above", *map(str, argv)])
         return answer.advise(read, target.from_arguments(options, read.parent_params))
 
     return get

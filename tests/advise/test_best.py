@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_prune.advise import best
+from megatron_prune.study.advise import best
 from tests.advise.followers import Truth, ask, follow
 
 GENERATOR = np.random.default_rng

@@ -24,11 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_prune import methods, plan
-from megatron_prune.candidates import Question
+from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.targets import Target
+from megatron_prune.structured import plan
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.target import Target
 from tests.benchmarks import ratio
 from tests.benchmarks.calibration import write_random
 from tests.benchmarks.resident import timed

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_prune.artifacts import write_json
 from megatron_prune.checkpoint import writer as checkpoint_writer
-from megatron_prune.checkpoint.huggingface_config import args_from_config
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.convert.config import args_from_config
 from megatron_prune.masks import find_masks, open_masks
 from tests.benchmarks import ratio
 from tests.benchmarks.resident import timed
@@ -251,7 +251,7 @@ def compare_layers(parent: Path, pruned: Path) -> None:
 
 
 def read_kept(pruned: Path) -> tuple[int, ...]:
-    from megatron_prune import plan
+    from megatron_prune.structured import plan
 
     return plan.read(pruned.parent / "plan.json").kept_layers
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study import break_even, statistics  # noqa: E402
+from megatron_prune.study.analysis import scaling_laws, statistics  # noqa: E402
 from tests.study.crossings import holds, simulate  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     for seeds in (2, 3, 5, 10):
         print(f"t intervals, {seeds} seeds: cover {100 * _t_coverage(generator, seeds, 5 * options.ledgers):.1f}%")
     for inside in (True, False):
-        found = [(break_even.find(arms)[0], truth) for arms, truth in _ledgers(generator, options.ledgers, inside)]
+        found = [(scaling_laws.find(arms)[0], truth) for arms, truth in _ledgers(generator, options.ledgers, inside)]
         said = Counter(f"{even.status} by {even.by}" for even, _ in found)
         covered = np.mean([holds(even, truth) for even, truth in found])
         called = np.mean([even.status == "inside" for even, _ in found])

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study import statistics  # noqa: E402
+from megatron_prune.study.analysis import statistics  # noqa: E402
 from tests.study.corpora_made_up import TRUTH, windows  # noqa: E402
 
 

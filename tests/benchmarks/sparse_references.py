@@ -37,8 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_prune import artifacts
+from megatron_prune.convert.masks import export_masks
 from megatron_prune.masks import open_masks
-from megatron_prune.masks.huggingface import export_masks
 from tests import reference
 from tests.benchmarks.ratio import machine
 

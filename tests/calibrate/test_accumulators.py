@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.calibrate.accumulators import ChannelSums, CosineDistance, Workspace
+from megatron_prune.methods.accumulators import ChannelSums, CosineDistance, Workspace
 
 
 def activations(tokens: int, sequences: int, channels: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import plan
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.accumulators import QUANTITIES
-from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.candidates import Question
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.huggingface import import_hf
+from megatron_prune.methods.accumulators import QUANTITIES
+from megatron_prune.structured import plan
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Statistics
 
 SEQUENCES, LENGTH = 7, 64  # an odd number: data-parallel ranks share it unevenly
 LAYERS = 4

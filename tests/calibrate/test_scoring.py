@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import apply, artifacts, candidates, plan
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES
+from megatron_prune.structured import apply, candidates, plan
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.statistics import Statistics
 from tests.calibrate.verbs import Verbs
 
 SEQUENCES, LENGTH, LAYERS = 5, 64, 4

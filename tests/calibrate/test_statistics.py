@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.calibrate.statistics import (
-    Statistics,
-    StatisticsError,
-    json_path,
-    merge,
-    read,
-    tensor_shapes,
-)
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import MegatronPruneError
+from megatron_prune.structured.statistics import Statistics, StatisticsError, json_path, merge, read, tensor_shapes
 
 SHAPE = ModelShape(2, 8, 4, 2, 3, 10, 16, tied=False)
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune import plan, plan_command
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.cli import plan as plan_command
+from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, MegatronPruneError
+from megatron_prune.structured import plan
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.statistics import Statistics
 from tests.calibrate.verbs import Verbs
 
 LAYERS, KEPT = 4, 2

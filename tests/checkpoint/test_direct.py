@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.checkpoint import direct, record
+from megatron_prune.checkpoint import record
 
 BUFFER = 8192
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "BUFFER_BYTES", BUFFER)
+    monkeypatch.setattr(record, "BUFFER_BYTES", BUFFER)
 
 
 def write(path: Path, lengths: tuple[int, ...]) -> bytes:
-    file, given = direct.DirectFile(path), [os.urandom(length) for length in lengths]
+    file, given = record.DirectFile(path), [os.urandom(length) for length in lengths]
     for segment in given:
         file.write(memoryview(segment))
     file.close()
@@ -30,7 +30,7 @@ def write(path: Path, lengths: tuple[int, ...]) -> bytes:
 def test_the_file_holds_what_was_written(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
-        direct.DirectFile(tmp_path / "file")
+        record.DirectFile(tmp_path / "file")
     expected = write(tmp_path / "new", lengths)
     assert (tmp_path / "new").read_bytes() == expected
 
@@ -39,21 +39,21 @@ def test_the_file_holds_what_was_written(tmp_path: Path, lengths: tuple[int, ...
 def test_a_file_system_without_direct_writes_gets_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    real_control, real_write, refused = direct.fcntl.fcntl, os.write, []
+    real_control, real_write, refused = record.fcntl.fcntl, os.write, []
 
     def control(handle: int, command: int, flags: int = 0) -> int:
-        if when == "asked" and command == direct.fcntl.F_SETFL and flags & os.O_DIRECT:
+        if when == "asked" and command == record.fcntl.F_SETFL and flags & os.O_DIRECT:
             refused.append(flags)
             raise OSError(errno.EINVAL, "no O_DIRECT")
         return real_control(handle, command, flags)
 
     def write_some(handle: int, data: memoryview) -> int:
-        if when == "written" and real_control(handle, direct.fcntl.F_GETFL) & os.O_DIRECT:
+        if when == "written" and real_control(handle, record.fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(len(data))
             raise OSError(errno.EINVAL, "no O_DIRECT")
         return real_write(handle, data[:5000])  # and short of what it was given
 
-    monkeypatch.setattr(direct.fcntl, "fcntl", control)
+    monkeypatch.setattr(record.fcntl, "fcntl", control)
     monkeypatch.setattr(os, "write", write_some)
     expected = write(tmp_path / "new", (3, 5 * BUFFER, 77))
     assert refused and (tmp_path / "new").read_bytes() == expected

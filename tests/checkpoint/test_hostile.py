@@ -19,10 +19,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune.__main__ import main as run_verb
-from megatron_prune.checkpoint import inspect
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
+from megatron_prune.convert import inspect
+from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import MegatronPruneError
 from tests.checkpoint import small
 from tests.checkpoint.test_safe import Touches, replace_metadata, replace_record, saved

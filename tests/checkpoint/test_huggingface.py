@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.artifacts import read_json
-from megatron_prune.checkpoint import huggingface, safetensors_io
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
-from megatron_prune.checkpoint.huggingface_config import args_from_config, config_from_args
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert import huggingface, safetensors_io
+from megatron_prune.convert.config import args_from_config, config_from_args
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from tests import tiny
 from tests.checkpoint import small

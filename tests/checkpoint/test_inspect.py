@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from megatron_prune.checkpoint import inspect
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.convert import inspect
+from megatron_prune.convert.huggingface import import_hf
 from tests.checkpoint import small
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.apply import apply_plan
-from megatron_prune.checkpoint import inspect
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import is_complete, repair_tracker
+from megatron_prune.convert import inspect
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError
+from megatron_prune.structured.apply import apply_plan
 from tests.checkpoint.test_safe import Touches
 from tests.training.small import any_plan
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_prune.checkpoint.huggingface import import_hf
+from megatron_prune.convert.huggingface import import_hf
 from tests.checkpoint import ranks
 from tests.tiny import HF_MODELS, VOCABULARY
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.apply import apply_plan, rewrite
 from megatron_prune.checkpoint import model_arguments
-from megatron_prune.checkpoint.huggingface import export_hf
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.model_arguments import compared, refuse_unrestored
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.huggingface import export_hf
 from megatron_prune.errors import CheckpointError
+from megatron_prune.structured.apply import apply_plan, rewrite
 from tests.checkpoint import megatron_arguments, plants, small
 from tests.training.small import any_plan
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.apply import rewrite
-from megatron_prune.checkpoint import parallel, safetensors_io
-from megatron_prune.checkpoint.huggingface import export_hf
+from megatron_prune.checkpoint import parallel
 from megatron_prune.checkpoint.parallel import shares
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert import safetensors_io
+from megatron_prune.convert.huggingface import export_hf
 from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.structured.apply import rewrite
 from tests.checkpoint import small
 from tests.waiting import wait_for_progress
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.checkpoint import parts as parts_module
+from megatron_prune.checkpoint import parallel as parts_module
 from megatron_prune.checkpoint.layout import ModelShape, weights
-from megatron_prune.checkpoint.parts import read_part, write_part
+from megatron_prune.checkpoint.parallel import read_part, write_part
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.errors import CheckpointError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_prune import storage
-from megatron_prune.checkpoint import record, stored_record
+from megatron_prune.checkpoint import record, torch_dist
 
 
 def assembled(tensor, start):
@@ -53,7 +53,7 @@ def test_files_have_the_hashes_and_ranges_that_are_reported(tmp_path, monkeypatc
     for (name, start, length), tensor in zip(places[:7], tensors, strict=True):
         payload = (tmp_path / name).read_bytes()[start : start + length]
         assert torch.equal(torch.load(io.BytesIO(payload), weights_only=True), tensor)
-        found = stored_record.locate(storage.open_bytes(tmp_path / name), start, length, "test")
+        found = torch_dist.locate(storage.open_bytes(tmp_path / name), start, length, "test")
         assert found.size == (20, 10) and found.contiguous and found.offset % record.ALIGNMENT == 0
 
 
@@ -66,7 +66,7 @@ def test_records_written_by_torch_itself_are_located_too(tmp_path):
             handle.write(b"?" * 13)
             torch.save(tensor, handle)
             length = handle.tell() - 13
-        found = stored_record.locate(storage.open_bytes(path), 13, length, "test")
+        found = torch_dist.locate(storage.open_bytes(path), 13, length, "test")
         rest = bytearray(path.read_bytes()[found.offset :])
         numbers = torch.frombuffer(rest[: len(rest) // 4 * 4], dtype=found.dtype)
         assert torch.equal(numbers.as_strided(found.size, found.stride), tensor)

@@ -15,11 +15,10 @@ import torch
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint import record
 from megatron_prune.checkpoint import writer as writer_module
-from megatron_prune.checkpoint.common_state import rewrite_args
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.safe import Opaque
-from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.checkpoint.writer import CheckpointWriter, rewrite_args
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from tests.checkpoint import ranks, small
 

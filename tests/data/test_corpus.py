@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_prune.data import corpus, sources
-from megatron_prune.data.sources import Found, Places
+from megatron_prune.data import local_text
+from megatron_prune.data.local_text import Found, Places
 from megatron_prune.errors import DataError, UsageError
 
 PROSE = "It is the purpose of this text to be long enough, and to read as if a person had written it for others. "
@@ -51,7 +51,7 @@ class A:
 
 
 def test_every_kind_is_found_and_nothing_that_should_not_be(machine):
-    found = list(sources.gather(machine))
+    found = list(local_text.gather(machine))
     assert {f.kind for f in found} == {"topics", "documentation", "manuals", "descriptions", "docstrings"}
     text = "\n".join(f.text for f in found)
     for word in ("Topic", "Module", "Class", "Method", "Description", "Readme", "Debian", "Html"):
@@ -62,12 +62,12 @@ def test_every_kind_is_found_and_nothing_that_should_not_be(machine):
 
 
 def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LEAST_BYTES", 0)
+    monkeypatch.setattr(local_text, "LEAST_BYTES", 0)
     shares = (40, 20, 20, 20)
     copies = [Found("k", str(i), f"Document {i}. {PROSE * 3}\n\nshared: {PROSE * 2}\n\nExamples") for i in range(60)]
-    monkeypatch.setattr(corpus, "gather", lambda places, workers: iter(copies + copies))
-    manifest = corpus.build_corpus(tmp_path / "c", shares=shares, places=machine)
-    lines = {name: (tmp_path / "c" / f"{name}.jsonl").read_text().splitlines() for name in corpus.SPLITS}
+    monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(copies + copies))
+    manifest = local_text.build_corpus(tmp_path / "c", shares=shares, places=machine)
+    lines = {name: (tmp_path / "c" / f"{name}.jsonl").read_text().splitlines() for name in local_text.SPLITS}
     texts = {name: [json.loads(line)["text"] for line in found] for name, found in lines.items()}
     assert sum(map(len, texts.values())) == 60 and all(texts.values())
     joined = "\n\n".join(text for found in texts.values() for text in found).split("\n\n")
@@ -81,12 +81,12 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
     """Of 400 documents the last splits have many short ones in place of few long ones, and no split has their ends."""
     parts = [[f"Part {k} of {i}: {PROSE}".rstrip() for k in range(30)] for i in range(400)]
     made = [Found("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
-    monkeypatch.setattr(corpus, "gather", lambda places, workers: iter(made))
-    whole = corpus.build_corpus(tmp_path / "w", places=machine)["splits"]
-    short = corpus.build_corpus(tmp_path / "s", places=machine, longest_held_out=600)["splits"]
+    monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(made))
+    whole = local_text.build_corpus(tmp_path / "w", places=machine)["splits"]
+    short = local_text.build_corpus(tmp_path / "s", places=machine, longest_held_out=600)["splits"]
     assert (tmp_path / "s" / "train.jsonl").read_text() in (tmp_path / "w" / "train.jsonl").read_text()
     names = []
-    for split in corpus.SPLITS:
+    for split in local_text.SPLITS:
         lines = [json.loads(line) for line in (tmp_path / "s" / f"{split}.jsonl").read_text().splitlines()]
         names += [line["source"] for line in lines]
         for line in lines:
@@ -97,21 +97,21 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
             assert short[split]["bytes"] == pytest.approx(whole[split]["bytes"], rel=0.2)
             assert short[split]["documents"] > 3 * whole[split]["documents"]
     assert len(names) == len(set(names)) == 400
-    assert corpus.beginning("word " * 100, 403) == ("word " * 80).rstrip()
-    assert corpus.beginning("w" * 500, 403) == "w" * 403 and corpus.beginning("w" * 403, 403) == "w" * 403
+    assert local_text.beginning("word " * 100, 403) == ("word " * 80).rstrip()
+    assert local_text.beginning("w" * 500, 403) == "w" * 403 and local_text.beginning("w" * 403, 403) == "w" * 403
     with pytest.raises(UsageError, match="--longest-held-out: given 10"):
-        corpus.build_corpus(tmp_path / "x", places=machine, longest_held_out=10)
+        local_text.build_corpus(tmp_path / "x", places=machine, longest_held_out=10)
 
 
 def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     places = Places(documentation=(), manuals=())
-    made = [corpus.build_corpus(tmp_path / name, max_bytes=1_800_000, workers=workers, places=places)
+    made = [local_text.build_corpus(tmp_path / name, max_bytes=1_800_000, workers=workers, places=places)
             for name, workers in (("a", 1), ("b", 2))]  # fmt: skip
-    for name in (*(f"{split}.jsonl" for split in corpus.SPLITS), "manifest.json"):
+    for name in (*(f"{split}.jsonl" for split in local_text.SPLITS), "manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     sizes = {name: split["bytes"] for name, split in made[0]["splits"].items()}
     assert 1_800_000 <= sum(sizes.values()) < 2_100_000
-    for name, share in zip(corpus.SPLITS, corpus.SHARES, strict=True):
+    for name, share in zip(local_text.SPLITS, local_text.SHARES, strict=True):
         assert sizes[name] == pytest.approx(share / 100 * sum(sizes.values()), abs=50_000) and sizes[name] > 5_000
     assert made[0]["kinds"]["docstrings"]["documents"] > 20
 
@@ -127,12 +127,12 @@ def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     ],
 )
 def test_what_is_left_out(text, reason):
-    assert corpus.why_not(text) == reason
+    assert local_text.why_not(text) == reason
 
 
 def test_shares_and_empty_splits_are_refused(machine, tmp_path):
     with pytest.raises(UsageError, match="--split: given 1,2,3"):
-        corpus.build_corpus(tmp_path / "c", shares=(1, 2, 3))
+        local_text.build_corpus(tmp_path / "c", shares=(1, 2, 3))
     with pytest.raises(DataError, match="got none"):
-        corpus.build_corpus(tmp_path / "c", places=machine, shares=(1, 1e-9, 1e-9, 1e-9))
+        local_text.build_corpus(tmp_path / "c", places=machine, shares=(1, 1e-9, 1e-9, 1e-9))
     assert not (tmp_path / "c").exists()

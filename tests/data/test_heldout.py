@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune.data import documents as documents_module
-from megatron_prune.data import heldout, index
+from megatron_prune.cli import build_index
+from megatron_prune.data import contamination
+from megatron_prune.data import contamination as documents_module
 from megatron_prune.errors import DataError
 from tests.data.corpora import write_corpus
 
@@ -30,7 +31,7 @@ def test_shared_documents_are_the_equal_ones(tmp_path_factory, train, held, dtyp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "BLOCK", 5)
         training = write_corpus(folder / "train", train)
-        found = heldout.shared_documents(training, write_corpus(folder / "held", held, dtype))
+        found = contamination.shared_documents(training, write_corpus(folder / "held", held, dtype))
     texts = [d.tolist() for d in train]
     assert {twin for _, twin in found} == {i for i, d in enumerate(held) if len(d) >= 8 and d.tolist() in texts}
     assert len(found) == len({twin for _, twin in found})
@@ -51,7 +52,7 @@ def test_a_document_is_all_of_its_sentences(tmp_path):
     a, b, c, d = (generator.randint(0, 900, 40) for _ in range(4))
     train = write_sentences(tmp_path / "train", [[a, b], [], [c], [a, d]])
     held = write_sentences(tmp_path / "held", [[], [a, c], [b], [a[:9], a[9:], d], []])
-    assert heldout.shared_documents(train, held) == [(3, 3)]  # a, b and c alone are sentences that both hold
+    assert contamination.shared_documents(train, held) == [(3, 3)]  # a, b and c alone are sentences that both hold
 
 
 def test_the_verb_refuses_a_stream_that_holds_held_out_documents(tmp_path, capsys):
@@ -60,7 +61,7 @@ def test_the_verb_refuses_a_stream_that_holds_held_out_documents(tmp_path, capsy
     train, clean = write_corpus(tmp_path / "train", texts[:30]), write_corpus(tmp_path / "clean", texts[30:])
     leaky = write_corpus(tmp_path / "leaky", [*texts[30:], texts[17]])
     flags = ["--data-path", train, "--seq-length", "16", "--data-cache-path", str(tmp_path / "cache"), "--held-out"]
-    assert index.main([*flags, clean]) == 0
+    assert build_index.main([*flags, clean]) == 0
     says = r"1 document\(s\) of .*leaky are in .*train too .document 10 is its document 17"
     with pytest.raises(DataError, match=says):
-        index.main([*flags, clean, leaky])
+        build_index.main([*flags, clean, leaky])

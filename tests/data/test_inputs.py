@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_prune.artifacts import read_json, sha256_file
-from megatron_prune.data import hub, index_file, text
+from megatron_prune.data import hub, indexed
+from megatron_prune.data import readers as text
+from megatron_prune.data.chunks import load_splitter
 from megatron_prune.data.preprocess import preprocess
-from megatron_prune.data.sentences import load_splitter
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.data.train_tokenizer import train_tokenizer
 from megatron_prune.errors import DataError, UsageError
@@ -159,7 +160,7 @@ def test_the_index_is_megatrons_byte_for_byte(tmp_path_factory, documents, dtype
         builder.add_document(np.arange(sum(lengths)), lengths)
     builder.finalize(str(folder / "m.idx"))
     pieces = [np.array(lengths, dtype=np.int32) for lengths in documents]
-    index_file.write_index(folder / "o.idx", pieces, [np.array([len(p) for p in pieces])], dtype)
+    indexed.write_index(folder / "o.idx", pieces, [np.array([len(p) for p in pieces])], dtype)
     assert (folder / "o.idx").read_bytes() == (folder / "m.idx").read_bytes()
 
 
@@ -167,10 +168,8 @@ def test_token_types_are_megatrons():
     from megatron.core.datasets.indexed_dataset import DType
 
     for size in (None, 10, 65499, 65500, 200_000):
-        assert np.dtype(index_file.token_type(size)) == np.dtype(DType.optimal_dtype(size))
-    assert {name: DType.code_from_dtype(np.dtype(name).type) for name in index_file.TOKEN_TYPES} == (
-        index_file.TOKEN_TYPES
-    )
+        assert np.dtype(indexed.token_type(size)) == np.dtype(DType.optimal_dtype(size))
+    assert {name: DType.code_from_dtype(np.dtype(name).type) for name in indexed.TOKEN_TYPES} == (indexed.TOKEN_TYPES)
 
 
 @pytest.fixture(scope="module")

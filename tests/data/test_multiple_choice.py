@@ -111,8 +111,8 @@ def test_a_choice_without_tokens_is_refused(tmp_path: Path) -> None:
 def accuracy(likelihoods: list[float], choices: list[str], gold: int) -> dict[str, tuple[int, int, int]]:
     import torch
 
-    from megatron_prune.calibrate.accuracy import accuracies
     from megatron_prune.data.multiple_choice import Task
+    from megatron_prune.methods.ranking import accuracies
 
     task = Task("t", (Example(("q",) * len(choices), tuple(choices), gold),))
     found = accuracies(task, torch.tensor(likelihoods, dtype=torch.float64))

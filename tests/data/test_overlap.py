@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_prune import artifacts
-from megatron_prune.data import overlap
-from megatron_prune.data.near_duplicates import near_duplicates
+from megatron_prune.data import contamination
+from megatron_prune.data.contamination import near_duplicates
 from megatron_prune.errors import DataError, UsageError
 from tests.data.corpora import write_corpus
 
@@ -90,7 +90,7 @@ def stages(tmp_path):
 
 def test_the_report_counts_and_the_limits_decide(stages):
     given = {stage: [prefix] for stage, prefix in stages.items()}
-    report = overlap.compare_stages(given)
+    report = contamination.compare_stages(given)
     by_stages = {(found["of"]["stage"], found["in"]["stage"]): found for found in report["pairs"]}
     assert set(by_stages) == {("validation", "train"), ("test", "train")} | (
         {("test", "validation"), ("validation", "test")} & set(by_stages)
@@ -102,9 +102,9 @@ def test_the_report_counts_and_the_limits_decide(stages):
     assert [found["accepted"] for found in report["pairs"]].count(False) == 1 and not report["accepted"]
     says = r"of 10 documents of test .*, 2 are in train .* and 1 nearly so \(document 9 is like its document 7\)"
     with pytest.raises(DataError, match=says):
-        overlap.refuse(report)
+        contamination.refuse(report)
     for duplicates, near, accepted in ((0.2, 0.1, True), (0.19, 0.1, False), (0.2, 0.09, False)):
-        assert overlap.compare_stages(
+        assert contamination.compare_stages(
             given, max_duplicates=duplicates, max_near_duplicates=near)["accepted"] is accepted  # fmt: skip
 
 
@@ -112,24 +112,24 @@ def test_short_documents_are_equal_or_counted_and_every_duplicate_is_named(tmp_p
     short, tiny = random_documents(8, 30, 8, 20), random_documents(9, 5, 1, 8)
     train = write_corpus(tmp_path / "train", [*random_documents(10, 50), *short, *tiny])
     test = write_corpus(tmp_path / "test", [*tiny, *short])
-    report = overlap.compare_stages({"train": [train], "test": [test]}, max_duplicates=1)
+    report = contamination.compare_stages({"train": [train], "test": [test]}, max_duplicates=1)
     (found,) = report["pairs"]
     assert (found["documents"], found["duplicates"], found["too_short"]) == (35, 30, 5)
     assert found["exact"] == list(range(5, 35)) and report["shortest"] == 8
-    assert "30 are in train" in overlap.line(found)
-    assert overlap.line(found).endswith(", 5 are too short to judge (below 8 tokens)")
+    assert "30 are in train" in contamination.line(found)
+    assert contamination.line(found).endswith(", 5 are too short to judge (below 8 tokens)")
     nearly = [np.append(document, 7) for document in random_documents(10, 50)]
-    report = overlap.compare_stages({"train": [train], "test": [write_corpus(tmp_path / "near", nearly)]})
+    report = contamination.compare_stages({"train": [train], "test": [write_corpus(tmp_path / "near", nearly)]})
     assert sorted(pair["document"] for pair in report["pairs"][0]["nearest"]) == list(range(50))
 
 
 def test_what_cannot_be_compared_is_refused(stages):
     with pytest.raises(UsageError, match="two stages or more"):
-        overlap.compare_stages({"train": [stages["train"], stages["test"]]})
+        contamination.compare_stages({"train": [stages["train"], stages["test"]]})
     with pytest.raises(UsageError, match="--similarity: given 7"):
-        overlap.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, similarity=7)
+        contamination.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, similarity=7)
     with pytest.raises(UsageError, match="--max-near-duplicates: given 3"):
-        overlap.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, max_near_duplicates=3)
+        contamination.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, max_near_duplicates=3)
     for number, stage in enumerate(("train", "test")):
         artifacts.write_json(f"{stages[stage]}.json", {"tokenizer": {"fingerprint": str(number)}})
     with pytest.raises(DataError, match="different tokenizers"):

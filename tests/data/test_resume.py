@@ -16,8 +16,8 @@ import pytest
 
 from megatron_prune.artifacts import PARTIAL, sha256_file
 from megatron_prune.data import preprocess as module
-from megatron_prune.data.parts import Parts
 from megatron_prune.data.preprocess import preprocess
+from megatron_prune.data.shards import Parts
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.errors import DataError, RunError
 from tests import tiny

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prune import artifacts
-from megatron_prune.data import blend, identity, indexed
+from megatron_prune.data import blend, indexed
 from megatron_prune.data.streams import SampleRange, Stream, epoch_seed, parse_range, refuse_overlap
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.training.data import refuse_unfit_range
@@ -312,9 +312,9 @@ def test_fingerprint_of_a_large_corpus_sees_both_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "BLOCKS", 4)
     monkeypatch.setattr(indexed, "BLOCK_BYTES", 64)
     documents = random_documents(0)
-    prints = {identity.fingerprint(write_corpus(tmp_path / "c", documents))}
+    prints = {indexed.fingerprint(write_corpus(tmp_path / "c", documents))}
     for document, place in ((0, 0), (-1, -1)):
         changed = [d.copy() for d in documents]
         changed[document][place] += 1
-        prints.add(identity.fingerprint(write_corpus(tmp_path / "c", changed)))
+        prints.add(indexed.fingerprint(write_corpus(tmp_path / "c", changed)))
     assert len(prints) == 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from megatron_prune.data import indexed
-from megatron_prune.data.documents import Documents
+from megatron_prune.data.contamination import Documents
 from megatron_prune.data.windows import windows
 from megatron_prune.errors import DataError, UsageError
 from tests.data.corpora import write_corpus

@@ -15,7 +15,7 @@ def compare() -> dict[str, Any]:
     model = ranks.build(1, 1).eval()
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_prune.engine import attention, cpu
+    from megatron_prune.engine import cpu
 
     cpu.prepare_megatron()
     model_parallel_cuda_manual_seed(1)  # Megatron forks its state for a dropout of zero, too
@@ -35,7 +35,7 @@ def compare() -> dict[str, Any]:
 
     with torch.no_grad():
         plain = logits()
-        attention.fuse([model])
+        cpu.fuse([model])
         found: dict[str, Any] = {"fused": (logits() - plain).abs().max().item(), "size": plain.std().item()}
         found["calls"] = len(calls)
         causal = torch.ones(50, 50, dtype=torch.bool).triu(1)[None, None]

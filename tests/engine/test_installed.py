@@ -81,14 +81,14 @@ def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
     """``on_target`` of each, in a process of its own."""
     from functools import partial
 
-    from megatron_prune.engine.rehearsal import in_child
+    from megatron_prune.preflight.dry_run import in_child
 
     return [in_child(partial(on_target, words, argv)) for words, argv in asked]
 
 
 def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     """What a rehearsal for such machines says; with Apex and TE standing here, which it must not look at."""
-    from megatron_prune.engine.rehearsal import Refused, rehearse
+    from megatron_prune.preflight.dry_run import Refused, rehearse
 
     stand_in("te,apex,flash-attn")
     found: list[Any] = []

@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_the_job_with_its_signal(tmp_path) -> None:
 
 
 def test_timeout_ends_the_job_and_what_it_started(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(launch.zygote, "run_verb", subprocess.call)  # pickled by reference
+    monkeypatch.setattr(launch.fork_server, "run_verb", subprocess.call)  # pickled by reference
     marker = str(123456.25 + os.getpid())
     code = launch.launch(["sleep", marker], timeout=0.5, log=tmp_path / "log")
     assert code == launch.EXIT_TIMEOUT

@@ -12,7 +12,7 @@ import torch
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import identity
+from megatron_prune.data import indexed
 from tests import reference
 from tests.tiny import PADDING, VOCABULARY
 from tests.training.small import layout
@@ -23,7 +23,7 @@ S, WINDOWS = 32, 11
 @pytest.fixture(scope="module", params=["llama-gqa", "llama-gqa-tied-rope", "mistral-mha-tied"])
 def imported(request, tiny_hf, tmp_path_factory):
     """A Hugging Face directory and the checkpoint made of it."""
-    from megatron_prune.checkpoint.huggingface import import_hf
+    from megatron_prune.convert.huggingface import import_hf
 
     checkpoint = tmp_path_factory.mktemp("imported") / "checkpoint"
     source = tiny_hf(request.param, layers=4)
@@ -55,7 +55,7 @@ def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tm
         assert text["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
         assert text["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
         assert text["windows"] == WINDOWS and text["predictions"] == WINDOWS * S
-        assert text["fingerprint"] == identity.fingerprint(tiny_corpus)
+        assert text["fingerprint"] == indexed.fingerprint(tiny_corpus)
         scored, held = scores["checkpoint"], open_checkpoint(checkpoint)
         assert (scored["fingerprint"], scored["full_hash"]) == (held.fingerprint(), held.full_hash())
         assert scores["device"] == artifacts.device()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.convert.huggingface import import_hf
 from tests import reference
 from tests.tiny import VOCABULARY
 from tests.training.small import GLOBAL_BATCH, MODEL, SEQ_LENGTH, layout, recipe

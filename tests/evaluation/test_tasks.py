@@ -113,7 +113,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+    from megatron_prune.convert.huggingface import export_hf, import_hf
 
     home = tmp_path_factory.mktemp("with-bos")
     source, checkpoint, exported = (home / name for name in ("hf", "checkpoint", "exported"))
@@ -302,7 +302,7 @@ class Letters:
 def test_what_the_model_cannot_score_is_named() -> None:
     from lm_eval.api.instance import Instance
 
-    from megatron_prune.evaluation.language_model import MegatronLM
+    from megatron_prune.evaluation.likelihoods import MegatronLM
 
     asked: list[Any] = []
     model = MegatronLM(Letters(), 4, lambda requests: asked.extend(requests) or [(-1.0, False)] * len(requests))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prune.calibrate.statistics import read
+from megatron_prune.structured.statistics import read
 
 pytestmark = pytest.mark.gpu
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from megatron_prune import apply
-from megatron_prune.checkpoint import inspect
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert import inspect
+from megatron_prune.convert.huggingface import export_hf, import_hf
+from megatron_prune.structured import apply
 from tests.test_apply import make
 from tests.waiting import GENEROUS
 

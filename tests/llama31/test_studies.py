@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.data.index_file import write_index
-from megatron_prune.study import command, config
+from megatron_prune.cli import study as command
+from megatron_prune.data.indexed import write_index
+from megatron_prune.study import schema
 from tests.llama31.example import EXAMPLE, TABLE, launch
 from tests.preflight import commands
 
@@ -28,7 +29,7 @@ STEP = 512 * 8192
 def cluster(tmp_path_factory) -> Path:
     """A directory to start from, with the corpora that study.yaml names."""
     root = tmp_path_factory.mktemp("cluster")
-    study = config.load(EXAMPLE / "ratios.yaml")
+    study = schema.load(EXAMPLE / "ratios.yaml")
     for number, (_, prefix) in enumerate(study.data.train):
         sparse_corpus(root / prefix, SHARD, number)
     for number, name in enumerate(("calibration", "validation", "test")):
@@ -80,7 +81,7 @@ def planned(cluster) -> dict[str, str]:
 
 def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
     for name in STUDIES:
-        study = config.load(EXAMPLE / f"{name}.yaml")
+        study = schema.load(EXAMPLE / f"{name}.yaml")
         for method in study.methods:
             if method.target:
                 wanted = TABLE["targets"][method.label] | (
@@ -93,7 +94,7 @@ def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
         for flag, value in study.recipe.arguments.items():
             if flag in ours:
                 assert value == ours[flag], flag
-    parent = config.load(EXAMPLE / "token_scaling.yaml").parent.pretrain
+    parent = schema.load(EXAMPLE / "token_scaling.yaml").parent.pretrain
     assert parent is not None and parent.arguments == TABLE["model"]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prune.checkpoint.huggingface import import_hf
 from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.masks import write_single
 from tests.masks.ranks import random_masks
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert import masks as huggingface
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import huggingface, open_masks, verify, write_single
+from megatron_prune.masks import open_masks, verify, write_single
 from tests.checkpoint import small
 from tests.masks.conftest import by_hand
 from tests.masks.ranks import random_masks

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-from megatron_prune.apply import apply_plan
-from megatron_prune.checkpoint.huggingface import export_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.huggingface import export_hf
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import open_masks, verify
+from megatron_prune.structured.apply import apply_plan
 from tests.masks.conftest import by_hand
 from tests.test_apply import make, sliced
 

@@ -28,13 +28,13 @@ def train(layout: str, *more: str, model: str = LLAMA) -> list[str]:
 
 def answers(lines: list[list[str]]) -> list[dict[str, Any]]:
     """What preflight answers to each, with its exit code under ``code``."""
-    from megatron_prune.preflight import command
+    from megatron_prune.cli import preflight
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answer.json"
         for line in lines:
-            code = command.main(["--output", str(output), *line])
+            code = preflight.main(["--output", str(output), *line])
             found.append(json.loads(output.read_text()) | {"code": code})
     return found
 

@@ -66,10 +66,10 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
     from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.engine import runtime
     from megatron_prune.methods import Sparsity, get_sparse
-    from megatron_prune.sparse.hessian import Hessian
+    from megatron_prune.methods.accumulators import SquareSums
+    from megatron_prune.methods.hessian import Hessian
     from megatron_prune.sparse.request import Request
     from megatron_prune.sparse.solve import prune_block
-    from megatron_prune.sparse.square_sums import SquareSums
     from tests.benchmarks.resident import give_back_at_once, high_water
 
     flags = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --kv-channels {hidden // 6} --num-layers 2 --bf16".split()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.engine.rehearsal import Stage
 from megatron_prune.preflight import checks, cost, host, memory
-from megatron_prune.preflight.cluster import Cluster
+from megatron_prune.preflight.cost import Cluster
+from megatron_prune.preflight.dry_run import Stage
 from tests.preflight import measured
 
 LLAMA = ModelShape(

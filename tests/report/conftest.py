@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_prune.report import page
-from megatron_prune.study import results
+from megatron_prune.study.analysis import results
 from megatron_prune.study.commands import Places
+from megatron_prune.study.report import page
 from tests.study import simulated
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.checkpoint.huggingface import import_hf
+from megatron_prune.convert.huggingface import import_hf
 from tests import tiny
 
 PREPARE = Path(__file__).parents[2] / "examples" / "smollm2_135m" / "prepare.py"

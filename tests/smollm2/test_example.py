@@ -14,14 +14,14 @@ import yaml
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.study import config, grid, prunings
+from megatron_prune.study import grid, schema
 from megatron_prune.study.budgets import Batch, Lay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2_135m"
 
 
 def test_the_study_names_methods_and_paths_that_there_are():
-    study = config.load(EXAMPLE / "study.yaml")
+    study = schema.load(EXAMPLE / "study.yaml")
     script = (EXAMPLE / "run.sh").read_text()
     assert {method.name for method in study.methods if not method.pattern} <= set(methods.names())
     sparse = {(method.name, method.pattern) for method in study.methods if method.pattern}
@@ -42,9 +42,9 @@ def script(name: str) -> Any:
 
 
 def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
-    study = config.load(EXAMPLE / "study.yaml")
+    study = schema.load(EXAMPLE / "study.yaml")
     lay = Lay(Batch(study.recipe.global_batch_size, study.data.seq_length), 0, study.parent.declared_tokens)
-    consumed = {pruning.name: 16_384 for pruning in prunings.prunings(study)}
+    consumed = {pruning.name: 16_384 for pruning in grid.prunings(study)}
     found = grid.expand(study, lay, {}, consumed).comparisons
     reasons = {(c.setting, bool(c.scratch), bool(c.not_run)) for c in found}
     assert reasons == {("equal-training", True, False), ("equal-total", False, True)}
@@ -64,7 +64,7 @@ def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
     budget, whole = script("budget"), yaml.safe_load((EXAMPLE / "study.yaml").read_text())
     content = budget.only(whole, kind)
     study, steps, expected = budget.planned(content, minutes, 4.0, SMOLLM2)
-    read = config.from_mapping(study, where="study")
+    read = schema.from_mapping(study, where="study")
     assert read.budgets == [steps * read.recipe.global_batch_size * 512]
     training = sum(replace(SMOLLM2, num_layers=n).training_flops(512) for n in layers) / SMOLLM2.training_flops(512)
     share = 4.0 * steps * training / (60 * minutes)

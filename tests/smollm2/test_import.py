@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_prune.checkpoint.huggingface import export_hf
+from megatron_prune.convert.huggingface import export_hf
 from tests import reference
 from tests.checkpoint import ranks
 from tests.training.small import layout

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import apply, artifacts, candidates, plan
-from megatron_prune.calibrate import statistics as statistics_file
-from megatron_prune.calibrate.statistics import Statistics
-from megatron_prune.candidates import Question
+from megatron_prune import artifacts
 from megatron_prune.errors import EXIT_NEEDS_SCORES
+from megatron_prune.structured import apply, candidates, plan
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Statistics
 from tests import reference
 from tests.calibrate.test_calibrate import hf_statistics
 from tests.training.small import layout

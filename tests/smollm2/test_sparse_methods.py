@@ -14,7 +14,7 @@ import torch
 
 from megatron_prune import methods
 from megatron_prune.methods import Sparsity
-from megatron_prune.sparse.rows import Rows
+from megatron_prune.methods.selection import Rows
 from tests import tiny
 from tests.sparse import oracles
 from tests.sparse.test_methods import (

@@ -15,9 +15,8 @@ from hypothesis.extra import numpy as arrays
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods import Sparsity
-from megatron_prune.sparse.blocks import Choice, LowestInGroups, LowestOfAll
-from megatron_prune.sparse.choose import lowest_in_groups, lowest_in_rows
-from megatron_prune.sparse.rows import Rows
+from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
+from megatron_prune.sparse.weights_only import Choice, LowestInGroups, LowestOfAll
 from tests.sparse import oracles
 
 # Few distinct values, zeros, subnormals and the largest there is: everything that ties and that bits can confuse.

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from megatron_prune import methods
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.methods import InputMethod, Sparsity, WeightMethod
-from megatron_prune.sparse.blocks import choice
-from megatron_prune.sparse.hessian import Factor, Hessian
-from megatron_prune.sparse.rows import Rows
-from megatron_prune.sparse.square_sums import SquareSums
+from megatron_prune.methods.accumulators import SquareSums
+from megatron_prune.methods.hessian import Factor, Hessian
+from megatron_prune.methods.selection import Rows
+from megatron_prune.sparse.weights_only import choice
 from tests.sparse import oracles
 
 DEAD = [0, 5, 6, 150]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.sparse.hessian import PEAK, Hessian
+from megatron_prune.methods.accumulators import SquareSums
+from megatron_prune.methods.hessian import PEAK, Hessian
 from megatron_prune.sparse.solve import _Measure
-from megatron_prune.sparse.square_sums import SquareSums
 from tests.benchmarks.resident import high_water
 from tests.sparse import oracles
 

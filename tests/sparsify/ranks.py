@@ -27,7 +27,7 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
     cpu.prepare()
     from megatron.core import parallel_state as mpu
 
-    from megatron_prune.sparse.stream import Stream
+    from megatron_prune.sparse.driver import Stream
 
     advance = Stream.advance
 
@@ -95,7 +95,7 @@ def killed(argv: list[str], where: str) -> None:
 
     cpu.prepare()
     from megatron_prune.checkpoint.writer import CheckpointWriter
-    from megatron_prune.sparse.scratch import Scratch
+    from megatron_prune.sparse.resume import Scratch
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -104,16 +104,16 @@ def killed(argv: list[str], where: str) -> None:
         finish = Scratch.finish
         Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
     elif where == "full":
-        from megatron_prune.sparse import scratch
+        from megatron_prune.sparse import resume
 
-        write_part = scratch.write_part
+        write_part = resume.write_part
 
         def fill_up(folder: Path, shards: Any) -> None:
             write_part(folder, shards)
             if folder.parent.name == "block-0002":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        scratch.write_part = fill_up
+        resume.write_part = fill_up
     elif where == "result":
         add = CheckpointWriter.add
         CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]

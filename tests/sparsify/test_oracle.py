@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from tests.reference import window_losses
 from tests.sparsify import oracle, small
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.checkpoint.huggingface import export_hf, import_hf
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.masks import open_masks
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint

@@ -10,9 +10,9 @@ import torch
 
 from megatron_prune.__main__ import main as run_verb
 from megatron_prune.artifacts import read_json
-from megatron_prune.calibrate import statistics
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.masks import open_masks
+from megatron_prune.structured import statistics
 from tests.checkpoint import small
 from tests.training.small import MODEL
 

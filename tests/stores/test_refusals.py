@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_prune.engine import stores
+from megatron_prune.engine import arguments
 from megatron_prune.errors import UsageError
 from tests.training.small import MODEL, recipe
 
@@ -56,9 +56,9 @@ def test_verbs_that_rename_what_they_wrote(disk, job, tmp_path):
 
 
 def test_without_the_client(monkeypatch):
-    monkeypatch.setattr(stores.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--enable-msc: given on, .*pip install 'megatron-prune\[msc\]'"):
-        stores.refuse_unusable("pretrain", [ON])
+        arguments.refuse_unusable("pretrain", [ON])
     with pytest.raises(UsageError, match="--enable-msc: given on"):
-        stores.refuse_unusable("pretrain", ["--load", "msc://disk/x", ON])
-    stores.refuse_unusable("pretrain", ["--load", "/a/directory"])
+        arguments.refuse_unusable("pretrain", ["--load", "msc://disk/x", ON])
+    arguments.refuse_unusable("pretrain", ["--load", "/a/directory"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prune.apply import apply_plan
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.masks import open_masks
+from megatron_prune.structured.apply import apply_plan
 from tests.training.small import MODEL, any_plan, kill_ranks, layout, recipe, train_and_record
 from tests.training.small_masked import ADAM, assert_zero_in_checkpoint, losses, run_function, start_from
 

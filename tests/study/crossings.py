@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_prune.study.break_even import Arms, BreakEven
-from megatron_prune.study.fits import Law
+from megatron_prune.study.analysis.scaling_laws import Arms, BreakEven, Law
 
 
 def holds(found: BreakEven, truth: float) -> bool:

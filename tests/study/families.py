@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prune.study import pooling, statistics
-from megatron_prune.study.pooling import Paired
+from megatron_prune.study.analysis import statistics
+from megatron_prune.study.analysis import statistics as pooling
+from megatron_prune.study.analysis.statistics import Paired
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import Any
 from unittest import mock
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.study import config, preflight, stages
+from megatron_prune.study import jobs, schema
+from megatron_prune.study import outlook as preflight
 from megatron_prune.study.commands import Command
-from megatron_prune.study.config import Study
 from megatron_prune.study.places import Places
+from megatron_prune.study.schema import Study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = Path(__file__).parent / "golden"
@@ -45,13 +46,13 @@ def file(name: str) -> Path:
 
 def text(name: str) -> str:
     """The golden text of ``examples/<name>.yaml``."""
-    study = config.load(EXAMPLES / f"{name}.yaml")
+    study = schema.load(EXAMPLES / f"{name}.yaml")
     return "\n".join(_lines(name, study, commands(name)))
 
 
 def commands(name: str) -> dict[str, list[Command]]:
     """Every cell of a study with its commands, as if no pruning had cost anything."""
-    study, parent = config.load(EXAMPLES / f"{name}.yaml"), STUDIES[name]
+    study, parent = schema.load(EXAMPLES / f"{name}.yaml"), STUDIES[name]
     places = Places(Path("RUN"))
     known: tuple[Any, list[Any]] = (parent, []) if not isinstance(parent, str) else _behind(parent)
     there = preflight._parent if parent is None else lambda *_: known
@@ -62,12 +63,12 @@ def commands(name: str) -> dict[str, list[Command]]:
     ):
         outlook = preflight.look(study, places)
     outlook = replace(outlook, spent=dict.fromkeys(outlook.targets, 0))
-    return stages.all_commands(stages.all_cells(study, places, outlook))
+    return jobs.all_commands(jobs.all_cells(study, places, outlook))
 
 
 def _behind(name: str) -> tuple[ModelShape, list[Any]]:
     """Shape and lineage of the parent that another study trains."""
-    study = config.load(EXAMPLES / f"{name}.yaml")
+    study = schema.load(EXAMPLES / f"{name}.yaml")
     outlook = preflight.look(study, Places(Path("RUN")))
     lay = outlook.lay
     assert outlook.source is not None and study.parent.pretrain is not None

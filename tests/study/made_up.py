@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune import apply, artifacts, candidates, plan_command
-from megatron_prune.calibrate import statistics
-from megatron_prune.checkpoint.huggingface import import_hf
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.data import identity
+from megatron_prune.cli import plan
+from megatron_prune.convert.huggingface import import_hf
+from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
-from megatron_prune.study import config
+from megatron_prune.structured import apply, candidates, statistics
+from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.places import Places
 from megatron_prune.training import data, lineage
@@ -84,8 +85,8 @@ def mapping(prefixes: dict[str, str], **changes: Any) -> dict[str, Any]:
     }
 
 
-def study(prefixes: dict[str, str], **changes: Any) -> config.Study:
-    return config.from_mapping(mapping(prefixes, **changes))
+def study(prefixes: dict[str, str], **changes: Any) -> schema.Study:
+    return schema.from_mapping(mapping(prefixes, **changes))
 
 
 _STDOUT = threading.Lock()
@@ -121,10 +122,10 @@ class FakeLauncher:
         import_hf(given["hf"], given["save"])
 
     def _plan(self, argv: list[str]) -> None:
-        plan_command.main(argv)
+        plan.main(argv)
 
     def _candidates(self, argv: list[str]) -> None:
-        assert plan_command.main(argv) == EXIT_NEEDS_SCORES
+        assert plan.main(argv) == EXIT_NEEDS_SCORES
 
     def _score(self, argv: list[str]) -> None:
         given = words(argv)
@@ -272,7 +273,7 @@ def write_scores(given: dict[str, str], losses: dict[str, float]) -> None:
         spread = np.random.default_rng(len(load.parent.name)).normal(0, 0.2, windows)
         own = (spread + losses[name] - spread.mean()).tolist()
         corpora[name] = {
-            "fingerprint": identity.fingerprint(prefix),
+            "fingerprint": indexed.fingerprint(prefix),
             "windows": windows,
             "seq_length": seq_length,
             "loss": sum(own) / windows,
@@ -398,23 +399,23 @@ def _value(text: str) -> Any:
     return True if text == "True" else int(text) if text.isdecimal() else text
 
 
-def run(study: config.Study, runs: Path, launcher: FakeLauncher) -> Places:
+def run(study: schema.Study, runs: Path, launcher: FakeLauncher) -> Places:
     """Run a study with a fake launcher, quietly."""
     import io
 
     from rich.console import Console
 
-    from megatron_prune.study import runner
-    from megatron_prune.study.local import Local
-    from megatron_prune.study.progress import Progress
+    from megatron_prune.study.run import scheduler
+    from megatron_prune.study.run.local import Local
+    from megatron_prune.study.run.progress import Progress
 
     places = Places(runs / study.name)
     with Progress(Console(file=io.StringIO())) as progress:
-        runner.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
+        scheduler.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
     return places
 
 
-def run_killed(study: config.Study, runs: Path) -> Places:
+def run_killed(study: schema.Study, runs: Path) -> Places:
     """The same, killed after every command that it gives, and started again until it ends."""
     while True:
         try:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_prune.study import break_even, fits
-from megatron_prune.study.break_even import Arms
+from megatron_prune.study.analysis import scaling_laws
+from megatron_prune.study.analysis.scaling_laws import Arms
 from tests.study.crossings import holds, simulate
 
 TOKENS = [10e9 * 2**k for k in range(6)]
@@ -18,7 +18,7 @@ TOKENS = [10e9 * 2**k for k in range(6)]
 def test_intervals_hold_the_truth() -> None:
     generator = np.random.default_rng(0)
     found = [
-        (break_even.find(arms)[0], truth) for arms, truth in (simulate(generator, inside=True) for _ in range(150))
+        (scaling_laws.find(arms)[0], truth) for arms, truth in (simulate(generator, inside=True) for _ in range(150))
     ]
     assert np.mean([holds(*item) for item in found]) >= 0.9
     inside = [item for item, _ in found if item.status == "inside"]
@@ -29,7 +29,7 @@ def test_intervals_hold_the_truth() -> None:
 
 def test_a_truth_beyond_the_data_is_not_called_inside() -> None:
     generator = np.random.default_rng(1)
-    found = [break_even.find(simulate(generator, inside=False)[0])[0] for _ in range(150)]
+    found = [scaling_laws.find(simulate(generator, inside=False)[0])[0] for _ in range(150)]
     counts = Counter(item.status for item in found)
     assert counts["inside"] < 0.05 * len(found) and counts["beyond"] > 0.5 * len(found)
     assert not counts["before"] and not counts["reversed"]
@@ -37,8 +37,8 @@ def test_a_truth_beyond_the_data_is_not_called_inside() -> None:
 
 @pytest.mark.parametrize("start", [0.0, 4e10])
 def test_a_law_without_noise_is_found_again(start: float) -> None:
-    truth = fits.Law(2.1, 900.0, 0.31, start)
-    found = fits.law(TOKENS, truth(np.array(TOKENS)), pruned=bool(start))
+    truth = scaling_laws.Law(2.1, 900.0, 0.31, start)
+    found = scaling_laws.law(TOKENS, truth(np.array(TOKENS)), pruned=bool(start))
     at = np.geomspace(TOKENS[0], TOKENS[-1], 50)
     assert found(at) == pytest.approx(truth(at), abs=2e-4)
     assert found.exponent == pytest.approx(0.31, rel=0.15) and found.floor == pytest.approx(2.1, abs=0.1)
@@ -48,13 +48,13 @@ def test_laws_stay_physical() -> None:
     """Losses that rise, or fall faster than any floor allows, give a law with nothing below zero."""
     for losses in (np.linspace(2, 3, 6), np.linspace(3, 0.1, 6), np.full(6, 2.0)):
         for pruned in (False, True):
-            found = fits.law(TOKENS, losses, pruned=pruned)
+            found = scaling_laws.law(TOKENS, losses, pruned=pruned)
             assert min(found.floor, found.scale, found.start) >= 0 and np.isfinite(found(np.array(TOKENS))).all()
 
 
 def test_fewer_than_five_budgets_have_no_law() -> None:
-    assert fits.fit(TOKENS[:4], np.full((3, 4), 2.0), pruned=False) is None
-    assert fits.fit(TOKENS[:5], np.full((3, 5), 2.0), pruned=False) is not None
+    assert scaling_laws.fit(TOKENS[:4], np.full((3, 4), 2.0), pruned=False) is None
+    assert scaling_laws.fit(TOKENS[:5], np.full((3, 5), 2.0), pruned=False) is not None
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0])
@@ -66,14 +66,14 @@ def test_lack_of_fit_is_seen_whatever_seeds_have_in_common(pruned: bool, offset:
     against the scatter over seeds at each budget, offsets and all, in none with offsets of five.
     """
     generator, tokens = np.random.default_rng(0), np.array(TOKENS)
-    law = fits.Law(2.0, 1.5 * TOKENS[0] ** 0.3, 0.3, 5e10 if pruned else 0.0)
+    law = scaling_laws.Law(2.0, 1.5 * TOKENS[0] ** 0.3, 0.3, 5e10 if pruned else 0.0)
 
     def refused(bump: float) -> float:
         found = []
         for _ in range(80):
             losses = law(tokens) + generator.normal(0, 0.01, (3, 6)) + generator.normal(0, 0.01 * offset, (3, 1))
             losses[:, 2] += bump
-            fit = fits.fit(TOKENS, losses, pruned=pruned)
+            fit = scaling_laws.fit(TOKENS, losses, pruned=pruned)
             assert fit is not None
             found.append(not fit.good)
         return float(np.mean(found))
@@ -84,10 +84,10 @@ def test_lack_of_fit_is_seen_whatever_seeds_have_in_common(pruned: bool, offset:
 def test_a_law_that_does_not_describe_the_losses_is_not_used() -> None:
     """A step is no power law; where seeds hardly scatter, that shows."""
     losses = np.array([4.0, 4.0, 4.0, 2.0, 2.0, 2.0]) + np.random.default_rng(0).normal(0, 0.001, (3, 6))
-    found = fits.fit(TOKENS, losses, pruned=False)
+    found = scaling_laws.fit(TOKENS, losses, pruned=False)
     assert found is not None and not found.good
     arms = Arms(tuple(map(int, TOKENS)), tuple(map(int, TOKENS)), (1, 2, 3), np.full((3, 6), 3.0), losses)
-    even, _, _ = break_even.find(arms)
+    even, _, _ = scaling_laws.find(arms)
     assert (even.status, even.by, even.low, even.high) == ("inside", "budgets", TOKENS[2], TOKENS[3])
     assert even.words == "between 40,000,000,000 and 80,000,000,000 tokens, by the measured budgets alone."
 
@@ -112,17 +112,17 @@ def arms(gaps: list[float], seeds: int = 3, noise: float = 0.001) -> Arms:
     ],
 )
 def test_what_is_said_of_few_budgets(gaps: list[float], status: str, words: str) -> None:
-    found, pruned, scratch = break_even.find(arms(gaps))
+    found, pruned, scratch = scaling_laws.find(arms(gaps))
     assert (found.status, pruned, scratch) == (status, None, None) and words in found.words
 
 
 def test_one_seed_has_a_break_even_without_an_interval() -> None:
-    found, _, _ = break_even.find(arms([0.5, 0.1, -0.1], seeds=1))
+    found, _, _ = scaling_laws.find(arms([0.5, 0.1, -0.1], seeds=1))
     assert found.words == "between 20 and 40 tokens, by the measured budgets alone (one seed: no interval)."
-    law = fits.Law(2.0, 3.0, 0.5)
+    law = scaling_laws.Law(2.0, 3.0, 0.5)
     tokens = tuple(int(value) for value in np.geomspace(10, 1000, 6))
     single = Arms(tokens, tokens, (1,), np.full((1, 6), 2.3), law(np.array(tokens))[None])
-    found, _, _ = break_even.find(single)
+    found, _, _ = scaling_laws.find(single)
     assert (found.status, found.low, found.high) == ("inside", None, None)
     assert found.tokens == pytest.approx(100, rel=0.02)  # 2 + 3 / sqrt(100) = 2.3
     assert "one seed" in found.words
@@ -130,12 +130,12 @@ def test_one_seed_has_a_break_even_without_an_interval() -> None:
 
 def test_scratch_tokens_of_another_setting_are_their_own() -> None:
     """At equal total tokens scratch has the parent's tokens too: its law is one of its own tokens."""
-    law, parent = fits.Law(2.0, 30.0, 0.5), 500
+    law, parent = scaling_laws.Law(2.0, 30.0, 0.5), 500
     tokens = np.array([100, 200, 400, 800, 1600])
     beside = tokens + parent
     scatter = np.random.default_rng(0).normal(0, 1e-4, (2, 3, 5))
     pruned = np.full((3, 5), 2.0 + 30 / np.sqrt(1000)) + scatter[0]
-    found, _, _ = break_even.find(
+    found, _, _ = scaling_laws.find(
         Arms(tuple(tokens.tolist()), tuple(beside.tolist()), (1, 2, 3), pruned, law(beside) + scatter[1])
     )
     assert found.tokens == pytest.approx(500, rel=0.02) and found.low < 500 < found.high
@@ -143,11 +143,11 @@ def test_scratch_tokens_of_another_setting_are_their_own() -> None:
 
 def test_unfinished_studies_keep_the_largest_full_table() -> None:
     whole = [(seed, tokens, tokens, 2.0, 3.0) for seed in (1, 2, 3) for tokens in (10, 20, 40)]
-    found = break_even.arms([run for run in whole if run[:2] not in ((3, 20), (3, 40))])
+    found = scaling_laws.arms([run for run in whole if run[:2] not in ((3, 20), (3, 40))])
     assert found is not None and (found.seeds, found.tokens) == ((1, 2), (10, 20, 40))
-    found = break_even.arms([run for run in whole if run[:2] != (3, 40)])
+    found = scaling_laws.arms([run for run in whole if run[:2] != (3, 40)])
     assert found is not None and found.pruned.shape in ((2, 3), (3, 2))
-    assert break_even.arms(whole[:1]) is None and break_even.arms([]) is None
+    assert scaling_laws.arms(whole[:1]) is None and scaling_laws.arms([]) is None
 
 
 def of_gaps(gaps: np.ndarray) -> Arms:
@@ -166,19 +166,19 @@ def test_an_arm_is_ahead_where_a_t_test_over_seeds_says_so(seeds: int, sign: int
     for factor, seen in ((0.999, False), (1.001, True)):
         gaps = scatter + sign * factor * edge
         assert (stats.ttest_1samp(gaps[:, 0], 0).pvalue < 0.05) == seen
-        found, _, _ = break_even.find(of_gaps(gaps))
+        found, _, _ = scaling_laws.find(of_gaps(gaps))
         assert found.status == ({1: "beyond", -1: "before"}[sign] if seen else "open")
 
 
 def test_a_laws_break_even_ends_where_the_t_intervals_of_the_gap_leave_zero() -> None:
     """Gaps that fall on a line in log(tokens), with a seed's own offset: the ends are known in closed form."""
     tokens = np.geomspace(1000, 16_000, 6)
-    law = fits.Law(2.0, 30.0, 0.5)
+    law = scaling_laws.Law(2.0, 30.0, 0.5)
     offsets = np.array([-0.01, 0.0, 0.01, 0.02])[:, None]
     noise = np.random.default_rng(0).normal(0, 2e-4, (2, 4, 6))
     scratch, pruned = law(tokens) + offsets + noise[0], float(law(4000.0)) + noise[1]
     whole = tuple(round(value) for value in tokens)
-    found, _, _ = break_even.find(Arms(whole, whole, (1, 2, 3, 4), pruned, scratch))
+    found, _, _ = scaling_laws.find(Arms(whole, whole, (1, 2, 3, 4), pruned, scratch))
     reach = stats.t.ppf(0.975, 3) * stats.sem(offsets[:, 0])
     mean = offsets.mean()
 
@@ -194,9 +194,9 @@ def test_a_laws_break_even_ends_where_the_t_intervals_of_the_gap_leave_zero() ->
 @pytest.mark.parametrize("pruned", [False, True])
 def test_lack_of_fit_is_the_f_test_against_what_budgets_and_seeds_leave(pruned: bool) -> None:
     generator, tokens = np.random.default_rng(1), np.array(TOKENS)
-    losses = fits.Law(2.0, 1.5 * TOKENS[0] ** 0.3, 0.3)(tokens) + generator.normal(0, 0.02, (4, 6))
+    losses = scaling_laws.Law(2.0, 1.5 * TOKENS[0] ** 0.3, 0.3)(tokens) + generator.normal(0, 0.02, (4, 6))
     losses += np.arange(4)[:, None] * 0.5
-    found = fits.fit(TOKENS, losses, pruned=pruned)
+    found = scaling_laws.fit(TOKENS, losses, pruned=pruned)
     assert found is not None
     # The scatter of runs by least squares on indicators of seeds and budgets.
     seeds, budgets = np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)

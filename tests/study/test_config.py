@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import config, values
+from megatron_prune.study import schema, values
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD: dict[str, Any] = {
@@ -108,22 +108,22 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
     with pytest.raises((UsageError, DataError), match=message):
-        config.from_mapping(changed(path, value))
+        schema.from_mapping(changed(path, value))
 
 
 def test_budgets_of_different_steps_are_not_refused() -> None:
-    study = config.from_mapping(changed("budgets", [128 * 7, 128 * 8]))
+    study = schema.from_mapping(changed("budgets", [128 * 7, 128 * 8]))
     assert study.budgets == [896, 1024]
 
 
 def test_defaults_and_round_trip() -> None:
-    study = config.from_mapping(GOOD)
+    study = schema.from_mapping(GOOD)
     assert study.parent.pretrain is not None and study.parent.pretrain.tokens == 1_500_000
     assert study.parent.pretrain.arguments == {"num-layers": 2}
     assert study.budgets == [400_000] and study.recipe.lr == 3e-4
     assert study.settings == ["equal-training", "equal-total"]
     assert study.calibration_seq_length == study.evaluation_seq_length == 8
-    assert config.from_mapping(config.resolved(study)) == study
+    assert schema.from_mapping(schema.resolved(study)) == study
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,13 @@ def test_tokens(text: Any, tokens: int) -> None:
     ],
 )
 def test_blend_is_megatrons(train: Any, words: list[str]) -> None:
-    assert config.from_mapping(changed("data.train", train)).data.blend == words
+    assert schema.from_mapping(changed("data.train", train)).data.blend == words
 
 
 @pytest.mark.parametrize("written", ["2:4", '"2:4"', "'2:4'"])
 def test_a_pattern_needs_no_quotes(written: str) -> None:
     content = yaml.safe_load(f"name: wanda\npattern: {written}")
-    (method,) = config.from_mapping(changed("methods", [content])).methods
+    (method,) = schema.from_mapping(changed("methods", [content])).methods
     assert (method.pattern, method.title, method.tag, method.own_ratio) == ("2:4", "wanda", "wanda-2-4", 0.5)
 
 
@@ -158,30 +158,30 @@ def test_a_sparse_method_says_which_comparisons_it_is_for() -> None:
         {"name": "wanda", "pattern": "unstructured"},
         {"name": "wanda", "pattern": "16:32", "compare": {"equal-training": ["dense", "masked"], "equal-total": None}},
     ]
-    study = config.from_mapping(changed("methods", methods))
+    study = schema.from_mapping(changed("methods", methods))
     assert [method.tag for method in study.methods] == ["shortgpt", "wanda-unstructured", "wanda-16-32"]
     assert [study.compared(method) for method in study.methods] == [
         [("equal-total", "dense")],
         [("equal-training", "masked"), ("equal-total", "masked")],
         [("equal-training", "dense"), ("equal-training", "masked"), ("equal-total", "masked")],
     ]
-    assert config.from_mapping(config.resolved(study)) == study
+    assert schema.from_mapping(schema.resolved(study)) == study
     with pytest.raises(UsageError, match="ratio_of: given all, allowed is linears"):
-        config.from_mapping(changed("methods", methods) | {"ratio_of": "all"})
+        schema.from_mapping(changed("methods", methods) | {"ratio_of": "all"})
     with pytest.raises(UsageError, match="ratios: given none"):
-        config.from_mapping(changed("methods", methods[1:]) | {"ratios": []})
-    config.from_mapping(changed("methods", methods[2:]) | {"ratios": []})
+        schema.from_mapping(changed("methods", methods[1:]) | {"ratios": []})
+    schema.from_mapping(changed("methods", methods[2:]) | {"ratios": []})
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="missing.yaml"):
-        config.load(tmp_path / "missing.yaml")
+        schema.load(tmp_path / "missing.yaml")
     (tmp_path / "broken.yaml").write_text("name: [")
     with pytest.raises(UsageError, match="broken.yaml, allowed is valid YAML"):
-        config.load(tmp_path / "broken.yaml")
+        schema.load(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UsageError, match="given list, allowed is a mapping"):
-        config.load(tmp_path / "list.yaml")
+        schema.load(tmp_path / "list.yaml")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 def test_a_key_that_is_there_twice_and_parents_without_a_name_are_refused(tmp_path: Path, text, message: str) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
-        config.load_all(tmp_path / "study.yaml")
+        schema.load_all(tmp_path / "study.yaml")
 
 
 def test_a_merged_key_may_be_set_again(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_merged_key_may_be_set_again(tmp_path: Path) -> None:
     text = yaml.safe_dump({**content, "recipe": None}).replace("recipe: null", "recipe: {<<: {global_batch_size: 16, "
                                                                "micro_batch_size: 8, lr: 1e-3}, lr: 2e-3}")  # fmt: skip
     (tmp_path / "study.yaml").write_text(text)
-    assert config.load(tmp_path / "study.yaml").recipe.lr == 2e-3
+    assert schema.load(tmp_path / "study.yaml").recipe.lr == 2e-3
 
 
 STUDIES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path.name != "layouts.yaml"]
@@ -212,5 +212,5 @@ STUDIES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path.name 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_study_is_valid(path: Path) -> None:
-    study = config.load(path)
-    assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.resolved(study)))) == study
+    study = schema.load(path)
+    assert schema.from_mapping(yaml.safe_load(yaml.safe_dump(schema.resolved(study)))) == study

@@ -25,8 +25,8 @@ import pytest
 import yaml
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study import results
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.analysis import results
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
 from tests.study import made_up
 from tests.waiting import LONGEST, content, wait_for_progress

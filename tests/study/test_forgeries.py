@@ -21,11 +21,13 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.cli import study
 from megatron_prune.errors import AccountError, RunError, UsageError
-from megatron_prune.report import page
-from megatron_prune.study import command, custody, results
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study import custody
+from megatron_prune.study.analysis import results
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
+from megatron_prune.study.report import page
 from tests.study import made_up
 
 PRUNED = "pruned-shortgpt-r50-s{}-t1280"
@@ -304,7 +306,7 @@ def report(corpora: dict[str, str], **changes: Any) -> results.Results:
     """`study report` of a study.yaml that is not the one that was run."""
     asked = {"seeds": [1, 2, 3]} | changes
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(corpora, **asked)))
-    assert command.main(["report", "study.yaml"]) == 0
+    assert study.main(["report", "study.yaml"]) == 0
     return results.collect(Places(Path("runs/made-up")), made_up.study(corpora, **asked))
 
 

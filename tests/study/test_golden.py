@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import DataError
-from megatron_prune.study import preflight, stages
+from megatron_prune.study import jobs, outlook
 from megatron_prune.study.commands import Command
 from megatron_prune.study.places import Places
 from tests.study import golden, made_up
@@ -55,7 +55,7 @@ def seeded(tmp_path_factory) -> dict[str, list[Command]]:
         seeds=[1, 2, 3],
     )
     places = Places(Path("RUN"))
-    return stages.all_commands(stages.all_cells(made, places, preflight.look(made, places)))
+    return jobs.all_commands(jobs.all_cells(made, places, outlook.look(made, places)))
 
 
 def of_seed(commands: dict[str, list[Command]], seed: int, *kinds: str) -> list[Command]:
@@ -104,6 +104,6 @@ def test_a_study_may_use_its_stream_up_and_not_one_sample_more(tmp_path):
             made_up.corpora(folder, train=tokens), budgets=[steps * 128], settings=["equal-training"]
         )
     assert (10_500 - 1) // 16 == 160 + 62 * 8 and (11_900 - 1) // 16 == 160 + 73 * 8 - 1
-    preflight.check(studies[10_500], Places(tmp_path / "runs"))
+    outlook.check(studies[10_500], Places(tmp_path / "runs"))
     with pytest.raises(DataError, match="samples 160:744: .* an end up to 743 "):
-        preflight.check(studies[11_900], Places(tmp_path / "runs"))
+        outlook.check(studies[11_900], Places(tmp_path / "runs"))

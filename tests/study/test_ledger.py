@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import RunError
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.evidence import Ledger
 
 RECORDS = [{"cell": f"c{n}", "loss": n / 3, "name": "grün"} for n in range(3)]
 

@@ -18,14 +18,18 @@ import torch
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune import apply, artifacts
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.cli import study as command
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, DataError, UsageError
-from megatron_prune.report import page
-from megatron_prune.study import command, origins, outlay, preflight, prunings, results
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.structured import apply
+from megatron_prune.study import estimate, grid, outlook
+from megatron_prune.study.analysis import results
+from megatron_prune.study.analysis import results as origins
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
+from megatron_prune.study.report import page
 from megatron_prune.training import lineage
 from tests.study import made_up
 
@@ -76,9 +80,9 @@ def train(
 
 def prune(parent: Path, save: str) -> Path:
     """Half of the layers of ``parent``, without any text."""
-    from megatron_prune import plan_command
+    from megatron_prune.cli import plan
 
-    plan_command.main(["--load", str(parent), "--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "1",
+    plan.main(["--load", str(parent), "--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "1",
                        "--output", f"{save}.json"])  # fmt: skip
     apply.main(["--load", str(parent), "--plan", f"{save}.json", "--save", save])
     return Path(save)
@@ -90,8 +94,8 @@ def study(prefixes: dict[str, str], path: Path, data: dict[str, Any] | None = No
     return made_up.study(prefixes, **{"methods": [{"name": "shortgpt"}], "parent": own, **extra, **changes})
 
 
-def check(made: Any) -> preflight.Outlook:
-    return preflight.check(made, Places(Path("runs") / made.name))
+def check(made: Any) -> outlook.Outlook:
+    return outlook.check(made, Places(Path("runs") / made.name))
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -477,7 +481,7 @@ def test_a_chain_that_was_killed_ends_with_the_same_records(prefixes, places: Pl
 
 def test_the_plan_of_a_chain_shows_and_prices_its_retrainings(prefixes, capsys) -> None:
     made = chain_study(prefixes)
-    cells = {one.cell: one for one in outlay.of_study(made, check(made))}
+    cells = {one.cell: one for one in estimate.of_study(made, check(made))}
     order = list(cells)
     assert cells[FIRST].tokens == 640 and cells[FIRST].flops and cells[FIRST].after == ("pruning-shortgpt-r50-s1",)
     calibration = "calibration-shortgpt-r50-s1-t640"
@@ -525,7 +529,7 @@ def test_a_retraining_that_was_made_again_stops_the_report(places: Places) -> No
 
 def test_the_start_of_a_retraining_is_held_against_the_ledger(prefixes, places: Places) -> None:
     made = chain_study(prefixes)
-    (last,) = [pruning for pruning in prunings.prunings(made) if pruning.base]
+    (last,) = [pruning for pruning in grid.prunings(made) if pruning.base]
     records = Ledger(places.ledger).read()
     origins.refuse_others(made, last, records)
     records[FIRST] = records[FIRST] | {"made_of": "x"}

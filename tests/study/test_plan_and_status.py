@@ -14,10 +14,13 @@ from rich.console import Console
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.cli import study as command
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import anomalies, command, outlay, preflight, status
-from megatron_prune.study.outlay import Outlay, Speed
+from megatron_prune.study import estimate, records
+from megatron_prune.study import outlook as preflight
+from megatron_prune.study.estimate import Outlay, Speed
 from megatron_prune.study.places import Places
+from megatron_prune.study.run import status
 from tests.study import made_up
 from tests.waiting import wait_for_progress
 
@@ -36,7 +39,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def outlays(study: Any) -> dict[str, Outlay]:
     outlook = preflight.check(study, Places(Path("runs/made-up")))
-    return {one.cell: one for one in outlay.of_study(study, outlook)}
+    return {one.cell: one for one in estimate.of_study(study, outlook)}
 
 
 def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
@@ -87,7 +90,7 @@ def test_memory_is_megatrons_estimate(prefixes) -> None:
         moe_shared_expert_gate=False, moe_use_shared_expert_gate=False,
     )  # fmt: skip
     expected = megatron.compute_weight_and_optimizer_memory(args) + megatron.compute_activation_memory(args, 8)
-    assert outlay.memory(study, LLAMA) == pytest.approx(expected, rel=0.01)
+    assert estimate.memory(study, LLAMA) == pytest.approx(expected, rel=0.01)
 
 
 def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
@@ -105,8 +108,8 @@ def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
 def test_cells_wait_for_what_they_need() -> None:
     cells = [Outlay("a"), Outlay("b", after=("a",)), Outlay("c", after=("a",)), Outlay("d", after=("b", "c"))]
     seconds = {"a": 10.0, "b": 5.0, "c": 7.0, "d": 1.0}
-    assert outlay.makespan(cells, seconds, 1) == 23
-    assert outlay.makespan(cells, seconds, 2) == 18
+    assert estimate.makespan(cells, seconds, 1) == 23
+    assert estimate.makespan(cells, seconds, 2) == 18
 
 
 def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
@@ -177,4 +180,4 @@ def test_spikes_are_counted_against_the_steps_before(tmp_path: Path) -> None:
     losses[70] = float("nan")
     path = tmp_path / "losses.csv"
     path.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, start=1)))
-    assert anomalies.count(path) == {"not_finite": 1, "spikes": 1}
+    assert records.count(path) == {"not_finite": 1, "spikes": 1}

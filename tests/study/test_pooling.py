@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_prune.study import pooling, statistics, verdicts
-from megatron_prune.study.pooling import Paired, Scatter
+from megatron_prune.study.analysis import statistics, verdicts
+from megatron_prune.study.analysis import statistics as pooling
+from megatron_prune.study.analysis.statistics import Paired, Scatter
 from tests.study.families import Study, told_apart
 
 

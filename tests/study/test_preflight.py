@@ -14,9 +14,11 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
-from megatron_prune.data import identity, indexed, overlap
+from megatron_prune.cli import study as command
+from megatron_prune.data import contamination, indexed
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
-from megatron_prune.study import command, preflight, results
+from megatron_prune.study import outlook as preflight
+from megatron_prune.study.analysis import results
 from megatron_prune.study.places import Places
 from tests.study import made_up
 
@@ -133,8 +135,8 @@ def test_refuses_near_copies_of_the_training_text_when_asked_to(prefixes, tmp_pa
 
 def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Path, monkeypatch) -> None:
     compared = []
-    compare = overlap.compare
-    monkeypatch.setattr(overlap, "compare", lambda *given: compared.append(given) or compare(*given))
+    compare = contamination.compare
+    monkeypatch.setattr(contamination, "compare", lambda *given: compared.append(given) or compare(*given))
     data: dict[str, Any] = prefixes | {"max_near_duplicates": 0.01}
     check(data, tmp_path)
     assert len(compared) == 6 and not (tmp_path / "runs").exists()  # as a plan of a study that has not begun
@@ -145,7 +147,7 @@ def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Pa
         assert len(compared) == calls
     report = artifacts.read_json(path)
     assert report["accepted"] and len(report["pairs"]) == 6
-    assert report["corpora"]["train"] == [identity.fingerprint(prefixes["train"])]
+    assert report["corpora"]["train"] == [indexed.fingerprint(prefixes["train"])]
     check(data | {"max_near_duplicates": 0.02}, tmp_path)  # another question
     assert len(compared) == 18
     for suffix in (".bin", ".idx"):

@@ -17,23 +17,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megatron_prune import artifacts
-from megatron_prune.calibrate import statistics as statistics_file
 from megatron_prune.errors import AccountError
-from megatron_prune.report import page
-from megatron_prune.study import (
-    conclusions,
-    config,
-    grid,
-    pooling,
-    preflight,
-    records,
-    results,
-    rows,
-    statistics,
-    verdicts,
-)
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.study import grid, outlook, records, schema
+from megatron_prune.study.analysis import conclusions, results, statistics, verdicts
+from megatron_prune.study.analysis import results as rows
+from megatron_prune.study.analysis import statistics as pooling
+from megatron_prune.study.analysis.statistics import Paired
 from megatron_prune.study.places import Places
-from megatron_prune.study.pooling import Paired
+from megatron_prune.study.report import page
 from tests.study import made_up, simulated
 
 REQUIRED = (
@@ -217,8 +209,8 @@ def test_while_a_cell_is_made_anew_what_rests_on_it_is_pending(places: Places, c
 
 
 def test_the_scores_are_of_the_masks_that_were_trained_under(places: Places) -> None:
-    study = config.from_mapping(artifacts.read_json(places.root / "study.json"))
-    lay = preflight.look(study, places).lay
+    study = schema.from_mapping(artifacts.read_json(places.root / "study.json"))
+    lay = outlook.look(study, places).lay
     cell = next(cell for cell in grid.expand(study, lay, {}, {}).cells if cell.kind == "pruned")
     records.training(places, cell, {})
     scores = artifacts.read_json(places.scores(cell.id))

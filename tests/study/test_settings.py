@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_prune.cli import study as command
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.report import page
-from megatron_prune.study import command, config, grid, preflight, prunings, results
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study import grid, schema
+from megatron_prune.study import outlook as preflight
+from megatron_prune.study.analysis import results
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
+from megatron_prune.study.report import page
 from tests.study import made_up
 
 DEPTH_THEN_SPARSE = {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4"}]}
@@ -101,7 +104,7 @@ def test_what_a_chain_cannot_be_is_refused(prefixes) -> None:
         preflight.check(study, Places(Path("runs/x")))
     other = [{"name": "shortgpt", "settings": {"distance": "euclid"}}, DEPTH_THEN_SPARSE]
     with pytest.raises(UsageError, match="two prunings called shortgpt-r50-s1 with different settings"):
-        prunings.links(made_up.study(prefixes, methods=other))
+        grid.links(made_up.study(prefixes, methods=other))
 
 
 # ------------------------------------------------------------------ equal FLOPs
@@ -284,7 +287,7 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     content["parents"] = {"short": {"pretrain": pretrain}, "long": {"pretrain": pretrain | {"tokens": 3840}}}
     path = Path("study.yaml")
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    studies = config.load_all(path)
+    studies = schema.load_all(path)
     assert [study.name for study in studies] == ["made-up.short", "made-up.long"]
     assert command.main(["plan", "study.yaml"]) == 0
     printed = capsys.readouterr().out
@@ -303,7 +306,7 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     with pytest.raises(UsageError, match="--parent: given wide, allowed is a label under parents in study.yaml"):
         command.main(["status", "study.yaml", "--parent", "wide"])
     with pytest.raises(UsageError, match="study.yaml with 2 parents, allowed is a study of one parent"):
-        config.load(path)
+        schema.load(path)
     path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))
     with pytest.raises(UsageError, match="parents: given set beside parent"):
-        config.load_all(path)
+        schema.load_all(path)

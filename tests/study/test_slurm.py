@@ -17,12 +17,14 @@ import pytest
 import yaml
 from rich.console import Console
 
+from megatron_prune.cli import study as command
 from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError, UsageError
-from megatron_prune.study import command, config, preflight, runner, slurm, stages
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study import jobs, outlook, schema
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
-from megatron_prune.study.progress import Progress
+from megatron_prune.study.run import scheduler, slurm
+from megatron_prune.study.run.progress import Progress
 from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
 from tests.waiting import GENEROUS, content, wait_for_progress
@@ -36,8 +38,8 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"))
 
 
-def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> config.Study:
-    return config.from_mapping(mapping(prefixes, stand_in, **changes))
+def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> schema.Study:
+    return schema.from_mapping(mapping(prefixes, stand_in, **changes))
 
 
 def mapping(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> dict:
@@ -46,11 +48,11 @@ def mapping(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **change
 
 
 def run(
-    made: config.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue, output: io.StringIO | None = None
+    made: schema.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue, output: io.StringIO | None = None
 ) -> Places:
     places = Places(runs / made.name)
     with Progress(Console(file=output or io.StringIO())) as progress:
-        runner.run(made, places, launcher=queue(made, places, progress), progress=progress)
+        scheduler.run(made, places, launcher=queue(made, places, progress), progress=progress)
     return places
 
 
@@ -200,10 +202,10 @@ def test_a_queued_job_of_other_settings_is_not_taken_for_this_one(tmp_path, pref
 
 def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
+    made = schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
     places = Places(Path("runs/made-up"))
-    (parent,) = stages.parents(made, places, preflight.look(made, places))
-    stages.keep(made, places, parent, [parent])
+    (parent,) = jobs.parents(made, places, outlook.look(made, places))
+    jobs.keep(made, places, parent, [parent])
     words = ["false", *parent.stages[0].command.argv]
     stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
     with pytest.raises(RunError, match="without saying that it succeeded"):
@@ -217,7 +219,7 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
     Path("again").symlink_to("here")
-    made = config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
+    made = schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
     names = [slurm.job_name(made, Places(Path(folder) / "made-up"), "parent") for folder in ("here", "there", "again")]
     assert names[0] == names[2] != names[1]
     assert all(re.fullmatch("made-up@[0-9a-f]{6}/parent", name) for name in names)
@@ -241,15 +243,15 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
 def test_options_that_slurm_would_read_otherwise_are_refused(prefixes, options: str, says: str) -> None:
     launching = {"launcher": "slurm", "slurm": {"options": yaml.safe_load(options)}}
     with pytest.raises(UsageError, match=rf"launch\.slurm\.options\.{says}"):
-        config.from_mapping(made_up.mapping(prefixes, launch=launching))
+        schema.from_mapping(made_up.mapping(prefixes, launch=launching))
 
 
 def test_options_are_written_as_slurm_reads_them(prefixes) -> None:
     options = {"time": "24:00:00", "gres": "gpu:8", "mem": 0, "exclusive": True, "comment": "for the paper"}
     launching = {"launcher": "slurm", "slurm": {"options": options}}
-    made = config.from_mapping(made_up.mapping(prefixes, launch=launching))
+    made = schema.from_mapping(made_up.mapping(prefixes, launch=launching))
     places = Places(Path("runs/made-up"))
-    text = slurm.script(made, places, stages.parents(made, places, preflight.look(made, places))[0])
+    text = slurm.script(made, places, jobs.parents(made, places, outlook.look(made, places))[0])
     for line in ("--time=24:00:00", "--gres=gpu:8", "--mem=0", "--exclusive", "--comment='for the paper'"):
         assert f"\n#SBATCH {line}\n" in text
 
@@ -261,7 +263,7 @@ def test_a_full_queue_is_waited_for(tmp_path, prefixes, monkeypatch, most: int |
         stand_in.limit.write_text("2")
         content = mapping(prefixes, stand_in)
         content["launch"]["slurm"]["most_jobs"] = most
-        places = run(config.from_mapping(content), Path("runs"), output=(told := io.StringIO()))
+        places = run(schema.from_mapping(content), Path("runs"), output=(told := io.StringIO()))
     assert set(Counter(stand_in.submissions()).values()) == {1} and len(records(places)) == 8
     assert ("not taken, tried again later: sbatch" in told.getvalue()) == refused
 
@@ -327,8 +329,8 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, m
         Path("bin", name).write_text(text)
         Path("bin", name).chmod(0o755)
     launching = {"launcher": "slurm", "slurm": {"setup": [f"export PATH={tmp_path}/bin:$PATH"]}}
-    made, places = config.from_mapping(made_up.mapping(prefixes, launch=launching)), Places(Path("runs/made-up"))
-    (parent,) = stages.parents(made, places, preflight.look(made, places))
+    made, places = schema.from_mapping(made_up.mapping(prefixes, launch=launching)), Places(Path("runs/made-up"))
+    (parent,) = jobs.parents(made, places, outlook.look(made, places))
     job = ["bash", slurm.write_script(made, places, parent)]
     environment = {**os.environ, "SLURM_JOB_ID": "7"}
     running = subprocess.Popen(job, env=environment)
@@ -347,7 +349,7 @@ def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="there is no squeue on this machine"):
-        run(config.from_mapping(made_up.mapping(prefixes, launch=LAUNCH)), Path("runs"))
+        run(schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH)), Path("runs"))
 
 
 def test_jobs_on_the_real_engine(tmp_path, monkeypatch) -> None:
@@ -380,8 +382,8 @@ def test_a_lock_that_cannot_be_had(tmp_path, prefixes, monkeypatch, code: int, e
         f"#!/bin/bash\n[[ \"$*\" == *'--conflict-exit-code 75'* ]] && exit {code}\nexit 1\n"
     )
     Path("bin", "flock").chmod(0o755)
-    made, places = config.from_mapping(made_up.mapping(prefixes, launch={"launcher": "slurm"})), Places(Path("runs/x"))
-    (parent,) = stages.parents(made, places, preflight.look(made, places))
+    made, places = schema.from_mapping(made_up.mapping(prefixes, launch={"launcher": "slurm"})), Places(Path("runs/x"))
+    (parent,) = jobs.parents(made, places, outlook.look(made, places))
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     job = ["bash", slurm.write_script(made, places, parent)]
     done = subprocess.run(job, env=environment, capture_output=True, text=True)

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.data import identity
+from megatron_prune.cli import study as command
+from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import checks, command, config, grid, preflight, prunings, results
+from megatron_prune.study import checks, grid, schema
+from megatron_prune.study import outlook as preflight
+from megatron_prune.study.analysis import results
 from megatron_prune.study.budgets import Batch, Lay
-from megatron_prune.study.ledger import Ledger
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.places import Places
 from tests.study import made_up
 from tests.study.test_config import GOOD
@@ -46,8 +49,8 @@ def records(places: Places) -> dict[str, dict[str, Any]]:
 
 
 def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
-    study = config.from_mapping(GOOD | {"methods": METHODS[1:], "ratios": [0.25, 0.5]})
-    assert [pruning.name for pruning in prunings.prunings(study)] == [
+    study = schema.from_mapping(GOOD | {"methods": METHODS[1:], "ratios": [0.25, 0.5]})
+    assert [pruning.name for pruning in grid.prunings(study)] == [
         "wanda-2-4-r50-s1",
         "wanda-unstructured-r25-s1",
         "wanda-unstructured-r50-s1",
@@ -59,13 +62,13 @@ def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
         "wanda-2-4 runs once, at 50%: 2:4 says how much is removed, not ratios: [0.25, 0.5]",
         "magnitude-1-4 runs once, at 75%: 1:4 says how much is removed, not ratios: [0.25, 0.5]",
     ]
-    assert not grid.notes(config.from_mapping(GOOD | {"methods": METHODS[:2], "ratios": [0.5]}))
+    assert not grid.notes(schema.from_mapping(GOOD | {"methods": METHODS[:2], "ratios": [0.5]}))
 
 
 def test_masked_scratch_is_a_pruning_s_own_and_dense_scratch_is_shared() -> None:
     methods = [{"name": "wanda", "pattern": pattern} for pattern in ("2:4", "4:8", "unstructured")]
-    study = config.from_mapping(GOOD | {"methods": methods, "scratch": ["masked", "dense"], "seeds": [1, 2]})
-    shapes = {pruning.name: SHAPE for pruning in prunings.prunings(study)}
+    study = schema.from_mapping(GOOD | {"methods": methods, "scratch": ["masked", "dense"], "seeds": [1, 2]})
+    shapes = {pruning.name: SHAPE for pruning in grid.prunings(study)}
     laid = grid.expand(study, LAY, shapes, dict.fromkeys(shapes, 8))
     cells = {cell.id: cell for cell in laid.cells}
     assert len(cells) == len(laid.cells) == 3 * 2 + 2 * 3 * 2 + 2 * 2  # pruned, masked scratch, dense scratch
@@ -82,7 +85,7 @@ def test_masked_scratch_is_a_pruning_s_own_and_dense_scratch_is_shared() -> None
 
 def test_an_outside_parents_equal_total_is_not_run_for_any_kind_of_scratch() -> None:
     parent = {"load": "x", "declared_tokens": "2T"}
-    study = config.from_mapping(GOOD | {"parent": parent, "methods": METHODS[2:3]})
+    study = schema.from_mapping(GOOD | {"parent": parent, "methods": METHODS[2:3]})
     laid = grid.expand(study, Lay(Batch(16, 8), 0, 2 * 10**12), {}, {})
     assert [(c.setting, c.against, c.scratch is None) for c in laid.comparisons] == [
         ("equal-training", "masked", False),
@@ -252,7 +255,7 @@ def test_a_half_written_pruning_does_not_count(prefixes, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes, methods=METHODS[3:4])
     places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
-    (pruning,) = prunings.prunings(study)
+    (pruning,) = grid.prunings(study)
 
     checkpoint = places.checkpoint(pruning.cell)
     method = pruning.method
@@ -293,7 +296,7 @@ def test_refuses(prefixes, tmp_path: Path, method: dict, changes: dict[str, Any]
     content = made_up.mapping(prefixes, methods=[method])
     content["recipe"]["arguments"] |= changes
     with pytest.raises(UsageError, match=message):
-        preflight.check(config.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+        preflight.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -309,7 +312,7 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     # The account of a parent that was trained elsewhere says its seed too.
     trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
     account = json.loads(trained.account("parent").read_text())
-    account["stream"]["corpora"] = [identity.fingerprint(prefixes["train"])]
+    account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
     trained.account("parent").write_text(json.dumps(account))
     parent = {"load": str(trained.checkpoint("parent"))}
     preflight.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
@@ -321,11 +324,11 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
 def test_a_dense_study_may_use_any_optimizer(prefixes, tmp_path: Path) -> None:
     content = made_up.mapping(prefixes, methods=METHODS[:1])
     content["recipe"]["arguments"] |= {"optimizer": "muon"}
-    preflight.check(config.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+    preflight.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
 
 
 def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     study = made_up.study(prefixes, methods=METHODS)
     outlook = preflight.check(study, Places(tmp_path / "runs" / "made-up"))
-    assert all(outlook.targets[p.name] == outlook.source for p in prunings.prunings(study) if p.method.pattern)
+    assert all(outlook.targets[p.name] == outlook.source for p in grid.prunings(study) if p.method.pattern)
     assert list(outlook.consumed(study).values()) == [128, 128, 128, 0, 0]

@@ -12,10 +12,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from scipy import stats
 
-from megatron_prune.data import index_file
+from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import documents, statistics, verdicts
-from megatron_prune.study.family import Family
+from megatron_prune.study.analysis import conclusions, statistics, verdicts
+from megatron_prune.study.schema import Family
 from tests.study import corpora_made_up
 
 LEDGERS = 6000
@@ -88,10 +88,10 @@ def test_bootstrap_over_documents_covers_the_truth(documents: int, skewed: bool,
     generator = np.random.default_rng(2)
     covered = []
     for _ in range(200):
-        gaps, own = corpora_made_up.windows(generator, documents, skewed=skewed)
+        gaps, own = corpora_made_up.windows(generator, conclusions, skewed=skewed)
         pruned = generator.normal(3, 0.5, (2, len(gaps)))
         found = statistics.over_documents(pruned, pruned + gaps, own)
-        assert found is not None and found.documents == documents and found.low is not None and found.high is not None
+        assert found is not None and found.documents == conclusions and found.low is not None and found.high is not None
         covered.append(found.low <= corpora_made_up.TRUTH <= found.high)
     assert least <= np.mean(covered) <= 0.985
 
@@ -138,20 +138,20 @@ def test_windows_belong_to_the_document_of_most_of_their_tokens(tmp_path: Path) 
     for length in lengths:
         builder.add_document(torch.arange(length), [length])
     builder.finalize(f"{tmp_path}/text.idx")
-    assert index_file.document_tokens(tmp_path / "text.idx").tolist() == lengths
-    found = documents.of_windows(tmp_path / "text", 6, 16)
+    assert indexed.document_tokens(tmp_path / "text.idx").tolist() == lengths
+    found = conclusions.of_windows(tmp_path / "text", 6, 16)
     assert found is not None
     own = np.repeat(np.arange(len(lengths)), lengths)
     for window, document in enumerate(found):
         counts = np.bincount(own[window * 16 + 1 : window * 16 + 17], minlength=len(lengths))
         assert counts[document] == counts.max()
-    assert documents.of_windows(tmp_path / "missing", 6, 16) is None
+    assert conclusions.of_windows(tmp_path / "missing", 6, 16) is None
     (tmp_path / "text.idx").write_bytes((tmp_path / "text.idx").read_bytes()[:60])
     with pytest.raises(DataError, match="cut short"):
-        index_file.document_tokens(tmp_path / "text.idx")
+        indexed.document_tokens(tmp_path / "text.idx")
     (tmp_path / "text.idx").write_bytes(b"not an index" * 9)
     with pytest.raises(DataError, match="not an index"):
-        index_file.document_tokens(tmp_path / "text.idx")
+        indexed.document_tokens(tmp_path / "text.idx")
 
 
 def verdict(scratch: list[float], setting: str = "equal-total", **more: object) -> verdicts.Verdict:

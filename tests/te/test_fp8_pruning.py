@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.calibrate.statistics import read
+from megatron_prune.structured.statistics import read
 from tests.sparsify import small
 from tests.sparsify.test_resume import kill
 from tests.training.small_masked import run_function

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.calibrate.statistics import Statistics, read
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.masks import open_masks
+from megatron_prune.structured.statistics import Statistics, read
 from tests.training.small import MODEL, layout, recipe
 
 LOCAL, TE = ["--transformer-impl", "local"], ["--transformer-impl", "transformer_engine"]

@@ -6,10 +6,10 @@ import os
 import socket
 import sys
 
-from megatron_prune.engine import zygote
+from megatron_prune.engine import fork_server
 from tests.te import torch_math
 
 if __name__ == "__main__":
     torch_math.install()
-    zygote.serve(socket.socket(fileno=int(sys.argv[1])))
+    fork_server.serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -88,7 +88,7 @@ def consumed(folder: Path) -> dict[int, list[list[int]]]:
 
 def any_plan(parent: Any) -> Any:
     """A plan that drops the second layer of the checkpoint ``parent``."""
-    from megatron_prune.plan import PruningPlan
+    from megatron_prune.structured.plan import PruningPlan
 
     kept = (0, *range(2, parent.shape.num_layers))
     return PruningPlan(

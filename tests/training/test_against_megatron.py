@@ -53,9 +53,9 @@ def test_a_bare_script_trains_a_pruned_checkpoint_on_another_layout(
     tiny_parent, tiny_corpus, tmp_path, job, distributed
 ):
     """Megatron alone: ``--load --use-checkpoint-args --finetune`` at TP=2 gives the losses of our run at TP=1."""
-    from megatron_prune.apply import apply_plan
-    from megatron_prune.checkpoint import inspect
     from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.convert import inspect
+    from megatron_prune.structured.apply import apply_plan
 
     pruned, save = tmp_path / "pruned", tmp_path / "run"
     apply_plan(tiny_parent, any_plan(open_checkpoint(tiny_parent)), pruned)

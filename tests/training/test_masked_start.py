@@ -14,8 +14,7 @@ from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import open_masks
-from megatron_prune.training.masked import Choice, say_that_masks_know_the_start
-from megatron_prune.training.random_masks import RandomMasks
+from megatron_prune.training.masked import Choice, RandomMasks, say_that_masks_know_the_start
 from tests import tiny
 from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH, layout, recipe
 from tests.training.small_masked import (

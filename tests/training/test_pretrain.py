@@ -290,8 +290,8 @@ def test_a_range_beyond_the_stream_is_refused(tiny_corpus, tmp_path, job):
 
 def test_samples_that_the_start_has_seen_are_refused(reference, tiny_corpus, tmp_path, job):
     """The parent took 16:64; also when a pruning lies between."""
-    from megatron_prune.apply import apply_plan
     from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.structured.apply import apply_plan
     from tests.training.small import any_plan
 
     pruned = tmp_path / "pruned"

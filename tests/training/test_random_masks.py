@@ -10,7 +10,7 @@ import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.masks import open_masks, write_single
-from megatron_prune.training import random_masks
+from megatron_prune.training import masked
 from tests.training.small_masked import kept_at_random
 
 SHAPE = ModelShape(
@@ -28,10 +28,10 @@ def make(folder, pattern):
 @pytest.mark.parametrize(("pattern", "group"), [("unstructured", None), ("1:5", 5), ("2:3", 3)])
 def test_counts_are_kept_in_every_row_or_group_and_rectangles_agree(tmp_path, monkeypatch, pattern, group):
     given, kept = make(tmp_path / "masks", pattern)
-    drawn = random_masks.RandomMasks(given, 5)
+    drawn = masked.RandomMasks(given, 5)
     whole = {name: drawn.read(name) for name in given.entries}
-    monkeypatch.setattr(random_masks, "_AT_A_TIME", 100)  # a few rows at a time
-    again = random_masks.RandomMasks(given, 5)
+    monkeypatch.setattr(masked, "_AT_A_TIME", 100)  # a few rows at a time
+    again = masked.RandomMasks(given, 5)
     numbers = np.random.default_rng(0)
     for name, mask in kept.items():
         out, inputs = mask.shape
@@ -47,12 +47,12 @@ def test_counts_are_kept_in_every_row_or_group_and_rectangles_agree(tmp_path, mo
 
 def test_draws_are_uniform_and_their_own_for_each_seed_weight_and_row(tmp_path):
     given, kept = make(tmp_path / "masks", "unstructured")
-    drawn = [torch.stack([random_masks.RandomMasks(given, seed).read(n).double().mean(0) for n in kept if "fc1" in n])
+    drawn = [torch.stack([masked.RandomMasks(given, seed).read(n).double().mean(0) for n in kept if "fc1" in n])
              for seed in range(40)]  # fmt: skip
     often = torch.stack(drawn).mean((0, 1))  # [in]: of 40 seeds, 2 layers, 90 rows
     expected = np.mean([float(mask.double().mean()) for name, mask in kept.items() if "fc1" in name])
     np.testing.assert_allclose(often, expected, atol=5 * (0.25 / (40 * 2 * 90)) ** 0.5)
-    same = random_masks.RandomMasks(given, 1)
+    same = masked.RandomMasks(given, 1)
     first, second = (same.read(f"decoder.layers.{layer}.mlp.linear_fc1.weight") for layer in (0, 1))
     rows = {tuple(row.tolist()) for row in torch.cat([first, second])}
     assert len(rows) > 0.98 * 180
@@ -79,4 +79,4 @@ def test_a_seed_means_the_same_masks_everywhere(tmp_path):
     key = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little"))
     numbers = [n for count in range(counts) for n in philox(row * counts + 1 + count, key)][:30]
     expected = [number > min(numbers[3 * (i // 3) :][:3]) for i, number in enumerate(numbers)]
-    assert random_masks.RandomMasks(given, 5).read(name, slice(row, row + 1))[0].tolist() == expected
+    assert masked.RandomMasks(given, 5).read(name, slice(row, row + 1))[0].tolist() == expected

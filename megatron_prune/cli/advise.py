@@ -1,0 +1,106 @@
+"""The ``advise`` verb: prune or train from scratch, as far as a ledger of measured comparisons can say."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from megatron_prune import artifacts
+from megatron_prune.study.advise import answer, ledgers, target
+from megatron_prune.study.advise.answer import UNKNOWN, Advice
+from megatron_prune.study.advise.best import LOOKS
+from megatron_prune.study.advise.ledgers import Ledger
+from megatron_prune.study.advise.target import Target
+from megatron_prune.study.analysis.statistics import Difference
+from megatron_prune.study.subject import setting_words
+
+
+def main(argv: list[str]) -> int:
+    """Print the advice; with ``--json`` write it too. An answer of "don't know" is one, and no error."""
+    options = _parser().parse_args(argv)
+    ledger = ledgers.read(options.ledger)
+    asked = target.from_arguments(options, ledger.parent_params)
+    advice = answer.advise(ledger, asked)
+    if options.json:
+        artifacts.write_json(options.json, to_json(ledger, asked, advice))
+    print("\n".join(words(ledger, asked, advice)))
+    return 0
+
+
+def to_json(ledger: Ledger, asked: Target, advice: Advice) -> dict[str, Any]:
+    """The advice with its question and where it comes from."""
+    return {
+        "version": 1,
+        "target": asked.to_json(),
+        "ledger": {
+            "study": ledger.study,
+            "parent_params": ledger.parent_params,
+            "parent_tokens": ledger.parent_tokens,
+        },
+        **asdict(advice),
+        "words": words(ledger, asked, advice),
+    }
+
+
+def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
+    """Lines for people: the answer first, then what it rests on and what would settle what is open."""
+    lines = [_headline(advice)]
+    lines += [f"  because {reason}" for reason in advice.reasons]
+    if advice.gap is not None:
+        lines.append(f"  {_numbers(advice)}")
+    if advice.confidence is not None and advice.gap is not None:
+        lines.append(f"  confidence {_percent(advice.confidence)} ({_how(advice, advice.gap)})")
+    lines += [f"  {even.rstrip('.')}" for even in advice.break_evens]
+    lines += [f"  note: {caveat}" for caveat in advice.caveats]
+    lines += [f"  would settle it: {measurement}" for measurement in advice.settle]
+    lines.append(f"  from study {ledger.study}, {setting_words(asked.setting)}")
+    return lines
+
+
+def _headline(advice: Advice) -> str:
+    if advice.answer == UNKNOWN:
+        lean = f" (the means lean to: {advice.lean})" if advice.lean else ""
+        return f"Don't know{lean}."
+    good = f"; as good within the seeds: {', '.join(advice.as_good)}" * bool(advice.as_good)
+    if advice.answer == "prune":
+        return f"Prune: {advice.method}{good}."
+    return f"Train from scratch: shape {advice.scratch_shape}{good}."
+
+
+def _numbers(advice: Advice) -> str:
+    assert advice.gap is not None
+    text = (
+        f"test loss: {advice.method} {advice.pruned_loss:.3f}, best scratch ({advice.scratch_shape}) "
+        f"{advice.scratch_loss:.3f}; scratch minus pruned {advice.gap.mean:+.3f} nats"
+    )
+    if advice.gap.low is None or advice.gap.high is None:
+        return text
+    return f"{text}, 95% interval {advice.gap.low:+.3f} to {advice.gap.high:+.3f}"
+
+
+def _how(advice: Advice, gap: Difference) -> str:
+    """What the confidence and the interval are corrected for."""
+    picked = f", for picking the best of {advice.picked_from} arms" * ((advice.picked_from or 1) > 1)
+    return (
+        f"paired over {gap.seeds} seeds, {gap.freedom:.3g} degrees of freedom; corrected for asking again with more "
+        f"seeds, look {advice.look} of {len(LOOKS)}{picked}"
+    )
+
+
+def _percent(confidence: float) -> str:
+    return "above 99.9%" if confidence > 0.999 else f"{100 * confidence:.1f}%"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_prune advise", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--ledger",
+        default=str(ledgers.SHIPPED) if ledgers.SHIPPED.is_file() else None,
+        required=not ledgers.SHIPPED.is_file(),
+        metavar="STUDY",
+        help="a study's folder with a report, or its results.json (default: the quickstart's, where it is shipped)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the advice as JSON too")
+    target.add_arguments(parser)
+    return parser

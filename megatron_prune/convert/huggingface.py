@@ -1,0 +1,240 @@
+"""Llama-family models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
+
+One table (``huggingface_table.py``) says, for every Megatron weight, which rows of which Hugging Face
+tensors it is made of; import reads it forwards and export backwards. Both stream blocks of rows, so neither
+needs more memory than a few blocks. Padding of the vocabulary is added on import and cut on export,
+and every tensor keeps its type: what is exported after an import is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.artifacts import atomic_directory, check_space, explain_full_disk, read_json, write_json
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, vocabulary, weights
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.parallel import Blocks
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
+from megatron_prune.convert import safetensors_io
+from megatron_prune.convert.config import args_from_config, config_from_args
+from megatron_prune.convert.llama import Segment, rows_of_tensors, segments
+from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import_masks
+from megatron_prune.errors import CheckpointError
+from megatron_prune.masks import MASKS, Masks, open_masks
+from megatron_prune.masks.verify import guarded, masks_of
+
+BLOCK_BYTES = 8 << 20
+_DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+def import_hf(
+    hf: str | Path,
+    save: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    max_position_embeddings: int | None = None,
+    workers: int = 1,
+) -> Checkpoint:
+    """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
+
+    ``dtype`` casts every tensor; by default each keeps its own. ``workers`` processes share the work. Tokenizer files
+    and config travel along in ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises
+    CheckpointError, before anything is written, for a model that cannot be represented or whose files are missing or
+    truncated, and MasksError for masks that do not fit it.
+    """
+    source = local_directory(hf)
+    config = read_json(source / "config.json")
+    args = args_from_config(
+        config,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        max_position_embeddings=max_position_embeddings,
+    )
+    shape = ModelShape.from_args(args)
+    tensors = safetensors_io.Tensors(source)
+    _check_tensors(tensors, shape, args, source)
+    main = dtype or tensors.dtype("model.embed_tokens.weight")
+    with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
+        masks = None
+        if (source / HUGGINGFACE_MASKS).is_file():
+            masks = import_masks(source / HUGGINGFACE_MASKS, shape, writer.beside(MASKS)).folder
+        writer.add_all(Imported(source, shape, args["vocab_size"], dtype, masks), workers)
+    return open_checkpoint(save)
+
+
+@dataclass
+class Imported(Blocks):
+    """Megatron's weights out of a Hugging Face directory; ``masks`` are the folder of those that must fit them."""
+
+    source: Path
+    shape: ModelShape
+    vocabulary_size: int
+    cast: torch.dtype | None
+    masks: Path | None
+
+    @cached_property
+    def _tensors(self) -> safetensors_io.Tensors:
+        return safetensors_io.Tensors(self.source)
+
+    @cached_property
+    def _layouts(self) -> dict[str, WeightLayout]:
+        return {layout.name: layout for layout in weights(self.shape)}
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    def _pieces(self, name: str) -> list[Segment]:
+        return segments(self._layouts[name], self.shape, self.vocabulary_size)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        blocks = _blocks(self._layouts[name], self._pieces(name), self._tensors, self.dtype(name))
+        return blocks if self._masks is None else guarded(self._masks, name, blocks)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.cast or self._tensors.dtype(self._pieces(name)[0].name or "")
+
+
+def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30, workers: int = 1) -> Path:
+    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty), its masks
+    as ``masks.safetensors``; ``workers`` processes share its files.
+
+    Raises CheckpointError for a model that Hugging Face's Llama family cannot say, MasksError for masks that do not
+    fit the weights.
+    """
+    checkpoint = open_checkpoint(load)
+    refuse_unrestored(checkpoint.args, str(load))
+    masks = masks_of(checkpoint)
+    side = checkpoint.huggingface
+    original = side / "config.json" if side is not None else None
+    config = config_from_args(
+        checkpoint.args,
+        checkpoint.spec("embedding.word_embeddings.weight").dtype,
+        read_json(original) if original is not None and original.is_file() else None,
+    )
+    exported = Exported(checkpoint.directory, None if masks is None else masks.folder)
+    target = Path(hf)
+    check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
+    with explain_full_disk(target), atomic_directory(target) as folder:
+        safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)
+        if masks is not None:
+            export_masks(masks, folder / HUGGINGFACE_MASKS)
+        for name in SIDE_FILES:
+            if side is not None and (side / name).is_file():
+                shutil.copyfile(side / name, folder / name)
+        write_json(folder / "config.json", config)
+    return target
+
+
+@dataclass
+class Exported(Blocks):
+    """Hugging Face's tensors out of the checkpoint ``load``; ``masks`` are the folder of those that must fit."""
+
+    load: Path
+    masks: Path | None
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.load)
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    @cached_property
+    def _made_of(self) -> dict[str, list[tuple[Segment, str, int]]]:
+        shape = self._checkpoint.shape
+        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args))
+
+    @cached_property
+    def entries(self) -> safetensors_io.Entries:
+        """Type and shape of every tensor."""
+        specs = {name: self._checkpoint.spec(parts[0][1]) for name, parts in self._made_of.items()}
+        return {name: (spec.dtype, (self._made_of[name][-1][0].stop, *spec.shape[1:])) for name, spec in specs.items()}
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        step = _rows_per_block(*self.entries[name])
+        for segment, weight, first in self._made_of[name]:
+            last = first + segment.stop - segment.start
+            rows = (self._checkpoint.read_rows(weight, at, min(at + step, last)) for at in range(first, last, step))
+            yield from rows if self._masks is None else guarded(self._masks, weight, rows, first)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name][0]
+
+
+def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
+
+
+def _blocks(
+    layout: WeightLayout, pieces: list[Segment], tensors: safetensors_io.Tensors, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Rows of a Megatron weight in blocks of about BLOCK_BYTES, however finely its segments interleave."""
+    step = _rows_per_block(dtype, layout.shape)
+    held: list[torch.Tensor] = []
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, step):
+            stop = min(start + step, piece.stop)
+            if held and sum(map(len, held)) + stop - start > step:
+                yield torch.cat(held)
+                held = []
+            if piece.name is None:
+                held.append(torch.zeros((stop - start, *layout.shape[1:]), dtype=dtype))
+            else:
+                held.append(tensors.rows(piece.name, start, stop))
+    if held:
+        yield torch.cat(held)
+
+
+def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path) -> None:
+    """Every tensor that is needed is there in its shape, and none is left over."""
+    known = set()
+    for layout in weights(shape):
+        rows: dict[str, int] = {}
+        for segment in segments(layout, shape, args["vocab_size"]):
+            if segment.name is not None:
+                rows[segment.name] = max(rows.get(segment.name, 0), segment.stop)
+        for name, count in rows.items():
+            expected = (count, *layout.shape[1:])
+            if name not in tensors.names:
+                raise CheckpointError(f"{source} lacks the tensor {name}")
+            if tensors.shape(name) != expected:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {list(tensors.shape(name))}, config.json says {list(expected)}"
+                )
+        if len({tensors.dtype(name) for name in rows}) != 1:
+            raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
+        known |= set(rows)
+    ignored = {"lm_head.weight"} if shape.tied else set()
+    left = sorted(n for n in tensors.names - known - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise CheckpointError(f"{source} holds tensors that no Llama has: {', '.join(left[:4])}")
+
+
+def local_directory(hf: str | Path) -> Path:
+    """``hf`` itself, a directory, or where the Hub's model of that name has been downloaded to. CheckpointError when
+    there is none, or no network."""
+    if Path(hf).is_dir():
+        if not (Path(hf) / "config.json").is_file():
+            raise CheckpointError(f"{hf} has no config.json: expected a Hugging Face model directory")
+        return Path(hf)
+    if str(hf).count("/") != 1 or str(hf).startswith((".", "/", "~")):
+        raise CheckpointError(f"{hf} is neither a directory nor a name on the Hugging Face Hub (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(hf), allow_patterns=list(_DOWNLOAD)))
+    except Exception as error:  # no network, no such model, no permission: the library's message says which
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{hf} could not be downloaded from the Hugging Face Hub: {reason}") from error

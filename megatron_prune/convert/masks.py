@@ -1,0 +1,121 @@
+"""``masks.safetensors``: the masks of a Hugging Face model, beside its weights and under their names.
+
+One tensor a weight (q, k, v, gate and up apart), uint8 [out, ceil(in / 8)]: bit k of byte j of a row is input 8·j + k,
+1 is kept. The header's metadata has ``patterns`` and ``shapes`` (JSON, by name), ``version`` and ``hash``, which is the
+hash of the masks of the Megatron checkpoint: what comes back after an export is what went out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
+from megatron_prune.convert import safetensors_io
+from megatron_prune.convert.llama import rows_of_tensors, segments
+from megatron_prune.errors import MasksError
+from megatron_prune.masks import bits
+from megatron_prune.masks.reader import BLOCK_BYTES, Masks
+from megatron_prune.masks.writer import write_single
+
+HUGGINGFACE_MASKS = "masks.safetensors"
+VERSION = "1"
+
+
+def export_masks(masks: Masks, path: Path) -> None:
+    """Write ``masks`` to ``path``, streamed."""
+    masked = [layout for layout in weights(masks.model) if layout.name in masks.entries]
+    made_of = rows_of_tensors(masked, masks.model, vocabulary_size=0)  # no linear depends on the vocabulary
+    shapes = {name: (parts[-1][0].stop, masks.entries[parts[0][1]].shape[1]) for name, parts in made_of.items()}
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        step = max(1, BLOCK_BYTES // shapes[name][1])
+        for segment, weight, first in made_of[name]:
+            last = first + segment.stop - segment.start
+            for start in range(first, last, step):
+                yield bits.pack(masks.read(weight, slice(start, min(start + step, last))))
+
+    safetensors_io.write_file(
+        path,
+        {name: (torch.uint8, (out, bits.bytes_of(inputs))) for name, (out, inputs) in shapes.items()},
+        blocks,
+        {
+            "version": VERSION,
+            "hash": masks.hash,
+            "patterns": json.dumps({name: masks.entries[parts[0][1]].pattern for name, parts in made_of.items()}),
+            "shapes": json.dumps(shapes),
+        },
+    )
+
+
+def import_masks(path: Path, shape: ModelShape, folder: Path) -> Masks:
+    """Write the masks in the file ``path`` to ``folder``, for a model of this shape, streamed.
+
+    Raises MasksError for a file that is damaged or not for this model, naming what does not fit.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            patterns = _by_name(metadata, "patterns")
+            shapes = _by_name(metadata, "shapes")
+            stored = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            masks = write_single(folder, shape, _fused(path, shape, stored, patterns, shapes))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise MasksError(f"{path} is truncated or damaged: {error}") from error
+    if metadata.get("hash", masks.hash) != masks.hash:
+        raise MasksError(f"{path} is damaged: its masks hash to {masks.hash}, its header says {metadata['hash']}")
+    return masks
+
+
+def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata[key])
+        return {str(name): value for name, value in found.items()}
+    except (KeyError, ValueError, RecursionError, AttributeError) as error:
+        raise MasksError(f"the header of {HUGGINGFACE_MASKS} has no readable {key}: {error!r}") from error
+
+
+def _fused(
+    path: Path, shape: ModelShape, stored: dict[str, Any], patterns: dict[str, Any], shapes: dict[str, Any]
+) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
+    """Masks of Megatron's weights: (name, blocks of rows, pattern)."""
+    left = set(stored)
+    for layout in weights(shape):
+        if not layout.is_linear:
+            continue
+        rows: dict[str, int] = {}
+        for segment in segments(layout, shape, vocabulary_size=0):
+            rows[str(segment.name)] = max(rows.get(str(segment.name), 0), segment.stop)
+        names = [name for name in rows if name in stored]
+        if not names:
+            continue
+        if len(names) != len(rows) or len({str(patterns.get(name)) for name in names}) != 1 or names[0] not in patterns:
+            raise MasksError(
+                f"{path}: {', '.join(rows)} are one matrix in Megatron: all have a mask, of one pattern, or none has"
+            )
+        for name, out in rows.items():
+            expected = [out, layout.shape[1]]
+            packed = [out, bits.bytes_of(layout.shape[1])]
+            if shapes.get(name) != expected:
+                raise MasksError(f"{path}: {name} is said to be {shapes.get(name)}, this model's is {expected}")
+            if stored[name].get_dtype() != "U8" or list(stored[name].get_shape()) != packed:
+                found = f"{stored[name].get_dtype()} {list(stored[name].get_shape())}"
+                raise MasksError(f"{path}: {name} is stored as {found}, expected U8 {packed}")
+        left -= set(names)
+        yield layout.name, _blocks(layout, shape, stored), str(patterns[names[0]])
+    if left:
+        raise MasksError(f"{path} has a mask for {sorted(left)[0]}, which is no linear weight of this model")
+
+
+def _blocks(layout: WeightLayout, shape: ModelShape, stored: dict[str, Any]) -> Iterator[torch.Tensor]:
+    inputs = layout.shape[1]
+    step = max(1, BLOCK_BYTES // inputs)
+    for segment in segments(layout, shape, vocabulary_size=0):
+        for start in range(segment.start, segment.stop, step):
+            yield bits.unpack(stored[str(segment.name)][start : min(start + step, segment.stop)], 0, inputs)

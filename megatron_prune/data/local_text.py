@@ -1,0 +1,385 @@
+"""A corpus of real English from this machine, for the examples: four JSONL files and a manifest.
+
+``sources`` finds text; here it is cleaned (paragraph by paragraph, every paragraph at most once in the
+whole corpus, so that no split contains another's), filtered (long enough, English) and split by
+document: in the order of their hashes, the first 94% of the bytes are train, then come calibration,
+validation and test. Two runs on a machine give the same bytes. Licences stay with the packages that
+the text comes from: nothing of it belongs in a repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import email
+import gzip
+import hashlib
+import heapq
+import html
+import json
+import multiprocessing
+import os
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from megatron_prune import artifacts
+from megatron_prune.errors import DataError, UsageError
+
+SPLITS = ("train", "calibration", "validation", "test")
+SHARES = (94, 2, 2, 2)
+SHORTEST = 200  # characters of a document
+SHORT_PARAGRAPH = 40  # letters and digits; shorter ones ("Parameters", "Examples:") may repeat
+LEAST_ASCII = 0.97
+LEAST_STOPWORDS = 0.05  # of words; English prose has about 0.4, tables and code have next to none
+STOPWORDS = frozenset("the of to and a in is it for be as on this that with are by or an if not from".split())
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ufeff]")
+
+
+def build_corpus(
+    output: str | Path,
+    *,
+    max_bytes: int | None = 16_000_000,
+    shares: Sequence[float] = SHARES,
+    longest_held_out: int | None = None,
+    workers: int = 1,
+    places: Places | None = None,
+) -> dict[str, Any]:
+    """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; the manifest.
+
+    ``max_bytes`` of text (UTF-8) end the gathering; ``shares`` are the splits' parts of the bytes, which
+    are met but for the document on each border. Of documents of calibration, validation and test, ``longest_held_out``
+    characters at most are kept and the rest is in no split: where they are resampled, many say more than long ones.
+    An ``output`` from before is replaced. Raises UsageError, and DataError when a split stays empty.
+    """
+    if len(shares) != len(SPLITS) or min(shares) <= 0:
+        given = ",".join(map(str, shares))
+        raise UsageError("--split", given=given, allowed="four positive shares, such as 94,2,2,2")
+    if max_bytes is not None and max_bytes < 1:
+        raise UsageError("--max-bytes", given=max_bytes, allowed="a positive number")
+    if longest_held_out is not None and longest_held_out < SHORTEST:
+        raise UsageError("--longest-held-out", given=longest_held_out, allowed=f"{SHORTEST} characters or more")
+    begun = monotonic()
+    rejected: Counter[str] = Counter()
+    kinds: dict[str, Counter[str]] = {}
+    documents: list[tuple[bytes, Found]] = []
+    total = 0
+    for document in clean(gather(places or Places(), workers), rejected):
+        payload = document.text.encode()
+        size = len(payload)
+        documents.append((hashlib.sha256(payload).digest(), document))
+        kinds.setdefault(document.kind, Counter()).update(documents=1, bytes=size)
+        total += size
+        if max_bytes is not None and total >= max_bytes:
+            break
+    splits = _split(documents, total, shares, longest_held_out)
+    if empty := [name for name, found in splits.items() if not found]:
+        raise DataError(
+            f"only {total} bytes of text were found and {', '.join(empty)} got none: "
+            "install packages with documentation, or raise --max-bytes"
+        )
+    manifest: dict[str, Any] = {"version": 1, "max_bytes": max_bytes, "shares": list(shares),
+                                "longest_held_out": longest_held_out, "bytes": total,
+                                "splits": {}, "kinds": kinds, "rejected": dict(rejected)}  # fmt: skip
+    with artifacts.atomic_directory(output, replace=True) as scratch:
+        for name, chosen in splits.items():
+            with open(scratch / f"{name}.jsonl", "w", encoding="utf-8") as handle:
+                for found in chosen:
+                    line = {"text": found.text, "source": f"{found.kind}/{found.name}"}
+                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            manifest["splits"][name] = {
+                "documents": len(chosen),
+                "bytes": sum(len(found.text.encode()) for found in chosen),
+                "sha256": artifacts.sha256_file(scratch / f"{name}.jsonl"),
+            }
+        artifacts.write_json(scratch / "manifest.json", manifest)
+    return manifest | {"seconds": monotonic() - begun}
+
+
+def _split(
+    documents: Sequence[tuple[bytes, Found]], total: int, shares: Sequence[float], longest: int | None
+) -> dict[str, list[Found]]:
+    """Cut the documents, in the order of their hashes, where each split has its share of the bytes: test from the end.
+
+    The order stays: so the first windows of a split are a mixture and not all of one kind.
+    """
+    rest = [found for _, found in sorted(documents, key=lambda document: document[0])]
+    splits: dict[str, list[Found]] = {}
+    seen, border = 0, 0.0
+    for name, share in reversed(list(zip(SPLITS, shares, strict=True))[1:]):
+        border += total * share / sum(shares)
+        chosen: list[Found] = []
+        while rest:
+            held = replace(rest[-1], text=beginning(rest[-1].text, longest))
+            size = len(held.text.encode())
+            if seen + size / 2 >= border:
+                break
+            chosen.append(held)
+            rest.pop()
+            seen += size
+        splits[name] = chosen[::-1]
+    return {SPLITS[0]: rest} | {name: splits[name] for name in SPLITS[1:]}
+
+
+def beginning(text: str, longest: int | None) -> str:
+    """A text's first paragraphs, of ``longest`` characters at most; the first words of a paragraph longer than that."""
+    if longest is None or len(text) <= longest:
+        return text
+    ends = (text.rfind(mark, SHORTEST, longest + 1) for mark in ("\n\n", " "))
+    return text[: next((end for end in ends if end > 0), longest)]
+
+
+def clean(found: Iterable[Found], rejected: Counter[str]) -> Iterator[Found]:
+    """Documents worth keeping, without what an earlier one held; ``rejected`` counts the others by reason."""
+    seen: set[bytes] = set()
+    for document in found:
+        text = deduplicate(document.text, seen)
+        reason = why_not(text)
+        if reason:
+            rejected[reason] += 1
+        else:
+            yield Found(document.kind, document.name, text)
+
+
+def deduplicate(text: str, seen: set[bytes]) -> str:
+    """The paragraphs of a text that are not in ``seen`` (which they join), compared by letters and digits."""
+    kept = []
+    text = CONTROLS.sub("", text.replace("\r\n", "\n").expandtabs(4))
+    for paragraph in re.split(r"\n\s*\n", text):
+        letters = re.sub(r"[\W_]+", "", paragraph.lower())
+        if len(letters) >= SHORT_PARAGRAPH:
+            key = hashlib.blake2b(letters.encode(), digest_size=12).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+        if paragraph := "\n".join(line.rstrip() for line in paragraph.strip("\n").split("\n")):
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def why_not(text: str) -> str | None:
+    """The reason to leave a text out, or None."""
+    if len(text) < SHORTEST:
+        return "short"
+    if len(text.encode("ascii", "ignore")) < LEAST_ASCII * len(text):
+        return "not ASCII"
+    words = re.findall(r"[a-z]+", text.lower())
+    if sum(word in STOPWORDS for word in words) < LEAST_STOPWORDS * max(len(words), SHORTEST // 8):
+        return "not English"
+    return None
+
+
+# English text that is on this machine: where it lies, and how to get at it. Nothing is imported or run.
+#
+# Kinds: Python's own manual (``pydoc_data``), Debian's documentation and manual pages where there are
+# any, the long descriptions and documents of installed distributions, and the docstrings of the
+# standard library and of installed packages, which are by far the most. They are taken evenly, by
+# bytes, until each is used up. Every kind has a fixed order, the larger ones by a hash of their names:
+# a machine gives the same text every time, and a part of it is a sample of the whole.
+
+
+def _paths(*names: str) -> tuple[Path, ...]:
+    found = {Path(sysconfig.get_paths()[name]) for name in names}
+    return tuple(sorted(path for path in found if path.is_dir()))
+
+
+@dataclass(frozen=True)
+class Places:
+    """The directories to look in."""
+
+    stdlib: tuple[Path, ...] = field(default_factory=lambda: _paths("stdlib"))
+    packages: tuple[Path, ...] = field(default_factory=lambda: _paths("purelib", "platlib"))
+    documentation: tuple[Path, ...] = (Path("/usr/share/doc"),)
+    manuals: tuple[Path, ...] = (Path("/usr/share/man"),)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A text with its kind and its place (relative, so that it does not say where the machine keeps it)."""
+
+    kind: str
+    name: str
+    text: str
+
+
+def gather(places: Places, workers: int = 1) -> Iterator[Found]:
+    """Every text of every kind; ``workers`` processes parse Python. The order does not depend on them."""
+    kinds = [topics(places), documentation(places), manuals(places), descriptions(places)]
+    # Parsing comes last, so that processes are not started for a reader that stops at once.
+    waiting = [(0, number, kind) for number, kind in enumerate([*kinds, docstrings(places, workers)])]
+    while waiting:
+        taken, number, kind = heapq.heappop(waiting)
+        if (found := next(kind, None)) is not None:
+            yield found
+            heapq.heappush(waiting, (taken + len(found.text), number, kind))
+
+
+def topics(places: Places) -> Iterator[Found]:
+    """The language reference as ``help()`` has it: the dictionary in ``pydoc_data/topics.py``."""
+    for folder in places.stdlib:
+        source = _read(folder / "pydoc_data" / "topics.py")
+        for statement in ast.parse(source).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+                for name, text in ast.literal_eval(statement.value).items():
+                    yield Found("topics", name, text)
+
+
+NOT_TEXT = re.compile(
+    r"(?i)changelog|copyright|licen[cs]e|copying|notice|authors|thanks|contributors|sources\.txt|"
+    r"top_level|entry_points|requirements|record|cmakelists|installer|api_tests|vendor\.txt"
+)
+TEXT_SUFFIXES = (".txt", ".rst", ".md", ".html", ".htm")
+
+
+def _is_document(path: str) -> bool:
+    name = path.rpartition("/")[2].removesuffix(".gz").lower()
+    return (name.endswith(TEXT_SUFFIXES) or name.startswith("readme")) and not NOT_TEXT.search(name)
+
+
+def documentation(places: Places) -> Iterator[Found]:
+    """Debian's ``/usr/share/doc`` without changelogs and copyright notices."""
+    for folder in places.documentation:
+        for name in filter(_is_document, _files(folder)):
+            text = _read(folder / name)
+            if name.removesuffix(".gz").endswith((".html", ".htm")):
+                text = strip_html(text)
+            yield Found("documentation", name, text)
+
+
+def manuals(places: Places) -> Iterator[Found]:
+    """English manual pages."""
+    for folder in places.manuals:
+        for name in sorted(_files(folder), key=_shuffled):
+            if re.match("man[1-9]/", name) and not (folder / name).is_symlink():  # a link is an alias
+                yield Found("manuals", name, strip_roff(_read(folder / name)))
+
+
+def descriptions(places: Places) -> Iterator[Found]:
+    """Long descriptions of installed distributions (the body of METADATA), and documents beside code.
+
+    This package's own is left out: a corpus shall not change with our README.
+    """
+    for folder in places.packages:
+        for path in sorted(folder.glob("*.dist-info/METADATA")):
+            if path.parent.name.startswith("megatron_prune-"):
+                continue
+            message = email.message_from_string(_read(path))
+            text = message.get_payload() if not message.is_multipart() else ""
+            yield Found("descriptions", str(path.relative_to(folder)), str(text))
+        for name in filter(_is_document, _files(folder)):
+            if not {"tests", "licenses"} & set(name.split("/")):
+                yield Found("descriptions", name, _read(folder / name))
+
+
+def docstrings(places: Places, workers: int = 1) -> Iterator[Found]:
+    """One text a Python file: its docstrings in order. Files with little documentation are passed over."""
+    found: dict[str, Path] = {}
+    for folder in (*places.stdlib, *places.packages):
+        unwanted = {"test", "tests", "testing"}
+        if folder in places.stdlib:
+            unwanted |= {"site-packages", "dist-packages"}
+        for name in _files(folder):
+            if name.endswith(".py") and not unwanted & set(name.split("/")):
+                found.setdefault(name, folder / name)
+    names = sorted(found, key=_shuffled)
+    paths = [found[name] for name in names]
+    if workers == 1:
+        yield from (Found("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+    try:
+        texts = pool.map(docstrings_of, paths, chunksize=32)
+        yield from (Found("docstrings", *pair) for pair in zip(names, texts, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+TRIPLE = re.compile(rb'"""(.*?)"""', re.DOTALL)
+LEAST_BYTES, LEAST_SHARE = 1500, 0.15  # parsing is what costs: leave files where it brings little
+
+
+def docstrings_of(path: Path) -> str:
+    """All docstrings of a Python file, joined by blank lines; "" when not worth it or not parsable."""
+    try:
+        source = path.read_bytes()
+    except OSError:
+        return ""
+    documented = sum(map(len, TRIPLE.findall(source)))
+    if documented < max(LEAST_BYTES, LEAST_SHARE * len(source)):
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    return "\n\n".join(_docstrings(tree))
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    if text := ast.get_docstring(node):
+        yield text
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings(child)
+
+
+def strip_html(text: str) -> str:
+    """Text of an HTML page: block elements become paragraphs, preformatted indentation is lost."""
+    text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
+    blocks = "p|div|h[1-6]|li|tr|table|ul|ol|d[ltd]|pre|blockquote|[bh]r"
+    text = re.sub(rf"(?i)</?({blocks})\b[^>]*>", "\n\n", text)
+    return html.unescape(re.sub(r"<[^>]+>", "", text))
+
+
+ROFF_ESCAPES = {
+    r"\-": "-", r"\(em": "--", r"\(aq": "'", r"\(dq": '"', r"\(lq": '"', r"\(rq": '"', r"\(bu": "*",
+    r"\(co": "(c)", r"\ ": " ", r"\~": " ", r"\e": "\\",
+}  # fmt: skip
+
+
+def strip_roff(text: str) -> str:
+    """Text of a manual page: requests go (their words stay where they are prose), escapes are resolved."""
+    lines = []
+    for line in text.splitlines():
+        if request := re.match(r"[.']\s*([A-Za-z]*)\s*(.*)", line):
+            name, words = request.groups()
+            if name in ("SH", "SS", "Sh", "Ss"):
+                lines += ["", words.strip('"'), ""]
+            elif name in ("PP", "P", "LP", "TP", "IP", "sp", "Pp", "It"):
+                lines.append("")
+            elif name in ("B", "I", "BR", "RB", "IR", "RI", "BI", "IB", "SM", "Nm", "Nd", "Ar", "Fl"):
+                lines.append(words.replace('"', ""))
+        else:
+            lines.append(line)
+    joined = re.sub(r"\\f(\[\w*\]|\(\w\w|.)|\\[&/,|^]|\\s[-+]?\d|\\\".*", "", "\n".join(lines))
+    for escape, meant in ROFF_ESCAPES.items():
+        joined = joined.replace(escape, meant)
+    return joined
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Names below a folder, relative to it, in a fixed order; strings, since there are a hundred thousand."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        below = os.path.relpath(place, folder)
+        yield from sorted(names) if below == "." else (f"{below}/{name}" for name in sorted(names))
+
+
+def _shuffled(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _read(path: Path) -> str:
+    """A file's text, unzipped; "" when it is absent, no plain file, unreadable or not UTF-8."""
+    try:
+        payload = path.read_bytes() if path.is_file() else b""
+        return (gzip.decompress(payload) if payload[:2] == b"\x1f\x8b" else payload).decode()
+    except (OSError, EOFError, UnicodeDecodeError):
+        return ""

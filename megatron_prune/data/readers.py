@@ -1,0 +1,290 @@
+"""Raw text as records: JSON lines, Parquet and plain text, compressed or not, streamed in order.
+
+A record is the bytes of one document: a JSON line, a value of a Parquet column, or a piece of a text
+file. ``text_of`` turns it into text; that is the expensive half, left to the worker processes. No file
+is ever held whole, but for a plain text file that is one document.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Buffer, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from megatron_prune.errors import DataError, UsageError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+FORMATS = ("auto", "jsonl", "parquet", "text")
+DOCUMENTS = ("file", "paragraph", "line")
+PARQUET_ROWS = 256  # that are decoded at a time
+
+
+class Record(NamedTuple):
+    """One document as it lies on disk; ``origin`` says where, for error messages."""
+
+    payload: bytes
+    origin: str
+    json_key: str | None  # None where the payload is the text itself
+
+
+class Source(Protocol):
+    """A part of the input that is tokenized whole or not at all: a file, or a shard of a data set."""
+
+    def records(self) -> Iterator[Record]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a sidecar says about it (JSON): the same on every run."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for an earlier run's work on it to be good still (JSON)."""
+        ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of documents; see ``records`` for what the settings mean."""
+
+    path: Path
+    json_key: str = "text"
+    input_format: str = "auto"
+    text_documents: str = "file"
+
+    def records(self) -> Iterator[Record]:
+        return records(
+            [self.path],
+            json_key=self.json_key,
+            input_format=self.input_format,
+            text_documents=self.text_documents,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": str(self.path), "bytes": self.path.stat().st_size}
+
+    def identity(self) -> dict[str, Any]:
+        found = self.path.stat()
+        return {
+            "path": str(self.path.absolute()),
+            "bytes": found.st_size,
+            "modified_ns": found.st_mtime_ns,
+            "settings": [self.json_key, self.input_format, self.text_documents],
+        }
+
+
+def format_of(path: Path, input_format: str = "auto") -> str:
+    """``jsonl``, ``parquet`` or ``text``: as ``--input-format`` says, or by the ending before .gz or .zst, in any case.
+
+    UsageError for an ending that says nothing: taken for text, a shard of JSON lines would be one document.
+    """
+    if input_format != "auto":
+        return input_format
+    name = path.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
+    for kind, suffixes in (("jsonl", JSONL_SUFFIXES), ("parquet", PARQUET_SUFFIXES), ("text", TEXT_SUFFIXES)):
+        if name.endswith(suffixes):
+            return kind
+    known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *TEXT_SUFFIXES))
+    raise UsageError(
+        "--input-format", given=f"auto for {path}", allowed=f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}",
+        why=f"auto goes by the ending: {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
+    )  # fmt: skip
+
+
+def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Path]:
+    """The input files as paths; UsageError when one is missing or of no known format, or none is given."""
+    paths = [Path(name) for name in inputs]
+    if not paths:
+        raise UsageError("--input", given="nothing", allowed="one or more files")
+    for path in paths:
+        if not path.is_file():
+            raise UsageError("--input", given=path, allowed="existing files of JSON lines, Parquet or text")
+        format_of(path, input_format)
+    return paths
+
+
+def records(
+    inputs: Sequence[Path],
+    *,
+    json_key: str = "text",
+    input_format: str = "auto",
+    text_documents: str = "file",
+) -> Iterator[Record]:
+    """Every record of the inputs, in order. Blank lines are no records.
+
+    ``json_key`` also names the column of a Parquet file. A plain text file is one document (``file``), or
+    one a paragraph (separated by blank lines), or one a line. Raises DataError for a broken file.
+    """
+    for path in inputs:
+        kind = format_of(path, input_format)
+        if kind == "parquet":
+            yield from _parquet(path, json_key)
+            continue
+        try:
+            with _open(path) as handle:
+                if kind == "jsonl":
+                    for number, line in enumerate(handle, start=1):
+                        if line.strip():
+                            yield Record(line, f"{path}:{number}", json_key)
+                else:
+                    for number, piece in _pieces(handle, text_documents):
+                        yield Record(piece, f"{path}:{number}", None)
+        except (EOFError, gzip.BadGzipFile, OSError) as error:
+            raise DataError(f"cannot read {path} to its end: {error}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The magic number decides about compression, not the name."""
+    with open(path, "rb") as handle:
+        magic = handle.read(4)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return ZstdFile.open(path) if is_zstd(magic) else open(path, "rb")
+
+
+def _parquet(path: Path, column: str) -> Iterator[Record]:
+    """One record a row, an empty one where it is null; a few hundred rows in memory. Rows count from 1 in messages."""
+    import pyarrow
+    import pyarrow.parquet
+    from pyarrow import types
+
+    try:
+        # Without pre-buffering and with a buffer, a row group is streamed and not held.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise DataError(f"{path} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
+            kind = file.schema_arrow.field(column).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            # A shard may hold nothing but nulls, and so have no other type.
+            if not any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_null)):
+                raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
+            row = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for value in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
+                    row += 1
+                    yield Record(value or b"", f"{path}:{row}", None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path} to its end: {error}") from error
+
+
+def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes]]:
+    if text_documents == "file":
+        yield 1, handle.read()
+        return
+    collected: list[bytes] = []
+    start = 1
+    for number, line in enumerate(handle, start=1):
+        if text_documents == "line":
+            if line.strip():
+                yield number, line.rstrip(b"\r\n")
+        elif line.strip():
+            if not collected:
+                start = number
+            collected.append(line)
+        elif collected:
+            yield start, b"".join(collected)
+            collected = []
+    if collected:
+        yield start, b"".join(collected)
+
+
+def text_of(record: Record) -> str:
+    """The text of a record, empty where it is null; DataError names file and line when it is not what it should be."""
+    try:
+        if record.json_key is None:
+            return record.payload.decode()
+        value = json.loads(record.payload)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{record.origin} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too, or brackets without end
+        raise DataError(f"{record.origin} is not JSON: {error}") from error
+    text = value.get(record.json_key) if isinstance(value, dict) else None
+    if text is None and isinstance(value, dict) and record.json_key in value:
+        return ""  # null, as data sets write it
+    if not isinstance(text, str):
+        found = f"its keys: {', '.join(sorted(value))}" if isinstance(value, dict) else "it is not an object"
+        raise DataError(f"{record.origin} has no text under '{record.json_key}' ({found}): see --json-keys")
+    if b"\\u" in record.payload:  # the one way to smuggle half a surrogate pair in; no tokenizer takes it
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# Reading zstd files to their true end.
+#
+# ``zstandard``'s own stream reader takes a file that is cut off for a file that ends: half a shard would
+# become a corpus without a word. Here every frame must be whole.
+
+
+ZSTD_MAGIC = 0xFD2FB528
+SKIPPABLE_MAGIC = 0x184D2A50  # to …5F: a frame without content, as pzstd writes before each of its own
+COMPRESSED_BYTES = 1 << 16  # that are read at a time; what they expand to is in memory
+LARGEST_WINDOW = 1 << 31  # `zstd --long=31`, as some published shards need
+
+
+def is_zstd(head: bytes) -> bool:
+    """Whether a file that begins with these four bytes is one of zstd frames."""
+    magic = int.from_bytes(head[:4], "little")
+    return magic == ZSTD_MAGIC or magic & ~0xF == SKIPPABLE_MAGIC
+
+
+class ZstdFile(io.RawIOBase):
+    """The decompressed bytes of a file of one or more zstd frames; use ``ZstdFile.open``."""
+
+    def __init__(self, path: str | Path):
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        self._file = open(path, "rb")
+        self._frame = self._decompressor.decompressobj()
+        self._inside = False  # a frame has begun and has not ended
+        self._ready = memoryview(b"")
+
+    @staticmethod
+    def open(path: str | Path) -> IO[bytes]:
+        """A buffered reader; it raises EOFError when the file ends inside a frame, OSError when it is broken."""
+        return io.BufferedReader(ZstdFile(path), 1 << 20)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        while not self._ready:
+            compressed = self._file.read(COMPRESSED_BYTES)
+            if not compressed:
+                if self._inside:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._ready = memoryview(self._decompress(compressed))
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), len(self._ready))
+        view[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        pieces = []
+        try:
+            while compressed:
+                pieces.append(self._frame.decompress(compressed))
+                self._inside, compressed = not self._frame.eof, b""
+                if self._frame.eof:
+                    compressed = self._frame.unused_data
+                    self._frame = self._decompressor.decompressobj()
+        except self._error as error:
+            raise OSError(str(error)) from error
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

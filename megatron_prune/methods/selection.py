@@ -1,0 +1,147 @@
+"""The lowest scores of each row, or of each group of M consecutive inputs: exact, and no sorting.
+
+Scores are fp32 and never negative. Between equal scores the lower index is not chosen: it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prune.errors import CheckpointError
+
+_PAIRS = 1 << 18  # compared at a time, which a core's cache holds
+
+
+def lowest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True for the ``count`` lowest scores of each row; [rows, in] both."""
+    refuse_infinite(scores)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # [rows, 1]
+    chosen = scores <= threshold
+    excess = chosen.sum(1) - count  # [rows]
+    tied = excess.nonzero().flatten()  # few rows: where more scores equal the threshold than may go
+    if len(tied):
+        equal = scores[tied] == threshold[tied]  # [tied, in]
+        stay = equal & (equal.cumsum(1) <= excess[tied, None])
+        chosen[tied] &= ~stay
+    return chosen
+
+
+def lowest_in_groups(scores: torch.Tensor, count: int, m: int) -> torch.Tensor:
+    """True for the ``count`` lowest scores of every ``m`` consecutive ones of a row; [rows, in] both."""
+    refuse_infinite(scores)
+    groups = scores.reshape(-1, m)  # [rows * in / m, m]
+    chosen = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
+    step = _PAIRS // (m * m)
+    for start in range(0, len(groups), step):
+        part = slice(start, start + step)
+        chosen[part] = lowest_of_planes(groups[part].t().contiguous(), count).t()
+    return chosen.view(scores.shape)
+
+
+def lowest_of_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
+    """True for the ``count`` lowest along the first dimension; [m, groups] both, m at most 255.
+
+    Every pair of a group is compared: for small groups that is far cheaper than any sort.
+    """
+    m = len(planes)
+    # Bits of floats that are not negative have their order; the index makes every key another.
+    index = torch.arange(m, device=planes.device)[:, None]
+    keys = planes.view(torch.int32).long().mul_(m).sub_(index)  # [m, groups]
+    before = keys[:, None] < keys  # [m, m, groups]: the first goes before the second
+    return before.view(torch.uint8).sum(0, dtype=torch.uint8) < count
+
+
+def refuse_infinite(scores: torch.Tensor) -> None:
+    """CheckpointError where a score is infinite or no number: weights or inputs are broken."""
+    if not bool(scores.isfinite().all()):
+        raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 matrix products in fp32: no TF32, no bf16, whatever the process has asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Which rows of a matrix this rank holds, and the lowest scores among all ranks' rows.
+#
+# The lowest of a whole matrix are found by radix selection: a score that is not negative has the order
+# of its bits, so a histogram of their first digit, summed over ranks, says where the last score to go
+# lies, then one of the second digit among those, and one of the third. No rank sees another's scores,
+# and nothing is sorted, so that one process and many find the same bits.
+
+
+_DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, width) of the 31 bits of a float that is not negative
+_INFINITE = 0x7F800000 >> 20  # first digit of the lowest that is not finite
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's consecutive rows of a matrix: from ``first``, of ``total``.
+
+    Every rank of ``group`` holds other rows, higher ranks of it higher ones. Without a group this process
+    holds all of them.
+    """
+
+    first: int
+    total: int
+    group: torch.distributed.ProcessGroup | None = None
+
+    @staticmethod
+    def all(total: int) -> Rows:
+        """All rows of a matrix, in one process."""
+        return Rows(0, total)
+
+    def lowest(self, scores: torch.Tensor, count: int) -> torch.Tensor:
+        """True for the ``count`` lowest of all ranks' ``scores`` (fp32, never negative) [rows, columns].
+
+        Exact; between equal scores the lower index, row by row over the whole matrix, is not chosen.
+        Collective over the group: every rank gives the same ``count`` and number of columns.
+        """
+        if count == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        bits = scores.view(torch.int32)
+        # Their order does not matter here, and a transposed block need not be copied.
+        left = (bits if bits.is_contiguous() else bits.t()).flatten()
+        threshold = equal = 0
+        for shift, width in _DIGITS:
+            digits = (left >> shift) & ((1 << width) - 1)
+            histogram = torch.bincount(digits, minlength=1 << width)  # [2^width]
+            if self.group is not None:
+                torch.distributed.all_reduce(histogram, group=self.group)
+            if shift == _DIGITS[0][0] and bool(histogram[_INFINITE:].any()):
+                raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
+            upto = histogram.cumsum(0)
+            digit = int(torch.searchsorted(upto, count))  # of the count-th lowest
+            equal = int(histogram[digit])
+            count -= int(upto[digit]) - equal
+            threshold |= digit << shift
+            left = left[digits == digit]
+        if count == equal:
+            return bits <= threshold
+        chosen = bits < threshold
+        places = (bits == threshold).nonzero()  # [own, 2], row by row
+        last = len(places) - self._share(count, len(places), scores.device)
+        chosen[places[last:, 0], places[last:, 1]] = True
+        return chosen
+
+    def _share(self, count: int, own: int, device: torch.device) -> int:
+        """How many of its ``own`` equal scores this rank chooses so that all choose the last ``count``."""
+        if self.group is None:
+            return count
+        mine = torch.tensor([own], device=device)
+        everybody = [torch.empty_like(mine) for _ in range(self.group.size())]
+        torch.distributed.all_gather(everybody, mine, group=self.group)
+        higher = sum(int(n) for n in everybody[self.group.rank() + 1 :])
+        return min(own, max(0, count - higher))

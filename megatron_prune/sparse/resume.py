@@ -1,0 +1,242 @@
+"""What a killed ``sparsify`` leaves for the next attempt: each finished block's weights and masks, beside SAVE.
+
+    .SAVE.sparsify/question.json      parent, request and calibration that all of it belongs to
+    .SAVE.sparsify/block-0003/        one folder a rank of weights (``checkpoint/parallel.py``) and of packed masks
+    .SAVE.sparsify/block-0003/done.json   written last: the block is whole, and its rows of the table
+    .SAVE.sparsify/stage-0.left       the first stage has its activations ready for the second
+
+Ranks also wait for one another by these files, since a later stage may wait for hours: no collective that could time
+out is open meanwhile. The weights become the checkpoint as they lie here (``CheckpointWriter`` adopts them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from megatron_prune.artifacts import explain_full_disk, read_json, write_bytes, write_json
+from megatron_prune.checkpoint.parallel import Part, copy_overlap, read_part, write_part
+from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.masks import bits
+
+POLL_SECONDS = 0.1
+_PATIENT_SECONDS = 1.0
+SEEN_SECONDS = 120.0  # a network file system may remember for a minute what was not there
+
+# What of a shard lies where in the whole weight: (logical name, offsets, tensor [rows, columns]).
+Shards = Iterable[tuple[str, tuple[int, ...], torch.Tensor]]
+# The same of a pruned weight and its mask: (logical name, offsets, weight, kept).
+Pruned = Iterable[tuple[str, tuple[int, ...], torch.Tensor, torch.Tensor]]
+
+
+class Scratch:
+    """The folder that belongs to the output ``save``."""
+
+    def __init__(self, save: Path):
+        save = save.absolute()
+        self.folder = save.with_name(f".{save.name}.sparsify")
+        self.masks = self.folder / "masks"
+
+    # -- the question -------------------------------------------------------------------------------
+
+    def refuse_another(self, question: Mapping[str, Any]) -> None:
+        """UsageError where the folder holds unfinished work on another question."""
+        path = self.folder / "question.json"
+        if not path.exists():
+            return
+        held = read_json(path)
+        differs = [key for key in question if held.get(key) != question[key]]
+        if differs:
+            raise UsageError(
+                "--save", given=f"a directory whose unfinished pruning has another {differs[0]}",
+                allowed=f"another directory, or the same command as before; or delete {self.folder}",
+            )  # fmt: skip
+
+    def open(self, question: Mapping[str, Any]) -> None:
+        """Begin, or go on with, the work on ``question``; forget what ranks told each other. For one process."""
+        if not (self.folder / "question.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)  # whose is it?
+            write_json(self.folder / "question.json", question)
+        for left in self.folder.glob("stage-*.left"):
+            left.unlink()
+        shutil.rmtree(self.masks, ignore_errors=True)
+
+    def refuse_unseen(self) -> None:
+        """UsageError where what the first rank has opened is not on this machine: ranks would wait for one another's
+        blocks for ever."""
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not (self.folder / "question.json").exists():
+            if time.monotonic() >= deadline:
+                raise UsageError(
+                    "--save", given=f"a directory that {os.uname().nodename} does not see as the first rank does",
+                    allowed="one on a file system that all nodes share",
+                )  # fmt: skip
+            time.sleep(_PATIENT_SECONDS)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- blocks -------------------------------------------------------------------------------------
+
+    def write(self, layer: int, rank: int, pruned: Pruned) -> None:
+        """Keep a tensor-parallel rank's shards of a pruned block. One is in memory at a time, and the packed masks."""
+        folder = self._block(layer)
+        packed, places = {}, []
+
+        def weights() -> Shards:
+            for number, (name, offsets, weight, kept) in enumerate(pruned):
+                packed[str(number)] = bits.pack(kept)
+                places.append([name, list(offsets), list(kept.shape)])
+                yield name, offsets, weight
+
+        with explain_full_disk(folder, "the blocks before it are kept"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_part(folder / f"weights-{rank}", weights())
+            described = safetensors.torch.save(packed, {"places": json.dumps(places)})
+            write_bytes(folder / f"masks-{rank}.safetensors", described)
+
+    def finish(self, layer: int, ranks: int, row: Mapping[str, Any]) -> None:
+        """Say that all ``ranks`` tensor-parallel ranks have written their shards of a block."""
+        write_json(self._block(layer) / "done.json", {"ranks": ranks, **row})
+
+    def done(self, layers: Iterable[int]) -> list[dict[str, Any]]:
+        """What ``finish`` was told of those of ``layers`` that are finished."""
+        paths = (self._block(layer) / "done.json" for layer in layers)
+        return [read_json(path) for path in paths if path.exists()]
+
+    def parts(self, layer: int) -> list[Part]:
+        """The weights of a finished block."""
+        ranks = read_json(self._block(layer) / "done.json")["ranks"]
+        return [read_part(self._block(layer) / f"weights-{rank}") for rank in range(ranks)]
+
+    def read_weights(self, layer: int, targets: Shards) -> None:
+        """Fill tensors with what they are of a finished block's weights."""
+        parts = self.parts(layer)
+        for name, offsets, target in targets:
+            self._check(layer, name, target, sum(part.fill(name, offsets, target) for part in parts))
+
+    def read_masks(self, layer: int, targets: Shards) -> None:
+        """Fill bool tensors with what they are of a finished block's masks."""
+        wanted = list(targets)
+        filled = [0] * len(wanted)
+        ranks = read_json(self._block(layer) / "done.json")["ranks"]
+        for rank in range(ranks):
+            path = self._block(layer) / f"masks-{rank}.safetensors"
+            with safetensors.safe_open(path, framework="pt") as file:
+                for number, (name, offsets, sizes) in enumerate(_places(file)):
+                    kept = bits.unpack(file.get_tensor(str(number)), 0, sizes[1])
+                    for i, (asked, asked_offsets, target) in enumerate(wanted):
+                        if asked == name:
+                            filled[i] += copy_overlap(kept, offsets, target, asked_offsets)
+        for (name, _, target), count in zip(wanted, filled, strict=True):
+            self._check(layer, name, target, count)
+
+    def mask_rows(self, layer: int, name: str) -> Iterator[torch.Tensor]:
+        """The mask of a weight as its block was written: consecutive rows, from one rank that had all of them."""
+        with safetensors.safe_open(self._block(layer) / "masks-0.safetensors", framework="pt") as file:
+            for number, (given, _, sizes) in enumerate(_places(file)):
+                if given == name:
+                    yield bits.unpack(file.get_tensor(str(number)), 0, sizes[1])
+
+    def _check(self, layer: int, name: str, target: torch.Tensor, filled: int) -> None:
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self._block(layer)} holds {filled} of {target.numel()} entries of {name}: delete it"
+            )
+
+    def _block(self, layer: int) -> Path:
+        return self.folder / f"block-{layer:04d}"
+
+    # -- waiting ------------------------------------------------------------------------------------
+
+    def leave(self, stage: int) -> None:
+        """Say that a stage is ready to send."""
+        write_bytes(self.folder / f"stage-{stage}.left", b"")
+
+    def wait_for_stage(self, stage: int) -> None:
+        """Wait until a stage is ready to send."""
+        wait(lambda: (self.folder / f"stage-{stage}.left").exists())
+
+    def wait_for_blocks(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
+        """Wait until all ``layers`` are finished, in their order; ``seen`` is told what ``finish`` was told of each."""
+        for layer in layers:
+            path = self._block(layer) / "done.json"
+            wait(path.exists)
+            seen(read_json(path))
+
+
+def _places(file: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(logical name, offsets, sizes) of the masks in a file, in the order of their keys."""
+    return [(name, tuple(offsets), tuple(sizes)) for name, offsets, sizes in json.loads(file.metadata()["places"])]
+
+
+def wait(ready: Callable[[], bool]) -> None:
+    """Return when ``ready()``; whoever it waits for dies with the job, and this process too."""
+    began = time.monotonic()
+    while not ready():
+        time.sleep(POLL_SECONDS if time.monotonic() - began < 60 else _PATIENT_SECONDS)
+
+
+# How far a pruning is, on the first rank: a bar on a terminal, a line a block elsewhere.
+
+
+class Progress:
+    """``with Progress(name, total, shown) as progress: progress.block(row)``; every block is counted once."""
+
+    def __init__(self, name: str, total: int, *, shown: bool):
+        self._total, self._shown = total, shown
+        self._seen: set[int] = set()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Bar(
+            TextColumn(f"{name}: blocks"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}"),
+            console=self._console,
+            disable=not shown or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, last="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def block(self, row: Mapping[str, Any], *, resumed: bool = False) -> None:
+        """A block is finished; ``row`` is what the scratch folder keeps of it."""
+        if not self._shown or row["layer"] in self._seen:
+            return
+        self._seen.add(row["layer"])
+        last = f"layer {row['layer']}: " + ("kept from before" if resumed else _says(row))
+        self._bar.update(self._task, completed=len(self._seen), last=last)
+        if not self._console.is_terminal:
+            self._console.print(f"block {len(self._seen)} of {self._total}, {last}")
+
+
+def _says(row: Mapping[str, Any]) -> str:
+    errors = [f"{found['matrix']} {found['error']:.4f}" for found in row["matrices"] if found["error"] is not None]
+    return f"{row['seconds']:.1f} s, relative error " + ", ".join(errors)

@@ -1,0 +1,224 @@
+"""``python -m megatron_prune apply``: a plan and its parent in, a smaller checkpoint out.
+
+No model and no process group: every weight is streamed in blocks of rows from the reader, cut by
+the table of layouts (``checkpoint/layout.py``), and handed to the writer, so memory is bounded by a
+few blocks a process whatever the model's size. The writer makes the result appear whole or not at all.
+
+``rewrite`` is the cut that cuts nothing: any checkpoint that can be read as one of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.errors import PlanError
+from megatron_prune.masks import MASKS, Masks, open_masks, write_single
+from megatron_prune.masks.cut import Source, check_cut, cut_masks
+from megatron_prune.masks.verify import guarded, masks_of
+from megatron_prune.structured import plan
+from megatron_prune.training import lineage
+from megatron_prune.training.account import ACCOUNT
+
+BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron_prune apply", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, metavar="CKPT", help="the parent that the plan was made for")
+    parser.add_argument("--plan", required=True, metavar="PLAN.json")
+    parser.add_argument("--save", required=True, metavar="CKPT", help="where the pruned checkpoint goes")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the weights")
+    parser.add_argument(
+        "--verify-integrity", action="store_true", help="check the parent's files against integrity.json first"
+    )
+    options = parser.parse_args(argv)
+    made = plan.read(options.plan)
+    keep_freed_memory()
+    if options.verify_integrity:
+        open_checkpoint(options.load).verify(hashes=True)
+    apply_plan(options.load, made, options.save, workers=options.workers)
+    print(f"wrote {options.save}: {made.target.parameters():,} of {made.source.parameters():,} parameters")
+    return 0
+
+
+def apply_plan(
+    load: str | Path,
+    made: plan.PruningPlan,
+    save: str | Path,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    workers: int = 1,
+) -> None:
+    """Write to ``save`` what ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
+
+    ``files`` are small files to put beside the weights, by their path under ``save``; ``workers`` processes share
+    the work.
+
+    Masks beside the parent are cut along. Raises PlanError when the plan is for another parent; MasksError when the
+    cut would tear the groups of N:M masks; CheckpointError from reading and writing.
+    """
+    parent = open_checkpoint(load)
+    refuse_unrestored(parent.args, str(load))
+    check_parent(parent, made)
+    sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
+    _write(parent, made.target, sources, save, [*parent.pruning, provenance(parent, made)], files or {}, workers)
+
+
+def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
+    """Write the weights of any readable checkpoint ``load``, its masks, account and provenance, to ``save``, as a
+    release of iteration 0 in `torch_dist` format. Optimizer state stays behind.
+
+    Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
+    """
+    parent = open_checkpoint(load)
+    refuse_unrestored(parent.args, str(load))
+    all_of_it = [(layout, layout.name, Kept()) for layout in weights(parent.shape)]
+    account = parent.root / ACCOUNT
+    files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
+    _write(parent, parent.shape, all_of_it, save, parent.pruning, files, workers)
+    return open_checkpoint(save)
+
+
+def _write(
+    parent: Checkpoint,
+    target: ModelShape,
+    sources: Sequence[Source],
+    save: str | Path,
+    pruning: Sequence[Mapping[str, Any]],
+    files: Mapping[str, bytes],
+    workers: int,
+) -> None:
+    masks = masks_of(parent)
+    if masks is not None:
+        check_cut(masks, sources)
+    args = {**parent.args, **target.to_args()}
+    if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
+        args["encoder_num_layers"] = target.num_layers
+    with CheckpointWriter(
+        save,
+        args=args,
+        dtype=parent.spec(parent.names[0]).dtype,
+        pruning=pruning,
+        huggingface=parent.huggingface,
+    ) as writer:
+        for name, payload in files.items():
+            writer.add_file(name, payload)
+        folder = None
+        if masks is not None:
+            folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
+        places = {layout.name: (source, kept) for layout, source, kept in sources}
+        writer.add_all(Pieces(parent.directory, places, folder), workers)
+
+
+@dataclass
+class Pieces(Blocks):
+    """What is left of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it is
+    cut from and what is kept of it. ``masks`` are the folder of the smaller model's, which must fit."""
+
+    load: Path
+    sources: Mapping[str, tuple[str, Kept]]
+    masks: Path | None
+
+    @cached_property
+    def _parent(self) -> Checkpoint:
+        return open_checkpoint(self.load)
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return None if self.masks is None else open_masks(self.masks)
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        blocks = cut(self._parent, *self.sources[name])
+        return blocks if self._masks is None else guarded(self._masks, name, blocks)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parent.spec(self.sources[name][0]).dtype
+
+
+def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
+    """Refuse a plan that was made for another checkpoint."""
+    if parent.shape != made.source:
+        raise PlanError(f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}")
+    if parent.fingerprint() != made.parent:
+        raise PlanError(
+            f"the plan is for another parent: it names the weights {made.parent}, {parent.root} holds "
+            f"{parent.fingerprint()}; plan for this checkpoint, or --load the one that the plan is for"
+        )
+
+
+def cut(parent: Checkpoint, name: str, kept: Kept) -> Iterator[torch.Tensor]:
+    """What ``kept`` leaves of the weight ``name``, as blocks of rows in ascending order."""
+    layout = parent.layout(name)
+    rows, columns = (*(axis_indices(axis, parent.shape, kept) for axis in layout.axes), None)[:2]
+    start = 0
+    for block in parent.row_blocks(name, BLOCK_BYTES):
+        stop = start + len(block)
+        if rows is not None:
+            inside = rows[torch.searchsorted(rows, start) : torch.searchsorted(rows, stop)] - start
+            block = block.index_select(0, inside)
+        if columns is not None:
+            block = _take_columns(block, columns)
+        if len(block):
+            yield block
+        start = stop
+
+
+def _take_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``block[:, columns]``: numpy's ``take`` moves the bits quickest, with indices that it need not refuse."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[block.itemsize]
+    out = torch.empty(len(block), len(columns), dtype=block.dtype)
+    numpy.take(block.view(bits).numpy(), columns.numpy(), axis=1, out=out.view(bits).numpy(), mode="wrap")
+    return out
+
+
+def _source_of(target: WeightLayout, made: plan.PruningPlan) -> tuple[str, Kept]:
+    """The parent's weight that a weight of the target is cut from, and what is kept of it."""
+    if target.layer is None:
+        return target.suffix, Kept(hidden=made.kept_hidden)
+    return layer_name(made.kept_layers[target.layer], target.suffix), made.kept(target.layer)
+
+
+def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
+    """This pruning's entry in the chain of ``pruning.json``."""
+    spent = made.calibration or {}
+    return {
+        "parent": {
+            "path": str(parent.root),
+            "iteration": parent.iteration,
+            "fingerprint": parent.fingerprint(),
+        },
+        "lineage": lineage.of(parent),
+        "method": made.method,
+        "settings": made.settings,
+        "seed": made.seed,
+        "ratio": made.ratio,
+        "ratio_of": made.ratio_of,
+        "removed_linears": made.removed_linears,
+        "removed_all": made.removed_all,
+        "source": asdict(made.source),
+        "target": asdict(made.target),
+        "plan": made.hash,
+        "statistics": made.statistics,
+        "calibration": made.calibration,
+        # Spent on pruning. Candidates that are scored read the calibration's tokens again; retraining trains on more.
+        "tokens": spent.get("tokens", 0) + spent.get("retraining", {}).get("tokens", 0),
+        "flops": sum(part.get("flops", 0) for part in (spent, spent.get("scoring", {}), spent.get("retraining", {}))),
+        "versions": artifacts.versions(),
+    }

@@ -1,0 +1,299 @@
+"""Candidates: what a method offers where the loss of the model is to decide, and ``candidates.json``.
+
+A candidate is a selection: layers, hidden channels, heads and FFN channels that stay. Its score is the
+parent's mean loss on the calibration windows with only that running, and where a task is to decide, its
+accuracy on that (and the whole parent's, to compare). Scores are kept in the statistics under the
+selection's key; so a score made for one plan serves every other that asks about the same selection.
+
+``candidates.json`` is the question that ``plan`` leaves for ``calibrate --score``: method, settings and
+target shapes. The selections follow from them and the statistics, and are made again by whoever reads it.
+Where the best are to be retrained, it is the question for ``rescore`` too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts, methods
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import PlanError
+from megatron_prune.methods import Method, NearTie, Request, Retraining, Selection
+from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
+from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
+
+VERSION = 1
+FILE = "candidates.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the choices between which the loss of the model decides."""
+
+    source: ModelShape
+    target: ModelShape
+    selection: Selection
+
+    @property
+    def label(self) -> str:
+        """What it removes or leaves, in words."""
+        kept, shape = self.selection, self.target
+        if shape == self.source:
+            return "dense"
+        if kept.hidden is None and kept.heads is None and kept.ffn is None:
+            return f"without layers {_ranges(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
+        return (
+            f"hidden {shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups, "
+            f"FFN {shape.ffn_hidden_size}"
+        )
+
+    def scoring_flops(self, seq_length: int) -> int:
+        """FLOPs of one sequence through it: layers are skipped, but channels are only masked."""
+        return replace(self.source, num_layers=self.target.num_layers).forward_flops(seq_length)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of these shapes, and which of a method's selections for them, is best?"""
+
+    method: str
+    settings: Mapping[str, Any]
+    source: ModelShape
+    targets: tuple[ModelShape, ...]
+    parent: str  # fingerprint
+    seed: int | None = None
+    task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss does
+
+    def candidates(self, statistics: Statistics | None) -> list[Candidate]:
+        """What the method offers, in order; one candidate where nothing competes.
+
+        Raises StatisticsError when it needs statistics that are absent or of another parent.
+        """
+        method = methods.get(self.method)
+        if statistics is None and uses_statistics(method, self.settings):
+            raise StatisticsError(f"{self.method} needs statistics: run calibrate and give --statistics")
+        if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
+            raise StatisticsError(
+                f"the statistics are of another parent (fingerprint {statistics.parent}, not {self.parent}): "
+                "calibrate this one"
+            )
+        tensors = {key: statistics.tensors[key] for key in method.needs(self.settings)} if statistics else {}
+        return [
+            Candidate(self.source, target, selection)
+            for target in self.targets
+            for selection in method.candidates(Request(self.source, target, tensors, self.settings, self.seed))
+        ]
+
+    @property
+    def dense(self) -> Candidate:
+        """The parent as it is, to which a task's accuracies are compared."""
+        return Candidate(self.source, self.source, Selection(tuple(range(self.source.num_layers))))
+
+    @property
+    def retraining(self) -> Retraining | None:
+        """What the best candidates are to be trained on before one is chosen."""
+        search = methods.get(self.method).search(self.settings)
+        return search.retraining if search else None
+
+    def unscored(self, statistics: Statistics) -> list[Candidate]:
+        """What the model has not been run with on the windows of ``statistics``, or not on the task."""
+        asked = self.candidates(statistics)
+        if self.task is None:
+            return [c for c in asked if c.selection.key not in statistics.scores]
+        return [c for c in (self.dense, *asked) if not _has_task(c, statistics, self.task)]
+
+    def finalists(self, statistics: Statistics) -> list[Candidate]:
+        """The candidates that are to be retrained: those of the lowest finite loss, best first. All have scores."""
+        if self.retraining is None:
+            return []
+        found = [c for c in self.candidates(statistics) if math.isfinite(statistics.scores[c.selection.key].loss)]
+        found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: of equals the first
+        return found[: self.retraining.candidates]
+
+    def unretrained(self, statistics: Statistics) -> list[Candidate]:
+        """Those of the ``finalists`` that have not been trained on as many tokens as asked for."""
+        return [c for c in self.finalists(statistics) if not self._has_retrained(c, statistics)]
+
+    def _has_retrained(self, candidate: Candidate, statistics: Statistics) -> bool:
+        found, asked = statistics.scores[candidate.selection.key].retrained, self.retraining
+        return found is not None and asked is not None and found.tokens == asked.tokens
+
+    def write(self, path: str | Path, statistics: Statistics) -> None:
+        """Write ``candidates.json`` atomically."""
+        content = {
+            "version": VERSION,
+            **asdict(self),
+            "statistics": statistics.hash,
+            "candidates": [{"candidate": c.label, "key": c.selection.key} for c in self.candidates(statistics)],
+        }
+        artifacts.write_json(path, content)
+
+
+def read(path: str | Path) -> tuple[Question, str]:
+    """A ``candidates.json`` and the hash of the statistics that it is about; PlanError where it is damaged."""
+    content = artifacts.read_json(path)
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise PlanError(f"{path} is not a list of candidates of version {VERSION}")
+    try:
+        fields = {key: content[key] for key in Question.__dataclass_fields__}
+        shapes = {
+            "source": ModelShape(**fields["source"]),
+            "targets": tuple(ModelShape(**target) for target in fields["targets"]),
+        }
+        return Question(**{**fields, **shapes}), content["statistics"]
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{path} is damaged: {error!r}") from error
+
+
+def uses_statistics(method: Method, settings: Mapping[str, Any]) -> bool:
+    """True where the method reads activations or scores, which both lie in the statistics."""
+    return bool(method.needs(settings)) or method.needs_scores(settings)
+
+
+def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
+    score = statistics.scores.get(candidate.selection.key)
+    return score is not None and task in score.tasks
+
+
+def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
+    """``statistics`` and the losses of these candidates."""
+    scores = {
+        candidate.selection.key: Score(candidate.label, loss_of(loss))
+        for candidate, loss in zip(found, losses, strict=True)
+    }
+    return replace(statistics, scores={**statistics.scores, **scores})
+
+
+def with_accuracies(
+    statistics: Statistics, found: Sequence[Candidate], task: str, accuracies: Sequence[TaskScore]
+) -> Statistics:
+    """``statistics`` and what these candidates, which have their losses, reach on ``task`` (a fingerprint)."""
+    scores = dict(statistics.scores)
+    for candidate, score in zip(found, accuracies, strict=True):
+        earlier = scores[candidate.selection.key]
+        scores[candidate.selection.key] = replace(earlier, tasks={**earlier.tasks, task: score})
+    return replace(statistics, scores=scores)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` → ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+# Which of the candidates is chosen, and what it took to find out.
+#
+# The lowest LM loss on the calibration windows wins; where a task decides, the highest accuracy; where
+# the best are retrained, the lowest loss after that. Every candidate's numbers are kept in the plan's table.
+# A loss that is not finite (an overflow, a training that diverged) is kept as infinite, and never chosen.
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate's row in the table that a plan keeps."""
+
+    candidate: str
+    parameters: int
+    loss: float  # infinite where it is not finite
+    accuracy: float | None = None  # where a task decides
+    retrained_loss: float | None = None  # of those that were retrained, one of which is chosen
+
+
+def judge(
+    question: Question, found: Sequence[Candidate], statistics: Statistics
+) -> tuple[int, list[Scored], list[NearTie]]:
+    """Index of the best of ``found``, the table of all, and what lies within rounding of the best.
+
+    Where the best are retrained, which of them are is a cut too, between a ``finalist`` and one that is none.
+
+    Judged by loss, by a task's accuracy, or, where the best are retrained, by their loss after that.
+    PlanError where no loss is finite.
+    """
+    if missing := question.unscored(statistics):
+        raise StatisticsError(f"{question.method}: {len(missing)} of {len(found)} candidates have no score yet")
+    if waiting := question.unretrained(statistics):
+        raise StatisticsError(f"{question.method}: {len(waiting)} candidates have not been retrained yet")
+    scores = [statistics.scores[c.selection.key] for c in found]
+    table = [Scored(c.label, c.target.parameters(), s.loss) for c, s in zip(found, scores, strict=True)]
+    usable = _finite([row.loss for row in table], f"{question.method}: no candidate")
+    if task := methods.get(question.method).task(question.settings):
+        assert question.task is not None
+        accuracies = [score.tasks[question.task].accuracies[task.metric] for score in scores]
+        table = [replace(row, accuracy=a.share) for row, a in zip(table, accuracies, strict=True)]
+        best, ties = highest_accuracy([accuracies[i] for i in usable], [table[i].loss for i in usable])
+        return usable[best], table, [_renumbered(tie, usable) for tie in ties]
+    if not (finalists := question.finalists(statistics)):
+        best, ties = lowest_loss([table[i].loss for i in usable])
+        return usable[best], table, [_renumbered(tie, usable) for tie in ties]
+    keys = {c.selection.key for c in finalists}
+    tried = [i for i, c in enumerate(found) if c.selection.key in keys]
+    after = {i: retrained for i in tried if (retrained := scores[i].retrained)}
+    assert question.retraining is not None
+    _, cut = lowest_losses([table[i].loss for i in usable], question.retraining.candidates, "finalist")
+    if len({one.recipe for one in after.values()}) > 1:
+        raise StatisticsError("the candidates were not all retrained by the same recipe: run rescore again")
+    table = [replace(row, retrained_loss=after[i].loss if i in after else None) for i, row in enumerate(table)]
+    trained = _finite([after[i].loss for i in tried], f"{question.method}: no candidate that was retrained")
+    trained = [tried[i] for i in trained]
+    best, ties = lowest_loss([after[i].loss for i in trained])
+    ties = [_renumbered(tie, trained) for tie in ties]
+    return trained[best], table, [*ties, *(_renumbered(tie, usable) for tie in cut)]
+
+
+def loss_text(loss: float) -> str:
+    """A loss for people."""
+    return f"{loss:.5f}" if math.isfinite(loss) else "not finite"
+
+
+def _finite(losses: Sequence[float], nobody: str) -> list[int]:
+    """Places of the finite losses; PlanError where there is none."""
+    if places := [i for i, loss in enumerate(losses) if math.isfinite(loss)]:
+        return places
+    raise PlanError(
+        f"{nobody} has a finite loss on the calibration text: there is nothing to choose "
+        "(try bf16 or fp32 in place of fp16, or a lower --lr where they were retrained)"
+    )
+
+
+def _renumbered(tie: NearTie, numbers: Sequence[int]) -> NearTie:
+    """``tie`` between places of ``numbers`` as one between the candidates that stand there."""
+    others = tuple(sorted(numbers[i] for i in tie.others))
+    return replace(tie, kept=numbers[tie.kept], removed=numbers[tie.removed], others=others)
+
+
+def spent(question: Question, found: Sequence[Candidate], statistics: Statistics) -> dict[str, Any]:
+    """What judging ``found`` took, as entries of a plan's ``calibration``.
+
+    ``scoring`` are forward passes, ``retraining`` is training: its tokens are what pruning itself trained on.
+    """
+    flops = statistics.sequences * sum(c.scoring_flops(statistics.seq_length) for c in found)
+    scoring: dict[str, Any] = {"candidates": len(found), "flops": flops}
+    if task := methods.get(question.method).task(question.settings):
+        assert question.task is not None
+        judged = [statistics.scores[c.selection.key].tasks[question.task] for c in (question.dense, *found)]
+        scoring["flops"] += sum(score.flops for score in judged)
+        scoring["flops"] += statistics.sequences * question.dense.scoring_flops(statistics.seq_length)
+        scoring["task"] = {
+            "path": task.path,
+            "fingerprint": question.task,
+            "metric": task.metric,
+            "dense": asdict(judged[0].accuracies[task.metric]),
+        }
+    entries: dict[str, Any] = {"scoring": scoring}
+    if finalists := question.finalists(statistics):
+        after = [one for c in finalists if (one := statistics.scores[c.selection.key].retrained)]
+        entries["retraining"] = {
+            "candidates": len(after),
+            "tokens": sum(one.tokens for one in after),
+            "flops": sum(one.flops for one in after),
+            "recipe": after[0].recipe,
+        }
+    return entries

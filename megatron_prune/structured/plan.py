@@ -1,0 +1,223 @@
+"""``plan.json``: which layers, hidden channels, heads and FFN channels of one parent survive, and why.
+
+A ``PruningPlan`` is frozen and validates itself, so whoever holds one can apply it. It is a function
+of the parent's shape, the statistics, the method's settings and the seed; no parallel layout is in
+it. All indices are in source numbering and ascending.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts, methods
+from megatron_prune.checkpoint.layout import Kept, ModelShape
+from megatron_prune.errors import PlanError
+from megatron_prune.methods import NearTie
+from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
+from megatron_prune.structured.statistics import Statistics
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What survives of ``parent``. See the module's docstring; fields are the keys of ``plan.json``."""
+
+    method: str
+    settings: dict[str, Any]  # the method's own flags
+    seed: int | None  # None: the method draws nothing
+    ratio: float | None  # as asked for; None where sizes or a parameter count were asked for
+    ratio_of: str  # linears or all
+    source: ModelShape
+    target: ModelShape
+    parent: str  # fingerprint of the checkpoint that this plan is for
+    kept_layers: tuple[int, ...]
+    kept_hidden: tuple[int, ...] | None = None
+    kept_heads: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
+    kept_ffn: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
+    near_ties: tuple[NearTie, ...] = ()
+    candidates: tuple[Scored, ...] = ()  # all that the model was run with; empty where none competed
+    chosen: int | None = None  # index of the candidate that this plan is
+    statistics: str | None = None  # hash; None: the method needs none
+    calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the runs behind them
+
+    def __post_init__(self) -> None:
+        source, target = self.source, self.target
+        _ascending("kept_layers", self.kept_layers, target.num_layers, source.num_layers)
+        if self.kept_hidden is not None:
+            _ascending("kept_hidden", self.kept_hidden, target.hidden_size, source.hidden_size)
+        for name, sets, size, limit in (
+            ("kept_heads", self.kept_heads, target.num_attention_heads, source.num_attention_heads),
+            ("kept_ffn", self.kept_ffn, target.ffn_hidden_size, source.ffn_hidden_size),
+        ):
+            if sets is None:
+                continue
+            if len(sets) != len(self.kept_layers):
+                raise PlanError(f"plan: {name} has {len(sets)} entries for {len(self.kept_layers)} kept layers")
+            for layer, kept in zip(self.kept_layers, sets, strict=True):
+                _ascending(f"{name} of layer {layer}", kept, size, limit)
+        if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
+            raise PlanError(f"plan: candidate {self.chosen} was chosen of {len(self.candidates)}")
+        for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
+            groups = {h // source.heads_per_group for h in heads}
+            counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
+            if len(groups) != target.num_query_groups or len(counts) != 1:
+                raise PlanError(
+                    f"plan: the kept heads of layer {layer} must lie in {target.num_query_groups} query "
+                    f"groups, the same number in each; found {len(groups)} groups with {sorted(counts)} heads"
+                )
+        reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
+        if reached != target:
+            raise PlanError(f"plan: what is kept makes {reached}, but the target is {target}")
+        if reached == source:
+            raise PlanError("plan: nothing is removed")
+
+    def kept(self, position: int) -> Kept:
+        """What survives in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
+        return Kept(
+            hidden=self.kept_hidden,
+            heads=None if self.kept_heads is None else self.kept_heads[position],
+            ffn=None if self.kept_ffn is None else self.kept_ffn[position],
+        )
+
+    @property
+    def removed_linears(self) -> float:
+        """Fraction of the blocks' linear weights that is removed."""
+        return 1 - self.target.linear_parameters() / self.source.linear_parameters()
+
+    @property
+    def removed_all(self) -> float:
+        """Fraction of all parameters that is removed."""
+        return 1 - self.target.parameters() / self.source.parameters()
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the plan's content."""
+        return artifacts.sha256_json(self._json())
+
+    def _json(self) -> dict[str, Any]:
+        # Through JSON, so that tuples and lists hash alike.
+        content = json.loads(json.dumps(asdict(self)))
+        rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
+        return {**content, "candidates": artifacts.with_nulls(list(rows))}
+
+    def file(self) -> bytes:
+        """Content of ``plan.json``, a list of indices a line."""
+        content = {
+            "version": VERSION,
+            **self._json(),
+            "removed_linears": self.removed_linears,
+            "removed_all": self.removed_all,
+            "hash": self.hash,
+        }
+        return artifacts.json_bytes(content)
+
+    def write(self, path: str | Path) -> None:
+        """Write ``plan.json`` atomically."""
+        artifacts.write_bytes(path, self.file())
+
+
+def read(path: str | Path) -> PruningPlan:
+    """Read and validate a plan; PlanError says what is wrong with it."""
+    content = artifacts.read_json(path)
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise PlanError(f"{path} is not a pruning plan of version {VERSION}")
+    try:
+        fields = {key: content[key] for key in PruningPlan.__dataclass_fields__}
+        plan = PruningPlan(
+            **{
+                **fields,
+                "source": ModelShape(**fields["source"]),
+                "target": ModelShape(**fields["target"]),
+                "kept_layers": tuple(fields["kept_layers"]),
+                "kept_hidden": None if fields["kept_hidden"] is None else tuple(fields["kept_hidden"]),
+                "kept_heads": _tuples(fields["kept_heads"]),
+                "kept_ffn": _tuples(fields["kept_ffn"]),
+                "candidates": tuple(Scored(**_no_nulls(row)) for row in fields["candidates"]),
+                "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{path} is damaged: {error!r}") from error
+    if plan.hash != content.get("hash"):
+        raise PlanError(f"{path} was changed after it was written (its hash does not fit): plan again")
+    return plan
+
+
+def make(
+    question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | None = None
+) -> PruningPlan:
+    """Let the method choose what survives; where candidates compete, their scores do.
+
+    Raises StatisticsError when statistics or scores are needed that are absent, or of another parent.
+    """
+    method = methods.get(question.method)
+    if not uses_statistics(method, question.settings):
+        statistics = None
+    found = question.candidates(statistics)
+    if not method.needs_scores(question.settings):
+        return for_candidate(question, found[0], statistics, ratio=ratio, ratio_of=ratio_of)
+    assert statistics is not None
+    best, table, ties = judge(question, found, statistics)
+    made = for_candidate(question, found[best], statistics, ratio=ratio, ratio_of=ratio_of)
+    return replace(
+        made,
+        near_ties=(*ties, *made.near_ties),
+        candidates=tuple(table),
+        chosen=best,
+        calibration={**statistics.provenance(), **spent(question, found, statistics)},
+    )
+
+
+def for_candidate(
+    question: Question,
+    candidate: Candidate,
+    statistics: Statistics | None,
+    *,
+    ratio: float | None = None,
+    ratio_of: str = "linears",
+) -> PruningPlan:
+    """The plan that keeps what ``candidate`` keeps, whatever it is worth."""
+    selection = candidate.selection
+    return PruningPlan(
+        method=question.method,
+        settings=dict(question.settings),
+        seed=question.seed,
+        ratio=ratio,
+        ratio_of=ratio_of,
+        source=question.source,
+        target=candidate.target,
+        parent=question.parent,
+        kept_layers=selection.layers,
+        kept_hidden=selection.hidden,
+        kept_heads=selection.heads,
+        kept_ffn=selection.ffn,
+        near_ties=selection.near_ties,
+        statistics=statistics.hash if statistics else None,
+        calibration=statistics.provenance() if statistics else None,
+    )
+
+
+def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None:
+    if any(type(i) is not int for i in indices):
+        raise PlanError(f"plan: {name} must be integers")
+    if len(indices) != size:
+        raise PlanError(f"plan: {name} has {len(indices)} indices, the target says {size}")
+    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+        raise PlanError(f"plan: {name} must be ascending without repeats")
+    if indices[0] < 0 or indices[-1] >= limit:
+        raise PlanError(f"plan: {name} must lie in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
+
+
+def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table as ``Scored`` has it: a loss that is null was not finite."""
+    return {key: math.inf if value is None else value for key, value in row.items()}
+
+
+def _tuples(sets: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if sets is None else tuple(tuple(kept) for kept in sets)

@@ -1,0 +1,104 @@
+"""A plan as a table for people: shapes, parameters and FLOPs before and after, candidates, near-ties."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prune import methods
+from megatron_prune.methods import DIMENSIONS
+from megatron_prune.methods.ranking import Accuracy
+from megatron_prune.structured.candidates import Scored, loss_text
+from megatron_prune.structured.plan import PruningPlan
+
+SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
+
+
+def show(made: PruningPlan, console: Console | None = None) -> None:
+    """Print the plan as a table: shape, parameters and FLOPs before and after, and near-ties."""
+    console = console or Console(width=110, highlight=False)
+    source, target = made.source, made.target
+    table = Table(title=f"{made.method}: plan for parent {made.parent[:16]}")
+    for column in ("", "before", "after", "removed"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(label: str, before: int, after: int) -> None:
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}" if after != before else "–")
+
+    for field in DIMENSIONS:
+        row(field.replace("_", " "), getattr(source, field), getattr(target, field))
+    table.add_section()
+    row("linear weights", source.linear_parameters(), target.linear_parameters())
+    row("all parameters", source.parameters(), target.parameters())
+    row(
+        f"forward FLOPs at {SEQUENCE_LENGTH}",
+        source.forward_flops(SEQUENCE_LENGTH),
+        target.forward_flops(SEQUENCE_LENGTH),
+    )
+    console.print(table)
+    if target.num_layers < source.num_layers:
+        gone = sorted(set(range(source.num_layers)) - set(made.kept_layers))
+        console.print(f"removed layers: {', '.join(map(str, gone))}")
+    asked = "" if made.ratio is None else f" (asked for: {made.ratio:.2%} of {made.ratio_of})"
+    console.print(f"removed: {made.removed_linears:.2%} of linears, {made.removed_all:.2%} of all{asked}")
+    if made.candidates:
+        _show_candidates(made, console)
+    if not made.near_ties:
+        console.print("near-ties: none")
+        return
+    ties = Table(title=f"near-ties: {len(made.near_ties)} cuts that rounding could move (scores within 1e-5)")
+    for column in ("unit", "layer", "group", "kept", "removed", "kept score", "removed score", "others"):
+        ties.add_column(column, justify="right")
+    for tie in made.near_ties[:20]:
+        ties.add_row(
+            tie.unit,
+            *("–" if n is None else str(n) for n in (tie.layer, tie.group)),
+            str(tie.kept),
+            str(tie.removed),
+            f"{tie.kept_score:.8g}",
+            f"{tie.removed_score:.8g}",
+            str(len(tie.others)),
+        )
+    console.print(ties)
+    if len(made.near_ties) > 20:
+        console.print(f"… and {len(made.near_ties) - 20} more, all in the plan")
+
+
+def _show_candidates(made: PruningPlan, console: Console) -> None:
+    """The candidates, the best first: by what decided, then by the loss. Those without a finite loss are last."""
+    method = methods.get(made.method)
+    search, task = method.search(made.settings), method.task(made.settings)
+    # The shapes beyond the limit were never looked at, which a reader should know.
+    full = search is not None and not search.shapes and len(made.candidates) == search.max_candidates
+    limit = " (as many as --max-candidates allows)" if full else ""
+    spent = made.calibration or {}
+    by = "the loss without what they remove"
+    if task:
+        dense = Accuracy(**spent["scoring"]["task"]["dense"])
+        by = f"{task.metric} on {task.path} ({dense.examples} examples; dense {dense.share:.4f})"
+    if after := spent.get("retraining"):
+        by = f"the loss of the best {after['candidates']} after {after['tokens'] // after['candidates']:,} tokens"
+    table = Table(title=f"candidates: {len(made.candidates)}{limit}, by {by}")
+    table.add_column("")
+    table.add_column("candidate")
+    columns = [task.metric] if task else ["retrained"] if after else []
+    for column in ("parameters", *columns, "loss", "above the best"):
+        table.add_column(column, justify="right")
+
+    def rank(item: tuple[int, Scored]) -> tuple[float, ...]:
+        index, row = item
+        after = row.retrained_loss
+        lost = not math.isfinite(row.loss)
+        return (lost, -(row.accuracy or 0.0), after is None, after or 0.0, row.loss, index)
+
+    best = min(row.loss for row in made.candidates)
+    for index, row in sorted(enumerate(made.candidates), key=rank):
+        mark = "chosen" if index == made.chosen else ""
+        decided = [f"{row.accuracy:.4f}"] if row.accuracy is not None else []
+        if after:
+            decided = ["–" if row.retrained_loss is None else loss_text(row.retrained_loss)]
+        losses = loss_text(row.loss), f"{row.loss - best:.5f}" if math.isfinite(row.loss) else "–"
+        table.add_row(mark, row.candidate, f"{row.parameters:,}", *decided, *losses)
+    console.print(table)

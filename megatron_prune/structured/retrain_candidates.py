@@ -1,0 +1,265 @@
+"""``python -m megatron_prune rescore``: retrain the best candidates of a search for a while, and score them again.
+
+What ``plan --retrain-candidates K --retrain-tokens T`` asks for. For each of the K candidates that lose
+least un-retrained, ordinary verbs run one after another, in SCRATCH/<candidate>/:
+
+    plan.json, pruned/         ``apply`` cuts the parent
+    retrained/                 ``pretrain`` trains that on T tokens of a stream; its account says which
+    statistics.safetensors     ``calibrate`` on the windows of --statistics: its loss is the new score
+
+The scores go into the statistics, and the same plan command then chooses. SCRATCH is of no use after it.
+A training that ends with a loss that is not finite comes last. Megatron's check stops one earlier, and rescore
+with it: --no-check-for-nan-in-loss-and-grad lets it end.
+
+Flags before ``--pretrain`` that are not listed below go to pretrain and calibrate (layout, precision),
+flags after it to pretrain alone. What is finished is not run again. ``--commands`` prints all of it
+instead, for a cluster: when the commands have been run there, rescore collects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import MegatronPruneError, RunError, UsageError
+from megatron_prune.structured import candidates, plan
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidates import Candidate, Question, loss_text
+from megatron_prune.structured.statistics import Retrained, Statistics
+
+OWN = ("--load", "--save", "--pretrained-checkpoint", "--use-checkpoint-args", "--shape-from", "--masks")
+PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron_prune rescore",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--load", required=True, metavar="CKPT", help="the parent")
+    parser.add_argument("--candidates", required=True, metavar="CANDIDATES.json", help="what plan wrote")
+    parser.add_argument("--statistics", required=True, metavar="FILE", help="what calibrate --score wrote")
+    parser.add_argument("--output", metavar="FILE", help="where the statistics go (default: --statistics)")
+    parser.add_argument("--scratch", required=True, metavar="DIR", help="where the candidates are cut and trained")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of a run, on this machine")
+    parser.add_argument("--commands", action="store_true", help="print what would be run; run nothing")
+    parser.add_argument("--pretrain", nargs=argparse.REMAINDER, metavar="FLAG", help="flags of pretrain, to the end")
+    options, shared = parser.parse_known_args(argv)
+    # Megatron's complaints about a process that is no rank are no news here.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+
+    question, of = candidates.read(options.candidates)
+    found = statistics_file.read(options.statistics)
+    asked = _asked(question, of, found, options)
+    recipe = _Recipe.of(shared, options.pretrain or [], found, question)
+    trials = [_Trial(candidate, question, found, recipe, options) for candidate in asked]
+    for number, trial in enumerate(trials, 1):
+        score = found.scores[trial.candidate.selection.key]
+        if score.retrained and (score.retrained.tokens, score.retrained.recipe) == (recipe.tokens, recipe.id):
+            continue
+        trial.keep_commands()
+        title = f"candidate {number} of {len(trials)}, {trial.candidate.label}"
+        if options.commands:
+            print(f"# {title}\n{trial.words()}")
+            continue
+        print(f"{title}: {recipe.tokens:,} tokens", flush=True)
+        score = replace(score, retrained=trial.run())
+        found = replace(found, scores={**found.scores, trial.candidate.selection.key: score})
+        found.write(options.output or options.statistics)
+        assert score.retrained is not None
+        print(f"{title}: loss {loss_text(score.loss)} before, {loss_text(score.retrained.loss)} after", flush=True)
+    if not options.commands:
+        found.write(options.output or options.statistics)
+        print(f"retrained {len(trials)} candidates; wrote {options.output or options.statistics}. Now plan again")
+    return 0
+
+
+def _asked(question: Question, of: str, found: Statistics, options: argparse.Namespace) -> list[Candidate]:
+    """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
+    asked = question.retraining
+    if asked is None:
+        raise UsageError("--candidates", given=options.candidates, allowed="what plan --retrain-candidates wrote")
+    if found.hash != of:
+        raise UsageError(
+            "--statistics", given=options.statistics, allowed="the statistics that --candidates was written for"
+        )
+    if open_checkpoint(options.load).fingerprint() != question.parent:
+        raise UsageError("--load", given=options.load, allowed="the parent that --candidates is about")
+    if question.unscored(found):
+        raise UsageError(
+            "--statistics", given=options.statistics, allowed="statistics with a score of every candidate",
+            why="the best are retrained; run calibrate --score first",
+        )  # fmt: skip
+    if len(found.calibrations) != 1:
+        raise UsageError("--statistics", given=options.statistics, allowed="what one calibration wrote")
+    if options.nproc < 1:
+        raise UsageError("--nproc", given=options.nproc, allowed="at least 1 process")
+    return question.finalists(found)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How every candidate is trained: the same flags, and so the same samples."""
+
+    shared: tuple[str, ...]  # words for pretrain and calibrate
+    own: tuple[str, ...]  # words for pretrain alone
+    samples: tuple[int, int]
+    tokens: int
+    id: str
+
+    @staticmethod
+    def of(shared: list[str], own: list[str], found: Statistics, question: Question) -> _Recipe:
+        """What the flags say; UsageError or DataError where they do not give the tokens that were asked for."""
+        from megatron_prune.data import blend, contamination
+        from megatron_prune.data.streams import parse_range
+
+        assert question.retraining is not None
+        words = [*shared, *own]
+        for word in words:
+            if (flag := word.split("=")[0]) in OWN:
+                raise UsageError(flag, given="for all candidates", allowed="nothing: rescore sets it for each")
+        behind = found.calibrations[0]
+        precision = PRECISION[behind["params_dtype"]]
+        if [flag for flag in PRECISION.values() if flag in shared] != [flag for flag in (precision,) if flag]:
+            raise UsageError(
+                "--bf16, --fp16", given=" ".join(shared) or "no flags before --pretrain",
+                allowed=f"the precision of --statistics, {behind['params_dtype']}, before --pretrain",
+                why="losses before and after are compared",
+            )  # fmt: skip
+        if (behind.get("fp8") is not None) != any(word.startswith("--fp8-") for word in shared):
+            raise UsageError(
+                "--fp8-preset", given="for the calibration or before --pretrain", allowed="for both or neither",
+                why="losses before and after are compared",
+            )  # fmt: skip
+        reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        reader.add_argument("--stream-range")
+        reader.add_argument("--seq-length", type=int)
+        reader.add_argument("--data-path", nargs="+")
+        reader.add_argument("--train-data-path", nargs="+")
+        given = reader.parse_known_args(words)[0]
+        data = given.train_data_path or given.data_path
+        needed = {"--stream-range": given.stream_range, "--seq-length": given.seq_length, "--data-path": data}
+        if lacking := [flag for flag, value in needed.items() if value is None]:
+            raise UsageError(lacking[0], given="nothing", allowed="a value, among the flags after --pretrain")
+        start, end = parse_range(given.stream_range)
+        wanted, tokens = question.retraining.tokens, (end - start) * given.seq_length
+        if tokens != wanted:
+            raise UsageError(
+                "--stream-range", given=f"{given.stream_range}, {tokens} tokens",
+                allowed=f"{wanted} tokens, as --retrain-tokens says: {wanted / given.seq_length:g} samples",
+            )  # fmt: skip
+        corpora = blend.members(blend.parse_blend(data))
+        contamination.refuse_shared_documents([corpus.prefix for corpus in corpora], [behind["prefix"]])
+        identity = {"shared": shared, "pretrain": own, "corpora": [corpus.fingerprint for corpus in corpora]}
+        return _Recipe(tuple(shared), tuple(own), (start, end), tokens, artifacts.sha256_json(identity))
+
+
+class _Trial:
+    """One candidate: its folder, its three commands, and what they leave."""
+
+    def __init__(
+        self, candidate: Candidate, question: Question, found: Statistics, recipe: _Recipe, options: argparse.Namespace
+    ):
+        self.candidate, self.found, self.recipe, self.options = candidate, found, recipe, options
+        self.folder = Path(options.scratch).absolute() / candidate.selection.key[:16]
+        self.pruned, self.retrained = self.folder / "pruned", self.folder / "retrained"
+        self.statistics = self.folder / "statistics.safetensors"
+        # How many are tried is no property of the one.
+        settings = {**question.settings, "retrain_candidates": None, "retrain_tokens": None}
+        self.plan = plan.for_candidate(replace(question, settings=settings), candidate, found)
+
+    @property
+    def stages(self) -> list[tuple[str, list[str], int, Callable[[], bool]]]:
+        """Name, words after ``python -m megatron_prune``, processes, and whether its result is there."""
+        folder, behind, recipe = self.folder, self.found.calibrations[0], self.recipe
+        apply = ["--load", self.options.load, "--plan", str(folder / "plan.json"), "--save", str(self.pruned)]
+        start = ["--pretrained-checkpoint", str(self.pruned), "--use-checkpoint-args"]
+        pretrain = [*start, "--load", str(self.retrained), "--save", str(self.retrained), *recipe.shared, *recipe.own]
+        calibrate = ["--load", str(self.retrained), "--use-checkpoint-args", *recipe.shared]
+        calibrate += ["--calibration-data-path", behind["prefix"], "--calibration-sampling", behind["sampling"]]
+        calibrate += ["--calibration-sequences", str(self.found.sequences)]
+        calibrate += ["--calibration-seq-length", str(self.found.seq_length)]
+        if behind["seed"] is not None:
+            calibrate += ["--seed", str(behind["seed"])]
+        calibrate += ["--output", str(self.statistics)]
+        return [
+            ("apply", ["apply", *apply], 1, self._is_applied),
+            ("pretrain", ["pretrain", *pretrain], self.options.nproc, self._is_trained),
+            ("calibrate", ["calibrate", *calibrate], self.options.nproc, self._is_calibrated),
+        ]
+
+    def words(self) -> str:
+        """The commands, for people."""
+        lines = []
+        for _, argv, nproc, _ in self.stages:
+            launcher = "python" if nproc == 1 else f"torchrun --nproc-per-node {nproc}"
+            lines.append(f"{launcher} -m megatron_prune {shlex.join(argv)}")
+        return "\n".join(lines)
+
+    def keep_commands(self) -> None:
+        """Write the plan and commands.json; UsageError where the folder was begun with other commands."""
+        path, content = self.folder / "commands.json", [argv for _, argv, _, _ in self.stages]
+        if path.is_file() and artifacts.read_json(path) != content:
+            raise UsageError(
+                "--scratch", given=self.options.scratch, allowed="another directory, or the flags it was begun with",
+                why=f"{path} lists other commands",
+            )  # fmt: skip
+        self.plan.write(self.folder / "plan.json")
+        artifacts.write_json(path, content)
+
+    def run(self) -> Retrained:
+        """Do what is not done yet; the score. RunError with the end of the log where a stage fails."""
+        from megatron_prune.engine.launch import launch
+
+        for name, argv, nproc, done in self.stages:
+            if done() or (name == "calibrate" and self._diverged):
+                continue
+            log = self.folder / f"{name}.log"
+            code = launch(argv, nproc=nproc, log=log)
+            if not done():
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RunError(f"{name} of {self.candidate.label} ended with {code}. The end of {log}:\n{tail}")
+        account = artifacts.read_json(self.retrained / "account.json")
+        if self._diverged:
+            return Retrained(math.inf, account["tokens"], account["flops_executed"], self.recipe.id)
+        after = statistics_file.read(self.statistics)
+        flops = account["flops_executed"] + after.provenance()["flops"]
+        return Retrained(after.loss, account["tokens"], flops, self.recipe.id)
+
+    @property
+    def _diverged(self) -> bool:
+        """True where the training has ended with a loss that is not finite: such a model has no statistics."""
+        return self._is_trained() and artifacts.read_json(self.retrained / "account.json")["final_loss"] is None
+
+    def _is_applied(self) -> bool:
+        return self.pruned.is_dir() and open_checkpoint(self.pruned).pruning[-1].get("plan") == self.plan.hash
+
+    def _is_trained(self) -> bool:
+        path = self.retrained / "account.json"
+        if not path.is_file():
+            return False
+        account: dict[str, Any] = artifacts.read_json(path)
+        wanted = (True, list(self.recipe.samples), self.recipe.tokens)
+        return (account["complete"], account["range"], account["tokens"]) == wanted
+
+    def _is_calibrated(self) -> bool:
+        if not self.statistics.is_file():
+            return False
+        try:
+            after = statistics_file.read(self.statistics)
+        except MegatronPruneError:
+            return False
+        windows = ("corpus", "windows", "params_dtype", "fp8")
+        same = all(after.calibrations[0].get(key) == self.found.calibrations[0].get(key) for key in windows)
+        return same and after.parent == open_checkpoint(self.retrained).fingerprint()

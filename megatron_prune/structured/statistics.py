@@ -1,0 +1,271 @@
+"""``statistics.safetensors`` and its ``.json``: what one calibration learnt, for every method and ratio.
+
+Tensors are float64 of global sizes, whatever layout computed them (L layers, h hidden channels,
+H·d attention channels, F FFN channels):
+
+    block_influence                [L]       Σ over tokens of 1 − cos(block in, block out)
+    {site}.sum_abs_mean_sq         below     Σ over sequences of (mean over tokens of |x|)²
+    {site}.sum_sq, {site}.sum      below     Σ over tokens of x², of x
+
+with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of a block's norms),
+``attention`` [L, H·d] (input of linear_proj), ``mlp`` [L, F] (input of linear_fc2) and
+``final_layernorm`` [h]. Everything is a plain sum, so two calibrations merge by addition.
+
+The JSON says what is behind them: parent, shape, sequences, tokens, loss, windows, and the hash of
+the tensor file, which ties the two files together. It also holds the scores of candidates: the mean
+loss, on the same windows, of the parent without what a candidate removes; its accuracy on tasks; and
+the loss, on these windows again, of a candidate that was cut and trained for a while. A loss that is not
+finite is null there, and infinite here, so that it comes last in every order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from megatron_prune import artifacts
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import MegatronPruneError
+from megatron_prune.methods.accumulators import QUANTITIES
+from megatron_prune.methods.ranking import Accuracy
+
+VERSION = 1
+
+
+class StatisticsError(MegatronPruneError):
+    """A statistics file that is missing, broken, or does not belong where it is used."""
+
+
+def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Size of every site's sums, in the order of the forward pass."""
+    layers, hidden = shape.num_layers, shape.hidden_size
+    return {
+        "input_layernorm": (layers, hidden),
+        "attention": (layers, shape.axis_size("heads")),
+        "pre_mlp_layernorm": (layers, hidden),
+        "mlp": (layers, shape.ffn_hidden_size),
+        "final_layernorm": (hidden,),
+    }
+
+
+def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a statistics file and its size."""
+    sites = {f"{site}.{q}": size for site, size in site_shapes(shape).items() for q in QUANTITIES}
+    return {"block_influence": (shape.num_layers,), **sites}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracies on one task, by metric, and the FLOPs that they took."""
+
+    accuracies: Mapping[str, Accuracy]
+    flops: int
+
+
+def loss_of(value: float | None) -> float:
+    """``value``, or infinity where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A candidate after it was cut and trained, and what that cost."""
+
+    loss: float  # on the calibration windows; infinite where it is not finite
+    tokens: int
+    flops: int
+    recipe: str  # what candidates that are compared must have in common (structured/retrain_candidates.py)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the parent is worth without what one candidate removes."""
+
+    candidate: str  # in words
+    loss: float  # mean per token, in nats, on all calibration windows; infinite where it is not finite
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)  # by a task's fingerprint
+    retrained: Retrained | None = None
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Score:
+        tasks = {
+            task: TaskScore({name: Accuracy(**found) for name, found in one["accuracies"].items()}, one["flops"])
+            for task, one in content.get("tasks", {}).items()
+        }
+        retrained = content.get("retrained")
+        if retrained:
+            retrained = Retrained(**{**retrained, "loss": loss_of(retrained["loss"])})
+        return Score(content["candidate"], loss_of(content["loss"]), tasks, retrained)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over ``sequences`` calibration sequences of ``seq_length`` tokens of one parent."""
+
+    tensors: dict[str, torch.Tensor]
+    shape: ModelShape
+    parent: str  # fingerprint
+    seq_length: int
+    sequences: int
+    loss_sum: float  # over all predictions, in nats
+    calibrations: tuple[dict[str, Any], ...]  # prefix, corpus, sampling, seed, windows of every run
+    scores: Mapping[str, Score] = field(default_factory=dict)  # by a selection's key
+
+    def __post_init__(self) -> None:
+        expected = tensor_shapes(self.shape)
+        if set(self.tensors) != set(expected):
+            odd = sorted(set(self.tensors) ^ set(expected))
+            raise StatisticsError(f"statistics must hold exactly the tensors of their shape; these differ: {odd}")
+        for name, size in expected.items():
+            found = self.tensors[name]
+            if found.dtype != torch.float64 or tuple(found.shape) != size:
+                raise StatisticsError(
+                    f"statistics tensor {name}: expected float64 {list(size)}, found {found.dtype} {list(found.shape)}"
+                )
+            if not torch.isfinite(found).all():
+                raise StatisticsError(
+                    f"statistics tensor {name} is not finite: the parent overflows on the calibration text "
+                    "(try bf16 or fp32 in place of fp16)"
+                )
+        if not math.isfinite(self.loss_sum):
+            raise StatisticsError(
+                "the parent's loss on the calibration text is not finite (try bf16 or fp32 in place of fp16)"
+            )
+        if self.sequences < 1 or self.seq_length < 1:
+            raise StatisticsError("statistics must stand on at least one sequence of one token")
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_length
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per token of the parent on the calibration windows."""
+        return self.loss_sum / self.tokens
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the tensor file."""
+        return hashlib.sha256(self._payload()).hexdigest()
+
+    def _payload(self) -> bytes:
+        return bytes(safetensors.torch.save({name: t.contiguous() for name, t in sorted(self.tensors.items())}))
+
+    def files(self) -> tuple[bytes, bytes]:
+        """Content of the tensor file and of its JSON."""
+        payload = self._payload()
+        meta = {
+            "version": VERSION,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "parent": self.parent,
+            "shape": asdict(self.shape),
+            "loss_sum": self.loss_sum,
+            **self.provenance(),
+            "scores": {key: artifacts.with_nulls(asdict(score)) for key, score in self.scores.items()},
+            "versions": artifacts.versions(),
+        }
+        return payload, artifacts.json_bytes(meta)
+
+    def write(self, path: str | Path) -> None:
+        """Write ``path`` and, after it, ``path`` with the suffix ``.json``; each atomically."""
+        payload, meta = self.files()
+        artifacts.write_bytes(path, payload)
+        artifacts.write_bytes(json_path(path), meta)
+
+    def provenance(self) -> dict[str, Any]:
+        """What stands behind the numbers, for plans and pruned checkpoints."""
+        return {
+            "sequences": self.sequences,
+            "seq_length": self.seq_length,
+            "tokens": self.tokens,
+            "flops": self.sequences * self.shape.forward_flops(self.seq_length),
+            "loss": self.loss,
+            "calibrations": list(self.calibrations),
+        }
+
+
+def json_path(path: str | Path) -> Path:
+    """The JSON beside a statistics file."""
+    return Path(path).with_suffix(".json")
+
+
+def read(path: str | Path) -> Statistics:
+    """Read a statistics file with its JSON; StatisticsError says what does not fit."""
+    meta = artifacts.read_json(json_path(path))
+    if not isinstance(meta, dict) or meta.get("version") != VERSION:
+        raise StatisticsError(f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}")
+    try:
+        payload = Path(path).read_bytes()
+    except OSError as error:
+        raise StatisticsError(f"cannot read statistics {path}: {error}") from error
+    if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
+        raise StatisticsError(f"{path} and {json_path(path)} do not belong together: calibrate again")
+    try:
+        return Statistics(
+            tensors=safetensors.torch.load(payload),
+            shape=ModelShape(**meta["shape"]),
+            parent=meta["parent"],
+            seq_length=meta["seq_length"],
+            sequences=meta["sequences"],
+            loss_sum=meta["loss_sum"],
+            calibrations=tuple(meta["calibrations"]),
+            scores={key: Score.from_json(score) for key, score in meta["scores"].items()},
+        )
+    except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): calibrate again") from error
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """Add up calibrations of one parent at one sequence length over windows that do not repeat.
+
+    Candidates that every one of them has scored keep their mean loss, and their accuracies, which no window
+    can change; a retrained candidate's loss is dropped, as its training may differ.
+    """
+    first = parts[0]
+    seen: set[tuple[Any, int]] = set()
+    for part in parts:
+        for name in ("parent", "shape", "seq_length"):
+            if getattr(part, name) != getattr(first, name):
+                raise StatisticsError(
+                    f"cannot merge statistics: {name} is {getattr(first, name)} in one and "
+                    f"{getattr(part, name)} in another"
+                )
+        for calibration in part.calibrations:
+            for name in ("params_dtype", "fp8"):
+                if (own := calibration.get(name)) != (other := first.calibrations[0].get(name)):
+                    raise StatisticsError(f"cannot merge statistics: {name} is {other} in one and {own} in another")
+            windows = {(calibration["corpus"], window) for window in calibration["windows"]}
+            if windows & seen:
+                raise StatisticsError(
+                    f"cannot merge statistics: {len(windows & seen)} windows of {calibration['prefix']} are "
+                    "in more than one of them; use others (--calibration-sampling random, another --seed)"
+                )
+            seen |= windows
+    sequences = sum(part.sequences for part in parts)
+    scored = [key for key in first.scores if all(key in part.scores for part in parts)]
+    return Statistics(
+        tensors={name: torch.stack([part.tensors[name] for part in parts]).sum(0) for name in first.tensors},
+        shape=first.shape,
+        parent=first.parent,
+        seq_length=first.seq_length,
+        sequences=sequences,
+        loss_sum=sum(part.loss_sum for part in parts),
+        calibrations=tuple(c for part in parts for c in part.calibrations),
+        scores={
+            key: Score(
+                first.scores[key].candidate,
+                sum(part.sequences * part.scores[key].loss for part in parts) / sequences,
+                {task: score for part in parts for task, score in part.scores[key].tasks.items()},
+                first.scores[key].retrained if len(parts) == 1 else None,
+            )
+            for key in scored
+        },
+    )

@@ -1,0 +1,181 @@
+"""A study's comparisons as curves over budgets: what advice rests on.
+
+Read from a study's ``report/results.json``: its comparisons are there only because their accounts matched. The ledger
+that is shipped (``SHIPPED``: the quickstart's study of several seeds and budgets) is such a file without what advice
+does not need; it is made anew from that study's report by
+
+    cd megatron_prune/study/advise && python -m megatron_prune.study.advise.ledgers …/report/results.json quickstart.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune import artifacts
+from megatron_prune.errors import UsageError
+from megatron_prune.study.analysis import scaling_laws
+from megatron_prune.study.analysis.scaling_laws import Arms
+from megatron_prune.study.subject import SUBJECT, Subject, label
+
+SHIPPED = Path(__file__).with_name("quickstart.json")
+ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
+       "shape", "validation_loss", "test_loss", "tokens_declared")  # fmt: skip
+COMPARISON = (*SUBJECT, "tokens", "seed", "pruned", "scratch", "status")
+SAME_BUDGET = 1.01  # budgets that differ by less are one
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Test losses of both arms at one budget, a seed each, and where they come from."""
+
+    pruned: np.ndarray  # [seeds]
+    scratch: np.ndarray
+    source: str  # measured, laws or interpolated
+
+
+@dataclass(frozen=True)
+class Curve(Subject):
+    """One method at one ratio in one setting against one kind of scratch, over budgets and seeds."""
+
+    arms: Arms
+    removed_linears: float
+    removed_all: float
+    shape: str
+    flops_per_token: float  # of retraining
+
+    @property
+    def name(self) -> str:
+        """The method and its pattern."""
+        return label(self.method, self.pattern, None)
+
+    def removed(self, of: str) -> float:
+        return self.removed_linears if of == "linears" else self.removed_all
+
+    def holds(self, tokens: float) -> bool:
+        """Whether a budget lies within those that were run."""
+        return self.arms.tokens[0] / SAME_BUDGET <= tokens <= self.arms.tokens[-1] * SAME_BUDGET
+
+    def break_even(self) -> str | None:
+        """Where scratch catches up with it, in words; None for one budget."""
+        if len(self.arms.tokens) < 2:
+            return None
+        return f"{self.label}: break-even (scratch catches up) {scaling_laws.find(self.arms)[0].words}"
+
+    def at(self, tokens: float) -> Losses:
+        """Losses at a budget that ``holds``: as measured; between budgets by the laws, or on a line in log(tokens)."""
+        arms = self.arms
+        nearest = int(np.argmin(np.abs(np.log(np.array(arms.tokens) / tokens))))
+        if max(arms.tokens[nearest], tokens) <= SAME_BUDGET * min(arms.tokens[nearest], tokens):
+            return Losses(arms.pruned[:, nearest], arms.scratch[:, nearest], "measured")
+        _, pruned, scratch = scaling_laws.find(arms)
+        if pruned and scratch and pruned.good and scratch.good:
+            beside = np.interp(tokens, arms.tokens, arms.scratch_tokens)
+            return Losses(
+                np.array([float(scaling_laws.law(arms.tokens, own, pruned=True)(tokens)) for own in arms.pruned]),
+                np.array(
+                    [float(scaling_laws.law(arms.scratch_tokens, own, pruned=False)(beside)) for own in arms.scratch]
+                ),
+                "laws",
+            )
+        logs, at = np.log(arms.tokens), np.log(tokens)
+        between = [np.array([np.interp(at, logs, own) for own in arm]) for arm in (arms.pruned, arms.scratch)]
+        return Losses(between[0], between[1], "interpolated")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What one study measured."""
+
+    study: str
+    parent_params: int
+    parent_tokens: int | None
+    one_parent: bool
+    curves: tuple[Curve, ...]
+
+
+def read(path: str | Path) -> Ledger:
+    """A study's folder, its ``results.json``, or a compact one. UsageError where there is nothing to read."""
+    path = Path(path)
+    file = path / "report" / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError("--ledger", given=path, allowed="a study's folder with a report, or its results.json")
+    content = artifacts.read_json(file)
+    if not isinstance(content, dict) or not {"study", "rows", "comparisons"} <= set(content):
+        raise UsageError("--ledger", given=file, allowed="the results.json of a study's report")
+    if any(key not in made for made in content["comparisons"] for key in COMPARISON):
+        raise UsageError("--ledger", given=f"{file}, of another version", allowed="a report written by this one: "
+                         "`study report` writes it again")  # fmt: skip
+    rows = {row["cell"]: row for row in content["rows"] if row["status"] == "finished"}
+    parents = [row for row in content["rows"] if row["arm"] == "parent"]
+    curves = _curves(content["comparisons"], rows)
+    if not parents or not curves:
+        raise UsageError("--ledger", given=file, allowed="a study of which a comparison has finished")
+    return Ledger(
+        content["study"], parents[0]["params"], parents[0]["tokens_train"], content.get("one_parent", True), curves
+    )
+
+
+def _curves(comparisons: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]) -> tuple[Curve, ...]:
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for made in comparisons:
+        if made["status"] == "finished":
+            groups.setdefault(tuple(made[key] for key in SUBJECT), []).append(made)
+    curves = []
+    for subject, own in groups.items():
+        runs = [
+            (made["seed"], made["tokens"], rows[made["scratch"]]["tokens_train"], rows[made["pruned"]]["test_loss"],
+             rows[made["scratch"]]["test_loss"])
+            for made in own
+        ]  # fmt: skip
+        arms = scaling_laws.arms(runs, fewest=1)
+        assert arms is not None
+        pruned = [rows[made["pruned"]] for made in own]
+        curves.append(
+            Curve(
+                **dict(zip(SUBJECT, subject, strict=True)),
+                arms=arms,
+                removed_linears=_mean(row["removed_linears"] for row in pruned),
+                removed_all=_mean(row["removed_all"] for row in pruned),
+                shape=pruned[0]["shape"],
+                flops_per_token=pruned[0]["flops_train"] / pruned[0]["tokens_train"],
+            )
+        )
+    return tuple(curves)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def compact(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``results.json`` without matches, verdicts and what else advice does not read."""
+    rows = {row["cell"]: {key: row[key] for key in ROW} for row in content["rows"] if row["status"] == "finished"}
+    comparisons = [{key: made[key] for key in COMPARISON} for made in content["comparisons"]]
+    return {
+        "version": content["version"],
+        "study": content["study"],
+        "one_parent": content["one_parent"],
+        "rows": list(rows.values()),
+        "comparisons": comparisons,
+    }
+
+
+def shorten(report: str | Path, output: str | Path) -> None:
+    """Write a report's ``results.json`` as a ledger to ship, a row a line."""
+    lines = []
+    for key, value in compact(artifacts.read_json(report)).items():
+        rows = [json.dumps(item) for item in value] if isinstance(value, list) else None
+        text = json.dumps(value) if rows is None else "[\n  " + ",\n  ".join(rows) + "\n ]"
+        lines.append(f' "{key}": {text}')
+    artifacts.write_bytes(output, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+if __name__ == "__main__":
+    shorten(*sys.argv[1:])

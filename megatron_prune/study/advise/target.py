@@ -1,0 +1,194 @@
+"""What is asked for: which parent, how much is to be removed, and for how many tokens.
+
+``tokens`` are those of retraining. Beside it scratch has as many (equal training), or those of the parent as well
+(equal total), as the studies count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import UsageError
+from megatron_prune.masks.pattern import Pattern
+from megatron_prune.methods import DIMENSIONS
+from megatron_prune.structured.target import flag_of
+from megatron_prune.study.values import parse_tokens
+from megatron_prune.training import lineage
+
+LETTERS = {"L": "num_layers", "h": "hidden_size", "H": "num_attention_heads", "G": "num_query_groups",
+           "d": "kv_channels", "F": "ffn_hidden_size"}  # fmt: skip
+SETTINGS = ("equal-training", "equal-total", "equal-flops")
+
+
+@dataclass(frozen=True)
+class Target:
+    """``ratio`` is removed of the blocks' linear weights or of all parameters (``ratio_of``)."""
+
+    ratio: float
+    ratio_of: str
+    setting: str
+    tokens: float | None = None
+    flops: float | None = None  # of training, where the budget is one of GPU-hours
+    pattern: str | None = None
+    method: str | None = None
+    parent_params: int | None = None
+    parent_tokens: int | None = None
+    cuts: frozenset[str] | None = None  # the sizes that an explicit shape cuts
+    parent_shape: ModelShape | None = None
+
+    def budget(self, flops_per_token: float) -> float:
+        """Tokens of retraining, for a model that takes so many FLOPs a token."""
+        return self.tokens if self.tokens is not None else cast(float, self.flops) / flops_per_token
+
+    def same_cuts(self, shape: str) -> bool:
+        """Whether a pruned shape, as a tag, is cut in the same sizes as the explicit one that is asked for."""
+        if self.cuts is None or self.parent_shape is None:
+            return True
+        sizes = {LETTERS[letter]: int(size) for letter, size in re.findall(r"([LhHGdF])(\d+)", shape)}
+        return self.cuts == {field for field, size in sizes.items() if size != getattr(self.parent_shape, field)}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "ratio_of": self.ratio_of,
+            "setting": self.setting,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "pattern": self.pattern,
+            "method": self.method,
+            "parent_params": self.parent_params,
+            "parent_tokens": self.parent_tokens,
+            "cuts": None if self.cuts is None else sorted(self.cuts),
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parent = parser.add_argument_group("parent (default: the ledger's)")
+    parent.add_argument("--parent", metavar="CKPT", help="its checkpoint")
+    parent.add_argument("--parent-params", type=_count, metavar="N", help="its parameters, such as 8B")
+    parent.add_argument("--parent-tokens", type=_count, metavar="N", help="tokens that it was trained on, such as 15T")
+    size = parser.add_argument_group("what is to be removed: one of these")
+    size.add_argument("--ratio", type=float, metavar="R", help="fraction removed")
+    size.add_argument(
+        "--ratio-of", choices=("linears", "all"), help="of the blocks' linear weights (default), or of all"
+    )
+    size.add_argument("--target-params", type=_count, metavar="P", help="parameters, of all, that should stay")
+    for field in DIMENSIONS:
+        size.add_argument(flag_of(field), type=int, metavar="N")
+    size.add_argument("--pattern", metavar="unstructured|N:M", help="a sparse model; N:M says its own ratio")
+    size.add_argument("--method", metavar="M", help="this method alone (default: every one that was measured)")
+    budget = parser.add_argument_group("budget: tokens of retraining, or GPU-hours")
+    budget.add_argument("--tokens", type=_count, metavar="N", help="such as 10B")
+    budget.add_argument("--gpu-hours", type=float, metavar="H")
+    budget.add_argument(
+        "--gpu-flops", type=float, metavar="F", help="FLOP/s that a GPU really does: its peak times MFU"
+    )
+    budget.add_argument(
+        "--setting",
+        choices=SETTINGS,
+        default="equal-training",
+        help="equal-training (default): the parent is there, its tokens are spent; equal-total, equal-flops: the "
+        "scratch run has what the parent has cost as well",
+    )
+
+
+def from_arguments(options: argparse.Namespace, parent_params: int) -> Target:
+    """The target that parsed flags describe; ``parent_params`` are the ledger's parent's."""
+    shape = open_checkpoint(options.parent).shape if options.parent else None
+    if shape is not None and options.parent_params is not None:
+        raise UsageError("--parent-params", given="beside --parent", allowed="one of them")
+    sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
+    pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
+    own = Pattern.parse(pattern).ratio if pattern else None
+    params = shape.parameters() if shape else options.parent_params
+    ratio, ratio_of = _ratio(options, sizes, shape, params or parent_params, own)
+    tokens, flops = _budget(options)
+    return Target(
+        ratio, ratio_of, options.setting, tokens, flops, pattern, options.method, params,
+        options.parent_tokens or (_trained_on(Path(options.parent)) if options.parent else None),
+        frozenset(sizes) if sizes else None, shape,
+    )  # fmt: skip
+
+
+def _ratio(
+    options: argparse.Namespace, sizes: Mapping[str, int], shape: ModelShape | None, params: int, own: float | None
+) -> tuple[float, str]:
+    ways = {
+        "--ratio": options.ratio is not None,
+        "--target-params": options.target_params is not None,
+        "--target-<size>": bool(sizes),
+        "--pattern N:M": own is not None,
+    }
+    given = [flag for flag, used in ways.items() if used]
+    if len(given) != 1:
+        allowed = "exactly one of --ratio, --target-params, explicit --target-<size> flags, or an N:M pattern"
+        raise UsageError("--ratio", given=" and ".join(given) or "no target", allowed=allowed)
+    if options.ratio_of and options.ratio is None:
+        raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
+    if own is not None:
+        return own, "linears"
+    if options.ratio is not None:
+        if not 0 < options.ratio < 1:
+            raise UsageError("--ratio", given=options.ratio, allowed="a fraction removed, between 0 and 1")
+        return options.ratio, options.ratio_of or "linears"
+    if options.pattern:
+        raise UsageError("--pattern", given=f"{options.pattern} with a smaller shape", allowed="--ratio beside it")
+    if options.target_params is not None:
+        if not 0 < options.target_params < params:
+            raise UsageError(
+                "--target-params", given=options.target_params, allowed=f"1 to {params - 1}, below the parent's"
+            )
+        return 1 - options.target_params / params, "all"
+    if shape is None:
+        raise UsageError(
+            ", ".join(flag_of(field) for field in sizes), given="without --parent", allowed="beside --parent CKPT",
+            why="how much they remove depends on its shape",
+        )  # fmt: skip
+    for field, size in sizes.items():
+        if not 1 <= size <= getattr(shape, field):
+            raise UsageError(flag_of(field), given=size, allowed=f"1 to {getattr(shape, field)}, the parent's size")
+    smaller = replace(shape, **cast(dict[str, Any], dict(sizes)))
+    if smaller == shape:
+        raise UsageError(", ".join(flag_of(field) for field in sizes), given="the parent's", allowed="a smaller model")
+    return 1 - smaller.linear_parameters() / shape.linear_parameters(), "linears"
+
+
+def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
+    """Tokens, or FLOPs."""
+    if (options.tokens is None) == (options.gpu_hours is None):
+        given = "both" if options.tokens is not None else "neither"
+        raise UsageError("--tokens, --gpu-hours", given=given, allowed="one of them")
+    if options.tokens is not None:
+        if options.gpu_flops is not None:
+            raise UsageError("--gpu-flops", given=options.gpu_flops, allowed="together with --gpu-hours")
+        return float(options.tokens), None
+    if options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
+        raise UsageError(
+            "--gpu-hours", given=options.gpu_hours, allowed="positive, together with --gpu-flops, such as 4e14",
+            why="what an hour does depends on the GPU and the layout: `preflight` estimates it",
+        )  # fmt: skip
+    return None, 3600 * options.gpu_hours * options.gpu_flops
+
+
+def _trained_on(parent: Path) -> int | None:
+    """The tokens of all stages behind a parent that was trained here."""
+    stages = lineage.of(open_checkpoint(parent))
+    return lineage.tokens(stages) if lineage.begins_at_random(stages) else None
+
+
+def _count(text: str) -> int:
+    """``8B``, ``160k``, ``163_840``"""
+    try:
+        value = parse_tokens(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(value, int) or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 400000, 400k, 1.5M, 50B")
+    return value

@@ -1,0 +1,229 @@
+"""From matched comparisons to what they say: verdicts at every budget, trends over the budgets.
+
+Verdicts are corrected over all that the study's family (``family``) is to have, finished or not, and bootstrapped over
+evaluation documents where the corpus and the losses of its windows are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from megatron_prune import artifacts
+from megatron_prune.data.indexed import document_tokens, fingerprint
+from megatron_prune.errors import AccountError
+from megatron_prune.study.analysis import scaling_laws as break_even
+from megatron_prune.study.analysis import statistics, verdicts
+from megatron_prune.study.analysis import statistics as pooling
+from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arms, BreakEven, Fit
+from megatron_prune.study.analysis.statistics import OverDocuments, Paired
+from megatron_prune.study.analysis.verdicts import Verdict
+from megatron_prune.study.places import Places
+from megatron_prune.study.schema import Study
+from megatron_prune.study.subject import GROUP, SUBJECT, Subject
+
+Record = Mapping[str, Any]
+Groups = dict[tuple[Any, ...], list[Any]]
+
+
+def judge(
+    study: Study,
+    places: Places,
+    compared: Sequence[Any],
+    records: Mapping[str, Record],
+    before: Sequence[Record] = (),
+) -> list[Verdict]:
+    """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order.
+
+    ``before``: groups that were finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those of
+    the family, as it is or as it was then, are counted in the correction, shown or not.
+    """
+    windows = _Windows(study, places)
+    groups = _groups(compared, lambda item: tuple(item.group.values()))
+    for items in groups.values():
+        _refuse_repeated_seeds(items)
+    scatters = pooling.shared([_paired(items, records) for items in groups.values()])
+    found = [
+        verdicts.judge(
+            **items[0].group,
+            pruned=[records[item.comparison.pruned] for item in items],
+            scratch=[records[item.comparison.scratch] for item in items],
+            budget=items[0].comparison.budget,
+            one_parent=not study.parent_per_seed,
+            scatter=scatter,
+            edges=items[0].comparison.edges,
+            documents=windows.interval(
+                [item.comparison.pruned for item in items], [item.comparison.scratch for item in items]
+            ),
+        )
+        for items, scatter in zip(groups.values(), scatters, strict=True)
+    ]
+    meant = {tuple(item.group.values()): item.group | {"budget": item.comparison.budget} for item in compared}
+    family = {key for key, comparison in meant.items() if study.family.holds(comparison)}
+    for group in before:
+        if group["in_family"] or study.family.holds(group):
+            family.add(tuple(group[part] for part in GROUP))
+    planned = len(family)
+    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
+
+
+def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
+    """The paired test losses of one verdict, and its runs, which others may have too."""
+    items = sorted(items, key=lambda item: item.comparison.seed)
+    pruned, scratch = (tuple(getattr(item.comparison, arm) for item in items) for arm in ("pruned", "scratch"))
+    losses = [np.array([records[cell]["test_loss"] for cell in cells]) for cells in (pruned, scratch)]
+    seeds = tuple(item.comparison.seed for item in items)
+    setting = (items[0].comparison.setting, items[0].comparison.against)
+    return Paired(setting, seeds, pruned, scratch, losses[1] - losses[0])
+
+
+def _refuse_repeated_seeds(items: Sequence[Any]) -> None:
+    """A run that came into a verdict twice would make it too sure."""
+    seeds = [item.comparison.seed for item in items]
+    for item in items:
+        if seeds.count(item.comparison.seed) > 1:
+            made = item.comparison
+            raise AccountError(
+                f"{made.setting}: {made.pruned} and {made.scratch} are compared more than once under seed {made.seed}"
+            )
+
+
+def follow(compared: Sequence[Any], records: Mapping[str, Record]) -> list[Trend]:
+    """One trend for each comparison that has several budgets."""
+    found = []
+    for subject, items in _groups(compared, lambda item: tuple(item.group[key] for key in SUBJECT)).items():
+        runs = [
+            (
+                item.comparison.seed,
+                item.tokens,
+                records[item.comparison.scratch]["tokens"],
+                records[item.comparison.pruned]["test_loss"],
+                records[item.comparison.scratch]["test_loss"],
+            )
+            for item in items
+        ]
+        trend = of(dict(zip(SUBJECT, subject, strict=True)), runs)
+        found += [trend] if trend else []
+    return found
+
+
+def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> Groups:
+    """Finished comparisons by ``key``, in the study's order."""
+    groups: Groups = {}
+    for item in compared:
+        if item.status == "finished":
+            groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+class _Windows:
+    """The test losses of every window, each run's read once, and the document of each window.
+
+    Losses on another text than the one that lies there now have no documents.
+    """
+
+    def __init__(self, study: Study, places: Places):
+        self.places = places
+        self.documents = of_windows(study.data.test, study.evaluation.windows, study.evaluation_seq_length)
+        self.text = None if self.documents is None else fingerprint(study.data.test)
+        self._read: dict[str, np.ndarray | None] = {}
+
+    def interval(self, pruned: Sequence[str], scratch: Sequence[str]) -> OverDocuments | None:
+        if self.documents is None:
+            return None
+        losses = [[self._of(cell) for cell in cells] for cells in (pruned, scratch)]
+        if any(run is None or run.shape != self.documents.shape for arm in losses for run in arm):
+            return None
+        return statistics.over_documents(np.array(losses[0]), np.array(losses[1]), self.documents)
+
+    def _of(self, cell: str) -> np.ndarray | None:
+        if cell not in self._read:
+            path = self.places.scores(cell)
+            test = artifacts.read_json(path)["corpora"]["test"] if path.is_file() else {}
+            there = test.get("fingerprint") == self.text and "window_losses" in test
+            self._read[cell] = np.array(test["window_losses"]) if there else None
+        return self._read[cell]
+
+
+# A comparison over all its budgets: the laws of both arms and where training from scratch catches up.
+#
+# On test losses, as the verdicts are. Each budget is a run of its own; an intermediate checkpoint is never one.
+
+
+@dataclass(frozen=True)
+class Trend(Subject):
+    """One method at one ratio in one setting against one kind of scratch, over budgets and seeds."""
+
+    arms: Arms
+    break_even: BreakEven
+    pruned: Fit | None
+    scratch: Fit | None
+
+    @property
+    def laws(self) -> str:
+        """Both laws in words, or why there is none."""
+        if self.pruned is None or self.scratch is None:
+            return f"No fit: {len(self.arms.tokens)} budgets, at least {FEWEST_BUDGETS} are needed."
+        off = [
+            f"{name} (p = {fit.lack_of_fit:.2g})"
+            for name, fit in (("pruned", self.pruned), ("scratch", self.scratch))
+            if not fit.good
+        ]
+        text = f"Pruned {self.pruned.law.words}, scratch {self.scratch.law.words}"
+        if off:
+            return f"{text}; not used: off by more than runs scatter (F test below {POOR}): {', '.join(off)}."
+        return f"{text}; off by {self.pruned.rms:.3f} and {self.scratch.rms:.3f} nats (root mean square)."
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single losses, which are the rows'."""
+        return {
+            **{key: getattr(self, key) for key in SUBJECT},
+            "budgets": list(self.arms.tokens),
+            "scratch_tokens": list(self.arms.scratch_tokens),
+            "seeds": list(self.arms.seeds),
+            "break_even": asdict(self.break_even) | {"words": self.break_even.words},
+            "pruned": _fit(self.pruned),
+            "scratch": _fit(self.scratch),
+            "laws": self.laws,
+        }
+
+
+def _fit(found: Fit | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found) | {"used": found.good}
+
+
+def of(subject: Mapping[str, Any], runs: Sequence[tuple[int, int, int, float, float]]) -> Trend | None:
+    """The trend of one comparison, from (seed, retraining tokens, scratch tokens, pruned and scratch test loss).
+
+    None for one budget.
+    """
+    arms = break_even.arms(runs)
+    if arms is None:
+        return None
+    found, pruned, scratch = break_even.find(arms)
+    return Trend(**subject, arms=arms, break_even=found, pruned=pruned, scratch=scratch)
+
+
+# Which document an evaluation window belongs to, for resampling documents.
+#
+# Windows are cut from the concatenated documents, so that one may hold parts of several: it counts as the
+# document's of which it predicts most tokens. Read from the ``.idx`` alone; nothing here imports Megatron.
+
+
+def of_windows(prefix: str | Path, windows: int, seq_length: int) -> np.ndarray | None:
+    """The document of each of the first ``windows`` windows, int64 [windows]; None where the corpus is not there.
+
+    Window *k* predicts tokens k·S+1 … (k+1)·S (``data.windows``).
+    """
+    index = Path(f"{prefix}.idx")
+    if not index.is_file():
+        return None
+    ends = np.cumsum(document_tokens(index))
+    predicted = np.arange(1, windows * seq_length + 1).reshape(windows, seq_length)
+    most: np.ndarray = stats.mode(np.searchsorted(ends, predicted, side="right"), axis=1).mode
+    return most

@@ -1,0 +1,368 @@
+"""A cell as stages: what to run, how to know that it is done, what must be finished before, what its record is.
+
+``Cell`` is all that the runner sees. The functions here make them from a study: the parents first,
+then calibrations, prunings, and the training runs of the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import artifacts
+from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
+from megatron_prune.study import commands, records
+from megatron_prune.study.budgets import SampleRange
+from megatron_prune.study.checks import Check
+from megatron_prune.study.commands import Command
+from megatron_prune.study.grid import Grid, Pruning, TrainingCell, calibration_cell, links, parent_cells, source_cell
+from megatron_prune.study.outlook import Outlook
+from megatron_prune.study.places import Places
+from megatron_prune.study.schema import Study
+
+Seconds = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a cell. ``done`` looks at what the command writes."""
+
+    command: Command
+    done: Check
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Stages in order, the record when all are done, and the cells that must be finished before."""
+
+    id: str
+    kind: str  # parent, calibration, pruning, retraining, training: the order among what may begin
+    stages: tuple[Stage, ...]
+    record: Callable[[Seconds], dict[str, Any]]
+    after: tuple[str, ...] = ()
+    weight: float = 1.0  # how long it may take, relative to others of its kind; longer ones start first
+    about: Mapping[str, Any] = field(default_factory=dict)  # of a training run: what it is, and what it is compared in
+
+    def is_done(self) -> bool:
+        """True if everything that it writes says that it is done; what cannot be read says nothing.
+
+        AccountError where it is done, but is not what it should be.
+        """
+        try:
+            return all(stage.done() for stage in self.stages)
+        except AccountError:
+            raise
+        except MegatronPruneError:
+            return False
+
+    def to_json(self) -> dict[str, Any]:
+        """``cell.json``: what it is, what is run, and what says that it is done."""
+        return {
+            "cell": self.id,
+            "about": {"kind": self.kind, **self.about},
+            "stages": [
+                {
+                    "stage": stage.command.stage,
+                    "nproc": stage.command.nproc,
+                    "argv": list(stage.command.argv),
+                    "done": {"check": stage.done.name, **stage.done.arguments},
+                }
+                for stage in self.stages
+            ],
+        }
+
+
+def all_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+    """Every cell that can be named by now. A scratch run does not take its shape from a pruning that ``failed``."""
+    return [
+        *parents(study, places, outlook),
+        *calibrations(study, places, outlook),
+        *(_pruning(study, places, outlook, pruning) for pruning in links(study)),
+        *training_cells(study, places, outlook, failed),
+    ]
+
+
+def parents(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
+    """The parents: trained, imported or only loaded, and evaluated."""
+    return [_parent(study, places, outlook, cell, seed) for cell, seed in parent_cells(study)]
+
+
+def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int) -> Cell:
+    stages = []
+    samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
+    if study.parent.pretrain is not None:
+        command = commands.parent_training(study, places, samples, seed)
+        stages.append(_trained(places, cell, samples, *study.parent_run(seed), command, permuted=False))
+    elif study.parent.import_hf is not None:
+        check = Check("imported", {"checkpoint": str(places.checkpoint(cell))})
+        stages.append(Stage(commands.importing(study, places), check))
+    beside = places.beside_parent(study, seed) / "account.json"
+    trained = study.parent.pretrain is not None or (study.parent.load is not None and beside.is_file())
+    stages.append(_evaluation(study, places, cell, places.parent(study, seed), beside if trained else None))
+
+    def record(seconds: Seconds) -> dict[str, Any]:
+        return records.parent(study, places, seed, outlook.lay, seconds)
+
+    return Cell(cell, "parent", tuple(stages), record)
+
+
+def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
+    """One cell for each set of calibration windows, and each checkpoint, of which some method reads statistics."""
+    cells: dict[str, Cell] = {}
+    for pruning in links(study):
+        if outlook.needs[pruning.name].statistics:
+            name = calibration_cell(study, pruning)
+            cells.setdefault(name, _calibration(study, places, name, pruning))
+    return list(cells.values())
+
+
+def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> Cell:
+    check = Check("calibrated", {"statistics": str(places.statistics(name))})
+    return Cell(
+        name,
+        "calibration",
+        (Stage(commands.calibration(study, places, pruning), check),),
+        lambda seconds: records.calibration(study, places, pruning, seconds),
+        after=(source_cell(study, pruning),),
+    )
+
+
+def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
+    """Plan and apply, or sparsify, and evaluate before any retraining."""
+    checkpoint, sparse = places.checkpoint(pruning.cell), pruning.method.pattern is not None
+
+    def record(seconds: Seconds) -> dict[str, Any]:
+        found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
+        expected = outlook.targets.get(pruning.name)
+        if expected is not None and found["target"] != vars(expected):
+            raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
+        return found
+
+    after = [source_cell(study, pruning)]
+    if outlook.needs[pruning.name].statistics:
+        after.append(calibration_cell(study, pruning))
+    stages = (_sparsifying if sparse else _planning)(study, places, outlook, pruning)
+    evaluation = _evaluation(study, places, pruning.cell, checkpoint)
+    return Cell(pruning.cell, "pruning", (*stages, evaluation), record, tuple(after))
+
+
+def _sparsifying(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+    needs, method = outlook.needs[pruning.name], pruning.method
+    command = commands.sparsifying(study, places, pruning, text=needs.text, random=needs.random)
+    asked = {"checkpoint": str(places.checkpoint(pruning.cell)), "method": method.name, "pattern": method.pattern}
+    yield Stage(command, Check("sparsified", asked))
+
+
+def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+    """The plan and its checkpoint; before it, where the model's loss must decide, the candidates and their scores."""
+    needs, plan = outlook.needs[pruning.name], str(places.plan(pruning))
+    statistics = None
+    if needs.statistics:
+        statistics = places.statistics(calibration_cell(study, pruning))
+    if needs.scores:
+        asked, scored = str(places.candidates(pruning)), places.statistics(pruning.cell)
+        question = {"statistics": str(scored), "candidates": asked}
+        yield Stage(
+            commands.planning(study, places, pruning, statistics, random=needs.random, stage="candidates"),
+            Check("asked", {"candidates": asked}),
+        )
+        yield Stage(commands.scoring(study, places, pruning), Check("scored", question))
+        if needs.retraining:
+            samples = outlook.lay.retrain(needs.retraining.tokens, pruning.trained)
+            command = commands.rescoring(study, places, pruning, samples)
+            yield Stage(command, Check("rescored", question))
+        statistics = scored
+    command = commands.planning(study, places, pruning, statistics, random=needs.random)
+    yield Stage(command, Check("planned", {"plan": plan}))
+    applied = Check("applied", {"checkpoint": str(places.checkpoint(pruning.cell)), "plan": plan})
+    yield Stage(commands.application(study, places, pruning), applied)
+
+
+def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+    """The runs that are compared, and those between links, the longest first; those of which the name does not depend
+    on an unknown shape."""
+    grid = outlook.grid(study)
+    compared = _compared(study, outlook, grid)
+    return sorted(
+        (
+            _training(study, places, cell, _source(places, cell, failed), compared.get(cell.id, []))
+            for cell in grid.cells
+            if cell.kind != "scratch" or cell.masked or cell.source.name in outlook.targets
+        ),
+        key=lambda cell: -cell.weight,
+    )
+
+
+def _compared(study: Study, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
+    """By run, the comparisons that it is for: each as ``Comparison.group``, and whether it is in the study's family.
+
+    It is written down with the run, so that a comparison that is taken out of study.yaml later still counts.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for made in grid.comparisons:
+        group = made.group(outlook.lay.retrain(made.budget).steps * outlook.lay.batch.tokens) | {"budget": made.budget}
+        group["in_family"] = study.family.holds(group)
+        for _, *names in made.runs:
+            for name in names:
+                if name is not None and group not in found.setdefault(name, []):
+                    found[name].append(group)
+    return found
+
+
+def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruning:
+    """The pruning whose checkpoint a run starts from, or takes its shape from: the one that it has begun with.
+
+    A scratch run that serves several prunings takes the first of them that did not fail.
+    """
+    candidates = (cell.source, *cell.others)
+    directory = places.cell(cell.id)
+    if len(candidates) > 1 and has_begun(directory):
+        words = artifacts.read_json(directory / "cell.json")["stages"][0]["argv"]
+        for pruning in candidates:
+            if str(places.checkpoint(pruning.cell)) in words:
+                return pruning
+    return next((pruning for pruning in candidates if pruning.cell not in failed), cell.source)
+
+
+def _training(
+    study: Study, places: Places, cell: TrainingCell, source: Pruning, compared: Sequence[Mapping[str, Any]]
+) -> Cell:
+    command = commands.training(study, places, cell, source)
+    return Cell(
+        cell.id,
+        "retraining" if cell.kind == "retrained" else "training",
+        (
+            _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command),
+            _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),
+        ),
+        lambda seconds: records.training(places, cell, seconds),
+        after=(source.cell,),
+        weight=cell.samples.steps,
+        about={"arm": cell.kind, "seed": cell.seed, "lr": cell.lr, "compared": list(compared)},
+    )
+
+
+def _trained(
+    places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command, *, permuted: bool = True
+) -> Stage:
+    asked = {"account": str(places.account(cell)), "start": samples.start, "end": samples.end, "steps": samples.steps}
+    asked |= {"seed": seed, "permutation_seed": seed if permuted else None, "lr": lr}
+    return Stage(command, Check("trained", asked))
+
+
+def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:
+    """``account``: of the training that left the checkpoint, where one is known."""
+    asked: dict[str, Any] = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
+    asked |= {"checkpoint": str(checkpoint), "account": None if account is None else str(account)}
+    return Stage(commands.evaluation(study, places, cell, checkpoint), Check("evaluated", asked))
+
+
+def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
+    """Every cell's command lines, for people."""
+    return {cell.id: [stage.command for stage in cell.stages] for cell in cells}
+
+
+# Flags in which accounts may differ: a cell that has begun goes on with others.
+FREE = (
+    "--save-interval", "--micro-batch-size", "--tensorboard-dir", "--wandb-project", "--wandb-entity",
+    "--wandb-exp-name", "--wandb-save-dir", commands.SAVES_WHEN_TOLD,
+)  # fmt: skip
+
+
+def keep(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study.
+
+    What accounts may differ in (how often is saved, how many processes share a batch, and how, what is tracked) may
+    change while a cell is not finished. A finished one keeps the commands that it was made with.
+    """
+    path, content = places.cell(cell.id) / "cell.json", cell.to_json()
+    refuse_other_commands(study, places, cell, cells)
+    earlier = artifacts.read_json(path) if path.is_file() else None
+    if earlier is not None and has_begun(path.parent):
+        content["about"] = _with_earlier(earlier.get("about", {}), content["about"])
+        if earlier["stages"] != content["stages"] and _was_done(cell):
+            content["stages"] = earlier["stages"]
+    if earlier != content:
+        artifacts.write_json(path, content)
+
+
+def refuse_other_commands(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+    """UsageError for a cell that has begun with commands which differ in more than what is ``FREE``."""
+    path = places.cell(cell.id) / "cell.json"
+    if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
+        return
+    if changed := _first_difference(artifacts.read_json(path), cell.to_json()):
+        raise UsageError(
+            f"study {study.name}",
+            given=f"{cell.id} with {changed}",
+            allowed="its earlier commands",
+            why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
+        )
+
+
+def _was_done(cell: Cell) -> bool:
+    try:
+        return cell.is_done()
+    except MegatronPruneError:  # the runner names it
+        return True
+
+
+def _with_earlier(earlier: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is compared in now, and what it was compared in before study.yaml was changed."""
+    if "compared" not in about:
+        return dict(about)
+    groups = [*earlier.get("compared", []), *about["compared"]]
+    return {**about, "compared": [group for number, group in enumerate(groups) if group not in groups[:number]]}
+
+
+def _begun_after(places: Places, cell: Cell, cells: Sequence[Cell]) -> str:
+    """The cells that rest on ``cell`` and have begun, for people: made again alone, it would leave them stale."""
+    resting, more = {cell.id}, {cell.id}
+    while more:
+        more = {one.id for one in cells if more.intersection(one.after) and not _takes_a_shape(one)} - resting
+        resting |= more
+    found = [one.id for one in cells if one.id in resting - {cell.id} and has_begun(places.cell(one.id))]
+    return f" and what rests on it ({', '.join(found)})" if found else ""
+
+
+def _takes_a_shape(cell: Cell) -> bool:
+    """True for a dense scratch run: the shape is in its name, and it needs no weights of what it is after."""
+    argv = cell.stages[0].command.argv
+    return "--shape-from" in argv and "--masks" not in argv
+
+
+def has_begun(directory: Path) -> bool:
+    """True once any stage of a cell, or its job, has written a log."""
+    return any(directory.glob("*.log"))
+
+
+def _first_difference(earlier: Any, now: Any) -> str:
+    """The first words in which the commands of two cell.json differ, ``FREE`` ones apart; nothing where none does."""
+    for old, new in zip(earlier["stages"], now["stages"], strict=False):
+        words, others = _fixed(old["argv"]), _fixed(new["argv"])
+        if (old["stage"], words) != (new["stage"], others):
+            return first_other_word(words, others) or f"another command line for {new['stage']}"
+    return "other stages" if len(earlier["stages"]) != len(now["stages"]) else ""
+
+
+def _fixed(argv: Sequence[str]) -> list[str]:
+    """The words of a command without flags that are ``FREE``; sorted: the order of keys in a YAML says nothing."""
+    flags: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    first, *others = flags
+    kept = sorted((words for words in others if words[0] not in FREE), key=lambda words: words[0])
+    return [*first, *(word for words in kept for word in words)]
+
+
+def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:
+    """``--lr 0.002 in place of 0.001``; nothing where one begins with the other."""
+    for position, (a, b) in enumerate(zip(earlier, now, strict=False)):
+        if a != b:
+            flag = now[position - 1] if position and not b.startswith("--") else ""
+            return f"{flag} {b} in place of {a}".strip()
+    return ""

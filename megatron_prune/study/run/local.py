@@ -1,0 +1,135 @@
+"""Cells on this machine: up to ``launch.parallel_cells`` at a time, each on GPUs of its own where there are any.
+
+Processes end with their runner. Where some live on for a while, the next runner waits for them before it begins what
+they were doing: two runs never write to one folder.
+Without a GPU no more begin than there are cores for: a process needs one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_prune.engine.launch import wait_until_free
+from megatron_prune.errors import MegatronPruneError, UsageError
+from megatron_prune.study.commands import Command, environment
+from megatron_prune.study.execution import execute
+from megatron_prune.study.jobs import Cell
+from megatron_prune.study.places import Places
+from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.schema import Study
+
+
+class Execute(Protocol):
+    """Runs one command to its end; the return code is only for the error message."""
+
+    def __call__(self, command: Command, *, log: Path, env: dict[str, str]) -> int: ...
+
+
+def launch_command(command: Command, *, log: Path, env: dict[str, str]) -> int:
+    """Processes on this machine (torchrun's ranks where there is a GPU)."""
+    if command.stage == "import":
+        from megatron_prune.convert.huggingface import import_hf
+
+        arguments = dict(zip(command.argv[1::2], command.argv[2::2], strict=True))
+        import_hf(arguments["--hf"], arguments["--save"])
+        return 0
+    from megatron_prune.engine.launch import launch
+
+    return launch(command.argv, nproc=command.nproc, log=log, env=env)
+
+
+class Local:
+    """A thread for every cell that runs. The threads are daemons: an interrupt ends the program and its jobs."""
+
+    orders = False
+
+    def __init__(self, study: Study, places: Places, progress: Progress, execute_command: Execute = launch_command):
+        self.study, self.places, self.progress, self.execute_command = study, places, progress, execute_command
+        visible = _visible() if execute_command is launch_command else []
+        cores = len(os.sched_getaffinity(0))
+        bound = study.launch.parallel_cells if visible else max(1, cores // study.launch.nproc)
+        self.cells = min(study.launch.parallel_cells, bound)
+        self.devices = _devices(study, visible)
+        self.running: dict[str, threading.Thread] = {}
+        self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
+
+    def check(self, cell: Cell) -> None:
+        """What an earlier runner of this machine began has a log, and ``stages.keep`` compares its commands."""
+
+    def room(self) -> bool:
+        return len(self.running) < self.cells
+
+    def begin(self, cell: Cell, after: Sequence[str]) -> bool:
+        self.running[cell.id] = threading.Thread(target=self._run, args=(cell,), daemon=True)
+        self.running[cell.id].start()
+        return True
+
+    def ended(self) -> Mapping[str, MegatronPruneError | None]:
+        name, error = self.results.get()
+        self.running.pop(name).join()
+        if error is not None and not isinstance(error, MegatronPruneError):
+            for thread in self.running.values():
+                thread.join()
+            raise error
+        return {name: error}
+
+    def _run(self, cell: Cell) -> None:
+        devices = self.devices.get()
+        error: BaseException | None = None
+        try:
+            self._stages(cell, devices)
+        except BaseException as found:
+            error = found
+        self.devices.put(devices)
+        self.results.put((cell.id, error))
+
+    def _stages(self, cell: Cell, devices: str | None) -> None:
+        alone = cell.kind == "parent" and not self.study.parent_per_seed
+        env = environment(self.study, self.study.launch.threads_per_process(1 if alone else self.cells))
+        if devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = devices
+        for stage in cell.stages:
+            if stage.done():
+                continue
+            with self.progress.stage(cell.id, stage.command.stage):
+                command = functools.partial(self._command, stage.command, env)
+                directory, name = self.places.cell(cell.id), stage.command.stage
+                tell = functools.partial(self.progress.left, cell.id, name)
+                if wait_until_free(directory / f"{name}.log", tell) and stage.done():
+                    continue
+                execute(directory, name, stage.done, command)
+
+    def _command(self, command: Command, env: dict[str, str], log: Path) -> int:
+        return self.execute_command(command, log=log, env=env)
+
+
+def _visible() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [device for device in given.split(",") if device]
+    import torch
+
+    return [str(device) for device in range(torch.cuda.device_count())]
+
+
+def _devices(study: Study, visible: Sequence[str]) -> queue.Queue[str | None]:
+    """Disjoint sets of GPUs for the cells that run side by side; no names where there are no GPUs."""
+    launch = study.launch
+    needed = launch.parallel_cells * launch.nproc
+    if visible and needed > len(visible):
+        raise UsageError(
+            "launch.parallel_cells", given=f"{launch.parallel_cells} x nproc {launch.nproc}",
+            allowed=f"up to {len(visible)} processes, one a GPU",
+        )  # fmt: skip
+    free: queue.Queue[str | None] = queue.Queue()
+    for slot in range(launch.parallel_cells):
+        names = visible[slot * launch.nproc : (slot + 1) * launch.nproc]
+        free.put(",".join(names) if names else None)
+    return free

@@ -1,0 +1,409 @@
+"""study.yaml as frozen dataclasses: what a study is, read strictly and refused early.
+
+Every key is known or refused by name; every number is checked where it is read. ``load`` gives a
+``Study`` (its sections: ``sections``; what they are written in: ``values``) whose defaults are filled
+in; ``resolved`` gives it back as JSON for the run's folder. Paths are relative to the directory that
+the command is called from, as Megatron's are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_prune.errors import UsageError
+from megatron_prune.study.budgets import Batch
+from megatron_prune.study.sections import Calibration, Data, Evaluation, Method, Parent, Recipe
+from megatron_prune.study.values import (
+    RESERVED,
+    STRICT,
+    Flags,
+    Fraction,
+    Positive,
+    Retention,
+    Scratch,
+    Scratches,
+    Setting,
+    Settings,
+    Tokens,
+)
+
+# How a study's runs are put on machines, and where they report to: sections of study.yaml.
+
+
+# Options of sbatch that a job's script sets, or that would make it another job.
+OF_THE_SCRIPT = (
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "output", "chdir", "open-mode", "dependency",
+    "kill-on-invalid-dep", "array", "parsable", "wrap", "wait", "test-only",
+)  # fmt: skip
+TIMES = ("time", "time-min", "begin", "deadline")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Slurm:
+    """What the launcher ``slurm`` needs to know of a cluster.
+
+    ``options`` are written as ``#SBATCH --key=value`` (partition, account, time, gres, …), ``setup`` as lines of
+    shell before the first command (modules, the environment). ``ranks_per_node``: processes (GPUs) of one node.
+    """
+
+    ranks_per_node: Positive | None = None  # None: all of launch.nproc
+    options: Flags = dataclasses.field(default_factory=dict)
+    setup: list[str] = dataclasses.field(default_factory=list)
+    poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between looks at the queue
+    most_jobs: Positive | None = None  # in the queue at once; None: all that may be
+
+    def __post_init__(self) -> None:
+        for name, value in self.options.items():
+            _check_option(name, value)
+
+
+def _check_option(name: str, value: Any) -> None:
+    """UsageError for an option of sbatch that the script sets itself, or that would not mean what is written."""
+    allowed = why = ""
+    if name in OF_THE_SCRIPT:
+        allowed = "options that a job's script does not set itself"
+    elif name.startswith("container-"):
+        allowed = (
+            "no container here: name one in each command of your own, or install the environment (launch.slurm.setup)"
+        )
+        why = "sbatch would put the job's script itself in it, which calls srun and scontrol"
+    elif name in TIMES and not isinstance(value, str):
+        allowed, why = 'a time in quotes, as "24:00:00"', "YAML reads 24:00:00 as 86400, Slurm that as minutes"
+    elif value is None or value is False:
+        allowed, why = "true for a flag without a value", "an option that is not wanted is left out"
+    elif name == "signal" and not re.fullmatch(r"B:USR1@\d+", str(value)):
+        allowed, why = "B:USR1@SECONDS", "the script tells its training to save so long before the time limit"
+    elif isinstance(value, list):
+        allowed = 'text as sbatch takes it, as "a,b"'
+    elif isinstance(value, str) and not (value and value.isprintable() and not set("'\"\\") & set(value)):
+        allowed = "text on one line, without quotes and backslashes"
+    if allowed:
+        raise UsageError(f"launch.slurm.options.{name}", given=repr(value), allowed=allowed, why=why)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Launch:
+    """Processes of one run, runs at a time, and what starts them: this machine or a cluster's queue.
+
+    ``retries``: how often a stage that failed is run again, from its last save, before its cell is marked as failed;
+    attempts that got further are not counted.
+    ``parallel_cells`` bounds the runs on this machine; under Slurm the queue decides.
+    """
+
+    launcher: Literal["local", "slurm"] = "local"
+    nproc: Positive = 1
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    parallel_cells: Positive = 1
+    threads: Positive | None = None  # CPU threads of a process; None: the cores, shared evenly
+    retries: Annotated[int, Field(ge=0)] = 1
+    slurm: Slurm | None = None
+
+    def __post_init__(self) -> None:
+        if self.nproc % (self.tensor_parallel * self.pipeline_parallel):
+            raise UsageError(
+                "launch.nproc",
+                given=self.nproc,
+                allowed=f"a multiple of tensor_parallel x pipeline_parallel = "
+                f"{self.tensor_parallel * self.pipeline_parallel}",
+            )
+        if self.slurm is not None and self.launcher != "slurm":
+            raise UsageError("launch.slurm", given="set", allowed="only with launcher: slurm")
+        if self.launcher == "slurm" and self.parallel_cells > 1:
+            raise UsageError("launch.parallel_cells", given=self.parallel_cells, allowed="only with launcher: local")
+        if self.nproc % self.ranks_per_node:
+            raise UsageError("launch.nproc", given=self.nproc, allowed=f"whole nodes of {self.ranks_per_node} ranks")
+
+    @property
+    def data_parallel(self) -> int:
+        return self.nproc // (self.tensor_parallel * self.pipeline_parallel)
+
+    @property
+    def ranks_per_node(self) -> int:
+        per_node = self.slurm.ranks_per_node if self.slurm else None
+        return min(per_node or self.nproc, self.nproc)
+
+    def threads_per_process(self, cells: int) -> int:
+        """Threads for each process while up to ``cells`` runs share the machine."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // (cells * self.nproc))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tracking:
+    """Where trainings report to while they run, through Megatron's own writers; runs are grouped by study.
+
+    W&B groups by ``WANDB_RUN_GROUP``, which is the study's name; a run is called as its cell.
+    """
+
+    tensorboard: bool = False  # under the study's folder, tensorboard/<cell>
+    wandb_project: str | None = None
+    wandb_entity: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.wandb_entity and not self.wandb_project:
+            raise UsageError("tracking.wandb_entity", given=self.wandb_entity, allowed="only with wandb_project")
+
+
+# ``family`` of study.yaml: the comparisons that the study was made for, which Holm's correction is over.
+
+
+@dataclass(frozen=True, config=STRICT)
+class Family:
+    """What a comparison must be to belong to it; None: anything. All comparisons of a study belong by default."""
+
+    methods: list[str] | None = None  # as rows call them: their label, or else their name
+    patterns: list[str] | None = None
+    ratios: list[Fraction] | None = None
+    settings: list[Setting] | None = None
+    budgets: list[Tokens] | None = None
+
+    def holds(self, comparison: Mapping[str, Any]) -> bool:
+        """Whether a comparison is in it, given as ``method``, ``pattern``, ``ratio``, ``setting`` and ``budget``."""
+        return all(
+            allowed is None or comparison[key] in allowed
+            for key, allowed in (
+                ("method", self.methods),
+                ("pattern", self.patterns),
+                ("ratio", self.ratios),
+                ("setting", self.settings),
+                ("budget", self.budgets),
+            )
+        )
+
+    def check(self, **known: Iterable[Any]) -> None:
+        """UsageError where it names what the study does not have."""
+        for key, there in known.items():
+            values = list(dict.fromkeys(there))
+            for value in getattr(self, key) or ():
+                if value not in values:
+                    raise UsageError(
+                        f"family.{key}", given=value, allowed=f"what the study has: {', '.join(map(str, values))}"
+                    )
+
+
+# Reads the YAML of a study.yaml, and refuses a key that is there twice: of YAML the last one wins.
+
+
+class _Loader(yaml.SafeLoader):
+    """Looks at mappings as they are written: keys that ``<<`` merges in may be set again."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(f"{key.value} is there twice, on lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return node
+
+
+def read(path: str | Path) -> Any:
+    """The content of a YAML file; UsageError where there is none, or it is not valid."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError("STUDY.yaml", given=path, allowed="an existing file")
+    try:
+        return yaml.load(path.read_text(), _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError("STUDY.yaml", given=path, allowed="valid YAML", why=str(error)) from error
+
+
+@dataclass(frozen=True, config=STRICT)
+class Study:
+    """Everything that a study is."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: Data
+    parent: Parent
+    recipe: Recipe
+    methods: Annotated[list[Method], Field(min_length=1)]
+    budgets: Annotated[list[Tokens], Field(min_length=1)]
+    ratios: list[Fraction] = dataclasses.field(default_factory=list)
+    ratio_of: Literal["linears", "all"] = "linears"
+    settings: Settings = dataclasses.field(default_factory=lambda: ["equal-training", "equal-total"])
+    scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # beside sparse methods
+    seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
+    launch: Launch = dataclasses.field(default_factory=Launch)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+    retention: Retention = "all"  # of checkpoints of the compared runs
+    family: Family = dataclasses.field(default_factory=Family)  # the comparisons that Holm's correction is over
+    parent_per_seed: bool = False  # a parent trained under each seed, so that intervals are not conditional on one
+
+    def __post_init__(self) -> None:
+        batch = self.recipe.micro_batch_size * self.launch.data_parallel
+        if self.recipe.global_batch_size % batch:
+            raise UsageError(
+                "recipe.global_batch_size",
+                given=self.recipe.global_batch_size,
+                allowed=f"a multiple of micro_batch_size x data parallel size = {batch}",
+            )
+        for where, flags in (
+            ("recipe.arguments", self.recipe.arguments),
+            ("parent.pretrain.arguments", self.parent.pretrain.arguments if self.parent.pretrain else {}),
+        ):
+            for flag in flags:
+                if flag in RESERVED:
+                    raise UsageError(
+                        f"{where}.{flag}",
+                        given="set",
+                        allowed="Megatron flags that the study does not set itself",
+                        why="it would not be the same for every arm",
+                    )
+        if self.parent.pretrain and self.parent.pretrain.lr is None and len(self.recipe.rates) > 1:
+            raise UsageError("parent.pretrain.lr", given="nothing", allowed="a learning rate",
+                             why="recipe.lr has several, for the runs that are compared")  # fmt: skip
+        if self.parent_per_seed and self.parent.pretrain is None:
+            raise UsageError("parent_per_seed", given="true", allowed="only with parent.pretrain",
+                             why="an outside parent cannot be trained again")  # fmt: skip
+        for what in ("budgets", "ratios", "seeds"):
+            values = getattr(self, what)
+            if len(set(values)) != len(values):
+                raise UsageError(what, given=values, allowed="different values")
+        self._refuse_budgets_of_one_run()
+        tags = [method.tag for method in self.methods]
+        for tag in tags:
+            if tags.count(tag) > 1:
+                raise UsageError("methods", given=f"{tag} twice", allowed="a label for each of them")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
+                raise UsageError("methods", given=tag, allowed="labels of letters, digits, dots and dashes")
+        names = [(method.title, method.last_pattern) for method in self.methods]
+        if len(set(names)) < len(names):
+            raise UsageError("methods", given="two of one name and pattern", allowed="another label for each of them")
+        self.family.check(
+            methods=(method.title for method in self.methods),
+            patterns=(method.last_pattern for method in self.methods),
+            ratios=[*self.ratios, *(method.own_ratio for method in self.methods)],
+            settings=(setting for method in self.methods for setting, _ in self.compared(method)),
+            budgets=self.budgets,
+        )
+        if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
+            raise UsageError("ratios", given="none", allowed="at least one ratio, or a target or N:M for every method")
+        if self.ratio_of != "linears" and any(method.sparse for method in self.methods):
+            raise UsageError(
+                "ratio_of", given=self.ratio_of, allowed="linears in a study with sparse methods",
+                why="they remove their ratio of every linear",
+            )  # fmt: skip
+
+    def _refuse_budgets_of_one_run(self) -> None:
+        """Budgets are trained as whole batches: two of as many are one run, which would count as two."""
+        batch = Batch(self.recipe.global_batch_size, self.data.seq_length)
+        known: dict[int, int] = {}
+        for budget in self.budgets:
+            steps = batch.steps(budget, "budgets")
+            if steps in known:
+                raise UsageError(
+                    "budgets", given=f"{known[steps]} and {budget}",
+                    allowed="budgets of different numbers of steps",
+                    why=f"both are {steps} step{'s' * (steps != 1)} of {batch.tokens:,} tokens: one run",
+                )  # fmt: skip
+            known[steps] = budget
+
+    def compared(self, method: Method) -> list[tuple[Setting, Scratch]]:
+        """The comparisons that a pruned model of ``method`` is for."""
+        asked = method.compare or dict.fromkeys(self.settings)
+        default: list[Scratch] = self.scratch if method.sparse else ["dense"]
+        return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
+
+    def parent_run(self, replicate: int) -> tuple[int, float]:
+        """Seed and learning rate that a parent is trained with; ``replicate`` is what ``parent_cells`` has for it."""
+        assert self.parent.pretrain is not None
+        return self.parent.pretrain.seed + replicate, self.parent.pretrain.lr or self.recipe.rates[0]
+
+    @property
+    def evaluation_seq_length(self) -> int:
+        return self.evaluation.seq_length or self.data.seq_length
+
+    @property
+    def calibration_seq_length(self) -> int:
+        return self.calibration.seq_length or self.data.seq_length
+
+
+def load(path: str | Path) -> Study:
+    """Read a study.yaml; UsageError names the key that is wrong and what is allowed there."""
+    found = load_all(path)
+    if len(found) > 1:
+        raise UsageError("STUDY.yaml", given=f"{path} with {len(found)} parents", allowed="a study of one parent")
+    return found[0]
+
+
+def load_all(path: str | Path) -> list[Study]:
+    """Read a study.yaml that may have ``parents``, by label, in place of ``parent``: one study for each of them.
+
+    They are called NAME.LABEL, and are studies of their own, in folders of their own.
+    """
+    content = read(path)
+    if not isinstance(content, dict) or "parents" not in content:
+        return [from_mapping(content, where=str(path))]
+    parents = content.pop("parents")
+    if not isinstance(parents, dict) or not parents or "parent" in content:
+        raise UsageError(f"{path}: parents", given=parents if "parent" not in content else "set beside parent",
+                         allowed="parents by their labels, in place of parent")  # fmt: skip
+    if not isinstance(name := content.get("name"), str):
+        raise UsageError(f"{path}: name", given="nothing" if name is None else name, allowed="a name: studies are "
+                         "called NAME.LABEL")  # fmt: skip
+    return [
+        from_mapping({**content, "name": f"{name}.{label}", "parent": parent}, where=f"{path}: {label}")
+        for label, parent in parents.items()
+    ]
+
+
+def from_mapping(content: Any, where: str = "study") -> Study:
+    """A ``Study`` from plain data, with errors in the words of the file."""
+    if not isinstance(content, dict):
+        raise UsageError(where, given=type(content).__name__, allowed="a mapping of keys to values")
+    try:
+        return TypeAdapter(Study).validate_python(content)
+    except ValidationError as error:
+        raise _usage_error(error, where) from error
+
+
+def resolved(study: Study) -> dict[str, Any]:
+    """The study with every default filled in, as JSON values."""
+    values: dict[str, Any] = TypeAdapter(Study).dump_python(study, mode="json")
+    return values
+
+
+def _usage_error(error: ValidationError, where: str) -> UsageError:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"]) or where
+    kind = first["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = "one of " + ", ".join(_keys_at(first["loc"][:-1]))
+        return UsageError(f"{where}: {location}", given="an unknown key", allowed=allowed)
+    if kind in ("missing", "missing_argument"):
+        return UsageError(f"{where}: {location}", given="nothing", allowed="a value: this key is required")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return UsageError(f"{where}: {location}", given=repr(first["input"]), allowed=message)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the dataclass that lies at ``location`` inside a Study."""
+    here: Any = Study
+    for part in location:
+        if isinstance(part, str):
+            here = typing.get_type_hints(here)[part]
+        here = _dataclass_in(here)
+    return [field.name for field in dataclasses.fields(here)]
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    """The dataclass inside ``X``, ``X | None`` or ``list[X]``."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    inside = [_dataclass_in(part) for part in typing.get_args(annotation) if part is not types.NoneType]
+    return next((part for part in inside if dataclasses.is_dataclass(part)), annotation)
