@@ -4,7 +4,7 @@ Read from a study's ``report/results.json``: its comparisons are there only beca
 that is shipped (``SHIPPED``: the quickstart's study of several seeds and budgets) is such a file without what advice
 does not need; it is made anew from that study's report by
 
-    cd megatron_prune/study/advise && python -m megatron_prune.study.advise.ledgers …/report/results.json quickstart.json
+    python -m megatron_prune.study.advise.ledgers REPORT/results.json megatron_prune/study/advise/quickstart.json
 """
 
 from __future__ import annotations
