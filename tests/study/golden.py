@@ -59,7 +59,7 @@ def commands(name: str) -> dict[str, list[Command]]:
     end = max((stage["range"][1] for stage in known[1]), default=0)  # on the study's stream, whose corpora are not here
     with (
         mock.patch.object(preflight, "_parent", there),
-        mock.patch.object(preflight.unseen, "end_on_stream", lambda *_: end),
+        mock.patch.object(preflight.ranges, "end_on_stream", lambda *_: end),
     ):
         outlook = preflight.look(study, places)
     outlook = replace(outlook, spent=dict.fromkeys(outlook.targets, 0))
