@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         requests = task_requests(args, asked[0] if asked else None)
 
     args = runtime.start("calibrate", argv, _add_own_arguments, complete=complete_all)
-    from megatron_prune.calibrate import run  # imports Megatron, which must be started first
+    from megatron_prune.calibration import run  # imports Megatron, which must be started first
 
     output = Path(args.output)
     if asked is None:
@@ -80,7 +80,7 @@ def task_requests(args: argparse.Namespace, question: Question | None) -> Reques
 
     Call after ``complete``.
     """
-    from megatron_prune.calibrate import scoring
+    from megatron_prune.calibration import scoring
 
     if question is None or question.task is None:
         if args.task_data is not None:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     args = runtime.start("prune", argv, add_arguments, complete=complete)
     statistics = None
     if choice.needs_statistics:
-        from megatron_prune.calibrate import run  # imports Megatron, which must be started first
+        from megatron_prune.calibration import run  # imports Megatron, which must be started first
 
         statistics = run.gather(args, question if choice.needs_scores else None, requests)
     if args.rank != 0:

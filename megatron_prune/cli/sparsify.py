@@ -56,7 +56,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
     argv = _with_model(argv)
     from_checkpoint = "--use-checkpoint-args" in argv
     args = runtime.start(verb, argv, add_arguments, complete=complete)
-    from megatron_prune.calibrate import run as calibration  # imports Megatron, which must be started first
+    from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
     from megatron_prune.sparse import driver, result, weights_only
     from megatron_prune.sparse.request import Task
 

@@ -10,7 +10,7 @@ which would punish a candidate that is better than the dense model.
 would punish here too. Few examples make many ties: the lower LM loss decides them, then the lower
 start. So every candidate is run on both, and the plan keeps both numbers.
 
-All candidates come from one load of the model, by skipping layers (calibrate/scoring.py).
+All candidates come from one load of the model, by skipping layers (calibration/scoring.py).
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
     import contextlib
     from types import SimpleNamespace
 
-    from megatron_prune.calibrate import scoring
+    from megatron_prune.calibration import scoring
 
     torch.manual_seed(0)
     x, gain = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)

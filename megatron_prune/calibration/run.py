@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 
-from megatron_prune.calibrate import scoring
-from megatron_prune.calibrate.hooks import Recorder
+from megatron_prune.calibration import scoring
+from megatron_prune.calibration.hooks import Recorder
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.data.multiple_choice import Requests
