@@ -54,6 +54,20 @@ class NearTie:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """Factors that what survives is multiplied by, in the order of a ``Selection``'s indices; None: 1, everywhere.
+
+    ``hidden`` multiplies what is read from and written to the residual stream, ``layers`` what a layer's attention
+    and MLP write, ``heads`` and ``ffn`` what ``linear_proj`` and ``linear_fc2`` read.
+    """
+
+    layers: tuple[float, ...] | None = None
+    hidden: tuple[float, ...] | None = None
+    heads: tuple[tuple[float, ...], ...] | None = None
+    ffn: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
     """What survives, in source numbering and ascending; None keeps everything.
 
@@ -65,6 +79,7 @@ class Selection:
     heads: tuple[tuple[int, ...], ...] | None = None
     ffn: tuple[tuple[int, ...], ...] | None = None
     near_ties: tuple[NearTie, ...] = ()
+    gates: Gates | None = None  # of masks that were learned
 
     @property
     def key(self) -> str:
