@@ -11,19 +11,21 @@ EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` 
 
 
 class MegatronPruneError(Exception):
-    """Something that the user can mend; its text says how."""
+    """Something that the user can fix; its text says how."""
 
 
 class UsageError(MegatronPruneError):
     """A flag or a combination of flags that cannot work.
 
-    ``UsageError("--ratio", given=1.5, allowed="a number between 0 and 1")``
+    ``UsageError("--ratio", expected="a number between 0 and 1", got=1.5)`` reads
+    "--ratio: expected a number between 0 and 1, got 1.5"; ``why`` is added in brackets, ``do`` says what helps.
     """
 
-    def __init__(self, flag: str, *, given: object, allowed: str, why: str = ""):
-        self.flag, self.given, self.allowed = flag, given, allowed
+    def __init__(self, flag: str, *, expected: str, got: object, why: str = "", do: str = ""):
+        self.flag, self.expected, self.got = flag, expected, got
         reason = f" ({why})" if why else ""
-        super().__init__(f"{flag}: given {given}, allowed is {allowed}{reason}")
+        remedy = f"; {do}" if do else ""
+        super().__init__(f"{flag}: expected {expected}, got {got}{reason}{remedy}")
 
 
 class CheckpointError(MegatronPruneError):

@@ -152,7 +152,7 @@ def refuse_other_url(flag: str, where: str | Path) -> None:
     """Refuse (UsageError) a URL that is not of the Multi-Storage Client."""
     if _URL.match(str(where)) is not None and not is_stored(where):
         raise UsageError(
-            flag, given=where, allowed="a directory, or msc://PROFILE/… with --enable-msc",
+            flag, got=where, expected="a directory, or msc://PROFILE/… with --enable-msc",
             why="object stores are read and written through the Multi-Storage Client, as in Megatron: name this one "
             "in a profile of its configuration (MSC_CONFIG)",
         )  # fmt: skip
@@ -164,11 +164,11 @@ def refuse_unusable(flag: str, where: str | Path) -> None:
     if not is_stored(where):
         return
     if importlib.util.find_spec("multistorageclient") is None:
-        raise UsageError(flag, given=where, allowed="a directory: the Multi-Storage Client is not installed", why=EXTRA)
+        raise UsageError(flag, got=where, expected="a directory: the Multi-Storage Client is not installed", why=EXTRA)
     try:
         StorePath(where).check()
     except StorageError as error:
-        raise UsageError(flag, given=where, allowed="a profile of MSC_CONFIG", why=str(error.__cause__)) from error
+        raise UsageError(flag, got=where, expected="a profile of MSC_CONFIG", why=str(error.__cause__)) from error
 
 
 def is_reachable(where: str | Path) -> bool:
@@ -184,7 +184,7 @@ def is_reachable(where: str | Path) -> bool:
 def refuse_stored(flag: str, where: str | Path, why: str) -> None:
     """Refuse (UsageError) an address in an object store, and any other URL, for what needs a disk."""
     if _URL.match(str(where)) is not None:
-        raise UsageError(flag, given=where, allowed="a directory of this machine", why=why)
+        raise UsageError(flag, got=where, expected="a directory of this machine", why=why)
 
 
 # -- files ------------------------------------------------------------------------------------------

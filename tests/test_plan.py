@@ -477,7 +477,7 @@ S = "STATISTICS"
         (["--method", "random", "--target-num-layers", "2", "--statistics", S], "--statistics: given .*needs none"),
         (
             ["--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "-1"],
-            "--seed: given -1, allowed is 0 or more",
+            "--seed: expected 0 or more, got -1",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--seed", "1"],
@@ -485,7 +485,7 @@ S = "STATISTICS"
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--aggregation", "paper"],
-            "--aggregation: given with --method shortgpt, allowed is only with --method minitron-width",
+            "--aggregation: expected only with --method minitron-width, got with --method shortgpt",
         ),
         (["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"], "--nonsense: given an unknown"),
         (["--method", "shortgpt", "--ratio", "2", "--statistics", S], "--ratio: given 2.0"),

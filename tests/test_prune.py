@@ -83,7 +83,7 @@ def test_random_needs_no_text_and_is_the_same_on_every_layout(
         (
             "minitron-width",
             ["--target-ffn-hidden-size", "100"],
-            "--target-ffn-hidden-size: given 100, allowed is a multiple of --divisible-by 8",
+            "--target-ffn-hidden-size: expected a multiple of --divisible-by 8, got 100",
         ),
         ("minitron-width", ["--calibration-sequences", "100000"], "--calibration-sequences: given 100000"),
     ],

@@ -199,7 +199,7 @@ def test_a_training_that_diverges_is_a_score(files: Files) -> None:
 def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_path: Path) -> None:
     for choice, message in (
         ([*SEARCH, "--retrain-candidates", 2], "--retrain-tokens: given nothing"),
-        ([*SEARCH, "--retrain-tokens", 9], "--retrain-candidates: given nothing, allowed is 2 to --max-candidates 4"),
+        ([*SEARCH, "--retrain-tokens", 9], "--retrain-candidates: expected 2 to --max-candidates 4, got nothing"),
         ([*SEARCH, "--retrain-candidates", 5, "--retrain-tokens", 9], "--retrain-candidates: given 5"),
         ([*SEARCH, "--retrain-candidates", 1, "--retrain-tokens", 9], "--retrain-candidates: given 1"),
         ([*SEARCH, "--retrain-candidates", 2, "--retrain-tokens", 0], "--retrain-tokens: given 0"),
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     pruned = ["prune", "--load", files.parent, "--use-checkpoint-args", "--calibration-data-path", files.corpus]
     pruned += ["--calibration-sequences", 4, "--calibration-seq-length", 64, "--save", tmp_path / "cut"]
     finished = files.job([*pruned, *SEARCH, *RETRAIN])
-    assert finished.returncode == 2 and "--retrain-candidates: given 2, allowed is with plan" in finished.output
+    assert finished.returncode == 2 and "--retrain-candidates: expected with plan, got 2" in finished.output
 
     files.make(*SEARCH)
     finished = files.rescore()
@@ -223,12 +223,12 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     train = files.training()
     leaks = [files.corpus if word == files.text else word for word in train]
     for more, pretrain, message in (
-        (["--bf16"], train, "--bf16, --fp16: given --bf16, allowed is the precision of --statistics, float32"),
+        (["--bf16"], train, "--bf16, --fp16: expected the precision of --statistics, float32, got --bf16"),
         ([], [*train, "--save", "x"], "--save: given for all candidates"),
         (
             [],
             [*train, "--stream-range", "0:4"],
-            "--stream-range: given 0:4, 128 tokens, allowed is 384 tokens.*12 samples",
+            "--stream-range: expected 384 tokens.*12 samples, got 0:4, 128 tokens",
         ),
         ([], RECIPE, "--stream-range: given nothing"),
         ([], leaks, "document"),

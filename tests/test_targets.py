@@ -265,7 +265,7 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
             ["--ratio", "0.5"],
             "the source has 2 heads in 1 groups",
         ),
-        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: given 99999999, allowed is fewer"),
+        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: expected fewer, got 99999999"),
     ],
 )
 def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message: str) -> None:
@@ -306,24 +306,24 @@ def test_heads_of_given_shapes_stay_in_their_groups() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["64/12/64"], "given 64/12/64, allowed is two shapes or more"),
-        (["64/12/64", "64/12"], "given 64/12, allowed is HIDDEN/HEADS/FFN"),
-        (["64/12/64", "64/0/64"], "given 64/0/64, allowed is HIDDEN/HEADS/FFN"),
-        (["64/12/64", "64x12x64"], "given 64x12x64, allowed is HIDDEN/HEADS/FFN"),
-        (["64/12/64", "64/12/64"], "given 64/12/64 twice, allowed is every shape once"),
-        (["64/12/64", "48/12/64"], "given 48/12/64, which is --target-hidden-size 48, allowed is .* --divisible-by 64"),
+        (["64/12/64"], "expected two shapes or more, got 64/12/64"),
+        (["64/12/64", "64/12"], "expected HIDDEN/HEADS/FFN, got 64/12"),
+        (["64/12/64", "64/0/64"], "expected HIDDEN/HEADS/FFN, got 64/0/64"),
+        (["64/12/64", "64x12x64"], "expected HIDDEN/HEADS/FFN, got 64x12x64"),
+        (["64/12/64", "64/12/64"], "expected every shape once, got 64/12/64 twice"),
+        (["64/12/64", "48/12/64"], "expected .* --divisible-by 64, got 48/12/64, which is --target-hidden-size 48"),
         (["64/12/64", "64/9/64"], "given 64/9/64, which is --target-num-attention-heads 9 for 6 query groups"),
-        (["64/12/64", "64/12/256"], "given 64/12/256, which is --target-ffn-hidden-size 256, allowed is 1 to 192"),
+        (["64/12/64", "64/12/256"], "expected 1 to 192, got 64/12/256, which is --target-ffn-hidden-size 256"),
         (["64/12/64", "96/12/192"], "given 96/12/192, which is .* the source's sizes"),
-        (["64/12/64", "64/12/128", "--ratio", "0.5"], "given --ratio and --target-shapes, allowed is exactly one of"),
+        (["64/12/64", "64/12/128", "--ratio", "0.5"], "expected exactly one of, got --ratio and --target-shapes"),
         (["64/12/64", "64/12/128", "--target-params", "9"], "given --target-params and --target-shapes"),
         (["64/12/64", "64/12/128", "--target-ffn-hidden-size", "64"], "given --target-<size> and --target-shapes"),
         (["64/12/64", "64/12/128", "--tolerance", "0.1"], "--tolerance: given 0.1"),
         (["64/12/64", "64/12/128", "--search", "ffn"], "--search: given with --target-shapes"),
-        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: given 2, allowed is together with"),
+        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected together with, got 2"),
         (
             ["64/12/64", "64/12/128", "--retrain-candidates", "3", "--retrain-tokens", "9"],
-            "--retrain-candidates: given 3, allowed is 2 to the number of shapes, 2",
+            "--retrain-candidates: expected 2 to the number of shapes, 2, got 3",
         ),
     ],
 )
@@ -336,7 +336,7 @@ def test_given_shapes_obey_tensor_parallelism_and_layer_norm() -> None:
     with pytest.raises(UsageError, match="given 96/12/64, which is --target-ffn-.* --tensor-model-parallel-size 3"):
         given_shapes(SMALL, "--target-shapes", "96/12/64", "96/12/128", tp=3)
     narrow = ["--target-shapes", "96/12/64", "64/12/128"]
-    with pytest.raises(UsageError, match="--target-shapes: given 64/12/128, allowed is hidden size 96, .* LayerNorm"):
+    with pytest.raises(UsageError, match="--target-shapes: expected hidden size 96, .* LayerNorm, got 64/12/128"):
         given_shapes(replace(SMALL, norm_bias=True), *narrow)
 
 
@@ -344,12 +344,12 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ("shortgpt", [], {}, "exactly one of --ratio, --target-params"),
     ("shortgpt", ["--ratio", "0.5", "--target-num-layers", "3"], {}, "exactly one of"),
     ("shortgpt", ["--ratio", "0.5", "--target-params", "3"], {}, "exactly one of"),
-    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: given 1.5, allowed is a fraction"),
+    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: expected a fraction, got 1.5"),
     ("shortgpt", ["--ratio", "0"], {}, "--ratio: given 0.0"),
     ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers .the nearest is 0"),
     ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers .the nearest is 6"),
-    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: given 99999999, allowed is fewer than"),
-    ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: given 7, allowed is 1 to 6"),
+    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: expected fewer than, got 99999999"),
+    ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: expected 1 to 6, got 7"),
     ("shortgpt", ["--target-num-layers", "0"], {}, "--target-num-layers: given 0"),
     ("shortgpt", ["--target-num-layers", "6"], {}, "allowed is a smaller model"),
     ("shortgpt", ["--target-hidden-size", "64"], {}, "--target-hidden-size: given 64.*that the method cuts"),
@@ -376,7 +376,7 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
         "minitron-width",
         ["--ratio", "0.5", "--divisible-by", "200"],
         {},
-        "--divisible-by: given 200, allowed is a number that divides",
+        "--divisible-by: expected a number that divides, got 200",
     ),
     ("minitron-width", ["--target-hidden-size", "64", "--ratio-of", "all"], {}, "--ratio-of: given all"),
     ("minitron-width", ["--target-hidden-size", "64", "--tolerance", "0.1"], {}, "--tolerance: given 0.1"),

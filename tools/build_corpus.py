@@ -16,7 +16,7 @@ def shares(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError as error:
-        raise UsageError("--split", given=text, allowed="four positive shares, such as 94,2,2,2") from error
+        raise UsageError("--split", got=text, expected="four positive shares, such as 94,2,2,2") from error
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

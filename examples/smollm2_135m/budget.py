@@ -122,7 +122,7 @@ def planned(content: dict, minutes: float, step: float, parent: ModelShape) -> t
     steps = int((60 * minutes - once()) / each)
     if steps < LEAST:
         least = math.ceil((once() + LEAST * each) / 60)
-        raise UsageError("--budget", given=f"{minutes:g} minutes", allowed=f"at least {least} on this machine")
+        raise UsageError("--budget", got=f"{minutes:g} minutes", expected=f"at least {least} on this machine")
     tokens = steps * batch * study.data.seq_length
     changed = {"budgets": [tokens]}
     changed["evaluation"] = content["evaluation"] | {"windows": windows}

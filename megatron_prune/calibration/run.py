@@ -66,20 +66,20 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     behind = found.calibrations[0]
     parent = open_checkpoint(runtime.loaded_directory(args))
     if parent.fingerprint() != found.parent:
-        raise UsageError("--load", given=args.load, allowed="the parent that --statistics are of")
+        raise UsageError("--load", got=args.load, expected="the parent that --statistics are of")
     indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
     if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
-            "--calibration-data-path", given=args.calibration_data_path, allowed="the corpus that was calibrated on"
+            "--calibration-data-path", got=args.calibration_data_path, expected="the corpus that was calibrated on"
         )
     if (dtype := _dtype(args)) != behind["params_dtype"]:
         raise UsageError(
-            "--bf16, --fp16", given=dtype, allowed=behind["params_dtype"],
+            "--bf16, --fp16", got=dtype, expected=behind["params_dtype"],
             why="scores are compared with one another and with the calibration's loss",
         )  # fmt: skip
     if (recipe := fp8.describe(args)) != behind.get("fp8"):
         raise UsageError(
-            "--fp8-preset", given=_words(recipe), allowed=f"that of --statistics: {_words(behind.get('fp8'))}",
+            "--fp8-preset", got=_words(recipe), expected=f"that of --statistics: {_words(behind.get('fp8'))}",
             why="scores are compared with one another and with the calibration's loss",
         )  # fmt: skip
     if not question.unscored(found):
@@ -95,8 +95,8 @@ def refuse_virtual_stages(args: argparse.Namespace) -> None:
     if args.virtual_pipeline_model_parallel_size is not None:  # not known before Megatron has read the layout
         raise UsageError(
             "--pipeline-model-parallel-layout",
-            given=args.pipeline_model_parallel_layout,
-            allowed="one stage a rank with this verb",
+            got=args.pipeline_model_parallel_layout,
+            expected="one stage a rank with this verb",
             why="the model is read stage by stage",
         )
 

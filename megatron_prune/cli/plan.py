@@ -60,22 +60,22 @@ def main(argv: list[str]) -> int:
     options, unknown = parser.parse_known_args(argv)
     choices.refuse_unknown(unknown, name)
     if options.seed is not None and not method.random:
-        raise UsageError("--seed", given=options.seed, allowed=f"no seed with --method {name}, which draws nothing")
+        raise UsageError("--seed", got=options.seed, expected=f"no seed with --method {name}, which draws nothing")
     if options.seed is not None and options.seed < 0:
-        raise UsageError("--seed", given=options.seed, allowed="0 or more")
+        raise UsageError("--seed", got=options.seed, expected="0 or more")
     seed = (options.seed or 0) if method.random else None
     choice = choices.choice_from(name, method, own, options, options.tensor_model_parallel_size, seed)
     if options.statistics and not choice.needs_statistics:
         raise UsageError(
             "--statistics",
-            given=" ".join(options.statistics),
-            allowed=f"no statistics with --method {name}, which needs none",
+            got=" ".join(options.statistics),
+            expected=f"no statistics with --method {name}, which needs none",
         )
     if choice.needs_statistics and not options.statistics:
         raise UsageError(
             "--statistics",
-            given="nothing",
-            allowed="a file that calibrate wrote",
+            got="nothing",
+            expected="a file that calibrate wrote",
             why=f"--method {name} reads it",
         )
 
@@ -114,8 +114,8 @@ def _ask(
     if len(options.statistics) > 1:
         raise UsageError(
             "--statistics",
-            given=" ".join(options.statistics),
-            allowed="one file, until its candidates are scored",
+            got=" ".join(options.statistics),
+            expected="one file, until its candidates are scored",
             why=f"{len(missing)} candidates {lack} in all of them",
         )
     load, found = ["--load", options.load], ["--statistics", *options.statistics]

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     own, verb, rest = split(argv)
     options, unknown = _parser().parse_known_args(own)
     if verb is None or unknown:
-        raise UsageError("preflight", given=" ".join(unknown) or "no command", allowed="its own flags, and then one of "
+        raise UsageError("preflight", got=" ".join(unknown) or "no command", expected="its own flags, and then one of "
                          f"{', '.join(VERBS)} with the flags of that")  # fmt: skip
     # It would warn of a CUDA that is missing, which is no news here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "megatron_prune", "preflight", *argv]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     if not 0 < options.mfu <= 1:
-        raise UsageError("--mfu", given=options.mfu, allowed="a fraction up to 1")
+        raise UsageError("--mfu", got=options.mfu, expected="a fraction up to 1")
     from megatron_prune.engine import installed
     from megatron_prune.preflight.checks import Question
     from megatron_prune.study.values import parse_tokens
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     try:
         tokens = None if options.corpus_tokens is None else parse_tokens(options.corpus_tokens)
     except ValueError as error:
-        raise UsageError("--corpus-tokens", given=options.corpus_tokens, allowed=str(error)) from error
+        raise UsageError("--corpus-tokens", got=options.corpus_tokens, expected=str(error)) from error
     cluster = Cluster(options.gpus, options.gpu, options.gpus_per_node)
     line = elsewhere.resolve(rest, options.model)
     reserve = int(options.reserve_gb * 1e9)

@@ -55,17 +55,17 @@ def main(argv: list[str]) -> int:
     def complete(args: argparse.Namespace, argv: list[str]) -> None:
         nonlocal folder, choice, question, requests
         if args.save is None:
-            raise UsageError("--save", given="nothing", allowed="where the pruned checkpoint goes")
+            raise UsageError("--save", got="nothing", expected="where the pruned checkpoint goes")
         folder = Path(args.save)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError("--save", given=folder, allowed="a directory that is empty or does not exist")
+            raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
         seed = args.seed if method.random else None
         choice = choices.choice_from(name, method, own, args, args.tensor_model_parallel_size, seed)
         calibrate.complete(args, argv, reads_text=choice.needs_statistics)
         question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
         if question.retraining:
             raise UsageError(
-                "--retrain-candidates", given=question.retraining.candidates, allowed="with plan, and rescore after it",
+                "--retrain-candidates", got=question.retraining.candidates, expected="with plan, and rescore after it",
                 why="prune loads the model once and trains nothing",
             )  # fmt: skip
         requests = calibrate.task_requests(args, question) if question.task else None

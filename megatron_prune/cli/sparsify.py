@@ -45,11 +45,11 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
         nonlocal request, save
         request = requests.from_arguments(args)
         if args.save is None:
-            raise UsageError("--save", given="nothing", allowed="where the pruned checkpoint goes")
+            raise UsageError("--save", got="nothing", expected="where the pruned checkpoint goes")
         save = Path(args.save)
         if args.fp8_param_gather:
             raise UsageError(
-                "--fp8-param-gather", given="on", allowed="off with this verb", why="weights must not live as FP8"
+                "--fp8-param-gather", got="on", expected="off with this verb", why="weights must not live as FP8"
             )
         calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
 
@@ -83,7 +83,7 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
             print(f"{save}: this pruning is complete; nothing to do", flush=True)
         return 0
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UsageError("--save", given=save, allowed="a directory that is empty or does not exist")
+        raise UsageError("--save", got=save, expected="a directory that is empty or does not exist")
     scratch = Scratch(save)
     scratch.refuse_another(question)
     if args.rank == 0:

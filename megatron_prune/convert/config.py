@@ -83,8 +83,8 @@ def args_from_config(
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     if multiple < 1:
         raise UsageError(
-            "--make-vocab-size-divisible-by", given=f"{make_vocab_size_divisible_by} x {tensor_model_parallel_size}",
-            allowed="a positive multiple",
+            "--make-vocab-size-divisible-by", got=f"{make_vocab_size_divisible_by} x {tensor_model_parallel_size}",
+            expected="a positive multiple",
         )  # fmt: skip
     return {
         "num_layers": values["num_hidden_layers"],

@@ -35,8 +35,8 @@ def parse_blend(blend: str | Sequence[str]) -> list[tuple[float | None, str]]:
     if not words or wrong or len({weight is None for weight, _ in pairs}) > 1:
         raise UsageError(
             "--data-path",
-            given=" ".join(words) or "nothing",
-            allowed="PREFIX… or WEIGHT PREFIX WEIGHT PREFIX…",
+            got=" ".join(words) or "nothing",
+            expected="PREFIX… or WEIGHT PREFIX WEIGHT PREFIX…",
             why="all members have a positive weight or none has one",
         )
     return pairs

@@ -236,7 +236,7 @@ def load_splitter(
     if nltk_data is not None:
         folder = Path(nltk_data).absolute()
         if not folder.is_dir():
-            raise UsageError("--nltk-data", given=nltk_data, allowed="a folder that holds tokenizers/punkt_tab")
+            raise UsageError("--nltk-data", got=nltk_data, expected="a folder that holds tokenizers/punkt_tab")
         if str(folder) not in nltk.data.path:
             nltk.data.path.insert(0, str(folder))
     try:
@@ -248,5 +248,5 @@ def load_splitter(
             f"python -m nltk.downloader -d DIR punkt_tab; then give --nltk-data DIR or set NLTK_DATA=DIR"
         ) from error
     except ValueError as error:
-        raise UsageError("--lang", given=language, allowed="the name of a Punkt model, such as english") from error
+        raise UsageError("--lang", got=language, expected="the name of a Punkt model, such as english") from error
     return SentenceSplitter(punkt, language, keep_newlines)

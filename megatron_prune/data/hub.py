@@ -68,8 +68,8 @@ def shards(dataset: str, split: str = "train", column: str = "text") -> list[Sha
     except (OSError, ValueError) as error:
         raise UsageError(
             "--dataset, --dataset-split",
-            given=f"{dataset}, {split}",
-            allowed="NAME[:CONFIG] on the hub or a folder, and one of its splits",
+            got=f"{dataset}, {split}",
+            expected="NAME[:CONFIG] on the hub or a folder, and one of its splits",
             why=" ".join(str(error).split()),
         ) from error
     names = data.column_names or list(next(iter(data), {}))

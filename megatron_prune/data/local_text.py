@@ -60,11 +60,11 @@ def build_corpus(
     """
     if len(shares) != len(SPLITS) or min(shares) <= 0:
         given = ",".join(map(str, shares))
-        raise UsageError("--split", given=given, allowed="four positive shares, such as 94,2,2,2")
+        raise UsageError("--split", got=given, expected="four positive shares, such as 94,2,2,2")
     if max_bytes is not None and max_bytes < 1:
-        raise UsageError("--max-bytes", given=max_bytes, allowed="a positive number")
+        raise UsageError("--max-bytes", got=max_bytes, expected="a positive number")
     if longest_held_out is not None and longest_held_out < SHORTEST:
-        raise UsageError("--longest-held-out", given=longest_held_out, allowed=f"{SHORTEST} characters or more")
+        raise UsageError("--longest-held-out", got=longest_held_out, expected=f"{SHORTEST} characters or more")
     begun = monotonic()
     rejected: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}

@@ -88,10 +88,10 @@ def preprocess(
     ]
     if append_eod and tokenizer.eod is None:
         raise UsageError(
-            "--append-eod", given=f"{tokenizer.model}, which has no end-of-document token", allowed="one that has one"
+            "--append-eod", got=f"{tokenizer.model}, which has no end-of-document token", expected="one that has one"
         )
     if workers < 1:
-        raise UsageError("--workers", given=workers, allowed="1 or more")
+        raise UsageError("--workers", got=workers, expected="1 or more")
     begun = monotonic()
     encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size))
     settings = encoder.describe()

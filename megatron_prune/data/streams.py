@@ -103,12 +103,12 @@ class Stream:
             ("--stream-epochs", epochs, range(1, 2**15)),
         ):
             if given not in allowed:
-                raise UsageError(flag, given=given, allowed=f"{allowed.start} to {allowed.stop - 1}")
+                raise UsageError(flag, got=given, expected=f"{allowed.start} to {allowed.stop - 1}")
         if eod is None and (reset_position_ids or reset_attention_mask or eod_mask_loss):
             raise UsageError(
                 "--reset-position-ids, --reset-attention-mask, --eod-mask-loss",
-                given="no end-of-document id",
-                allowed="a tokenizer that has one",
+                got="no end-of-document id",
+                expected="a tokenizer that has one",
             )
         stream = Stream(members(parse_blend(blend)), seq_length, seed, epochs)
         for corpus in stream.corpora:
@@ -244,20 +244,20 @@ class SampleRange(torch.utils.data.Dataset[dict[str, Any]]):
     ):
         given = f"{start}:{end}"
         if not 0 <= start < end:
-            raise UsageError("--stream-range", given=given, allowed="START:END, samples, 0 <= START < END")
+            raise UsageError("--stream-range", got=given, expected="START:END, samples, 0 <= START < END")
         if end > len(stream):
             raise UsageError(
                 "--stream-range",
-                given=given,
-                allowed=f"an end up to {len(stream)}",
+                got=given,
+                expected=f"an end up to {len(stream)}",
                 why=f"the stream has {len(stream)} samples of {stream.seq_length} tokens in {stream.epochs} "
                 "epoch(s) and does not wrap; give more text, or declare more epochs with --stream-epochs",
             )
         if (end - start) % global_batch_size:
             raise UsageError(
                 "--stream-range",
-                given=given,
-                allowed=f"a multiple of the global batch of {global_batch_size} samples",
+                got=given,
+                expected=f"a multiple of the global batch of {global_batch_size} samples",
                 why=f"{end - start} samples leave {(end - start) % global_batch_size} over",
             )
         self.stream, self.start, self.end, self.permutation_seed = stream, start, end, permutation_seed
@@ -291,7 +291,7 @@ def parse_range(text: str, flag: str = "--stream-range") -> tuple[int, int]:
     """``"1000:2000"`` → (1000, 2000), in samples."""
     start, _, end = text.partition(":")
     if not (start.isdecimal() and end.isdecimal() and int(start) < int(end)):
-        raise UsageError(flag, given=text, allowed="START:END in samples, END excluded, such as 1000:2000")
+        raise UsageError(flag, got=text, expected="START:END in samples, END excluded, such as 1000:2000")
     return int(start), int(end)
 
 

@@ -168,8 +168,8 @@ class TikTokenizer:
         if ranks + num_special_tokens < self.vocab_size:
             raise UsageError(
                 "--vocab-size",
-                given=f"{self.vocab_size}{' (the default)' if vocab_size is None else ''}",
-                allowed=f"up to {ranks + num_special_tokens}",
+                got=f"{self.vocab_size}{' (the default)' if vocab_size is None else ''}",
+                expected=f"up to {ranks + num_special_tokens}",
                 why=f"{model} holds {ranks} tokens, --tiktoken-num-special-tokens is {num_special_tokens}",
             )
         chosen = list(special_tokens) if special_tokens else None
@@ -246,12 +246,12 @@ def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
     ``settings`` are TikTokenizer's; the others have none.
     """
     if type not in TYPES:
-        raise UsageError("--tokenizer-type", given=type, allowed=" or ".join(TYPES))
+        raise UsageError("--tokenizer-type", got=type, expected=" or ".join(TYPES))
     if type == "TikTokenizer":
         return TikTokenizer(model, **settings)
     if settings:
         names = ", ".join("--" + name.replace("_", "-") for name in settings)
-        raise UsageError(names, given=f"for a {type}", allowed="TikTokenizer's settings, for a TikTokenizer only")
+        raise UsageError(names, got=f"for a {type}", expected="TikTokenizer's settings, for a TikTokenizer only")
     return SentencePieceTokenizer(model) if type == "SentencePieceTokenizer" else HuggingFaceTokenizer(model)
 
 

@@ -39,9 +39,9 @@ def train_tokenizer(
 
     paths = check_inputs(inputs, input_format)
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UsageError("--vocab-size", given=vocab_size, allowed=f"{SMALLEST_VOCABULARY} or more")
+        raise UsageError("--vocab-size", got=vocab_size, expected=f"{SMALLEST_VOCABULARY} or more")
     if model_type not in MODEL_TYPES:
-        raise UsageError("--model-type", given=model_type, allowed=" or ".join(MODEL_TYPES))
+        raise UsageError("--model-type", got=model_type, expected=" or ".join(MODEL_TYPES))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -62,7 +62,7 @@ def windows(
     Raises DataError (no such corpus, or shorter than one window) and UsageError.
     """
     if seq_length < 1:
-        raise UsageError("--seq-length", given=seq_length, allowed="a positive number of tokens")
+        raise UsageError("--seq-length", got=seq_length, expected="a positive number of tokens")
     length = indexed.tokens(indexed.open_indexed(prefix))
     available = (length - 1) // seq_length
     if not available:
@@ -74,8 +74,8 @@ def windows(
     if not 1 <= count <= available:
         raise UsageError(
             flag,
-            given=count,
-            allowed=f"1 to {available}",
+            got=count,
+            expected=f"1 to {available}",
             why=f"{prefix} holds {length} tokens, windows are {seq_length} long",
         )
     # RandomState, as everywhere in this room: NumPy promises its numbers will never change.

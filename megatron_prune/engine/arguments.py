@@ -76,7 +76,7 @@ def parse(
     if args.shape_from is not None:
         if args.use_checkpoint_args and args.pretrained_checkpoint is None and not _has_checkpoint(args.load):
             raise UsageError(
-                "--use-checkpoint-args", given="together with --shape-from", allowed="one of the two",
+                "--use-checkpoint-args", got="together with --shape-from", expected="one of the two",
                 why="both say where the model's arguments come from",
             )  # fmt: skip
         _take_arguments(args, args.shape_from, argv, load_args_from_checkpoint)
@@ -86,8 +86,8 @@ def parse(
         if source is None:
             raise UsageError(
                 "--use-checkpoint-args",
-                given=f"--load {args.load}",
-                allowed="a --load or --pretrained-checkpoint that holds a checkpoint",
+                got=f"--load {args.load}",
+                expected="a --load or --pretrained-checkpoint that holds a checkpoint",
             )
         _take_arguments(args, source, argv, load_args_from_checkpoint)
     if args.tokenizer_type is None:
@@ -169,7 +169,7 @@ def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
         value, least = getattr(args, name, None), int(name in _POSITIVE)
         if value is not None and (value < least or name in _SEEDS and value >= 1 << 32):
             allowed = f"{least} to {(1 << 32) - 1}" if name in _SEEDS else f"{least} or more"
-            raise UsageError(f"--{name.replace('_', '-')}", given=value, allowed=allowed)
+            raise UsageError(f"--{name.replace('_', '-')}", got=value, expected=allowed)
 
 
 def _refuse_missing_gpu(args: argparse.Namespace) -> None:
@@ -179,40 +179,40 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
     if args.fp8 or args.fp8_preset:
         raise UsageError(
             fp8.FLAG if args.fp8_preset else "--fp8-format",
-            given=args.fp8_preset or args.fp8,
-            allowed="nothing on this machine",
+            got=args.fp8_preset or args.fp8,
+            expected="nothing on this machine",
             why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible",
         )
     if args.fp4:
         raise UsageError(
             "--fp4-format",
-            given=args.fp4,
-            allowed="nothing on this machine",
+            got=args.fp4,
+            expected="nothing on this machine",
             why="FP4 needs a Blackwell GPU; none is visible",
         )
     if args.transformer_impl != "local":
         raise UsageError(
             "--transformer-impl",
-            given=args.transformer_impl,
-            allowed="local",
+            got=args.transformer_impl,
+            expected="local",
             why="Transformer Engine needs a GPU; none is visible",
         )
     if args.async_save and args.use_persistent_ckpt_worker:  # alone, Megatron switches it off
         raise UsageError(
             "--async-save",
-            given="on",
-            allowed="off on this machine",
+            got="on",
+            expected="off on this machine",
             why="Megatron's process that saves wants a GPU, and the run would wait for it for ever; none is visible",
         )
     if args.distributed_backend != "gloo":
         raise UsageError(
-            "--distributed-backend", given=args.distributed_backend, allowed="gloo", why="no GPU is visible"
+            "--distributed-backend", got=args.distributed_backend, expected="gloo", why="no GPU is visible"
         )
     if args.sequence_parallel:
         raise UsageError(
             "--sequence-parallel",
-            given="on",
-            allowed="off",
+            got="on",
+            expected="off",
             why="the local spec's RMSNorm has none, and no GPU is visible",
         )
 
@@ -233,7 +233,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
                 args.ckpt_step = int(path.name[5:])
             elif name == "pretrained_checkpoint" and _latest(path.parent) != path.name:
                 raise UsageError(
-                    "--pretrained-checkpoint", given=value, allowed=f"{path.parent} with this iteration its latest",
+                    "--pretrained-checkpoint", got=value, expected=f"{path.parent} with this iteration its latest",
                     why="Megatron loads only the latest iteration of a pretrained checkpoint",
                 )  # fmt: skip
             setattr(args, name, value if name == "shape_from" else str(path.parent))
@@ -274,7 +274,7 @@ def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
     """Refuse (UsageError) a command line whose stores ``verb`` cannot use from here, before Megatron reads it."""
     refuse_malformed(argv)
     if "--enable-msc" in argv and importlib.util.find_spec("multistorageclient") is None:
-        raise UsageError("--enable-msc", given="on", allowed="off: the client is not installed", why=storage.EXTRA)
+        raise UsageError("--enable-msc", got="on", expected="off: the client is not installed", why=storage.EXTRA)
     for flag, value in _checkpoints(argv):
         if flag == "--save" and verb != "pretrain":
             refuse_remote(flag, value)
@@ -289,7 +289,7 @@ def refuse_malformed(argv: Sequence[str]) -> None:
         storage.refuse_other_url(flag, value)
         if storage.is_stored(value) and "--enable-msc" not in argv:
             raise UsageError(
-                flag, given=value, allowed="an object store only with --enable-msc",
+                flag, got=value, expected="an object store only with --enable-msc",
                 why="Megatron reads and writes them through its Multi-Storage Client, which that flag switches on",
             )  # fmt: skip
 
@@ -327,4 +327,4 @@ def refuse_unfit(args: argparse.Namespace) -> None:
         ),
     ):  # fmt: skip
         if unfit:
-            raise UsageError(flag, given=given, allowed=f"{allowed}, where --save is in an object store", why=why)
+            raise UsageError(flag, got=given, expected=f"{allowed}, where --save is in an object store", why=why)

@@ -75,15 +75,15 @@ def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
             preset[name] = getattr(args, name)
         elif name in _COUNTS or (name in preset and getattr(args, name) != preset[name]):
             raise UsageError(
-                option, given=getattr(args, name), allowed=f"what {FLAG} {args.fp8_preset} sets, or no preset",
+                option, got=getattr(args, name), expected=f"what {FLAG} {args.fp8_preset} sets, or no preset",
                 why="delayed scaling has no layers in bf16" if name.endswith("bf16") else "",
             )  # fmt: skip
     for option, allowed in (("--fp16", "bf16"), ("--fp4-format", "FP8")):
         if option in given:
-            raise UsageError(option, given="on", allowed=f"no such flag with {FLAG}", why=f"it is {allowed}")
+            raise UsageError(option, got="on", expected=f"no such flag with {FLAG}", why=f"it is {allowed}")
     if args.transformer_impl != "transformer_engine":
         raise UsageError(
-            "--transformer-impl", given=args.transformer_impl, allowed=f"transformer_engine with {FLAG}",
+            "--transformer-impl", got=args.transformer_impl, expected=f"transformer_engine with {FLAG}",
             why="Megatron's local layers have no FP8",
         )  # fmt: skip
     vars(args).update(preset, bf16=True)
@@ -100,7 +100,7 @@ def refuse_unfit(args: argparse.Namespace) -> None:
     for option, what, size in dimensions(args):
         if size % ALIGNMENT:
             raise UsageError(
-                flag, given=f"{value}, and {what} of {size}", allowed=f"multiples of {ALIGNMENT}: mend {option}",
+                flag, got=f"{value}, and {what} of {size}", expected=f"multiples of {ALIGNMENT}: mend {option}",
                 why=f"FP8 matrix products take dimensions in multiples of {ALIGNMENT}",
             )  # fmt: skip
 
@@ -123,8 +123,8 @@ def refuse_delayed(args: argparse.Namespace, why: str = "") -> None:
     """
     if args.fp8 and args.fp8_recipe == "delayed":
         raise UsageError(
-            FLAG if args.fp8_preset else "--fp8-recipe", given=args.fp8_preset or "delayed",
-            allowed="current or blockwise scaling (--fp8-preset current), or bf16, with this verb",
+            FLAG if args.fp8_preset else "--fp8-recipe", got=args.fp8_preset or "delayed",
+            expected="current or blockwise scaling (--fp8-preset current), or bf16, with this verb",
             why=why or "delayed scales come from training steps, and forward passes alone leave them at 1",
         )  # fmt: skip
 
@@ -149,7 +149,7 @@ def _refuse_gpu(flag: str, value: str, recipe: str) -> None:
     found = torch.cuda.get_device_capability()
     if found < least or (beyond is not None and found >= beyond):
         raise UsageError(
-            flag, given=value, allowed=f"a recipe that compute capability {found[0]}.{found[1]} has",
+            flag, got=value, expected=f"a recipe that compute capability {found[0]}.{found[1]} has",
             why=f"{recipe} scaling needs {least[0]}.{least[1]}: {gpus}",
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def _refuse_counts(args: argparse.Namespace) -> None:
     for name in _COUNTS:
         if not 0 <= getattr(args, name) <= most:
             raise UsageError(
-                f"--{name.replace('_', '-')}", given=getattr(args, name), allowed=f"0 to {most}",
+                f"--{name.replace('_', '-')}", got=getattr(args, name), expected=f"0 to {most}",
                 why=f"a pipeline stage has {most} of {args.num_layers} layers",
             )  # fmt: skip
 

@@ -71,8 +71,8 @@ def named(text: str) -> Installed:
     words = set() if text == "none" else {word.strip() for word in text.split(",")}
     if unknown := words - set(PACKAGES):
         raise UsageError(
-            "--installed", given=", ".join(sorted(unknown)) or "nothing",
-            allowed=f"none, or words of {', '.join(PACKAGES)}, with commas between",
+            "--installed", got=", ".join(sorted(unknown)) or "nothing",
+            expected=f"none, or words of {', '.join(PACKAGES)}, with commas between",
         )  # fmt: skip
     apex = "apex" in words
     return Installed(
@@ -189,13 +189,13 @@ def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
             raise _missing(package, flag, value, other)
     if local and args.normalization == "RMSNorm" and found.apex and not found.te:
         raise UsageError(
-            "--transformer-impl", given="local, with RMSNorm, where Apex is installed and Transformer Engine is not",
-            allowed=f"local with both or neither of them ({PACKAGES['te'][1]}, or uninstall Apex)",
+            "--transformer-impl", got="local, with RMSNorm, where Apex is installed and Transformer Engine is not",
+            expected=f"local with both or neither of them ({PACKAGES['te'][1]}, or uninstall Apex)",
             why="Megatron takes Apex's norm for the last one then, and that has no RMSNorm",
         )  # fmt: skip
     if not found.compiler:
         raise UsageError(
-            "megatron_prune", given="no Triton, or no C compiler for it", allowed="both: pip install triton, and a "
+            "megatron_prune", got="no Triton, or no C compiler for it", expected="both: pip install triton, and a "
             "package such as g++", why="Megatron compiles its fused functions with torch.compile when a run starts",
         )  # fmt: skip
 
@@ -216,7 +216,7 @@ def _refuse_for_local_layers(args: argparse.Namespace) -> None:
         ("--attention-backend", _backend(args), _backend(args) in ("flash", "fused"), unfused),
     ):
         if asked:
-            raise UsageError(flag, given=given, allowed="no such thing with --transformer-impl local", why=why)
+            raise UsageError(flag, got=given, expected="no such thing with --transformer-impl local", why=why)
 
 
 def _backend(args: argparse.Namespace) -> str:
@@ -227,5 +227,5 @@ def _missing(package: str, flag: str, given: object, other: str) -> UsageError:
     name, how = PACKAGES[package]
     container = f"; {CONTAINER}" if package in ("te", "apex", "flash-attn") else ""
     return UsageError(
-        flag, given=given, allowed=other or f"nothing without {name}", why=f"{name} is not installed: {how}{container}"
+        flag, got=given, expected=other or f"nothing without {name}", why=f"{name} is not installed: {how}{container}"
     )

@@ -88,7 +88,7 @@ def start_function(
 
 def _check_nproc(nproc: int) -> None:
     if nproc < 1:
-        raise UsageError("nproc", given=nproc, allowed="at least 1 process")
+        raise UsageError("nproc", got=nproc, expected="at least 1 process")
 
 
 class Job:

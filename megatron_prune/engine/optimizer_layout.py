@@ -72,8 +72,8 @@ def prepare(args: argparse.Namespace) -> None:
     was, wanted = ([of.get(name, 1) for name in _MODEL_PARALLEL] for of in (stored, vars(args)))
     if was != wanted:
         raise UsageError(
-            ", ".join(f"--{name.replace('_', '-')}" for name in _MODEL_PARALLEL), given=", ".join(map(str, wanted)),
-            allowed=f"{', '.join(map(str, was))}, as {args.load} was saved; for others first: {COMMAND} {args.load}",
+            ", ".join(f"--{name.replace('_', '-')}" for name in _MODEL_PARALLEL), got=", ".join(map(str, wanted)),
+            expected=f"{', '.join(map(str, was))}, as {args.load} was saved; for others first: {COMMAND} {args.load}",
             why="its optimizer state is in flat buckets of each model-parallel rank",
         )  # fmt: skip
     replicas = stored.get("data_parallel_size", 1) * stored.get("context_parallel_size", 1)

@@ -51,7 +51,7 @@ def refuse_yaml(argv: Sequence[str]) -> None:
         flag, _, value = word.partition("=")
         if flag == "--yaml-cfg":
             raise UsageError(
-                flag, given=value or " ".join(argv[position + 1 : position + 2]), allowed="nothing here",
+                flag, got=value or " ".join(argv[position + 1 : position + 2]), expected="nothing here",
                 why="its file would replace the command line, and the flags of this program with it",
             )  # fmt: skip
 
@@ -61,11 +61,11 @@ def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namesp
     for action, why in _refused(parser):
         value = getattr(args, action.dest, action.default)
         if value != action.default:
-            raise UsageError(_option(action, argv), given=_given(action, value), allowed="nothing here", why=why)
+            raise UsageError(_option(action, argv), got=_given(action, value), expected="nothing here", why=why)
     actions = {action.dest: action for action in parser._actions}
     for (name, value), why in _VALUES.items():
         if getattr(args, name, None) == value and actions[name].default != value:
-            raise UsageError(_option(actions[name], argv), given=value, allowed="another value", why=why)
+            raise UsageError(_option(actions[name], argv), got=value, expected="another value", why=why)
 
 
 def refuse_names(arguments: Mapping[str, Any], where: str) -> None:
@@ -79,7 +79,7 @@ def refuse_names(arguments: Mapping[str, Any], where: str) -> None:
         if why is None and name in unreached() - set(_ASK_FOR_THE_DEFAULT):
             why = _UNREAD
         if why is not None and value not in (None, False):
-            raise UsageError(f"{where}.{flag}", given=value, allowed="nothing here", why=why)
+            raise UsageError(f"{where}.{flag}", got=value, expected="nothing here", why=why)
 
 
 def _refused(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:

@@ -172,15 +172,15 @@ def refuse_layouts(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             raise UsageError(
                 f"--{name.replace('_', '-')}",
-                given=getattr(args, name),
-                allowed="nothing with this verb",
+                got=getattr(args, name),
+                expected="nothing with this verb",
                 why="the model is read stage by stage; any checkpoint loads without virtual stages",
             )
     if args.context_parallel_size > 1:
         raise UsageError(
             "--context-parallel-size",
-            given=args.context_parallel_size,
-            allowed="1 with this verb",
+            got=args.context_parallel_size,
+            expected="1 with this verb",
             why="sequences are taken whole",
         )
 
@@ -195,12 +195,12 @@ def refuse_fixed_lengths(args: argparse.Namespace) -> None:
     """A task's sequences are as long as they are; UsageError where the model's kernels want multiples."""
     if args.fp8:
         raise UsageError(
-            "--fp8-format", given=args.fp8, allowed="nothing with a task",
+            "--fp8-format", got=args.fp8, expected="nothing with a task",
             why="its sequences keep their lengths, and FP8 kernels take multiples of 16",
         )  # fmt: skip
     if args.sequence_parallel:
         raise UsageError(
-            "--sequence-parallel", given="on", allowed="off with a task",
+            "--sequence-parallel", got="on", expected="off with a task",
             why="its sequences keep their lengths, and ranks share out multiples of their number",
         )  # fmt: skip
 
@@ -211,12 +211,12 @@ def tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_type in (None, "NullTokenizer"):
         if checkpoint.huggingface is None:
             raise UsageError(
-                "--tokenizer-type", given="nothing", allowed=" or ".join(tokenizers.TYPES),
+                "--tokenizer-type", got="nothing", expected=" or ".join(tokenizers.TYPES),
                 why="a task is text, and this checkpoint carries no tokenizer",
             )  # fmt: skip
         found = tokenizers.load_tokenizer("HuggingFaceTokenizer", checkpoint.huggingface)
     elif args.tokenizer_model is None:
-        raise UsageError("--tokenizer-model", given="nothing", allowed="its files, with --tokenizer-type")
+        raise UsageError("--tokenizer-model", got="nothing", expected="its files, with --tokenizer-type")
     else:
         settings: dict[str, Any] = {}
         if args.tokenizer_type == "TikTokenizer":

@@ -51,7 +51,7 @@ def settle(args: argparse.Namespace, *, given: bool) -> None:
         args.vocab_size, given = get_tokenizer().vocab_size, True
     if given and args.vocab_size > args.padded_vocab_size:
         raise UsageError(
-            flag, given=args.vocab_size, allowed=f"a vocabulary of at most {args.padded_vocab_size}",
+            flag, got=args.vocab_size, expected=f"a vocabulary of at most {args.padded_vocab_size}",
             why="the model has no embedding for the rest",
         )  # fmt: skip
     args.vocab_size = vocabulary(vars(args))

@@ -184,6 +184,6 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
 
 def refusal(task: str | None, output_type: str) -> UsageError:
     return UsageError(
-        "--tasks", given=task or output_type, allowed="tasks of likelihoods",
+        "--tasks", got=task or output_type, expected="tasks of likelihoods",
         why=f"it is of the kind {output_type}, and nothing is generated here: export the checkpoint for it",
     )  # fmt: skip

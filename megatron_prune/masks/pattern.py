@@ -28,7 +28,7 @@ class Pattern:
         if self.n is None and self.m is None:
             return
         if self.n is None or self.m is None or not 0 < self.n < self.m <= LARGEST_M:
-            raise UsageError("--pattern", given=f"{self.n}:{self.m}", allowed=_ALLOWED)
+            raise UsageError("--pattern", got=f"{self.n}:{self.m}", expected=_ALLOWED)
 
     @staticmethod
     def parse(text: str) -> Pattern:
@@ -37,7 +37,7 @@ class Pattern:
             return Pattern()
         found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
         if found is None:
-            raise UsageError("--pattern", given=text, allowed=_ALLOWED)
+            raise UsageError("--pattern", got=text, expected=_ALLOWED)
         return Pattern(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Pattern:
     def check_inputs(self, name: str, inputs: int) -> None:
         """Refuse a matrix ``name`` whose number of inputs M does not divide."""
         if not self.divides(inputs):
-            raise UsageError("--pattern", given=self, allowed="an M that divides the inputs of every matrix",
+            raise UsageError("--pattern", got=self, expected="an M that divides the inputs of every matrix",
                              why=f"{name} has {inputs}")  # fmt: skip
 
     def broken(self, kept: torch.Tensor) -> tuple[int, int] | None:

@@ -192,14 +192,14 @@ class Sparsity:
         """
         chosen = Pattern.parse(pattern)
         if ratio is None and chosen.ratio is None:
-            raise UsageError(flag, given="nothing", allowed="a number between 0 and 1, or an N:M --pattern")
+            raise UsageError(flag, got="nothing", expected="a number between 0 and 1, or an N:M --pattern")
         if ratio is None:
             assert chosen.ratio is not None
             return Sparsity(chosen.ratio, chosen)
         if not 0 < ratio < 1:
-            raise UsageError(flag, given=ratio, allowed="a number between 0 and 1, the fraction removed")
+            raise UsageError(flag, got=ratio, expected="a number between 0 and 1, the fraction removed")
         if chosen.ratio is not None and abs(ratio - chosen.ratio) > 1e-9:
-            raise UsageError(flag, given=ratio, allowed=f"{chosen.ratio:g} or nothing", why=f"{chosen} removes that")
+            raise UsageError(flag, got=ratio, expected=f"{chosen.ratio:g} or nothing", why=f"{chosen} removes that")
         return Sparsity(chosen.ratio or ratio, chosen)
 
     def removed(self, count: int) -> int:
@@ -270,7 +270,7 @@ def get(name: str) -> Method:
         method: Method = _module(name).METHOD
         return method
     why = f"{name} is sparse: run it with sparsify" if name in _files() else ""
-    raise UsageError("--method", given=name, allowed="one of " + ", ".join(names()), why=why)
+    raise UsageError("--method", got=name, expected="one of " + ", ".join(names()), why=why)
 
 
 def get_sparse(name: str) -> SparseMethod:
@@ -279,7 +279,7 @@ def get_sparse(name: str) -> SparseMethod:
         method: SparseMethod = _module(name).SPARSE
         return method
     why = f"{name} is structured: run it with plan and apply, or prune" if name in _files() else ""
-    raise UsageError("--method", given=name, allowed="one of " + ", ".join(sparse_names()), why=why)
+    raise UsageError("--method", got=name, expected="one of " + ", ".join(sparse_names()), why=why)
 
 
 def _files() -> list[str]:

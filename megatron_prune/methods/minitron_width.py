@@ -94,10 +94,10 @@ class MinitronWidth(RankingMethod):
         chosen, limit, shapes = settings["search"], settings["max_candidates"], settings["target_shapes"]
         if limit is not None and (chosen is None or limit < 1):
             allowed = "together with --search" if chosen is None else "an integer of at least 1"
-            raise UsageError("--max-candidates", given=limit, allowed=allowed)
+            raise UsageError("--max-candidates", got=limit, expected=allowed)
         if shapes is not None:
             if chosen is not None:
-                raise UsageError("--search", given="with --target-shapes", allowed="with --ratio or --target-params")
+                raise UsageError("--search", got="with --target-shapes", expected="with --ratio or --target-params")
             given = _given(shapes)
             return Search(_GIVEN, len(given), _retraining(settings, len(given), "the number of shapes, "), given)
         if chosen is None:
@@ -150,12 +150,12 @@ def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Sizes of the shapes in ``--target-shapes``; UsageError where they are none, or nothing competes."""
     for word in words:
         if not re.fullmatch(r"[1-9][0-9]*(/[1-9][0-9]*){2}", word):
-            raise UsageError("--target-shapes", given=word, allowed="HIDDEN/HEADS/FFN, such as 2432/32/6144")
+            raise UsageError("--target-shapes", got=word, expected="HIDDEN/HEADS/FFN, such as 2432/32/6144")
         if words.count(word) > 1:
-            raise UsageError("--target-shapes", given=f"{word} twice", allowed="every shape once")
+            raise UsageError("--target-shapes", got=f"{word} twice", expected="every shape once")
     if len(words) < 2:
         raise UsageError(
-            "--target-shapes", given=words[0], allowed="two shapes or more",
+            "--target-shapes", got=words[0], expected="two shapes or more",
             why="for one there are --target-hidden-size and its like",
         )  # fmt: skip
     return tuple(tuple(map(int, word.split("/"))) for word in words)
@@ -168,13 +168,13 @@ def _retraining(settings: Mapping[str, Any], limit: int, called: str = "--max-ca
         return None
     if not limit:
         flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
-        raise UsageError(flag, given=given, allowed="together with --search or --target-shapes")
+        raise UsageError(flag, got=given, expected="together with --search or --target-shapes")
     if count is None or not 2 <= count <= limit:
         given = "nothing" if count is None else count
-        raise UsageError("--retrain-candidates", given=given, allowed=f"2 to {called}{limit}")
+        raise UsageError("--retrain-candidates", got=given, expected=f"2 to {called}{limit}")
     if tokens is None or tokens < 1:
         given = "nothing" if tokens is None else tokens
-        raise UsageError("--retrain-tokens", given=given, allowed="a number of tokens, with --retrain-candidates")
+        raise UsageError("--retrain-tokens", got=given, expected="a number of tokens, with --retrain-candidates")
     return Retraining(count, tokens)
 
 

@@ -45,8 +45,8 @@ class Random(RankingMethod):
         if settings["axis"] is None:
             raise UsageError(
                 "--axis",
-                given="nothing",
-                allowed="depth or width",
+                got="nothing",
+                expected="depth or width",
                 why="random can cut either to meet --ratio or --target-params",
             )
         return DEPTH if settings["axis"] == "depth" else WIDTH

@@ -133,7 +133,7 @@ def resolve(argv: list[str], model: str | None) -> CommandLine:
         left_out.add("--use-checkpoint-args")
     if model is None and left_out & {"--use-checkpoint-args", "--shape-from"}:
         raise UsageError(
-            "--model", given="nothing", allowed="a file with the model's flags",
+            "--model", got="nothing", expected="a file with the model's flags",
             why=f"they are in {absent.get('--shape-from', source)}, which is not on this machine",
         )  # fmt: skip
     described = read_flags(model) if model is not None and left_out else []
@@ -156,7 +156,7 @@ def _without(argv: list[str], flags: set[str]) -> list[str]:
 def read_flags(path: str | Path) -> list[str]:
     """The words of a file of flags."""
     if not Path(path).is_file():
-        raise UsageError("--model", given=path, allowed="a file with the model's flags")
+        raise UsageError("--model", got=path, expected="a file with the model's flags")
     return shlex.split(Path(path).read_text(), comments=True)
 
 

@@ -44,7 +44,7 @@ class Request:
         """Refuse (UsageError) layers that a model of ``shape`` lacks, and an M that does not divide a matrix."""
         beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
         if beyond:
-            raise UsageError("--layers", given=beyond[-1], allowed=f"layers 0 to {shape.num_layers - 1}")
+            raise UsageError("--layers", got=beyond[-1], expected=f"layers 0 to {shape.num_layers - 1}")
         for module, sparsity in self.of.items():
             for matrix in matrices(module, shape):
                 sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
@@ -108,7 +108,7 @@ def _modules(text: str) -> tuple[str, ...]:
     named = text.split(",")
     for name in named:
         if name not in MODULES or named.count(name) > 1:
-            raise UsageError("--modules", given=text, allowed=f"some of {','.join(MODULES)}, each once")
+            raise UsageError("--modules", got=text, expected=f"some of {','.join(MODULES)}, each once")
     return tuple(module for module in MODULES if module in named)
 
 
@@ -121,7 +121,7 @@ def _module_ratios(pairs: Sequence[str], modules: Sequence[str]) -> dict[str, fl
         except ValueError:
             value = float("nan")
         if module not in modules or module in found or value != value:
-            raise UsageError("--module-ratio", given=pair, allowed=f"MODULE=RATIO, each of {','.join(modules)} once")
+            raise UsageError("--module-ratio", got=pair, expected=f"MODULE=RATIO, each of {','.join(modules)} once")
         found[module] = value
     return found
 
@@ -134,7 +134,7 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or found & set(range(first, last + 1)):
-            raise UsageError("--layers", given=text, allowed="numbers and ranges, each layer once, such as 0-3,7")
+            raise UsageError("--layers", got=text, expected="numbers and ranges, each layer once, such as 0-3,7")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 

@@ -61,8 +61,8 @@ class Scratch:
         differs = [key for key in question if held.get(key) != question[key]]
         if differs:
             raise UsageError(
-                "--save", given=f"a directory whose unfinished pruning has another {differs[0]}",
-                allowed=f"another directory, or the same command as before; or delete {self.folder}",
+                "--save", got=f"a directory whose unfinished pruning has another {differs[0]}",
+                expected=f"another directory, or the same command as before; or delete {self.folder}",
             )  # fmt: skip
 
     def open(self, question: Mapping[str, Any]) -> None:
@@ -81,8 +81,8 @@ class Scratch:
         while not (self.folder / "question.json").exists():
             if time.monotonic() >= deadline:
                 raise UsageError(
-                    "--save", given=f"a directory that {os.uname().nodename} does not see as the first rank does",
-                    allowed="one on a file system that all nodes share",
+                    "--save", got=f"a directory that {os.uname().nodename} does not see as the first rank does",
+                    expected="one on a file system that all nodes share",
                 )  # fmt: skip
             time.sleep(_PATIENT_SECONDS)
 

@@ -78,7 +78,7 @@ def method_of(argv: Sequence[str]) -> str:
     if name is None and {"-h", "--help"} & set(argv):
         return methods.names()[0]  # without a method there is still help to give
     if name is None:
-        raise UsageError("--method", given="nothing", allowed="one of " + ", ".join(methods.names()))
+        raise UsageError("--method", got="nothing", expected="one of " + ", ".join(methods.names()))
     return name
 
 
@@ -113,5 +113,5 @@ def refuse_unknown(unknown: Sequence[str], name: str) -> None:
         theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         methods.get(other).add_arguments(theirs)
         if flag in theirs._option_string_actions:
-            raise UsageError(flag, given=f"with --method {name}", allowed=f"only with --method {other}")
-    raise UsageError(flag, given="an unknown argument", allowed="the flags that --help lists")
+            raise UsageError(flag, got=f"with --method {name}", expected=f"only with --method {other}")
+    raise UsageError(flag, got="an unknown argument", expected="the flags that --help lists")

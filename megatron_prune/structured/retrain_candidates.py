@@ -89,22 +89,22 @@ def _asked(question: Question, of: str, found: Statistics, options: argparse.Nam
     """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
     asked = question.retraining
     if asked is None:
-        raise UsageError("--candidates", given=options.candidates, allowed="what plan --retrain-candidates wrote")
+        raise UsageError("--candidates", got=options.candidates, expected="what plan --retrain-candidates wrote")
     if found.hash != of:
         raise UsageError(
-            "--statistics", given=options.statistics, allowed="the statistics that --candidates was written for"
+            "--statistics", got=options.statistics, expected="the statistics that --candidates was written for"
         )
     if open_checkpoint(options.load).fingerprint() != question.parent:
-        raise UsageError("--load", given=options.load, allowed="the parent that --candidates is about")
+        raise UsageError("--load", got=options.load, expected="the parent that --candidates is about")
     if question.unscored(found):
         raise UsageError(
-            "--statistics", given=options.statistics, allowed="statistics with a score of every candidate",
+            "--statistics", got=options.statistics, expected="statistics with a score of every candidate",
             why="the best are retrained; run calibrate --score first",
         )  # fmt: skip
     if len(found.calibrations) != 1:
-        raise UsageError("--statistics", given=options.statistics, allowed="what one calibration wrote")
+        raise UsageError("--statistics", got=options.statistics, expected="what one calibration wrote")
     if options.nproc < 1:
-        raise UsageError("--nproc", given=options.nproc, allowed="at least 1 process")
+        raise UsageError("--nproc", got=options.nproc, expected="at least 1 process")
     return question.finalists(found)
 
 
@@ -128,18 +128,18 @@ class _Recipe:
         words = [*shared, *own]
         for word in words:
             if (flag := word.split("=")[0]) in OWN:
-                raise UsageError(flag, given="for all candidates", allowed="nothing: rescore sets it for each")
+                raise UsageError(flag, got="for all candidates", expected="nothing: rescore sets it for each")
         behind = found.calibrations[0]
         precision = PRECISION[behind["params_dtype"]]
         if [flag for flag in PRECISION.values() if flag in shared] != [flag for flag in (precision,) if flag]:
             raise UsageError(
-                "--bf16, --fp16", given=" ".join(shared) or "no flags before --pretrain",
-                allowed=f"the precision of --statistics, {behind['params_dtype']}, before --pretrain",
+                "--bf16, --fp16", got=" ".join(shared) or "no flags before --pretrain",
+                expected=f"the precision of --statistics, {behind['params_dtype']}, before --pretrain",
                 why="losses before and after are compared",
             )  # fmt: skip
         if (behind.get("fp8") is not None) != any(word.startswith("--fp8-") for word in shared):
             raise UsageError(
-                "--fp8-preset", given="for the calibration or before --pretrain", allowed="for both or neither",
+                "--fp8-preset", got="for the calibration or before --pretrain", expected="for both or neither",
                 why="losses before and after are compared",
             )  # fmt: skip
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -151,13 +151,13 @@ class _Recipe:
         data = given.train_data_path or given.data_path
         needed = {"--stream-range": given.stream_range, "--seq-length": given.seq_length, "--data-path": data}
         if lacking := [flag for flag, value in needed.items() if value is None]:
-            raise UsageError(lacking[0], given="nothing", allowed="a value, among the flags after --pretrain")
+            raise UsageError(lacking[0], got="nothing", expected="a value, among the flags after --pretrain")
         start, end = parse_range(given.stream_range)
         wanted, tokens = question.retraining.tokens, (end - start) * given.seq_length
         if tokens != wanted:
             raise UsageError(
-                "--stream-range", given=f"{given.stream_range}, {tokens} tokens",
-                allowed=f"{wanted} tokens, as --retrain-tokens says: {wanted / given.seq_length:g} samples",
+                "--stream-range", got=f"{given.stream_range}, {tokens} tokens",
+                expected=f"{wanted} tokens, as --retrain-tokens says: {wanted / given.seq_length:g} samples",
             )  # fmt: skip
         corpora = blend.members(blend.parse_blend(data))
         contamination.refuse_shared_documents([corpus.prefix for corpus in corpora], [behind["prefix"]])
@@ -212,7 +212,7 @@ class _Trial:
         path, content = self.folder / "commands.json", [argv for _, argv, _, _ in self.stages]
         if path.is_file() and artifacts.read_json(path) != content:
             raise UsageError(
-                "--scratch", given=self.options.scratch, allowed="another directory, or the flags it was begun with",
+                "--scratch", got=self.options.scratch, expected="another directory, or the flags it was begun with",
                 why=f"{path} lists other commands",
             )  # fmt: skip
         self.plan.write(self.folder / "plan.json")

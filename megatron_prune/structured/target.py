@@ -61,20 +61,20 @@ class Target:
         if len(ways) != 1:
             raise UsageError(
                 "--ratio",
-                given=" and ".join(ways) or "no target",
-                allowed="exactly one of --ratio, --target-params, or explicit --target-<size> flags "
+                got=" and ".join(ways) or "no target",
+                expected="exactly one of --ratio, --target-params, or explicit --target-<size> flags "
                 "(minitron-width: or --target-shapes)",
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UsageError("--ratio", given=self.ratio, allowed="a fraction removed, between 0 and 1")
+            raise UsageError("--ratio", got=self.ratio, expected="a fraction removed, between 0 and 1")
         for flag, value in (
             ("--divisible-by", self.divisible_by),
             ("--tensor-model-parallel-size", self.tensor_parallel),
         ):
             if value < 1:
-                raise UsageError(flag, given=value, allowed="an integer of at least 1")
+                raise UsageError(flag, got=value, expected="an integer of at least 1")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise UsageError("--tolerance", given=self.tolerance, allowed="a fraction between 0 and 1")
+            raise UsageError("--tolerance", got=self.tolerance, expected="a fraction between 0 and 1")
 
     def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
         """The shape after pruning; UsageError where the flags cannot be met."""
@@ -102,8 +102,8 @@ class Target:
             shape = _explicit(source, sizes, tuple(sizes))
             self._check(source, shape)
         except UsageError as error:  # it names the flag of a size
-            given = f"{words}, which is {error.flag} {error.given}"
-            raise UsageError("--target-shapes", given=given, allowed=error.allowed) from error
+            given = f"{words}, which is {error.flag} {error.got}"
+            raise UsageError("--target-shapes", got=given, expected=error.expected) from error
         return shape
 
     def near(self, source: ModelShape, search: Search) -> list[ModelShape]:
@@ -112,7 +112,7 @@ class Target:
         UsageError where there is none.
         """
         if self.sizes:
-            raise UsageError("--search", given="with an explicit shape", allowed="with --ratio or --target-params")
+            raise UsageError("--search", got="with an explicit shape", expected="with --ratio or --target-params")
         if source.norm_bias and "hidden_size" in search.axes:
             raise _unmasked("--search", "hidden", "ffn, heads and groups")
         goal, tolerance = self._goal(source), self.tolerance or TOLERANCE
@@ -150,8 +150,8 @@ class Target:
         if not 0 < self.params < source.parameters():
             raise UsageError(
                 "--target-params",
-                given=self.params,
-                allowed=f"fewer than the source's {source.parameters()} parameters, and more than 0",
+                got=self.params,
+                expected=f"fewer than the source's {source.parameters()} parameters, and more than 0",
             )
         return self.params
 
@@ -164,8 +164,8 @@ class Target:
         if self.tolerance is not None:
             raise UsageError(
                 "--tolerance",
-                given=self.tolerance,
-                allowed="a target that is met by a width",
+                got=self.tolerance,
+                expected="a target that is met by a width",
                 why="depth always takes the nearest number of layers",
             )
         layers, goal = source.num_layers, self._goal(source)
@@ -177,8 +177,8 @@ class Target:
             flag, given = self._describe()
             raise UsageError(
                 flag,
-                given=given,
-                allowed=f"a target that removes 1 to {layers - 1} of {layers} layers",
+                got=given,
+                expected=f"a target that removes 1 to {layers - 1} of {layers} layers",
                 why=f"the nearest is {removed}",
             )
         return replace(source, num_layers=layers - removed)
@@ -264,15 +264,15 @@ class Target:
         if shape is None:
             return UsageError(
                 "--divisible-by",
-                given=self.divisible_by,
-                allowed="a number that divides sizes below the source's",
+                got=self.divisible_by,
+                expected="a number that divides sizes below the source's",
                 why=f"the source has {', '.join(_sizes(source, axes).values())}",
             )
         flag, given = self._describe()
         return UsageError(
             flag,
-            given=given,
-            allowed=f"a target that multiples of {self.divisible_by} ({', '.join(_sizes(shape, axes))}) meet within "
+            got=given,
+            expected=f"a target that multiples of {self.divisible_by} ({', '.join(_sizes(shape, axes))}) meet within "
             f"{tolerance:.3g}",
             why=f"the nearest is {', '.join(_sizes(shape, axes).values())}, which keeps "
             f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
@@ -292,20 +292,20 @@ class Target:
             ("--target-num-attention-heads", heads, source.axis_size("heads"), shape.axis_size("heads")),
         ):
             if after != before and after % self.divisible_by:
-                yield UsageError(flag, given=given, allowed=f"a multiple of --divisible-by {self.divisible_by}")
+                yield UsageError(flag, got=given, expected=f"a multiple of --divisible-by {self.divisible_by}")
         tp = self.tensor_parallel
         for flag, size in (
             ("--target-num-attention-heads", shape.num_attention_heads),
             ("--target-ffn-hidden-size", shape.ffn_hidden_size),
         ):
             if size % tp:
-                yield UsageError(flag, given=size, allowed=f"a multiple of --tensor-model-parallel-size {tp}")
+                yield UsageError(flag, got=size, expected=f"a multiple of --tensor-model-parallel-size {tp}")
         groups = shape.num_query_groups
         if groups % tp and tp % groups:
             yield UsageError(
                 "--target-num-query-groups",
-                given=groups,
-                allowed=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
+                got=groups,
+                expected=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
             )
 
 
@@ -313,8 +313,8 @@ def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
     """What to say where candidates of a parent with LayerNorm would have fewer hidden channels."""
     return UsageError(
         flag,
-        given=given,
-        allowed=f"{allowed}, for a parent with LayerNorm",
+        got=given,
+        expected=f"{allowed}, for a parent with LayerNorm",
         why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
     )
 
@@ -345,11 +345,11 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence
         if field not in dimensions:
             raise UsageError(
                 flag_of(field),
-                given=size,
-                allowed="a size that the method cuts: " + ", ".join(map(flag_of, dimensions)),
+                got=size,
+                expected="a size that the method cuts: " + ", ".join(map(flag_of, dimensions)),
             )
         if not 1 <= size <= getattr(source, field):
-            raise UsageError(flag_of(field), given=size, allowed=f"1 to {getattr(source, field)}, the source's size")
+            raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(source, field)}, the source's size")
     wanted = dict(sizes)
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
     if heads is not None and groups is None and source.heads_per_group == 1:
@@ -361,12 +361,12 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence
     if heads % groups or heads // groups > source.heads_per_group:
         raise UsageError(
             "--target-num-attention-heads",
-            given=f"{heads} for {groups} query groups",
-            allowed=f"1 to {source.heads_per_group} heads for every query group, the same number for each",
+            got=f"{heads} for {groups} query groups",
+            expected=f"1 to {source.heads_per_group} heads for every query group, the same number for each",
         )
     shape = replace(source, **cast(dict[str, Any], wanted))
     if shape == source:
-        raise UsageError(", ".join(map(flag_of, sizes)), given="the source's sizes", allowed="a smaller model")
+        raise UsageError(", ".join(map(flag_of, sizes)), got="the source's sizes", expected="a smaller model")
     return shape
 
 
@@ -406,10 +406,10 @@ def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Tar
     """The target that parsed flags describe; flags without effect are refused."""
     sizes = {f: size for f in DIMENSIONS if (size := getattr(options, "target_" + f)) is not None}
     if options.ratio is None and options.ratio_of is not None:
-        raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
+        raise UsageError("--ratio-of", got=options.ratio_of, expected="together with --ratio")
     shapes = getattr(options, "target_shapes", None) or ()  # a flag of minitron-width
     if (sizes or shapes) and options.tolerance is not None:
-        raise UsageError("--tolerance", given=options.tolerance, allowed="together with --ratio or --target-params")
+        raise UsageError("--tolerance", got=options.tolerance, expected="together with --ratio or --target-params")
     return Target(
         sizes=sizes,
         shapes=shapes,

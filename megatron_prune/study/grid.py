@@ -366,8 +366,8 @@ def links(study: Study) -> list[Pruning]:
         for link in pruning.links:
             if found.setdefault(link.name, link) != link:
                 raise UsageError(
-                    "methods", given=f"two prunings called {link.name} with different settings",
-                    allowed="a label for one of them",
+                    "methods", got=f"two prunings called {link.name} with different settings",
+                    expected="a label for one of them",
                 )  # fmt: skip
     return list(found.values())
 

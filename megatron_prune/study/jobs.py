@@ -296,8 +296,8 @@ def refuse_other_commands(study: Study, places: Places, cell: Cell, cells: Seque
     if changed := _first_difference(artifacts.read_json(path), cell.to_json()):
         raise UsageError(
             f"study {study.name}",
-            given=f"{cell.id} with {changed}",
-            allowed="its earlier commands",
+            got=f"{cell.id} with {changed}",
+            expected="its earlier commands",
             why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
         )
 

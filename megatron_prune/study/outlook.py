@@ -80,8 +80,8 @@ class Outlook:
 def check(study: Study, places: Places) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
     if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UsageError("tracking.wandb_project", given=study.tracking.wandb_project,
-                         allowed="a project only where wandb is installed: pip install wandb")  # fmt: skip
+        raise UsageError("tracking.wandb_project", got=study.tracking.wandb_project,
+                         expected="a project only where wandb is installed: pip install wandb")  # fmt: skip
     refusals.refuse_names(study.recipe.arguments, "recipe.arguments")
     if study.parent.pretrain is not None:
         refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
@@ -165,7 +165,7 @@ def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
         seed = trained.seed + own if trained is not None else _first_seed(outlook.stages)
         if cell.kind == "scratch" and cell.seed == seed:
             raise UsageError(
-                "seeds", given=seed, allowed="another than the parent's, for scratch under masks",
+                "seeds", got=seed, expected="another than the parent's, for scratch under masks",
                 why="masks made of the parent fit the weights that it began with, and one seed gives the same to both",
             )  # fmt: skip
 
@@ -186,8 +186,8 @@ def _parent(study: Study, places: Places) -> tuple[ModelShape | None, list[Stage
         path = checkpoint.root / ACCOUNT
         steps = artifacts.read_json(path)["steps"] if path.is_file() else None
         if steps is not None and not checkpoint.release and steps != checkpoint.iteration:
-            raise UsageError("parent.load", given=f"iteration {checkpoint.iteration} of {checkpoint.root}",
-                             allowed=f"iteration {steps}, of which its account is")  # fmt: skip
+            raise UsageError("parent.load", got=f"iteration {checkpoint.iteration} of {checkpoint.root}",
+                             expected=f"iteration {steps}, of which its account is")  # fmt: skip
         return checkpoint.shape, lineage.of(checkpoint)
     imported = places.checkpoint("parent")
     return (open_checkpoint(imported).shape if imported.is_dir() else None), []
@@ -203,13 +203,13 @@ def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage]) -> bu
         return budgets.Lay(batch, samples, steps * batch.tokens, flops)
     tokens, flops, end = lineage.tokens(stages), lineage.flops(stages), ranges.end_on_stream(study, stages)
     if not all(stage["complete"] is True for stage in lineage.trainings(stages)):
-        raise UsageError("parent.load", given=parent.load, allowed="a run whose account is complete")
+        raise UsageError("parent.load", got=parent.load, expected="a run whose account is complete")
     if lineage.begins_at_random(stages):
         if parent.declared_tokens not in (None, tokens):
             raise UsageError(
                 "parent.declared_tokens",
-                given=parent.declared_tokens,
-                allowed=f"{tokens}, as the accounts of its {len(stages)} stage(s) say",
+                got=parent.declared_tokens,
+                expected=f"{tokens}, as the accounts of its {len(stages)} stage(s) say",
             )
         return budgets.Lay(batch, end, tokens, flops)
     declared = parent.declared_tokens
@@ -239,8 +239,8 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
         if described is None:
             raise UsageError(
                 "parent.pretrain.arguments",
-                given="no vocabulary size",
-                allowed="padded-vocab-size",
+                got="no vocabulary size",
+                expected="padded-vocab-size",
                 why=f"{study.data.train[0][1]} has no sidecar that says it",
             )
         size = described["tokenizer"]["vocab_size"]

@@ -48,8 +48,8 @@ def check_unseen(study: Study, stages: Sequence[Stage]) -> None:
             data = study.data
             raise UsageError(
                 "data",
-                given=f"stream seed {data.stream_seed}, length {data.seq_length}, epochs {data.epochs}",
-                allowed=f"the stream of {stage['run']}: {stream['blend']}, seed {stream['seed']}, length "
+                got=f"stream seed {data.stream_seed}, length {data.seq_length}, epochs {data.epochs}",
+                expected=f"the stream of {stage['run']}: {stream['blend']}, seed {stream['seed']}, length "
                 f"{stream['seq_length']}, epochs {stream['epochs']}",
                 why="in another order the retraining range would overlap what the parent was trained on",
             )
@@ -87,8 +87,8 @@ def _corpora(study: Study) -> dict[str, list[str]]:
 def _need_a_word(study: Study, stage: Stage, why: str) -> None:
     if study.parent.declared_unseen is None:
         raise UsageError(
-            "parent.declared_unseen", given="nothing",
-            allowed="the reason why the parent has seen no text of the study, which the report prints",
+            "parent.declared_unseen", got="nothing",
+            expected="the reason why the parent has seen no text of the study, which the report prints",
             why=f"{stage['run']} is behind the parent, and {why}",
         )  # fmt: skip
 

@@ -89,7 +89,7 @@ def _check_option(name: str, value: Any) -> None:
     elif isinstance(value, str) and not (value and value.isprintable() and not set("'\"\\") & set(value)):
         allowed = "text on one line, without quotes and backslashes"
     if allowed:
-        raise UsageError(f"launch.slurm.options.{name}", given=repr(value), allowed=allowed, why=why)
+        raise UsageError(f"launch.slurm.options.{name}", got=repr(value), expected=allowed, why=why)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,16 +114,16 @@ class Launch:
         if self.nproc % (self.tensor_parallel * self.pipeline_parallel):
             raise UsageError(
                 "launch.nproc",
-                given=self.nproc,
-                allowed=f"a multiple of tensor_parallel x pipeline_parallel = "
+                got=self.nproc,
+                expected=f"a multiple of tensor_parallel x pipeline_parallel = "
                 f"{self.tensor_parallel * self.pipeline_parallel}",
             )
         if self.slurm is not None and self.launcher != "slurm":
-            raise UsageError("launch.slurm", given="set", allowed="only with launcher: slurm")
+            raise UsageError("launch.slurm", got="set", expected="only with launcher: slurm")
         if self.launcher == "slurm" and self.parallel_cells > 1:
-            raise UsageError("launch.parallel_cells", given=self.parallel_cells, allowed="only with launcher: local")
+            raise UsageError("launch.parallel_cells", got=self.parallel_cells, expected="only with launcher: local")
         if self.nproc % self.ranks_per_node:
-            raise UsageError("launch.nproc", given=self.nproc, allowed=f"whole nodes of {self.ranks_per_node} ranks")
+            raise UsageError("launch.nproc", got=self.nproc, expected=f"whole nodes of {self.ranks_per_node} ranks")
 
     @property
     def data_parallel(self) -> int:
@@ -152,7 +152,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         if self.wandb_entity and not self.wandb_project:
-            raise UsageError("tracking.wandb_entity", given=self.wandb_entity, allowed="only with wandb_project")
+            raise UsageError("tracking.wandb_entity", got=self.wandb_entity, expected="only with wandb_project")
 
 
 # ``family`` of study.yaml: the comparisons that the study was made for, which Holm's correction is over.
@@ -188,7 +188,7 @@ class Family:
             for value in getattr(self, key) or ():
                 if value not in values:
                     raise UsageError(
-                        f"family.{key}", given=value, allowed=f"what the study has: {', '.join(map(str, values))}"
+                        f"family.{key}", got=value, expected=f"what the study has: {', '.join(map(str, values))}"
                     )
 
 
@@ -214,11 +214,11 @@ def read(path: str | Path) -> Any:
     """The content of a YAML file; UsageError where there is none, or it is not valid."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError("STUDY.yaml", given=path, allowed="an existing file")
+        raise UsageError("STUDY.yaml", got=path, expected="an existing file")
     try:
         return yaml.load(path.read_text(), _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise UsageError("STUDY.yaml", given=path, allowed="valid YAML", why=str(error)) from error
+        raise UsageError("STUDY.yaml", got=path, expected="valid YAML", why=str(error)) from error
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -249,8 +249,8 @@ class Study:
         if self.recipe.global_batch_size % batch:
             raise UsageError(
                 "recipe.global_batch_size",
-                given=self.recipe.global_batch_size,
-                allowed=f"a multiple of micro_batch_size x data parallel size = {batch}",
+                got=self.recipe.global_batch_size,
+                expected=f"a multiple of micro_batch_size x data parallel size = {batch}",
             )
         for where, flags in (
             ("recipe.arguments", self.recipe.arguments),
@@ -260,30 +260,30 @@ class Study:
                 if flag in RESERVED:
                     raise UsageError(
                         f"{where}.{flag}",
-                        given="set",
-                        allowed="Megatron flags that the study does not set itself",
+                        got="set",
+                        expected="Megatron flags that the study does not set itself",
                         why="it would not be the same for every arm",
                     )
         if self.parent.pretrain and self.parent.pretrain.lr is None and len(self.recipe.rates) > 1:
-            raise UsageError("parent.pretrain.lr", given="nothing", allowed="a learning rate",
+            raise UsageError("parent.pretrain.lr", got="nothing", expected="a learning rate",
                              why="recipe.lr has several, for the runs that are compared")  # fmt: skip
         if self.parent_per_seed and self.parent.pretrain is None:
-            raise UsageError("parent_per_seed", given="true", allowed="only with parent.pretrain",
+            raise UsageError("parent_per_seed", got="true", expected="only with parent.pretrain",
                              why="an outside parent cannot be trained again")  # fmt: skip
         for what in ("budgets", "ratios", "seeds"):
             values = getattr(self, what)
             if len(set(values)) != len(values):
-                raise UsageError(what, given=values, allowed="different values")
+                raise UsageError(what, got=values, expected="different values")
         self._refuse_budgets_of_one_run()
         tags = [method.tag for method in self.methods]
         for tag in tags:
             if tags.count(tag) > 1:
-                raise UsageError("methods", given=f"{tag} twice", allowed="a label for each of them")
+                raise UsageError("methods", got=f"{tag} twice", expected="a label for each of them")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
-                raise UsageError("methods", given=tag, allowed="labels of letters, digits, dots and dashes")
+                raise UsageError("methods", got=tag, expected="labels of letters, digits, dots and dashes")
         names = [(method.title, method.last_pattern) for method in self.methods]
         if len(set(names)) < len(names):
-            raise UsageError("methods", given="two of one name and pattern", allowed="another label for each of them")
+            raise UsageError("methods", got="two of one name and pattern", expected="another label for each of them")
         self.family.check(
             methods=(method.title for method in self.methods),
             patterns=(method.last_pattern for method in self.methods),
@@ -292,10 +292,10 @@ class Study:
             budgets=self.budgets,
         )
         if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
-            raise UsageError("ratios", given="none", allowed="at least one ratio, or a target or N:M for every method")
+            raise UsageError("ratios", got="none", expected="at least one ratio, or a target or N:M for every method")
         if self.ratio_of != "linears" and any(method.sparse for method in self.methods):
             raise UsageError(
-                "ratio_of", given=self.ratio_of, allowed="linears in a study with sparse methods",
+                "ratio_of", got=self.ratio_of, expected="linears in a study with sparse methods",
                 why="they remove their ratio of every linear",
             )  # fmt: skip
 
@@ -307,8 +307,8 @@ class Study:
             steps = batch.steps(budget, "budgets")
             if steps in known:
                 raise UsageError(
-                    "budgets", given=f"{known[steps]} and {budget}",
-                    allowed="budgets of different numbers of steps",
+                    "budgets", got=f"{known[steps]} and {budget}",
+                    expected="budgets of different numbers of steps",
                     why=f"both are {steps} step{'s' * (steps != 1)} of {batch.tokens:,} tokens: one run",
                 )  # fmt: skip
             known[steps] = budget
@@ -337,7 +337,7 @@ def load(path: str | Path) -> Study:
     """Read a study.yaml; UsageError names the key that is wrong and what is allowed there."""
     found = load_all(path)
     if len(found) > 1:
-        raise UsageError("STUDY.yaml", given=f"{path} with {len(found)} parents", allowed="a study of one parent")
+        raise UsageError("STUDY.yaml", got=f"{path} with {len(found)} parents", expected="a study of one parent")
     return found[0]
 
 
@@ -351,10 +351,10 @@ def load_all(path: str | Path) -> list[Study]:
         return [from_mapping(content, where=str(path))]
     parents = content.pop("parents")
     if not isinstance(parents, dict) or not parents or "parent" in content:
-        raise UsageError(f"{path}: parents", given=parents if "parent" not in content else "set beside parent",
-                         allowed="parents by their labels, in place of parent")  # fmt: skip
+        raise UsageError(f"{path}: parents", got=parents if "parent" not in content else "set beside parent",
+                         expected="parents by their labels, in place of parent")  # fmt: skip
     if not isinstance(name := content.get("name"), str):
-        raise UsageError(f"{path}: name", given="nothing" if name is None else name, allowed="a name: studies are "
+        raise UsageError(f"{path}: name", got="nothing" if name is None else name, expected="a name: studies are "
                          "called NAME.LABEL")  # fmt: skip
     return [
         from_mapping({**content, "name": f"{name}.{label}", "parent": parent}, where=f"{path}: {label}")
@@ -365,7 +365,7 @@ def load_all(path: str | Path) -> list[Study]:
 def from_mapping(content: Any, where: str = "study") -> Study:
     """A ``Study`` from plain data, with errors in the words of the file."""
     if not isinstance(content, dict):
-        raise UsageError(where, given=type(content).__name__, allowed="a mapping of keys to values")
+        raise UsageError(where, got=type(content).__name__, expected="a mapping of keys to values")
     try:
         return TypeAdapter(Study).validate_python(content)
     except ValidationError as error:
@@ -384,11 +384,11 @@ def _usage_error(error: ValidationError, where: str) -> UsageError:
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = "one of " + ", ".join(_keys_at(first["loc"][:-1]))
-        return UsageError(f"{where}: {location}", given="an unknown key", allowed=allowed)
+        return UsageError(f"{where}: {location}", got="an unknown key", expected=allowed)
     if kind in ("missing", "missing_argument"):
-        return UsageError(f"{where}: {location}", given="nothing", allowed="a value: this key is required")
+        return UsageError(f"{where}: {location}", got="nothing", expected="a value: this key is required")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return UsageError(f"{where}: {location}", given=repr(first["input"]), allowed=message)
+    return UsageError(f"{where}: {location}", got=repr(first["input"]), expected=message)
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

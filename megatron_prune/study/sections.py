@@ -57,12 +57,12 @@ class Data:
             if os.path.abspath(getattr(self, name)) in training:
                 raise UsageError(
                     f"data.{name}",
-                    given=getattr(self, name),
-                    allowed="a corpus that is not in data.train",
+                    got=getattr(self, name),
+                    expected="a corpus that is not in data.train",
                     why="no stage may train on it",
                 )
         if len({weight is None for weight, _ in self.train}) > 1:
-            raise UsageError("data.train", given="weights for some", allowed="a weight for every prefix or for none")
+            raise UsageError("data.train", got="weights for some", expected="a weight for every prefix or for none")
 
     @property
     def blend(self) -> list[str]:
@@ -108,21 +108,21 @@ class Parent:
         if len(given) != 1:
             raise UsageError(
                 "parent",
-                given=" and ".join(given) or "none of them",
-                allowed="exactly one of pretrain, load, import_hf",
+                got=" and ".join(given) or "none of them",
+                expected="exactly one of pretrain, load, import_hf",
             )
         if self.pretrain and (self.declared_tokens or self.declared_unseen or self.equal_total == "run"):
             raise UsageError(
                 "parent.declared_tokens, parent.declared_unseen, parent.equal_total",
-                given="beside parent.pretrain",
-                allowed="only with load or import_hf",
+                got="beside parent.pretrain",
+                expected="only with load or import_hf",
                 why="a parent trained here is accounted",
             )
         if self.equal_total == "run" and not self.pretrain and not self.declared_tokens and not self.load:
             raise UsageError(
                 "parent.equal_total",
-                given="run",
-                allowed="skip, or give parent.declared_tokens",
+                got="run",
+                expected="skip, or give parent.declared_tokens",
                 why="the parent's tokens are unknown",
             )
 
@@ -177,8 +177,8 @@ class Link:
         if sum(says) != 1:
             raise UsageError(
                 f"methods.chain.{self.method().tag}",
-                given="nothing that says how much" if not any(says) else "more than one of them",
-                allowed="one of ratio, target and an N:M pattern",
+                got="nothing that says how much" if not any(says) else "more than one of them",
+                expected="one of ratio, target and an N:M pattern",
                 why="a chain runs once, not at every one of the study's ratios",
             )
 
@@ -217,31 +217,31 @@ class Method:
     def __post_init__(self) -> None:
         where = f"methods.{self.tag}"
         if bool(self.name) == bool(self.chain) or len(self.chain) == 1:
-            raise UsageError(where or "methods", given=f"name {self.name!r} and {len(self.chain)} links of a chain",
-                             allowed="a name, or a chain of at least two prunings")  # fmt: skip
+            raise UsageError(where or "methods", got=f"name {self.name!r} and {len(self.chain)} links of a chain",
+                             expected="a name, or a chain of at least two prunings")  # fmt: skip
         if self.chain and (self.pattern or self.settings or self.target):
-            raise UsageError(where, given="pattern, settings or target beside a chain",
-                             allowed="those of its links")  # fmt: skip
+            raise UsageError(where, got="pattern, settings or target beside a chain",
+                             expected="those of its links")  # fmt: skip
         if self.chain and self.chain[-1].retrain:
             raise UsageError(
-                f"{where}.chain.retrain", given=f"{self.chain[-1].retrain} after the last link",
-                allowed="tokens between two links", why="what is trained after it are the budgets",
+                f"{where}.chain.retrain", got=f"{self.chain[-1].retrain} after the last link",
+                expected="tokens between two links", why="what is trained after it are the budgets",
             )  # fmt: skip
         for flag in self.settings:
             if flag in CHOSEN:
-                raise UsageError(f"{where}.settings.{flag}", given="set", allowed="flags that no other key stands for")
+                raise UsageError(f"{where}.settings.{flag}", got="set", expected="flags that no other key stands for")
         if self.pattern and self.target:
             raise UsageError(
                 f"{where}.target",
-                given="set",
-                allowed="nothing beside a pattern",
+                got="set",
+                expected="nothing beside a pattern",
                 why="sparse pruning leaves the shape as it is",
             )
         if not self.sparse and any(self.compare.values() if self.compare else ()):
             raise UsageError(
                 f"{where}.compare",
-                given="kinds of scratch",
-                allowed="settings alone, without a pattern",
+                got="kinds of scratch",
+                expected="settings alone, without a pattern",
                 why="there is one kind of scratch run of a smaller shape: a dense one",
             )
 

@@ -49,13 +49,13 @@ def needs(study: Study, method: Method, ratio: float | None) -> Needs:
     retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
     if retraining and retraining.tokens % batch:
         raise UsageError(
-            f"methods.{method.tag}.settings.retrain-tokens", given=retraining.tokens,
-            allowed=f"a multiple of {batch}, a global batch",
+            f"methods.{method.tag}.settings.retrain-tokens", got=retraining.tokens,
+            expected=f"a multiple of {batch}, a global batch",
         )  # fmt: skip
     if retraining and study.launch.nproc > study.launch.ranks_per_node:
         raise UsageError(
-            f"methods.{method.tag}.settings.retrain-candidates", given=f"with launch.nproc {study.launch.nproc}",
-            allowed=f"up to {study.launch.ranks_per_node} processes, one node's",
+            f"methods.{method.tag}.settings.retrain-candidates", got=f"with launch.nproc {study.launch.nproc}",
+            expected=f"up to {study.launch.ranks_per_node} processes, one node's",
             why="one process of the first node starts all ranks that retrain candidates; use `rescore --commands`",
         )  # fmt: skip
     _ = chosen.task  # a file that is no task is refused here
@@ -74,7 +74,7 @@ def structured(study: Study, method: Method, ratio: float | None) -> choices.Cho
     """The method's flags, parsed as ``plan`` will parse them."""
     if method.name in methods.sparse_names() and method.name not in methods.names():
         raise UsageError(
-            f"methods.{method.tag}.pattern", given="nothing", allowed="unstructured or N:M",
+            f"methods.{method.tag}.pattern", got="nothing", expected="unstructured or N:M",
             why=f"{method.name} is sparse",
         )  # fmt: skip
     found = methods.get(method.name)
@@ -89,7 +89,7 @@ def sparse(study: Study, method: Method, ratio: float | None) -> request.Request
     """The method's flags, parsed as ``sparsify`` will parse them."""
     if method.name in methods.names() and method.name not in methods.sparse_names():
         raise UsageError(
-            f"methods.{method.tag}.pattern", given=method.pattern, allowed="nothing",
+            f"methods.{method.tag}.pattern", got=method.pattern, expected="nothing",
             why=f"{method.name} removes whole dimensions",
         )  # fmt: skip
     parser = _Parser(f"methods.{method.tag}", "settings as flags of `sparsify` take them")
@@ -129,4 +129,4 @@ class _Parser(argparse.ArgumentParser):
         self.allowed = allowed
 
     def error(self, message: str) -> Any:
-        raise UsageError(self.prog, given=message, allowed=self.allowed)
+        raise UsageError(self.prog, got=message, expected=self.allowed)

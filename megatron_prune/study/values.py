@@ -101,7 +101,7 @@ def _pattern(value: Any) -> Any:
     try:
         return str(Pattern.parse(str(value)))
     except UsageError as error:
-        raise ValueError(error.allowed) from error
+        raise ValueError(error.expected) from error
 
 
 def _rates(value: Any) -> float | list[float]:

@@ -96,8 +96,8 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if held.get(name) != value:
             raise UsageError(
-                "--save", given=f"{save}, which holds a run with {name} {_short(held.get(name))}",
-                allowed=f"a new directory, or the same run again (this one has {name} {_short(value)})",
+                "--save", got=f"{save}, which holds a run with {name} {_short(held.get(name))}",
+                expected=f"a new directory, or the same run again (this one has {name} {_short(value)})",
             )  # fmt: skip
 
 

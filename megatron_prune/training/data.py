@@ -52,58 +52,58 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
     if args.stream_range is None:
         for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed", "--stream-allow-seen"):
             if given(argv, flag):
-                raise UsageError(flag, given="without --stream-range", allowed="together with --stream-range START:END")
+                raise UsageError(flag, got="without --stream-range", expected="together with --stream-range START:END")
         return
     for name in ("dataloader_inter_document_masking", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(flag, given="on", allowed="off with --stream-range", why="a stream builds its own indices")
+            raise UsageError(flag, got="on", expected="off with --stream-range", why="a stream builds its own indices")
     start, end = parse_range(args.stream_range)
     if not train_blend(args):
         raise UsageError(
-            "--stream-range", given=args.stream_range, allowed="together with --train-data-path or --data-path"
+            "--stream-range", got=args.stream_range, expected="together with --train-data-path or --data-path"
         )
     if given(argv, "--split"):
         raise UsageError(
             "--split",
-            given=args.split,
-            allowed="nothing with --stream-range",
+            got=args.split,
+            expected="nothing with --stream-range",
             why="a stream takes its corpora whole; give validation text with --valid-data-path",
         )
     if args.rampup_batch_size is not None or args.step_batch_size_schedule is not None:
         raise UsageError(
             "--rampup-batch-size",
-            given=args.rampup_batch_size,
-            allowed="nothing with --stream-range",
+            got=args.rampup_batch_size,
+            expected="nothing with --stream-range",
             why="the range fixes one global batch size for all steps",
         )
     if args.global_batch_size is None:
-        raise UsageError("--global-batch-size", given="nothing", allowed="a number, with --stream-range")
+        raise UsageError("--global-batch-size", got="nothing", expected="a number, with --stream-range")
     if args.train_samples is not None:
         raise UsageError(
             "--train-samples",
-            given=args.train_samples,
-            allowed="nothing with --stream-range",
+            got=args.train_samples,
+            expected="nothing with --stream-range",
             why="the range says how many samples",
         )
     if (end - start) % args.global_batch_size:
         raise UsageError(
             "--stream-range",
-            given=args.stream_range,
-            allowed=f"a multiple of the global batch of {args.global_batch_size} samples",
+            got=args.stream_range,
+            expected=f"a multiple of the global batch of {args.global_batch_size} samples",
             why=f"{end - start} samples leave {(end - start) % args.global_batch_size} over",
         )
     steps = (end - start) // args.global_batch_size
     if args.train_iters not in (None, steps):
         raise UsageError(
             "--train-iters",
-            given=args.train_iters,
-            allowed=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch",
+            got=args.train_iters,
+            expected=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch",
         )
     args.train_iters = steps
     if args.valid_data_path is None:
         if given(argv, "--eval-iters") and args.eval_iters:
-            raise UsageError("--eval-iters", given=args.eval_iters, allowed="0, or --valid-data-path with it")
+            raise UsageError("--eval-iters", got=args.eval_iters, expected="0, or --valid-data-path with it")
         args.eval_iters = 0
 
 
@@ -137,8 +137,8 @@ def refuse_unfit(
     if end > stream["samples"]:
         raise UsageError(
             "--stream-range",
-            given=f"{start}:{end}" + f" for {name}" * (name != "this run"),
-            allowed=f"an end up to {stream['samples']}",
+            got=f"{start}:{end}" + f" for {name}" * (name != "this run"),
+            expected=f"an end up to {stream['samples']}",
             why=f"the stream has {stream['samples'] // stream['epochs']} samples of {stream['seq_length']} tokens in "
             f"each of {stream['epochs']} epoch(s) and does not wrap; give more text, or declare more epochs with "
             "--stream-epochs",

@@ -67,10 +67,10 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 def refuse_unfit_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot hold zeros, or is not proven to. Call before Megatron validates."""
     if args.random_masks is not None and args.masks is None:
-        raise UsageError("--random-masks", given=args.random_masks, allowed="together with --masks",
+        raise UsageError("--random-masks", got=args.random_masks, expected="together with --masks",
                          why="their pattern and counts are taken")  # fmt: skip
     if args.let_zeros_fill and args.masks is not None:
-        raise UsageError("--let-zeros-fill", given="on", allowed="off, together with --masks", why="they hold zeros")
+        raise UsageError("--let-zeros-fill", got="on", expected="off, together with --masks", why="they hold zeros")
     if _where(args) is None:
         return
     graphs = f"{args.cuda_graph_impl} {args.cuda_graph_modules} {args.cuda_graph_scope_deprecated}"
@@ -95,7 +95,7 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
         (args.optimizer_cpu_offload, "--optimizer-cpu-offload", "on", "off", unproven),
     ):  # fmt: skip
         if unfit:
-            raise UsageError(flag, given=given, allowed=f"{allowed}, in a run that holds masks", why=why)
+            raise UsageError(flag, got=given, expected=f"{allowed}, in a run that holds masks", why=why)
 
 
 def choose(args: argparse.Namespace) -> Choice | None:
@@ -110,7 +110,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
     account = read_json(save / ACCOUNT) if save is not None and (save / ACCOUNT).exists() else None
     if account is not None and account["masks"] is None and folder is not None:
         raise UsageError(
-            "--masks", given=folder, allowed=f"nothing, or another --save: {args.save} holds a dense run"
+            "--masks", got=folder, expected=f"nothing, or another --save: {args.save} holds a dense run"
         )  # fmt: skip
     if account is not None and account["masks"] is not None and not own:
         raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them")
@@ -125,7 +125,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
         given = given if args.random_masks is None else RandomMasks(given, args.random_masks)
         if own and not _equal(given, masks):
             raise UsageError(
-                "--masks", given=args.masks, allowed=f"another --save, or the masks that the run in {args.save} has"
+                "--masks", got=args.masks, expected=f"another --save, or the masks that the run in {args.save} has"
             )
         masks = masks if own else given
     flag, path = ("--load", args.load) if _holds_checkpoint(args.load) else (
@@ -172,7 +172,7 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
     loads = _holds_checkpoint(args.load)
     if chosen.drawn and (loads or args.pretrained_checkpoint is not None):
         raise UsageError(
-            "--random-masks", given=args.random_masks, allowed="a new model: no --pretrained-checkpoint, no --load",
+            "--random-masks", got=args.random_masks, expected="a new model: no --pretrained-checkpoint, no --load",
             why="the weights that it would remove have been trained",
         )  # fmt: skip
     if not loads or args.finetune or args.no_load_optim or open_checkpoint(args.load).release:
@@ -180,8 +180,8 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
     beside = find_masks(args.load)
     if beside is None or open_masks(beside).hash != chosen.masks.hash:
         raise UsageError(
-            "--load", given=f"{args.load}, which was not trained under these masks",
-            allowed="--pretrained-checkpoint instead, or --finetune or --no-load-optim with it",
+            "--load", got=f"{args.load}, which was not trained under these masks",
+            expected="--pretrained-checkpoint instead, or --finetune or --no-load-optim with it",
             why="its optimizer state would move the zeros",
         )  # fmt: skip
 
@@ -192,7 +192,7 @@ def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
     found = find_masks(start) if start is not None else None
     if found is not None and not args.let_zeros_fill:
         raise UsageError(
-            "--masks", given="nothing", allowed=f"{found}, which holds the zeros of {start}, or --let-zeros-fill",
+            "--masks", got="nothing", expected=f"{found}, which holds the zeros of {start}, or --let-zeros-fill",
             why="without either its zeros would become weights again, and the result would be no sparse model",
         )  # fmt: skip
 

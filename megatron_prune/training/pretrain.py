@@ -293,8 +293,8 @@ def begin_with_checkpoint(args: argparse.Namespace) -> None:
         return
     if args.use_precision_aware_optimizer and (args.fp8_recipe == "delayed" or args.main_params_dtype != "fp32"):
         raise UsageError(
-            "--use-precision-aware-optimizer", given="with --fp8-param-gather and --fp8-recipe " + args.fp8_recipe,
-            allowed="without it, or with another recipe and fp32 masters, where a run starts from a checkpoint",
+            "--use-precision-aware-optimizer", got="with --fp8-param-gather and --fp8-recipe " + args.fp8_recipe,
+            expected="without it, or with another recipe and fp32 masters, where a run starts from a checkpoint",
             why="this optimizer makes its masters of the FP8 weights, which are a rounding of the checkpoint's",
         )  # fmt: skip
     args.load_main_params_from_ckpt = args.no_load_optim = True

@@ -283,7 +283,7 @@ def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_pa
         (["--ratio", 0.5, "--gpu-hours", 3], "--gpu-hours: given 3.0"),
         (["--ratio", 0.5, "--tokens", "1M", "--gpu-flops", 3], "--gpu-flops: given 3.0"),
         (["--target-num-layers", 2, "--tokens", "1M"], "--target-num-layers: given without --parent"),
-        (["--target-params", "2M", "--tokens", "1M"], "--target-params: given 2000000, allowed is 1 to 999999"),
+        (["--target-params", "2M", "--tokens", "1M"], "--target-params: expected 1 to 999999, got 2000000"),
         (["--target-params", 1000, "--ratio-of", "all", "--tokens", "1M"], "--ratio-of: given all"),
         (["--pattern", "4:2", "--tokens", "1M"], "--pattern: given 4:2"),
         (["--pattern", "unstructured", "--target-params", 1000, "--tokens", "1M"], "--pattern: given unstructured"),

@@ -323,8 +323,8 @@ def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
     (tmp_path / "broken.json").write_text('{"version": 1}')
     for more, message in (
         (["--calibration-sequences", 3], "--calibration-sequences: given with --score"),
-        (["--bf16"], "--bf16, --fp16: given bfloat16, allowed is float32"),
-        (["--load", tmp_path / "other"], "--load: given .*other, allowed is the parent that --statistics are of"),
+        (["--bf16"], "--bf16, --fp16: expected float32, got bfloat16"),
+        (["--load", tmp_path / "other"], "--load: expected the parent that --statistics are of, got .*other"),
         (["--calibration-data-path", tmp_path / "nowhere"], "nowhere.bin does not exist"),
         (["--output", "x.pt"], "--output: given x.pt"),
         (["--score", tmp_path / "broken.json"], "broken.json is damaged: KeyError"),

@@ -229,7 +229,7 @@ def test_other_urls_are_refused_by_flag(verbs, tmp_path, capsys, whole):
     for verb, run in verbs.items():
         assert run("s3://bucket/checkpoint") == 2
         said = capsys.readouterr().err
-        assert "--load: given s3://bucket/checkpoint, allowed is a directory, or msc://PROFILE" in said, verb
+        assert "--load: expected a directory, or msc://PROFILE, got s3://bucket/checkpoint" in said, verb
     rewrite = ["rewrite", "--load", str(whole), "--save", "msc://profile/x"]
     assert tool("convert_checkpoint")(rewrite) == 2
     assert "--save: given msc://profile/x" in capsys.readouterr().err

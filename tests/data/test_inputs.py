@@ -105,7 +105,7 @@ def test_the_format_can_be_said_where_the_name_does_not(tmp_path, tokenizer):
 def test_a_name_that_says_no_format_is_refused_before_anything_is_read(tmp_path, tokenizer, name):
     for found in ("good.jsonl", name):
         (tmp_path / found).write_bytes(json_lines(["one", "two"]))
-    says = rf"--input-format: given auto for .*/{name}, allowed is jsonl, parquet or text .*\.jsonl.*\.txt.*\.zstd"
+    says = rf"--input-format: expected jsonl, parquet or text .*\.jsonl.*\.txt.*\.zstd, got auto for .*/{name}"
     with pytest.raises(UsageError, match=says):
         preprocess([tmp_path / "good.jsonl", tmp_path / name], tmp_path / "P", tokenizer)
     with pytest.raises(UsageError, match=says):
@@ -213,7 +213,7 @@ def test_tiktoken_ids_are_megatrons(tiktoken_file, tiny_documents, pattern):
 
 
 def test_a_tiktoken_file_that_does_not_fit_is_refused(tiktoken_file, tmp_path):
-    with pytest.raises(UsageError, match=r"--vocab-size: given 131072 \(the default\), allowed is up to 1[67]\d\d"):
+    with pytest.raises(UsageError, match=r"--vocab-size: expected up to 1[67]\d\d, got 131072 \(the default\)"):
         load_tokenizer("TikTokenizer", tiktoken_file)
     with pytest.raises(DataError, match="absent.json does not exist"):
         load_tokenizer("TikTokenizer", tmp_path / "absent.json")

@@ -49,7 +49,7 @@ def test_count_takes_the_first_and_seed_chooses_without_repeats(tmp_path):
 
 def test_more_windows_than_there_are_is_refused(tmp_path):
     write_corpus(tmp_path / "c", [np.arange(1001)])
-    with pytest.raises(UsageError, match="--calibration-sequences: given 101, allowed is 1 to 100"):
+    with pytest.raises(UsageError, match="--calibration-sequences: expected 1 to 100, got 101"):
         windows(tmp_path / "c", 10, 101, flag="--calibration-sequences")
     with pytest.raises(UsageError, match="--windows: given 0"):
         windows(tmp_path / "c", 10, 0)

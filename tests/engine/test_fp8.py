@@ -100,7 +100,7 @@ def test_megatron_validates_every_preset_on_64_ranks(distributed, preset: str, s
         ("current", ["--kv-channels", "12", "--num-query-groups", "2"], (9, 0), "q, k and v rows over 2 ranks of 216"),
         ("hybrid-delayed", ["--num-layers-at-start-in-bf16", "2"], (9, 0), "delayed scaling has no layers in bf16"),
         ("hybrid-delayed", ["--fp8-recipe", "blockwise"], (9, 0), "--fp8-recipe: given blockwise"),
-        ("current", ["--num-layers-at-end-in-bf16", "17"], (9, 0), "given 17, allowed is 0 to 16"),
+        ("current", ["--num-layers-at-end-in-bf16", "17"], (9, 0), "expected 0 to 16, got 17"),
         ("current", ["--fp16"], (9, 0), "--fp16: .*it is bf16"),
         ("current", ["--transformer-impl", "local"], (9, 0), "local layers have no FP8"),
     ],

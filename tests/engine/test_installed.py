@@ -106,7 +106,7 @@ def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
 CASES = {
     "all": ("te,apex", RMS, set()),
     "no Apex": ("te", RMS, {"gradient_accumulation_fusion"}),
-    "nothing": ("", RMS, "--transformer-impl: given transformer_engine, allowed is local.*pip install.*transformer-e"),
+    "nothing": ("", RMS, "--transformer-impl: expected local.*pip install.*transformer-e, got transformer_engine"),
     "local, nothing": (
         "", [*RMS, *LOCAL],
         {"gradient_accumulation_fusion", "apply_rope_fusion", "masked_softmax_fusion", "persist_layer_norm"},
@@ -217,6 +217,6 @@ def test_a_broken_package_is_a_missing_one(monkeypatch) -> None:
 
 
 def test_what_no_word_means_is_refused() -> None:
-    with pytest.raises(UsageError, match="--installed: given cuda, allowed is none, or words of te, apex"):
+    with pytest.raises(UsageError, match="--installed: expected none, or words of te, apex, got cuda"):
         installed.named("te,cuda")
     assert str(installed.named("apex,te")) == "te, apex" and str(installed.named("none")) == "none"

@@ -230,10 +230,10 @@ def flags(**given: Any) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"tasks": "tiny_choice"}, "given tiny_choice, allowed is tiny_choices"),
+        ({"tasks": "tiny_choice"}, "expected tiny_choices, got tiny_choice"),
         ({"tasks": "tiny_choices,tiny_story"}, "tiny_story, allowed is tasks of likelihoods .*generate_until"),
         ({"tasks": "tiny_all,tiny_bare"}, "each task once .*tiny_bare"),
-        ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: given 2, allowed is 0 for tiny_bare"),
+        ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: expected 0 for tiny_bare, got 2"),
         ({"tasks": "tiny_lost"}, "--tasks tiny_lost: lm-eval cannot load it"),
     ],
 )

@@ -219,11 +219,11 @@ def test_weights_that_are_not_finite_are_refused(name: str) -> None:
 def test_registry_says_which_verb_runs_a_method() -> None:
     assert methods.sparse_names() == ["magnitude", "random", "sparsegpt", "wanda"]
     assert methods.get("random") is not methods.get_sparse("random")
-    with pytest.raises(UsageError, match="given wanda, allowed is one of .*shortgpt .*sparse.*sparsify"):
+    with pytest.raises(UsageError, match="expected one of .*shortgpt .*sparse.*sparsify, got wanda"):
         methods.get("wanda")
-    with pytest.raises(UsageError, match="given shortgpt, allowed is one of magnitude, .*structured.*plan and apply"):
+    with pytest.raises(UsageError, match="expected one of magnitude, .*structured.*plan and apply, got shortgpt"):
         methods.get_sparse("shortgpt")
-    with pytest.raises(UsageError, match="given magic, allowed is one of magnitude, random, sparsegpt, wanda$"):
+    with pytest.raises(UsageError, match="expected one of magnitude, random, sparsegpt, wanda, got magic$"):
         methods.get_sparse("magic")
 
 

@@ -34,7 +34,7 @@ def test_addresses(configured, job, line):
 ON_DISKS = {
     "--save-retain-interval 4": "--save-retain-interval: given 4, .*rmtree",
     "--log-progress": "--log-progress: given on, .*appends",
-    "--ckpt-format torch": "--ckpt-format: given torch, allowed is torch_dist, where --save is in an object store",
+    "--ckpt-format torch": "--ckpt-format: expected torch_dist, where --save is in an object store, got torch",
     "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: given global, .*rmtree",
     "--wandb-project p": "--wandb-save-dir: given nothing",
 }

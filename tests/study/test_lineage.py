@@ -124,7 +124,7 @@ def test_all_stages_of_a_parent_are_counted(prefixes) -> None:
     assert scratch["tokens_total"] == (30 + 10 + 1) * TOKENS  # parent, retraining, calibration
     assert found.rows[1]["tokens_total"] == scratch["tokens_total"] and found.rows[0]["tokens_total"] == 30 * TOKENS
     assert "Behind the parent are 2 stages, all of them counted: a training on 2,560 tokens, then" in said(found)
-    with pytest.raises(UsageError, match=r"declared_tokens: given 99, allowed is 3840, as the accounts of its 2 stage"):
+    with pytest.raises(UsageError, match=r"declared_tokens: expected 3840, as the accounts of its 2 stage, got 99"):
         check(study(prefixes, second, parent={"declared_tokens": 99}))
 
 
@@ -216,7 +216,7 @@ def _not_finished(first: Path, second: Path) -> None:
             r"account\.json does not say what was done to these weights before: KeyError\('lineage'\)",
         ),
         (_a_stage_without_tokens, r"does not say what was done .*tokens None"),
-        (_not_finished, r"parent\.load: given second, allowed is a run whose account is complete"),
+        (_not_finished, r"parent\.load: expected a run whose account is complete, got second"),
     ],
 )
 def test_a_forged_lineage_is_refused(prefixes, forge: Any, message: str) -> None:
@@ -541,7 +541,7 @@ def test_the_start_of_a_retraining_is_held_against_the_ledger(prefixes, places: 
     ("chain", "message"),
     [
         ([{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "retrain": 640}],
-         r"chain\.retrain: given 640 after the last link, allowed is tokens between two links"),
+         r"chain\.retrain: expected tokens between two links, got 640 after the last link"),
         ([{"name": "shortgpt", "ratio": 0.5, "retrain": 60}, {"name": "wanda", "pattern": "2:4"}],
          r"methods\.shortgpt-t60-then-wanda-2-4\.chain\.retrain: 60 tokens are less than half a global batch"),
     ],

@@ -101,7 +101,7 @@ def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
     for wrong in ("fast", "0", "140%", "1.2.3"):
         with pytest.raises(UsageError, match="--throughput: given"):
             Speed.parse(wrong, 989, 8, LLAMA, 8192)
-    with pytest.raises(UsageError, match="--throughput: given 7500, allowed is an MFU"):
+    with pytest.raises(UsageError, match="--throughput: expected an MFU, got 7500"):
         Speed.parse("7500", 989, 8, None, 8192)
 
 
@@ -128,10 +128,10 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     with pytest.raises(UsageError, match="--gpus: given 0"):
         command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])
     for flags, refused in (
-        (["--gpus", "8"], "--gpus: given 8, allowed is only with --throughput"),
-        (["--peak-tflops", "300"], "--peak-tflops: given 300, allowed is beside an MFU"),
-        (["--peak-tflops", "300", "--throughput", "1000"], "--peak-tflops: given 300, allowed is beside an MFU"),
-        (["--peak-tflops", "-1", "--throughput", "40%"], "--peak-tflops: given -1, allowed is a positive number"),
+        (["--gpus", "8"], "--gpus: expected only with --throughput, got 8"),
+        (["--peak-tflops", "300"], "--peak-tflops: expected beside an MFU, got 300"),
+        (["--peak-tflops", "300", "--throughput", "1000"], "--peak-tflops: expected beside an MFU, got 300"),
+        (["--peak-tflops", "-1", "--throughput", "40%"], "--peak-tflops: expected a positive number, got -1"),
     ):
         with pytest.raises(UsageError, match=refused):
             command.main(["plan", "study.yaml", *flags])

@@ -54,14 +54,14 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
             r"data\.train does not do for scratch-.*equal-total.* has 749 samples of 16 tokens in each of 1 epoch",
         ),
         ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
-        ({"methods": [{"name": "wandering"}]}, r"--method: given wandering, allowed is one of .*shortgpt"),
+        ({"methods": [{"name": "wandering"}]}, r"--method: expected one of .*shortgpt, got wandering"),
         ({"methods": [{"name": "shortgpt", "settings": {"axis": "depth"}}]}, r"--axis: .*only with --method random"),
         ({"methods": [{"name": "random"}]}, r"--axis: given nothing"),
         ({"methods": [{"name": "shortgpt", "settings": {"divisible-by": "many"}}]}, r"invalid int value: 'many'"),
         ({"ratios": [0.95]}, r"--ratio: given 0\.95"),
         ({"methods": [{"name": "shortgpt", "target": {"num-layers": 9}}]}, r"--target-num-layers: given 9"),
-        ({"calibration": {"sequences": 999}}, r"calibration\.sequences: given 999, allowed is 1 to 124"),
-        ({"evaluation": {"windows": 125}}, r"evaluation\.windows: given 125, allowed is 1 to 124"),
+        ({"calibration": {"sequences": 999}}, r"calibration\.sequences: expected 1 to 124, got 999"),
+        ({"evaluation": {"windows": 125}}, r"evaluation\.windows: expected 1 to 124, got 125"),
     ],
 )
 def test_refuses(prefixes, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -188,7 +188,7 @@ def load(path: Path, **more: Any) -> dict[str, Any]:
 def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tmp_path: Path) -> None:
     outlook = check(prefixes, tmp_path, **load(trained))
     assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
-    with pytest.raises(UsageError, match=r"declared_tokens: given 99, allowed is 2560"):
+    with pytest.raises(UsageError, match=r"declared_tokens: expected 2560, got 99"):
         check(prefixes, tmp_path, **load(trained, declared_tokens=99))
     data = prefixes | {"seq_length": 16, "stream_seed": 7}
     with pytest.raises(UsageError, match="stream seed 7.*would overlap what the parent was trained on"):
@@ -198,7 +198,7 @@ def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tm
 def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, tmp_path: Path) -> None:
     assert check(prefixes, tmp_path, **load(trained / "release")).lay.parent_tokens == 2560
     (trained / "release").rename(trained / "iter_0000010")
-    with pytest.raises(UsageError, match=r"parent\.load: given iteration 10 of .*checkpoint, allowed is iteration 20"):
+    with pytest.raises(UsageError, match=r"parent\.load: expected iteration 20, got iteration 10 of .*checkpoint"):
         check(prefixes, tmp_path, **load(trained / "iter_0000010"))
     (trained / "iter_0000010").rename(trained / "iter_0000020")
     plan = check(prefixes, tmp_path, **load(trained / "iter_0000020")).grid(made_up.study(prefixes, **load(trained)))

@@ -105,18 +105,18 @@ def read(path: str | Path) -> Ledger:
     path = Path(path)
     file = path / "report" / "results.json" if path.is_dir() else path
     if not file.is_file():
-        raise UsageError("--ledger", given=path, allowed="a study's folder with a report, or its results.json")
+        raise UsageError("--ledger", got=path, expected="a study's folder with a report, or its results.json")
     content = artifacts.read_json(file)
     if not isinstance(content, dict) or not {"study", "rows", "comparisons"} <= set(content):
-        raise UsageError("--ledger", given=file, allowed="the results.json of a study's report")
+        raise UsageError("--ledger", got=file, expected="the results.json of a study's report")
     if any(key not in made for made in content["comparisons"] for key in COMPARISON):
-        raise UsageError("--ledger", given=f"{file}, of another version", allowed="a report written by this one: "
+        raise UsageError("--ledger", got=f"{file}, of another version", expected="a report written by this one: "
                          "`study report` writes it again")  # fmt: skip
     rows = {row["cell"]: row for row in content["rows"] if row["status"] == "finished"}
     parents = [row for row in content["rows"] if row["arm"] == "parent"]
     curves = _curves(content["comparisons"], rows)
     if not parents or not curves:
-        raise UsageError("--ledger", given=file, allowed="a study of which a comparison has finished")
+        raise UsageError("--ledger", got=file, expected="a study of which a comparison has finished")
     return Ledger(
         content["study"], parents[0]["params"], parents[0]["tokens_train"], content.get("one_parent", True), curves
     )

@@ -103,7 +103,7 @@ def from_arguments(options: argparse.Namespace, parent_params: int) -> Target:
     """The target that parsed flags describe; ``parent_params`` are the ledger's parent's."""
     shape = open_checkpoint(options.parent).shape if options.parent else None
     if shape is not None and options.parent_params is not None:
-        raise UsageError("--parent-params", given="beside --parent", allowed="one of them")
+        raise UsageError("--parent-params", got="beside --parent", expected="one of them")
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
     own = Pattern.parse(pattern).ratio if pattern else None
@@ -129,34 +129,34 @@ def _ratio(
     given = [flag for flag, used in ways.items() if used]
     if len(given) != 1:
         allowed = "exactly one of --ratio, --target-params, explicit --target-<size> flags, or an N:M pattern"
-        raise UsageError("--ratio", given=" and ".join(given) or "no target", allowed=allowed)
+        raise UsageError("--ratio", got=" and ".join(given) or "no target", expected=allowed)
     if options.ratio_of and options.ratio is None:
-        raise UsageError("--ratio-of", given=options.ratio_of, allowed="together with --ratio")
+        raise UsageError("--ratio-of", got=options.ratio_of, expected="together with --ratio")
     if own is not None:
         return own, "linears"
     if options.ratio is not None:
         if not 0 < options.ratio < 1:
-            raise UsageError("--ratio", given=options.ratio, allowed="a fraction removed, between 0 and 1")
+            raise UsageError("--ratio", got=options.ratio, expected="a fraction removed, between 0 and 1")
         return options.ratio, options.ratio_of or "linears"
     if options.pattern:
-        raise UsageError("--pattern", given=f"{options.pattern} with a smaller shape", allowed="--ratio beside it")
+        raise UsageError("--pattern", got=f"{options.pattern} with a smaller shape", expected="--ratio beside it")
     if options.target_params is not None:
         if not 0 < options.target_params < params:
             raise UsageError(
-                "--target-params", given=options.target_params, allowed=f"1 to {params - 1}, below the parent's"
+                "--target-params", got=options.target_params, expected=f"1 to {params - 1}, below the parent's"
             )
         return 1 - options.target_params / params, "all"
     if shape is None:
         raise UsageError(
-            ", ".join(flag_of(field) for field in sizes), given="without --parent", allowed="beside --parent CKPT",
+            ", ".join(flag_of(field) for field in sizes), got="without --parent", expected="beside --parent CKPT",
             why="how much they remove depends on its shape",
         )  # fmt: skip
     for field, size in sizes.items():
         if not 1 <= size <= getattr(shape, field):
-            raise UsageError(flag_of(field), given=size, allowed=f"1 to {getattr(shape, field)}, the parent's size")
+            raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(shape, field)}, the parent's size")
     smaller = replace(shape, **cast(dict[str, Any], dict(sizes)))
     if smaller == shape:
-        raise UsageError(", ".join(flag_of(field) for field in sizes), given="the parent's", allowed="a smaller model")
+        raise UsageError(", ".join(flag_of(field) for field in sizes), got="the parent's", expected="a smaller model")
     return 1 - smaller.linear_parameters() / shape.linear_parameters(), "linears"
 
 
@@ -164,14 +164,14 @@ def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
     """Tokens, or FLOPs."""
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"
-        raise UsageError("--tokens, --gpu-hours", given=given, allowed="one of them")
+        raise UsageError("--tokens, --gpu-hours", got=given, expected="one of them")
     if options.tokens is not None:
         if options.gpu_flops is not None:
-            raise UsageError("--gpu-flops", given=options.gpu_flops, allowed="together with --gpu-hours")
+            raise UsageError("--gpu-flops", got=options.gpu_flops, expected="together with --gpu-hours")
         return float(options.tokens), None
     if options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
         raise UsageError(
-            "--gpu-hours", given=options.gpu_hours, allowed="positive, together with --gpu-flops, such as 4e14",
+            "--gpu-hours", got=options.gpu_hours, expected="positive, together with --gpu-flops, such as 4e14",
             why="what an hour does depends on the GPU and the layout: `preflight` estimates it",
         )  # fmt: skip
     return None, 3600 * options.gpu_hours * options.gpu_flops

@@ -71,8 +71,8 @@ class Queue:
         if earlier != now:
             differs = first_other_word(earlier.split(), now.split()) or "another script"
             raise UsageError(
-                f"study {self.study.name}", given=f"{cell.id} with {differs}",
-                allowed=f"the script of job {job} while that waits in the queue",
+                f"study {self.study.name}", got=f"{cell.id} with {differs}",
+                expected=f"the script of job {job} while that waits in the queue",
                 why=f"scancel {job}, or restore study.yaml",
             )  # fmt: skip
 
