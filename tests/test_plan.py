@@ -443,7 +443,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
     other = statistics(parent.shape, parent.fingerprint(), seed=1)
     other = replace(other, calibrations=({**other.calibrations[0], "windows": [7, 8, 9]},))
     other.write(tmp_path / "o.safetensors")
-    with pytest.raises(UsageError, match="--statistics: given .* one file, until its candidates are scored"):
+    with pytest.raises(UsageError, match="--statistics: expected one file, until its candidates are scored, got"):
         plan_command.main([*flags, str(tmp_path / "o.safetensors")])
     # Scores of the same candidates in both files: their mean decides.
     question, _ = candidates.read(tmp_path / "candidates.json")
@@ -471,28 +471,34 @@ S = "STATISTICS"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--method: given nothing"),
-        (["--method", "magic"], "--method: given magic"),
-        (["--method", "shortgpt", "--ratio", "0.5"], "--statistics: given nothing"),
-        (["--method", "random", "--target-num-layers", "2", "--statistics", S], "--statistics: given .*needs none"),
+        ([], "--method: expected .*, got nothing"),
+        (["--method", "magic"], "--method: expected .*, got magic"),
+        (["--method", "shortgpt", "--ratio", "0.5"], "--statistics: expected .*, got nothing"),
+        (
+            ["--method", "random", "--target-num-layers", "2", "--statistics", S],
+            "--statistics: expected .*needs none, got",
+        ),
         (
             ["--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "-1"],
             "--seed: expected 0 or more, got -1",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--seed", "1"],
-            "--seed: given 1.*draws nothing",
+            "--seed: expected .*draws nothing, got 1",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--aggregation", "paper"],
             "--aggregation: expected only with --method minitron-width, got with --method shortgpt",
         ),
-        (["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"], "--nonsense: given an unknown"),
-        (["--method", "shortgpt", "--ratio", "2", "--statistics", S], "--ratio: given 2.0"),
+        (
+            ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"],
+            "--nonsense: expected .*",
+        ),
+        (["--method", "shortgpt", "--ratio", "2", "--statistics", S], "--ratio: expected .*, got 2.0"),
         (
             ["--method", "minitron-width", "--statistics", S, "--target-ffn-hidden-size", "128"]
             + ["--tensor-model-parallel-size", "3"],
-            "--target-ffn-hidden-size: given 128.*--tensor-model-parallel-size 3",
+            "--target-ffn-hidden-size: expected .*--tensor-model-parallel-size 3, got 128",
         ),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_training_that_fails_is_shown(files: Files) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
     failed = files.rescore(pretrain=[*files.training(), "--train-iters", 99])
     assert failed.returncode == EXIT_REFUSED
-    assert re.search("pretrain of hidden .* ended with 2.*--train-iters: given 99", failed.output, re.DOTALL)
+    assert re.search("pretrain of hidden .* ended with 2.*--train-iters: expected .*, got 99", failed.output, re.DOTALL)
 
 
 def test_a_training_that_diverges_is_a_score(files: Files) -> None:
@@ -198,11 +198,11 @@ def test_a_training_that_diverges_is_a_score(files: Files) -> None:
 
 def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_path: Path) -> None:
     for choice, message in (
-        ([*SEARCH, "--retrain-candidates", 2], "--retrain-tokens: given nothing"),
+        ([*SEARCH, "--retrain-candidates", 2], "--retrain-tokens: expected .*, got nothing"),
         ([*SEARCH, "--retrain-tokens", 9], "--retrain-candidates: expected 2 to --max-candidates 4, got nothing"),
-        ([*SEARCH, "--retrain-candidates", 5, "--retrain-tokens", 9], "--retrain-candidates: given 5"),
-        ([*SEARCH, "--retrain-candidates", 1, "--retrain-tokens", 9], "--retrain-candidates: given 1"),
-        ([*SEARCH, "--retrain-candidates", 2, "--retrain-tokens", 0], "--retrain-tokens: given 0"),
+        ([*SEARCH, "--retrain-candidates", 5, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 5"),
+        ([*SEARCH, "--retrain-candidates", 1, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 1"),
+        ([*SEARCH, "--retrain-candidates", 2, "--retrain-tokens", 0], "--retrain-tokens: expected .*, got 0"),
         (["--method", "minitron-width", "--ratio", 0.4, *RETRAIN], "--retrain-candidates: .*together with --search"),
         (
             ["--method", "minitron-depth", "--ratio", 0.5, *RETRAIN],
@@ -214,26 +214,26 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     pruned = ["prune", "--load", files.parent, "--use-checkpoint-args", "--calibration-data-path", files.corpus]
     pruned += ["--calibration-sequences", 4, "--calibration-seq-length", 64, "--save", tmp_path / "cut"]
     finished = files.job([*pruned, *SEARCH, *RETRAIN])
-    assert finished.returncode == 2 and "--retrain-candidates: expected with plan, got 2" in finished.output
+    assert finished.returncode == 2 and "--retrain-candidates: expected with plan, and rescore after it, got 2" in finished.output
 
     files.make(*SEARCH)
     finished = files.rescore()
-    assert finished.returncode == 2 and "--candidates: given" in finished.output
+    assert finished.returncode == 2 and "--candidates: expected" in finished.output
     files.make(*SEARCH, *RETRAIN)
     train = files.training()
     leaks = [files.corpus if word == files.text else word for word in train]
     for more, pretrain, message in (
         (["--bf16"], train, "--bf16, --fp16: expected the precision of --statistics, float32, got --bf16"),
-        ([], [*train, "--save", "x"], "--save: given for all candidates"),
+        ([], [*train, "--save", "x"], "--save: expected .*, got for all candidates"),
         (
             [],
             [*train, "--stream-range", "0:4"],
             "--stream-range: expected 384 tokens.*12 samples, got 0:4, 128 tokens",
         ),
-        ([], RECIPE, "--stream-range: given nothing"),
+        ([], RECIPE, "--stream-range: expected .*, got nothing"),
         ([], leaks, "document"),
         (["--load", tmp_path / "scratch"], train, "scratch"),
-        (["--nproc", 0], train, "--nproc: given 0"),
+        (["--nproc", 0], train, "--nproc: expected .*, got 0"),
     ):
         finished = files.rescore(*more, pretrain=pretrain)
         assert finished.returncode == 2 and re.search(message, finished.output), finished.output[-2000:]

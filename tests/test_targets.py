@@ -122,7 +122,9 @@ def test_width_by_parameters_and_tolerance() -> None:
     found = choose(LLAMA_8B, "minitron-width", "--target-params", str(wanted.parameters()))
     assert found.parameters() == pytest.approx(wanted.parameters(), rel=0.02)
     assert found.hidden_size % 64 == found.ffn_hidden_size % 64 == 0
-    with pytest.raises(UsageError, match=r"--ratio: given 0\.37.*nearest is hidden .* give a smaller --divisible-by"):
+    with pytest.raises(
+        UsageError, match=r"--ratio: expected .*, got 0\.37.*nearest is hidden .* give a smaller --divisible-by"
+    ):
         choose(SMALL, "minitron-width", "--ratio", "0.37", "--tolerance", "0.0001", "--divisible-by", "32")
 
 
@@ -239,13 +241,13 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
 @pytest.mark.parametrize(
     ("source", "axes", "flags", "message"),
     [
-        (SMALL, "hidden", ["--target-hidden-size", "64"], "--search: given with an explicit shape"),
-        (replace(SMALL, norm_bias=True), "hidden", ["--ratio", "0.5"], "--search: given hidden.*LayerNorm"),
+        (SMALL, "hidden", ["--target-hidden-size", "64"], "--search: expected .*, got with an explicit shape"),
+        (replace(SMALL, norm_bias=True), "hidden", ["--ratio", "0.5"], "--search: expected .*, got hidden.*LayerNorm"),
         (
             SMALL,
             "heads",
             ["--ratio", "0.9", "--divisible-by", "8"],
-            r"given 0.9, .* multiples of 8 \(heads' channels\).*the nearest is 6 heads in 6 groups, which keeps",
+            r"multiples of 8 \(heads' channels\).*got 0.9 .*the nearest is 6 heads in 6 groups, which keeps",
         ),
         (
             SMOLLM2,
@@ -265,7 +267,7 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
             ["--ratio", "0.5"],
             "the source has 2 heads in 1 groups",
         ),
-        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: expected fewer, got 99999999"),
+        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: expected fewer.*, got 99999999"),
     ],
 )
 def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message: str) -> None:
@@ -275,7 +277,7 @@ def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message
 
 @pytest.mark.parametrize(("limit", "search"), [(4, None), (0, ["ffn"])])
 def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: list[str] | None) -> None:
-    with pytest.raises(UsageError, match=f"--max-candidates: given {limit}"):
+    with pytest.raises(UsageError, match=f"--max-candidates: expected .*, got {limit}"):
         methods.get("minitron-width").search(UNLIMITED | {"search": search, "max_candidates": limit})
 
 
@@ -307,20 +309,20 @@ def test_heads_of_given_shapes_stay_in_their_groups() -> None:
     ("words", "message"),
     [
         (["64/12/64"], "expected two shapes or more, got 64/12/64"),
-        (["64/12/64", "64/12"], "expected HIDDEN/HEADS/FFN, got 64/12"),
-        (["64/12/64", "64/0/64"], "expected HIDDEN/HEADS/FFN, got 64/0/64"),
-        (["64/12/64", "64x12x64"], "expected HIDDEN/HEADS/FFN, got 64x12x64"),
+        (["64/12/64", "64/12"], "expected HIDDEN/HEADS/FFN.*, got 64/12"),
+        (["64/12/64", "64/0/64"], "expected HIDDEN/HEADS/FFN.*, got 64/0/64"),
+        (["64/12/64", "64x12x64"], "expected HIDDEN/HEADS/FFN.*, got 64x12x64"),
         (["64/12/64", "64/12/64"], "expected every shape once, got 64/12/64 twice"),
         (["64/12/64", "48/12/64"], "expected .* --divisible-by 64, got 48/12/64, which is --target-hidden-size 48"),
-        (["64/12/64", "64/9/64"], "given 64/9/64, which is --target-num-attention-heads 9 for 6 query groups"),
-        (["64/12/64", "64/12/256"], "expected 1 to 192, got 64/12/256, which is --target-ffn-hidden-size 256"),
-        (["64/12/64", "96/12/192"], "given 96/12/192, which is .* the source's sizes"),
-        (["64/12/64", "64/12/128", "--ratio", "0.5"], "expected exactly one of, got --ratio and --target-shapes"),
-        (["64/12/64", "64/12/128", "--target-params", "9"], "given --target-params and --target-shapes"),
-        (["64/12/64", "64/12/128", "--target-ffn-hidden-size", "64"], "given --target-<size> and --target-shapes"),
-        (["64/12/64", "64/12/128", "--tolerance", "0.1"], "--tolerance: given 0.1"),
-        (["64/12/64", "64/12/128", "--search", "ffn"], "--search: given with --target-shapes"),
-        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected together with, got 2"),
+        (["64/12/64", "64/9/64"], "got 64/9/64, which is --target-num-attention-heads 9 for 6 query groups"),
+        (["64/12/64", "64/12/256"], "expected 1 to 192.*, got 64/12/256, which is --target-ffn-hidden-size 256"),
+        (["64/12/64", "96/12/192"], "got 96/12/192, which is .* the source's sizes"),
+        (["64/12/64", "64/12/128", "--ratio", "0.5"], "expected exactly one of.*, got --ratio and --target-shapes"),
+        (["64/12/64", "64/12/128", "--target-params", "9"], "got --target-params and --target-shapes"),
+        (["64/12/64", "64/12/128", "--target-ffn-hidden-size", "64"], "got --target-<size> and --target-shapes"),
+        (["64/12/64", "64/12/128", "--tolerance", "0.1"], "--tolerance: expected .*, got 0.1"),
+        (["64/12/64", "64/12/128", "--search", "ffn"], "--search: expected .*, got with --target-shapes"),
+        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected together with.*, got 2"),
         (
             ["64/12/64", "64/12/128", "--retrain-candidates", "3", "--retrain-tokens", "9"],
             "--retrain-candidates: expected 2 to the number of shapes, 2, got 3",
@@ -333,7 +335,7 @@ def test_given_shapes_refused(words: list[str], message: str) -> None:
 
 
 def test_given_shapes_obey_tensor_parallelism_and_layer_norm() -> None:
-    with pytest.raises(UsageError, match="given 96/12/64, which is --target-ffn-.* --tensor-model-parallel-size 3"):
+    with pytest.raises(UsageError, match="--tensor-model-parallel-size 3, got 96/12/64, which is --target-ffn-"):
         given_shapes(SMALL, "--target-shapes", "96/12/64", "96/12/128", tp=3)
     narrow = ["--target-shapes", "96/12/64", "64/12/128"]
     with pytest.raises(UsageError, match="--target-shapes: expected hidden size 96, .* LayerNorm, got 64/12/128"):
@@ -344,44 +346,54 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ("shortgpt", [], {}, "exactly one of --ratio, --target-params"),
     ("shortgpt", ["--ratio", "0.5", "--target-num-layers", "3"], {}, "exactly one of"),
     ("shortgpt", ["--ratio", "0.5", "--target-params", "3"], {}, "exactly one of"),
-    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: expected a fraction, got 1.5"),
-    ("shortgpt", ["--ratio", "0"], {}, "--ratio: given 0.0"),
-    ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers .the nearest is 0"),
-    ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers .the nearest is 6"),
-    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: expected fewer than, got 99999999"),
-    ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: expected 1 to 6, got 7"),
-    ("shortgpt", ["--target-num-layers", "0"], {}, "--target-num-layers: given 0"),
-    ("shortgpt", ["--target-num-layers", "6"], {}, "allowed is a smaller model"),
-    ("shortgpt", ["--target-hidden-size", "64"], {}, "--target-hidden-size: given 64.*that the method cuts"),
-    ("minitron-width", ["--target-num-layers", "3"], {}, "--target-num-layers: given 3.*that the method cuts"),
-    ("minitron-width", ["--target-hidden-size", "48"], {}, "--target-hidden-size: given 48.*--divisible-by 64"),
-    ("minitron-width", ["--target-ffn-hidden-size", "100"], {}, "--target-ffn-hidden-size: given 100"),
+    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: expected a fraction.*, got 1.5"),
+    ("shortgpt", ["--ratio", "0"], {}, "--ratio: expected .*, got 0.0"),
+    ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers.*the nearest is 0"),
+    ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers.*the nearest is 6"),
+    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: expected fewer than.*, got 99999999"),
+    ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: expected 1 to 6.*, got 7"),
+    ("shortgpt", ["--target-num-layers", "0"], {}, "--target-num-layers: expected .*, got 0"),
+    ("shortgpt", ["--target-num-layers", "6"], {}, "expected a smaller model"),
+    ("shortgpt", ["--target-hidden-size", "64"], {}, "--target-hidden-size: expected.*that the method cuts.*, got 64"),
+    (
+        "minitron-width",
+        ["--target-num-layers", "3"],
+        {},
+        "--target-num-layers: expected.*that the method cuts.*, got 3",
+    ),
+    (
+        "minitron-width",
+        ["--target-hidden-size", "48"],
+        {},
+        "--target-hidden-size: expected.*--divisible-by 64, got 48",
+    ),
+    ("minitron-width", ["--target-ffn-hidden-size", "100"], {}, "--target-ffn-hidden-size: expected .*, got 100"),
     (
         "minitron-width",
         ["--target-num-attention-heads", "6"],
         {},
-        "--target-num-attention-heads: given 6 heads of 8 channels.*--divisible-by 64",
+        "--target-num-attention-heads: expected.*--divisible-by 64, got 6 heads of 8 channels",
     ),
-    ("minitron-width", ["--target-num-attention-heads", "8"], {}, "given 8 for 6 query groups"),
+    ("minitron-width", ["--target-num-attention-heads", "8"], {}, "got 8 for 6 query groups"),
     ("minitron-width", ["--target-ffn-hidden-size", "64"], {"tp": 3}, "--tensor-model-parallel-size 3"),
     (
         "minitron-width",
         ["--target-num-query-groups", "4", "--target-num-attention-heads", "8"],
         {"tp": 3},
-        "--target-num-attention-heads: given 8.*--tensor-model-parallel-size 3",
+        "--target-num-attention-heads: expected.*--tensor-model-parallel-size 3, got 8",
     ),
-    ("minitron-width", ["--ratio", "0.5", "--divisible-by", "0"], {}, "--divisible-by: given 0"),
-    ("minitron-width", ["--ratio", "0.5", "--tolerance", "2"], {}, "--tolerance: given 2.0"),
+    ("minitron-width", ["--ratio", "0.5", "--divisible-by", "0"], {}, "--divisible-by: expected .*, got 0"),
+    ("minitron-width", ["--ratio", "0.5", "--tolerance", "2"], {}, "--tolerance: expected .*, got 2.0"),
     (
         "minitron-width",
         ["--ratio", "0.5", "--divisible-by", "200"],
         {},
-        "--divisible-by: expected a number that divides, got 200",
+        "--divisible-by: expected a number that divides.*, got 200",
     ),
-    ("minitron-width", ["--target-hidden-size", "64", "--ratio-of", "all"], {}, "--ratio-of: given all"),
-    ("minitron-width", ["--target-hidden-size", "64", "--tolerance", "0.1"], {}, "--tolerance: given 0.1"),
-    ("shortgpt", ["--ratio", "0.5", "--tolerance", "0.1"], {}, "--tolerance: given 0.1.*met by a width"),
-    ("random", ["--ratio", "0.5"], {}, "--axis: given nothing"),
+    ("minitron-width", ["--target-hidden-size", "64", "--ratio-of", "all"], {}, "--ratio-of: expected .*, got all"),
+    ("minitron-width", ["--target-hidden-size", "64", "--tolerance", "0.1"], {}, "--tolerance: expected .*, got 0.1"),
+    ("shortgpt", ["--ratio", "0.5", "--tolerance", "0.1"], {}, "--tolerance: expected.*met by a width, got 0.1"),
+    ("random", ["--ratio", "0.5"], {}, "--axis: expected .*, got nothing"),
 ]
 
 

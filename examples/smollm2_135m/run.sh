@@ -23,7 +23,7 @@ done
 
 case "$METHODS" in
     structured | sparse) ;;
-    *) echo "run.sh: --methods: given $METHODS, allowed is structured or sparse" >&2; exit 2 ;;
+    *) echo "run.sh: --methods: expected structured or sparse, got $METHODS" >&2; exit 2 ;;
 esac
 
 stage() { # name command...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,29 +250,30 @@ def test_fewer_sequences_than_ranks(
 @pytest.mark.parametrize(
     ("more", "nproc", "message"),
     [
-        (["--context-parallel-size", "2"], 2, "--context-parallel-size: given 2"),
+        (["--context-parallel-size", "2"], 2, "--context-parallel-size: expected .*, got 2"),
         (
             ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
             2,
-            "--num-layers-per-virtual-pipeline-stage: given 1",
+            "--num-layers-per-virtual-pipeline-stage: expected .*, got 1",
         ),
         (
             ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
             2,
-            "--num-virtual-stages-per-pipeline-rank: given 2",
+            "--num-virtual-stages-per-pipeline-rank: expected .*, got 2",
         ),
         (
             ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|t|t|tL"],
             2,
-            "--pipeline-model-parallel-layout: given ",
+            "--pipeline-model-parallel-layout: expected .*, got ",
         ),
-        (["--micro-batch-size", "2"], 1, "--micro-batch-size: given 2"),
-        (["--seq-length", "32"], 1, "--seq-length: given 32"),
+        (["--micro-batch-size", "2"], 1, "--micro-batch-size: expected .*, got 2"),
+        (["--seq-length", "32"], 1, "--seq-length: expected .*, got 32"),
         (["--calibration-seq-length", "256"], 1, "--calibration-seq-length: expected up to .* 128, got 256"),
-        (["--calibration-sequences", "100000"], 1, "--calibration-sequences: given 100000"),
+        (["--calibration-sequences", "100000"], 1, "--calibration-sequences: expected .*, got 100000"),
         (["--calibration-data-path", "/nowhere"], 1, "/nowhere.bin does not exist"),
-        (["--output", "s.pt"], 1, "--output: given s.pt"),
+        (["--output", "s.pt"], 1, "--output: expected .*, got s.pt"),
     ],
+    ids=itertools.count(),
 )
 def test_refused_before_work_starts(
     job: Callable[..., Any],
@@ -284,8 +287,6 @@ def test_refused_before_work_starts(
     arguments = flags(tiny_parent, tiny_corpus, "--output", tmp_path / "s.safetensors", *more)
     finished = job(["calibrate", *arguments], nproc=nproc)
     assert finished.returncode != 0
-    import re
-
     assert re.search("megatron_prune calibrate: " + message, finished.output), finished.output[-3000:]
     assert not list(tmp_path.iterdir())
 

@@ -210,7 +210,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     other.write_text("".join(task.read_text().splitlines(keepends=True)[:3]))
     long.write_text(json.dumps({"query": " ".join(tiny_documents[:2]), "choices": ["a", "b"], "gold": 0}) + "\n")
     for choice, message in (
-        (by_task, "--task-data: given nothing"),
+        (by_task, "--task-data: expected .*, got nothing"),
         ([*DEPTH, "--task-data", task], "--task-data: expected together with --score-by task, got .*"),
         ([*DEPTH, "--task-metric", "acc"], "--task-metric: expected together with --score-by task, got acc"),
         ([*by_task, "--task-data", tmp_path / "no.jsonl"], "cannot read the task"),
@@ -226,7 +226,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
         assert "loading distributed checkpoint" not in finished.output
 
     prune = ["prune", *verbs.load, *verbs.text, "--save", tmp_path / "cut"]
-    refused(verbs.job([*prune, *by_task]), "--task-data: given nothing")
+    refused(verbs.job([*prune, *by_task]), "--task-data: expected .*, got nothing")
     refused(verbs.job([*prune, *by_task, "--task-data", long]), "long.jsonl, example 1, choice 'a': the model would")
     unasked = "--task-data: expected where the accuracy on a task is to decide, got .*"
     alone = ["calibrate", *verbs.load, *verbs.text, "--output", tmp_path / "x.safetensors", "--task-data", task]
@@ -234,8 +234,8 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     verbs.make(*DEPTH)
     refused(verbs.score("--task-data", task), unasked)
     verbs.make(*by_task, "--task-data", task)
-    refused(verbs.score("--task-data", other), "--task-data: expected the examples that the plan, got .*other.jsonl")
-    refused(verbs.score("--tokenizer-type", "HuggingFaceTokenizer"), "--tokenizer-model: given nothing")
+    refused(verbs.score("--task-data", other), "--task-data: expected the examples that the plan .*, got .*other.jsonl")
+    refused(verbs.score("--tokenizer-type", "HuggingFaceTokenizer"), "--tokenizer-model: expected .*, got nothing")
     assert not (tmp_path / "cut").exists()
 
 
@@ -249,7 +249,11 @@ def test_a_checkpoint_without_a_tokenizer_needs_one(
     verbs.calibrate()
     verbs.make(*DEPTH, "--score-by", "task", "--task-data", task)
     finished = verbs.score()
-    assert finished.returncode == 2 and "--tokenizer-type: given nothing" in finished.output
+    assert (
+        finished.returncode == 2
+        and "--tokenizer-type: expected" in finished.output
+        and "got nothing" in finished.output
+    )
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tiny_tokenizer]
     verbs.score(*named).ok()
     assert len(correct(statistics_file.read(verbs.statistics))) == 4

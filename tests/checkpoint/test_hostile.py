@@ -229,10 +229,12 @@ def test_other_urls_are_refused_by_flag(verbs, tmp_path, capsys, whole):
     for verb, run in verbs.items():
         assert run("s3://bucket/checkpoint") == 2
         said = capsys.readouterr().err
-        assert "--load: expected a directory, or msc://PROFILE, got s3://bucket/checkpoint" in said, verb
+        assert (
+            "--load: expected a directory, or msc://PROFILE/… with --enable-msc, got s3://bucket/checkpoint" in said
+        ), verb
     rewrite = ["rewrite", "--load", str(whole), "--save", "msc://profile/x"]
     assert tool("convert_checkpoint")(rewrite) == 2
-    assert "--save: given msc://profile/x" in capsys.readouterr().err
+    assert "got msc://profile/x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

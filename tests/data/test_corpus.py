@@ -99,7 +99,7 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
     assert len(names) == len(set(names)) == 400
     assert local_text.beginning("word " * 100, 403) == ("word " * 80).rstrip()
     assert local_text.beginning("w" * 500, 403) == "w" * 403 and local_text.beginning("w" * 403, 403) == "w" * 403
-    with pytest.raises(UsageError, match="--longest-held-out: given 10"):
+    with pytest.raises(UsageError, match="--longest-held-out: expected .*, got 10"):
         local_text.build_corpus(tmp_path / "x", places=machine, longest_held_out=10)
 
 
@@ -131,7 +131,7 @@ def test_what_is_left_out(text, reason):
 
 
 def test_shares_and_empty_splits_are_refused(machine, tmp_path):
-    with pytest.raises(UsageError, match="--split: given 1,2,3"):
+    with pytest.raises(UsageError, match="--split: expected .*, got 1,2,3"):
         local_text.build_corpus(tmp_path / "c", shares=(1, 2, 3))
     with pytest.raises(DataError, match="got none"):
         local_text.build_corpus(tmp_path / "c", places=machine, shares=(1, 1e-9, 1e-9, 1e-9))

@@ -105,7 +105,7 @@ def test_the_format_can_be_said_where_the_name_does_not(tmp_path, tokenizer):
 def test_a_name_that_says_no_format_is_refused_before_anything_is_read(tmp_path, tokenizer, name):
     for found in ("good.jsonl", name):
         (tmp_path / found).write_bytes(json_lines(["one", "two"]))
-    says = rf"--input-format: expected jsonl, parquet or text .*\.jsonl.*\.txt.*\.zstd, got auto for .*/{name}"
+    says = rf"--input-format: expected jsonl, parquet or text.*, got auto for .*/{name} .*\.jsonl.*\.txt.*\.zstd"
     with pytest.raises(UsageError, match=says):
         preprocess([tmp_path / "good.jsonl", tmp_path / name], tmp_path / "P", tokenizer)
     with pytest.raises(UsageError, match=says):
@@ -222,7 +222,7 @@ def test_a_tiktoken_file_that_does_not_fit_is_refused(tiktoken_file, tmp_path):
         load_tokenizer("TikTokenizer", tmp_path / "t.json")
     with pytest.raises(DataError, match="cannot make a tiktoken tokenizer"):
         load_tokenizer("TikTokenizer", tiktoken_file, vocab_size=300, num_special_tokens=3)
-    with pytest.raises(UsageError, match="--vocab-size: given for a HuggingFaceTokenizer"):
+    with pytest.raises(UsageError, match="--vocab-size: expected .*, got for a HuggingFaceTokenizer"):
         load_tokenizer("HuggingFaceTokenizer", "x", vocab_size=3)
 
 
@@ -282,7 +282,7 @@ def test_kept_newlines_lose_no_character(nltk_data, text):
 def test_a_missing_punkt_model_says_what_to_download(tmp_path):
     with pytest.raises(DataError, match=r"no Punkt model for 'klingon'.*nltk.downloader -d DIR punkt_tab.*--nltk-data"):
         load_splitter("klingon", tmp_path)
-    with pytest.raises(UsageError, match="--nltk-data: given .*absent"):
+    with pytest.raises(UsageError, match="--nltk-data: expected .*, got .*absent"):
         load_splitter("english", tmp_path / "absent")
     with pytest.raises(UsageError, match="--lang"):
         load_splitter("../english", tmp_path)
@@ -322,7 +322,7 @@ def test_data_sets_that_cannot_be_had_are_refused(dataset, monkeypatch):
     folder, _ = dataset
     with pytest.raises(DataError, match=r"has no column 'body' \(its columns: id, text\)"):
         hub.shards(str(folder), column="body")
-    with pytest.raises(UsageError, match="--dataset, --dataset-split: given .*, dev, .*train"):
+    with pytest.raises(UsageError, match="--dataset, --dataset-split: expected .*, got .*, dev .*train"):
         hub.shards(str(folder), split="dev")
     with pytest.raises(UsageError, match="--dataset, --dataset-split"):
         hub.shards(f"{folder}:other")
@@ -355,9 +355,9 @@ def test_the_tool_takes_every_input_and_a_blend_of_its_outputs_is_a_stream(
     corpus = IndexedDataset(str(tmp_path / "B"))  # held, since it unmaps what its arrays look into when it goes
     assert corpus[0].tolist() == [*oracle.tokenize(tiny_documents[60]), oracle.eod]
     assert tool("--dataset", folder, "--input", zipped, "--output-prefix", tmp_path / "C") == 2
-    assert "--input, --dataset: given both or neither" in capsys.readouterr().err
+    assert "--input, --dataset: expected one of them, got both or neither" in capsys.readouterr().err
     sentences = ["--split-sentences", "--nltk-data", nltk_data, "--keep-newlines"]
     assert tool("--input", zipped, "--output-prefix", tmp_path / "D", *sentences) == 0
     assert read_json(tmp_path / "D.json")["sentences"]["keep_newlines"] is True
     assert tool("--input", zipped, "--output-prefix", tmp_path / "E", "--keep-newlines") == 2
-    assert "allowed is with --split-sentences" in capsys.readouterr().err
+    assert "expected with --split-sentences" in capsys.readouterr().err

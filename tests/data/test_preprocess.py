@@ -154,7 +154,7 @@ def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
     made = preprocess([jsonl(tmp_path / "x.jsonl", ["\x00az"])], tmp_path / "P", Bytes(vocab_size))
     assert made.sidecar["dtype"] == np.dtype(IndexedDataset(str(tmp_path / "P")).index.dtype).name == dtype
     assert read_back(tmp_path / "P") == [[vocab_size - 256 + byte for byte in b"\x00az"]]
-    with pytest.raises(UsageError, match="--append-eod: given .*, which has no end-of-document token"):
+    with pytest.raises(UsageError, match="--append-eod: expected .*, got .*, which has no end-of-document token"):
         preprocess([tmp_path / "x.jsonl"], tmp_path / "P", Bytes(vocab_size), append_eod=True)
 
 
@@ -199,7 +199,7 @@ def test_truncated_gzip_and_foreign_encodings_are_refused(tmp_path, model):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(DataError, match="latin.txt:1 is not UTF-8"):
         preprocess([tmp_path / "latin.txt"], tmp_path / "P", tokenizer)
-    with pytest.raises(UsageError, match="--input: given .*absent"):
+    with pytest.raises(UsageError, match="--input: expected .*, got .*absent"):
         preprocess([tmp_path / "absent.txt"], tmp_path / "P", tokenizer)
 
 
@@ -231,7 +231,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_refused(model, hf_folde
 @pytest.mark.parametrize(
     ("kind", "path", "error", "says"),
     [
-        ("GPT2BPETokenizer", "x", UsageError, "--tokenizer-type: given GPT2BPETokenizer"),
+        ("GPT2BPETokenizer", "x", UsageError, "--tokenizer-type: expected .*, got GPT2BPETokenizer"),
         ("SentencePieceTokenizer", "absent.model", DataError, "absent.model does not exist"),
         ("SentencePieceTokenizer", __file__, DataError, "is not a SentencePiece model"),
         ("HuggingFaceTokenizer", str(ROOT / "tests" / "data"), DataError, "cannot load a Hugging Face tokenizer"),
@@ -261,7 +261,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
     (tmp_path / "p.txt").write_text("a few words only")
     with pytest.raises(DataError, match="cannot learn 4000 pieces"):
         train_tokenizer([tmp_path / "p.txt"], tmp_path / "t.model", 4000)
-    with pytest.raises(UsageError, match="--vocab-size: given 260"):
+    with pytest.raises(UsageError, match="--vocab-size: expected .*, got 260"):
         train_tokenizer([tmp_path / "p.txt"], tmp_path / "t.model", 260)
     assert not (tmp_path / "t.model").exists()
 
@@ -280,7 +280,7 @@ def test_the_tools_run_as_their_users_run_them(tmp_path):
     assert made.returncode == 0, made.stderr
     assert "1 documents" in made.stdout and read_back(tmp_path / "P")[0][-1] == 2
     refused = tool("preprocess_data.py", *flags, "--tokenizer-type", "NullTokenizer")
-    assert refused.returncode == 2 and "--tokenizer-type: given NullTokenizer" in refused.stderr
+    assert refused.returncode == 2 and "got NullTokenizer" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -93,13 +93,13 @@ def test_megatron_validates_every_preset_on_64_ranks(distributed, preset: str, s
 @pytest.mark.parametrize(
     "preset, more, capability, message",
     [
-        ("current", [], (8, 0), "--fp8-preset: given current, .* compute capability 8.0 has .*8.9"),
+        ("current", [], (8, 0), "--fp8-preset: expected .* compute capability 8.0 has, got current .*8.9"),
         ("blockwise", [], (8, 9), "compute capability 8.9 has .*needs 9.0: Hopper"),
         ("hybrid-delayed", ["--ffn-hidden-size", "9224"], (9, 0), "over 2 ranks of 4612, .*--ffn-hidden-size .*of 16"),
         ("current", ["--hidden-size", "3080"], (9, 0), "hidden size of 3080"),
         ("current", ["--kv-channels", "12", "--num-query-groups", "2"], (9, 0), "q, k and v rows over 2 ranks of 216"),
         ("hybrid-delayed", ["--num-layers-at-start-in-bf16", "2"], (9, 0), "delayed scaling has no layers in bf16"),
-        ("hybrid-delayed", ["--fp8-recipe", "blockwise"], (9, 0), "--fp8-recipe: given blockwise"),
+        ("hybrid-delayed", ["--fp8-recipe", "blockwise"], (9, 0), "--fp8-recipe: expected .*, got blockwise"),
         ("current", ["--num-layers-at-end-in-bf16", "17"], (9, 0), "expected 0 to 16, got 17"),
         ("current", ["--fp16"], (9, 0), "--fp16: .*it is bf16"),
         ("current", ["--transformer-impl", "local"], (9, 0), "local layers have no FP8"),
@@ -115,7 +115,7 @@ def test_what_cannot_run_is_refused(distributed, preset, more, capability, messa
 def test_megatrons_own_flags_are_checked_too(distributed) -> None:
     argv = words("llama3.1-8b", "--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8")
     (found,) = distributed(validated, 1, argv, (9, 0), 64)
-    assert "--fp8-recipe: given mxfp8" in found and "needs 10.0: data center Blackwell" in found
+    assert "got mxfp8 (" in found and "needs 10.0: data center Blackwell" in found
 
 
 def test_counts_of_bf16_layers_stay_the_users() -> None:
@@ -148,9 +148,9 @@ def test_recipes_that_differ_are_described_differently() -> None:
 def test_delayed_scaling_is_refused_where_nothing_sets_its_scales() -> None:
     for args in (chosen(), chosen("current"), chosen("blockwise")):
         fp8.refuse_delayed(args)
-    with pytest.raises(UsageError, match="--fp8-preset: given hybrid-delayed.*leave them at 1"):
+    with pytest.raises(UsageError, match="--fp8-preset: expected .*, got hybrid-delayed.*leave them at 1"):
         fp8.refuse_delayed(chosen("hybrid-delayed"))
     megatrons = chosen()
     megatrons.fp8 = "hybrid"  # --fp8-format alone: delayed is Megatron's default
-    with pytest.raises(UsageError, match="--fp8-recipe: given delayed"):
+    with pytest.raises(UsageError, match="--fp8-recipe: expected .*, got delayed"):
         fp8.refuse_delayed(megatrons)

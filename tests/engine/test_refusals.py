@@ -61,7 +61,7 @@ def test_each_of_them_is_refused_when_given(parser):
         argv = words(action)
         if argv is None or parser.parse_args(argv) == parser.parse_args([]):
             continue
-        assert refusal(parser, argv).startswith(f"{argv[0]}: given "), argv
+        assert refusal(parser, argv).startswith(f"{argv[0]}: expected "), argv
         tried += 1
     assert tried > 0.9 * len(refused), (tried, len(refused))
 
@@ -82,7 +82,7 @@ def test_each_of_them_is_refused_when_given(parser):
 )
 def test_switches_whose_other_half_is_elsewhere_are_refused(parser, argv, why):
     said = refusal(parser, argv)
-    assert said.startswith(f"{argv[0].split('=')[0]}: given ") and why in said
+    assert said.startswith(f"{argv[0].split('=')[0]}: expected ") and why in said
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_a_run_that_would_not_distill_ends_before_it_starts(job, tmp_path):
 
 def test_a_yaml_file_in_place_of_flags_is_refused(job):
     done = job(["pretrain", "--yaml-cfg", "/nonexistent"])
-    assert done.returncode == 2 and "Traceback" not in done.output and "--yaml-cfg: given /nonexistent" in done.output
+    assert done.returncode == 2 and "Traceback" not in done.output and "got /nonexistent" in done.output

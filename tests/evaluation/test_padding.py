@@ -90,7 +90,7 @@ def test_a_checkpoint_that_does_not_know_its_vocabulary_says_so(tiny_hf, tiny_co
     np.testing.assert_allclose(window_losses(output), expected, rtol=2e-5)
     # A vocabulary that is too small, or larger than the embedding, is refused.
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", 1025)
-    assert refused.returncode == 2 and "--vocab-size: given 1025" in refused.output
+    assert refused.returncode == 2 and "--vocab-size: expected" in refused.output and "got 1025" in refused.output
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", int(tokens.max()))
     assert refused.returncode == 2 and f"the text holds token {tokens.max()}" in refused.output
     assert not (tmp_path / "none").exists()
@@ -156,7 +156,11 @@ def test_a_tokenizer_says_how_many_words_there_are(tiny_tokenizer, tiny_corpus, 
 
     small = recipe(tiny_corpus, f"0:{GLOBAL_BATCH}", tmp_path / "small")
     refused = job(["pretrain", *MODEL, "--padded-vocab-size", 256, *tokenizer, *small])
-    assert refused.returncode == 2 and f"--tokenizer-model: given {VOCABULARY}" in refused.output
+    assert (
+        refused.returncode == 2
+        and "--tokenizer-model: expected" in refused.output
+        and f"got {VOCABULARY}" in refused.output
+    )
     refused = job(["pretrain", *MODEL, "--vocab-size", 100, *small])
     assert refused.returncode == 2 and f"a vocabulary of {VOCABULARY}, the model has one of 100" in refused.output
     assert not (tmp_path / "small").exists()

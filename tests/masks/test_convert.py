@@ -115,7 +115,7 @@ def _pattern(name, pattern):
         (_pattern(GATE, "1:4"), "gate_proj.*up_proj.* are one matrix in Megatron: all have a mask, of one pattern"),
         (_pattern(DOWN, "1:4"), r"linear_fc2\.weight breaks 1:4"),
         (_pattern(DOWN, "5:7"), "5:7 does not divide the 192 inputs"),
-        (_pattern(DOWN, {}), "given {}, allowed is"),
+        (_pattern(DOWN, {}), "expected .*, got {}"),
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN][:-1]}), r"stored as U8 \[95, 24\], expected U8"),
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN].float()}), r"stored as F32"),
         (lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}), r"said to be \[96, 190\], this model's"),

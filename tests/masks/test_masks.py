@@ -29,7 +29,7 @@ def test_patterns_that_exist(text, ratio):
     "text", ["", "4:4", "0:4", "5:4", "2:33", "2:4:8", "-1:4", "2.0:4", "structured", "2:", "²:4", "2:4\n"]
 )
 def test_patterns_that_do_not(text):
-    with pytest.raises(UsageError, match="--pattern: given"):
+    with pytest.raises(UsageError, match="--pattern: expected"):
         Pattern.parse(text)
 
 
@@ -110,7 +110,7 @@ def test_the_hash_is_over_names_shapes_patterns_and_bits(tmp_path):
         (lambda k: (small.FC2, k.float(), "2:4"), "given torch.float32"),
         (lambda k: (small.FC2, k, "3:5"), "3:5 does not divide the 48 inputs"),
         (lambda k: (small.FC2, k, "1:4"), r"breaks 1:4: row 0, inputs 0 to 3 are \["),
-        (lambda k: (small.FC2, k, "half"), "--pattern: given half"),
+        (lambda k: (small.FC2, k, "half"), "--pattern: expected .*, got half"),
     ],
 )
 def test_masks_that_do_not_fit_are_not_written(given, message, tmp_path):

@@ -65,7 +65,7 @@ BAD = {
     "FP8 and 16": ("--gpus 64", train(SP, FP8, "--ffn-hidden-size 4728"), "arguments: --fp8-preset.*ffn-hidden-size"),
     "FP8 on Ampere": (
         "--gpus 64 --gpu a100-80gb", train(SP, FP8),
-        r"arguments: --fp8-preset: given current, .* compute capability 8\.0",
+        r"arguments: --fp8-preset: expected .*, got current, .* compute capability 8\.0",
     ),
     "MXFP8 on Hopper": ("--gpus 64", train(SP, "--fp8-format e4m3 --fp8-recipe mxfp8"), "arguments: .*Blackwell"),
     "memory": ("--gpus 8", train(""), r"memory: stage 0 needs .* of 85\.5 GB.*(recompute|parallel)"),
@@ -86,7 +86,7 @@ BAD = {
         "--gpus 8",
         ["calibrate", *LLAMA.split(), "--load", "/not/here", "--calibration-data-path", "/not/here", "--output",
          "s.safetensors", "--num-layers-per-virtual-pipeline-stage", "4"],
-        "arguments: --num-layers-per-virtual-pipeline-stage: given 4",
+        "arguments: --num-layers-per-virtual-pipeline-stage: expected .*, got 4",
     ),
 }  # fmt: skip
 # What runs, but badly.
@@ -210,7 +210,7 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
     assert "does not wrap" in reasons(found[1], "no")
     assert "masks:" in reasons(found[2], "no")
     assert "start:" in reasons(found[3], "no") and "this model needs" in reasons(found[3], "no")
-    assert "--calibration-sequences: given 4000000" in reasons(found[5], "no")
+    assert "got 4000000 (" in reasons(found[5], "no")
     assert "arguments:" in reasons(found[6], "no")
     assert "start:" in reasons(found[7], "yes") and "start:" in reasons(found[8], "not checked")
     assert all("no model is built" in finding(answer, "memory")["reason"] for answer in found[7:])
@@ -253,7 +253,7 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
         ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
         ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
         ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),
-        ("--gpus 8 --installed te,cuda pretrain --lr 1", "--installed: given cuda"),
+        ("--gpus 8 --installed te,cuda pretrain --lr 1", "--installed: expected .*, got cuda"),
     ],
 )
 def test_what_preflight_itself_refuses(line, names) -> None:

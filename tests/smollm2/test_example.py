@@ -82,7 +82,7 @@ def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused():
     content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
     study, steps, expected = budget.planned(content, 20, 8.0, SMOLLM2)
     assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 20
-    with pytest.raises(UsageError, match=r"--budget: expected at least \d+ on this, got 5 minutes") as why:
+    with pytest.raises(UsageError, match=r"--budget: expected at least \d+ on this.*, got 5 minutes") as why:
         budget.planned(content, 5, 8.0, SMOLLM2)
     least = int(str(why.value).split("at least ")[1].split()[0])
     assert budget.planned(content, least, 8.0, SMOLLM2)[1] == 4

@@ -130,12 +130,12 @@ def test_ratio_and_pattern() -> None:
     assert Sparsity.parse(0.333333333333, "2:3") == Sparsity.parse(None, "2:3")
     for ratio, pattern, message in (
         (0.5, "1:4", r"--ratio: expected 0.75 or nothing, got 0.5 \(1:4 removes that\)"),
-        (None, "unstructured", "--ratio: given nothing"),
-        (0.0, "unstructured", "--ratio: expected a number between 0 and 1, got 0.0"),
-        (1.0, "2:4", "--ratio: given 1.0"),
-        (float("nan"), "unstructured", "--ratio: given nan"),
+        (None, "unstructured", "--ratio: expected .*, got nothing"),
+        (0.0, "unstructured", "--ratio: expected a number between 0 and 1.*, got 0.0"),
+        (1.0, "2:4", "--ratio: expected .*, got 1.0"),
+        (float("nan"), "unstructured", "--ratio: expected .*, got nan"),
     ):
         with pytest.raises(UsageError, match=message):
             Sparsity.parse(ratio, pattern)
-    with pytest.raises(UsageError, match="fc2=: given 2"):
+    with pytest.raises(UsageError, match="fc2=: expected .*, got 2"):
         Sparsity.parse(2, "unstructured", "--module-ratio fc2=")

@@ -93,7 +93,7 @@ def test_killed_in_the_writing_of_the_result(
     finished = job(argv).ok()
     assert "nothing to do" in finished.output and not scratch_of(save).exists()
     refused = job([*argv, "--ratio", 0.6])
-    assert refused.returncode == 2 and "--save: given" in refused.output
+    assert refused.returncode == 2 and "--save: expected" in refused.output
     job([*argv, "--save", tmp_path / "whole"]).ok()
     assert same(save, tmp_path / "whole")
 

@@ -13,13 +13,13 @@ from tests.training.small import MODEL, recipe
 ON = "--enable-msc"
 
 
-ADDRESSES = {  # what is said after "given …, "
-    "--load msc://disk/x": "allowed is an object store only with --enable-msc",
-    "--save=msc://disk/x": "allowed is an object store only with --enable-msc",
-    f"{ON} --pretrained-checkpoint s3://b/x": "allowed is a directory, or msc://PROFILE",
-    f"{ON} --masks gs://b/x": "allowed is a directory, or msc://PROFILE",
-    f"{ON} --load msc://other/x": 'allowed is a profile of MSC_CONFIG (Profile "other"',
-    f"{ON} --ckpt-convert-save msc://disk/x": "allowed is a directory of this machine",
+ADDRESSES = {  # what is said after "expected "
+    "--load msc://disk/x": "an object store only with --enable-msc",
+    "--save=msc://disk/x": "an object store only with --enable-msc",
+    f"{ON} --pretrained-checkpoint s3://b/x": "a directory, or msc://PROFILE",
+    f"{ON} --masks gs://b/x": "a directory, or msc://PROFILE",
+    f"{ON} --load msc://other/x": 'a profile of MSC_CONFIG (Profile "other"',
+    f"{ON} --ckpt-convert-save msc://disk/x": "a directory of this machine",
 }
 
 
@@ -27,16 +27,20 @@ ADDRESSES = {  # what is said after "given …, "
 def test_addresses(configured, job, line):
     done = job(["pretrain", *line.split()])
     flag, value = line.replace("=", " ").split()[-2:]
-    assert done.returncode == 2 and f"{flag}: given {value}, {ADDRESSES[line]}" in done.output, done.output
+    assert (
+        done.returncode == 2
+        and f"{flag}: expected {ADDRESSES[line]}" in done.output
+        and f", got {value} (" in done.output
+    ), done.output
     assert "Traceback" not in done.output and "arguments" not in done.output
 
 
 ON_DISKS = {
-    "--save-retain-interval 4": "--save-retain-interval: given 4, .*rmtree",
-    "--log-progress": "--log-progress: given on, .*appends",
+    "--save-retain-interval 4": "--save-retain-interval: expected .*, got 4 .*rmtree",
+    "--log-progress": "--log-progress: expected .*, got on .*appends",
     "--ckpt-format torch": "--ckpt-format: expected torch_dist, where --save is in an object store, got torch",
-    "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: given global, .*rmtree",
-    "--wandb-project p": "--wandb-save-dir: given nothing",
+    "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: expected .*, got global .*rmtree",
+    "--wandb-project p": "--wandb-save-dir: expected .*, got nothing",
 }
 
 
@@ -57,8 +61,8 @@ def test_verbs_that_rename_what_they_wrote(disk, job, tmp_path):
 
 def test_without_the_client(monkeypatch):
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"--enable-msc: given on, .*pip install 'megatron-prune\[msc\]'"):
+    with pytest.raises(UsageError, match=r"--enable-msc: expected .*, got on .*pip install 'megatron-prune\[msc\]'"):
         arguments.refuse_unusable("pretrain", [ON])
-    with pytest.raises(UsageError, match="--enable-msc: given on"):
+    with pytest.raises(UsageError, match="--enable-msc: expected .*, got on"):
         arguments.refuse_unusable("pretrain", ["--load", "msc://disk/x", ON])
     arguments.refuse_unusable("pretrain", ["--load", "/a/directory"])

@@ -42,68 +42,68 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "message"),
     [
         ("seeds", [0, 1], r"seeds\.0: expected greater than 0, got 0"),
-        ("seed", 1, r"seed: expected one of name, data, .*seeds, got an unknown key"),
-        ("data.seqlength", 8, r"data\.seqlength: expected one of train, .*seq_length, got an unknown key"),
-        ("methods.0.ratio", 0.5, r"methods\.0\.ratio: expected one of name, pattern, settings, got an unknown key"),
-        ("parent.pretrain.layers", 2, r"parent\.pretrain\.layers: .*allowed is one of tokens, arguments, seed"),
-        ("recipe.lr", ..., r"recipe\.lr: expected a value, got nothing"),
-        ("recipe.lr", "fast", r"recipe\.lr: given 'fast'"),
-        ("recipe.arguments", {"train_iters": 3}, r"recipe\.arguments\.train-iters: given set"),
-        ("parent.pretrain.arguments", {"seed": 3}, r"parent\.pretrain\.arguments\.seed: given set"),
+        ("seed", 1, r"seed: expected one of name, data, .*seeds.*, got an unknown key"),
+        ("data.seqlength", 8, r"data\.seqlength: expected one of train, .*seq_length.*, got an unknown key"),
+        ("methods.0.ratio", 0.5, r"methods\.0\.ratio: expected one of name, pattern, settings.*, got an unknown key"),
+        ("parent.pretrain.layers", 2, r"parent\.pretrain\.layers: expected one of tokens, arguments, seed"),
+        ("recipe.lr", ..., r"recipe\.lr: expected a value.*, got nothing"),
+        ("recipe.lr", "fast", r"recipe\.lr: expected .*, got 'fast'"),
+        ("recipe.arguments", {"train_iters": 3}, r"recipe\.arguments\.train-iters: expected .*, got set"),
+        ("parent.pretrain.arguments", {"seed": 3}, r"parent\.pretrain\.arguments\.seed: expected .*, got set"),
         ("recipe.global_batch_size", 12, r"recipe\.global_batch_size: expected a multiple of .* = 8, got 12"),
         ("launch", {"nproc": 3, "tensor_parallel": 2}, r"launch\.nproc: expected a multiple of .* = 2, got 3"),
-        ("budgets", ["40 apples"], r"budgets\.0: given '40 apples', allowed is a number of tokens"),
+        ("budgets", ["40 apples"], r"budgets\.0: expected a number of tokens.*, got '40 apples'"),
         ("budgets", [100, 100], r"budgets: expected different values, got \[100, 100\]"),
-        ("budgets", ["400k", 400_030], r"budgets: given 400000 and 400030, .*are 3125 steps of 128 tokens: one run"),
+        ("budgets", ["400k", 400_030], r"budgets: .*got 400000 and 400030 .*are 3125 steps of 128 tokens: one run"),
         ("budgets", [63], r"budgets: 63 tokens are less than half a global batch"),
         ("ratios", [1.5], r"ratios\.0: expected less than 1, got 1\.5"),
-        ("ratios", [], r"ratios: given none"),
+        ("ratios", [], r"ratios: expected .*, got none"),
         ("settings", ["equal-training"] * 2, r"settings: expected different values, got .*"),
         ("methods", [{"name": "random"}, {"name": "wanda", "pattern": "2:4", "target": {"num-layers": 2}}],
          r"methods\.wanda-2-4\.target: expected nothing beside a pattern, got set"),
-        ("methods.0.pattern", "4:2", r"methods\.0\.pattern: given '4:2', allowed is unstructured, or N:M with"),
-        ("methods.0.pattern", "sometimes", r"methods\.0\.pattern: given 'sometimes'"),
-        ("methods.0.pattern", True, r"methods\.0\.pattern: given True"),
+        ("methods.0.pattern", "4:2", r"methods\.0\.pattern: expected unstructured, or N:M with.*, got '4:2'"),
+        ("methods.0.pattern", "sometimes", r"methods\.0\.pattern: expected .*, got 'sometimes'"),
+        ("methods.0.pattern", True, r"methods\.0\.pattern: expected .*, got True"),
         ("methods.0.compare", {"equal-total": ["masked"]}, r"methods\.shortgpt\.compare: .* settings alone"),
-        ("methods.0.compare", [], r"methods\.0\.compare: given \[\]"),
+        ("methods.0.compare", [], r"methods\.0\.compare: expected .*, got \[\]"),
         ("methods.0.compare", ["equal-total"] * 2, r"methods\.0\.compare: expected different values, got .*"),
         ("methods.0.compare", ["equal-time"], r"methods\.0\.compare\.equal-time.*: .*'equal-training', 'equal"),
-        ("methods.0.compare", {"equal-total": ["thin"]}, r"compare\.equal-total\.0: given 'thin', allowed is 'dense'"),
-        ("methods.0.settings", {"ratio": 0.3}, r"methods\.shortgpt\.settings\.ratio: given set"),
-        ("methods", [{"name": "wanda", "pattern": "2:4"}] * 2, r"methods: expected a label, got wanda-2-4 twice"),
+        ("methods.0.compare", {"equal-total": ["thin"]}, r"compare\.equal-total\.0: expected 'dense'.*, got 'thin'"),
+        ("methods.0.settings", {"ratio": 0.3}, r"methods\.shortgpt\.settings\.ratio: expected .*, got set"),
+        ("methods", [{"name": "wanda", "pattern": "2:4"}] * 2, r"methods: expected a label.*, got wanda-2-4 twice"),
         ("methods", [{"name": "wanda", "pattern": "2:4"}, {"name": "magnitude", "pattern": "2:4", "label": "wanda"}],
-         r"methods: given two of one name and pattern"),
-        ("scratch", ["sparse"], r"scratch\.0: given 'sparse', allowed is 'dense' or 'masked'"),
-        ("settings", ["equal-time"], r"settings\.0: given 'equal-time'.*'equal-training', 'equal-total' or"),
-        ("methods", [{"name": "random"}] * 2, r"methods: expected a label, got random twice"),
-        ("parent.load", "x", r"parent: expected exactly one, got pretrain and load"),
-        ("parent", {}, r"parent: given none of them"),
+         r"methods: expected .*, got two of one name and pattern"),
+        ("scratch", ["sparse"], r"scratch\.0: expected 'dense' or 'masked'.*, got 'sparse'"),
+        ("settings", ["equal-time"], r"settings\.0: expected 'equal-training', 'equal-total' or .*, got 'equal-time'"),
+        ("methods", [{"name": "random"}] * 2, r"methods: expected a label.*, got random twice"),
+        ("parent.load", "x", r"parent: expected exactly one.*, got pretrain and load"),
+        ("parent", {}, r"parent: expected .*, got none of them"),
         ("parent.declared_tokens", 5, r"parent\.declared_tokens.*beside parent\.pretrain"),
         ("data.validation", "./a", r"data\.validation: expected a corpus that is not in data\.train, got \./a"),
-        ("data.train", [[1, "a"], "b"], r"data\.train: given weights for some"),
+        ("data.train", [[1, "a"], "b"], r"data\.train: expected .*, got weights for some"),
         ("data.train", [[0, "a"]], r"data\.train\.0\.0: expected greater than 0, got 0"),
-        ("name", "../x", r"name: given '\.\./x'"),
-        ("launch", {"launcher": "lsf"}, r"launch\.launcher: given 'lsf', allowed is 'local' or 'slurm'"),
+        ("name", "../x", r"name: expected .*, got '\.\./x'"),
+        ("launch", {"launcher": "lsf"}, r"launch\.launcher: expected 'local' or 'slurm'.*, got 'lsf'"),
         ("launch", {"slurm": {}}, r"launch\.slurm: expected only with launcher: slurm, got set"),
-        ("launch", {"launcher": "slurm", "nproc": 12, "slurm": {"ranks_per_node": 8}}, r"launch\.nproc: given 12"),
-        ("launch", {"launcher": "slurm", "parallel_cells": 2}, r"launch\.parallel_cells: given 2"),
-        ("launch", {"retries": -1}, r"launch\.retries: given -1"),
+        ("launch", {"launcher": "slurm", "nproc": 12, "slurm": {"ranks_per_node": 8}}, r"launch\.nproc: .*got 12"),
+        ("launch", {"launcher": "slurm", "parallel_cells": 2}, r"launch\.parallel_cells: expected .*, got 2"),
+        ("launch", {"retries": -1}, r"launch\.retries: expected .*, got -1"),
         ("recipe.lr", [1e-3], r"recipe\.lr.*at least 2"),
         ("recipe.lr", [1e-3, 1e-3], r"recipe\.lr: expected different values, got .*"),
         ("recipe.lr", [1e-3, 0], r"recipe\.lr: expected greater than 0, got .*"),
         ("recipe.lr", [1e-3, 2e-3], r"parent\.pretrain\.lr: expected a learning rate, got nothing"),
-        ("retention", "some", r"retention: given 'some', allowed is 'all', 'final' or 'none'"),
+        ("retention", "some", r"retention: expected 'all', 'final' or 'none'.*, got 'some'"),
         ("tracking", {"wandb_entity": "me"}, r"tracking\.wandb_entity: expected only with wandb_project, got me"),
-        ("recipe.arguments", {"wandb-project": "x"}, r"recipe\.arguments\.wandb-project: given set"),
-        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}]}, r"given name '' and 1 links of a chain"),
+        ("recipe.arguments", {"wandb-project": "x"}, r"recipe\.arguments\.wandb-project: expected .*, got set"),
+        ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}]}, r"got name '' and 1 links of a chain"),
         ("methods.0", {"name": "wanda", "chain": [{"name": "shortgpt", "ratio": 0.5}] * 2},
-         r"given name 'wanda' and 2 links of a chain"),
+         r"got name 'wanda' and 2 links of a chain"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "unstructured"}]},
-         r"methods\.chain\.wanda-unstructured: given nothing that says how much"),
+         r"methods\.chain\.wanda-unstructured: expected .*, got nothing that says how much"),
         ("methods.0", {"chain": [{"name": "flap", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "ratio": 0.5}]},
-         r"methods\.chain\.wanda-2-4: given more than one"),
+         r"methods\.chain\.wanda-2-4: expected .*, got more than one"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}] * 2, "settings": {"axis": "depth"}},
-         r"given pattern, settings or target beside a chain"),
+         r"got pattern, settings or target beside a chain"),
     ],
 )  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
@@ -166,9 +166,9 @@ def test_a_sparse_method_says_which_comparisons_it_is_for() -> None:
         [("equal-training", "dense"), ("equal-training", "masked"), ("equal-total", "masked")],
     ]
     assert schema.from_mapping(schema.resolved(study)) == study
-    with pytest.raises(UsageError, match="ratio_of: expected linears, got all"):
+    with pytest.raises(UsageError, match="ratio_of: expected linears.*, got all"):
         schema.from_mapping(changed("methods", methods) | {"ratio_of": "all"})
-    with pytest.raises(UsageError, match="ratios: given none"):
+    with pytest.raises(UsageError, match="ratios: expected .*, got none"):
         schema.from_mapping(changed("methods", methods[1:]) | {"ratios": []})
     schema.from_mapping(changed("methods", methods[2:]) | {"ratios": []})
 
@@ -177,20 +177,20 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="missing.yaml"):
         schema.load(tmp_path / "missing.yaml")
     (tmp_path / "broken.yaml").write_text("name: [")
-    with pytest.raises(UsageError, match="broken.yaml, allowed is valid YAML"):
+    with pytest.raises(UsageError, match="expected valid YAML, got .*broken.yaml"):
         schema.load(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UsageError, match="expected a mapping, got list"):
+    with pytest.raises(UsageError, match="expected a mapping.*, got list"):
         schema.load(tmp_path / "list.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nbudgets: [1]\nname: b", r"valid YAML \(name is there twice, on lines 1 and 3"),
-        ("recipe:\n  lr: 1e-3\n  'lr': 2e-3", r"valid YAML \(lr is there twice, on lines 2 and 3"),
-        ("parents: {a: {load: x}}", "name: expected a name, got nothing"),
-        ("name: 5\nparents: {a: {load: x}}", "name: expected a name, got 5"),
+        ("name: a\nbudgets: [1]\nname: b", r"valid YAML.* \(name is there twice, on lines 1 and 3"),
+        ("recipe:\n  lr: 1e-3\n  'lr': 2e-3", r"valid YAML.* \(lr is there twice, on lines 2 and 3"),
+        ("parents: {a: {load: x}}", "name: expected a name.*, got nothing"),
+        ("name: 5\nparents: {a: {load: x}}", "name: expected a name.*, got 5"),
     ],
 )
 def test_a_key_that_is_there_twice_and_parents_without_a_name_are_refused(tmp_path: Path, text, message: str) -> None:

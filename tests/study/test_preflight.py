@@ -56,10 +56,10 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
         ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
         ({"methods": [{"name": "wandering"}]}, r"--method: expected one of .*shortgpt, got wandering"),
         ({"methods": [{"name": "shortgpt", "settings": {"axis": "depth"}}]}, r"--axis: .*only with --method random"),
-        ({"methods": [{"name": "random"}]}, r"--axis: given nothing"),
+        ({"methods": [{"name": "random"}]}, r"--axis: expected .*, got nothing"),
         ({"methods": [{"name": "shortgpt", "settings": {"divisible-by": "many"}}]}, r"invalid int value: 'many'"),
-        ({"ratios": [0.95]}, r"--ratio: given 0\.95"),
-        ({"methods": [{"name": "shortgpt", "target": {"num-layers": 9}}]}, r"--target-num-layers: given 9"),
+        ({"ratios": [0.95]}, r"--ratio: expected .*, got 0\.95"),
+        ({"methods": [{"name": "shortgpt", "target": {"num-layers": 9}}]}, r"--target-num-layers: expected .*, got 9"),
         ({"calibration": {"sequences": 999}}, r"calibration\.sequences: expected 1 to 124, got 999"),
         ({"evaluation": {"windows": 125}}, r"evaluation\.windows: expected 1 to 124, got 125"),
     ],
@@ -73,9 +73,12 @@ def test_refuses(prefixes, tmp_path: Path, changes: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logits-load-dir": "/x"}, r"recipe\.arguments\.logits-load-dir: given /x, .*would train without"),
+        ({"logits-load-dir": "/x"}, r"recipe\.arguments\.logits-load-dir: expected .*, got /x .*would train without"),
         ({"use-megatron-fsdp": True}, r"recipe\.arguments\.use-megatron-fsdp: .*could not resume"),
-        ({"ckpt-format": "torch_dcp"}, r"recipe\.arguments\.ckpt-format: given torch_dcp, .*could not resume"),
+        (
+            {"ckpt-format": "torch_dcp"},
+            r"recipe\.arguments\.ckpt-format: expected .*, got torch_dcp .*could not resume",
+        ),
         ({"fim-data": True}, r"recipe\.arguments\.fim-data: .*without effect"),
     ],
 )
@@ -188,7 +191,7 @@ def load(path: Path, **more: Any) -> dict[str, Any]:
 def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tmp_path: Path) -> None:
     outlook = check(prefixes, tmp_path, **load(trained))
     assert outlook.lay.parent_end == 160 and outlook.lay.parent_tokens == 2560
-    with pytest.raises(UsageError, match=r"declared_tokens: expected 2560, got 99"):
+    with pytest.raises(UsageError, match=r"declared_tokens: expected 2560.*, got 99"):
         check(prefixes, tmp_path, **load(trained, declared_tokens=99))
     data = prefixes | {"seq_length": 16, "stream_seed": 7}
     with pytest.raises(UsageError, match="stream seed 7.*would overlap what the parent was trained on"):
@@ -198,7 +201,7 @@ def test_a_loaded_parent_is_accounted_by_its_account(prefixes, trained: Path, tm
 def test_a_loaded_iteration_has_the_account_of_its_run(prefixes, trained: Path, tmp_path: Path) -> None:
     assert check(prefixes, tmp_path, **load(trained / "release")).lay.parent_tokens == 2560
     (trained / "release").rename(trained / "iter_0000010")
-    with pytest.raises(UsageError, match=r"parent\.load: expected iteration 20, got iteration 10 of .*checkpoint"):
+    with pytest.raises(UsageError, match=r"parent\.load: expected iteration 20.*, got iteration 10 of .*checkpoint"):
         check(prefixes, tmp_path, **load(trained / "iter_0000010"))
     (trained / "iter_0000010").rename(trained / "iter_0000020")
     plan = check(prefixes, tmp_path, **load(trained / "iter_0000020")).grid(made_up.study(prefixes, **load(trained)))

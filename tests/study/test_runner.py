@@ -439,7 +439,7 @@ def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> Non
     assert [slots.get(), slots.get()] == ["4,5", "6,7"]
     slots = local._devices(study, [])
     assert [slots.get(), slots.get()] == [None, None]
-    with pytest.raises(UsageError, match=r"launch\.parallel_cells: expected up to 3 processes, got 2 x nproc 2"):
+    with pytest.raises(UsageError, match=r"launch\.parallel_cells: expected up to 3 processes.*, got 2 x nproc 2"):
         local._devices(study, ["0", "1", "2"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3f")
     assert local._visible() == ["2", "GPU-3f"]

@@ -100,7 +100,7 @@ def test_a_structured_link_after_another_has_statistics_of_its_own(prefixes) -> 
 def test_what_a_chain_cannot_be_is_refused(prefixes) -> None:
     chain = [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "3:6"}]
     study = made_up.study(prefixes, methods=[{"chain": chain}])
-    with pytest.raises(UsageError, match=r"--pattern: expected an M that divides the inputs, got 3:6"):
+    with pytest.raises(UsageError, match=r"--pattern: expected an M that divides the inputs.*, got 3:6"):
         preflight.check(study, Places(Path("runs/x")))
     other = [{"name": "shortgpt", "settings": {"distance": "euclid"}}, DEPTH_THEN_SPARSE]
     with pytest.raises(UsageError, match="two prunings called shortgpt-r50-s1 with different settings"):
@@ -273,7 +273,7 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 1}}
     per_seed = {"methods": methods, "parent": parent, "seeds": [1, 2]}
     preflight.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
-    with pytest.raises(UsageError, match="seeds: expected another than the parent, got 1's"):
+    with pytest.raises(UsageError, match="seeds: expected another than the parent.s.*, got 1"):
         preflight.check(made_up.study(prefixes, **per_seed), Places(Path("runs/x")))
     assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]
 
@@ -300,13 +300,13 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     assert Path("runs/made-up.long/report/index.html").is_file() and "1,280 of retraining" in capsys.readouterr().out
     # One that fails does not keep the other from its report.
     Path("runs/made-up.short/study.json").unlink()
-    with pytest.raises(RunError, match="made-up.short: study report: given runs/made-up.short"):
+    with pytest.raises(RunError, match="made-up.short: study report: expected .*, got runs/made-up.short"):
         command.main(["report", "study.yaml"])
     assert "wrote runs/made-up.long/report/index.html" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--parent: expected a label under parents in study.yaml, got wide"):
+    with pytest.raises(UsageError, match="--parent: expected a label under parents in .*study.yaml, got wide"):
         command.main(["status", "study.yaml", "--parent", "wide"])
-    with pytest.raises(UsageError, match="study.yaml with 2 parents, allowed is a study of one parent"):
+    with pytest.raises(UsageError, match="expected a study of one parent, got .*study.yaml with 2 parents"):
         schema.load(path)
     path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))
-    with pytest.raises(UsageError, match="parents: given set beside parent"):
+    with pytest.raises(UsageError, match="parents: expected .*, got set beside parent"):
         schema.load_all(path)

@@ -228,16 +228,16 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("time: 24:00:00", 'time: expected a time in quotes, as , got 86400"24:00:00"'),
-        ("exclusive: false", "exclusive: expected true for a flag, got False"),
-        ("comment:", "comment: expected true for a flag, got None"),
-        ("gres: [gpu:8]", "gres: given .'gpu:8'., allowed is text as sbatch takes it"),
-        ('comment: "one\\ntwo"', "comment: given 'one.ntwo', allowed is text on one line"),
-        ("comment: it's", "comment: expected text on one line, got .*"),
-        ("signal: TERM@60", "signal: given 'TERM@60', allowed is B:USR1@SECONDS"),
-        ("job-name: mine", "job-name: given 'mine', allowed is options that a job's script does not set itself"),
-        ("container-image: image", "container-image: given 'image', allowed is no container here"),
-        ("ntasks_per_node: 8", "ntasks-per-node: expected options that a job, got 8's script does not set"),
+        ("time: 24:00:00", 'time: expected a time in quotes, as "24:00:00".*, got 86400'),
+        ("exclusive: false", "exclusive: expected true for a flag.*, got False"),
+        ("comment:", "comment: expected true for a flag.*, got None"),
+        ("gres: [gpu:8]", "gres: expected text as sbatch takes it.*, got .'gpu:8'."),
+        ('comment: "one\\ntwo"', "comment: expected text on one line.*, got 'one.ntwo'"),
+        ("comment: it's", "comment: expected text on one line.*, got .*"),
+        ("signal: TERM@60", "signal: expected B:USR1@SECONDS.*, got 'TERM@60'"),
+        ("job-name: mine", "job-name: expected options that a job's script does not set itself.*, got 'mine'"),
+        ("container-image: image", "container-image: expected no container here.*, got 'image'"),
+        ("ntasks_per_node: 8", "ntasks-per-node: expected options that a job's script does not set.*, got 8"),
     ],
 )
 def test_options_that_slurm_would_read_otherwise_are_refused(prefixes, options: str, says: str) -> None:

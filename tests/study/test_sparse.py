@@ -280,16 +280,16 @@ def sparse(settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, 
         ({"name": "wanda"}, {}, r"methods\.wanda\.pattern: expected unstructured or N:M, got nothing"),
         ({"name": "shortgpt", "pattern": "2:4"}, {}, r"methods\.shortgpt-2-4\.pattern: expected nothing, got 2:4"),
         (sparse(name="wandering"), {}, r"--method: expected one of magnitude, .*wanda, got wandering"),
-        (sparse(pattern="3:5"), {}, r"--pattern: expected an M that divides the inputs .* has 32, got 3:5"),
-        (sparse({"axis": "depth"}), {}, r"methods\.wanda-unstructured: given unrecognized arguments: --axis depth"),
-        (sparse({"divisible-by": 8}), {}, r"unrecognized arguments: --divisible-by 8.*`sparsify`"),
+        (sparse(pattern="3:5"), {}, r"--pattern: expected an M that divides the inputs .*, got 3:5 .* has 32"),
+        (sparse({"axis": "depth"}), {}, r"methods\.wanda-unstructured: .*got unrecognized arguments: --axis depth"),
+        (sparse({"divisible-by": 8}), {}, r"`sparsify`.*unrecognized arguments: --divisible-by 8"),
         (sparse({"layers": "0-9"}), {}, r"--layers: expected layers 0 to 3, got 9"),
-        (sparse({"modules": "fc3"}), {}, r"--modules: given fc3"),
-        (sparse({"module-ratio": ["fc2=0.3"]}, pattern="2:4"), {}, r"--module-ratio: expected 0\.5, got 0\.3"),
+        (sparse({"modules": "fc3"}), {}, r"--modules: expected .*, got fc3"),
+        (sparse({"module-ratio": ["fc2=0.3"]}, pattern="2:4"), {}, r"--module-ratio: expected 0\.5.*, got 0\.3"),
         (sparse(), {"optimizer": "muon"}, r"--optimizer: expected adam or sgd.* that holds masks, got muon"),
-        (sparse(), {"optimizer": "sgdd"}, r"recipe\.arguments: given argument --optimizer: invalid choice: 'sgdd'"),
-        (sparse(), {"fp4-format": "e2m1"}, r"--fp4-format: given"),
-        (sparse(), {"wait-decay": 0.1}, r"recipe\.arguments: given unrecognized arguments: --wait-decay 0\.1"),
+        (sparse(), {"optimizer": "sgdd"}, r"recipe\.arguments: .*got argument --optimizer: invalid choice: 'sgdd'"),
+        (sparse(), {"fp4-format": "e2m1"}, r"--fp4-format: expected"),
+        (sparse(), {"wait-decay": 0.1}, r"recipe\.arguments: .*got unrecognized arguments: --wait-decay 0\.1"),
     ],
 )  # fmt: skip
 def test_refuses(prefixes, tmp_path: Path, method: dict, changes: dict[str, Any], message: str) -> None:
@@ -307,7 +307,7 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[:2])
     preflight.check(study, places)  # no scratch run is under masks
     study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[2:])
-    with pytest.raises(UsageError, match="seeds: expected another than the parent, got 2's"):
+    with pytest.raises(UsageError, match="seeds: expected another than the parent's.*, got 2"):
         preflight.check(study, places)
     # The account of a parent that was trained elsewhere says its seed too.
     trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
@@ -316,7 +316,7 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     trained.account("parent").write_text(json.dumps(account))
     parent = {"load": str(trained.checkpoint("parent"))}
     preflight.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
-    with pytest.raises(UsageError, match="seeds: given 1234"):
+    with pytest.raises(UsageError, match="seeds: expected .*, got 1234"):
         study = made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4], seeds=[1234])
         preflight.check(study, places)
 
