@@ -214,7 +214,8 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     pruned = ["prune", "--load", files.parent, "--use-checkpoint-args", "--calibration-data-path", files.corpus]
     pruned += ["--calibration-sequences", 4, "--calibration-seq-length", 64, "--save", tmp_path / "cut"]
     finished = files.job([*pruned, *SEARCH, *RETRAIN])
-    assert finished.returncode == 2 and "--retrain-candidates: expected with plan, and rescore after it, got 2" in finished.output
+    assert finished.returncode == 2
+    assert "--retrain-candidates: expected with plan, and rescore after it, got 2" in finished.output
 
     files.make(*SEARCH)
     finished = files.rescore()

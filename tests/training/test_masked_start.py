@@ -163,7 +163,7 @@ def test_an_optimizer_state_that_would_move_zeros_is_refused(tiny_pruned, tiny_c
     ]  # fmt: skip
     refused = job(filled)
     assert refused.returncode == 2 and not dense.exists(), refused.output[-2000:]
-    assert f"--masks: expected {pruned.masks}, got nothing" in refused.output
+    assert f"--masks: expected {pruned.masks}" in refused.output
     assert "--let-zeros-fill" in refused.output
     job([*filled, "--let-zeros-fill"]).ok()
     assert account(dense)["masks"] is None
