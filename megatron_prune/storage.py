@@ -153,7 +153,7 @@ def refuse_other_url(flag: str, where: str | Path) -> None:
     if _URL.match(str(where)) is not None and not is_stored(where):
         raise UsageError(
             flag, got=where, expected="a directory, or msc://PROFILE/… with --enable-msc",
-            why="object stores are read and written through the Multi-Storage Client, as in Megatron: name this one "
+            why="object stores are read and written through the Multi-Storage Client, as in Megatron; name this one "
             "in a profile of its configuration (MSC_CONFIG)",
         )  # fmt: skip
 
@@ -164,7 +164,9 @@ def refuse_unusable(flag: str, where: str | Path) -> None:
     if not is_stored(where):
         return
     if importlib.util.find_spec("multistorageclient") is None:
-        raise UsageError(flag, got=where, expected="a directory: the Multi-Storage Client is not installed", why=EXTRA)
+        raise UsageError(
+            flag, got=where, expected="a directory where the Multi-Storage Client is not installed", do=EXTRA
+        )
     try:
         StorePath(where).check()
     except StorageError as error:

@@ -443,7 +443,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
     other = statistics(parent.shape, parent.fingerprint(), seed=1)
     other = replace(other, calibrations=({**other.calibrations[0], "windows": [7, 8, 9]},))
     other.write(tmp_path / "o.safetensors")
-    with pytest.raises(UsageError, match="--statistics: expected one file, until its candidates are scored, got"):
+    with pytest.raises(UsageError, match="--statistics: expected one file until its candidates are scored, got"):
         plan_command.main([*flags, str(tmp_path / "o.safetensors")])
     # Scores of the same candidates in both files: their mean decides.
     question, _ = candidates.read(tmp_path / "candidates.json")
@@ -476,7 +476,7 @@ S = "STATISTICS"
         (["--method", "shortgpt", "--ratio", "0.5"], "--statistics: expected .*, got nothing"),
         (
             ["--method", "random", "--target-num-layers", "2", "--statistics", S],
-            "--statistics: expected .*needs none, got",
+            "--statistics: expected .*needs no statistics, got",
         ),
         (
             ["--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "-1"],
@@ -484,11 +484,11 @@ S = "STATISTICS"
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--seed", "1"],
-            "--seed: expected .*draws nothing, got 1",
+            "--seed: expected .* which draws no random numbers, got 1",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--aggregation", "paper"],
-            "--aggregation: expected only with --method minitron-width, got with --method shortgpt",
+            "--aggregation: expected --method minitron-width with it, got --method shortgpt",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"],

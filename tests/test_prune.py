@@ -113,4 +113,4 @@ def test_existing_result_and_calibration_without_use_are_refused(
     arguments = ["prune", "--load", tiny_parent, "--use-checkpoint-args", "--method", "random"]
     arguments += ["--target-num-layers", "2", "--save", tmp_path / "new", "--calibration-sequences", "3"]
     finished = job(arguments)
-    assert finished.returncode != 0 and "got on the command line" in finished.output
+    assert finished.returncode != 0 and "got it" in finished.output

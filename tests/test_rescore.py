@@ -199,7 +199,10 @@ def test_a_training_that_diverges_is_a_score(files: Files) -> None:
 def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_path: Path) -> None:
     for choice, message in (
         ([*SEARCH, "--retrain-candidates", 2], "--retrain-tokens: expected .*, got nothing"),
-        ([*SEARCH, "--retrain-tokens", 9], "--retrain-candidates: expected 2 to --max-candidates 4, got nothing"),
+        (
+            [*SEARCH, "--retrain-tokens", 9],
+            "--retrain-candidates: expected a number from 2 to --max-candidates 4, got nothing",
+        ),
         ([*SEARCH, "--retrain-candidates", 5, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 5"),
         ([*SEARCH, "--retrain-candidates", 1, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 1"),
         ([*SEARCH, "--retrain-candidates", 2, "--retrain-tokens", 0], "--retrain-tokens: expected .*, got 0"),
@@ -215,7 +218,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     pruned += ["--calibration-sequences", 4, "--calibration-seq-length", 64, "--save", tmp_path / "cut"]
     finished = files.job([*pruned, *SEARCH, *RETRAIN])
     assert finished.returncode == 2
-    assert "--retrain-candidates: expected with plan, and rescore after it, got 2" in finished.output
+    assert "--retrain-candidates: expected no such flag here, got 2" in finished.output
 
     files.make(*SEARCH)
     finished = files.rescore()
@@ -225,11 +228,11 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     leaks = [files.corpus if word == files.text else word for word in train]
     for more, pretrain, message in (
         (["--bf16"], train, "--bf16, --fp16: expected the precision of --statistics, float32, got --bf16"),
-        ([], [*train, "--save", "x"], "--save: expected .*, got for all candidates"),
+        ([], [*train, "--save", "x"], "--save: expected no such flag, got it for all candidates"),
         (
             [],
             [*train, "--stream-range", "0:4"],
-            "--stream-range: expected 384 tokens.*12 samples, got 0:4, 128 tokens",
+            "--stream-range: expected the 384 tokens.*12 samples, got 0:4, which is 128 tokens",
         ),
         ([], RECIPE, "--stream-range: expected .*, got nothing"),
         ([], leaks, "document"),

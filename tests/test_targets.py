@@ -241,7 +241,12 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
 @pytest.mark.parametrize(
     ("source", "axes", "flags", "message"),
     [
-        (SMALL, "hidden", ["--target-hidden-size", "64"], "--search: expected .*, got with an explicit shape"),
+        (
+            SMALL,
+            "hidden",
+            ["--target-hidden-size", "64"],
+            "--search: expected --ratio or --target-params with it, got an explicit shape",
+        ),
         (replace(SMALL, norm_bias=True), "hidden", ["--ratio", "0.5"], "--search: expected .*, got hidden.*LayerNorm"),
         (
             SMALL,
@@ -265,9 +270,14 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
             replace(SMALL, num_query_groups=1, num_attention_heads=2),
             "groups",
             ["--ratio", "0.5"],
-            "the source has 2 heads in 1 groups",
+            "the parent has 2 heads in 1 groups",
         ),
-        (SMALL, "ffn", ["--target-params", "99999999"], "--target-params: expected fewer.*, got 99999999"),
+        (
+            SMALL,
+            "ffn",
+            ["--target-params", "99999999"],
+            "--target-params: expected a number between 0 and the parent's 535776 parameters, got 99999999",
+        ),
     ],
 )
 def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message: str) -> None:
@@ -308,24 +318,27 @@ def test_heads_of_given_shapes_stay_in_their_groups() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["64/12/64"], "expected two shapes or more, got 64/12/64"),
+        (["64/12/64"], "expected at least two shapes, got 64/12/64"),
         (["64/12/64", "64/12"], "expected HIDDEN/HEADS/FFN.*, got 64/12"),
         (["64/12/64", "64/0/64"], "expected HIDDEN/HEADS/FFN.*, got 64/0/64"),
         (["64/12/64", "64x12x64"], "expected HIDDEN/HEADS/FFN.*, got 64x12x64"),
-        (["64/12/64", "64/12/64"], "expected every shape once, got 64/12/64 twice"),
+        (["64/12/64", "64/12/64"], "expected each shape once, got 64/12/64 twice"),
         (["64/12/64", "48/12/64"], "expected .* --divisible-by 64, got 48/12/64, which is --target-hidden-size 48"),
         (["64/12/64", "64/9/64"], "got 64/9/64, which is --target-num-attention-heads 9 for 6 query groups"),
         (["64/12/64", "64/12/256"], "expected 1 to 192.*, got 64/12/256, which is --target-ffn-hidden-size 256"),
-        (["64/12/64", "96/12/192"], "got 96/12/192, which is .* the source's sizes"),
+        (["64/12/64", "96/12/192"], "expected sizes of a smaller model, got 96/12/192, which is the parent's sizes"),
         (["64/12/64", "64/12/128", "--ratio", "0.5"], "expected exactly one of.*, got --ratio and --target-shapes"),
         (["64/12/64", "64/12/128", "--target-params", "9"], "got --target-params and --target-shapes"),
         (["64/12/64", "64/12/128", "--target-ffn-hidden-size", "64"], "got --target-<size> and --target-shapes"),
         (["64/12/64", "64/12/128", "--tolerance", "0.1"], "--tolerance: expected .*, got 0.1"),
-        (["64/12/64", "64/12/128", "--search", "ffn"], "--search: expected .*, got with --target-shapes"),
+        (
+            ["64/12/64", "64/12/128", "--search", "ffn"],
+            "--search: expected --ratio or --target-params with it, got --target-shapes",
+        ),
         (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected together with.*, got 2"),
         (
             ["64/12/64", "64/12/128", "--retrain-candidates", "3", "--retrain-tokens", "9"],
-            "--retrain-candidates: expected 2 to the number of shapes, 2, got 3",
+            "--retrain-candidates: expected a number from 2 to the number of shapes, 2, got 3",
         ),
     ],
 )
@@ -346,14 +359,19 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ("shortgpt", [], {}, "exactly one of --ratio, --target-params"),
     ("shortgpt", ["--ratio", "0.5", "--target-num-layers", "3"], {}, "exactly one of"),
     ("shortgpt", ["--ratio", "0.5", "--target-params", "3"], {}, "exactly one of"),
-    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: expected a fraction.*, got 1.5"),
+    ("shortgpt", ["--ratio", "1.5"], {}, "--ratio: expected the fraction to remove, .*, got 1.5"),
     ("shortgpt", ["--ratio", "0"], {}, "--ratio: expected .*, got 0.0"),
-    ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers.*the nearest is 0"),
-    ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers.*the nearest is 6"),
-    ("shortgpt", ["--target-params", "99999999"], {}, "--target-params: expected fewer than.*, got 99999999"),
+    ("shortgpt", ["--ratio", "0.01"], {}, "removes 1 to 5 of 6 layers.*the nearest number of layers is 0"),
+    ("shortgpt", ["--ratio", "0.99"], {}, "removes 1 to 5 of 6 layers.*the nearest number of layers is 6"),
+    (
+        "shortgpt",
+        ["--target-params", "99999999"],
+        {},
+        "--target-params: expected a number between 0 and the parent's 535776 parameters, got 99999999",
+    ),
     ("shortgpt", ["--target-num-layers", "7"], {}, "--target-num-layers: expected 1 to 6.*, got 7"),
     ("shortgpt", ["--target-num-layers", "0"], {}, "--target-num-layers: expected .*, got 0"),
-    ("shortgpt", ["--target-num-layers", "6"], {}, "expected a smaller model"),
+    ("shortgpt", ["--target-num-layers", "6"], {}, "expected sizes of a smaller model, got the parent's sizes"),
     ("shortgpt", ["--target-hidden-size", "64"], {}, "--target-hidden-size: expected.*that the method cuts.*, got 64"),
     (
         "minitron-width",
@@ -392,7 +410,12 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
     ),
     ("minitron-width", ["--target-hidden-size", "64", "--ratio-of", "all"], {}, "--ratio-of: expected .*, got all"),
     ("minitron-width", ["--target-hidden-size", "64", "--tolerance", "0.1"], {}, "--tolerance: expected .*, got 0.1"),
-    ("shortgpt", ["--ratio", "0.5", "--tolerance", "0.1"], {}, "--tolerance: expected.*met by a width, got 0.1"),
+    (
+        "shortgpt",
+        ["--ratio", "0.5", "--tolerance", "0.1"],
+        {},
+        "--tolerance: expected no such flag where layers are removed, got 0.1",
+    ),
     ("random", ["--ratio", "0.5"], {}, "--axis: expected .*, got nothing"),
 ]
 

@@ -69,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_prune.data.tokenizers import check_fits_checkpoint, load_tokenizer
 
         if bool(args.input) == bool(args.dataset):
-            raise UsageError("--input, --dataset", got="both or neither", expected="one of them")
+            raise UsageError("--input, --dataset", got="both or neither", expected="exactly one of them")
         splitter = None
         if args.split_sentences:
             from megatron_prune.data.chunks import load_splitter
 
             splitter = load_splitter(args.lang, args.nltk_data, args.keep_newlines)
         elif args.keep_newlines or args.nltk_data:
-            raise UsageError("--keep-newlines, --nltk-data", got="alone", expected="with --split-sentences")
+            raise UsageError("--keep-newlines, --nltk-data", got="none", expected="--split-sentences with them")
         tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model, **tiktoken_settings(args))
         if args.checkpoint:
             from megatron_prune.checkpoint.layout import vocabulary

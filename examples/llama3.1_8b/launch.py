@@ -71,7 +71,9 @@ def run(target: str, name: str) -> list[str]:
     """Where a run starts and what it reads: ``P200``, ``R50``, ``S50``, ``S200+50``."""
     found = re.fullmatch(r"([PRS])(\d+)(?:\+(\d+))?", name)
     if found is None or (found[1] != "S" and found[3]) or (found[1] == "P") != (target == "parent"):
-        raise UsageError("RUN", got=f"{target} {name}", expected="parent P200; another target with R50, S50 or S200+50")
+        raise UsageError(
+            "RUN", got=f"{target} {name}", expected="parent P200, or another target with R50, S50 or S200+50"
+        )
     kind, billions, more = found[1], int(found[2]), int(found[3] or 0)
     first = 0 if kind == "P" or more else steps(PARENT_TOKENS) * BATCH.samples
     length = steps(billions) + (steps(more) if more else 0)
@@ -166,7 +168,9 @@ def main(argv: list[str]) -> int:
     if options.target is None or options.run is None:
         parser.error("TARGET and RUN are missing")
     if options.gpus not in map(str, TABLE["chosen"][options.target]):
-        raise UsageError("--gpus", got=options.gpus, expected=", ".join(map(str, TABLE["chosen"][options.target])))
+        raise UsageError(
+            "--gpus", got=options.gpus, expected="one of " + ", ".join(map(str, TABLE["chosen"][options.target]))
+        )
     # The blend is for the shell to read.
     words = " ".join(
         w if w.startswith("$(") else shlex.quote(w) for w in command(options.target, options.run, options.gpus)

@@ -66,21 +66,23 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     behind = found.calibrations[0]
     parent = open_checkpoint(runtime.loaded_directory(args))
     if parent.fingerprint() != found.parent:
-        raise UsageError("--load", got=args.load, expected="the parent that --statistics are of")
+        raise UsageError("--load", got=args.load, expected="the parent checkpoint that --statistics was made from")
     indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
     if indexed.fingerprint(args.calibration_data_path) != behind["corpus"]:
         raise UsageError(
-            "--calibration-data-path", got=args.calibration_data_path, expected="the corpus that was calibrated on"
+            "--calibration-data-path",
+            got=args.calibration_data_path,
+            expected="the corpus that --statistics was made from",
         )
     if (dtype := _dtype(args)) != behind["params_dtype"]:
         raise UsageError(
-            "--bf16, --fp16", got=dtype, expected=behind["params_dtype"],
-            why="scores are compared with one another and with the calibration's loss",
+            "--bf16, --fp16", got=dtype, expected=f"the precision of --statistics, {behind['params_dtype']}",
+            why="scores are compared with the loss of the calibration",
         )  # fmt: skip
     if (recipe := fp8.describe(args)) != behind.get("fp8"):
         raise UsageError(
-            "--fp8-preset", got=_words(recipe), expected=f"that of --statistics: {_words(behind.get('fp8'))}",
-            why="scores are compared with one another and with the calibration's loss",
+            "--fp8-preset", got=_words(recipe), expected=f"the FP8 recipe of --statistics, {_words(behind.get('fp8'))}",
+            why="scores are compared with the loss of the calibration",
         )  # fmt: skip
     if not question.unscored(found):
         return found
@@ -96,8 +98,8 @@ def refuse_virtual_stages(args: argparse.Namespace) -> None:
         raise UsageError(
             "--pipeline-model-parallel-layout",
             got=args.pipeline_model_parallel_layout,
-            expected="one stage a rank with this verb",
-            why="the model is read stage by stage",
+            expected="no such flag with this verb",
+            why="it needs one pipeline stage per rank",
         )
 
 

@@ -232,7 +232,7 @@ def requests(args: argparse.Namespace, path: str, wanted: str) -> Requests:
     """
     task = multiple_choice.read(path)
     if task.fingerprint != wanted:
-        raise UsageError("--task-data", got=path, expected="the examples that the plan was asked for with")
+        raise UsageError("--task-data", got=path, expected="the file of examples that was given to plan")
     runtime.refuse_fixed_lengths(args)
     return multiple_choice.encode(task, runtime.tokenizer(args), args.max_position_embeddings)
 

@@ -50,7 +50,7 @@ class Blocks:
 def check_workers(workers: int) -> int:
     """``workers``, or UsageError."""
     if workers < 1:
-        raise UsageError("--workers", got=workers, expected="a number of processes, at least 1")
+        raise UsageError("--workers", got=workers, expected="at least 1 process")
     return workers
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Build the caches and print the stream's description as JSON."""
     args = parse(argv)
     if (args.data_path is None) == (args.train_data_path is None):
-        raise UsageError("--data-path, --train-data-path", got="both or neither", expected="one of them")
+        raise UsageError("--data-path, --train-data-path", got="both or neither", expected="exactly one of them")
     warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune.data import coverage
     from megatron_prune.data.contamination import refuse_shared_documents

@@ -84,7 +84,12 @@ def task_requests(args: argparse.Namespace, question: Question | None) -> Reques
 
     if question is None or question.task is None:
         if args.task_data is not None:
-            raise UsageError("--task-data", got=args.task_data, expected="where the accuracy on a task is to decide")
+            raise UsageError(
+                "--task-data",
+                got=args.task_data,
+                expected="no such flag where candidates are scored by their loss",
+                do="plan with --score-by task to score them by their accuracy",
+            )
         return None
     asked = methods.get(question.method).task(question.settings)
     assert asked is not None
@@ -96,7 +101,7 @@ def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question,
     from megatron_prune.engine.arguments import given
 
     if (args.score is None) != (args.statistics is None):
-        raise UsageError("--score, --statistics", got="one of them", expected="both or none")
+        raise UsageError("--score, --statistics", got="only one", expected="both or neither")
     args.output = args.output or args.statistics
     if args.output is None or Path(args.output).suffix != ".safetensors":
         raise UsageError("--output", got=args.output or "nothing", expected="a file name that ends in .safetensors")
@@ -105,17 +110,20 @@ def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question,
     for flag in CHOOSING:
         if given(argv, flag):
             raise UsageError(
-                flag, got="with --score", expected="without it",
+                flag, got="it", expected="no such flag with --score",
                 why="candidates are scored on the windows of --statistics",
             )  # fmt: skip
     question, of = candidates.read(args.score)
     found = statistics_file.read(args.statistics)
     if found.hash != of:
         raise UsageError(
-            "--statistics", got=args.statistics, expected="the statistics that --score was written for: plan again"
+            "--statistics",
+            got=args.statistics,
+            expected="the statistics that the candidates of --score were planned from",
+            do="plan again with these",
         )
     if len(found.calibrations) != 1:
-        raise UsageError("--statistics", got=args.statistics, expected="what one calibration wrote")
+        raise UsageError("--statistics", got=args.statistics, expected="statistics of one calibration, not merged ones")
     behind = found.calibrations[0]
     args.calibration_data_path = args.calibration_data_path or behind["prefix"]
     args.calibration_sequences, args.calibration_seq_length = found.sequences, found.seq_length
@@ -152,24 +160,28 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
         fp8.refuse_delayed(args)
     for flag in () if reads_text else FLAGS:
         if given(argv, flag):
-            raise UsageError(flag, got="on the command line", expected="where the method needs statistics")
+            raise UsageError(flag, got="it", expected="no such flag with a method that needs no statistics")
     if reads_text and args.calibration_data_path is None:
-        raise UsageError("--calibration-data-path", got="nothing", expected="the prefix of a tokenized corpus")
+        raise UsageError(
+            "--calibration-data-path",
+            got="nothing",
+            expected="the prefix of a tokenized corpus, PREFIX.bin without .bin",
+        )
     if args.load is None:
         raise UsageError("--load", got="nothing", expected="the parent checkpoint")
     if given(argv, "--seq-length"):
         raise UsageError(
             "--seq-length",
             got=args.seq_length,
-            expected="not with this verb",
-            why="it is --calibration-seq-length",
+            expected="no such flag with this verb",
+            do="give --calibration-seq-length",
         )
     if args.micro_batch_size not in (None, 1):
         raise UsageError(
             "--micro-batch-size",
             got=args.micro_batch_size,
             expected="1",
-            why="batching must not change a sum",
+            why="larger batches would change the sums by rounding",
         )
     ranks = args.tensor_model_parallel_size
     if reads_text and args.sequence_parallel and args.calibration_seq_length % ranks:
@@ -177,11 +189,13 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
             "--calibration-seq-length",
             got=args.calibration_seq_length,
             expected=f"a multiple of --tensor-model-parallel-size {ranks}",
-            why="--sequence-parallel shares its tokens out",
+            why="--sequence-parallel splits its tokens among the ranks",
         )
     length, longest = args.calibration_seq_length, args.max_position_embeddings
     if reads_text and longest is not None and length > longest:
-        raise UsageError("--calibration-seq-length", got=length, expected=f"up to the model's {longest}")
+        raise UsageError(
+            "--calibration-seq-length", got=length, expected=f"at most {longest}, the longest sequence of the model"
+        )
     args.max_position_embeddings = longest or length
     length = min(length, args.max_position_embeddings)
     args.seq_length = length

@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
     options, unknown = parser.parse_known_args(argv)
     choices.refuse_unknown(unknown, name)
     if options.seed is not None and not method.random:
-        raise UsageError("--seed", got=options.seed, expected=f"no seed with --method {name}, which draws nothing")
+        raise UsageError(
+            "--seed", got=options.seed, expected=f"no such flag with --method {name}, which draws no random numbers"
+        )
     if options.seed is not None and options.seed < 0:
         raise UsageError("--seed", got=options.seed, expected="0 or more")
     seed = (options.seed or 0) if method.random else None
@@ -69,14 +71,14 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             "--statistics",
             got=" ".join(options.statistics),
-            expected=f"no statistics with --method {name}, which needs none",
+            expected=f"no such flag with --method {name}, which needs no statistics",
         )
     if choice.needs_statistics and not options.statistics:
         raise UsageError(
             "--statistics",
             got="nothing",
-            expected="a file that calibrate wrote",
-            why=f"--method {name} reads it",
+            expected=f"a file of statistics, which --method {name} reads",
+            do="make one with calibrate",
         )
 
     parent = open_checkpoint(options.load)
@@ -115,7 +117,7 @@ def _ask(
         raise UsageError(
             "--statistics",
             got=" ".join(options.statistics),
-            expected="one file, until its candidates are scored",
+            expected="one file until its candidates are scored",
             why=f"{len(missing)} candidates {lack} in all of them",
         )
     load, found = ["--load", options.load], ["--statistics", *options.statistics]

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     own, verb, rest = split(argv)
     options, unknown = _parser().parse_known_args(own)
     if verb is None or unknown:
-        raise UsageError("preflight", got=" ".join(unknown) or "no command", expected="its own flags, and then one of "
+        raise UsageError("preflight", got=" ".join(unknown) or "no command", expected="its own flags, then one of "
                          f"{', '.join(VERBS)} with the flags of that")  # fmt: skip
     # It would warn of a CUDA that is missing, which is no news here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, "-m", "megatron_prune", "preflight", *argv]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     if not 0 < options.mfu <= 1:
-        raise UsageError("--mfu", got=options.mfu, expected="a fraction up to 1")
+        raise UsageError("--mfu", got=options.mfu, expected="a fraction between 0 and 1")
     from megatron_prune.engine import installed
     from megatron_prune.preflight.checks import Question
     from megatron_prune.study.values import parse_tokens

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     def complete(args: argparse.Namespace, argv: list[str]) -> None:
         nonlocal folder, choice, question, requests
         if args.save is None:
-            raise UsageError("--save", got="nothing", expected="where the pruned checkpoint goes")
+            raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
         folder = Path(args.save)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
@@ -65,8 +65,9 @@ def main(argv: list[str]) -> int:
         question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
         if question.retraining:
             raise UsageError(
-                "--retrain-candidates", got=question.retraining.candidates, expected="with plan, and rescore after it",
-                why="prune loads the model once and trains nothing",
+                "--retrain-candidates", got=question.retraining.candidates, expected="no such flag here",
+                why="prune trains nothing",
+                do="give it to plan, and run rescore after it",
             )  # fmt: skip
         requests = calibrate.task_requests(args, question) if question.task else None
 

@@ -45,11 +45,11 @@ def main(argv: list[str], verb: str = "sparsify") -> int:
         nonlocal request, save
         request = requests.from_arguments(args)
         if args.save is None:
-            raise UsageError("--save", got="nothing", expected="where the pruned checkpoint goes")
+            raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
         save = Path(args.save)
         if args.fp8_param_gather:
             raise UsageError(
-                "--fp8-param-gather", got="on", expected="off with this verb", why="weights must not live as FP8"
+                "--fp8-param-gather", got="on", expected="off with this verb", why="it would store the weights as FP8"
             )
         calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
 

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     if options.parent is not None:
         studies = [study for study in studies if study.name.endswith(f".{options.parent}")]
         if not studies:
-            raise UsageError("--parent", got=options.parent, expected=f"a label under parents in {options.study}")
+            raise UsageError(
+                "--parent", got=options.parent, expected=f"a label that stands under parents in {options.study}"
+            )
     return _each(studies, options)
 
 
@@ -125,7 +127,12 @@ def _report(study: schema.Study, places: Places, options: argparse.Namespace) ->
     from megatron_prune.study.report import page
 
     if not (places.root / "study.json").is_file():
-        raise UsageError("study report", got=places.root, expected="a study that has begun: `study run` it first")
+        raise UsageError(
+            "study report",
+            got=places.root,
+            expected="the folder of a study that has begun",
+            do="start it with `study run`",
+        )
     found = results.collect(places, study)
     written = page.write(found, places)
     for said in found.disbelieved:
@@ -164,9 +171,16 @@ def _plan(study: schema.Study, places: Places, options: argparse.Namespace) -> i
 def _refuse_times_of_nothing(options: argparse.Namespace) -> None:
     """Flags that only say how times are reckoned, where none are, or not by an MFU."""
     if options.gpus is not None and options.throughput is None:
-        raise UsageError("--gpus", got=options.gpus, expected="only with --throughput", why="it says times")
+        raise UsageError(
+            "--gpus",
+            got=f"{options.gpus} alone",
+            expected="--throughput with it",
+            why="without it no times are printed",
+        )
     if options.peak_tflops is not None and not str(options.throughput or "").strip().endswith("%"):
-        raise UsageError("--peak-tflops", got=f"{options.peak_tflops:g}", expected="beside an MFU: --throughput 40%")
+        raise UsageError(
+            "--peak-tflops", got=f"{options.peak_tflops:g}", expected="an MFU with it, such as --throughput 40%"
+        )
     if options.peak_tflops is not None and not options.peak_tflops > 0:
         raise UsageError("--peak-tflops", got=f"{options.peak_tflops:g}", expected="a positive number")
 
@@ -191,8 +205,9 @@ def _stage(options: argparse.Namespace) -> int:
 
     known, done = described(options.cell, options.stage)
     if options.command[-len(known["argv"]) :] != known["argv"]:
-        raise UsageError(f"{options.cell.name}: {options.stage}", got="another command line than cell.json has",
-                         expected="that one", why="study.yaml was changed after this script was written")  # fmt: skip
+        raise UsageError(f"{options.cell.name}: {options.stage}", got="another one",
+                         expected="the command line in cell.json",
+                         why="study.yaml was changed after this script was written")  # fmt: skip
     if done():
         print(f"{options.cell.name}: {options.stage} is done", flush=True)
         return 0

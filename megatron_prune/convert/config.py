@@ -83,8 +83,9 @@ def args_from_config(
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     if multiple < 1:
         raise UsageError(
-            "--make-vocab-size-divisible-by", got=f"{make_vocab_size_divisible_by} x {tensor_model_parallel_size}",
-            expected="a positive multiple",
+            "--make-vocab-size-divisible-by, --tensor-model-parallel-size",
+            got=f"{make_vocab_size_divisible_by}, {tensor_model_parallel_size}",
+            expected="two positive numbers",
         )  # fmt: skip
     return {
         "num_layers": values["num_hidden_layers"],

@@ -37,7 +37,7 @@ def parse_blend(blend: str | Sequence[str]) -> list[tuple[float | None, str]]:
             "--data-path",
             got=" ".join(words) or "nothing",
             expected="PREFIX… or WEIGHT PREFIX WEIGHT PREFIX…",
-            why="all members have a positive weight or none has one",
+            why="either every corpus has a positive weight or none has one",
         )
     return pairs
 

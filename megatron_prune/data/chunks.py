@@ -236,7 +236,7 @@ def load_splitter(
     if nltk_data is not None:
         folder = Path(nltk_data).absolute()
         if not folder.is_dir():
-            raise UsageError("--nltk-data", got=nltk_data, expected="a folder that holds tokenizers/punkt_tab")
+            raise UsageError("--nltk-data", got=nltk_data, expected="a directory that holds tokenizers/punkt_tab")
         if str(folder) not in nltk.data.path:
             nltk.data.path.insert(0, str(folder))
     try:

@@ -179,7 +179,7 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
     takes about 0.1 µs. Raises UsageError and DataError (two tokenizers).
     """
     if not 0.1 <= similarity <= 1:
-        raise UsageError("--similarity", got=similarity, expected="0.1 to 1")
+        raise UsageError("--similarity", got=similarity, expected="a number from 0.1 to 1")
     _refuse_two_tokenizers(training, held_out)
     from datasketch import MinHashLSH
 
@@ -261,11 +261,11 @@ def compare_stages(
     """
     for flag, given in (("--max-duplicates", max_duplicates), ("--max-near-duplicates", max_near_duplicates)):
         if not 0 <= given <= 1:
-            raise UsageError(flag, got=given, expected="a share of the documents, 0 to 1")
+            raise UsageError(flag, got=given, expected="a share of the documents, from 0 to 1")
     given_stages = [(stage, prefix) for stage, prefixes in stages.items() for prefix in prefixes]
     pairs = [(a, b) for a, b in itertools.combinations(given_stages, 2) if a[0] != b[0]]
     if not pairs:
-        raise UsageError("--train, …, --test", got=f"corpora of {len(stages)} stage(s)", expected="two stages or more")
+        raise UsageError("--train, …, --test", got=f"those of {len(stages)}", expected="corpora of at least two stages")
     question = {
         "version": 2,
         "corpora": {stage: [indexed.fingerprint(prefix) for prefix in stages[stage]] for stage in sorted(stages)},

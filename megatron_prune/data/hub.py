@@ -69,7 +69,7 @@ def shards(dataset: str, split: str = "train", column: str = "text") -> list[Sha
         raise UsageError(
             "--dataset, --dataset-split",
             got=f"{dataset}, {split}",
-            expected="NAME[:CONFIG] on the hub or a folder, and one of its splits",
+            expected="NAME[:CONFIG] on the Hugging Face Hub, or a directory, and one of its splits",
             why=" ".join(str(error).split()),
         ) from error
     names = data.column_names or list(next(iter(data), {}))

@@ -62,9 +62,9 @@ def build_corpus(
         given = ",".join(map(str, shares))
         raise UsageError("--split", got=given, expected="four positive shares, such as 94,2,2,2")
     if max_bytes is not None and max_bytes < 1:
-        raise UsageError("--max-bytes", got=max_bytes, expected="a positive number")
+        raise UsageError("--max-bytes", got=max_bytes, expected="a positive number of bytes")
     if longest_held_out is not None and longest_held_out < SHORTEST:
-        raise UsageError("--longest-held-out", got=longest_held_out, expected=f"{SHORTEST} characters or more")
+        raise UsageError("--longest-held-out", got=longest_held_out, expected=f"at least {SHORTEST} characters")
     begun = monotonic()
     rejected: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}

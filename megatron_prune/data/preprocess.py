@@ -88,10 +88,12 @@ def preprocess(
     ]
     if append_eod and tokenizer.eod is None:
         raise UsageError(
-            "--append-eod", got=f"{tokenizer.model}, which has no end-of-document token", expected="one that has one"
+            "--append-eod",
+            got=f"{tokenizer.model}, which has none",
+            expected="a tokenizer with an end-of-document token",
         )
     if workers < 1:
-        raise UsageError("--workers", got=workers, expected="1 or more")
+        raise UsageError("--workers", got=workers, expected="at least 1 process")
     begun = monotonic()
     encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size))
     settings = encoder.describe()

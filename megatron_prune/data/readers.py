@@ -96,7 +96,7 @@ def format_of(path: Path, input_format: str = "auto") -> str:
     known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *TEXT_SUFFIXES))
     raise UsageError(
         "--input-format", got=f"auto for {path}", expected=f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}",
-        why=f"auto goes by the ending: {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
+        why=f"auto goes by the ending, {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> li
     """The input files as paths; UsageError when one is missing or of no known format, or none is given."""
     paths = [Path(name) for name in inputs]
     if not paths:
-        raise UsageError("--input", got="nothing", expected="one or more files")
+        raise UsageError("--input", got="nothing", expected="at least one file")
     for path in paths:
         if not path.is_file():
             raise UsageError("--input", got=path, expected="existing files of JSON lines, Parquet or text")

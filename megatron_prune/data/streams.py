@@ -107,8 +107,8 @@ class Stream:
         if eod is None and (reset_position_ids or reset_attention_mask or eod_mask_loss):
             raise UsageError(
                 "--reset-position-ids, --reset-attention-mask, --eod-mask-loss",
-                got="no end-of-document id",
-                expected="a tokenizer that has one",
+                got="one without it",
+                expected="a tokenizer with an end-of-document id",
             )
         stream = Stream(members(parse_blend(blend)), seq_length, seed, epochs)
         for corpus in stream.corpora:
@@ -244,21 +244,22 @@ class SampleRange(torch.utils.data.Dataset[dict[str, Any]]):
     ):
         given = f"{start}:{end}"
         if not 0 <= start < end:
-            raise UsageError("--stream-range", got=given, expected="START:END, samples, 0 <= START < END")
+            raise UsageError("--stream-range", got=given, expected="START:END in samples, with 0 <= START < END")
         if end > len(stream):
             raise UsageError(
                 "--stream-range",
                 got=given,
-                expected=f"an end up to {len(stream)}",
+                expected=f"an end of at most {len(stream)}",
                 why=f"the stream has {len(stream)} samples of {stream.seq_length} tokens in {stream.epochs} "
-                "epoch(s) and does not wrap; give more text, or declare more epochs with --stream-epochs",
+                "epoch(s) and does not wrap",
+                do="give more text, or declare more epochs with --stream-epochs",
             )
         if (end - start) % global_batch_size:
             raise UsageError(
                 "--stream-range",
                 got=given,
-                expected=f"a multiple of the global batch of {global_batch_size} samples",
-                why=f"{end - start} samples leave {(end - start) % global_batch_size} over",
+                expected=f"a multiple of --global-batch-size {global_batch_size} samples",
+                why=f"{end - start} samples leave a rest of {(end - start) % global_batch_size}",
             )
         self.stream, self.start, self.end, self.permutation_seed = stream, start, end, permutation_seed
         self._order: np.ndarray | None = None

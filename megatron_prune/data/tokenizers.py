@@ -169,7 +169,7 @@ class TikTokenizer:
             raise UsageError(
                 "--vocab-size",
                 got=f"{self.vocab_size}{' (the default)' if vocab_size is None else ''}",
-                expected=f"up to {ranks + num_special_tokens}",
+                expected=f"at most {ranks + num_special_tokens}",
                 why=f"{model} holds {ranks} tokens, --tiktoken-num-special-tokens is {num_special_tokens}",
             )
         chosen = list(special_tokens) if special_tokens else None
@@ -251,7 +251,7 @@ def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
         return TikTokenizer(model, **settings)
     if settings:
         names = ", ".join("--" + name.replace("_", "-") for name in settings)
-        raise UsageError(names, got=f"for a {type}", expected="TikTokenizer's settings, for a TikTokenizer only")
+        raise UsageError(names, got=type, expected="--tokenizer-type TikTokenizer with them")
     return SentencePieceTokenizer(model) if type == "SentencePieceTokenizer" else HuggingFaceTokenizer(model)
 
 

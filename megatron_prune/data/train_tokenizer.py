@@ -39,7 +39,7 @@ def train_tokenizer(
 
     paths = check_inputs(inputs, input_format)
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UsageError("--vocab-size", got=vocab_size, expected=f"{SMALLEST_VOCABULARY} or more")
+        raise UsageError("--vocab-size", got=vocab_size, expected=f"at least {SMALLEST_VOCABULARY}")
     if model_type not in MODEL_TYPES:
         raise UsageError("--model-type", got=model_type, expected=" or ".join(MODEL_TYPES))
     model = io.BytesIO()

@@ -76,7 +76,7 @@ def windows(
             flag,
             got=count,
             expected=f"1 to {available}",
-            why=f"{prefix} holds {length} tokens, windows are {seq_length} long",
+            why=f"{prefix} holds {length} tokens and a window has {seq_length}",
         )
     # RandomState, as everywhere in this room: NumPy promises its numbers will never change.
     order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(available)[:count].copy()

@@ -76,7 +76,7 @@ def parse(
     if args.shape_from is not None:
         if args.use_checkpoint_args and args.pretrained_checkpoint is None and not _has_checkpoint(args.load):
             raise UsageError(
-                "--use-checkpoint-args", got="together with --shape-from", expected="one of the two",
+                "--use-checkpoint-args", got="both", expected="either it or --shape-from",
                 why="both say where the model's arguments come from",
             )  # fmt: skip
         _take_arguments(args, args.shape_from, argv, load_args_from_checkpoint)
@@ -87,7 +87,7 @@ def parse(
             raise UsageError(
                 "--use-checkpoint-args",
                 got=f"--load {args.load}",
-                expected="a --load or --pretrained-checkpoint that holds a checkpoint",
+                expected="a checkpoint in --load or --pretrained-checkpoint",
             )
         _take_arguments(args, source, argv, load_args_from_checkpoint)
     if args.tokenizer_type is None:
@@ -168,7 +168,7 @@ def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value, least = getattr(args, name, None), int(name in _POSITIVE)
         if value is not None and (value < least or name in _SEEDS and value >= 1 << 32):
-            allowed = f"{least} to {(1 << 32) - 1}" if name in _SEEDS else f"{least} or more"
+            allowed = f"a number from {least} to {(1 << 32) - 1}" if name in _SEEDS else f"at least {least}"
             raise UsageError(f"--{name.replace('_', '-')}", got=value, expected=allowed)
 
 
@@ -180,29 +180,29 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
         raise UsageError(
             fp8.FLAG if args.fp8_preset else "--fp8-format",
             got=args.fp8_preset or args.fp8,
-            expected="nothing on this machine",
-            why="FP8 needs a GPU of compute capability 8.9 or newer; none is visible",
+            expected="no FP8 on this machine",
+            why="FP8 needs a GPU of compute capability 8.9 or newer, and none is visible",
         )
     if args.fp4:
         raise UsageError(
             "--fp4-format",
             got=args.fp4,
-            expected="nothing on this machine",
-            why="FP4 needs a Blackwell GPU; none is visible",
+            expected="no FP4 on this machine",
+            why="FP4 needs a Blackwell GPU, and none is visible",
         )
     if args.transformer_impl != "local":
         raise UsageError(
             "--transformer-impl",
             got=args.transformer_impl,
             expected="local",
-            why="Transformer Engine needs a GPU; none is visible",
+            why="Transformer Engine needs a GPU, and none is visible",
         )
     if args.async_save and args.use_persistent_ckpt_worker:  # alone, Megatron switches it off
         raise UsageError(
             "--async-save",
             got="on",
             expected="off on this machine",
-            why="Megatron's process that saves wants a GPU, and the run would wait for it for ever; none is visible",
+            why="no GPU is visible, and without one the run would wait for ever for Megatron's saving process",
         )
     if args.distributed_backend != "gloo":
         raise UsageError(
@@ -212,8 +212,8 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
         raise UsageError(
             "--sequence-parallel",
             got="on",
-            expected="off",
-            why="the local spec's RMSNorm has none, and no GPU is visible",
+            expected="off on this machine",
+            why="no GPU is visible, and Megatron's local RMSNorm cannot do it",
         )
 
 
@@ -227,13 +227,14 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         if name == "load" and args.save is not None and not path.exists():
             continue  # a run that resumes from its own save directory, which does not exist yet
         if name != "load" and not path.exists():
-            raise CheckpointError(f"--{name.replace('_', '-')} {value}: there is no such directory")
+            flag = f"--{name.replace('_', '-')}"
+            raise CheckpointError(f"{flag}: expected the directory of a checkpoint, got {value}, which does not exist")
         if path.name.startswith("iter_") and path.name[5:].isdigit():
             if name == "load":
                 args.ckpt_step = int(path.name[5:])
             elif name == "pretrained_checkpoint" and _latest(path.parent) != path.name:
                 raise UsageError(
-                    "--pretrained-checkpoint", got=value, expected=f"{path.parent} with this iteration its latest",
+                    "--pretrained-checkpoint", got=value, expected=f"the latest iteration of {path.parent}",
                     why="Megatron loads only the latest iteration of a pretrained checkpoint",
                 )  # fmt: skip
             setattr(args, name, value if name == "shape_from" else str(path.parent))
@@ -274,7 +275,9 @@ def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
     """Refuse (UsageError) a command line whose stores ``verb`` cannot use from here, before Megatron reads it."""
     refuse_malformed(argv)
     if "--enable-msc" in argv and importlib.util.find_spec("multistorageclient") is None:
-        raise UsageError("--enable-msc", got="on", expected="off: the client is not installed", why=storage.EXTRA)
+        raise UsageError(
+            "--enable-msc", got="none", expected="the Multi-Storage Client to be installed for it", do=storage.EXTRA
+        )
     for flag, value in _checkpoints(argv):
         if flag == "--save" and verb != "pretrain":
             refuse_remote(flag, value)
@@ -289,8 +292,8 @@ def refuse_malformed(argv: Sequence[str]) -> None:
         storage.refuse_other_url(flag, value)
         if storage.is_stored(value) and "--enable-msc" not in argv:
             raise UsageError(
-                flag, got=value, expected="an object store only with --enable-msc",
-                why="Megatron reads and writes them through its Multi-Storage Client, which that flag switches on",
+                flag, got=value, expected="--enable-msc with the address of an object store",
+                why="it switches on the Multi-Storage Client, through which Megatron reads and writes object stores",
             )  # fmt: skip
 
 
@@ -309,22 +312,22 @@ def refuse_unfit(args: argparse.Namespace) -> None:
     for unfit, flag, given, allowed, why in (
         (
             args.ckpt_format != "torch_dist", "--ckpt-format", args.ckpt_format, "torch_dist",
-            "Megatron writes the others with torch.save, to disks",
+            "Megatron writes the other formats with torch.save, to disks only",
         ),
         (
-            args.save_retain_interval is not None, "--save-retain-interval", args.save_retain_interval, "nothing",
-            "Megatron removes saves with shutil.rmtree, which leaves those in a store: let the store expire them",
+            args.save_retain_interval is not None, "--save-retain-interval", args.save_retain_interval, "no such flag",
+            "Megatron removes old saves from disks only; let the store expire them",
         ),
         (args.log_progress, "--log-progress", "on", "off", "Megatron appends to a file there"),
         (
             args.non_persistent_ckpt_type == "global" and args.non_persistent_global_ckpt_dir is None,
-            "--non-persistent-ckpt-type", "global", "local, or with a --non-persistent-global-ckpt-dir on a disk",
-            "Megatron removes the older of them with shutil.rmtree",
+            "--non-persistent-ckpt-type", "global", "local, or --non-persistent-global-ckpt-dir on a disk",
+            "Megatron removes older ones from disks only",
         ),
         (
             args.wandb_project and not args.wandb_save_dir,
-            "--wandb-save-dir", "nothing", "a directory", "by default it is in --save",
+            "--wandb-save-dir", "nothing", "a directory of this machine", "by default it is in --save",
         ),
     ):  # fmt: skip
         if unfit:
-            raise UsageError(flag, got=given, expected=f"{allowed}, where --save is in an object store", why=why)
+            raise UsageError(flag, got=given, expected=f"{allowed} where --save is in an object store", why=why)

@@ -75,16 +75,16 @@ def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
             preset[name] = getattr(args, name)
         elif name in _COUNTS or (name in preset and getattr(args, name) != preset[name]):
             raise UsageError(
-                option, got=getattr(args, name), expected=f"what {FLAG} {args.fp8_preset} sets, or no preset",
-                why="delayed scaling has no layers in bf16" if name.endswith("bf16") else "",
+                option, got=getattr(args, name), expected=f"the value that {FLAG} {args.fp8_preset} sets, or no preset",
+                why="with delayed scaling no layer stays in bf16" if name.endswith("bf16") else "",
             )  # fmt: skip
-    for option, allowed in (("--fp16", "bf16"), ("--fp4-format", "FP8")):
+    for option, preset_is in (("--fp16", "bf16"), ("--fp4-format", "FP8")):
         if option in given:
-            raise UsageError(option, got="on", expected=f"no such flag with {FLAG}", why=f"it is {allowed}")
+            raise UsageError(option, got="it", expected=f"no such flag with {FLAG}", why=f"the preset is {preset_is}")
     if args.transformer_impl != "transformer_engine":
         raise UsageError(
             "--transformer-impl", got=args.transformer_impl, expected=f"transformer_engine with {FLAG}",
-            why="Megatron's local layers have no FP8",
+            why="Megatron's local layers cannot compute in FP8",
         )  # fmt: skip
     vars(args).update(preset, bf16=True)
 
@@ -100,8 +100,8 @@ def refuse_unfit(args: argparse.Namespace) -> None:
     for option, what, size in dimensions(args):
         if size % ALIGNMENT:
             raise UsageError(
-                flag, got=f"{value}, and {what} of {size}", expected=f"multiples of {ALIGNMENT}: mend {option}",
-                why=f"FP8 matrix products take dimensions in multiples of {ALIGNMENT}",
+                flag, got=f"{value} with {what} of {size}", expected=f"dimensions in multiples of {ALIGNMENT}",
+                why="FP8 matrix products take no others", do=f"change {option}",
             )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def _refuse_gpu(flag: str, value: str, recipe: str) -> None:
     found = torch.cuda.get_device_capability()
     if found < least or (beyond is not None and found >= beyond):
         raise UsageError(
-            flag, got=value, expected=f"a recipe that compute capability {found[0]}.{found[1]} has",
+            flag, got=value, expected=f"a recipe that a GPU of compute capability {found[0]}.{found[1]} has",
             why=f"{recipe} scaling needs {least[0]}.{least[1]}: {gpus}",
         )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _refuse_counts(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= most:
             raise UsageError(
                 f"--{name.replace('_', '-')}", got=getattr(args, name), expected=f"0 to {most}",
-                why=f"a pipeline stage has {most} of {args.num_layers} layers",
+                why=f"a pipeline stage has {most} of the {args.num_layers} layers",
             )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def named(text: str) -> Installed:
     if unknown := words - set(PACKAGES):
         raise UsageError(
             "--installed", got=", ".join(sorted(unknown)) or "nothing",
-            expected=f"none, or words of {', '.join(PACKAGES)}, with commas between",
+            expected=f"none, or some of {', '.join(PACKAGES)}, separated by commas",
         )  # fmt: skip
     apex = "apex" in words
     return Installed(
@@ -159,7 +159,7 @@ def _torch_norms(args: argparse.Namespace, found: Installed) -> bool:
 def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
     local = args.transformer_impl == "local"
     if not local and not found.te:
-        other = "local, whose attention is not fused: it keeps every score"
+        other = "local"
         raise _missing("te", "--transformer-impl", args.transformer_impl, other)
     without: tuple[tuple[str, object, bool, str, str], ...] = (
         # flag, its value, whether it asks for the package, the package, what else is allowed
@@ -189,14 +189,16 @@ def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
             raise _missing(package, flag, value, other)
     if local and args.normalization == "RMSNorm" and found.apex and not found.te:
         raise UsageError(
-            "--transformer-impl", got="local, with RMSNorm, where Apex is installed and Transformer Engine is not",
-            expected=f"local with both or neither of them ({PACKAGES['te'][1]}, or uninstall Apex)",
-            why="Megatron takes Apex's norm for the last one then, and that has no RMSNorm",
+            "--transformer-impl", got="local and RMSNorm with Apex alone",
+            expected="both Apex and Transformer Engine, or neither",
+            why="Apex's norm, which Megatron takes for the last one, has no RMSNorm",
+            do=f"uninstall Apex, or {PACKAGES['te'][1]}",
         )  # fmt: skip
     if not found.compiler:
         raise UsageError(
-            "megatron_prune", got="no Triton, or no C compiler for it", expected="both: pip install triton, and a "
-            "package such as g++", why="Megatron compiles its fused functions with torch.compile when a run starts",
+            "megatron_prune", got="only one or neither", expected="Triton and a C compiler on this machine",
+            why="Megatron compiles its fused functions with torch.compile when a run starts",
+            do="pip install triton, and install a package such as g++",
         )  # fmt: skip
 
 
@@ -206,17 +208,17 @@ def _refuse_for_local_layers(args: argparse.Namespace) -> None:
         return
     torch_norms = cpu.is_cpu() or _torch_norms(args, _known())
     sequence_parallel = args.sequence_parallel and args.tensor_model_parallel_size > 1
-    unfused = "their attention is not fused"
-    unknown = "torch's norms, which they have, do not know it"
+    unfused = "its attention is not fused"
+    unknown = "its norms are torch's norms, which do not know it"
     for flag, given, asked, why in (
         ("--context-parallel-size", args.context_parallel_size, args.context_parallel_size > 1, unfused),
         ("--sequence-parallel", "on", sequence_parallel and torch_norms, unknown),
         ("--apply-layernorm-1p", "on", args.layernorm_zero_centered_gamma and torch_norms, unknown),
-        ("--tp-comm-overlap", "on", args.tp_comm_overlap, "Transformer Engine's linears do it"),
+        ("--tp-comm-overlap", "on", args.tp_comm_overlap, "only Transformer Engine's linears do it"),
         ("--attention-backend", _backend(args), _backend(args) in ("flash", "fused"), unfused),
     ):
         if asked:
-            raise UsageError(flag, got=given, expected="no such thing with --transformer-impl local", why=why)
+            raise UsageError(flag, got=given, expected="no such setting with --transformer-impl local", why=why)
 
 
 def _backend(args: argparse.Namespace) -> str:
@@ -225,7 +227,11 @@ def _backend(args: argparse.Namespace) -> str:
 
 def _missing(package: str, flag: str, given: object, other: str) -> UsageError:
     name, how = PACKAGES[package]
-    container = f"; {CONTAINER}" if package in ("te", "apex", "flash-attn") else ""
+    container = f" ({CONTAINER})" if package in ("te", "apex", "flash-attn") else ""
     return UsageError(
-        flag, got=given, expected=other or f"nothing without {name}", why=f"{name} is not installed: {how}{container}"
+        flag,
+        got=given,
+        expected=other or f"no such setting without {name}",
+        why=f"{name} is not installed",
+        do=f"{how}{container}",
     )

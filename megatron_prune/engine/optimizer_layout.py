@@ -73,8 +73,9 @@ def prepare(args: argparse.Namespace) -> None:
     if was != wanted:
         raise UsageError(
             ", ".join(f"--{name.replace('_', '-')}" for name in _MODEL_PARALLEL), got=", ".join(map(str, wanted)),
-            expected=f"{', '.join(map(str, was))}, as {args.load} was saved; for others first: {COMMAND} {args.load}",
-            why="its optimizer state is in flat buckets of each model-parallel rank",
+            expected=f"{', '.join(map(str, was))}, as when {args.load} was saved",
+            why="its optimizer state is stored per model-parallel rank",
+            do=f"give those, or run first: {COMMAND} {args.load}",
         )  # fmt: skip
     replicas = stored.get("data_parallel_size", 1) * stored.get("context_parallel_size", 1)
     if stored.get("overlap_grad_reduce") and stored.get("ddp_num_buckets") is None and args.ddp_num_buckets is None:

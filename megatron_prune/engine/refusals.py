@@ -27,21 +27,21 @@ _ASK_FOR_THE_DEFAULT = (
     "ckpt_fully_parallel_save_deprecated",
 )
 
-_UNREAD = "nothing that runs here reads it: it would be without effect"
-_CANNOT_RESUME = "its checkpoints are in a format that is not read here: the run would start, and could not resume"
+_UNREAD = "nothing that runs here reads it, so it would have no effect"
+_CANNOT_RESUME = "its checkpoints are in a format that is not read here, so the run could not resume"
 # destination: why, where any other value than the parser's default would be accepted without its effect
 _ELSEWHERE = {
-    "logits_load_dir": "the loss on these logits is in pretrain_gpt.py's forward step: the run would train without",
-    "sft": "its data set is made by pretrain_gpt.py: the run would train on plain text",
+    "logits_load_dir": "the loss on these logits is in pretrain_gpt.py, so the run would train without it",
+    "sft": "its data set is made by pretrain_gpt.py, so the run would train on plain text",
     "hybrid_context_parallel": "its batches are cut by pretrain_gpt.py's forward step",
-    "inprocess_restart": "pretrain_gpt.py wraps the run in it; here a launcher starts a failed run again",
+    "inprocess_restart": "pretrain_gpt.py does it; here the launcher starts a failed run again",
     "use_megatron_fsdp": _CANNOT_RESUME,
 }
 # (destination, value): why
 _VALUES = {
     ("ckpt_format", "torch_dcp"): _CANNOT_RESUME,
     ("ckpt_format", "fsdp_dtensor"): _CANNOT_RESUME,
-    ("non_persistent_ckpt_type", "local"): "what it stores are pickles, which would run when the run resumes",
+    ("non_persistent_ckpt_type", "local"): "it stores pickles, whose code would be executed when the run resumes",
 }
 
 
@@ -51,8 +51,8 @@ def refuse_yaml(argv: Sequence[str]) -> None:
         flag, _, value = word.partition("=")
         if flag == "--yaml-cfg":
             raise UsageError(
-                flag, got=value or " ".join(argv[position + 1 : position + 2]), expected="nothing here",
-                why="its file would replace the command line, and the flags of this program with it",
+                flag, got=value or " ".join(argv[position + 1 : position + 2]), expected="no such flag here",
+                why="its file would replace the whole command line, with the flags of this program",
             )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namesp
     for action, why in _refused(parser):
         value = getattr(args, action.dest, action.default)
         if value != action.default:
-            raise UsageError(_option(action, argv), got=_given(action, value), expected="nothing here", why=why)
+            raise UsageError(_option(action, argv), got=_given(action, value), expected="no such flag here", why=why)
     actions = {action.dest: action for action in parser._actions}
     for (name, value), why in _VALUES.items():
         if getattr(args, name, None) == value and actions[name].default != value:
@@ -79,7 +79,7 @@ def refuse_names(arguments: Mapping[str, Any], where: str) -> None:
         if why is None and name in unreached() - set(_ASK_FOR_THE_DEFAULT):
             why = _UNREAD
         if why is not None and value not in (None, False):
-            raise UsageError(f"{where}.{flag}", got=value, expected="nothing here", why=why)
+            raise UsageError(f"{where}.{flag}", got=value, expected="no such flag here", why=why)
 
 
 def _refused(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str]]:

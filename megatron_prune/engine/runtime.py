@@ -173,15 +173,15 @@ def refuse_layouts(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')}",
                 got=getattr(args, name),
-                expected="nothing with this verb",
-                why="the model is read stage by stage; any checkpoint loads without virtual stages",
+                expected="no such flag with this verb",
+                why="the model is read one pipeline stage per rank; any checkpoint loads without virtual stages",
             )
     if args.context_parallel_size > 1:
         raise UsageError(
             "--context-parallel-size",
             got=args.context_parallel_size,
             expected="1 with this verb",
-            why="sequences are taken whole",
+            why="sequences are not split among ranks",
         )
 
 
@@ -195,13 +195,13 @@ def refuse_fixed_lengths(args: argparse.Namespace) -> None:
     """A task's sequences are as long as they are; UsageError where the model's kernels want multiples."""
     if args.fp8:
         raise UsageError(
-            "--fp8-format", got=args.fp8, expected="nothing with a task",
-            why="its sequences keep their lengths, and FP8 kernels take multiples of 16",
+            "--fp8-format", got=args.fp8, expected="no FP8 with a task",
+            why="the sequences of a task keep their lengths, and FP8 kernels take multiples of 16",
         )  # fmt: skip
     if args.sequence_parallel:
         raise UsageError(
             "--sequence-parallel", got="on", expected="off with a task",
-            why="its sequences keep their lengths, and ranks share out multiples of their number",
+            why="the sequences of a task keep their lengths, which the ranks cannot split evenly",
         )  # fmt: skip
 
 
@@ -212,11 +212,13 @@ def tokenizer(args: argparse.Namespace) -> Tokenizer:
         if checkpoint.huggingface is None:
             raise UsageError(
                 "--tokenizer-type", got="nothing", expected=" or ".join(tokenizers.TYPES),
-                why="a task is text, and this checkpoint carries no tokenizer",
+                why="a task is text, and this checkpoint holds no tokenizer",
             )  # fmt: skip
         found = tokenizers.load_tokenizer("HuggingFaceTokenizer", checkpoint.huggingface)
     elif args.tokenizer_model is None:
-        raise UsageError("--tokenizer-model", got="nothing", expected="its files, with --tokenizer-type")
+        raise UsageError(
+            "--tokenizer-model", got="nothing", expected="the files of the tokenizer, with --tokenizer-type"
+        )
     else:
         settings: dict[str, Any] = {}
         if args.tokenizer_type == "TikTokenizer":

@@ -52,7 +52,7 @@ def settle(args: argparse.Namespace, *, given: bool) -> None:
     if given and args.vocab_size > args.padded_vocab_size:
         raise UsageError(
             flag, got=args.vocab_size, expected=f"a vocabulary of at most {args.padded_vocab_size}",
-            why="the model has no embedding for the rest",
+            why="the model has no embeddings for more",
         )  # fmt: skip
     args.vocab_size = vocabulary(vars(args))
 

@@ -124,20 +124,24 @@ def _refuse_unscaled(args: argparse.Namespace) -> None:
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     if not args.load:
-        raise UsageError("--load", got="nothing", expected="a checkpoint")
+        raise UsageError("--load", got="nothing", expected="a checkpoint to evaluate")
     _refuse_unscaled(args)
     tasks.refuse_unfit(args, argv)
     prefixes = args.data_path or []
     if not prefixes and not tasks.names(args):
-        raise UsageError("--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks")
+        raise UsageError(
+            "--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks in its place"
+        )
     if args.labels and (len(args.labels) != len(prefixes) or len(set(args.labels)) != len(args.labels)):
-        raise UsageError("--labels", got=" ".join(args.labels), expected="one different name a --data-path prefix")
+        raise UsageError(
+            "--labels", got=" ".join(args.labels), expected="one name per prefix of --data-path, all different"
+        )
     if args.windows is not None and not prefixes:
-        raise UsageError("--windows", got=args.windows, expected="together with --data-path")
+        raise UsageError("--windows", got=f"{args.windows} alone", expected="--data-path with it")
     if args.seq_length is None and not prefixes:
         args.seq_length = args.max_position_embeddings
     if args.seq_length is None:
-        raise UsageError("--seq-length", got="nothing", expected="a number of tokens a window")
+        raise UsageError("--seq-length", got="nothing", expected="the number of tokens per window")
     if args.seq_length > (args.max_position_embeddings or 0) and args.position_embedding_type == "rope":
         args.max_position_embeddings = args.seq_length  # RoPE has no table that ends
     if not tasks.names(args) or args.micro_batch_size is None:

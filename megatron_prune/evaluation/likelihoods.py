@@ -184,6 +184,7 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
 
 def refusal(task: str | None, output_type: str) -> UsageError:
     return UsageError(
-        "--tasks", got=task or output_type, expected="tasks of likelihoods",
-        why=f"it is of the kind {output_type}, and nothing is generated here: export the checkpoint for it",
+        "--tasks", got=task or output_type, expected="tasks that are scored by likelihoods",
+        why=f"it is of the kind {output_type}, and evaluate generates no text",
+            do="export the checkpoint, and run the task with lm-eval",
     )  # fmt: skip

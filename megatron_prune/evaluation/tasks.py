@@ -53,15 +53,17 @@ def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
     if not names(args):
         for flag in FLAGS:
             if given(argv, flag):
-                raise UsageError(flag, got="on", expected="together with --tasks")
+                raise UsageError(flag, got="it alone", expected="--tasks with it")
         return
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("--tasks", got=args.tasks, expected=f"with lm-eval, which is not installed: {EXTRA}")
+        raise UsageError(
+            "--tasks", got=args.tasks, expected="no tasks without lm-eval, which is not installed", do=EXTRA
+        )
     if args.tasks_path is not None and not Path(args.tasks_path).is_dir():
-        raise UsageError("--tasks-path", got=args.tasks_path, expected="a folder with YAML files of tasks")
+        raise UsageError("--tasks-path", got=args.tasks_path, expected="a directory with YAML files of tasks")
     for flag, value, least in (("--num-fewshot", args.num_fewshot, 0), ("--limit", args.limit, 1)):
         if value is not None and value < least:
-            raise UsageError(flag, got=value, expected=f"{least} or more")
+            raise UsageError(flag, got=value, expected=f"at least {least}")
     runtime.refuse_fixed_lengths(args)
 
 
@@ -98,7 +100,9 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
     for name in names(args):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=5)
-            raise UsageError("--tasks", got=name, expected=", ".join(near) or "a task of lm-eval or of --tasks-path")
+            raise UsageError(
+                "--tasks", got=name, expected=", ".join(near) or "the name of a task of lm-eval or of --tasks-path"
+            )
         try:
             found = manager.load(name)
         except Exception as error:  # a task is somebody's YAML, perhaps their code, and a data set from anywhere
@@ -135,7 +139,12 @@ def _refuse(task: Any, num_fewshot: int | None) -> None:
     if getattr(task, "MULTIMODAL", False):
         raise refusal(task.task_name, "multimodal")
     if num_fewshot and task.get_config("num_fewshot") == 0:
-        raise UsageError("--num-fewshot", got=num_fewshot, expected=f"0 for {task.task_name}, which fixes it")
+        raise UsageError(
+            "--num-fewshot",
+            got=num_fewshot,
+            expected=f"0 with {task.task_name}",
+            why="that task fixes the number itself",
+        )
 
 
 def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:

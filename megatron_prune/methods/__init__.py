@@ -192,14 +192,16 @@ class Sparsity:
         """
         chosen = Pattern.parse(pattern)
         if ratio is None and chosen.ratio is None:
-            raise UsageError(flag, got="nothing", expected="a number between 0 and 1, or an N:M --pattern")
+            raise UsageError(flag, got="nothing", expected="a number between 0 and 1, or an N:M --pattern in its place")
         if ratio is None:
             assert chosen.ratio is not None
             return Sparsity(chosen.ratio, chosen)
         if not 0 < ratio < 1:
-            raise UsageError(flag, got=ratio, expected="a number between 0 and 1, the fraction removed")
+            raise UsageError(flag, got=ratio, expected="the fraction to remove, a number between 0 and 1")
         if chosen.ratio is not None and abs(ratio - chosen.ratio) > 1e-9:
-            raise UsageError(flag, got=ratio, expected=f"{chosen.ratio:g} or nothing", why=f"{chosen} removes that")
+            raise UsageError(
+                flag, got=ratio, expected=f"no such flag, or {chosen.ratio:g}", why=f"{chosen} removes {chosen.ratio:g}"
+            )
         return Sparsity(chosen.ratio or ratio, chosen)
 
     def removed(self, count: int) -> int:

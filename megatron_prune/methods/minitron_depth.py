@@ -50,11 +50,11 @@ class MinitronDepth(Method):
         path, metric = settings["task_data"], settings["task_metric"]
         if settings["score_by"] == "task":
             if path is None:
-                raise UsageError("--task-data", got="nothing", expected="a file of examples, with --score-by task")
+                raise UsageError("--task-data", got="nothing", expected="a file of examples with --score-by task")
             return TaskFile(path, metric or METRICS[0])
         for flag, value in (("--task-data", path), ("--task-metric", metric)):
             if value is not None:
-                raise UsageError(flag, got=value, expected="together with --score-by task")
+                raise UsageError(flag, got=f"{value} alone", expected="--score-by task with it")
         return None
 
     def needs_scores(self, settings: Mapping[str, Any]) -> bool:

@@ -97,7 +97,7 @@ class MinitronWidth(RankingMethod):
             raise UsageError("--max-candidates", got=limit, expected=allowed)
         if shapes is not None:
             if chosen is not None:
-                raise UsageError("--search", got="with --target-shapes", expected="with --ratio or --target-params")
+                raise UsageError("--search", got="--target-shapes", expected="--ratio or --target-params with it")
             given = _given(shapes)
             return Search(_GIVEN, len(given), _retraining(settings, len(given), "the number of shapes, "), given)
         if chosen is None:
@@ -152,11 +152,11 @@ def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         if not re.fullmatch(r"[1-9][0-9]*(/[1-9][0-9]*){2}", word):
             raise UsageError("--target-shapes", got=word, expected="HIDDEN/HEADS/FFN, such as 2432/32/6144")
         if words.count(word) > 1:
-            raise UsageError("--target-shapes", got=f"{word} twice", expected="every shape once")
+            raise UsageError("--target-shapes", got=f"{word} twice", expected="each shape once")
     if len(words) < 2:
         raise UsageError(
-            "--target-shapes", got=words[0], expected="two shapes or more",
-            why="for one there are --target-hidden-size and its like",
+            "--target-shapes", got=words[0], expected="at least two shapes",
+            do="for one shape give --target-hidden-size, --target-num-attention-heads and --target-ffn-hidden-size",
         )  # fmt: skip
     return tuple(tuple(map(int, word.split("/"))) for word in words)
 
@@ -168,13 +168,15 @@ def _retraining(settings: Mapping[str, Any], limit: int, called: str = "--max-ca
         return None
     if not limit:
         flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
-        raise UsageError(flag, got=given, expected="together with --search or --target-shapes")
+        raise UsageError(flag, got=f"{given} alone", expected="--search or --target-shapes with it")
     if count is None or not 2 <= count <= limit:
         given = "nothing" if count is None else count
-        raise UsageError("--retrain-candidates", got=given, expected=f"2 to {called}{limit}")
+        raise UsageError("--retrain-candidates", got=given, expected=f"a number from 2 to {called}{limit}")
     if tokens is None or tokens < 1:
         given = "nothing" if tokens is None else tokens
-        raise UsageError("--retrain-tokens", got=given, expected="a number of tokens, with --retrain-candidates")
+        raise UsageError(
+            "--retrain-tokens", got=given, expected="a positive number of tokens with --retrain-candidates"
+        )
     return Retraining(count, tokens)
 
 

@@ -47,7 +47,7 @@ class Random(RankingMethod):
                 "--axis",
                 got="nothing",
                 expected="depth or width",
-                why="random can cut either to meet --ratio or --target-params",
+                why="random can cut either of them to meet --ratio or --target-params",
             )
         return DEPTH if settings["axis"] == "depth" else WIDTH
 

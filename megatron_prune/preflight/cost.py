@@ -115,11 +115,11 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.per_node < 1:
-            raise UsageError("--gpus, --gpus-per-node", got=f"{self.gpus}, {self.per_node}", expected="at least 1")
+            raise UsageError("--gpus, --gpus-per-node", got=f"{self.gpus}, {self.per_node}", expected="at least 1 each")
         if self.kind not in GPUS:
-            raise UsageError("--gpu", got=self.kind, expected=", ".join(GPUS))
+            raise UsageError("--gpu", got=self.kind, expected="one of " + ", ".join(GPUS))
         if self.gpus > self.per_node and self.gpus % self.per_node:
-            raise UsageError("--gpus", got=self.gpus, expected=f"whole nodes of {self.per_node}")
+            raise UsageError("--gpus", got=self.gpus, expected=f"a multiple of --gpus-per-node {self.per_node}")
 
     @property
     def gpu(self) -> Gpu:

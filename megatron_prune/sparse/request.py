@@ -44,7 +44,7 @@ class Request:
         """Refuse (UsageError) layers that a model of ``shape`` lacks, and an M that does not divide a matrix."""
         beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
         if beyond:
-            raise UsageError("--layers", got=beyond[-1], expected=f"layers 0 to {shape.num_layers - 1}")
+            raise UsageError("--layers", got=beyond[-1], expected=f"layers from 0 to {shape.num_layers - 1}")
         for module, sparsity in self.of.items():
             for matrix in matrices(module, shape):
                 sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
@@ -134,7 +134,7 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or found & set(range(first, last + 1)):
-            raise UsageError("--layers", got=text, expected="numbers and ranges, each layer once, such as 0-3,7")
+            raise UsageError("--layers", got=text, expected="numbers and ranges such as 0-3,7, each layer once")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 

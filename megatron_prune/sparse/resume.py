@@ -62,7 +62,8 @@ class Scratch:
         if differs:
             raise UsageError(
                 "--save", got=f"a directory whose unfinished pruning has another {differs[0]}",
-                expected=f"another directory, or the same command as before; or delete {self.folder}",
+                expected="another directory, or the same command as before",
+                do=f"delete {self.folder} to start from the beginning",
             )  # fmt: skip
 
     def open(self, question: Mapping[str, Any]) -> None:
@@ -82,7 +83,7 @@ class Scratch:
             if time.monotonic() >= deadline:
                 raise UsageError(
                     "--save", got=f"a directory that {os.uname().nodename} does not see as the first rank does",
-                    expected="one on a file system that all nodes share",
+                    expected="a directory on a file system that all nodes share",
                 )  # fmt: skip
             time.sleep(_PATIENT_SECONDS)
 

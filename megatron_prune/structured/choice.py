@@ -113,5 +113,5 @@ def refuse_unknown(unknown: Sequence[str], name: str) -> None:
         theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         methods.get(other).add_arguments(theirs)
         if flag in theirs._option_string_actions:
-            raise UsageError(flag, got=f"with --method {name}", expected=f"only with --method {other}")
-    raise UsageError(flag, got="an unknown argument", expected="the flags that --help lists")
+            raise UsageError(flag, got=f"--method {name}", expected=f"--method {other} with it")
+    raise UsageError(flag, got="an unknown flag", expected="one of the flags that --help lists")

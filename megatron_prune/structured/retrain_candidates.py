@@ -89,20 +89,24 @@ def _asked(question: Question, of: str, found: Statistics, options: argparse.Nam
     """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
     asked = question.retraining
     if asked is None:
-        raise UsageError("--candidates", got=options.candidates, expected="what plan --retrain-candidates wrote")
+        raise UsageError(
+            "--candidates", got=options.candidates, expected="the file that plan --retrain-candidates wrote"
+        )
     if found.hash != of:
         raise UsageError(
-            "--statistics", got=options.statistics, expected="the statistics that --candidates was written for"
+            "--statistics", got=options.statistics, expected="the statistics that --candidates was planned from"
         )
     if open_checkpoint(options.load).fingerprint() != question.parent:
-        raise UsageError("--load", got=options.load, expected="the parent that --candidates is about")
+        raise UsageError("--load", got=options.load, expected="the parent checkpoint that --candidates was planned for")
     if question.unscored(found):
         raise UsageError(
             "--statistics", got=options.statistics, expected="statistics with a score of every candidate",
-            why="the best are retrained; run calibrate --score first",
+            why="the best candidates are retrained", do="run calibrate --score first",
         )  # fmt: skip
     if len(found.calibrations) != 1:
-        raise UsageError("--statistics", got=options.statistics, expected="what one calibration wrote")
+        raise UsageError(
+            "--statistics", got=options.statistics, expected="statistics of one calibration, not merged ones"
+        )
     if options.nproc < 1:
         raise UsageError("--nproc", got=options.nproc, expected="at least 1 process")
     return question.finalists(found)
@@ -128,7 +132,9 @@ class _Recipe:
         words = [*shared, *own]
         for word in words:
             if (flag := word.split("=")[0]) in OWN:
-                raise UsageError(flag, got="for all candidates", expected="nothing: rescore sets it for each")
+                raise UsageError(
+                    flag, got="it for all candidates", expected="no such flag", why="it is set for each candidate"
+                )
         behind = found.calibrations[0]
         precision = PRECISION[behind["params_dtype"]]
         if [flag for flag in PRECISION.values() if flag in shared] != [flag for flag in (precision,) if flag]:
@@ -139,7 +145,8 @@ class _Recipe:
             )  # fmt: skip
         if (behind.get("fp8") is not None) != any(word.startswith("--fp8-") for word in shared):
             raise UsageError(
-                "--fp8-preset", got="for the calibration or before --pretrain", expected="for both or neither",
+                "--fp8-preset", got="it for one of them",
+                expected="it for both calibration and retraining, or for neither",
                 why="losses before and after are compared",
             )  # fmt: skip
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -151,13 +158,13 @@ class _Recipe:
         data = given.train_data_path or given.data_path
         needed = {"--stream-range": given.stream_range, "--seq-length": given.seq_length, "--data-path": data}
         if lacking := [flag for flag, value in needed.items() if value is None]:
-            raise UsageError(lacking[0], got="nothing", expected="a value, among the flags after --pretrain")
+            raise UsageError(lacking[0], got="nothing", expected="a value among the flags after --pretrain")
         start, end = parse_range(given.stream_range)
         wanted, tokens = question.retraining.tokens, (end - start) * given.seq_length
         if tokens != wanted:
             raise UsageError(
-                "--stream-range", got=f"{given.stream_range}, {tokens} tokens",
-                expected=f"{wanted} tokens, as --retrain-tokens says: {wanted / given.seq_length:g} samples",
+                "--stream-range", got=f"{given.stream_range}, which is {tokens} tokens",
+                expected=f"the {wanted} tokens of --retrain-tokens, {wanted / given.seq_length:g} samples",
             )  # fmt: skip
         corpora = blend.members(blend.parse_blend(data))
         contamination.refuse_shared_documents([corpus.prefix for corpus in corpora], [behind["prefix"]])
@@ -212,7 +219,8 @@ class _Trial:
         path, content = self.folder / "commands.json", [argv for _, argv, _, _ in self.stages]
         if path.is_file() and artifacts.read_json(path) != content:
             raise UsageError(
-                "--scratch", got=self.options.scratch, expected="another directory, or the flags it was begun with",
+                "--scratch", got=self.options.scratch,
+                expected="another directory, or the flags that it was begun with",
                 why=f"{path} lists other commands",
             )  # fmt: skip
         self.plan.write(self.folder / "plan.json")

@@ -63,10 +63,10 @@ class Target:
                 "--ratio",
                 got=" and ".join(ways) or "no target",
                 expected="exactly one of --ratio, --target-params, or explicit --target-<size> flags "
-                "(minitron-width: or --target-shapes)",
+                "(with minitron-width also --target-shapes)",
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UsageError("--ratio", got=self.ratio, expected="a fraction removed, between 0 and 1")
+            raise UsageError("--ratio", got=self.ratio, expected="the fraction to remove, a number between 0 and 1")
         for flag, value in (
             ("--divisible-by", self.divisible_by),
             ("--tensor-model-parallel-size", self.tensor_parallel),
@@ -74,7 +74,7 @@ class Target:
             if value < 1:
                 raise UsageError(flag, got=value, expected="an integer of at least 1")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise UsageError("--tolerance", got=self.tolerance, expected="a fraction between 0 and 1")
+            raise UsageError("--tolerance", got=self.tolerance, expected="a number between 0 and 1")
 
     def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
         """The shape after pruning; UsageError where the flags cannot be met."""
@@ -102,7 +102,9 @@ class Target:
             shape = _explicit(source, sizes, tuple(sizes))
             self._check(source, shape)
         except UsageError as error:  # it names the flag of a size
-            given = f"{words}, which is {error.flag} {error.got}"
+            given = (
+                f"{words}, which is {error.got}" if "," in error.flag else f"{words}, which is {error.flag} {error.got}"
+            )
             raise UsageError("--target-shapes", got=given, expected=error.expected) from error
         return shape
 
@@ -112,7 +114,7 @@ class Target:
         UsageError where there is none.
         """
         if self.sizes:
-            raise UsageError("--search", got="with an explicit shape", expected="with --ratio or --target-params")
+            raise UsageError("--search", got="an explicit shape", expected="--ratio or --target-params with it")
         if source.norm_bias and "hidden_size" in search.axes:
             raise _unmasked("--search", "hidden", "ffn, heads and groups")
         goal, tolerance = self._goal(source), self.tolerance or TOLERANCE
@@ -151,7 +153,7 @@ class Target:
             raise UsageError(
                 "--target-params",
                 got=self.params,
-                expected=f"fewer than the source's {source.parameters()} parameters, and more than 0",
+                expected=f"a number between 0 and the parent's {source.parameters()} parameters",
             )
         return self.params
 
@@ -165,7 +167,7 @@ class Target:
             raise UsageError(
                 "--tolerance",
                 got=self.tolerance,
-                expected="a target that is met by a width",
+                expected="no such flag where layers are removed",
                 why="depth always takes the nearest number of layers",
             )
         layers, goal = source.num_layers, self._goal(source)
@@ -179,7 +181,7 @@ class Target:
                 flag,
                 got=given,
                 expected=f"a target that removes 1 to {layers - 1} of {layers} layers",
-                why=f"the nearest is {removed}",
+                why=f"the nearest number of layers is {removed}",
             )
         return replace(source, num_layers=layers - removed)
 
@@ -265,8 +267,8 @@ class Target:
             return UsageError(
                 "--divisible-by",
                 got=self.divisible_by,
-                expected="a number that divides sizes below the source's",
-                why=f"the source has {', '.join(_sizes(source, axes).values())}",
+                expected="a number that divides sizes below the parent's",
+                why=f"the parent has {', '.join(_sizes(source, axes).values())}",
             )
         flag, given = self._describe()
         return UsageError(
@@ -315,7 +317,7 @@ def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
         flag,
         got=given,
         expected=f"{allowed}, for a parent with LayerNorm",
-        why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
+        why="masked channels count in LayerNorm's mean, so only RMSNorm can be narrowed",
     )
 
 
@@ -346,10 +348,10 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence
             raise UsageError(
                 flag_of(field),
                 got=size,
-                expected="a size that the method cuts: " + ", ".join(map(flag_of, dimensions)),
+                expected="one of the sizes that the method cuts: " + ", ".join(map(flag_of, dimensions)),
             )
         if not 1 <= size <= getattr(source, field):
-            raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(source, field)}, the source's size")
+            raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(source, field)}, the parent's size")
     wanted = dict(sizes)
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
     if heads is not None and groups is None and source.heads_per_group == 1:
@@ -362,11 +364,11 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence
         raise UsageError(
             "--target-num-attention-heads",
             got=f"{heads} for {groups} query groups",
-            expected=f"1 to {source.heads_per_group} heads for every query group, the same number for each",
+            expected=f"the same number of heads, 1 to {source.heads_per_group}, for each query group",
         )
     shape = replace(source, **cast(dict[str, Any], wanted))
     if shape == source:
-        raise UsageError(", ".join(map(flag_of, sizes)), got="the source's sizes", expected="a smaller model")
+        raise UsageError(", ".join(map(flag_of, sizes)), got="the parent's sizes", expected="sizes of a smaller model")
     return shape
 
 
@@ -406,10 +408,10 @@ def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Tar
     """The target that parsed flags describe; flags without effect are refused."""
     sizes = {f: size for f in DIMENSIONS if (size := getattr(options, "target_" + f)) is not None}
     if options.ratio is None and options.ratio_of is not None:
-        raise UsageError("--ratio-of", got=options.ratio_of, expected="together with --ratio")
+        raise UsageError("--ratio-of", got=f"{options.ratio_of} alone", expected="--ratio with it")
     shapes = getattr(options, "target_shapes", None) or ()  # a flag of minitron-width
     if (sizes or shapes) and options.tolerance is not None:
-        raise UsageError("--tolerance", got=options.tolerance, expected="together with --ratio or --target-params")
+        raise UsageError("--tolerance", got=f"{options.tolerance} alone", expected="--ratio or --target-params with it")
     return Target(
         sizes=sizes,
         shapes=shapes,

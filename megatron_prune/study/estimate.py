@@ -27,7 +27,7 @@ def show(
     launch = study.launch
     gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
     if gpus < launch.nproc:
-        raise UsageError("--gpus", got=gpus, expected=f"at least launch.nproc = {launch.nproc}")
+        raise UsageError("--gpus", got=gpus, expected=f"at least {launch.nproc}, the processes of launch.nproc")
     speed = None
     if throughput is not None:
         speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
@@ -124,11 +124,13 @@ class Speed:
         found = re.fullmatch(r"([0-9.]+)\s*(%?)", throughput)
         value = float(found[1]) if found and found[1].count(".") < 2 else 0
         if not value or (found and found[2] and value > 100):
-            raise UsageError("--throughput", got=throughput, expected="tokens a second of one GPU, or an MFU as 40%")
+            raise UsageError(
+                "--throughput", got=throughput, expected="tokens per second and GPU, or an MFU such as 40%"
+            )
         if found and found[2]:
             return Speed(value / 100 * peak_tflops * 1e12, gpus)
         if source is None:
-            raise UsageError("--throughput", got=throughput, expected="an MFU as 40%",
+            raise UsageError("--throughput", got=throughput, expected="an MFU such as 40%",
                              why="the parent's shape is not known before it is imported")  # fmt: skip
         return Speed(value * source.training_flops(seq_length) / seq_length, gpus)
 

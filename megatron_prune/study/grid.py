@@ -367,7 +367,7 @@ def links(study: Study) -> list[Pruning]:
             if found.setdefault(link.name, link) != link:
                 raise UsageError(
                     "methods", got=f"two prunings called {link.name} with different settings",
-                    expected="a label for one of them",
+                    expected="a label for at least one of them",
                 )  # fmt: skip
     return list(found.values())
 

@@ -297,8 +297,8 @@ def refuse_other_commands(study: Study, places: Places, cell: Cell, cells: Seque
         raise UsageError(
             f"study {study.name}",
             got=f"{cell.id} with {changed}",
-            expected="its earlier commands",
-            why=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
+            expected="the commands that it was begun with",
+            do=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
         )
 
 

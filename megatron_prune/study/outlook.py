@@ -81,7 +81,7 @@ def check(study: Study, places: Places) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
     if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UsageError("tracking.wandb_project", got=study.tracking.wandb_project,
-                         expected="a project only where wandb is installed: pip install wandb")  # fmt: skip
+                         expected="no such key where wandb is not installed", do="pip install wandb")  # fmt: skip
     refusals.refuse_names(study.recipe.arguments, "recipe.arguments")
     if study.parent.pretrain is not None:
         refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
@@ -165,8 +165,8 @@ def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
         seed = trained.seed + own if trained is not None else _first_seed(outlook.stages)
         if cell.kind == "scratch" and cell.seed == seed:
             raise UsageError(
-                "seeds", got=seed, expected="another than the parent's, for scratch under masks",
-                why="masks made of the parent fit the weights that it began with, and one seed gives the same to both",
+                "seeds", got=seed, expected="a seed other than the parent's for scratch runs under masks",
+                why="with the parent's seed they would begin with the weights that the masks were made from",
             )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _parent(study: Study, places: Places) -> tuple[ModelShape | None, list[Stage
         steps = artifacts.read_json(path)["steps"] if path.is_file() else None
         if steps is not None and not checkpoint.release and steps != checkpoint.iteration:
             raise UsageError("parent.load", got=f"iteration {checkpoint.iteration} of {checkpoint.root}",
-                             expected=f"iteration {steps}, of which its account is")  # fmt: skip
+                             expected=f"iteration {steps}, which its account describes")  # fmt: skip
         return checkpoint.shape, lineage.of(checkpoint)
     imported = places.checkpoint("parent")
     return (open_checkpoint(imported).shape if imported.is_dir() else None), []
@@ -209,7 +209,7 @@ def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage]) -> bu
             raise UsageError(
                 "parent.declared_tokens",
                 got=parent.declared_tokens,
-                expected=f"{tokens}, as the accounts of its {len(stages)} stage(s) say",
+                expected=f"{tokens}, the sum in the accounts of its {len(stages)} stage(s)",
             )
         return budgets.Lay(batch, end, tokens, flops)
     declared = parent.declared_tokens
@@ -239,9 +239,9 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
         if described is None:
             raise UsageError(
                 "parent.pretrain.arguments",
-                got="no vocabulary size",
-                expected="padded-vocab-size",
-                why=f"{study.data.train[0][1]} has no sidecar that says it",
+                got="nothing",
+                expected="padded-vocab-size among them",
+                why=f"{study.data.train[0][1]} has no sidecar that says its vocabulary size",
             )
         size = described["tokenizer"]["vocab_size"]
     multiple = int(given.get("make_vocab_size_divisible_by", 128)) * study.launch.tensor_parallel

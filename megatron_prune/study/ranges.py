@@ -89,7 +89,7 @@ def _need_a_word(study: Study, stage: Stage, why: str) -> None:
         raise UsageError(
             "parent.declared_unseen", got="nothing",
             expected="the reason why the parent has seen no text of the study, which the report prints",
-            why=f"{stage['run']} is behind the parent, and {why}",
+            why=f"{stage['run']} trained the parent, and {why}",
         )  # fmt: skip
 
 

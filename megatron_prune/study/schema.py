@@ -70,26 +70,25 @@ class Slurm:
 
 def _check_option(name: str, value: Any) -> None:
     """UsageError for an option of sbatch that the script sets itself, or that would not mean what is written."""
-    allowed = why = ""
+    allowed = why = remedy = ""
     if name in OF_THE_SCRIPT:
         allowed = "options that a job's script does not set itself"
     elif name.startswith("container-"):
-        allowed = (
-            "no container here: name one in each command of your own, or install the environment (launch.slurm.setup)"
-        )
-        why = "sbatch would put the job's script itself in it, which calls srun and scontrol"
+        allowed = "no container here"
+        why = "sbatch would run the job's script in it, which calls srun and scontrol"
+        remedy = "name one in each command of your own, or install the environment in launch.slurm.setup"
     elif name in TIMES and not isinstance(value, str):
-        allowed, why = 'a time in quotes, as "24:00:00"', "YAML reads 24:00:00 as 86400, Slurm that as minutes"
+        allowed, why = 'a time in quotes, such as "24:00:00"', "YAML reads 24:00:00 as 86400, and Slurm that as minutes"
     elif value is None or value is False:
-        allowed, why = "true for a flag without a value", "an option that is not wanted is left out"
+        allowed, remedy = "a value, or true for a flag without one", "leave out an option that is not wanted"
     elif name == "signal" and not re.fullmatch(r"B:USR1@\d+", str(value)):
-        allowed, why = "B:USR1@SECONDS", "the script tells its training to save so long before the time limit"
+        allowed, why = "B:USR1@SECONDS", "the script tells its training to save that long before the time limit"
     elif isinstance(value, list):
-        allowed = 'text as sbatch takes it, as "a,b"'
+        allowed = 'text as sbatch takes it, such as "a,b"'
     elif isinstance(value, str) and not (value and value.isprintable() and not set("'\"\\") & set(value)):
         allowed = "text on one line, without quotes and backslashes"
     if allowed:
-        raise UsageError(f"launch.slurm.options.{name}", got=repr(value), expected=allowed, why=why)
+        raise UsageError(f"launch.slurm.options.{name}", got=repr(value), expected=allowed, why=why, do=remedy)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,11 +118,17 @@ class Launch:
                 f"{self.tensor_parallel * self.pipeline_parallel}",
             )
         if self.slurm is not None and self.launcher != "slurm":
-            raise UsageError("launch.slurm", got="set", expected="only with launcher: slurm")
+            raise UsageError("launch.slurm", got="it alone", expected="launcher: slurm with it")
         if self.launcher == "slurm" and self.parallel_cells > 1:
-            raise UsageError("launch.parallel_cells", got=self.parallel_cells, expected="only with launcher: local")
+            raise UsageError(
+                "launch.parallel_cells", got=self.parallel_cells, expected="no such key with launcher: slurm"
+            )
         if self.nproc % self.ranks_per_node:
-            raise UsageError("launch.nproc", got=self.nproc, expected=f"whole nodes of {self.ranks_per_node} ranks")
+            raise UsageError(
+                "launch.nproc",
+                got=self.nproc,
+                expected=f"a multiple of launch.slurm.ranks_per_node {self.ranks_per_node}",
+            )
 
     @property
     def data_parallel(self) -> int:
@@ -152,7 +157,9 @@ class Tracking:
 
     def __post_init__(self) -> None:
         if self.wandb_entity and not self.wandb_project:
-            raise UsageError("tracking.wandb_entity", got=self.wandb_entity, expected="only with wandb_project")
+            raise UsageError(
+                "tracking.wandb_entity", got=f"{self.wandb_entity} alone", expected="tracking.wandb_project with it"
+            )
 
 
 # ``family`` of study.yaml: the comparisons that the study was made for, which Holm's correction is over.
@@ -188,7 +195,7 @@ class Family:
             for value in getattr(self, key) or ():
                 if value not in values:
                     raise UsageError(
-                        f"family.{key}", got=value, expected=f"what the study has: {', '.join(map(str, values))}"
+                        f"family.{key}", got=value, expected=f"one that the study has: {', '.join(map(str, values))}"
                     )
 
 
@@ -214,7 +221,7 @@ def read(path: str | Path) -> Any:
     """The content of a YAML file; UsageError where there is none, or it is not valid."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError("STUDY.yaml", got=path, expected="an existing file")
+        raise UsageError("STUDY.yaml", got=f"{path}, which does not exist", expected="the YAML file of a study")
     try:
         return yaml.load(path.read_text(), _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -260,16 +267,16 @@ class Study:
                 if flag in RESERVED:
                     raise UsageError(
                         f"{where}.{flag}",
-                        got="set",
+                        got="it",
                         expected="Megatron flags that the study does not set itself",
-                        why="it would not be the same for every arm",
+                        why="it would differ between arms",
                     )
         if self.parent.pretrain and self.parent.pretrain.lr is None and len(self.recipe.rates) > 1:
-            raise UsageError("parent.pretrain.lr", got="nothing", expected="a learning rate",
-                             why="recipe.lr has several, for the runs that are compared")  # fmt: skip
+            raise UsageError("parent.pretrain.lr", got="nothing", expected="one learning rate",
+                             why="recipe.lr lists several for the runs that are compared")  # fmt: skip
         if self.parent_per_seed and self.parent.pretrain is None:
-            raise UsageError("parent_per_seed", got="true", expected="only with parent.pretrain",
-                             why="an outside parent cannot be trained again")  # fmt: skip
+            raise UsageError("parent_per_seed", got="true with another parent", expected="parent.pretrain with it",
+                             why="a parent from elsewhere cannot be trained again")  # fmt: skip
         for what in ("budgets", "ratios", "seeds"):
             values = getattr(self, what)
             if len(set(values)) != len(values):
@@ -280,10 +287,10 @@ class Study:
             if tags.count(tag) > 1:
                 raise UsageError("methods", got=f"{tag} twice", expected="a label for each of them")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
-                raise UsageError("methods", got=tag, expected="labels of letters, digits, dots and dashes")
+                raise UsageError("methods", got=tag, expected="labels made of letters, digits, dots and dashes")
         names = [(method.title, method.last_pattern) for method in self.methods]
         if len(set(names)) < len(names):
-            raise UsageError("methods", got="two of one name and pattern", expected="another label for each of them")
+            raise UsageError("methods", got="two with the same name and pattern", expected="a label for each of them")
         self.family.check(
             methods=(method.title for method in self.methods),
             patterns=(method.last_pattern for method in self.methods),
@@ -292,7 +299,9 @@ class Study:
             budgets=self.budgets,
         )
         if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
-            raise UsageError("ratios", got="none", expected="at least one ratio, or a target or N:M for every method")
+            raise UsageError(
+                "ratios", got="none", expected="at least one ratio, or for every method a target or an N:M pattern"
+            )
         if self.ratio_of != "linears" and any(method.sparse for method in self.methods):
             raise UsageError(
                 "ratio_of", got=self.ratio_of, expected="linears in a study with sparse methods",
@@ -308,7 +317,7 @@ class Study:
             if steps in known:
                 raise UsageError(
                     "budgets", got=f"{known[steps]} and {budget}",
-                    expected="budgets of different numbers of steps",
+                    expected="budgets that differ in their number of steps",
                     why=f"both are {steps} step{'s' * (steps != 1)} of {batch.tokens:,} tokens: one run",
                 )  # fmt: skip
             known[steps] = budget
@@ -337,7 +346,7 @@ def load(path: str | Path) -> Study:
     """Read a study.yaml; UsageError names the key that is wrong and what is allowed there."""
     found = load_all(path)
     if len(found) > 1:
-        raise UsageError("STUDY.yaml", got=f"{path} with {len(found)} parents", expected="a study of one parent")
+        raise UsageError("STUDY.yaml", got=f"{path} with {len(found)}", expected="a study with one parent")
     return found[0]
 
 
@@ -351,11 +360,11 @@ def load_all(path: str | Path) -> list[Study]:
         return [from_mapping(content, where=str(path))]
     parents = content.pop("parents")
     if not isinstance(parents, dict) or not parents or "parent" in content:
-        raise UsageError(f"{path}: parents", got=parents if "parent" not in content else "set beside parent",
-                         expected="parents by their labels, in place of parent")  # fmt: skip
+        raise UsageError(f"{path}: parents", got=parents if "parent" not in content else "both",
+                         expected="either parent, or parents by their labels")  # fmt: skip
     if not isinstance(name := content.get("name"), str):
-        raise UsageError(f"{path}: name", got="nothing" if name is None else name, expected="a name: studies are "
-                         "called NAME.LABEL")  # fmt: skip
+        raise UsageError(f"{path}: name", got="nothing" if name is None else name,
+                         expected="a text", why="its studies are called NAME.LABEL")  # fmt: skip
     return [
         from_mapping({**content, "name": f"{name}.{label}", "parent": parent}, where=f"{path}: {label}")
         for label, parent in parents.items()
@@ -386,7 +395,7 @@ def _usage_error(error: ValidationError, where: str) -> UsageError:
         allowed = "one of " + ", ".join(_keys_at(first["loc"][:-1]))
         return UsageError(f"{where}: {location}", got="an unknown key", expected=allowed)
     if kind in ("missing", "missing_argument"):
-        return UsageError(f"{where}: {location}", got="nothing", expected="a value: this key is required")
+        return UsageError(f"{where}: {location}", got="nothing", expected="a value, since this key is required")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return UsageError(f"{where}: {location}", got=repr(first["input"]), expected=message)
 

@@ -62,7 +62,7 @@ class Data:
                     why="no stage may train on it",
                 )
         if len({weight is None for weight, _ in self.train}) > 1:
-            raise UsageError("data.train", got="weights for some", expected="a weight for every prefix or for none")
+            raise UsageError("data.train", got="weights for some", expected="a weight for every prefix, or for none")
 
     @property
     def blend(self) -> list[str]:
@@ -109,21 +109,22 @@ class Parent:
             raise UsageError(
                 "parent",
                 got=" and ".join(given) or "none of them",
-                expected="exactly one of pretrain, load, import_hf",
+                expected="exactly one of pretrain, load and import_hf",
             )
         if self.pretrain and (self.declared_tokens or self.declared_unseen or self.equal_total == "run"):
             raise UsageError(
                 "parent.declared_tokens, parent.declared_unseen, parent.equal_total",
-                got="beside parent.pretrain",
-                expected="only with load or import_hf",
-                why="a parent trained here is accounted",
+                got="parent.pretrain",
+                expected="parent.load or parent.import_hf with them",
+                why="a parent that is trained here has an account",
             )
         if self.equal_total == "run" and not self.pretrain and not self.declared_tokens and not self.load:
             raise UsageError(
                 "parent.equal_total",
                 got="run",
-                expected="skip, or give parent.declared_tokens",
+                expected="skip",
                 why="the parent's tokens are unknown",
+                do="give parent.declared_tokens to run it",
             )
 
 
@@ -178,8 +179,8 @@ class Link:
             raise UsageError(
                 f"methods.chain.{self.method().tag}",
                 got="nothing that says how much" if not any(says) else "more than one of them",
-                expected="one of ratio, target and an N:M pattern",
-                why="a chain runs once, not at every one of the study's ratios",
+                expected="exactly one of ratio, target and an N:M pattern",
+                why="a chain runs once, not at each of the study's ratios",
             )
 
     def method(self) -> Method:
@@ -218,31 +219,33 @@ class Method:
         where = f"methods.{self.tag}"
         if bool(self.name) == bool(self.chain) or len(self.chain) == 1:
             raise UsageError(where or "methods", got=f"name {self.name!r} and {len(self.chain)} links of a chain",
-                             expected="a name, or a chain of at least two prunings")  # fmt: skip
+                             expected="either a name, or a chain of at least two prunings")  # fmt: skip
         if self.chain and (self.pattern or self.settings or self.target):
-            raise UsageError(where, got="pattern, settings or target beside a chain",
-                             expected="those of its links")  # fmt: skip
+            raise UsageError(where, got="them beside a chain",
+                             expected="pattern, settings and target in the links of the chain")  # fmt: skip
         if self.chain and self.chain[-1].retrain:
             raise UsageError(
                 f"{where}.chain.retrain", got=f"{self.chain[-1].retrain} after the last link",
-                expected="tokens between two links", why="what is trained after it are the budgets",
+                expected="tokens between two links", why="the budgets say how long the last one is trained",
             )  # fmt: skip
         for flag in self.settings:
             if flag in CHOSEN:
-                raise UsageError(f"{where}.settings.{flag}", got="set", expected="flags that no other key stands for")
+                raise UsageError(
+                    f"{where}.settings.{flag}", got="it", expected="flags that no other key of the study sets"
+                )
         if self.pattern and self.target:
             raise UsageError(
                 f"{where}.target",
-                got="set",
-                expected="nothing beside a pattern",
+                got="both",
+                expected="either a pattern or a target",
                 why="sparse pruning leaves the shape as it is",
             )
         if not self.sparse and any(self.compare.values() if self.compare else ()):
             raise UsageError(
                 f"{where}.compare",
-                got="kinds of scratch",
-                expected="settings alone, without a pattern",
-                why="there is one kind of scratch run of a smaller shape: a dense one",
+                got="kinds of scratch runs",
+                expected="settings alone for a method without a pattern",
+                why="the scratch run of a smaller shape is always dense",
             )
 
     @property

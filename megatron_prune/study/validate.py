@@ -50,13 +50,13 @@ def needs(study: Study, method: Method, ratio: float | None) -> Needs:
     if retraining and retraining.tokens % batch:
         raise UsageError(
             f"methods.{method.tag}.settings.retrain-tokens", got=retraining.tokens,
-            expected=f"a multiple of {batch}, a global batch",
+            expected=f"a multiple of {batch}, the tokens of a global batch",
         )  # fmt: skip
     if retraining and study.launch.nproc > study.launch.ranks_per_node:
         raise UsageError(
-            f"methods.{method.tag}.settings.retrain-candidates", got=f"with launch.nproc {study.launch.nproc}",
-            expected=f"up to {study.launch.ranks_per_node} processes, one node's",
-            why="one process of the first node starts all ranks that retrain candidates; use `rescore --commands`",
+            f"methods.{method.tag}.settings.retrain-candidates", got=f"launch.nproc {study.launch.nproc}",
+            expected=f"at most {study.launch.ranks_per_node} processes, those of one node",
+            why="one process of the first node starts all ranks that retrain candidates", do="use `rescore --commands`",
         )  # fmt: skip
     _ = chosen.task  # a file that is no task is refused here
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
@@ -78,7 +78,7 @@ def structured(study: Study, method: Method, ratio: float | None) -> choices.Cho
             why=f"{method.name} is sparse",
         )  # fmt: skip
     found = methods.get(method.name)
-    parser = _Parser(f"methods.{method.tag}", "settings and targets as flags of `plan` take them")
+    parser = _Parser(f"methods.{method.tag}", "settings and targets that the flags of `plan` accept")
     own = choices.add_choice_arguments(parser, found)
     options, unknown = parser.parse_known_args(commands.choice(study, method, ratio))
     choices.refuse_unknown(unknown, method.name)
@@ -89,10 +89,10 @@ def sparse(study: Study, method: Method, ratio: float | None) -> request.Request
     """The method's flags, parsed as ``sparsify`` will parse them."""
     if method.name in methods.names() and method.name not in methods.sparse_names():
         raise UsageError(
-            f"methods.{method.tag}.pattern", got=method.pattern, expected="nothing",
+            f"methods.{method.tag}.pattern", got=method.pattern, expected="no such key",
             why=f"{method.name} removes whole dimensions",
         )  # fmt: skip
-    parser = _Parser(f"methods.{method.tag}", "settings as flags of `sparsify` take them")
+    parser = _Parser(f"methods.{method.tag}", "settings that the flags of `sparsify` accept")
     options = request.add_arguments(parser).parse_args(commands.choice(study, method, ratio))
     options.seed = 0
     return request.from_arguments(options)

@@ -97,7 +97,7 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
         if held.get(name) != value:
             raise UsageError(
                 "--save", got=f"{save}, which holds a run with {name} {_short(held.get(name))}",
-                expected=f"a new directory, or the same run again (this one has {name} {_short(value)})",
+                expected=f"a new directory, or one that holds a run with {name} {_short(value)}",
             )  # fmt: skip
 
 

@@ -52,58 +52,62 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
     if args.stream_range is None:
         for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed", "--stream-allow-seen"):
             if given(argv, flag):
-                raise UsageError(flag, got="without --stream-range", expected="together with --stream-range START:END")
+                raise UsageError(flag, got="none", expected="--stream-range START:END with it")
         return
     for name in ("dataloader_inter_document_masking", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(flag, got="on", expected="off with --stream-range", why="a stream builds its own indices")
+            raise UsageError(
+                flag, got="it", expected="no such flag with --stream-range", why="a stream builds its own indices"
+            )
     start, end = parse_range(args.stream_range)
     if not train_blend(args):
         raise UsageError(
-            "--stream-range", got=args.stream_range, expected="together with --train-data-path or --data-path"
+            "--stream-range", got=f"{args.stream_range} alone", expected="--train-data-path or --data-path with it"
         )
     if given(argv, "--split"):
         raise UsageError(
             "--split",
             got=args.split,
-            expected="nothing with --stream-range",
-            why="a stream takes its corpora whole; give validation text with --valid-data-path",
+            expected="no such flag with --stream-range",
+            why="a stream takes its corpora whole",
+            do="give validation text with --valid-data-path",
         )
     if args.rampup_batch_size is not None or args.step_batch_size_schedule is not None:
         raise UsageError(
             "--rampup-batch-size",
             got=args.rampup_batch_size,
-            expected="nothing with --stream-range",
-            why="the range fixes one global batch size for all steps",
+            expected="no such flag with --stream-range",
+            why="all steps of a range have one global batch size",
         )
     if args.global_batch_size is None:
-        raise UsageError("--global-batch-size", got="nothing", expected="a number, with --stream-range")
+        raise UsageError("--global-batch-size", got="nothing", expected="a number with --stream-range")
     if args.train_samples is not None:
         raise UsageError(
             "--train-samples",
             got=args.train_samples,
-            expected="nothing with --stream-range",
+            expected="no such flag with --stream-range",
             why="the range says how many samples",
         )
     if (end - start) % args.global_batch_size:
         raise UsageError(
             "--stream-range",
             got=args.stream_range,
-            expected=f"a multiple of the global batch of {args.global_batch_size} samples",
-            why=f"{end - start} samples leave {(end - start) % args.global_batch_size} over",
+            expected=f"a multiple of --global-batch-size {args.global_batch_size} samples",
+            why=f"{end - start} samples leave a rest of {(end - start) % args.global_batch_size}",
         )
     steps = (end - start) // args.global_batch_size
     if args.train_iters not in (None, steps):
         raise UsageError(
             "--train-iters",
             got=args.train_iters,
-            expected=f"{steps}, or nothing: {args.stream_range} at {args.global_batch_size} a batch",
+            expected=f"no such flag, or {steps}",
+            why=f"--stream-range {args.stream_range} is {steps} batches of {args.global_batch_size}",
         )
     args.train_iters = steps
     if args.valid_data_path is None:
         if given(argv, "--eval-iters") and args.eval_iters:
-            raise UsageError("--eval-iters", got=args.eval_iters, expected="0, or --valid-data-path with it")
+            raise UsageError("--eval-iters", got=args.eval_iters, expected="--valid-data-path with it, or 0")
         args.eval_iters = 0
 
 
@@ -138,10 +142,10 @@ def refuse_unfit(
         raise UsageError(
             "--stream-range",
             got=f"{start}:{end}" + f" for {name}" * (name != "this run"),
-            expected=f"an end up to {stream['samples']}",
+            expected=f"an end of at most {stream['samples']}",
             why=f"the stream has {stream['samples'] // stream['epochs']} samples of {stream['seq_length']} tokens in "
-            f"each of {stream['epochs']} epoch(s) and does not wrap; give more text, or declare more epochs with "
-            "--stream-epochs",
+            f"each of {stream['epochs']} epoch(s) and does not wrap",
+            do="give more text, or declare more epochs with --stream-epochs",
         )
     for earlier in seen:
         if earlier["stream"] is not None:

@@ -67,26 +67,26 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 def refuse_unfit_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot hold zeros, or is not proven to. Call before Megatron validates."""
     if args.random_masks is not None and args.masks is None:
-        raise UsageError("--random-masks", got=args.random_masks, expected="together with --masks",
-                         why="their pattern and counts are taken")  # fmt: skip
+        raise UsageError("--random-masks", got=f"{args.random_masks} alone", expected="--masks with it",
+                         why="random masks take their pattern and counts from it")  # fmt: skip
     if args.let_zeros_fill and args.masks is not None:
-        raise UsageError("--let-zeros-fill", got="on", expected="off, together with --masks", why="they hold zeros")
+        raise UsageError("--let-zeros-fill", got="both", expected="either it or --masks", why="masks hold the zeros")
     if _where(args) is None:
         return
     graphs = f"{args.cuda_graph_impl} {args.cuda_graph_modules} {args.cuda_graph_scope_deprecated}"
     shards = args.tensor_parallel_num_weight_shards
-    unreached, unproven = "its gradients lie where no mask reaches them", "not proven to hold zeros"
+    unreached, unproven = "masks do not reach the gradients that it makes", "it is not proven to keep zeros"
     for unfit, flag, given, allowed, why in (
         (args.optimizer not in ("adam", "sgd"), "--optimizer", args.optimizer, "adam or sgd", unproven),
         (args.use_torch_fsdp2, "--use-torch-fsdp2", "on", "off", unreached),
         (
             shards not in (None, args.tensor_model_parallel_size),
-            "--tensor-parallel-num-weight-shards", shards, "nothing", unreached,
+            "--tensor-parallel-num-weight-shards", shards, "no such flag", unreached,
         ),
-        (args.fp4, "--fp4-format", args.fp4, "nothing", unproven),
+        (args.fp4, "--fp4-format", args.fp4, "no FP4", unproven),
         (
             args.reuse_grad_buf_for_mxfp8_param_ag,
-            "--reuse-grad-buf-for-mxfp8-param-ag", "on", "off", "weights and gradients share memory",
+            "--reuse-grad-buf-for-mxfp8-param-ag", "on", "off", "its weights and gradients share memory",
         ),
         (
             "full_iteration" in graphs.replace("full_iteration_inference", ""),
@@ -95,7 +95,7 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
         (args.optimizer_cpu_offload, "--optimizer-cpu-offload", "on", "off", unproven),
     ):  # fmt: skip
         if unfit:
-            raise UsageError(flag, got=given, expected=f"{allowed}, in a run that holds masks", why=why)
+            raise UsageError(flag, got=given, expected=f"{allowed} in a run that holds masks", why=why)
 
 
 def choose(args: argparse.Namespace) -> Choice | None:
@@ -110,7 +110,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
     account = read_json(save / ACCOUNT) if save is not None and (save / ACCOUNT).exists() else None
     if account is not None and account["masks"] is None and folder is not None:
         raise UsageError(
-            "--masks", got=folder, expected=f"nothing, or another --save: {args.save} holds a dense run"
+            "--masks", got=folder, expected="no such flag, or another --save", why=f"{args.save} holds a dense run"
         )  # fmt: skip
     if account is not None and account["masks"] is not None and not own:
         raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them")
@@ -125,7 +125,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
         given = given if args.random_masks is None else RandomMasks(given, args.random_masks)
         if own and not _equal(given, masks):
             raise UsageError(
-                "--masks", got=args.masks, expected=f"another --save, or the masks that the run in {args.save} has"
+                "--masks", got=args.masks, expected=f"the masks of the run in {args.save}, or another --save"
             )
         masks = masks if own else given
     flag, path = ("--load", args.load) if _holds_checkpoint(args.load) else (
@@ -172,8 +172,8 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
     loads = _holds_checkpoint(args.load)
     if chosen.drawn and (loads or args.pretrained_checkpoint is not None):
         raise UsageError(
-            "--random-masks", got=args.random_masks, expected="a new model: no --pretrained-checkpoint, no --load",
-            why="the weights that it would remove have been trained",
+            "--random-masks", got=args.random_masks, expected="a new model, without --pretrained-checkpoint and --load",
+            why="it would remove weights that have been trained",
         )  # fmt: skip
     if not loads or args.finetune or args.no_load_optim or open_checkpoint(args.load).release:
         return
@@ -181,8 +181,9 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
     if beside is None or open_masks(beside).hash != chosen.masks.hash:
         raise UsageError(
             "--load", got=f"{args.load}, which was not trained under these masks",
-            expected="--pretrained-checkpoint instead, or --finetune or --no-load-optim with it",
+            expected="a run under the same masks",
             why="its optimizer state would move the zeros",
+            do="give it as --pretrained-checkpoint, or add --finetune or --no-load-optim",
         )  # fmt: skip
 
 
@@ -192,8 +193,9 @@ def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
     found = find_masks(start) if start is not None else None
     if found is not None and not args.let_zeros_fill:
         raise UsageError(
-            "--masks", got="nothing", expected=f"{found}, which holds the zeros of {start}, or --let-zeros-fill",
-            why="without either its zeros would become weights again, and the result would be no sparse model",
+            "--masks", got="nothing", expected=f"{found}, which holds the zeros of {start}",
+            why="without masks the zeros would become weights again, and the model would be dense",
+            do="add --let-zeros-fill if that is meant",
         )  # fmt: skip
 
 

@@ -293,9 +293,10 @@ def begin_with_checkpoint(args: argparse.Namespace) -> None:
         return
     if args.use_precision_aware_optimizer and (args.fp8_recipe == "delayed" or args.main_params_dtype != "fp32"):
         raise UsageError(
-            "--use-precision-aware-optimizer", got="with --fp8-param-gather and --fp8-recipe " + args.fp8_recipe,
-            expected="without it, or with another recipe and fp32 masters, where a run starts from a checkpoint",
-            why="this optimizer makes its masters of the FP8 weights, which are a rounding of the checkpoint's",
+            "--use-precision-aware-optimizer", got="it with --fp8-param-gather and --fp8-recipe " + args.fp8_recipe,
+            expected="no such flag where a run starts from a checkpoint",
+            why="this optimizer makes its master weights from the FP8 weights, which are rounded",
+            do="leave it out, or take another recipe and fp32 masters",
         )  # fmt: skip
     args.load_main_params_from_ckpt = args.no_load_optim = True
     args.stream_ckpt_dequant = False  # streaming would hand over the FP8 weights again

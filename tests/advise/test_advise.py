@@ -285,7 +285,7 @@ def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_pa
         (["--ratio", 0.5, "--tokens", "1M", "--gpu-hours", 3], "--tokens, --gpu-hours: expected .*, got both"),
         (["--ratio", 0.5, "--gpu-hours", 3], "--gpu-hours: expected .*, got 3.0"),
         (["--ratio", 0.5, "--tokens", "1M", "--gpu-flops", 3], "--gpu-flops: expected .*, got 3.0"),
-        (["--target-num-layers", 2, "--tokens", "1M"], "--target-num-layers: expected .*, got without --parent"),
+        (["--target-num-layers", 2, "--tokens", "1M"], "--target-num-layers: expected --parent CKPT with it, got none"),
         (["--target-params", "2M", "--tokens", "1M"], "--target-params: expected 1 to 999999.*, got 2000000"),
         (["--target-params", 1000, "--ratio-of", "all", "--tokens", "1M"], "--ratio-of: expected .*, got all"),
         (["--pattern", "4:2", "--tokens", "1M"], "--pattern: expected .*, got 4:2"),

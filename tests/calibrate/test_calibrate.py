@@ -268,7 +268,7 @@ def test_fewer_sequences_than_ranks(
         ),
         (["--micro-batch-size", "2"], 1, "--micro-batch-size: expected .*, got 2"),
         (["--seq-length", "32"], 1, "--seq-length: expected .*, got 32"),
-        (["--calibration-seq-length", "256"], 1, "--calibration-seq-length: expected up to .* 128, got 256"),
+        (["--calibration-seq-length", "256"], 1, "--calibration-seq-length: expected at most 128, .*, got 256"),
         (["--calibration-sequences", "100000"], 1, "--calibration-sequences: expected .*, got 100000"),
         (["--calibration-data-path", "/nowhere"], 1, "/nowhere.bin does not exist"),
         (["--output", "s.pt"], 1, "--output: expected .*, got s.pt"),

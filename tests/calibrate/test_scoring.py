@@ -322,9 +322,12 @@ def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
     import_hf(tiny_hf("llama-gqa", layers=LAYERS, seed=1), tmp_path / "other")
     (tmp_path / "broken.json").write_text('{"version": 1}')
     for more, message in (
-        (["--calibration-sequences", 3], "--calibration-sequences: expected .*, got with --score"),
-        (["--bf16"], "--bf16, --fp16: expected float32, got bfloat16"),
-        (["--load", tmp_path / "other"], "--load: expected the parent that --statistics are of, got .*other"),
+        (["--calibration-sequences", 3], "--calibration-sequences: expected no such flag with --score, got it"),
+        (["--bf16"], "--bf16, --fp16: expected the precision of --statistics, float32, got bfloat16"),
+        (
+            ["--load", tmp_path / "other"],
+            "--load: expected the parent checkpoint that --statistics was made from, got .*other",
+        ),
         (["--calibration-data-path", tmp_path / "nowhere"], "nowhere.bin does not exist"),
         (["--output", "x.pt"], "--output: expected .*, got x.pt"),
         (["--score", tmp_path / "broken.json"], "broken.json is damaged: KeyError"),
@@ -333,7 +336,7 @@ def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
         assert finished.returncode == 2, finished.output[-3000:]
         assert re.search("megatron_prune calibrate: .*" + message, finished.output), finished.output[-3000:]
     lonely = verbs.job(["calibrate", *verbs.load, "--score", tmp_path / "candidates.json"])
-    assert lonely.returncode == 2 and "--score, --statistics: expected both or none, got one of them" in lonely.output
+    assert lonely.returncode == 2 and "--score, --statistics: expected both or neither, got only one" in lonely.output
     verbs.calibrate()  # other windows: other statistics under the same name
     stale = verbs.score()
     assert stale.returncode == 2 and "the statistics that --score was written for" in stale.output

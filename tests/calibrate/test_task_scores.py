@@ -211,8 +211,8 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     long.write_text(json.dumps({"query": " ".join(tiny_documents[:2]), "choices": ["a", "b"], "gold": 0}) + "\n")
     for choice, message in (
         (by_task, "--task-data: expected .*, got nothing"),
-        ([*DEPTH, "--task-data", task], "--task-data: expected together with --score-by task, got .*"),
-        ([*DEPTH, "--task-metric", "acc"], "--task-metric: expected together with --score-by task, got acc"),
+        ([*DEPTH, "--task-data", task], "--task-data: expected --score-by task with it, got .*"),
+        ([*DEPTH, "--task-metric", "acc"], "--task-metric: expected --score-by task with it, got acc"),
         ([*by_task, "--task-data", tmp_path / "no.jsonl"], "cannot read the task"),
         ([*by_task, "--task-data", bad], "bad.jsonl, line 1: gold must be"),
         (["--method", "shortgpt", "--ratio", "0.5", "--score-by", "task"], "--score-by: .*only with --method minitron"),
@@ -228,13 +228,16 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     prune = ["prune", *verbs.load, *verbs.text, "--save", tmp_path / "cut"]
     refused(verbs.job([*prune, *by_task]), "--task-data: expected .*, got nothing")
     refused(verbs.job([*prune, *by_task, "--task-data", long]), "long.jsonl, example 1, choice 'a': the model would")
-    unasked = "--task-data: expected where the accuracy on a task is to decide, got .*"
+    unasked = "--task-data: expected no such flag where candidates are scored by their loss, got .*"
     alone = ["calibrate", *verbs.load, *verbs.text, "--output", tmp_path / "x.safetensors", "--task-data", task]
     refused(verbs.job(alone), unasked)
     verbs.make(*DEPTH)
     refused(verbs.score("--task-data", task), unasked)
     verbs.make(*by_task, "--task-data", task)
-    refused(verbs.score("--task-data", other), "--task-data: expected the examples that the plan .*, got .*other.jsonl")
+    refused(
+        verbs.score("--task-data", other),
+        "--task-data: expected the file of examples that was given to plan, got .*other.jsonl",
+    )
     refused(verbs.score("--tokenizer-type", "HuggingFaceTokenizer"), "--tokenizer-model: expected .*, got nothing")
     assert not (tmp_path / "cut").exists()
 

@@ -124,7 +124,7 @@ def test_short_documents_are_equal_or_counted_and_every_duplicate_is_named(tmp_p
 
 
 def test_what_cannot_be_compared_is_refused(stages):
-    with pytest.raises(UsageError, match="two stages or more"):
+    with pytest.raises(UsageError, match="corpora of at least two stages"):
         contamination.compare_stages({"train": [stages["train"], stages["test"]]})
     with pytest.raises(UsageError, match="--similarity: expected .*, got 7"):
         contamination.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, similarity=7)

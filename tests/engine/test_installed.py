@@ -217,6 +217,6 @@ def test_a_broken_package_is_a_missing_one(monkeypatch) -> None:
 
 
 def test_what_no_word_means_is_refused() -> None:
-    with pytest.raises(UsageError, match="--installed: expected none, or words of te, apex.*, got cuda"):
+    with pytest.raises(UsageError, match="--installed: expected none, or some of te, apex.*, got cuda"):
         installed.named("te,cuda")
     assert str(installed.named("apex,te")) == "te, apex" and str(installed.named("none")) == "none"

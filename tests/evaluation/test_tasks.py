@@ -231,7 +231,10 @@ def flags(**given: Any) -> argparse.Namespace:
     ("given", "says"),
     [
         ({"tasks": "tiny_choice"}, "expected tiny_choices.*, got tiny_choice"),
-        ({"tasks": "tiny_choices,tiny_story"}, "expected tasks of likelihoods, got tiny_story .*generate_until"),
+        (
+            {"tasks": "tiny_choices,tiny_story"},
+            "expected tasks that are scored by likelihoods, got tiny_story .*generate_until",
+        ),
         ({"tasks": "tiny_all,tiny_bare"}, "each task once.*tiny_bare"),
         ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: expected 0 for tiny_bare.*, got 2"),
         ({"tasks": "tiny_lost"}, "--tasks tiny_lost: lm-eval cannot load it"),
@@ -284,7 +287,10 @@ def test_only_names_of_the_folder_spare_lm_evals_own_list(folder, monkeypatch) -
 
 def test_a_task_that_generates_is_refused_before_the_model_is_loaded(models, folder, job, tmp_path) -> None:
     refused = evaluate(job, models[0], folder, tmp_path / "scores.json", "--tasks", "tiny_story")
-    assert refused.returncode == 2 and "--tasks: expected tasks of likelihoods, got tiny_story" in refused.output
+    assert (
+        refused.returncode == 2
+        and "--tasks: expected tasks that are scored by likelihoods, got tiny_story" in refused.output
+    )
     assert "loading distributed checkpoint" not in refused.output and not (tmp_path / "scores.json").exists()
 
 

@@ -129,9 +129,9 @@ def test_ratio_and_pattern() -> None:
     assert Sparsity.parse(None, "1:4") == Sparsity.parse(0.75, "1:4") == Sparsity(0.75, Pattern(1, 4))
     assert Sparsity.parse(0.333333333333, "2:3") == Sparsity.parse(None, "2:3")
     for ratio, pattern, message in (
-        (0.5, "1:4", r"--ratio: expected 0.75 or nothing, got 0.5 \(1:4 removes that\)"),
+        (0.5, "1:4", r"--ratio: expected no such flag, or 0.75, got 0.5 \(1:4 removes 0.75\)"),
         (None, "unstructured", "--ratio: expected .*, got nothing"),
-        (0.0, "unstructured", "--ratio: expected a number between 0 and 1.*, got 0.0"),
+        (0.0, "unstructured", "--ratio: expected the fraction to remove, a number between 0 and 1, got 0.0"),
         (1.0, "2:4", "--ratio: expected .*, got 1.0"),
         (float("nan"), "unstructured", "--ratio: expected .*, got nan"),
     ):

@@ -14,8 +14,8 @@ ON = "--enable-msc"
 
 
 ADDRESSES = {  # what is said after "expected "
-    "--load msc://disk/x": "an object store only with --enable-msc",
-    "--save=msc://disk/x": "an object store only with --enable-msc",
+    "--load msc://disk/x": "--enable-msc with the address of an object store",
+    "--save=msc://disk/x": "--enable-msc with the address of an object store",
     f"{ON} --pretrained-checkpoint s3://b/x": "a directory, or msc://PROFILE",
     f"{ON} --masks gs://b/x": "a directory, or msc://PROFILE",
     f"{ON} --load msc://other/x": 'a profile of MSC_CONFIG (Profile "other"',
@@ -61,8 +61,8 @@ def test_verbs_that_rename_what_they_wrote(disk, job, tmp_path):
 
 def test_without_the_client(monkeypatch):
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"--enable-msc: expected .*, got on .*pip install 'megatron-prune\[msc\]'"):
+    with pytest.raises(UsageError, match=r"--enable-msc: expected .*, got none; pip install 'megatron-prune\[msc\]'"):
         arguments.refuse_unusable("pretrain", [ON])
-    with pytest.raises(UsageError, match="--enable-msc: expected .*, got on"):
+    with pytest.raises(UsageError, match="--enable-msc: expected .*, got none"):
         arguments.refuse_unusable("pretrain", ["--load", "msc://disk/x", ON])
     arguments.refuse_unusable("pretrain", ["--load", "/a/directory"])

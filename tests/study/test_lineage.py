@@ -124,7 +124,9 @@ def test_all_stages_of_a_parent_are_counted(prefixes) -> None:
     assert scratch["tokens_total"] == (30 + 10 + 1) * TOKENS  # parent, retraining, calibration
     assert found.rows[1]["tokens_total"] == scratch["tokens_total"] and found.rows[0]["tokens_total"] == 30 * TOKENS
     assert "Behind the parent are 2 stages, all of them counted: a training on 2,560 tokens, then" in said(found)
-    with pytest.raises(UsageError, match=r"declared_tokens: expected 3840, as the accounts of its 2 stage.*, got 99"):
+    with pytest.raises(
+        UsageError, match=r"declared_tokens: expected 3840, the sum in the accounts of its 2 stage.*, got 99"
+    ):
         check(study(prefixes, second, parent={"declared_tokens": 99}))
 
 

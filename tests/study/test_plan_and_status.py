@@ -128,9 +128,9 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     with pytest.raises(UsageError, match="--gpus: expected .*, got 0"):
         command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])
     for flags, refused in (
-        (["--gpus", "8"], "--gpus: expected only with --throughput, got 8"),
-        (["--peak-tflops", "300"], "--peak-tflops: expected beside an MFU.*, got 300"),
-        (["--peak-tflops", "300", "--throughput", "1000"], "--peak-tflops: expected beside an MFU.*, got 300"),
+        (["--gpus", "8"], "--gpus: expected --throughput with it, got 8 alone"),
+        (["--peak-tflops", "300"], "--peak-tflops: expected an MFU with it.*, got 300"),
+        (["--peak-tflops", "300", "--throughput", "1000"], "--peak-tflops: expected an MFU with it.*, got 300"),
         (["--peak-tflops", "-1", "--throughput", "40%"], "--peak-tflops: expected a positive number, got -1"),
     ):
         with pytest.raises(UsageError, match=refused):

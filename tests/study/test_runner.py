@@ -194,7 +194,7 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
         training = made_up.study(prefixes, methods=[method], settings=["equal-training"])
         made_up.run(training, Path("long"), made_up.FakeLauncher())
     method, launching = {"name": "minitron-width", "settings": settings}, {"launcher": "slurm", "nproc": 4}
-    with pytest.raises(UsageError, match=r"retrain-candidates: expected up to 2 proc, got with launch.nproc 4"):
+    with pytest.raises(UsageError, match=r"retrain-candidates: expected at most 2 proc.*, got launch.nproc 4"):
         cluster = made_up.study(prefixes, methods=[method], launch=launching | {"slurm": {"ranks_per_node": 2}},
                                 recipe={"lr": 1e-3, "global_batch_size": 8, "micro_batch_size": 2})  # fmt: skip
         made_up.run(cluster, Path("nodes"), made_up.FakeLauncher())
@@ -439,7 +439,7 @@ def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> Non
     assert [slots.get(), slots.get()] == ["4,5", "6,7"]
     slots = local._devices(study, [])
     assert [slots.get(), slots.get()] == [None, None]
-    with pytest.raises(UsageError, match=r"launch\.parallel_cells: expected up to 3 processes.*, got 2 x nproc 2"):
+    with pytest.raises(UsageError, match=r"launch\.parallel_cells: expected at most 3 processes.*, got 2 cells of 2"):
         local._devices(study, ["0", "1", "2"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3f")
     assert local._visible() == ["2", "GPU-3f"]

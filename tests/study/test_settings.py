@@ -273,7 +273,7 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 1}}
     per_seed = {"methods": methods, "parent": parent, "seeds": [1, 2]}
     preflight.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
-    with pytest.raises(UsageError, match="seeds: expected another than the parent.s.*, got 1"):
+    with pytest.raises(UsageError, match="seeds: expected a seed other than the parent.s.*, got 1"):
         preflight.check(made_up.study(prefixes, **per_seed), Places(Path("runs/x")))
     assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]
 
@@ -303,10 +303,12 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     with pytest.raises(RunError, match="made-up.short: study report: expected .*, got runs/made-up.short"):
         command.main(["report", "study.yaml"])
     assert "wrote runs/made-up.long/report/index.html" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--parent: expected a label under parents in .*study.yaml, got wide"):
+    with pytest.raises(
+        UsageError, match="--parent: expected a label that stands under parents in .*study.yaml, got wide"
+    ):
         command.main(["status", "study.yaml", "--parent", "wide"])
-    with pytest.raises(UsageError, match="expected a study of one parent, got .*study.yaml with 2 parents"):
+    with pytest.raises(UsageError, match="expected a study with one parent, got .*study.yaml with 2"):
         schema.load(path)
     path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))
-    with pytest.raises(UsageError, match="parents: expected .*, got set beside parent"):
+    with pytest.raises(UsageError, match="parents: expected either parent, or parents by their labels, got both"):
         schema.load_all(path)

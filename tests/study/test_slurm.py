@@ -211,7 +211,7 @@ def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monke
     with pytest.raises(RunError, match="without saying that it succeeded"):
         command.main([*stage, *words])
     words[words.index("--lr") + 1] = "0.5"
-    with pytest.raises(UsageError, match="another command line than cell.json has"):
+    with pytest.raises(UsageError, match="expected the command line in cell.json, got another one"):
         command.main([*stage, *words])
 
 
@@ -228,9 +228,9 @@ def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, pre
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("time: 24:00:00", 'time: expected a time in quotes, as "24:00:00".*, got 86400'),
-        ("exclusive: false", "exclusive: expected true for a flag.*, got False"),
-        ("comment:", "comment: expected true for a flag.*, got None"),
+        ("time: 24:00:00", 'time: expected a time in quotes, such as "24:00:00", got 86400'),
+        ("exclusive: false", "exclusive: expected a value, or true for a flag without one, got False"),
+        ("comment:", "comment: expected a value, or true for a flag without one, got None"),
         ("gres: [gpu:8]", "gres: expected text as sbatch takes it.*, got .'gpu:8'."),
         ('comment: "one\\ntwo"', "comment: expected text on one line.*, got 'one.ntwo'"),
         ("comment: it's", "comment: expected text on one line.*, got .*"),

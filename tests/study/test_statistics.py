@@ -200,7 +200,7 @@ def test_words_say_what_an_interval_is_conditional_on() -> None:
 
 
 def test_a_family_names_what_the_study_has() -> None:
-    with pytest.raises(UsageError, match=r"family.budgets: expected what the study has: 5, 6, got 7"):
+    with pytest.raises(UsageError, match=r"family.budgets: expected one that the study has: 5, 6, got 7"):
         Family(budgets=[7]).check(budgets=[5, 6])
     Family().check(budgets=[5])
     assert Family().holds({"method": "m", "pattern": None, "ratio": 0.5, "setting": "equal-total", "budget": 5})

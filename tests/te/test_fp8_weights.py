@@ -115,7 +115,7 @@ def test_masters_that_cannot_begin_so_are_refused(tiny_parent, tiny_corpus, tmp_
     words = recipe(tiny_corpus, RANGE, tmp_path / "run", "--fp8-preset", "hybrid-delayed", *FP8)
     start = ["--pretrained-checkpoint", tiny_parent, "--use-checkpoint-args"]
     refused = job(["pretrain", *start, *words, "--use-precision-aware-optimizer"])
-    assert refused.returncode == 2 and "got with --fp8-param-gather" in refused.output
+    assert refused.returncode == 2 and "got it with --fp8-param-gather" in refused.output
     assert not (tmp_path / "run").exists()
 
 

@@ -260,7 +260,7 @@ REFUSED = [
     ("a contradicting number of steps", ["--train-iters", "7"], "--train-iters"),
     ("steps without samples", ["--global-batch-size", "0"], "--global-batch-size"),
     ("a save that divides by zero after the last step", ["--save-interval", "0"], "--save-interval"),
-    ("a seed that Megatron asserts", ["--seed", "0"], "--seed: expected 1 to 4294967295, got 0"),
+    ("a seed that Megatron asserts", ["--seed", "0"], "--seed: expected a number from 1 to 4294967295, got 0"),
     ("a seed that NumPy has not", ["--stream-permutation-seed", str(1 << 32)], "--stream-permutation-seed"),
     ("a split of a stream", ["--split", "9,1,0"], "--split"),
     ("validation without text", ["--eval-iters", "2"], "--valid-data-path"),

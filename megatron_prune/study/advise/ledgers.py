@@ -105,7 +105,7 @@ def read(path: str | Path) -> Ledger:
     path = Path(path)
     file = path / "report" / "results.json" if path.is_dir() else path
     if not file.is_file():
-        raise UsageError("--ledger", got=path, expected="a study's folder with a report, or its results.json")
+        raise UsageError("--ledger", got=path, expected="the folder of a study that has a report, or its results.json")
     content = artifacts.read_json(file)
     if not isinstance(content, dict) or not {"study", "rows", "comparisons"} <= set(content):
         raise UsageError("--ledger", got=file, expected="the results.json of a study's report")
@@ -116,7 +116,7 @@ def read(path: str | Path) -> Ledger:
     parents = [row for row in content["rows"] if row["arm"] == "parent"]
     curves = _curves(content["comparisons"], rows)
     if not parents or not curves:
-        raise UsageError("--ledger", got=file, expected="a study of which a comparison has finished")
+        raise UsageError("--ledger", got=file, expected="a study in which at least one comparison has finished")
     return Ledger(
         content["study"], parents[0]["params"], parents[0]["tokens_train"], content.get("one_parent", True), curves
     )

@@ -103,7 +103,7 @@ def from_arguments(options: argparse.Namespace, parent_params: int) -> Target:
     """The target that parsed flags describe; ``parent_params`` are the ledger's parent's."""
     shape = open_checkpoint(options.parent).shape if options.parent else None
     if shape is not None and options.parent_params is not None:
-        raise UsageError("--parent-params", got="beside --parent", expected="one of them")
+        raise UsageError("--parent, --parent-params", got="both", expected="exactly one of them")
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
     own = Pattern.parse(pattern).ratio if pattern else None
@@ -131,24 +131,26 @@ def _ratio(
         allowed = "exactly one of --ratio, --target-params, explicit --target-<size> flags, or an N:M pattern"
         raise UsageError("--ratio", got=" and ".join(given) or "no target", expected=allowed)
     if options.ratio_of and options.ratio is None:
-        raise UsageError("--ratio-of", got=options.ratio_of, expected="together with --ratio")
+        raise UsageError("--ratio-of", got=f"{options.ratio_of} alone", expected="--ratio with it")
     if own is not None:
         return own, "linears"
     if options.ratio is not None:
         if not 0 < options.ratio < 1:
-            raise UsageError("--ratio", got=options.ratio, expected="a fraction removed, between 0 and 1")
+            raise UsageError("--ratio", got=options.ratio, expected="the fraction to remove, a number between 0 and 1")
         return options.ratio, options.ratio_of or "linears"
     if options.pattern:
-        raise UsageError("--pattern", got=f"{options.pattern} with a smaller shape", expected="--ratio beside it")
+        raise UsageError("--pattern", got=f"{options.pattern} and a smaller shape", expected="--ratio with it")
     if options.target_params is not None:
         if not 0 < options.target_params < params:
             raise UsageError(
-                "--target-params", got=options.target_params, expected=f"1 to {params - 1}, below the parent's"
+                "--target-params",
+                got=options.target_params,
+                expected=f"1 to {params - 1}, less than the parent's {params}",
             )
         return 1 - options.target_params / params, "all"
     if shape is None:
         raise UsageError(
-            ", ".join(flag_of(field) for field in sizes), got="without --parent", expected="beside --parent CKPT",
+            ", ".join(flag_of(field) for field in sizes), got="none", expected="--parent CKPT with it",
             why="how much they remove depends on its shape",
         )  # fmt: skip
     for field, size in sizes.items():
@@ -156,7 +158,9 @@ def _ratio(
             raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(shape, field)}, the parent's size")
     smaller = replace(shape, **cast(dict[str, Any], dict(sizes)))
     if smaller == shape:
-        raise UsageError(", ".join(flag_of(field) for field in sizes), got="the parent's", expected="a smaller model")
+        raise UsageError(
+            ", ".join(flag_of(field) for field in sizes), got="the parent's sizes", expected="sizes of a smaller model"
+        )
     return 1 - smaller.linear_parameters() / shape.linear_parameters(), "linears"
 
 
@@ -164,15 +168,15 @@ def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
     """Tokens, or FLOPs."""
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"
-        raise UsageError("--tokens, --gpu-hours", got=given, expected="one of them")
+        raise UsageError("--tokens, --gpu-hours", got=given, expected="exactly one of them")
     if options.tokens is not None:
         if options.gpu_flops is not None:
-            raise UsageError("--gpu-flops", got=options.gpu_flops, expected="together with --gpu-hours")
+            raise UsageError("--gpu-flops", got=f"{options.gpu_flops} alone", expected="--gpu-hours with it")
         return float(options.tokens), None
     if options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
         raise UsageError(
-            "--gpu-hours", got=options.gpu_hours, expected="positive, together with --gpu-flops, such as 4e14",
-            why="what an hour does depends on the GPU and the layout: `preflight` estimates it",
+            "--gpu-hours", got=options.gpu_hours, expected="a positive number, with --gpu-flops, such as 4e14",
+            why="what an hour does depends on the GPU and the layout", do="estimate it with `preflight`",
         )  # fmt: skip
     return None, 3600 * options.gpu_hours * options.gpu_flops
 

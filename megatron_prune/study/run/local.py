@@ -125,8 +125,8 @@ def _devices(study: Study, visible: Sequence[str]) -> queue.Queue[str | None]:
     needed = launch.parallel_cells * launch.nproc
     if visible and needed > len(visible):
         raise UsageError(
-            "launch.parallel_cells", got=f"{launch.parallel_cells} x nproc {launch.nproc}",
-            expected=f"up to {len(visible)} processes, one a GPU",
+            "launch.parallel_cells", got=f"{launch.parallel_cells} cells of {launch.nproc}",
+            expected=f"at most {len(visible)} processes, one per GPU",
         )  # fmt: skip
     free: queue.Queue[str | None] = queue.Queue()
     for slot in range(launch.parallel_cells):

@@ -72,8 +72,8 @@ class Queue:
             differs = first_other_word(earlier.split(), now.split()) or "another script"
             raise UsageError(
                 f"study {self.study.name}", got=f"{cell.id} with {differs}",
-                expected=f"the script of job {job} while that waits in the queue",
-                why=f"scancel {job}, or restore study.yaml",
+                expected=f"the script of job {job} while that job waits in the queue",
+                do=f"cancel it with `scancel {job}`, or restore study.yaml",
             )  # fmt: skip
 
     def room(self) -> bool:
