@@ -1,4 +1,4 @@
-"""Tokenizing chunk by chunk, each chunk once: text repeats its words, tokenizers work on each anew.
+r"""Tokenizing chunk by chunk, each chunk once: text repeats its words, tokenizers work on each anew.
 
 A text is cut before white space into chunks (a word with the blanks before it), wherever the tokenizer
 is known never to make a token across the cut nor to look across it. The tokens of a text are then its

@@ -93,6 +93,45 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
 
+HUB_SECONDS = 10.0  # that the Hub may take to say whether it has a model
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def refuse_absent(model: str) -> bool:
+    """Whether this machine has the Hugging Face tokenizer ``model``: a directory, or a name in the Hub's cache.
+
+    False where only the Hub has it, which is asked once, for at most ``HUB_SECONDS``. UsageError where nobody has it:
+    transformers would ask for every file of a tokenizer several times, which takes a minute without a network.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(model).exists():
+        return True
+    looked = [f"no directory {model}"]
+    try:
+        validate_repo_id(model)
+    except ValueError:
+        pass  # no name: the Hub need not be asked
+    else:
+        constants = huggingface_hub.constants
+        if any(isinstance(huggingface_hub.try_to_load_from_cache(model, name), str) for name in _OF_A_TOKENIZER):
+            return True
+        looked.append(f"nothing in the Hub's cache {constants.HF_HUB_CACHE}")
+        if constants.HF_HUB_OFFLINE:
+            looked.append("HF_HUB_OFFLINE is set")
+        else:
+            try:
+                huggingface_hub.HfApi().model_info(model, timeout=HUB_SECONDS)
+                return False
+            except Exception as error:  # of the HTTP library that huggingface_hub has
+                looked.append(f"no answer of the Hub: {' '.join(str(error).split())[:200]}")
+    raise UsageError(
+        "--tokenizer-model", expected="a directory with a tokenizer, or the name of a model on the Hugging Face Hub",
+        got=model, why=", ".join(looked),
+    )  # fmt: skip
+
+
 class HuggingFaceTokenizer:
     """The fast tokenizer of a Hugging Face directory (or hub name), loaded without running its code."""
 
@@ -104,8 +143,11 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         self.model = str(model)
+        here = refuse_absent(self.model)
         try:
-            loaded = AutoTokenizer.from_pretrained(self.model, use_fast=True, trust_remote_code=False)
+            loaded = AutoTokenizer.from_pretrained(
+                self.model, use_fast=True, trust_remote_code=False, local_files_only=here
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"cannot load a Hugging Face tokenizer from {self.model}: {error}") from error
         if not loaded.is_fast:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_prune.checkpoint.tracker import (
     refuse_remote,
     repair_tracker,
 )
+from megatron_prune.data import tokenizers
 from megatron_prune.engine import cpu, fp8, installed, refusals, vocabulary
 from megatron_prune.errors import CheckpointError, UsageError
 
@@ -65,6 +67,9 @@ def parse(
     args = parse_args(extra_args_provider=add)
     refusals.refuse_without_effect(parsers[0], args, argv)
     _refuse_unfit_numbers(args)
+    _refuse_unfit_ranks(args)
+    if args.bf16 and args.fp16:
+        raise UsageError("--bf16, --fp16", expected="at most one of them", got="both")
     _refuse_missing_gpu(args)
     refuse_unfit(args)
     fp8.apply_preset(args, argv)
@@ -100,6 +105,8 @@ def parse(
     validate_args(args, {})
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
+    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
+        tokenizers.refuse_absent(args.tokenizer_model)  # Megatron is about to load it
     set_global_variables(args)
     vocabulary.settle(args, given=given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args
@@ -170,6 +177,21 @@ def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
         if value is not None and (value < least or name in _SEEDS and value >= 1 << 32):
             allowed = f"a number from {least} to {(1 << 32) - 1}" if name in _SEEDS else f"at least {least}"
             raise UsageError(f"--{name.replace('_', '-')}", got=value, expected=allowed)
+
+
+def _refuse_unfit_ranks(args: argparse.Namespace) -> None:
+    """A model that is split over more ranks than there are, or over ranks that cannot form whole replicas."""
+    split = {
+        f"--{name.replace('_', '-')}": size
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        if (size := getattr(args, name)) > 1
+    }
+    if args.world_size % math.prod(split.values()):
+        several = "sizes whose product" if len(split) > 1 else "a size that"
+        raise UsageError(
+            ", ".join(split), expected=f"{several} divides the number of ranks, {args.world_size}",
+            got=", ".join(map(str, split.values())), do="start more ranks, for example with torchrun --nproc-per-node",
+        )  # fmt: skip
 
 
 def _refuse_missing_gpu(args: argparse.Namespace) -> None:

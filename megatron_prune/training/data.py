@@ -125,6 +125,38 @@ def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> 
     refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
 
 
+def refuse_empty_parts(args: argparse.Namespace) -> None:
+    """UsageError where ``--split`` leaves a part of a corpus without tokens: Megatron would count its epochs for ever.
+
+    Of validated ``args``, before anything starts, and as Megatron cuts: by the documents of each corpus.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, _ = get_blend_and_blend_per_split(args)
+    if args.stream_range is not None or args.mock_data or blend is None:
+        return
+    parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for prefix in blend[0]:
+        if "://" in prefix:
+            continue  # in an object store, where Megatron reads it
+        corpus = indexed.open_indexed(prefix)
+        lengths = corpus.sequence_lengths  # a view of the file, for as long as ``corpus`` is there
+        for name, part in zip(("training", "validation", "test"), parts, strict=True):
+            if part is None:
+                continue
+            first, end = (round(bound * len(lengths)) for bound in part)
+            if not lengths[first:end].any():
+                raise UsageError(
+                    "--split", expected="parts that each hold a document", got=args.split,
+                    why=f"the {name} part of {prefix} is empty, of {len(lengths)} documents",
+                    do="give that part the share 0 to leave it out",
+                )  # fmt: skip
+
+
 def described(blend: list[str], seq_length: int, seed: int, epochs: int) -> dict[str, Any]:
     """What an account will say of a stream, with its number of samples, from the corpora's sizes: no index is built."""
     corpora = members(parse_blend(blend))

@@ -37,6 +37,7 @@ from megatron_prune.training.data import (
     Provider,
     add_stream_arguments,
     complete_arguments,
+    refuse_empty_parts,
     refuse_unfit_range,
     unique_tokens,
 )
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
     if args.rank == 0:
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
+        refuse_empty_parts(args)
         refuse_unfit_range(args, lineage.trainings(initial["lineage"]) if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])

@@ -242,6 +242,34 @@ def test_tokenizers_that_cannot_be_loaded(kind, path, error, says):
         load_tokenizer(kind, path)
 
 
+@pytest.mark.parametrize("name", ["nothere", "./nothere", "/no/where", "a/b/c", "owner/nothere"])
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_tokenizer_that_is_not_there_costs_one_short_question_at_most(monkeypatch, tmp_path, name, offline):
+    """Transformers asks the hub for each of a tokenizer's files, several times, which took a minute."""
+    import huggingface_hub
+    import transformers
+
+    asked = []
+
+    def model_info(self, repo_id, timeout=None, **_):
+        asked.append((repo_id, timeout))
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    says = f"--tokenizer-model: expected .*, got {name} .no directory {name}"
+    with pytest.raises(UsageError, match=says) as refused:
+        load_tokenizer("HuggingFaceTokenizer", name)
+    can_be_a_name = name in ("nothere", "owner/nothere")
+    if can_be_a_name and not offline:
+        assert len(asked) == 1 and asked[0][0] == name and asked[0][1] <= 10
+        assert "Name or service not known" in str(refused.value)
+    else:
+        assert asked == [] and ("HF_HUB_OFFLINE" in str(refused.value)) == can_be_a_name
+
+
 def test_training_a_tokenizer_is_deterministic_and_lossless(tmp_path):
     (tmp_path / "p.txt").write_text(PROSE)
     jsonl(tmp_path / "p.jsonl.gz", [PROSE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -256,7 +257,7 @@ def test_a_replicate_permutes_the_range_the_same_way_for_both_arms(tiny_corpus, 
 
 REFUSED = [
     ("another range in the same save directory", ["--stream-range", "64:112"], "--save"),
-    ("not whole batches", ["--stream-range", "0:13"], "a multiple of the global batch of 8"),
+    ("not whole batches", ["--stream-range", "0:13"], "a multiple of --global-batch-size 8 samples"),
     ("a contradicting number of steps", ["--train-iters", "7"], "--train-iters"),
     ("steps without samples", ["--global-batch-size", "0"], "--global-batch-size"),
     ("a save that divides by zero after the last step", ["--save-interval", "0"], "--save-interval"),
@@ -266,6 +267,12 @@ REFUSED = [
     ("validation without text", ["--eval-iters", "2"], "--valid-data-path"),
     ("FP8 without a GPU", ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], "--fp8-format"),
     ("Transformer Engine without a GPU", ["--transformer-impl", "transformer_engine"], "--transformer-impl"),
+    ("both half precisions", ["--bf16", "--fp16"], "--bf16, --fp16: expected at most one of them, got both"),
+    (
+        "more shards than ranks",
+        ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+        "--pipeline-model-parallel-size: expected sizes whose product divides the number of ranks, 1, got 2, 2",
+    ),
     ("NCCL without a GPU", ["--distributed-backend", "nccl"], "--distributed-backend"),
 ]
 
@@ -281,6 +288,55 @@ def test_refused_before_anything_starts(reference, tiny_corpus, job, flags, says
     assert refused.returncode == 2, refused.output[-2000:]
     assert says in refused.output and "Traceback" not in refused.output
     assert (reference / "losses.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("split", "empty"),
+    [
+        ("969,30,1", "test"),
+        ("9,1,0", None),
+        ("98,1,1", "validation"),
+        ("1,0,0", None),
+        ("1,1", None),
+        ("1,9999,0", "training"),
+    ],
+)
+def test_a_split_with_an_empty_part_is_refused(tmp_path, split, empty):
+    """20 documents: Megatron's GPTDataset would count the epochs of a part without tokens for ever."""
+    from megatron_prune.data.indexed import write_index
+    from megatron_prune.errors import UsageError
+    from megatron_prune.training.data import refuse_empty_parts
+
+    prefix = tmp_path / "corpus"
+    write_index(f"{prefix}.idx", [np.full(20, 5)], [np.ones(20, np.int64)], "int32")
+    Path(f"{prefix}.bin").write_bytes(np.zeros(100, np.int32).tobytes())
+    corpora = {
+        "data_path": [str(prefix)],
+        "data_args_path": None,
+        "per_split_data_args_path": None,
+        "train_data_path": None,
+    }
+    args = argparse.Namespace(
+        **corpora, valid_data_path=None, test_data_path=None, split=split, stream_range=None, mock_data=False
+    )
+    if empty is None:
+        refuse_empty_parts(args)
+    else:
+        says = f"--split: expected .*, got {split} .the {empty} part of {prefix} is empty, of 20 documents"
+        with pytest.raises(UsageError, match=says):
+            refuse_empty_parts(args)
+
+
+def test_a_split_that_nobody_gave_is_checked_before_anything_starts(tmp_path, job):
+    from megatron_prune.data.indexed import write_index
+
+    prefix = tmp_path / "corpus"
+    write_index(f"{prefix}.idx", [np.full(20, 50)], [np.ones(20, np.int64)], "int32")
+    Path(f"{prefix}.bin").write_bytes(np.zeros(1000, np.int32).tobytes())
+    recipe = "--seq-length 32 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3".split()
+    refused = job(["pretrain", *MODEL, *recipe, "--data-path", prefix])
+    assert refused.returncode == 2 and "--split: expected" in refused.output, refused.output[-2000:]
+    assert "Traceback" not in refused.output
 
 
 def test_a_range_beyond_the_stream_is_refused(tiny_corpus, tmp_path, job):
