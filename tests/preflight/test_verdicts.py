@@ -43,7 +43,7 @@ BAD = {
     "batch": ("--gpus 8", train(SP, "--global-batch-size 6 --stream-range 0:600"),
               r"global_batch_size \(6\) must be divisible by"),
     "nothing installed": ("--gpus 64 --installed none", train(SP), "arguments: --transformer-impl: .*pip install"),
-    "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*multiple of --global-batch-size"),
+    "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*a multiple of --global"),
     "layers by stages": ("--gpus 64", train("--pipeline-model-parallel-size 8", "--num-layers 12"),
                          "arguments: .*layers should be divisible"),
     "heads": (
