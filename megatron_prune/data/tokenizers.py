@@ -104,7 +104,7 @@ def refuse_absent(model: str) -> bool:
     transformers would ask for every file of a tokenizer several times, which takes a minute without a network.
     """
     import huggingface_hub
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     if Path(model).exists():
         return True
