@@ -60,7 +60,7 @@ setup(
         "tiktoken>=0.9",
         "nltk>=3.9",
         "pyarrow>=17",
-        "zstandard>=0.23",
+        "backports.zstd>=1.0; python_version < '3.14'",  # the standard library has it from 3.14 on
         "datasketch>=1.6",
         "tensorboard>=2.17",
         "matplotlib>=3.9",
@@ -72,7 +72,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "datasets": ["datasets>=3.0"],
+        "datasets": ["datasets>=3.0", "zstandard>=0.23"],  # which datasets needs for shards in zstd
         "eval": ["lm-eval>=0.4.13,<0.5"],
         # The stores' own clients come with its extras: multi-storage-client[boto3], …
         "msc": ["multi-storage-client>=1.3"],
@@ -96,6 +96,7 @@ setup(
             "mkdocs-material>=9.5,<10",
             "types-PyYAML",
             "types-tqdm",
+            "zstandard>=0.23",
         ],
     },
     classifiers=[

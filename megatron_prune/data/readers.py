@@ -8,14 +8,21 @@ is ever held whole, but for a plain text file that is one document.
 from __future__ import annotations
 
 import gzip
-import io
 import json
-from collections.abc import Buffer, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from megatron_prune.errors import DataError, UsageError
+
+# The standard library's reader. Others do not do: ``zstandard``'s takes a file that is cut off for a file that ends,
+# so that half a shard would become a corpus without a word, and pyarrow's does not read ``zstd --long``.
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -23,6 +30,9 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
 FORMATS = ("auto", "jsonl", "parquet", "text")
 DOCUMENTS = ("file", "paragraph", "line")
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+SKIPPABLE_MAGIC = b"\x50\x2a\x4d\x18"  # to 5f…
+LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, as some published shards need
 PARQUET_ROWS = 256  # that are decoded at a time
 
 
@@ -138,7 +148,7 @@ def records(
                 else:
                     for number, piece in _pieces(handle, text_documents):
                         yield Record(piece, f"{path}:{number}", None)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, gzip.BadGzipFile, zstd.ZstdError, OSError) as error:
             raise DataError(f"cannot read {path} to its end: {error}") from error
 
 
@@ -148,7 +158,11 @@ def _open(path: Path) -> IO[bytes]:
         magic = handle.read(4)
     if magic.startswith(b"\x1f\x8b"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    return ZstdFile.open(path) if is_zstd(magic) else open(path, "rb")
+    # pzstd begins with a frame without content, whose magic number ends in any digit.
+    if magic == ZSTD_MAGIC or (magic[1:] == SKIPPABLE_MAGIC[1:] and magic[0] >> 4 == SKIPPABLE_MAGIC[0] >> 4):
+        options = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
+        return zstd.open(path, "rb", options=options)  # type: ignore[return-value]
+    return open(path, "rb")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Record]:
@@ -217,74 +231,3 @@ def text_of(record: Record) -> str:
     if b"\\u" in record.payload:  # the one way to smuggle half a surrogate pair in; no tokenizer takes it
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-# Reading zstd files to their true end.
-#
-# ``zstandard``'s own stream reader takes a file that is cut off for a file that ends: half a shard would
-# become a corpus without a word. Here every frame must be whole.
-
-
-ZSTD_MAGIC = 0xFD2FB528
-SKIPPABLE_MAGIC = 0x184D2A50  # to …5F: a frame without content, as pzstd writes before each of its own
-COMPRESSED_BYTES = 1 << 16  # that are read at a time; what they expand to is in memory
-LARGEST_WINDOW = 1 << 31  # `zstd --long=31`, as some published shards need
-
-
-def is_zstd(head: bytes) -> bool:
-    """Whether a file that begins with these four bytes is one of zstd frames."""
-    magic = int.from_bytes(head[:4], "little")
-    return magic == ZSTD_MAGIC or magic & ~0xF == SKIPPABLE_MAGIC
-
-
-class ZstdFile(io.RawIOBase):
-    """The decompressed bytes of a file of one or more zstd frames; use ``ZstdFile.open``."""
-
-    def __init__(self, path: str | Path):
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
-        self._file = open(path, "rb")
-        self._frame = self._decompressor.decompressobj()
-        self._inside = False  # a frame has begun and has not ended
-        self._ready = memoryview(b"")
-
-    @staticmethod
-    def open(path: str | Path) -> IO[bytes]:
-        """A buffered reader; it raises EOFError when the file ends inside a frame, OSError when it is broken."""
-        return io.BufferedReader(ZstdFile(path), 1 << 20)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        while not self._ready:
-            compressed = self._file.read(COMPRESSED_BYTES)
-            if not compressed:
-                if self._inside:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._ready = memoryview(self._decompress(compressed))
-        view = memoryview(buffer).cast("B")
-        size = min(len(view), len(self._ready))
-        view[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def _decompress(self, compressed: bytes) -> bytes:
-        pieces = []
-        try:
-            while compressed:
-                pieces.append(self._frame.decompress(compressed))
-                self._inside, compressed = not self._frame.eof, b""
-                if self._frame.eof:
-                    compressed = self._frame.unused_data
-                    self._frame = self._decompressor.decompressobj()
-        except self._error as error:
-            raise OSError(str(error)) from error
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

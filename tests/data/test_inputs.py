@@ -62,6 +62,8 @@ def writers(texts):
     lines = json_lines(texts)
     half = len(lines) // 2
     frames = zstandard.compress(lines[:half]) + zstandard.compress(lines[half:], level=19)
+    far = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, write_content_size=False)
+    streamed = zstandard.ZstdCompressor(compression_params=far).compressobj()
     return {
         "x.jsonl": lines,
         "x.jsonl.gz": gzip.compress(lines),
@@ -69,6 +71,7 @@ def writers(texts):
         "X.JSONL.Zstd": frames,
         "pzstd.jsonl.zst": b"".join(map(as_pzstd, (lines[:half], lines[half:]))),
         "x.json.zst": zstandard.ZstdCompressor(write_content_size=False).compress(lines),
+        "long.jsonl.zst": streamed.compress(lines) + streamed.flush(),  # zstd --long=28
         "misnamed.jsonl": zstandard.compress(lines),
         "x.parquet": lambda path: parquet(path, texts, row_group_size=7, compression="zstd"),
         "large.pq": lambda path: parquet(path, texts, pa.large_string()),
