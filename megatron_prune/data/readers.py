@@ -160,7 +160,7 @@ def _open(path: Path) -> IO[bytes]:
         return gzip.open(path, "rb")  # type: ignore[return-value]
     # pzstd begins with a frame without content, whose magic number ends in any digit.
     if magic == ZSTD_MAGIC or (magic[1:] == SKIPPABLE_MAGIC[1:] and magic[0] >> 4 == SKIPPABLE_MAGIC[0] >> 4):
-        options = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
         return zstd.open(path, "rb", options=options)  # type: ignore[return-value]
     return open(path, "rb")
 

@@ -114,17 +114,22 @@ def run(
     model: list[torch.nn.Module],
     windows: Iterable[torch.Tensor],
     reduce: Callable[[torch.Tensor], torch.Tensor] = torch.mean,
+    batch: int = 1,
 ) -> list[float] | None:
     """Forward every window through the pipeline; what ``reduce`` makes of the token losses of each, in order.
 
     ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica, of any
-    lengths: token t+1 is predicted from the tokens up to t, so each window makes S predictions. One window
-    is one micro-batch: batching must not change a sum. ``reduce`` gets the losses of one, float64 [S], and
-    returns a scalar. Returns None but on the last stage. Padding of the vocabulary does not count
-    (``engine/vocabulary.py``); DataError where a window holds an id of it.
+    lengths: token t+1 is predicted from the tokens up to t, so each window makes S predictions. A micro-batch
+    is ``batch`` windows, which must be of one length where it is more than one. ``reduce`` gets the losses of
+    one window, float64 [S], and returns a scalar. Returns None but on the last stage. Padding of the vocabulary
+    does not count (``engine/vocabulary.py``); DataError where a window holds an id of it.
     """
-    batches = ((window[None, :-1], window[None, 1:]) for window in map(checked, windows))  # [1, S] each
-    return _through_the_pipeline(model, batches, lambda losses: reduce(losses.double().view(-1)).item())
+    stacked = (torch.stack(some) for some in itertools.batched(map(checked, windows), batch))  # [B, S + 1] each
+    batches = ((some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in stacked)  # [B, S] each
+    found = _through_the_pipeline(
+        model, batches, lambda losses: [reduce(row).item() for row in losses.double().view(losses.shape[0], -1)]
+    )
+    return None if found is None else list(itertools.chain.from_iterable(found))
 
 
 def checked(window: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ say which text it was: the corpus's fingerprint, windows and their length.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.engine import fp8, runtime
+from megatron_prune.engine import cpu, fp8, runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.evaluation import tasks
 
@@ -40,8 +41,9 @@ def main(argv: list[str]) -> int:
     model = runtime.load_model(args)
     masks = check_loaded(model, runtime.loaded_directory(args))
     scores: dict[str, Any] = {}
+    cpu.fuse(model)
     for label, selected in corpora.items():
-        losses = score(model, selected)
+        losses = score(model, selected, args.micro_batch_size)
         loss = sum(losses) / len(losses)
         scores[label] = {
             "prefix": selected.prefix,
@@ -78,22 +80,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def score(model: list[torch.nn.Module], selected: Any) -> list[float]:
+def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[float]:
     """Mean loss of every window, in order, on every rank the same.
 
-    Data-parallel replica r of R scores windows r, r + R, …; each window is computed alone, so its
-    loss does not depend on R.
+    Windows are run ``batch`` at a time. Data-parallel replica r of R scores batches r, r + R, …: which windows
+    share a batch, and with it the rounding of their losses, does not depend on R.
     """
     from megatron.core import parallel_state as mpu
 
     from megatron_prune.engine import forward
 
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    mine = range(replica, len(selected), replicas)
-    losses = forward.run(model, (selected[number] for number in mine))
+    batches = list(itertools.batched(range(len(selected)), batch))
+    mine = list(itertools.chain.from_iterable(batches[replica::replicas]))
+    losses = forward.run(model, (selected[number] for number in mine), batch=batch)
     gathered = torch.zeros(len(selected), dtype=torch.float64, device=torch.cuda.current_device())
     if losses is not None and mpu.get_tensor_model_parallel_rank() == 0:
-        gathered[list(mine)] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)
+        gathered[mine] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)
     torch.distributed.all_reduce(gathered)
     return gathered.tolist()
 
@@ -144,8 +147,8 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
         raise UsageError("--seq-length", got="nothing", expected="the number of tokens per window")
     if args.seq_length > (args.max_position_embeddings or 0) and args.position_embedding_type == "rope":
         args.max_position_embeddings = args.seq_length  # RoPE has no table that ends
-    if not tasks.names(args) or args.micro_batch_size is None:
-        args.micro_batch_size = 1  # windows are run one at a time
+    if args.micro_batch_size is None or args.fp8:  # a scale that windows shared would make their losses depend on it
+        args.micro_batch_size = 1
     args.global_batch_size = None
     args.train_iters = 1  # Megatron validates a schedule, though nothing is trained
     args.lr = args.lr or 1.0

@@ -48,8 +48,12 @@ def _evaluate(job, checkpoint: Path, corpus: Path, output: Path, *more: object, 
 def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tmp_path, job):
     source, checkpoint = imported
     expected = _transformers_losses(source, tiny_corpus)
-    for name, tp, pp, dp in (("1", 1, 1, 1), ("tp2", 2, 1, 1), ("pp2", 1, 2, 1), ("dp2", 1, 1, 2), ("tp2pp2", 2, 2, 1)):
-        scores = _evaluate(job, checkpoint, tiny_corpus, tmp_path / name, *layout(tp, pp), nproc=tp * pp * dp)
+    layouts = (
+        ("1", 1, 1, 1, 3), ("tp2", 2, 1, 1, 1), ("pp2", 1, 2, 1, 4), ("dp2", 1, 1, 2, 4), ("tp2pp2", 2, 2, 1, 16),
+    )  # fmt: skip
+    for name, tp, pp, dp, batch in layouts:  # batches that divide the windows, that do not, and that hold them all
+        flags = [*layout(tp, pp), "--micro-batch-size", batch]
+        scores = _evaluate(job, checkpoint, tiny_corpus, tmp_path / name, *flags, nproc=tp * pp * dp)
         text = scores["corpora"]["text"]
         np.testing.assert_allclose(text["window_losses"], expected, rtol=2e-5, err_msg=name)
         assert text["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
