@@ -35,7 +35,7 @@ WITH_TE = os.environ.get("MEGATRON_PRUNE_TE_TESTS") == "1"  # tests/run.sh --te 
 if WITH_TE:  # ranks build Transformer Engine's layers
     from megatron_prune.engine import launch
 
-    launch.ZYGOTE = "tests.te.zygote"
+    launch.FORK_SERVER = "tests.te.fork_server"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,22 @@
-"""A process that has imported torch and Megatron once, and forks the ranks of each job from there.
+"""A process that has imported torch and Megatron once, and forks the ranks of each job.
 
-Importing ``megatron.training`` costs seconds and a job of five steps on a small model does not;
-on a machine without a GPU, ``engine/launch.py`` therefore starts this server once for its own
-process and sends it jobs. Nobody else talks to it.
+Importing ``megatron.training`` takes seconds, and a job of five steps on a small model does not. On a machine
+without a GPU, ``engine/launch.py`` therefore starts this server once and sends it jobs. Nobody else talks to it.
 
-    caller ──control socket──▶ zygote ──fork──▶ supervisor (one a job) ──fork──▶ ranks
-       └──────────── one socket a job ─────────────▲
+    caller ──control socket──▶ fork server ──fork──▶ supervisor (one per job) ──fork──▶ ranks
+       └──────────── one socket per job ─────────────────▲
 
-* The zygote has one thread, no process group, no Megatron globals and has run no tensor
-  operation, so a fork of it is a freshly started interpreter with the imports done. It leaves
-  when the control socket closes, that is, when its caller is gone, however it went.
-* A supervisor is what torchrun's agent is: it hosts the rendezvous store (so that no port is
-  ever chosen twice), waits for its ranks, and ends all of them when one fails, when the caller
-  hangs up or is gone. Ranks die with their supervisor.
+* The fork server has one thread, no process group and no Megatron globals, and has run no tensor operation. A
+  fork of it is therefore like a new interpreter with the imports done. It exits when the control socket closes,
+  that is, when its caller is gone, however the caller ended.
+* A supervisor does what torchrun's agent does. It hosts the rendezvous store (so that no port is ever chosen
+  twice), waits for its ranks, and ends all of them when one fails, or when the caller hangs up or is gone. Ranks
+  die with their supervisor.
+
+Why not ``multiprocessing``'s forkserver: its children hold the pipe by whose end the server learns that its caller is
+gone, so when a caller is killed, server and ranks run on. It also imports the caller's main module again in each
+child, which fails for a script without ``if __name__ == "__main__"``. A test holds us to the first
+(tests/engine/test_launch.py, ``test_a_killed_caller_takes_its_job_along``).
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from typing import Any, NoReturn
 READY, GPU = b"R", b"G"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
-# What a training run imports by its end, found by comparing sys.modules; ours load in milliseconds.
+# What a training run has imported by its end, found by comparing sys.modules; our own modules load in milliseconds.
 PRELOAD = (
     "megatron.training",
     "megatron.core.datasets.blended_dataset",
@@ -115,15 +119,15 @@ def die_with(parent: int, signal_number: int) -> None:
 
 
 def _run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """Run the work of a forked child and leave as an interpreter would, but for freeing memory."""
+    """Run the work of a forked child and exit as an interpreter would, but without freeing memory."""
     import atexit
     import threading
 
     code = 1
     try:
         code = run()
-    except SystemExit as leaving:
-        code = _exit_code(leaving)
+    except SystemExit as exiting:
+        code = _exit_code(exiting)
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
@@ -135,10 +139,10 @@ def _run_and_exit(run: Callable[[], int]) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def _exit_code(leaving: SystemExit) -> int:
-    if leaving.code is None or isinstance(leaving.code, int):
-        return leaving.code or 0
-    print(leaving.code, file=sys.stderr)
+def _exit_code(exiting: SystemExit) -> int:
+    if exiting.code is None or isinstance(exiting.code, int):
+        return exiting.code or 0
+    print(exiting.code, file=sys.stderr)
     return 1
 
 
@@ -193,11 +197,11 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
             _kill_groups(pids)
     with contextlib.suppress(OSError):
         send(connection, {"returncode": code})
-    os._exit(0)  # what the imports registered for the end is for the ranks to do
+    os._exit(0)  # exit handlers that the imports registered are for the ranks
 
 
 def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
-    """Wait until every rank has ended well, one has failed, or the caller has hung up."""
+    """Wait until every rank has exited with 0, one has failed, or the caller has hung up."""
     while ranks:
         readable, _, _ = select.select([connection], [], [], POLL_SECONDS)
         if readable:
@@ -208,7 +212,7 @@ def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
                 rank = ranks.pop(pid)
                 code = os.waitstatus_to_exitcode(status)
                 if code:
-                    how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
+                    how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
                     if code < 0 or ranks:
                         print(f"rank {rank} {how}", file=sys.stderr, flush=True)
                     return code
@@ -216,7 +220,7 @@ def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
 
 
 def _end(ranks: dict[int, int]) -> None:
-    """End what is left of a job: asked first, made to after ``GRACE_SECONDS``."""
+    """End the ranks that are left of a job: SIGTERM first, SIGKILL after ``GRACE_SECONDS``."""
     deadline = time.monotonic() + GRACE_SECONDS
     for pid in ranks:
         os.kill(pid, signal.SIGTERM)
@@ -322,4 +326,4 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # nothing is left to finish, and tearing the imports down takes longer than a job
+    os._exit(0)  # nothing is left to do, and freeing all that was imported takes longer than a job

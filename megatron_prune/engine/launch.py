@@ -16,6 +16,7 @@ import fcntl
 import functools
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +28,7 @@ from megatron_prune.engine import fork_server
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
-ZYGOTE = fork_server.__name__  # the module that the process which forks ranks runs
-AGENT = "megatron_prune.engine.agent"
+FORK_SERVER = fork_server.__name__  # the module that the process which forks ranks runs
 
 
 def launch(
@@ -66,7 +66,7 @@ def start(
     _check_nproc(nproc)
     argv = [os.fspath(argument) for argument in argv]
     with _open_log(log) as (out, err):
-        if not _zygote().forks:
+        if not _fork_server().forks:
             return _TorchrunJob(argv, nproc, out, err, env)
         work = functools.partial(fork_server.run_verb, argv)
         main = str(Path(fork_server.__file__).parents[1] / "__main__.py")
@@ -136,7 +136,7 @@ class _ForkedJob(Job):
 
 class _TorchrunJob(Job):
     def __init__(self, argv: list[str], nproc: int, out: int, err: int, env: Mapping[str, str] | None):
-        command = [sys.executable, "-m", AGENT, str(os.getpid()), "--standalone"]
+        command = [sys.executable, "-m", __name__, str(os.getpid()), "--standalone"]
         command += ["--nproc-per-node", str(nproc), "-m", "megatron_prune", *argv]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
@@ -163,7 +163,7 @@ def _start_forked(
     env: Mapping[str, str] | None,
 ) -> _ForkedJob:
     ours, theirs = socket.socketpair()
-    _zygote().submit(theirs.fileno(), out, err)
+    _fork_server().submit(theirs.fileno(), out, err)
     theirs.close()
     request = {
         "work": pickle.dumps(work),
@@ -219,15 +219,15 @@ _SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "2000"}
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a rank sets its own
 
 
-class _Zygote:
-    """The client's end of one zygote process."""
+class _ForkServer:
+    """The client's end of one fork server."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", ZYGOTE, str(theirs.fileno())],
+            [sys.executable, "-m", FORK_SERVER, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a ^C is for the caller, who then ends its jobs
@@ -237,7 +237,7 @@ class _Zygote:
         answer = self.control.recv(1)
         self.forks = answer == fork_server.READY  # there is no GPU
         if answer not in (fork_server.READY, fork_server.GPU):
-            raise RunError(f"{sys.executable} -m {ZYGOTE} could not start: its error is above")
+            raise RunError(f"{sys.executable} -m {FORK_SERVER} could not start: its error is above")
 
     def submit(self, *descriptors: int) -> None:
         with self.lock:
@@ -252,15 +252,31 @@ class _Zygote:
             self.process.wait()
 
 
-_current: _Zygote | None = None
+_current: _ForkServer | None = None
 _current_lock = threading.Lock()
 
 
-def _zygote() -> _Zygote:
-    """This process's zygote, started on first use and stopped at exit."""
+def _fork_server() -> _ForkServer:
+    """This process's fork server, started on first use and stopped at exit."""
     global _current
     with _current_lock:
         if _current is None or not _current.alive():
-            _current = _Zygote()
+            _current = _ForkServer()
             atexit.register(_current.stop)
         return _current
+
+
+def _be_torchrun() -> None:
+    """What ``_TorchrunJob`` runs: ``python -m megatron_prune.engine.launch CALLER <words of torchrun>``.
+
+    torchrun that ends its ranks when the process CALLER is gone. A caller that is killed cannot end anything itself,
+    and ranks without one would hold their GPUs for hours. SIGTERM has torchrun end its ranks, with its own grace.
+    """
+    fork_server.die_with(int(sys.argv.pop(1)), signal.SIGTERM)
+    from torch.distributed import run  # seconds: the caller may be gone by then
+
+    run.main()
+
+
+if __name__ == "__main__":
+    _be_torchrun()

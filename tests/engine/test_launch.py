@@ -76,7 +76,7 @@ def test_ranks_form_a_group(distributed, nproc: int) -> None:
 
 
 def test_the_callers_directory_and_environment_hold(distributed, tmp_path, monkeypatch) -> None:
-    distributed(all_reduced, 1)  # the zygote runs from now on
+    distributed(all_reduced, 1)  # the fork server runs from now on
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     (found,) = distributed(all_reduced, 1)
@@ -179,7 +179,7 @@ def test_nproc_is_checked() -> None:
 @pytest.fixture
 def a_gpu(monkeypatch) -> None:
     """The launcher takes torchrun's way, as where torch finds a GPU."""
-    monkeypatch.setattr(launch, "_zygote", lambda: SimpleNamespace(forks=False))
+    monkeypatch.setattr(launch, "_fork_server", lambda: SimpleNamespace(forks=False))
 
 
 def test_where_there_is_a_gpu_it_is_torchrun(a_gpu, tmp_path) -> None:
@@ -202,7 +202,7 @@ def test_a_killed_caller_takes_its_torchrun_along_and_the_log_is_held_until_the_
     )
     caller = (
         "import sys; from types import SimpleNamespace; from megatron_prune.engine import launch;"
-        "launch._zygote = lambda: SimpleNamespace(forks=False);"
+        "launch._fork_server = lambda: SimpleNamespace(forks=False);"
         "launch.launch(['pretrain'], log=sys.argv[1], env={'PYTHONPATH': sys.argv[2]})"
     )
     log, root = tmp_path / "log", Path(__file__).parents[2]
