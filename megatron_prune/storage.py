@@ -43,7 +43,12 @@ class Status(NamedTuple):
 
 
 class StorePath(PurePosixPath):
-    """``msc://profile/key``. Raises StorageError where the store itself fails, FileNotFoundError as ``Path`` does."""
+    """``msc://profile/key``. Raises StorageError where the store itself fails, FileNotFoundError as ``Path`` does.
+
+    The client's own ``MultiStoragePath`` does not do: it needs the client and a known profile to be made at all, so
+    that a missing one could not be refused by flag; for a key below a file it raises RuntimeError where ``Path`` says
+    that there is none; ``as_posix`` downloads the object; and it reads no ranges.
+    """
 
     def __str__(self) -> str:
         return _STORED.sub(SCHEME, super().__str__(), count=1)

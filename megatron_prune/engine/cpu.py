@@ -1,17 +1,19 @@
 """Lets Megatron run where there is no GPU. The only module that asks whether there is one.
 
-``prepare()`` is called once, before any ``megatron`` import. With a GPU it does nothing at
-all: Megatron runs as NVIDIA ships it. Without one it
+``prepare()`` is called once, before any ``megatron`` import. With a GPU it does nothing, and Megatron runs as NVIDIA
+ships it. Without one it
 
 1. hides Transformer Engine and Apex, whose kernels need a GPU: Megatron would prefer their optimizers,
 2. gives ``torch.cuda`` stand-ins that answer for the CPU (device, streams, events, memory, RNG),
 3. sends tensors that name the device ``cuda`` to the CPU,
-4. lets ``Tensor.type()`` name the type that Megatron's assertions look for,
-5. replaces ``torch.compile`` by the identity: compiling the fused kernels costs a CPU run more
-   start-up time than they return, and importing the compiler alone takes a second.
+4. makes ``Tensor.type()`` return the names that Megatron's assertions look for,
+5. replaces ``torch.compile`` by the identity: compiling the fused kernels takes longer than a small run gains by
+   them, and importing the compiler takes a second.
 
-``prepare_megatron()`` follows after ``megatron.training`` is imported: the few places there
-that insist on CUDA. ``flags()`` are the Megatron flags that such a run needs.
+``prepare_megatron()`` follows after ``megatron.training`` is imported, and adapts the few places that insist on CUDA.
+``flags()`` are the Megatron flags that such a run needs. ``fuse()`` gives forward passes torch's fused attention in
+place of Megatron's local one, which writes out every score (a block of SmolLM2 on 2,048 tokens takes half the time);
+training keeps Megatron's.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def flags() -> list[str]:
 
 
 def prepare() -> None:
-    """Install the stand-ins on ``torch``; harmless to call twice."""
+    """Install the stand-ins on ``torch``. A second call does nothing."""
     global _prepared
     if not is_cpu():
         return
@@ -69,7 +71,7 @@ def prepare() -> None:
 
 
 def prepare_megatron() -> None:
-    """Adapt ``megatron.training`` after its import; harmless to call twice."""
+    """Adapt ``megatron.training`` after its import. A second call does nothing."""
     if not is_cpu():
         return
     from megatron.core.tensor_parallel import random as tp_random
@@ -86,8 +88,8 @@ def prepare_megatron() -> None:
 def _keep_write_results_in_process() -> None:
     """Saving starts a manager process only to hand write results from a function to its caller.
 
-    It imports the main module again (over a second of every save of a small run), and outlives a
-    rank that is killed. A synchronous save has both ends in one process: a plain queue does.
+    It imports the main module again (over a second of every save of a small run), and outlives a rank that is killed.
+    A synchronous save has both ends in one process, so a plain queue is enough.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import get_args
@@ -164,7 +166,7 @@ def _local_world_size() -> int:
 
 
 def _nothing() -> Callable[..., None]:
-    # A new function each time: torch keeps a table of its functions and refuses one that stands there twice.
+    # A new function each time: torch keeps a table of its functions and refuses one that is in it twice.
     return lambda *_, **__: None
 
 
@@ -242,14 +244,11 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
     return function if function is not None else _identity_decorator
 
 
-# Fused attention for forward passes on the CPU, in place of Megatron's local one, which writes out every score.
-#
-# Where there is a GPU, Transformer Engine has it; without one, torch does. For a sequence of 2048 tokens a block of
-# SmolLM2 then takes half the time. Nothing is changed for training, nor where attention is not plainly causal.
-
-
 def fuse(model: Iterable[torch.nn.Module]) -> None:
-    """Let the causal attention of these models (in evaluation mode, for good) run fused; harmless on a GPU."""
+    """Make the causal attention of these models run fused in forward passes without gradients.
+
+    Does nothing on a GPU, where Transformer Engine's is fused, and leaves attention that is not plainly causal alone.
+    """
     if not is_cpu():
         return
     from megatron.core.transformer.dot_product_attention import DotProductAttention

@@ -1,13 +1,12 @@
-"""Resuming Megatron's distributed optimizer: in fp32, and where torch's AdamW stands in for TE's or Apex's.
+"""Fixes of Megatron 0.19.2 for resuming its distributed optimizer.
 
-In fp32 the master weights are views of the parameters, and Megatron 0.19.2 writes what it reads into them while
-autograd watches: an error, with any optimizer. The rest is about AdamW.
-
-Megatron 0.19.2 keeps AdamW's step, which torch has for each parameter, in the parameter groups, and
-handles it wrongly where neither Transformer Engine nor Apex is installed: loading asks a fresh
-AdamW for its step before it has one (an assertion); the steps are stored as if they were sharded
-like moments, and read back as something else or not at all; and afterwards all parameters share
-one step tensor, which torch advances once a parameter instead of once a step.
+1. In fp32 the master weights are views of the parameters. Megatron writes what it loads into them while autograd is
+   recording, which is an error with any optimizer.
+2. Where neither Transformer Engine nor Apex is installed, torch's AdamW runs. torch keeps a step count for each
+   parameter, Megatron keeps one in each parameter group, and its conversion is wrong in three ways: loading asks a new
+   AdamW for its step before it has one (an assertion); the steps are stored as if they were sharded like moments,
+   and are read back as something else or not at all; and afterwards all parameters share one step tensor, which torch
+   then advances once per parameter instead of once per step.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from typing import Any
 import torch
 
 
-def mend() -> None:
-    """Wrap ``DistributedOptimizer``; harmless to call twice."""
+def apply() -> None:
+    """Wrap ``DistributedOptimizer``. A second call does nothing."""
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if getattr(cls, "_mended", False):
+    if getattr(cls, "_fixed", False):
         return
-    cls._mended = True
+    cls._fixed = True
     cls._set_main_param_and_optimizer_states = torch.no_grad()(cls._set_main_param_and_optimizer_states)
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return

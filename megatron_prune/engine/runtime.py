@@ -1,7 +1,7 @@
 """Start Megatron, build the model, load it, and make sure that all of it was loaded.
 
-Every verb that runs a model goes through ``start``; ``pretrain`` then hands over to Megatron's
-own loop, the forward-only verbs call ``load_model``.
+Every verb that runs a model calls ``start``. ``pretrain`` then hands over to Megatron's own loop; the forward-only
+verbs call ``initialize`` and ``load_model``, and where they need text, ``tokenizer``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any 
     import megatron.training  # noqa: F401
 
     cpu.prepare_megatron()
-    patches.mend()
+    patches.apply()
     safe_loading.install()
     _keep_prebuilt_helpers()
     from megatron_prune.engine.arguments import parse
@@ -185,12 +185,6 @@ def refuse_layouts(args: argparse.Namespace) -> None:
         )
 
 
-# What text for a loaded model needs: its tokenizer, and sequences that keep their lengths.
-#
-# The tokenizer is that of ``--tokenizer-type`` and ``--tokenizer-model``, or else the one that an imported
-# checkpoint carries.
-
-
 def refuse_fixed_lengths(args: argparse.Namespace) -> None:
     """A task's sequences are as long as they are; UsageError where the model's kernels want multiples."""
     if args.fp8:
@@ -206,7 +200,9 @@ def refuse_fixed_lengths(args: argparse.Namespace) -> None:
 
 
 def tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer of the checkpoint ``--load``; UsageError or DataError where there is none, or it does not fit."""
+    """The tokenizer for the checkpoint ``--load``: that of ``--tokenizer-type`` and ``--tokenizer-model``, or else the
+    one that an imported checkpoint carries. UsageError or DataError where there is none, or it does not fit.
+    """
     checkpoint = open_checkpoint(loaded_directory(args))
     if args.tokenizer_type in (None, "NullTokenizer"):
         if checkpoint.huggingface is None:

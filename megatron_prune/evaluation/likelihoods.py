@@ -1,9 +1,13 @@
-"""Log-likelihoods of continuations under the loaded model: asked for on rank 0, computed by all ranks.
+"""A Megatron checkpoint as lm-eval knows language models: text in, log-likelihoods of continuations out.
 
-Rank 0 runs lm-eval; the others wait in ``follow`` and make the same forward passes:
+``MegatronLM`` makes tokens of text: those that lm-eval's own ``HFLM`` would hand to the exported model. It uses the
+tokenizer's BOS where the tokenizer adds one, puts BOS (or else the end of a document) before a text without context,
+and cuts a text that is too long at its left.
+
+``Scorer`` runs the model. Rank 0 runs lm-eval; the other ranks wait in ``follow`` and make the same forward passes:
 
     rank 0:  score(requests) ─ broadcast ─▶ every rank: its replica's batches ─ all-reduce ─▶ the answers
-    others:  follow() …                                                     until rank 0 says finish()
+    others:  follow() …                                                     until rank 0 calls finish()
 
 Requests with the same input are run once: the choices A, B, C, D of a question differ in their last token only.
 """
@@ -27,7 +31,7 @@ from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import forward
 from megatron_prune.errors import DataError, UsageError
 
-PATIENCE = timedelta(days=7)  # of ranks that wait while lm-eval reads data or bootstraps
+PATIENCE = timedelta(days=7)  # how long ranks wait while lm-eval reads data or bootstraps
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Request:
 
 
 class Scorer:
-    """The model of all ranks, from ``runtime.load_model``. Collective, like each of its methods."""
+    """Runs the model of ``runtime.load_model`` on all ranks. Its constructor and methods are collective."""
 
     def __init__(self, model: list[torch.nn.Module], *, batch: int):
         self.model, self.batch = model, batch
@@ -68,7 +72,7 @@ class Scorer:
         asking: dict[tuple[int, ...], list[int]] = {}  # what is run once: which requests read from it
         for number, request in enumerate(requests):
             asking.setdefault(request.inputs, []).append(number)
-        # The longest first, so that memory runs out at once or not at all; like lengths side by side.
+        # The longest first, so that memory runs out at once or not at all; similar lengths share a batch.
         batches = list(itertools.batched(sorted(asking, key=len, reverse=True), self.batch))
         own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
         reading = iter(own)
@@ -116,12 +120,6 @@ def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     torch.distributed.all_reduce(likeliest, torch.distributed.ReduceOp.MIN, group=group)
     losses = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]  # [n, 1, V / TP] and [n, 1]
     return losses, likeliest == targets
-
-
-# A Megatron checkpoint as lm-eval knows language models: text in, log-likelihoods out.
-#
-# The tokens are those that lm-eval's own HFLM would hand to the exported model: the tokenizer's BOS where it adds
-# one, BOS or else the end of a document before a text without context, and too long a text cut at its left.
 
 
 Score = Callable[[Sequence[Request]], list[tuple[float, bool]]]
