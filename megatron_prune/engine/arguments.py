@@ -1,7 +1,11 @@
-"""Megatron's parser plus our group of flags, and what ``--use-checkpoint-args`` forgets.
+"""Megatron's parser plus our group of flags, what ``--use-checkpoint-args`` forgets, and object stores.
 
 ``parse(argv, add_verb_arguments)`` does what Megatron's ``parse_and_validate_args`` does, with one
 step between reading the checkpoint's arguments and validating them: ``restore_forgotten``.
+
+Megatron reads and writes checkpoints in an object store (``msc://``) through the Multi-Storage Client, under
+``--enable-msc``. Some of its flags still take such an address for a directory of this machine: these are refused here
+(``refuse_unusable``, ``refuse_unfit``), before anything starts.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ def parse(
 
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parsers.append(parser)
-        return add_verb_arguments(_add_own_flags(_mend_help(parser)))
+        return add_verb_arguments(_add_own_flags(_escape_help(parser)))
 
     args = parse_args(extra_args_provider=add)
     refusals.refuse_without_effect(parsers[0], args, argv)
@@ -113,8 +117,8 @@ def parse(
     return parsed
 
 
-def _mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Some of Megatron's help texts hold a bare percent sign, with which ``--help`` dies."""
+def _escape_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Some of Megatron's help texts hold a bare percent sign, on which ``--help`` fails."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
@@ -269,7 +273,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
 
 
 def _repair(args: argparse.Namespace, root: Path) -> None:
-    """Rank 0 looks whether the tracked checkpoint is whole; others mend what Megatron could not even read."""
+    """Rank 0 looks whether the tracked checkpoint is whole; the others repair what Megatron could not even read."""
     if args.rank == 0 or not is_sound(root):
         repair_tracker(root)
 
@@ -281,12 +285,6 @@ def _latest(root: Path) -> str | None:
 
 def _has_checkpoint(path: str | None) -> bool:
     return path is not None and storage.path(path).is_dir() and find_iteration(path) is not None
-
-
-# Which of Megatron's flags work with checkpoints in an object store (``msc://``), and which do not.
-#
-# Megatron reads and writes them through the Multi-Storage Client under ``--enable-msc``. Some of what it does beside
-# that still takes a ``msc://`` path for a directory of this machine: that is refused here, before anything starts.
 
 
 _CONVERTED = "--ckpt-convert-save"
@@ -320,7 +318,7 @@ def refuse_malformed(argv: Sequence[str]) -> None:
 
 
 def _checkpoints(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(flag, value) of all that say where a checkpoint lies."""
+    """(flag, value) of all flags that say where a checkpoint is."""
     for position, word in enumerate(argv):
         flag, _, value = word.partition("=")
         if flag in _FLAGS:

@@ -3,7 +3,7 @@
 ``--fp8-preset`` stands for a set of Megatron's flags (``PRESETS``), over bf16 and Transformer Engine's layers:
 
 * ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale a tensor from the largest values of the last 1024 steps.
-  The oldest recipe, with the least work a step: scales are known before a tensor is. All layers are FP8.
+  The oldest recipe, with the least work per step: scales are known before a tensor is. All layers are FP8.
 * ``current``: the same formats, each tensor scaled by its own largest value. First and last layer in bf16.
 * ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last
   layer in bf16.
@@ -166,7 +166,7 @@ def _refuse_counts(args: argparse.Namespace) -> None:
 
 
 def dimensions(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(flag to mend, what it is, its size on a rank) of every dimension of an FP8 matrix product of the model."""
+    """(flag to change, what it is, its size on a rank) of every dimension of an FP8 matrix product of the model."""
     ranks = args.tensor_model_parallel_size
     heads, channels = args.num_attention_heads, args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else heads

@@ -3,8 +3,8 @@
 ``launch(["pretrain", …], nproc=4, log="log.txt")`` is ``torchrun --nproc-per-node 4 -m
 megatron_prune pretrain …`` and, where there is a GPU, just that. Without one, the ranks are
 forked from a process that has already imported torch and Megatron (``engine/fork_server.py``): the
-same work, seconds earlier. Whether a job *succeeded* is for its account, scores or manifest to
-say (DESIGN §5); the return code says whether every process left with 0.
+same work, seconds earlier. Whether a job *succeeded* is for its account, scores or manifest to say; the return code
+says whether every process exited with 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def launch(
 
     ``log`` receives stdout and stderr of all ranks (appended; None: the caller's own), ``env`` is
     laid over this process's environment. When one rank fails the others are ended. Returns 0 when
-    every rank left with 0, otherwise the first failing rank's exit code (-N for signal N; torchrun
+    every rank exited with 0, otherwise the first failing rank's exit code (-N for signal N; torchrun
     makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
     """
     job = start(argv, nproc=nproc, log=log, env=env)
@@ -184,7 +184,7 @@ def _start_forked(
 def _open_log(log: str | Path | None) -> Iterator[tuple[int, int]]:
     """Descriptors for a job's stdout and stderr.
 
-    A shared lock lies on a log as long as any process of the job has it open, whatever became of the others:
+    A log has a shared lock as long as any process of the job has it open, whatever became of the others:
     ``wait_until_free`` waits for it.
     """
     if log is None:
@@ -213,8 +213,8 @@ def wait_until_free(log: Path, tell: Callable[[], None]) -> bool:
     return False
 
 
-# OpenMP's threads wait for each other in a loop of milliseconds. Beside other work on two cores a
-# step of 0.2 s then took 3.7 s with two threads, and 0.4 s with this.
+# OpenMP's threads wait for each other in a loop of milliseconds. Next to other work on two cores, a step of 0.2 s then
+# took 3.7 s with two threads, and 0.4 s with this.
 _SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "2000"}
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a rank sets its own
 

@@ -1,4 +1,4 @@
-"""Which share of which weight lies where in the distributed optimizer's buckets: stored with them, compared on loading.
+"""Which share of which weight is where in the distributed optimizer's buckets: stored with them, compared on loading.
 
 Megatron saves its optimizer's flat buckets as they are, and reads them back into whatever weights its own model has at
 those places. Another tensor or pipeline parallelism it refuses; another order of weights (a spec with other names,

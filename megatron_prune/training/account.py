@@ -1,9 +1,9 @@
 """The account of a training run: which samples it consumed, how, and what it cost.
 
-``losses.csv`` grows by a row a step while the run goes on (in an object store by several at a time, and
-before every save); ``account.json`` says what the run is from its first step and that it is complete
-after its last. Both lie in the save directory. A run that was killed and resumed keeps one account:
-rows past the checkpoint that it resumed from are dropped and listed as replayed (those that a store has).
+``losses.csv`` grows by one row per step (in an object store by several at a time, and before every save).
+``account.json`` says from the first step what the run is, and after the last that it is complete. Both are in the save
+directory. A run that was killed and resumed keeps one account: rows past the checkpoint that it resumed from are
+dropped and listed as replayed (those that a store has).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "st
 
 @dataclass
 class Account:
-    """See DESIGN §5 and §7. Tokens are counted as trained on: samples × sequence length."""
+    """What ``account.json`` holds. Tokens are counted as trained on: samples × sequence length."""
 
     start: str  # pruned | random | continued
     stream: dict[str, Any] | None
@@ -144,7 +144,7 @@ class Recorder:
         self.account.final_loss = _finite(loss)
 
     def settle(self) -> None:
-        """Return when every step so far is in the table, wherever that lies."""
+        """Return when every step so far is in the table, wherever that is stored."""
         if self._table is not None:
             self._table.settle()
 

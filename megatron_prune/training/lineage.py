@@ -170,7 +170,7 @@ def trainings(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def begins_at_random(stages: Sequence[Stage]) -> bool:
-    """True where nothing lies before the first stage, so that sums over all stages are all that there is."""
+    """True where nothing came before the first stage, so that sums over all stages are all that there is."""
     return bool(stages) and stages[0]["kind"] == "trained" and stages[0]["start"] is None
 
 

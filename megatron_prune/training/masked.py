@@ -1,8 +1,8 @@
-"""Which masks a training run holds, and what such a run may not do. No model yet: see ``zeros.py`` for the holding.
+"""Which masks a training run holds, and what such a run may not do. ``zeros.py`` then holds them in the model.
 
-``--masks DIR`` says it for a new run; ``--random-masks SEED`` draws masks of the same pattern and counts.
+``--masks DIR`` names the masks of a new run; ``--random-masks SEED`` draws masks of the same pattern and counts.
 From then on they are the run's own, in its save directory, and a resumed run finds them there. A run that
-goes on from another masked run's checkpoint (``--load``) takes that one's.
+continues another masked run's checkpoint (``--load``) takes the masks of that run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Choice:
     """The masks of a run, and where its weights come from."""
 
     masks: Masks  # where ``drawn``, RandomMasks
-    own: bool  # they lie in the run's save directory already
+    own: bool  # they are in the run's save directory already
     start: str  # what errors call the weights
 
     @property
@@ -212,19 +212,17 @@ def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> N
               flush=True)  # fmt: skip
 
 
-# Masks drawn at random with the pattern and the counts of others: what ``--random-masks SEED`` trains under.
-#
-# An unstructured mask keeps in every row as many weights as the given one does, anywhere in the row; an
-# N:M mask as many in every group of M inputs. A row's draw depends on the seed, the weight's name and the
-# row's number alone, so every layout draws the same masks, each rank only the rows that it holds.
-
-
 _AT_A_TIME = 1 << 22  # numbers drawn; 64 MB with their order
 _PER_COUNT = 4  # numbers that Philox makes at each count
 
 
 class RandomMasks(Masks):
-    """Has the entries of ``masks``, and reads like them; which weights stay is drawn anew."""
+    """Masks drawn at random with the pattern and the counts of ``masks``: what ``--random-masks SEED`` trains under.
+
+    An unstructured mask keeps in every row as many weights as the given one does, anywhere in the row; an N:M mask
+    keeps as many in every group of M inputs. The draw of a row depends on the seed, the weight's name and the row's
+    number alone, so that every layout draws the same masks, and each rank draws only the rows that it holds.
+    """
 
     def __init__(self, masks: Masks, seed: int) -> None:
         super().__init__(masks.folder, masks.model, masks.entries, label=masks.label)

@@ -1,7 +1,7 @@
-"""The ``pretrain`` verb: Megatron's own loop, laid on a range of a token stream, with an account.
+"""The ``pretrain`` verb: Megatron's own loop on a range of a token stream, with an account.
 
-All of Megatron's flags work as in Megatron. Ours say where the samples come from (``--stream-range`` and
-its kin), where a from-scratch run takes its shape (``--shape-from``), and which zeros are held (``--masks``).
+All of Megatron's flags work as in Megatron. Ours say which samples are trained on (``--stream-range`` and the other
+stream flags), where a from-scratch run takes its shape (``--shape-from``), and which zeros are held (``--masks``).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _already_finished(args: argparse.Namespace, save: Path) -> bool:
-    """Megatron's sampler would fail on a run whose samples are all consumed, so leave before it."""
+    """Megatron's sampler would fail on a run whose samples are all consumed, so return before it is made."""
     from megatron_prune.checkpoint.tracker import find_iteration
 
     found = find_iteration(save)
@@ -184,7 +184,7 @@ def _train(
 
 
 def _saved(save: Path, steps: int) -> dict[str, Any]:
-    """Which weights lie in ``save`` now that training has returned: Megatron has ended asynchronous saves by then."""
+    """Which weights are in ``save`` now that training has returned: Megatron has ended asynchronous saves by then."""
     final = runtime.identity(save)
     if final["iteration"] != steps:
         raise CheckpointError(f"{save} holds the weights of step {final['iteration']}, the run ended at step {steps}")
@@ -280,17 +280,17 @@ def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:
         copy_directory(folder, save / HUGGINGFACE_FOLDER)
 
 
-# fp32 masters that begin with the checkpoint's values where the weights live in FP8 (``--fp8-param-gather``).
-#
-# Megatron makes masters of weights that were loaded without their optimizer out of the weights as they are then: FP8,
-# dequantized. A run from a pruned checkpoint would begin with an FP8 rounding of it, one from random weights would not.
-# ``load_main_params_from_ckpt`` mends it where the checkpoint is not streamed into FP8, and only works with
-# ``no_load_optim``, which would lose the moments where a run goes on from its own checkpoint: so all three are set for
-# the launch that begins, and for no other.
-
-
 def begin_with_checkpoint(args: argparse.Namespace) -> None:
-    """Set what lets masters take a start's own values; UsageError where they cannot. Before Megatron validates."""
+    """Have fp32 masters begin with the checkpoint's values where weights are FP8 (``--fp8-param-gather``).
+
+    Megatron makes the masters of weights that were loaded without their optimizer from the weights as they are then:
+    FP8, dequantized. A run from a pruned checkpoint would begin with an FP8 rounding of it; one from random weights
+    would not. ``load_main_params_from_ckpt`` fixes this where the checkpoint is not streamed into FP8, and works only
+    with ``no_load_optim``. That would lose the moments of a run that resumes from its own checkpoint, so all three are
+    set for the launch that begins a run, and for no other.
+
+    Call before Megatron validates. UsageError where masters cannot take those values.
+    """
     if not args.fp8_param_gather or not _loads_weights_alone(args):
         return
     if args.use_precision_aware_optimizer and (args.fp8_recipe == "delayed" or args.main_params_dtype != "fp32"):

@@ -1,4 +1,4 @@
-"""Holds the zeros of a masked run inside Megatron's loop, and proves again and again that they are zeros.
+"""Holds the zeros of a masked run inside Megatron's loop, and checks throughout the run that they are zeros.
 
 Megatron's extension points carry all of it. When the model is built (``post_wrap_hooks``, before the
 optimizer makes its fp32 masters) this rank's masks are read and its weights zeroed under them. When a step's
@@ -6,8 +6,8 @@ gradients are final (``finalize_model_grads_func``: reduced over ranks and scale
 stepped) they are zeroed too. With zero weights, gradients and moments, Adam's and SGD's update and weight
 decay of either kind are exactly zero, so the zeros stay, and removed weights do not count in the clip norm.
 
-A mask is kept as one byte a weight, all ones where it stays: *and* with a gradient's bits makes +0 of
-whatever is there, NaN too, at the speed of memory. (On a CPU ``masked_fill_`` takes thirty times as long.)
+A mask is held as one byte per weight, with all bits set where the weight stays: a bitwise *and* with a gradient turns
+whatever is there into +0, NaN too, at the speed of memory. (On a CPU ``masked_fill_`` takes thirty times as long.)
 
 ``audit`` counts what is not zero under the masks, in weights, fp32 masters and moments: when a run starts, at
 every evaluation interval, before every save and at the end. What it finds stops the run on all ranks.
