@@ -1,8 +1,9 @@
-"""Fixes of Megatron 0.19.2 for resuming its distributed optimizer.
+"""Fixes of Megatron 0.19.2, for its data helpers and for resuming its distributed optimizer.
 
-1. In fp32 the master weights are views of the parameters. Megatron writes what it loads into them while autograd is
+1. The wheel of Megatron ships its data helpers compiled, without the Makefile that it calls to compile them.
+2. In fp32 the master weights are views of the parameters. Megatron writes what it loads into them while autograd is
    recording, which is an error with any optimizer.
-2. Where neither Transformer Engine nor Apex is installed, torch's AdamW runs. torch keeps a step count for each
+3. Where neither Transformer Engine nor Apex is installed, torch's AdamW runs. torch keeps a step count for each
    parameter, Megatron keeps one in each parameter group, and its conversion is wrong in three ways: loading asks a new
    AdamW for its step before it has one (an assertion); the steps are stored as if they were sharded like moments,
    and are read back as something else or not at all; and afterwards all parameters share one step tensor, which torch
@@ -12,13 +13,28 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
 def apply() -> None:
-    """Wrap ``DistributedOptimizer``. A second call does nothing."""
+    """Make all fixes, after ``megatron.training`` is imported. A second call does nothing."""
+    keep_prebuilt_helpers()
+    _fix_distributed_optimizer()
+
+
+def keep_prebuilt_helpers() -> None:
+    from megatron.core.datasets import utils
+
+    prebuilt = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    if prebuilt and not (Path(utils.__file__).parent / "Makefile").exists():
+        utils.compile_helpers = lambda: None
+
+
+def _fix_distributed_optimizer() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer

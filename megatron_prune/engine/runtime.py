@@ -7,7 +7,6 @@ verbs call ``initialize`` and ``load_model``, and where they need text, ``tokeni
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -41,19 +40,9 @@ def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any 
     cpu.prepare_megatron()
     patches.apply()
     safe_loading.install()
-    _keep_prebuilt_helpers()
     from megatron_prune.engine.arguments import parse
 
     return parse(verb, argv, add_verb_arguments, complete=complete)
-
-
-def _keep_prebuilt_helpers() -> None:
-    """The wheel ships the data helpers compiled, without the Makefile that Megatron would call."""
-    from megatron.core.datasets import utils
-
-    prebuilt = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    if prebuilt and not (Path(utils.__file__).parent / "Makefile").exists():
-        utils.compile_helpers = lambda: None
 
 
 def model_config(args: argparse.Namespace) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 
 def main(argv: list[str]) -> int:
-    from megatron_prune.engine import cpu, runtime
+    from megatron_prune.engine import cpu, patches
 
     cpu.prepare()
     from megatron.core.enums import ModelType
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     from megatron.training.arguments import parse_and_validate_args
 
     cpu.prepare_megatron()
-    runtime._keep_prebuilt_helpers()
+    patches.keep_prebuilt_helpers()
     sys.argv = [sys.argv[0], *cpu.flags(), *argv]
     args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
