@@ -206,10 +206,10 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
         ([*SEARCH, "--retrain-candidates", 5, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 5"),
         ([*SEARCH, "--retrain-candidates", 1, "--retrain-tokens", 9], "--retrain-candidates: expected .*, got 1"),
         ([*SEARCH, "--retrain-candidates", 2, "--retrain-tokens", 0], "--retrain-tokens: expected .*, got 0"),
-        (["--method", "minitron-width", "--ratio", 0.4, *RETRAIN], "--retrain-candidates: .*together with --search"),
+        (["--method", "minitron-width", "--ratio", 0.4, *RETRAIN], "--retrain-candidates: expected --search or"),
         (
             ["--method", "minitron-depth", "--ratio", 0.5, *RETRAIN],
-            "--retrain-candidates: .*only with --method minitron-w",
+            "--retrain-candidates: expected --method minitron-width with it",
         ),
     ):
         finished = files.make(*choice)

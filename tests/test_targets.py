@@ -335,7 +335,7 @@ def test_heads_of_given_shapes_stay_in_their_groups() -> None:
             ["64/12/64", "64/12/128", "--search", "ffn"],
             "--search: expected --ratio or --target-params with it, got --target-shapes",
         ),
-        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected together with.*, got 2"),
+        (["64/12/64", "64/12/128", "--max-candidates", "2"], "--max-candidates: expected --search with it, got 2"),
         (
             ["64/12/64", "64/12/128", "--retrain-candidates", "3", "--retrain-tokens", "9"],
             "--retrain-candidates: expected a number from 2 to the number of shapes, 2, got 3",

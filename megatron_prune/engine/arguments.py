@@ -106,11 +106,11 @@ def parse(
     if complete is not None:
         complete(args, argv)
     installed.settle(args)
+    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
+        tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
     validate_args(args, {})
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
-    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
-        tokenizers.refuse_absent(args.tokenizer_model)  # Megatron is about to load it
     set_global_variables(args)
     vocabulary.settle(args, given=given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args

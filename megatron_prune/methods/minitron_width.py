@@ -93,8 +93,8 @@ class MinitronWidth(RankingMethod):
     def search(self, settings: Mapping[str, Any]) -> Search | None:
         chosen, limit, shapes = settings["search"], settings["max_candidates"], settings["target_shapes"]
         if limit is not None and (chosen is None or limit < 1):
-            allowed = "together with --search" if chosen is None else "an integer of at least 1"
-            raise UsageError("--max-candidates", got=limit, expected=allowed)
+            needed = "--search with it" if chosen is None else "an integer of at least 1"
+            raise UsageError("--max-candidates", got=limit, expected=needed)
         if shapes is not None:
             if chosen is not None:
                 raise UsageError("--search", got="--target-shapes", expected="--ratio or --target-params with it")

@@ -225,7 +225,7 @@ def read(path: str | Path) -> Any:
     try:
         return yaml.load(path.read_text(), _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise UsageError("STUDY.yaml", got=path, expected="valid YAML", why=str(error)) from error
+        raise UsageError("STUDY.yaml", got=path, expected="valid YAML", why=" ".join(str(error).split())) from error
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -125,10 +125,13 @@ def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> 
     refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
 
 
+DEFAULT_SPLIT = "969, 30, 1"  # of Megatron's validate_args
+
+
 def refuse_empty_parts(args: argparse.Namespace) -> None:
     """UsageError where ``--split`` leaves a part of a corpus without tokens: Megatron would count its epochs for ever.
 
-    Of validated ``args``, before anything starts, and as Megatron cuts: by the documents of each corpus.
+    Before anything starts, and as Megatron cuts: by the documents of each corpus.
     """
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
@@ -139,7 +142,8 @@ def refuse_empty_parts(args: argparse.Namespace) -> None:
     blend, _ = get_blend_and_blend_per_split(args)
     if args.stream_range is not None or args.mock_data or blend is None:
         return
-    parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    split = args.split or DEFAULT_SPLIT
+    parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for prefix in blend[0]:
         if "://" in prefix:
             continue  # in an object store, where Megatron reads it
@@ -151,7 +155,8 @@ def refuse_empty_parts(args: argparse.Namespace) -> None:
             first, end = (round(bound * len(lengths)) for bound in part)
             if not lengths[first:end].any():
                 raise UsageError(
-                    "--split", expected="parts that each hold a document", got=args.split,
+                    "--split", expected="parts that each hold a document",
+                    got=split if args.split else f"{split} (the default)",
                     why=f"the {name} part of {prefix} is empty, of {len(lengths)} documents",
                     do="give that part the share 0 to leave it out",
                 )  # fmt: skip

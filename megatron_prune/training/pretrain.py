@@ -70,7 +70,6 @@ def main(argv: list[str]) -> int:
     if args.rank == 0:
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
-        refuse_empty_parts(args)
         refuse_unfit_range(args, lineage.trainings(initial["lineage"]) if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
@@ -86,6 +85,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     complete_arguments(args, argv)
+    if args.rank == 0:
+        refuse_empty_parts(args)
     refuse_unfit_arguments(args)
     begin_with_checkpoint(args)
     optimizer_layout.prepare(args)

@@ -339,4 +339,4 @@ def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
     assert lonely.returncode == 2 and "--score, --statistics: expected both or neither, got only one" in lonely.output
     verbs.calibrate()  # other windows: other statistics under the same name
     stale = verbs.score()
-    assert stale.returncode == 2 and "the statistics that --score was written for" in stale.output
+    assert stale.returncode == 2 and "the statistics that the candidates of --score were planned from" in stale.output

@@ -83,7 +83,7 @@ def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):
         (["--labels", "a", "b"], "--labels"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "--num-layers-per-virtual-pipeline-stage"),
         (["--context-parallel-size", "2"], "--context-parallel-size"),
-        (["--tensor-model-parallel-size", "5"], "world size"),
+        (["--tensor-model-parallel-size", "5"], "divides the number of ranks, 1, got 5"),
     ],
 )
 def test_refused(tiny_parent, tiny_corpus, tmp_path, job, flags, says):

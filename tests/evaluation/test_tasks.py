@@ -236,7 +236,7 @@ def flags(**given: Any) -> argparse.Namespace:
             "expected tasks that are scored by likelihoods, got tiny_story .*generate_until",
         ),
         ({"tasks": "tiny_all,tiny_bare"}, "each task once.*tiny_bare"),
-        ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: expected 0 for tiny_bare.*, got 2"),
+        ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: expected 0 with tiny_bare, got 2"),
         ({"tasks": "tiny_lost"}, "--tasks tiny_lost: lm-eval cannot load it"),
     ],
 )
@@ -250,7 +250,7 @@ def test_tasks_that_cannot_run_are_refused(given, says, folder, monkeypatch) -> 
 @pytest.mark.parametrize(
     ("given", "words", "says"),
     [
-        ({"limit": 5}, ["--limit=5"], "--limit: .*together with --tasks"),
+        ({"limit": 5}, ["--limit=5"], "--limit: expected --tasks with it"),
         ({"tasks": "x", "limit": 0}, [], "--limit: expected .*, got 0"),
         ({"tasks": "x", "num_fewshot": -1}, [], "--num-fewshot: expected .*, got -1"),
         ({"tasks": "x", "tasks_path": "/nowhere"}, [], "--tasks-path: expected .*, got /nowhere"),

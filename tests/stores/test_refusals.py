@@ -18,7 +18,7 @@ ADDRESSES = {  # what is said after "expected "
     "--save=msc://disk/x": "--enable-msc with the address of an object store",
     f"{ON} --pretrained-checkpoint s3://b/x": "a directory, or msc://PROFILE",
     f"{ON} --masks gs://b/x": "a directory, or msc://PROFILE",
-    f"{ON} --load msc://other/x": 'a profile of MSC_CONFIG (Profile "other"',
+    f"{ON} --load msc://other/x": 'a profile of MSC_CONFIG, got msc://other/x (Profile "other"',
     f"{ON} --ckpt-convert-save msc://disk/x": "a directory of this machine",
 }
 
@@ -36,10 +36,10 @@ def test_addresses(configured, job, line):
 
 
 ON_DISKS = {
-    "--save-retain-interval 4": "--save-retain-interval: expected .*, got 4 .*rmtree",
+    "--save-retain-interval 4": "--save-retain-interval: expected .*, got 4 .*from disks only",
     "--log-progress": "--log-progress: expected .*, got on .*appends",
-    "--ckpt-format torch": "--ckpt-format: expected torch_dist, where --save is in an object store, got torch",
-    "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: expected .*, got global .*rmtree",
+    "--ckpt-format torch": "--ckpt-format: expected torch_dist where --save is in an object store, got torch",
+    "--non-persistent-ckpt-type global": "--non-persistent-ckpt-type: expected .*, got global .*from disks only",
     "--wandb-project p": "--wandb-save-dir: expected .*, got nothing",
 }
 

@@ -159,5 +159,5 @@ def test_other_addresses_are_refused_with_the_way_out(configured, monkeypatch):
     with pytest.raises(UsageError, match=r"--load: expected a profile of MSC_CONFIG.*, got msc://other/x"):
         open_checkpoint("msc://other/x")
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"not installed \(pip install 'megatron-prune\[msc\]'"):
+    with pytest.raises(UsageError, match=r"not installed, got .*; pip install 'megatron-prune\[msc\]'"):
         open_checkpoint("msc://disk/x")

@@ -335,7 +335,7 @@ def test_a_split_that_nobody_gave_is_checked_before_anything_starts(tmp_path, jo
     Path(f"{prefix}.bin").write_bytes(np.zeros(1000, np.int32).tobytes())
     recipe = "--seq-length 32 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3".split()
     refused = job(["pretrain", *MODEL, *recipe, "--data-path", prefix])
-    assert refused.returncode == 2 and "--split: expected" in refused.output, refused.output[-2000:]
+    assert refused.returncode == 2 and "(the default) (the test part of" in refused.output, refused.output[-2000:]
     assert "Traceback" not in refused.output
 
 
