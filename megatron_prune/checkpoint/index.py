@@ -145,7 +145,7 @@ def _keys(
                 return spell(name), layer
     raise CheckpointError(
         f"{directory} lacks {layout.name}, which its stored args "
-        f"(num_layers={shape.num_layers}, tied={shape.tied}) promise"
+        f"(num_layers={shape.num_layers}, tied={shape.tied}) call for"
     )
 
 

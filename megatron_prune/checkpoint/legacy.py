@@ -90,7 +90,9 @@ class LegacySource:
         for folder in sorted(self._directory.glob("mp_rank_*")):
             match = _RANK.fullmatch(folder.name)
             if match is None:
-                raise CheckpointError(f"{folder} is no rank of a dense GPT: only tensor and pipeline ranks are known")
+                raise CheckpointError(
+                    f"{folder} is not a rank of a dense GPT: only tensor and pipeline ranks are known"
+                )
             rank = (int(match[1]), int(match[2] or 0))
             if rank in found:
                 raise CheckpointError(f"{self._directory}: {found[rank]} and {folder.name} are the same rank")
@@ -99,7 +101,9 @@ class LegacySource:
 
     def _refuse_missing_ranks(self) -> None:
         if not all(type(size) is int and 1 <= size <= 10_000 for size in (self._tp, self._pp)):
-            raise CheckpointError(f"{self._directory} was saved at TP={self._tp}, PP={self._pp}, say its stored args")
+            raise CheckpointError(
+                f"{self._directory} was saved at TP={self._tp}, PP={self._pp} according to its stored args"
+            )
         said = f"{self._directory}: its stored args say TP={self._tp}, PP={self._pp}: tensor-parallel rank"
         for tp, stage in self._states:
             if tp >= self._tp or stage >= self._pp:
@@ -127,7 +131,7 @@ class LegacySource:
             )
         missing = [name for name in layouts if name not in places]
         if missing:
-            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args promise")
+            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args call for")
         return {name: self._boxes(layout, places[name], shape) for name, layout in layouts.items()}
 
     def _places(self, shape: ModelShape) -> dict[str, _Place]:
@@ -172,7 +176,7 @@ class LegacySource:
     def _state(self, tp: int, stage: int, chunk: str) -> Mapping[str, Any]:
         state = self._states[tp, stage][chunk]
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is no state of a model")
+            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is not the state of a model")
         if "language_model" in state:
             raise CheckpointError(f"{self._directory} was saved by models older than Megatron Core, which are not read")
         return state

@@ -224,7 +224,7 @@ def read_part(folder: Path) -> Part:
         raise CheckpointError(f"{folder / PART_FILE} is damaged ({error!r}): delete {folder}") from error
     for name in hashes:
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / PART_FILE} names {name}, which is no file of its own")
+            raise CheckpointError(f"{folder / PART_FILE} names {name}, which is not a file in it")
     ends: dict[str, int] = {}
     for piece in pieces:
         ends[piece.file] = max(ends.get(piece.file, 0), piece.start + piece.length)

@@ -126,8 +126,8 @@ class _Save:
         key = f"{name}.{LAYOUT_OBJECT}/shard_0_1"
         if key not in self._objects:
             raise CheckpointError(
-                f"{self._directory} does not say which weight lies where in its optimizer state: only saves of "
-                "`megatron_prune pretrain` do. Resume at the layout that it was saved at, and save once more"
+                f"{self._directory} does not say where each weight is in its optimizer state: only saves of "
+                "`megatron_prune pretrain` do. Resume at the layout that it was saved at, and save again"
             )
         try:
             (text,) = torch.load(io.BytesIO(self._bytes(key)), map_location="cpu", weights_only=True)

@@ -115,7 +115,7 @@ def repair_tracker(root: str | Path) -> Path | None:
         if known or not tracked.directory.is_dir():
             raise CheckpointError(
                 f"{root / TRACKER_FILE} names {tracked.directory.name}, which is missing or truncated, and "
-                f"{root} holds no other complete checkpoint: restore it, or delete the tracker to start anew"
+                f"{root} holds no other complete checkpoint: restore it, or delete the tracker to start again"
             )
         return tracked.directory  # another format than these two: Megatron's to judge
     (root / TRACKER_FILE).unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def resolve(path: Path) -> Found:
         if tracked is None:
             refuse_foreign(path)
             raise CheckpointError(
-                f"{path} holds no complete checkpoint: expected {TRACKER_FILE} beside iter_… or "
+                f"{path} holds no complete checkpoint: expected {TRACKER_FILE} next to iter_… or "
                 "release directories that Megatron saved"
             )
         found = tracked

@@ -121,9 +121,9 @@ class CheckpointWriter:
         """
         layout = self._layouts.get(name)
         if layout is None:
-            raise CheckpointError(f"{name} is no weight of the model that the stored args describe")
+            raise CheckpointError(f"{name} is not a weight of the model that the stored args describe")
         if tuple(shape) != layout.shape:
-            raise CheckpointError(f"{name}: given {list(shape)}, the stored args say {list(layout.shape)}")
+            raise CheckpointError(f"{name}: expected {list(layout.shape)} as the stored args say, got {list(shape)}")
         if name in self._added:
             raise CheckpointError(f"{name} was added twice")
         self._added.add(name)
@@ -137,7 +137,7 @@ class CheckpointWriter:
                 self._submit(layout, row, part)
                 row += len(part)
         if row != layout.shape[0]:
-            raise CheckpointError(f"{name}: {row} rows were given, expected {layout.shape[0]}")
+            raise CheckpointError(f"{name}: expected {layout.shape[0]} rows, got {row}")
 
     def add_all(self, blocks: Blocks, workers: int = 1) -> None:
         """Add every weight of the model from ``blocks``, in this process, or in ``workers`` others at once."""
@@ -185,7 +185,7 @@ class CheckpointWriter:
         for piece in part.pieces:
             layout = self._layouts.get(piece.name)
             if layout is None:
-                raise CheckpointError(f"{part.folder} holds {piece.name}, which is no weight of this model")
+                raise CheckpointError(f"{part.folder} holds {piece.name}, which is not a weight of this model")
             index, _ = self._enter(layout, piece.offsets, piece.sizes, piece.dtype)
             self._storage[index] = _StorageInfo(names[piece.file], piece.start, piece.length)
             self._added.add(piece.name)

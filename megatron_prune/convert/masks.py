@@ -110,7 +110,7 @@ def _fused(
         left -= set(names)
         yield layout.name, _blocks(layout, shape, stored), str(patterns[names[0]])
     if left:
-        raise MasksError(f"{path} has a mask for {sorted(left)[0]}, which is no linear weight of this model")
+        raise MasksError(f"{path} has a mask for {sorted(left)[0]}, which is not a linear weight of this model")
 
 
 def _blocks(layout: WeightLayout, shape: ModelShape, stored: dict[str, Any]) -> Iterator[torch.Tensor]:

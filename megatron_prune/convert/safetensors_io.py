@@ -47,7 +47,7 @@ class Tensors:
             found = set(handle.keys())
             for key in found if keys is None else keys:
                 if key not in found:
-                    raise CheckpointError(f"{path} lacks {key}, which {INDEX} promises")
+                    raise CheckpointError(f"{path} lacks {key}, which {INDEX} lists")
                 self._slices[key] = handle.get_slice(key)
         self.names = frozenset(self._slices)
 

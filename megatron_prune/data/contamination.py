@@ -83,7 +83,7 @@ def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) ->
                 row, twin = shared[0]
                 raise DataError(
                     f"{len(shared)} document(s) of {held} are in {prefix} too (document {twin} is its document {row}): "
-                    "take them out of one of the two, so that no stage uses what another is judged by"
+                    "take them out of one of the two, so that no stage trains on what another is evaluated on"
                 )
 
 
@@ -315,8 +315,9 @@ def refuse(report: Mapping[str, Any]) -> None:
     wrong = [line(found) for found in report["pairs"] if not found["accepted"]]
     if wrong:
         raise DataError(
-            f"{'; '.join(wrong)}: allowed are {report['max_duplicates']:.2%} and {report['max_near_duplicates']:.2%} "
-            "of the documents; take them out of one of the two, so that no stage uses what another is judged by"
+            f"{'; '.join(wrong)}: expected at most {report['max_duplicates']:.2%} and "
+            f"{report['max_near_duplicates']:.2%} of the documents; take them out of one of the two, "
+            "so that no stage trains on what another is evaluated on"
         )
 
 

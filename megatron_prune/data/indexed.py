@@ -144,7 +144,7 @@ def document_tokens(path: str | Path) -> np.ndarray:
     _, _, _, sequences, ends = HEADER.unpack_from(content)
     expected = HEADER.size + 12 * sequences + 8 * ends
     if len(content) < expected:
-        raise DataError(f"{path} is cut short: it has {len(content)} of {expected} bytes")
+        raise DataError(f"{path} is truncated: it has {len(content)} of {expected} bytes")
     lengths = np.frombuffer(content, np.int32, sequences, HEADER.size).astype(np.int64)
     bounds = np.frombuffer(content, np.int64, ends, HEADER.size + 12 * sequences)
     return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[bounds])

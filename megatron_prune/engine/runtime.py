@@ -146,7 +146,7 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
         if found != weight.shape:
             raise CheckpointError(
                 f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}; "
-                "pass --use-checkpoint-args or mend the flags that give the model's size"
+                "pass --use-checkpoint-args or correct the flags that give the model's size"
             )
     if checkpoint.shape.num_layers != wanted.num_layers:
         raise CheckpointError(

@@ -124,7 +124,9 @@ def _stored(shard: Shard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], 
     """A rank's shards as they are stored: eight inputs a byte, where every rank's columns are whole bytes."""
     expected = shard.parameter.shape
     if kept.dtype != torch.bool or kept.shape != expected:
-        raise MasksError(f"the mask of {shard.name} is bool {list(expected)}, given {kept.dtype} {list(kept.shape)}")
+        raise MasksError(
+            f"the mask of {shard.name}: expected bool {list(expected)}, got {kept.dtype} {list(kept.shape)}"
+        )
     stored = []
     for piece in shard.pieces(kept):
         out, inputs = piece.global_shape

@@ -180,7 +180,7 @@ def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> Non
     shapes = {w.suffix: w.shape for w in weights(replace(model, num_layers=1)) if w.is_linear}
     match = _NAME.fullmatch(name)
     if match is None or match[2] not in shapes or int(match[1]) >= model.num_layers:
-        raise MasksError(f"{folder}: {name} is no linear of the model that the masks are for")
+        raise MasksError(f"{folder}: {name} is not a linear of the model that the masks are for")
     if entry.shape != shapes[match[2]]:
         expected = list(shapes[match[2]])
         raise MasksError(f"{folder}: the mask of {name} has shape {list(entry.shape)}, its model says {expected}")

@@ -44,7 +44,9 @@ def write_single(
         try:
             for name, kept, pattern in masks:
                 if name not in linears or name in entries:
-                    raise MasksError(f"{folder}: {name} is {'given twice' if name in entries else 'no linear weight'}")
+                    raise MasksError(
+                        f"{folder}: {name} is {'there twice' if name in entries else 'not a linear weight'}"
+                    )
                 out, inputs = linears[name]
                 entries[name] = unmeasured((out, inputs), pattern, packed=True)
                 records.add(name, (out, inputs), [kept] if isinstance(kept, torch.Tensor) else kept)
@@ -93,7 +95,7 @@ class _Records:
             chunks.append(dcp.ChunkStorageMetadata(offsets, part.shape))
             row += len(part)
         if row != shape[0]:
-            raise MasksError(f"the mask of {name} has {shape[0]} rows, {row} were given")
+            raise MasksError(f"the mask of {name}: expected {shape[0]} rows, got {row}")
         size = torch.Size((shape[0], bits.bytes_of(shape[1])))
         self._entries[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.uint8), size, chunks)
 
@@ -114,7 +116,7 @@ def _gathered(name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor])
     held: list[torch.Tensor] = []
     for block in blocks:
         if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
-            raise MasksError(f"the mask of {name} is bool {list(shape)}, given {block.dtype} {list(block.shape)}")
+            raise MasksError(f"the mask of {name}: expected bool {list(shape)}, got {block.dtype} {list(block.shape)}")
         for part in torch.split(bits.pack(block), most):
             if held and sum(map(len, held)) + len(part) > most:
                 yield torch.cat(held)

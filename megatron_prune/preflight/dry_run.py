@@ -267,14 +267,14 @@ def in_child[T](work: Callable[[], T]) -> T:
         try:
             outcome, value = reader.recv()
         except EOFError as error:
-            raise RunError("a rehearsal died before it answered: is this machine out of memory?") from error
+            raise RunError("a dry run died before it answered: is this machine out of memory?") from error
         finally:
             reader.close()
             os.waitpid(child, 0)
     if outcome == "refused":
         raise Refused(value)
     if outcome == "bug":
-        raise RunError(f"a rehearsal failed:\n{value}")
+        raise RunError(f"a dry run failed:\n{value}")
     answer: T = value
     return answer
 

@@ -68,7 +68,7 @@ class PruningPlan:
             counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
             if len(groups) != target.num_query_groups or len(counts) != 1:
                 raise PlanError(
-                    f"plan: the kept heads of layer {layer} must lie in {target.num_query_groups} query "
+                    f"plan: the kept heads of layer {layer} must be in {target.num_query_groups} query "
                     f"groups, the same number in each; found {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
@@ -211,7 +211,7 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
     if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
         raise PlanError(f"plan: {name} must be ascending without repeats")
     if indices[0] < 0 or indices[-1] >= limit:
-        raise PlanError(f"plan: {name} must lie in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
+        raise PlanError(f"plan: {name} must be in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
 
 
 def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -168,6 +168,6 @@ def _refuse_pair(one: Run, other: Run, what: str) -> None:
 
 def _rows(losses: Path) -> list[dict[str, str]]:
     if not losses.is_file():
-        raise AccountError(f"{losses} is missing: an account has its losses beside it")
+        raise AccountError(f"{losses} is missing: an account has its losses next to it")
     with open(losses, newline="") as handle:
         return list(csv.DictReader(handle))

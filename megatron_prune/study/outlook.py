@@ -266,7 +266,7 @@ def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
         indexed.open_indexed(prefix)
         if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
             raise DataError(
-                f"{name} and {earlier} hold the same tokens: no stage may train on what another is judged by"
+                f"{name} and {earlier} hold the same tokens: no stage may train on what another is evaluated on"
             )
         seen[print_] = name
         if outlook.source is not None:

@@ -113,7 +113,7 @@ def check(study: Study, outlook: Outlook) -> None:
             data.refuse_unfit(stream, samples.samples, seen, cell)
         except (UsageError, DataError) as error:
             raise DataError(
-                f"data.train does not do for {cell}, samples {samples}: {error}. Give more text, smaller budgets or "
+                f"data.train is not enough for {cell}, samples {samples}: {error}. Give more text, smaller budgets or "
                 "other data.epochs"
             ) from error
 

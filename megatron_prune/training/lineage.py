@@ -72,7 +72,7 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
     elif _trained_here(checkpoint):
         raise AccountError(
             f"{checkpoint.root}: its stored arguments say that it was trained here ({_words(checkpoint)}), and {path} "
-            "is missing: what it was trained on is not known. Put the account of that run back beside the checkpoint"
+            "is missing: what it was trained on is not known. Put the account of that run back next to the checkpoint"
         )
     else:
         return []

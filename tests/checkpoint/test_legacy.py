@@ -137,7 +137,7 @@ DAMAGES = {
     "weight": (_change(lambda state: state["model"].pop(FC2)), r"linear_fc2.* is NoneType"),
     "shape": (_change(lambda state: state["model"].update({FC2: torch.zeros(3, 3)})), r"linear_fc2.* is \[3, 3\]"),
     "type": (_change(lambda s: s["model"].update({FC2: s["model"][FC2].bfloat16()})), "linear_fc2.* differ in type"),
-    "parts": (_change(lambda state: state.update(model=7)), "no state of a model|damaged"),
+    "parts": (_change(lambda state: state.update(model=7)), "not the state of a model|damaged"),
     "old": (_change(lambda state: state.update(model0=state.pop("model"))), "do not hold the same parts"),
     "cycle": (_change(lambda state: state["model"].update(loop=state)), "contains itself"),
     "expert": (lambda copy: (copy / "iter_0000000" / "mp_rank_00_000_000").mkdir(), "no rank of a dense GPT"),

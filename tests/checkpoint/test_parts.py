@@ -76,7 +76,7 @@ def test_refuses_parts_that_do_not_make_a_checkpoint(tmp_path: Path) -> None:
             writer.add(weight.name, weight.shape, [tensors[weight.name]])
     write_part(tmp_path / "odd", [("decoder.layers.9.mlp.linear_fc2.weight", (0, 0), torch.zeros(2, 2))])
     with (
-        pytest.raises(CheckpointError, match="decoder.layers.9.mlp.linear_fc2.weight, which is no weight"),
+        pytest.raises(CheckpointError, match="decoder.layers.9.mlp.linear_fc2.weight, which is not a weight"),
         CheckpointWriter(
             tmp_path / "odd-made", args=small.ARGS, dtype=torch.float32, parts=[read_part(tmp_path / "odd")]
         ),

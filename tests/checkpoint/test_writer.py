@@ -183,10 +183,10 @@ class Refusals:
 @pytest.mark.parametrize(
     ("wrongly", "message"),
     [
-        (Refusals.unknown_weight, "no weight of the model"),
-        (Refusals.wrong_shape, r"given \[31\], the stored args say \[32\]"),
+        (Refusals.unknown_weight, "not a weight of the model"),
+        (Refusals.wrong_shape, r"expected \[32\] as the stored args say, got \[31\]"),
         (Refusals.wrong_block, "a block has shape"),
-        (Refusals.too_few_rows, "127 rows were given, expected 128"),
+        (Refusals.too_few_rows, "expected 128 rows, got 127"),
         (Refusals.twice, "added twice"),
         (Refusals.incomplete, "1 weights were not added, the first is output_layer.weight"),
         (Refusals.layers_of_two_types, "must have one type"),

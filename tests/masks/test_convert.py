@@ -119,7 +119,7 @@ def _pattern(name, pattern):
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN][:-1]}), r"stored as U8 \[95, 24\], expected U8"),
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN].float()}), r"stored as F32"),
         (lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}), r"said to be \[96, 190\], this model's"),
-        (lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()), "a mask for x, which is no linear weight"),
+        (lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()), "a mask for x, which is not a linear weight"),
         (lambda tensors, texts: texts.pop("patterns"), "no readable patterns"),
         (lambda tensors, texts: texts.update(patterns={}), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
         (lambda tensors, texts: texts.update(patterns="[" * 100_000), "no readable patterns"),

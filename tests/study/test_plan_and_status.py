@@ -141,7 +141,7 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     slow, fast = capsys.readouterr().out.split("study made-up:")[1:]
     assert slow != fast
     too_long = made_up.study(prefixes, settings=["equal-flops"], budgets=[9000], methods=[{"name": "shortgpt"}])
-    with pytest.raises(DataError, match="does not do for scratch-L2h32H4G2d8F64-equal-flops"):
+    with pytest.raises(DataError, match="is not enough for scratch-L2h32H4G2d8F64-equal-flops"):
         preflight.check(too_long, Places(Path("runs/x")))
 
 

@@ -51,7 +51,7 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     [
         (
             {"budgets": [12_000]},
-            r"data\.train does not do for scratch-.*equal-total.* has 749 samples of 16 tokens in each of 1 epoch",
+            r"data\.train is not enough for scratch-.*equal-total.* has 749 samples of 16 tokens in each of 1 epoch",
         ),
         ({"budgets": [60]}, r"budgets: 60 tokens are less than half a global batch of 8 x 16 = 128"),
         ({"methods": [{"name": "wandering"}]}, r"--method: expected one of .*shortgpt, got wandering"),
@@ -224,7 +224,7 @@ def test_an_outside_parents_tokens_are_only_declared(prefixes, tmp_path: Path) -
     assert outlook.lay.parent_end == 0 and outlook.lay.parent_tokens == 2 * 10**12
     study = made_up.study(prefixes, **load(trained, declared_tokens="2T"))
     assert [c.scratch is None for c in outlook.grid(study).comparisons] == [False, True, False, True]
-    with pytest.raises(DataError, match="data.train does not do for scratch-"):
+    with pytest.raises(DataError, match="data.train is not enough for scratch-"):
         check(prefixes, tmp_path, **load(trained, declared_tokens="2M", equal_total="run"))
 
 

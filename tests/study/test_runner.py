@@ -190,7 +190,7 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     with pytest.raises(UsageError, match="retrain-tokens: expected a multiple of 128, got 200"):
         made_up.run(made_up.study(prefixes, methods=[method]), Path("odd"), made_up.FakeLauncher())
     method = {"name": "minitron-width", "settings": settings | {"retrain-tokens": 128 * 10**5}}
-    with pytest.raises(DataError, match="does not do for methods.minitron-width's candidates"):
+    with pytest.raises(DataError, match="is not enough for methods.minitron-width's candidates"):
         training = made_up.study(prefixes, methods=[method], settings=["equal-training"])
         made_up.run(training, Path("long"), made_up.FakeLauncher())
     method, launching = {"name": "minitron-width", "settings": settings}, {"launcher": "slurm", "nproc": 4}
