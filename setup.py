@@ -45,8 +45,10 @@ setup(
             "engine/*.json",
             "study/advise/*.json",
             "study/run/*.j2",
+            "launch/*",
         ]
     },
+    entry_points={"console_scripts": ["megatron-prune = megatron_prune.__main__:main"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.6",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import types
 import typing
@@ -11,11 +12,32 @@ from typing import Any
 from pydantic.dataclasses import is_pydantic_dataclass
 
 MARK = "<!-- study-schema -->"
+COMMANDS = "<!-- cli-reference -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the mark of a generated page."""
-    return markdown.replace(MARK, study_schema()) if MARK in markdown else markdown
+    for mark, made in ((MARK, study_schema), (COMMANDS, command_line)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
+
+
+def command_line() -> str:
+    """The help of every verb, in the order of the overview; a verb that is several has a section for each."""
+    from megatron_prune.__main__ import VERBS
+    from megatron_prune.cli import convert, study
+
+    parts = {"convert": convert, "study": study}
+    sections = []
+    for title, group in VERBS.items():
+        sections.append(f"## {title[0].upper()}{title[1:]}")
+        for verb in group:
+            module = parts.get(verb) or importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}")
+            helps = {verb: module.group() if verb in parts else module.parser()}
+            helps |= {f"{verb} {part}": module.parser(part) for part in (module.PARTS if verb in parts else ())}
+            sections += [f"### {name}\n\n```text\n{one.format_help()}\n```" for name, one in helps.items()]
+    return "\n\n".join(sections)
 
 
 def study_schema() -> str:

@@ -28,6 +28,10 @@ class UsageError(MegatronPruneError):
         super().__init__(f"{flag}: expected {expected}, got {got}{reason}{remedy}")
 
 
+class CommandLineError(MegatronPruneError):
+    """A word of a command line that no parser knows, or a flag that is missing or lacks its value."""
+
+
 class CheckpointError(MegatronPruneError):
     """A checkpoint that is missing, truncated, hostile, or not of the expected kind."""
 

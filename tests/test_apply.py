@@ -178,9 +178,7 @@ def logits_of_checkpoint(load: str, tokens: list[int], layout: list[str]) -> lis
     def complete(args: Any, argv: list[str]) -> None:
         args.seq_length, args.micro_batch_size = len(tokens), 1
 
-    args = runtime.start(
-        "evaluate", ["--load", load, "--use-checkpoint-args", *layout], lambda parser: parser, complete=complete
-    )
+    args = runtime.start("evaluate", ["--load", load, "--use-checkpoint-args", *layout], complete=complete)
     runtime.initialize(args)
     (model,) = runtime.load_model(args)
     ids = torch.tensor([tokens])

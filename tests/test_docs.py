@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune import verbs
+from megatron_prune.methods import options
+from megatron_prune.settings import Settings
 from megatron_prune.study.schema import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +33,13 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
     for page in pages:
         assert str(page.relative_to(ROOT / "docs" / "pages")) in listed
     assert len(list(site.rglob("index.html"))) == len(pages)
+
+
+def test_the_reference_has_every_flag_of_the_command_line(site: Path) -> None:
+    page = html.unescape((site / "cli-reference" / "index.html").read_text())
+    settings = [cls for cls in vars(verbs).values() if isinstance(cls, type) and issubclass(cls, Settings)]
+    for flag in (flag for cls in (*settings, *options.STRUCTURED.values()) for flag in cls.flags()):
+        assert flag.option in page, flag
 
 
 def test_the_reference_has_every_key_of_a_study(site: Path) -> None:

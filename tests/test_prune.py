@@ -99,7 +99,7 @@ def test_refused_before_the_model_is_built(
 ) -> None:
     finished = job([*flags(method, tiny_parent, tiny_corpus, tmp_path / "save"), *more])
     assert finished.returncode != 0
-    assert re.search("megatron_prune prune: " + message, finished.output), finished.output[-3000:]
+    assert re.search("megatron-prune prune: " + message, finished.output), finished.output[-3000:]
     assert "loading distributed checkpoint" not in finished.output and not (tmp_path / "save").exists()
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_prune.__main__ import VERBS
+from megatron_prune.__main__ import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +25,7 @@ def commands() -> list[str]:
 
 
 def program(words: list[str]) -> str:
-    """The script or verb that a command runs: ``tools/x.py``, ``tests/run.sh``, ``pretrain``."""
+    """The script or verb that a command runs: ``tests/run.sh``, ``pretrain``."""
     if "-m" in words and words[words.index("-m") + 1] == "megatron_prune":
         return words[words.index("-m") + 2]
     return words[1]
@@ -40,11 +38,10 @@ def help_of(job):
 
     def get(*words: str) -> str:
         if words not in asked:
-            if words[0] in VERBS:
-                asked[words] = job([*words, "--help"]).ok().output
-            else:
-                run = [sys.executable, str(ROOT / words[0]), *words[1:], "--help"]
-                asked[words] = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+            own = [*words, "--help"]
+            asked[words] = job(own).ok().output
+            if "--help-megatron" in asked[words]:
+                asked[words] += job([*words, "--help-megatron"]).ok().output
         return asked[words]
 
     return get
@@ -55,27 +52,22 @@ def test_the_command_has_its_flags(command: str, help_of) -> None:
     words = shlex.split(re.sub("<[^>]*>", "", command))  # what the reader is to fill in
     if words[0] == "hf":  # Hugging Face's own
         return
-    assert words[0] in ("bash", "python", "torchrun"), command
+    assert words[0] in ("bash", "megatron-prune", "python", "torchrun"), command
     name = program(words)
     if name.endswith(".sh"):
         assert (ROOT / name).is_file()
         return
-    assert name in VERBS or (ROOT / name).is_file(), f"{name} does not exist"
+    assert name in NAMES, f"{name} does not exist"
     after = words[words.index(name) + 1 :]
-    subcommand = after[:1] if name == "tools/convert_checkpoint.py" or name == "study" else []
+    subcommand = after[:1] if name in ("convert", "study") else []
     text = help_of(name, *subcommand)
     for flag in (word for word in after if word.startswith("--")):
         assert re.search(rf"{re.escape(flag)}[\s,\]=]", text), f"{name} has no {flag}"
 
 
 def test_every_verb_is_in_the_table_of_commands() -> None:
-    for verb in VERBS:
-        assert f"`python -m megatron_prune {verb}" in README
-
-
-def test_every_tool_is_in_the_table_of_commands() -> None:
-    for tool in (ROOT / "tools").glob("*.py"):
-        assert f"`python tools/{tool.name}" in README
+    for verb in NAMES:
+        assert f"`megatron-prune {verb}" in README
 
 
 def test_every_method_is_in_the_table_of_methods() -> None:

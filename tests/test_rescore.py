@@ -18,9 +18,10 @@ import pytest
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli import plan as plan_command
+from megatron_prune.cli import retrain_candidates
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, EXIT_REFUSED, MegatronPruneError
-from megatron_prune.structured import apply, candidates, plan, retrain_candidates
+from megatron_prune.structured import apply, candidates, plan
 from megatron_prune.structured import statistics as statistics_file
 from tests import tiny
 from tests.data.corpora import write_corpus

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.methods import options
+from megatron_prune.settings import Settings, add_flags
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured import target as targets
 
@@ -30,10 +32,14 @@ UNLIMITED = {
 }
 
 
-def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
+def read[S: Settings](cls: type[S], *flags: str) -> S:
     parser = argparse.ArgumentParser()
-    targets.add_arguments(parser)
-    target = targets.from_arguments(parser.parse_args(flags), tp)
+    add_flags(parser, cls)
+    return cls.of(parser.parse_args(flags))
+
+
+def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
+    target = targets.from_settings(read(verbs.Target, *flags), (), tp)
     return target.choose(source, methods.get(method), {"axis": axis})
 
 
@@ -152,11 +158,9 @@ def test_random_cuts_depth_and_width_at_once() -> None:
 
 
 def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
-    parser = argparse.ArgumentParser()
-    targets.add_arguments(parser)
     search = methods.get("minitron-width").search(UNLIMITED | {"search": axes.split()})
     assert search is not None
-    return targets.from_arguments(parser.parse_args(flags), tp).near(source, search)
+    return targets.from_settings(read(verbs.Target, *flags), (), tp).near(source, search)
 
 
 # Hidden/FFN of the paper's candidates for Llama-3.1-8B, 32 heads each. Its percentages are names.
@@ -293,11 +297,12 @@ def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, sear
 
 def given_shapes(source: ModelShape, *words: str, tp: int = 1) -> tuple[ModelShape, ...]:
     """The shapes that compete by minitron-width's flags, as ``plan`` reads them."""
-    method = methods.get("minitron-width")
+    own = options.STRUCTURED["minitron-width"]
     parser = argparse.ArgumentParser()
-    own = choices.add_choice_arguments(parser, method)
-    options = parser.parse_args(["--method", "minitron-width", *words])
-    return choices.choice_from("minitron-width", method, own, options, tp, None).shapes(source)
+    add_flags(parser, verbs.Target, own)
+    given = parser.parse_args(words)
+    asked = choices.choose("minitron-width", verbs.Target.of(given), own.of(given), tensor_parallel=tp)
+    return asked.shapes(source)
 
 
 @pytest.mark.parametrize("name", PAPER)

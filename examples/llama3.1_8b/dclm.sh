@@ -27,7 +27,7 @@ corpus() { # prefix file...
     local prefix=$1
     shift
     [ -f "$prefix.json" ] && { echo "$prefix is there"; return; } # the last file that is written
-    "$PYTHON" tools/preprocess_data.py --input "$@" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
+    "$PYTHON" -m megatron_prune preprocess --input "$@" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"
 }
 
@@ -74,7 +74,7 @@ blend() {
 index() { # flags of `index`, such as the ranges that are to be there
     local blend
     mapfile -t blend <"$OUT/blend.txt"
-    "$PYTHON" -m megatron_prune index --data-path "${blend[@]}" --seq-length "${SEQ_LENGTH:-8192}" --stream-seed 1 \
+    "$PYTHON" -m megatron_prune build-index --data-path "${blend[@]}" --seq-length "${SEQ_LENGTH:-8192}" --stream-seed 1 \
         --data-cache-path "${CACHE:-$RUNS/cache}" --held-out "$OUT/calibration" "$OUT/validation" "$OUT/test" "$@"
 }
 

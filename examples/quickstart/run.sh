@@ -22,7 +22,7 @@ tokenize() { # the four corpora side by side: most of each is start-up
     local split jobs=()
     for split in train calibration validation test; do
         [ -f "$DATA/$split.json" ] && continue
-        python tools/preprocess_data.py --input "$DATA/text/$split.jsonl" --output-prefix "$DATA/$split" \
+        python -m megatron_prune preprocess --input "$DATA/text/$split.jsonl" --output-prefix "$DATA/$split" \
             --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA/tokenizer.model" --append-eod &
         jobs+=($!)
     done
@@ -32,9 +32,9 @@ tokenize() { # the four corpora side by side: most of each is start-up
 stage "set-up" setup_env
 begin=$SECONDS
 mkdir -p "$DATA"
-[ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 10000000 \
+[ -d "$DATA/text" ] || stage "corpus" python -m megatron_prune build-corpus --output "$DATA/text" --max-bytes 10000000 \
     --longest-held-out 1200 # so that the windows evaluated are of many documents
-[ -f "$DATA/tokenizer.model" ] || stage "tokenizer" python tools/train_tokenizer.py \
+[ -f "$DATA/tokenizer.model" ] || stage "tokenizer" python -m megatron_prune train-tokenizer \
     --input "$DATA/text/train.jsonl" --output "$DATA/tokenizer.model" --vocab-size $VOCABULARY --max-bytes 4000000
 stage "tokenize" tokenize
 stage "study" python -m megatron_prune study run examples/quickstart/study.yaml

@@ -38,7 +38,7 @@ DATA=runs/smollm2-data
 tokenize() {
     local split
     for split in train calibration validation test; do
-        [ -f "$DATA/$split.json" ] || python tools/preprocess_data.py --input "$DATA/text/$split.jsonl" \
+        [ -f "$DATA/$split.json" ] || python -m megatron_prune preprocess --input "$DATA/text/$split.jsonl" \
             --output-prefix "$DATA/$split" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$DATA/hf" \
             --append-eod --workers 2
     done
@@ -48,11 +48,11 @@ stage "set-up" setup_env dev
 [ ${#HUB[@]} -gt 0 ] || setup_smollm2
 mkdir -p "$DATA"
 stage "model" python examples/smollm2_135m/prepare.py --output "$DATA/hf" "${HUB[@]}"
-[ -d "$DATA/text" ] || stage "corpus" python tools/build_corpus.py --output "$DATA/text" --max-bytes 30000000
+[ -d "$DATA/text" ] || stage "corpus" python -m megatron_prune build-corpus --output "$DATA/text" --max-bytes 30000000
 stage "tokenize" tokenize
 STUDY="$DATA/$METHODS.yaml"
 if [ ! -f "$STUDY" ]; then
-    [ -d "$DATA/checkpoint" ] || stage "import" python tools/convert_checkpoint.py import --hf "$DATA/hf" --save "$DATA/checkpoint"
+    [ -d "$DATA/checkpoint" ] || stage "import" python -m megatron_prune convert import --hf "$DATA/hf" --save "$DATA/checkpoint"
     stage "budget" python examples/smollm2_135m/budget.py --minutes "$MINUTES" --methods "$METHODS" \
         --checkpoint "$DATA/checkpoint" --output "$STUDY"
 else

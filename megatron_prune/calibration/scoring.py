@@ -33,7 +33,7 @@ from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
 from megatron_prune.engine import forward, fp8, runtime, spec
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import Selection
+from megatron_prune.methods.base import Selection
 from megatron_prune.methods.ranking import accuracies
 from megatron_prune.structured.candidates import Candidate
 from megatron_prune.structured.statistics import TaskScore

@@ -59,7 +59,7 @@ class LegacySource:
             raise CheckpointError(
                 f"{directory} holds legacy per-rank files, which are mapped into memory, and which Megatron too reads "
                 "from disks alone: copy it to one, or make a torch_dist checkpoint of it with "
-                "tools/convert_checkpoint.py rewrite"
+                "megatron-prune convert rewrite"
             )
         self._directory = directory
         self._files = {rank: f"{name}/{RANK_FILE}" for rank, name in self._folders().items()}

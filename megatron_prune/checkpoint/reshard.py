@@ -43,7 +43,7 @@ from megatron_prune.errors import CheckpointError
 
 BUCKETS, WHOLE = "dp_reshardable", "fully_reshardable"  # Megatron's names of the two forms
 LAYOUT_OBJECT = "param_layout"  # what engine/optimizer_layout.py has Megatron store, of each set of buckets
-COMMAND = "python tools/reshard_optimizer.py"
+COMMAND = "megatron-prune reshard-optimizer"
 _FILES = "__resharded"
 _SET = re.compile(r"optimizer\.distributed\.dp_group_idx_\d+")
 _COMMON = "common_state/shard_0_1"

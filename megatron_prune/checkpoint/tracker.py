@@ -213,15 +213,15 @@ def refuse_foreign(directory: Path) -> None:
         if (directory / name).is_file():
             raise CheckpointError(
                 f"{directory} is a Megatron-Bridge checkpoint ({name}), which stores no Megatron args: export it to "
-                "Hugging Face with Megatron-Bridge, then import that with tools/convert_checkpoint.py"
+                "Hugging Face with Megatron-Bridge, then import that with megatron-prune convert"
             )
     for name in ("model_weights", "weights"):
         if (directory / name).is_dir():
             raise CheckpointError(
                 f"{directory} is a NeMo checkpoint ({name}), which stores no Megatron args: export it to Hugging Face "
-                "with NeMo, then import that with tools/convert_checkpoint.py"
+                "with NeMo, then import that with megatron-prune convert"
             )
     if (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is a Hugging Face model (config.json): import it first with tools/convert_checkpoint.py"
+            f"{directory} is a Hugging Face model (config.json): import it first with megatron-prune convert"
         )

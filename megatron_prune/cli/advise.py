@@ -1,26 +1,41 @@
-"""The ``advise`` verb: prune or train from scratch, as far as a ledger of measured comparisons can say."""
+"""``megatron-prune advise``: prune or train from scratch, as far as a ledger of measured comparisons can say."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_prune import artifacts
-from megatron_prune.study.advise import answer, ledgers, target
-from megatron_prune.study.advise.answer import UNKNOWN, Advice
-from megatron_prune.study.advise.best import LOOKS
-from megatron_prune.study.advise.ledgers import Ledger
-from megatron_prune.study.advise.target import Target
-from megatron_prune.study.analysis.statistics import Difference
-from megatron_prune.study.subject import setting_words
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser
+from megatron_prune.errors import UsageError
+
+if TYPE_CHECKING:
+    from megatron_prune.study.advise.answer import Advice
+    from megatron_prune.study.advise.ledgers import Ledger
+    from megatron_prune.study.advise.target import Target
+    from megatron_prune.study.analysis.statistics import Difference
+
+
+def parser() -> Parser:
+    return Parser(
+        "advise",
+        "Says whether to prune or to train from scratch for a budget of tokens, as far as a ledger of measured "
+        'comparisons can say. "Don\'t know" is an answer, with what would settle it.',
+        verbs.Advise,
+        example="megatron-prune advise --ratio 0.5 --tokens 400k",
+    )
 
 
 def main(argv: list[str]) -> int:
     """Print the advice; with ``--json`` write it too. An answer of "don't know" is one, and no error."""
-    options = _parser().parse_args(argv)
-    ledger = ledgers.read(options.ledger)
-    asked = target.from_arguments(options, ledger.parent_params)
+    options = verbs.Advise.of(parser().read(argv)[0])
+    from megatron_prune import artifacts
+    from megatron_prune.study.advise import answer, ledgers, target
+
+    if options.ledger is None and not ledgers.SHIPPED.is_file():
+        raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
+    ledger = ledgers.read(options.ledger or ledgers.SHIPPED)
+    asked = target.from_settings(options, ledger.parent_params)
     advice = answer.advise(ledger, asked)
     if options.json:
         artifacts.write_json(options.json, to_json(ledger, asked, advice))
@@ -45,6 +60,8 @@ def to_json(ledger: Ledger, asked: Target, advice: Advice) -> dict[str, Any]:
 
 def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
     """Lines for people: the answer first, then what it rests on and what would settle what is open."""
+    from megatron_prune.study.subject import setting_words
+
     lines = [_headline(advice)]
     lines += [f"  because {reason}" for reason in advice.reasons]
     if advice.gap is not None:
@@ -59,6 +76,8 @@ def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
 
 
 def _headline(advice: Advice) -> str:
+    from megatron_prune.study.advise.answer import UNKNOWN
+
     if advice.answer == UNKNOWN:
         lean = f" (the means lean to: {advice.lean})" if advice.lean else ""
         return f"Don't know{lean}."
@@ -81,6 +100,8 @@ def _numbers(advice: Advice) -> str:
 
 def _how(advice: Advice, gap: Difference) -> str:
     """What the confidence and the interval are corrected for."""
+    from megatron_prune.study.advise.best import LOOKS
+
     picked = f", for picking the best of {advice.picked_from} arms" * ((advice.picked_from or 1) > 1)
     return (
         f"paired over {gap.seeds} seeds, {gap.freedom:.3g} degrees of freedom; corrected for asking again with more "
@@ -90,17 +111,3 @@ def _how(advice: Advice, gap: Difference) -> str:
 
 def _percent(confidence: float) -> str:
     return "above 99.9%" if confidence > 0.999 else f"{100 * confidence:.1f}%"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_prune advise", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--ledger",
-        default=str(ledgers.SHIPPED) if ledgers.SHIPPED.is_file() else None,
-        required=not ledgers.SHIPPED.is_file(),
-        metavar="STUDY",
-        help="a study's folder with a report, or its results.json (default: the quickstart's, where it is shipped)",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the advice as JSON too")
-    target.add_arguments(parser)
-    return parser

@@ -1,32 +1,26 @@
-"""``python -m megatron_prune preflight --gpus 1024 pretrain …``: will it run there, and what will it take?
+"""``megatron-prune preflight --gpus 1024 pretrain …``: will it run there, and what will it take?
 
 Takes the command line of ``pretrain``, ``calibrate``, ``sparsify`` or ``evaluate``, written as it will be (a
 ``torchrun … -m megatron_prune`` before it is skipped). Corpora and checkpoints are looked at where they are on this
-machine; what is not here is reported as not checked (``elsewhere``). Exit codes: 0 it will run, 1 it will not, 2
+machine; what is not here is reported as not checked. Exit codes: 0 it will run, 1 it will not, 3 look first, 2
 preflight itself was asked something wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from megatron_prune import artifacts
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.errors import UsageError
-from megatron_prune.preflight import host as elsewhere
-from megatron_prune.preflight.cost import GPUS, Cluster
 
 VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
 EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a refusal's (errors.py)
-CONTAINER = "te,apex,flash-attn"  # NVIDIA's for PyTorch
 _SUMMARIES = {
     "yes": "it will run",
     "look": "it may run or not: look first",
@@ -35,40 +29,73 @@ _SUMMARIES = {
 _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 
 
+def parser() -> Parser:
+    return Parser(
+        "preflight",
+        f"Says whether a command line of {', '.join(VERBS)} will run on a cluster of any size, and what it takes, in "
+        "seconds and without the cluster. Exit codes: 0 it will run, 1 it will not, 3 look first.",
+        verbs.Preflight,
+        after=" VERB …",
+        example="""
+megatron-prune preflight --gpus 64 --gpu h100 pretrain --load runs/a --save runs/a --shape-from checkpoints/parent \\
+    --data-path data/train --seq-length 2048 --global-batch-size 256 --micro-batch-size 4 --train-iters 1000 \\
+    --lr 3e-4 --bf16""",
+    )
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     own, verb, rest = split(argv)
-    options, unknown = _parser().parse_known_args(own)
-    if verb is None or unknown:
-        raise UsageError("preflight", got=" ".join(unknown) or "no command", expected="its own flags, then one of "
-                         f"{', '.join(VERBS)} with the flags of that")  # fmt: skip
+    options = parser().read(own)[0]
+    if verb is None:
+        raise UsageError(
+            "preflight",
+            got="no command",
+            expected=f"its own flags, then one of {', '.join(VERBS)} with the flags of that",
+        )
+    asked = verbs.Preflight.of(options)
     # It would warn of a CUDA that is missing, which is no news here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_prune.engine import cpu
 
-    if not cpu.is_cpu():  # rehearsals never touch this machine's GPUs
+    if not cpu.is_cpu():  # dry runs never touch this machine's GPUs
         command = [sys.executable, "-m", "megatron_prune", "preflight", *argv]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
-    if not 0 < options.mfu <= 1:
-        raise UsageError("--mfu", got=options.mfu, expected="a fraction between 0 and 1")
+    if not 0 < asked.mfu <= 1:
+        raise UsageError("--mfu", got=asked.mfu, expected="a fraction between 0 and 1")
+    start_engine()
+    from megatron_prune import artifacts
     from megatron_prune.engine import installed
+    from megatron_prune.preflight import host as elsewhere
+    from megatron_prune.preflight import verdict
     from megatron_prune.preflight.checks import Question
+    from megatron_prune.preflight.cost import Cluster
     from megatron_prune.study.values import parse_tokens
 
     try:
-        tokens = None if options.corpus_tokens is None else parse_tokens(options.corpus_tokens)
+        tokens = None if asked.corpus_tokens is None else parse_tokens(asked.corpus_tokens)
     except ValueError as error:
-        raise UsageError("--corpus-tokens", got=options.corpus_tokens, expected=str(error)) from error
-    cluster = Cluster(options.gpus, options.gpu, options.gpus_per_node)
-    line = elsewhere.resolve(rest, options.model)
-    reserve = int(options.reserve_gb * 1e9)
-    host = None if options.host_memory_gb is None else int(options.host_memory_gb * 1e9)
-    has = installed.named(options.installed)
-    found = answer(Question(verb, line.argv, cluster, options.mfu, reserve, host, tokens, line.absent, has))
-    if options.output:
-        artifacts.write_json(options.output, found)
+        raise UsageError("--corpus-tokens", got=asked.corpus_tokens, expected=str(error)) from error
+    cluster = Cluster(asked.gpus, asked.gpu, asked.gpus_per_node)
+    line = elsewhere.resolve(rest, asked.model)
+    reserve = int(asked.reserve_gb * 1e9)
+    host = None if asked.host_memory_gb is None else int(asked.host_memory_gb * 1e9)
+    has = installed.named(asked.installed)
+    question = Question(verb, line.argv, cluster, asked.mfu, reserve, host, tokens, line.absent, has)
+    found = verdict.answer(question, _main_of(verb))
+    if asked.output:
+        artifacts.write_json(asked.output, found)
     show(found)
     return EXIT_CODES[found["verdict"]]
+
+
+def _main_of(verb: str) -> Callable[[list[str]], int]:
+    from megatron_prune.cli import calibrate, evaluate, pretrain, sparsify
+
+    mains = {
+        "pretrain": pretrain.main, "calibrate": calibrate.main, "sparsify": sparsify.main, "evaluate": evaluate.main,
+    }  # fmt: skip
+    return mains[verb]
 
 
 def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
@@ -82,78 +109,11 @@ def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
     return argv, None, []
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron_prune preflight", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="megatron_prune preflight [options] VERB …",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
-    add("--gpu", default="h100", choices=GPUS, help="kind of GPU (default: %(default)s)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
-    add(
-        "--installed",
-        default=CONTAINER,
-        metavar="WORDS",
-        help="what every node has besides PyTorch, of te, apex, flash-attn, nvrx and emerging-optimizers, with commas "
-        "between, or none (default: %(default)s, as launch/Dockerfile.ngc has; launch/Dockerfile: none)",
-    )
-    add(
-        "--mfu",
-        type=float,
-        default=0.4,
-        metavar="F",
-        help="share of dense bf16 FLOPs that is reached, for times (default: %(default)s); measure yours",
-    )
-    add(
-        "--reserve-gb",
-        type=float,
-        default=6,
-        metavar="GB",
-        help="of every GPU, for the CUDA context, NCCL, workspaces and fragmentation (default: %(default)s)",
-    )
-    add("--host-memory-gb", type=float, metavar="GB", help="memory of a node, without which it is told and not judged")
-    add(
-        "--model",
-        metavar="FILE",
-        help="the model's flags, while the checkpoint that says them is not here (# begins a comment)",
-    )
-    add("--corpus-tokens", metavar="N", help="what the corpora hold, such as 750B, while they are not here")
-    add("--output", metavar="FILE.json", help="the answer as data, too")
-    return parser  # fmt: skip
-
-
-def answer(question: Any) -> dict[str, Any]:
-    """Rehearse and check; the whole answer as JSON."""
-    from megatron_prune.preflight import checks, dry_run
-
-    cluster = question.cluster
-    facts: dict[str, Any] = {"parameters": None}
-    try:
-        rehearsed = dry_run.rehearse(
-            question.verb, question.argv, gpus=cluster.gpus, per_node=cluster.local_ranks,
-            capability=cluster.gpu.capability, has=question.installed,
-        )  # fmt: skip
-    except dry_run.Refused as refused:
-        findings = [checks.Finding("arguments", "no", str(refused))]
-    else:
-        findings = [checks.Finding("arguments", "yes", "accepted by the verb and by Megatron")]
-        findings += checks.all_findings(question, rehearsed)
-        facts["parameters"] = rehearsed.shape.parameters()
-    return {
-        "version": 2,
-        "verdict": checks.verdict(findings),
-        "command": [question.verb, *question.argv],
-        "cluster": asdict(cluster),
-        **facts,
-        "findings": [asdict(finding) for finding in findings],
-        "versions": artifacts.versions(),
-    }
-
-
 def show(found: dict[str, Any]) -> None:
     """Print an answer for people."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=140)

@@ -1,32 +1,88 @@
-"""``python -m megatron_prune study run|plan|status|report STUDY.yaml``, and ``study stage``, which Slurm jobs call."""
+"""``megatron-prune study run|plan|status|report STUDY.yaml``, and ``study stage``, which Slurm jobs call."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser, Verbs
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
-from megatron_prune.study import schema
-from megatron_prune.study.commands import Command
-from megatron_prune.study.places import Places
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_prune.study import schema
+    from megatron_prune.study.commands import Command
+    from megatron_prune.study.places import Places
 
 MOST_NAMED = 12  # runs that are not shown: the report names all
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
 
 
+PARTS = {
+    "run": "run every cell that is not finished, then write the report",
+    "plan": "print every cell with its tokens, FLOPs, memory, storage and time; run nothing",
+    "status": "print how far every cell is",
+    "report": "write the report from what is finished",
+    "stage": "run one stage of a cell unless it is done; Slurm jobs call it",
+}
+
+
+def group() -> Verbs:
+    return Verbs(
+        "study",
+        "A study compares pruned models with models trained from scratch, on the same tokens. STUDY.yaml says which.",
+        PARTS,
+    )
+
+
+def parser(part: str) -> Parser:
+    """The parser of ``study run`` and the others."""
+    if part == "stage":
+        return Parser(
+            "study stage",
+            "Runs one stage of a cell unless it is done, and exits with 0 when what it wrote says that it is. Slurm "
+            "jobs call it.",
+            verbs.StudyStage,
+            after=" -- COMMAND …",
+            example="megatron-prune study stage runs/quickstart/cells/parent pretrain -- python -m megatron_prune …",
+        )
+    about = {
+        "run": "Runs every cell of a study that is not finished, on this machine or as Slurm jobs, and then writes the "
+        "report. Stopped, it goes on where it was.",
+        "plan": "Prints every cell of a study with its tokens, FLOPs, memory, storage and time. Runs nothing.",
+        "status": "Prints how far every cell of a study is.",
+        "report": "Writes a study's report from the cells that are finished.",
+    }
+    return Parser(
+        f"study {part}",
+        about[part],
+        SETTINGS[part],
+        example=f"megatron-prune study {part} examples/quickstart/study.yaml",
+    )
+
+
+SETTINGS: dict[str, type[verbs.Study]] = {
+    "run": verbs.Study, "plan": verbs.StudyPlan, "status": verbs.StudyStatus, "report": verbs.Study,
+}  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    options = _parser().parse_args(argv)
-    if options.action is _stage:
-        code: int = _stage(options)
-        return code
+    part, words = group().read(argv)
+    if part == "stage":
+        cut = words.index("--") if "--" in words else len(words)
+        asked = verbs.StudyStage.of(parser(part).read(words[:cut])[0])
+        return _stage(Path(asked.cell), asked.stage, words[cut + 1 :])
+    options = SETTINGS[part].of(parser(part).read(words)[0])
+    from megatron_prune.study import schema
+
     studies = schema.load_all(options.study)
     if options.parent is not None:
         studies = [study for study in studies if study.name.endswith(f".{options.parent}")]
@@ -34,15 +90,18 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 "--parent", got=options.parent, expected=f"a label that stands under parents in {options.study}"
             )
-    return _each(studies, options)
+    return _each(studies, part, options)
 
 
-def _each(studies: Sequence[schema.Study], options: argparse.Namespace) -> int:
+def _each(studies: Sequence[schema.Study], part: str, options: Any) -> int:
     """The verb for the study of every parent; one that fails does not keep the others from theirs."""
+    from megatron_prune.study.places import Places
+
+    action = {"run": _run, "plan": _plan, "status": _status, "report": _report}[part]
     failures = []
     for study in studies:
         try:
-            options.action(study, Places(Path(options.runs_dir) / study.name), options)
+            action(study, Places(Path(options.runs_dir) / study.name), options)
         except MegatronPruneError as error:
             if len(studies) == 1:
                 raise
@@ -52,47 +111,10 @@ def _each(studies: Sequence[schema.Study], options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_prune study", description=__doc__, allow_abbrev=False)
-    actions = parser.add_subparsers(title="what to do", required=True, metavar="run|plan|status|report")
-    for name, action, text in (
-        ("run", _run, "run every cell that is not finished, then write the report"),
-        ("plan", _plan, "print every cell with its tokens, FLOPs, memory, storage and time; run nothing"),
-        ("status", _status, "print how far every cell is"),
-        ("report", _report, "write the report from what is finished"),
-    ):
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("study", metavar="STUDY.yaml")
-        sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where studies lie (default: runs)")
-        sub.add_argument("--parent", metavar="LABEL", help="only the study of this one, where STUDY.yaml has parents")
-        if name == "plan":
-            _add_plan_arguments(sub)
-        if name == "status":
-            sub.add_argument("--watch", type=float, metavar="SECONDS", nargs="?", const=2.0,
-                             help="show it again and again while a runner is at work (default: every 2 s)")  # fmt: skip
-        sub.set_defaults(action=action)
-    text = "run one stage of a cell unless it is done; leave with 0 when what it wrote says that it is"
-    stage = actions.add_parser("stage", help=text, description=text, allow_abbrev=False)
-    stage.add_argument("cell", metavar="CELL", type=Path, help="a cell's directory, with its cell.json")
-    stage.add_argument("stage", metavar="STAGE")
-    stage.add_argument("command", metavar="-- COMMAND", nargs="+")
-    stage.set_defaults(action=_stage)
-    return parser
-
-
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--commands", action="store_true", help="print the command line of every stage too")
-    parser.add_argument("--scripts", action="store_true", help="write the Slurm script of every cell that is known")
-    parser.add_argument("--throughput", metavar="T",
-                        help="of one GPU: tokens a second on the parent's shape, or an MFU as 40%%")  # fmt: skip
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many there are (default: launch.nproc x "
-                        "launch.parallel_cells)")  # fmt: skip
-    parser.add_argument("--peak-tflops", type=float, metavar="TFLOPS",
-                        help=f"what an MFU is of (default: {PEAK_TFLOPS:g}, an H100 in bf16)")  # fmt: skip
-
-
 def _console() -> Console:
     """As wide as the terminal; wide enough for a table where there is none."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
@@ -103,7 +125,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
-def _run(study: schema.Study, places: Places, options: argparse.Namespace) -> int:
+def _run(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
@@ -121,7 +143,7 @@ def _run(study: schema.Study, places: Places, options: argparse.Namespace) -> in
     return _report(study, places, options)
 
 
-def _report(study: schema.Study, places: Places, options: argparse.Namespace) -> int:
+def _report(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
     from megatron_prune.study.analysis import results
     from megatron_prune.study.report import page
@@ -147,7 +169,7 @@ def _report(study: schema.Study, places: Places, options: argparse.Namespace) ->
     return 0
 
 
-def _plan(study: schema.Study, places: Places, options: argparse.Namespace) -> int:
+def _plan(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
     from megatron_prune.study import jobs as stages
     from megatron_prune.study import outlook as preflight
@@ -168,7 +190,7 @@ def _plan(study: schema.Study, places: Places, options: argparse.Namespace) -> i
     return 0
 
 
-def _refuse_times_of_nothing(options: argparse.Namespace) -> None:
+def _refuse_times_of_nothing(options: Any) -> None:
     """Flags that only say how times are reckoned, where none are, or not by an MFU."""
     if options.gpus is not None and options.throughput is None:
         raise UsageError(
@@ -192,30 +214,33 @@ def _print_commands(commands: Mapping[str, list[Command]]) -> None:
             print(shlex.join(command.words))
 
 
-def _status(study: schema.Study, places: Places, options: argparse.Namespace) -> int:
+def _status(study: schema.Study, places: Places, options: Any) -> int:
     from megatron_prune.study.run import status
 
     status.show(study.name, places, _console(), options.watch)
     return 0
 
 
-def _stage(options: argparse.Namespace) -> int:
+def _stage(cell: Path, stage: str, command: list[str]) -> int:
     """What a job of a queue does for each stage: the artifact decides before and after, never the exit code."""
     from megatron_prune.study.execution import described, execute
 
-    known, done = described(options.cell, options.stage)
-    if options.command[-len(known["argv"]) :] != known["argv"]:
-        raise UsageError(f"{options.cell.name}: {options.stage}", got="another one",
-                         expected="the command line in cell.json",
-                         why="study.yaml was changed after this script was written")  # fmt: skip
+    known, done = described(cell, stage)
+    if command[-len(known["argv"]) :] != known["argv"]:
+        raise UsageError(
+            f"{cell.name}: {stage}",
+            got="another one",
+            expected="the command line in cell.json",
+            why="study.yaml was changed after this script was written",
+        )
     if done():
-        print(f"{options.cell.name}: {options.stage} is done", flush=True)
+        print(f"{cell.name}: {stage} is done", flush=True)
         return 0
 
-    def command(log: Path) -> int:
+    def run(log: Path) -> int:
         with open(log, "ab") as output:
-            return subprocess.run(options.command, stdout=output, stderr=output, stdin=subprocess.DEVNULL).returncode
+            return subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL).returncode
 
-    execute(options.cell, options.stage, done, command)
-    print(f"{options.cell.name}: {options.stage} is done", flush=True)
+    execute(cell, stage, done, run)
+    print(f"{cell.name}: {stage} is done", flush=True)
     return 0

@@ -32,7 +32,7 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
         if not path.is_file():
             raise DataError(f"{path} does not exist: a corpus is given by its prefix, without .bin and .idx")
         if not path.stat().st_size:
-            raise DataError(f"{path} is empty: make the corpus again with tools/preprocess_data.py")
+            raise DataError(f"{path} is empty: make the corpus again with megatron-prune preprocess")
     _check_index(paths[".idx"])
     corpus = IndexedDataset(prefix, mmap=mmap_bin_files)
     lengths, pointers = corpus.sequence_lengths, corpus.index.sequence_pointers

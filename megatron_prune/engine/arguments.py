@@ -16,9 +16,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from megatron_prune import storage
+from megatron_prune import storage, verbs
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
@@ -31,7 +31,8 @@ from megatron_prune.checkpoint.tracker import (
 )
 from megatron_prune.data import tokenizers
 from megatron_prune.engine import cpu, fp8, installed, refusals, vocabulary
-from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
+from megatron_prune.settings import Settings, add_flags, nearest
 
 # What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
 _POSITIVE = (
@@ -42,33 +43,36 @@ _NOT_NEGATIVE = ("eval_iters", "stream_permutation_seed", "random_masks")
 _SEEDS = ("seed", "stream_permutation_seed")  # NumPy's have 32 bits
 
 Complete = Callable[[argparse.Namespace, list[str]], None]
-AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def parse(
-    verb: str, argv: list[str], add_verb_arguments: AddArguments, *, complete: Complete | None = None
+    verb: str, words: Sequence[str], own: Settings | None = None, *, complete: Complete | None = None
 ) -> argparse.Namespace:
-    """Parse and validate ``argv``; sets Megatron's global arguments, timers and writers.
+    """Parse and validate ``words``, Megatron's part of a command line; sets Megatron's global arguments and timers.
 
-    ``complete(args, argv)`` may fill in what the verb knows before Megatron validates.
+    The verb's ``own`` settings become attributes of the arguments. ``complete(args, argv)`` may fill in what the verb
+    knows before Megatron validates; ``argv`` is the whole command line.
 
-    Raises UsageError or CheckpointError before any process group exists.
+    Raises UsageError, CommandLineError or CheckpointError before any process group exists.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
+    argv = [*(own.words() if own is not None else ()), *words]
     refuse_unusable(verb, argv)
     refusals.refuse_yaml(argv)
     # Megatron reads sys.argv; this is the one place that sets it.
-    sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *argv]
+    sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *words]
     parsers: list[argparse.ArgumentParser] = []
 
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parsers.append(parser)
-        return add_verb_arguments(_add_own_flags(_escape_help(parser)))
+        parsers.append(_with_own_flags(parser))
+        refuse_unknown(parser, verb, words, own)
+        return parser
 
     args = parse_args(extra_args_provider=add)
+    vars(args).update({} if own is None else own.to_json())
     refusals.refuse_without_effect(parsers[0], args, argv)
     _refuse_unfit_numbers(args)
     _refuse_unfit_ranks(args)
@@ -117,28 +121,47 @@ def parse(
     return parsed
 
 
-def _escape_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Some of Megatron's help texts hold a bare percent sign, on which ``--help`` fails."""
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's parser, with the flags that this package adds to it."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(prog="Megatron's flags", usage=argparse.SUPPRESS, add_help=False)
+    return _with_own_flags(add_megatron_arguments(parser))
+
+
+def _with_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``parser`` with the flags of ``verbs.Model``; some of Megatron's help texts hold a bare percent sign, on which
+    ``--help`` fails."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
             action.help = str(action.help).replace("%", "%%")
+    add_flags(parser, verbs.Model)
+    parser.set_defaults(**verbs.Model().to_json())
     return parser
 
 
-def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group("megatron_prune")
-    group.add_argument(
-        "--shape-from", metavar="CKPT", default=None,
-        help="take the model's arguments from this checkpoint and none of its weights: a from-scratch run "
-        "of the same shape",
-    )  # fmt: skip
-    fp8.add_argument(group)
-    return parser
+def refuse_unknown(
+    parser: argparse.ArgumentParser, verb: str, words: Sequence[str], own: Settings | None = None
+) -> None:
+    """Make ``parser`` refuse in one line; refuse (CommandLineError) a flag that it does not know, with the nearest."""
+
+    def refuse(message: str) -> NoReturn:
+        raise CommandLineError(f"{message}; `megatron-prune {verb} --help-megatron` lists Megatron's flags")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    known = [*parser._option_string_actions, *([] if own is None else [flag.option for flag in own.flags()])]
+    for word in words:
+        flag = word.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known:
+            hint = nearest(flag, known)
+            raise CommandLineError(
+                f"{flag} is not a flag of {verb}, nor of Megatron{f'; did you mean {hint}?' if hint else ''}"
+            )
 
 
-def given(argv: list[str], *options: str) -> bool:
+def given(argv: Sequence[str], *options: str) -> bool:
     """True if one of ``options`` stands on the command line (as ``--x v`` or ``--x=v``)."""
     return any(word.split("=", 1)[0] in options for word in argv)
 

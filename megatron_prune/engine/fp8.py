@@ -53,14 +53,6 @@ _CAPABILITIES = {
 ALIGNMENT = 16  # elements: what FP8 matrix products ask of each dimension
 
 
-def add_argument(group: argparse._ArgumentGroup) -> None:
-    """Add ``--fp8-preset``."""
-    group.add_argument(
-        FLAG, choices=PRESETS, default=None,
-        help="a named FP8 recipe over bf16 and Transformer Engine's layers, in place of Megatron's flags",
-    )  # fmt: skip
-
-
 def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
     """Set what ``args.fp8_preset`` stands for; UsageError where ``argv`` says something else. Before validation."""
     if args.fp8_preset is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import cpu, patches, safe_loading
+from megatron_prune.engine.arguments import Complete, parse
 from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.settings import Settings
 
 
-def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any = None) -> argparse.Namespace:
+def start(
+    verb: str, words: Sequence[str], own: Settings | None = None, *, complete: Complete | None = None
+) -> argparse.Namespace:
     """Parse, validate and set Megatron's globals. Starts no process group yet.
 
-    Call first in a verb's ``main``, before any other ``megatron`` import.
+    ``words`` are Megatron's part of the command line, ``own`` the verb's settings (``arguments.parse``). Call before
+    any other ``megatron`` import, and after ``cpu.prepare``.
     """
     os.environ.setdefault("RANK", "0")  # a one-process verb also runs without torchrun
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -40,9 +46,7 @@ def start(verb: str, argv: list[str], add_verb_arguments: Any, *, complete: Any 
     cpu.prepare_megatron()
     patches.apply()
     safe_loading.install()
-    from megatron_prune.engine.arguments import parse
-
-    return parse(verb, argv, add_verb_arguments, complete=complete)
+    return parse(verb, words, own, complete=complete)
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -135,7 +139,7 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
         tp, pp, vpp = checkpoint.rank_layout or ours
         raise CheckpointError(
             f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks a stage load at that layout only; "
-            "`tools/convert_checkpoint.py rewrite` makes a checkpoint of them that loads at any"
+            "`megatron-prune convert rewrite` makes a checkpoint of them that loads at any"
         )
     wanted = ModelShape.from_args(vars(args))
     held = set(checkpoint.names)

@@ -1,4 +1,4 @@
-"""The ``evaluate`` verb: mean token loss and perplexity of a checkpoint on fixed windows of corpora; lm-eval's tasks.
+"""Mean token loss and perplexity of a checkpoint on fixed windows of corpora; lm-eval's tasks.
 
 Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same
 for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation. The scores
@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_prune import verbs
 from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -22,9 +24,12 @@ from megatron_prune.errors import UsageError
 from megatron_prune.evaluation import tasks
 
 
-def main(argv: list[str]) -> int:
-    """Score one checkpoint on every corpus and every task in one load of the model."""
-    args = runtime.start("evaluate", argv, _add_arguments, complete=_complete)
+def evaluate(own: verbs.Evaluate, words: Sequence[str]) -> dict[str, Any]:
+    """Score one checkpoint on every corpus and every task in one load of the model; ``words`` are Megatron's flags.
+
+    Every rank calls it. Returns what rank 0 writes to ``own.output``.
+    """
+    args = runtime.start("evaluate", words, own, complete=_complete)
     from megatron_prune.data.windows import windows
 
     prefixes = args.data_path or []
@@ -32,7 +37,7 @@ def main(argv: list[str]) -> int:
         label: windows(prefix, args.seq_length, args.windows)
         for label, prefix in zip(args.labels or prefixes, prefixes, strict=True)
     }
-    asked = tasks.prepare(args, argv)
+    asked = tasks.prepare(args, words)
     runtime.initialize(args)
     from megatron_prune.data.indexed import fingerprint
     from megatron_prune.engine import forward
@@ -54,30 +59,28 @@ def main(argv: list[str]) -> int:
             "perplexity": math.exp(min(loss, 700.0)),
             "window_losses": losses,
         }
-        if args.rank == 0:
-            print(f"{label}: loss {loss:.4f}, perplexity {scores[label]['perplexity']:.3f} "
-                  f"over {selected.predictions:,} predictions", flush=True)  # fmt: skip
     answers = tasks.run(asked, args, model) if tasks.names(args) else {}
     nonzero = forward.count_nonzero(model)
     scored = runtime.identity(runtime.loaded_directory(args))
+    found: dict[str, Any] = {
+        "version": 1,
+        "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
+        "corpora": scores,
+        **({"tasks": answers} if answers else {}),
+        "vocabulary": {"words": args.vocab_size, "padded": args.padded_vocab_size},
+        "parameters": ModelShape.from_args(vars(args)).parameters(),
+        "parameters_nonzero": nonzero,
+        "masks": masks,
+        "versions": versions(),
+        "device": device(),
+    }
     if args.rank == 0:
         for corpus in scores.values():
             corpus["fingerprint"] = fingerprint(corpus["prefix"])
-        write_json(args.output, {
-            "version": 1,
-            "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
-            "corpora": scores,
-            **({"tasks": answers} if answers else {}),
-            "vocabulary": {"words": args.vocab_size, "padded": args.padded_vocab_size},
-            "parameters": ModelShape.from_args(vars(args)).parameters(),
-            "parameters_nonzero": nonzero,
-            "masks": masks,
-            "versions": versions(),
-            "device": device(),
-        })  # fmt: skip
+        write_json(own.output, found)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    return 0
+    return found
 
 
 def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[float]:
@@ -99,20 +102,6 @@ def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[f
         gathered[mine] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)
     torch.distributed.all_reduce(gathered)
     return gathered.tolist()
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group("megatron_prune: evaluate")
-    group.add_argument("--output", required=True, metavar="FILE", help="scores.json to write")
-    group.add_argument(
-        "--windows",
-        type=int,
-        default=None,
-        help="windows of --seq-length tokens to score of each corpus (default: all)",
-    )
-    group.add_argument("--labels", nargs="+", default=None, help="names for the corpora of --data-path, in order")
-    tasks.add_arguments(parser)
-    return parser
 
 
 def _refuse_unscaled(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,6 @@ from megatron_prune.errors import DataError, UsageError
 EXTRA = "pip install 'megatron_prune[eval]'"
 KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "megatron_prune: lm-eval's tasks",
-        "A task reads up to --seq-length tokens where that is given, else as many as the model has positions for; "
-        "--micro-batch-size of its sequences run together (default: 1).",
-    )
-    group.add_argument("--tasks", metavar="NAME,…", help="tasks, groups or tags of lm-eval (" + EXTRA + ")")
-    group.add_argument("--tasks-path", metavar="DIR", help="a folder with YAML files of more tasks")
-    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    group.add_argument("--task-samples", metavar="FILE.jsonl", help="write every question and its likelihoods there")
 
 
 def names(args: argparse.Namespace) -> list[str]:
@@ -76,7 +64,7 @@ class Asked:
     longest: int
 
 
-def prepare(args: argparse.Namespace, argv: list[str]) -> Asked | None:
+def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Asked | None:
     """On rank 0, where tasks are asked for: all that they need but the model. lm-eval downloads data that is not here.
 
     UsageError where a name is unknown or a task generates text, DataError where one cannot be loaded.

@@ -1,291 +1,49 @@
-"""The pruning methods: one file a method, and the two small interfaces they share.
+"""The pruning methods: one file per method, and ``get`` and ``get_sparse``, which find a method by its name.
 
-A method file defines ``METHOD``, a structured ``Method``, or ``SPARSE``, a ``SparseMethod``, or both
+A method's file defines ``METHOD``, a structured ``Method``, or ``SPARSE``, a ``SparseMethod``, or both
 (random does); the file's name with dashes is the method's name (``minitron_width.py`` is
-``minitron-width``). ``get`` and ``get_sparse`` find it by its file: there is no list to keep.
-
-A structured method cuts whole dimensions. It says which, and which statistics it needs, and turns
-statistics and a target shape into a ``Selection``, or into several between which the loss of the
-model decides. A sparse method leaves every shape and zeroes weights, one matrix at a time, by the
-inputs that the matrix sees. Neither sees a model or a checkpoint.
+``minitron-width``). Its settings, and so its name in help and errors, are in ``options.py``; the interfaces
+are in ``base.py``. Files are imported when they are asked for: this package itself imports no torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megatron_prune import artifacts
-from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.masks.pattern import Pattern
-from megatron_prune.methods.selection import Rows
+from megatron_prune.methods.options import SPARSE, STRUCTURED
 
-DEPTH = ("num_layers",)
-WIDTH = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-DIMENSIONS = DEPTH + WIDTH
-
-
-@dataclass(frozen=True)
-class NearTie:
-    """The cut runs between two units whose scores lie within 1e-5 relative.
-
-    Another layout's rounding may choose otherwise among ``kept``, ``removed`` and ``others``
-    (further units inside the same band). ``layer`` and ``group`` are source numbers; None where
-    the choice is not made per layer or group.
-    """
-
-    unit: str  # layer, hidden, group, head, ffn, candidate, or finalist (a candidate that is retrained)
-    kept: int
-    removed: int
-    kept_score: float
-    removed_score: float
-    others: tuple[int, ...] = ()
-    layer: int | None = None
-    group: int | None = None
-
-
-@dataclass(frozen=True)
-class Gates:
-    """Factors that what survives is multiplied by, in the order of a ``Selection``'s indices; None: 1, everywhere.
-
-    ``hidden`` multiplies what is read from and written to the residual stream, ``layers`` what a layer's attention
-    and MLP write, ``heads`` and ``ffn`` what ``linear_proj`` and ``linear_fc2`` read.
-    """
-
-    layers: tuple[float, ...] | None = None
-    hidden: tuple[float, ...] | None = None
-    heads: tuple[tuple[float, ...], ...] | None = None
-    ffn: tuple[tuple[float, ...], ...] | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What survives, in source numbering and ascending; None keeps everything.
-
-    ``heads`` and ``ffn`` have one entry a kept layer, in the order of ``layers``.
-    """
-
-    layers: tuple[int, ...]
-    hidden: tuple[int, ...] | None = None
-    heads: tuple[tuple[int, ...], ...] | None = None
-    ffn: tuple[tuple[int, ...], ...] | None = None
-    near_ties: tuple[NearTie, ...] = ()
-    gates: Gates | None = None  # of masks that were learned
-
-    @property
-    def key(self) -> str:
-        """Hex digest of what survives: the name under which its score is kept."""
-        return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn])
-
-
-@dataclass(frozen=True)
-class Retraining:
-    """The best ``candidates`` of a search are each trained on ``tokens`` tokens before one is chosen."""
-
-    candidates: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Search:
-    """Which sizes a search varies (of WIDTH), and how many shapes it may score.
-
-    Where the shapes that compete are given, ``shapes`` are their sizes on ``axes``.
-    """
-
-    axes: tuple[str, ...]
-    max_candidates: int
-    retraining: Retraining | None = None
-    shapes: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class TaskFile:
-    """A multiple-choice task whose accuracy decides between candidates."""
-
-    path: str  # JSON lines, see data/multiple_choice.py
-    metric: str  # of methods/ranking.py
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a method is asked: cut ``source`` to ``target`` by these statistics."""
-
-    source: ModelShape
-    target: ModelShape
-    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see structured/statistics.py
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the method's own flags
-    seed: int | None = None
-
-
-class Method(ABC):
-    """A structured method. Subclasses are stateless; their file's docstring explains the method.
-
-    Most rank by statistics alone: they are ``RankingMethod``s.
-    """
-
-    #: Dimensions that an explicit ``--target-…`` may cut (names of ``ModelShape`` fields).
-    dimensions: tuple[str, ...]
-    #: True where the method draws random numbers, and so takes ``--seed``.
-    random: bool = False
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027 - most have none
-        """Add the method's own flags; they arrive as ``Request.settings`` under their ``dest``."""
-
-    def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """Dimensions that may be chosen to meet ``--ratio`` or ``--target-params``."""
-        return self.dimensions
-
-    def search(self, settings: Mapping[str, Any]) -> Search | None:
-        """Which shapes compete to meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
-        return None
-
-    def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
-        """The task by which candidates are judged; None: by the loss on the calibration text."""
-        return None
-
-    def needs_scores(self, settings: Mapping[str, Any]) -> bool:
-        """True where the model must be run with every candidate before one can be chosen."""
-        return self.search(settings) is not None
-
-    @abstractmethod
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """Keys of the statistics that ``candidates`` reads; empty where it reads none."""
-
-    @abstractmethod
-    def candidates(self, request: Request) -> list[Selection]:
-        """What may survive: each exactly ``request.target``. Between equal losses the first is taken."""
-
-
-class RankingMethod(Method):
-    """A method whose scores say what survives once the target is known."""
-
-    def candidates(self, request: Request) -> list[Selection]:
-        return [self.select(request)]
-
-    @abstractmethod
-    def select(self, request: Request) -> Selection:
-        """Choose what survives: exactly ``request.target``."""
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How much of a matrix goes, and which weights may go together."""
-
-    ratio: float  # the fraction removed; N:M says it by itself
-    pattern: Pattern
-
-    @staticmethod
-    def parse(ratio: float | None, pattern: str, flag: str = "--ratio") -> Sparsity:
-        """What ``--ratio`` (or ``flag``) and ``--pattern`` say; UsageError where they cannot hold together.
-
-        The ratio may be left out where the pattern is N:M.
-        """
-        chosen = Pattern.parse(pattern)
-        if ratio is None and chosen.ratio is None:
-            raise UsageError(flag, got="nothing", expected="a number between 0 and 1, or an N:M --pattern in its place")
-        if ratio is None:
-            assert chosen.ratio is not None
-            return Sparsity(chosen.ratio, chosen)
-        if not 0 < ratio < 1:
-            raise UsageError(flag, got=ratio, expected="the fraction to remove, a number between 0 and 1")
-        if chosen.ratio is not None and abs(ratio - chosen.ratio) > 1e-9:
-            raise UsageError(
-                flag, got=ratio, expected=f"no such flag, or {chosen.ratio:g}", why=f"{chosen} removes {chosen.ratio:g}"
-            )
-        return Sparsity(chosen.ratio or ratio, chosen)
-
-    def removed(self, count: int) -> int:
-        """⌊count · ratio⌋, the ratio taken as the decimal it was written as: 0.29 of 100 is 29, not 28."""
-        return int(Fraction(str(float(self.ratio))) * count)
-
-
-class SparseMethod(ABC):
-    """A sparse method: zeroes weights of one matrix at a time. Stateless, like ``Method``.
-
-    It is a ``WeightMethod`` or an ``InputMethod``.
-    """
-
-    #: What it reads about a matrix's inputs: nothing, a ``sparse.square_sums.SquareSums.mean()`` or a
-    #: ``sparse.hessian.Hessian.factor()``. Matrices that read the same input share one.
-    statistic: Literal["none", "square_sums", "hessian"]
-    #: True where the method draws random numbers.
-    random: bool = False
-
-
-class WeightMethod(SparseMethod):
-    """A method that looks at the weights alone: the lowest scores go, of a whole matrix, or of every M inputs.
-
-    Nothing else of the model is needed, and a matrix is never whole in memory: ``sparse/weights_only.py``.
-    """
-
-    statistic = "none"
-
-    @abstractmethod
-    def scores(self, weight: torch.Tensor, first: int, seed: tuple[int, ...]) -> torch.Tensor:
-        """Scores of rows of one logical matrix (q, k, v, o, gate, up or down), the same whenever it is asked.
-
-        ``weight`` is [rows, in], the matrix's rows from ``first`` on, bf16, fp16 or fp32. ``seed`` names the matrix:
-        (the run's seed, layer, matrix). Returns [rows, in], one of these types, never negative.
-        """
-
-
-class InputMethod(SparseMethod):
-    """A method that looks at what a matrix reads."""
-
-    @abstractmethod
-    def prune(
-        self, weight: torch.Tensor, statistic: Any, sparsity: Sparsity, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prune this rank's rows of one logical matrix (q, k, v, o, gate, up or down).
-
-        ``weight`` is fp32 [rows, in] with the whole input dimension, and is changed in place; ``rows`` says
-        which rows of the matrix they are, and every rank that holds others calls this too. ``sparsity``'s M
-        must divide ``in`` (``Pattern.check_inputs``).
-
-        Returns (weight, kept): kept is bool [rows, in], True where a weight stays; removed weights are +0.
-        """
+if TYPE_CHECKING:
+    from megatron_prune.methods.base import Method, SparseMethod
 
 
 def names() -> list[str]:
     """Names of the structured methods, sorted."""
-    return [name for name in _files() if hasattr(_module(name), "METHOD")]
+    return sorted(STRUCTURED)
 
 
 def sparse_names() -> list[str]:
     """Names of the sparse methods, sorted."""
-    return [name for name in _files() if hasattr(_module(name), "SPARSE")]
+    return sorted(SPARSE)
 
 
 def get(name: str) -> Method:
     """The structured method of that name; UsageError lists the names there are."""
-    if name in names():
+    if name in STRUCTURED:
         method: Method = _module(name).METHOD
         return method
-    why = f"{name} is sparse: run it with sparsify" if name in _files() else ""
+    why = f"{name} is sparse: run it with sparsify" if name in SPARSE else ""
     raise UsageError("--method", got=name, expected="one of " + ", ".join(names()), why=why)
 
 
 def get_sparse(name: str) -> SparseMethod:
     """The sparse method of that name; UsageError lists the names there are."""
-    if name in sparse_names():
+    if name in SPARSE:
         method: SparseMethod = _module(name).SPARSE
         return method
-    why = f"{name} is structured: run it with plan and apply, or prune" if name in _files() else ""
+    why = f"{name} is structured: run it with plan and apply, or prune" if name in STRUCTURED else ""
     raise UsageError("--method", got=name, expected="one of " + ", ".join(sparse_names()), why=why)
-
-
-def _files() -> list[str]:
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def _module(name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prune.methods import WeightMethod
+from megatron_prune.methods.base import WeightMethod
 
 
 class Magnitude(WeightMethod):

@@ -15,36 +15,16 @@ All candidates come from one load of the model, by skipping layers (calibration/
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DEPTH, Method, Request, Selection, TaskFile
-from megatron_prune.methods.ranking import METRICS
+from megatron_prune.methods.base import DEPTH, Method, Request, Selection, TaskFile
+from megatron_prune.methods.options import METRICS
 
 
 class MinitronDepth(Method):
     dimensions = DEPTH
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--score-by",
-            choices=("loss", "task"),
-            default="loss",
-            help="what decides between the runs of layers: the LM loss on the calibration text, or the accuracy "
-            "on --task-data",
-        )
-        parser.add_argument(
-            "--task-data",
-            metavar="FILE.jsonl",
-            help='with --score-by task: a line an example, {"query": text, "choices": [text, …], "gold": number}',
-        )
-        parser.add_argument(
-            "--task-metric",
-            choices=METRICS,
-            help="with --score-by task: highest likelihood of a choice (acc, the default), or by character (acc_norm)",
-        )
 
     def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
         path, metric = settings["task_data"], settings["task_metric"]

@@ -18,14 +18,13 @@ the one with the lowest un-retrained loss on the calibration text is taken. ``--
 the shapes that compete.
 
 A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K
-best are really cut, trained on T tokens each (the verb ``rescore``), and the one with the lowest loss
+best are really cut, trained on T tokens each (the verb ``retrain-candidates``), and the one with the lowest loss
 on the same calibration text after that is taken. What is trained is thrown away: the plan cuts the
 parent, and K·T counts as what pruning itself trained on.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,62 +32,16 @@ from typing import Any
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import WIDTH, NearTie, RankingMethod, Request, Retraining, Search, Selection
+from megatron_prune.methods.base import WIDTH, NearTie, RankingMethod, Request, Retraining, Search, Selection
+from megatron_prune.methods.options import AXES, MAX_CANDIDATES
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
-MAX_CANDIDATES = 16
-_AXES = {
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "heads": "num_attention_heads",
-    "groups": "num_query_groups",
-}
 _GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # what a word of --target-shapes says
 _SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
 class MinitronWidth(RankingMethod):
     dimensions = WIDTH
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--aggregation",
-            choices=sorted(_SUMS),
-            default="definition",
-            help="importance as defined, or as the paper's library computes it",
-        )
-        parser.add_argument(
-            "--include-final-norm",
-            action="store_true",
-            help="count the final norm's output in the importance of hidden channels",
-        )
-        parser.add_argument(
-            "--search",
-            nargs="+",
-            choices=sorted(_AXES),
-            metavar="AXIS",
-            help="score all shapes near the target that differ in these sizes (hidden, ffn, heads inside their "
-            "query groups, whole groups) by the loss of the model; default: a rule gives the shape",
-        )
-        parser.add_argument(
-            "--target-shapes",
-            nargs="+",
-            metavar="HIDDEN/HEADS/FFN",
-            help="in place of all other targets: score these shapes, and take the best; query groups stay",
-        )
-        parser.add_argument(
-            "--max-candidates",
-            type=int,
-            metavar="N",
-            help=f"with --search: score the N most evenly shrunk shapes (default {MAX_CANDIDATES})",
-        )
-        parser.add_argument(
-            "--retrain-candidates",
-            type=int,
-            metavar="K",
-            help="of the shapes that compete the K best are retrained before one is chosen (see rescore)",
-        )
-        parser.add_argument("--retrain-tokens", type=int, metavar="T", help="tokens of each of these retrainings")
 
     def search(self, settings: Mapping[str, Any]) -> Search | None:
         chosen, limit, shapes = settings["search"], settings["max_candidates"], settings["target_shapes"]
@@ -103,7 +56,7 @@ class MinitronWidth(RankingMethod):
         if chosen is None:
             _retraining(settings, 0)
             return None
-        axes = tuple(field for axis, field in _AXES.items() if axis in chosen)
+        axes = tuple(field for axis, field in AXES.items() if axis in chosen)
         limit = MAX_CANDIDATES if limit is None else limit
         return Search(axes, limit, _retraining(settings, limit))
 

@@ -10,7 +10,6 @@ after weight of a matrix that has a seed of its own, so a seed is a choice on ev
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import (
+from megatron_prune.methods.base import (
     DEPTH,
     DIMENSIONS,
     WIDTH,
@@ -33,13 +32,6 @@ from megatron_prune.methods.ranking import keep_heads, keep_highest
 class Random(RankingMethod):
     dimensions = DIMENSIONS
     random = True
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--axis",
-            choices=("depth", "width"),
-            help="what --ratio or --target-params removes: layers, or channels (no default)",
-        )
 
     def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         if settings["axis"] is None:

@@ -13,7 +13,8 @@ import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.data.multiple_choice import Task
-from megatron_prune.methods import NearTie
+from megatron_prune.methods.base import NearTie
+from megatron_prune.methods.options import METRICS
 
 NEAR = 1e-5  # relative
 
@@ -108,9 +109,6 @@ def highest_accuracy(found: Sequence[Accuracy], losses: Sequence[float]) -> tupl
 # ``acc`` takes the choice of the highest log-likelihood, ``acc_norm`` divides each by the number of
 # characters of its choice first (lm-eval's definitions; of equal choices the first is taken). Where
 # one is NaN the answer is wrong.
-
-
-METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)

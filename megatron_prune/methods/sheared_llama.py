@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods import DIMENSIONS, WIDTH, Gates, NearTie, RankingMethod, Request, Selection
+from megatron_prune.methods.base import DIMENSIONS, WIDTH, Gates, NearTie, RankingMethod, Request, Selection
 from megatron_prune.methods.ranking import keep_highest
 
 TEMPERATURE = 2 / 3

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prune.methods import DEPTH, RankingMethod, Request, Selection
+from megatron_prune.methods.base import DEPTH, RankingMethod, Request, Selection
 from megatron_prune.methods.ranking import keep_highest
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.methods import InputMethod, Sparsity
+from megatron_prune.methods.base import InputMethod, Sparsity
 from megatron_prune.methods.hessian import Factor
 from megatron_prune.methods.selection import Rows, full_precision, lowest_of_planes, refuse_infinite
 

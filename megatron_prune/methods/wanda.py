@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.methods import InputMethod, Sparsity
+from megatron_prune.methods.base import InputMethod, Sparsity
 from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
 
 

@@ -321,7 +321,7 @@ def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:
     if question.trains and args.stream_range and wanted > LONG_STREAM and not _has_caches(args, prefixes):
         yield Finding(
             "data", "look",
-            "the stream's index caches are not there: build them with `megatron_prune index` before the job, since "
+            "the stream's index caches are not there: build them with `megatron-prune build-index` before the job: "
             "rank 0 has ten minutes while all others wait",
         )  # fmt: skip
 

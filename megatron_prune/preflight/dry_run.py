@@ -76,9 +76,18 @@ class Rehearsal:
 
 
 def rehearse(
-    verb: str, argv: list[str], *, gpus: int, per_node: int, capability: tuple[int, int], has: Installed
+    verb: Callable[[list[str]], int],
+    argv: list[str],
+    *,
+    gpus: int,
+    per_node: int,
+    capability: tuple[int, int],
+    has: Installed,
 ) -> Rehearsal:
-    """Rehearse ``python -m megatron_prune VERB ARGV`` on ``gpus`` ranks. ``Refused`` says why it would not start."""
+    """Run ``verb(argv)``, a verb of the command line, as a rank of ``gpus``, until it has its arguments.
+
+    ``Refused`` says why it would not start.
+    """
 
     def work() -> Rehearsal:
         os.environ.update(
@@ -129,13 +138,10 @@ class _Parsed(BaseException):
         self.arguments = args
 
 
-def _parse(verb: str, argv: list[str]) -> argparse.Namespace:
+def _parse(verb: Callable[[list[str]], int], argv: list[str]) -> argparse.Namespace:
     """The arguments that ``verb`` gives to Megatron, validated."""
-    import importlib
-
     from megatron.training import global_vars
 
-    from megatron_prune.__main__ import VERBS
     from megatron_prune.engine import arguments
 
     def stop(args: argparse.Namespace, *_: Any, **__: Any) -> NoReturn:
@@ -144,11 +150,11 @@ def _parse(verb: str, argv: list[str]) -> argparse.Namespace:
     global_vars.set_global_variables = stop  # the last thing that `arguments.parse` does
     arguments._repair = lambda *_: None  # the job whose files these are may be running
     try:
-        importlib.import_module(VERBS[verb][0]).main(argv)
+        verb(argv)
     except _Parsed as parsed:
         _complete_vocabulary(parsed.arguments)
         return parsed.arguments
-    raise RunError(f"{verb} ended before it asked for its arguments")
+    raise RunError("the verb ended before it asked for its arguments")
 
 
 def _complete_vocabulary(args: argparse.Namespace) -> None:

@@ -1,21 +1,20 @@
-"""What ``sparsify`` is asked for: a method, how much of which linears goes, and the flags that say so."""
+"""What ``sparsify`` is asked for: a method, and how much of which linears goes."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape, layer_name
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
-from megatron_prune.methods import SparseMethod, Sparsity
+from megatron_prune.methods.base import SparseMethod, Sparsity
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
 
@@ -60,51 +59,28 @@ class Request:
         }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of method and amount."""
-    group = parser.add_argument_group("megatron_prune: sparsify")
-    group.add_argument("--method", required=True, help="sparse method: " + ", ".join(methods.sparse_names()))
-    group.add_argument("--ratio", type=float, metavar="S", help="fraction of each matrix that goes; N:M says it itself")
-    group.add_argument(
-        "--pattern",
-        default="unstructured",
-        metavar="P",
-        help="unstructured (default), or N:M: N of every M consecutive inputs are kept",
-    )
-    group.add_argument("--layers", metavar="0-3,7", help="layers to prune, counted from 0; the others stay dense")
-    group.add_argument(
-        "--modules",
-        default=",".join(MODULES),
-        metavar="M,…",
-        help=f"linears to prune, of {','.join(MODULES)} (default: all); the others stay dense",
-    )
-    group.add_argument(
-        "--module-ratio",
-        nargs="+",
-        default=[],
-        metavar="M=S",
-        help="another ratio for some linears, such as fc2=0.3; unstructured only",
-    )
-    return parser
+def choose(name: str, asked: verbs.Sparsity, seed: int | None = None) -> Request:
+    """The request that settings describe. UsageError where they contradict each other.
 
-
-def from_arguments(args: argparse.Namespace) -> Request:
-    """The request that parsed flags describe. UsageError where they contradict each other."""
-    method = methods.get_sparse(args.method)
-    modules = _modules(args.modules)
-    own = _module_ratios(args.module_ratio, modules)
+    ``seed`` is left out where the method draws nothing.
+    """
+    method = methods.get_sparse(name)
+    modules = _modules(asked.modules)
+    own = _module_ratios(asked.module_ratio, modules)
     of = {
         module: Sparsity.parse(
-            own.get(module, args.ratio), args.pattern, "--module-ratio" if module in own else "--ratio"
+            own.get(module, asked.ratio), asked.pattern, "--module-ratio" if module in own else "--ratio"
         )
         for module in modules
     }
-    if own and args.ratio is not None:
-        Sparsity.parse(args.ratio, args.pattern)  # that every module has its own does not make this one right
-    return Request(args.method, method, of, _layers(args.layers), args.seed if method.random else None)
+    if own and asked.ratio is not None:
+        Sparsity.parse(asked.ratio, asked.pattern)  # that every module has its own does not make this one right
+    return Request(name, method, of, _layers(asked.layers), seed if method.random else None)
 
 
-def _modules(text: str) -> tuple[str, ...]:
+def _modules(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return MODULES
     named = text.split(",")
     for name in named:
         if name not in MODULES or named.count(name) > 1:

@@ -16,8 +16,8 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods import InputMethod
 from megatron_prune.methods.accumulators import SquareSums
+from megatron_prune.methods.base import InputMethod
 from megatron_prune.methods.hessian import Factor, Hessian
 from megatron_prune.methods.selection import Rows, full_precision
 from megatron_prune.sparse.inputs import Statistic, linears

@@ -23,7 +23,7 @@ from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.checkpoint.parallel import keep_freed_memory
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import write_single
-from megatron_prune.methods import Sparsity, WeightMethod
+from megatron_prune.methods.base import Sparsity, WeightMethod
 from megatron_prune.sparse.matrices import SUFFIXES, Matrix, Run, matrices, runs
 from megatron_prune.sparse.request import Sums, Task
 from megatron_prune.sparse.resume import Progress, Pruned, Scratch

@@ -1,4 +1,4 @@
-"""``python -m megatron_prune apply``: a plan and its parent in, a smaller checkpoint out.
+"""A plan and its parent in, a smaller checkpoint out.
 
 No model and no process group: every weight is streamed in blocks of rows from the reader, cut by
 the table of layouts (``checkpoint/layout.py``), and handed to the writer, so memory is bounded by a
@@ -9,7 +9,6 @@ few blocks a process whatever the model's size. The writer makes the result appe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
@@ -36,26 +35,14 @@ from megatron_prune.training.account import ACCOUNT
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
 
 
-def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_prune apply", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", required=True, metavar="CKPT", help="the parent that the plan was made for")
-    parser.add_argument("--plan", required=True, metavar="PLAN.json")
-    parser.add_argument("--save", required=True, metavar="CKPT", help="where the pruned checkpoint goes")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the weights")
-    parser.add_argument(
-        "--verify-integrity", action="store_true", help="check the parent's files against integrity.json first"
-    )
-    options = parser.parse_args(argv)
-    made = plan.read(options.plan)
+def apply(asked: verbs.Apply) -> plan.PruningPlan:
+    """Write the pruned checkpoint that ``asked`` describes; returns the plan that was applied."""
+    made = plan.read(asked.plan)
     keep_freed_memory()
-    if options.verify_integrity:
-        open_checkpoint(options.load).verify(hashes=True)
-    apply_plan(options.load, made, options.save, workers=options.workers)
-    print(f"wrote {options.save}: {made.target.parameters():,} of {made.source.parameters():,} parameters")
-    return 0
+    if asked.verify_integrity:
+        open_checkpoint(asked.load).verify(hashes=True)
+    apply_plan(asked.load, made, asked.save, workers=asked.workers)
+    return made
 
 
 def apply_plan(

@@ -7,7 +7,7 @@ selection's key; so a score made for one plan serves every other that asks about
 
 ``candidates.json`` is the question that ``plan`` leaves for ``calibrate --score``: method, settings and
 target shapes. The selections follow from them and the statistics, and are made again by whoever reads it.
-Where the best are to be retrained, it is the question for ``rescore`` too.
+Where the best are to be retrained, it is the question for ``retrain-candidates`` too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods import Method, NearTie, Request, Retraining, Selection
+from megatron_prune.methods.base import Method, NearTie, Request, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
 
@@ -239,7 +239,7 @@ def judge(
     assert question.retraining is not None
     _, cut = lowest_losses([table[i].loss for i in usable], question.retraining.candidates, "finalist")
     if len({one.recipe for one in after.values()}) > 1:
-        raise StatisticsError("the candidates were not all retrained by the same recipe: run rescore again")
+        raise StatisticsError("the candidates were not all retrained by the same recipe: run retrain-candidates again")
     table = [replace(row, retrained_loss=after[i].loss if i in after else None) for i, row in enumerate(table)]
     trained = _finite([after[i].loss for i in tried], f"{question.method}: no candidate that was retrained")
     trained = [tried[i] for i in trained]

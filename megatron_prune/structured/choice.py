@@ -1,18 +1,19 @@
-"""What is asked of a structured method, as flags say it: the method, its settings, the target."""
+"""What is asked of a structured method: its name, its settings, the target. Made from settings, or from a mapping."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data import multiple_choice
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import Method, Retraining
+from megatron_prune.methods import options
+from megatron_prune.methods.base import Method, Retraining
+from megatron_prune.settings import Settings
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured import target as targets
@@ -21,7 +22,7 @@ from megatron_prune.structured.candidates import Question, uses_statistics
 
 @dataclass(frozen=True)
 class Choice:
-    """A method, its settings and its target, as flags say them; checked against no model yet."""
+    """A method, its settings (as artifacts keep them) and its target; checked against no model yet."""
 
     name: str
     method: Method
@@ -70,48 +71,44 @@ class Choice:
         return self.method.needs_scores(self.settings)
 
 
-def method_of(argv: Sequence[str]) -> str:
-    """The value of ``--method``, which decides what other flags there are."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    name: str | None = first.parse_known_args(list(argv))[0].method
-    if name is None and {"-h", "--help"} & set(argv):
-        return methods.names()[0]  # without a method there is still help to give
-    if name is None:
-        raise UsageError("--method", got="nothing", expected="one of " + ", ".join(methods.names()))
-    return name
-
-
-def add_choice_arguments(parser: argparse.ArgumentParser, method: Method) -> list[str]:
-    """Add the flags of target and method to a parser; returns the ``dest``s of the method's own flags."""
-    parser.add_argument("--method", required=True, help="pruning method: " + ", ".join(methods.names()))
-    targets.add_arguments(parser)
-    before = {action.dest for action in parser._actions}
-    method.add_arguments(parser)
-    return [action.dest for action in parser._actions if action.dest not in before]
-
-
-def choice_from(
-    name: str,
-    method: Method,
-    own: Sequence[str],
-    options: argparse.Namespace,
-    tensor_parallel: int,
-    seed: int | None,
+def choose(
+    name: str, asked: verbs.Target, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
 ) -> Choice:
-    """The choice that parsed flags describe."""
-    settings = {dest: getattr(options, dest) for dest in own}
-    return Choice(name, method, settings, targets.from_arguments(options, tensor_parallel), seed)
+    """The choice that the target ``asked`` and the method's ``own`` settings describe; UsageError where they cannot be.
+
+    ``seed`` is left out where the method draws nothing.
+    """
+    method = methods.get(name)
+    shapes = getattr(own, "target_shapes", None) or ()  # a setting of minitron-width
+    target = targets.from_settings(asked, shapes, tensor_parallel)
+    return Choice(name, method, own.to_json(), target, seed if method.random else None)
 
 
-def refuse_unknown(unknown: Sequence[str], name: str) -> None:
-    """Refuse flags that are nobody's, or another method's."""
-    if not unknown:
-        return
-    flag = unknown[0].split("=")[0]
-    for other in methods.names():
-        theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        methods.get(other).add_arguments(theirs)
-        if flag in theirs._option_string_actions:
-            raise UsageError(flag, got=f"--method {name}", expected=f"--method {other} with it")
-    raise UsageError(flag, got="an unknown flag", expected="one of the flags that --help lists")
+def read(name: str, values: Mapping[str, Any], *, where: str = "", tensor_parallel: int = 1) -> Choice:
+    """The choice that one mapping says: the target's settings and the method's own, by their names.
+
+    ``where`` it is written is named in errors (``methods.0``).
+    """
+    methods.get(name)  # a name that there is not
+    targeted = {flag.name for flag in verbs.Target.flags()}
+    target = {key: value for key, value in values.items() if key.replace("-", "_") in targeted}
+    rest = {key: value for key, value in values.items() if key not in target}
+    refuse_others(name, rest, where)
+    return choose(
+        name, verbs.Target.read(target, where), options.STRUCTURED[name].read(rest, where),
+        tensor_parallel=tensor_parallel,
+    )  # fmt: skip
+
+
+def refuse_others(name: str, given: Iterable[str], where: str = "") -> None:
+    """UsageError where one of the settings ``given`` (flags, without their dashes) belongs to another method."""
+    own = {flag.name for flag in options.STRUCTURED[name].flags()}
+    for key in given:
+        others = [
+            other
+            for other, theirs in options.STRUCTURED.items()
+            if key.replace("-", "_") in {flag.name for flag in theirs.flags()} - own
+        ]
+        if others:
+            called = f"{where}.{key}" if where else f"--{key.replace('_', '-')}"
+            raise UsageError(called, got=f"--method {name}", expected=f"--method {' or '.join(others)} with it")

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import Kept, ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods import NearTie
+from megatron_prune.methods.base import NearTie
 from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
 from megatron_prune.structured.statistics import Statistics
 

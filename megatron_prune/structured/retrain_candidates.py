@@ -1,4 +1,4 @@
-"""``python -m megatron_prune rescore``: retrain the best candidates of a search for a while, and score them again.
+"""Retrain the best candidates of a search for a while, and score them again.
 
 What ``plan --retrain-candidates K --retrain-tokens T`` asks for. For each of the K candidates that lose
 least un-retrained, ordinary verbs run one after another, in SCRATCH/<candidate>/:
@@ -8,12 +8,11 @@ least un-retrained, ordinary verbs run one after another, in SCRATCH/<candidate>
     statistics.safetensors     ``calibrate`` on the windows of --statistics: its loss is the new score
 
 The scores go into the statistics, and the same plan command then chooses. SCRATCH is of no use after it.
-A training that ends with a loss that is not finite comes last. Megatron's check stops one earlier, and rescore
-with it: --no-check-for-nan-in-loss-and-grad lets it end.
+A training that ends with a loss that is not finite comes last. Megatron's check stops one earlier, and the
+verb with it: --no-check-for-nan-in-loss-and-grad lets it end.
 
-Flags before ``--pretrain`` that are not listed below go to pretrain and calibrate (layout, precision),
-flags after it to pretrain alone. What is finished is not run again. ``--commands`` prints all of it
-instead, for a cluster: when the commands have been run there, rescore collects.
+What is finished is not run again. ``--commands`` prints all of it instead, for a cluster: when the commands have been
+run there, the verb collects.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ import argparse
 import math
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.structured import candidates, plan
@@ -39,53 +38,43 @@ OWN = ("--load", "--save", "--pretrained-checkpoint", "--use-checkpoint-args", "
 PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
 
 
-def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_prune rescore",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--load", required=True, metavar="CKPT", help="the parent")
-    parser.add_argument("--candidates", required=True, metavar="CANDIDATES.json", help="what plan wrote")
-    parser.add_argument("--statistics", required=True, metavar="FILE", help="what calibrate --score wrote")
-    parser.add_argument("--output", metavar="FILE", help="where the statistics go (default: --statistics)")
-    parser.add_argument("--scratch", required=True, metavar="DIR", help="where the candidates are cut and trained")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of a run, on this machine")
-    parser.add_argument("--commands", action="store_true", help="print what would be run; run nothing")
-    parser.add_argument("--pretrain", nargs=argparse.REMAINDER, metavar="FLAG", help="flags of pretrain, to the end")
-    options, shared = parser.parse_known_args(argv)
+def retrain_candidates(
+    asked: verbs.RetrainCandidates, shared: Sequence[str], pretrain: Sequence[str], say: Callable[[str], None]
+) -> int:
+    """Retrain the best candidates, and add their losses to the statistics; how many competed.
+
+    ``shared`` are flags for pretrain and calibrate, ``pretrain`` flags for pretrain alone. ``say`` gets a line for each
+    candidate before and after it is trained; with ``asked.commands``, the commands that would be run.
+    """
     # Megatron's complaints about a process that is no rank are no news here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
-    question, of = candidates.read(options.candidates)
-    found = statistics_file.read(options.statistics)
-    asked = _asked(question, of, found, options)
-    recipe = _Recipe.of(shared, options.pretrain or [], found, question)
-    trials = [_Trial(candidate, question, found, recipe, options) for candidate in asked]
+    question, of = candidates.read(asked.candidates)
+    found = statistics_file.read(asked.statistics)
+    chosen = _asked(question, of, found, asked)
+    recipe = _Recipe.of(list(shared), list(pretrain), found, question)
+    trials = [_Trial(candidate, question, found, recipe, asked) for candidate in chosen]
     for number, trial in enumerate(trials, 1):
         score = found.scores[trial.candidate.selection.key]
         if score.retrained and (score.retrained.tokens, score.retrained.recipe) == (recipe.tokens, recipe.id):
             continue
         trial.keep_commands()
         title = f"candidate {number} of {len(trials)}, {trial.candidate.label}"
-        if options.commands:
-            print(f"# {title}\n{trial.words()}")
+        if asked.commands:
+            say(f"# {title}\n{trial.words()}")
             continue
-        print(f"{title}: {recipe.tokens:,} tokens", flush=True)
+        say(f"{title}: {recipe.tokens:,} tokens")
         score = replace(score, retrained=trial.run())
         found = replace(found, scores={**found.scores, trial.candidate.selection.key: score})
-        found.write(options.output or options.statistics)
+        found.write(asked.output or asked.statistics)
         assert score.retrained is not None
-        print(f"{title}: loss {loss_text(score.loss)} before, {loss_text(score.retrained.loss)} after", flush=True)
-    if not options.commands:
-        found.write(options.output or options.statistics)
-        print(f"retrained {len(trials)} candidates; wrote {options.output or options.statistics}. Now plan again")
-    return 0
+        say(f"{title}: loss {loss_text(score.loss)} before, {loss_text(score.retrained.loss)} after")
+    if not asked.commands:
+        found.write(asked.output or asked.statistics)
+    return len(trials)
 
 
-def _asked(question: Question, of: str, found: Statistics, options: argparse.Namespace) -> list[Candidate]:
+def _asked(question: Question, of: str, found: Statistics, options: verbs.RetrainCandidates) -> list[Candidate]:
     """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
     asked = question.retraining
     if asked is None:
@@ -100,9 +89,12 @@ def _asked(question: Question, of: str, found: Statistics, options: argparse.Nam
         raise UsageError("--load", got=options.load, expected="the parent checkpoint that --candidates was planned for")
     if question.unscored(found):
         raise UsageError(
-            "--statistics", got=options.statistics, expected="statistics with a score of every candidate",
-            why="the best candidates are retrained", do="run calibrate --score first",
-        )  # fmt: skip
+            "--statistics",
+            got=options.statistics,
+            expected="statistics with a score of every candidate",
+            why="the best candidates are retrained",
+            do="run calibrate --score first",
+        )
     if len(found.calibrations) != 1:
         raise UsageError(
             "--statistics", got=options.statistics, expected="statistics of one calibration, not merged ones"
@@ -139,16 +131,18 @@ class _Recipe:
         precision = PRECISION[behind["params_dtype"]]
         if [flag for flag in PRECISION.values() if flag in shared] != [flag for flag in (precision,) if flag]:
             raise UsageError(
-                "--bf16, --fp16", got=" ".join(shared) or "no flags before --pretrain",
+                "--bf16, --fp16",
+                got=" ".join(shared) or "no flags before --pretrain",
                 expected=f"the precision of --statistics, {behind['params_dtype']}, before --pretrain",
                 why="losses before and after are compared",
-            )  # fmt: skip
+            )
         if (behind.get("fp8") is not None) != any(word.startswith("--fp8-") for word in shared):
             raise UsageError(
-                "--fp8-preset", got="it for one of them",
+                "--fp8-preset",
+                got="it for one of them",
                 expected="it for both calibration and retraining, or for neither",
                 why="losses before and after are compared",
-            )  # fmt: skip
+            )
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         reader.add_argument("--stream-range")
         reader.add_argument("--seq-length", type=int)
@@ -163,9 +157,10 @@ class _Recipe:
         wanted, tokens = question.retraining.tokens, (end - start) * given.seq_length
         if tokens != wanted:
             raise UsageError(
-                "--stream-range", got=f"{given.stream_range}, which is {tokens} tokens",
+                "--stream-range",
+                got=f"{given.stream_range}, which is {tokens} tokens",
                 expected=f"the {wanted} tokens of --retrain-tokens, {wanted / given.seq_length:g} samples",
-            )  # fmt: skip
+            )
         corpora = blend.members(blend.parse_blend(data))
         contamination.refuse_shared_documents([corpus.prefix for corpus in corpora], [behind["prefix"]])
         identity = {"shared": shared, "pretrain": own, "corpora": [corpus.fingerprint for corpus in corpora]}
@@ -176,7 +171,12 @@ class _Trial:
     """One candidate: its folder, its three commands, and what they leave."""
 
     def __init__(
-        self, candidate: Candidate, question: Question, found: Statistics, recipe: _Recipe, options: argparse.Namespace
+        self,
+        candidate: Candidate,
+        question: Question,
+        found: Statistics,
+        recipe: _Recipe,
+        options: verbs.RetrainCandidates,
     ):
         self.candidate, self.found, self.recipe, self.options = candidate, found, recipe, options
         self.folder = Path(options.scratch).absolute() / candidate.selection.key[:16]
@@ -219,10 +219,11 @@ class _Trial:
         path, content = self.folder / "commands.json", [argv for _, argv, _, _ in self.stages]
         if path.is_file() and artifacts.read_json(path) != content:
             raise UsageError(
-                "--scratch", got=self.options.scratch,
+                "--scratch",
+                got=self.options.scratch,
                 expected="another directory, or the flags that it was begun with",
                 why=f"{path} lists other commands",
-            )  # fmt: skip
+            )
         self.plan.write(self.folder / "plan.json")
         artifacts.write_json(path, content)
 

@@ -21,15 +21,15 @@ that shrink the searched sizes most evenly first, then the nearest, then the lar
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DIMENSIONS, Method, Search
+from megatron_prune.methods.base import DIMENSIONS, Method, Search
 
 TOLERANCE = 0.02  # of the parameters that should stay, where a width is chosen
 
@@ -274,11 +274,11 @@ class Target:
         return UsageError(
             flag,
             got=given,
-            expected=f"a target that multiples of {self.divisible_by} ({', '.join(_sizes(shape, axes))}) meet within "
-            f"{tolerance:.3g}",
-            why=f"the nearest is {', '.join(_sizes(shape, axes).values())}, which keeps "
-            f"{self._count(shape)} in place of {goal:.0f}; give a smaller --divisible-by, a larger "
-            "--tolerance or explicit --target-… sizes",
+            expected=f"a target that multiples of {self.divisible_by} ({', '.join(_sizes(shape, axes))}) "
+            f"meet within {tolerance:.3g}",
+            why=f"the nearest is {', '.join(_sizes(shape, axes).values())}, which keeps {self._count(shape)} "
+            f"in place of {goal:.0f}; give a smaller --divisible-by, "
+            "a larger --tolerance or explicit --target-… sizes",
         )
 
     def _check(self, source: ModelShape, shape: ModelShape) -> None:
@@ -377,48 +377,20 @@ def flag_of(field: str) -> str:
     return "--target-" + field.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the target's flags (not ``--tensor-model-parallel-size``, which Megatron's parser has too)."""
-    group = parser.add_argument_group("pruning target")
-    group.add_argument("--ratio", type=float, metavar="R", help="fraction to remove")
-    group.add_argument(
-        "--ratio-of",
-        choices=("linears", "all"),
-        help="of the blocks' linear weights (default), or of all parameters",
-    )
-    group.add_argument("--target-params", type=int, metavar="P", help="parameters, of all, that should stay")
-    for field in DIMENSIONS:
-        group.add_argument(flag_of(field), type=int, metavar="N")
-    group.add_argument(
-        "--divisible-by",
-        type=int,
-        default=64,
-        metavar="N",
-        help="every width that changes is a multiple of N (default 64)",
-    )
-    group.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="T",
-        help="how far a chosen width may miss the target, relative to what should stay (default 0.02)",
-    )
-
-
-def from_arguments(options: argparse.Namespace, tensor_parallel: int = 1) -> Target:
-    """The target that parsed flags describe; flags without effect are refused."""
-    sizes = {f: size for f in DIMENSIONS if (size := getattr(options, "target_" + f)) is not None}
-    if options.ratio is None and options.ratio_of is not None:
-        raise UsageError("--ratio-of", got=f"{options.ratio_of} alone", expected="--ratio with it")
-    shapes = getattr(options, "target_shapes", None) or ()  # a flag of minitron-width
-    if (sizes or shapes) and options.tolerance is not None:
-        raise UsageError("--tolerance", got=f"{options.tolerance} alone", expected="--ratio or --target-params with it")
+def from_settings(asked: verbs.Target, shapes: Sequence[str] = (), tensor_parallel: int = 1) -> Target:
+    """The target that settings describe; those without effect are refused. ``shapes`` are minitron-width's own."""
+    sizes = {f: size for f in DIMENSIONS if (size := getattr(asked, "target_" + f)) is not None}
+    if asked.ratio is None and asked.ratio_of is not None:
+        raise UsageError("--ratio-of", got=f"{asked.ratio_of} alone", expected="--ratio with it")
+    if (sizes or shapes) and asked.tolerance is not None:
+        raise UsageError("--tolerance", got=f"{asked.tolerance} alone", expected="--ratio or --target-params with it")
     return Target(
         sizes=sizes,
         shapes=shapes,
-        ratio=options.ratio,
-        ratio_of=options.ratio_of or "linears",
-        params=options.target_params,
-        divisible_by=options.divisible_by,
-        tolerance=options.tolerance,
+        ratio=asked.ratio,
+        ratio_of=asked.ratio_of or "linears",
+        params=asked.target_params,
+        divisible_by=asked.divisible_by,
+        tolerance=asked.tolerance,
         tensor_parallel=tensor_parallel,
     )

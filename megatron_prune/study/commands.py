@@ -23,10 +23,7 @@ SAVES_WHEN_TOLD = "--exit-signal-handler"
 
 @dataclass(frozen=True)
 class Command:
-    """One stage of a cell: its name and the words after ``python -m megatron_prune``.
-
-    The one that is no verb, ``import``, is the words after ``python tools/convert_checkpoint.py``.
-    """
+    """One stage of a cell: its name and the words after ``python -m megatron_prune``."""
 
     stage: str
     argv: tuple[str, ...]
@@ -35,8 +32,6 @@ class Command:
     @property
     def words(self) -> list[str]:
         """The whole command line, for people."""
-        if self.stage == "import":
-            return ["python", "tools/convert_checkpoint.py", *self.argv]
         if self.nproc == 1:
             return ["python", "-m", "megatron_prune", *self.argv]
         return ["torchrun", "--nproc-per-node", str(self.nproc), "-m", "megatron_prune", *self.argv]
@@ -65,7 +60,7 @@ def parent_training(study: Study, places: Places, samples: SampleRange, seed: in
 def importing(study: Study, places: Places) -> Command:
     """A Hugging Face parent as a Megatron checkpoint."""
     words = flags({"hf": study.parent.import_hf, "save": str(places.checkpoint("parent"))})
-    return Command("import", ("import", *words))
+    return Command("import", ("convert", "import", *words))
 
 
 def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
@@ -207,18 +202,19 @@ def calibration(study: Study, places: Places, pruning: Pruning) -> Command:
 
 def choice(study: Study, method: Method, ratio: float | None) -> list[str]:
     """A method, its settings and its target as flags of ``plan``; of ``sparsify``, where it is sparse."""
+    return flags({"method": method.name, **asked(study, method, ratio)})
+
+
+def asked(study: Study, method: Method, ratio: float | None) -> dict[str, Any]:
+    """A method's settings and its target by their flags, without the dashes."""
     if method.pattern is not None:
-        asked = {"method": method.name, "pattern": method.pattern, "ratio": None if method.own_ratio else ratio}
-        return flags({**asked, **method.settings})
-    return flags(
-        {
-            "method": method.name,
-            "ratio": None if method.target else ratio,
-            "ratio-of": None if method.target else study.ratio_of,
-            **{f"target-{name.removeprefix('target-')}": value for name, value in method.target.items()},
-            **method.settings,
-        }
-    )
+        return {"pattern": method.pattern, "ratio": None if method.own_ratio else ratio, **method.settings}
+    return {
+        "ratio": None if method.target else ratio,
+        "ratio-of": None if method.target else study.ratio_of,
+        **{f"target-{name.removeprefix('target-')}": value for name, value in method.target.items()},
+        **method.settings,
+    }
 
 
 def planning(
@@ -266,7 +262,7 @@ def rescoring(study: Study, places: Places, pruning: Pruning, samples: SampleRan
     )
     words += [*layout(study), *tokenizer(study), *flags(study.recipe.arguments)]
     words += ["--pretrain", *recipe(study, places, samples, pruning.seed, study.recipe.rates[0], permute=True)]
-    return Command("rescore", ("rescore", *words))
+    return Command("retrain-candidates", ("retrain-candidates", *words))
 
 
 def application(study: Study, places: Places, pruning: Pruning) -> Command:

@@ -1,4 +1,4 @@
-"""A method's entry in study.yaml, read as the verb that will run it reads it: ``plan`` or ``sparsify``.
+"""A method's entry in study.yaml, read into the settings of the verb that will run it: ``plan`` or ``sparsify``.
 
 What these verbs would refuse is refused here, before anything runs; so is a recipe under which no zeros
 can be held.
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import Retraining
+from megatron_prune.methods.base import Retraining
+from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request
 from megatron_prune.structured import choice as choices
 from megatron_prune.study import commands
@@ -49,15 +50,18 @@ def needs(study: Study, method: Method, ratio: float | None) -> Needs:
     retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
     if retraining and retraining.tokens % batch:
         raise UsageError(
-            f"methods.{method.tag}.settings.retrain-tokens", got=retraining.tokens,
+            f"methods.{method.tag}.settings.retrain-tokens",
+            got=retraining.tokens,
             expected=f"a multiple of {batch}, the tokens of a global batch",
-        )  # fmt: skip
+        )
     if retraining and study.launch.nproc > study.launch.ranks_per_node:
         raise UsageError(
-            f"methods.{method.tag}.settings.retrain-candidates", got=f"launch.nproc {study.launch.nproc}",
+            f"methods.{method.tag}.settings.retrain-candidates",
+            got=f"launch.nproc {study.launch.nproc}",
             expected=f"at most {study.launch.ranks_per_node} processes, those of one node",
-            why="one process of the first node starts all ranks that retrain candidates", do="use `rescore --commands`",
-        )  # fmt: skip
+            why="one process of the first node starts all ranks that retrain candidates",
+            do="use `retrain-candidates --commands`",
+        )
     _ = chosen.task  # a file that is no task is refused here
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 
@@ -71,31 +75,30 @@ def shapes(study: Study, method: Method, ratio: float | None, source: ModelShape
 
 
 def structured(study: Study, method: Method, ratio: float | None) -> choices.Choice:
-    """The method's flags, parsed as ``plan`` will parse them."""
+    """The method's entry as ``plan`` will have it."""
     if method.name in methods.sparse_names() and method.name not in methods.names():
         raise UsageError(
-            f"methods.{method.tag}.pattern", got="nothing", expected="unstructured or N:M",
+            f"methods.{method.tag}.pattern",
+            got="nothing",
+            expected="unstructured or N:M",
             why=f"{method.name} is sparse",
-        )  # fmt: skip
-    found = methods.get(method.name)
-    parser = _Parser(f"methods.{method.tag}", "settings and targets that the flags of `plan` accept")
-    own = choices.add_choice_arguments(parser, found)
-    options, unknown = parser.parse_known_args(commands.choice(study, method, ratio))
-    choices.refuse_unknown(unknown, method.name)
-    return choices.choice_from(method.name, found, own, options, study.launch.tensor_parallel, None)
+        )
+    values = commands.asked(study, method, ratio)
+    where = f"methods.{method.tag}.settings"
+    return choices.read(method.name, values, where=where, tensor_parallel=study.launch.tensor_parallel)
 
 
 def sparse(study: Study, method: Method, ratio: float | None) -> request.Request:
-    """The method's flags, parsed as ``sparsify`` will parse them."""
+    """The method's entry as ``sparsify`` will have it."""
     if method.name in methods.names() and method.name not in methods.sparse_names():
         raise UsageError(
-            f"methods.{method.tag}.pattern", got=method.pattern, expected="no such key",
+            f"methods.{method.tag}.pattern",
+            got=method.pattern,
+            expected="no such key",
             why=f"{method.name} removes whole dimensions",
-        )  # fmt: skip
-    parser = _Parser(f"methods.{method.tag}", "settings that the flags of `sparsify` accept")
-    options = request.add_arguments(parser).parse_args(commands.choice(study, method, ratio))
-    options.seed = 0
-    return request.from_arguments(options)
+        )
+    values = commands.asked(study, method, ratio)
+    return request.choose(method.name, verbs.Sparsity.read(values, f"methods.{method.tag}.settings"), seed=0)
 
 
 def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
@@ -103,11 +106,12 @@ def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
     with _own_logging():
         from megatron.training.arguments import add_megatron_arguments
 
-        from megatron_prune.training import data, masked
+        from megatron_prune.training import masked
 
     parser = _Parser("recipe.arguments", "Megatron's flags")
-    for add in (add_megatron_arguments, data.add_stream_arguments, masked.add_mask_arguments):
-        add(parser)
+    add_megatron_arguments(parser)
+    add_flags(parser, verbs.Pretrain)
+    parser.set_defaults(**verbs.Pretrain().to_json())
     masked.refuse_unfit_arguments(parser.parse_args(retraining.argv[1:]))
 
 

@@ -15,38 +15,6 @@ from megatron_prune.engine.arguments import given
 from megatron_prune.errors import UsageError
 
 
-def add_stream_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The flags that lay a run on a token stream."""
-    group = parser.add_argument_group("megatron_prune: token stream")
-    group.add_argument(
-        "--stream-range",
-        metavar="START:END",
-        default=None,
-        help="train on exactly these samples of the stream over --train-data-path or --data-path; "
-        "END - START is the global batch size times the number of steps",
-    )
-    group.add_argument("--stream-seed", type=int, default=1234, help="order of the stream; one for a whole study")
-    group.add_argument(
-        "--stream-epochs",
-        type=int,
-        default=1,
-        help="declare the stream as this many differently shuffled passes over its corpora",
-    )
-    group.add_argument(
-        "--stream-allow-seen",
-        action="store_true",
-        help="train on samples that the pretrained checkpoint has seen; such a run is compared with nothing",
-    )
-    group.add_argument(
-        "--stream-permutation-seed",
-        type=int,
-        default=None,
-        metavar="SEED",
-        help="permute the samples inside the range (a replicate of the same training)",
-    )
-    return parser  # fmt: skip
-
-
 def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
     """Derive the number of steps from the range and refuse flags that would contradict it."""
     if args.stream_range is None:

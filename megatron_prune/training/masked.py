@@ -39,31 +39,6 @@ class Choice:
         return isinstance(self.masks, RandomMasks)
 
 
-def add_mask_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The flags that make a run sparse."""
-    group = parser.add_argument_group("megatron_prune: masks")
-    group.add_argument(
-        "--masks",
-        metavar="DIR",
-        default=None,
-        help="train with the zeros of these masks held; a resumed run finds its own in its save directory",
-    )
-    group.add_argument(
-        "--random-masks",
-        type=int,
-        metavar="SEED",
-        default=None,
-        help="train a new model under random masks with the pattern and the counts of --masks "
-        "(per row; per group for N:M)",
-    )
-    group.add_argument(
-        "--let-zeros-fill",
-        action="store_true",
-        help="train a sparse checkpoint as a dense one: its zeros become weights again",
-    )
-    return parser  # fmt: skip
-
-
 def refuse_unfit_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot hold zeros, or is not proven to. Call before Megatron validates."""
     if args.random_masks is not None and args.masks is None:

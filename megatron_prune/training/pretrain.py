@@ -1,4 +1,4 @@
-"""The ``pretrain`` verb: Megatron's own loop on a range of a token stream, with an account.
+"""Megatron's own training loop on a range of a token stream, with an account.
 
 All of Megatron's flags work as in Megatron. Ours say which samples are trained on (``--stream-range`` and the other
 stream flags), where a from-scratch run takes its shape (``--shape-from``), and which zeros are held (``--masks``).
@@ -11,12 +11,13 @@ import functools
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_prune import storage
+from megatron_prune import storage, verbs
 from megatron_prune.artifacts import copy_directory, explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
@@ -35,7 +36,6 @@ from megatron_prune.training.account import (
 )
 from megatron_prune.training.data import (
     Provider,
-    add_stream_arguments,
     complete_arguments,
     refuse_empty_parts,
     refuse_unfit_range,
@@ -43,7 +43,6 @@ from megatron_prune.training.data import (
 )
 from megatron_prune.training.masked import (
     Choice,
-    add_mask_arguments,
     choose,
     refuse_unfit_arguments,
     refuse_zeros_that_fill,
@@ -51,9 +50,9 @@ from megatron_prune.training.masked import (
 )
 
 
-def main(argv: list[str]) -> int:
-    """Train; 0 when the run is complete, also when it was so before."""
-    args = runtime.start("pretrain", argv, _add_arguments, complete=_complete)
+def train(own: verbs.Pretrain, words: Sequence[str]) -> int:
+    """Train; 0 when the run is complete, also when it was so before. ``words`` are Megatron's flags."""
+    args = runtime.start("pretrain", words, own, complete=_complete)
     save = storage.path(args.save) if args.save else None
     if save is not None:
         refuse_other_run(save, _identity(args))
@@ -77,10 +76,6 @@ def main(argv: list[str]) -> int:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone
     return _train(args, save, initial, chosen, unique)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    return add_mask_arguments(add_stream_arguments(parser))
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:

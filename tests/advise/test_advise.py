@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, verbs
 from megatron_prune.__main__ import main
 from megatron_prune.cli import advise
 from megatron_prune.errors import EXIT_REFUSED, UsageError
@@ -71,8 +71,8 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
     def get(content: dict[str, Any], *argv: object) -> Advice:
         (tmp_path / "results.json").write_text(json.dumps(content))
         read = ledgers.read(tmp_path / "results.json")
-        options = advise._parser().parse_args(["--ledger", "read above", *map(str, argv)])
-        return answer.advise(read, target.from_arguments(options, read.parent_params))
+        options = verbs.Advise.of(advise.parser().read(["--ledger", "read above", *map(str, argv)])[0])
+        return answer.advise(read, target.from_settings(options, read.parent_params))
 
     return get
 

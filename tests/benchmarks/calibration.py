@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
 
     precision = ["--bf16"] if options.dtype == "bf16" else []
     argv = ["--load", load, "--use-checkpoint-args", *precision]
-    args = runtime.start("calibrate", argv, lambda parser: parser, complete=complete)
+    args = runtime.start("calibrate", argv, complete=complete)
     runtime.initialize(args)
     model = runtime.load_model(args)
 

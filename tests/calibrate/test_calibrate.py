@@ -287,7 +287,7 @@ def test_refused_before_work_starts(
     arguments = flags(tiny_parent, tiny_corpus, "--output", tmp_path / "s.safetensors", *more)
     finished = job(["calibrate", *arguments], nproc=nproc)
     assert finished.returncode != 0
-    assert re.search("megatron_prune calibrate: " + message, finished.output), finished.output[-3000:]
+    assert re.search("megatron-prune calibrate: " + message, finished.output), finished.output[-3000:]
     assert not list(tmp_path.iterdir())
 
 

@@ -334,7 +334,7 @@ def test_candidates_are_scored_once_and_what_does_not_fit_is_refused(
     ):
         finished = verbs.score(*more)
         assert finished.returncode == 2, finished.output[-3000:]
-        assert re.search("megatron_prune calibrate: .*" + message, finished.output), finished.output[-3000:]
+        assert re.search("megatron-prune calibrate: .*" + message, finished.output), finished.output[-3000:]
     lonely = verbs.job(["calibrate", *verbs.load, "--score", tmp_path / "candidates.json"])
     assert lonely.returncode == 2 and "--score, --statistics: expected both or neither, got only one" in lonely.output
     verbs.calibrate()  # other windows: other statistics under the same name

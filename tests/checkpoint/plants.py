@@ -150,7 +150,7 @@ def load_objects(folder: str, keys: list[str]) -> list[tuple[str, str]]:
 
     runtime.start("planted", ["--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1", "--seq-length",
                   "8", "--max-position-embeddings", "8", "--micro-batch-size", "1", "--vocab-size", "8",
-                  "--train-iters", "1", "--lr", "1"], lambda parser: parser)  # fmt: skip
+                  "--train-iters", "1", "--lr", "1"])  # fmt: skip
     runtime.initialize(None)
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject

@@ -125,7 +125,7 @@ def logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | 
         "--lr": 1.0,
     }
     argv = ["--use-checkpoint-args", *(str(word) for pair in flags.items() for word in pair)]
-    args = runtime.start("logits", argv, lambda parser: parser)
+    args = runtime.start("logits", argv)
     runtime.initialize(args)
     from megatron.core import parallel_state as mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -31,11 +30,8 @@ from tests.training.small import any_plan
 WEIGHT = "decoder.final_layernorm.weight"
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, small.TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def tool(verb):
+    return lambda words: run_verb([verb, *words])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +49,7 @@ def checkpoint(whole, tmp_path):
 @pytest.fixture
 def verbs(whole, tmp_path):
     """Every program that reads a checkpoint without running a model, as a function of the checkpoint."""
-    inspecting, converting = tool("inspect_checkpoint"), tool("convert_checkpoint")
+    inspecting, converting = tool("inspect"), tool("convert")
     out = tmp_path / "out"
     plan = ["--method", "random", "--target-ffn-hidden-size", "24", "--output", str(out / "plan.json")]
     return {
@@ -233,7 +229,7 @@ def test_other_urls_are_refused_by_flag(verbs, tmp_path, capsys, whole):
             "--load: expected a directory, or msc://PROFILE/… with --enable-msc, got s3://bucket/checkpoint" in said
         ), verb
     rewrite = ["rewrite", "--load", str(whole), "--save", "msc://profile/x"]
-    assert tool("convert_checkpoint")(rewrite) == 2
+    assert tool("convert")(rewrite) == 2
     assert "got msc://profile/x" in capsys.readouterr().err
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.convert import inspect
@@ -31,13 +31,10 @@ def half_zero(tmp_path):
 
 @pytest.fixture
 def tool(capsys):
-    """The tool's ``main`` in this process (a process of its own costs seconds of imports)."""
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", small.TOOLS / "inspect_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The verb in this process (a process of its own costs seconds of imports)."""
 
     def run(*words):
-        code = module.main([str(word) for word in words])
+        code = main(["inspect", *map(str, words)])
         return code, *capsys.readouterr()
 
     return run

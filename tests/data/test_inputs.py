@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import runpy
 import struct
 import sys
 from argparse import Namespace
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_prune.__main__ import main
 from megatron_prune.artifacts import read_json, sha256_file
 from megatron_prune.data import hub, indexed
 from megatron_prune.data import readers as text
@@ -342,11 +342,9 @@ def test_the_tool_takes_every_input_and_a_blend_of_its_outputs_is_a_stream(
     folder, _ = dataset
     (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(json_lines(tiny_documents[60:160])))
 
-    main = runpy.run_path(str(ROOT / "tools" / "preprocess_data.py"))["main"]
-
     def tool(*flags):
         fixed = ["--tokenizer-type", "TikTokenizer", "--tokenizer-model", tiktoken_file, "--vocab-size", "700"]
-        return main([str(word) for word in [*fixed, "--tiktoken-num-special-tokens", "50", *flags]])
+        return main(["preprocess", *(str(word) for word in [*fixed, "--tiktoken-num-special-tokens", "50", *flags])])
 
     assert tool("--dataset", folder, "--output-prefix", tmp_path / "A", "--append-eod") == 0
     zipped = tmp_path / "x.jsonl.zst"

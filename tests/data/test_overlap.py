@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_prune import artifacts
+from megatron_prune.__main__ import main
 from megatron_prune.data import contamination
 from megatron_prune.data.contamination import near_duplicates
 from megatron_prune.errors import DataError, UsageError
@@ -137,8 +137,7 @@ def test_what_cannot_be_compared_is_refused(stages):
 
 
 def test_the_tool_reports_and_refuses(stages, tmp_path, capsys):
-    main = runpy.run_path(str(ROOT / "tools" / "check_overlap.py"))["main"]
-    flags = ["--train", stages["train"], "--json", str(tmp_path / "report.json")]
+    flags = ["check-contamination", "--train", stages["train"], "--json", str(tmp_path / "report.json")]
     assert main([*flags, "--validation", stages["validation"]]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["accepted"] is True
     assert main([*flags, "--test", stages["test"]]) == 2

@@ -297,17 +297,21 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
 def test_the_tools_run_as_their_users_run_them(tmp_path):
     (tmp_path / "p.txt").write_text(PROSE)
 
-    def tool(name, *flags):
-        command = [sys.executable, ROOT / "tools" / name, *flags]
+    def tool(*words):
+        command = [sys.executable, *words]
         return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
 
-    made = tool("train_tokenizer.py", "--input", "p.txt", "--output", "t.model", "--vocab-size", "400")
+    made = tool(
+        "-m", "megatron_prune", "train-tokenizer", "--input", "p.txt", "--output", "t.model", "--vocab-size", "400"
+    )
     assert made.returncode == 0, made.stderr
     flags = ["--input", "p.txt", "--output-prefix", "P", "--tokenizer-model", "t.model", "--workers", "2"]
-    made = tool("preprocess_data.py", *flags, "--tokenizer-type", "SentencePieceTokenizer", "--append-eod")
+    made = tool(
+        ROOT / "tools" / "preprocess_data.py", *flags, "--tokenizer-type", "SentencePieceTokenizer", "--append-eod"
+    )
     assert made.returncode == 0, made.stderr
     assert "1 documents" in made.stdout and read_back(tmp_path / "P")[0][-1] == 2
-    refused = tool("preprocess_data.py", *flags, "--tokenizer-type", "NullTokenizer")
+    refused = tool(ROOT / "tools" / "preprocess_data.py", *flags, "--tokenizer-type", "NullTokenizer")
     assert refused.returncode == 2 and "got NullTokenizer" in refused.stderr
     assert "Traceback" not in refused.stderr
 

@@ -58,7 +58,7 @@ def validated(argv: list[str], capability: tuple[int, int], world: int) -> str |
 
     installed.assume(installed.named("te,apex"))
     try:
-        args = arguments.parse("pretrain", argv, lambda parser: parser)
+        args = arguments.parse("pretrain", argv)
         config = gpt_config_from_args(args).transformer
     except UsageError as error:
         return str(error)

@@ -71,7 +71,7 @@ def on_target(words: str, argv: list[str]) -> str | dict[str, Any]:
     stand_in(words)
     _pretend_gpu()
     try:
-        args = arguments.parse("pretrain", argv, lambda parser: parser)
+        args = arguments.parse("pretrain", argv)
     except UsageError as error:
         return str(error)
     return {name: getattr(args, name) for name in DECIDED}
@@ -88,6 +88,7 @@ def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
 
 def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     """What a rehearsal for such machines says; with Apex and TE standing here, which it must not look at."""
+    from megatron_prune.cli import pretrain
     from megatron_prune.preflight.dry_run import Refused, rehearse
 
     stand_in("te,apex,flash-attn")
@@ -95,7 +96,7 @@ def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     for words, argv in asked:
         has = installed.named(words or "none")
         try:
-            args = rehearse("pretrain", argv, gpus=1, per_node=1, capability=(9, 0), has=has).args
+            args = rehearse(pretrain.main, argv, gpus=1, per_node=1, capability=(9, 0), has=has).args
             found.append({name: getattr(args, name) for name in DECIDED})
         except Refused as refused:
             found.append(str(refused))
@@ -185,7 +186,7 @@ def step_without_packages(argv: list[str]) -> tuple[float, list[str]]:
     _pretend_gpu()
     said: list[str] = []
     installed.say = lambda args, off: said.extend(off)
-    args = runtime.start("pretrain", [*argv, "--distributed-backend", "gloo"], lambda parser: parser)
+    args = runtime.start("pretrain", [*argv, "--distributed-backend", "gloo"])
     runtime.initialize(args)
     (model,) = runtime.build_model(args)
     tokens = torch.arange(64)[None] % 384

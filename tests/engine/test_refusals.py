@@ -110,7 +110,7 @@ def test_a_run_that_would_not_distill_ends_before_it_starts(job, tmp_path):
     done = job(["pretrain", *MODEL, *recipe, "--logits-load-dir", "/nonexistent"])
     assert done.returncode == 2 and "Traceback" not in done.output
     (line,) = [line for line in done.output.splitlines() if "logits" in line]
-    assert line.startswith("megatron_prune pretrain: --logits-load-dir: expected no such flag here, got /nonexistent")
+    assert line.startswith("megatron-prune pretrain: --logits-load-dir: expected no such flag here, got /nonexistent")
 
 
 def test_a_yaml_file_in_place_of_flags_is_refused(job):

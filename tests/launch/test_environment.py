@@ -48,7 +48,7 @@ def validated(argv: list[str], variables: dict[str, str]) -> str:
 
     installed.assume(installed.named("te,apex"))
     try:
-        arguments.parse("pretrain", argv, lambda parser: parser)
+        arguments.parse("pretrain", argv)
     except AssertionError as error:
         return str(error)
     return "yes"

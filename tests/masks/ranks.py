@@ -66,7 +66,7 @@ def build(tp: int, pp: int, more: tuple[str, ...] = ()) -> list[torch.nn.Module]
     words = [*_FLAGS, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     words += [word for name, size in SIZES.items() for word in (f"--{name.replace('_', '-')}", size)]
     words += more  # the last of a flag holds
-    args = runtime.start("masks", [str(word) for word in words], lambda parser: parser)
+    args = runtime.start("masks", [str(word) for word in words])
     runtime.initialize(args)
     from megatron.core.process_groups_config import ProcessGroupCollection
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert import masks as huggingface
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import open_masks, verify, write_single
-from tests.checkpoint import small
 from tests.masks.conftest import by_hand
 from tests.masks.ranks import random_masks
 
@@ -155,23 +154,20 @@ def test_the_tools(sparse, tmp_path, capsys):
     """Both directions by the command line, and the inspector shows the masks."""
     root, kept = sparse("2:4")
 
-    def tool(name, *words):
-        spec = importlib.util.spec_from_file_location(name, small.TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main([str(word) for word in words]), *capsys.readouterr()
+    def tool(*words):
+        return main([str(word) for word in words]), *capsys.readouterr()
 
-    assert tool("convert_checkpoint", "export", "--load", root, "--hf", tmp_path / "hf")[0] == 0
-    assert tool("convert_checkpoint", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "back")[0] == 0
+    assert tool("convert", "export", "--load", root, "--hf", tmp_path / "hf")[0] == 0
+    assert tool("convert", "import", "--hf", tmp_path / "hf", "--save", tmp_path / "back")[0] == 0
     hashed = open_masks(root / "masks").hash
-    code, out, _ = tool("inspect_checkpoint", tmp_path / "back", "--json", "--verify-integrity")
+    code, out, _ = tool("inspect", tmp_path / "back", "--json", "--verify-integrity")
     found = json.loads(out)
     assert code == 0 and found["masks"]["hash"] == hashed
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     assert found["masks"]["removed"] == sum(int((~k).sum()) for k in kept.values())
     assert found["masks"]["tensors"][name] == {"pattern": "2:4", "removed": 96 * 192 // 2, "ratio": 0.5}
-    code, out, _ = tool("inspect_checkpoint", tmp_path / "back")
+    code, out, _ = tool("inspect", tmp_path / "back")
     assert code == 0 and hashed in out and "2:4 mask, 50.00% removed" in out
     os.remove(tmp_path / "back" / "masks" / "masks.json")
-    code, _, err = tool("inspect_checkpoint", tmp_path / "back")
+    code, _, err = tool("inspect", tmp_path / "back")
     assert code == 2 and "has no masks.json" in err

@@ -15,7 +15,9 @@ import torch
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import Request, Selection
+from megatron_prune.methods import options
+from megatron_prune.methods.base import Request, Selection
+from megatron_prune.settings import add_flags
 
 GQA = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
 MHA = ModelShape(4, 24, 12, 12, 3, 20, 16, tied=True)
@@ -50,8 +52,8 @@ def sums(activations: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 def settings(name: str, *flags: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    methods.get(name).add_arguments(parser)
-    return vars(parser.parse_args(flags))
+    add_flags(parser, own := options.STRUCTURED[name])
+    return own.of(parser.parse_args(flags)).to_json()
 
 
 def select(name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0) -> Selection:

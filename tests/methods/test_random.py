@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import DEPTH, WIDTH, Request, Selection
+from megatron_prune.methods.base import DEPTH, WIDTH, Request, Selection
 from megatron_prune.methods.random import METHOD
 
 SOURCE = ModelShape(5, 24, 6, 3, 4, 20, 100, tied=False)

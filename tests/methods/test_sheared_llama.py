@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods import Request, sheared_llama
+from megatron_prune.methods import sheared_llama
+from megatron_prune.methods.base import Request
 
 SOURCE = ModelShape(
     num_layers=3, hidden_size=10, num_attention_heads=6, num_query_groups=3, kv_channels=4, ffn_hidden_size=7,

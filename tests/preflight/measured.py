@@ -26,7 +26,7 @@ def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
 
     from megatron_prune.engine import runtime
 
-    args = runtime.start("pretrain", [*MODEL, "--num-layers", str(layers), *flags], lambda parser: parser)
+    args = runtime.start("pretrain", [*MODEL, "--num-layers", str(layers), *flags])
     runtime.initialize(args)
     (model,) = runtime.build_model(args)
 
@@ -65,15 +65,16 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
 
     from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.engine import runtime
-    from megatron_prune.methods import Sparsity, get_sparse
+    from megatron_prune.methods import get_sparse
     from megatron_prune.methods.accumulators import SquareSums
+    from megatron_prune.methods.base import Sparsity
     from megatron_prune.methods.hessian import Hessian
     from megatron_prune.sparse.request import Request
     from megatron_prune.sparse.solve import prune_block
     from tests.benchmarks.resident import give_back_at_once, high_water
 
     flags = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --kv-channels {hidden // 6} --num-layers 2 --bf16".split()
-    args = runtime.start("pretrain", [*MODEL, *flags], lambda parser: parser)
+    args = runtime.start("pretrain", [*MODEL, *flags])
     runtime.initialize(args)
     shape = ModelShape.from_args(vars(args))
     sizes = {"qkv": (3 * hidden, hidden), "proj": (hidden, hidden), "fc1": (2 * ffn, hidden), "fc2": (hidden, ffn)}

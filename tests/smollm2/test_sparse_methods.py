@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_prune import methods
-from megatron_prune.methods import Sparsity
+from megatron_prune.methods.base import Sparsity
 from megatron_prune.methods.selection import Rows
 from tests import tiny
 from tests.sparse import oracles

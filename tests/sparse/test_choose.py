@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.methods import Sparsity
+from megatron_prune.methods.base import Sparsity
 from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
 from megatron_prune.sparse.weights_only import Choice, LowestInGroups, LowestOfAll
 from tests.sparse import oracles

@@ -206,5 +206,5 @@ def test_refused_before_it_begins(
 ) -> None:
     finished = job(small.flags(tiny_parent, tmp_path / "save", "wanda", *more, corpus=tiny_corpus))
     assert finished.returncode == 2
-    assert re.search("megatron_prune sparsify: " + message, finished.output), finished.output[-2000:]
+    assert re.search("megatron-prune sparsify: " + message, finished.output), finished.output[-2000:]
     assert "distributed checkpoint from" not in finished.output and not list(tmp_path.iterdir())

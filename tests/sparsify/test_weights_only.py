@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_prune import verbs
 from megatron_prune.checkpoint import reader
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import open_masks
+from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request, result, resume, weights_only
 from megatron_prune.sparse.request import Task
 from megatron_prune.sparse.resume import Scratch
@@ -66,9 +68,9 @@ def parent(root: Path, kind: str) -> Checkpoint:
 
 
 def asked(method: str, amount: list[str]) -> request.Request:
-    parser = request.add_arguments(argparse.ArgumentParser())
-    parser.add_argument("--seed", type=int, default=SEED)
-    return request.from_arguments(parser.parse_args(["--method", method, *amount]))
+    parser = argparse.ArgumentParser()
+    add_flags(parser, verbs.Sparsity)
+    return request.choose(method, verbs.Sparsity.of(parser.parse_args(amount)), SEED)
 
 
 def prune(

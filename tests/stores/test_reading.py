@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -13,17 +12,13 @@ from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.masks import open_masks
 from megatron_prune.structured import statistics
-from tests.checkpoint import small
 from tests.training.small import MODEL
 
 MSC = "--enable-msc"
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, small.TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def tool(verb):
+    return lambda words: run_verb([verb, *words])
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def test_sparsify_and_apply_make_here_what_they_read_there(there, tiny_parent, t
 
 def test_rewrite_and_export_with_masks(s3, tiny_pruned, tmp_path):
     pruned = tiny_pruned("2:4").path
-    there, convert = s3.put(pruned, "pruned"), tool("convert_checkpoint")
+    there, convert = s3.put(pruned, "pruned"), tool("convert")
     for load, name in ((str(pruned), "here"), (there, "there")):
         more = ["--load", load, "--workers", "2"]
         assert convert(["rewrite", *more, "--save", str(tmp_path / name), "--verify-integrity"]) == 0
@@ -84,7 +79,7 @@ def test_rewrite_and_export_with_masks(s3, tiny_pruned, tmp_path):
 
 
 def test_inspect(there, tiny_parent, capsys):
-    inspect, found = tool("inspect_checkpoint"), []
+    inspect, found = tool("inspect"), []
     for load in (str(tiny_parent), there):
         assert inspect([load, "--json", "--sparsity", "--full-hash", "--verify-integrity"]) == 0
         found.append(json.loads(capsys.readouterr().out))

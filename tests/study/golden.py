@@ -92,7 +92,7 @@ def _lines(name: str, study: Study, commands: Mapping[str, Sequence[Command]]) -
         for command in many:
             of_stage[command.stage].append(command)
     for stage, many in of_stage.items():
-        [begin] = {tuple(c.words[: len(c.words) - len(c.argv) + 1]) for c in many}
+        [begin] = {tuple(c.words[: len(c.words) - len(c.argv) + verb_words(c.argv)]) for c in many}
         yield f"\n{stage} x {len(many)}: {shlex.join(begin)}"
         yield from ("  " + shlex.join(flag) for flag in shared[stage])
     for cell, many in commands.items():
@@ -110,11 +110,16 @@ def split(cell: str, argv: Sequence[str], blend: Sequence[str]) -> list[Flag]:
     """The words after a verb as flags with their values; the training corpora as one word, a cell's paths shorter."""
     found: list[list[str]] = []
     own = f"RUN/cells/{cell}/"
-    for word in argv[1:]:
+    for word in argv[verb_words(argv) :]:
         if word.startswith("--"):
             found.append([])
         found[-1].append(f"CELL/{word.removeprefix(own)}" if word.startswith(own) else word)
     return [tuple(flag if flag[1:] != list(blend) else [flag[0], "TRAIN"]) for flag in found]
+
+
+def verb_words(argv: Sequence[str]) -> int:
+    """How many words the verb has: two for ``convert import``."""
+    return next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
 
 
 def main() -> None:

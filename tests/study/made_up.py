@@ -25,12 +25,12 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.cli import plan
+from megatron_prune.cli import apply, plan
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
-from megatron_prune.structured import apply, candidates, statistics
+from megatron_prune.structured import candidates, statistics
 from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.places import Places
@@ -114,11 +114,11 @@ class FakeLauncher:
         if (log.parent.name, command.stage) not in self.broken:
             # One at a time, since there is one stdout: cells still begin and end in any order.
             with _STDOUT, open(log, "a") as output, contextlib.redirect_stdout(output):
-                getattr(self, f"_{command.stage}")(list(command.argv[1:]))
+                getattr(self, f"_{command.stage.replace('-', '_')}")(list(command.argv[1:]))
         return 0
 
     def _import(self, argv: list[str]) -> None:
-        given = words(argv)
+        given = words(argv[1:])
         import_hf(given["hf"], given["save"])
 
     def _plan(self, argv: list[str]) -> None:
@@ -135,7 +135,7 @@ class FakeLauncher:
         losses = [number(candidate.label) for candidate in asked]
         candidates.with_scores(found, asked, losses).write(given["output"])
 
-    def _rescore(self, argv: list[str]) -> None:
+    def _retrain_candidates(self, argv: list[str]) -> None:
         own = words(argv[: argv.index("--pretrain")])
         given = words(argv[argv.index("--pretrain") + 1 :])
         question, _ = candidates.read(own["candidates"])

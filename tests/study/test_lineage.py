@@ -80,11 +80,12 @@ def train(
 
 def prune(parent: Path, save: str) -> Path:
     """Half of the layers of ``parent``, without any text."""
+    from megatron_prune.cli import apply as apply_verb
     from megatron_prune.cli import plan
 
     plan.main(["--load", str(parent), "--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "1",
                        "--output", f"{save}.json"])  # fmt: skip
-    apply.main(["--load", str(parent), "--plan", f"{save}.json", "--save", save])
+    apply_verb.main(["--load", str(parent), "--plan", f"{save}.json", "--save", save])
     return Path(save)
 
 

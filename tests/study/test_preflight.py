@@ -57,10 +57,10 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
         ({"methods": [{"name": "wandering"}]}, r"--method: expected one of .*shortgpt, got wandering"),
         (
             {"methods": [{"name": "shortgpt", "settings": {"axis": "depth"}}]},
-            r"--axis: expected --method random with it",
+            r"settings\.axis: expected --method random with it",
         ),
         ({"methods": [{"name": "random"}]}, r"--axis: expected .*, got nothing"),
-        ({"methods": [{"name": "shortgpt", "settings": {"divisible-by": "many"}}]}, r"invalid int value: 'many'"),
+        ({"methods": [{"name": "shortgpt", "settings": {"divisible-by": "many"}}]}, r"divisible-by: .*whole number"),
         ({"ratios": [0.95]}, r"--ratio: expected .*, got 0\.95"),
         ({"methods": [{"name": "shortgpt", "target": {"num-layers": 9}}]}, r"--target-num-layers: expected .*, got 9"),
         ({"calibration": {"sequences": 999}}, r"calibration\.sequences: expected 1 to 124, got 999"),
@@ -242,7 +242,7 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
     assert "not run: equal-total for pruned-shortgpt-r50-s1-t1280" in printed
     launcher = made_up.FakeLauncher()
     places = made_up.run(study, Path("runs"), launcher)
-    assert launcher.commands[0].words[:3] == ["python", "tools/convert_checkpoint.py", "import"]
+    assert launcher.commands[0].argv[:2] == ("convert", "import")
     cells = {path.name for path in (places.root / "cells").iterdir()}
     assert "scratch-L2h96H12G6d12F192-equal-training-t1280-s1" in cells
     assert not [cell for cell in cells if "equal-total" in cell]

@@ -159,7 +159,7 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     study = made_up.study(prefixes, methods=[{"name": "minitron-width", "settings": settings}])
     expected = ledger(made_up.run(study, Path("whole"), first := made_up.FakeLauncher()))
     stages = [command.stage for command in first.commands if "pruning-" in " ".join(command.argv)]
-    assert stages[:5] == ["candidates", "score", "rescore", "plan", "apply"]
+    assert stages[:5] == ["candidates", "score", "retrain-candidates", "plan", "apply"]
     places = made_up.run_killed(study, Path("killed"))
     assert ledger(places) == expected
     name = "minitron-width-r50-s1"

@@ -29,7 +29,7 @@ from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
 from tests.waiting import GENEROUS, content, wait_for_progress
 
-ROOT = Path(__file__).resolve().parents[2]
+NODE = Path(__file__).resolve().parents[2] / "megatron_prune" / "launch" / "node.sh"
 LAUNCH = {"launcher": "slurm", "slurm": {"poll_seconds": 0.1, "options": {"partition": "debug", "exclusive": True}}}
 
 
@@ -76,7 +76,7 @@ def test_jobs_wait_for_each_other_and_end_with_the_ledger_of_a_local_run(tmp_pat
     assert after["pruned-shortgpt-r50-s1-t1280"] == ["pruning-shortgpt-r50-s1"]
     script = (places.cell("pruned-shortgpt-r50-s1-t1280") / "job.sh").read_text()
     assert "#SBATCH --partition=debug\n#SBATCH --exclusive\n" in script
-    assert f"stage pretrain -- bash {ROOT}/launch/node.sh pretrain --pretrained-checkpoint runs/made-up" in script
+    assert f"stage pretrain -- bash {NODE} pretrain --pretrained-checkpoint runs/made-up" in script
     assert " --exit-signal-handler\n" in script and "#SBATCH --signal=B:USR1@600\n" in script
 
 
@@ -163,9 +163,7 @@ def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> Non
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text
-    assert (
-        f"stage pretrain -- srun --nodes 2 --ntasks 2 --ntasks-per-node 1 bash {ROOT}/launch/node.sh pretrain --"
-    ) in text
+    assert (f"stage pretrain -- srun --nodes 2 --ntasks 2 --ntasks-per-node 1 bash {NODE} pretrain --") in text
     assert "\nexport PET_NNODES=2 PET_NPROC_PER_NODE=8 PET_MAX_RESTARTS=0\n" in text
     assert "\nstage plan -- python -m megatron_prune plan" in Path(
         "runs/made-up/cells/pruning-shortgpt-r50-s1/job.sh"

@@ -46,7 +46,7 @@ def sharded_state(argv: list[str]) -> dict[str, Any]:
     from megatron_prune.engine import runtime
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    args = runtime.start("evaluate", argv, lambda parser: parser)
+    args = runtime.start("evaluate", argv)
     runtime.initialize(args)
     (model,) = runtime.build_model(args)
     state = model.sharded_state_dict()

@@ -58,7 +58,7 @@ def test_every_number_is_that_of_megatrons_own_form(two, tmp_path) -> None:
     save, gathered = copied(two[0], tmp_path), two[1]
     assert open_checkpoint(save).optimizer_form == BUCKETS
     done = subprocess.run(
-        [sys.executable, "tools/reshard_optimizer.py", save.parent],
+        [sys.executable, "-m", "megatron_prune", "reshard-optimizer", save.parent],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -134,7 +134,7 @@ def test_another_layout_is_refused_before_the_model_is_built(two, job, tiny_corp
     refused = job(["pretrain", *MODEL, *words])
     assert refused.returncode == 2 and "Traceback" not in refused.output
     (line,) = [line for line in refused.output.splitlines() if "--tensor-model-parallel-size" in line]
-    assert f"python tools/reshard_optimizer.py {save}" in line and "expected 2, 1" in line and "got 1, 1" in line
+    assert f"megatron-prune reshard-optimizer {save}" in line and "expected 2, 1" in line and "got 1, 1" in line
 
 
 def test_what_holds_no_buckets_is_refused(tiny_parent) -> None:

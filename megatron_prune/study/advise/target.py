@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.methods import DIMENSIONS
+from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.structured.target import flag_of
 from megatron_prune.study.values import parse_tokens
 from megatron_prune.training import lineage
@@ -69,56 +69,27 @@ class Target:
         }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parent = parser.add_argument_group("parent (default: the ledger's)")
-    parent.add_argument("--parent", metavar="CKPT", help="its checkpoint")
-    parent.add_argument("--parent-params", type=_count, metavar="N", help="its parameters, such as 8B")
-    parent.add_argument("--parent-tokens", type=_count, metavar="N", help="tokens that it was trained on, such as 15T")
-    size = parser.add_argument_group("what is to be removed: one of these")
-    size.add_argument("--ratio", type=float, metavar="R", help="fraction removed")
-    size.add_argument(
-        "--ratio-of", choices=("linears", "all"), help="of the blocks' linear weights (default), or of all"
-    )
-    size.add_argument("--target-params", type=_count, metavar="P", help="parameters, of all, that should stay")
-    for field in DIMENSIONS:
-        size.add_argument(flag_of(field), type=int, metavar="N")
-    size.add_argument("--pattern", metavar="unstructured|N:M", help="a sparse model; N:M says its own ratio")
-    size.add_argument("--method", metavar="M", help="this method alone (default: every one that was measured)")
-    budget = parser.add_argument_group("budget: tokens of retraining, or GPU-hours")
-    budget.add_argument("--tokens", type=_count, metavar="N", help="such as 10B")
-    budget.add_argument("--gpu-hours", type=float, metavar="H")
-    budget.add_argument(
-        "--gpu-flops", type=float, metavar="F", help="FLOP/s that a GPU really does: its peak times MFU"
-    )
-    budget.add_argument(
-        "--setting",
-        choices=SETTINGS,
-        default="equal-training",
-        help="equal-training (default): the parent is there, its tokens are spent; equal-total, equal-flops: the "
-        "scratch run has what the parent has cost as well",
-    )
-
-
-def from_arguments(options: argparse.Namespace, parent_params: int) -> Target:
-    """The target that parsed flags describe; ``parent_params`` are the ledger's parent's."""
+def from_settings(options: verbs.Advise, parent_params: int) -> Target:
+    """The target that settings describe; ``parent_params`` are the ledger's parent's."""
     shape = open_checkpoint(options.parent).shape if options.parent else None
     if shape is not None and options.parent_params is not None:
         raise UsageError("--parent, --parent-params", got="both", expected="exactly one of them")
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
     own = Pattern.parse(pattern).ratio if pattern else None
-    params = shape.parameters() if shape else options.parent_params
+    params = shape.parameters() if shape else _count("--parent-params", options.parent_params)
     ratio, ratio_of = _ratio(options, sizes, shape, params or parent_params, own)
     tokens, flops = _budget(options)
+    trained = _trained_on(Path(options.parent)) if options.parent else None
     return Target(
         ratio, ratio_of, options.setting, tokens, flops, pattern, options.method, params,
-        options.parent_tokens or (_trained_on(Path(options.parent)) if options.parent else None),
+        _count("--parent-tokens", options.parent_tokens) or trained,
         frozenset(sizes) if sizes else None, shape,
     )  # fmt: skip
 
 
 def _ratio(
-    options: argparse.Namespace, sizes: Mapping[str, int], shape: ModelShape | None, params: int, own: float | None
+    options: verbs.Advise, sizes: Mapping[str, int], shape: ModelShape | None, params: int, own: float | None
 ) -> tuple[float, str]:
     ways = {
         "--ratio": options.ratio is not None,
@@ -140,19 +111,20 @@ def _ratio(
         return options.ratio, options.ratio_of or "linears"
     if options.pattern:
         raise UsageError("--pattern", got=f"{options.pattern} and a smaller shape", expected="--ratio with it")
-    if options.target_params is not None:
-        if not 0 < options.target_params < params:
+    target = _count("--target-params", options.target_params)
+    if target is not None:
+        if not 0 < target < params:
             raise UsageError(
-                "--target-params",
-                got=options.target_params,
-                expected=f"1 to {params - 1}, less than the parent's {params}",
+                "--target-params", got=target, expected=f"1 to {params - 1}, less than the parent's {params}"
             )
-        return 1 - options.target_params / params, "all"
+        return 1 - target / params, "all"
     if shape is None:
         raise UsageError(
-            ", ".join(flag_of(field) for field in sizes), got="none", expected="--parent CKPT with it",
+            ", ".join(flag_of(field) for field in sizes),
+            got="none",
+            expected="--parent CKPT with it",
             why="how much they remove depends on its shape",
-        )  # fmt: skip
+        )
     for field, size in sizes.items():
         if not 1 <= size <= getattr(shape, field):
             raise UsageError(flag_of(field), got=size, expected=f"1 to {getattr(shape, field)}, the parent's size")
@@ -164,20 +136,24 @@ def _ratio(
     return 1 - smaller.linear_parameters() / shape.linear_parameters(), "linears"
 
 
-def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
+def _budget(options: verbs.Advise) -> tuple[float | None, float | None]:
     """Tokens, or FLOPs."""
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"
         raise UsageError("--tokens, --gpu-hours", got=given, expected="exactly one of them")
-    if options.tokens is not None:
+    tokens = _count("--tokens", options.tokens)
+    if tokens is not None:
         if options.gpu_flops is not None:
             raise UsageError("--gpu-flops", got=f"{options.gpu_flops} alone", expected="--gpu-hours with it")
-        return float(options.tokens), None
-    if options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
+        return float(tokens), None
+    if options.gpu_hours is None or options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
         raise UsageError(
-            "--gpu-hours", got=options.gpu_hours, expected="a positive number, with --gpu-flops, such as 4e14",
-            why="what an hour does depends on the GPU and the layout", do="estimate it with `preflight`",
-        )  # fmt: skip
+            "--gpu-hours",
+            got=options.gpu_hours,
+            expected="a positive number, with --gpu-flops, such as 4e14",
+            why="what an hour does depends on the GPU and the layout",
+            do="estimate it with `preflight`",
+        )
     return None, 3600 * options.gpu_hours * options.gpu_flops
 
 
@@ -187,12 +163,14 @@ def _trained_on(parent: Path) -> int | None:
     return lineage.tokens(stages) if lineage.begins_at_random(stages) else None
 
 
-def _count(text: str) -> int:
+def _count(flag: str, text: str | None) -> int | None:
     """``8B``, ``160k``, ``163_840``"""
+    if text is None:
+        return None
     try:
         value = parse_tokens(int(text) if text.isdecimal() else text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise UsageError(flag, got=text, expected=str(error)) from error
     if not isinstance(value, int) or value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 400000, 400k, 1.5M, 50B")
+        raise UsageError(flag, got=text, expected="a positive number such as 400000, 400k, 1.5M, 50B")
     return value

@@ -33,12 +33,6 @@ class Execute(Protocol):
 
 def launch_command(command: Command, *, log: Path, env: dict[str, str]) -> int:
     """Processes on this machine (torchrun's ranks where there is a GPU)."""
-    if command.stage == "import":
-        from megatron_prune.convert.huggingface import import_hf
-
-        arguments = dict(zip(command.argv[1::2], command.argv[2::2], strict=True))
-        import_hf(arguments["--hf"], arguments["--save"])
-        return 0
     from megatron_prune.engine.launch import launch
 
     return launch(command.argv, nproc=command.nproc, log=log, env=env)

@@ -33,7 +33,7 @@ from megatron_prune.study.places import Places
 from megatron_prune.study.run.progress import Progress
 from megatron_prune.study.schema import Slurm, Study
 
-ROOT = Path(megatron_prune.__file__).parents[1]  # the checkout
+NODE = Path(megatron_prune.__file__).parent / "launch" / "node.sh"
 GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
 
 
@@ -162,14 +162,12 @@ def script(study: Study, places: Places, cell: Cell) -> str:
 
 def _words(command: Command, per_node: int) -> Iterator[str]:
     """A command as a script has it: torchrun on every node of the job, or one process on the first."""
-    if command.stage == "import":
-        yield f"python {shlex.quote(str(ROOT / 'tools' / 'convert_checkpoint.py'))}"
-    elif command.nproc == 1 and SAVES_WHEN_TOLD not in command.argv:
+    if command.nproc == 1 and SAVES_WHEN_TOLD not in command.argv:
         yield "python -m megatron_prune"
     else:
         if (nodes := command.nproc // per_node) > 1:
             yield f"srun --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1"
-        yield f"bash {shlex.quote(str(ROOT / 'launch' / 'node.sh'))}"
+        yield f"bash {shlex.quote(str(NODE))}"
     yield shlex.join(command.argv)
 
 

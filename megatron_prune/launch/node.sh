@@ -11,7 +11,7 @@
 # PET_NNODES=MIN:MAX lets a job go on with fewer nodes: it waits for the others for last_call_timeout (PET_RDZV_CONF, 30
 # seconds), and takes them in when they come back. The batch must divide for every number of nodes, and TP and PP stay:
 # optimizer state loads at another number of data-parallel ranks as it is, and at another TP or PP after
-# tools/reshard_optimizer.py. account.json says how many ranks each attempt had.
+# megatron-prune reshard-optimizer. account.json says how many ranks each attempt had.
 #
 # The agent on the host of PET_RDZV_ENDPOINT holds the rendezvous' store (where that is one machine for all, the first).
 # A job outlives every node but that one: without it all agents end within seconds, and not with 0. Whoever started the

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_prune import methods
-from megatron_prune.methods import DIMENSIONS
+from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured.candidates import Scored, loss_text
 from megatron_prune.structured.plan import PruningPlan

@@ -1,0 +1,41 @@
+"""``megatron-prune check-contamination``: look for documents that the corpora of different stages share."""
+
+from __future__ import annotations
+
+import warnings
+
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser
+
+STAGES = ("train", "calibration", "validation", "test")
+
+
+def parser() -> Parser:
+    return Parser(
+        "check-contamination",
+        "Looks for documents, equal or nearly so, that the corpora of different stages share, and exits with code 2 "
+        "where two stages share more than allowed. Corpora are given by their prefixes, all of one tokenizer.",
+        verbs.CheckContamination,
+        example="megatron-prune check-contamination --train data/train --test data/test --json shared.json",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    asked = verbs.CheckContamination.of(parser().read(argv)[0])
+    warnings.filterwarnings("ignore", module="megatron")
+    from megatron_prune import artifacts
+    from megatron_prune.data import contamination
+
+    report = contamination.compare_stages(
+        {stage: list(getattr(asked, stage)) for stage in STAGES if getattr(asked, stage)},
+        similarity=asked.similarity,
+        max_duplicates=asked.max_duplicates,
+        max_near_duplicates=asked.max_near_duplicates,
+    )
+    if asked.json:
+        artifacts.write_json(asked.json, report)
+    for found in report["pairs"]:
+        print(contamination.line(found))
+    contamination.refuse(report)
+    return 0

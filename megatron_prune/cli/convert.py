@@ -1,0 +1,109 @@
+"""``megatron-prune convert import|export|rewrite``: checkpoints in another form.
+
+Masks go along: CKPT/masks is HF_DIR/masks.safetensors (``convert/masks.py``). Legacy per-rank files are
+written by Megatron itself: pretrain … --ckpt-convert-format torch --ckpt-convert-save DIR, at the layout they are for.
+"""
+
+from __future__ import annotations
+
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser, Verbs
+
+PARTS = {
+    "import": "Hugging Face → Megatron",
+    "export": "Megatron → Hugging Face",
+    "rewrite": "any Megatron checkpoint, legacy per-rank files too → torch_dist, its weights alone",
+}
+
+
+def group() -> Verbs:
+    return Verbs("convert", "Writes a checkpoint in another form. Weights are streamed, and masks go along.", PARTS)
+
+
+def parser(part: str) -> Parser:
+    """The parser of ``convert import`` and the others."""
+    if part == "import":
+        return Parser(
+            "convert import",
+            "Writes a Hugging Face model of the Llama family as a Megatron checkpoint, which loads at every layout. "
+            "The tokenizer and the model's config go along.",
+            verbs.Import,
+            example="megatron-prune convert import --hf HuggingFaceTB/SmolLM2-135M --save checkpoints/parent",
+        )
+    if part == "export":
+        return Parser(
+            "convert export",
+            "Writes a Megatron checkpoint as a Hugging Face model. Masks next to it become masks.safetensors.",
+            verbs.Export,
+            example="megatron-prune convert export --load checkpoints/pruned --hf exported",
+        )
+    return Parser(
+        "convert rewrite",
+        "Writes the weights of any Megatron checkpoint, legacy per-rank files too, as one that loads at every layout. "
+        "Optimizer state stays behind.",
+        verbs.Rewrite,
+        example="megatron-prune convert rewrite --load legacy --save checkpoints/parent",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    part, words = group().read(argv)
+    options = parser(part).read(words)[0]
+    if part == "import":
+        made = _import(verbs.Import.of(options))
+    elif part == "export":
+        made = _export(verbs.Export.of(options))
+    else:
+        made = _rewrite(verbs.Rewrite.of(options))
+    print(f"wrote {made}")
+    return 0
+
+
+def _import(asked: verbs.Import) -> str:
+    import torch
+
+    from megatron_prune.checkpoint.parallel import keep_freed_memory
+    from megatron_prune.checkpoint.tracker import refuse_remote
+    from megatron_prune.convert.huggingface import import_hf
+
+    keep_freed_memory()
+    refuse_remote("--hf", asked.hf)
+    made = import_hf(
+        asked.hf,
+        asked.save,
+        dtype=getattr(torch, asked.dtype) if asked.dtype else None,
+        make_vocab_size_divisible_by=asked.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=asked.tensor_model_parallel_size,
+        max_position_embeddings=asked.max_position_embeddings,
+        workers=asked.workers,
+    )
+    return f"{made.root}: {made.shape.parameters():,} parameters"
+
+
+def _export(asked: verbs.Export) -> str:
+    from megatron_prune.checkpoint.parallel import keep_freed_memory
+    from megatron_prune.checkpoint.tracker import refuse_remote
+    from megatron_prune.convert.huggingface import export_hf
+
+    keep_freed_memory()
+    refuse_remote("--hf", asked.hf)
+    _verify(asked)
+    return str(export_hf(asked.load, asked.hf, workers=asked.workers))
+
+
+def _rewrite(asked: verbs.Rewrite) -> str:
+    from megatron_prune.checkpoint.parallel import keep_freed_memory
+    from megatron_prune.structured.apply import rewrite
+
+    keep_freed_memory()
+    _verify(asked)
+    made = rewrite(asked.load, asked.save, workers=asked.workers)
+    return f"{made.root}: {made.shape.parameters():,} parameters"
+
+
+def _verify(asked: verbs.Export | verbs.Rewrite) -> None:
+    from megatron_prune.checkpoint.reader import open_checkpoint
+
+    if asked.verify_integrity:
+        open_checkpoint(asked.load).verify(hashes=True)

@@ -1,0 +1,23 @@
+"""Flags of Megatron that our users need, for the help of verbs that take Megatron's: (title, flag, metavar, text)."""
+
+from __future__ import annotations
+
+from megatron_prune import verbs
+
+Mention = tuple[str, str, str | None, str]
+MODEL = verbs.Model.TITLE
+
+LOAD: Mention = (MODEL, "--load", "CKPT", "the checkpoint to read; its iter_… folder means that step")
+USE_ARGS: Mention = (MODEL, "--use-checkpoint-args", None, "take the model's arguments from the checkpoint")
+SAVE: Mention = (MODEL, "--save", "CKPT", "where the pruned checkpoint goes")
+TOKENIZER: tuple[Mention, ...] = (
+    (MODEL, "--tokenizer-type", "TYPE", ", ".join(verbs.TOKENIZERS)),
+    (MODEL, "--tokenizer-model", "PATH", "its files, where the checkpoint brings none"),
+)
+LAYOUT: tuple[Mention, ...] = (
+    (MODEL, "--tensor-model-parallel-size", "TP", "ranks that share each layer (default: 1)"),
+    (MODEL, "--pipeline-model-parallel-size", "PP", "stages of layers (default: 1)"),
+    (MODEL, "--bf16", None, "compute in bf16 (--fp16: in fp16; default: fp32)"),
+)
+SHAPE_FROM, FP8 = ((MODEL, flag.option, flag.shown.partition(" ")[2], flag.help) for flag in verbs.Model.flags())
+SEED: Mention = (MODEL, "--seed", "N", "of random windows, and of the method random (default: 1234)")

@@ -1,0 +1,47 @@
+"""``torchrun … -m megatron_prune pretrain``: Megatron's own loop, with an account."""
+
+from __future__ import annotations
+
+from megatron_prune import verbs
+from megatron_prune.cli import mentions
+from megatron_prune.cli.parser import Parser, start_engine
+
+RUN = "the run (Megatron's flags)"
+
+
+def parser() -> Parser:
+    return Parser(
+        "pretrain",
+        "Trains with Megatron's own loop, from random weights, from a pruned checkpoint or from the run's own last "
+        "save, and keeps an account of it. Every flag of Megatron works as in Megatron; below are ours, and the few "
+        "of Megatron's that every run needs.",
+        verbs.Pretrain,
+        mentioned=(
+            (RUN, "--save", "RUN", "where the run is saved, with its account.json"),
+            (RUN, "--load", "RUN", "the same folder: a run that was stopped goes on from its last save"),
+            (RUN, "--pretrained-checkpoint", "CKPT", "weights to start from, such as what apply wrote"),
+            (RUN, "--use-checkpoint-args", None, "take the model's arguments from that checkpoint"),
+            (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
+            (RUN, "--seq-length", "S", "tokens per sample"),
+            (RUN, "--global-batch-size", "B", "samples per step"),
+            (RUN, "--micro-batch-size", "b", "samples that a rank computes at once"),
+            (RUN, "--train-iters", "N", "steps; follows from --stream-range where that is given"),
+            (RUN, "--lr", "LR", "learning rate; --lr-decay-style, --lr-warmup-fraction, --min-lr"),
+            (RUN, "--seed", "N", "of initial weights and dropout"),
+            *mentions.TOKENIZER, *mentions.LAYOUT, mentions.SHAPE_FROM, mentions.FP8,
+        ),
+        example="""
+torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint checkpoints/pruned \\
+    --use-checkpoint-args --load runs/retrained --save runs/retrained --data-path data/train --seq-length 2048 \\
+    --global-batch-size 256 --micro-batch-size 4 --stream-range 0:256000 --lr 3e-4 --bf16""",
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Train; 0 when the run is complete, also when it was so before."""
+    options, words = parser().read(argv)
+    own = verbs.Pretrain.of(options)
+    start_engine()
+    from megatron_prune.training.pretrain import train
+
+    return train(own, words)

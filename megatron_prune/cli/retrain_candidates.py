@@ -1,0 +1,39 @@
+"""``megatron-prune retrain-candidates``: retrain the best candidates of a search for a while, and score them again."""
+
+from __future__ import annotations
+
+from megatron_prune import verbs
+from megatron_prune.cli.parser import Parser, say
+
+PRETRAIN = "--pretrain"  # everything after it goes to pretrain
+
+
+def parser() -> Parser:
+    return Parser(
+        "retrain-candidates",
+        "Trains the best candidates of a search for a while and scores them again, for plan to choose between; plan "
+        "--retrain-candidates asks for it. Flags of Megatron before --pretrain go to pretrain and calibrate (layout, "
+        "precision), those after it to pretrain alone; what is finished is not run again.",
+        verbs.RetrainCandidates,
+        mentioned=(
+            ("training", PRETRAIN, "FLAG …", "flags of pretrain, to the end of the line: data, batch, learning rate"),
+        ),
+        after=" --pretrain FLAG …",
+        example="""
+megatron-prune retrain-candidates --load checkpoints/parent --candidates candidates.json \\
+    --statistics statistics.safetensors --scratch scratch --bf16 --pretrain --data-path data/train \\
+    --seq-length 2048 --stream-range 0:4096 --global-batch-size 64 --micro-batch-size 4 --lr 3e-4""",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    place = argv.index(PRETRAIN) if PRETRAIN in argv else len(argv)
+    options, shared = parser().read(argv[:place])
+    asked = verbs.RetrainCandidates.of(options)
+    from megatron_prune.structured.retrain_candidates import retrain_candidates
+
+    number = retrain_candidates(asked, shared, argv[place + 1 :], say)
+    if not asked.commands:
+        say(f"retrained {number} candidates; wrote {asked.output or asked.statistics}. Now plan again")
+    return 0

@@ -1,0 +1,106 @@
+"""The methods by name, and each one's own settings (see ``settings.py``). Torch-free: help and study.yaml ask here.
+
+What a setting does is explained in the method's own file: ``minitron-width`` is ``minitron_width.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_prune.settings import Settings, setting
+
+METRICS = ("acc", "acc_norm")  # of a multiple-choice task
+MAX_CANDIDATES = 16
+AXES = {
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_query_groups",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions(Settings):
+    """A method without settings of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOptions(Settings):
+    TITLE = "--method random"
+
+    axis: str | None = setting(
+        None,
+        choices=("depth", "width"),
+        help="what --ratio or --target-params removes: layers, or channels (no default)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinitronDepthOptions(Settings):
+    TITLE = "--method minitron-depth"
+
+    score_by: str = setting(
+        "loss",
+        choices=("loss", "task"),
+        help="what decides between the runs of layers: the calibration loss, or the accuracy on --task-data",
+    )
+    task_data: str | None = setting(
+        None,
+        metavar="FILE.jsonl",
+        help='with --score-by task: one example per line, {"query": text, "choices": [text, …], "gold": number}',
+    )
+    task_metric: str | None = setting(
+        None,
+        choices=METRICS,
+        help="with --score-by task: highest likelihood of a choice (acc, the default), or by character (acc_norm)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinitronWidthOptions(Settings):
+    TITLE = "--method minitron-width"
+
+    aggregation: str = setting(
+        "definition",
+        choices=("definition", "paper"),
+        help="importance as defined, or as the paper's library computes it",
+    )
+    include_final_norm: bool = setting(False, help="count the final norm's output in the importance of hidden channels")
+    search: tuple[str, ...] | None = setting(
+        None,
+        choices=tuple(AXES),
+        metavar="AXIS",
+        help="let the model's loss decide between all shapes near the target that differ in these sizes (hidden, ffn, "
+        "heads inside their query groups, whole groups); without it a rule gives the shape",
+    )
+    target_shapes: tuple[str, ...] | None = setting(
+        None,
+        metavar="HIDDEN/HEADS/FFN",
+        help="in place of all other targets: score these shapes, and take the best; query groups stay",
+    )
+    max_candidates: int | None = setting(
+        None,
+        metavar="N",
+        help=f"with --search: score the N most evenly shrunk shapes (default: {MAX_CANDIDATES})",
+    )
+    retrain_candidates: int | None = setting(
+        None,
+        metavar="K",
+        help="of the shapes that compete the K best are retrained before one is chosen (see retrain-candidates)",
+    )
+    retrain_tokens: int | None = setting(None, metavar="T", help="tokens of each of these retrainings")
+
+
+STRUCTURED: Mapping[str, type[Settings]] = {
+    "minitron-depth": MinitronDepthOptions,
+    "minitron-width": MinitronWidthOptions,
+    "random": RandomOptions,
+    "shortgpt": NoOptions,
+}
+SPARSE: Mapping[str, type[Settings]] = {
+    "magnitude": NoOptions,
+    "random": NoOptions,
+    "sparsegpt": NoOptions,
+    "wanda": NoOptions,
+}

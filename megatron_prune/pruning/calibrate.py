@@ -1,0 +1,183 @@
+"""Statistics of a parent: one forward pass over calibration text.
+
+Runs the parent at any TP×PP×DP and gathers, in that one pass, all that every forward-only method
+needs at every ratio. Data-parallel replicas share out the windows (unevenly where they must).
+
+With ``score`` and ``statistics`` it runs the parent again on the same windows, with every candidate that has no score
+yet, and adds their losses to the statistics. Where the plan was asked for with ``--score-by task``, their accuracies on
+its ``--task-data`` are added too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune import methods, verbs
+from megatron_prune.data.multiple_choice import Requests
+from megatron_prune.engine import fp8, runtime
+from megatron_prune.engine.arguments import given
+from megatron_prune.errors import UsageError
+from megatron_prune.structured import candidates
+from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.statistics import Statistics
+
+FLAGS = (
+    "--calibration-data-path",
+    "--calibration-sequences",
+    "--calibration-seq-length",
+    "--calibration-sampling",
+)
+CHOOSING = FLAGS[1:]  # of the windows
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration has found, and where rank 0 has written it; ``scored``: how many candidates, if any."""
+
+    statistics: Statistics
+    output: Path
+    scored: int | None
+
+
+def calibrate(own: verbs.Calibrate, words: Sequence[str]) -> Calibrated:
+    """Gather statistics, or score candidates; ``words`` are Megatron's flags. Every rank calls it."""
+    output = _output(own)
+    asked: tuple[Question, Statistics] | None = None
+    requests: Requests | None = None
+
+    def complete_all(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal asked, requests
+        asked = _read_question(args, argv)
+        complete(args, argv)
+        requests = task_requests(args, asked[0] if asked else None, own.task_data)
+
+    args = runtime.start("calibrate", words, own, complete=complete_all)
+    from megatron_prune.calibration import run  # imports Megatron, which must be started first
+
+    if asked is None:
+        made = Calibrated(run.gather(args), output, None)
+    else:
+        question, known = asked
+        missing = len(question.unscored(known))
+        made = Calibrated(run.score(args, question, known, requests), output, missing)
+    if args.rank == 0:
+        made.statistics.write(output)
+    return made
+
+
+def _output(own: verbs.Calibrate) -> Path:
+    """Where the statistics go; UsageError where the flags that name files do not go together."""
+    if (own.score is None) != (own.statistics is None):
+        raise UsageError("--score, --statistics", got="only one", expected="both or neither")
+    output = own.output or own.statistics
+    if output is None or Path(output).suffix != ".safetensors":
+        raise UsageError("--output", got=output or "nothing", expected="a file name that ends in .safetensors")
+    return Path(output)
+
+
+def task_requests(args: argparse.Namespace, question: Question | None, moved: str | None = None) -> Requests | None:
+    """What the task of ``question`` asks of the model, if there is one; all that can be wrong with it is refused.
+
+    ``moved`` is where its file is stored now. Call after ``complete``.
+    """
+    from megatron_prune.calibration import scoring
+
+    if question is None or question.task is None:
+        if moved is not None:
+            raise UsageError(
+                "--task-data",
+                got=moved,
+                expected="no such flag where candidates are scored by their loss",
+                do="plan with --score-by task to score them by their accuracy",
+            )
+        return None
+    asked = methods.get(question.method).task(question.settings)
+    assert asked is not None
+    return scoring.requests(args, moved or asked.path, question.task)
+
+
+def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question, Statistics] | None:
+    """With ``--score``, what it reads, whose windows ``args`` get."""
+    if args.score is None:
+        return None
+    for flag in CHOOSING:
+        if given(argv, flag):
+            raise UsageError(
+                flag,
+                got="it",
+                expected="no such flag with --score",
+                why="candidates are scored on the windows of --statistics",
+            )
+    question, of = candidates.read(args.score)
+    found = statistics_file.read(args.statistics)
+    if found.hash != of:
+        raise UsageError(
+            "--statistics",
+            got=args.statistics,
+            expected="the statistics that the candidates of --score were planned from",
+            do="plan again with these",
+        )
+    if len(found.calibrations) != 1:
+        raise UsageError("--statistics", got=args.statistics, expected="statistics of one calibration, not merged ones")
+    behind = found.calibrations[0]
+    args.calibration_data_path = args.calibration_data_path or behind["prefix"]
+    args.calibration_sequences, args.calibration_seq_length = found.sequences, found.seq_length
+    return question, found
+
+
+def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = True) -> None:
+    """Fill in what follows from the calibration's flags, and refuse flags that contradict them.
+
+    Without ``reads_text`` nothing is calibrated, and the calibration's flags are refused.
+    """
+    runtime.refuse_layouts(args)
+    args.builds_model = reads_text  # without, no package that Megatron's layers want is asked for
+    if reads_text:
+        fp8.refuse_delayed(args)
+    for flag in () if reads_text else FLAGS:
+        if given(argv, flag):
+            raise UsageError(flag, got="it", expected="no such flag with a method that needs no statistics")
+    if reads_text and args.calibration_data_path is None:
+        raise UsageError(
+            "--calibration-data-path",
+            got="nothing",
+            expected="the prefix of a tokenized corpus, PREFIX.bin without .bin",
+        )
+    if args.load is None:
+        raise UsageError("--load", got="nothing", expected="the parent checkpoint")
+    if given(argv, "--seq-length"):
+        raise UsageError(
+            "--seq-length",
+            got=args.seq_length,
+            expected="no such flag with this verb",
+            do="give --calibration-seq-length",
+        )
+    if args.micro_batch_size not in (None, 1):
+        raise UsageError(
+            "--micro-batch-size",
+            got=args.micro_batch_size,
+            expected="1",
+            why="larger batches would change the sums by rounding",
+        )
+    ranks = args.tensor_model_parallel_size
+    if reads_text and args.sequence_parallel and args.calibration_seq_length % ranks:
+        raise UsageError(
+            "--calibration-seq-length",
+            got=args.calibration_seq_length,
+            expected=f"a multiple of --tensor-model-parallel-size {ranks}",
+            why="--sequence-parallel splits its tokens among the ranks",
+        )
+    length, longest = args.calibration_seq_length, args.max_position_embeddings
+    if reads_text and longest is not None and length > longest:
+        raise UsageError(
+            "--calibration-seq-length", got=length, expected=f"at most {longest}, the longest sequence of the model"
+        )
+    args.max_position_embeddings = longest or length
+    length = min(length, args.max_position_embeddings)
+    args.seq_length = length
+    args.micro_batch_size, args.global_batch_size = 1, None
+    args.save = None

@@ -1,0 +1,128 @@
+"""Calibrate, plan and apply in one go; or sparsify, where the method is sparse.
+
+What the method needs is run, in order, in one load of the model (candidates that the model decides
+between are scored right after the calibration), each stage leaving its file:
+
+    SAVE/release/…                         the pruned checkpoint
+    SAVE/pruning/plan.json                 what was kept, and why
+    SAVE/pruning/statistics.safetensors    what the plan was made from (with its .json)
+
+A sparse method goes the way of ``sparsify.py``; ``random`` does where ``--pattern`` is given.
+
+All flags are read, and the target is checked against the parent, before the model is loaded. Once
+the statistics are gathered the other ranks leave and rank 0 goes on alone, outside any process
+group, so that no collective waits (and times out) on the cutting of a large checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import methods, verbs
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data.multiple_choice import Requests
+from megatron_prune.engine import runtime
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import options
+from megatron_prune.pruning import calibrate
+from megatron_prune.pruning.sparsify import sparsify
+from megatron_prune.settings import Settings, value_of
+from megatron_prune.structured import choice as choices
+from megatron_prune.structured.apply import apply_plan
+from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.plan import PruningPlan
+
+FOLDER = "pruning"
+_SPARSE_ALONE = ("pattern", "layers", "modules", "module_ratio")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What ``prune`` did: the plan of a structured method, or what went from each matrix by a sparse one."""
+
+    save: Path
+    plan: PruningPlan | None = None
+    sparsity: dict[str, Any] | None = None  # empty where an earlier run had finished
+
+
+def is_sparse(asked: verbs.Prune) -> bool:
+    """True for a sparse method; one that is structured too is meant to be sparse where a pattern says so."""
+    return asked.method in options.SPARSE and (asked.method not in options.STRUCTURED or asked.was_given("pattern"))
+
+
+def prune(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | None:
+    """Prune ``--load`` to ``--save``. ``own`` are the settings of a structured method, ``words`` Megatron's flags.
+
+    Every rank calls it; rank 0 gets the answer. UsageError for settings that the method does not take.
+    """
+    if is_sparse(asked):
+        _refuse_given(asked, verbs.Target, [flag.name for flag in verbs.Amount.flags()], "a structured --method")
+        sparse = _only(verbs.Sparsify, asked)
+        table = sparsify(sparse, words, "prune")
+        return None if table is None else Pruned(Path(value_of(words, "--save") or ""), sparsity=table)
+    methods.get(asked.method)
+    _refuse_given(asked, verbs.Sparsity, [flag.name for flag in verbs.Amount.flags()], "a sparse --method")
+    choices.choose(asked.method, asked, own)  # what the settings alone say against it, before Megatron is imported
+    return _structured(asked, own, words)
+
+
+def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | None:
+    folder: Path
+    choice: choices.Choice
+    question: Question
+    requests: Requests | None
+
+    def complete(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal folder, choice, question, requests
+        if args.save is None:
+            raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
+        folder = Path(args.save)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
+        layout = args.tensor_model_parallel_size
+        choice = choices.choose(asked.method, asked, own, tensor_parallel=layout, seed=args.seed)
+        calibrate.complete(args, argv, reads_text=choice.needs_statistics)
+        question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
+        if question.retraining:
+            raise UsageError(
+                "--retrain-candidates",
+                got=question.retraining.candidates,
+                expected="no such flag here",
+                why="prune trains nothing",
+                do="give it to plan, and run retrain-candidates after it",
+            )
+        requests = calibrate.task_requests(args, question) if question.task else None
+
+    args = runtime.start("prune", words, asked, complete=complete)
+    statistics = None
+    if choice.needs_statistics:
+        from megatron_prune.calibration import run  # imports Megatron, which must be started first
+
+        statistics = run.gather(args, question if choice.needs_scores else None, requests)
+    if args.rank != 0:
+        return None
+    made = choice.make(question, statistics)
+    files = {f"{FOLDER}/plan.json": made.file()}
+    if statistics is not None:
+        names = ("statistics.safetensors", "statistics.json")
+        files |= {f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)}
+    apply_plan(runtime.loaded_directory(args), made, folder, files)
+    return Pruned(folder, plan=made)
+
+
+def _refuse_given(asked: verbs.Prune, settings: type[Settings], shared: Sequence[str], only: str) -> None:
+    """UsageError where one of ``settings`` was given that the method does not take."""
+    for flag in settings.flags():
+        if flag.name not in shared and asked.was_given(flag.name):
+            raise UsageError(flag.option, got=f"--method {asked.method}", expected=f"{only} with it")
+
+
+def _only[S: Settings](cls: type[S], asked: Settings) -> S:
+    """Those of ``asked`` that ``cls`` has."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls.read({name: getattr(asked, name) for name in names if asked.was_given(name)})

@@ -1,0 +1,100 @@
+"""Zero weights of a checkpoint, block after block, and say which.
+
+    SAVE/release/…               the pruned checkpoint, of the same shape, dense in form
+    SAVE/masks/                  which weights were removed (a kept weight may be zero)
+    SAVE/pruning/sparsity.json   what went from each matrix, and the error that it makes
+
+``magnitude`` and ``random`` look at the weights alone, which pass by in blocks of rows (``sparse/weights_only.py``):
+no model is built, and no flag of one is needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
+(``sparse/driver.py``). What is finished of a run that was killed is stored next to SAVE (``sparse/resume.py``): the
+same command goes on from there, at any layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import verbs
+from megatron_prune.artifacts import check_space
+from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.engine import fp8, runtime
+from megatron_prune.engine.arguments import given
+from megatron_prune.errors import UsageError
+from megatron_prune.pruning import calibrate
+from megatron_prune.sparse import request as requests
+from megatron_prune.sparse.resume import Scratch
+
+
+def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") -> dict[str, Any] | None:
+    """Prune ``--load`` to ``--save``; ``words`` are Megatron's flags. Every rank calls it.
+
+    Returns what went from each matrix, on rank 0; an empty table where an earlier run had finished.
+    """
+    request = requests.choose(own.method, own)
+    save: Path
+
+    def complete(args: argparse.Namespace, argv: list[str]) -> None:
+        nonlocal request, save
+        request = requests.choose(own.method, own, args.seed)
+        if args.save is None:
+            raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
+        save = Path(args.save)
+        if args.fp8_param_gather:
+            raise UsageError(
+                "--fp8-param-gather", got="on", expected="off with this verb", why="it would store the weights as FP8"
+            )
+        calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
+
+    from_checkpoint = given(words, "--use-checkpoint-args")
+    if request.method.statistic == "none" and given(words, "--load") and not given(words, "--num-layers"):
+        words, from_checkpoint = [*words, "--use-checkpoint-args"], True  # the checkpoint knows the model
+    args = runtime.start(verb, words, own, complete=complete)
+    from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
+    from megatron_prune.sparse import driver, result, weights_only
+    from megatron_prune.sparse.request import Task
+
+    calibration.refuse_virtual_stages(args)
+    parent = open_checkpoint(runtime.loaded_directory(args))
+    refuse_unrestored(parent.args, f"--load {args.load}", vars(args))
+    request.check(parent.shape)
+    reads_text = request.method.statistic != "none"
+    windows = calibration.chosen_windows(args) if reads_text else None
+    read = None if windows is None else calibration.provenance(args, windows)
+    question = {
+        "parent": parent.fingerprint(),
+        "request": request.describe(),
+        "calibration": None
+        if windows is None or read is None
+        else {"corpus": read["corpus"], "windows": read["windows"], "seq_length": windows.seq_length},
+        "params_dtype": str(args.params_dtype).removeprefix("torch."),
+        "fp8": fp8.describe(args) if reads_text else None,
+    }
+    task = Task(parent, request, windows, question, save)
+    if result.is_finished(task):
+        if args.rank == 0:
+            Scratch(save).remove()
+        return {} if args.rank == 0 else None
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise UsageError("--save", got=save, expected="a directory that is empty or does not exist")
+    scratch = Scratch(save)
+    scratch.refuse_another(question)
+    if args.rank == 0:
+        check_space(save, _bytes(parent) - scratch.size)
+        task.check_held_masks()
+    if reads_text:
+        driver.run(args, task)
+    else:
+        if not from_checkpoint:
+            runtime.refuse_unfit_checkpoint(args, args.load, "--load")
+        weights_only.run(task, args.params_dtype, args.rank, args.world_size)
+    return result.write(task, read) if args.rank == 0 else None
+
+
+def _bytes(parent: Checkpoint) -> int:
+    """What the result takes on disk, with masks as they are and as every block leaves them."""
+    weights = sum(parent.spec(name).nbytes for name in parent.names)
+    return weights + 2 * parent.shape.linear_parameters() // 8

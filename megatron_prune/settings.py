@@ -1,0 +1,302 @@
+"""Settings: one frozen dataclass for a verb or a method, from which everything else about its flags is made.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Apply(Settings):
+        TITLE = "files"                                       # of the group of flags in --help
+        load: str = setting(metavar="CKPT", help="the parent that the plan was made for")      # no default: required
+        workers: int = setting(1, metavar="N", help="processes that share the weights")
+
+The fields are the flags: ``workers`` is ``--workers`` on a command line, ``workers`` in a Python call and ``workers``
+in study.yaml (there dashes and underscores are the same). A field is an int, float, str or bool, one of these ``|
+None``, or a ``tuple[…, ...]`` of them (several words after one flag). Three ways lead to the object, and all of them
+convert and check each value in the same place (``Flag.convert``):
+
+* ``Apply(load=…, workers=2)``                    from Python, as typed; nothing is converted
+* ``Apply.read({"load": …, "workers": 2}, where="methods.apply")``    a mapping: a YAML entry, keywords of a call
+* ``add_flags(parser, Apply)`` and then ``Apply.of(namespace)``        a command line (``cli/parser.py`` does both)
+
+and three lead back: ``words()`` is the command line, ``to_json()`` what an artifact keeps, ``==`` compares.
+``was_given("workers")`` tells a flag that was written from one that has its default.
+
+Settings of several rooms are put together by inheritance (``class Prune(Target, Sparsity, Calibration)``): help shows
+a group for each class that has a ``TITLE`` of its own. The settings of verbs are in ``verbs.py``, those of methods in
+``methods/options.py``. Nothing here imports torch, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from functools import cache, partial
+from typing import Any, ClassVar, Self
+
+from megatron_prune.errors import CommandLineError, UsageError
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+    kind: Callable[[str], Any] | None = None,
+    positional: bool = False,
+    repeated: bool = False,
+    alone: Any = None,
+) -> Any:
+    """A field of ``Settings``; required without a ``default``.
+
+    ``kind`` makes a value of a word, in place of the field's type (it may raise ValueError); ``positional`` is a word
+    without a flag; ``repeated``: one value each time that the flag is written; ``alone`` is the value of the flag
+    without a word after it.
+    """
+    told = {
+        "help": help, "metavar": metavar, "choices": choices, "kind": kind, "positional": positional,
+        "repeated": repeated, "alone": alone,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=told)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field, as the command line sees it."""
+
+    name: str
+    title: str  # of its group in --help
+    type: Any  # of one value
+    many: bool
+    default: Any
+    help: str
+    metavar: str | None
+    choices: Sequence[str] | None
+    kind: Callable[[str], Any] | None
+    positional: bool
+    repeated: bool
+    alone: Any
+
+    @property
+    def option(self) -> str:
+        """``ratio_of`` → ``--ratio-of``; the metavar of a positional word."""
+        return self.metavar or self.name if self.positional else "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def shown(self) -> str:
+        """The option with what stands after it, for usage lines."""
+        if self.positional or self.type is bool:
+            return self.option
+        value = self.metavar or ("|".join(self.choices) if self.choices else self.name.upper())
+        return f"{self.option} {value}{' …' if self.many and not self.repeated else ''}"
+
+    def convert(self, word: Any, called: str | None = None) -> Any:
+        """The value that a word (or anything that is written as one) stands for.
+
+        UsageError names ``called``, or the option.
+        """
+        called, text = called or self.option, str(word)
+        if self.kind is not None:
+            try:
+                return self.kind(text)
+            except ValueError as error:
+                raise UsageError(called, got=text, expected=str(error)) from error
+        try:
+            value = self.type(text)
+        except ValueError as error:
+            raise UsageError(called, got=text, expected=_KINDS[self.type]) from error
+        if self.choices is not None and value not in self.choices:
+            raise UsageError(called, got=text, expected=f"one of {', '.join(self.choices)}")
+        return value
+
+    def read(self, value: Any, called: str) -> Any:
+        """The field's value from one of a mapping."""
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise UsageError(called, got=value, expected="true or false")
+            return value
+        if self.many:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            return tuple(self.convert(item, called) for item in items)
+        if isinstance(value, (list, tuple, dict, bool)):
+            raise UsageError(called, got=value, expected="one value")
+        return self.convert(value, called)
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that give ``value``."""
+        if value is None or value is False:
+            return []
+        if value is True:
+            return [self.option]
+        items = [str(item) for item in value] if self.many else [str(value)]
+        if self.positional:
+            return items
+        if self.repeated:
+            return [word for item in items for word in (self.option, item)]
+        return [self.option, *items]
+
+    def add(self, group: argparse._ActionsContainer) -> None:
+        """Add it to argparse. What is not written stays out of the namespace: ``Settings.of`` knows the defaults."""
+        text = self.help.replace("%", "%%")
+        if self.default not in (MISSING, None, False, ()) and "default" not in text:
+            default = " ".join(map(str, self.default)) if self.many else f"{self.default}"
+            text += f" (default: {default})".replace("%", "%%")
+        more: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if self.type is bool:
+            group.add_argument(self.option, dest=self.name, action="store_true", **more)
+            return
+        if self.metavar is None and self.choices is not None:
+            more["metavar"] = "{" + ",".join(self.choices) + "}"
+        elif self.metavar is not None:
+            more["metavar"] = self.metavar
+        more["type"] = partial(_convert, self)
+        if self.positional:
+            group.add_argument(self.name, nargs="?", **more)  # `_make` says what is missing
+            return
+        if self.repeated:
+            more["action"] = "append"
+        elif self.many:
+            more["nargs"] = "+"
+        elif self.alone is not None:
+            more |= {"nargs": "?", "const": self.alone}
+        group.add_argument(self.option, dest=self.name, **more)
+
+
+def _convert(flag: Flag, word: str) -> Any:
+    return flag.convert(word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class. A subclass is ``@dataclass(frozen=True, kw_only=True)``, and its fields are made by ``setting``."""
+
+    TITLE: ClassVar[str] = "options"
+
+    @classmethod
+    def flags(cls) -> tuple[Flag, ...]:
+        """Its fields, those of base classes first."""
+        hashable: Any = cls
+        return _flags(hashable)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """The settings that a mapping gives; ``where`` it is written is named in errors (``methods.0.settings``).
+
+        None is the default. UsageError for a key that there is not, or a value that cannot be.
+        """
+        known = {flag.name: flag for flag in cls.flags()}
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            name, called = key.replace("-", "_"), f"{where}.{key}" if where else key
+            if name not in known:
+                hint = nearest(name, known)
+                raise UsageError(
+                    called,
+                    got="an unknown key",
+                    expected=f"one of {', '.join(known)}",
+                    why=f"did you mean {hint}?" if hint else "",
+                )
+            if value is not None:
+                found[name] = known[name].read(value, called)
+        return cls._make(found, where)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Self:
+        """The settings among what ``add_flags`` made argparse read. CommandLineError where one is missing."""
+        known = {flag.name: flag for flag in cls.flags()}
+        found = {name: value for name, value in vars(options).items() if name in known}
+        found = {name: tuple(value) if known[name].many else value for name, value in found.items()}
+        return cls._make(found, "")
+
+    @classmethod
+    def _make(cls, found: Mapping[str, Any], where: str) -> Self:
+        missing = [flag for flag in cls.flags() if flag.required and flag.name not in found]
+        if missing:
+            raise CommandLineError(
+                f"{where + ': ' if where else ''}{' and '.join(flag.shown for flag in missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} required ({'; '.join(flag.help for flag in missing)})"
+            )
+        made = cls(**found)
+        object.__setattr__(made, "_given", frozenset(found))
+        return made
+
+    def was_given(self, name: str) -> bool:
+        """True where the field was written, be it with its default, or has another value than its default."""
+        given: frozenset[str] = getattr(self, "_given", frozenset())
+        return name in given or any(
+            flag.name == name and getattr(self, name) != flag.default for flag in type(self).flags()
+        )
+
+    def words(self) -> list[str]:
+        """The command line that makes these settings; what was not given is not in it."""
+        flags = sorted(type(self).flags(), key=lambda flag: flag.positional)
+        return [word for flag in flags if self.was_given(flag.name) for word in flag.words(getattr(self, flag.name))]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name; tuples as lists."""
+        values = {flag.name: getattr(self, flag.name) for flag in type(self).flags()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@cache
+def _flags(cls: Any) -> tuple[Flag, ...]:
+    hints = typing.get_type_hints(cls)
+    titles: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        titles |= dict.fromkeys(vars(base).get("__annotations__", {}), getattr(base, "TITLE", ""))
+    made = []
+    for field in dataclasses.fields(cls):
+        kind, many = _value_type(hints[field.name])
+        made.append(
+            Flag(name=field.name, title=titles[field.name], type=kind, many=many, default=field.default,
+                 **field.metadata)
+        )  # fmt: skip
+    return tuple(made)
+
+
+def _value_type(hint: Any) -> tuple[Any, bool]:
+    """``tuple[int, ...] | None`` → (int, True)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def add_flags(parser: argparse.ArgumentParser, *classes: type[Settings]) -> None:
+    """Add the flags of ``classes`` to ``parser``, in groups by their titles. What two of them share is added once."""
+    groups = {group.title: group for group in parser._action_groups}
+    done: set[str] = set()
+    for cls in classes:
+        for flag in cls.flags():
+            if flag.name in done:
+                continue
+            done.add(flag.name)
+            if flag.title not in groups:
+                groups[flag.title] = parser.add_argument_group(flag.title)
+            flag.add(groups[flag.title])
+
+
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """The last value of ``flag`` among the words of a command line."""
+    found = None
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else words[place + 1] if place + 1 < len(words) else None
+    return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that is written most like ``word``, if one is at all."""
+    bare = {one.lstrip("-"): one for one in known}
+    found = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.7)
+    return bare[found[0]] if found else None

@@ -1,0 +1,618 @@
+"""The settings of every verb: what its flags are, and what they mean. Torch-free; see ``settings.py``.
+
+Rooms take these objects, ``cli/`` makes them from a command line, Python calls and study.yaml make them from keywords.
+Settings that several verbs share come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prune.settings import Settings, setting
+
+GPUS = ("a100-80gb", "h100", "h200", "b200")
+FP8_PRESETS = ("hybrid-delayed", "current", "blockwise")
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
+FORMATS = ("auto", "jsonl", "parquet", "text")
+MODULES = ("qkv", "proj", "fc1", "fc2")
+
+# -- what several verbs share ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Settings):
+    """Flags that this package adds to Megatron's parser: they say what model Megatron builds."""
+
+    TITLE = "model and layout (Megatron's flags, and two of ours)"
+
+    shape_from: str | None = setting(
+        None,
+        metavar="CKPT",
+        help="take the model's arguments from this checkpoint and none of its weights: training from scratch in the "
+        "same shape",
+    )
+    fp8_preset: str | None = setting(
+        None,
+        choices=FP8_PRESETS,
+        help="a named FP8 recipe over bf16 and Transformer Engine's layers, in place of Megatron's flags",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Settings):
+    """Which text a parent is run on."""
+
+    TITLE = "calibration text"
+
+    calibration_data_path: str | None = setting(None, metavar="PREFIX", help="tokenized corpus, without .bin")
+    calibration_sequences: int = setting(128, metavar="N", help="how many windows of it are read")
+    calibration_seq_length: int = setting(2048, metavar="S", help="tokens per window")
+    calibration_sampling: str = setting(
+        "sequential",
+        choices=("sequential", "random"),
+        help="the first N windows of the corpus, or N windows drawn with --seed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount(Settings):
+    TITLE = "how much to remove"
+
+    ratio: float | None = setting(None, metavar="R", help="fraction to remove, between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Amount):
+    """The shape after structured pruning: one of ``ratio``, ``target_params`` and sizes (``structured/target.py``)."""
+
+    TITLE = "how much to remove"
+
+    ratio_of: str | None = setting(
+        None,
+        choices=("linears", "all"),
+        help="of the blocks' linear weights (the default), or of all parameters",
+    )
+    target_params: int | None = setting(None, metavar="P", help="how many parameters, of all, should stay")
+    target_num_layers: int | None = setting(None, metavar="N", help="a size that should stay; so the next four")
+    target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
+    target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
+    target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
+    target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
+    divisible_by: int = setting(64, metavar="N", help="every width that changes is a multiple of N")
+    tolerance: float | None = setting(
+        None,
+        metavar="T",
+        help="how far a chosen width may miss the target, relative to what should stay (default: 0.02)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity(Amount):
+    """Which weights a sparse method may remove (``sparse/request.py``)."""
+
+    TITLE = "sparse methods"
+
+    pattern: str = setting(
+        "unstructured", metavar="P", help="unstructured, or N:M: N of every M consecutive inputs stay"
+    )
+    layers: str | None = setting(
+        None, metavar="0-3,7", help="layers to prune, counted from 0 (default: all); the others stay dense"
+    )
+    modules: str | None = setting(
+        None, metavar="M,…", help=f"linears to prune, of {','.join(MODULES)} (default: all); the others stay dense"
+    )
+    module_ratio: tuple[str, ...] = setting(
+        (), metavar="M=R", help="another ratio for some linears, such as fc2=0.3; unstructured only"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers(Settings):
+    TITLE = "work"
+
+    workers: int = setting(1, metavar="N", help="processes that share the work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integrity(Settings):
+    TITLE = "work"
+
+    verify_integrity: bool = setting(False, help="check the files of --load against integrity.json first")
+
+
+# -- pruning -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Calibration):
+    TITLE = "files"
+
+    output: str | None = setting(None, metavar="FILE.safetensors", help="where the statistics go")
+    score: str | None = setting(
+        None,
+        metavar="CANDIDATES.json",
+        help="what plan wrote: add the losses of these candidates, on the windows of --statistics",
+    )
+    statistics: str | None = setting(
+        None, metavar="FILE", help="with --score: what calibrate wrote; also the default of --output"
+    )
+    task_data: str | None = setting(
+        None, metavar="FILE.jsonl", help="with --score: where the plan's --task-data is stored now"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFiles(Integrity):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="the parent checkpoint")
+    output: str = setting(metavar="PLAN.json", help="where the plan goes")
+    statistics: tuple[str, ...] = setting(
+        (), metavar="FILE", help="what calibrate wrote for this parent; several files are merged"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Settings):
+    TITLE = "method"
+
+    method: str = setting(metavar="NAME", help="the pruning method")
+    seed: int | None = setting(
+        None, metavar="N", help="of the method random: the choice depends on it alone (default: 0)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Target, Method, PlanFiles):
+    TITLE = "how much to remove"
+
+    tensor_model_parallel_size: int = setting(
+        1, metavar="TP", help="refuse shapes that this tensor-parallel size does not divide"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apply(Workers, Integrity):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="the parent that the plan was made for")
+    plan: str = setting(metavar="PLAN.json", help="what plan wrote")
+    save: str = setting(metavar="CKPT", help="where the pruned checkpoint goes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedBy(Settings):
+    TITLE = "method"
+
+    method: str = setting(metavar="NAME", help="the pruning method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsify(Calibration, Sparsity, PrunedBy):
+    """``sparsify``; --load, --save and --seed are Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Calibration, Sparsity, Target, PrunedBy):
+    """``prune``; --load, --save and --seed are Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainCandidates(Settings):
+    TITLE = "files and processes"
+
+    load: str = setting(metavar="CKPT", help="the parent")
+    candidates: str = setting(metavar="CANDIDATES.json", help="what plan wrote")
+    statistics: str = setting(metavar="FILE", help="what calibrate --score wrote")
+    scratch: str = setting(metavar="DIR", help="where the candidates are cut and trained; of no use afterwards")
+    output: str | None = setting(None, metavar="FILE", help="where the statistics go (default: --statistics)")
+    nproc: int = setting(1, metavar="N", help="processes per run, on this machine")
+    commands: bool = setting(False, help="print what would be run; run nothing")
+
+
+# -- training and evaluation -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks(Settings):
+    TITLE = "masks"
+
+    masks: str | None = setting(
+        None,
+        metavar="DIR",
+        help="train with the zeros of these masks held; a resumed run finds its own in its save directory",
+    )
+    random_masks: int | None = setting(
+        None,
+        metavar="SEED",
+        help="train a new model under random masks with the pattern and the counts of --masks (per row; per group "
+        "for N:M)",
+    )
+    let_zeros_fill: bool = setting(
+        False, help="train a sparse checkpoint as a dense one: its zeros become weights again"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(Settings):
+    TITLE = "token stream"
+
+    stream_range: str | None = setting(
+        None,
+        metavar="START:END",
+        help="train on exactly these samples of the stream over --train-data-path or --data-path; END - START is the "
+        "global batch size times the number of steps",
+    )
+    stream_seed: int = setting(1234, metavar="SEED", help="order of the stream; one for a whole study")
+    stream_epochs: int = setting(
+        1, metavar="N", help="declare the stream as this many differently shuffled passes over its corpora"
+    )
+    stream_allow_seen: bool = setting(
+        False, help="train on samples that the pretrained checkpoint has seen; such a run is compared with nothing"
+    )
+    stream_permutation_seed: int | None = setting(
+        None, metavar="SEED", help="permute the samples inside the range (a replicate of the same training)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Masks, Stream):
+    """``pretrain``; everything else is Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks(Settings):
+    TITLE = "lm-eval's tasks (a task reads up to --seq-length tokens, and --micro-batch-size of its sequences at once)"
+
+    tasks: str | None = setting(
+        None, metavar="NAME,…", help="tasks, groups or tags of lm-eval (pip install 'megatron_prune[eval]')"
+    )
+    tasks_path: str | None = setting(None, metavar="DIR", help="a folder with YAML files of more tasks")
+    num_fewshot: int | None = setting(None, metavar="N", help="examples before a question (default: the task's)")
+    limit: int | None = setting(None, metavar="N", help="only the first N questions of each task")
+    task_samples: str | None = setting(
+        None, metavar="FILE.jsonl", help="write every question and its likelihoods there"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Tasks):
+    TITLE = "what to score"
+
+    output: str = setting(metavar="FILE", help="scores.json to write")
+    windows: int | None = setting(
+        None, metavar="N", help="windows of --seq-length tokens to score of each corpus (default: all)"
+    )
+    labels: tuple[str, ...] | None = setting(
+        None, metavar="NAME", help="names for the corpora of --data-path, in order"
+    )
+
+
+# -- clusters, studies, advice -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Settings):
+    TITLE = "cluster"
+
+    gpus: int = setting(metavar="N", help="ranks of the job")
+    gpu: str = setting("h100", choices=GPUS, help="kind of GPU")
+    gpus_per_node: int = setting(8, metavar="N", help="GPUs in a node")
+    installed: str = setting(
+        "te,apex,flash-attn",
+        metavar="WORDS",
+        help="what every node has besides PyTorch, of te, apex, flash-attn, nvrx and emerging-optimizers, with commas "
+        "between, or none (default: te,apex,flash-attn, as launch/Dockerfile.ngc has; launch/Dockerfile: none)",
+    )
+    mfu: float = setting(0.4, metavar="F", help="share of dense bf16 FLOPs that is reached, for times; measure yours")
+    reserve_gb: float = setting(
+        6.0, metavar="GB", help="of every GPU, for the CUDA context, NCCL, workspaces and fragmentation"
+    )
+    host_memory_gb: float | None = setting(
+        None, metavar="GB", help="memory of a node, without which it is told and not judged"
+    )
+    model: str | None = setting(
+        None,
+        metavar="FILE",
+        help="the model's flags, while the checkpoint that says them is not here (# begins a comment)",
+    )
+    corpus_tokens: str | None = setting(
+        None, metavar="N", help="what the corpora hold, such as 750B, while they are not here"
+    )
+    output: str | None = setting(None, metavar="FILE.json", help="write the answer as data, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Settings):
+    TITLE = "study"
+
+    study: str = setting(positional=True, metavar="STUDY.yaml", help="the study's file")
+    runs_dir: str = setting("runs", metavar="DIR", help="where studies are stored")
+    parent: str | None = setting(
+        None, metavar="LABEL", help="only the study of this one, where STUDY.yaml has several parents"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan(Study):
+    TITLE = "what is shown"
+
+    commands: bool = setting(False, help="print the command line of every stage too")
+    scripts: bool = setting(False, help="write the Slurm script of every cell that is known")
+    throughput: str | None = setting(
+        None, metavar="T", help="of one GPU: tokens per second on the parent's shape, or an MFU as 40%"
+    )
+    gpus: int | None = setting(
+        None, metavar="N", help="how many there are (default: launch.nproc x launch.parallel_cells)"
+    )
+    peak_tflops: float | None = setting(
+        None, metavar="TFLOPS", help="what an MFU is of (default: 989, an H100 in bf16)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyStatus(Study):
+    TITLE = "what is shown"
+
+    watch: float | None = setting(
+        None, metavar="SECONDS", alone=2.0, help="show it again and again while a runner is at work (every 2 s)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyStage(Settings):
+    TITLE = "stage"
+
+    cell: str = setting(positional=True, metavar="CELL", help="a cell's directory, with its cell.json")
+    stage: str = setting(positional=True, metavar="STAGE", help="its name in cell.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisedBy(Settings):
+    TITLE = "where the answer comes from"
+
+    ledger: str | None = setting(
+        None,
+        metavar="STUDY",
+        help="a study's folder with a report, or its results.json (default: the quickstart's, where it is shipped)",
+    )
+    json: str | None = setting(None, metavar="FILE", help="write the advice as JSON too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisedParent(Settings):
+    TITLE = "parent (default: the ledger's)"
+
+    parent: str | None = setting(None, metavar="CKPT", help="its checkpoint")
+    parent_params: str | None = setting(None, metavar="N", help="its parameters, such as 8B")
+    parent_tokens: str | None = setting(None, metavar="N", help="tokens that it was trained on, such as 15T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisedAmount(Settings):
+    TITLE = "what is to be removed: one of these"
+
+    ratio: float | None = setting(None, metavar="R", help="fraction removed")
+    ratio_of: str | None = setting(
+        None, choices=("linears", "all"), help="of the blocks' linear weights (the default), or of all"
+    )
+    target_params: str | None = setting(None, metavar="P", help="parameters, of all, that should stay")
+    target_num_layers: int | None = setting(None, metavar="N", help="a size that should stay; so the next four")
+    target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
+    target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
+    target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
+    target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
+    pattern: str | None = setting(None, metavar="unstructured|N:M", help="a sparse model; N:M says its own ratio")
+    method: str | None = setting(None, metavar="M", help="this method alone (default: every one that was measured)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisedBudget(Settings):
+    TITLE = "budget: tokens of retraining, or GPU-hours"
+
+    tokens: str | None = setting(None, metavar="N", help="such as 10B")
+    gpu_hours: float | None = setting(None, metavar="H", help="in place of --tokens")
+    gpu_flops: float | None = setting(None, metavar="F", help="FLOP/s that a GPU really does: its peak times the MFU")
+    setting: str = setting(
+        "equal-training",
+        choices=("equal-training", "equal-total", "equal-flops"),
+        help="equal-training (the default): the parent is there, its tokens are spent; equal-total, equal-flops: the "
+        "scratch run has what the parent has cost as well",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advise(AdvisedBudget, AdvisedAmount, AdvisedParent, AdvisedBy):
+    """``advise``."""
+
+
+# -- checkpoints and data ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Workers):
+    TITLE = "files"
+
+    hf: str = setting(metavar="DIR", help="model directory with safetensors, or a name on the Hub")
+    save: str = setting(metavar="CKPT", help="checkpoint to write; must not exist")
+    dtype: str | None = setting(
+        None, choices=("float32", "bfloat16", "float16"), help="cast every weight; by default each keeps its type"
+    )
+    make_vocab_size_divisible_by: int = setting(128, metavar="N", help="pad the vocabulary to a multiple of N x TP")
+    tensor_model_parallel_size: int = setting(
+        1, metavar="TP", help="tensor parallelism that the padded vocabulary must divide by"
+    )
+    max_position_embeddings: int | None = setting(
+        None, metavar="N", help="import for sequences up to N only (where a sliding window is shorter)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Workers, Integrity):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
+    hf: str = setting(metavar="DIR", help="Hugging Face directory to write; must not exist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite(Workers, Integrity):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
+    save: str = setting(metavar="CKPT", help="checkpoint to write; must not exist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Settings):
+    checkpoint: str = setting(
+        positional=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release directories"
+    )
+    json: bool = setting(False, help="print JSON instead of a tree")
+    sparsity: bool = setting(False, help="count exact zeros (reads every weight once)")
+    full_hash: bool = setting(False, help="hash every number of every weight, whatever the layout")
+    verify_integrity: bool = setting(False, help="check every file's SHA-256 against integrity.json first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardOptimizer(Settings):
+    save: str = setting(positional=True, metavar="SAVE", help="the newest save of a run, or one of its iter_… folders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchFiles(Settings):
+    folder: str = setting(
+        "launch", positional=True, metavar="DIR", help="where they go; must not exist (default: launch)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildCorpus(Settings):
+    output: str = setting(metavar="DIR", help="gets train, calibration, validation and test .jsonl")
+    max_bytes: int = setting(16_000_000, metavar="N", help="stop after this much text; 0 takes all there is")
+    split: str = setting("94,2,2,2", metavar="SHARES", help="shares of the four splits")
+    longest_held_out: int = setting(
+        0, metavar="CHARACTERS", help="of a document of the last three splits; 0 has no limit"
+    )
+    workers: int | None = setting(
+        None, metavar="N", help="processes; the files do not depend on them (default: the cores, 8 at most)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(Settings):
+    input: tuple[str, ...] = setting(metavar="FILE", help="JSON lines, Parquet or text, .gz, .zst or not")
+    output: str = setting(metavar="FILE.model", help="the SentencePiece model to write")
+    vocab_size: int = setting(metavar="N", help="number of ids, special ones and 256 bytes included")
+    model_type: str = setting("bpe", choices=("bpe", "unigram"), help="kind of model")
+    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line that holds the text")
+    input_format: str = setting("auto", choices=FORMATS, help="auto goes by the endings")
+    max_bytes: int | None = setting(None, metavar="N", help="learn from no more than this much text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer(Settings):
+    TITLE = "tokenizer"
+
+    tokenizer_type: str = setting(metavar="TYPE", help=", ".join(TOKENIZERS))
+    tokenizer_model: str = setting(
+        metavar="PATH", help="directory with tokenizer.json, a .model file, a tiktoken .json"
+    )
+    vocab_size: int | None = setting(
+        None, metavar="N", help="TikTokenizer: ids, special ones included (Megatron's default: 131072)"
+    )
+    tiktoken_pattern: str | None = setting(
+        None, choices=("v1", "v2"), help="TikTokenizer: how text is cut (Megatron's default: v2)"
+    )
+    tiktoken_num_special_tokens: int | None = setting(
+        None, metavar="N", help="TikTokenizer: ids before the ranks (default: 1000)"
+    )
+    tokenizer_special_tokens: tuple[str, ...] | None = setting(
+        None, metavar="TOKEN", help="TikTokenizer: names of the first ids"
+    )
+    checkpoint: str | None = setting(None, metavar="CKPT", help="refuse a tokenizer that does not fit this checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents(Settings):
+    TITLE = "documents"
+
+    append_eod: bool = setting(False, help="end every document with the end-of-document id")
+    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
+    input_format: str = setting("auto", choices=FORMATS, help="auto goes by the endings")
+    text_documents: str = setting(
+        "file", choices=("file", "paragraph", "line"), help="what a document in a text file is"
+    )
+    split_sentences: bool = setting(
+        False,
+        help="a document's sentences (NLTK's Punkt) become its sequences, as in Megatron; for BERT-like training: GPT "
+        "data sets shuffle sequences",
+    )
+    keep_newlines: bool = setting(False, help="sentences keep the white space that follows them")
+    lang: str = setting("english", metavar="NAME", help="Punkt model of --split-sentences")
+    nltk_data: str | None = setting(
+        None, metavar="DIR", help="folder with tokenizers/punkt_tab (else where NLTK looks)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess(Documents, Tokenizer):
+    TITLE = "files"
+
+    input: tuple[str, ...] = setting(
+        (),
+        metavar="FILE",
+        help="JSON lines, Parquet or text, perhaps .gz or .zst, in order; a run that was stopped keeps those finished",
+    )
+    dataset: str | None = setting(
+        None, metavar="NAME[:CONFIG]", help="a data set of the Hugging Face hub or a folder, streamed"
+    )
+    dataset_split: str = setting("train", metavar="NAME", help="the split of --dataset")
+    output_prefix: str = setting(metavar="P", help="writes P.bin, P.idx and P.json")
+    workers: int = setting(1, metavar="N", help="processes; the files do not depend on their number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckContamination(Settings):
+    TITLE = "corpora and limits"
+
+    train: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of training")
+    calibration: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of calibration")
+    validation: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of validation")
+    test: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of the test")
+    similarity: float = setting(0.8, metavar="J", help="Jaccard index of 5-token shingles of near documents")
+    max_duplicates: float = setting(
+        0.0, metavar="SHARE", help="of the smaller corpus's documents that may be in the other (default: 0)"
+    )
+    max_near_duplicates: float = setting(
+        0.0, metavar="SHARE", help="that may be near one, exact ones not counted (default: 0)"
+    )
+    json: str | None = setting(None, metavar="FILE", help="write the report here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildIndex(Settings):
+    TITLE = "the training run's flags, and two checks"
+
+    data_path: tuple[str, ...] | None = setting(
+        None, metavar="PREFIX", help="as for pretrain: PREFIX…, or WEIGHT PREFIX …"
+    )
+    train_data_path: tuple[str, ...] | None = setting(None, metavar="PREFIX", help="the same, by pretrain's other name")
+    seq_length: int = setting(metavar="S", help="tokens per sample")
+    stream_seed: int = setting(1234, metavar="SEED", help="pretrain's")
+    stream_epochs: int = setting(1, metavar="N", help="pretrain's")
+    data_cache_path: str | None = setting(
+        None, metavar="DIR", help="where the caches go (default: next to the first prefix)"
+    )
+    stream_range: tuple[str, ...] = setting(
+        (),
+        metavar="START:END",
+        repeated=True,
+        help="also check that the stream has these samples, and count their unique tokens, which a run over several "
+        "epochs would otherwise count at its start; repeated, that the ranges are disjoint",
+    )
+    held_out: tuple[str, ...] = setting(
+        (),
+        metavar="PREFIX",
+        help="also check that no document of these corpora (calibration, validation, test) is in the stream's",
+    )

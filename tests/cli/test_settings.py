@@ -1,0 +1,157 @@
+"""One settings object, three ways to make it: Python, a mapping (study.yaml), a command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prune import methods, verbs
+from megatron_prune.errors import CommandLineError, UsageError
+from megatron_prune.methods import options
+from megatron_prune.settings import Settings, add_flags, nearest, setting, value_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Settings):
+    TITLE = "base"
+
+    load: str = setting(metavar="CKPT", help="required")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Base):
+    TITLE = "own"
+
+    count: int = setting(3, help="a number")
+    share: float | None = setting(None, help="between 0 and 1, in %")
+    names: tuple[str, ...] = setting((), choices=("a", "b", "c"), help="several")
+    sizes: tuple[int, ...] | None = setting(None, help="several numbers")
+    ranges: tuple[str, ...] = setting((), repeated=True, help="one at a time")
+    on: bool = setting(False, help="a switch")
+
+
+def command_line(cls: type[Settings], words: list[str]) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, cls)
+    return cls.of(parser.parse_args(words))
+
+
+EXAMPLES = st.builds(
+    Example,
+    load=st.text("abc/.", min_size=1),
+    count=st.integers(-5, 10**12),
+    share=st.none() | st.floats(allow_nan=False, allow_infinity=False, min_value=0),
+    names=st.lists(st.sampled_from("abc"), max_size=3).map(tuple),
+    sizes=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
+    ranges=st.lists(st.sampled_from(["0:3", "3:9"]), max_size=3).map(tuple),
+    on=st.booleans(),
+)
+
+
+@given(EXAMPLES)
+def test_words_and_json_make_the_same_settings_again(made: Example) -> None:
+    assert command_line(Example, made.words()) == made
+    assert Example.read(made.to_json()) == made
+    assert Example.read({name.replace("_", "-"): value for name, value in made.to_json().items()}) == made
+
+
+def test_what_was_written_is_known_even_where_it_is_the_default() -> None:
+    made = command_line(Example, ["--load", "x", "--count", "3"])
+    assert made == Example(load="x") and made.was_given("count") and not made.was_given("share")
+    assert made.words() == ["--load", "x", "--count", "3"] and Example(load="x").words() == ["--load", "x"]
+    assert not Example(load="x").was_given("count") and Example(load="x", count=4).was_given("count")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"count": "many"}, r"methods\.0\.count: expected a whole number, got many"),
+        ({"count": True}, r"methods\.0\.count: .*one value"),
+        ({"count": [1, 2]}, r"methods\.0\.count: .*one value"),
+        ({"share": "much"}, r"methods\.0\.share: .*a number"),
+        ({"names": ["a", "d"]}, r"methods\.0\.names: expected one of a, b, c, got d"),
+        ({"sizes": ["x"]}, r"methods\.0\.sizes: expected a whole number, got x"),
+        ({"on": "yes"}, r"methods\.0\.on: expected true or false, got yes"),
+        ({"nmaes": ["a"]}, r"methods\.0\.nmaes: .*unknown key.*did you mean names\?"),
+    ],
+)
+def test_a_wrong_value_is_named_where_it_is_written(values, said) -> None:
+    with pytest.raises(UsageError, match=said):
+        Example.read({"load": "x", **values}, "methods.0")
+
+
+def test_one_word_stands_for_several_and_numbers_may_be_written_as_text() -> None:
+    assert Example.read({"load": "x", "names": "a", "sizes": 4, "count": "7"}) == Example(
+        load="x", names=("a",), sizes=(4,), count=7
+    )
+    assert Example.read({"load": "x", "share": None, "count": None}) == Example(load="x")
+
+
+def test_what_is_missing_is_said_at_once() -> None:
+    with pytest.raises(CommandLineError, match=r"--load CKPT is required \(required\)"):
+        command_line(Example, [])
+    with pytest.raises(CommandLineError, match=r"^here: --load CKPT is required"):
+        Example.read({}, "here")
+
+
+def test_help_has_a_group_for_each_class_and_no_percent_sign_breaks_it() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example, Base)
+    text = parser.format_help().partition("\n\n")[2]
+    assert text.index("base:") < text.index("--load") < text.index("own:") < text.index("--count")
+    assert "in %" in text and "(default: 3)" in text and "(default: False)" not in text
+
+
+def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
+    """A method's file says what it is by METHOD and SPARSE; options.py must list the same."""
+    import importlib
+    import pkgutil
+
+    found = {"METHOD": set(), "SPARSE": set()}
+    for module in (one for one in pkgutil.iter_modules(methods.__path__) if one.name != "options"):
+        loaded = importlib.import_module(f"megatron_prune.methods.{module.name}")
+        for kind, names in found.items():
+            if hasattr(loaded, kind):
+                names.add(module.name.replace("_", "-"))
+    assert found == {"METHOD": set(options.STRUCTURED), "SPARSE": set(options.SPARSE)}
+    flags = [flag.name for cls in {*options.STRUCTURED.values(), verbs.Prune} for flag in cls.flags()]
+    assert len(flags) == len(set(flags))
+
+
+def test_choices_are_those_of_the_rooms() -> None:
+    """Help imports no room; what it offers must be what the rooms take."""
+    from megatron_prune.data import local_text, readers, tokenizers, train_tokenizer
+    from megatron_prune.engine import fp8
+    from megatron_prune.methods import base
+    from megatron_prune.preflight import cost
+    from megatron_prune.sparse import matrices
+    from megatron_prune.study.advise import target
+
+    def choices(cls: type[Settings], name: str) -> tuple[str, ...]:
+        (flag,) = [flag for flag in cls.flags() if flag.name == name]
+        return tuple(flag.choices or ())
+
+    assert verbs.GPUS == tuple(cost.GPUS) and verbs.FP8_PRESETS == tuple(fp8.PRESETS)
+    assert verbs.TOKENIZERS == tokenizers.TYPES and verbs.FORMATS == readers.FORMATS
+    assert verbs.MODULES == matrices.MODULES
+    assert choices(verbs.Preprocess, "text_documents") == readers.DOCUMENTS
+    assert choices(verbs.TrainTokenizer, "model_type") == train_tokenizer.MODEL_TYPES
+    assert choices(verbs.Advise, "setting") == target.SETTINGS
+    assert verbs.BuildCorpus(output="x").split == ",".join(map(str, local_text.SHARES))
+    for cls in (verbs.Target, verbs.Advise):
+        sizes = [flag.name for flag in cls.flags() if flag.name.startswith("target_") and flag.name != "target_params"]
+        assert sizes == [f"target_{dimension}" for dimension in base.DIMENSIONS]
+
+
+def test_the_last_value_of_a_flag_counts() -> None:
+    assert value_of(["--save", "a", "--lr", "1", "--save=b"], "--save") == "b"
+    assert value_of(["--lr", "1"], "--save") is None and value_of(["--save"], "--save") is None
+
+
+def test_the_nearest_is_near() -> None:
+    assert nearest("--laod", ["--load", "--save"]) == "--load"
+    assert nearest("--nonsense", ["--seed", "--load"]) is None
