@@ -102,7 +102,7 @@ def test_megatron_loads_it_at_its_layout_and_others_are_refused(converted, job, 
     argv += ["--windows", 2, "--output", tmp_path / "scores.json"]
     refused = job(argv)
     assert refused.returncode == 2 and "legacy per-rank files of TP=3, PP=1" in refused.output
-    assert "convert_checkpoint.py rewrite" in refused.output and "Traceback" not in refused.output
+    assert "megatron-prune convert rewrite" in refused.output and "Traceback" not in refused.output
     job([*argv, "--tensor-model-parallel-size", 3], nproc=3).ok()
     assert (tmp_path / "scores.json").exists()
 

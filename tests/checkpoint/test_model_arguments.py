@@ -86,9 +86,9 @@ RECIPE = "--seq-length 16 --micro-batch-size 1 --global-batch-size 2 --train-ite
 MODEL = ["--load", "{}", "--use-checkpoint-args"]
 VERBS = [
     ["evaluate", *MODEL, "--data-path", "none", "--output", "none"],
-    ["calibrate", *MODEL, "--calibration-data-path", "none", "--output", "none"],
-    ["sparsify", *MODEL, "--method", "magnitude", "--save", "none"],
-    ["prune", *MODEL, "--method", "magnitude", "--save", "none"],
+    ["calibrate", *MODEL, "--calibration-data-path", "none", "--output", "none.safetensors"],
+    ["sparsify", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
+    ["prune", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
     ["pretrain", "--pretrained-checkpoint", "{}", "--use-checkpoint-args", *RECIPE],
     ["pretrain", *MODEL, *RECIPE],
     ["pretrain", "--shape-from", "{}", *RECIPE],

@@ -147,9 +147,9 @@ RECIPE = "--seq-length 16 --micro-batch-size 1 --global-batch-size 2 --train-ite
 MODEL = ["--load", "{}", "--use-checkpoint-args"]
 VERBS = {
     "evaluate": ["evaluate", *MODEL, "--data-path", "none", "--output", "none"],
-    "calibrate": ["calibrate", *MODEL, "--calibration-data-path", "none", "--output", "none"],
-    "sparsify": ["sparsify", *MODEL, "--method", "magnitude", "--save", "none"],
-    "prune": ["prune", *MODEL, "--method", "magnitude", "--save", "none"],
+    "calibrate": ["calibrate", *MODEL, "--calibration-data-path", "none", "--output", "none.safetensors"],
+    "sparsify": ["sparsify", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
+    "prune": ["prune", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
     "pretrained": ["pretrain", "--pretrained-checkpoint", "{}", "--use-checkpoint-args", *RECIPE],
     "resumed": ["pretrain", *MODEL, *RECIPE],
     "shape": ["pretrain", "--shape-from", "{}", *RECIPE],
