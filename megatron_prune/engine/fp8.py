@@ -2,14 +2,14 @@
 
 ``--fp8-preset`` stands for a set of Megatron's flags (``PRESETS``), over bf16 and Transformer Engine's layers:
 
-* ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale a tensor from the largest values of the last 1024 steps.
-  The oldest recipe, with the least work per step: scales are known before a tensor is. All layers are FP8.
+* ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale per tensor from the largest values of the last 1024 steps.
+  The oldest recipe, with the least work per step: scales are known before the tensor is. All layers are FP8.
 * ``current``: the same formats, each tensor scaled by its own largest value. First and last layer in bf16.
 * ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last
   layer in bf16.
 
-What FP8 kernels ask of a model's dimensions is checked for every recipe, also where Megatron's own flags choose it: a
-pruned model can have any. A value that contradicts a preset is refused, so that a name means one thing.
+What FP8 kernels require of a model's dimensions is checked for every recipe, also where Megatron's own flags choose it,
+because pruning can leave any dimensions. A value that contradicts a preset is refused, so that a name means one thing.
 """
 
 from __future__ import annotations

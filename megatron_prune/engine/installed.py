@@ -6,8 +6,8 @@ model is built or in the first step, when all ranks hold their GPUs. ``settle`` 
 * a fusion that is on by default, and only makes a run faster, is switched off, and one line says so;
 * what the command asks for by name is refused, with the package to install.
 
-Rules are Megatron 0.19.2's own, read in its source; each names the place. Without a GPU ``cpu.flags`` has switched
-everything off. Preflight asks about another machine: ``assume`` says what is installed there.
+The rules are those of Megatron 0.19.2's source, and each names its place there. Without a GPU, ``cpu.flags`` has
+switched everything off. Preflight asks about another machine: ``assume`` says what is installed there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Flags of Megatron's parser that would do nothing here, or start a run that cannot go on: refused when given.
 
-Megatron's flags work as in Megatron, and its entry scripts read some of them: under another entry, which this package
-is, these are accepted by the parser and change nothing. ``unreached.json`` lists the flags that nothing which runs here
-reads; it is worked out from Megatron's source (``tests/engine/unreached.py``) and a test works it out again. Below
-stand the few that Megatron's library does read, while what they are for is elsewhere.
+Megatron's flags work as in Megatron, except those that only its entry scripts read: this package replaces these
+scripts, so the parser would accept such a flag and nothing would change. ``unreached.json`` lists the flags that no
+code which runs here reads. It is worked out from Megatron's source (``tests/engine/unreached.py``), and a test works
+it out again. The lists below are of flags that Megatron's library does read, for programs that are not here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_prune.errors import UsageError
 
-# Groups of the parser that belong to programs which this is not. CUDA graphs stand among the flags of inference.
+# Groups of the parser that belong to other programs. Flags of CUDA graphs are in the group of inference.
 _OTHER_PROGRAMS = ("rl", "biencoder", "vision", "inference")
 _OF_TRAINING = ("cuda_graph_modules", "cuda_graph_scope_deprecated")
 # Deprecated names of what is Megatron's default now: they do what they say.

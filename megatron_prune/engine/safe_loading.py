@@ -1,9 +1,9 @@
 """Megatron loads a checkpoint without running what it holds.
 
-Our reader vets every object of a checkpoint before Megatron sees it (``checkpoint/torch_dist.py``), for the sake of a
-good error. What holds, also for bytes that change between the two readings, is here: the index is unpickled through
-the reader's allow-list, and objects are loaded with ``weights_only``, which knows what Megatron registered as safe
-(``megatron.core.safe_globals``). Megatron's planner inherits torch's, which does neither.
+Our reader checks every object of a checkpoint before Megatron sees it (``checkpoint/torch_dist.py``), so that the error
+is a good one. The protection itself is here, and also covers bytes that change between the two readings: the index is
+unpickled through the reader's allow-list, and objects are loaded with ``weights_only``, which knows what Megatron has
+registered as safe (``megatron.core.safe_globals``). Megatron's planner inherits torch's, which does neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 
 def install() -> None:
-    """Have this process load checkpoints so, from now on; harmless to call twice. Call after ``megatron.training`` is
+    """Make this process load checkpoints so from now on. A second call does nothing. Call after ``megatron.training`` is
     imported."""
     from megatron.training import checkpointing
 

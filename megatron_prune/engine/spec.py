@@ -3,10 +3,10 @@
 Checkpoints do not differ: names and shapes are the same, and the ``_extra_state`` that one spec's modules ask for
 is in every checkpoint (``checkpoint/writer.py``). Models do:
 
-* Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``; the norm of its
-  own is an identity, and its output is nowhere to be seen;
-* with it a model can be sequence parallel, which shares a sequence's tokens out over the tensor-parallel ranks
-  everywhere but inside attention and MLP.
+* Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``. The block's own
+  norm is an identity, and no module outputs the normalized values;
+* with Transformer Engine a model can be sequence parallel: outside attention and MLP, each tensor-parallel rank then has
+  only its share of a sequence's tokens.
 """
 
 from __future__ import annotations
