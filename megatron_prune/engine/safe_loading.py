@@ -26,8 +26,8 @@ from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 
 def install() -> None:
-    """Make this process load checkpoints so from now on. A second call does nothing. Call after ``megatron.training`` is
-    imported."""
+    """Make this process load checkpoints so from now on, after ``megatron.training`` is imported. A second call does
+    nothing."""
     from megatron.training import checkpointing
 
     # Of every other torch.load in Megatron and Transformer Engine: legacy files, optimizer files of ranks.

@@ -5,8 +5,8 @@ is in every checkpoint (``checkpoint/writer.py``). Models do:
 
 * Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``. The block's own
   norm is an identity, and no module outputs the normalized values;
-* with Transformer Engine a model can be sequence parallel: outside attention and MLP, each tensor-parallel rank then has
-  only its share of a sequence's tokens.
+* with Transformer Engine a model can be sequence parallel: outside attention and MLP, each tensor-parallel rank then
+  has only its share of a sequence's tokens.
 """
 
 from __future__ import annotations
