@@ -177,7 +177,8 @@ def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
 def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> None:
     """Print a note where this run begins with the weights that the masks' model began with: the seed is the same.
 
-    Masks made of a trained model fit the weights that it began with. In the quickstart such a run was 0.2 nats below others at its first step, 0.3 after a hundred.
+    Masks made of a trained model fit the weights that it began with. In the quickstart such a
+    run was 0.2 nats below others at its first step, 0.3 after a hundred.
     """
     if args.shape_from is None or chosen.own or chosen.drawn or _holds_checkpoint(args.load):
         return
