@@ -17,6 +17,7 @@ def parser() -> Parser:
             mentions.LOAD, mentions.USE_ARGS,
             (mentions.MODEL, "--data-path", "PREFIX …", "tokenized corpora, without .bin"),
             (mentions.MODEL, "--seq-length", "S", "tokens per window"),
+            (mentions.MODEL, "--micro-batch-size", "B", "windows that are run together (default: 1)"),
             *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8,
         ),
         example="""
