@@ -23,7 +23,7 @@ MODULES = ("qkv", "proj", "fc1", "fc2")
 class Model(Settings):
     """Flags that this package adds to Megatron's parser: they say what model Megatron builds."""
 
-    TITLE = "model and layout (Megatron's flags, and two of ours)"
+    TITLE = "model and layout"
 
     shape_from: str | None = setting(
         None,
@@ -34,7 +34,7 @@ class Model(Settings):
     fp8_preset: str | None = setting(
         None,
         choices=FP8_PRESETS,
-        help="a named FP8 recipe over bf16 and Transformer Engine's layers, in place of Megatron's flags",
+        help="a named FP8 recipe, in place of Megatron's flags (needs Transformer Engine)",
     )
 
 
@@ -50,7 +50,7 @@ class Calibration(Settings):
     calibration_sampling: str = setting(
         "sequential",
         choices=("sequential", "random"),
-        help="the first N windows of the corpus, or N windows drawn with --seed",
+        help="the first N windows, or N drawn with --seed",
     )
 
 
@@ -82,7 +82,7 @@ class Target(Amount):
     tolerance: float | None = setting(
         None,
         metavar="T",
-        help="how far a chosen width may miss the target, relative to what should stay (default: 0.02)",
+        help="how far a chosen width may miss the target, relatively (default: 0.02)",
     )
 
 

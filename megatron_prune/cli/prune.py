@@ -15,7 +15,7 @@ def parser() -> Parser:
         "sparse method, or random with --pattern, zeroes weights and writes masks.",
         verbs.Prune,
         *methods.STRUCTURED.values(),
-        methods=f"structured: {structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
+        methods=f"{structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         mentioned=(
             mentions.LOAD, mentions.SAVE, mentions.USE_ARGS, *mentions.LAYOUT, mentions.FP8,
             mentions.SEED,

@@ -43,17 +43,17 @@ class MinitronDepthOptions(Settings):
     score_by: str = setting(
         "loss",
         choices=("loss", "task"),
-        help="what decides between the runs of layers: the calibration loss, or the accuracy on --task-data",
+        help="what decides which go: the calibration loss (the default), or accuracy on --task-data",
     )
     task_data: str | None = setting(
         None,
         metavar="FILE.jsonl",
-        help='with --score-by task: one example per line, {"query": text, "choices": [text, …], "gold": number}',
+        help='examples, one per line: {"query": text, "choices": [text, …], "gold": number}',
     )
     task_metric: str | None = setting(
         None,
         choices=METRICS,
-        help="with --score-by task: highest likelihood of a choice (acc, the default), or by character (acc_norm)",
+        help="the likeliest choice (acc, the default), or the likeliest per character",
     )
 
 
@@ -64,7 +64,7 @@ class MinitronWidthOptions(Settings):
     aggregation: str = setting(
         "definition",
         choices=("definition", "paper"),
-        help="importance as defined, or as the paper's library computes it",
+        help="importance as defined, or as the paper's library has it",
     )
     include_final_norm: bool = setting(False, help="count the final norm's output in the importance of hidden channels")
     search: tuple[str, ...] | None = setting(
@@ -77,7 +77,7 @@ class MinitronWidthOptions(Settings):
     target_shapes: tuple[str, ...] | None = setting(
         None,
         metavar="HIDDEN/HEADS/FFN",
-        help="in place of all other targets: score these shapes, and take the best; query groups stay",
+        help="in place of other targets: score these shapes, take the best",
     )
     max_candidates: int | None = setting(
         None,
@@ -87,7 +87,7 @@ class MinitronWidthOptions(Settings):
     retrain_candidates: int | None = setting(
         None,
         metavar="K",
-        help="of the shapes that compete the K best are retrained before one is chosen (see retrain-candidates)",
+        help="retrain the K best shapes before one is chosen (see retrain-candidates)",
     )
     retrain_tokens: int | None = setting(None, metavar="T", help="tokens of each of these retrainings")
 
