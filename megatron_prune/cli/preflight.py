@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             "preflight",
             got="no command",
-            expected=f"its own flags, then one of {', '.join(VERBS)} with the flags of that",
+            expected=f"its own flags, then one of {', '.join(VERBS)} with its flags",
         )
     asked = verbs.Preflight.of(options)
     # It would warn of a CUDA that is missing, which is no news here.

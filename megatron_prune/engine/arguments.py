@@ -275,7 +275,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         path = storage.path(value)
         if name == "load" and args.save is not None and not path.exists():
             continue  # a run that resumes from its own save directory, which does not exist yet
-        if name != "load" and not path.exists():
+        if not path.exists():
             flag = f"--{name.replace('_', '-')}"
             raise CheckpointError(f"{flag}: expected the directory of a checkpoint, got {value}, which does not exist")
         if path.name.startswith("iter_") and path.name[5:].isdigit():
