@@ -38,7 +38,6 @@ from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.plan import PruningPlan
 
 FOLDER = "pruning"
-_SPARSE_ALONE = ("pattern", "layers", "modules", "module_ratio")
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,14 @@ def prune(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | N
     Every rank calls it; rank 0 gets the answer. UsageError for settings that the method does not take.
     """
     if is_sparse(asked):
-        _refuse_given(asked, verbs.Target, [flag.name for flag in verbs.Amount.flags()], "a structured --method")
+        _refuse_given(asked, verbs.Target, "a structured --method", asked.method)
+        _refuse_given(own, type(own), "no --pattern", asked.method)
         sparse = _only(verbs.Sparsify, asked)
         table = sparsify(sparse, words, "prune")
         return None if table is None else Pruned(Path(value_of(words, "--save") or ""), sparsity=table)
     methods.get(asked.method)
-    _refuse_given(asked, verbs.Sparsity, [flag.name for flag in verbs.Amount.flags()], "a sparse --method")
-    choices.choose(asked.method, asked, own)  # what the settings alone say against it, before Megatron is imported
+    _refuse_given(asked, verbs.Sparsity, "a sparse --method", asked.method)
+    choices.choose(asked.method, asked, own).check()  # before Megatron is imported
     return _structured(asked, own, words)
 
 
@@ -115,11 +115,11 @@ def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Prun
     return Pruned(folder, plan=made)
 
 
-def _refuse_given(asked: verbs.Prune, settings: type[Settings], shared: Sequence[str], only: str) -> None:
-    """UsageError where one of ``settings`` was given that the method does not take."""
+def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str) -> None:
+    """UsageError where one of ``settings`` was given that ``method`` does not take; how much goes, all take."""
     for flag in settings.flags():
-        if flag.name not in shared and asked.was_given(flag.name):
-            raise UsageError(flag.option, got=f"--method {asked.method}", expected=f"{only} with it")
+        if flag not in verbs.Amount.flags() and asked.was_given(flag.name):
+            raise UsageError(flag.option, got=f"--method {method}", expected=f"{only} with it")
 
 
 def _only[S: Settings](cls: type[S], asked: Settings) -> S:

@@ -40,6 +40,11 @@ class Choice:
         shapes, task = self.shapes(parent.shape), self.task
         return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task)
 
+    def check(self) -> None:
+        """UsageError for what the settings alone say against it, whatever the parent."""
+        self.method.search(self.settings)
+        self.method.task(self.settings)
+
     def shapes(self, source: ModelShape) -> tuple[ModelShape, ...]:
         """The shape that the target makes of ``source``, or those that compete.
 

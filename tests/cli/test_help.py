@@ -151,3 +151,33 @@ def test_a_mistyped_flag_of_megatron_or_ours_has_its_nearest(distributed) -> Non
 
 def test_all_names_are_dashed_files() -> None:
     assert len(NAMES) == len(set(NAMES)) and all(re.fullmatch("[a-z]+(-[a-z]+)*", name) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("prune --method wanda --target-params 5", "--target-params: expected a structured --method with it, got"),
+        ("prune --method shortgpt --ratio 0.5 --layers 0", "--layers: expected a sparse --method with it, got"),
+        (
+            "prune --method random --pattern 2:4 --axis depth --load x",
+            "--axis: expected no --pattern with it, got --method random",
+        ),
+        ("prune --method shortgpt --load x", "--ratio: expected exactly one of"),
+        ("prune --method minitron-width --ratio 0.5 --max-candidates 3", "--max-candidates: "),
+        ("prune --method magic --ratio 0.5", "--method: expected one of .*, got magic"),
+        ("sparsify --method magnitude --ratio 2", "--ratio: expected the fraction to remove"),
+        ("sparsify --method shortgpt --ratio 0.5", "--method: expected .*, got shortgpt"),
+        ("calibrate --output x.json", r"--output: expected a file name that ends in \.safetensors"),
+        ("calibrate --score x --output x.safetensors", "--score, --statistics: "),
+    ],
+)
+def test_our_own_flags_are_found_sound_before_megatron_is_asked(line: str, said: str, monkeypatch, capsys) -> None:
+    from megatron_prune.engine import runtime
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("Megatron is asked")
+
+    monkeypatch.setattr(runtime, "start", start)
+    assert main(line.split()) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert re.search(said, printed[-1]), printed
