@@ -167,7 +167,7 @@ def unique_tokens(args: argparse.Namespace) -> int:
     """Different tokens among those that the run trains on. Call on all ranks, before any process group exists.
 
     Of Megatron's own data sets nothing is known but their number. Over several epochs rank 0 builds the stream's caches
-    and counts, where ``megatron_prune index`` has not, and the others wait in no collective, which would time out.
+    and counts, where ``build-index`` has not, and the others wait in no collective, which would time out.
     """
     if args.stream_range is None:
         return int(args.train_iters * args.global_batch_size * args.seq_length)

@@ -76,7 +76,7 @@ class Files:
     def training(self, first: int = 0) -> list[Any]:
         return [*RECIPE, "--data-path", self.text, "--stream-range", f"{first}:{first + BATCH * STEPS}"]
 
-    def rescore(self, *more: object, pretrain: list[Any] | None = None, nproc: int = 1) -> Called:
+    def retrain(self, *more: object, pretrain: list[Any] | None = None, nproc: int = 1) -> Called:
         words = ["--load", self.parent, "--candidates", self.folder / "candidates.json"]
         words += ["--statistics", self.statistics, "--scratch", self.folder / "scratch", "--nproc", nproc, *more]
         return call(
@@ -97,10 +97,10 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
     assert asked.returncode == EXIT_NEEDS_SCORES
     assert f"2 candidates have not been retrained yet: wrote {tmp_path / 'candidates.json'}" in asked.output
     assert f"Train each on {TOKENS:,} tokens" in asked.output and not files.plan.exists()
-    printed = files.rescore("--commands").ok().output
+    printed = files.retrain("--commands").ok().output
     assert printed.count("-m megatron_prune pretrain") == 2 and not list((tmp_path / "scratch").glob("*/pruned"))
     before = statistics_file.read(files.statistics)
-    assert "retrained 2 candidates" in files.rescore().ok().output
+    assert "retrained 2 candidates" in files.retrain().ok().output
 
     after = statistics_file.read(files.statistics)
     question, _ = candidates.read(tmp_path / "candidates.json")
@@ -151,14 +151,14 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
 
 def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files, tmp_path: Path) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
-    printed = files.rescore("--commands", nproc=2).ok().output
+    printed = files.retrain("--commands", nproc=2).ok().output
     for line in printed.splitlines():  # as somebody would on a cluster
         if "megatron_prune" in line and not line.startswith("#"):
             words = shlex.split(line)
             files.job(words[words.index("megatron_prune") + 1 :], nproc=2 if words[0] == "torchrun" else 1).ok()
     accounts = list((tmp_path / "scratch").glob("*/retrained/account.json"))
     stamps = [path.stat().st_mtime_ns for path in accounts]
-    assert "retrained 2 candidates" in files.rescore(nproc=2).ok().output
+    assert "retrained 2 candidates" in files.retrain(nproc=2).ok().output
     assert len(accounts) == 2 and [path.stat().st_mtime_ns for path in accounts] == stamps
     first = statistics_file.read(files.statistics)
 
@@ -166,14 +166,14 @@ def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files
     three = ["--retrain-candidates", 3, "--retrain-tokens", TOKENS]
     asked = files.make(*SEARCH, *three)
     assert asked.returncode == EXIT_NEEDS_SCORES and "1 candidates have not been retrained" in asked.output
-    files.rescore(nproc=2).ok()
+    files.retrain(nproc=2).ok()
     assert len(list((tmp_path / "scratch").glob("*/retrained"))) == 3
     assert [path.stat().st_mtime_ns for path in accounts] == stamps
     second = statistics_file.read(files.statistics)
     kept = {key: score for key, score in first.scores.items() if score.retrained}
     assert len(kept) == 2 and all(second.scores[key] == score for key, score in kept.items())
     files.make(*SEARCH, *three).ok()
-    mixed = files.rescore(pretrain=files.training(first=BATCH), nproc=2)
+    mixed = files.retrain(pretrain=files.training(first=BATCH), nproc=2)
     assert mixed.returncode == 2 and re.search("--scratch: .*the flags it was begun with", mixed.output)
     more = ["--retrain-candidates", 2, "--retrain-tokens", 2 * TOKENS]
     assert files.make(*SEARCH, *more).returncode == EXIT_NEEDS_SCORES
@@ -181,7 +181,7 @@ def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files
 
 def test_a_training_that_fails_is_shown(files: Files) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
-    failed = files.rescore(pretrain=[*files.training(), "--train-iters", 99])
+    failed = files.retrain(pretrain=[*files.training(), "--train-iters", 99])
     assert failed.returncode == EXIT_REFUSED
     assert re.search("pretrain of hidden .* ended with 2.*--train-iters: expected .*, got 99", failed.output, re.DOTALL)
 
@@ -189,7 +189,7 @@ def test_a_training_that_fails_is_shown(files: Files) -> None:
 def test_a_training_that_diverges_is_a_score(files: Files) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
     wild = ["--lr", "1e30", "--clip-grad", 0, "--no-check-for-nan-in-loss-and-grad"]
-    printed = files.rescore(pretrain=[*files.training(), *wild]).ok().output
+    printed = files.retrain(pretrain=[*files.training(), *wild]).ok().output
     assert printed.count("before, not finite after") == 2
     scores = statistics_file.read(files.statistics).scores.values()
     assert sorted(one.retrained.loss for one in scores if one.retrained) == [math.inf, math.inf]
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     assert "--retrain-candidates: expected no such flag here, got 2" in finished.output
 
     files.make(*SEARCH)
-    finished = files.rescore()
+    finished = files.retrain()
     assert finished.returncode == 2 and "--candidates: expected" in finished.output
     files.make(*SEARCH, *RETRAIN)
     train = files.training()
@@ -240,6 +240,6 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
         (["--load", tmp_path / "scratch"], train, "scratch"),
         (["--nproc", 0], train, "--nproc: expected .*, got 0"),
     ):
-        finished = files.rescore(*more, pretrain=pretrain)
+        finished = files.retrain(*more, pretrain=pretrain)
         assert finished.returncode == 2 and re.search(message, finished.output), finished.output[-2000:]
     assert not (tmp_path / "scratch").exists()
