@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     """Build the caches and print the stream's description as JSON."""
     asked = verbs.BuildIndex.of(parser().read(argv)[0])
     if (asked.data_path is None) == (asked.train_data_path is None):
-        raise UsageError("--data-path, --train-data-path", got="both or neither", expected="exactly one of them")
+        got = "both" if asked.data_path else "neither"
+        raise UsageError("--data-path, --train-data-path", got=got, expected="exactly one of them")
     warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune.data import coverage
     from megatron_prune.data.contamination import refuse_shared_documents

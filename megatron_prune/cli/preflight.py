@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     options = parser().read(own)[0]
     if verb is None:
         raise UsageError(
-            "preflight",
-            got="no command",
-            expected=f"its own flags, then one of {', '.join(VERBS)} with its flags",
+            "VERB",
+            got="nothing",
+            expected=f"one of {', '.join(VERBS)}, with its flags, after those of preflight",
         )
     asked = verbs.Preflight.of(options)
     # It would warn of a CUDA that is missing, which is no news here.

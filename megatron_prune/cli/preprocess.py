@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     asked = verbs.Preprocess.of(parser().read(argv)[0])
     if bool(asked.input) == bool(asked.dataset):
-        raise UsageError("--input, --dataset", got="both or neither", expected="exactly one of them")
+        got = "both" if asked.input else "neither"
+        raise UsageError("--input, --dataset", got=got, expected="exactly one of them")
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks for training is of no interest here
     from megatron_prune.data.preprocess import preprocess
     from megatron_prune.data.tokenizers import check_fits_checkpoint, load_tokenizer

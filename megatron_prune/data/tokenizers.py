@@ -288,7 +288,7 @@ def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
     ``settings`` are TikTokenizer's; the others have none.
     """
     if type not in TYPES:
-        raise UsageError("--tokenizer-type", got=type, expected=" or ".join(TYPES))
+        raise UsageError("--tokenizer-type", got=type, expected="one of " + ", ".join(TYPES))
     if type == "TikTokenizer":
         return TikTokenizer(model, **settings)
     if settings:

@@ -41,7 +41,7 @@ def train_tokenizer(
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError("--vocab-size", got=vocab_size, expected=f"at least {SMALLEST_VOCABULARY}")
     if model_type not in MODEL_TYPES:
-        raise UsageError("--model-type", got=model_type, expected=" or ".join(MODEL_TYPES))
+        raise UsageError("--model-type", got=model_type, expected="one of " + ", ".join(MODEL_TYPES))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

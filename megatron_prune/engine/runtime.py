@@ -200,7 +200,7 @@ def tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_type in (None, "NullTokenizer"):
         if checkpoint.huggingface is None:
             raise UsageError(
-                "--tokenizer-type", got="nothing", expected=" or ".join(tokenizers.TYPES),
+                "--tokenizer-type", got="nothing", expected="one of " + ", ".join(tokenizers.TYPES),
                 why="a task is text, and this checkpoint holds no tokenizer",
             )  # fmt: skip
         found = tokenizers.load_tokenizer("HuggingFaceTokenizer", checkpoint.huggingface)

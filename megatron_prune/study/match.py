@@ -319,7 +319,8 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
         raise runs.refuse(
             setting,
             name,
-            f"{total:,} = {terms} against {found:,}: {difference:,} apart, allowed is one step ({step:,}) or 0.1%",
+            f"{total:,} = {terms} against {found:,}: expected a difference of at most one step ({step:,}) or 0.1%, "
+            f"got {difference:,}",
         )
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"

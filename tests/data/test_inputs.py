@@ -356,7 +356,7 @@ def test_the_tool_takes_every_input_and_a_blend_of_its_outputs_is_a_stream(
     corpus = IndexedDataset(str(tmp_path / "B"))  # held, since it unmaps what its arrays look into when it goes
     assert corpus[0].tolist() == [*oracle.tokenize(tiny_documents[60]), oracle.eod]
     assert tool("--dataset", folder, "--input", zipped, "--output-prefix", tmp_path / "C") == 2
-    assert "--input, --dataset: expected exactly one of them, got both or neither" in capsys.readouterr().err
+    assert "--input, --dataset: expected exactly one of them, got both" in capsys.readouterr().err
     sentences = ["--split-sentences", "--nltk-data", nltk_data, "--keep-newlines"]
     assert tool("--input", zipped, "--output-prefix", tmp_path / "D", *sentences) == 0
     assert read_json(tmp_path / "D.json")["sentences"]["keep_newlines"] is True

@@ -200,5 +200,5 @@ def _ask(words: Sequence[str]) -> str:
     if done.returncode:
         wrong = re.search("invalid|unrecognized", done.stderr, re.IGNORECASE)  # an option: waiting mends none
         kind = RunError if wrong else NoAnswer
-        raise kind(f"{shlex.join(words)} left with {done.returncode}: {done.stderr.strip()}")
+        raise kind(f"{shlex.join(words)} exited with code {done.returncode}: {done.stderr.strip()}")
     return done.stdout
