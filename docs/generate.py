@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from typing import Any
@@ -13,11 +14,12 @@ from pydantic.dataclasses import is_pydantic_dataclass
 
 MARK = "<!-- study-schema -->"
 COMMANDS = "<!-- cli-reference -->"
+API = "<!-- api -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the mark of a generated page."""
-    for mark, made in ((MARK, study_schema), (COMMANDS, command_line)):
+    for mark, made in ((MARK, study_schema), (COMMANDS, command_line), (API, api)):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown
@@ -26,7 +28,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def command_line() -> str:
     """The help of every verb, in the order of the overview; a verb that is several has a section for each."""
     from megatron_prune.__main__ import VERBS
-    from megatron_prune.cli import convert, study
+    from megatron_prune.cli import convert, prune_hf, study
 
     parts = {"convert": convert, "study": study}
     sections = []
@@ -36,8 +38,68 @@ def command_line() -> str:
             module = parts.get(verb) or importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}")
             helps = {verb: module.group() if verb in parts else module.parser()}
             helps |= {f"{verb} {part}": module.parser(part) for part in (module.PARTS if verb in parts else ())}
+            helps |= {"prune --hf": prune_hf.parser()} if verb == "prune" else {}
             sections += [f"### {name}\n\n```text\n{one.format_help()}\n```" for name, one in helps.items()]
     return "\n\n".join(sections)
+
+
+def api() -> str:
+    """A section for everything that ``import megatron_prune`` offers: functions first, then what they return."""
+    import megatron_prune
+
+    found = [getattr(megatron_prune, name) for name in megatron_prune.__all__]
+    parts = [_function(one) for one in found if inspect.isfunction(one)]
+    parts += ["## Results", *(_class(one) for one in found if inspect.isclass(one))]
+    return "\n\n".join(parts)
+
+
+def _function(function: Any, level: int = 2, name: str = "") -> str:
+    forms = typing.get_overloads(function) or [function]
+    code = "\n\n".join(_signature(name or function.__name__, form) for form in forms)
+    return f"{'#' * level} `{name or function.__name__}`\n\n```python\n{code}\n```\n\n{_about(function)}"
+
+
+def _signature(name: str, function: Any) -> str:
+    """A parameter per line, as the code has them."""
+    signature = inspect.signature(function)
+    lines, starred = [], False
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
+            lines.append("*")
+            starred = True
+        default = parameter.default
+        shown = "" if default is parameter.empty else f" = {getattr(default, '__name__', repr(default))}"
+        starred_name = f"**{parameter.name}" if parameter.kind is parameter.VAR_KEYWORD else parameter.name
+        lines.append(f"{starred_name}: {_hint(parameter.annotation)}{shown}")
+    returns = _hint(signature.return_annotation)
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + f") -> {returns}"
+
+
+def _hint(annotation: Any) -> str:
+    """A type as the package writes it, its own short names spelt out."""
+    return re.sub(r"\b(Words|Place)\b", "str | Path", str(annotation))
+
+
+def _class(found: Any) -> str:
+    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+    rows = [f"| `{field.name}` | `{str(field.type).replace('|', 'or')}` |" for field in fields]
+    table = ["", "| field | type |", "| --- | --- |", *rows] if rows else []
+    more = []
+    for name, member in vars(found).items():
+        if isinstance(member, property) and not name.startswith("_"):
+            more.append(f"* `{name}`: {_about(member)}")
+    parts = [f"### `{found.__name__}`", "", _about(found), *table, *(["", *more] if more else [])]
+    for name, member in vars(found).items():
+        plain = member.__func__ if isinstance(member, classmethod) else member
+        if found.__name__ == "Study" and inspect.isfunction(plain) and not name.startswith("_"):
+            parts += ["", _function(plain, 4, f"Study.{name}")]
+    return "\n".join(parts)
+
+
+def _about(found: Any) -> str:
+    return inspect.cleandoc(found.__doc__ or "").replace("``", "`")
 
 
 def study_schema() -> str:

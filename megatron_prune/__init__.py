@@ -1,3 +1,63 @@
-"""Prune Megatron checkpoints, train them on, and compare with training from scratch."""
+"""Prune Megatron checkpoints, train them on, and compare with training from scratch.
+
+    import megatron_prune as mp
+    made = mp.prune(hf="HF_DIR", out="OUT", method="wanda", pattern="2:4")   # prints as what was made, where, figures
+
+The functions are those behind the verbs; a name is loaded when it is first used, so that the import costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from megatron_prune.api.checkpoints import apply, export_hf, import_hf, plan
+    from megatron_prune.api.models import calibrate, evaluate, sparsify
+    from megatron_prune.api.prune import prune
+    from megatron_prune.api.results import Calibration, Evaluation, Loss, Model, Plan, Pruned
+    from megatron_prune.api.study import Study, StudyResult
+    from megatron_prune.errors import MegatronPruneError
+
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Loss",
+    "MegatronPruneError",
+    "Model",
+    "Plan",
+    "Pruned",
+    "Study",
+    "StudyResult",
+    "apply",
+    "calibrate",
+    "evaluate",
+    "export_hf",
+    "import_hf",
+    "plan",
+    "prune",
+    "sparsify",
+]
+_MODULES = {
+    "api.checkpoints": ("apply", "export_hf", "import_hf", "plan"),
+    "api.models": ("calibrate", "evaluate", "sparsify"),
+    "api.prune": ("prune",),
+    "api.results": ("Calibration", "Evaluation", "Loss", "Model", "Plan", "Pruned"),
+    "api.study": ("Study", "StudyResult"),
+    "errors": ("MegatronPruneError",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = getattr(importlib.import_module(f"megatron_prune.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'megatron_prune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,8 @@ GPUS = ("a100-80gb", "h100", "h200", "b200")
 FP8_PRESETS = ("hybrid-delayed", "current", "blockwise")
 TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
 FORMATS = ("auto", "jsonl", "parquet", "text")
+DOCUMENTS = ("file", "paragraph", "line")
+DTYPES = ("float32", "bfloat16", "float16")
 MODULES = ("qkv", "proj", "fc1", "fc2")
 
 # -- what several verbs share ------------------------------------------------------------------------
@@ -194,7 +196,72 @@ class Sparsify(Calibration, Sparsity, PrunedBy):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Calibration, Sparsity, Target, PrunedBy):
-    """``prune``; --load, --save and --seed are Megatron's."""
+    """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Settings):
+    TITLE = "from Hugging Face to Hugging Face"
+
+    hf: str = setting(metavar="HF", help="model directory, or a name on the Hub")
+    out: str = setting(metavar="OUT", help="directory to write; OUT.work holds what is finished until then")
+    dtype: str | None = setting(
+        None,
+        choices=DTYPES,
+        metavar="TYPE",
+        help=f"cast every weight to {', '.join(DTYPES)} (default: it keeps its type)",
+    )
+    keep: bool = setting(False, help="keep OUT.work: checkpoints, corpora, scores and logs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Settings):
+    TITLE = "text, of which one document in ten is held out"
+
+    text: tuple[str, ...] = setting(
+        (), metavar="FILE", help="JSON lines, Parquet or plain text (default: English that is on this machine)"
+    )
+    dataset: str | None = setting(
+        None, metavar="NAME[:CONFIG]", help="in place of --text: a data set of the Hub, its split train"
+    )
+    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
+    text_documents: str = setting(
+        "file",
+        choices=DOCUMENTS,
+        metavar="HOW",
+        help=f"what a document in a plain text file is: {', '.join(DOCUMENTS)}",
+    )
+    seq_length: int | None = setting(
+        None, metavar="S", help="tokens per sequence (default: the model's, at most 2048 on GPUs and 512 on CPUs)"
+    )
+    calibration_sequences: int = setting(128, metavar="N", help="sequences of calibration text")
+    windows: int | None = setting(
+        None, metavar="N", help="sequences of held-out text to measure on (default: up to 64, as many as there are)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrain(Settings):
+    TITLE = "training before the export"
+
+    retrain_tokens: int | None = setting(None, metavar="N", help="train the pruned model on N tokens (default: none)")
+    retrain_lr: float = setting(1e-4, metavar="LR", help="peak learning rate: 5% warm-up, then cosine to a tenth")
+    retrain_batch_size: int = setting(8, metavar="N", help="sequences per step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes(Workers):
+    TITLE = "work"
+
+    nproc: int = setting(1, metavar="N", help="processes that run the model, on this machine")
+    devices: tuple[int, ...] = setting((), metavar="GPU", help="which GPUs they use (default: the first)")
+    tensor_model_parallel_size: int = setting(1, metavar="T", help="as for Megatron")
+    pipeline_model_parallel_size: int = setting(1, metavar="P", help="as for Megatron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHF(Processes, Retrain, Text, Sparsity, Target, Method, Source):
+    """``prune --hf``."""
 
 
 @dataclass(frozen=True, kw_only=True)

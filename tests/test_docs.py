@@ -47,3 +47,13 @@ def test_the_reference_has_every_key_of_a_study(site: Path) -> None:
     for field in dataclasses.fields(Study):
         assert f"<code>{field.name}</code>" in page
     assert "<code>declared_unseen</code>" in page  # of a section inside it
+
+
+def test_the_reference_has_every_function_with_its_keywords(site: Path) -> None:
+    import megatron_prune
+
+    page = html.unescape((site / "api" / "index.html").read_text())
+    for name in megatron_prune.__all__:
+        assert f"<code>{name}</code>" in page
+    for keyword in ("calibration_sequences", "retrain_tokens", "devices", "Study.run", "window_losses"):
+        assert keyword in page

@@ -65,7 +65,7 @@ def test_the_command_has_its_flags(command: str, help_of) -> None:
         return
     assert name in NAMES or (ROOT / name).is_file(), f"{name} does not exist"
     after = words[words.index(name) + 1 :]
-    subcommand = after[:1] if name in ("convert", "study") else []
+    subcommand = after[:1] if name in ("convert", "study") else ["--hf"] if "--hf" in after else []
     text = help_of(name, *subcommand)
     for flag in (word for word in after if word.startswith("--")):
         assert re.search(rf"{re.escape(flag)}[\s,\]=]", text), f"{name} has no {flag}"

@@ -61,35 +61,25 @@ def main(argv: list[str]) -> int:
 
 
 def _import(asked: verbs.Import) -> str:
-    import torch
+    from megatron_prune.api.checkpoints import import_hf
 
-    from megatron_prune.checkpoint.parallel import keep_freed_memory
-    from megatron_prune.checkpoint.tracker import refuse_remote
-    from megatron_prune.convert.huggingface import import_hf
-
-    keep_freed_memory()
-    refuse_remote("--hf", asked.hf)
     made = import_hf(
         asked.hf,
         asked.save,
-        dtype=getattr(torch, asked.dtype) if asked.dtype else None,
+        dtype=asked.dtype,
         make_vocab_size_divisible_by=asked.make_vocab_size_divisible_by,
         tensor_model_parallel_size=asked.tensor_model_parallel_size,
         max_position_embeddings=asked.max_position_embeddings,
         workers=asked.workers,
     )
-    return f"{made.root}: {made.shape.parameters():,} parameters"
+    return f"{made.path}: {made.parameters:,} parameters"
 
 
 def _export(asked: verbs.Export) -> str:
-    from megatron_prune.checkpoint.parallel import keep_freed_memory
-    from megatron_prune.checkpoint.tracker import refuse_remote
-    from megatron_prune.convert.huggingface import export_hf
+    from megatron_prune.api.checkpoints import export_hf
 
-    keep_freed_memory()
-    refuse_remote("--hf", asked.hf)
     _verify(asked)
-    return str(export_hf(asked.load, asked.hf, workers=asked.workers))
+    return str(export_hf(asked.load, asked.hf, workers=asked.workers).path)
 
 
 def _rewrite(asked: verbs.Rewrite) -> str:

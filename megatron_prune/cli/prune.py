@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_prune import verbs
-from megatron_prune.cli import mentions, structured
+from megatron_prune.cli import mentions, prune_hf, structured
 from megatron_prune.cli.parser import Parser, say, start_engine
 from megatron_prune.methods import options as methods
 
@@ -12,7 +12,8 @@ def parser() -> Parser:
     return Parser(
         "prune",
         "Calibrates a checkpoint, chooses what stays and writes the pruned checkpoint, in one load of the model. A "
-        "sparse method, or random with --pattern, zeroes weights and writes masks.",
+        "sparse method, or random with --pattern, zeroes weights and writes masks. From Hugging Face to Hugging Face: "
+        "see `megatron-prune prune --hf --help`.",
         verbs.Prune,
         *methods.STRUCTURED.values(),
         methods=f"{structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
@@ -28,6 +29,8 @@ megatron-prune prune --load checkpoints/parent --use-checkpoint-args --bf16 --me
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
+    if any(word.partition("=")[0] == "--hf" for word in argv):
+        return prune_hf.main(argv)
     options, words = parser().read(argv)
     asked = verbs.Prune.of(options)
     own = structured.own_settings(asked.method, options)

@@ -127,36 +127,23 @@ def _quiet() -> None:
 
 def _run(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
-    from megatron_prune.study.run import scheduler
-    from megatron_prune.study.run.local import Local
-    from megatron_prune.study.run.progress import Progress
-    from megatron_prune.study.run.slurm import Queue
+    from megatron_prune.api.study import run_cells
+    from megatron_prune.study.run.scheduler import CellsFailed
 
-    with Progress() as progress:
-        launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
-        try:
-            scheduler.run(study, places, launcher=launcher, progress=progress)
-        except scheduler.CellsFailed:
-            if (places.root / "study.json").is_file():  # the cells that did finish have something to say
-                _report(study, places, options)
-            raise
+    try:
+        run_cells(study, places)
+    except CellsFailed:
+        if (places.root / "study.json").is_file():  # the cells that did finish have something to say
+            _report(study, places, options)
+        raise
     return _report(study, places, options)
 
 
 def _report(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
-    from megatron_prune.study.analysis import results
-    from megatron_prune.study.report import page
+    from megatron_prune.api.study import write_report
 
-    if not (places.root / "study.json").is_file():
-        raise UsageError(
-            "study report",
-            got=places.root,
-            expected="the folder of a study that has begun",
-            do="start it with `study run`",
-        )
-    found = results.collect(places, study)
-    written = page.write(found, places)
+    found, written = write_report(study, places)
     for said in found.disbelieved:
         print(f"not believed: {said}")
     for one in found.left_out[:MOST_NAMED]:

@@ -148,6 +148,10 @@ def config_from_args(
     if base:
         # An import may have lowered it; the weights still have the original's reach.
         positions = max(positions, (_DEFAULTS[kind] | base)["max_position_embeddings"])
+    if kind == "llama" and shape.hidden_size % shape.num_attention_heads:
+        # A pruned width. transformers 5 refuses such a Llama; a Mistral without a window is the same model.
+        kind = "mistral"
+        base.pop("architectures", None)
     theta = float(args.get("rotary_base") or 10000)
     factor = float(args.get("rope_scaling_factor") or 8.0) if args.get("use_rope_scaling") else None
     scaling = None if factor is None else {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}

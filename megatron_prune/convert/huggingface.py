@@ -9,7 +9,7 @@ and every tensor keeps its type: what is exported after an import is the same, b
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,9 +105,16 @@ class Imported(Blocks):
         return self.cast or self._tensors.dtype(self._pieces(name)[0].name or "")
 
 
-def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 30, workers: int = 1) -> Path:
+def export_hf(
+    load: str | Path,
+    hf: str | Path,
+    *,
+    max_shard_bytes: int = 5 << 30,
+    workers: int = 1,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty), its masks
-    as ``masks.safetensors``; ``workers`` processes share its files.
+    as ``masks.safetensors``; ``workers`` processes share its files. ``files`` are others to put into it, by name.
 
     Raises CheckpointError for a model that Hugging Face's Llama family cannot say, MasksError for masks that do not
     fit the weights.
@@ -132,6 +139,8 @@ def export_hf(load: str | Path, hf: str | Path, *, max_shard_bytes: int = 5 << 3
         for name in SIDE_FILES:
             if side is not None and (side / name).is_file():
                 shutil.copyfile(side / name, folder / name)
+        for name, payload in (files or {}).items():
+            (folder / name).write_bytes(payload)
         write_json(folder / "config.json", config)
     return target
 

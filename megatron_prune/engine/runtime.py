@@ -7,6 +7,7 @@ verbs call ``initialize`` and ``load_model``, and where they need text, ``tokeni
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,22 @@ def initialize(args: argparse.Namespace) -> None:
     """Process groups and seeds, for the verbs that do not hand over to Megatron's loop."""
     from megatron.training import training
 
-    training.initialize_megatron()
+    training.initialize_megatron(store=_store())
+
+
+_groups = itertools.count()
+
+
+def _store() -> Any:
+    """Where ranks find each other: None, Megatron's own, but for the second verb of a process and those after it
+    (``api/jobs.py``). The launch's store still has the addresses of the groups before."""
+    number = next(_groups)
+    if number == 0:
+        return None
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, but not in __all__
+
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(f"megatron_prune/{number}", store)
 
 
 def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:

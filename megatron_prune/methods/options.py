@@ -58,7 +58,9 @@ class MinitronDepthOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinitronWidthOptions(Settings):
+class WidthOptions(Settings):
+    """Those of minitron-width that need no training."""
+
     TITLE = "--method minitron-width"
 
     aggregation: str = setting(
@@ -84,6 +86,12 @@ class MinitronWidthOptions(Settings):
         metavar="N",
         help=f"with --search: score the N most evenly shrunk shapes (default: {MAX_CANDIDATES})",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinitronWidthOptions(WidthOptions):
+    TITLE = "--method minitron-width"
+
     retrain_candidates: int | None = setting(
         None,
         metavar="K",
@@ -98,6 +106,8 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "random": RandomOptions,
     "shortgpt": NoOptions,
 }
+# The same for ``prune --hf``, which retrains no candidates: its --retrain-tokens are the result's.
+UNTRAINED: Mapping[str, type[Settings]] = {**STRUCTURED, "minitron-width": WidthOptions}
 SPARSE: Mapping[str, type[Settings]] = {
     "magnitude": NoOptions,
     "random": NoOptions,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import methods, verbs
+from megatron_prune import verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
@@ -31,10 +31,13 @@ from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
 from megatron_prune.pruning import calibrate
 from megatron_prune.pruning.sparsify import sparsify
-from megatron_prune.settings import Settings, value_of
+from megatron_prune.settings import Settings, nearest, value_of
+from megatron_prune.sparse import request as requests
+from megatron_prune.sparse.request import Request
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured.apply import apply_plan
 from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.choice import Choice
 from megatron_prune.structured.plan import PruningPlan
 
 FOLDER = "pruning"
@@ -59,26 +62,38 @@ def prune(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | N
 
     Every rank calls it; rank 0 gets the answer. UsageError for settings that the method does not take.
     """
+    if isinstance(choose(asked, own), Request):  # what the settings alone say against it, before Megatron is imported
+        table = sparsify(_only(verbs.Sparsify, asked), words, "prune")
+        return None if table is None else Pruned(Path(value_of(words, "--save") or ""), sparsity=table)
+    return _structured(asked, own, words)
+
+
+def choose(asked: verbs.Prune, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None) -> Choice | Request:
+    """What is asked of a structured, or of a sparse method. UsageError for a method that there is not, settings that
+    it does not take, or a target that contradicts itself."""
+    if asked.method not in (known := sorted({*options.STRUCTURED, *options.SPARSE})):
+        hint = nearest(asked.method, known)
+        raise UsageError(
+            "--method", expected=f"one of {', '.join(known)}", got=asked.method, do=f"did you mean {hint}?" * bool(hint)
+        )
     if is_sparse(asked):
         _refuse_given(asked, verbs.Target, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
-        sparse = _only(verbs.Sparsify, asked)
-        table = sparsify(sparse, words, "prune")
-        return None if table is None else Pruned(Path(value_of(words, "--save") or ""), sparsity=table)
-    methods.get(asked.method)
+        return requests.choose(asked.method, asked, seed)
     _refuse_given(asked, verbs.Sparsity, "a sparse --method", asked.method)
-    choices.choose(asked.method, asked, own).check()  # before Megatron is imported
-    return _structured(asked, own, words)
+    chosen = choices.choose(asked.method, asked, own, tensor_parallel=tensor_parallel, seed=seed)
+    chosen.check()
+    return chosen
 
 
 def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | None:
     folder: Path
     choice: choices.Choice
     question: Question
-    requests: Requests | None
+    of_task: Requests | None
 
     def complete(args: argparse.Namespace, argv: list[str]) -> None:
-        nonlocal folder, choice, question, requests
+        nonlocal folder, choice, question, of_task
         if args.save is None:
             raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
         folder = Path(args.save)
@@ -96,14 +111,14 @@ def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Prun
                 why="prune trains nothing",
                 do="give it to plan, and run retrain-candidates after it",
             )
-        requests = calibrate.task_requests(args, question) if question.task else None
+        of_task = calibrate.task_requests(args, question) if question.task else None
 
     args = runtime.start("prune", words, asked, complete=complete)
     statistics = None
     if choice.needs_statistics:
         from megatron_prune.calibration import run  # imports Megatron, which must be started first
 
-        statistics = run.gather(args, question if choice.needs_scores else None, requests)
+        statistics = run.gather(args, question if choice.needs_scores else None, of_task)
     if args.rank != 0:
         return None
     made = choice.make(question, statistics)

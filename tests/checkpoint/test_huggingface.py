@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.artifacts import read_json
@@ -19,6 +21,8 @@ from megatron_prune.convert import huggingface, safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError, MegatronPruneError
+from megatron_prune.structured import plan
+from megatron_prune.structured.apply import apply_plan
 from tests import tiny
 from tests.checkpoint import small
 from tests.tiny import HF_MODELS
@@ -206,6 +210,29 @@ def test_plain_rope_in_the_old_and_the_new_form(rope):
     args = args_from_config(BASE | rope)
     assert args["rotary_base"] == 10000 and args["use_rope_scaling"] is False
     assert config_from_args(args, torch.float32)["rope_scaling"] is None
+
+
+def test_a_width_that_heads_do_not_divide_is_exported_as_a_model_that_transformers_loads(tiny_hf, tmp_path):
+    """transformers 5 refuses a Llama whose hidden size is no multiple of its heads, as pruned widths are."""
+    parent = import_hf(tiny_hf("llama-gqa"), tmp_path / "parent")
+    shape = dataclasses.replace(parent.shape, hidden_size=80)
+    kept = plan.PruningPlan(
+        method="by-hand", settings={}, seed=None, ratio=None, ratio_of="linears", source=parent.shape, target=shape,
+        parent=parent.fingerprint(), kept_layers=(0, 1), kept_hidden=tuple(range(80)),
+    )  # fmt: skip
+    apply_plan(parent.root, kept, tmp_path / "cut")
+    export_hf(tmp_path / "cut", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
+    # The same numbers in a Llama that is told its sizes after it was checked.
+    config = transformers.LlamaConfig.from_pretrained(tiny_hf("llama-gqa"))
+    object.__setattr__(config, "hidden_size", 80)
+    llama = transformers.LlamaForCausalLM(config).double().eval()
+    llama.load_state_dict(model.state_dict())
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, llama(tokens).logits)
+    again = import_hf(tmp_path / "hf", tmp_path / "again")
+    assert again.fingerprint() == open_checkpoint(tmp_path / "cut").fingerprint()
 
 
 def test_head_size_of_its_own():

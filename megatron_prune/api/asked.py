@@ -1,0 +1,86 @@
+"""``prune --hf`` as it was asked: its settings, read as the verbs behind it will read them, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from megatron_prune import verbs
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import options
+from megatron_prune.settings import Settings
+
+if TYPE_CHECKING:
+    from megatron_prune.checkpoint.layout import ModelShape
+    from megatron_prune.sparse.request import Request
+    from megatron_prune.structured.choice import Choice
+
+# What it shares with ``prune`` of a checkpoint: the method and how much is removed. Text it divides by itself.
+_SHARED = [
+    flag.name
+    for flag in verbs.Prune.flags()
+    if flag.name in {one.name for one in verbs.PruneHF.flags()} - {one.name for one in verbs.Calibration.flags()}
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``settings`` of the command, ``own`` of its structured method."""
+
+    settings: verbs.PruneHF
+    own: Settings
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """From keywords. UsageError for one that there is not, or a value that cannot be."""
+        common = {flag.name for flag in verbs.PruneHF.flags()}
+        settings = verbs.PruneHF.read({name: value for name, value in values.items() if name in common})
+        rest = {name: value for name, value in values.items() if name not in common and value is not None}
+        method = settings.method
+        mine = {flag.name for flag in options.UNTRAINED.get(method, options.NoOptions).flags()}
+        for name in rest.keys() - mine:
+            for other, theirs in options.UNTRAINED.items():
+                if name in {flag.name for flag in theirs.flags()}:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UsageError(flag, expected=f"only with --method {other}", got=f"with --method {method}")
+            verbs.PruneHF.read({name: rest[name]})  # says which there are, and the nearest
+        return cls(settings, options.STRUCTURED.get(method, options.NoOptions).read(rest))
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """What was given of the method, how much it removes and its own flags, as JSON: this decides the result."""
+        found = {name: getattr(self._verb, name) for name in _SHARED if self._verb.was_given(name)}
+        found |= {flag.name: getattr(self.own, flag.name) for flag in self.own.flags() if self.own.was_given(flag.name)}
+        found |= {} if self.settings.seed is None else {"seed": self.settings.seed}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def check(self, shape: ModelShape) -> None:
+        """UsageError for a method or a target that a model of ``shape`` cannot have."""
+        from megatron_prune.sparse.request import Request
+
+        chosen = self.choose()
+        if isinstance(chosen, Request):
+            chosen.check(shape)
+        else:
+            chosen.shapes(shape)
+
+    def choose(self) -> Choice | Request:
+        """What is asked of the method."""
+        from megatron_prune.pruning.prune import choose
+
+        layout = self.settings.tensor_model_parallel_size
+        return choose(self._verb, self.own, tensor_parallel=layout, seed=self.settings.seed or 0)
+
+    def reads_text(self) -> bool:
+        """Whether this pruning needs calibration text."""
+        from megatron_prune.sparse.request import Request
+
+        chosen = self.choose()
+        return chosen.method.statistic != "none" if isinstance(chosen, Request) else chosen.needs_statistics
+
+    @property
+    def _verb(self) -> verbs.Prune:
+        """The settings of ``prune`` of a checkpoint among these."""
+        asked = self.settings
+        return verbs.Prune.read({name: getattr(asked, name) for name in _SHARED if asked.was_given(name)})

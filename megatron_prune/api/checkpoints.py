@@ -1,0 +1,116 @@
+"""Functions that need no model in memory: in from Hugging Face and out again, plan and apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import verbs
+from megatron_prune.api.results import Model, Plan
+from megatron_prune.errors import PlanError, UsageError
+
+Place = str | Path
+
+
+def import_hf(
+    hf: Place,
+    save: Place,
+    *,
+    dtype: str | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    max_position_embeddings: int | None = None,
+    workers: int = 1,
+) -> Model:
+    """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the Megatron checkpoint ``save``.
+
+    ``dtype`` (float32, bfloat16 or float16) casts every weight; by default each keeps its type. The vocabulary is
+    padded to a multiple of ``make_vocab_size_divisible_by`` × ``tensor_model_parallel_size``. Weights are streamed:
+    memory does not grow with the model. Raises CheckpointError for a model that cannot be represented.
+    """
+    import torch
+
+    from megatron_prune.checkpoint.parallel import keep_freed_memory
+    from megatron_prune.checkpoint.tracker import refuse_remote
+    from megatron_prune.convert import huggingface
+
+    keep_freed_memory()
+    refuse_remote("--hf", str(hf))
+    if dtype is not None and dtype not in verbs.DTYPES:
+        raise UsageError("--dtype", got=dtype, expected=f"one of {', '.join(verbs.DTYPES)}")
+    made = huggingface.import_hf(
+        hf,
+        save,
+        dtype=getattr(torch, dtype) if dtype else None,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        max_position_embeddings=max_position_embeddings,
+        workers=workers,
+    )
+    return Model.of_checkpoint(made.root)
+
+
+def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
+    """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
+
+    Masks become ``masks.safetensors``; the tokenizer that was imported with the model goes along. Raises
+    CheckpointError for a model that Hugging Face's Llama family cannot represent.
+    """
+    from megatron_prune.checkpoint.parallel import keep_freed_memory
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.checkpoint.tracker import refuse_remote
+    from megatron_prune.convert import huggingface
+
+    keep_freed_memory()
+    refuse_remote("--hf", str(hf))
+    checkpoint = open_checkpoint(load)
+    made = huggingface.export_hf(load, hf, workers=workers)
+    return Model(made, "Hugging Face directory", checkpoint.shape, tuple(checkpoint.pruning))
+
+
+def plan(
+    load: Place,
+    method: str,
+    *,
+    output: Place,
+    statistics: Place | Sequence[Place] = (),
+    ratio: float | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> Plan:
+    """Choose what survives of the checkpoint ``load``, from ``statistics`` that ``calibrate`` wrote for it, and write
+    it to ``output`` (``plan.json``).
+
+    ``ratio`` is the fraction to remove; other targets (``target_num_layers``, ``target_params``, …) and the method's
+    own flags are ``settings``, by name. Raises UsageError; PlanError where the model must score candidates first (they
+    are written next to ``output``; ``prune`` does it by itself).
+    """
+    from megatron_prune.methods import options
+    from megatron_prune.pruning.make_plan import Unscored, make_plan
+
+    names = {flag.name for flag in verbs.Plan.flags()}
+    paths = [statistics] if isinstance(statistics, str | Path) else list(statistics)
+    given = {"load": load, "method": method, "output": output, "statistics": paths, "ratio": ratio, "seed": seed}
+    asked = verbs.Plan.read({**given, **{name: value for name, value in settings.items() if name in names}})
+    own = options.STRUCTURED.get(method, options.NoOptions)
+    made = make_plan(asked, own.read({name: value for name, value in settings.items() if name not in names}))
+    if isinstance(made, Unscored):
+        raise PlanError(
+            f"{len(made.missing)} candidates must be run before one can be chosen: they are in {made.file}; use prune, "
+            "or calibrate --score and plan again"
+        )
+    return Plan(Path(output), made)
+
+
+def apply(load: Place, plan: Plan | Place, save: Place, *, workers: int = 1) -> Model:
+    """Cut the checkpoint ``load`` as ``plan`` says (an object, or its file) and write ``save``.
+
+    Masks next to the parent are cut along. Raises PlanError where the plan is for another parent.
+    """
+    from megatron_prune.structured import plan as plans
+    from megatron_prune.structured.apply import apply_plan
+
+    made = plan.content if isinstance(plan, Plan) else plans.read(plan)
+    apply_plan(load, made, save, workers=workers)
+    return Model.of_checkpoint(save)

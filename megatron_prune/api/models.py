@@ -1,0 +1,206 @@
+"""Functions that run the model: calibrate, sparsify, evaluate, and the chain that makes a pruned checkpoint of another.
+
+Each takes its verb's flags by name, with underscores. ``megatron`` are flags of Megatron's own in the same form
+(``{"bf16": True, "tensor_model_parallel_size": 2}``); the model itself comes from the checkpoint. ``nproc`` and
+``devices`` say where the job runs, ``log`` gets what its ranks print (see ``jobs.py``).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import verbs
+from megatron_prune.api import jobs
+from megatron_prune.api.results import Calibration, Evaluation, Model
+from megatron_prune.methods import options
+from megatron_prune.settings import Settings
+
+Words = str | Path
+
+
+def calibrate(
+    load: Words,
+    output: Words,
+    calibration_data_path: Words,
+    *,
+    calibration_sequences: int = 128,
+    calibration_seq_length: int = 2048,
+    calibration_sampling: str = "sequential",
+    megatron: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+    devices: Sequence[int] | None = None,
+    log: Words | None = None,
+) -> Calibration:
+    """Run the checkpoint ``load`` over calibration text and write statistics of its activations to ``output``
+    (a ``.safetensors`` file), for every structured method and every ratio.
+
+    ``calibration_data_path`` is the prefix of a tokenized corpus, of which ``calibration_sequences`` windows of
+    ``calibration_seq_length`` tokens are read. Raises UsageError, DataError, CheckpointError and RunError.
+    """
+    asked = verbs.Calibrate.read(
+        {
+            "output": output,
+            "calibration_data_path": calibration_data_path,
+            "calibration_sequences": calibration_sequences,
+            "calibration_seq_length": calibration_seq_length,
+            "calibration_sampling": calibration_sampling,
+        }
+    )
+    words = _megatron({"load": load}, megatron)
+    if jobs.is_launched():
+        from megatron_prune.pruning import calibrate as room
+
+        jobs.in_place(lambda: room.calibrate(asked, words))
+    else:
+        _launch("calibrate", [asked], words, nproc, devices, log)
+    return Calibration.read(output)
+
+
+def sparsify(
+    load: Words,
+    save: Words,
+    method: str,
+    *,
+    pattern: str = "unstructured",
+    ratio: float | None = None,
+    calibration_data_path: Words | None = None,
+    calibration_sequences: int | None = None,
+    calibration_seq_length: int | None = None,
+    seed: int | None = None,
+    megatron: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+    devices: Sequence[int] | None = None,
+    log: Words | None = None,
+    **settings: Any,
+) -> Model:
+    """Zero weights of the checkpoint ``load`` and write ``save``, of the same shape, with its masks.
+
+    ``pattern`` is ``unstructured`` (then ``ratio`` is needed) or N:M; ``settings`` are the verb's other flags
+    (``layers``, ``modules``, ``module_ratio``). Methods that read text need ``calibration_data_path``.
+    Raises UsageError, DataError, CheckpointError and RunError.
+    """
+    asked = verbs.Sparsify.read(
+        {
+            "method": method,
+            "pattern": pattern,
+            "ratio": ratio,
+            "calibration_data_path": calibration_data_path,
+            "calibration_sequences": calibration_sequences,
+            "calibration_seq_length": calibration_seq_length,
+            **settings,
+        }
+    )
+    words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
+    if jobs.is_launched():
+        from megatron_prune.pruning import sparsify as room
+
+        jobs.in_place(lambda: room.sparsify(asked, words))
+    else:
+        _launch("sparsify", [asked], words, nproc, devices, log)
+    return Model.of_checkpoint(save)
+
+
+def prune_checkpoint(
+    load: Words,
+    save: Words,
+    method: str,
+    *,
+    calibration_data_path: Words | None = None,
+    calibration_sequences: int | None = None,
+    calibration_seq_length: int | None = None,
+    seed: int | None = None,
+    megatron: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+    devices: Sequence[int] | None = None,
+    log: Words | None = None,
+    **settings: Any,
+) -> Model:
+    """Make a pruned checkpoint ``save`` of the checkpoint ``load``: calibrate, plan and apply in one load of the model,
+    or sparsify, as ``method`` needs.
+
+    ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. Raises
+    UsageError, DataError, CheckpointError and RunError.
+    """
+    names = {flag.name for flag in verbs.Prune.flags()}
+    own = options.STRUCTURED.get(method, options.NoOptions).read({k: v for k, v in settings.items() if k not in names})
+    asked = verbs.Prune.read(
+        {
+            "method": method,
+            "calibration_data_path": calibration_data_path,
+            "calibration_sequences": calibration_sequences,
+            "calibration_seq_length": calibration_seq_length,
+            **{name: value for name, value in settings.items() if name in names},
+        }
+    )
+    words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
+    if jobs.is_launched():
+        from megatron_prune.pruning import prune as room
+
+        jobs.in_place(lambda: room.prune(asked, own, words))
+    else:
+        _launch("prune", [asked, own], words, nproc, devices, log)
+    return Model.of_checkpoint(save)
+
+
+def evaluate(
+    load: Words,
+    data_path: Words | Sequence[Words] = (),
+    *,
+    output: Words | None = None,
+    labels: Sequence[str] = (),
+    seq_length: int | None = None,
+    windows: int | None = None,
+    tasks: Sequence[str] = (),
+    megatron: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+    devices: Sequence[int] | None = None,
+    log: Words | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Mean loss per token and perplexity of the checkpoint ``load`` on fixed windows of corpora; tasks of lm-eval.
+
+    ``data_path`` are prefixes of tokenized corpora; of each, the first ``windows`` windows of ``seq_length`` tokens are
+    scored (all by default). ``output`` keeps the scores as JSON. ``settings`` are the verb's other flags. Raises
+    UsageError, DataError, CheckpointError and RunError.
+    """
+    prefixes = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+    words = _megatron({"load": load, "data_path": prefixes, "seq_length": seq_length}, megatron)
+    with tempfile.TemporaryDirectory(prefix="megatron-prune-") as folder:
+        path = Path(output or Path(folder) / "scores.json")
+        asked = verbs.Evaluate.read(
+            {
+                "output": path,
+                "labels": labels or None,
+                "windows": windows,
+                "tasks": ",".join(tasks) or None,
+                **settings,
+            }
+        )
+        if not jobs.is_launched():
+            _launch("evaluate", [asked], words, nproc, devices, log)
+            return Evaluation.read(path, kept=output is not None)
+        from megatron_prune.evaluation import evaluate as room
+
+        found: list[dict[str, Any]] = []
+        jobs.in_place(lambda: found.append(room.evaluate(asked, words)))
+        return Evaluation.of(found[0], None if output is None else path)
+
+
+def _megatron(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> list[str]:
+    """The words of a command line that Megatron's parser reads."""
+    return [*jobs.flags(own), "--use-checkpoint-args", *jobs.flags(more or {})]
+
+
+def _launch(
+    verb: str,
+    asked: Sequence[Settings],
+    words: Sequence[str],
+    nproc: int,
+    devices: Sequence[int] | None,
+    log: Words | None,
+) -> None:
+    own = [word for settings in asked for word in settings.words()]
+    jobs.run([verb, *own, *words], nproc=nproc, devices=devices, log=log)

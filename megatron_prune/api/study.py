@@ -1,0 +1,104 @@
+"""``Study.load(…).run()``: a study from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from megatron_prune.api.results import _Shown
+from megatron_prune.errors import UsageError
+
+if TYPE_CHECKING:
+    from megatron_prune.study import schema
+    from megatron_prune.study.analysis.results import Results
+    from megatron_prune.study.places import Places
+
+
+@dataclass(frozen=True, repr=False)
+class StudyResult(_Shown):
+    """What a study of one parent came to: its report and what that concludes; ``rows`` is its table of results."""
+
+    name: str
+    report: Path
+    verdicts: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def _title(self) -> str:
+        return f"study {self.name}: report in {self.report}"
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        for verdict in self.verdicts:
+            subject, _, words = verdict.partition(": ")
+            yield subject, words
+
+
+@dataclass(frozen=True, repr=False)
+class Study(_Shown):
+    """A comparison, as its ``study.yaml`` says it: one study per parent, as a rule one."""
+
+    path: Path
+    studies: tuple[schema.Study, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a ``study.yaml``. UsageError names the key that is wrong."""
+        from megatron_prune.study import schema
+
+        return cls(Path(path), tuple(schema.load_all(path)))
+
+    def run(self, runs_dir: str | Path = "runs") -> StudyResult | tuple[StudyResult, ...]:
+        """Run every cell that is not finished and write the report; a tuple where there are several parents.
+
+        Raises RunError where cells failed.
+        """
+        results = tuple(_run(study, Path(runs_dir)) for study in self.studies)
+        return results[0] if len(results) == 1 else results
+
+    def _title(self) -> str:
+        return f"study {self.path}"
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        for study in self.studies:
+            methods = ", ".join(dict.fromkeys(method.name for method in study.methods))
+            yield study.name, f"{methods}; budgets of {', '.join(f'{budget:,}' for budget in study.budgets)} tokens"
+
+
+def _run(study: schema.Study, runs_dir: Path) -> StudyResult:
+    from megatron_prune.study.places import Places
+
+    places = Places(runs_dir / study.name)
+    run_cells(study, places)
+    found, report = write_report(study, places)
+    verdicts = tuple(f"{verdict.subject}: {verdict.words}" for verdict in found.verdicts)
+    return StudyResult(study.name, report, verdicts, found.rows)
+
+
+def run_cells(study: schema.Study, places: Places) -> None:
+    """Run every cell that is not finished, on this machine or through Slurm. RunError where cells failed."""
+    from megatron_prune.study.run import scheduler
+    from megatron_prune.study.run.local import Local
+    from megatron_prune.study.run.progress import Progress
+    from megatron_prune.study.run.slurm import Queue
+
+    with Progress() as progress:
+        launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
+        scheduler.run(study, places, launcher=launcher, progress=progress)
+
+
+def write_report(study: schema.Study, places: Places) -> tuple[Results, Path]:
+    """The results of the cells that are finished, and the page that shows them. UsageError for a study that never ran.
+
+    AccountError where two runs that should match do not.
+    """
+    from megatron_prune.study.analysis import results
+    from megatron_prune.study.report import page
+
+    if not (places.root / "study.json").is_file():
+        raise UsageError(
+            "study report", expected="the folder of a study that has begun", got=places.root,
+            do="start it with `study run`",
+        )  # fmt: skip
+    found = results.collect(places, study)
+    return found, page.write(found, places)

@@ -1,0 +1,186 @@
+"""One source of text, divided by document: what a pruning is calibrated on, what it is judged on, what it trains on.
+
+A document is held out by its own hash, one in ten: which documents those are depends on the text alone, so that
+perplexities of prunings with other settings are on the same text. Documents that occur twice are taken once. Held-out
+documents that are nearly the same as one of the others (``contamination``) are left out.
+
+    FOLDER/{calibration,held_out,train}.jsonl           the documents
+    FOLDER/{calibration,held_out,train}.bin .idx .json  the same, tokenized
+    FOLDER/text.json                                    what was read and what is in each; written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_prune import artifacts
+from megatron_prune.data import contamination, hub, local_text, readers
+from megatron_prune.data.preprocess import preprocess
+from megatron_prune.data.tokenizers import Tokenizer
+from megatron_prune.errors import DataError
+
+CALIBRATION, HELD_OUT, TRAIN = "calibration", "held_out", "train"
+ONE_OF = 10  # documents is held out
+BATCH = 64  # documents that are tokenized at a time
+DONE = "text.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A source of documents: what people call it, what tells it from others (JSON), and its documents in order."""
+
+    name: str
+    identity: Any
+    documents: Callable[[], Iterator[str]]
+
+
+def of_files(paths: Sequence[str | Path], json_key: str = "text", text_documents: str = "file") -> Texts:
+    """JSON lines, Parquet or plain text, perhaps compressed. UsageError for a file that is missing or unknown."""
+    files = [readers.File(path, json_key, "auto", text_documents) for path in readers.check_inputs(paths)]
+
+    def documents() -> Iterator[str]:
+        return (readers.text_of(record) for file in files for record in file.records())
+
+    name = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return Texts(name, [file.identity() for file in files], documents)
+
+
+def of_dataset(dataset: str, split: str = "train", column: str = "text") -> Texts:
+    """``NAME[:CONFIG]`` of the Hugging Face Hub, or a folder of it, streamed. UsageError, DataError."""
+    shards = hub.shards(dataset, split, column)
+
+    def documents() -> Iterator[str]:
+        return (readers.text_of(record) for shard in shards for record in shard.records())
+
+    return Texts(f"data set {dataset} ({split})", [shard.identity() for shard in shards], documents)
+
+
+def of_this_machine() -> Texts:
+    """English that is on this machine: Python's manual, documentation and docstrings of installed packages."""
+
+    def documents() -> Iterator[str]:
+        return (found.text for found in local_text.clean(local_text.gather(local_text.Places()), Counter()))
+
+    name = "English text of this machine (Python's manual, documentation and docstrings of installed packages)"
+    return Texts(name, "this machine", documents)
+
+
+def prepare(
+    texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[str, int], *, workers: int = 1
+) -> dict[str, Any]:
+    """Divide and tokenize; what ``text.json`` holds. ``wanted``: tokens by part; reading ends when all are reached.
+
+    A part of which nothing is wanted is not made. Fewer tokens than are wanted are no error here: see ``tokens`` of
+    each part. A run that was killed begins again, unless it was finished. Raises DataError where a part stays empty.
+    """
+    if (folder / DONE).is_file():
+        found: dict[str, Any] = artifacts.read_json(folder / DONE)
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    divided = _divide(texts, folder, tokenizer, wanted)
+    for part in divided["parts"]:
+        _tokenize(folder, part, tokenizer, workers)
+    alike = _alike(folder, [part for part in divided["parts"] if part != HELD_OUT])
+    if alike:
+        _drop(folder / f"{HELD_OUT}.jsonl", alike)
+        (folder / f"{HELD_OUT}.json").unlink()
+        _tokenize(folder, HELD_OUT, tokenizer, workers)
+    sidecars = {part: artifacts.read_json(folder / f"{part}.json") for part in divided["parts"]}
+    made = {
+        "version": 1,
+        "name": texts.name,
+        "read": divided["read"],
+        "left_out": {"repeated": divided["repeated"], "held_out_but_alike": len(alike)},
+        "parts": {part: {key: found[key] for key in ("documents", "tokens")} for part, found in sidecars.items()},
+    }
+    artifacts.write_json(folder / DONE, made)
+    return made
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document is among those that are held out, wherever it stands."""
+    return _digest(text)[0] < -(-256 // ONE_OF)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def _divide(texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[str, int]) -> dict[str, Any]:
+    """Write the parts' documents. Held-out ones by their hash, the others to calibration until it has its tokens."""
+    parts = [part for part in (CALIBRATION, HELD_OUT, TRAIN) if wanted.get(part)]
+    tokens = dict.fromkeys(parts, 0)
+    end = int(tokenizer.eod is not None)
+    read = repeated = 0
+    seen: set[bytes] = set()
+    documents = texts.documents()
+    with contextlib.ExitStack() as stack:
+        files: dict[str, IO[str]] = {
+            part: stack.enter_context(open(folder / f"{part}.jsonl", "w", encoding="utf-8")) for part in parts
+        }
+        while any(tokens[part] < wanted[part] for part in parts):
+            batch = list(itertools.islice(documents, BATCH))
+            if not batch:
+                break
+            read += len(batch)
+            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                if not len(ids):
+                    continue
+                digest = _digest(text)
+                if digest in seen:
+                    repeated += 1
+                    continue
+                seen.add(digest)
+                part = HELD_OUT if is_held_out(text) else _next(parts, tokens, wanted)
+                if part in files:
+                    tokens[part] += len(ids) + end
+                    files[part].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    if empty := [part for part in parts if not tokens[part]]:
+        raise DataError(
+            f"{texts.name}: {read - repeated} different documents are too few: none is left for "
+            f"{' and '.join(name.replace('_', '-') for name in empty)}; give more text (one document in {ONE_OF} is "
+            "held out), or with --text-documents paragraph make several of a plain text file"
+        )
+    return {"parts": parts, "read": read, "repeated": repeated}
+
+
+def _next(parts: Sequence[str], tokens: Mapping[str, int], wanted: Mapping[str, int]) -> str:
+    """Where a document goes that is not held out: calibration first, then training; "" where neither wants it."""
+    for part in (CALIBRATION, TRAIN):
+        if part in parts and tokens[part] < wanted[part]:
+            return part
+    return ""
+
+
+def _tokenize(folder: Path, part: str, tokenizer: Tokenizer, workers: int) -> None:
+    append_eod = tokenizer.eod is not None
+    preprocess([folder / f"{part}.jsonl"], folder / part, tokenizer, append_eod=append_eod, workers=workers)
+
+
+def _alike(folder: Path, others: Sequence[str]) -> set[int]:
+    """Numbers of the held-out documents that are in another part, or nearly so."""
+    held = folder / HELD_OUT
+    found: set[int] = set()
+    for part in others:
+        found |= {twin for _, twin in contamination.shared_documents(folder / part, held)}
+        found |= {pair.held_out for pair in contamination.near_duplicates(folder / part, held)}
+    return found
+
+
+def _drop(path: Path, numbers: set[int]) -> None:
+    """Take documents out of a file of JSON lines, by number. DataError where none would be left."""
+    lines = path.read_bytes().splitlines(keepends=True)  # of bytes: a text may hold other ends of lines
+    kept = [line for number, line in enumerate(lines) if number not in numbers]
+    if not kept:
+        raise DataError(
+            f"all {len(lines)} held-out documents are nearly the same as documents of the calibration: give other text"
+        )
+    artifacts.write_bytes(path, b"".join(kept))
