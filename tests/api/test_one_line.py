@@ -191,7 +191,10 @@ def test_without_text_it_says_by_name_what_it_reads(prune, tmp_path) -> None:
     [
         ({"hf": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"method": "wandering"}, "--method: .*wanda, got wandering"),
-        ({"method": "shortgpt", "pattern": "2:4"}, "--pattern: expected a sparse --method with it, got --method shortgpt"),
+        (
+            {"method": "shortgpt", "pattern": "2:4"},
+            "--pattern: expected a sparse --method.*shortgpt",
+        ),
         ({"pattern": "2:5"}, "5"),
         ({"pattern": "unstructured"}, "--ratio"),
         ({"calibration_sequences": 5000}, "--calibration-sequences: expected 5000 sequences of 32 tokens"),
