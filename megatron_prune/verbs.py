@@ -406,6 +406,9 @@ class StudyPlan(Study):
 
     commands: bool = setting(False, help="print the command line of every stage too")
     scripts: bool = setting(False, help="write the Slurm script of every cell that is known")
+    corpus_tokens: str | None = setting(
+        None, metavar="N", help="tokens in data.train, such as 750B, while the corpora are not there"
+    )
     throughput: str | None = setting(
         None, metavar="T", help="of one GPU: tokens per second on the parent's shape, or an MFU as 40%"
     )

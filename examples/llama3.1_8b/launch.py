@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from megatron_prune.errors import MegatronPruneError, UsageError
-from megatron_prune.study.budgets import Batch
+from megatron_prune.study.sample_ranges import Batch
 
 HERE = Path(__file__).resolve().parent
 RUNS = "runs/llama3.1-8b"

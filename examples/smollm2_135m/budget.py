@@ -27,7 +27,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
-from megatron_prune.study import grid, schema
+from megatron_prune.study import prunings, schema
 from megatron_prune.study.commands import CORPORA
 
 STUDY = Path(__file__).with_name("study.yaml")
@@ -78,7 +78,7 @@ def work(study: schema.Study, parent: ModelShape) -> Work:
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}
     calibrated = parent.forward_flops(study.data.seq_length)
-    for pruning in grid.prunings(study):
+    for pruning in prunings.prunings(study):
         method, shape = pruning.method, parent
         if not pruning.sparse and pruning.ratio is not None:
             shape = dataclasses.replace(parent, num_layers=round(parent.num_layers * (1 - pruning.ratio)))

@@ -60,7 +60,7 @@ def to_json(ledger: Ledger, asked: Target, advice: Advice) -> dict[str, Any]:
 
 def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
     """Lines for people: the answer first, then what it rests on and what would settle what is open."""
-    from megatron_prune.study.subject import setting_words
+    from megatron_prune.study.grid import setting_words
 
     lines = [_headline(advice)]
     lines += [f"  because {reason}" for reason in advice.reasons]

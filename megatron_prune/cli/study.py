@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from megatron_prune.study import schema
     from megatron_prune.study.commands import Command
-    from megatron_prune.study.places import Places
+    from megatron_prune.study.prunings import Places
 
 MOST_NAMED = 12  # runs that are not shown: the report names all
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 def _each(studies: Sequence[schema.Study], part: str, options: Any) -> int:
     """The verb for the study of every parent; one that fails does not keep the others from theirs."""
-    from megatron_prune.study.places import Places
+    from megatron_prune.study.prunings import Places
 
     action = {"run": _run, "plan": _plan, "status": _status, "report": _report}[part]
     failures = []
@@ -158,23 +158,44 @@ def _report(study: schema.Study, places: Places, options: Any) -> int:
 
 def _plan(study: schema.Study, places: Places, options: Any) -> int:
     _quiet()
-    from megatron_prune.study import jobs as stages
-    from megatron_prune.study import outlook as preflight
+    from megatron_prune.cli import pretrain
+    from megatron_prune.study import jobs, validate
     from megatron_prune.study.estimate import show
     from megatron_prune.study.run import slurm
 
     _refuse_times_of_nothing(options)
-    outlook = preflight.check(study, places)
+    outlook = validate.check(study, places, planned=True, corpus_tokens=_tokens(options.corpus_tokens))
     console = _console()
-    show(study, outlook, console, options.throughput, options.gpus, options.peak_tflops or PEAK_TFLOPS)
+    show(
+        study,
+        places,
+        outlook,
+        pretrain.main,
+        console,
+        options.throughput,
+        options.gpus,
+        options.peak_tflops or PEAK_TFLOPS,
+    )
     if options.commands:
-        _print_commands(stages.all_commands(stages.all_cells(study, places, outlook)))
+        _print_commands(jobs.all_commands(jobs.all_cells(study, places, outlook)))
     if options.scripts:
-        cells = stages.all_cells(study, places, outlook)
+        cells = jobs.all_cells(study, places, outlook)
         for cell in cells:
-            stages.keep(study, places, cell, cells)
+            jobs.keep(study, places, cell, cells)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
+
+
+def _tokens(given: str | None) -> int | None:
+    from megatron_prune.study.values import parse_tokens
+
+    try:
+        tokens = None if given is None else parse_tokens(given)
+    except ValueError as error:
+        raise UsageError("--corpus-tokens", got=given, expected=str(error)) from error
+    if tokens is not None and tokens < 1:
+        raise UsageError("--corpus-tokens", got=given, expected="a positive number of tokens")
+    return tokens
 
 
 def _refuse_times_of_nothing(options: Any) -> None:

@@ -7,7 +7,9 @@ transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``), a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,28 @@ def args_from_config(
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": 1,
     }
+
+
+def find_config(hf: str | Path) -> dict[str, Any] | None:
+    """A model's ``config.json``: the file, one in a directory, or of the model of that name in the Hub's local cache.
+
+    None where there is none; nothing is downloaded. Raises CheckpointError where it is not JSON.
+    """
+    path = Path(hf)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file() and str(hf).count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(str(hf), "config.json")
+        path = Path(cached) if isinstance(cached, str) else path
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
 
 
 def config_from_args(

@@ -142,12 +142,14 @@ def _parse(verb: Callable[[list[str]], int], argv: list[str]) -> argparse.Namesp
     """The arguments that ``verb`` gives to Megatron, validated."""
     from megatron.training import global_vars
 
+    from megatron_prune.data import tokenizers
     from megatron_prune.engine import arguments
 
     def stop(args: argparse.Namespace, *_: Any, **__: Any) -> NoReturn:
         raise _Parsed(args)
 
     global_vars.set_global_variables = stop  # the last thing that `arguments.parse` does
+    tokenizers.refuse_absent = lambda *_: True  # it may be on the cluster alone
     arguments._repair = lambda *_: None  # the job whose files these are may be running
     try:
         verb(argv)

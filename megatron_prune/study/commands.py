@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.study.budgets import SampleRange
-from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell, parent_cell
-from megatron_prune.study.places import Places
+from megatron_prune.study.grid import TrainingCell
+from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
+from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import Study
 from megatron_prune.study.sections import Method
 
@@ -53,7 +53,7 @@ def parent_training(study: Study, places: Places, samples: SampleRange, seed: in
     """Pretraining of a parent from random weights; ``seed`` is that of its replicate, where each has a parent."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
-    cell, start = parent_cell(study, seed), flags(pretrain.arguments)
+    cell, start = parent_cell(study, seed), flags(study.parent.flags)
     return _pretrain(study, places, cell, samples, *study.parent_run(seed), start, permute=False)
 
 

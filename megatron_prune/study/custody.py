@@ -1,13 +1,13 @@
-"""What ties the files of a run to each other, and the runs of a study apart.
+"""Do the files of a run belong together, and are two runs really two?
 
     training ──▶ checkpoint/iter_N ──▶ account.json  "final": fingerprint and full_hash of the weights that it saved
                         │                                ║ the same
                         └──▶ evaluation ──▶ scores.json  "checkpoint": those of the weights that it scored
 
-A cell in which these disagree is an error by name (AccountError): whoever copied a checkpoint, an account or scores
-from one cell to another has to change both files. Each file has to agree with itself too: losses.csv with the account
-beside it, a loss with the mean of its windows. And two runs that differ in anything that decides a run do not end with
-the same weights, or with equal losses: where they do, one of them is a copy.
+A cell in which these disagree is an AccountError that names it: a checkpoint, an account or scores that were copied
+from another cell do not match. Each file must agree with itself too: losses.csv with the account next to it, a loss
+with the mean of its windows. Two runs that differ in anything that decides a run cannot end with the same weights or
+with equal losses: where they do, one of them is a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import AccountError
-from megatron_prune.study.match import ALLOWED
+from megatron_prune.study.pair import ALLOWED
 
 WEIGHTS = ("fingerprint", "full_hash")
 TWICE = ("seed", "global_batch_size", "micro_batch_size", "seq_length")  # in an account and among its arguments
@@ -34,7 +34,7 @@ CLOSE = 1e-6  # nats: of all windows of a text, between two runs; other seeds ar
 
 
 def check_account(path: Path) -> None:
-    """AccountError where a complete account does not agree with itself, or with the losses beside it."""
+    """AccountError where a complete account does not agree with itself, or with the losses next to it."""
     account = artifacts.read_json(path)
     for name in TWICE:
         given = account["arguments"].get(name)
@@ -111,7 +111,7 @@ class Run:
 
     @staticmethod
     def read(cell: str, account: Path, scores: Path) -> Run:
-        """Read a cell's files; ``losses.csv`` is beside the account."""
+        """Read a cell's files; ``losses.csv`` is next to the account."""
         losses = tuple(row["loss"] for row in _rows(account.parent / "losses.csv"))
         return Run(cell, artifacts.read_json(account), artifacts.read_json(scores), losses)
 

@@ -1,29 +1,62 @@
-"""``study plan``: every cell with what it will take, as a table."""
+"""``study plan``: what a study will take, before anything runs, as a table of its cells.
+
+Tokens and FLOPs (dense GEMMs: ``checkpoint.layout``), memory (that of the fullest rank, by a dry run and the formula of
+``preflight``), storage, and time: FLOPs, those of evaluation too, over a stated speed, without start-up and data.
+"""
 
 from __future__ import annotations
 
+import functools
 import heapq
+import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import UsageError
-from megatron_prune.study import grid
-from megatron_prune.study.commands import CORPORA
-from megatron_prune.study.grid import calibration_cell, calibration_tokens, links, parent_cells, prunings, source_cell
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.engine import cpu, installed
+from megatron_prune.errors import MegatronPruneError, UsageError
+from megatron_prune.preflight import dry_run, host
+from megatron_prune.preflight import memory as preflight_memory
+from megatron_prune.preflight.cost import Cluster
+from megatron_prune.study import commands, grid
+from megatron_prune.study.commands import CORPORA, Command
 from megatron_prune.study.outlook import Outlook
+from megatron_prune.study.prunings import (
+    Places,
+    Pruning,
+    calibration_cell,
+    calibration_tokens,
+    links,
+    parent_cells,
+    prunings,
+    source_cell,
+)
 from megatron_prune.study.schema import Study
+
+Verb = Callable[[list[str]], int]  # of the command line
 
 
 def show(
-    study: Study, outlook: Outlook, console: Console, throughput: str | None, gpus: int | None, peak_tflops: float
+    study: Study,
+    places: Places,
+    outlook: Outlook,
+    pretrain: Verb,
+    console: Console,
+    throughput: str | None,
+    gpus: int | None,
+    peak_tflops: float,
 ) -> None:
-    """Print the plan; with times where a ``throughput`` is stated (``outlay.Speed``)."""
+    """Print the plan: memory by dry runs of the verb ``pretrain``, times where a ``throughput`` is stated (``Speed``)."""
     launch = study.launch
     gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
     if gpus < launch.nproc:
@@ -33,15 +66,17 @@ def show(
         speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
     laid = outlook.estimated_grid(study)
     title = f"study {study.name}: {len(laid.cells)} training runs, {launch.nproc} process(es) each"
-    console.print(_table(title, list(of_study(study, outlook)), speed, launch.nproc))
-    for note in [*grid.notes(study), *left_to_know(study, outlook)]:
+    sizes, unknown = memory(study, places, outlook, pretrain)
+    estimates = [replace(one, memory=sizes.get(one.cell)) for one in of_study(study, outlook)]
+    console.print(_table(title, estimates, speed, launch.nproc))
+    for note in [*grid.notes(study), *outlook.assumed, *left_to_know(study, outlook), *unknown]:
         console.print(note)
     for comparison in laid.comparisons:
         if comparison.not_run:
             console.print(f"not run: {comparison.setting} for {comparison.pruned}: {comparison.not_run}")
 
 
-def _table(title: str, cells: Sequence[Outlay], speed: Speed | None, nproc: int) -> Table:
+def _table(title: str, cells: Sequence[Estimate], speed: Speed | None, nproc: int) -> Table:
     table = Table(title=title)
     for column in "cell samples steps tokens FLOPs parameters memory storage time".split():
         table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
@@ -87,16 +122,8 @@ def _time(seconds: float | None) -> str:
     return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
-# What a study will take: tokens, FLOPs, memory, storage and time of every cell, before anything runs.
-#
-# FLOPs are dense GEMMs (``checkpoint.layout``). Memory is that of the fullest pipeline stage: bytes a parameter for
-# weights, gradients and Adam, and activations with flash attention and without recomputation by the formula that
-# Megatron's ``theoretical_memory_usage`` takes from arXiv:2205.05198, table 2; for a real check there is the verb
-# ``preflight``. Times are FLOPs, those of evaluation too, over a stated speed: no start-up, no data.
-
-
 @dataclass(frozen=True)
-class Outlay:
+class Estimate:
     """One cell; None where a search or an import has to be run before it can be known. Memory is of one rank."""
 
     cell: str
@@ -106,7 +133,7 @@ class Outlay:
     flops: int | None = None
     evaluation: int = 0  # FLOPs more, which no account counts
     parameters: int | None = None
-    memory: float | None = None  # bytes
+    memory: int | None = None  # bytes; ``memory`` finds it
     storage: float | None = None  # bytes, of what stays
     after: tuple[str, ...] = ()
 
@@ -134,25 +161,25 @@ class Speed:
                              why="the parent's shape is not known before it is imported")  # fmt: skip
         return Speed(value * source.training_flops(seq_length) / seq_length, gpus)
 
-    def seconds(self, outlay: Outlay, nproc: int) -> float | None:
-        return None if outlay.flops is None else (outlay.flops + outlay.evaluation) / (self.flops * nproc)
+    def seconds(self, estimate: Estimate, nproc: int) -> float | None:
+        return None if estimate.flops is None else (estimate.flops + estimate.evaluation) / (self.flops * nproc)
 
 
-def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
+def of_study(study: Study, outlook: Outlook) -> Iterator[Estimate]:
     """Every cell in the order in which they are run."""
     lay, seq_length = outlook.lay, outlook.lay.batch.seq_length
     retained = {"all": 1.0, "final": 1.0, "none": 0.0}[study.retention]
 
-    def training(cell: str, samples: Any, shape: ModelShape | None, kept: float, after: tuple[str, ...]) -> Outlay:
+    def training(cell: str, samples: Any, shape: ModelShape | None, kept: float, after: tuple[str, ...]) -> Estimate:
         tokens = samples.steps * lay.batch.tokens
         if shape is None:
-            return Outlay(cell, str(samples), samples.steps, tokens, after=after)
+            return Estimate(cell, str(samples), samples.steps, tokens, after=after)
         saves = -(-samples.steps // (study.recipe.save_interval or samples.steps)) if study.retention == "all" else 1
         flops = shape.training_flops(seq_length) * samples.steps * lay.batch.samples
-        storage = kept * saves * shape.parameters() * (14 if _half(study) else 12)
-        return Outlay(
+        stored = kept * saves * shape.parameters() * (14 if _half(study) else 12)
+        return Estimate(
             cell, str(samples), samples.steps, tokens, flops, _evaluation(study, shape), shape.parameters(),
-            memory(study, shape), storage, after,
+            storage=stored, after=after,
         )  # fmt: skip
 
     for cell, _ in parent_cells(study):
@@ -173,7 +200,7 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
         if outlook.needs[link.name].statistics and name not in done:
             done.add(name)
             after = (source_cell(study, link),)
-            yield Outlay(name, tokens=calibration_tokens(study), flops=forward, after=after)
+            yield Estimate(name, tokens=calibration_tokens(study), flops=forward, after=after)
         yield _pruning(study, outlook, link)
     for run in runs:
         if run.id not in between:
@@ -181,23 +208,23 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Outlay]:
             yield training(run.id, run.samples, shape, retained, (run.source.cell,))
 
 
-def _pruning(study: Study, outlook: Outlook, link: Any) -> Outlay:
+def _pruning(study: Study, outlook: Outlook, link: Pruning) -> Estimate:
     shape, needs = outlook.targets.get(link.name), outlook.needs[link.name]
     before = outlook.targets.get(link.base.name) if link.base else outlook.source
     consumed = outlook.consumed(study)
     own = consumed[link.name] - (consumed[link.base.name] if link.base else 0)
     after = [source_cell(study, link)]
     after += [calibration_cell(study, link)] if needs.statistics else []
-    storage = None if shape is None else shape.parameters() * (2 if _half(study) else 4)
+    stored = None if shape is None else shape.parameters() * (2 if _half(study) else 4)
     flops: int | None = 0
     if needs.text:  # once through every block; a Hessian costs more
         flops = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
     elif needs.scores:
         flops = None  # how many candidates there are is known when they are named
     parameters = None if shape is None else shape.parameters()
-    return Outlay(
+    return Estimate(
         link.cell, tokens=own, flops=flops, evaluation=_evaluation(study, shape), parameters=parameters,
-        storage=storage, after=tuple(after),
+        storage=stored, after=tuple(after),
     )  # fmt: skip
 
 
@@ -220,34 +247,99 @@ def left_to_know(study: Study, outlook: Outlook) -> list[str]:
     return missing
 
 
-def memory(study: Study, shape: ModelShape) -> float:
-    """Bytes of the fullest rank while it trains ``shape``."""
-    launch, recipe = study.launch, study.recipe
-    tp, pp, dp = launch.tensor_parallel, launch.pipeline_parallel, launch.data_parallel
-    distributed = bool(recipe.arguments.get("use-distributed-optimizer"))
-    bytes_each = (6 + 12 / dp if distributed else 18) if _half(study) else (8 + 8 / dp if distributed else 16)
-    embeddings = shape.hidden_size * shape.padded_vocab_size * (1 if shape.tied else 2)
-    blocks = (shape.parameters() - embeddings) / pp
-    held = blocks + embeddings / (2 if pp > 1 and not shape.tied else 1)
-    tokens = study.data.seq_length * recipe.micro_batch_size
-    activations = tokens * shape.hidden_size * (18 + 4 * shape.ffn_hidden_size / shape.hidden_size) * shape.num_layers
-    activations += tokens * (8 + shape.hidden_size) * pp
-    if pp == 1:
-        activations += 4 * tokens * (shape.hidden_size + shape.padded_vocab_size)
-    return (held * bytes_each + activations) / tp
+def memory(study: Study, places: Places, outlook: Outlook, pretrain: Verb) -> tuple[dict[str, int], list[str]]:
+    """Bytes of the fullest rank of every training cell whose shape is known, and why some are not known.
+
+    They are what ``preflight`` says of the cells' own command lines on H100s, with nothing set aside: a dry run of one
+    cell for each shape, with and without masks.
+    """
+    runs: dict[tuple[ModelShape, bool], tuple[list[str], Command]] = {}
+    for cell, shape, masked, command in _trainings(study, places, outlook):
+        runs.setdefault((shape, masked), ([], command))[0].append(cell)
+    lines = [(shape, command) for (shape, _), (_, command) in runs.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        found = dry_run.in_child(functools.partial(_dry_runs, study, lines, Path(folder), pretrain))
+    sizes = {cell: size for (cells, _), size in zip(runs.values(), found, strict=True) for cell in cells
+              if isinstance(size, int)}  # fmt: skip
+    refused = dict.fromkeys(size for size in found if isinstance(size, str))
+    return sizes, [f"memory is not known, since preflight refuses: {why}" for why in refused]
+
+
+def _trainings(study: Study, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, bool, Command]]:
+    """Every cell that trains a shape that is known: it, its shape, whether it holds masks, and its command."""
+    lay = outlook.lay
+    if study.parent.pretrain is not None and outlook.source is not None:
+        samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
+        for cell, seed in parent_cells(study):
+            yield cell, outlook.source, False, commands.parent_training(study, places, samples, seed)
+    for run in outlook.estimated_grid(study).cells:
+        if run.source.name in outlook.targets:
+            command = commands.training(study, places, run, run.source)
+            yield run.id, outlook.targets[run.source.name], run.masked, command
+
+
+def _dry_runs(
+    study: Study, lines: Sequence[tuple[ModelShape, Command]], folder: Path, pretrain: Verb
+) -> list[int | str]:
+    """In a process without a GPU: bytes of the fullest rank for each command line, or why it would not start."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cpu.prepare()
+    found: list[int | str] = []
+    cluster = Cluster(study.launch.nproc, per_node=study.launch.ranks_per_node)
+    has = installed.named("te,apex,flash-attn")  # as launch/Dockerfile.ngc, which ``preflight`` takes too
+    for number, (shape, command) in enumerate(lines):
+        model = folder / f"{number}.flags"
+        model.write_text(shlex.join(commands.flags(_base_flags(study) | model_flags(shape))))
+        try:
+            made = dry_run.rehearse(
+                pretrain, host.resolve([*command.argv[1:]], str(model)).argv, gpus=cluster.gpus,
+                per_node=cluster.local_ranks, capability=cluster.gpu.capability, has=has,
+            )  # fmt: skip
+        except (dry_run.Refused, MegatronPruneError) as error:
+            found.append(str(error))
+            continue
+        stages = preflight_memory.training(made.args, made.shape, made.stages, made.microbatches)
+        found.append(max((stage.total for stage in stages), default=0) if made.unbuilt is None else made.unbuilt)
+    return found
+
+
+def _base_flags(study: Study) -> dict[str, Any]:
+    """Megatron flags of the parent that decide how much memory it takes, its shape apart."""
+    if study.parent.flags:
+        return study.parent.flags
+    args: Mapping[str, Any] = {}
+    if study.parent.load is not None:
+        args = open_checkpoint(study.parent.load).args if storage.path(study.parent.load).exists() else {}
+    asked = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "max_position_embeddings": study.data.seq_length}
+    return {name.replace("_", "-"): args.get(name, default) for name, default in asked.items()}
+
+
+def model_flags(shape: ModelShape) -> dict[str, Any]:
+    """Megatron flags that say a shape."""
+    return {
+        **{name.replace("_", "-"): value for name, value in shape.to_args().items()},
+        "padded-vocab-size": shape.padded_vocab_size,
+        "untie-embeddings-and-output-weights": not shape.tied,
+        "swiglu": shape.gated,
+        "normalization": "LayerNorm" if shape.norm_bias else "RMSNorm",
+        "disable-bias-linear": not shape.linear_bias,
+        "add-qkv-bias": shape.qkv_bias and not shape.linear_bias,
+        "qk-layernorm": shape.qk_norm,
+        "position-embedding-type": "learned_absolute" if shape.positions else "rope",
+    }
 
 
 def _half(study: Study) -> bool:
     return bool(study.recipe.arguments.get("bf16") or study.recipe.arguments.get("fp16"))
 
 
-def makespan(outlays: Sequence[Outlay], seconds: dict[str, float], slots: int) -> float:
+def makespan(estimates: Sequence[Estimate], seconds: dict[str, float], slots: int) -> float:
     """Seconds from begin to end with ``slots`` cells at a time, each after what it needs, in the order given."""
     free = [0.0] * slots
     ended: dict[str, float] = {}
-    for outlay in outlays:
-        ready = max((ended.get(name, 0.0) for name in outlay.after), default=0.0)
+    for one in estimates:
+        ready = max((ended.get(name, 0.0) for name in one.after), default=0.0)
         began = max(heapq.heappop(free), ready)
-        ended[outlay.cell] = began + seconds.get(outlay.cell, 0.0)
-        heapq.heappush(free, ended[outlay.cell])
+        ended[one.cell] = began + seconds.get(one.cell, 0.0)
+        heapq.heappush(free, ended[one.cell])
     return max(ended.values(), default=0.0)

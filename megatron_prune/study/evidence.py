@@ -1,13 +1,14 @@
-"""ledger.jsonl: one line a finished cell, appended whole or not at all.
+"""What a study's folder holds: the ledger, and records that are read from the artifacts each time.
 
-A line is written by one ``write`` on a descriptor opened for appending and is on disk before the
-runner goes on. A kill in the middle of it can only tear the last line: a torn line is one that does
-not end in a newline; it is cut off before the next append, and never read. Anything else that is
-not a record is an error, since nobody but us writes here.
+ledger.jsonl has one line per finished cell, appended whole or not at all. A line is written by one ``write`` on a
+descriptor that was opened for appending, and is on disk before the runner continues. If the process is killed while it
+writes, only the last line can be incomplete: one that does not end in a newline is never read, and is removed before
+the next line is appended. Any other line that is not a record is an error, since nothing else writes to the file.
 
-The ledger is a diary, not the source: what a report shows is read from the artifacts of the cells each time
-(``evidence``), and a line that says something else is named. A cell that was made again has a line each time; the
-last one counts, and the others stay as a trace.
+The ledger is a diary, not the source. A report shows what the artifacts of the cells say; where the ledger's line of a
+cell says something else, both are named. A cell that was made again has one line for each time; the last one counts,
+and the others stay as a trace. Runs in the folder that study.yaml no longer asks for are listed with the reason, and
+comparisons between them stay in the family that p values are corrected over.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError
 from megatron_prune.study import custody, jobs
-from megatron_prune.study import outlook as preflight
-from megatron_prune.study.checks import Check
-from megatron_prune.study.execution import States
-from megatron_prune.study.grid import of_method, prunings
+from megatron_prune.study.execution import Check, States
+from megatron_prune.study.grid import GROUP
 from megatron_prune.study.jobs import Cell
-from megatron_prune.study.places import Places
+from megatron_prune.study.outlook import Outlook, look
+from megatron_prune.study.prunings import Places, of_method, prunings
 from megatron_prune.study.schema import Study
-from megatron_prune.study.subject import GROUP
 
 
 class Ledger:
@@ -80,19 +79,12 @@ class Ledger:
             os.close(descriptor)
 
     def _split(self) -> tuple[bytes, bytes]:
-        """The file up to its last newline, and what lies behind it."""
+        """The file up to its last newline, and what comes after it."""
         if not self.path.exists():
             return b"", b""
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         return content[:end], content[end:]
-
-
-# What a study's folder holds: records of what is finished, read from the artifacts each time, and what is beside it.
-#
-# The ledger is not believed. Where its line of a cell says something else than the cell's artifacts, both are named and
-# the artifacts are shown. Runs that the folder holds and study.yaml no longer asks for are listed with the reason, and
-# comparisons between them stay in the family that p values are corrected over.
 
 
 Record = Mapping[str, Any]
@@ -115,7 +107,7 @@ class Evidence:
     """``records``: of the study's finished cells. ``disbelieved``: where the ledger says something else. ``compared``:
     every comparison, as ``Comparison.group``, of which both arms have finished in this folder, shown or not."""
 
-    outlook: preflight.Outlook
+    outlook: Outlook
     records: Mapping[str, dict[str, Any]]
     disbelieved: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
@@ -125,7 +117,7 @@ class Evidence:
 def gather(study: Study, places: Places) -> Evidence:
     """Read a study's folder. AccountError where the files of a cell, or two cells, contradict each other; UsageError
     where ``study`` would have run a cell with other commands."""
-    outlook, ledger = preflight.look(study, places), Ledger(places.ledger)
+    outlook, ledger = look(study, places), Ledger(places.ledger)
     known = jobs.parents if outlook.source is None else jobs.all_cells
     cells = {cell.id: cell for cell in known(study, places, outlook)}
     for cell in cells.values():  # what was run is what study.yaml says now
@@ -134,10 +126,10 @@ def gather(study: Study, places: Places) -> Evidence:
     order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
     found = {cell: record(cells[cell], states) for cell in order}
     records = {cell: made for cell, made in found.items() if made is not None}
-    beside = {name: described for name, described in _described(places) if name not in cells}
-    left_out = list(_left_out(study, places, cells, beside, ledger))
+    others = {name: described for name, described in _described(places) if name not in cells}
+    left_out = list(_left_out(study, places, cells, others, ledger))
     trained = [cell for cell in records if cells[cell].kind in TRAINED]
-    trained += [name for name in beside if _is_trained(places, name, beside[name])]
+    trained += [name for name in others if _is_trained(places, name, others[name])]
     custody.refuse_copies(
         [custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained],
         {cell: made["fingerprint"] for cell, made in records.items() if made["kind"] in ("parent", "pruning")},
@@ -198,11 +190,11 @@ def _described(places: Places) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _left_out(
-    study: Study, places: Places, cells: Mapping[str, Cell], beside: Mapping[str, dict[str, Any]], ledger: Ledger
+    study: Study, places: Places, cells: Mapping[str, Cell], others: Mapping[str, dict[str, Any]], ledger: Ledger
 ) -> Iterator[LeftOut]:
     lines = ledger.read()
-    for name in [*beside, *(name for name in lines if name not in cells and name not in beside)]:
-        described = beside.get(name)
+    for name in [*others, *(name for name in lines if name not in cells and name not in others)]:
+        described = others.get(name)
         finished, why = _finished(places.cell(name), described) if described else (False, "")
         if finished or why or name in lines:
             about = (described or {}).get("about") or lines.get(name, {}).get("about") or {}

@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import UsageError
-from megatron_prune.study.budgets import Batch, Lay, SampleRange
+from megatron_prune.study.prunings import Pruning, links, of_method
+from megatron_prune.study.sample_ranges import Lay, SampleRange
 from megatron_prune.study.schema import Study
-from megatron_prune.study.sections import Method
 from megatron_prune.study.values import Scratch, Setting
 
 Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
@@ -50,9 +49,55 @@ class TrainingCell:
     others: tuple[Pruning, ...] = ()
 
 
+# Comparisons that agree in these are one; a verdict of one budget has its tokens too.
+SUBJECT = ("method", "pattern", "ratio", "setting", "against", "sparse")
+GROUP = (*SUBJECT, "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One method at one ratio in one setting against one kind of scratch.
+
+    ``pattern`` is that of the method, or of a chain's last link; ``sparse``: what is trained on has masks, which a
+    chain's may have of an earlier link.
+    """
+
+    method: str
+    pattern: str | None
+    ratio: float | None
+    setting: str
+    against: str  # masked or dense
+    sparse: bool
+
+    @property
+    def label(self) -> str:
+        return label(self.method, self.pattern, self.ratio)
+
+    @property
+    def dense(self) -> bool:
+        """True where a sparse model stands against one that has all its weights."""
+        return self.sparse and self.against == "dense"
+
+    @property
+    def subject(self) -> str:
+        """``shortgpt, 50% removed, equal training tokens``"""
+        return f"{self.label}, {setting_words(self.setting)}{', against dense scratch' * self.dense}"
+
+
+def setting_words(setting: str) -> str:
+    """``equal training tokens``"""
+    return "equal FLOPs" if setting == "equal-flops" else f"{setting.replace('-', ' ')} tokens"
+
+
+def label(method: str, pattern: str | None, ratio: float | None) -> str:
+    """``shortgpt, 50% removed``; ``wanda 2:4, 50% removed``"""
+    name = method if pattern is None else f"{method} {pattern}"
+    return name if ratio is None else f"{name}, {100 * ratio:g}% removed"
+
+
 @dataclass(frozen=True)
 class Edge:
-    """An arm's learning rate is at an end of those tried, so that a better one may lie beyond: ``add`` is the next."""
+    """An arm's learning rate is at an end of those tried; a better one may be beyond it. ``add`` is the next to try."""
 
     arm: str  # pruned or scratch
     rate: float
@@ -257,155 +302,3 @@ def notes(study: Study) -> list[str]:
         for method in study.methods
         if method.own_ratio is not None and study.ratios != [method.own_ratio]
     ]
-
-
-# The prunings of a study: every method at every ratio under every seed, and chains of them.
-#
-# A chain's links are prunings of their own, each of which starts from the one before it, or from what that is after a
-# retraining, so that two chains, or a chain and a method, share what they have in common. Known from study.yaml alone.
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """One method at one ratio (None: at its explicit target) under one seed.
-
-    ``base`` is the pruning that it starts from, None for the parent; ``retrained``: the tokens, whole global batches,
-    that this was trained on before, 0 for none. The last link of a chain has the chain's
-    ``title``, for rows, and its ``label``, for cells.
-    """
-
-    method: Method
-    ratio: float | None
-    seed: int
-    base: Pruning | None = None
-    title: str | None = None
-    label: str | None = None
-    retrained: int = 0
-
-    @property
-    def name(self) -> str:
-        amount = "target" if self.ratio is None else f"r{100 * self.ratio:g}"
-        before = ""
-        if self.base is not None and not self.label:
-            before = (
-                self.base.name.removesuffix(f"s{self.seed}") + f"t{self.retrained}-" * bool(self.retrained) + "then-"
-            )
-        return f"{before}{self.label or self.method.tag}-{amount}-s{self.seed}"
-
-    @property
-    def cell(self) -> str:
-        return f"pruning-{self.name}"
-
-    @property
-    def links(self) -> tuple[Pruning, ...]:
-        """The prunings behind it in order, itself last."""
-        return (*(self.base.links if self.base else ()), self)
-
-    @property
-    def begins_with(self) -> str | None:
-        """What it starts from, for names of cells: its base, perhaps after a retraining. None for the parent."""
-        if self.base is None:
-            return None
-        return self.base.name + (f"-t{self.retrained}" if self.retrained else "")
-
-    @property
-    def retraining_cell(self) -> str | None:
-        """The cell of the retraining that it starts from."""
-        return f"retrained-{self.begins_with}" if self.retrained else None
-
-    @property
-    def trained(self) -> int:
-        """Tokens of all retrainings between the links behind it."""
-        return sum(link.retrained for link in self.links)
-
-    @property
-    def sparse(self) -> bool:
-        """True where there are masks on what comes out."""
-        return any(link.method.pattern is not None for link in self.links)
-
-    @property
-    def subject(self) -> tuple[str, str | None, float | None]:
-        """What is the same for all seeds: what it is called, its pattern, its ratio. Those of a chain's links are
-        in its title, but for the last pattern."""
-        if self.title is not None:
-            return self.title, self.method.pattern, None
-        return self.method.title, self.method.pattern, self.ratio
-
-
-def of_method(study: Study, method: Method) -> list[Pruning]:
-    """A method at every ratio under every seed; one with a target has no ratio, N:M its own, a chain its links'."""
-    if method.chain:
-        return [_chained(study, method, seed) for seed in study.seeds]
-    ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
-    return [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
-
-
-def _chained(study: Study, method: Method, seed: int) -> Pruning:
-    batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
-    made: Pruning | None = None
-    retrained = 0
-    for link in method.chain:
-        one, last = link.method(), link is method.chain[-1]
-        title, label = (method.title, method.label) if last else (None, None)
-        made = Pruning(one, link.ratio or one.own_ratio, seed, made, title, label, retrained)
-        where = f"methods.{method.tag}.chain.retrain"
-        retrained = batch.steps(link.retrain, where) * batch.tokens if link.retrain else 0
-    assert made is not None
-    return made
-
-
-def prunings(study: Study) -> list[Pruning]:
-    """Those that are trained on and compared, in the study's order."""
-    return [pruning for method in study.methods for pruning in of_method(study, method)]
-
-
-def links(study: Study) -> list[Pruning]:
-    """All of them, with what only others start from, each once and after what it starts from."""
-    found: dict[str, Pruning] = {}
-    for pruning in prunings(study):
-        for link in pruning.links:
-            if found.setdefault(link.name, link) != link:
-                raise UsageError(
-                    "methods", got=f"two prunings called {link.name} with different settings",
-                    expected="a label for at least one of them",
-                )  # fmt: skip
-    return list(found.values())
-
-
-def calibration_cell(study: Study, pruning: Pruning) -> str:
-    """The cell whose statistics a pruning's plan reads: one for all seeds when neither windows nor parent change."""
-    if pruning.base is not None:
-        return f"calibration-{pruning.begins_with}"
-    per_seed = study.calibration.sampling == "random" or study.parent_per_seed
-    return f"calibration-s{pruning.seed}" if per_seed else "calibration"
-
-
-def calibration_tokens(study: Study) -> int:
-    return study.calibration.sequences * study.calibration_seq_length
-
-
-def parent_cell(study: Study, seed: int) -> str:
-    """The cell of the parent that a seed's prunings start from."""
-    return f"parent-s{seed}" if study.parent_per_seed else "parent"
-
-
-def source_cell(study: Study, pruning: Pruning) -> str:
-    """The cell whose checkpoint a pruning starts from: its parent's, that of the link before it, or of the retraining
-    between the two."""
-    if pruning.base is None:
-        return parent_cell(study, pruning.seed)
-    return pruning.retraining_cell or pruning.base.cell
-
-
-def parent_cells(study: Study) -> Iterator[tuple[str, int]]:
-    """Every parent's cell, with what is added to ``parent.pretrain.seed`` to train it."""
-    for seed in study.seeds if study.parent_per_seed else [0]:
-        yield parent_cell(study, seed), seed
-
-
-def flops_of(
-    records: Mapping[str, Mapping[str, Any]], study: Study, pruning: Pruning, *, statistics: bool
-) -> int | None:
-    """FLOPs of one pruning with those of its ``statistics``; None before they are finished."""
-    parts = [records.get(pruning.cell)] + [records.get(calibration_cell(study, pruning))] * statistics
-    return None if None in parts else sum(part["flops"] for part in parts if part)

@@ -1,7 +1,7 @@
-"""A cell as stages: what to run, how to know that it is done, what must be finished before, what its record is.
+"""The cells of a study as jobs: what to run, how to know that it is done, what must be finished before, its record.
 
-``Cell`` is all that the runner sees. The functions here make them from a study: the parents first,
-then calibrations, prunings, and the training runs of the grid.
+A ``Cell`` has one or several ``Stage``s and is all that the runner sees. The functions here make cells from a study:
+the parents first, then calibrations, prunings, and the training runs of the grid.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import commands, records
-from megatron_prune.study.budgets import SampleRange
-from megatron_prune.study.checks import Check
 from megatron_prune.study.commands import Command
-from megatron_prune.study.grid import Grid, Pruning, TrainingCell, calibration_cell, links, parent_cells, source_cell
+from megatron_prune.study.execution import Check
+from megatron_prune.study.grid import Grid, TrainingCell
 from megatron_prune.study.outlook import Outlook
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places, Pruning, calibration_cell, links, parent_cells, source_cell
+from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import Study
 
 Seconds = Mapping[str, float]

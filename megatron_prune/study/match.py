@@ -1,4 +1,4 @@
-"""May these two runs be compared? Their accounts decide, field by field (DESIGN §7).
+"""May these two runs be compared? Their accounts decide, field by field.
 
 *Equal training*: the same samples of the same stream in the same order, the same batch, length and
 steps, the same shape, and every resolved argument equal outside ``ALLOWED``. *Equal total*: the same
@@ -11,7 +11,11 @@ shown is of the same text. Where the study sweeps the learning rate, both arms h
 
 What is behind the pruned arm is in the lineage of its account (``training/lineage``): it must be the parent's stages as
 they are now, then the study's prunings and the retrainings between them, each begun with what the one before it left.
-Where the parent's tokens or FLOPs count, ``parents`` names what its recipe has other than the arms'.
+Where the parent's tokens or FLOPs count, they do as they were spent, under the parent's own recipe. A larger model is
+rightly trained at another rate, batch, precision or length, and nobody can train a published parent again, so such
+differences are no reason to refuse: each is named, in the match and at the head of the report, for the reader to judge.
+Refused is what makes the sum no sum: another tokenizer (a token of one is not a token of another), and a training that
+did not end.
 
 The result is the list of what was compared, for the report; the first thing that does not match
 raises AccountError, which names both runs and the field.
@@ -19,237 +23,26 @@ raises AccountError, which names both runs and the field.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study import environment, parents
-from megatron_prune.study.budgets import counted
-from megatron_prune.study.parents import Line as Line
+from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Line, Runs
+from megatron_prune.study.sample_ranges import counted
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 
-Account = Mapping[str, Any]
-
-# Resolved arguments in which the two arms of any comparison may differ, and why.
-ALLOWED: dict[str, str] = {
-    "pretrained_checkpoint": "start",
-    "shape_from": "start",
-    "use_checkpoint_args": "start",
-    "finetune": "start",
-    # Set by pretrain for FP8 weights that begin with a checkpoint (training/pretrain.py).
-    "load_main_params_from_ckpt": "start",
-    "no_load_optim": "start",
-    "stream_ckpt_dequant": "start",
-    "load": "output path",
-    "save": "output path",
-    "tensorboard_dir": "output path",
-    "wandb_save_dir": "output path",
-    "wandb_exp_name": "output path",
-    "save_interval": "how often an output is saved",
-    # Set by pretrain where a run goes on at another number of ranks (engine/optimizer_layout.py).
-    "ddp_bucket_size": "how gradients are packed to be sent",
-    "masks": "a path; which masks they are is compared by their hash",
-    # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
-    "iteration": "progress at the last start",
-    "curr_iteration": "progress at the last start",
-    "consumed_train_samples": "progress at the last start",
-    "consumed_valid_samples": "progress at the last start",
-    "skipped_train_samples": "progress at the last start",
-    "num_floating_point_operations_so_far": "progress at the last start",
-    # How a global batch is computed: the sums are the same but for their order, so that the last digits differ.
-    **dict.fromkeys(
-        (
-            "micro_batch_size",
-            "eval_micro_batch_size",
-            "world_size",
-            "inprocess_active_world_size",
-            "data_parallel_size",
-            "rank",
-            "local_rank",
-        ),
-        "how a batch is shared out",
-    ),
-}
-# What a run's own number of steps decides, where the settings differ in it.
-OWN_STEPS: dict[str, str] = {
-    "train_iters": "own steps",
-    "lr_decay_iters": "own steps",
-    "lr_warmup_iters": "own steps, by the recipe",
-    "stream_range": "own steps",
-    "eval_interval": "own steps",
-}
-SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
-HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
-STREAM = ("id", "seed", "seq_length", "epochs", "blend")
-ACCOUNTED = ("global_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
-TOLERANCE = 0.001
-DIFFERS = "differs"  # of what the runs were made with: listed at the top of the report
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Two complete accounts with their names, and the checks that both settings share.
-
-    ``weights``: fingerprint of what the pruning left. ``parent``: stages behind the parent as they are now, none
-    for one from elsewhere. ``between``: samples of the retrainings between links. ``texts``: by run, for all
-    whose losses are shown, what it was evaluated on. ``warmup``: the recipe's steps of warm-up for a number of
-    steps. ``masks``: the hash of those that the pruning made, None where it made none; ``dense`` says that the
-    scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
-    ``scored``: what each was evaluated with.
-    """
-
-    pruned_name: str
-    scratch_name: str
-    pruned: Account
-    scratch: Account
-    weights: str
-    texts: Mapping[str, Any]
-    warmup: Callable[[int], int]
-    parent: Sequence[Stage] = ()
-    between: Sequence[Sequence[int]] = ()
-    masks: str | None = None
-    dense: bool = True
-    swept: Mapping[float, tuple[Account, Account]] | None = None
-    scored: tuple[environment.Environment, environment.Environment] = ({}, {})
-
-    def refuse(self, setting: str, field: str, why: str) -> AccountError:
-        return AccountError(
-            f"{setting}: {self.pruned_name} and {self.scratch_name} may not be compared: {field}: {why}"
-        )
-
-    def whole(self, setting: str) -> None:
-        """Each account is complete, agrees with itself, and starts as its arm says."""
-        for name, account, start in (
-            (self.pruned_name, self.pruned, "pruned"),
-            (self.scratch_name, self.scratch, "random"),
-        ):
-            if account.get("complete") is not True:
-                raise self.refuse(setting, "complete", f"{name} has not finished")
-            if account["start"] != start:
-                raise self.refuse(setting, "start", f"{name} started as {account['start']}, not as {start}")
-            first, end = account["range"]
-            if end - first != account["steps"] * account["global_batch_size"]:
-                raise self.refuse(
-                    setting,
-                    "range",
-                    f"{name} has {end - first} samples in its range and "
-                    f"{account['steps']} steps of {account['global_batch_size']}",
-                )
-            if account["tokens"] != (end - first) * account["seq_length"]:
-                raise self.refuse(
-                    setting,
-                    "tokens",
-                    f"{name} says {account['tokens']}, its range holds {(end - first) * account['seq_length']}",
-                )
-            for key in HORIZON:
-                if account["arguments"].get(key) not in (None, account["steps"]):
-                    raise self.refuse(
-                        setting, f"arguments.{key}", f"{name} has {account['arguments'][key]}, its own steps are "
-                        f"{account['steps']}"
-                    )  # fmt: skip
-            warmed, rule = account["arguments"].get("lr_warmup_iters") or 0, self.warmup(account["steps"])
-            if warmed != rule:
-                raise self.refuse(
-                    setting, "arguments.lr_warmup_iters", f"{name} has {warmed}, by the recipe it is {rule}"
-                )
-
-    def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
-        if pruned != scratch:
-            raise self.refuse(setting, field, f"{pruned} against {scratch}")
-        return Line(field, pruned, scratch)
-
-    def accounted(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
-        lines = [
-            self.equal(setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key))
-            for key in STREAM
-        ]
-        return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
-
-    def held(self, setting: str) -> list[Line]:
-        """Which zeros each run held."""
-        expected = None if self.dense else self.masks
-        for name, account, masks in (
-            (self.pruned_name, self.pruned, self.masks),
-            (self.scratch_name, self.scratch, expected),
-        ):
-            if account["masks"] != masks:
-                raise self.refuse(
-                    setting, "masks", f"{name} held {account['masks'] or 'none'}, expected was {masks or 'none'}"
-                )
-        if self.masks is None:
-            return []
-        verdict = "may differ: the study asks for dense scratch" if self.dense else "equal"
-        return [Line("masks", self.masks, expected or "none", verdict)]
-
-    def began(self, setting: str) -> Line:
-        """Retraining started from the checkpoint that the pruning left, not from one that was there before it."""
-        found = (self.pruned["initial"] or {}).get("fingerprint")
-        if found != self.weights:
-            why = f"{self.pruned_name} began with {found}, its pruning left {self.weights}"
-            raise self.refuse(setting, "weights at the start", why)
-        return Line("weights at the start", found, "random", "may differ: start")
-
-    def text(self, setting: str) -> Line:
-        """Every loss that is shown is over the same windows of the same corpora."""
-        (first, text), *others = self.texts.items()
-        for name, other in others:
-            for corpus in sorted({*text, *other}):
-                one, two = text.get(corpus), other.get(corpus)
-                if one != two:
-                    raise self.refuse(setting, "evaluation text", f"{corpus}: {one} for {first}, {two} for {name}")
-        shown = ", ".join(
-            f"{corpus} {own['fingerprint'][:12]} {own['windows']} x {own['seq_length']}" for corpus, own in text.items()
-        )
-        return Line("evaluation text", shown, shown)
-
-    def environments(self) -> list[Line]:
-        """Versions, devices and precision of both, equal or not: none of them is a reason not to compare."""
-        trained = environment.differences(environment.of_account(self.pruned), environment.of_account(self.scratch))
-        scored = [(f"{name} of the evaluation", a, b) for name, a, b in environment.differences(*self.scored)]
-        return [Line(name, a, b, "equal" if a == b else DIFFERS) for name, a, b in [*trained, *scored]]
-
-    def rates(self, setting: str) -> list[Line]:
-        """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
-        if self.swept is None:
-            return []
-        for rate, accounts in self.swept.items():
-            for name, chosen, account in zip(
-                (self.pruned_name, self.scratch_name), (self.pruned, self.scratch), accounts, strict=True
-            ):
-                for key in ("complete", "start", "range", "steps", "tokens", "masks", *ACCOUNTED):
-                    if account[key] != chosen[key]:
-                        why = f"{name} has {chosen[key]}, its arm at lr {rate} {account[key]}"
-                        raise self.refuse(setting, key, why)
-                differing = _differing(account, chosen, ALLOWED | SWEPT)
-                if differing or account["arguments"].get("lr") != rate:
-                    field = differing or "lr"
-                    raise self.refuse(setting, f"arguments.{field}", f"{name}'s arm at lr {rate} has another")
-        rates = [float(rate) for rate in self.swept]
-        return [self.equal(setting, "learning rates tried", rates, rates)]
-
-    def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
-        """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
-        ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
-        allowed = allowed if self.swept is None else {**allowed, **SWEPT}
-        lines, same = [], 0
-        for key in sorted(set(ours) | set(theirs)):
-            a, b = ours.get(key, "absent"), theirs.get(key, "absent")
-            if a == b:
-                same += 1
-            elif key in allowed:
-                lines.append(Line(f"arguments.{key}", a, b, f"may differ: {allowed[key]}"))
-            else:
-                raise self.refuse(setting, f"arguments.{key}", f"{a} against {b}")
-        return [*lines, Line("all other resolved arguments", same, same)]
-
-
-def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str | None:
-    """The first argument outside ``allowed`` in which two runs differ."""
-    ours, theirs = one["arguments"], other["arguments"]
-    keys = sorted((set(ours) | set(theirs)) - set(allowed))
-    return next((key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")), None)
+NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
+TOKENIZER = "tokenizer_type"
+OF_ITS_STEPS = ("train_iters", "lr_decay_iters", "lr_warmup_iters")
+# What the head of the report names one by one; what else differs is one line.
+_LEARNS = re.compile(
+    r"lr|min_lr|decoupled|warmup|weight_decay|start_weight|end_weight|apply_wd|no_weight|clip_grad|optimizer|adam|sgd"
+    r"|muon|lion|global_batch|rampup|step_batch|seq_length|bf16|fp16|fp8|fp4|loss_scale|hidden_dropout"
+    r"|attention_dropout|init_method|calculate_per_token|reset_|eod_mask|grad_reduce_in|accumulate_allreduce|main_"
+    r"|exp_avg|tokenizer_model|use_precision_aware|iterations_to_skip"
+)
 
 
 def equal_training(runs: Runs) -> list[Line]:
@@ -272,7 +65,7 @@ def equal_total(runs: Runs, parent_tokens: int, consumed: int, *, declared: int 
     lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
     step = runs.scratch["global_batch_size"] * runs.scratch["seq_length"]
     lines.append(_total(runs, setting, "tokens", parent_tokens, consumed, step, declared))
-    return [*lines, *parents.recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
+    return [*lines, *recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
 def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0) -> list[Line]:
@@ -287,7 +80,7 @@ def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0)
     lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
     step = runs.scratch["flops_executed"] // runs.scratch["steps"]
     lines.append(_total(runs, setting, "flops_executed", parent_flops, spent, step, declared))
-    return [*lines, *parents.recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
+    return [*lines, *recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
 def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declared: int) -> None:
@@ -299,7 +92,7 @@ def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declare
 
 def _common(runs: Runs, setting: str) -> list[Line]:
     return [
-        runs.began(setting), *runs.held(setting), *parents.unseen(runs, setting), parents.behind(runs, setting),
+        runs.began(setting), *runs.held(setting), *unseen(runs, setting), behind(runs, setting),
         runs.text(setting), *runs.rates(setting), *runs.environments(),
     ]  # fmt: skip
 
@@ -325,3 +118,98 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
     return Line(name, f"{total:,} = {terms}{marked}", f"{found:,}", verdict)
+
+
+def unseen(runs: Runs, setting: str) -> list[Line]:
+    """Nothing behind the pruned arm has seen what it retrains on."""
+    own = runs.pruned["stream"]
+    start, stop = runs.pruned["range"]
+    lines = []
+    before = lineage.trainings(runs.parent)
+    between = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
+    for stage in (*before, *between):
+        who = "the parent" if len(before) == 1 and stage is before[0] else stage["run"]
+        field = "range against the parent's" if who == "the parent" else f"range against {who}'s"
+        stream = stage["stream"]
+        if stream is None:
+            lines.append(Line(field, f"{start}:{stop}", "not on a stream", "not compared: its text is only declared"))
+        elif stream["id"] != own["id"]:
+            if set(stream["corpora"]) & set(own["corpora"]):
+                raise runs.refuse(setting, f"stream.id of {who}", f"{who} was trained on its corpora in another order")
+            ours, theirs = (", ".join(prefix for _, prefix in one["blend"]) for one in (own, stream))
+            verdict = "other corpora: a study whose corpora share documents with them is refused"
+            lines.append(Line(f"text of {who}", ours, theirs, verdict))
+        else:
+            first, end = stage["range"]
+            if max(first, start) < min(end, stop):
+                seen = f"{max(first, start)}:{min(end, stop)}"
+                raise runs.refuse(
+                    setting, "range", f"{runs.pruned_name} retrains on {start}:{stop}, of which {who} saw {seen}"
+                )
+            lines.append(Line(field, f"{start}:{stop}", f"{first}:{end}", "disjoint"))
+    return lines
+
+
+def behind(runs: Runs, setting: str) -> Line:
+    """The pruned arm's lineage: the parent's stages as they are now, then prunings and the retrainings between them."""
+    own: list[Stage] = runs.pruned["lineage"]
+    try:
+        lineage.check(own, str((runs.pruned["initial"] or {}).get("fingerprint")), runs.pruned_name)
+    except AccountError as error:
+        raise runs.refuse(setting, "lineage", str(error)) from error
+    for stage, now in zip(own, runs.parent, strict=False):
+        for key, value in now.items():
+            if key != "run" and stage.get(key) != value:
+                why = f"{key} of {now['run']} is {value} now, {runs.pruned_name} began with {stage.get(key)}"
+                raise runs.refuse(setting, "lineage", why)
+    rest = own[len(runs.parent) :]
+    if not rest or rest[-1]["kind"] != "pruned":
+        raise runs.refuse(setting, "lineage", f"{runs.pruned_name} has {len(own)} stages, the last is no pruning")
+    found, asked = [stage["range"] for stage in lineage.trainings(rest)], [list(one) for one in runs.between]
+    if found != asked:
+        why = f"{runs.pruned_name} was trained on {found} after its parent, the study asks for {asked}"
+        raise runs.refuse(setting, "retraining between prunings", why)
+    return Line("lineage", " → ".join(map(_words, own)), "random", "may differ: start")
+
+
+def _words(stage: Stage) -> str:
+    if stage["kind"] == "pruned":
+        return str(stage["method"])
+    return f"trained on {stage['tokens']:,}"
+
+
+def recipes(runs: Runs, setting: str) -> list[Line]:
+    """What every training behind the pruned arm has other than the arms have; AccountError where it cannot count."""
+    stages = lineage.trainings(runs.pruned["lineage"])
+    arms = lineage.recipe_of(runs.scratch["arguments"])
+    lines: list[Line] = []
+    for number, stage in enumerate(stages, 1):
+        if stage["complete"] is not True:
+            raise runs.refuse(setting, "complete", f"{stage['run']}, behind {runs.pruned_name}, has not finished")
+        of = "recipe of the parent" + f", training {number} of {len(stages)}" * (len(stages) > 1)
+        named: list[tuple[str, Any, Any]] = []
+        others: list[tuple[str, Any, Any]] = []
+        for key, value, arm in _differences(stage, arms, runs):
+            if key == TOKENIZER:
+                why = f"{value} of {stage['run']} against {arm}: their tokens are not the same unit"
+                raise runs.refuse(setting, f"{of}: {key}", why)
+            (named if _LEARNS.match(key) else others).append((key, value, arm))
+        lines += [Line(f"{of}: {key}", value, arm, NAMED) for key, value, arm in named]
+        if others:
+            theirs, ours = ("; ".join(f"{one[0]} {one[side]}" for one in others) for side in (1, 2))
+            lines.append(Line(f"{of}: other arguments", theirs, ours, NAMED))
+    return lines
+
+
+def _differences(stage: Stage, arms: Mapping[str, Any], runs: Runs) -> Iterator[tuple[str, Any, Any]]:
+    recipe, steps = stage["recipe"], stage["steps"]
+    for key in sorted({*recipe, *arms} - {*OF_ITS_STEPS}):
+        value, arm = (one.get(key, "not set") for one in (recipe, arms))
+        if value != arm:
+            yield key, value, arm
+    # By the arms' rule, for a run of so many steps.
+    if recipe.get("lr_decay_iters") not in (None, steps):
+        yield "lr_decay_iters", recipe["lr_decay_iters"], steps
+    warmed, rule = recipe.get("lr_warmup_iters") or 0, runs.warmup(steps)
+    if warmed != rule:
+        yield "lr_warmup_iters", warmed, rule

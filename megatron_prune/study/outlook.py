@@ -1,32 +1,40 @@
-"""What a study refuses before anything runs, and what it can know beforehand.
+"""What a study can know before anything runs.
 
-``look`` reads the parent's shape where there is one to read, every method's flags (``choices``), and what is
-finished; it returns where the runs lie and which shapes will come out. ``check`` also reads the corpora's sizes. It
-refuses streams that are too short, corpora that are one another, windows that are not there, unknown methods, targets
-and patterns that cannot be met, and recipes under which zeros would not stay zero.
+``look`` reads the parent's shape where there is one to read, every method's flags (``needs``), and what is finished; it
+returns where the runs lie on the stream and which shapes will come out.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts
-from megatron_prune.checkpoint.layout import ModelShape, vocabulary
+from megatron_prune import artifacts, storage
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.data import contamination, indexed, windows
-from megatron_prune.engine import refusals
-from megatron_prune.errors import DataError, UsageError
+from megatron_prune.convert.config import args_from_config, find_config
+from megatron_prune.data import indexed
+from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.structured import plan
-from megatron_prune.study import budgets, commands, ranges, records, validate
-from megatron_prune.study.grid import Grid, calibration_cell, calibration_tokens, expand, flops_of, links, prunings
-from megatron_prune.study.places import Places
-from megatron_prune.study.schema import Study
-from megatron_prune.study.validate import Needs
-from megatron_prune.training import lineage
+from megatron_prune.study import records
+from megatron_prune.study.grid import Grid, expand
+from megatron_prune.study.needs import Needs, needs_of, shapes_of
+from megatron_prune.study.prunings import (
+    Places,
+    Pruning,
+    calibration_cell,
+    calibration_tokens,
+    flops_of,
+    links,
+    prunings,
+)
+from megatron_prune.study.sample_ranges import Batch, Lay
+from megatron_prune.study.schema import Study, written
+from megatron_prune.study.study_file import placed
+from megatron_prune.training import data, lineage
 from megatron_prune.training.account import ACCOUNT
 from megatron_prune.training.lineage import Stage
 
@@ -38,16 +46,18 @@ class Outlook:
     ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
     that is, before an import; the target of a search, until its plan is made. ``needs`` says by the name of a
     pruning what it asks for; ``spent`` its FLOPs, and those of what it starts from, once it is finished;
-    ``retrained`` the tokens that its candidates were trained on, once there is a plan.
+    ``retrained`` the tokens that its candidates were trained on, once there is a plan. ``assumed`` says what ``study
+    plan`` took for granted of what is not there.
     """
 
-    lay: budgets.Lay
+    lay: Lay
     source: ModelShape | None
     targets: Mapping[str, ModelShape]
     needs: Mapping[str, Needs]
     spent: Mapping[str, int] = field(default_factory=dict)
     stages: Sequence[Stage] = field(default=(), repr=False)  # behind a loaded parent
     retrained: Mapping[str, int] = field(default_factory=dict)
+    assumed: Sequence[str] = ()
 
     def grid(self, study: Study) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""
@@ -77,28 +87,32 @@ class Outlook:
         return consumed
 
 
-def check(study: Study, places: Places) -> Outlook:
-    """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change."""
-    if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UsageError("tracking.wandb_project", got=study.tracking.wandb_project,
-                         expected="no such key where wandb is not installed", do="pip install wandb")  # fmt: skip
-    refusals.refuse_names(study.recipe.arguments, "recipe.arguments")
-    if study.parent.pretrain is not None:
-        refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
-    outlook = look(study, places)
-    _check_masked(study, places, outlook)
-    _check_data(study, places, outlook)
-    return outlook
+def look(study: Study, places: Places, *, planned: bool = False) -> Outlook:
+    """What can be known now; UsageError where a method or a target cannot be meant.
+
+    ``planned``: a parent that is not there yet is taken to be what study.yaml says of it.
+    """
+    try:
+        return _look(study, places, planned)
+    except MegatronPruneError as error:
+        raise placed(error, written(study)) from error
 
 
-def look(study: Study, places: Places) -> Outlook:
-    """What can be known now; UsageError where a method or a target cannot be meant."""
-    needs = {pruning.name: validate.needs(study, pruning.method, pruning.ratio) for pruning in links(study)}
-    source, stages = _parent(study, places)
+def _look(study: Study, places: Places, planned: bool) -> Outlook:
+    needs = {pruning.name: _needs(study, pruning) for pruning in links(study)}
+    source, stages, assumed = _parent(study, places, planned)
+    lay = _planned_lay(study, source) if planned and _is_to_come(study) else _lay(study, source, stages, planned)
     return Outlook(
-        _lay(study, source, stages), source, _targets(study, places, source, needs), needs,
-        _spent(study, places, needs), stages, _retrained(study, places, needs),
+        lay, source, _targets(study, places, source, needs), needs,
+        _spent(study, places, needs), stages, _retrained(study, places, needs), assumed,
     )  # fmt: skip
+
+
+def _needs(study: Study, pruning: Pruning) -> Needs:
+    try:
+        return needs_of(study, pruning.method, pruning.ratio)
+    except UsageError as error:
+        raise placed(error, written(study), study.location(pruning.method)) from error
 
 
 def _retrained(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
@@ -120,7 +134,7 @@ def _targets(
         before = source if pruning.base is None else found.get(pruning.base.name)
         if before is None:
             continue
-        competing = validate.shapes(study, pruning.method, pruning.ratio, before)
+        competing = shapes_of(study, pruning.method, pruning.ratio, before)
         made = places.plan(pruning)
         if len(competing) == 1 and not needs[pruning.name].retraining:
             found[pruning.name] = competing[0]
@@ -153,34 +167,12 @@ def _costs(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str
     return found
 
 
-def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
-    """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
-    masked = [cell for cell in outlook.grid(study).cells if cell.masked]
-    if not masked:
-        return
-    validate.refuse_recipe_without_zeros(commands.training(study, places, masked[0], masked[0].source))
-    trained = study.parent.pretrain
-    for cell in masked:
-        own = cell.seed if study.parent_per_seed else 0
-        seed = trained.seed + own if trained is not None else _first_seed(outlook.stages)
-        if cell.kind == "scratch" and cell.seed == seed:
-            raise UsageError(
-                "seeds", got=seed, expected="a seed other than the parent's for scratch runs under masks",
-                why="with the parent's seed they would begin with the weights that the masks were made from",
-            )  # fmt: skip
-
-
-def _first_seed(stages: Sequence[Stage]) -> int | None:
-    """The seed that a parent's first weights were drawn by, where that is known."""
-    return int(stages[0]["seed"]) if lineage.begins_at_random(stages) else None
-
-
-def _parent(study: Study, places: Places) -> tuple[ModelShape | None, list[Stage]]:
-    """The parent's shape if it can be known, and what is behind one that was made by us elsewhere."""
+def _parent(study: Study, places: Places, planned: bool) -> tuple[ModelShape | None, list[Stage], list[str]]:
+    """The parent's shape if it can be known, what is behind one that was made by us elsewhere, and what is assumed."""
     parent = study.parent
     if parent.pretrain is not None:
-        return shape_from_flags(study), []
-    if parent.load is not None:
+        return shape_from_flags(study), [], []
+    if parent.load is not None and not (planned and _is_to_come(study)):
         checkpoint = open_checkpoint(parent.load)
         checkpoint.verify()
         path = checkpoint.root / ACCOUNT
@@ -188,20 +180,68 @@ def _parent(study: Study, places: Places) -> tuple[ModelShape | None, list[Stage
         if steps is not None and not checkpoint.release and steps != checkpoint.iteration:
             raise UsageError("parent.load", got=f"iteration {checkpoint.iteration} of {checkpoint.root}",
                              expected=f"iteration {steps}, which its account describes")  # fmt: skip
-        return checkpoint.shape, lineage.of(checkpoint)
+        _refuse_another_shape(study, checkpoint.shape)
+        return checkpoint.shape, lineage.of(checkpoint), []
     imported = places.checkpoint("parent")
-    return (open_checkpoint(imported).shape if imported.is_dir() else None), []
+    if parent.load is None and imported.is_dir():
+        found = open_checkpoint(imported).shape
+        _refuse_another_shape(study, found)
+        return found, [], []
+    shape, said = _shape_to_come(study) if planned else (None, "")
+    if shape is None and parent.load is not None:
+        raise UsageError("parent.shape", got="nothing", expected="the parent's shape",
+                         why=f"{parent.load} is not there to say it")  # fmt: skip
+    return shape, [], [f"the parent is not there yet: {said}"] if shape else []
 
 
-def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage]) -> budgets.Lay:
-    batch = budgets.Batch(study.recipe.global_batch_size, study.data.seq_length)
+def _refuse_another_shape(study: Study, found: ModelShape) -> None:
+    """UsageError where a parent is there and is not as large as study.yaml says."""
+    said = _shape_to_come(study)[0] if study.parent.shape is not None else None
+    if said is not None and said != found:
+        differing = [name for name, value in vars(found).items() if value != getattr(said, name)]
+        got, expected = (", ".join(f"{name} {getattr(one, name)}" for name in differing) for one in (said, found))
+        raise UsageError("parent.shape", got=got, expected=f"{expected}, as the parent has")
+
+
+def _is_to_come(study: Study) -> bool:
+    """True for a parent to load that is not there yet."""
+    return study.parent.load is not None and not storage.path(study.parent.load).exists()
+
+
+def _shape_to_come(study: Study) -> tuple[ModelShape | None, str]:
+    """The shape that study.yaml, or a Hugging Face config, says of a parent that is not there; and where it is said."""
+    parent = study.parent
+    if isinstance(parent.shape, dict):
+        return shape_from_flags(study), "its shape is what parent.shape says"
+    source = parent.shape or parent.import_hf or ""
+    config = find_config(source)
+    if config is None:
+        if parent.shape is not None:
+            raise UsageError("parent.shape", got=parent.shape, expected="Megatron flags, or a Hugging Face config: a "
+                             "config.json, its directory, or a model whose config is in the local cache")  # fmt: skip
+        return None, ""
+    return ModelShape.from_args(args_from_config(config)), f"its shape is what the config of {source} says"
+
+
+def _planned_lay(study: Study, source: ModelShape | None) -> Lay:
+    """The lay of a parent that another study is still to train on ``parent.planned_tokens`` of the same stream."""
+    batch, parent = Batch(study.recipe.global_batch_size, study.data.seq_length), study.parent
+    if parent.planned_tokens is None:
+        return _lay(study, source, [], planned=True)
+    samples = batch.steps(parent.planned_tokens, "parent.planned_tokens") * batch.samples
+    flops = source.training_flops(batch.seq_length) * samples if source else None
+    return Lay(batch, samples, samples * batch.seq_length, flops)
+
+
+def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage], planned: bool) -> Lay:
+    batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
     parent = study.parent
     if parent.pretrain is not None:
         steps = batch.steps(parent.pretrain.tokens, "parent.pretrain.tokens")
         samples = steps * batch.samples
         flops = source.training_flops(batch.seq_length) * samples if source else None
-        return budgets.Lay(batch, samples, steps * batch.tokens, flops)
-    tokens, flops, end = lineage.tokens(stages), lineage.flops(stages), ranges.end_on_stream(study, stages)
+        return Lay(batch, samples, steps * batch.tokens, flops)
+    tokens, flops, end = lineage.tokens(stages), lineage.flops(stages), end_on_stream(study, stages, planned=planned)
     if not all(stage["complete"] is True for stage in lineage.trainings(stages)):
         raise UsageError("parent.load", got=parent.load, expected="a run whose account is complete")
     if lineage.begins_at_random(stages):
@@ -211,20 +251,19 @@ def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage]) -> bu
                 got=parent.declared_tokens,
                 expected=f"{tokens}, the sum in the accounts of its {len(stages)} stage(s)",
             )
-        return budgets.Lay(batch, end, tokens, flops)
+        return Lay(batch, end, tokens, flops)
     declared = parent.declared_tokens
     if declared is None:
-        return budgets.Lay(batch, end, None)
+        return Lay(batch, end, None)
     first = ModelShape(**stages[0]["source"]) if stages and stages[0]["kind"] == "pruned" else source
     before = first.training_flops(batch.seq_length) * declared // batch.seq_length if first else None
     after = None if before is None else before + flops
-    return budgets.Lay(batch, end, declared + tokens, after, declared, before)
+    return Lay(batch, end, declared + tokens, after, declared, before)
 
 
 def shape_from_flags(study: Study) -> ModelShape:
-    """The shape of a parent that is to be trained here, from its flags and its tokenizer's vocabulary."""
-    assert study.parent.pretrain is not None
-    given = {name.replace("-", "_"): value for name, value in study.parent.pretrain.arguments.items()}
+    """The shape of a parent that is said by flags, from these and its tokenizer's vocabulary."""
+    given = {name.replace("-", "_"): value for name, value in study.parent.flags.items()}
     given |= {name.replace("-", "_"): value for name, value in study.recipe.arguments.items()}
     given["add_bias_linear"] = not given.get("disable_bias_linear", False)
     if not given.get("padded_vocab_size"):
@@ -248,59 +287,28 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
     return math.ceil(int(size) / multiple) * multiple
 
 
-def _words(study: Study, places: Places, source: ModelShape) -> int:
-    """The parent's vocabulary without padding, as far as flags or its checkpoint say it."""
-    pretrain = study.parent.pretrain
-    if pretrain is None:
-        return vocabulary(open_checkpoint(study.parent.load or places.checkpoint("parent")).args)
-    size = (dict(study.recipe.arguments) | dict(pretrain.arguments)).get("vocab-size")
-    return vocabulary({"vocab_size": size, "padded_vocab_size": source.padded_vocab_size})
-
-
-def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
+def absent_corpora(study: Study) -> list[str]:
+    """Prefixes of the study's corpora that are not there."""
     data = study.data
-    prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
-    prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
-    seen: dict[str, str] = {}
-    for name, prefix in prints.items():
-        indexed.open_indexed(prefix)
-        if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
-            raise DataError(
-                f"{name} and {earlier} hold the same tokens: no stage may train on what another is evaluated on"
-            )
-        seen[print_] = name
-        if outlook.source is not None:
-            indexed.check_fits_model(prefix, _words(study, places, outlook.source))
-    windows.windows(
-        data.calibration,
-        study.calibration_seq_length,
-        study.calibration.sequences,
-        flag="calibration.sequences",
-    )
-    for name in commands.CORPORA:
-        windows.windows(
-            getattr(data, name),
-            study.evaluation_seq_length,
-            study.evaluation.windows,
-            flag="evaluation.windows",
-        )
-    held_out = [data.calibration, data.validation, data.test]
-    contamination.refuse_shared_documents([prefix for _, prefix in data.train], held_out)
-    for number, earlier in enumerate(held_out):  # what is judged finally was not looked at before, either
-        contamination.refuse_shared_documents([earlier], held_out[number + 1 :])
-    if data.max_near_duplicates is not None:
-        _check_near_duplicates(study, data.max_near_duplicates, places)
-    ranges.check_unseen(study, outlook.stages)
-    ranges.check(study, outlook)
+    prefixes = [*(prefix for _, prefix in data.train), data.calibration, data.validation, data.test]
+    return [one for one in prefixes if not all(Path(f"{one}{suffix}").is_file() for suffix in (".bin", ".idx"))]
 
 
-def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
-    """Refuse corpora that share too much; the report is kept, since making it reads every training token."""
-    data = study.data
-    stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
-    stages["train"] = [prefix for _, prefix in data.train]
-    earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
-    report = contamination.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
-    if report != earlier and places.root.is_dir():  # a plan of a study that has not begun leaves nothing
-        artifacts.write_json(places.overlap, report)
-    contamination.refuse(report)
+def end_on_stream(study: Study, stages: Sequence[Stage], *, planned: bool = False) -> int:
+    """The first sample of the study's stream after all that ``stages`` took of it.
+
+    ``planned``: while the corpora are not there to say which stream it is, it is taken to be that of the stages.
+    """
+    trainings = [stage for stage in lineage.trainings(stages) if stage["stream"] is not None]
+    if not trainings:
+        return 0
+    if planned and absent_corpora(study):
+        return max(int(stage["range"][1]) for stage in trainings)
+    own = stream_of(study)["id"]
+    return max((stage["range"][1] for stage in trainings if stage["stream"]["id"] == own), default=0)
+
+
+def stream_of(study: Study) -> dict[str, Any]:
+    """What every account of the study will say of its stream."""
+    made = study.data
+    return data.described(made.blend, made.seq_length, made.stream_seed, made.epochs)

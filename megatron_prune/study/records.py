@@ -1,7 +1,7 @@
-"""What a finished cell is worth: one record, read from the files that its stages left.
+"""The record of a finished cell, read from the files that its stages left.
 
-A record holds numbers that a rerun reproduces, and apart from them, under ``seconds``, what it does
-not (``checks`` say when there is something to read).
+A record holds numbers that a rerun reproduces; what a rerun does not reproduce is apart from them, under ``seconds``.
+``execution`` says when there is something to read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
 from megatron_prune.structured import plan, statistics
-from megatron_prune.study.budgets import Lay
 from megatron_prune.study.commands import CORPORA
-from megatron_prune.study.grid import Pruning, TrainingCell, calibration_cell, parent_cell, shape_tag
-from megatron_prune.study.places import Places
+from megatron_prune.study.grid import TrainingCell, shape_tag
+from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
+from megatron_prune.study.sample_ranges import Lay
 from megatron_prune.study.schema import Study
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
@@ -225,11 +225,11 @@ def unigram_loss(prefix: str, count: int) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-# Loss spikes and numbers that are none: one policy for every run of a study, and a count of what happened.
+# Loss spikes and losses that are not finite: one policy for every run of a study, and a count of what happened.
 #
-# The policy: Megatron stops a run at the first loss or gradient that is not finite; the runner starts it again from
-# its last save, and gives its cell up after ``launch.retries``. A spike is counted, and nothing else: no batch is
-# skipped, and nothing is wound back. The flags behind it are the recipe's, and ``match`` compares all of those.
+# Megatron stops a run at the first loss or gradient that is not finite; the runner starts it again from its last save,
+# and the cell has failed after ``launch.retries``. A spike is only counted: no batch is skipped, and the run does not
+# go back. The flags behind this are the recipe's, and ``match`` compares all of them.
 
 
 WINDOW, DEVIATIONS, LEAST = 64, 10.0, 0.1
@@ -237,7 +237,7 @@ CHUNK = 4096  # steps whose windows are looked at together
 
 
 def count(losses: Path) -> dict[str, int]:
-    """Steps of a ``losses.csv`` whose loss was no number, and spikes.
+    """Steps of a ``losses.csv`` whose loss was not finite, and spikes.
 
     A spike is a loss above the median of the ``WINDOW`` steps before it by ``DEVIATIONS`` times their median absolute
     deviation, and by ``LEAST`` nats at least. The first quarter of a window has none.

@@ -11,19 +11,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
-from megatron_prune.study.budgets import Batch
+from megatron_prune.study.sample_ranges import Batch
 from megatron_prune.study.sections import Calibration, Data, Evaluation, Method, Parent, Recipe
+from megatron_prune.study.study_file import Location, Written, WrongStudy, problems_of, read
 from megatron_prune.study.values import (
     RESERVED,
     STRICT,
@@ -36,6 +34,7 @@ from megatron_prune.study.values import (
     Setting,
     Settings,
     Tokens,
+    finds,
 )
 
 # How a study's runs are put on machines, and where they report to: sections of study.yaml.
@@ -63,6 +62,7 @@ class Slurm:
     poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between looks at the queue
     most_jobs: Positive | None = None  # in the queue at once; None: all that may be
 
+    @finds
     def __post_init__(self) -> None:
         for name, value in self.options.items():
             _check_option(name, value)
@@ -109,6 +109,7 @@ class Launch:
     retries: Annotated[int, Field(ge=0)] = 1
     slurm: Slurm | None = None
 
+    @finds
     def __post_init__(self) -> None:
         if self.nproc % (self.tensor_parallel * self.pipeline_parallel):
             raise UsageError(
@@ -155,6 +156,7 @@ class Tracking:
     wandb_project: str | None = None
     wandb_entity: str | None = None
 
+    @finds
     def __post_init__(self) -> None:
         if self.wandb_entity and not self.wandb_project:
             raise UsageError(
@@ -199,35 +201,6 @@ class Family:
                     )
 
 
-# Reads the YAML of a study.yaml, and refuses a key that is there twice: of YAML the last one wins.
-
-
-class _Loader(yaml.SafeLoader):
-    """Looks at mappings as they are written: keys that ``<<`` merges in may be set again."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise yaml.YAMLError(f"{key.value} is there twice, on lines {lines[key.value]} and {line}")
-                lines[key.value] = line
-        return node
-
-
-def read(path: str | Path) -> Any:
-    """The content of a YAML file; UsageError where there is none, or it is not valid."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError("STUDY.yaml", got=f"{path}, which does not exist", expected="the YAML file of a study")
-    try:
-        return yaml.load(path.read_text(), _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UsageError("STUDY.yaml", got=path, expected="valid YAML", why=" ".join(str(error).split())) from error
-
-
 @dataclass(frozen=True, config=STRICT)
 class Study:
     """Everything that a study is."""
@@ -241,7 +214,7 @@ class Study:
     ratios: list[Fraction] = dataclasses.field(default_factory=list)
     ratio_of: Literal["linears", "all"] = "linears"
     settings: Settings = dataclasses.field(default_factory=lambda: ["equal-training", "equal-total"])
-    scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # beside sparse methods
+    scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # what sparse methods are compared with
     seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
     launch: Launch = dataclasses.field(default_factory=Launch)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
@@ -251,6 +224,7 @@ class Study:
     family: Family = dataclasses.field(default_factory=Family)  # the comparisons that Holm's correction is over
     parent_per_seed: bool = False  # a parent trained under each seed, so that intervals are not conditional on one
 
+    @finds
     def __post_init__(self) -> None:
         batch = self.recipe.micro_batch_size * self.launch.data_parallel
         if self.recipe.global_batch_size % batch:
@@ -262,6 +236,7 @@ class Study:
         for where, flags in (
             ("recipe.arguments", self.recipe.arguments),
             ("parent.pretrain.arguments", self.parent.pretrain.arguments if self.parent.pretrain else {}),
+            ("parent.shape", self.parent.shape if isinstance(self.parent.shape, dict) else {}),
         ):
             for flag in flags:
                 if flag in RESERVED:
@@ -333,6 +308,16 @@ class Study:
         assert self.parent.pretrain is not None
         return self.parent.pretrain.seed + replicate, self.parent.pretrain.lr or self.recipe.rates[0]
 
+    def location(self, method: Method) -> Location:
+        """Where in study.yaml a method, or a link of a chain, is written."""
+        for number, entry in enumerate(self.methods):
+            if entry == method:
+                return "methods", number
+            for place, link in enumerate(entry.chain):
+                if link.method() == method:
+                    return "methods", number, "chain", place
+        return ()
+
     @property
     def evaluation_seq_length(self) -> int:
         return self.evaluation.seq_length or self.data.seq_length
@@ -343,7 +328,7 @@ class Study:
 
 
 def load(path: str | Path) -> Study:
-    """Read a study.yaml; UsageError names the key that is wrong and what is allowed there."""
+    """Read a study.yaml; UsageError names file, line and key, what is wrong with it, and what is allowed there."""
     found = load_all(path)
     if len(found) > 1:
         raise UsageError("STUDY.yaml", got=f"{path} with {len(found)}", expected="a study with one parent")
@@ -355,30 +340,23 @@ def load_all(path: str | Path) -> list[Study]:
 
     They are called NAME.LABEL, and are studies of their own, in folders of their own.
     """
-    content = read(path)
+    written = read(path)
+    content = written.content
     if not isinstance(content, dict) or "parents" not in content:
-        return [from_mapping(content, where=str(path))]
-    parents = content.pop("parents")
+        return [_study(written)]
+    parents, where = content["parents"], written.place(("parents",))
     if not isinstance(parents, dict) or not parents or "parent" in content:
-        raise UsageError(f"{path}: parents", got=parents if "parent" not in content else "both",
+        raise UsageError(f"{where}parents", got=parents if "parent" not in content else "both",
                          expected="either parent, or parents by their labels")  # fmt: skip
     if not isinstance(name := content.get("name"), str):
-        raise UsageError(f"{path}: name", got="nothing" if name is None else name,
+        raise UsageError(f"{written.place(('name',))}name", got="nothing" if name is None else name,
                          expected="a text", why="its studies are called NAME.LABEL")  # fmt: skip
-    return [
-        from_mapping({**content, "name": f"{name}.{label}", "parent": parent}, where=f"{path}: {label}")
-        for label, parent in parents.items()
-    ]
+    return [_study(written.of_parent(label)) for label in parents]
 
 
 def from_mapping(content: Any, where: str = "study") -> Study:
-    """A ``Study`` from plain data, with errors in the words of the file."""
-    if not isinstance(content, dict):
-        raise UsageError(where, got=type(content).__name__, expected="a mapping of keys to values")
-    try:
-        return TypeAdapter(Study).validate_python(content)
-    except ValidationError as error:
-        raise _usage_error(error, where) from error
+    """A ``Study`` from plain data; errors begin with ``where``."""
+    return _study(Written(content, where))
 
 
 def resolved(study: Study) -> dict[str, Any]:
@@ -387,32 +365,21 @@ def resolved(study: Study) -> dict[str, Any]:
     return values
 
 
-def _usage_error(error: ValidationError, where: str) -> UsageError:
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"]) or where
-    kind = first["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        allowed = "one of " + ", ".join(_keys_at(first["loc"][:-1]))
-        return UsageError(f"{where}: {location}", got="an unknown key", expected=allowed)
-    if kind in ("missing", "missing_argument"):
-        return UsageError(f"{where}: {location}", got="nothing", expected="a value, since this key is required")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return UsageError(f"{where}: {location}", got=repr(first["input"]), expected=message)
+def written(study: Study) -> Written:
+    """Where a study was written, for errors that are found after it was read."""
+    found: Written = getattr(study, "_written", Written(None))
+    return found
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the dataclass that lies at ``location`` inside a Study."""
-    here: Any = Study
-    for part in location:
-        if isinstance(part, str):
-            here = typing.get_type_hints(here)[part]
-        here = _dataclass_in(here)
-    return [field.name for field in dataclasses.fields(here)]
-
-
-def _dataclass_in(annotation: Any) -> Any:
-    """The dataclass inside ``X``, ``X | None`` or ``list[X]``."""
-    if dataclasses.is_dataclass(annotation):
-        return annotation
-    inside = [_dataclass_in(part) for part in typing.get_args(annotation) if part is not types.NoneType]
-    return next((part for part in inside if dataclasses.is_dataclass(part)), annotation)
+def _study(source: Written) -> Study:
+    """The study of a file's content; WrongStudy, or a single UsageError, for all that is wrong in it."""
+    if not isinstance(source.content, dict):
+        kind = "nothing" if source.content is None else f"a {type(source.content).__name__}"
+        raise UsageError(source.file, got=kind, expected="a mapping of keys to values")
+    try:
+        made = TypeAdapter(Study).validate_python(source.content)
+    except ValidationError as error:
+        problems = list(problems_of(error, source, Study))
+        raise problems[0] if len(problems) == 1 else WrongStudy(problems) from error
+    object.__setattr__(made, "_written", source)  # no field: two studies of equal content are equal
+    return made

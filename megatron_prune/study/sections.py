@@ -1,10 +1,10 @@
-"""The sections of study.yaml as frozen dataclasses; ``config.Study`` puts them together."""
+"""The sections of study.yaml as frozen dataclasses; ``schema.Study`` puts them together."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,7 @@ from megatron_prune.study.values import (
     Positive,
     Rate,
     Tokens,
+    finds,
 )
 
 
@@ -51,6 +52,7 @@ class Data:
     epochs: Positive = 1
     max_near_duplicates: float | None = None
 
+    @finds
     def __post_init__(self) -> None:
         training = {os.path.abspath(prefix) for _, prefix in self.train}
         for name in ("calibration", "validation", "test"):
@@ -74,14 +76,14 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Pretrain:
-    """A parent trained here: its shape as Megatron flags, and its tokens.
+    """A parent trained here: its tokens, and Megatron flags, of its shape too where ``parent.shape`` does not say it.
 
-    ``seed`` is none of the study's: masks made of a parent fit the weights that it began with. ``lr`` is the
-    recipe's where that has one; a recipe with several says nothing of the parent.
+    ``seed`` is not one of the study's, since masks fit the weights that their parent began with. ``lr`` is the
+    recipe's where that has one; it must be given where the recipe has several.
     """
 
     tokens: Tokens
-    arguments: Flags
+    arguments: Flags = dataclasses.field(default_factory=dict)
     seed: PositiveInt = 1234
     lr: Annotated[float, Field(gt=0)] | None = None
 
@@ -94,15 +96,23 @@ class Parent:
     ``declared_unseen``: why the text of the study is text that it has not seen, where no account says that; the
     report prints it. ``equal_total: run`` says that a scratch run on as many tokens as are behind the parent is wanted
     and feasible; otherwise that arm is not run.
+
+    ``shape``: Megatron flags that say how large it is, or a Hugging Face ``config.json``: a file, a directory, or the
+    name of a model whose config is in the local cache. A parent that is trained here is made by these flags; of another
+    one ``study plan`` takes them while it is not there. ``planned_tokens``: of a checkpoint that another study is still
+    to train on the same stream, how many tokens that will be, for ``study plan``.
     """
 
     pretrain: Pretrain | None = None
     load: str | None = None
     import_hf: str | None = None
+    shape: Flags | str | None = None
+    planned_tokens: Tokens | None = None
     declared_tokens: Tokens | None = None
     declared_unseen: Annotated[str, Field(min_length=1)] | None = None
     equal_total: Literal["run", "skip"] = "skip"
 
+    @finds
     def __post_init__(self) -> None:
         given = [name for name in ("pretrain", "load", "import_hf") if getattr(self, name) is not None]
         if len(given) != 1:
@@ -118,6 +128,15 @@ class Parent:
                 expected="parent.load or parent.import_hf with them",
                 why="a parent that is trained here has an account",
             )
+        if self.pretrain and isinstance(self.shape, str):
+            raise UsageError(
+                "parent.shape", got=self.shape, expected="Megatron flags with parent.pretrain",
+                why="the parent is trained by them",
+            )  # fmt: skip
+        if self.planned_tokens and not self.load:
+            raise UsageError(
+                "parent.planned_tokens", got=self.planned_tokens, expected="no such key without parent.load"
+            )
         if self.equal_total == "run" and not self.pretrain and not self.declared_tokens and not self.load:
             raise UsageError(
                 "parent.equal_total",
@@ -126,6 +145,12 @@ class Parent:
                 why="the parent's tokens are unknown",
                 do="give parent.declared_tokens to run it",
             )
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The Megatron flags that a parent is trained with here, in addition to the recipe's."""
+        shape = self.shape if isinstance(self.shape, dict) else {}
+        return shape | (self.pretrain.arguments if self.pretrain else {})
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,6 +198,7 @@ class Link:
     label: str | None = None
     retrain: Tokens | None = None
 
+    @finds
     def __post_init__(self) -> None:
         says = [self.ratio is not None, bool(self.target), self.method().own_ratio is not None]
         if sum(says) != 1:
@@ -215,6 +241,7 @@ class Method:
     compare: Compare | None = None  # None: all of the study's settings
     chain: list[Link] = dataclasses.field(default_factory=list)
 
+    @finds
     def __post_init__(self) -> None:
         where = f"methods.{self.tag}"
         if bool(self.name) == bool(self.chain) or len(self.chain) == 1:
@@ -250,7 +277,7 @@ class Method:
 
     @property
     def title(self) -> str:
-        """How rows call it, beside their pattern; a chain by its links."""
+        """How rows call it, next to their pattern; a chain by its links."""
         links = [link.words(pattern=link is not self.chain[-1]) for link in self.chain]
         return self.label or self.name or " + ".join(links)
 

@@ -1,136 +1,268 @@
-"""A method's entry in study.yaml, read into the settings of the verb that will run it: ``plan`` or ``sparsify``.
+"""What a study refuses before anything runs.
 
-What these verbs would refuse is refused here, before anything runs; so is a recipe under which no zeros
-can be held.
+``check`` first looks at what can be known (``outlook``), and then refuses: flags that would do nothing, recipes under
+which zeros would not stay zero, corpora that are one another or share documents, windows that are not there, a parent
+that has seen the text of the study, and streams that are too short for a run.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from megatron_prune import methods, verbs
-from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import Retraining
-from megatron_prune.settings import add_flags
-from megatron_prune.sparse import request
-from megatron_prune.structured import choice as choices
-from megatron_prune.study import commands
-from megatron_prune.study.schema import Study
-from megatron_prune.study.sections import Method
+from megatron_prune import artifacts, storage
+from megatron_prune.checkpoint.layout import ModelShape, vocabulary
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.data import contamination, indexed, windows
+from megatron_prune.engine import refusals
+from megatron_prune.errors import DataError, MegatronPruneError, UsageError
+from megatron_prune.study import commands, needs
+from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
+from megatron_prune.study.prunings import Places, Pruning, links, parent_cell
+from megatron_prune.study.sample_ranges import SampleRange
+from megatron_prune.study.schema import Study, written
+from megatron_prune.study.study_file import placed
+from megatron_prune.training import data, lineage
+from megatron_prune.training.lineage import Stage
+
+Seen = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a method asks for beside the parent."""
+def check(study: Study, places: Places, *, planned: bool = False, corpus_tokens: int | None = None) -> Outlook:
+    """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change.
 
-    statistics: bool = False  # a structured method reads those of a calibration
-    scores: bool = False  # of its candidates
-    text: bool = False  # a sparse method reads calibration text itself
-    random: bool = False  # a seed
-    retraining: Retraining | None = None  # of its best candidates
-
-    @property
-    def tokens(self) -> bool:
-        """True where calibration text is behind it."""
-        return self.statistics or self.text
+    ``planned``: nothing is about to run, and a parent that is not there yet is taken to be what study.yaml says of it.
+    ``corpus_tokens``: of data.train, while corpora are not there; then nothing about their content is refused.
+    """
+    try:
+        return _check(study, places, planned, corpus_tokens)
+    except MegatronPruneError as error:
+        raise placed(error, written(study)) from error
 
 
-def needs(study: Study, method: Method, ratio: float | None) -> Needs:
-    """What ``method`` asks for. UsageError names the flag that is wrong."""
-    if method.pattern is not None:
-        asked = sparse(study, method, ratio)
-        return Needs(text=asked.method.statistic != "none", random=asked.method.random)
-    chosen = structured(study, method, ratio)
-    retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
-    if retraining and retraining.tokens % batch:
-        raise UsageError(
-            f"methods.{method.tag}.settings.retrain-tokens",
-            got=retraining.tokens,
-            expected=f"a multiple of {batch}, the tokens of a global batch",
+def _check(study: Study, places: Places, planned: bool, corpus_tokens: int | None) -> Outlook:
+    if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UsageError("tracking.wandb_project", got=study.tracking.wandb_project,
+                         expected="no such key where wandb is not installed", do="pip install wandb")  # fmt: skip
+    refusals.refuse_names(study.recipe.arguments, "recipe.arguments")
+    if study.parent.pretrain is not None:
+        refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
+    outlook = look(study, places, planned=planned)
+    _check_masked(study, places, outlook)
+    absent = absent_corpora(study)
+    if planned and absent and corpus_tokens is None:
+        raise DataError(
+            f"{absent[0]}.bin does not exist, nor do {len(absent) - 1} more of the study's corpora: `study plan "
+            "--corpus-tokens N` plans a study that has N tokens to train on before they are there"
         )
-    if retraining and study.launch.nproc > study.launch.ranks_per_node:
-        raise UsageError(
-            f"methods.{method.tag}.settings.retrain-candidates",
-            got=f"launch.nproc {study.launch.nproc}",
-            expected=f"at most {study.launch.ranks_per_node} processes, those of one node",
-            why="one process of the first node starts all ranks that retrain candidates",
-            do="use `retrain-candidates --commands`",
+    if not planned or not absent:
+        _check_data(study, places, outlook)
+        return outlook
+    assert corpus_tokens is not None
+    data = study.data
+    samples = (corpus_tokens - 1) // data.seq_length * data.epochs
+    stream = {"id": "", "samples": samples, "epochs": data.epochs, "seq_length": data.seq_length}
+    check_ranges(study, outlook, stream)
+    assumed = f"{len(absent)} corpora are not there: {corpus_tokens:,} tokens are taken to be in data.train"
+    return replace(outlook, assumed=[*outlook.assumed, assumed])
+
+
+def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
+    """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
+    masked = [cell for cell in outlook.grid(study).cells if cell.masked]
+    if not masked:
+        return
+    needs.refuse_recipe_without_zeros(commands.training(study, places, masked[0], masked[0].source))
+    trained = study.parent.pretrain
+    for cell in masked:
+        own = cell.seed if study.parent_per_seed else 0
+        seed = trained.seed + own if trained is not None else _first_seed(outlook.stages)
+        if cell.kind == "scratch" and cell.seed == seed:
+            raise UsageError(
+                "seeds",
+                got=seed,
+                expected="a seed other than the parent's for scratch runs under masks",
+                why="with the parent's seed they would begin with the weights that the masks were made from",
+            )
+
+
+def _first_seed(stages: Sequence[Stage]) -> int | None:
+    """The seed that a parent's first weights were drawn by, where that is known."""
+    return int(stages[0]["seed"]) if lineage.begins_at_random(stages) else None
+
+
+def _words(study: Study, places: Places, source: ModelShape) -> int:
+    """The parent's vocabulary without padding, as far as its checkpoint, or flags, say it."""
+    checkpoint = study.parent.load or places.checkpoint("parent")
+    if study.parent.pretrain is None and storage.path(checkpoint).exists():
+        return vocabulary(open_checkpoint(checkpoint).args)
+    size = (dict(study.recipe.arguments) | study.parent.flags).get("vocab-size")
+    return vocabulary({"vocab_size": size, "padded_vocab_size": source.padded_vocab_size})
+
+
+def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
+    data = study.data
+    prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
+    prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
+    seen: dict[str, str] = {}
+    for name, prefix in prints.items():
+        indexed.open_indexed(prefix)
+        if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
+            raise DataError(
+                f"{name} and {earlier} hold the same tokens: no stage may train on what another is evaluated on"
+            )
+        seen[print_] = name
+        if outlook.source is not None:
+            indexed.check_fits_model(prefix, _words(study, places, outlook.source))
+    windows.windows(
+        data.calibration,
+        study.calibration_seq_length,
+        study.calibration.sequences,
+        flag="calibration.sequences",
+    )
+    for name in commands.CORPORA:
+        windows.windows(
+            getattr(data, name),
+            study.evaluation_seq_length,
+            study.evaluation.windows,
+            flag="evaluation.windows",
         )
-    _ = chosen.task  # a file that is no task is refused here
-    return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
+    held_out = [data.calibration, data.validation, data.test]
+    contamination.refuse_shared_documents([prefix for _, prefix in data.train], held_out)
+    for number, earlier in enumerate(held_out):  # no held-out text is seen before its turn
+        contamination.refuse_shared_documents([earlier], held_out[number + 1 :])
+    if data.max_near_duplicates is not None:
+        _check_near_duplicates(study, data.max_near_duplicates, places)
+    check_unseen(study, outlook.stages)
+    check_ranges(study, outlook, stream_of(study))
 
 
-def shapes(study: Study, method: Method, ratio: float | None, source: ModelShape) -> tuple[ModelShape, ...]:
-    """The shape that comes out, or those between which the model's loss decides."""
-    if method.pattern is None:
-        return structured(study, method, ratio).shapes(source)
-    sparse(study, method, ratio).check(source)
-    return (source,)
+def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
+    """Refuse corpora that share too much; the report is kept, since making it reads every training token."""
+    data = study.data
+    stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
+    stages["train"] = [prefix for _, prefix in data.train]
+    earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
+    report = contamination.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
+    if report != earlier and places.root.is_dir():  # a plan of a study that has not begun leaves nothing
+        artifacts.write_json(places.overlap, report)
+    contamination.refuse(report)
 
 
-def structured(study: Study, method: Method, ratio: float | None) -> choices.Choice:
-    """The method's entry as ``plan`` will have it."""
-    if method.name in methods.sparse_names() and method.name not in methods.names():
+# Has a loaded parent seen the text of the study? Its lineage says what it was trained on. On the study's own stream the
+# ranges decide. The same corpora as another stream are refused: samples of two orders cannot be told apart by their
+# numbers. Other corpora are compared document by document, where they can still be read; where they cannot,
+# ``parent.declared_unseen`` has to say why nothing of the study's text is in them. A parent without a lineage (from
+# elsewhere) is taken as it is, and the report says so.
+
+
+def check_unseen(study: Study, stages: Sequence[Stage]) -> None:
+    """UsageError or DataError where a stage has seen text of the study, or may have and nobody says that it has not."""
+    trainings = lineage.trainings(stages)
+    if not trainings:
+        return
+    own = stream_of(study)
+    compared: set[str] = set()
+    for stage in trainings:
+        stream = stage["stream"]
+        if stream is None:
+            _need_a_word(study, stage, "it was not trained on a token stream, so that nothing says on which samples")
+            continue
+        if stream["id"] == own["id"]:
+            continue
+        if set(stream["corpora"]) & set(own["corpora"]):
+            data = study.data
+            raise UsageError(
+                "data",
+                got=f"stream seed {data.stream_seed}, length {data.seq_length}, epochs {data.epochs}",
+                expected=f"the stream of {stage['run']}: {stream['blend']}, seed {stream['seed']}, length "
+                f"{stream['seq_length']}, epochs {stream['epochs']}",
+                why="in another order the retraining range would overlap what the parent was trained on",
+            )
+        for (_, prefix), content in zip(stream["blend"], stream["corpora"], strict=True):
+            if content not in compared:
+                compared.add(content)
+                _compare(study, stage, prefix, content)
+
+
+def _compare(study: Study, stage: Stage, prefix: str, content: str) -> None:
+    """The documents of one corpus of the parent against all corpora of the study."""
+    wrong = ""
+    if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
+        wrong = f"its corpus {prefix} is not there any more"
+    elif indexed.fingerprint(prefix) != content:
+        wrong = f"{prefix} is another corpus now"
+    if wrong:
+        _need_a_word(study, stage, f"{wrong}, and what its documents are cannot be compared with data.train")
+        return
+    for name, corpora in _corpora(study).items():
+        for own in corpora:
+            if shared := contamination.shared_documents(prefix, own):
+                row, twin = shared[0]
+                raise DataError(
+                    f"{len(shared)} document(s) of data.{name} {own} are in {prefix}, which {stage['run']}, a training "
+                    f"behind the parent, read (document {twin} is its document {row}): take them out of data.{name}"
+                )
+
+
+def _corpora(study: Study) -> dict[str, list[str]]:
+    held: dict[str, Any] = {name: [getattr(study.data, name)] for name in ("calibration", "validation", "test")}
+    return {"train": [prefix for _, prefix in study.data.train], **held}
+
+
+def _need_a_word(study: Study, stage: Stage, why: str) -> None:
+    if study.parent.declared_unseen is None:
         raise UsageError(
-            f"methods.{method.tag}.pattern",
-            got="nothing",
-            expected="unstructured or N:M",
-            why=f"{method.name} is sparse",
-        )
-    values = commands.asked(study, method, ratio)
-    where = f"methods.{method.tag}.settings"
-    return choices.read(method.name, values, where=where, tensor_parallel=study.launch.tensor_parallel)
+            "parent.declared_unseen", got="nothing",
+            expected="the reason why the parent has seen no text of the study, which the report prints",
+            why=f"{stage['run']} trained the parent, and {why}",
+        )  # fmt: skip
 
 
-def sparse(study: Study, method: Method, ratio: float | None) -> request.Request:
-    """The method's entry as ``sparsify`` will have it."""
-    if method.name in methods.names() and method.name not in methods.sparse_names():
-        raise UsageError(
-            f"methods.{method.tag}.pattern",
-            got=method.pattern,
-            expected="no such key",
-            why=f"{method.name} removes whole dimensions",
-        )
-    values = commands.asked(study, method, ratio)
-    return request.choose(method.name, verbs.Sparsity.read(values, f"methods.{method.tag}.settings"), seed=0)
+def check_ranges(study: Study, outlook: Outlook, stream: Mapping[str, Any]) -> None:
+    """Every run against the stream, by the check that `pretrain` makes, before the first of them is paid for.
+
+    A cell's range must end before the stream does, and be unseen by everything that the cell starts from: the parent's
+    stages, and the retrainings between the links of its chain. DataError names a cell that `pretrain` would refuse, of
+    several the one that ends last, and why.
+    """
+    for cell, samples, seen in sorted(_runs(study, outlook, stream), key=lambda run: -run[1].end):
+        try:
+            data.refuse_unfit(stream, samples.samples, seen, cell)
+        except (UsageError, DataError) as error:
+            raise DataError(
+                f"data.train is not enough for {cell}, samples {samples}: {error}. Give more text, smaller budgets or "
+                "other data.epochs"
+            ) from error
 
 
-def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
-    """UsageError where ``retraining``, a run under masks, could not hold them, or has flags that there are not."""
-    with _own_logging():
-        from megatron.training.arguments import add_megatron_arguments
-
-        from megatron_prune.training import masked
-
-    parser = _Parser("recipe.arguments", "Megatron's flags")
-    add_megatron_arguments(parser)
-    add_flags(parser, verbs.Pretrain)
-    parser.set_defaults(**verbs.Pretrain().to_json())
-    masked.refuse_unfit_arguments(parser.parse_args(retraining.argv[1:]))
-
-
-@contextlib.contextmanager
-def _own_logging() -> Iterator[None]:
-    """Megatron's training modules make the root logger print everything when they are imported."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+def _runs(study: Study, outlook: Outlook, stream: Mapping[str, Any]) -> Iterator[tuple[str, SampleRange, Seen]]:
+    """Every cell that trains, with its samples and what is behind its weights."""
+    lay, before = outlook.lay, lineage.trainings(outlook.stages)
+    if not stream["id"]:  # of corpora that are not there: what is behind a parent is taken to be of their stream
+        before = [{**stage, "stream": stream} for stage in before if stage["stream"] is not None]
+    if study.parent.pretrain is not None:
+        samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
+        yield parent_cell(study, study.seeds[0]), samples, []
+        before = [{"run": "parent", "stream": stream, "range": list(samples.samples)}]
+    for pruning in links(study):
+        retraining = outlook.needs[pruning.name].retraining
+        if retraining:
+            samples = lay.retrain(retraining.tokens, pruning.trained)
+            yield f"methods.{pruning.method.tag}'s candidates", samples, _behind(pruning, outlook, stream, before)
+    for cell in outlook.estimated_grid(study).cells:
+        yield cell.id, cell.samples, [] if cell.kind == "scratch" else _behind(cell.source, outlook, stream, before)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of leaving."""
-
-    def __init__(self, prog: str, allowed: str):
-        super().__init__(prog=prog, add_help=False, allow_abbrev=False)
-        self.allowed = allowed
-
-    def error(self, message: str) -> Any:
-        raise UsageError(self.prog, got=message, expected=self.allowed)
+def _behind(pruning: Pruning, outlook: Outlook, stream: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> Seen:
+    """The parent's trainings, and the retrainings between the links of a pruning."""
+    made = [
+        {"run": link.retraining_cell, "stream": stream, "range": list(retrained.samples)}
+        for link in pruning.links
+        if link.base is not None and link.retrained
+        for retrained in [outlook.lay.retrain(link.retrained, link.base.trained)]
+    ]
+    return [*before, *made]

@@ -5,21 +5,49 @@ Each is a type that pydantic reads strictly; what people write in several ways b
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.masks.pattern import Pattern
 
 # What is the same for both arms: the samples after pruning, all tokens, or all executed FLOPs.
 Setting = Literal["equal-training", "equal-total", "equal-flops"]
-# What trains from random weights beside a pruned model: a dense model of its shape, or one under its masks.
+# What a pruned model is compared with, from random weights: a dense model of its shape, or one under its masks.
 Scratch = Literal["dense", "masked"]
 # Which checkpoints outlive a run: every save, its last one, or (once its line is in the ledger) none.
 Retention = Literal["all", "final", "none"]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Finding(ValueError):
+    """Our own error, in a form that pydantic keeps together with what else is wrong."""
+
+    def __init__(self, error: MegatronPruneError):
+        self.error = error
+        self.key = str(getattr(error, "flag", "") or str(error).partition(":")[0])
+        super().__init__(str(error))
+
+
+def finds[T](check: Callable[[T], None]) -> Callable[[T], None]:
+    """A section's ``__post_init__``, of which pydantic shall go on to the other sections after an error."""
+
+    @functools.wraps(check)
+    def kept(section: T) -> None:
+        try:
+            check(section)
+        except ValidationError as error:  # of a section that this one makes
+            found = error.errors()[0].get("ctx", {}).get("error")
+            raise (found if isinstance(found, Finding) else error) from error
+        except MegatronPruneError as error:
+            raise Finding(error) from error
+
+    return kept
+
 
 # What the study decides for every run; a recipe that set one would fork the arms.
 RESERVED = (
@@ -86,7 +114,7 @@ def _flags(value: Any) -> Any:
 
 
 def _blend(value: Any) -> Any:
-    """``prefix``, ``[prefix, …]`` or ``[[weight, prefix], …]`` → the last form; None is no weight."""
+    """``prefix``, ``[prefix, …]`` or ``[[weight, prefix], …]`` → the last form; None stands for no weight."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):

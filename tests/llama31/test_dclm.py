@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,11 @@ def dclm(tmp_path, tiny_tokenizer):
     env = {**os.environ, "PYTHON": sys.executable, "WORKERS": "1", "SEQ_LENGTH": "32", "TOKENIZER": str(tiny_tokenizer)}
     env |= {"DCLM_TEXT": str(tmp_path / "text"), "DCLM_OUT": str(tmp_path / "out"), "CACHE": str(tmp_path / "cache")}
 
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", EXAMPLE / "dclm.sh", *words], env=env, capture_output=True, text=True)
+    own = env
+
+    def run(*words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+        line = ["bash", EXAMPLE / "dclm.sh", *words]
+        return subprocess.run(line, env=own | dict(env or {}), capture_output=True, text=True)
 
     return run
 
@@ -61,6 +65,48 @@ def test_from_download_to_stream(dclm, tmp_path) -> None:
     described = json.loads(index.stdout)
     assert len(described["corpora"]) == 2 and described["seed"] == 1
     assert [path.parent for path in (tmp_path / "cache").glob("*/stream.json")]
+
+
+def lacks(ran: subprocess.CompletedProcess) -> list[str]:
+    """What the script says that it lacks, one line for each thing; it has started nothing."""
+    assert ran.returncode == 2 and not ran.stdout
+    lines = ran.stderr.splitlines()
+    assert lines and all(" lacks " in line for line in lines), ran.stderr
+    return [line.partition(" lacks ")[2] for line in lines]
+
+
+def test_what_is_lacking_is_said_before_anything_is_done(dclm, tmp_path, tiny_tokenizer) -> None:
+    out: Path = tmp_path / "out"
+    assert "nothing is lacking" in dclm("check").stdout and not out.exists()
+    assert lacks(dclm("tokenize", "0")) == [f"{out}/shards.txt: dclm.sh shards makes it"]
+    assert lacks(dclm("blend")) == [f"{out}/shards.txt: dclm.sh shards makes it"]
+    names = [f"{out}/blend.txt: dclm.sh blend makes it"]
+    names += [f"{out}/{name}.json: dclm.sh held-out makes it" for name in ("calibration", "validation", "test")]
+    assert lacks(dclm("index")) == names
+    assert not out.exists()
+
+
+def test_all_that_is_lacking_is_said_at_once(dclm, tmp_path) -> None:
+    env = {"PYTHON": "no-such-python", "TOKENIZER": str(tmp_path / "none"), "DCLM_TEXT": str(tmp_path / "empty")}
+    check, tokenize = (lacks(dclm(word, env=env)) for word in ("check", "held-out"))
+    assert [line.split(":")[0] for line in tokenize] == [
+        "the program no-such-python", f"{tmp_path}/none/tokenizer.json",
+        f"{tmp_path}/empty/global-shard_10_of_10/local-shard_9_of_10/*.jsonl.zst",
+    ]  # fmt: skip
+    assert {*tokenize} < {*check} and any("hugging" in line for line in check)
+    packages = lacks(dclm("held-out", env={"PYTHON": "/bin/false"}))
+    assert packages == ["the packages megatron_prune and zstandard in /bin/false: pip install -e ."]
+
+
+def test_room_on_the_disk_is_asked_for_before_a_shard_is_tokenized(dclm, tmp_path) -> None:
+    """Of a file that says it is long and takes no room."""
+    assert dclm("shards").returncode == 0
+    with open(tmp_path / "text" / SHARDS[0] / "shard_00000009_processed.jsonl.zst", "wb") as handle:
+        handle.truncate(10**13)
+    (room,) = lacks(dclm("tokenize", "0"))
+    assert room.startswith("room on the disk of ") and "about 30001 GB" in room
+    (room,) = lacks(dclm("check"))
+    assert room.startswith("room on the disk of ")
 
 
 def test_without_a_word_it_says_what_it_can(dclm) -> None:

@@ -5,17 +5,19 @@ Corpora are sparse files that say how long they are and hold next to nothing.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.cli import study as command
 from megatron_prune.data.indexed import write_index
+from megatron_prune.errors import DataError
 from megatron_prune.study import schema
 from tests.llama31.example import EXAMPLE, TABLE, launch
 from tests.preflight import commands
@@ -29,7 +31,7 @@ STEP = 512 * 8192
 def cluster(tmp_path_factory) -> Path:
     """A directory to start from, with the corpora that study.yaml names."""
     root = tmp_path_factory.mktemp("cluster")
-    study = schema.load(EXAMPLE / "ratios.yaml")
+    study = schema.load(EXAMPLE / "token_scaling.yaml")
     for number, (_, prefix) in enumerate(study.data.train):
         sparse_corpus(root / prefix, SHARD, number)
     for number, name in enumerate(("calibration", "validation", "test")):
@@ -50,33 +52,51 @@ def sparse_corpus(prefix: Path, tokens: int, first: int) -> None:
     write_index(f"{prefix}.idx", [np.array(lengths)], [np.ones(len(lengths), np.int64)], "int32")
 
 
-def content(name: str) -> dict:
-    """A study's YAML; the parent that another study trains is not there yet, so it is described as there."""
-    found = yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text())
-    if name == "ratios":
-        assert found["parent"] == {"load": "runs/llama3.1-8b-token-scaling/cells/parent/checkpoint"}
-        found["parent"] = content("token_scaling")["parent"]
-    return found
+SPEED = ["--throughput", "40%", "--gpus", "1024"]
+
+
+def plan(name: str, folder: Path, *words: str) -> str:
+    """What `study plan --commands` prints of a study in a folder to start from."""
+    output = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        assert command.main(["plan", str(EXAMPLE / f"{name}.yaml"), "--commands", *SPEED, *words]) == 0
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
-def planned(cluster) -> dict[str, str]:
-    """What `study plan --commands` prints of each."""
-    import contextlib
-    import io
+def planned(tmp_path_factory) -> dict[str, str]:
+    """Of each study, where nothing is there: no corpora, no parent, no weights."""
+    nothing = tmp_path_factory.mktemp("nothing")
+    return {name: plan(name, nothing, "--corpus-tokens", "760B") for name in STUDIES}
 
-    printed = {}
-    with contextlib.chdir(cluster):
-        for name in STUDIES:
-            Path(f"{name}.yaml").write_text(yaml.safe_dump(content(name)))
-            output = io.StringIO()
-            speed = (
-                [] if name == "imported" else ["--throughput", "40%", "--gpus", "1024"]
-            )  # no shape before the import
-            with contextlib.redirect_stdout(output):
-                assert command.main(["plan", f"{name}.yaml", "--commands", *speed]) == 0
-            printed[name] = output.getvalue()
-    return printed
+
+def test_a_study_is_planned_before_anything_is_there_as_it_is_afterwards(planned, cluster) -> None:
+    ahead, there = (text.splitlines() for text in (planned["token_scaling"], plan("token_scaling", cluster)))
+    note = "23 corpora are not there: 760,000,000,000 tokens are taken to be in data.train"
+    assert [line for line in ahead if line not in there] == [note] and not [line for line in there if line not in ahead]
+    assert len(there) > 100
+
+
+def test_what_is_taken_for_granted_is_said(planned) -> None:
+    for name in STUDIES:
+        printed = planned[name]
+        assert ("the parent is not there yet: its shape is what parent.shape says" in printed) == (
+            name != "token_scaling"
+        )
+        assert "memory is not known" not in printed and "not run" not in printed
+
+
+def test_a_corpus_that_is_too_short_is_refused_before_it_is_there(tmp_path) -> None:
+    for enough in ("700B", "699B"):  # P200 and R500
+        words = ["plan", str(EXAMPLE / "token_scaling.yaml"), "--corpus-tokens", enough]
+        with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
+            if enough == "700B":
+                assert command.main(words) == 0
+                continue
+            with pytest.raises(DataError, match="data.train does not do for pruned-.*expected an end of at most"):
+                command.main(words)
+            with pytest.raises(DataError, match="common.yaml, line 14: .*--corpus-tokens|--corpus-tokens"):
+                command.main(words[:2])
 
 
 def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
@@ -94,8 +114,7 @@ def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
         for flag, value in study.recipe.arguments.items():
             if flag in ours:
                 assert value == ours[flag], flag
-    parent = schema.load(EXAMPLE / "token_scaling.yaml").parent.pretrain
-    assert parent is not None and parent.arguments == TABLE["model"]
+        assert study.parent.flags == TABLE["model"]
 
 
 def test_budgets_are_the_papers(planned) -> None:
@@ -105,6 +124,8 @@ def test_budgets_are_the_papers(planned) -> None:
         assert re.search(rf"pruned-depth-50-\S*t{tokens} ", scaling), billions
     assert "0:24414208" in scaling  # P200
     assert "24414208:30517760" in ratios and "0:30517760" in ratios  # R50 and S50; S250
+    for target in ("L16h4096", "L32h1536"):
+        assert f"scratch-{target}" in ratios and re.search(rf"scratch-{target}\S*-equal-total-", ratios), target
     assert "equal-training" in planned["imported"] and "equal-total" not in planned["imported"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_prune.study.analysis import results
-from megatron_prune.study.commands import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import simulated
 

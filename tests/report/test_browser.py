@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.study.commands import Places
+from megatron_prune.study.prunings import Places
 from tests.report import browser
 
 pytestmark = pytest.mark.skipif(

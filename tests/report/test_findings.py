@@ -9,7 +9,7 @@ from scipy import optimize
 
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.commands import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import findings, tables
 from tests.report.test_page import Reader
 from tests.study import simulated

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_prune.study.analysis import results
-from megatron_prune.study.commands import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import drawing, page
 from tests.study import made_up
 from tests.study.test_sparse import METHODS

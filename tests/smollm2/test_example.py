@@ -14,8 +14,8 @@ import yaml
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.study import grid, schema
-from megatron_prune.study.budgets import Batch, Lay
+from megatron_prune.study import grid, prunings, schema
+from megatron_prune.study.sample_ranges import Batch, Lay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2_135m"
 
@@ -44,7 +44,7 @@ def script(name: str) -> Any:
 def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
     study = schema.load(EXAMPLE / "study.yaml")
     lay = Lay(Batch(study.recipe.global_batch_size, study.data.seq_length), 0, study.parent.declared_tokens)
-    consumed = {pruning.name: 16_384 for pruning in grid.prunings(study)}
+    consumed = {pruning.name: 16_384 for pruning in prunings.prunings(study)}
     found = grid.expand(study, lay, {}, consumed).comparisons
     reasons = {(c.setting, bool(c.scratch), bool(c.not_run)) for c in found}
     assert reasons == {("equal-training", True, False), ("equal-total", False, True)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from tests.study import made_up
 
 

@@ -8,34 +8,32 @@ one verb share is said once, at the top, so that a flag which is wrong in both a
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.study import jobs, schema
-from megatron_prune.study import outlook as preflight
+from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.commands import Command
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.schema import Study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = Path(__file__).parent / "golden"
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
-LLAMA = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
-# A parent that no study trains: its shape; of one that another study trained, that study.
-STUDIES: dict[str, ModelShape | str | None] = {
+# Of a parent whose shape study.yaml does not say: its shape.
+STUDIES: dict[str, ModelShape | None] = {
     "quickstart/study": None,
     "quickstart/seeds": None,
     "smollm2_135m/study": SMOLLM2,
     "llama3.1_8b/token_scaling": None,
-    "llama3.1_8b/ratios": "llama3.1_8b/token_scaling",
-    "llama3.1_8b/imported": LLAMA,
+    "llama3.1_8b/ratios": None,
+    "llama3.1_8b/imported": None,
 }
 Flag = tuple[str, ...]  # its name and its values
 
@@ -52,31 +50,11 @@ def text(name: str) -> str:
 
 def commands(name: str) -> dict[str, list[Command]]:
     """Every cell of a study with its commands, as if no pruning had cost anything."""
-    study, parent = schema.load(EXAMPLES / f"{name}.yaml"), STUDIES[name]
-    places = Places(Path("RUN"))
-    known: tuple[Any, list[Any]] = (parent, []) if not isinstance(parent, str) else _behind(parent)
-    there = preflight._parent if parent is None else lambda *_: known
-    end = max((stage["range"][1] for stage in known[1]), default=0)  # on the study's stream, whose corpora are not here
-    with (
-        mock.patch.object(preflight, "_parent", there),
-        mock.patch.object(preflight.ranges, "end_on_stream", lambda *_: end),
-    ):
-        outlook = preflight.look(study, places)
-    outlook = replace(outlook, spent=dict.fromkeys(outlook.targets, 0))
-    return jobs.all_commands(jobs.all_cells(study, places, outlook))
-
-
-def _behind(name: str) -> tuple[ModelShape, list[Any]]:
-    """Shape and lineage of the parent that another study trains."""
-    study = schema.load(EXAMPLES / f"{name}.yaml")
-    outlook = preflight.look(study, Places(Path("RUN")))
-    lay = outlook.lay
-    assert outlook.source is not None and study.parent.pretrain is not None
-    stage = {
-        "kind": "trained", "start": None, "complete": True, "range": [0, lay.parent_end], "tokens": lay.parent_tokens,
-        "flops": lay.parent_flops, "seed": study.parent.pretrain.seed,
-    }  # fmt: skip
-    return outlook.source, [stage]
+    study, places = schema.load(EXAMPLES / f"{name}.yaml"), Places(Path("RUN"))
+    known = STUDIES[name]
+    with mock.patch.object(outlook, "_shape_to_come", lambda _: (known, "")) if known else contextlib.nullcontext():
+        found = outlook.look(study, places, planned=True)
+    return jobs.all_commands(jobs.all_cells(study, places, replace(found, spent=dict.fromkeys(found.targets, 0))))
 
 
 def _lines(name: str, study: Study, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_s
 from megatron_prune.structured import candidates, statistics
 from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.training import data, lineage
 
 VOCABULARY = 123
@@ -407,7 +407,7 @@ def run(study: schema.Study, runs: Path, launcher: FakeLauncher) -> Places:
 
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
-    from megatron_prune.study.run.progress import Progress
+    from megatron_prune.study.run.status import Progress
 
     places = Places(runs / study.name)
     with Progress(Console(file=io.StringIO())) as progress:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune import artifacts
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from tests.study import made_up
 
 FLOOR, START, NOISE = 2.0, 20_000, 0.01

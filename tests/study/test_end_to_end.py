@@ -27,7 +27,7 @@ import yaml
 from megatron_prune.errors import AccountError
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from tests.study import made_up
 from tests.waiting import LONGEST, content, wait_for_progress
 

@@ -26,7 +26,7 @@ from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.study import custody
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import made_up
 

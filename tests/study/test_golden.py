@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import DataError
-from megatron_prune.study import jobs, outlook
+from megatron_prune.study import jobs, outlook, validate
 from megatron_prune.study.commands import Command
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from tests.study import golden, made_up
 
 
@@ -33,7 +33,8 @@ def test_no_command_says_a_flag_twice(name):
 
 def test_every_study_of_the_examples_is_here():
     found = {str(path.relative_to(golden.EXAMPLES).with_suffix("")) for path in golden.EXAMPLES.glob("*/*.yaml")}
-    assert found - {"llama3.1_8b/layouts"} == set(golden.STUDIES)  # layouts.yaml is launch.py's tables
+    others = {"llama3.1_8b/layouts", "llama3.1_8b/common"}  # launch.py's tables; what studies include
+    assert found - others == set(golden.STUDIES)
     assert {path.name for path in golden.FILES.iterdir()} == {golden.file(name).name for name in golden.STUDIES}
 
 
@@ -104,6 +105,6 @@ def test_a_study_may_use_its_stream_up_and_not_one_sample_more(tmp_path):
             made_up.corpora(folder, train=tokens), budgets=[steps * 128], settings=["equal-training"]
         )
     assert (10_500 - 1) // 16 == 160 + 62 * 8 and (11_900 - 1) // 16 == 160 + 73 * 8 - 1
-    outlook.check(studies[10_500], Places(tmp_path / "runs"))
-    with pytest.raises(DataError, match="samples 160:744: .* an end up to 743 "):
-        outlook.check(studies[11_900], Places(tmp_path / "runs"))
+    validate.check(studies[10_500], Places(tmp_path / "runs"))
+    with pytest.raises(DataError, match="samples 160:744: .* an end of at most 743, "):
+        validate.check(studies[11_900], Places(tmp_path / "runs"))

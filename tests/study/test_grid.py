@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import DataError
-from megatron_prune.study import commands, grid, schema
-from megatron_prune.study.budgets import Batch, Lay, counted
-from megatron_prune.study.places import Places
+from megatron_prune.study import commands, grid, prunings, schema
+from megatron_prune.study.prunings import Places
+from megatron_prune.study.sample_ranges import Batch, Lay, counted
 from tests.study.test_config import GOOD
 
 batches = st.builds(Batch, st.integers(1, 512), st.integers(1, 4096))
@@ -85,7 +85,7 @@ def test_every_combination_once() -> None:
         budgets=[12_800, 25_600],
         seeds=[1, 2, 3],
     )
-    shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(grid.prunings(study))}
+    shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(prunings.prunings(study))}
     made = grid.expand(study, LAY, shapes, {})
     assert len(made.comparisons) == 2 * 2 * 2 * 2 * 3
     ids = [cell.id for cell in made.cells]
@@ -103,7 +103,7 @@ def test_every_combination_once() -> None:
 
 def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None:
     study = make(methods=[{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}])
-    names = [p.name for p in grid.prunings(study)]
+    names = [p.name for p in prunings.prunings(study)]
     shapes = dict.fromkeys(names, SHAPE)
 
     def scratch(consumed: dict[str, int]) -> set[str]:
@@ -119,7 +119,7 @@ def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None
 def test_calibration_follows_the_seed_only_when_windows_do() -> None:
     def cell(**changes: object) -> str:
         study = make(seeds=[3], **changes)
-        return grid.calibration_cell(study, grid.prunings(study)[0])
+        return prunings.calibration_cell(study, prunings.prunings(study)[0])
 
     assert cell() == "calibration-s3"
     assert cell(calibration={"sampling": "sequential"}) == "calibration"
@@ -128,7 +128,7 @@ def test_calibration_follows_the_seed_only_when_windows_do() -> None:
 
 def test_a_target_has_no_ratio() -> None:
     study = make(methods=[{"name": "shortgpt", "target": {"num-layers": 2}}, {"name": "random"}], ratios=[0.5, 0.6])
-    assert [(p.method.name, p.ratio) for p in grid.prunings(study)] == [
+    assert [(p.method.name, p.ratio) for p in prunings.prunings(study)] == [
         ("shortgpt", None), ("random", 0.5), ("random", 0.6)
     ]  # fmt: skip
 
@@ -176,7 +176,7 @@ def test_masks_of_methods_whose_labels_begin_alike_are_of_two_runs() -> None:
     """A label may hold what ends a name before its seed."""
     method = {"name": "sparsegpt", "pattern": "2:4", "compare": {"equal-training": ["masked"]}}
     study = make(methods=[method | {"label": label} for label in ("my-small", "my-slow")], settings=["equal-training"])
-    made = grid.expand(study, LAY, {p.name: SHAPE for p in grid.prunings(study)}, {})
+    made = grid.expand(study, LAY, {p.name: SHAPE for p in prunings.prunings(study)}, {})
     found = sorted(c.id.split("-r50-")[0] for c in made.cells if c.kind == "scratch")
     assert found == ["scratch-masked-my-slow", "scratch-masked-my-small"]
 
@@ -184,7 +184,7 @@ def test_masks_of_methods_whose_labels_begin_alike_are_of_two_runs() -> None:
 def test_of_several_rates_a_comparison_names_the_first() -> None:
     parent = {"pretrain": GOOD["parent"]["pretrain"] | {"lr": 1e-3}}
     study = make(recipe=GOOD["recipe"] | {"lr": [1e-3, 2e-3, 3e-3]}, parent=parent)
-    made = grid.expand(study, LAY, {p.name: SHAPE for p in grid.prunings(study)}, {})
+    made = grid.expand(study, LAY, {p.name: SHAPE for p in prunings.prunings(study)}, {})
     for comparison in made.comparisons:
         assert [rate for rate, _, _ in comparison.swept] == [1e-3, 2e-3, 3e-3]
         assert (comparison.pruned, comparison.scratch) == comparison.swept[0][1:]

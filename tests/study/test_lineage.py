@@ -24,11 +24,11 @@ from megatron_prune.cli import study as command
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, DataError, UsageError
 from megatron_prune.structured import apply
-from megatron_prune.study import estimate, grid, outlook
+from megatron_prune.study import estimate, outlook, prunings, validate
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis import results as origins
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from megatron_prune.training import lineage
 from tests.study import made_up
@@ -96,7 +96,7 @@ def study(prefixes: dict[str, str], path: Path, data: dict[str, Any] | None = No
 
 
 def check(made: Any) -> outlook.Outlook:
-    return outlook.check(made, Places(Path("runs") / made.name))
+    return validate.check(made, Places(Path("runs") / made.name))
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -534,7 +534,7 @@ def test_a_retraining_that_was_made_again_stops_the_report(places: Places) -> No
 
 def test_the_start_of_a_retraining_is_held_against_the_ledger(prefixes, places: Places) -> None:
     made = chain_study(prefixes)
-    (last,) = [pruning for pruning in grid.prunings(made) if pruning.base]
+    (last,) = [pruning for pruning in prunings.prunings(made) if pruning.base]
     records = Ledger(places.ledger).read()
     origins.refuse_others(made, last, records)
     records[FIRST] = records[FIRST] | {"made_of": "x"}

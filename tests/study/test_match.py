@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_prune.errors import AccountError
-from megatron_prune.study import match
+from megatron_prune.study import match, pair
 from megatron_prune.training import lineage
 
 STREAM = {
@@ -59,32 +59,32 @@ TEXTS = dict.fromkeys(("run-p", "run-s", "parent"), TEXT)
 
 def runs(
     pruned: dict, scratch: dict, texts: dict = TEXTS, warmup: Any = lambda steps: 0, parent: dict | None = PARENT,
-) -> match.Runs:  # fmt: skip
+) -> pair.Runs:  # fmt: skip
     """With a lineage that says what the parent's account does."""
     stages = [] if parent is None else [lineage.trained(parent, run="parent", end="p")]
     pruned = pruned | {"lineage": [*stages, PRUNING]}
-    return match.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup, parent=stages)
+    return pair.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup, parent=stages)
 
 
 EQUAL_TRAINING = account("random", 1600, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
 EQUAL_TOTAL = account("random", 0, 2400, pretrained_checkpoint=None, finetune=False, shape_from="p")
 
 
-def training(pruned: dict = PRUNED, scratch: dict = EQUAL_TRAINING, parent: dict | None = PARENT) -> list[match.Line]:
+def training(pruned: dict = PRUNED, scratch: dict = EQUAL_TRAINING, parent: dict | None = PARENT) -> list[pair.Line]:
     return match.equal_training(runs(pruned, scratch, parent=parent))
 
 
 def total(
     pruned: dict = PRUNED, scratch: dict = EQUAL_TOTAL, parent: dict | None = PARENT, consumed: int = 0,
     parent_tokens: int = 51_200,
-) -> list[match.Line]:  # fmt: skip
+) -> list[pair.Line]:  # fmt: skip
     return match.equal_total(runs(pruned, scratch, parent=parent), parent_tokens, consumed)
 
 
 def flops(
     pruned: dict = PRUNED, scratch: dict | None = None, parent: dict | None = PARENT, spent: int = 0,
     parent_flops: int = 100 * 10**6,
-) -> list[match.Line]:  # fmt: skip
+) -> list[pair.Line]:  # fmt: skip
     """The parent executed 100 steps' worth, the pruned arm 50; scratch has 150 unless it is given."""
     return match.equal_flops(runs(pruned, scratch or EQUAL_TOTAL, parent=parent), parent_flops, spent)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli import study as command
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import estimate, records
-from megatron_prune.study import outlook as preflight
-from megatron_prune.study.estimate import Outlay, Speed
-from megatron_prune.study.places import Places
+from megatron_prune.study import estimate, records, validate
+from megatron_prune.study.estimate import Estimate, Speed
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import status
 from tests.study import made_up
 from tests.waiting import wait_for_progress
@@ -37,15 +35,15 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-def outlays(study: Any) -> dict[str, Outlay]:
-    outlook = preflight.check(study, Places(Path("runs/made-up")))
+def estimates(study: Any) -> dict[str, Estimate]:
+    outlook = validate.check(study, Places(Path("runs/made-up")))
     return {one.cell: one for one in estimate.of_study(study, outlook)}
 
 
 def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
     methods = [{"name": "shortgpt"}, {"name": "wanda", "pattern": "2:4", "compare": ["equal-training"]}]
     study = made_up.study(prefixes, methods=methods)
-    planned = outlays(study)
+    planned = estimates(study)
     places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
     for cell in ("parent", "pruned-shortgpt-r50-s1-t1280", "scratch-L2h32H4G2d8F64-equal-total-t3968-s1"):
         account = yaml.safe_load(places.account(cell).read_text())
@@ -65,39 +63,16 @@ def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
 )  # fmt: skip
 def test_storage_is_weights_and_adam_of_the_saves_that_stay(prefixes, retention: str, saves: int) -> None:
     recipe = made_up.mapping(prefixes)["recipe"] | {"save_interval": 3, "arguments": {"bf16": True}}
-    found = outlays(made_up.study(prefixes, retention=retention, recipe=recipe))["pruned-shortgpt-r50-s1-t1280"]
+    found = estimates(made_up.study(prefixes, retention=retention, recipe=recipe))["pruned-shortgpt-r50-s1-t1280"]
     assert found.parameters is not None
     assert found.storage == saves * found.parameters * (2 + 3 * 4)  # bf16; fp32 master and two moments
-
-
-def test_memory_is_megatrons_estimate(prefixes) -> None:
-    from types import SimpleNamespace
-
-    from megatron.training import theoretical_memory_usage as megatron
-
-    launch = {"nproc": 32, "tensor_parallel": 4, "pipeline_parallel": 1}
-    arguments = {"bf16": True, "use-distributed-optimizer": True}
-    recipe = {"lr": 1e-4, "global_batch_size": 1024, "micro_batch_size": 2, "arguments": arguments}
-    data = {**prefixes, "seq_length": 8192}
-    study = made_up.study(prefixes, launch=launch, recipe=recipe, data=data, budgets=["1B"])
-    args = SimpleNamespace(
-        **asdict(LLAMA), group_query_attention=True, num_experts=None, swiglu=True, mtp_num_layers=None,
-        moe_shared_expert_intermediate_size=None, normalization="RMSNorm", multi_latent_attention=False,
-        untie_embeddings_and_output_weights=True, moe_latent_size=None, moe_router_topk=2, add_bias_linear=False,
-        expert_tensor_parallel_size=1, expert_model_parallel_size=1, pipeline_model_parallel_size=1,
-        tensor_model_parallel_size=4, world_size=32, data_parallel_size=8, use_distributed_optimizer=True,
-        seq_length=8192, micro_batch_size=2, virtual_pipeline_model_parallel_size=None,
-        moe_shared_expert_gate=False, moe_use_shared_expert_gate=False,
-    )  # fmt: skip
-    expected = megatron.compute_weight_and_optimizer_memory(args) + megatron.compute_activation_memory(args, 8)
-    assert estimate.memory(study, LLAMA) == pytest.approx(expected, rel=0.01)
 
 
 def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
     one_token = LLAMA.training_flops(8192) / 8192
     assert Speed.parse("40%", 989, 8, LLAMA, 8192).flops == pytest.approx(0.4 * 989e12)
     assert Speed.parse("7500", 989, 8, LLAMA, 8192).flops == pytest.approx(7500 * one_token)
-    assert Speed(2e12, 8).seconds(Outlay("x", flops=6 * 10**12, evaluation=2 * 10**12), 4) == 1
+    assert Speed(2e12, 8).seconds(Estimate("x", flops=6 * 10**12, evaluation=2 * 10**12), 4) == 1
     for wrong in ("fast", "0", "140%", "1.2.3"):
         with pytest.raises(UsageError, match="--throughput: expected"):
             Speed.parse(wrong, 989, 8, LLAMA, 8192)
@@ -106,7 +81,7 @@ def test_speed_is_tokens_of_the_parent_or_a_share_of_the_peak() -> None:
 
 
 def test_cells_wait_for_what_they_need() -> None:
-    cells = [Outlay("a"), Outlay("b", after=("a",)), Outlay("c", after=("a",)), Outlay("d", after=("b", "c"))]
+    cells = [Estimate("a"), Estimate("b", after=("a",)), Estimate("c", after=("a",)), Estimate("d", after=("b", "c"))]
     seconds = {"a": 10.0, "b": 5.0, "c": 7.0, "d": 1.0}
     assert estimate.makespan(cells, seconds, 1) == 23
     assert estimate.makespan(cells, seconds, 2) == 18
@@ -142,7 +117,7 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     assert slow != fast
     too_long = made_up.study(prefixes, settings=["equal-flops"], budgets=[9000], methods=[{"name": "shortgpt"}])
     with pytest.raises(DataError, match="is not enough for scratch-L2h32H4G2d8F64-equal-flops"):
-        preflight.check(too_long, Places(Path("runs/x")))
+        validate.check(too_long, Places(Path("runs/x")))
 
 
 def test_watching_ends_with_the_runner(prefixes) -> None:

@@ -17,9 +17,10 @@ from megatron_prune import artifacts
 from megatron_prune.cli import study as command
 from megatron_prune.data import contamination, indexed
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
-from megatron_prune.study import outlook as preflight
+from megatron_prune.study import validate
 from megatron_prune.study.analysis import results
-from megatron_prune.study.places import Places
+from megatron_prune.study.outlook import Outlook
+from megatron_prune.study.prunings import Places
 from tests.study import made_up
 
 
@@ -28,8 +29,8 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"))
 
 
-def check(prefixes: dict[str, str], tmp_path: Path, **changes: Any) -> preflight.Outlook:
-    return preflight.check(made_up.study(prefixes, **changes), Places(tmp_path / "runs" / "made-up"))
+def check(prefixes: dict[str, str], tmp_path: Path, **changes: Any) -> Outlook:
+    return validate.check(made_up.study(prefixes, **changes), Places(tmp_path / "runs" / "made-up"))
 
 
 def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
@@ -236,10 +237,17 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
     methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": {"divisible-by": 8}}]
     study = made_up.study(prefixes, parent=parent, methods=methods)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes, parent=parent, methods=methods)))
-    command.main(["plan", "study.yaml"])
+    command.main(["plan", "study.yaml"])  # its config says the shape
+    printed = capsys.readouterr().out
+    assert "scratch-L2h96H12G6d12F192-equal-training-t1280-s1" in printed
+    assert "the parent is not there yet: its shape is what the config of" in printed
+    assert "not run: equal-total for pruned-shortgpt-r50-s1-t1280" in printed
+    elsewhere = made_up.mapping(prefixes, parent=parent | {"import_hf": "not/here"}, methods=methods)
+    Path("elsewhere.yaml").write_text(yaml.safe_dump(elsewhere))
+    command.main(["plan", "elsewhere.yaml"])
     printed = capsys.readouterr().out
     assert "not known yet" in printed and "scratch-as-shortgpt-r50-equal-training" in printed
-    assert "not run: equal-total for pruned-shortgpt-r50-s1-t1280" in printed
+    assert "the parent's shape is known when it has been imported" in printed
     launcher = made_up.FakeLauncher()
     places = made_up.run(study, Path("runs"), launcher)
     assert launcher.commands[0].argv[:2] == ("convert", "import")

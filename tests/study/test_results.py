@@ -24,7 +24,7 @@ from megatron_prune.study.analysis import conclusions, results, statistics, verd
 from megatron_prune.study.analysis import results as rows
 from megatron_prune.study.analysis import statistics as pooling
 from megatron_prune.study.analysis.statistics import Paired
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import made_up, simulated
 

@@ -16,13 +16,12 @@ import pytest
 from megatron_prune.engine import launch
 from megatron_prune.errors import DataError, RunError, UsageError
 from megatron_prune.structured import plan
-from megatron_prune.study import jobs as stages
-from megatron_prune.study import outlook
+from megatron_prune.study import jobs, outlook
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import local, status
-from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.run.status import Progress
 from tests.study import made_up
 
 
@@ -420,7 +419,7 @@ def test_what_an_earlier_runner_left_running_is_waited_for_and_not_begun_twice(
         made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=0))
     with launch._open_log(log) as (out, _):
         left = subprocess.Popen(["sleep", "120"], stdout=out)
-    command = stages.parents(study, places, outlook.look(study, places))[0].stages[0].command
+    command = jobs.parents(study, places, outlook.look(study, places))[0].stages[0].command
 
     def finishes(progress: Progress, cell: str, stage: str) -> None:
         assert (cell, stage) == ("parent", "pretrain") and left.poll() is None

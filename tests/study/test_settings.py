@@ -12,11 +12,11 @@ import yaml
 from megatron_prune.cli import study as command
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import grid, schema
-from megatron_prune.study import outlook as preflight
+from megatron_prune.study import grid, prunings, schema, validate
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.outlook import look
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import made_up
 
@@ -61,7 +61,7 @@ def test_a_chain_starts_from_its_first_link_and_shares_it(prefixes) -> None:
     sparsify = next(command for command in launcher.commands if command.stage == "sparsify")
     assert made_up.words(list(sparsify.argv[1:]))["load"] == str(places.checkpoint("pruning-shortgpt-r50-s1"))
     masks = open_masks(places.checkpoint(chained) / "masks")
-    whole = preflight.look(study, places).targets["shortgpt-r50-s1"]
+    whole = look(study, places).targets["shortgpt-r50-s1"]
     parent = whole.linear_parameters() * 2  # half of its layers are gone
     assert found[chained]["base"] == "pruning-shortgpt-r50-s1" and found[chained]["masks"] == masks.hash
     assert found[chained]["removed_linears"] == pytest.approx(1 - (whole.linear_parameters() - masks.removed) / parent)
@@ -101,10 +101,10 @@ def test_what_a_chain_cannot_be_is_refused(prefixes) -> None:
     chain = [{"name": "shortgpt", "ratio": 0.5}, {"name": "wanda", "pattern": "3:6"}]
     study = made_up.study(prefixes, methods=[{"chain": chain}])
     with pytest.raises(UsageError, match=r"--pattern: expected an M that divides the inputs.*, got 3:6"):
-        preflight.check(study, Places(Path("runs/x")))
+        validate.check(study, Places(Path("runs/x")))
     other = [{"name": "shortgpt", "settings": {"distance": "euclid"}}, DEPTH_THEN_SPARSE]
     with pytest.raises(UsageError, match="two prunings called shortgpt-r50-s1 with different settings"):
-        grid.links(made_up.study(prefixes, methods=other))
+        prunings.links(made_up.study(prefixes, methods=other))
 
 
 # ------------------------------------------------------------------ equal FLOPs
@@ -146,7 +146,7 @@ def test_equal_flops_counts_what_the_whole_pruned_arm_executed(prefixes) -> None
 
 def test_equal_flops_waits_for_what_a_pruning_spends(prefixes) -> None:
     study = made_up.study(prefixes, settings=["equal-flops"], methods=[{"name": "shortgpt"}])
-    outlook = preflight.check(study, Places(Path("runs/made-up")))
+    outlook = validate.check(study, Places(Path("runs/made-up")))
     laid = outlook.grid(study)
     assert [cell.kind for cell in laid.cells] == ["pruned"] and laid.comparisons[0].scratch is None
     with pytest.raises(made_up.Killed):
@@ -272,9 +272,9 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     # under masks have 1 and 2: none has its own parent's.
     parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 1}}
     per_seed = {"methods": methods, "parent": parent, "seeds": [1, 2]}
-    preflight.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
+    validate.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
     with pytest.raises(UsageError, match="seeds: expected a seed other than the parent.s.*, got 1"):
-        preflight.check(made_up.study(prefixes, **per_seed), Places(Path("runs/x")))
+        validate.check(made_up.study(prefixes, **per_seed), Places(Path("runs/x")))
     assert grid.shape_tag(found["pruning-shortgpt-r50-s1"]["target"]) == found["pruning-shortgpt-r50-s1"]["shape"]
 
 

@@ -22,9 +22,9 @@ from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError, UsageError
 from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import scheduler, slurm
-from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.run.status import Progress
 from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
 from tests.waiting import GENEROUS, content, wait_for_progress

@@ -12,12 +12,12 @@ from megatron_prune.cli import study as command
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import checks, grid, schema
-from megatron_prune.study import outlook as preflight
+from megatron_prune.study import grid, prunings, schema, validate
 from megatron_prune.study.analysis import results
-from megatron_prune.study.budgets import Batch, Lay
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.places import Places
+from megatron_prune.study.execution import Check
+from megatron_prune.study.prunings import Places
+from megatron_prune.study.sample_ranges import Batch, Lay
 from tests.study import made_up
 from tests.study.test_config import GOOD
 from tests.study.test_grid import LAY, SHAPE
@@ -50,7 +50,7 @@ def records(places: Places) -> dict[str, dict[str, Any]]:
 
 def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
     study = schema.from_mapping(GOOD | {"methods": METHODS[1:], "ratios": [0.25, 0.5]})
-    assert [pruning.name for pruning in grid.prunings(study)] == [
+    assert [pruning.name for pruning in prunings.prunings(study)] == [
         "wanda-2-4-r50-s1",
         "wanda-unstructured-r25-s1",
         "wanda-unstructured-r50-s1",
@@ -68,7 +68,7 @@ def test_a_pattern_fixes_its_ratio_and_others_take_the_studys() -> None:
 def test_masked_scratch_is_a_pruning_s_own_and_dense_scratch_is_shared() -> None:
     methods = [{"name": "wanda", "pattern": pattern} for pattern in ("2:4", "4:8", "unstructured")]
     study = schema.from_mapping(GOOD | {"methods": methods, "scratch": ["masked", "dense"], "seeds": [1, 2]})
-    shapes = {pruning.name: SHAPE for pruning in grid.prunings(study)}
+    shapes = {pruning.name: SHAPE for pruning in prunings.prunings(study)}
     laid = grid.expand(study, LAY, shapes, dict.fromkeys(shapes, 8))
     cells = {cell.id: cell for cell in laid.cells}
     assert len(cells) == len(laid.cells) == 3 * 2 + 2 * 3 * 2 + 2 * 2  # pruned, masked scratch, dense scratch
@@ -255,13 +255,13 @@ def test_a_half_written_pruning_does_not_count(prefixes, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     study = made_up.study(prefixes, methods=METHODS[3:4])
     places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
-    (pruning,) = grid.prunings(study)
+    (pruning,) = prunings.prunings(study)
 
     checkpoint = places.checkpoint(pruning.cell)
     method = pruning.method
 
     def sparsified(folder: Path = checkpoint, pattern: str | None = method.pattern) -> bool:
-        return checks.Check("sparsified", {"checkpoint": str(folder), "method": method.name, "pattern": pattern})()
+        return Check("sparsified", {"checkpoint": str(folder), "method": method.name, "pattern": pattern})()
 
     assert sparsified()
     assert not sparsified(pattern="2:4")
@@ -296,7 +296,7 @@ def test_refuses(prefixes, tmp_path: Path, method: dict, changes: dict[str, Any]
     content = made_up.mapping(prefixes, methods=[method])
     content["recipe"]["arguments"] |= changes
     with pytest.raises(UsageError, match=message):
-        preflight.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+        validate.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -305,30 +305,30 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     places = Places(Path("runs/made-up"))
     parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 2}}
     study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[:2])
-    preflight.check(study, places)  # no scratch run is under masks
+    validate.check(study, places)  # no scratch run is under masks
     study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[2:])
     with pytest.raises(UsageError, match="seeds: expected a seed other than the parent's.*, got 2"):
-        preflight.check(study, places)
+        validate.check(study, places)
     # The account of a parent that was trained elsewhere says its seed too.
     trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
     account = json.loads(trained.account("parent").read_text())
     account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]
     trained.account("parent").write_text(json.dumps(account))
     parent = {"load": str(trained.checkpoint("parent"))}
-    preflight.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
+    validate.check(made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4]), places)
     with pytest.raises(UsageError, match="seeds: expected .*, got 1234"):
         study = made_up.study(prefixes, name="second", parent=parent, methods=METHODS[3:4], seeds=[1234])
-        preflight.check(study, places)
+        validate.check(study, places)
 
 
 def test_a_dense_study_may_use_any_optimizer(prefixes, tmp_path: Path) -> None:
     content = made_up.mapping(prefixes, methods=METHODS[:1])
     content["recipe"]["arguments"] |= {"optimizer": "muon"}
-    preflight.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+    validate.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
 
 
 def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     study = made_up.study(prefixes, methods=METHODS)
-    outlook = preflight.check(study, Places(tmp_path / "runs" / "made-up"))
-    assert all(outlook.targets[p.name] == outlook.source for p in grid.prunings(study) if p.method.pattern)
+    outlook = validate.check(study, Places(tmp_path / "runs" / "made-up"))
+    assert all(outlook.targets[p.name] == outlook.source for p in prunings.prunings(study) if p.method.pattern)
     assert list(outlook.consumed(study).values()) == [128, 128, 128, 0, 0]

@@ -88,10 +88,10 @@ def test_bootstrap_over_documents_covers_the_truth(documents: int, skewed: bool,
     generator = np.random.default_rng(2)
     covered = []
     for _ in range(200):
-        gaps, own = corpora_made_up.windows(generator, conclusions, skewed=skewed)
+        gaps, own = corpora_made_up.windows(generator, documents, skewed=skewed)
         pruned = generator.normal(3, 0.5, (2, len(gaps)))
         found = statistics.over_documents(pruned, pruned + gaps, own)
-        assert found is not None and found.documents == conclusions and found.low is not None and found.high is not None
+        assert found is not None and found.documents == documents and found.low is not None and found.high is not None
         covered.append(found.low <= corpora_made_up.TRUTH <= found.high)
     assert least <= np.mean(covered) <= 0.985
 

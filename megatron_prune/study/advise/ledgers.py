@@ -22,7 +22,7 @@ from megatron_prune import artifacts
 from megatron_prune.errors import UsageError
 from megatron_prune.study.analysis import scaling_laws
 from megatron_prune.study.analysis.scaling_laws import Arms
-from megatron_prune.study.subject import SUBJECT, Subject, label
+from megatron_prune.study.grid import SUBJECT, Subject, label
 
 SHIPPED = Path(__file__).with_name("quickstart.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",

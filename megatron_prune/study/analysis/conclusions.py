@@ -23,9 +23,9 @@ from megatron_prune.study.analysis import statistics as pooling
 from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arms, BreakEven, Fit
 from megatron_prune.study.analysis.statistics import OverDocuments, Paired
 from megatron_prune.study.analysis.verdicts import Verdict
-from megatron_prune.study.places import Places
+from megatron_prune.study.grid import GROUP, SUBJECT, Subject
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.schema import Study
-from megatron_prune.study.subject import GROUP, SUBJECT, Subject
 
 Record = Mapping[str, Any]
 Groups = dict[tuple[Any, ...], list[Any]]

@@ -18,15 +18,22 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
-from megatron_prune.study import environment, evidence, grid, match, schema
+from megatron_prune.study import evidence, grid, match, pair, schema
 from megatron_prune.study.analysis import conclusions, sweep
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.sweep import Sweep
 from megatron_prune.study.analysis.verdicts import Verdict
-from megatron_prune.study.budgets import Lay, counted
 from megatron_prune.study.commands import CORPORA
-from megatron_prune.study.grid import Pruning, calibration_cell, flops_of, parent_cell, parent_cells, source_cell
-from megatron_prune.study.places import Places
+from megatron_prune.study.prunings import (
+    Places,
+    Pruning,
+    calibration_cell,
+    flops_of,
+    parent_cell,
+    parent_cells,
+    source_cell,
+)
+from megatron_prune.study.sample_ranges import Lay, counted
 from megatron_prune.study.schema import Study
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
@@ -41,7 +48,7 @@ class Compared:
     comparison: grid.Comparison
     tokens: int  # of the retraining
     status: str
-    match: tuple[match.Line, ...] = ()
+    match: tuple[pair.Line, ...] = ()
 
     @property
     def group(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def collect(places: Places, study: schema.Study | None = None) -> Results:
         study, lay, _parent(study, records), records, compared, (*of_parents(study, records), *found),
         tuple(conclusions.judge(study, places, compared, records, held.compared)),
         tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
-        environment.words(matching.ran(records)),
+        pair.words(matching.ran(records)),
     )  # fmt: skip
 
 
@@ -124,7 +131,7 @@ class _Matching:
         refuse_others(self.study, made.pruning, self.records)
         pruning = self.records[made.pruning.cell]
         swept = {rate: (self._account(a), self._account(b or "")) for rate, a, b in made.swept}
-        runs = match.Runs(
+        runs = pair.Runs(
             made.pruned,
             made.scratch,
             self._account(made.pruned),
@@ -151,7 +158,7 @@ class _Matching:
         cells = [made.pruned, made.scratch, *swept, made.pruning.cell, parent_cell(self.study, made.seed)]
         return {cell: self.records[cell]["text"] for cell in cells if cell is not None}
 
-    def _lines(self, made: grid.Comparison, runs: match.Runs) -> list[match.Line]:
+    def _lines(self, made: grid.Comparison, runs: pair.Runs) -> list[pair.Line]:
         if made.setting == "equal-training":
             return match.equal_training(runs)
         if made.setting == "equal-total":
@@ -171,11 +178,11 @@ class _Matching:
         return self._behind[path]
 
     def _scored(self, cell: str) -> dict[str, str]:
-        return environment.of_scores(self._read(self.places.scores(cell)))
+        return pair.of_scores(self._read(self.places.scores(cell)))
 
     def ran(self, cells: Iterable[str]) -> list[dict[str, str]]:
         """What these cells were trained with."""
-        return [environment.of_account(self._account(cell)) for cell in cells if self.places.account(cell).is_file()]
+        return [pair.of_account(self._account(cell)) for cell in cells if self.places.account(cell).is_file()]
 
     def _account(self, cell: str) -> Any:
         return self._read(self.places.account(cell))

@@ -12,8 +12,7 @@ from typing import Any
 
 from megatron_prune.study.analysis import statistics
 from megatron_prune.study.analysis.statistics import CONFIDENCE, POWER, Difference, OverDocuments, Scatter
-from megatron_prune.study.grid import Edge
-from megatron_prune.study.subject import Subject, setting_words
+from megatron_prune.study.grid import Edge, Subject, setting_words
 
 CORPORA = ("validation", "test")
 WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.parents import NAMED
+from megatron_prune.study.match import NAMED
 
 
 def said(found: Results) -> list[str]:

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.grid import Comparison, Pruning
+from megatron_prune.study.grid import Comparison, label
+from megatron_prune.study.prunings import Pruning
 from megatron_prune.study.report.drawing import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
-from megatron_prune.study.subject import label
 
 TITLES = {
     "equal-total": "All tokens behind the model",

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megatron_prune import artifacts
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.subject import label
+from megatron_prune.study.grid import label
 
 INK = "#7b7c7d"
 COLOURS = ("#3a7bd5", "#dd7a2f", "#2a9c7c", "#a65fc9", "#c0992b", "#cf4f63", "#5b8f3a", "#4aa3b8")

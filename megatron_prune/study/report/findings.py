@@ -8,9 +8,9 @@ from typing import Any
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.analysis.statistics import Difference
 from megatron_prune.study.analysis.verdicts import Verdict, p_value
+from megatron_prune.study.grid import SUBJECT
 from megatron_prune.study.report import numbers
 from megatron_prune.study.report.drawing import signed
-from megatron_prune.study.subject import SUBJECT
 
 Shown = list[dict[str, Any]]
 

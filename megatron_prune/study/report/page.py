@@ -16,13 +16,14 @@ import jinja2
 import yaml
 
 from megatron_prune import artifacts
-from megatron_prune.study import grid, match, schema
+from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis import results as rows
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.places import Places
+from megatron_prune.study.grid import label
+from megatron_prune.study.pair import DIFFERS
+from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import bars, behind, budgets, curves, drawing, final, findings, numbers, ratios, tables
-from megatron_prune.study.subject import label
 
 MOST_PENDING = 12  # named one by one
 
@@ -99,7 +100,7 @@ def _differences(found: Results) -> list[str]:
     seen: dict[tuple[str, str, str], list[str]] = {}
     for item in found.compared:
         for line in item.match:
-            if line.verdict == match.DIFFERS:
+            if line.verdict == DIFFERS:
                 pair = f"{item.comparison.pruned} and {item.comparison.scratch}"
                 seen.setdefault((line.field, str(line.pruned), str(line.scratch)), []).append(pair)
     return [

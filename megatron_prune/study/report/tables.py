@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prune.study.analysis.results import Results
+from megatron_prune.study.grid import label
 from megatron_prune.study.report import numbers
-from megatron_prune.study.subject import label
 
 Shown = list[dict[str, Any]]
 

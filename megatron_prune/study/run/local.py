@@ -20,8 +20,8 @@ from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.study.commands import Command, environment
 from megatron_prune.study.execution import execute
 from megatron_prune.study.jobs import Cell
-from megatron_prune.study.places import Places
-from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.prunings import Places
+from megatron_prune.study.run.status import Progress
 from megatron_prune.study.schema import Study
 
 
@@ -114,7 +114,7 @@ def _visible() -> list[str]:
 
 
 def _devices(study: Study, visible: Sequence[str]) -> queue.Queue[str | None]:
-    """Disjoint sets of GPUs for the cells that run side by side; no names where there are no GPUs."""
+    """Disjoint sets of GPUs for the cells that run at the same time; no names where there are no GPUs."""
     launch = study.launch
     needed = launch.parallel_cells * launch.nproc
     if visible and needed > len(visible):

@@ -24,13 +24,13 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.masks import MASKS
-from megatron_prune.study import evidence, jobs, schema
-from megatron_prune.study import outlook as preflight
+from megatron_prune.study import evidence, jobs, schema, validate
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.execution import NO_LOCKS, Refused, State, States, reached, unfinished
 from megatron_prune.study.jobs import Cell
-from megatron_prune.study.places import Places
-from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.outlook import Outlook, look
+from megatron_prune.study.prunings import Places
+from megatron_prune.study.run.status import Progress
 from megatron_prune.study.schema import Study
 
 LOOKS = 10  # at a lock that is held: `study status` holds it too, for a moment
@@ -66,7 +66,7 @@ class Launcher(Protocol):
 def run(study: schema.Study, places: Places, *, launcher: Launcher, progress: Progress) -> None:
     """Run everything that is not finished yet. CellsFailed names cells that failed, when the others are done."""
     with _locked(places.root):
-        outlook = preflight.check(study, places)
+        outlook = validate.check(study, places)
         artifacts.write_json(places.root / "study.json", schema.resolved(study))
         _Runner(study, places, outlook, launcher, progress).run()
 
@@ -76,7 +76,7 @@ class _Runner:
         self,
         study: schema.Study,
         places: Places,
-        outlook: preflight.Outlook,
+        outlook: Outlook,
         launcher: Launcher,
         progress: Progress,
     ):
@@ -185,7 +185,7 @@ class _Runner:
         self.progress.finished(cell.id, record)
         apply(self.study, self.places, cell)
         if cell.kind in ("parent", "pruning") and self._knows_too_little():
-            self.outlook = (preflight.check if self.outlook.source is None else preflight.look)(self.study, self.places)
+            self.outlook = (validate.check if self.outlook.source is None else look)(self.study, self.places)
             self._expand()
 
     def _knows_too_little(self) -> bool:
@@ -199,7 +199,7 @@ class _Runner:
         )
 
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
-        """An attempt has ended: one that got further, up to a time limit say, is no failure and simply goes on."""
+        """An attempt has ended: one that got further, to a time limit for example, has not failed and is continued."""
         told, refused = self.failures.setdefault(cell.id, []), isinstance(error, Refused | UsageError | AccountError)
         now = reached(self.places.cell(cell.id))
         if not refused and now > self.reached.get(cell.id, now):

@@ -29,8 +29,8 @@ from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study.commands import SAVES_WHEN_TOLD, Command, environment
 from megatron_prune.study.execution import NO_LOCKS, State, States
 from megatron_prune.study.jobs import Cell, first_other_word, has_begun
-from megatron_prune.study.places import Places
-from megatron_prune.study.run.progress import Progress
+from megatron_prune.study.prunings import Places
+from megatron_prune.study.run.status import Progress
 from megatron_prune.study.schema import Slurm, Study
 
 NODE = Path(megatron_prune.__file__).parent / "launch" / "node.sh"

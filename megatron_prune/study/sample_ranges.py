@@ -1,11 +1,11 @@
-"""From tokens to sample ranges: how a study lays its runs on one stream (DESIGN §6).
+"""From tokens to sample ranges: which samples of one stream each run of a study takes.
 
-The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``,
-scratch at equal total ``[0, P+R+C)``, where C is what pruning itself consumed. A chain that retrains between
-its links takes what that takes, T, before the last retraining: ``[P, P+T)``, then ``[P+T, P+T+R)``; it is counted in
-the totals. All are whole global batches of samples. A parent from outside has no samples on this stream: its P is 0,
-and the tokens that it is declared, or accounted, to have seen elsewhere count in the totals alone. At equal FLOPs
-scratch takes as many samples from 0 on as cost what all of the pruned arm has executed.
+The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``, and scratch at
+equal total ``[0, P+R+C)``, where C is what pruning itself consumed. A chain that retrains between its links on T
+samples takes ``[P, P+T)`` for that and ``[P+T, P+T+R)`` for the last retraining; T is counted in the totals. All of
+these are whole global batches. A parent from elsewhere has no samples on this stream: its P is 0, and the tokens that
+it is declared, or accounted, to have seen count in the totals alone. At equal FLOPs, scratch takes as many samples from
+0 on as cost what all of the pruned arm has executed.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lay:
-    """Where a study's runs lie on the stream.
+    """Where a study's runs are on the stream.
 
-    ``parent_end``: where on the stream the last sample is that the parent consumed (0 for an outside parent);
+    ``parent_end``: where on the stream the last sample is that the parent consumed (0 for a parent from elsewhere);
     ``parent_tokens``: what it was trained on in all its stages, measured or declared; None when nobody says.
     ``parent_flops``: what that executed; None where its shape is not known yet either. ``declared`` and
     ``declared_flops``: those of them that nothing accounts for.

@@ -1,0 +1,303 @@
+"""Two accounts side by side: the arms of a comparison, and the checks that every setting shares.
+
+``Runs`` holds both accounts and gives a ``Line`` for each thing that was compared; the first thing that does not match
+raises AccountError, which names both runs and the field. ``match`` puts the checks together for each setting.
+
+What runs were made with (versions, the kind of device, the precision) is listed where it differs and is no reason not
+to compare. Settings of precision are arguments too, and those must be equal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.errors import AccountError
+from megatron_prune.training.lineage import Stage
+
+Account = Mapping[str, Any]
+Environment = Mapping[str, str]
+
+# Resolved arguments in which the two arms of any comparison may differ, and why.
+ALLOWED: dict[str, str] = {
+    "pretrained_checkpoint": "start",
+    "shape_from": "start",
+    "use_checkpoint_args": "start",
+    "finetune": "start",
+    # Set by pretrain for FP8 weights that begin with a checkpoint (training/pretrain.py).
+    "load_main_params_from_ckpt": "start",
+    "no_load_optim": "start",
+    "stream_ckpt_dequant": "start",
+    "load": "output path",
+    "save": "output path",
+    "tensorboard_dir": "output path",
+    "wandb_save_dir": "output path",
+    "wandb_exp_name": "output path",
+    "save_interval": "how often an output is saved",
+    # Set by pretrain where a run goes on at another number of ranks (engine/optimizer_layout.py).
+    "ddp_bucket_size": "how gradients are packed to be sent",
+    "masks": "a path; which masks they are is compared by their hash",
+    # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
+    "iteration": "progress at the last start",
+    "curr_iteration": "progress at the last start",
+    "consumed_train_samples": "progress at the last start",
+    "consumed_valid_samples": "progress at the last start",
+    "skipped_train_samples": "progress at the last start",
+    "num_floating_point_operations_so_far": "progress at the last start",
+    # How a global batch is computed: the sums are the same but for their order, so that the last digits differ.
+    **dict.fromkeys(
+        (
+            "micro_batch_size",
+            "eval_micro_batch_size",
+            "world_size",
+            "inprocess_active_world_size",
+            "data_parallel_size",
+            "rank",
+            "local_rank",
+        ),
+        "how a batch is shared out",
+    ),
+}
+# What a run's own number of steps decides, where the settings differ in it.
+OWN_STEPS: dict[str, str] = {
+    "train_iters": "own steps",
+    "lr_decay_iters": "own steps",
+    "lr_warmup_iters": "own steps, by the recipe",
+    "stream_range": "own steps",
+    "eval_interval": "own steps",
+}
+SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
+HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
+STREAM = ("id", "seed", "seq_length", "epochs", "blend")
+ACCOUNTED = ("global_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
+TOLERANCE = 0.001
+DIFFERS = "differs"  # of what the runs were made with: listed at the top of the report
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared thing: its name, what each run has, and ``equal`` or why a difference is allowed."""
+
+    field: str
+    pruned: Any
+    scratch: Any
+    verdict: str = "equal"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Two complete accounts with their names, and the checks that both settings share.
+
+    ``weights``: fingerprint of what the pruning left. ``parent``: stages behind the parent as they are now, none
+    for one from elsewhere. ``between``: samples of the retrainings between links. ``texts``: by run, for all
+    whose losses are shown, what it was evaluated on. ``warmup``: the recipe's steps of warm-up for a number of
+    steps. ``masks``: the hash of those that the pruning made, None where it made none; ``dense`` says that the
+    scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
+    ``scored``: what each was evaluated with.
+    """
+
+    pruned_name: str
+    scratch_name: str
+    pruned: Account
+    scratch: Account
+    weights: str
+    texts: Mapping[str, Any]
+    warmup: Callable[[int], int]
+    parent: Sequence[Stage] = ()
+    between: Sequence[Sequence[int]] = ()
+    masks: str | None = None
+    dense: bool = True
+    swept: Mapping[float, tuple[Account, Account]] | None = None
+    scored: tuple[Environment, Environment] = ({}, {})
+
+    def refuse(self, setting: str, field: str, why: str) -> AccountError:
+        return AccountError(
+            f"{setting}: {self.pruned_name} and {self.scratch_name} may not be compared: {field}: {why}"
+        )
+
+    def whole(self, setting: str) -> None:
+        """Each account is complete, agrees with itself, and starts as its arm says."""
+        for name, account, start in (
+            (self.pruned_name, self.pruned, "pruned"),
+            (self.scratch_name, self.scratch, "random"),
+        ):
+            if account.get("complete") is not True:
+                raise self.refuse(setting, "complete", f"{name} has not finished")
+            if account["start"] != start:
+                raise self.refuse(setting, "start", f"{name} started as {account['start']}, not as {start}")
+            first, end = account["range"]
+            if end - first != account["steps"] * account["global_batch_size"]:
+                raise self.refuse(
+                    setting,
+                    "range",
+                    f"{name} has {end - first} samples in its range and "
+                    f"{account['steps']} steps of {account['global_batch_size']}",
+                )
+            if account["tokens"] != (end - first) * account["seq_length"]:
+                raise self.refuse(
+                    setting,
+                    "tokens",
+                    f"{name} says {account['tokens']}, its range holds {(end - first) * account['seq_length']}",
+                )
+            for key in HORIZON:
+                if account["arguments"].get(key) not in (None, account["steps"]):
+                    raise self.refuse(
+                        setting, f"arguments.{key}", f"{name} has {account['arguments'][key]}, its own steps are "
+                        f"{account['steps']}"
+                    )  # fmt: skip
+            warmed, rule = account["arguments"].get("lr_warmup_iters") or 0, self.warmup(account["steps"])
+            if warmed != rule:
+                raise self.refuse(
+                    setting, "arguments.lr_warmup_iters", f"{name} has {warmed}, by the recipe it is {rule}"
+                )
+
+    def equal(self, setting: str, field: str, pruned: Any, scratch: Any) -> Line:
+        if pruned != scratch:
+            raise self.refuse(setting, field, f"{pruned} against {scratch}")
+        return Line(field, pruned, scratch)
+
+    def accounted(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
+        lines = [
+            self.equal(setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key))
+            for key in STREAM
+        ]
+        return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
+
+    def held(self, setting: str) -> list[Line]:
+        """Which zeros each run held."""
+        expected = None if self.dense else self.masks
+        for name, account, masks in (
+            (self.pruned_name, self.pruned, self.masks),
+            (self.scratch_name, self.scratch, expected),
+        ):
+            if account["masks"] != masks:
+                raise self.refuse(
+                    setting, "masks", f"{name} held {account['masks'] or 'none'}, expected was {masks or 'none'}"
+                )
+        if self.masks is None:
+            return []
+        verdict = "may differ: the study asks for dense scratch" if self.dense else "equal"
+        return [Line("masks", self.masks, expected or "none", verdict)]
+
+    def began(self, setting: str) -> Line:
+        """Retraining started from the checkpoint that the pruning left, not from one that was there before it."""
+        found = (self.pruned["initial"] or {}).get("fingerprint")
+        if found != self.weights:
+            why = f"{self.pruned_name} began with {found}, its pruning left {self.weights}"
+            raise self.refuse(setting, "weights at the start", why)
+        return Line("weights at the start", found, "random", "may differ: start")
+
+    def text(self, setting: str) -> Line:
+        """Every loss that is shown is over the same windows of the same corpora."""
+        (first, text), *others = self.texts.items()
+        for name, other in others:
+            for corpus in sorted({*text, *other}):
+                one, two = text.get(corpus), other.get(corpus)
+                if one != two:
+                    raise self.refuse(setting, "evaluation text", f"{corpus}: {one} for {first}, {two} for {name}")
+        shown = ", ".join(
+            f"{corpus} {own['fingerprint'][:12]} {own['windows']} x {own['seq_length']}" for corpus, own in text.items()
+        )
+        return Line("evaluation text", shown, shown)
+
+    def environments(self) -> list[Line]:
+        """Versions, devices and precision of both, equal or not: none of them is a reason not to compare."""
+        trained = differences(of_account(self.pruned), of_account(self.scratch))
+        scored = [(f"{name} of the evaluation", a, b) for name, a, b in differences(*self.scored)]
+        return [Line(name, a, b, "equal" if a == b else DIFFERS) for name, a, b in [*trained, *scored]]
+
+    def rates(self, setting: str) -> list[Line]:
+        """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
+        if self.swept is None:
+            return []
+        for rate, accounts in self.swept.items():
+            for name, chosen, account in zip(
+                (self.pruned_name, self.scratch_name), (self.pruned, self.scratch), accounts, strict=True
+            ):
+                for key in ("complete", "start", "range", "steps", "tokens", "masks", *ACCOUNTED):
+                    if account[key] != chosen[key]:
+                        why = f"{name} has {chosen[key]}, its arm at lr {rate} {account[key]}"
+                        raise self.refuse(setting, key, why)
+                differing = _differing(account, chosen, ALLOWED | SWEPT)
+                if differing or account["arguments"].get("lr") != rate:
+                    field = differing or "lr"
+                    raise self.refuse(setting, f"arguments.{field}", f"{name}'s arm at lr {rate} has another")
+        rates = [float(rate) for rate in self.swept]
+        return [self.equal(setting, "learning rates tried", rates, rates)]
+
+    def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
+        """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
+        ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
+        allowed = allowed if self.swept is None else {**allowed, **SWEPT}
+        lines, same = [], 0
+        for key in sorted(set(ours) | set(theirs)):
+            a, b = ours.get(key, "absent"), theirs.get(key, "absent")
+            if a == b:
+                same += 1
+            elif key in allowed:
+                lines.append(Line(f"arguments.{key}", a, b, f"may differ: {allowed[key]}"))
+            else:
+                raise self.refuse(setting, f"arguments.{key}", f"{a} against {b}")
+        return [*lines, Line("all other resolved arguments", same, same)]
+
+
+def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str | None:
+    """The first argument outside ``allowed`` in which two runs differ."""
+    ours, theirs = one["arguments"], other["arguments"]
+    keys = sorted((set(ours) | set(theirs)) - set(allowed))
+    return next((key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")), None)
+
+
+# What runs were made with.
+
+PRECISIONS = ("fp4", "fp8", "fp16", "bf16")  # arguments; the first that is set says it
+
+
+def of_account(account: Mapping[str, Any]) -> dict[str, str]:
+    """Of a training: all of its attempts. The device is that of the rank that keeps the account."""
+    attempts = account.get("attempts", [])
+    found = _together([_of(attempt) for attempt in attempts])
+    return {**found, "precision": precision(account["arguments"])}
+
+
+def of_scores(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Of an evaluation."""
+    return _of(scores)
+
+
+def precision(arguments: Mapping[str, Any]) -> str:
+    """``bf16``, ``fp8 (hybrid)`` …; ``fp32`` where no flag says another."""
+    for name in PRECISIONS:
+        if value := arguments.get(name):
+            return name if value is True else f"{name} ({value})"
+    return "fp32"
+
+
+def differences(pruned: Environment, scratch: Environment) -> list[tuple[str, str, str]]:
+    """Each thing that either of two runs says, with what they say."""
+    names = [*pruned, *(name for name in scratch if name not in pruned)]
+    return [(name, pruned.get(name, "none"), scratch.get(name, "none")) for name in names]
+
+
+def words(environments: Iterable[Environment]) -> str:
+    """All of them, for a footer: ``3 runs: torch 2.9, …, on NVIDIA H100``."""
+    counts = Counter(
+        ", ".join(f"{name} {value}" for name, value in sorted(one.items()) if name != "device")
+        + (f", on {one['device']}" if "device" in one else "")
+        for one in environments
+    )
+    return "; ".join(f"{count} run{'s' * (count != 1)}: {text}" for text, count in counts.items())
+
+
+def _of(made: Mapping[str, Any]) -> dict[str, str]:
+    device = made.get("device")
+    own = {"device": f"{device['name']} ({device['kind']} {device['capability']})"} if device else {}
+    return {**made.get("versions", {}), **own}
+
+
+def _together(attempts: Sequence[Environment]) -> dict[str, str]:
+    """One for all attempts at a run; what changed between them is joined by ``then``."""
+    names = dict.fromkeys(name for attempt in attempts for name in attempt)
+    return {name: " then ".join(dict.fromkeys(one.get(name, "none") for one in attempts)) for name in names}

@@ -1,0 +1,227 @@
+"""The prunings of a study, the names of its cells, and where their files are.
+
+A study prunes by every method at every ratio under every seed, and by chains of methods. A chain's links are prunings
+of their own, each of which starts from the one before it, or from that after a retraining, so that two chains, or a
+chain and a method, share what they have in common. All of it is known from study.yaml alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.checkpoint import tracker
+from megatron_prune.errors import UsageError
+from megatron_prune.masks import MASKS
+from megatron_prune.structured import candidates
+from megatron_prune.study.sample_ranges import Batch
+from megatron_prune.study.schema import Study
+from megatron_prune.study.sections import Method
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One method at one ratio (None: at its explicit target) under one seed.
+
+    ``base`` is the pruning that it starts from, None for the parent; ``retrained``: the tokens, whole global batches,
+    that this was trained on before, 0 for none. The last link of a chain has the chain's
+    ``title``, for rows, and its ``label``, for cells.
+    """
+
+    method: Method
+    ratio: float | None
+    seed: int
+    base: Pruning | None = None
+    title: str | None = None
+    label: str | None = None
+    retrained: int = 0
+
+    @property
+    def name(self) -> str:
+        amount = "target" if self.ratio is None else f"r{100 * self.ratio:g}"
+        before = ""
+        if self.base is not None and not self.label:
+            before = (
+                self.base.name.removesuffix(f"s{self.seed}") + f"t{self.retrained}-" * bool(self.retrained) + "then-"
+            )
+        return f"{before}{self.label or self.method.tag}-{amount}-s{self.seed}"
+
+    @property
+    def cell(self) -> str:
+        return f"pruning-{self.name}"
+
+    @property
+    def links(self) -> tuple[Pruning, ...]:
+        """The prunings behind it in order, itself last."""
+        return (*(self.base.links if self.base else ()), self)
+
+    @property
+    def begins_with(self) -> str | None:
+        """What it starts from, for names of cells: its base, perhaps after a retraining. None for the parent."""
+        if self.base is None:
+            return None
+        return self.base.name + (f"-t{self.retrained}" if self.retrained else "")
+
+    @property
+    def retraining_cell(self) -> str | None:
+        """The cell of the retraining that it starts from."""
+        return f"retrained-{self.begins_with}" if self.retrained else None
+
+    @property
+    def trained(self) -> int:
+        """Tokens of all retrainings between the links behind it."""
+        return sum(link.retrained for link in self.links)
+
+    @property
+    def sparse(self) -> bool:
+        """True where the result has masks."""
+        return any(link.method.pattern is not None for link in self.links)
+
+    @property
+    def subject(self) -> tuple[str, str | None, float | None]:
+        """What is the same for all seeds: what it is called, its pattern, its ratio. Those of a chain's links are
+        in its title, but for the last pattern."""
+        if self.title is not None:
+            return self.title, self.method.pattern, None
+        return self.method.title, self.method.pattern, self.ratio
+
+
+def of_method(study: Study, method: Method) -> list[Pruning]:
+    """A method at every ratio under every seed; one with a target has no ratio, N:M its own, a chain its links'."""
+    if method.chain:
+        return [_chained(study, method, seed) for seed in study.seeds]
+    ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
+    return [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
+
+
+def _chained(study: Study, method: Method, seed: int) -> Pruning:
+    batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
+    made: Pruning | None = None
+    retrained = 0
+    for link in method.chain:
+        one, last = link.method(), link is method.chain[-1]
+        title, label = (method.title, method.label) if last else (None, None)
+        made = Pruning(one, link.ratio or one.own_ratio, seed, made, title, label, retrained)
+        where = f"methods.{method.tag}.chain.retrain"
+        retrained = batch.steps(link.retrain, where) * batch.tokens if link.retrain else 0
+    assert made is not None
+    return made
+
+
+def prunings(study: Study) -> list[Pruning]:
+    """Those that are trained on and compared, in the study's order."""
+    return [pruning for method in study.methods for pruning in of_method(study, method)]
+
+
+def links(study: Study) -> list[Pruning]:
+    """All of them, with what only others start from, each once and after what it starts from."""
+    found: dict[str, Pruning] = {}
+    for pruning in prunings(study):
+        for link in pruning.links:
+            if found.setdefault(link.name, link) != link:
+                raise UsageError(
+                    "methods", got=f"two prunings called {link.name} with different settings",
+                    expected="a label for at least one of them",
+                )  # fmt: skip
+    return list(found.values())
+
+
+def calibration_cell(study: Study, pruning: Pruning) -> str:
+    """The cell whose statistics a pruning's plan reads: one for all seeds when neither windows nor parent change."""
+    if pruning.base is not None:
+        return f"calibration-{pruning.begins_with}"
+    per_seed = study.calibration.sampling == "random" or study.parent_per_seed
+    return f"calibration-s{pruning.seed}" if per_seed else "calibration"
+
+
+def calibration_tokens(study: Study) -> int:
+    return study.calibration.sequences * study.calibration_seq_length
+
+
+def parent_cell(study: Study, seed: int) -> str:
+    """The cell of the parent that a seed's prunings start from."""
+    return f"parent-s{seed}" if study.parent_per_seed else "parent"
+
+
+def source_cell(study: Study, pruning: Pruning) -> str:
+    """The cell whose checkpoint a pruning starts from: its parent's, that of the link before it, or of the retraining
+    between the two."""
+    if pruning.base is None:
+        return parent_cell(study, pruning.seed)
+    return pruning.retraining_cell or pruning.base.cell
+
+
+def parent_cells(study: Study) -> Iterator[tuple[str, int]]:
+    """Every parent's cell, with what is added to ``parent.pretrain.seed`` to train it."""
+    for seed in study.seeds if study.parent_per_seed else [0]:
+        yield parent_cell(study, seed), seed
+
+
+def flops_of(
+    records: Mapping[str, Mapping[str, Any]], study: Study, pruning: Pruning, *, statistics: bool
+) -> int | None:
+    """FLOPs of one pruning with those of its ``statistics``; None before they are finished."""
+    parts = [records.get(pruning.cell)] + [records.get(calibration_cell(study, pruning))] * statistics
+    return None if None in parts else sum(part["flops"] for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a study are, under ``runs/<study>``."""
+
+    root: Path  # runs/<study>
+
+    def cell(self, name: str) -> Path:
+        return self.root / "cells" / name
+
+    def checkpoint(self, cell: str) -> Path:
+        return self.cell(cell) / "checkpoint"
+
+    def masks(self, pruning: Pruning) -> Path:
+        """What a sparse pruning removed."""
+        return self.checkpoint(pruning.cell) / MASKS
+
+    def account(self, cell: str) -> Path:
+        return self.checkpoint(cell) / "account.json"
+
+    def losses(self, cell: str) -> Path:
+        return self.checkpoint(cell) / "losses.csv"
+
+    def scores(self, cell: str) -> Path:
+        return self.cell(cell) / "scores.json"
+
+    def statistics(self, cell: str) -> Path:
+        return self.cell(cell) / "statistics.safetensors"
+
+    def plan(self, pruning: Pruning) -> Path:
+        return self.cell(pruning.cell) / "plan.json"
+
+    def candidates(self, pruning: Pruning) -> Path:
+        return self.cell(pruning.cell) / candidates.FILE
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def overlap(self) -> Path:
+        """The report on near duplicates between the study's corpora, where it looks for them."""
+        return self.root / "overlap.json"
+
+    def parent(self, study: Study, seed: int = 0) -> Path:
+        """A seed's parent checkpoint: the study's own, or where study.yaml says that it is."""
+        return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))
+
+    def beside_parent(self, study: Study, seed: int = 0) -> Path:
+        """Where a seed's parent has its account and its losses, if study.yaml names one of its iterations too."""
+        return tracker.root_of(self.parent(study, seed))
+
+    def source(self, study: Study, pruning: Pruning) -> Path:
+        """The checkpoint that a pruning starts from: its parent's, or that of the link, or retraining, before it."""
+        return self.checkpoint(source_cell(study, pruning)) if pruning.base else self.parent(study, pruning.seed)
