@@ -56,7 +56,7 @@ def show(
     gpus: int | None,
     peak_tflops: float,
 ) -> None:
-    """Print the plan: memory by dry runs of the verb ``pretrain``, times where a ``throughput`` is given (``Speed``)."""
+    """Print the plan: memory by dry runs of the verb ``pretrain``, times where a ``throughput`` is set (``Speed``)."""
     launch = study.launch
     gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
     if gpus < launch.nproc:

@@ -93,7 +93,7 @@ def test_a_corpus_that_is_too_short_is_refused_before_it_is_there(tmp_path) -> N
             if enough == "700B":
                 assert command.main(words) == 0
                 continue
-            with pytest.raises(DataError, match="data.train does not do for pruned-.*expected an end of at most"):
+            with pytest.raises(DataError, match="data.train is not enough for pruned-.*expected an end of at most"):
                 command.main(words)
             with pytest.raises(DataError, match="common.yaml, line 14: .*--corpus-tokens|--corpus-tokens"):
                 command.main(words[:2])
