@@ -13,7 +13,7 @@ from megatron_prune.errors import UsageError
 if TYPE_CHECKING:
     from megatron_prune.study import schema
     from megatron_prune.study.analysis.results import Results
-    from megatron_prune.study.places import Places
+    from megatron_prune.study.prunings import Places
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +66,7 @@ class Study(_Shown):
 
 
 def _run(study: schema.Study, runs_dir: Path) -> StudyResult:
-    from megatron_prune.study.places import Places
+    from megatron_prune.study.prunings import Places
 
     places = Places(runs_dir / study.name)
     run_cells(study, places)
@@ -79,8 +79,8 @@ def run_cells(study: schema.Study, places: Places) -> None:
     """Run every cell that is not finished, on this machine or through Slurm. RunError where cells failed."""
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
-    from megatron_prune.study.run.progress import Progress
     from megatron_prune.study.run.slurm import Queue
+    from megatron_prune.study.run.status import Progress
 
     with Progress() as progress:
         launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
