@@ -219,7 +219,7 @@ class _Run:
         tokenizer = load_tokenizer("HuggingFaceTokenizer", self.source.folder)
         check_fits_checkpoint(tokenizer, checkpoint, vocabulary(checkpoint.args))
         wanted = {
-            split.CALIBRATION: asked.calibration_sequences * length + 1,
+            split.CALIBRATION: asked.calibration_sequences * length + 1 if self.chosen.reads_text() else 0,
             split.HELD_OUT: (asked.windows or WINDOWS) * length + 1,
             split.TRAIN: self.steps * asked.retrain_batch_size * length + 1 if self.steps else 0,
         }
