@@ -174,7 +174,7 @@ def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files
     assert len(kept) == 2 and all(second.scores[key] == score for key, score in kept.items())
     files.make(*SEARCH, *three).ok()
     mixed = files.retrain(pretrain=files.training(first=BATCH), nproc=2)
-    assert mixed.returncode == 2 and re.search("--scratch: .*the flags it was begun with", mixed.output)
+    assert mixed.returncode == 2 and re.search("--scratch: .*the flags that it was begun with", mixed.output)
     more = ["--retrain-candidates", 2, "--retrain-tokens", 2 * TOKENS]
     assert files.make(*SEARCH, *more).returncode == EXIT_NEEDS_SCORES
 
@@ -228,7 +228,11 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     train = files.training()
     leaks = [files.corpus if word == files.text else word for word in train]
     for more, pretrain, message in (
-        (["--bf16"], train, "--bf16, --fp16: expected the precision of --statistics, float32, got --bf16"),
+        (
+            ["--bf16"],
+            train,
+            "--bf16, --fp16: expected the precision of --statistics, float32, before --pretrain, got --bf16",
+        ),
         ([], [*train, "--save", "x"], "--save: expected no such flag, got it for all candidates"),
         (
             [],

@@ -140,7 +140,7 @@ DAMAGES = {
     "parts": (_change(lambda state: state.update(model=7)), "not the state of a model|damaged"),
     "old": (_change(lambda state: state.update(model0=state.pop("model"))), "do not hold the same parts"),
     "cycle": (_change(lambda state: state["model"].update(loop=state)), "contains itself"),
-    "expert": (lambda copy: (copy / "iter_0000000" / "mp_rank_00_000_000").mkdir(), "no rank of a dense GPT"),
+    "expert": (lambda copy: (copy / "iter_0000000" / "mp_rank_00_000_000").mkdir(), "not a rank of a dense GPT"),
 }
 
 

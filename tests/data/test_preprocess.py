@@ -154,7 +154,7 @@ def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
     made = preprocess([jsonl(tmp_path / "x.jsonl", ["\x00az"])], tmp_path / "P", Bytes(vocab_size))
     assert made.sidecar["dtype"] == np.dtype(IndexedDataset(str(tmp_path / "P")).index.dtype).name == dtype
     assert read_back(tmp_path / "P") == [[vocab_size - 256 + byte for byte in b"\x00az"]]
-    with pytest.raises(UsageError, match="--append-eod: expected .*, got .*, which has no end-of-document token"):
+    with pytest.raises(UsageError, match="--append-eod: expected .*, got .*, which has none"):
         preprocess([tmp_path / "x.jsonl"], tmp_path / "P", Bytes(vocab_size), append_eod=True)
 
 

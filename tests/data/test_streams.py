@@ -111,7 +111,7 @@ def test_running_out_of_a_blend_is_refused(tmp_path):
     a = write_corpus(tmp_path / "a", random_documents(1, count=200))
     b = write_corpus(tmp_path / "b", random_documents(2, count=10))
     stream = Stream.build(["1", a, "1", b], 16, seed=5)
-    with pytest.raises(UsageError, match=f"an end up to {len(stream)} .*does not wrap"):
+    with pytest.raises(UsageError, match=f"an end of at most {len(stream)} .*does not wrap"):
         SampleRange(stream, 0, len(stream) + 1)
     with pytest.raises(IndexError):
         stream[len(stream)]
@@ -216,7 +216,7 @@ def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
     stream = Stream.build(corpus, 8, seed=3, epochs=2)
     last = len(stream)
     assert torch.equal(SampleRange(stream, last - 1, last)[0]["tokens"], stream[last - 1]["tokens"])
-    with pytest.raises(UsageError, match=f"an end up to {last}"):
+    with pytest.raises(UsageError, match=f"an end of at most {last}"):
         SampleRange(stream, last - 1, last + 1)
     with pytest.raises(IndexError):
         stream[last]
@@ -231,7 +231,7 @@ def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
         padded_vocab_size=1 << 16,
     )
     refuse_unfit_range(SimpleNamespace(stream_range=f"0:{last}", **vars(arguments)), [])
-    with pytest.raises(UsageError, match=f"an end up to {last}"):
+    with pytest.raises(UsageError, match=f"an end of at most {last}"):
         refuse_unfit_range(SimpleNamespace(stream_range=f"0:{last + 1}", **vars(arguments)), [])
 
 

@@ -245,7 +245,7 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
     ("line", "names"),
     [
         ("--gpus 8 plan --load X", "preflight"),
-        ("--gpus 8", "no command"),
+        ("--gpus 8", "VERB: expected one of pretrain"),
         ("--gpus 12 pretrain --lr 1", "--gpus"),
         ("--gpus 0 pretrain --lr 1", "--gpus"),
         ("--gpus 8 pretrain --shape-from /not/here", "--model.*not/here"),

@@ -115,4 +115,4 @@ def test_preflight(there, disk, tiny_corpus, tmp_path, capfd):
     assert "msc://silent/run" in capfd.readouterr().err
     words.remove(MSC)
     assert run_verb([*asked, *words, "--save", disk("run")]) == 2
-    assert "only with --enable-msc" in capfd.readouterr().err
+    assert "expected --enable-msc with the address of an object store" in capfd.readouterr().err

@@ -78,8 +78,8 @@ def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpu
     resume = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, *words]
     others = tiny_pruned("unstructured").masks
     for flags, says in (
-        (["--masks", others], "the masks that the run in"),
-        (["--masks", pruned.masks, "--random-masks", "1"], "the masks that the run in"),
+        (["--masks", others], "expected the masks of the run in"),
+        (["--masks", pruned.masks, "--random-masks", "1"], "expected the masks of the run in"),
     ):
         refused = job([*resume, *flags])
         assert refused.returncode == 2 and says in refused.output and "Traceback" not in refused.output
