@@ -111,7 +111,7 @@ def test_running_out_of_a_blend_is_refused(tmp_path):
     a = write_corpus(tmp_path / "a", random_documents(1, count=200))
     b = write_corpus(tmp_path / "b", random_documents(2, count=10))
     stream = Stream.build(["1", a, "1", b], 16, seed=5)
-    with pytest.raises(UsageError, match=f"an end of at most {len(stream)} .*does not wrap"):
+    with pytest.raises(UsageError, match=f"an end of at most {len(stream)}.*does not wrap"):
         SampleRange(stream, 0, len(stream) + 1)
     with pytest.raises(IndexError):
         stream[len(stream)]
@@ -203,7 +203,7 @@ def test_permutation_stays_inside_the_range_and_is_the_same_for_both_arms(corpus
         (0, 10**6, "does not wrap"),
         (5, 5, "START < END"),
         (-1, 4, "0 <= START"),
-        (0, 10, "leave 2 over"),
+        (0, 10, "leave a rest of 2"),
     ],
 )
 def test_ranges_that_cannot_be_are_refused(corpus, start, end, says):
