@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_prune.study.advise.answer import Advice
     from megatron_prune.study.advise.ledgers import Ledger
     from megatron_prune.study.advise.target import Target
-    from megatron_prune.study.analysis.statistics import Difference
+    from megatron_prune.study.analysis.inference import Difference
 
 
 def parser() -> Parser:

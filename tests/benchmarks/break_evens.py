@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study.analysis import scaling_laws, statistics  # noqa: E402
+from megatron_prune.study.analysis import inference, scaling_laws  # noqa: E402
 from tests.study.crossings import holds, simulate  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def _t_coverage(generator: np.random.Generator, seeds: int, count: int) -> float
     shared = generator.normal(0, 0.2, (count, seeds))
     pruned = 2.5 + shared + generator.normal(0, 0.02, (count, seeds))
     scratch = 2.53 + shared + generator.normal(0, 0.01, (count, seeds))
-    found = (statistics.paired(p, s) for p, s in zip(pruned, scratch, strict=True))
+    found = (inference.paired(p, s) for p, s in zip(pruned, scratch, strict=True))
     return float(np.mean([one.low <= 0.03 <= one.high for one in found]))
 
 

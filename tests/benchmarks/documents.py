@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study.analysis import statistics  # noqa: E402
+from megatron_prune.study.analysis import inference  # noqa: E402
 from tests.study.corpora_made_up import TRUTH, windows  # noqa: E402
 
 
@@ -34,14 +34,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    statistics.FEWEST_DOCUMENTS = 0  # to show why there are fewest
+    inference.FEWEST_DOCUMENTS = 0  # to show why there are fewest
     for documents in (12, 30, 60, 200):
         for skewed in (False, True):
             generator = np.random.default_rng(options.seed)
             covered = {"now": 0, "BCa": 0}
             for _ in range(options.texts):
                 gaps, own = windows(generator, documents, skewed=skewed)
-                found = statistics.over_documents(np.zeros((1, len(gaps))), gaps[None], own)
+                found = inference.over_documents(np.zeros((1, len(gaps))), gaps[None], own)
                 assert found is not None and found.low is not None and found.high is not None
                 covered["now"] += found.low <= TRUTH <= found.high
                 low, high = before(gaps, own)

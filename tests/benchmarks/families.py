@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study.analysis import statistics  # noqa: E402
+from megatron_prune.study.analysis import inference  # noqa: E402
 from tests.study.families import Study, told_apart  # noqa: E402
 
 NOTHING = {
@@ -47,7 +47,7 @@ def main() -> None:
     for name, study in (NOTHING | REAL).items():
         generator = np.random.default_rng(options.seed)
         made = [study.comparisons(generator) for _ in range(options.studies)]
-        pooled = np.mean([all(statistics.shared(one)) for one in made])
+        pooled = np.mean([all(inference.shared(one)) for one in made])
         now, before = ([told_apart(one, pool=pool) for one in made] for pool in (True, False))
         false = [100 * np.mean([one[study.real :].any() for one in found]) for found in (now, before)]
         text = f"{name}: a false verdict in {false[0]:.1f}% of studies, before {false[1]:.1f}%"

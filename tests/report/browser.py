@@ -86,6 +86,10 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 
+    def resize(self, width: int, height: int = 900) -> None:
+        """The same page in a window of another size."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def value(self, expression: str) -> Any:
         """What a JavaScript expression is, as plain data."""
         return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from scipy import optimize
@@ -10,7 +11,7 @@ from scipy import optimize
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import findings, tables
+from megatron_prune.study.report import tables
 from tests.report.test_page import Reader
 from tests.study import simulated
 
@@ -54,34 +55,41 @@ def test_trends_and_verdicts_are_on_the_page_and_in_the_data(simulated_study: Pl
     data = json.loads((folder / "results.json").read_text())
     assert len(data["trends"]) == len(by_name) == 4
     for trend, item in zip(found.trends, data["trends"], strict=True):
-        assert by_name[trend.subject][1] == trend.break_even.words == item["break_even"]["words"]
+        assert by_name[trend.subject][3] == trend.break_even.words == item["break_even"]["words"]
         assert item["scratch"]["law"]["exponent"] == trend.scratch.law.exponent and item["scratch"]["used"] is True
     for verdict, item in zip(found.verdicts, data["verdicts"], strict=True):
         assert (item["winner"], item["corrected"], item["test"]["effect"]) == (
             verdict.winner, verdict.corrected, verdict.test.effect,
         )  # fmt: skip
-    first = findings.verdicts(found)[0]
-    assert [row["tokens"] for row in first["rows"]] == [f"{tokens:,}" for tokens in simulated.BUDGETS]
+    table = tables.verdicts(found)
+    groups = [row["group"] for row in table.body if row["group"]]
+    assert len(groups) == len(set(groups)) == 4
+    assert [row["tokens"] for row in table.rows][:5] == simulated.BUDGETS
 
 
 def test_the_first_words_count_who_is_ahead(found: Results) -> None:
-    for trend, said in zip(found.trends, findings.trends(found), strict=True):
+    for trend, said in zip(found.trends, tables.laws(found).rows, strict=True):
         own = [v for v in found.verdicts if (v.label, v.setting) == (trend.label, trend.setting)]
         for winner, words in (("pruned", "pruned is ahead at"), ("scratch", "scratch is ahead at")):
             number = sum(verdict.winner == winner for verdict in own)
-            assert (f"{words} {number}" in said["budgets"]) == bool(number)
-        assert said["budgets"].endswith("of 5 budgets")
+            assert (f"{words} {number}" in said["ahead"]) == bool(number)
+        assert said["ahead"].endswith("of 5 budgets")
 
 
 def test_efficiency_is_the_accounts(simulated_study: Places, found: Results) -> None:
-    shown = {item["model"]: item for item in tables.efficiency(found)}
+    table = tables.efficiency(found)
+    heads = [column.head for column in table.columns]
+    shown = {
+        row["cells"][0].text: dict(zip(heads, (cell.text for cell in row["cells"]), strict=True)) for row in table.body
+    }
     assert list(shown) == ["parent", "shortgpt, 25% removed", "shortgpt, 50% removed"]
     account = json.loads(simulated_study.account("pruned-shortgpt-r50-s1-t40960").read_text())
     mine = shown["shortgpt, 50% removed"]
-    assert mine["params"] == f"{account['parameters']:,}" and mine["linears"] == "50.0%"
-    assert mine["flops"] == f"{account['flops_executed'] / account['tokens']:.3e}"
+    assert mine["parameters"] == f"{account['parameters']:,}" and mine["of linears removed"] == "50.0%"
+    assert mine["FLOPs per token"] == f"{account['flops_executed'] / account['tokens']:.3e}"
     losses = [
         json.loads(simulated_study.scores(f"pruned-shortgpt-r50-s{seed}-t40960").read_text())["corpora"]["test"]["loss"]
         for seed in (1, 2, 3)
     ]
-    assert mine["loss"] == f"{sum(losses) / 3:.4f}"
+    assert mine["test loss"] == f"{sum(losses) / 3:.4f}"
+    assert mine["perplexity"] == f"{math.exp(sum(losses) / 3):.2f}"

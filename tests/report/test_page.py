@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 
 from megatron_prune.study.analysis import results
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import drawing, page
+from megatron_prune.study.report import drawing, page, tables
+from megatron_prune.study.report.tabular import MINUS, amount, signed
 from tests.study import made_up
 from tests.study.test_sparse import METHODS
 
@@ -33,13 +35,22 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 
 class Reader(html.parser.HTMLParser):
-    """Cells of the tables by id, attributes of everything, and unclosed tags."""
+    """Cells of the tables by id, what is said where the pointer rests on them, all attributes, and unclosed tags."""
 
     VOID = {"meta", "br", "link", "img", "path", "use", "rect", "line", "circle"}
+
+    def named(self, table: str, column: int) -> dict[str, list[str]]:
+        """The rows of a table by what their cell in ``column`` says where the pointer rests on it."""
+        return {
+            hover[column]: cells
+            for cells, hover in zip(self.tables[table], self.hovers[table], strict=True)
+            if column in hover
+        }
 
     def __init__(self) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
+        self.hovers: dict[str, list[dict[int, str]]] = {}
         self.table, self.cell = "", False
         self.attributes: list[tuple[str, str, str | None]] = []
         self.open: list[str] = []
@@ -51,10 +62,14 @@ class Reader(html.parser.HTMLParser):
         if tag == "table":
             self.table = dict(attrs).get("id") or ""
             self.tables.setdefault(self.table, [])
+            self.hovers.setdefault(self.table, [])
         elif tag == "tr":
             self.tables[self.table].append([])
+            self.hovers[self.table].append({})
         elif tag == "td":
             self.tables[self.table][-1].append("")
+            if hover := dict(attrs).get("title"):
+                self.hovers[self.table][-1][len(self.tables[self.table][-1]) - 1] = hover
             self.cell = True
 
     def handle_endtag(self, tag: str) -> None:
@@ -81,24 +96,25 @@ def test_every_row_is_on_the_page(places: Places, read: Reader) -> None:
     shown = [cells for cells in read.tables["rows"] if cells]
     assert len(shown) == len(rows) == 1 + 2 * 2 * 2 * 2
     for cells, row in zip(shown, rows, strict=True):
-        assert cells[2] == row["arm"] and cells[0] == drawing.SETTINGS.get(row["setting"], "")
+        assert cells[2] == row["arm"] and cells[0] == tables.SETTINGS.get(row["setting"], "")
         assert cells[4] == f"{row['params']:,}"
         assert cells[5:8] == [f"{row[key]:.4f}" for key in ("loss_initial", "validation_loss", "test_loss")]
     for pruned, scratch, cells in zip(rows[1::2], rows[2::2], shown[2::2], strict=True):
-        assert cells[8] == f"{scratch['test_loss'] - pruned['test_loss']:+.4f}"
+        assert float(cells[8].replace(",", "")) == pytest.approx(math.exp(scratch["test_loss"]), rel=0.01)
+        assert cells[9].replace(MINUS, "-") == f"{scratch['test_loss'] - pruned['test_loss']:+.4f}"
 
 
 def test_losses_before_retraining_are_on_the_page(places: Places, read: Reader) -> None:
-    shown = {cells[0]: cells for cells in read.tables["prunings"] if cells}
+    shown = read.named("prunings", 0)
     assert len(shown) == 2 * 2
     for cell, cells in shown.items():
         losses = json.loads(places.scores(cell).read_text())["corpora"]
-        assert cells[5:] == [f"{losses[name]['loss']:.4f}" for name in ("validation", "test")]
+        assert cells[5:7] == [f"{losses[name]['loss']:.4f}" for name in ("validation", "test")]
 
 
 def test_the_account_table_has_every_run_once(places: Places, read: Reader) -> None:
     rows = json.loads((places.root / "report" / "results.json").read_text())["rows"]
-    shown = {cells[1]: cells for cells in read.tables["account"] if cells}
+    shown = read.named("account", 1)
     assert set(shown) == {row["cell"] for row in rows}
     for row in rows:
         assert shown[row["cell"]][4] == f"{row['tokens_train']:,}"
@@ -111,7 +127,7 @@ def test_verdicts_and_matches_are_on_the_page(places: Places) -> None:
     text = (places.root / "report" / "index.html").read_text()
     assert len(found.verdicts) == 4
     for verdict in found.verdicts:
-        assert verdict.subject in text and verdict.words in text
+        assert verdict.subject in text and page.minus(verdict.words) in text
     assert text.count("all other resolved arguments") == 8
     reader = Reader()
     reader.feed(text)
@@ -158,9 +174,11 @@ def test_a_chain_whose_masks_are_of_an_earlier_link_is_sparse(tmp_path: Path) ->
     assert shown == [f"{row['params_nonzero']:,}" for row in found.rows]
 
 
-def test_nothing_is_fetched_and_no_id_is_twice(read: Reader) -> None:
+def test_nothing_is_fetched_and_no_id_is_twice(places: Places, read: Reader) -> None:
     for tag, name, value in read.attributes:
-        if name in ("src", "href", "xlink:href", "data", "action") and value is not None:
+        if tag == "a" and name == "href":  # the same as data, next to the page
+            assert value is not None and (places.root / "report" / value).is_file()
+        elif name in ("src", "href", "xlink:href", "data", "action") and value is not None:
             assert value.startswith("#"), f"<{tag} {name}={value}>"
         assert tag not in ("script", "link", "iframe", "object")
     ids = [value for _, name, value in read.attributes if name == "id"]
@@ -175,9 +193,7 @@ def test_figures_read_on_light_and_dark(places: Places) -> None:
     assert drawing.INK not in text and "currentColor" in text  # the page's own ink
     folder = places.root / "report" / "figures"
     assert sorted(path.name for path in folder.iterdir()) == [
-        f"{name}.{kind}"
-        for name in ("equal-total", "final-loss", "loss-by-budget", "loss-curves")
-        for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("cost", "final-loss", "gaps", "loss-curves") for kind in ("png", "svg")
     ]
     for path in folder.glob("*.svg"):
         root = xml.etree.ElementTree.fromstring(path.read_text())
@@ -193,7 +209,7 @@ def test_final_losses_annotates_the_gaps(places: Places) -> None:
     found = results.collect(places)
     svg = (places.root / "report" / "figures" / "final-loss.svg").read_text()
     for verdict in found.verdicts:
-        assert drawing.signed(verdict.test.mean) in svg
+        assert signed(verdict.test.mean) in svg
     assert found.parent is not None and f"parent {found.parent['test_loss']:.3f}" in svg
 
 
@@ -214,18 +230,21 @@ def test_sparse_methods_are_on_the_page(tmp_path: Path) -> None:
     shown = [cells for cells in reader.tables["rows"] if cells]
     for cells, row in zip(shown[1:], found.rows[1:], strict=True):
         dense = row["pattern"] and row["against"] == "dense"
-        assert cells[0] == drawing.SETTINGS[row["setting"]] + ", dense scratch" * bool(dense)
+        assert cells[0] == tables.SETTINGS[row["setting"]] + ", dense scratch" * bool(dense)
         name = row["method"] if row["pattern"] is None else f"{row['method']} {row['pattern']}"
         assert cells[1] == f"{name}, {100 * row['ratio']:g}% removed"
         assert cells[4:6] == [f"{row['params']:,}", f"{row['params_nonzero']:,}"]
     for row in found.rows[1:]:
-        (cells,) = (cells for cells in reader.tables["account"] if cells[1:2] == [row["cell"]])
+        cells = reader.named("account", 1)[row["cell"]]
         assert [cells[6], cells[8]] == [f"{row[key]:.3e}" for key in ("flops_train", "flops_train_theoretical")]
-    removed = {cells[0]: cells[2] for cells in reader.tables["prunings"] if cells}
+    removed = {cell: cells[2] for cell, cells in reader.named("prunings", 0).items()}
     assert removed["pruning-magnitude-1-4-r75-s1"] == "75.00%" and removed["pruning-floor-r25-s1"] == "25.00%"
     assert "magnitude-1-4 runs once, at 75%: 1:4 says how much is removed, not ratios: [0.25]." in text
     svg = (places.root / "report" / "figures" / "final-loss.svg").read_text()
-    for words in ("wanda 2:4", "dense scratch", "same shape (and masks), from scratch", "no masks, from scratch"):
+    for words in ("wanda 2:4", "dense scratch", "pruned, retrained", "scratch, equal total tokens"):
+        assert words in svg, words
+    svg = (places.root / "report" / "figures" / "gaps.svg").read_text()
+    for words in ("wanda 2:4", "Depth", "Sparse", "vs dense scratch", "vs same masks"):
         assert words in svg, words
 
 
@@ -243,7 +262,7 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
         return [text.strip() for text in figure.itertext() if text.strip()]
 
     final, curves = words("final-loss.svg"), words("loss-curves.svg")
-    assert final.count("magnitude 2:4") == final.count("random 2:4") == 1
+    assert sum(one.startswith("magnitude 2:4") for one in final) == 1 + 1  # the name, and what the pointer is told
     assert curves.count("magnitude") == curves.count("random") == 1
     assert curves.count("2:4, 50% removed") == 1 and curves.count("5:8, 37.5% removed") == 1
 
@@ -263,7 +282,7 @@ def test_rates_and_models_of_every_seed_are_on_the_page(tmp_path: Path) -> None:
     for cells, one in zip(shown, found.sweeps, strict=True):
         assert cells[4] == f"{one.chosen:g}" and f"{one.chosen:g}: {min(one.validation.values()):.4f}" in cells[3]
     assert "conditional on" not in text
-    counted = {cells[1]: cells for cells in reader.tables["account"] if cells}
+    counted = reader.named("account", 1)
     assert len([cells for cells in counted.values() if cells[0] == "parent"]) == 2
     assert {cells[8] for cells in counted.values()} <= {"0", "–"}  # loss spikes
 
@@ -285,4 +304,4 @@ def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     ("value", "text"), [(0, "0"), (999, "999"), (409_600, "410k"), (1_500_000, "1.5M"), (2e12, "2T")]
 )
 def test_amounts(value: float, text: str) -> None:
-    assert drawing.amount(value) == text
+    assert amount(value) == text

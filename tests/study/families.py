@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prune.study.analysis import statistics
-from megatron_prune.study.analysis import statistics as pooling
-from megatron_prune.study.analysis.statistics import Paired
+from megatron_prune.study.analysis import inference
+from megatron_prune.study.analysis.inference import Paired
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Study:
 
 def told_apart(comparisons: list[Paired], *, pool: bool = True) -> np.ndarray:
     """Which of the comparisons Holm's correction leaves with p below 0.05; ``pool`` False: without pooling."""
-    shared = pooling.shared(comparisons) if pool else [None] * len(comparisons)
+    shared = inference.shared(comparisons) if pool else [None] * len(comparisons)
     found = [
-        statistics.paired(np.zeros(len(one.seeds)).tolist(), one.differences.tolist(), scatter)
+        inference.paired(np.zeros(len(one.seeds)).tolist(), one.differences.tolist(), scatter)
         for one, scatter in zip(comparisons, shared, strict=True)
     ]
-    return np.array(statistics.holm([one.p or 0.0 for one in found])) < 1 - statistics.CONFIDENCE
+    return np.array(inference.holm([one.p or 0.0 for one in found])) < 1 - inference.CONFIDENCE

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_prune.study.analysis import statistics, verdicts
-from megatron_prune.study.analysis import statistics as pooling
-from megatron_prune.study.analysis.statistics import Paired, Scatter
+from megatron_prune.study.analysis import inference, verdicts
+from megatron_prune.study.analysis.inference import Paired, Scatter
 from tests.study.families import Study, told_apart
 
 
@@ -24,7 +23,7 @@ def test_a_variance_is_put_together_as_published() -> None:
     assert scatter.variance_of(1.0, 2) == ((6 * 4 + 2 * 1) / 8, 8.0)
     assert Scatter(4.0, 6.0, limit=5.0, comparisons=9).variance_of(1.0, 2) == (26 / 8, 5.0)
     assert Scatter(4.0, 6.0, limit=1.0, comparisons=9).variance_of(1.0, 2) == (26 / 8, 2.0)  # never fewer than its own
-    found = statistics.paired([0.0, 0.0, 0.0], [1.0, 2.0, 3.0], scatter)
+    found = inference.paired([0.0, 0.0, 0.0], [1.0, 2.0, 3.0], scatter)
     error = np.sqrt((6 * 4 + 2 * 1) / 8 / 3)
     assert (found.freedom, found.pooled) == (8, 9) and found.p == pytest.approx(2 * stats.t.sf(2 / error, 8))
     assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 8) * error)
@@ -35,7 +34,7 @@ def test_prior_and_weight_of_many_comparisons_are_those_that_made_them(freedom: 
     """Variances drawn from 9 times a scaled inverse chi-square; with many of them the standard error hardly counts."""
     generator = np.random.default_rng(0)
     scale = np.sqrt(9 * freedom / generator.chisquare(freedom, 20_000))
-    found = pooling.common(comparisons(generator.normal(0, 1, (20_000, 4)) * scale[:, None]))
+    found = inference.common(comparisons(generator.normal(0, 1, (20_000, 4)) * scale[:, None]))
     assert found is not None and found.comparisons == 20_000
     assert 0.75 * freedom < found.weight < 1.02 * freedom and found.variance == pytest.approx(9, rel=0.06)
 
@@ -43,7 +42,7 @@ def test_prior_and_weight_of_many_comparisons_are_those_that_made_them(freedom: 
 def test_the_weight_is_what_the_spread_and_its_error_leave() -> None:
     table = np.random.default_rng(3).normal(0, 1, (12, 5))
     table *= np.exp(np.linspace(-1, 1, 12))[:, None]
-    found = pooling.common(comparisons(table))
+    found = inference.common(comparisons(table))
     logs = np.log(table.var(axis=1, ddof=1))
     noise, fourth = stats.gengamma(a=2, c=1), None  # a chi-square of four degrees of freedom, halved
     sample = np.log(noise.rvs(400_000, random_state=0))
@@ -55,9 +54,9 @@ def test_the_weight_is_what_the_spread_and_its_error_leave() -> None:
 
 def test_comparisons_of_one_run_count_as_one() -> None:
     table = np.random.default_rng(0).normal(0, 1, (12, 3))
-    apart = pooling.common(comparisons(table))
-    dense = pooling.common(comparisons(table, scratch=["dense"] * 6 + [str(n) for n in range(6)]))
-    one = pooling.common(comparisons(table, scratch=["dense"] * 12))
+    apart = inference.common(comparisons(table))
+    dense = inference.common(comparisons(table, scratch=["dense"] * 6 + [str(n) for n in range(6)]))
+    one = inference.common(comparisons(table, scratch=["dense"] * 12))
     weights = [found.weight for found in (apart, dense, one) if found]
     assert weights == sorted(weights, reverse=True) and weights[0] > 1.3 * weights[2]
     assert one is not None and one.limit == pytest.approx(2 * (table.var(axis=1, ddof=1).mean() / _alike(table)) ** 2)
@@ -75,7 +74,7 @@ def _alike(table: np.ndarray) -> float:
 def test_what_seeds_do_to_all_alike_has_the_freedom_of_the_seeds() -> None:
     generator = np.random.default_rng(0)
     table = generator.normal(0, 1, 3) + generator.normal(0, 1e-3, (30, 3))
-    found = pooling.common(comparisons(table))
+    found = inference.common(comparisons(table))
     assert found is not None and found.limit == pytest.approx(2, abs=0.01)
 
 
@@ -84,13 +83,13 @@ def test_only_comparisons_of_the_same_seeds_share_and_a_setting_where_it_shares_
     quiet = comparisons(generator.normal(0, 1, (8, 3)))
     loud = [Paired("loud", one.seeds, f"l{one.pruned}", f"l{one.scratch}", one.differences * 50) for one in quiet]
     others = [Paired("setting", (7, 8), "x", "x", np.array([0.1, 0.2]))]
-    found = pooling.shared([*quiet, *loud, *others, Paired("setting", (7,), "y", "y", np.array([0.1]))])
+    found = inference.shared([*quiet, *loud, *others, Paired("setting", (7,), "y", "y", np.array([0.1]))])
     assert [scatter and scatter.comparisons for scatter in found] == [8] * 16 + [None, None]
     assert found[8].variance == pytest.approx(2500 * found[0].variance)
-    assert {scatter.comparisons for scatter in pooling.shared(quiet + loud[:0]) if scatter} == {8}
-    assert pooling.common(quiet[:3]) is None
+    assert {scatter.comparisons for scatter in inference.shared(quiet + loud[:0]) if scatter} == {8}
+    assert inference.common(quiet[:3]) is None
     still = [*quiet, Paired("setting", (0, 1, 2), "z", "z", np.zeros(3))]
-    assert pooling.common(still) is None  # a variance of zero has no logarithm
+    assert inference.common(still) is None  # a variance of zero has no logarithm
 
 
 @pytest.mark.parametrize(
@@ -121,13 +120,13 @@ def test_gaps_of_five_deviations_are_found_at_three_seeds(study: Study, enough: 
 
 @pytest.mark.parametrize(("seeds", "level"), [(3, 0.05), (3, 0.05 / 30), (8, 0.01)])
 def test_a_detectable_gap_is_found_in_four_cases_of_five(seeds: int, level: float) -> None:
-    found = statistics.paired([0.0] * seeds, np.linspace(-1, 1, seeds).tolist())
+    found = inference.paired([0.0] * seeds, np.linspace(-1, 1, seeds).tolist())
     deviation = np.linspace(-1, 1, seeds).std(ddof=1)
-    gap = statistics.detectable(found, level)
+    gap = inference.detectable(found, level)
     generator = np.random.default_rng(0)
     samples = generator.normal(gap, deviation, (20_000, seeds))
     assert np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < level) == pytest.approx(0.8, abs=0.015)
-    assert statistics.detectable(statistics.paired([1.0], [2.0]), level) is None
+    assert inference.detectable(inference.paired([1.0], [2.0]), level) is None
 
 
 def test_a_verdict_says_what_could_have_been_told_apart() -> None:
@@ -141,7 +140,7 @@ def test_a_verdict_says_what_could_have_been_told_apart() -> None:
     strong, open_ = verdicts.corrected([verdict([4.0, 4.1, 3.9]), verdict([2.1, 1.9, 2.0])], lambda _: True, planned=12)
     assert (strong.winner, open_.winner) == ("pruned", "neither")
     assert open_.level == pytest.approx(0.05 / 11)  # Holm: one of twelve is told apart
-    gap = statistics.detectable(open_.test, 0.05 / 11)
+    gap = inference.detectable(open_.test, 0.05 / 11)
     assert f"a gap of {gap:.3f} nats would have been in 80% of such studies" in open_.words
     assert "of such studies" not in strong.words
     assert "6 degrees of freedom, scatter shared with 12 comparisons, conditional on this parent" in open_.words

@@ -20,10 +20,9 @@ from megatron_prune import artifacts
 from megatron_prune.errors import AccountError
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.study import grid, outlook, records, schema
-from megatron_prune.study.analysis import conclusions, results, statistics, verdicts
+from megatron_prune.study.analysis import conclusions, inference, results, verdicts
 from megatron_prune.study.analysis import results as rows
-from megatron_prune.study.analysis import statistics as pooling
-from megatron_prune.study.analysis.statistics import Paired
+from megatron_prune.study.analysis.inference import Paired
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import made_up, simulated
@@ -87,7 +86,7 @@ def test_verdicts_are_paired_over_seeds(places: Places) -> None:
     # Both settings of a method share their pruned runs; no setting has four comparisons of its own.
     runs = [("shortgpt", 1), ("shortgpt", 2), ("width", 3), ("width", 4)]
     pairs = [Paired("", (1, 2, 3), *names, own) for names, own in zip(runs, differences, strict=True)]
-    scatter = pooling.common(pairs)
+    scatter = inference.common(pairs)
     assert scatter is not None and scatter.comparisons == 4
     for verdict, own in zip(found.verdicts, differences, strict=True):
         weight = scatter.weight
@@ -242,7 +241,7 @@ losses = st.lists(st.floats(1, 10), min_size=2, max_size=8)
 @given(losses, st.randoms(use_true_random=False))
 def test_interval_is_scipys(pruned: list[float], random: Any) -> None:
     scratch = [loss + random.uniform(-1, 1) for loss in pruned]
-    found = statistics.paired(pruned, scratch)
+    found = inference.paired(pruned, scratch)
     interval = stats.ttest_rel(scratch, pruned).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
     assert found.freedom == len(pruned) - 1

@@ -14,7 +14,7 @@ from scipy import stats
 
 from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study.analysis import conclusions, statistics, verdicts
+from megatron_prune.study.analysis import conclusions, inference, verdicts
 from megatron_prune.study.schema import Family
 from tests.study import corpora_made_up
 
@@ -28,16 +28,16 @@ def test_t_intervals_cover_the_truth(seeds: int) -> None:
     shared = generator.normal(0, 0.2, (LEDGERS, seeds))
     pruned = 2.5 + shared + generator.normal(0, 0.02, (LEDGERS, seeds))
     scratch = 2.53 + shared + generator.normal(0, 0.01, (LEDGERS, seeds))
-    found = [statistics.paired(p, s) for p, s in zip(pruned, scratch, strict=True)]
+    found = [inference.paired(p, s) for p, s in zip(pruned, scratch, strict=True)]
     covered = np.mean([f.low <= 0.03 <= f.high for f in found if f.low is not None and f.high is not None])
-    assert abs(covered - statistics.CONFIDENCE) < 0.02
+    assert abs(covered - inference.CONFIDENCE) < 0.02
     # p is below 0.05 exactly where the interval leaves 0 out.
     assert all((f.p < 0.05) == (f.winner != "neither") for f in found if f.p is not None)
 
 
 def test_p_is_scipys_and_the_effect_is_hedges() -> None:
     pruned, scratch = np.array([2.0, 2.1, 2.05, 2.2]), np.array([2.3, 2.25, 2.4, 2.35])
-    found = statistics.paired(pruned, scratch)
+    found = inference.paired(pruned, scratch)
     assert found.p == pytest.approx(stats.ttest_rel(scratch, pruned).pvalue)
     differences = scratch - pruned
     exact = (np.sqrt(np.pi) / 2) / np.sqrt(1.5)  # Γ(df/2) / (√(df/2) Γ((df-1)/2)) at df = 3
@@ -46,7 +46,7 @@ def test_p_is_scipys_and_the_effect_is_hedges() -> None:
 
 @pytest.mark.parametrize(("mean", "p", "winner"), [(0.0, 1.0, "neither"), (0.5, 0.0, "pruned")])
 def test_differences_that_do_not_vary(mean: float, p: float, winner: str) -> None:
-    found = statistics.paired([2.0, 3.0, 4.0], [2.0 + mean, 3.0 + mean, 4.0 + mean])
+    found = inference.paired([2.0, 3.0, 4.0], [2.0 + mean, 3.0 + mean, 4.0 + mean])
     assert (found.p, found.winner, found.effect) == (p, winner, None)
 
 
@@ -68,15 +68,15 @@ def test_holm_is_closed_testing_with_bonferroni() -> None:
     generator = np.random.default_rng(0)
     for size in (1, 2, 5, 8):
         p = (generator.random(size) ** 3).tolist()
-        assert statistics.holm(p) == pytest.approx(closed_testing(p))
-    assert statistics.holm([]) == []
+        assert inference.holm(p) == pytest.approx(closed_testing(p))
+    assert inference.holm([]) == []
 
 
 def test_holm_keeps_the_error_of_the_family() -> None:
     """Ten comparisons without a difference: rarely more than one family in twenty finds one."""
     generator = np.random.default_rng(1)
     families = [
-        min(statistics.holm([statistics.paired(np.zeros(3), row).p or 0.0 for row in generator.normal(0, 1, (10, 3))]))
+        min(inference.holm([inference.paired(np.zeros(3), row).p or 0.0 for row in generator.normal(0, 1, (10, 3))]))
         for _ in range(1000)
     ]
     assert np.mean(np.array(families) < 0.05) < 0.07
@@ -90,7 +90,7 @@ def test_bootstrap_over_documents_covers_the_truth(documents: int, skewed: bool,
     for _ in range(200):
         gaps, own = corpora_made_up.windows(generator, documents, skewed=skewed)
         pruned = generator.normal(3, 0.5, (2, len(gaps)))
-        found = statistics.over_documents(pruned, pruned + gaps, own)
+        found = inference.over_documents(pruned, pruned + gaps, own)
         assert found is not None and found.documents == documents and found.low is not None and found.high is not None
         covered.append(found.low <= corpora_made_up.TRUTH <= found.high)
     assert least <= np.mean(covered) <= 0.985
@@ -112,7 +112,7 @@ def test_the_bootstrap_is_studentised_as_written_in_the_books() -> None:
         own_ratio, own_error = ratio_and_error(sums[drawn], windows[drawn])
         t.append((own_ratio - ratio) / own_error)
     low, high = np.quantile(t, [0.025, 0.975])
-    found = statistics.over_documents(np.zeros((1, len(gaps))), gaps[None], own)
+    found = inference.over_documents(np.zeros((1, len(gaps))), gaps[None], own)
     width = (high - low) * error
     assert found is not None
     assert found.low == pytest.approx(ratio - high * error, abs=0.05 * width)
@@ -123,12 +123,12 @@ def test_too_few_documents_have_no_interval() -> None:
     generator = np.random.default_rng(0)
     losses = generator.normal(3, 1, (2, 1, 87))
     with warnings.catch_warnings(action="error"):
-        found = statistics.over_documents(losses[0], losses[1], np.arange(87) // 3)  # 29 documents
-        assert found == statistics.OverDocuments(29, None, None)
+        found = inference.over_documents(losses[0], losses[1], np.arange(87) // 3)  # 29 documents
+        assert found == inference.OverDocuments(29, None, None)
         assert "no interval: the windows are of 29, and from fewer than 30" in found.words
         assert found.words in verdict([2.1, 2.2, 2.15], documents=found).words
-        assert statistics.over_documents(losses[0], losses[0], np.arange(87)) is None  # one model twice
-        enough = statistics.over_documents(losses[0], losses[1], np.minimum(np.arange(87) // 2, 29))
+        assert inference.over_documents(losses[0], losses[0], np.arange(87)) is None  # one model twice
+        enough = inference.over_documents(losses[0], losses[1], np.minimum(np.arange(87) // 2, 29))
         assert enough is not None and enough.documents == 30 and enough.low is not None
 
 
@@ -172,7 +172,7 @@ def test_a_verdict_of_a_family_is_corrected_for_it() -> None:
         planned=3,
     )
     p = [item.test.p for item in found[:3]]
-    assert [item.corrected for item in found[:3]] == pytest.approx(statistics.holm(p))
+    assert [item.corrected for item in found[:3]] == pytest.approx(inference.holm(p))
     assert [item.family for item in found] == [3, 3, 3, 0, 0]
     assert [item.winner for item in found] == ["neither", "pruned", "neither", "pruned", "pruned"]
     assert "by Holm over 3 comparisons" in found[1].words and "outside the study's family" in found[3].words
@@ -192,7 +192,7 @@ def test_an_early_look_is_corrected_for_what_is_still_to_come() -> None:
 
 
 def test_words_say_what_an_interval_is_conditional_on() -> None:
-    over = statistics.OverDocuments(30, 0.1, 0.2)
+    over = inference.OverDocuments(30, 0.1, 0.2)
     text = verdict([2.1, 2.2, 2.15], documents=over).words
     assert "2 degrees of freedom, conditional on this parent" in text
     assert "Over 30 evaluation documents, these models fixed: +0.100 to +0.200 (95%, bootstrap)" in text

@@ -18,7 +18,7 @@ from megatron_prune.study.advise import best as settle
 from megatron_prune.study.advise.best import LOOKS
 from megatron_prune.study.advise.ledgers import Curve, Ledger
 from megatron_prune.study.advise.target import Target
-from megatron_prune.study.analysis.statistics import Difference
+from megatron_prune.study.analysis.inference import Difference
 
 SAME_SIZE = 0.1  # by how much a parent may be larger or smaller than the ledger's, in parameters and in tokens
 SAME_RATIO = 0.02

@@ -27,7 +27,7 @@ from scipy import special
 
 from megatron_prune.study.advise.ledgers import Curve
 from megatron_prune.study.advise.target import Target
-from megatron_prune.study.analysis.statistics import CONFIDENCE, Difference
+from megatron_prune.study.analysis.inference import CONFIDENCE, Difference
 
 LOOKS = (3, 6, 12, 24, 48)  # seeds
 POWER = 0.8

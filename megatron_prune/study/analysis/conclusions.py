@@ -1,7 +1,9 @@
 """From matched comparisons to what they say: verdicts at every budget, trends over the budgets.
 
-Verdicts are corrected over all that the study's family (``family``) is to have, finished or not, and bootstrapped over
-evaluation documents where the corpus and the losses of its windows are there.
+Verdicts (``judge``) are corrected over all that the study's family (``family``) is to have, finished or not, and
+bootstrapped over evaluation documents where the corpus and the losses of its windows are there (``Windows``). Trends
+(``follow``) have the laws of both arms and the budget at which training from scratch catches up, on test losses as the
+verdicts are. Each budget is a run of its own; an intermediate checkpoint is never one.
 """
 
 from __future__ import annotations
@@ -17,11 +19,9 @@ from scipy import stats
 from megatron_prune import artifacts
 from megatron_prune.data.indexed import document_tokens, fingerprint
 from megatron_prune.errors import AccountError
-from megatron_prune.study.analysis import scaling_laws as break_even
-from megatron_prune.study.analysis import statistics, verdicts
-from megatron_prune.study.analysis import statistics as pooling
+from megatron_prune.study.analysis import inference, scaling_laws, verdicts
+from megatron_prune.study.analysis.inference import OverDocuments, Paired
 from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arms, BreakEven, Fit
-from megatron_prune.study.analysis.statistics import OverDocuments, Paired
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.grid import GROUP, SUBJECT, Subject
 from megatron_prune.study.prunings import Places
@@ -37,17 +37,18 @@ def judge(
     compared: Sequence[Any],
     records: Mapping[str, Record],
     before: Sequence[Record] = (),
+    windows: Windows | None = None,
 ) -> list[Verdict]:
     """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order.
 
     ``before``: groups that were finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those of
     the family, as it is or as it was then, are counted in the correction, shown or not.
     """
-    windows = _Windows(study, places)
+    windows = windows or Windows(study, places)
     groups = _groups(compared, lambda item: tuple(item.group.values()))
     for items in groups.values():
         _refuse_repeated_seeds(items)
-    scatters = pooling.shared([_paired(items, records) for items in groups.values()])
+    scatters = inference.shared([_paired(items, records) for items in groups.values()])
     found = [
         verdicts.judge(
             **items[0].group,
@@ -121,7 +122,7 @@ def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> G
     return groups
 
 
-class _Windows:
+class Windows:
     """The test losses of every window, each run's read once, and the document of each window.
 
     Losses on another text than the one that lies there now have no documents.
@@ -139,7 +140,7 @@ class _Windows:
         losses = [[self._of(cell) for cell in cells] for cells in (pruned, scratch)]
         if any(run is None or run.shape != self.documents.shape for arm in losses for run in arm):
             return None
-        return statistics.over_documents(np.array(losses[0]), np.array(losses[1]), self.documents)
+        return inference.over_documents(np.array(losses[0]), np.array(losses[1]), self.documents)
 
     def _of(self, cell: str) -> np.ndarray | None:
         if cell not in self._read:
@@ -148,11 +149,6 @@ class _Windows:
             there = test.get("fingerprint") == self.text and "window_losses" in test
             self._read[cell] = np.array(test["window_losses"]) if there else None
         return self._read[cell]
-
-
-# A comparison over all its budgets: the laws of both arms and where training from scratch catches up.
-#
-# On test losses, as the verdicts are. Each budget is a run of its own; an intermediate checkpoint is never one.
 
 
 @dataclass(frozen=True)
@@ -202,23 +198,19 @@ def of(subject: Mapping[str, Any], runs: Sequence[tuple[int, int, int, float, fl
 
     None for one budget.
     """
-    arms = break_even.arms(runs)
+    arms = scaling_laws.arms(runs)
     if arms is None:
         return None
-    found, pruned, scratch = break_even.find(arms)
+    found, pruned, scratch = scaling_laws.find(arms)
     return Trend(**subject, arms=arms, break_even=found, pruned=pruned, scratch=scratch)
-
-
-# Which document an evaluation window belongs to, for resampling documents.
-#
-# Windows are cut from the concatenated documents, so that one may hold parts of several: it counts as the
-# document's of which it predicts most tokens. Read from the ``.idx`` alone; nothing here imports Megatron.
 
 
 def of_windows(prefix: str | Path, windows: int, seq_length: int) -> np.ndarray | None:
     """The document of each of the first ``windows`` windows, int64 [windows]; None where the corpus is not there.
 
-    Window *k* predicts tokens k·S+1 … (k+1)·S (``data.windows``).
+    Windows are cut from the concatenated documents, so that one may hold parts of several: it counts as the document's
+    of which it predicts most tokens. Window *k* predicts tokens k·S+1 … (k+1)·S (``data.windows``). Read from the
+    ``.idx`` alone.
     """
     index = Path(f"{prefix}.idx")
     if not index.is_file():

@@ -2,7 +2,7 @@
 
 What is finished, and its numbers, come from the artifacts of the cells (``evidence``), never from the ledger.
 
-A row (``rows``) is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
+A row is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
 setting, kind of scratch (``against``) and seed, and one row for each parent. A run that serves several
 comparisons (a pruned run under both settings, a scratch run for two methods of one shape) has a row in each;
 ``cell`` tells. A gap is only computed after the accounts have matched (``match``).
@@ -19,8 +19,9 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, sweep
+from megatron_prune.study.analysis import conclusions, headlines, sweep
 from megatron_prune.study.analysis.conclusions import Trend
+from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.sweep import Sweep
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.commands import CORPORA
@@ -72,6 +73,7 @@ class Results:
     disbelieved: tuple[str, ...] = ()  # what the ledger says that the artifacts do not
     left_out: tuple[evidence.LeftOut, ...] = ()  # runs that the folder holds and the study does not ask for
     ran: str = ""  # what the trainings ran with
+    headlines: tuple[Headline, ...] = ()
 
 
 def collect(places: Places, study: schema.Study | None = None) -> Results:
@@ -87,11 +89,12 @@ def collect(places: Places, study: schema.Study | None = None) -> Results:
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
     found = [row for item in compared for row in of_comparison(study, item, records, consumed)]
+    windows = conclusions.Windows(study, places)
+    verdicts = tuple(conclusions.judge(study, places, compared, records, held.compared, windows))
     return Results(
         study, lay, _parent(study, records), records, compared, (*of_parents(study, records), *found),
-        tuple(conclusions.judge(study, places, compared, records, held.compared)),
-        tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
-        pair.words(matching.ran(records)),
+        verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
+        pair.words(matching.ran(records)), headlines.conclude(verdicts, compared, records, windows.interval),
     )  # fmt: skip
 
 
@@ -203,6 +206,7 @@ def to_json(results: Results) -> dict[str, Any]:
         "one_parent": not results.study.parent_per_seed,
         "columns": list(COLUMNS),
         "rows": list(results.rows),
+        "conclusions": [headline.to_json() for headline in results.headlines],
         "verdicts": [
             asdict(verdict)
             | {
@@ -239,9 +243,6 @@ def to_json(results: Results) -> dict[str, Any]:
         "unigram_loss": results.parent["unigram_loss"] if results.parent else None,
         "stages": {cell: record["seconds"] for cell, record in results.records.items()},
     }
-
-
-# Rows of a report: one side of one comparison each, and one for every parent, with everything that lies behind it.
 
 
 COLUMNS = (
@@ -350,15 +351,13 @@ def _row(study: Study, record: Record | None, arm: str, status: str, **known: An
     return row | known
 
 
-# What a pruned run rests on: its pruning, and the parent and the statistics that this was made of.
-#
-# A cell that was removed and made anew leaves those that rest on it as they are. The ledger has the fingerprint of
-# every checkpoint and the hash of all statistics, so that such a mixture is seen and no verdict is given.
-
-
 def refuse_others(study: Study, pruning: Pruning, records: Mapping[str, Record]) -> None:
     """AccountError where a pruning, or one that it starts from, was made of other weights or statistics than the
-    ledger has of the cells that it rests on. What has no line yet is not looked at."""
+    ledger has of the cells that it rests on. What has no line yet is not looked at.
+
+    A cell that was removed and made again leaves those that rest on it as they are. The ledger has the fingerprint of
+    every checkpoint and the hash of all statistics, so that such a mixture is seen and no verdict is given.
+    """
     for link in pruning.links:
         for own, what, made_of, cell, key in _rests_on(study, link, records):
             found = records.get(cell)

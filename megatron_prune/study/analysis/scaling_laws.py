@@ -1,4 +1,4 @@
-"""Loss against training tokens as a law, for one arm of a comparison.
+"""Loss against training tokens as a law, and where training from scratch catches up with a pruned start.
 
 Scratch: ``E + A * N**-alpha``, with N its training tokens (Hoffmann et al. 2022, arXiv:2203.15556, at one model size).
 Pruned: ``E + A * (N + N0)**-alpha``, with N its retraining tokens and N0 what its start was worth in tokens.
@@ -10,6 +10,13 @@ Whether a law describes the losses is asked by an F test: its residuals against 
 share their order of the data at every budget, and so an offset; what all budgets have in common is no scatter, and of
 the law of the mean over seeds it moves the floor alone. Where the floor ends at 0, a p below 0.01 comes at 2% of true
 laws in place of 1%.
+
+The break-even is the retraining budget at which scratch catches up. The gap, scratch minus pruned, is followed over
+the budgets of one comparison, each seed for itself: by the laws of both arms where there are at least five budgets and
+the laws describe the losses, and at the measured budgets alone where not. At every budget a t interval over seeds says
+where the gap may be zero; the budgets at which it may are the break-even's interval. So a truth beyond the data is
+called inside them only where the gap at the largest budget is below zero by its own interval, and whatever a seed's
+runs have in common is allowed for.
 """
 
 from __future__ import annotations
@@ -22,11 +29,13 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, stats
 
-from megatron_prune.study.analysis import statistics
+from megatron_prune.study.analysis import inference
 
 FEWEST_BUDGETS = 5
 EXPONENTS = (0.02, 3.0)
 STARTS = (1e-2, 1e3)  # N0, as multiples of the smallest and of the largest number of tokens
+GRID = 400  # budgets between the smallest and the largest at which the gap is asked for
+Status = Literal["inside", "open", "beyond", "before", "reversed"]
 POOR = 0.01  # p of the test of lack of fit below which a law is not used
 
 
@@ -146,19 +155,6 @@ def _grid(tokens: tuple[float, ...], pruned: bool) -> tuple[np.ndarray, np.ndarr
     return points, np.array([_basis(values, *point) for point in points])
 
 
-# The break-even: the retraining budget at which training from scratch catches up with a pruned start.
-#
-# The gap, scratch minus pruned, is followed over the budgets of one comparison, each seed for itself: by the laws of
-# both arms (``fits``) where there are at least five budgets and the laws describe the losses, and at the measured
-# budgets alone where not. At every budget a t interval over seeds says where the gap may be zero; the budgets at
-# which it may are the break-even's interval. So a truth beyond the data is called inside them only where the gap at
-# the largest budget is below zero by its own interval, and whatever a seed's runs have in common is allowed for.
-
-
-GRID = 400  # budgets between the smallest and the largest at which the gap is asked for
-Status = Literal["inside", "open", "beyond", "before", "reversed"]
-
-
 @dataclass(frozen=True)
 class Arms:
     """The runs of one comparison at all its budgets, lowest first, over the seeds that have all of them."""
@@ -247,7 +243,7 @@ def _between(arms: Arms, tokens: np.ndarray, gap: np.ndarray, *, by: Literal["la
     seeds, mean = len(gap), gap.mean(axis=0)
     reach = np.zeros_like(mean)
     if seeds > 1:
-        reach = statistics.t_quantile(seeds - 1) * gap.std(axis=0, ddof=1) / np.sqrt(seeds)
+        reach = inference.t_quantile(seeds - 1) * gap.std(axis=0, ddof=1) / np.sqrt(seeds)
     ahead, behind = mean - reach > 0, mean + reach < 0  # pruned, by its interval
 
     def found(status: Status, **ends: float | None) -> BreakEven:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_prune.study.analysis import statistics
-from megatron_prune.study.analysis.statistics import CONFIDENCE, POWER, Difference, OverDocuments, Scatter
+from megatron_prune.study.analysis import inference
+from megatron_prune.study.analysis.inference import CONFIDENCE, POWER, Difference, OverDocuments, Scatter
 from megatron_prune.study.grid import Edge, Subject, setting_words
 
 CORPORA = ("validation", "test")
@@ -44,13 +44,26 @@ class Verdict(Subject):
     @property
     def detectable(self) -> float | None:
         """The gap in nats that would have been told apart in four such studies of five; None for one seed."""
-        return statistics.detectable(self.test, self.level)
+        return inference.detectable(self.test, self.level)
 
     @property
     def winner(self) -> str:
-        """``pruned``, ``scratch`` or ``neither``: by the interval, and in a family by the corrected p value too."""
-        significant = self.corrected is None or self.corrected < 1 - CONFIDENCE
-        return self.test.winner if significant else "neither"
+        """``pruned``, ``scratch`` or ``neither``: by every interval, and in a family by the corrected p value too."""
+        return "neither" if self._undone_by_family or self._undone_by_documents else self.test.winner
+
+    @property
+    def shown_winner(self) -> str:
+        """The same, but ``neither`` where there is no interval at all: nothing is marked as certain that is not."""
+        intervals = [self.test.low, self.documents and self.documents.low]
+        return self.winner if any(low is not None for low in intervals) else "neither"
+
+    @property
+    def _undone_by_family(self) -> bool:
+        return self.corrected is not None and self.corrected >= 1 - CONFIDENCE
+
+    @property
+    def _undone_by_documents(self) -> bool:
+        return self.documents is not None and self.documents.holds_zero
 
     @property
     def subject(self) -> str:
@@ -64,7 +77,7 @@ class Verdict(Subject):
         losses = f"test loss {self.pruned['test']:.3f} against {self.scratch['test']:.3f}"
         if self.winner == "neither":
             found = f"pruned and scratch cannot be told apart, {losses}"
-            if self.test.winner != "neither":
+            if self.test.winner != "neither" and self._undone_by_family:
                 found += f" (their interval could, were it not one of {self.family} comparisons)"
             if self.detectable is not None:
                 found += f"; a gap of {self.detectable:.3f} nats would have been in {POWER:.0%} of such studies"
@@ -126,8 +139,8 @@ def judge(
     return Verdict(
         **subject,
         tokens=tokens,
-        validation=statistics.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
-        test=statistics.paired(losses["pruned"]["test"], losses["scratch"]["test"], scatter),
+        validation=inference.paired(losses["pruned"]["validation"], losses["scratch"]["validation"]),
+        test=inference.paired(losses["pruned"]["test"], losses["scratch"]["test"], scatter),
         pruned=means["pruned"],
         scratch=means["scratch"],
         budget=budget,
@@ -145,7 +158,7 @@ def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool], pl
     """
     family = [number for number, verdict in enumerate(found) if verdict.test.p is not None and in_family(verdict)]
     known = [found[number].test.p or 0.0 for number in family]
-    values = statistics.holm(known + [1.0] * (planned - len(known)))
+    values = inference.holm(known + [1.0] * (planned - len(known)))
     judged = list(found)
     # Holm holds what is not told apart against the family without what is.
     level = (1 - CONFIDENCE) / max(1, planned - sum(p < 1 - CONFIDENCE for p in values))

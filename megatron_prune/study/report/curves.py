@@ -1,10 +1,10 @@
-"""The figure of the losses on the way: every run's training loss against tokens."""
+"""The figure of losses on the way: every run's training loss against tokens."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,23 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import Comparison, label
 from megatron_prune.study.prunings import Pruning
-from megatron_prune.study.report.drawing import COLOURS, DASHED, INK, Drawing, amount, colours, drawing
+from megatron_prune.study.report.drawing import (
+    COLOURS,
+    DASHED,
+    INK,
+    NARROW,
+    WIDE,
+    Drawing,
+    colours,
+    drawing,
+    grid,
+    label_ends,
+    panels,
+    tip,
+    wrapped,
+)
+from megatron_prune.study.report.figures import common_tail
+from megatron_prune.study.report.tabular import amount
 
 TITLES = {
     "equal-total": "All tokens behind the model",
@@ -25,83 +41,111 @@ TITLES = {
 }
 FEW = 24  # runs up to which lines are thick
 MANY = 48  # runs from which each method has a panel
-CHARACTERS = 88  # of a legend's line in a figure of full width
 Curves = Mapping[str, np.ndarray]
 Panels = dict[tuple[str, str], list[Comparison]]
 
 
-def loss_curves(results: Results, losses: Mapping[str, Path]) -> Drawing | None:
+def loss_curves(results: Results, tables: Mapping[str, Path]) -> Drawing | None:
     """Training loss of every run against tokens: all that a model has seen, and the budget alone.
 
-    More arms than there are colours, or very many runs, have a panel for each method.
+    ``tables``: by cell, ``losses.csv``. More arms than there are colours, or very many runs, have a panel for each
+    method.
     """
-    read = {cell: curve for cell, path in losses.items() if (curve := _curve(results, cell, path)) is not None}
+    read = {cell: curve for cell, path in tables.items() if (curve := _curve(results, cell, path)) is not None}
     longest = max((curve.shape[1] for curve in read.values()), default=0)
-    curves = {cell: _smooth(curve, longest) for cell, curve in read.items()}
-    many = len(colours(results)) > len(COLOURS) or len(curves) > MANY
-    panels = _panels(results, curves, many)
-    if not panels:
+    smooth = {cell: _smooth(curve, longest) for cell, curve in read.items()}
+    many = len(colours(results)) > len(COLOURS) or len(smooth) > MANY
+    own = _panels(results, smooth, many)
+    if not own:
         return None
     return drawing(
-        lambda stacked: _loss_curves(results, curves, panels, many, stacked),
+        lambda stacked: _loss_curves(results, smooth, own, many, stacked),
         "loss-curves",
         "Training loss against tokens",
-        "Training loss, a running mean over 2% of the longest run, at most 10% of each. All tokens: the parent, the "
-        "pruned models that go on from it, and scratch at equal total tokens. This training alone: pruned and "
-        "scratch on the same samples in the same order. The dotted line is the entropy of single tokens in the "
-        "validation text: no model that ignores context can be below it there.",
+        "Training loss, a running mean over 2% of the longest run, at most 10% of each. Solid: pruned; dashed: from "
+        "scratch. All tokens: the parent, the pruned models that go on from it, and scratch at equal total tokens. "
+        "This training alone: pruned and scratch on the same samples in the same order. The dotted line is the entropy "
+        "of single tokens in the validation text: no model that ignores context can be below it there.",
     )
 
 
-def _loss_curves(results: Results, curves: Curves, panels: Panels, many: bool, stacked: bool) -> Figure:
-    columns = 1 if stacked else min(3 if many else 2, len(panels))
-    rows = math.ceil(len(panels) / columns)
+def _loss_curves(results: Results, curves: Curves, own: Panels, many: bool, stacked: bool) -> Figure:
+    rows, columns = panels(len(own), stacked, most=2)
     palette = _by_variant(results) if many else colours(results)
     parents = [cell for cell in curves if results.records[cell]["kind"] == "parent"]
-    with_parent = bool(parents) and any(setting == "equal-total" for setting, _ in panels)
+    with_parent = bool(parents) and any(setting == "equal-total" for setting, _ in own)
     keys: dict[str, Any] = {"parent": {"color": INK}} if with_parent else {}
     keys |= {name: {"color": colour} for name, colour in palette.items()}
     keys |= {"from scratch": {"color": INK, "linestyle": DASHED}}
-    across = 1 if stacked else min(len(keys), max(1, CHARACTERS // (max(map(len, keys)) + 6)))  # 6: a key's line
-    size = (3.9, 2.6) if stacked else (7.6 / columns, 2.7 if columns < 3 else 2.3)
-    height = rows * size[1] + 0.2 * math.ceil(len(keys) / across) + 0.3
-    figure = Figure(figsize=(columns * size[0], height), layout="constrained")
+    across = 1 if stacked else min(len(keys), max(1, 88 // (max(map(len, keys)) + 6)))  # 88 characters; 6: a key's line
+    named = not many and not stacked and len(own) <= 2
+    height = rows * 2.6 + (0 if named else 0.18 * math.ceil(len(keys) / across) + 0.2)
+    figure = Figure(figsize=(NARROW if stacked else WIDE, height), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for axis, ((setting, title), compared) in zip(axes, panels.items(), strict=False):
+    for axis, ((setting, title), compared) in zip(axes, own.items(), strict=False):
         if with_parent and setting == "equal-total":
             for parent in parents:
-                _line(axis, curves[parent], 0, INK, "-", 1.3)
+                _line(axis, curves[parent], 0, {"color": INK, "linewidth": 1.3}, parent)
+            if named:
+                half = curves[parents[0]].shape[1] // 3
+                axis.annotate("parent", curves[parents[0]][:, half], xytext=(-6, -6), textcoords="offset points",
+                              ha="right", va="top", fontsize=8)  # fmt: skip
         drawn: set[str] = set()
         for made in compared:
             colour = palette[_variant(made.pruning) if many else label(*made.pruning.subject)]
             _pair(axis, results, curves, made, colour, drawn)
-        axis.set_title(title, fontsize=10 if columns < 3 else 9)
-        axis.set_xlabel("tokens")
-        axis.xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 3))
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tokens", fontsize=8.5)
+        axis.xaxis.set_major_locator(MaxNLocator(5 if columns == 1 or len(own) < 3 else 4))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-        axis.grid(alpha=0.18, linewidth=0.6, color=INK)
+        axis.tick_params(labelsize=8)
+        grid(axis)
         _unigram(axis, results)
     for axis in axes[::columns]:
-        axis.set_ylabel("training loss, nats per token")
-    for axis in axes[len(panels) :]:
+        axis.set_ylabel("training loss, nats per token", fontsize=8.5)
+    for axis in axes[len(own) :]:
         axis.set_visible(False)
+    if named:
+        label_ends(axes[len(own) - 1], _ends(results, curves, list(own.values())[-1], palette), 1.9, 7.5)
+        return figure
     handles = [Line2D([], [], label=name, **style) for name, style in keys.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=8)
     return figure
+
+
+def _ends(
+    results: Results, curves: Curves, compared: Sequence[Comparison], palette: Mapping[str, str]
+) -> list[tuple[float, str, str]]:
+    """Where the lines of a panel end: the pruned ones by name, and those from scratch together."""
+    last: dict[str, list[float]] = {}
+    short = {name: name.removesuffix(common_tail(results)) for name in palette}
+    for made in compared:
+        if made.pruned in curves:
+            last.setdefault(label(*made.pruning.subject), []).append(curves[made.pruned][1, -1])
+        if made.scratch is not None and made.scratch in curves:
+            last.setdefault("", []).append(curves[made.scratch][1, -1])
+    return [
+        (
+            float(np.mean(values)),
+            wrapped(short[name], 7.5, 1.4) if name else "from scratch\n(dashed)",
+            palette.get(name, INK),
+        )
+        for name, values in last.items()
+    ]
 
 
 def _panels(results: Results, curves: Curves, many: bool) -> Panels:
     """What is drawn together, by setting and title: one setting, with ``many`` arms one method of it."""
     parents = any(results.records[cell]["kind"] == "parent" for cell in curves)
-    panels: Panels = {("equal-total", TITLES["equal-total"]): []} if parents and not many else {}
+    found: Panels = {("equal-total", TITLES["equal-total"]): []} if parents and not many else {}
     several = len({item.comparison.setting for item in results.compared}) > 1
     for setting, title in TITLES.items():
         for made in (item.comparison for item in results.compared if item.comparison.setting == setting):
             if made.pruned in curves or made.scratch in curves:
                 method = made.pruning.method.title
                 own = f"{method}\n{title.lower()}" if several else method
-                panels.setdefault((setting, own if many else title), []).append(made)
-    return panels
+                found.setdefault((setting, own if many else title), []).append(made)
+    return found
 
 
 def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour: str, drawn: set[str]) -> None:
@@ -112,13 +156,14 @@ def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour:
     """
     start = (results.lay.parent_tokens or 0) if made.setting == "equal-total" else 0
     dense = made.against == "dense" and made.pruning.sparse
-    for cell, offset, ink, dashes in (
-        (made.pruned, start, colour, "-"),
-        (made.scratch, 0, INK if dense else colour, DASHED),
+    width = 1.3 if len(curves) <= FEW else 0.7
+    for cell, offset, style in (
+        (made.pruned, start, {"color": colour, "linewidth": width}),
+        (made.scratch, 0, {"color": INK if dense else colour, "linewidth": width, "linestyle": DASHED}),
     ):
         if cell is not None and cell in curves and cell not in drawn:
             drawn.add(cell)
-            _line(axis, curves[cell], offset, ink, dashes, 1.3 if len(curves) <= FEW else 0.7)
+            _line(axis, curves[cell], offset, style, cell)
 
 
 def _by_variant(results: Results) -> dict[str, str]:
@@ -148,8 +193,9 @@ def _smooth(curve: np.ndarray, longest: int) -> np.ndarray:
     return np.array([curve[0, width - 1 :], np.convolve(curve[1], np.ones(width) / width, mode="valid")])
 
 
-def _line(axis: Any, curve: np.ndarray, offset: int, colour: str, dashes: Any, width: float) -> None:
-    axis.plot(curve[0] + offset, curve[1], color=colour, linewidth=width, linestyle=dashes)
+def _line(axis: Any, curve: np.ndarray, offset: int, style: Mapping[str, Any], cell: str) -> None:
+    (line,) = axis.plot(curve[0] + offset, curve[1], **style)
+    tip(line, cell)
 
 
 def _unigram(axis: Any, results: Results) -> None:

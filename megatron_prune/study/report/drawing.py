@@ -1,8 +1,9 @@
 """How figures of a report are drawn, to read on a light and on a dark page alike; and kept.
 
-Backgrounds are transparent and data colours of middle lightness. Text and axes are drawn in ``INK``:
-files keep it, a neutral grey; in the page it becomes the page's own text colour. ``Drawing`` holds
-one figure as SVG for the page and writes it as SVG and PNG files.
+Backgrounds are transparent and data colours of middle lightness, at least 3:1 against both pages; no meaning rests
+on a colour alone. Text and axes are drawn in ``INK``: files keep it, a neutral grey; in the page it becomes the page's
+own text colour. Text is measured in DejaVu Sans, which is wider than the fonts that pages have, so that none is cut.
+``Drawing`` holds one figure as SVG for the page and writes it as SVG and PNG files.
 """
 
 from __future__ import annotations
@@ -10,27 +11,33 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import blended_transform_factory
 
 from megatron_prune import artifacts
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import label
+from megatron_prune.study.report.tabular import amount
 
 INK = "#7b7c7d"
-COLOURS = ("#3a7bd5", "#dd7a2f", "#2a9c7c", "#a65fc9", "#c0992b", "#cf4f63", "#5b8f3a", "#4aa3b8")
-SETTINGS = {
-    "equal-training": "Equal training tokens",
-    "equal-total": "Equal total tokens",
-    "equal-flops": "Equal FLOPs",
-}
+ARMS = {"pruned": "#2277c4", "scratch": "#d1631b", "neither": INK}  # blue and orange: every kind of colour vision
+COLOURS = ("#9467bd", "#a87b00", "#1b9e77", "#c8558d", "#4a90c2", "#a0613c", "#6f8f2f", "#5d7bb0")
+SCRATCH = {"equal-training": "o", "equal-total": "D", "equal-flops": "^"}  # markers of scratch, by setting
+HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.4}
 DASHED = (0, (3, 1.5))
+PARENT: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+WIDE, NARROW = 7.6, 3.4  # inches
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's font
     "svg.hashsalt": "megatron_prune",  # the same figure is the same file
@@ -81,6 +88,9 @@ class Drawing:
     def _inline(self, svg: str, name: str) -> str:
         """Its ink is the page's, its ids are its own, it scales to its column."""
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+        for arm, colour in ARMS.items():  # the page has one for paper and one for night
+            svg = svg.replace(colour, f"var(--{arm})")
+        svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
         svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
         svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
@@ -105,19 +115,6 @@ def colours(results: Results) -> dict[str, str]:
     }
 
 
-def signed(value: float, digits: int = 3) -> str:
-    """``-0.0541`` → ``−0.054``, with a minus that is as wide as the plus."""
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
-
-
-def amount(value: float) -> str:
-    """``409600`` → ``410k``; three significant digits."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
 def drawing(draw: Callable[[bool], Figure], name: str, title: str, caption: str) -> Drawing:
     """``draw(stacked)``, drawn both ways, in the report's style."""
     with matplotlib.rc_context(STYLE):
@@ -127,7 +124,119 @@ def drawing(draw: Callable[[bool], Figure], name: str, title: str, caption: str)
         beside.savefig(files[1], format="png", dpi=200)
         stacked.savefig(files[2], format="svg", metadata={"Date": None})
     svg, png, narrow = (file.getvalue() for file in files)
-    return Drawing(name, svg.decode(), narrow.decode(), png, title, caption)
+    return Drawing(name, _with_tips(svg.decode()), _with_tips(narrow.decode()), png, title, caption)
+
+
+def tip(artist: Any, text: str) -> None:
+    """Let ``text`` be shown where the pointer rests on what is drawn."""
+    artist.set_gid(f"tip:{text}")
+
+
+def _with_tips(svg: str) -> str:
+    """Matplotlib writes what it was given as an id, escaped: from there it becomes the element's title."""
+    number = count()
+    return re.sub(r'id="tip:([^"]*)">', lambda found: f'id="tip-{next(number)}">\n<title>{found[1]}</title>', svg)
+
+
+@cache
+def width_of(words: str, size: float, *, bold: bool = False) -> float:
+    """Inches that the longest line of ``words`` takes."""
+    font = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=size)
+    return max((TextPath((0, 0), line, prop=font).get_extents().width / 72 if line.strip() else 0.0
+                for line in words.split("\n")), default=0.0)  # fmt: skip
+
+
+def wrapped(words: str, size: float, room: float, *, bold: bool = False) -> str:
+    """``words`` in lines of at most ``room`` inches; a single word that is longer is cut into pieces."""
+    lines = [""]
+    for word in words.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if width_of(longer, size, bold=bold) <= room:
+            lines[-1] = longer
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while width_of(lines[-1], size, bold=bold) > room and len(lines[-1]) > 1:
+            cut = next(
+                at
+                for at in range(len(lines[-1]) - 1, 0, -1)
+                if at == 1 or width_of(lines[-1][:at], size, bold=bold) <= room
+            )
+            lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
+    return "\n".join(lines)
+
+
+def inches(axis: Any) -> Any:
+    """A transform of (inches from the left edge of the figure, data of the axis)."""
+    return blended_transform_factory(axis.figure.dpi_scale_trans, axis.transData)
+
+
+def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], height: float, size: float = 8) -> None:
+    """Words at the right of a panel of about ``height`` inches: (where the line ends, what it is, its colour).
+
+    Labels that would lie on each other are moved apart, and joined to their lines.
+    """
+    low, high = axis.get_ylim()
+    step = size * 1.3 / 72 / height
+    places = sorted(
+        (((value - low) / (high - low), words, colour) for value, words, colour in ends), key=lambda e: e[0]
+    )
+    rows = [words.count("\n") + 1 for _, words, _ in places]
+    at: list[float] = []
+    for (place, _, _), own in zip(places, rows, strict=True):
+        below = at[-1] + step * (own + rows[len(at) - 1]) / 2 if at else -math.inf
+        at.append(max(place, below))
+    over = max(0.0, at[-1] - 1.0) if at else 0.0
+    for number in range(len(at) - 1, -1, -1):  # back down from the upper edge
+        above = at[number + 1] - step * (rows[number] + rows[number + 1]) / 2 if number + 1 < len(at) else math.inf
+        at[number] = min(at[number], above, max(places[number][0], 1.0) if over else math.inf)
+    for (place, words, colour), y in zip(places, at, strict=True):
+        axis.annotate(
+            words, (1, place), xytext=(1.06, y), xycoords="axes fraction", textcoords="axes fraction", color=colour,
+            fontsize=size, va="center", ha="left", annotation_clip=False, linespacing=1.05,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0,
+                        "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def with_perplexity(axis: Any, *, vertical: bool) -> Any:
+    """A second axis beside one of losses, on the other side: the same as perplexities."""
+    low, high = axis.get_ylim() if vertical else axis.get_xlim()
+    second = (axis.secondary_yaxis if vertical else axis.secondary_xaxis)(
+        "right" if vertical else "top", functions=(_same, _same)
+    )
+    ticks = _round_perplexities(math.exp(min(low, 300)), math.exp(min(high, 300)), 5 if vertical else 6)
+    (second.set_yticks if vertical else second.set_xticks)(
+        [math.log(value) for value in ticks], [f"{v:,.12g}" for v in ticks]
+    )
+    (second.set_ylabel if vertical else second.set_xlabel)("perplexity", fontsize=8.5)
+    second.tick_params(labelsize=8)
+    second.spines[:].set_visible(True)
+    return second
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _round_perplexities(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two perplexities, evenly on a logarithmic scale as far as they can be."""
+    if high < 2.5 * low:
+        return [value for value in MaxNLocator(most).tick_values(low, high) if low <= value <= high]
+    for steps in (
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+        (1, 1.5, 2, 3, 4, 5, 7),
+        (1, 2, 3, 5),
+        (1, 2, 5),
+        (1, 3),
+        (1,),
+    ):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**decade for decade in decades for step in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
 
 
 def panels(count: int, stacked: bool, *, most: int = 3) -> tuple[int, int]:

@@ -1,13 +1,14 @@
-"""The report of a study: ``report/index.html`` in one file, ``results.json``, ``results.csv``, figures.
+"""The report of a study: ``report/index.html`` in one file, ``results.json``, ``results.csv``, figures and tables.
 
 Every number on the page comes from ``Results``; formatting is all that happens here. The page holds
-its figures and needs no network.
+its figures and needs no network; it opens with the conclusion and ends with the accounts.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,23 @@ import yaml
 from megatron_prune import artifacts
 from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
-from megatron_prune.study.analysis import results as rows
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import label
+from megatron_prune.study.match import NAMED
 from megatron_prune.study.pair import DIFFERS
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import bars, behind, budgets, curves, drawing, final, findings, numbers, ratios, tables
+from megatron_prune.study.report import appendix, curves, figures, tables, trends
+from megatron_prune.study.report.drawing import Drawing
+from megatron_prune.study.report.tabular import MINUS, perplexity
 
 MOST_PENDING = 12  # named one by one
+EXPLAINED = {
+    "equal-training": "Scratch was trained on as many tokens as the pruned model was retrained on, the same ones.",
+    "equal-total": "Scratch was trained on as many tokens as are behind the pruned model: its parent's, its pruning's "
+    "and its retraining's.",
+    "equal-flops": "Scratch was trained with as many FLOPs as are behind the pruned model: its parent's, its pruning's "
+    "and its retraining's.",
+}
 
 
 def write(found: Results, places: Places) -> Path:
@@ -35,12 +45,14 @@ def write(found: Results, places: Places) -> Path:
     if found.study.parent.load:
         losses["parent"] = places.beside_parent(found.study) / "losses.csv"
     made = (
-        budgets.losses(found), bars.equal_total(found), budgets.gaps(found), ratios.gap_by_ratio(found),
-        final.final_losses(found), curves.loss_curves(found, losses),
+        figures.gaps(found), figures.final_losses(found), trends.costs(found), trends.loss_by_budget(found),
+        trends.gap_by_budget(found), trends.gap_by_ratio(found), curves.loss_curves(found, losses),
     )  # fmt: skip
     drawings = [figure for figure in made if figure]
     for figure in drawings:
         figure.write(directory / "figures")
+    for one in (*tables.in_text(found), *appendix.every(found)):
+        one.write(directory / "tables")
     artifacts.write_json(directory / "results.json", results.to_json(found))
     artifacts.write_bytes(directory / "results.csv", table(found).encode())
     page = directory / "index.html"
@@ -51,63 +63,93 @@ def write(found: Results, places: Places) -> Path:
 def table(found: Results) -> str:
     """The rows as CSV; an unknown value is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows.COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, results.COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found.rows)
     return text.getvalue()
 
 
-def render(found: Results, drawings: list[drawing.Drawing]) -> str:
+def render(found: Results, drawings: list[Drawing]) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_prune.study.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["minus"] = minus
     parent = found.parent
     return environment.get_template("page.html.j2").render(
         name=found.study.name,
         summary=_summary(found),
+        headlines=_headlines(found),
+        rests_on=_rests_on(found),
         verdicts=found.verdicts,
         remarks=_remarks(found),
         figures=drawings,
-        windows=f"{found.study.evaluation.windows:,}",
         several_seeds=len(found.study.seeds) > 1,
-        sparse=any(method.sparse for method in found.study.methods),
-        rows=tables.rows(found),
-        table=findings.verdicts(found),
-        trends=findings.trends(found),
-        efficiency=tables.efficiency(found),
+        tables={one.name: one for one in tables.in_text(found)},
+        appendix=appendix.every(found),
+        titles=TITLES,
+        matches=[item for item in appendix.matches(found).rows if item["lines"]],
         family=max((verdict.family for verdict in found.verdicts), default=0),
         without=max((verdict.without for verdict in found.verdicts), default=0),
         one_parent=not found.study.parent_per_seed,
         bootstrapped=any(verdict.documents for verdict in found.verdicts),
         unigram=_unigram(parent),
-        declared=bool(parent and parent["declared"]),
-        sweeps=tables.sweeps(found),
-        runs=tables.runs(found),
-        matches=tables.matches(found),
-        prunings=tables.prunings(found),
-        seconds=tables.seconds(found),
-        left_out=tables.left_out(found),
         configuration=yaml.safe_dump(schema.resolved(found.study), sort_keys=False),
         ran=found.ran,
     )
 
 
-def _differences(found: Results) -> list[str]:
-    """What compared runs were made with, where it was not the same."""
-    seen: dict[tuple[str, str, str], list[str]] = {}
-    for item in found.compared:
-        for line in item.match:
-            if line.verdict == DIFFERS:
-                pair = f"{item.comparison.pruned} and {item.comparison.scratch}"
-                seen.setdefault((line.field, str(line.pruned), str(line.scratch)), []).append(pair)
+def minus(text: str) -> str:
+    """``-0.094`` → ``−0.094``: a minus as wide as a plus; hyphens stay."""
+    return re.sub(r"(?<![\w-])-(?=\d)", MINUS, text)
+
+
+TITLES = {
+    "rows": "Every run",
+    "sweeps": "Learning rates",
+    "prunings": "Prunings",
+    "account": "Tokens and FLOPs",
+    "matches": "What was compared with what",
+    "seconds": "Time",
+    "left-out": "Not shown",
+}
+
+
+def _headlines(found: Results) -> list[dict[str, Any]]:
+    """The conclusion: for each setting its name, what it means, and its headlines."""
+    settings = dict.fromkeys(headline.setting for headline in found.headlines)
     return [
-        f"Compared runs differ in {field}: {pruned} for pruned, {scratch} for scratch, in {len(pairs)} "
-        f"comparison{'s' * (len(pairs) != 1)} ({pairs[0]}{', …' if len(pairs) > 1 else ''})."
-        for (field, pruned, scratch), pairs in seen.items()
+        {
+            "setting": tables.SETTINGS[setting],
+            "means": EXPLAINED[setting],
+            "lines": [headline for headline in found.headlines if headline.setting == setting],
+        }
+        for setting in settings
     ]
+
+
+def _rests_on(found: Results) -> str:
+    """What the intervals of the conclusion are of, and at which budgets."""
+    if not found.headlines:
+        return ""
+    budgets = sorted({verdict.tokens for headline in found.headlines for verdict in headline.verdicts})
+    at = " or ".join(f"{tokens:,}" for tokens in budgets)
+    largest = ", the largest budget" if len(found.study.budgets) > 1 else ""
+    text = (
+        f"Test losses after {at} tokens of retraining{largest}{figures.removed(found)}; differences in nats per token."
+    )
+    over_seeds = any(headline.test.low is not None for headline in found.headlines)
+    if over_seeds:
+        text += f" Intervals are paired t over seeds{', for this one parent' * (not found.study.parent_per_seed)}."
+    elif any(headline.interval for headline in found.headlines):
+        text += " There is one seed: intervals are over evaluation documents, and say nothing of other seeds."
+    else:
+        text += " There is one seed, and too little text for an interval over documents."
+    return text
 
 
 def _unigram(parent: Mapping[str, Any] | None) -> dict[str, str] | None:
@@ -124,9 +166,10 @@ def _summary(found: Results) -> str:
     seeds = "one seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
     declared = "declared to be " * parent["declared"]
     return (
-        f"A parent of {parent['parameters']:,} parameters, {declared}trained on {tokens}, is pruned and trained on; "
-        f"models of the same shapes are trained from random weights. {seeds.capitalize()}, "
-        f"{study.recipe.global_batch_size} x {study.data.seq_length} tokens a step."
+        f"A parent of {parent['parameters']:,} parameters, {declared}trained on {tokens} (test loss "
+        f"{parent['test_loss']:.3f}, perplexity {perplexity(tables.exp(parent['test_loss']))}), is pruned and trained "
+        f"on; models of the same shapes are trained from random weights. {seeds.capitalize()}, "
+        f"{study.recipe.global_batch_size} × {study.data.seq_length} tokens per step."
     )
 
 
@@ -139,17 +182,70 @@ def _remarks(found: Results) -> list[str]:
             f"{len(found.left_out)} more finished in this folder and are not shown: the table “Not shown” has them, "
             "and comparisons between them count in the correction of p values."
         )
-    remarks += [*behind.said(found), *_differences(found)]
+    remarks += [*_stages(found), *_declared(found), *_recipe(found), *_differences(found)]
     remarks += [f"{note}." for note in grid.notes(found.study)]
     pending = sum(item.status == "pending" for item in found.compared)
     if pending > MOST_PENDING:
         remarks.append(f"{pending} of {len(found.compared)} comparisons are not finished.")
     for item in found.compared:
         made = item.comparison
-        setting = numbers.setting(made.setting, made.against, made.pruning.sparse)
+        setting = tables.setting_name(made.setting, made.against, made.pruning.sparse)
         name = f"{setting}, {label(*made.pruning.subject)}, seed {made.seed}"
         if made.not_run:
             remarks.append(f"{name}: not run, since {made.not_run}.")
         elif item.status == "pending" and pending <= MOST_PENDING:
             remarks.append(f"{name}: not finished.")
     return remarks
+
+
+def _stages(found: Results) -> list[str]:
+    """What is behind the parent, where that is more than one training."""
+    stages = found.parent["stages"] if found.parent else []
+    if len(stages) < 2:
+        return []
+    words = [f"{stage['method']} ({stage['tokens']:,} tokens read)" if stage["kind"] == "pruned"
+             else f"a training on {stage['tokens']:,} tokens" for stage in stages]  # fmt: skip
+    return [f"Behind the parent are {len(stages)} stages, all of them counted: {', then '.join(words)}."]
+
+
+def _declared(found: Results) -> list[str]:
+    parent, reason = found.study.parent, found.study.parent.declared_unseen
+    if reason is not None:
+        return [f"That the parent has seen no text of this study is declared, not accounted: {reason.rstrip('.')}."]
+    if parent.pretrain is not None or found.parent is None or not found.parent["declared"]:
+        return []
+    return [
+        "What the parent was trained on is not accounted: whether it has seen text of this study is not known "
+        "(parent.declared_unseen in study.yaml says why not, where there is a reason)."
+    ]
+
+
+def _recipe(found: Results) -> list[str]:
+    """A recipe of the parent other than the arms': every difference once, over all comparisons."""
+    differences = dict.fromkeys(
+        f"{line.field.removeprefix('recipe of the parent').lstrip(':, ')} {line.pruned} against {line.scratch}"
+        for item in found.compared
+        for line in item.match
+        if line.verdict == NAMED
+    )
+    if not differences:
+        return []
+    return [
+        "Equal total tokens and equal FLOPs count the parent's as its own recipe spent them, which differs from that "
+        f"of the compared runs (the parent's first): {'; '.join(differences)}."
+    ]
+
+
+def _differences(found: Results) -> list[str]:
+    """What compared runs were made with, where it was not the same."""
+    seen: dict[tuple[str, str, str], list[str]] = {}
+    for item in found.compared:
+        for line in item.match:
+            if line.verdict == DIFFERS:
+                pair = f"{item.comparison.pruned} and {item.comparison.scratch}"
+                seen.setdefault((line.field, str(line.pruned), str(line.scratch)), []).append(pair)
+    return [
+        f"Compared runs differ in {field}: {pruned} for pruned, {scratch} for scratch, in {len(pairs)} "
+        f"comparison{'s' * (len(pairs) != 1)} ({pairs[0]}{', …' if len(pairs) > 1 else ''})."
+        for (field, pruned, scratch), pairs in seen.items()
+    ]

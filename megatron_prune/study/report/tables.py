@@ -1,198 +1,222 @@
-"""The tables of the page but for its findings: what is shown of ``Results``, formatted."""
+"""The tables in the body of a report, made of ``Results``: verdicts, laws, and what models cost."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_prune.study.analysis.inference import Difference
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.grid import label
-from megatron_prune.study.report import numbers
+from megatron_prune.study.analysis.verdicts import Verdict, p_value
+from megatron_prune.study.grid import SUBJECT, label
+from megatron_prune.study.report.tabular import (
+    DASH,
+    Column,
+    Row,
+    Table,
+    count,
+    flops,
+    interval,
+    loss,
+    number,
+    perplexity,
+    signed,
+    span,
+    words,
+)
 
-Shown = list[dict[str, Any]]
+SETTINGS = {
+    "equal-training": "Equal training tokens",
+    "equal-total": "Equal total tokens",
+    "equal-flops": "Equal FLOPs",
+}
 
 
-def rows(found: Results) -> Shown:
+def setting_name(setting: str | None, against: str | None, sparse: bool) -> str:
+    """A comparison's setting for people; a dense scratch run is the rule where pruning made the shape smaller."""
+    if setting is None:
+        return ""
+    return SETTINGS[setting] + ", dense scratch" * (sparse and against == "dense")
+
+
+def in_text(found: Results) -> list[Table]:
+    """The tables of the report's body, those that have something to say."""
+    made = [verdicts(found), laws(found), efficiency(found)]
+    return [table for table in made if table.rows]
+
+
+def verdicts(found: Results) -> Table:
+    """Every verdict with its numbers; those of one comparison one below the other."""
+    seeds = len(found.study.seeds) > 1
+    documents = any(verdict.documents and verdict.documents.low is not None for verdict in found.verdicts)
+    several = len({verdict.tokens for verdict in found.verdicts}) > 1
+    columns = [
+        *([] if several else [words("comparison", "comparison", wrap=True)]),
+        number("tokens of retraining", "tokens", count),
+        number("pruned, loss", "pruned", loss), number("perplexity", "pruned_perplexity", perplexity),
+        number("scratch, loss", "scratch", loss), number("perplexity", "scratch_perplexity", perplexity),
+        Column("S − P", lambda row: signed(row["gap"], 4) + "*" * row["at_edge"], {"gap": "gap", "at_edge": "at_edge"},
+               style=lambda row: f"gap {row['shown_winner']}"),
+    ]  # fmt: skip
+    if seeds:
+        columns += [
+            span("95% over seeds", "low", "high"), number("df", "freedom", lambda value: f"{value:.3g}"),
+            number("p", "p", _p), number("corrected p", "corrected_p", _p),
+            number("effect", "effect", lambda value: signed(value, 1)),
+            number("detectable", "detectable", lambda value: f"{value:.3f}"),
+        ]  # fmt: skip
+    if documents:
+        columns.append(span("95% over documents", "documents_low", "documents_high"))
+    columns.append(Column("verdict", lambda row: VERDICTS[row["winner"]], {"winner": "winner"}, text=True,
+                          style=lambda row: f"gap {row['shown_winner']}"))  # fmt: skip
+    caption = (
+        "Test losses at the end of training, means over seeds, in nats per token and as perplexities. S − P: scratch "
+        "minus pruned."
+    )
+    shown = [_verdict(verdict) for verdict in found.verdicts]
+    order = list(dict.fromkeys(row["comparison"] for row in shown))
+    shown.sort(key=lambda row: order.index(row["comparison"]))  # a comparison's budgets one below the other
+    return Table("verdicts", caption, columns, shown, group="comparison" if several else "")
+
+
+VERDICTS = {"pruned": "pruned ends lower", "scratch": "scratch ends lower", "neither": "not told apart"}
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    test, documents = verdict.test, verdict.documents
+    setting = setting_name(verdict.setting, verdict.against, verdict.sparse)
+    losses = {arm: getattr(verdict, arm)["test"] for arm in ("pruned", "scratch")}
+    return {
+        "comparison": f"{verdict.label}: {setting[0].lower()}{setting[1:]}",
+        "tokens": verdict.tokens,
+        **losses,
+        **{f"{arm}_perplexity": exp(value) for arm, value in losses.items()},
+        "gap": test.mean,
+        "winner": verdict.winner,
+        "shown_winner": verdict.shown_winner,
+        "low": test.low,
+        "high": test.high,
+        "freedom": test.freedom or None,
+        "detectable": verdict.detectable,
+        "at_edge": bool(verdict.edges),
+        "p": test.p,
+        "corrected_p": verdict.corrected,
+        "effect": test.effect,
+        "documents_low": documents.low if documents else None,
+        "documents_high": documents.high if documents else None,
+    }
+
+
+def _p(value: float) -> str:
+    return p_value(value).removeprefix("= ")
+
+
+def laws(found: Results) -> Table:
+    """Every comparison over its budgets: who is ahead where, its break-even and its laws."""
+    columns = [
+        words("comparison", "subject", wrap=True), words("who is ahead", "ahead", wrap=True),
+        words("S − P", "gaps", wrap=True), words("break-even: scratch catches up", "break_even", wrap=True),
+        words("laws of the mean over seeds", "laws", wrap=True),
+    ]  # fmt: skip
     shown = []
-    sparse = {item.comparison.pruning.subject for item in found.compared if item.comparison.pruning.sparse}
-    for row, gap in zip(found.rows, gaps(found), strict=True):
-        shown.append(
-            {
-                "cell": row["cell"],
-                "arm": row["arm"],
-                "setting": row["setting"],
-                "against": row["against"],
-                "shown_setting": numbers.setting(row["setting"], row["against"], _subject(row) in sparse),
-                "method": label(*_subject(row)) if row["method"] else "",
-                "status": row["status"],
-                "seed": numbers.DASH if row["seed"] is None else row["seed"],
-                "params": numbers.count(row["params"]),
-                "nonzero": numbers.count(row["params_nonzero"]),
-                "loss_initial": numbers.loss(row["loss_initial"]),
-                "validation_loss": numbers.loss(row["validation_loss"]),
-                "test_loss": numbers.loss(row["test_loss"]),
-                "gap": "" if gap is None else f"{gap:+.4f}",
-                "winner": "" if not gap else "pruned" if gap > 0 else "scratch",
-                "first": row["arm"] == "pruned",
-            }
-        )
-    return shown
+    for trend in found.trends:
+        own = [v for v in found.verdicts if all(getattr(v, key) == getattr(trend, key) for key in SUBJECT)]
+        own = sorted((v for v in own if v.tokens in trend.arms.tokens), key=lambda v: v.tokens)
+        gaps = f"{_gap(own[0].test)} at {own[0].tokens:,} tokens, {_gap(own[-1].test)} at {own[-1].tokens:,}"
+        shown.append({"subject": trend.subject, "ahead": _ahead([verdict.winner for verdict in own]), "gaps": gaps,
+                      "break_even": trend.break_even.words, "laws": trend.laws})  # fmt: skip
+    return Table("laws", "On test losses; each budget is a run of its own.", columns, shown)
 
 
-def _subject(row: Mapping[str, Any]) -> tuple[str, str | None, float | None]:
-    return row["method"], row["pattern"], row["ratio"]
-
-
-def gaps(found: Results) -> list[float | None]:
-    """Scratch minus pruned on test, on the scratch row of every finished comparison."""
-    values: list[float | None] = []
-    pruned: Mapping[str, Any] = {}
-    for row in found.rows:
-        if row["arm"] == "pruned":
-            pruned = row
-        finished = row["arm"] == "scratch" and row["status"] == "finished" and pruned["status"] == "finished"
-        values.append(row["test_loss"] - pruned["test_loss"] if finished else None)
-    return values
-
-
-def runs(found: Results) -> Shown:
-    """Every trained run once, with what lies behind it."""
-    behind = {row["cell"]: row for row in found.rows if row["status"] == "finished"}
-    shown = []
-    for cell, row in behind.items():
-        record = found.records[cell]
-        first, end = record.get("range", (None, None))
-        shown.append(
-            {
-                "arm": row["arm"],
-                "cell": cell,
-                "range": numbers.DASH if first is None else f"{first:,} to {end:,}",
-                "steps": numbers.count(record.get("steps")),
-                "tokens": numbers.count(record["tokens"]),
-                "tokens_total": numbers.count(row["tokens_total"]),
-                "flops": numbers.flops(record["flops"]),
-                "flops_total": numbers.flops(row["flops_total"]),
-                "flops_theoretical": numbers.flops(row["flops_train_theoretical"]),
-                "spikes": numbers.count(row["loss_spikes"]),
-                "not_finite": numbers.count(row["losses_not_finite"]),
-                "seconds": numbers.DASH if row["seconds"] is None else f"{row['seconds']:,.1f}",
-            }
-        )
-    return shown
-
-
-def matches(found: Results) -> Shown:
-    shown = []
-    for item in found.compared:
-        made = item.comparison
-        same = sum(line.verdict == "equal" for line in item.match)
-        note = f"{same} lines equal, {len(item.match) - same} as allowed" if item.match else item.status
-        shown.append(
-            {
-                "setting": numbers.setting(made.setting, made.against, made.pruning.sparse),
-                "method": label(*made.pruning.subject),
-                "seed": made.seed,
-                "pruned": made.pruned,
-                "scratch": made.scratch,
-                "note": note,
-                "lines": item.match,
-            }
-        )
-    return shown
-
-
-def prunings(found: Results) -> Shown:
-    return [
-        {
-            "cell": record["cell"],
-            "shape": record["shape"],
-            "removed_linears": f"{record['removed_linears']:.2%}",
-            "removed_all": f"{record['removed_all']:.2%}",
-            "near_ties": numbers.count(record["near_ties"]),
-            "validation_loss": numbers.loss(record["validation_loss"]),
-            "test_loss": numbers.loss(record["test_loss"]),
-        }
-        for record in found.records.values()
-        if record["kind"] == "pruning"
+def _ahead(winners: Sequence[str]) -> str:
+    found = [
+        f"{name} at {winners.count(winner)}"
+        for winner, name in (("pruned", "pruned is ahead"), ("scratch", "scratch is ahead"), ("neither", "neither"))
+        if winner in winners
     ]
+    return f"{', '.join(found)} of {len(winners)} budgets"
 
 
-def left_out(found: Results) -> Shown:
-    """Runs that were finished in the folder and that the study does not ask for."""
-    return [
-        {
-            "cell": one.cell,
-            "why": one.why,
-            "validation_loss": numbers.loss(one.record.get("validation_loss")),
-            "test_loss": numbers.loss(one.record.get("test_loss")),
-        }
-        for one in found.left_out
-    ]
+def _gap(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return signed(difference.mean)
+    return f"{signed(difference.mean)} {interval(difference.low, difference.high)}"
 
 
-def seconds(found: Results) -> Shown:
-    return [
-        {
-            "cell": cell,
-            "stages": ", ".join(f"{stage} {value:.1f}" for stage, value in record["seconds"].items()),
-            "together": f"{sum(record['seconds'].values()):.1f}",
-        }
-        for cell, record in found.records.items()
-    ]
-
-
-def efficiency(found: Results) -> Shown:
-    """What each model costs, the parent first: size, FLOPs a token, measured speed of training."""
+def efficiency(found: Results) -> Table:
+    """What each model costs, the parent first: size, FLOPs per token, measured speed of training."""
     finished = [row for row in found.rows if row["status"] == "finished" and row["arm"] in ("parent", "pruned")]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in finished:
-        name = "parent" if row["arm"] == "parent" else label(*_subject(row))
-        groups.setdefault(name, []).append(row)
-    return [
-        {
-            "model": name,
-            "params": numbers.span([row["params"] for row in own], numbers.count),
-            "nonzero": numbers.span([row["params_nonzero"] for row in own], numbers.count),
-            "linears": numbers.span([row["removed_linears"] for row in own], lambda value: f"{value:.1%}"),
-            "all": numbers.span([row["removed_all"] for row in own], lambda value: f"{value:.1%}"),
-            "flops": numbers.span([_per_token(row, "flops_train") for row in own], numbers.flops),
-            "kept": numbers.span([_per_token(row, "flops_train_theoretical") for row in own], numbers.flops),
-            "speed": _speed(own),
-            "loss": _best(own),
+        groups.setdefault("parent" if row["arm"] == "parent" else label(*subject(row)), []).append(row)
+    shown = []
+    for name, own in groups.items():
+        values: dict[str, list[float | None]] = {
+            key: [row[key] for row in own] for key in ("params", "params_nonzero", "removed_linears", "removed_all")
         }
-        for name, own in groups.items()
-    ]
+        values |= {key: [_per_token(row, key) for row in own] for key in ("flops_train", "flops_train_theoretical")}
+        best = _at_largest_budget(own)
+        both = {key: _ends(found) for key, found in values.items()}
+        shown.append({
+            "model": name, "test_loss": best, "perplexity": exp(best), "tokens_per_second": _speed(own),
+            **{f"{key}_{end}": ends[place] for key, ends in both.items() for place, end in enumerate(("low", "high"))},
+        })  # fmt: skip
+    columns = [
+        words("model", "model"), _range("parameters", "params", count), _range("not zero", "params_nonzero", count),
+        _range("of linears removed", "removed_linears", lambda value: f"{value:.1%}"),
+        _range("of all removed", "removed_all", lambda value: f"{value:.1%}"),
+        _range("FLOPs per token", "flops_train", flops), _range("of kept weights", "flops_train_theoretical", flops),
+        number("tokens per second", "tokens_per_second", lambda value: f"{value:,.0f}"),
+        number("test loss", "test_loss", loss), number("perplexity", "perplexity", perplexity),
+    ]  # fmt: skip
+    caption = (
+        "What a model costs. FLOPs of training per token: dense matrix products that are executed; of kept weights: "
+        "without the removed ones. Speed: of the longest runs on the machine that ran the study, tokens trained on "
+        "over the time of all attempts, their median; steps that were run again after a kill count as time alone. Test "
+        "loss: pruned and retrained at the largest budget, mean over seeds."
+    )
+    return Table("efficiency", caption, columns, shown)
 
 
-def sweeps(found: Results) -> Shown:
-    """Learning rates of every arm, with the one that stands for it."""
-    return [
-        {
-            "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio)}",
-            "setting": numbers.setting(one.setting, one.against, one.sparse) if one.setting else "all",
-            "budget": numbers.count(one.budget),
-            "rates": ", ".join(f"{rate:g}: {numbers.loss(loss)}" for rate, loss in one.validation.items()),
-            "chosen": numbers.DASH if one.chosen is None else f"{one.chosen:g}",
-            "edge": "" if one.edge is None else f"the {one.edge.end}: add {one.edge.add:g}",
-        }
-        for one in found.sweeps
-    ]
+def _range(head: str, key: str, show: Callable[[Any], str]) -> Column:
+    """One value, or the smallest and the largest where seeds differ."""
+    low, high = f"{key}_low", f"{key}_high"
+
+    def shown(row: Row) -> str:
+        return DASH if row[low] is None else " to ".join(dict.fromkeys((show(row[low]), show(row[high]))))
+
+    return Column(head, shown, {low: low, high: high})
 
 
-def _per_token(row: Mapping[str, Any], key: str) -> float | None:
+def _ends(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None]
+    return (min(known), max(known)) if known else (None, None)
+
+
+def _per_token(row: Row, key: str) -> float | None:
     done = row[key] if row[key] is not None else row["flops_total"] if row["arm"] == "parent" else None
     return done / row["tokens_train"] if done and row["tokens_train"] else None
 
 
-def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tokens trained on a second of the longest runs, all attempts at them taken together; their median."""
+def _speed(rows: Sequence[Row]) -> float | None:
+    """Tokens trained on per second by the longest runs, all attempts at them taken together; their median."""
     longest = max((row["tokens_train"] or 0 for row in rows), default=0)
     found = [row["tokens_train"] / row["seconds"] for row in rows if row["seconds"] and row["tokens_train"] == longest]
-    return f"{statistics.median(found):,.0f}" if found else numbers.DASH
+    return statistics.median(found) if found else None
 
 
-def _best(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean test loss at the largest budget."""
+def _at_largest_budget(rows: Sequence[Row]) -> float:
     longest = max((row["tokens_train"] or 0 for row in rows), default=0)
-    return numbers.loss(statistics.fmean(row["test_loss"] for row in rows if (row["tokens_train"] or 0) == longest))
+    return statistics.fmean(row["test_loss"] for row in rows if (row["tokens_train"] or 0) == longest)
+
+
+def subject(row: Row) -> tuple[str, str | None, float | None]:
+    """What a row of ``results.csv`` is about, for ``label``."""
+    return row["method"], row["pattern"], row["ratio"]
+
+
+def exp(value: float) -> float:
+    """The perplexity of a loss in nats; infinite where it is beyond floating point."""
+    return math.exp(value) if value < 700 else math.inf

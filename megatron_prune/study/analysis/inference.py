@@ -3,6 +3,22 @@
 Two questions are kept apart. *Other seeds*: a t interval over paired differences, a seed each; what stays the
 same over the seeds, the parent above all, is not in it. *Other text*: a bootstrap over evaluation documents, the
 models fixed; it says nothing of other seeds. Neither stands in for the other.
+
+How far seeds scatter is estimated with the help of other comparisons (``shared``): three seeds alone know it to within
+a factor of six. The variance of a comparison's paired differences is taken to be one draw from a scaled inverse
+chi-square distribution that comparisons of the same seeds share (empirical Bayes, Smyth 2004). Its own ``s2`` with
+``d = seeds - 1`` degrees of freedom then becomes ``(d0 * prior + d * s2) / (d0 + d)`` with ``d0 + d``: the less the
+variances of a study differ, the more they are one. ``d0`` is estimated from the spread of ``log s2`` (expected:
+``trigamma(d / 2) + trigamma(d0 / 2)``), as the spread plus its standard error: as little is shared as the data allow,
+since few variances of few seeds look alike even where they are not. Of the whole study and of a setting's comparisons
+alone, that is used which shares more.
+
+One variance for all comparisons, where Bartlett's test does not refuse it, was tried: where scatter differs by less
+than that test sees at three seeds, 8 to 12% of studies had a false verdict.
+
+Degrees of freedom count what is independent. Comparisons that share a run count as one (``M**2 / sum(g**2)`` of M in
+clusters of g, by the scratch runs or the pruned ones, whichever leaves less), and what a seed does to all of them
+alike has the degrees of freedom of the seeds; both limit ``d0 + d`` as Satterthwaite (1946) puts variances together.
 """
 
 from __future__ import annotations
@@ -18,6 +34,7 @@ from scipy import optimize, special
 CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 4000
+FEWEST = 4  # comparisons from which a spread is estimated
 FEWEST_DOCUMENTS = 30  # below it intervals over documents cover less than they say
 
 
@@ -56,6 +73,10 @@ class OverDocuments:
     documents: int
     low: float | None = None
     high: float | None = None
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
     @property
     def words(self) -> str:
@@ -154,28 +175,6 @@ def _ratio(moments: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     ratio = s / n
     squares = np.maximum(ss - 2 * ratio * sn + ratio * ratio * nn, 0.0)
     return ratio, np.sqrt(squares * number / (number - 1)) / n
-
-
-# How far seeds scatter, with the help of other comparisons: three seeds alone know it to within a factor of six.
-#
-# The variance of a comparison's paired differences is taken to be one draw from a scaled inverse chi-square
-# distribution that comparisons of the same seeds share (empirical Bayes, Smyth 2004). Its own ``s2`` with ``d = seeds
-# - 1`` degrees of freedom then becomes ``(d0 * prior + d * s2) / (d0 + d)`` with ``d0 + d``: the less the variances
-# of a study differ, the more they are one. ``d0`` is estimated from the spread of ``log s2`` (expected: ``trigamma(d
-# / 2) + trigamma(d0 / 2)``), as the spread plus its standard error: as little is shared as the data allow, since few
-# variances of few seeds look alike even where they are not. Of the whole study and of a setting's comparisons alone,
-# that is used which shares more.
-#
-# One variance for all comparisons, where Bartlett's test does not refuse it, was tried: where scatter differs by less
-# than that test sees at three seeds, 8 to 12% of studies had a false verdict.
-#
-# Degrees of freedom count what is independent. Comparisons that share a run count as one (``M**2 / sum(g**2)`` of M
-# in clusters of g, by the scratch runs or the pruned ones, whichever leaves less), and what a seed does to all of
-# them alike has the degrees of freedom of the seeds; both limit ``d0 + d`` as Satterthwaite (1946) puts variances
-# together.
-
-
-FEWEST = 4  # comparisons from which a spread is estimated
 
 
 @dataclass(frozen=True)
