@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+from megatron_prune import screen
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 from megatron_prune.settings import nearest
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron-prune: there is no verb '{verb}': {end}", file=sys.stderr)
         return EXIT_REFUSED
     try:
-        code: int = importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}").main(rest)
+        with screen.quiet(verb, rest) as rest:
+            code: int = importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}").main(rest)
         return code
     except MegatronPruneError as error:
         if os.environ.get("RANK", "0") != "0":

@@ -33,6 +33,7 @@ class Model(Settings):
         help="take the model's arguments from this checkpoint and none of its weights: training from scratch in the "
         "same shape",
     )
+    fp32: bool = setting(False, help="compute in fp32 (default: as the checkpoint)")
     fp8_preset: str | None = setting(
         None,
         choices=FP8_PRESETS,

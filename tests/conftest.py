@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("MEGATRON_PRUNE_VERBOSE", "1")  # or tests would not see what Megatron says
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_TE = os.environ.get("MEGATRON_PRUNE_TE_TESTS") == "1"  # tests/run.sh --te sets it

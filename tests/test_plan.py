@@ -432,7 +432,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
     flags = ["--load", str(tiny_parent), "--output", str(tmp_path / "plan.json"), "--method", "minitron-depth"]
     flags += ["--ratio", "0.5", "--statistics", str(parent_statistics)]
     assert plan_command.main(flags) == EXIT_NEEDS_SCORES
-    assert f"calibrate --load {tiny_parent} --use-checkpoint-args --score" in capsys.readouterr().out
+    assert f"calibrate --load {tiny_parent} --score" in capsys.readouterr().out
     assert not (tmp_path / "plan.json").exists()
     parent = open_checkpoint(tiny_parent)
     other = statistics(parent.shape, parent.fingerprint(), seed=1)

@@ -29,7 +29,7 @@ CUTS = {
 
 def flags(method: str, parent: Path, corpus: Path, save: Path) -> list[Any]:
     return [
-        "prune", "--load", parent, "--use-checkpoint-args", "--method", method, "--save", save,
+        "prune", "--load", parent, "--method", method, "--save", save,
         "--calibration-data-path", corpus, *CALIBRATION, "--divisible-by", "8", *CUTS[method],
     ]  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_prune_is_calibrate_plan_and_apply_at_any_layout(
 ) -> None:
     calibration = ["--calibration-data-path", tiny_corpus, *CALIBRATION]
     s, p = tmp_path / "s.safetensors", tmp_path / "p.json"
-    job(["calibrate", "--load", tiny_parent, "--use-checkpoint-args", *calibration, "--output", s]).ok()
+    job(["calibrate", "--load", tiny_parent, *calibration, "--output", s]).ok()
     cut = ["--method", method, "--divisible-by", "8", *CUTS[method]]
     job(["plan", "--load", tiny_parent, "--statistics", s, "--output", p, *cut]).ok()
     job(["apply", "--load", tiny_parent, "--plan", p, "--save", tmp_path / "by-hand"]).ok()
@@ -64,7 +64,7 @@ def test_prune_is_calibrate_plan_and_apply_at_any_layout(
 def test_random_needs_no_text_and_is_the_same_on_every_layout(
     job: Callable[..., Any], tiny_parent: Path, tmp_path: Path
 ) -> None:
-    arguments = ["prune", "--load", tiny_parent, "--use-checkpoint-args", "--method", "random", "--seed", "7"]
+    arguments = ["prune", "--load", tiny_parent, "--method", "random", "--seed", "7"]
     arguments += ["--axis", "width", "--ratio", "0.5", "--divisible-by", "8"]
     job([*arguments, "--save", tmp_path / "one"]).ok()
     job([*arguments, "--save", tmp_path / "two", "--tensor-model-parallel-size", "2"], nproc=2).ok()
@@ -110,7 +110,7 @@ def test_existing_result_and_calibration_without_use_are_refused(
     (tmp_path / "save" / "file").touch()
     finished = job(flags("shortgpt", tiny_parent, tiny_corpus, tmp_path / "save"))
     assert finished.returncode != 0 and "--save: expected" in finished.output
-    arguments = ["prune", "--load", tiny_parent, "--use-checkpoint-args", "--method", "random"]
+    arguments = ["prune", "--load", tiny_parent, "--method", "random"]
     arguments += ["--target-num-layers", "2", "--save", tmp_path / "new", "--calibration-sequences", "3"]
     finished = job(arguments)
     assert finished.returncode != 0 and "got it" in finished.output

@@ -63,7 +63,7 @@ class Files:
     def __init__(self, job: Callable[..., Any], parent: Path, corpus: Path, text: Path, folder: Path):
         self.job, self.parent, self.corpus, self.text, self.folder = job, parent, corpus, text, folder
         self.statistics, self.plan = folder / "s.safetensors", folder / "plan.json"
-        load = ["--load", parent, "--use-checkpoint-args"]
+        load = ["--load", parent]
         window = ["--calibration-sequences", 4, "--calibration-seq-length", 64]
         job(["calibrate", *load, "--calibration-data-path", corpus, *window, "--output", self.statistics]).ok()
         assert self.make(*SEARCH).returncode == EXIT_NEEDS_SCORES
@@ -116,10 +116,10 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
         files.make(*cut, output=tmp_path / f"{i}.json").ok()
         pruned, trained, scores = (tmp_path / f"{kind}-{i}" for kind in ("pruned", "trained", "scores"))
         apply.apply_plan(files.parent, plan.read(tmp_path / f"{i}.json"), pruned)
-        start = ["--pretrained-checkpoint", pruned, "--use-checkpoint-args", "--save", trained, "--load", trained]
+        start = ["--pretrained-checkpoint", pruned, "--save", trained, "--load", trained]
         files.job(["pretrain", *start, *files.training()]).ok()
         text = ["--data-path", files.corpus, "--seq-length", 64, "--windows", 4]
-        files.job(["evaluate", "--load", trained, "--use-checkpoint-args", *text, "--output", scores]).ok()
+        files.job(["evaluate", "--load", trained, *text, "--output", scores]).ok()
         (corpus,) = artifacts.read_json(scores)["corpora"].values()
         expected[i] = corpus["loss"]
     found = {i: one.loss for i, c in enumerate(offered) if (one := after.scores[c.selection.key].retrained)}
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
     ):
         finished = files.make(*choice)
         assert finished.returncode == 2 and re.search(message, finished.output), finished.output[-2000:]
-    pruned = ["prune", "--load", files.parent, "--use-checkpoint-args", "--calibration-data-path", files.corpus]
+    pruned = ["prune", "--load", files.parent, "--calibration-data-path", files.corpus]
     pruned += ["--calibration-sequences", 4, "--calibration-seq-length", 64, "--save", tmp_path / "cut"]
     finished = files.job([*pruned, *SEARCH, *RETRAIN])
     assert finished.returncode == 2

@@ -84,10 +84,10 @@ def test_from_hugging_face_and_back_without_a_checkout(installed, tiny_hf, tiny_
     assert where == str(installed.packages / "megatron_prune" / "__init__.py")
 
     installed("megatron-prune", "convert", "import", "--hf", tiny_hf("llama-gqa"), "--save", "parent")
-    load = ["--load", "parent", "--use-checkpoint-args"]
+    load = ["--load", "parent"]
     installed("megatron-prune", "prune", *load, "--method", "minitron-width", "--ratio", "0.3", "--divisible-by", "8",
               "--tolerance", "0.1", "--calibration-data-path", tiny_corpus, *TEXT, "--save", "pruned")  # fmt: skip
-    installed("megatron-prune", "evaluate", "--load", "pruned", "--use-checkpoint-args", "--data-path", tiny_corpus,
+    installed("megatron-prune", "evaluate", "--load", "pruned", "--data-path", tiny_corpus,
               "--seq-length", "32", "--windows", "2", "--output", "scores.json")  # fmt: skip
     exported = installed("megatron-prune", "convert", "export", "--load", "pruned", "--hf", "exported")
     assert exported.strip() == "wrote exported"

@@ -79,7 +79,7 @@ def run(target: str, name: str) -> list[str]:
     length = steps(billions) + (steps(more) if more else 0)
     save = f"{RUNS}/parent" if kind == "P" else f"{RUNS}/{target}-{name}"
     pruned = f"{RUNS}/pruned/{target}"
-    words = [] if kind == "P" else ["--pretrained-checkpoint", pruned, "--use-checkpoint-args"]
+    words = [] if kind == "P" else ["--pretrained-checkpoint", pruned]
     if kind == "S":
         words = ["--shape-from", pruned]
     if target == "sparse":

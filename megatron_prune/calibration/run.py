@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 
+from megatron_prune import screen
 from megatron_prune.calibration import scoring
 from megatron_prune.calibration.hooks import Recorder
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -38,7 +39,7 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
     model = _load(args)
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     with Recorder(model[0], parent.shape) as recorder:
-        losses = forward.run(model, own)
+        losses = forward.run(model, screen.progress(own, len(own), "calibrating", "window"))
         # Every TP rank of the last stage has the same losses.
         mine = losses if losses is not None and mpu.get_tensor_model_parallel_rank() == 0 else []
         tensors, loss_sum = recorder.gather(sum(mine) * chosen.seq_length)

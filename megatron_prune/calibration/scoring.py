@@ -27,6 +27,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_prune import screen
 from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
 from megatron_prune.data import multiple_choice
 from megatron_prune.data.multiple_choice import Requests
@@ -77,13 +78,14 @@ def _sums(
     depth = [i for i, s in enumerate(selections) if s.hidden is None and s.heads is None and s.ffn is None]
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         depth = []
-    for n in own if depth else ():
-        layers = [selections[i].layers for i in depth]
-        sums[depth, n] = _from_the_first_removed_layer(model[0], layers, forward.checked(sequences[n]), scored[n])
-    for i in sorted(set(range(len(selections))) - set(depth)):
-        with reduced(model[0], shape, selections[i]):
-            found = forward.run(model, (sequences[n] for n in own), _tails([scored[n] for n in own]))
-        sums[i, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
+    with screen.Bar(len(selections) * len(own), f"scoring {len(selections)} candidates", "sequence") as bar:
+        for n in bar.over(own, len(depth)) if depth else ():
+            layers = [selections[i].layers for i in depth]
+            sums[depth, n] = _from_the_first_removed_layer(model[0], layers, forward.checked(sequences[n]), scored[n])
+        for i in sorted(set(range(len(selections))) - set(depth)):
+            with reduced(model[0], shape, selections[i]):
+                found = forward.run(model, bar.over(sequences[n] for n in own), _tails([scored[n] for n in own]))
+            sums[i, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
         sums.zero_()  # every TP rank of the last stage has the same losses
     sums = sums.to(torch.cuda.current_device())

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
@@ -23,10 +23,13 @@ from typing import Any
 
 import torch
 
+from megatron_prune import screen
 from megatron_prune.artifacts import atomic_directory, read_json, write_json
 from megatron_prune.checkpoint.layout import LAYERS, WeightLayout
 from megatron_prune.checkpoint.record import RecordFiles, tensor_record
 from megatron_prune.errors import CheckpointError, UsageError
+
+_LOOK_SECONDS = 1.0  # between looks at how much is written
 
 
 class Blocks:
@@ -58,7 +61,7 @@ def write_shares(folder: Path, layouts: Sequence[WeightLayout], blocks: Blocks, 
     """Write ``layouts`` in ``workers`` processes under ``folder``. Errors of theirs are raised here."""
     sizes = {layout.name: layout.numel * blocks.dtype(layout.name).itemsize for layout in layouts}
     work = [(folder / str(i), share, blocks) for i, share in enumerate(shares(sizes, workers))]
-    run(_write_share, work, workers)
+    run(_write_share, work, workers, writing=folder, size=sum(sizes.values()))
     return [read_part(place) for place, _, _ in work]
 
 
@@ -74,8 +77,13 @@ def shares(sizes: dict[str, int], number: int) -> list[list[str]]:
     return [sorted(group, key=order.__getitem__) for group in groups if group]
 
 
-def run(function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; the results in order."""
+def run(
+    function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: int, *, writing: Path, size: int
+) -> list[Any]:
+    """``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; the results in order.
+
+    Shows how many of ``size`` bytes are in the folder ``writing``.
+    """
     context = multiprocessing.get_context("forkserver")  # torch is imported once; forks of this process may hang
     context.set_forkserver_preload([__name__])
     watched, held = context.Pipe(duplex=False)  # this process alone holds the other end
@@ -83,6 +91,11 @@ def run(function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: 
     with held, ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=prepared) as pool:
         futures = [pool.submit(function, *arguments) for arguments in work]
         try:
+            with screen.Bar(size, f"writing with {workers} processes", "B") as bar:
+                while wait(futures, _LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
+                    if any(future.done() and future.exception() for future in futures):
+                        break
+                    bar.reach(min(size, _bytes_in(writing)))
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise CheckpointError(
@@ -90,6 +103,15 @@ def run(function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: 
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _bytes_in(folder: Path) -> int:
+    """What its files have by now; they get other names meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _prepare(watched: Connection, environment: dict[str, str]) -> None:

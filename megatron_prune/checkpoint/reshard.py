@@ -31,6 +31,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from megatron_prune import screen
 from megatron_prune.artifacts import check_space, explain_full_disk, read_json, sha256_file, write_bytes, write_json
 from megatron_prune.checkpoint import index, safe, safe_objects, torch_dist, tracker
 from megatron_prune.checkpoint.index import Box, Piece, StoredTensor
@@ -165,18 +166,20 @@ class _Save:
     ) -> tuple[dict[str, dcp.TensorStorageMetadata], dict[dcp.MetadataIndex, _StorageInfo]]:
         entries: dict[str, dcp.TensorStorageMetadata] = {}
         storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
-        for bucket, of in shares.items():
-            for state, flat in self._states(bucket):
-                for share in of:
-                    key = f"optimizer.state.{state}.{share.key}"
-                    entry = entries.setdefault(
-                        key,
-                        dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=flat.dtype), torch.Size(share.shape), []),
-                    )
-                    for offsets, block in self._blocks(flat, share):
-                        entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), block.shape))
-                        place = dcp.MetadataIndex(key, torch.Size(offsets))
-                        storage[place] = _StorageInfo(*files.append(tensor_record, block))
+        work = [(*one, share) for bucket, of in shares.items() for one in self._states(bucket) for share in of]
+        size = sum(torch.Size(share.sizes).numel() * flat.dtype.itemsize for _, flat, share in work)
+        with screen.Bar(size, f"resharding {self._directory}", "B") as bar:
+            for state, flat, share in work:
+                key = f"optimizer.state.{state}.{share.key}"
+                entry = entries.setdefault(
+                    key,
+                    dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=flat.dtype), torch.Size(share.shape), []),
+                )
+                for offsets, block in self._blocks(flat, share):
+                    entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), block.shape))
+                    place = dcp.MetadataIndex(key, torch.Size(offsets))
+                    storage[place] = _StorageInfo(*files.append(tensor_record, block))
+                    bar.advance(block.nbytes)
         return entries, storage
 
     def _states(self, bucket: str) -> Iterator[tuple[str, StoredTensor]]:

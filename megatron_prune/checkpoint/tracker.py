@@ -223,5 +223,12 @@ def refuse_foreign(directory: Path) -> None:
             )
     if (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is a Hugging Face model (config.json): import it first with megatron-prune convert"
+            f"{directory} is a Hugging Face model (config.json), expected a Megatron checkpoint: import it with "
+            f"`megatron-prune convert import --hf {directory} --save CKPT`"
         )
+
+
+def is_megatron(directory: Path) -> bool:
+    """True for a directory that looks like a Megatron checkpoint, whole or not."""
+    names = (TRACKER_FILE, ".metadata", "metadata.json", "release", "mp_rank_00")
+    return any((directory / name).exists() for name in names) or any(directory.glob("iter_*"))

@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from megatron_prune import screen
 from megatron_prune.artifacts import atomic_directory, check_space, explain_full_disk, sha256_file, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
 from megatron_prune.checkpoint.parallel import RECORD_BYTES, Blocks, Part, check_workers, write_shares
@@ -142,8 +143,11 @@ class CheckpointWriter:
     def add_all(self, blocks: Blocks, workers: int = 1) -> None:
         """Add every weight of the model from ``blocks``, in this process, or in ``workers`` others at once."""
         if check_workers(workers) == 1:
-            for layout in self._layouts.values():
-                self.add(layout.name, layout.shape, blocks.rows(layout.name), dtype=blocks.dtype(layout.name))
+            sizes = (layout.numel * blocks.dtype(layout.name).itemsize for layout in self._layouts.values())
+            with screen.Bar(sum(sizes), f"writing {self.root}", "B") as bar:
+                for layout in self._layouts.values():
+                    rows = bar.over(blocks.rows(layout.name), None)
+                    self.add(layout.name, layout.shape, rows, dtype=blocks.dtype(layout.name))
             return
         folder = self._root_scratch / ".shares"
         for part in write_shares(folder, list(self._layouts.values()), blocks, workers):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron_prune import verbs
 from megatron_prune.cli import mentions
-from megatron_prune.cli.parser import Parser, say, start_engine
+from megatron_prune.cli.parser import Parser, start_engine
+from megatron_prune.screen import say
 
 
 def parser() -> Parser:
@@ -13,11 +14,11 @@ def parser() -> Parser:
         "Runs a checkpoint once over calibration text and writes the statistics that every forward-only method needs, "
         "at every ratio. With --score it adds the losses of the candidates that plan wrote.",
         verbs.Calibrate,
-        mentioned=(mentions.LOAD, mentions.USE_ARGS, *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8),
+        mentioned=(mentions.LOAD, *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8),
         example="""
-megatron-prune calibrate --load checkpoints/parent --use-checkpoint-args --bf16 \\
+megatron-prune calibrate --load checkpoints/parent \\
     --calibration-data-path data/calibration --output statistics.safetensors
-torchrun --nproc-per-node 8 -m megatron_prune calibrate --load checkpoints/parent --use-checkpoint-args --bf16 \\
+torchrun --nproc-per-node 8 -m megatron_prune calibrate --load checkpoints/parent \\
     --tensor-model-parallel-size 2 --calibration-data-path data/calibration --output statistics.safetensors""",
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron_prune import verbs
 from megatron_prune.cli import mentions
-from megatron_prune.cli.parser import Parser, say, start_engine
+from megatron_prune.cli.parser import Parser, start_engine
+from megatron_prune.screen import say
 
 
 def parser() -> Parser:
@@ -14,14 +15,14 @@ def parser() -> Parser:
         "writes losses and perplexities. With --tasks it runs lm-eval's tasks in the same load of the model.",
         verbs.Evaluate,
         mentioned=(
-            mentions.LOAD, mentions.USE_ARGS,
+            mentions.LOAD,
             (mentions.MODEL, "--data-path", "PREFIX …", "tokenized corpora, without .bin"),
             (mentions.MODEL, "--seq-length", "S", "tokens per window"),
             (mentions.MODEL, "--micro-batch-size", "B", "windows that are run together (default: 1)"),
             *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8,
         ),
         example="""
-megatron-prune evaluate --load checkpoints/pruned --use-checkpoint-args --bf16 --seq-length 2048 \\
+megatron-prune evaluate --load checkpoints/pruned --seq-length 2048 \\
     --data-path data/validation data/test --labels validation test --output scores.json""",
     )  # fmt: skip
 
@@ -39,4 +40,5 @@ def main(argv: list[str]) -> int:
             f"{label}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f} "
             f"over {found['predictions']:,} predictions"
         )
+    say(f"wrote {own.output}")
     return 0

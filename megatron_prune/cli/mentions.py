@@ -8,7 +8,6 @@ Mention = tuple[str, str, str | None, str]
 MODEL = verbs.Model.TITLE
 
 LOAD: Mention = (MODEL, "--load", "CKPT", "the checkpoint to read; its iter_… folder means that step")
-USE_ARGS: Mention = (MODEL, "--use-checkpoint-args", None, "take the model's arguments from the checkpoint")
 SAVE: Mention = (MODEL, "--save", "CKPT", "where the pruned checkpoint goes")
 TOKENIZER: tuple[Mention, ...] = (
     (MODEL, "--tokenizer-type", "TYPE", ", ".join(verbs.TOKENIZERS)),
@@ -17,7 +16,9 @@ TOKENIZER: tuple[Mention, ...] = (
 LAYOUT: tuple[Mention, ...] = (
     (MODEL, "--tensor-model-parallel-size", "TP", "ranks that share each layer (default: 1)"),
     (MODEL, "--pipeline-model-parallel-size", "PP", "stages of layers (default: 1)"),
-    (MODEL, "--bf16", None, "compute in bf16 (--fp16: in fp16; default: fp32)"),
+    (MODEL, "--bf16", None, "compute in bf16 (--fp16, --fp32; default: as the checkpoint)"),
 )
-SHAPE_FROM, FP8 = ((MODEL, flag.option, flag.shown.partition(" ")[2], flag.help) for flag in verbs.Model.flags())
+SHAPE_FROM, FP8 = (
+    (MODEL, flag.option, flag.shown.partition(" ")[2], flag.help) for flag in verbs.Model.flags() if flag.name != "fp32"
+)
 SEED: Mention = (MODEL, "--seed", "N", "of random windows, and of the method random (default: 1234)")

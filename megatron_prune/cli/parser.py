@@ -8,7 +8,6 @@ Megatron's parser. Flags of Megatron that a user of the verb needs are ``mention
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -118,12 +117,6 @@ def start_engine() -> None:
     from megatron_prune.engine import cpu
 
     cpu.prepare()
-
-
-def say(text: str) -> None:
-    """Print a line, on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
 
 
 class Verbs:

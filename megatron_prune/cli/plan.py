@@ -63,6 +63,6 @@ def _say_what_to_run(asked: verbs.Plan, made: Unscored) -> None:
         command = f"{shlex.join(words)} --scratch … --nproc … --pretrain …"
     else:
         lack, run = "have no score", "Run the model with each of them"
-        words = ["-m", "megatron_prune", "calibrate", *load, "--use-checkpoint-args", "--score", str(made.file), *found]
+        words = ["-m", "megatron_prune", "calibrate", *load, "--score", str(made.file), *found]
         command = f"torchrun … {shlex.join(words)}"
     print(f"{len(made.missing)} candidates {lack} yet: wrote {made.file}. {run}, then plan again:\n  {command}")

@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prune import methods
+from megatron_prune import methods, screen
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured.candidates import Scored, loss_text
@@ -18,7 +18,7 @@ SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
 
 def show(made: PruningPlan, console: Console | None = None) -> None:
     """Print the plan as a table: shape, parameters and FLOPs before and after, and near-ties."""
-    console = console or Console(width=110, highlight=False)
+    console = console or screen.console(width=110, highlight=False)
     source, target = made.source, made.target
     table = Table(title=f"{made.method}: plan for parent {made.parent[:16]}")
     for column in ("", "before", "after", "removed"):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_prune import verbs
+from megatron_prune import screen, verbs
 from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.errors import UsageError
 
@@ -111,12 +111,11 @@ def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
 
 def show(found: dict[str, Any]) -> None:
     """Print an answer for people."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = screen.console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)
+        console = screen.console(highlight=False, width=140)
     size = f", {found['parameters'] / 1e9:.3f}B parameters" if found["parameters"] else ""
     table = Table(title=f"{found['command'][0]} on {found['cluster']['gpus']} x {found['cluster']['kind']}{size}")
     for column in ("check", "verdict", "reason"):

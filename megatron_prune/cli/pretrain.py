@@ -20,7 +20,6 @@ def parser() -> Parser:
             (RUN, "--save", "RUN", "where the run is saved, with its account.json"),
             (RUN, "--load", "RUN", "the same folder: a run that was stopped goes on from its last save"),
             (RUN, "--pretrained-checkpoint", "CKPT", "weights to start from, such as what apply wrote"),
-            (RUN, "--use-checkpoint-args", None, "take the model's arguments from that checkpoint"),
             (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
             (RUN, "--seq-length", "S", "tokens per sample"),
             (RUN, "--global-batch-size", "B", "samples per step"),
@@ -32,8 +31,8 @@ def parser() -> Parser:
         ),
         example="""
 torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint checkpoints/pruned \\
-    --use-checkpoint-args --load runs/retrained --save runs/retrained --data-path data/train --seq-length 2048 \\
-    --global-batch-size 256 --micro-batch-size 4 --stream-range 0:256000 --lr 3e-4 --bf16""",
+    --load runs/retrained --save runs/retrained --data-path data/train --seq-length 2048 \\
+    --global-batch-size 256 --micro-batch-size 4 --stream-range 0:256000 --lr 3e-4""",
     )  # fmt: skip
 
 

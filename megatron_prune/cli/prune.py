@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from megatron_prune import verbs
 from megatron_prune.cli import mentions, prune_hf, structured
-from megatron_prune.cli.parser import Parser, say, start_engine
+from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.methods import options as methods
+from megatron_prune.screen import say
 
 
 def parser() -> Parser:
@@ -18,11 +19,11 @@ def parser() -> Parser:
         *methods.STRUCTURED.values(),
         methods=f"{structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         mentioned=(
-            mentions.LOAD, mentions.SAVE, mentions.USE_ARGS, *mentions.LAYOUT, mentions.FP8,
+            mentions.LOAD, mentions.SAVE, *mentions.LAYOUT, mentions.FP8,
             mentions.SEED,
         ),
         example="""
-megatron-prune prune --load checkpoints/parent --use-checkpoint-args --bf16 --method minitron-width --ratio 0.25 \\
+megatron-prune prune --load checkpoints/parent --method minitron-width --ratio 0.25 \\
     --calibration-data-path data/calibration --save checkpoints/pruned""",
     )  # fmt: skip
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_prune import verbs
-from megatron_prune.cli.parser import Parser, say
+from megatron_prune.cli.parser import Parser
+from megatron_prune.screen import say
 
 PRETRAIN = "--pretrain"  # everything after it goes to pretrain
 
@@ -21,7 +22,7 @@ def parser() -> Parser:
         after=" --pretrain FLAG …",
         example="""
 megatron-prune retrain-candidates --load checkpoints/parent --candidates candidates.json \\
-    --statistics statistics.safetensors --scratch scratch --bf16 --pretrain --data-path data/train \\
+    --statistics statistics.safetensors --scratch scratch --pretrain --data-path data/train \\
     --seq-length 2048 --stream-range 0:4096 --global-batch-size 64 --micro-batch-size 4 --lr 3e-4""",
     )
 

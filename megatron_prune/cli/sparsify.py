@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from megatron_prune import verbs
+from megatron_prune import screen, verbs
 from megatron_prune.cli import mentions
-from megatron_prune.cli.parser import Parser, say, start_engine
+from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.methods import options as methods
+from megatron_prune.screen import say
 from megatron_prune.settings import value_of
 
 
@@ -20,11 +21,11 @@ def parser() -> Parser:
         verbs.Sparsify,
         methods=", ".join(methods.SPARSE),
         mentioned=(
-            mentions.LOAD, mentions.SAVE, mentions.USE_ARGS, *mentions.LAYOUT, mentions.FP8,
+            mentions.LOAD, mentions.SAVE, *mentions.LAYOUT, mentions.FP8,
             mentions.SEED,
         ),
         example="""
-megatron-prune sparsify --load checkpoints/parent --use-checkpoint-args --bf16 --method wanda --pattern 2:4 \\
+megatron-prune sparsify --load checkpoints/parent --method wanda --pattern 2:4 \\
     --calibration-data-path data/calibration --save checkpoints/sparse""",
     )  # fmt: skip
 
@@ -53,7 +54,6 @@ def report(table: dict[str, Any], save: str) -> None:
 
 def show(table: dict[str, Any]) -> None:
     """Print what went, summed over layers."""
-    from rich.console import Console
     from rich.table import Table
 
     sums: dict[str, list[Any]] = defaultdict(lambda: [0, 0, []])
@@ -68,4 +68,4 @@ def show(table: dict[str, Any]) -> None:
     for name, (removed, size, errors) in sums.items():
         error = f"{sum(errors) / len(errors):.4f}, {max(errors):.4f}" if errors else "–"
         printed.add_row(name, f"{size:,}", f"{removed / size:.2%}", error)
-    Console(width=110, highlight=False).print(printed)
+    screen.console(width=110, highlight=False).print(printed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import subprocess
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_prune import verbs
+from megatron_prune import screen, verbs
 from megatron_prune.cli.parser import Parser, Verbs
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 
@@ -246,8 +247,10 @@ def _stage(cell: Path, stage: str, command: list[str]) -> int:
         return 0
 
     def run(log: Path) -> int:
+        environment = os.environ | {screen.VERBOSE_VARIABLE: "1"}
         with open(log, "ab") as output:
-            return subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL).returncode
+            done = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)
+        return done.returncode
 
     execute(cell, stage, done, run)
     print(f"{cell.name}: {stage} is done", flush=True)

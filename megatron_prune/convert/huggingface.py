@@ -22,6 +22,7 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, vocabular
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.tracker import is_megatron
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
 from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args
@@ -235,6 +236,11 @@ def local_directory(hf: str | Path) -> Path:
     """``hf`` itself, a directory, or where the Hub's model of that name has been downloaded to. CheckpointError when
     there is none, or no network."""
     if Path(hf).is_dir():
+        if is_megatron(Path(hf)):
+            raise CheckpointError(
+                f"{hf} is a Megatron checkpoint, expected a Hugging Face model directory: export it with "
+                f"`megatron-prune convert export --load {hf} --hf HF_DIR`"
+            )
         if not (Path(hf) / "config.json").is_file():
             raise CheckpointError(f"{hf} has no config.json: expected a Hugging Face model directory")
         return Path(hf)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import screen
 from megatron_prune.artifacts import read_json, write_json
 from megatron_prune.checkpoint.parallel import Blocks, check_workers, run
 from megatron_prune.errors import CheckpointError
@@ -105,17 +106,19 @@ def write_sharded(
             size = 0
         shards[-1][name] = entry
         size += nbytes
-    if len(shards) == 1:
-        write_file(directory / SINGLE, shards[0], blocks.rows)
-        return
-    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-    if check_workers(workers) == 1:
-        for name, shard in files.items():
-            write_file(directory / name, shard, blocks.rows)
-    else:
-        run(_write_one, [(directory / name, shard, blocks) for name, shard in files.items()], workers)
-    where = {key: name for name, shard in files.items() for key in shard}
     total = sum(map(_nbytes, entries.values()))
+    with screen.Bar(total, f"writing {directory}", "B") as bar:
+        if len(shards) == 1:
+            write_file(directory / SINGLE, shards[0], lambda name: bar.over(blocks.rows(name), None))
+            return
+        files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        if check_workers(workers) == 1:
+            for name, shard in files.items():
+                write_file(directory / name, shard, lambda key: bar.over(blocks.rows(key), None))
+    if workers > 1:
+        work = [(directory / name, shard, blocks) for name, shard in files.items()]
+        run(_write_one, work, workers, writing=directory, size=total)
+    where = {key: name for name, shard in files.items() for key in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_json(directory / INDEX, index)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_prune import screen
 from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
 
@@ -33,7 +34,7 @@ def shared_documents(training: str | Path, held_out: str | Path) -> list[tuple[i
     numbers, lengths, sketches = _all_sketches(held)
     lengths, wanted = np.unique(lengths), np.unique(sketches)
     begun_alike, alike = [], []
-    for first, bounds in train.blocks():
+    for first, bounds in train.blocks("looking for equal documents"):
         rows = np.flatnonzero(np.isin(np.diff(bounds), lengths))
         found = _sketches(train.ids, bounds[rows], np.diff(bounds)[rows])
         fits = np.isin(found, wanted)
@@ -116,10 +117,16 @@ class Documents:
         found = pointers[np.minimum(sequences, len(pointers) - 1)] // self._index.dtype_size
         return np.where(sequences == len(pointers), self._tokens, found)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first document, ``bounds``) of up to BLOCK documents at a time; one block at least."""
-        for first in range(0, max(len(self), 1), BLOCK):
-            yield first, self.bounds(first, min(first + BLOCK, len(self)))
+    def blocks(self, what: str | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first document, ``bounds``) of up to BLOCK documents at a time; one block at least.
+
+        Shows how far it is with ``what``, if that is said.
+        """
+        with screen.Bar(len(self), what or "", "document", shown=what is not None and screen.rank() == 0) as bar:
+            for first in range(0, max(len(self), 1), BLOCK):
+                last = min(first + BLOCK, len(self))
+                yield first, self.bounds(first, last)
+                bar.reach(last)
 
     def tokens(self, document: int) -> np.ndarray:
         start, end = self.bounds(document, document + 1)
@@ -196,16 +203,17 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
         return []
     known = np.unique(np.concatenate(everything))
     nearest: dict[int, Pair] = {}
-    for first, bounds in train.blocks():
-        for number, (start, end) in enumerate(itertools.pairwise(bounds.tolist()), start=first):
-            shingles = shingles_of(train.ids[start:end])
-            # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: fewer known shingles than that, and no document B is near.
-            if not len(shingles) or _members(shingles, known) < similarity * len(shingles):
-                continue
-            for twin in lsh.query(_signature(shingles)):
-                found = jaccard(shingles, shingles_of(held.tokens(twin)))
-                if found >= similarity and (twin not in nearest or found > nearest[twin].similarity):
-                    nearest[twin] = Pair(number, twin, found)
+    bounds = itertools.chain.from_iterable(itertools.pairwise(bounds.tolist()) for _, bounds in train.blocks())
+    shown = screen.progress(bounds, len(train), "looking for near duplicates", "document")
+    for number, (start, end) in enumerate(shown):
+        shingles = shingles_of(train.ids[start:end])
+        # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: fewer known shingles than that, and no document B is near.
+        if not len(shingles) or _members(shingles, known) < similarity * len(shingles):
+            continue
+        for twin in lsh.query(_signature(shingles)):
+            found = jaccard(shingles, shingles_of(held.tokens(twin)))
+            if found >= similarity and (twin not in nearest or found > nearest[twin].similarity):
+                nearest[twin] = Pair(number, twin, found)
     return [nearest[twin] for twin in sorted(nearest)]
 
 

@@ -24,7 +24,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, screen
 from megatron_prune.data.streams import SampleRange, Stream
 from megatron_prune.errors import DataError
 
@@ -135,20 +135,13 @@ def count(stream: Stream, start: int, end: int, cache_path: str | Path | None) -
     known = cached(stream, start, end, cache_path)
     if known is not None:
         return known
-    said = monotonic()
-
-    def report(share: float) -> None:
-        nonlocal said
-        if monotonic() - said > 10 and share < 1:
-            said = monotonic()
-            print(f"counting unique tokens of samples {start}:{end}: {share:.0%} of a corpus", flush=True)
-
-    number = unique_tokens(SampleRange(stream, start, end), report)
+    with screen.Bar(100, f"counting unique tokens of samples {start}:{end}", "percent", shown=True) as bar:
+        number = unique_tokens(SampleRange(stream, start, end), lambda share: bar.reach(round(100 * share)))
     described: dict[str, Any] = {"stream": stream.id, "range": [start, end], "unique_tokens": number}
     try:
         artifacts.write_json(path(stream, start, end, cache_path), described)
     except OSError as error:
-        print(f"unique tokens of samples {start}:{end} are not kept: {error}", flush=True)
+        screen.say(f"unique tokens of samples {start}:{end} are not kept: {error}", everywhere=True)
     return number
 
 

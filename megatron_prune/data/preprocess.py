@@ -14,7 +14,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,12 +24,11 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, screen
 from megatron_prune.data.chunks import SentenceSplitter
 from megatron_prune.data.indexed import token_type
-from megatron_prune.data.readers import File, Record, Source, check_inputs, text_of
+from megatron_prune.data.readers import File, Record, Source, check_inputs, size_of_text, text_of
 from megatron_prune.data.shards import Parts, PartWriter
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
@@ -70,14 +68,12 @@ def preprocess(
     append_eod: bool = False,
     splitter: SentenceSplitter | None = None,
     workers: int = 1,
-    progress: bool | None = None,
 ) -> Summary:
     """Tokenize files and data sets into ``output_prefix``.bin/.idx/.json; existing ones are replaced at the end.
 
     The type of a token is Megatron's choice for the vocabulary (uint16 below 65500, else int32). With a
-    ``splitter`` a document's sentences are its sequences. A progress bar is shown on a terminal, or as
-    ``progress`` says. Raises UsageError and DataError; the inputs finished before an error are kept for
-    the next run.
+    ``splitter`` a document's sentences are its sequences. Raises UsageError and DataError; the inputs finished
+    before an error are kept for the next run.
     """
     paths = [name for name in inputs if isinstance(name, str | Path)]
     if paths or not inputs:
@@ -102,7 +98,7 @@ def preprocess(
         finished = parts.keep(keys)
         todo = {key: source for key, source in zip(keys, sources, strict=True) if key not in finished}
         try:
-            _tokenize(parts, todo, encoder, workers, progress)
+            _tokenize(parts, todo, encoder, workers)
             merged = parts.merge(keys, encoder.dtype)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -199,13 +195,14 @@ class Encoder:
         return Batch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
 
 
-def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: int, progress: bool | None) -> None:
+def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: int) -> None:
     """Make the parts that are not there."""
     encoded = _encode_all(_batches(todo), encoder, workers)
-    show = sys.stderr.isatty() if progress is None else progress
     writer: PartWriter | None = None
     try:
-        with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=not show) as bar:
+        sizes = [size_of_text(source) for source in todo.values()]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        with screen.Bar(total, "tokenizing", "B") as bar:
             for key, batch in encoded:
                 writer = writer or PartWriter(parts, key)
                 if batch is None:
@@ -213,7 +210,7 @@ def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: 
                     writer = None
                 else:
                     writer.add(batch.tokens, batch.sequences, batch.documents, batch.empty, batch.raw_bytes)
-                    bar.update(batch.raw_bytes)
+                    bar.advance(batch.raw_bytes)
     finally:
         encoded.close()
         if writer is not None:

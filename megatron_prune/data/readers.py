@@ -110,6 +110,14 @@ def format_of(path: Path, input_format: str = "auto") -> str:
     )  # fmt: skip
 
 
+def size_of_text(source: Source) -> int | None:
+    """Bytes of the records of a source; None where only reading it would tell (compressed, columns, from the hub)."""
+    if not isinstance(source, File) or format_of(source.path, source.input_format) == "parquet":
+        return None
+    with _open(source.path) as handle:
+        return source.path.stat().st_size if isinstance(handle, io.BufferedReader) else None
+
+
 def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Path]:
     """The input files as paths; UsageError when one is missing or of no known format, or none is given."""
     paths = [Path(name) for name in inputs]

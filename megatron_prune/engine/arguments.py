@@ -1,7 +1,8 @@
-"""Megatron's parser plus our group of flags, what ``--use-checkpoint-args`` forgets, and object stores.
+"""Megatron's parser plus our group of flags, the arguments of the checkpoint that is named, and object stores.
 
-``parse(argv, add_verb_arguments)`` does what Megatron's ``parse_and_validate_args`` does, with one
-step between reading the checkpoint's arguments and validating them: ``restore_forgotten``.
+``parse`` does what Megatron's ``parse_and_validate_args`` does, with two differences: where a checkpoint is named, the
+model's arguments come from it (``from_checkpoint.take``), and what Megatron would meet with an assertion is refused in
+a sentence.
 
 Megatron reads and writes checkpoints in an object store (``msc://``) through the Multi-Storage Client, under
 ``--enable-msc``. Some of its flags still take such an address for a directory of this machine: these are refused here
@@ -16,21 +17,18 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_prune import storage, verbs
-from megatron_prune.checkpoint.layout import FORGOTTEN
-from megatron_prune.checkpoint.model_arguments import refuse_unrestored
-from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import (
     find_iteration,
     is_sound,
-    iteration_directory,
+    refuse_foreign,
     refuse_remote,
     repair_tracker,
 )
 from megatron_prune.data import tokenizers
-from megatron_prune.engine import cpu, fp8, installed, refusals, vocabulary
+from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, refusals, vocabulary
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
@@ -82,33 +80,19 @@ def parse(
     refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
-    if not given(argv, "--use-tokenizer-model-from-checkpoint-args"):
+    if not from_checkpoint.given(argv, "--use-tokenizer-model-from-checkpoint-args"):
         # The command line's tokenizer stands. A stored one names a path of whoever made the checkpoint.
         args.use_tokenizer_model_from_checkpoint_args = False
 
-    if args.shape_from is not None:
-        if args.use_checkpoint_args and args.pretrained_checkpoint is None and not _has_checkpoint(args.load):
-            raise UsageError(
-                "--use-checkpoint-args", got="both", expected="either it or --shape-from",
-                why="both say where the model's arguments come from",
-            )  # fmt: skip
-        _take_arguments(args, args.shape_from, argv, load_args_from_checkpoint)
-    elif args.use_checkpoint_args:
-        # Megatron's precedence: the run's own checkpoint once it has one, else where it starts from.
-        source = args.load if _has_checkpoint(args.load) else args.pretrained_checkpoint
-        if source is None:
-            raise UsageError(
-                "--use-checkpoint-args",
-                got=f"--load {args.load}",
-                expected="a checkpoint in --load or --pretrained-checkpoint",
-            )
-        _take_arguments(args, source, argv, load_args_from_checkpoint)
+    from_checkpoint.take(args, parsers[0], argv, load_args_from_checkpoint)
+    from_checkpoint.take_tokenizer(args)
     if args.tokenizer_type is None:
         args.tokenizer_type = "NullTokenizer"  # data is tokenized already
     if args.vocab_size is None:
-        vocabulary.take(args, _model_source(args))
+        vocabulary.take(args, from_checkpoint.source(args))
     if complete is not None:
         complete(args, argv)
+    from_checkpoint.refuse_shapeless(args)
     installed.settle(args)
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
         tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
@@ -116,7 +100,7 @@ def parse(
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: nobody is to read them again
     set_global_variables(args)
-    vocabulary.settle(args, given=given(argv, "--vocab-size"))
+    vocabulary.settle(args, given=from_checkpoint.given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args
     return parsed
 
@@ -159,43 +143,6 @@ def refuse_unknown(
             raise CommandLineError(
                 f"{flag} is not a flag of {verb}, nor of Megatron{f'; did you mean {hint}?' if hint else ''}"
             )
-
-
-def given(argv: Sequence[str], *options: str) -> bool:
-    """True if one of ``options`` stands on the command line (as ``--x v`` or ``--x=v``)."""
-    return any(word.split("=", 1)[0] in options for word in argv)
-
-
-def _take_arguments(
-    args: argparse.Namespace, source: str, argv: list[str], load_args_from_checkpoint: Callable[..., Any]
-) -> None:
-    """Megatron's own restoring of arguments from ``source``, then what it forgets."""
-    own_load, own_step = args.load, args.ckpt_step
-    checkpoint = open_checkpoint(source)
-    args.load = str(checkpoint.root)
-    args.ckpt_step = None if checkpoint.release else checkpoint.iteration
-    load_args_from_checkpoint(args)
-    args.load, args.ckpt_step = own_load, own_step
-    args.iteration = 0  # the loader sets it again from the checkpoint that is really loaded
-    restore_forgotten(args, checkpoint, argv)
-
-
-def _model_source(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint whose model this run builds, in Megatron's order of precedence."""
-    if args.shape_from is not None:
-        return open_checkpoint(args.shape_from)
-    if _has_checkpoint(args.load):
-        return open_checkpoint(iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else args.load)
-    return None if args.pretrained_checkpoint is None else open_checkpoint(args.pretrained_checkpoint)
-
-
-def restore_forgotten(args: argparse.Namespace, checkpoint: Checkpoint, argv: list[str]) -> None:
-    """Set what ``--use-checkpoint-args`` leaves at its default, unless the command line gives it."""
-    for name, options in FORGOTTEN.items():
-        stored = checkpoint.args.get(name)
-        if stored is not None and not given(argv, *options):
-            setattr(args, name, stored)
-    refuse_unrestored(checkpoint.args, str(checkpoint.root), vars(args))
 
 
 def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
@@ -290,6 +237,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         elif path.name == "release" and name != "shape_from":
             setattr(args, name, str(path.parent))
         root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
+        refuse_foreign(root)
         _repair(args, root)
     if args.save is not None and storage.path(args.save).is_dir():
         _repair(args, storage.path(args.save))
@@ -304,10 +252,6 @@ def _repair(args: argparse.Namespace, root: Path) -> None:
 def _latest(root: Path) -> str | None:
     found = find_iteration(root)
     return None if found is None else found.directory.name
-
-
-def _has_checkpoint(path: str | None) -> bool:
-    return path is not None and storage.path(path).is_dir() and find_iteration(path) is not None
 
 
 _CONVERTED = "--ckpt-convert-save"

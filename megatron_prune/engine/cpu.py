@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from megatron_prune import screen
+
 GPU_LIBRARIES = ["transformer_engine", "apex"]
 _prepared = False
 
@@ -56,6 +58,7 @@ def flags() -> list[str]:
 def prepare() -> None:
     """Install the stand-ins on ``torch``. A second call does nothing."""
     global _prepared
+    screen.divert()  # what the imports print is not for a person
     if not is_cpu():
         return
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

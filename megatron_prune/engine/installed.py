@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_prune import screen
 from megatron_prune.engine import cpu
 from megatron_prune.errors import UsageError
 
@@ -126,8 +127,7 @@ def _known() -> Installed:
 
 def say(args: argparse.Namespace, off: list[str]) -> None:
     """Tell once what was switched off."""
-    if args.rank == 0:
-        print(f"megatron_prune: switched off, since what they need is not installed: {'; '.join(off)}", flush=True)
+    screen.say(f"switched off, since what they need is not installed: {'; '.join(off)}")
 
 
 def _switched_off(args: argparse.Namespace, found: Installed) -> Iterator[str]:

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_prune import screen
 from megatron_prune.engine import fork_server
 from megatron_prune.errors import RunError, UsageError
 
@@ -41,8 +42,8 @@ def launch(
 ) -> int:
     """Run ``python -m megatron_prune <argv>`` in ``nproc`` processes and wait for them.
 
-    ``log`` receives stdout and stderr of all ranks (appended; None: the caller's own), ``env`` is
-    laid over this process's environment. When one rank fails the others are ended. Returns 0 when
+    ``log`` receives all that the ranks print (appended; None: the caller's own screen, and what is not
+    for a person goes to files of its own, see ``screen.py``). ``env`` is laid over this process's environment. When one rank fails the others are ended. Returns 0 when
     every rank exited with 0, otherwise the first failing rank's exit code (-N for signal N; torchrun
     makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
     """
@@ -65,6 +66,8 @@ def start(
     """Like ``launch``, but return at once with the running ``Job``, which ends with the thread that started it."""
     _check_nproc(nproc)
     argv = [os.fspath(argument) for argument in argv]
+    if log is not None:
+        env = {screen.VERBOSE_VARIABLE: "1", **(env or {})}
     with _open_log(log) as (out, err):
         if not _fork_server().forks:
             return _TorchrunJob(argv, nproc, out, err, env)

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import cpu, patches, safe_loading
+from megatron_prune.engine import cpu, from_checkpoint, patches, safe_loading
 from megatron_prune.engine.arguments import Complete, parse
 from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
@@ -47,7 +47,13 @@ def start(
     cpu.prepare_megatron()
     patches.apply()
     safe_loading.install()
-    return parse(verb, words, own, complete=complete)
+    args = parse(verb, words, own, complete=complete)
+    source = from_checkpoint.source(args) if args.rank == 0 else None
+    if source is not None:
+        shape = source.shape
+        screen.say(f"read {source.directory}: {shape.num_layers} layers, {shape.parameters():,} parameters; running in "
+                   f"{str(args.params_dtype).removeprefix('torch.')}")  # fmt: skip
+    return args
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -166,12 +172,12 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
         if found != weight.shape:
             raise CheckpointError(
                 f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}; "
-                "pass --use-checkpoint-args or correct the flags that give the model's size"
+                "leave out the flags that give the model's size: the checkpoint says it"
             )
     if checkpoint.shape.num_layers != wanted.num_layers:
         raise CheckpointError(
             f"{flag} {path}: the checkpoint has {checkpoint.shape.num_layers} layers, this model "
-            f"{wanted.num_layers}; pass --use-checkpoint-args or --num-layers {checkpoint.shape.num_layers}"
+            f"{wanted.num_layers}: leave out --num-layers"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune import screen
 from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import UsageError
@@ -32,10 +33,9 @@ def take(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     if args.vocab_size is None and args.tokenizer_type == "NullTokenizer":
         args.vocab_size = args.padded_vocab_size  # without one, Megatron cannot build this tokenizer
         if checkpoint is not None and args.rank == 0:
-            print(
+            screen.say(
                 f"{checkpoint.root} does not say how many of its {checkpoint.shape.padded_vocab_size} embeddings are "
-                "words: all of them count in losses. If some are padding, give --vocab-size",
-                flush=True,
+                "words: all of them count in losses. If some are padding, give --vocab-size"
             )
 
 

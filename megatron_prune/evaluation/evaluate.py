@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune import verbs
+from megatron_prune import screen, verbs
 from megatron_prune.artifacts import device, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -96,7 +96,8 @@ def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[f
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     batches = list(itertools.batched(range(len(selected)), batch))
     mine = list(itertools.chain.from_iterable(batches[replica::replicas]))
-    losses = forward.run(model, (selected[number] for number in mine), batch=batch)
+    shown = screen.progress(mine, len(mine), f"evaluating {selected.prefix}", "window")
+    losses = forward.run(model, (selected[number] for number in shown), batch=batch)
     gathered = torch.zeros(len(selected), dtype=torch.float64, device=torch.cuda.current_device())
     if losses is not None and mpu.get_tensor_model_parallel_rank() == 0:
         gathered[mine] = torch.tensor(losses, dtype=torch.float64, device=gathered.device)

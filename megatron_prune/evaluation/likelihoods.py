@@ -25,8 +25,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from tqdm import tqdm
 
+from megatron_prune import screen
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import forward
 from megatron_prune.errors import DataError, UsageError
@@ -78,7 +78,7 @@ class Scorer:
         reading = iter(own)
 
         def padded() -> Iterator[torch.Tensor]:
-            for batch in tqdm(own, desc="tasks", unit="batch", disable=torch.distributed.get_rank() != 0):
+            for batch in screen.progress(own, len(own), "tasks", "batch"):
                 rows = [torch.tensor(row, dtype=torch.int64) for row in batch]
                 yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where nothing looks
 

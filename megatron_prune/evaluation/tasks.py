@@ -21,10 +21,10 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, screen
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import runtime
-from megatron_prune.engine.arguments import given
+from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import DataError, UsageError
 
 EXTRA = "pip install 'megatron_prune[eval]'"
@@ -151,7 +151,7 @@ def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Modu
     found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=args.task_samples is not None)
     scorer.finish()
     shown = results(found)
-    print(*lines(shown), sep="\n", flush=True)
+    screen.say("\n".join(lines(shown)))
     if args.task_samples is not None:
         samples = ({"task": task, **one} for task, of_task in found["samples"].items() for one in of_task)
         written = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron_prune import screen
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import cpu
 from megatron_prune.engine.installed import Installed
@@ -265,6 +266,7 @@ def in_child[T](work: Callable[[], T]) -> T:
     with tempfile.TemporaryFile() as printed:
         child = os.fork()
         if child == 0:
+            screen.leave()
             reader.close()
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)

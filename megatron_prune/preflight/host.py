@@ -129,9 +129,10 @@ def resolve(argv: list[str], model: str | None) -> CommandLine:
     # Megatron's precedence: the run's own checkpoint once it has one, else what it starts from.
     source = load if load is not None and not _is_absent(load) else pretrained or load
     left_out = set(absent)
-    if "--use-checkpoint-args" in argv and _is_absent(source):
+    if _is_absent(source):
         left_out.add("--use-checkpoint-args")
-    if model is None and left_out & {"--use-checkpoint-args", "--shape-from"}:
+    model_elsewhere = "--shape-from" in absent or (source is not None and scratch is None and _is_absent(source))
+    if model is None and model_elsewhere and _value(argv, "--num-layers") is None:
         raise UsageError(
             "--model", got="nothing", expected="a file with the model's flags",
             why=f"they are in {absent.get('--shape-from', source)}, which is not on this machine",

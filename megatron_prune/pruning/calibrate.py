@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_prune import methods, verbs
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import fp8, runtime
-from megatron_prune.engine.arguments import given
+from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import UsageError
 from megatron_prune.structured import candidates
 from megatron_prune.structured import statistics as statistics_file

@@ -19,10 +19,10 @@ from typing import Any
 
 from megatron_prune import verbs
 from megatron_prune.artifacts import check_space
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.engine import fp8, runtime
-from megatron_prune.engine.arguments import given
 from megatron_prune.errors import UsageError
 from megatron_prune.pruning import calibrate
 from megatron_prune.sparse import request as requests
@@ -49,9 +49,6 @@ def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") 
             )
         calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
 
-    from_checkpoint = given(words, "--use-checkpoint-args")
-    if request.method.statistic == "none" and given(words, "--load") and not given(words, "--num-layers"):
-        words, from_checkpoint = [*words, "--use-checkpoint-args"], True  # the checkpoint knows the model
     args = runtime.start(verb, words, own, complete=complete)
     from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
     from megatron_prune.sparse import driver, result, weights_only
@@ -88,7 +85,7 @@ def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") 
     if reads_text:
         driver.run(args, task)
     else:
-        if not from_checkpoint:
+        if ModelShape.from_args(vars(args)) != parent.shape:  # flags say another model; the refusal names the weight
             runtime.refuse_unfit_checkpoint(args, args.load, "--load")
         weights_only.run(task, args.params_dtype, args.rank, args.world_size)
     return result.write(task, read) if args.rank == 0 else None

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, task: Task) -> None:
     known: list[Any] = [scratch.done(task.layers)] if args.rank == 0 else [None]
     torch.distributed.broadcast_object_list(known, src=0)
     scratch.refuse_unseen()
-    with Progress(task.request.name, len(task.layers), shown=args.rank == 0) as progress:
+    with Progress(task.request.name, len(task.layers)) as progress:
         for row in known[0]:
             progress.block(row, resumed=True)
         stage = _Stage(model, task, scratch, [row["layer"] for row in known[0]], progress)

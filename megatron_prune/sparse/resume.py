@@ -17,16 +17,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from megatron_prune import screen
 from megatron_prune.artifacts import explain_full_disk, read_json, write_bytes, write_json
 from megatron_prune.checkpoint.parallel import Part, copy_overlap, read_part, write_part
 from megatron_prune.errors import CheckpointError, UsageError
@@ -196,46 +193,18 @@ def wait(ready: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS if time.monotonic() - began < 60 else _PATIENT_SECONDS)
 
 
-# How far a pruning is, on the first rank: a bar on a terminal, a line a block elsewhere.
+class Progress(screen.Bar):
+    """How far a pruning is; every block is counted once, and has a line of its own where there is no terminal."""
 
-
-class Progress:
-    """``with Progress(name, total, shown) as progress: progress.block(row)``; every block is counted once."""
-
-    def __init__(self, name: str, total: int, *, shown: bool):
-        self._total, self._shown = total, shown
+    def __init__(self, name: str, total: int) -> None:
+        super().__init__(total, name, "block")
         self._seen: set[int] = set()
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = Bar(
-            TextColumn(f"{name}: blocks"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
-            console=self._console,
-            disable=not shown or not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total, last="")
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def block(self, row: Mapping[str, Any], *, resumed: bool = False) -> None:
         """A block is finished; ``row`` is what the scratch folder keeps of it."""
-        if not self._shown or row["layer"] in self._seen:
-            return
-        self._seen.add(row["layer"])
-        last = f"layer {row['layer']}: " + ("kept from before" if resumed else _says(row))
-        self._bar.update(self._task, completed=len(self._seen), last=last)
-        if not self._console.is_terminal:
-            self._console.print(f"block {len(self._seen)} of {self._total}, {last}")
+        if row["layer"] not in self._seen:
+            self._seen.add(row["layer"])
+            self.advance(note=f"layer {row['layer']}: " + ("kept from before" if resumed else _says(row)))
 
 
 def _says(row: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def run(task: Task, params_dtype: torch.dtype, rank: int = 0, ranks: int = 1) ->
     if ranks > 1:
         done = _from_first(done)
         scratch.refuse_unseen()
-    with Progress(task.request.name, len(task.layers), shown=rank == 0) as progress:
+    with Progress(task.request.name, len(task.layers)) as progress:
         for row in done:
             progress.block(row, resumed=True)
         finished = {row["layer"] for row in done}

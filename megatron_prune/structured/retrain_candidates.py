@@ -191,9 +191,9 @@ class _Trial:
         """Name, words after ``python -m megatron_prune``, processes, and whether its result is there."""
         folder, behind, recipe = self.folder, self.found.calibrations[0], self.recipe
         apply = ["--load", self.options.load, "--plan", str(folder / "plan.json"), "--save", str(self.pruned)]
-        start = ["--pretrained-checkpoint", str(self.pruned), "--use-checkpoint-args"]
+        start = ["--pretrained-checkpoint", str(self.pruned)]
         pretrain = [*start, "--load", str(self.retrained), "--save", str(self.retrained), *recipe.shared, *recipe.own]
-        calibrate = ["--load", str(self.retrained), "--use-checkpoint-args", *recipe.shared]
+        calibrate = ["--load", str(self.retrained), *recipe.shared]
         calibrate += ["--calibration-data-path", behind["prefix"], "--calibration-sampling", behind["sampling"]]
         calibrate += ["--calibration-sequences", str(self.found.sequences)]
         calibrate += ["--calibration-seq-length", str(self.found.seq_length)]

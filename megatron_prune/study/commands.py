@@ -66,11 +66,7 @@ def importing(study: Study, places: Places) -> Command:
 def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
     """Retraining from a pruned checkpoint, or training of its shape from random weights; perhaps under its masks."""
     source = str(places.checkpoint(pruning.cell))
-    start = (
-        ["--pretrained-checkpoint", source, "--use-checkpoint-args"]
-        if cell.kind != "scratch"
-        else ["--shape-from", source]
-    )
+    start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
 
@@ -161,14 +157,7 @@ def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Com
 
 def forward(study: Study, checkpoint: Path) -> list[str]:
     """What every verb that only runs the model needs; the recipe's flags say its precision."""
-    return [
-        "--load",
-        str(checkpoint),
-        "--use-checkpoint-args",
-        *layout(study),
-        *tokenizer(study),
-        *flags(study.recipe.arguments),
-    ]
+    return ["--load", str(checkpoint), *layout(study), *tokenizer(study), *flags(study.recipe.arguments)]
 
 
 def layout(study: Study) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.data import indexed
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
 from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
-from megatron_prune.engine.arguments import given
+from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -183,9 +183,10 @@ def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> N
     if args.shape_from is None or chosen.own or chosen.drawn or _holds_checkpoint(args.load):
         return
     if open_checkpoint(args.shape_from).args.get("seed") == args.seed:
-        print(f"--seed {args.seed} was also that of the model which the masks were made of: it began with the weights "
-              "that this run begins with, and its masks fit them; with another --seed this run is from scratch",
-              flush=True)  # fmt: skip
+        screen.say(
+            f"--seed {args.seed} was also that of the model which the masks were made of: it began with the weights "
+            "that this run begins with, and its masks fit them; with another --seed this run is from scratch"
+        )
 
 
 _AT_A_TIME = 1 << 22  # numbers drawn; 64 MB with their order

@@ -11,13 +11,13 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_prune import storage, verbs
+from megatron_prune import screen, storage, verbs
 from megatron_prune.artifacts import copy_directory, explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
@@ -63,7 +63,7 @@ def train(own: verbs.Pretrain, words: Sequence[str]) -> int:
         if args.rank == 0:
             if not is_complete(save):
                 close(save, open_checkpoint(save))
-            print(f"{save}: the run is complete at step {args.train_iters}; nothing to do", flush=True)
+            screen.say(f"{save}: the run is complete at step {args.train_iters}; nothing to do")
         return 0
     initial = _initial(args)
     if args.rank == 0:
@@ -152,6 +152,7 @@ def _train(
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
+    training.print_rank_last = _on_the_screen_too(training.print_rank_last)
     model: list[torch.nn.Module] = []
 
     def keep(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -175,8 +176,22 @@ def _train(
         if recorder.recorder is not None:
             recorder.recorder.finish(final=final, parameters_nonzero=nonzero)
         torch.distributed.barrier()
+        screen.say(f"wrote {save}: step {recorder.last_step}")
     torch.distributed.destroy_process_group()
     return 0
+
+
+def _on_the_screen_too(print_rank_last: Callable[[str], None]) -> Callable[[str], None]:
+    """Megatron's lines on steps and validation, which its last rank prints, are what a person waits for."""
+
+    @functools.wraps(print_rank_last)
+    def printing(message: str) -> None:
+        print_rank_last(message)
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if screen.is_diverted() and is_last and message.strip("- \n"):
+            screen.say(message.strip(), everywhere=True)
+
+    return printing
 
 
 def _saved(save: Path, steps: int) -> dict[str, Any]:

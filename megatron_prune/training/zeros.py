@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.artifacts import copy_directory, explain_full_disk
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
@@ -120,10 +120,9 @@ class Zeros:
         if torch.distributed.get_rank() == 0:
             parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
             size = sum(held.bits.nbytes for held in self.held)
-            print(
+            screen.say(
                 f"holding {self.removed:,} zeros in {len(self.chosen.masks.entries)} weights, with "
-                f"{size / parameters:.2f} bytes a parameter of this rank; masks {self.hash}",
-                flush=True,
+                f"{size / parameters:.2f} bytes a parameter of this rank; masks {self.hash}"
             )
 
     def _put_beside_run(self, chunks: list[torch.nn.Module]) -> None:

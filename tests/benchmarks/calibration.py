@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
         args.seq_length, args.micro_batch_size = options.seq_length, 1
 
     precision = ["--bf16"] if options.dtype == "bf16" else []
-    argv = ["--load", load, "--use-checkpoint-args", *precision]
+    argv = ["--load", load, *precision]
     args = runtime.start("calibrate", argv, complete=complete)
     runtime.initialize(args)
     model = runtime.load_model(args)

@@ -30,14 +30,14 @@ SEQUENCES, LENGTH = 8, 512
 
 def stages(data: Path, work: Path) -> list[tuple[str, list[str]]]:
     """Names, and words after ``python``; a stage reads what those before it wrote."""
-    verb, load = ["-m", "megatron_prune"], ["--load", str(work / "parent"), "--use-checkpoint-args"]
+    verb, load = ["-m", "megatron_prune"], ["--load", str(work / "parent")]
     text = ["--calibration-data-path", str(data / "calibration"), "--calibration-sequences", str(SEQUENCES),
             "--calibration-seq-length", str(LENGTH)]  # fmt: skip
     statistics = ["--statistics", str(work / "statistics.safetensors")]
     train = ["pretrain", "--train-data-path", str(data / "train"), "--seq-length", str(LENGTH), "--bf16"]
     train += ["--global-batch-size", "8", "--micro-batch-size", "1", "--lr", "3e-4", "--stream-range", "0:32"]
     read = ["--data-path", str(data / "test"), "--seq-length", str(LENGTH), "--windows", str(SEQUENCES)]
-    sparse = ["--load", str(work / "parent"), "--use-checkpoint-args", *text, "--ratio", "0.5"]
+    sparse = ["--load", str(work / "parent"), *text, "--ratio", "0.5"]
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(data / "hf"), "--append-eod"]
     return [
         ("prepare (dequantise)", ["examples/smollm2_135m/prepare.py", "--output", str(work / "dequantised")]),
@@ -63,14 +63,14 @@ def stages(data: Path, work: Path) -> list[tuple[str, list[str]]]:
             "--pattern", pattern, "--save", str(work / f"{method}-{pattern.replace(':', '-')}")])
           for method in ("magnitude", "wanda", "sparsegpt") for pattern in ("unstructured", "2:4")),
         ("retrain depth (27 of 30 layers), 4 steps of 4,096 tokens", [
-            *verb, *train, "--pretrained-checkpoint", str(work / "shortgpt"), "--use-checkpoint-args",
+            *verb, *train, "--pretrained-checkpoint", str(work / "shortgpt"), 
             "--save", str(work / "retrained-depth")]),
         ("retrain width (half), 4 steps", [*verb, *train, "--pretrained-checkpoint", str(work / "width"),
-                                              "--use-checkpoint-args", "--save", str(work / "retrained")]),
+                                              "--save", str(work / "retrained")]),
         ("train the parent's shape, 4 steps", [*verb, *train, "--shape-from", str(work / "parent"),
                                                "--save", str(work / "scratch")]),
         ("retrain masked 2:4, 4 steps", [*verb, *train, "--pretrained-checkpoint", str(work / "wanda-2-4"),
-                                         "--use-checkpoint-args", "--masks", str(work / "wanda-2-4" / "masks"),
+                                         "--masks", str(work / "wanda-2-4" / "masks"),
                                          "--save", str(work / "masked")]),
         ("export", ["tools/convert_checkpoint.py", "export", "--load", str(work / "width"), "--hf", str(work / "hf")]),
     ]  # fmt: skip

@@ -36,7 +36,7 @@ def verb(words: list[Any], nproc: int, log: Path) -> None:
 def prune(options: argparse.Namespace, method: str, pattern: str, layout: tuple[int, int, int], save: Path) -> float:
     """Prune at a layout; the perplexity of what comes out."""
     tp, pp, dp = layout
-    load = ["--load", options.data / "checkpoint", "--use-checkpoint-args"]
+    load = ["--load", options.data / "checkpoint"]
     words = ["sparsify", *load, "--method", method, "--ratio", 0.5, "--pattern", pattern, "--save", save]
     words += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     if method != "magnitude":
@@ -45,7 +45,7 @@ def prune(options: argparse.Namespace, method: str, pattern: str, layout: tuple[
     log = save.with_suffix(".log")
     verb(words, tp * pp * dp, log)
     scores = save.with_suffix(".json")
-    verb(["evaluate", "--load", save, "--use-checkpoint-args", "--data-path", options.data / "test", "--seq-length",
+    verb(["evaluate", "--load", save, "--data-path", options.data / "test", "--seq-length",
           options.length, "--windows", options.windows, "--output", scores], 1, log)  # fmt: skip
     (corpus,) = artifacts.read_json(scores)["corpora"].values()
     return float(corpus["perplexity"])

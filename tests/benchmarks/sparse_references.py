@@ -128,7 +128,7 @@ def _in_first_block(name: str) -> bool:
 def ours(options: argparse.Namespace, method: str, pattern: str, work: Path, result: Path) -> None:
     """The whole verb, then export and transformers' losses of it."""
     save = work / f"{method}-{pattern.replace(':', '-')}"
-    argv = ["-m", "megatron_prune", "sparsify", "--load", work / "parent", "--use-checkpoint-args", "--method", method]
+    argv = ["-m", "megatron_prune", "sparsify", "--load", work / "parent", "--method", method]
     argv += ["--ratio", "0.5", "--pattern", pattern, "--save", save]
     if method != "magnitude":
         argv += ["--calibration-data-path", options.data / "calibration", "--calibration-sequences", options.sequences]

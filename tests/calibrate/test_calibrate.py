@@ -36,7 +36,7 @@ WIDTH |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": N
 
 def flags(parent: Path, corpus: Path, *more: object) -> list[Any]:
     return [
-        "--load", parent, "--use-checkpoint-args", "--calibration-data-path", corpus,
+        "--load", parent, "--calibration-data-path", corpus,
         "--calibration-sequences", SEQUENCES, "--calibration-seq-length", LENGTH, *more,
     ]  # fmt: skip
 

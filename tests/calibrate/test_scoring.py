@@ -141,7 +141,7 @@ def applied_losses(verbs: Verbs, found: Statistics, offered: list[candidates.Can
         save, scores = verbs.folder / f"cut-{number}", verbs.folder / f"cut-{number}.json"
         apply.apply_plan(verbs.parent, made, save)
         text = ["--data-path", verbs.corpus, "--seq-length", LENGTH, "--windows", SEQUENCES]
-        verbs.job(["evaluate", "--load", save, "--use-checkpoint-args", *text, "--output", scores]).ok()
+        verbs.job(["evaluate", "--load", save, *text, "--output", scores]).ok()
         (corpus,) = artifacts.read_json(scores)["corpora"].values()
         losses.append(corpus["loss"])
     return losses

@@ -248,7 +248,7 @@ def test_a_checkpoint_without_a_tokenizer_needs_one(
     bare = tmp_path / "bare"
     import_hf(tiny_hf("llama-gqa", layers=LAYERS), bare)
     shutil.rmtree(bare / "huggingface")
-    verbs.parent, verbs.load = bare, ["--load", bare, "--use-checkpoint-args"]
+    verbs.parent, verbs.load = bare, ["--load", bare]
     verbs.calibrate()
     verbs.make(*DEPTH, "--score-by", "task", "--task-data", task)
     finished = verbs.score()

@@ -15,7 +15,7 @@ class Verbs:
     ):
         self.job, self.parent, self.corpus, self.folder = job, parent, corpus, folder
         self.statistics, self.plan = folder / "s.safetensors", folder / "plan.json"
-        self.load = ["--load", parent, "--use-checkpoint-args"]
+        self.load = ["--load", parent]
         self.shape = shape
         self.text = ["--calibration-data-path", corpus, *text]
 

@@ -124,7 +124,7 @@ def logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | 
         "--train-iters": 1,
         "--lr": 1.0,
     }
-    argv = ["--use-checkpoint-args", *(str(word) for pair in flags.items() for word in pair)]
+    argv = [*(str(word) for pair in flags.items() for word in pair)]
     args = runtime.start("logits", argv)
     runtime.initialize(args)
     from megatron.core import parallel_state as mpu

@@ -43,7 +43,7 @@ def converted(tmp_path_factory, tiny_hf, job):
         if not parent.exists():
             import_hf(tiny_hf(model, layers=4), parent)
         if not made.exists():
-            argv = ["pretrain", "--load", parent, "--use-checkpoint-args", "--finetune", *RECIPE, *flags.split()]
+            argv = ["pretrain", "--load", parent, "--finetune", *RECIPE, *flags.split()]
             job([*argv, "--ckpt-convert-format", "torch", "--ckpt-convert-save", made.parent], nproc=nproc).ok()
         return parent, made
 
@@ -98,7 +98,7 @@ def test_it_is_planned_and_cut_like_the_other_format(converted, tmp_path):
 
 def test_megatron_loads_it_at_its_layout_and_others_are_refused(converted, job, tiny_corpus, tmp_path):
     load = converted("tp3")[1]
-    argv = ["evaluate", "--load", load, "--use-checkpoint-args", "--data-path", tiny_corpus, "--seq-length", 64]
+    argv = ["evaluate", "--load", load, "--data-path", tiny_corpus, "--seq-length", 64]
     argv += ["--windows", 2, "--output", tmp_path / "scores.json"]
     refused = job(argv)
     assert refused.returncode == 2 and "legacy per-rank files of TP=3, PP=1" in refused.output

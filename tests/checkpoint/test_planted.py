@@ -144,13 +144,13 @@ def test_the_lists_are_megatrons():
 # -- verbs ----------------------------------------------------------------------------------------
 
 RECIPE = "--seq-length 16 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --lr 0.1 --mock-data".split()
-MODEL = ["--load", "{}", "--use-checkpoint-args"]
+MODEL = ["--load", "{}"]
 VERBS = {
     "evaluate": ["evaluate", *MODEL, "--data-path", "none", "--output", "none"],
     "calibrate": ["calibrate", *MODEL, "--calibration-data-path", "none", "--output", "none.safetensors"],
     "sparsify": ["sparsify", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
     "prune": ["prune", *MODEL, "--method", "magnitude", "--ratio", "0.5", "--save", "none"],
-    "pretrained": ["pretrain", "--pretrained-checkpoint", "{}", "--use-checkpoint-args", *RECIPE],
+    "pretrained": ["pretrain", "--pretrained-checkpoint", "{}", *RECIPE],
     "resumed": ["pretrain", *MODEL, *RECIPE],
     "shape": ["pretrain", "--shape-from", "{}", *RECIPE],
 }
@@ -196,7 +196,7 @@ def test_megatron_itself_does_not_run_it(whole, tmp_path, distributed):
 @pytest.mark.parametrize("key", ["decoder.final_layernorm.weight", "embedding.word_embeddings.weight"])
 def test_a_tensors_record_is_named_when_it_is_loaded(copy, tmp_path, job, tiny_corpus, key):
     replace_record(copy, key, saved(Touches(tmp_path / "executed")))
-    words = ["evaluate", "--load", copy.parent, "--use-checkpoint-args", "--data-path", tiny_corpus]
+    words = ["evaluate", "--load", copy.parent, "--data-path", tiny_corpus]
     done = job([*words, "--output", tmp_path / "scores.json", "--seq-length", "16", "--windows", "1"])
     assert done.returncode == 2, done.output[-2000:]
     assert f"the shard of {key}" in done.output and "posix.system" in done.output

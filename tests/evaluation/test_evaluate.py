@@ -39,7 +39,7 @@ def _transformers_losses(source: Path, corpus: Path) -> list[float]:
 
 
 def _evaluate(job, checkpoint: Path, corpus: Path, output: Path, *more: object, nproc: int = 1) -> dict:
-    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
+    argv = ["evaluate", "--load", checkpoint, "--data-path", corpus, "--labels", "text",
             "--seq-length", S, "--windows", WINDOWS, "--output", output, *more]  # fmt: skip
     job(argv, nproc=nproc).ok()
     return json.loads(output.read_text())
@@ -69,7 +69,7 @@ def test_every_layout_gives_the_losses_of_transformers(imported, tiny_corpus, tm
 
 
 def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):
-    argv = ["evaluate", "--load", tiny_parent / "release", "--use-checkpoint-args", "--seq-length", S, "--windows", 4,
+    argv = ["evaluate", "--load", tiny_parent / "release", "--seq-length", S, "--windows", 4,
             "--data-path", tiny_corpus, tiny_corpus, "--labels", "a", "b", "--output", tmp_path / "s"]  # fmt: skip
     job(argv).ok()
     corpora = json.loads((tmp_path / "s").read_text())["corpora"]
@@ -87,7 +87,7 @@ def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):
     ],
 )
 def test_refused(tiny_parent, tiny_corpus, tmp_path, job, flags, says):
-    argv = ["evaluate", "--load", tiny_parent, "--use-checkpoint-args", "--data-path", tiny_corpus,
+    argv = ["evaluate", "--load", tiny_parent, "--data-path", tiny_corpus,
             "--seq-length", S, "--output", tmp_path / "s", *flags]  # fmt: skip
     refused = job(argv)
     assert refused.returncode != 0 and says in refused.output
@@ -100,7 +100,7 @@ def test_text_of_another_tokenizer_is_refused(tiny_parent, tmp_path, job):
     builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.uint16)
     builder.add_document(torch.full((200,), 5000), [200])
     builder.finalize(str(tmp_path / "other.idx"))
-    argv = ["evaluate", "--load", tiny_parent, "--use-checkpoint-args", "--data-path", tmp_path / "other",
+    argv = ["evaluate", "--load", tiny_parent, "--data-path", tmp_path / "other",
             "--seq-length", S, "--output", tmp_path / "s"]  # fmt: skip
     refused = job(argv)
     assert refused.returncode == 2 and "another tokenizer" in refused.output

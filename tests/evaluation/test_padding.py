@@ -45,7 +45,7 @@ def rewrite(source: Path, target: Path, *, padding: float = 0.0, forget: bool = 
 
 
 def evaluate(job, checkpoint: Path, corpus: Path, output: Path, *more: object, nproc: int = 1):
-    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
+    argv = ["evaluate", "--load", checkpoint, "--data-path", corpus, "--labels", "text",
             "--seq-length", S, "--windows", WINDOWS, "--output", output, *more]  # fmt: skip
     return job(argv, nproc=nproc)
 
@@ -113,7 +113,7 @@ def test_training_does_not_depend_on_padding(tiny_hf, tiny_corpus, tmp_path, job
 
     def train(name: str, start: Path, nproc: int = 1) -> list[float]:
         save = tmp_path / f"run-{name}"
-        argv = ["pretrain", "--pretrained-checkpoint", start, "--use-checkpoint-args",
+        argv = ["pretrain", "--pretrained-checkpoint", start, 
                 *recipe(tiny_corpus, f"0:{3 * GLOBAL_BATCH}", save), *layout(nproc)]  # fmt: skip
         job(argv, nproc=nproc).ok()
         return losses(save)

@@ -159,7 +159,7 @@ def likelihoods(samples: list[dict[str, Any]]) -> list[tuple[float, bool | None]
 
 
 def evaluate(job: Any, checkpoint: Path, folder: Path, output: Path, *more: object, nproc: int = 1) -> Any:
-    words = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--tasks-path", folder, "--output", output]
+    words = ["evaluate", "--load", checkpoint, "--tasks-path", folder, "--output", output]
     return job([*words, *more], nproc=nproc, env={"HF_DATASETS_CACHE": str(folder / "cache")})
 
 

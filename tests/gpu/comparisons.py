@@ -58,7 +58,7 @@ def width(run: Run, oracle: Run, kind: str, parent: Path, corpus: Path, folder: 
     for name, verb, flags in (("cpu", oracle, []), (kind, run, FLAGS[kind])):
         save = folder / f"width-{name}"
         verb([
-            "prune", "--load", parent, "--use-checkpoint-args", "--method", "minitron-width", "--save", save,
+            "prune", "--load", parent, "--method", "minitron-width", "--save", save,
             "--target-hidden-size", 32, "--target-ffn-hidden-size", 64, "--divisible-by", 16,
             "--calibration-data-path", corpus, *small.CALIBRATION, *flags,
         ])  # fmt: skip
@@ -76,7 +76,7 @@ def scores(run: Run, oracle: Run, kind: str, parent: Path, corpus: Path, folder:
         place = folder / f"scores-{name}"
         place.mkdir()
         statistics = place / "s.safetensors"
-        load = ["--load", parent, "--use-checkpoint-args"]
+        load = ["--load", parent]
         text = ["--calibration-data-path", corpus, *small.CALIBRATION]
         verb(["calibrate", *load, *text, "--output", statistics, *flags])
         plan = ["plan", "--load", parent, "--statistics", statistics, "--method", "minitron-depth"]

@@ -41,6 +41,6 @@ def test_candidates_are_scored_alike(run, figures, tiny_parent, tiny_corpus, tmp
 
 
 def test_delayed_scaling_is_refused(job, tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> None:
-    words = ["calibrate", "--load", tiny_parent, "--use-checkpoint-args", "--calibration-data-path", tiny_corpus]
+    words = ["calibrate", "--load", tiny_parent, "--calibration-data-path", tiny_corpus]
     refused = job([*words, "--output", tmp_path / "s.safetensors", "--fp8-preset", "hybrid-delayed"])
     assert refused.returncode == 2 and "got hybrid-delayed" in refused.output

@@ -19,7 +19,7 @@ TOLERANCE = {"bf16": 2e-3, "hybrid-delayed": 1e-2, "current": 1e-2, "blockwise":
 
 
 def words(parent: Path, corpus: Path, save: Path, *more: str) -> list[object]:
-    start = ["pretrain", "--pretrained-checkpoint", parent, "--use-checkpoint-args"]
+    start = ["pretrain", "--pretrained-checkpoint", parent]
     return [*start, *recipe(corpus, RANGE, save), *DISTRIBUTED, *more]
 
 

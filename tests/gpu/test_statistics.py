@@ -24,7 +24,7 @@ def on_cpu(words: list[str | Path]) -> None:
 
 
 def test_statistics_are_those_of_the_cpu(job, tiny_parent, tiny_corpus, tmp_path) -> None:
-    words = ["calibrate", "--load", tiny_parent, "--use-checkpoint-args", "--calibration-data-path", tiny_corpus]
+    words = ["calibrate", "--load", tiny_parent, "--calibration-data-path", tiny_corpus]
     words += ["--calibration-sequences", "8", "--calibration-seq-length", "64"]
     job([*words, "--output", tmp_path / "gpu.safetensors"]).ok()
     on_cpu([*words, "--output", tmp_path / "cpu.safetensors"])
@@ -36,7 +36,7 @@ def test_statistics_are_those_of_the_cpu(job, tiny_parent, tiny_corpus, tmp_path
 
 
 def test_losses_are_those_of_the_cpu(job, figures, tiny_parent, tiny_corpus, tmp_path) -> None:
-    words = ["evaluate", "--load", tiny_parent, "--use-checkpoint-args", "--data-path", tiny_corpus]
+    words = ["evaluate", "--load", tiny_parent, "--data-path", tiny_corpus]
     words += ["--seq-length", "64", "--windows", "8"]
     job([*words, "--output", tmp_path / "gpu.json"]).ok()
     on_cpu([*words, "--output", tmp_path / "cpu.json"])

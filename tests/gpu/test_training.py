@@ -30,8 +30,8 @@ def train(job, start: list[str], corpus: Path, save: Path, *more: str, samples: 
 def starts(tiny_parent, tiny_pruned) -> dict[str, list[str]]:  # noqa: F811
     pruned = str(tiny_pruned("2:4").path)
     return {
-        "pruned": ["--pretrained-checkpoint", pruned, "--use-checkpoint-args"],
-        "masked": ["--pretrained-checkpoint", pruned, "--use-checkpoint-args", "--masks", f"{pruned}/masks"],
+        "pruned": ["--pretrained-checkpoint", pruned],
+        "masked": ["--pretrained-checkpoint", pruned, "--masks", f"{pruned}/masks"],
         "scratch": ["--shape-from", str(tiny_parent)],
         "masked scratch": ["--shape-from", pruned, "--masks", f"{pruned}/masks"],
     }

@@ -182,10 +182,10 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
     distributed, tiny_parent, tiny_corpus, tiny_hf, tmp_path
 ) -> None:
     shape = open_checkpoint(tiny_parent).shape
-    start = ["pretrain", "--pretrained-checkpoint", str(tiny_parent), "--use-checkpoint-args"]
+    start = ["pretrain", "--pretrained-checkpoint", str(tiny_parent)]
     recipe = "--seq-length 32 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --bf16".split()
     recipe += ["--data-path", str(tiny_corpus), "--save", str(tmp_path / "run")]
-    sparse = ["sparsify", "--load", str(tiny_parent), "--use-checkpoint-args", "--method", "wanda", "--pattern", "2:4"]
+    sparse = ["sparsify", "--load", str(tiny_parent), "--method", "wanda", "--pattern", "2:4"]
     sparse += ["--calibration-data-path", str(tiny_corpus), "--calibration-seq-length", "32", "--save", "x"]
     alone = ["sparsify", "--method", "magnitude", "--ratio", "0.5", "--save", "x", "--load"]
     large = tmp_path / "70b.flags"  # of a model that fits on no GPU
@@ -201,7 +201,7 @@ def test_masks_corpora_and_checkpoints_that_are_here_are_read(
         ["--gpus", "4", *sparse, "--calibration-sequences", "4000000"],
         ["--gpus", "1", "pretrain", "--shape-from", str(tmp_path), *recipe, "--stream-range", "0:80"],
         ["--gpus", "1", *alone, str(tiny_parent)],
-        ["--gpus", "1", "--model", str(large), *alone, "/not/here", "--use-checkpoint-args"],
+        ["--gpus", "1", "--model", str(large), *alone, "/not/here"],
     ]  # fmt: skip
     [found] = distributed(commands.answers, 1, lines)
     assert [answer["verdict"] for answer in found] == ["yes", "no", "no", "no", "yes", "no", "no", "yes", "yes"], found
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -
     recipe = train("--tensor-model-parallel-size 2", model="")[1:]
     lines = [
         ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--pretrained-checkpoint", "/not/here",
-         "--use-checkpoint-args", "--masks", "/not/here/masks"],
+         "--masks", "/not/here/masks"],
         ["--gpus", "64", "--model", str(model), "pretrain", *recipe, "--shape-from=/not/here"],
     ]  # fmt: skip
     [[pruned, scratch]] = distributed(commands.answers, 1, lines)
@@ -249,7 +249,7 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
         ("--gpus 12 pretrain --lr 1", "--gpus"),
         ("--gpus 0 pretrain --lr 1", "--gpus"),
         ("--gpus 8 pretrain --shape-from /not/here", "--model.*not/here"),
-        ("--gpus 8 calibrate --load /not/here --use-checkpoint-args", "--model.*not/here"),
+        ("--gpus 8 calibrate --load /not/here", "--model.*not/here"),
         ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
         ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
         ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),

@@ -30,7 +30,7 @@ def test_perplexity_equals_transformers_to_four_digits(model, checkpoint, corpus
     losses = reference.window_losses(model, corpus, S, WINDOWS)
     expected = float(np.exp(np.mean(losses)))
     assert 8 < expected < 40  # a model that knows English
-    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text",
+    argv = ["evaluate", "--load", checkpoint, "--data-path", corpus, "--labels", "text",
             "--seq-length", S, "--windows", WINDOWS]  # fmt: skip
     for tp, pp in ((1, 1), (3, 1), (1, 2)):
         output = tmp_path / f"{tp}-{pp}"

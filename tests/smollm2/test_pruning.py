@@ -42,7 +42,7 @@ def calibrated(job, checkpoint, corpus, tmp_path_factory) -> dict[str, Statistic
     folder, found = tmp_path_factory.mktemp("statistics"), {}
     for name, (tp, pp, nproc) in LAYOUTS.items():
         output = folder / f"{name}.safetensors"
-        argv = ["calibrate", "--load", checkpoint, "--use-checkpoint-args", "--calibration-data-path", corpus,
+        argv = ["calibrate", "--load", checkpoint, "--calibration-data-path", corpus,
                 "--calibration-sequences", SEQUENCES, "--calibration-seq-length", LENGTH]  # fmt: skip
         job([*argv, "--output", output, *layout(tp, pp)], nproc=nproc).ok()
         found[name] = statistics_file.read(output)
@@ -121,7 +121,7 @@ def test_what_is_kept_agrees_with_plain_torch_statistics_of_transformers(calibra
 def evaluated(
     job, checkpoint: Path, corpus: Path, output: Path, windows: int = SEQUENCES, length: int = LENGTH
 ) -> float:
-    argv = ["evaluate", "--load", checkpoint, "--use-checkpoint-args", "--data-path", corpus, "--labels", "text"]
+    argv = ["evaluate", "--load", checkpoint, "--data-path", corpus, "--labels", "text"]
     job([*argv, "--seq-length", length, "--windows", windows, "--output", output]).ok()
     return artifacts.read_json(output)["corpora"]["text"]["loss"]
 
@@ -161,7 +161,7 @@ def test_the_mildly_pruned_model_still_reads_and_is_transformers_without_those_l
 )
 def test_scores_of_candidates_are_those_of_applied_checkpoints(job, checkpoint, corpus, tmp_path, choice):
     windows, length = 2, 64
-    statistics, load = tmp_path / "s.safetensors", ["--load", checkpoint, "--use-checkpoint-args"]
+    statistics, load = tmp_path / "s.safetensors", ["--load", checkpoint]
     text = ["--calibration-sequences", windows, "--calibration-seq-length", length]
     job(["calibrate", *load, "--calibration-data-path", corpus, *text, "--output", statistics]).ok()
     argv = ["plan", "--load", checkpoint, "--statistics", statistics, *choice, "--output", tmp_path / "plan.json"]
@@ -184,7 +184,7 @@ def test_scores_of_candidates_are_those_of_applied_checkpoints(job, checkpoint, 
 def test_depth_scores_and_their_choice_are_the_same_on_every_layout(job, checkpoint, corpus, model, tmp_path):
     """minitron-depth, 3 of 30 layers, four of the 28 starts."""
     windows, length, starts = 2, 64, (0, 9, 18, 27)
-    statistics, load = tmp_path / "s.safetensors", ["--load", checkpoint, "--use-checkpoint-args"]
+    statistics, load = tmp_path / "s.safetensors", ["--load", checkpoint]
     text = ["--calibration-sequences", windows, "--calibration-seq-length", length]
     job(["calibrate", *load, "--calibration-data-path", corpus, *text, "--output", statistics]).ok()
     choice = ["--method", "minitron-depth", "--target-num-layers", 27, "--output", tmp_path / "plan.json"]
@@ -235,7 +235,7 @@ def train_and_return(argv: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 def test_the_first_retraining_step_has_the_parents_loss(distributed, model, checkpoint, corpus, tmp_path):
     """Nothing removed (plans that do so are refused): what retraining starts from is transformers' model."""
-    argv = ["--pretrained-checkpoint", checkpoint, "--use-checkpoint-args", "--train-data-path", corpus,
+    argv = ["--pretrained-checkpoint", checkpoint, "--train-data-path", corpus,
             "--stream-range", "0:2", "--seq-length", LENGTH, "--global-batch-size", 2, "--micro-batch-size", 1,
             "--lr", 1e-5, "--num-workers", 0, "--eval-iters", 0, "--save", tmp_path / "run"]  # fmt: skip
     (batches,) = distributed(train_and_return, 1, [str(word) for word in argv])

@@ -26,7 +26,7 @@ CALIBRATION = ("--calibration-sequences", SEQUENCES, "--calibration-seq-length",
 def flags(parent: Path, save: Path, method: str, *more: object, corpus: Path | None = None) -> list[Any]:
     """The command line of ``sparsify``; a corpus for the methods that read one."""
     text = () if corpus is None else ("--calibration-data-path", corpus, *CALIBRATION)
-    return ["sparsify", "--load", parent, "--use-checkpoint-args", "--method", method, "--save", save, *text, *more]
+    return ["sparsify", "--load", parent, "--method", method, "--save", save, *text, *more]
 
 
 def layout(name: str) -> list[Any]:

@@ -54,7 +54,7 @@ def test_masks_and_weights_are_the_oracles(
         assert (weight.double() - expected)[rows].norm() <= 1e-3 * expected[rows].norm(), (layer, matrix)
 
     job([
-        "evaluate", "--load", save, "--use-checkpoint-args", "--data-path", tiny_corpus,
+        "evaluate", "--load", save, "--data-path", tiny_corpus,
         "--seq-length", small.LENGTH, "--windows", 4, "--output", tmp_path / "scores.json",
     ]).ok()  # fmt: skip
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -83,8 +83,8 @@ def test_bf16_loses_little(
     same = small.agreement(found, {key: (None, kept) for key, kept in masks.items()})
     assert same >= least
     job([
-        "evaluate", "--load", save, "--use-checkpoint-args", "--data-path", tiny_corpus,
-        "--seq-length", small.LENGTH, "--windows", 8, "--output", tmp_path / "scores.json",
+        "evaluate", "--load", save, "--data-path", tiny_corpus,
+        "--fp32", "--seq-length", small.LENGTH, "--windows", 8, "--output", tmp_path / "scores.json",
     ]).ok()  # fmt: skip
     (scores,) = json.loads((tmp_path / "scores.json").read_text())["corpora"].values()
     # The loss is that of the pruned weights as transformers computes it, and near that of the oracle's: 3% of the

@@ -112,7 +112,7 @@ def test_the_result_trains_on_and_leaves_for_hugging_face(
     save, run = tmp_path / "pruned", tmp_path / "run"
     job(small.flags(tiny_parent, save, "sparsegpt", "--pattern", "2:4", "--bf16", corpus=tiny_corpus)).ok()
     job([
-        "pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", save, "--masks", save / "masks", "--save", run,
+        "pretrain", "--pretrained-checkpoint", save, "--masks", save / "masks", "--save", run,
         "--load", run, "--train-data-path", tiny_corpus, "--stream-range", "0:8", "--stream-seed", 1, "--lr", 1e-3,
         "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 4, "--num-workers", 0,
         *small.layout("pp2"),

@@ -28,7 +28,7 @@ def there(s3, tiny_parent):
 
 def test_evaluate(there, tiny_parent, tiny_corpus, tmp_path, job):
     for load, output, more in ((tiny_parent, "here", []), (there, "there", [MSC])):
-        job(["evaluate", "--load", load, "--use-checkpoint-args", "--seq-length", 32, "--windows", 4, "--data-path",
+        job(["evaluate", "--load", load, "--seq-length", 32, "--windows", 4, "--data-path",
              tiny_corpus, "--output", tmp_path / output, *more]).ok()  # fmt: skip
     here, found = read_json(tmp_path / "here"), read_json(tmp_path / "there")
     assert found["corpora"] == here["corpora"]
@@ -38,14 +38,14 @@ def test_evaluate(there, tiny_parent, tiny_corpus, tmp_path, job):
 def test_calibrate(there, tiny_parent, tiny_corpus, tmp_path, job):
     text = ["--calibration-data-path", tiny_corpus, "--calibration-sequences", 2, "--calibration-seq-length", 32]
     for load, output, more in ((tiny_parent, "here", []), (there, "there", [MSC])):
-        words = ["--load", load, "--use-checkpoint-args", *text, "--output", tmp_path / f"{output}.safetensors", *more]
+        words = ["--load", load, *text, "--output", tmp_path / f"{output}.safetensors", *more]
         job(["calibrate", *words]).ok()
     here, found = (statistics.read(tmp_path / f"{name}.safetensors") for name in ("here", "there"))
     assert found.parent == here.parent and found.loss_sum == here.loss_sum
 
 
 def test_sparsify_and_apply_make_here_what_they_read_there(there, tiny_parent, tmp_path, job):
-    words = ["--use-checkpoint-args", "--method", "magnitude", "--ratio", 0.5]
+    words = ["--method", "magnitude", "--ratio", 0.5]
     for load, save, more in ((tiny_parent, "here", []), (there, "there", [MSC])):
         job(["sparsify", "--load", load, "--save", tmp_path / save, *words, *more]).ok()
     assert open_masks(tmp_path / "there" / "masks").hash == open_masks(tmp_path / "here" / "masks").hash
@@ -93,7 +93,7 @@ def test_inspect(there, tiny_parent, capsys):
 
 def test_preflight(there, disk, tiny_corpus, tmp_path, capfd):
     """The start is looked at where it is; where its store does not answer, it is not checked."""
-    words = ["pretrain", "--use-checkpoint-args", MSC, "--train-data-path", str(tiny_corpus), "--stream-range", "0:64",
+    words = ["pretrain", MSC, "--train-data-path", str(tiny_corpus), "--stream-range", "0:64",
              "--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "64", "--lr", "1e-3", "--bf16",
              "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]  # fmt: skip
     asked = ["preflight", "--gpus", "8", "--output", str(tmp_path / "answer.json")]

@@ -107,7 +107,7 @@ def test_a_pruned_start_from_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job
     there = s3.put(local, "pruned")
 
     def run(start: object, save: object, *more: str) -> None:
-        words = ["--use-checkpoint-args", "--pretrained-checkpoint", start, *recipe(tiny_corpus, SHORT, save, *more)]
+        words = ["--pretrained-checkpoint", start, *recipe(tiny_corpus, SHORT, save, *more)]
         job(["pretrain", *words]).ok()
 
     run(local, tmp_path / "reference")
@@ -123,7 +123,7 @@ def test_a_pruned_start_from_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job
         assert open_checkpoint(found).full_hash() == open_checkpoint(expected).full_hash()
         names = {file.name for file in (local / "huggingface").iterdir()}
         assert names == {file.name for file in (found / "huggingface").iterdir()} and names
-    seen = job(["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", s3("both"), "--enable-msc",
+    seen = job(["pretrain", "--pretrained-checkpoint", s3("both"), "--enable-msc",
                 *recipe(tiny_corpus, SHORT, tmp_path / "x")])  # fmt: skip
     assert seen.returncode == 2 and "both would see 64:88" in seen.output
 
@@ -135,7 +135,7 @@ def test_masks_go_along_and_are_found_again(tiny_pruned, tiny_corpus, disk, tmp_
     job(["pretrain", *start_from(pruned, *words)]).ok()
 
     words = recipe(tiny_corpus, "64:112", disk("run"), "--save-interval", "3")
-    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", there, *words, "--enable-msc"]
+    argv = ["pretrain", "--pretrained-checkpoint", there, *words, "--enable-msc"]
     # What a kill leaves of masks that were being put: the run has not begun, and they are put again.
     first = next(file for file in pruned.masks.iterdir() if file.name.endswith(".distcp"))
     (disk.path("run/masks") / first.name).write_bytes(b"half")
@@ -170,7 +170,7 @@ def test_hostile_checkpoints_there_start_nothing(reference, tiny_corpus, disk, t
     (broken / TRACKER).write_text("../../etc")
     for old in ("iter_0000002", "iter_0000004"):
         shutil.rmtree(broken / old)
-    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", disk.put(broken, "broken"), "--enable-msc",
+    argv = ["pretrain", "--pretrained-checkpoint", disk.put(broken, "broken"), "--enable-msc",
             *recipe(tiny_corpus, RANGE, tmp_path / "x")]  # fmt: skip
     refused = job(argv)
     assert refused.returncode == 2 and "Traceback" not in refused.output, refused.output[-3000:]

@@ -105,13 +105,13 @@ def test_commands_of_the_cells(prefixes, tmp_path: Path, monkeypatch, capsys) ->
     sparsify = next(line for line in printed.splitlines() if " sparsify " in line and pruning in line)
     for words in (
         "torchrun --nproc-per-node 2 -m megatron_prune sparsify --load runs/made-up/cells/parent/checkpoint",
-        "--use-checkpoint-args --tensor-model-parallel-size 2",
+        "--tensor-model-parallel-size 2",
         "--calibration-sequences 8 --calibration-seq-length 16 --calibration-sampling random --seed 1",
         "--method wanda --pattern 2:4",
     ):
         assert words in sparsify, words
     assert "--ratio" not in sparsify and "--ratio 0.25" in printed
-    assert f"pretrain --pretrained-checkpoint {pruning} --use-checkpoint-args --masks {pruning}/masks" in printed
+    assert f"pretrain --pretrained-checkpoint {pruning} --masks {pruning}/masks" in printed
     magnitude = "runs/made-up/cells/pruning-magnitude-1-4-r75-s1/checkpoint"
     assert f"pretrain --shape-from {magnitude} --masks {magnitude}/masks" in printed
     assert f"pretrain --shape-from {pruning} --tensor" in printed  # dense

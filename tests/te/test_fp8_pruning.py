@@ -64,7 +64,7 @@ def test_the_recipe_is_part_of_the_question(job, tiny_parent, tiny_corpus, tmp_p
 
 def test_scores_need_the_recipe_of_the_statistics(job, tiny_parent, tiny_corpus, tmp_path) -> None:
     statistics, candidates = tmp_path / "s.safetensors", tmp_path / "candidates.json"
-    load = ["--load", tiny_parent, "--use-checkpoint-args"]
+    load = ["--load", tiny_parent]
     text = ["--calibration-data-path", tiny_corpus, *small.CALIBRATION]
     job(["calibrate", *load, *text, "--output", statistics, *FP8]).ok()
     assert read(statistics).calibrations[0]["fp8"] == {
@@ -84,7 +84,7 @@ def test_scores_need_the_recipe_of_the_statistics(job, tiny_parent, tiny_corpus,
 
 
 def test_delayed_scaling_is_refused_where_nothing_sets_its_scales(job, tiny_parent, tiny_corpus, tmp_path) -> None:
-    load = ["--load", tiny_parent, "--use-checkpoint-args", "--fp8-preset", "hybrid-delayed"]
+    load = ["--load", tiny_parent, "--fp8-preset", "hybrid-delayed"]
     text = ["--calibration-data-path", tiny_corpus, *small.CALIBRATION]
     for words in (
         ["calibrate", *load, *text, "--output", tmp_path / "s.safetensors"],

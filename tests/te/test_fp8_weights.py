@@ -79,7 +79,7 @@ def begun(argv: list[Any], folder: Path, nproc: int, source: Path) -> dict[str, 
 def test_masters_begin_with_the_checkpoints_values_and_moments_are_restored(preset, tiny_parent, tiny_corpus, tmp_path):
     def argv(name: str, *more: str) -> list[str]:
         words = recipe(tiny_corpus, RANGE, tmp_path / name, "--fp8-preset", preset, *FP8, "--save-interval", "2", *more)
-        return ["--pretrained-checkpoint", tiny_parent, "--use-checkpoint-args", *words]
+        return ["--pretrained-checkpoint", tiny_parent, *words]
 
     seen = begun(argv("whole"), tmp_path / "seen", 2, tiny_parent)
     assert seen["fp8"] >= 8 and seen["as stored"] == seen["fp8"] and seen["as rounded"] == 0
@@ -113,7 +113,7 @@ def test_zeros_stay_zero(preset, more, pp, tiny_pruned, tiny_corpus, tmp_path):
 
 def test_masters_that_cannot_begin_so_are_refused(tiny_parent, tiny_corpus, tmp_path, job):
     words = recipe(tiny_corpus, RANGE, tmp_path / "run", "--fp8-preset", "hybrid-delayed", *FP8)
-    start = ["--pretrained-checkpoint", tiny_parent, "--use-checkpoint-args"]
+    start = ["--pretrained-checkpoint", tiny_parent]
     refused = job(["pretrain", *start, *words, "--use-precision-aware-optimizer"])
     assert refused.returncode == 2 and "got it with --fp8-param-gather" in refused.output
     assert not (tmp_path / "run").exists()

@@ -70,7 +70,7 @@ def test_sharded_state_is_the_same(distributed, tp: int, pp: int) -> None:
 
 
 def calibrated(job, parent: Path, corpus: Path, output: Path, nproc: int, more: list[str]) -> Statistics:
-    job(["calibrate", "--load", parent, "--use-checkpoint-args", "--calibration-data-path", corpus,
+    job(["calibrate", "--load", parent, "--calibration-data-path", corpus,
          "--calibration-sequences", "6", "--calibration-seq-length", "32",
          "--output", output, *more], nproc).ok()  # fmt: skip
     return read(output)
@@ -113,7 +113,6 @@ def test_masks_are_the_same(te, job, tiny_parent, tiny_corpus, tmp_path, method:
         "sparsify",
         "--load",
         tiny_parent,
-        "--use-checkpoint-args",
         "--method",
         method,
         "--ratio",
@@ -140,7 +139,6 @@ def test_losses_are_the_same(te, job, tiny_parent, tiny_corpus, tmp_path) -> Non
         "evaluate",
         "--load",
         tiny_parent,
-        "--use-checkpoint-args",
         "--data-path",
         tiny_corpus,
         "--seq-length",
@@ -170,7 +168,7 @@ def test_a_run_goes_on_with_the_other_spec(first, then, layout_then, job, tiny_p
         argv = recipe(
             tiny_corpus, "64:112", tmp_path / name, "--use-distributed-optimizer", "--save-interval", "3", *more, *spec
         )
-        return ["pretrain", "--pretrained-checkpoint", tiny_parent, "--use-checkpoint-args", *argv]
+        return ["pretrain", "--pretrained-checkpoint", tiny_parent, *argv]
 
     tp, pp, dp, more = LAYOUTS[layout_then]
     more = more if then is TE else []

@@ -69,7 +69,7 @@ def write_pruned(parent: Path, kept: Kept, pattern: str, folder: Path) -> Path:
 
 def start_from(pruned: Any, *flags: Any) -> list[Any]:
     """Flags of a run that holds the zeros of a ``tiny_pruned``."""
-    return ["--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, "--masks", pruned.masks, *flags]
+    return ["--pretrained-checkpoint", pruned.path, "--masks", pruned.masks, *flags]
 
 
 def local_part(name: str, whole: torch.Tensor, tp_rank: int, tp: int) -> torch.Tensor:

@@ -104,7 +104,7 @@ def test_evaluate_finds_a_run_s_masks_and_looks_whether_they_hold(tiny_pruned, t
     from megatron_prune.masks import open_masks
 
     pruned = tiny_pruned("2:4")
-    argv = ["evaluate", "--use-checkpoint-args", "--data-path", tiny_corpus, "--seq-length", "32", "--windows", "4"]
+    argv = ["evaluate", "--data-path", tiny_corpus, "--seq-length", "32", "--windows", "4"]
     for load, flags, nproc in ((pruned.path, [], 1), (pruned.path / "release", layout(2, 2), 4)):
         job([*argv, "--load", load, *flags, "--output", tmp_path / "scores.json"], nproc=nproc).ok()
         scores = json.loads((tmp_path / "scores.json").read_text())

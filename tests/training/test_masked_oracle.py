@@ -103,7 +103,7 @@ def plain_loop(
 
 def test_losses_and_clip_norms_are_those_of_a_plain_loop(tiny_pruned, tiny_hf, tiny_corpus, tmp_path, job):
     pruned, save = tiny_pruned("unstructured"), tmp_path / "run"
-    start = ["--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, "--masks", pruned.masks]
+    start = ["--pretrained-checkpoint", pruned.path, "--masks", pruned.masks]
     flags = ["--clip-grad", CLIP]
     argv = [*start, *recipe(tiny_corpus, RANGE, save), *flags]
     code, output = run_function(

@@ -75,7 +75,7 @@ def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpu
     begun = account(save)
     assert begun["masks"] == open_masks(pruned.masks).hash and not begun["complete"]
 
-    resume = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", pruned.path, *words]
+    resume = ["pretrain", "--pretrained-checkpoint", pruned.path, *words]
     others = tiny_pruned("unstructured").masks
     for flags, says in (
         (["--masks", others], "expected the masks of the run in"),
@@ -108,12 +108,12 @@ def test_a_masked_run_goes_on_in_another_directory(tiny_pruned, tiny_corpus, tmp
     job(["pretrain", *start_from(pruned, *recipe(tiny_corpus, RANGE, first, "--exit-interval", "3"))]).ok()
     words = recipe(tiny_corpus, RANGE, second)
     words[words.index("--load") + 1] = str(first)
-    job(["pretrain", "--use-checkpoint-args", *words]).ok()
+    job(["pretrain", *words]).ok()
     assert_zero_in_checkpoint(second / "iter_0000006", pruned.kept, moments=ADAM)
     expected = open_masks(pruned.masks).hash
     assert account(second)["masks"] == open_masks(second / "masks").hash == expected
     scores = tmp_path / "scores.json"
-    argv = ["evaluate", "--use-checkpoint-args", "--load", second / "iter_0000006", "--data-path", tiny_corpus]
+    argv = ["evaluate", "--load", second / "iter_0000006", "--data-path", tiny_corpus]
     job([*argv, "--seq-length", "32", "--windows", "4", "--output", scores, *layout(2)], nproc=2).ok()
     assert json.loads(scores.read_text())["masks"] == expected
     assert json.loads(scores.read_text())["parameters_nonzero"] == account(second)["parameters_nonzero"]

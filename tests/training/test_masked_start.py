@@ -146,7 +146,7 @@ def test_a_run_under_random_masks_is_resumed_by_the_same_command(tiny_pruned, ti
 def test_weights_that_are_not_zero_under_the_masks_are_refused(tiny_parent, tiny_pruned, tiny_corpus, tmp_path, job):
     """The dense parent: on every rank, and at PP=2 by the name of the first layer's tensor."""
     masks = tiny_pruned("2:4").masks
-    argv = ["--use-checkpoint-args", "--masks", masks, *recipe(tiny_corpus, RANGE, tmp_path / "run")]
+    argv = ["--masks", masks, *recipe(tiny_corpus, RANGE, tmp_path / "run")]
     for flags, nproc in (([], 1), ([*layout(1, 2), "--bf16"], 2)):
         refused = job(["pretrain", *argv, "--pretrained-checkpoint", tiny_parent, *flags], nproc=nproc)
         assert refused.returncode == 2 and "Traceback" not in refused.output, refused.output[-3000:]
@@ -157,7 +157,7 @@ def test_weights_that_are_not_zero_under_the_masks_are_refused(tiny_parent, tiny
 
 def test_an_optimizer_state_that_would_move_zeros_is_refused(tiny_pruned, tiny_corpus, tmp_path, job):
     pruned, dense = tiny_pruned("2:4"), tmp_path / "dense"
-    start = ["pretrain", "--use-checkpoint-args"]
+    start = ["pretrain"]
     filled = [
         *start, "--pretrained-checkpoint", pruned.path, *recipe(tiny_corpus, RANGE, dense, "--exit-interval", 2)
     ]  # fmt: skip

@@ -234,7 +234,7 @@ def test_shape_from_takes_the_arguments_and_none_of_the_weights(reference, tiny_
 
 def test_a_pretrained_start_is_below_a_random_one(reference, tiny_corpus, tmp_path, job):
     save = tmp_path / "continued"
-    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", reference,
+    argv = ["pretrain", "--pretrained-checkpoint", reference,
             *recipe(tiny_corpus, "64:112", save)]  # fmt: skip
     job(argv, nproc=2).ok()
     account = _account(save)
@@ -353,7 +353,7 @@ def test_samples_that_the_start_has_seen_are_refused(reference, tiny_corpus, tmp
     pruned = tmp_path / "pruned"
     apply_plan(reference, any_plan(open_checkpoint(reference)), pruned)
     for parent in (reference, pruned):
-        argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", parent]
+        argv = ["pretrain", "--pretrained-checkpoint", parent]
         refused = job([*argv, *recipe(tiny_corpus, "56:72", tmp_path / "x")])
         assert refused.returncode == 2, refused.output[-2000:]
         assert "both would see 56:64" in refused.output and "Traceback" not in refused.output
@@ -378,7 +378,7 @@ def test_a_truncated_shard_is_refused(reference, tiny_corpus, tmp_path, job):
     shutil.copytree(reference, broken)
     shard = max(broken.glob("iter_*/*.distcp"), key=lambda file: file.stat().st_size)
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", broken,
+    argv = ["pretrain", "--pretrained-checkpoint", broken,
             *recipe(tiny_corpus, RANGE, tmp_path / "x")]  # fmt: skip
     refused = job(argv)
     assert refused.returncode == 2 and "Traceback" not in refused.output
@@ -410,7 +410,7 @@ def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpu
 
     start, save, back = tmp_path / "start", tmp_path / "run", tmp_path / "hf"
     shutil.copytree(tiny_parent, start)
-    argv = ["pretrain", "--use-checkpoint-args", "--pretrained-checkpoint", start]
+    argv = ["pretrain", "--pretrained-checkpoint", start]
     job([*argv, *recipe(tiny_corpus, "0:16", save)]).ok()
     start.rename(tmp_path / "moved")
     tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
