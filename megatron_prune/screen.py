@@ -98,11 +98,14 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
     """
     global _verb
     rest = [word for word in words if word != VERBOSE]
-    if len(rest) < len(words) or {"-h", "--help", "--help-megatron"} & set(rest) or os.environ.get(VERBOSE_VARIABLE, "0") not in ("", "0"):
+    if len(rest) < len(words) or os.environ.get(VERBOSE_VARIABLE, "0") not in ("", "0"):
+        yield rest
+        return
+    _complain(False)
+    if {"-h", "--help", "--help-megatron"} & set(rest):
         yield rest
         return
     _verb = verb
-    _complain(False)
     try:
         yield rest
     except SystemExit as leaving:  # a library's: what it had to say is in the log
