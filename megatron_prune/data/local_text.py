@@ -29,7 +29,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, screen
 from megatron_prune.errors import DataError, UsageError
 
 SPLITS = ("train", "calibration", "validation", "test")
@@ -70,14 +70,16 @@ def build_corpus(
     kinds: dict[str, Counter[str]] = {}
     documents: list[tuple[bytes, Found]] = []
     total = 0
-    for document in clean(gather(places or Places(), workers), rejected):
-        payload = document.text.encode()
-        size = len(payload)
-        documents.append((hashlib.sha256(payload).digest(), document))
-        kinds.setdefault(document.kind, Counter()).update(documents=1, bytes=size)
-        total += size
-        if max_bytes is not None and total >= max_bytes:
-            break
+    with screen.Bar(max_bytes, "gathering text", "B") as bar:
+        for document in clean(gather(places or Places(), workers), rejected):
+            payload = document.text.encode()
+            size = len(payload)
+            documents.append((hashlib.sha256(payload).digest(), document))
+            kinds.setdefault(document.kind, Counter()).update(documents=1, bytes=size)
+            total += size
+            bar.reach(total)
+            if max_bytes is not None and total >= max_bytes:
+                break
     splits = _split(documents, total, shares, longest_held_out)
     if empty := [name for name, found in splits.items() if not found]:
         raise DataError(

@@ -135,7 +135,8 @@ def identity(path: str | Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares: list[dict[str, str]] = [{}] * ranks
-    own = {name: checkpoint.weight_hash(name) for name in checkpoint.names[rank::ranks]}
+    names = screen.progress(checkpoint.names[rank::ranks], len(checkpoint.names[rank::ranks]), "hashing", "weight")
+    own = {name: checkpoint.weight_hash(name) for name in names}
     torch.distributed.all_gather_object(shares, own)
     hashes = {name: value for share in shares for name, value in share.items()}
     return {

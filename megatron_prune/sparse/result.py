@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, screen
 from megatron_prune.checkpoint.layout import ModelShape, layer_name, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
@@ -52,9 +52,10 @@ def write(task: Task, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     ) as writer:
         writer.add_file(TABLE, artifacts.json_bytes(table))
         scratch.masks.rename(writer.beside(MASKS))
-        for weight in weights(parent.shape):
-            if weight.name not in pruned:
-                blocks = parent.row_blocks(weight.name)
+        others = [weight for weight in weights(parent.shape) if weight.name not in pruned]
+        with screen.Bar(sum(parent.spec(weight.name).nbytes for weight in others), f"writing {task.save}", "B") as bar:
+            for weight in others:
+                blocks = bar.over(parent.row_blocks(weight.name), None)
                 writer.add(weight.name, weight.shape, blocks, dtype=parent.spec(weight.name).dtype)
     scratch.remove()
     return table
