@@ -8,6 +8,7 @@ is ever held whole, but for a plain text file that is one document.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence

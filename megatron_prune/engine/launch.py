@@ -42,10 +42,10 @@ def launch(
 ) -> int:
     """Run ``python -m megatron_prune <argv>`` in ``nproc`` processes and wait for them.
 
-    ``log`` receives all that the ranks print (appended; None: the caller's own screen, and what is not
-    for a person goes to files of its own, see ``screen.py``). ``env`` is laid over this process's environment. When one rank fails the others are ended. Returns 0 when
-    every rank exited with 0, otherwise the first failing rank's exit code (-N for signal N; torchrun
-    makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
+    ``log`` receives all that the ranks print (appended; None: the caller's own screen, and what is not for a person
+    goes to files of its own, see ``screen.py``). ``env`` is laid over this process's environment. When one rank fails
+    the others are ended. Returns 0 when every rank exited with 0, otherwise the first failing rank's exit code (-N for
+    signal N; torchrun makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
     """
     job = start(argv, nproc=nproc, log=log, env=env)
     try:
