@@ -78,11 +78,16 @@ def shares(sizes: dict[str, int], number: int) -> list[list[str]]:
 
 
 def run(
-    function: Callable[..., Any], work: Sequence[tuple[Any, ...]], workers: int, *, writing: Path, size: int
+    function: Callable[..., Any],
+    work: Sequence[tuple[Any, ...]],
+    workers: int,
+    *,
+    writing: Path | None = None,
+    size: int = 0,
 ) -> list[Any]:
     """``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; the results in order.
 
-    Shows how many of ``size`` bytes are in the folder ``writing``.
+    Shows how many of ``size`` bytes are in the folder ``writing``, if one is given.
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once; forks of this process may hang
     context.set_forkserver_preload([__name__])
@@ -95,7 +100,8 @@ def run(
                 while wait(futures, _LOOK_SECONDS, return_when=FIRST_EXCEPTION).not_done:
                     if any(future.done() and future.exception() for future in futures):
                         break
-                    bar.reach(min(size, _bytes_in(writing)))
+                    if writing is not None:
+                        bar.reach(min(size, _bytes_in(writing)))
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise CheckpointError(
