@@ -191,7 +191,7 @@ def evaluate(
 
 def _megatron(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> list[str]:
     """The words of a command line that Megatron's parser reads."""
-    return [*jobs.flags(own), "--use-checkpoint-args", *jobs.flags(more or {})]
+    return [*jobs.flags(own), *jobs.flags(more or {})]
 
 
 def _launch(
