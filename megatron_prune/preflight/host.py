@@ -88,7 +88,7 @@ def _order(args: argparse.Namespace) -> int:
 
 def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> int:
     """``sparsify``'s residual stream of a replica's windows (``sparse/driver.py``), and masks of its stage."""
-    if getattr(args, "method", None) is None or getattr(args, "modules", None) is None:
+    if getattr(args, "method", None) is None or not hasattr(args, "modules"):  # None: all of them
         return 0
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
     windows = -(-args.calibration_sequences // args.data_parallel_size)

@@ -98,7 +98,7 @@ def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
         "fc1": (f * (2 if shape.gated else 1) // t, h, f // t),
         "fc2": (h // t, f, h // t),
     }
-    chosen = [linears[module] for module in args.modules.split(",")]
+    chosen = [linears[module] for module in (args.modules.split(",") if args.modules else linears)]
     squares = methods.get_sparse(name).statistic == "hessian"
     held = sum(rows * inputs + (FP64 * inputs**2 if squares else 0) for rows, inputs, _ in chosen)
     once = 0.0
