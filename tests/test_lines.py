@@ -19,6 +19,7 @@ from megatron_prune import screen
 from tests.study import made_up
 
 MOST = 40
+LISTINGS = ("inspect",)  # what it prints is the checkpoint's weights and arguments, all of them
 WINDOWS = "--calibration-sequences 4 --calibration-seq-length 32".split()
 TRAINING = "--stream-range 0:16 --global-batch-size 4 --micro-batch-size 1 --lr 1e-3 --log-interval 1".split()
 Run = Callable[..., str]
@@ -50,7 +51,7 @@ def run(job: Any, table: dict[str, int], tmp_path_factory: pytest.TempPathFactor
             said = done.stdout + done.stderr
         lines = said.splitlines()
         table[verb] = max(table.get(verb, 0), len(lines))
-        assert len(lines) <= MOST, said
+        assert len(lines) <= MOST or verb in LISTINGS, said
         assert not [line for line in lines if "Warning" in line or "----" in line], said
         return said
 
@@ -73,7 +74,8 @@ def test_from_hugging_face_to_hugging_face(run: Run, tiny_hf: Any, tiny_jsonl: P
     assert found.startswith("calibrated on 4 sequences of 32 tokens, loss ") and f"wrote {statistics}" in found
     name = Path(log.split()[1])
     assert "rank0" in name.name and "padded_vocab_size" in name.read_text()  # Megatron's dump of its arguments
-    assert name.with_name(name.name.replace("rank0", "rank1")).is_file()
+    job = name.name.split("-")[-2]  # the same for all ranks; the second in which each began is not
+    assert len(list(name.parent.glob(f"calibrate-*-{job}-rank1.log"))) == 1
     method = ["--method", "minitron-width", "--ratio", "0.25", "--divisible-by", "8"]
     run("plan", ["--load", parent, "--statistics", statistics, *method, "--output", plan])
     assert f"wrote {tmp_path}/a" in run("apply", ["--load", parent, "--plan", plan, "--save", tmp_path / "a"])
