@@ -86,6 +86,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "import-linter>=2.11",
+            "networkx>=3",
             "ruff>=0.8",
             "mypy>=1.13",
             "datasets>=3.0",

@@ -1,0 +1,60 @@
+"""Where code may stand: no room imports one above it, no circle, no name twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.house.count import ROOT, count
+
+
+def test_the_contracts_of_pyproject_are_kept():
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run([*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[done.stdout.find("Broken contracts") :] + done.stderr
+
+
+def test_no_circle_and_no_name_of_a_file_twice():
+    made = count(ROOT)
+    assert not made.module_circles and not made.room_circles
+    assert made.files_twice == ()
+
+
+def checkout(folder: Path, **files: str) -> Path:
+    for name, text in {"__init__": "", "errors": "", **files}.items():
+        path = folder / "megatron_prune" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(textwrap.dedent(text))
+    return folder
+
+
+def test_what_is_counted(tmp_path):
+    made = count(
+        checkout(
+            tmp_path,
+            **{
+                "masks/reader": "import megatron_prune.errors\nclass Found: ...\nclass _Own: ...\n",
+                "data/reader": "from megatron_prune import errors\nclass Found: ...\nclass _Own: ...\n",
+                "data/windows": """
+                    def late():
+                        from megatron_prune.data.shards import x
+                """,
+                "data/shards": "from megatron_prune.data import windows\nx = 1\n",
+                "cli/plan": "from megatron_prune.data.windows import late\nfrom megatron_prune.masks import reader\n",
+            },
+        )
+    )
+    assert (made.files, made.rooms) == (10, 5)  # the package itself is a room, and errors is one
+    assert made.floors == 3  # errors, data and masks, cli
+    assert made.module_circles == (("megatron_prune.data.shards", "megatron_prune.data.windows"),)
+    assert made.room_circles == () and made.files_twice == ("reader.py",) and made.classes_twice == ("Found",)
+
+
+def test_rooms_that_import_each_other_are_a_circle(tmp_path):
+    made = count(
+        checkout(tmp_path, **{"a/x": "import megatron_prune.b.y\n", "b/y": "from megatron_prune.a import x\n"})
+    )
+    assert made.room_circles == (("a", "b"),) and made.floors == 1
