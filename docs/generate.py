@@ -104,9 +104,9 @@ def _about(found: Any) -> str:
 
 def study_schema() -> str:
     """A section for each dataclass of study.yaml, in the order in which a reader meets them."""
-    from megatron_prune.study.schema import Study
+    from megatron_prune.study.schema import StudyConfig
 
-    parts, pending, done = [], [("the file", Study)], set()
+    parts, pending, done = [], [("the file", StudyConfig)], set()
     while pending:
         key, section = pending.pop(0)
         if section in done:

@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from megatron_prune.api.checkpoints import apply, export_hf, import_hf, plan
+    from megatron_prune.api.made import Calibration, Evaluation, Loss, Model, Plan, Pruned
     from megatron_prune.api.models import calibrate, evaluate, sparsify
-    from megatron_prune.api.prune import prune
-    from megatron_prune.api.results import Calibration, Evaluation, Loss, Model, Plan, Pruned
-    from megatron_prune.api.study import Study, StudyResult
+    from megatron_prune.api.prune_checkpoint import prune
+    from megatron_prune.api.studies import Study, StudyResult
     from megatron_prune.errors import MegatronPruneError
 
 __all__ = [

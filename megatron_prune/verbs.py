@@ -22,7 +22,7 @@ MODULES = ("qkv", "proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(Settings):
+class ModelSettings(Settings):
     """Flags that this package adds to Megatron's parser: they say what model Megatron builds."""
 
     TITLE = "model and layout"
@@ -42,7 +42,7 @@ class Model(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration(Settings):
+class CalibrationTextSettings(Settings):
     """Which text a parent is run on."""
 
     TITLE = "calibration text"
@@ -58,14 +58,14 @@ class Calibration(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amount(Settings):
+class AmountSettings(Settings):
     TITLE = "how much to remove"
 
     ratio: float | None = setting(None, metavar="R", help="fraction to remove, between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target(Amount):
+class TargetSettings(AmountSettings):
     """The shape after structured pruning: one of ``ratio``, ``target_params`` and sizes (``structured/target.py``)."""
 
     TITLE = "how much to remove"
@@ -90,7 +90,7 @@ class Target(Amount):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsity(Amount):
+class SparsitySettings(AmountSettings):
     """Which weights a sparse method may remove (``sparse/request.py``)."""
 
     TITLE = "sparse methods"
@@ -110,14 +110,14 @@ class Sparsity(Amount):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workers(Settings):
+class WorkersSettings(Settings):
     TITLE = "work"
 
     workers: int = setting(1, metavar="N", help="processes that share the work")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Integrity(Settings):
+class IntegritySettings(Settings):
     TITLE = "work"
 
     verify_integrity: bool = setting(False, help="check the files of --load against integrity.json first")
@@ -127,7 +127,7 @@ class Integrity(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(Calibration):
+class CalibrateSettings(CalibrationTextSettings):
     TITLE = "files"
 
     output: str | None = setting(None, metavar="FILE.safetensors", help="where the statistics go")
@@ -145,7 +145,7 @@ class Calibrate(Calibration):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFiles(Integrity):
+class PlanFilesSettings(IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent checkpoint")
@@ -156,7 +156,7 @@ class PlanFiles(Integrity):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Settings):
+class MethodSettings(Settings):
     TITLE = "method"
 
     method: str = setting(metavar="NAME", help="the pruning method")
@@ -166,7 +166,7 @@ class Method(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Target, Method, PlanFiles):
+class PlanSettings(TargetSettings, MethodSettings, PlanFilesSettings):
     TITLE = "how much to remove"
 
     tensor_model_parallel_size: int = setting(
@@ -175,7 +175,7 @@ class Plan(Target, Method, PlanFiles):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apply(Workers, Integrity):
+class ApplySettings(WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent that the plan was made for")
@@ -184,24 +184,24 @@ class Apply(Workers, Integrity):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunedBy(Settings):
+class PrunedBySettings(Settings):
     TITLE = "method"
 
     method: str = setting(metavar="NAME", help="the pruning method")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsify(Calibration, Sparsity, PrunedBy):
+class SparsifySettings(CalibrationTextSettings, SparsitySettings, PrunedBySettings):
     """``sparsify``; --load, --save and --seed are Megatron's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Calibration, Sparsity, Target, PrunedBy):
+class PruneSettings(CalibrationTextSettings, SparsitySettings, TargetSettings, PrunedBySettings):
     """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Settings):
+class SourceSettings(Settings):
     TITLE = "from Hugging Face to Hugging Face"
 
     hf: str = setting(metavar="HF", help="model directory, or a name on the Hub")
@@ -216,7 +216,7 @@ class Source(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(Settings):
+class TextSettings(Settings):
     TITLE = "text, of which one document in ten is held out"
 
     text: tuple[str, ...] = setting(
@@ -242,7 +242,7 @@ class Text(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrain(Settings):
+class RetrainSettings(Settings):
     TITLE = "training before the export"
 
     retrain_tokens: int | None = setting(None, metavar="N", help="train the pruned model on N tokens (default: none)")
@@ -251,7 +251,7 @@ class Retrain(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Processes(Workers):
+class ProcessesSettings(WorkersSettings):
     TITLE = "work"
 
     nproc: int = setting(1, metavar="N", help="processes that run the model, on this machine")
@@ -261,12 +261,14 @@ class Processes(Workers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHF(Processes, Retrain, Text, Sparsity, Target, Method, Source):
+class PruneHFSettings(
+    ProcessesSettings, RetrainSettings, TextSettings, SparsitySettings, TargetSettings, MethodSettings, SourceSettings
+):
     """``prune --hf``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainCandidates(Settings):
+class RetrainCandidatesSettings(Settings):
     TITLE = "files and processes"
 
     load: str = setting(metavar="CKPT", help="the parent")
@@ -282,7 +284,7 @@ class RetrainCandidates(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masks(Settings):
+class MasksSettings(Settings):
     TITLE = "masks"
 
     masks: str | None = setting(
@@ -302,7 +304,7 @@ class Masks(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream(Settings):
+class StreamSettings(Settings):
     TITLE = "token stream"
 
     stream_range: str | None = setting(
@@ -324,12 +326,12 @@ class Stream(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Masks, Stream):
+class PretrainSettings(MasksSettings, StreamSettings):
     """``pretrain``; everything else is Megatron's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tasks(Settings):
+class TasksSettings(Settings):
     TITLE = "lm-eval's tasks (a task reads up to --seq-length tokens, and --micro-batch-size of its sequences at once)"
 
     tasks: str | None = setting(
@@ -344,7 +346,7 @@ class Tasks(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Tasks):
+class EvaluateSettings(TasksSettings):
     TITLE = "what to score"
 
     output: str = setting(metavar="FILE", help="scores.json to write")
@@ -360,7 +362,7 @@ class Evaluate(Tasks):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight(Settings):
+class PreflightSettings(Settings):
     TITLE = "cluster"
 
     gpus: int = setting(metavar="N", help="ranks of the job")
@@ -391,7 +393,7 @@ class Preflight(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Settings):
+class StudySettings(Settings):
     TITLE = "study"
 
     study: str = setting(positional=True, metavar="STUDY.yaml", help="the study's file")
@@ -402,7 +404,7 @@ class Study(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyPlan(Study):
+class StudyPlanSettings(StudySettings):
     TITLE = "what is shown"
 
     commands: bool = setting(False, help="print the command line of every stage too")
@@ -422,7 +424,7 @@ class StudyPlan(Study):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyStatus(Study):
+class StudyStatusSettings(StudySettings):
     TITLE = "what is shown"
 
     watch: float | None = setting(
@@ -431,7 +433,7 @@ class StudyStatus(Study):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyStage(Settings):
+class StudyStageSettings(Settings):
     TITLE = "stage"
 
     cell: str = setting(positional=True, metavar="CELL", help="a cell's directory, with its cell.json")
@@ -439,7 +441,7 @@ class StudyStage(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedBy(Settings):
+class AdvisedBySettings(Settings):
     TITLE = "where the answer comes from"
 
     ledger: str | None = setting(
@@ -451,7 +453,7 @@ class AdvisedBy(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedParent(Settings):
+class AdvisedParentSettings(Settings):
     TITLE = "parent (default: the ledger's)"
 
     parent: str | None = setting(None, metavar="CKPT", help="its checkpoint")
@@ -460,7 +462,7 @@ class AdvisedParent(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedAmount(Settings):
+class AdvisedAmountSettings(Settings):
     TITLE = "what is to be removed: one of these"
 
     ratio: float | None = setting(None, metavar="R", help="fraction removed")
@@ -478,7 +480,7 @@ class AdvisedAmount(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedBudget(Settings):
+class AdvisedBudgetSettings(Settings):
     TITLE = "budget: tokens of retraining, or GPU-hours"
 
     tokens: str | None = setting(None, metavar="N", help="such as 10B")
@@ -493,7 +495,7 @@ class AdvisedBudget(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advise(AdvisedBudget, AdvisedAmount, AdvisedParent, AdvisedBy):
+class AdviseSettings(AdvisedBudgetSettings, AdvisedAmountSettings, AdvisedParentSettings, AdvisedBySettings):
     """``advise``."""
 
 
@@ -501,7 +503,7 @@ class Advise(AdvisedBudget, AdvisedAmount, AdvisedParent, AdvisedBy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Workers):
+class ImportSettings(WorkersSettings):
     TITLE = "files"
 
     hf: str = setting(metavar="DIR", help="model directory with safetensors, or a name on the Hub")
@@ -519,7 +521,7 @@ class Import(Workers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Workers, Integrity):
+class ExportSettings(WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
@@ -527,7 +529,7 @@ class Export(Workers, Integrity):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewrite(Workers, Integrity):
+class RewriteSettings(WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
@@ -535,7 +537,7 @@ class Rewrite(Workers, Integrity):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Settings):
+class InspectSettings(Settings):
     checkpoint: str = setting(
         positional=True, metavar="CKPT", help="checkpoint, or one of its iter_… or release directories"
     )
@@ -546,19 +548,19 @@ class Inspect(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReshardOptimizer(Settings):
+class ReshardOptimizerSettings(Settings):
     save: str = setting(positional=True, metavar="SAVE", help="the newest save of a run, or one of its iter_… folders")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchFiles(Settings):
+class LaunchFilesSettings(Settings):
     folder: str = setting(
         "launch", positional=True, metavar="DIR", help="where they go; must not exist (default: launch)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildCorpus(Settings):
+class BuildCorpusSettings(Settings):
     output: str = setting(metavar="DIR", help="gets train, calibration, validation and test .jsonl")
     max_bytes: int = setting(16_000_000, metavar="N", help="stop after this much text; 0 takes all there is")
     split: str = setting("94,2,2,2", metavar="SHARES", help="shares of the four splits")
@@ -571,7 +573,7 @@ class BuildCorpus(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizer(Settings):
+class TrainTokenizerSettings(Settings):
     input: tuple[str, ...] = setting(metavar="FILE", help="JSON lines, Parquet or text, .gz, .zst or not")
     output: str = setting(metavar="FILE.model", help="the SentencePiece model to write")
     vocab_size: int = setting(metavar="N", help="number of ids, special ones and 256 bytes included")
@@ -582,7 +584,7 @@ class TrainTokenizer(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer(Settings):
+class TokenizerSettings(Settings):
     TITLE = "tokenizer"
 
     tokenizer_type: str = setting(metavar="TYPE", help=", ".join(TOKENIZERS))
@@ -605,7 +607,7 @@ class Tokenizer(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents(Settings):
+class DocumentsSettings(Settings):
     TITLE = "documents"
 
     append_eod: bool = setting(False, help="end every document with the end-of-document id")
@@ -627,7 +629,7 @@ class Documents(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocess(Documents, Tokenizer):
+class PreprocessSettings(DocumentsSettings, TokenizerSettings):
     TITLE = "files"
 
     input: tuple[str, ...] = setting(
@@ -644,7 +646,7 @@ class Preprocess(Documents, Tokenizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckContamination(Settings):
+class CheckContaminationSettings(Settings):
     TITLE = "corpora and limits"
 
     train: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of training")
@@ -662,7 +664,7 @@ class CheckContamination(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildIndex(Settings):
+class BuildIndexSettings(Settings):
     TITLE = "the training run's flags, and two checks"
 
     data_path: tuple[str, ...] | None = setting(

@@ -13,7 +13,7 @@ import pytest
 from megatron_prune import verbs
 from megatron_prune.methods import options
 from megatron_prune.settings import Settings
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ def test_the_reference_has_every_flag_of_the_command_line(site: Path) -> None:
 
 def test_the_reference_has_every_key_of_a_study(site: Path) -> None:
     page = html.unescape((site / "study-reference" / "index.html").read_text())
-    for field in dataclasses.fields(Study):
+    for field in dataclasses.fields(StudyConfig):
         assert f"<code>{field.name}</code>" in page
     assert "<code>declared_unseen</code>" in page  # of a section inside it
 

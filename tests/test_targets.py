@@ -39,7 +39,7 @@ def read[S: Settings](cls: type[S], *flags: str) -> S:
 
 
 def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
-    target = targets.from_settings(read(verbs.Target, *flags), (), tp)
+    target = targets.from_settings(read(verbs.TargetSettings, *flags), (), tp)
     return target.choose(source, methods.get(method), {"axis": axis})
 
 
@@ -160,7 +160,7 @@ def test_random_cuts_depth_and_width_at_once() -> None:
 def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
     search = methods.get("minitron-width").search(UNLIMITED | {"search": axes.split()})
     assert search is not None
-    return targets.from_settings(read(verbs.Target, *flags), (), tp).near(source, search)
+    return targets.from_settings(read(verbs.TargetSettings, *flags), (), tp).near(source, search)
 
 
 # Hidden/FFN of the paper's candidates for Llama-3.1-8B, 32 heads each. Its percentages are names.
@@ -299,9 +299,9 @@ def given_shapes(source: ModelShape, *words: str, tp: int = 1) -> tuple[ModelSha
     """The shapes that compete by minitron-width's flags, as ``plan`` reads them."""
     own = options.STRUCTURED["minitron-width"]
     parser = argparse.ArgumentParser()
-    add_flags(parser, verbs.Target, own)
+    add_flags(parser, verbs.TargetSettings, own)
     given = parser.parse_args(words)
-    asked = choices.choose("minitron-width", verbs.Target.of(given), own.of(given), tensor_parallel=tp)
+    asked = choices.choose("minitron-width", verbs.TargetSettings.of(given), own.of(given), tensor_parallel=tp)
     return asked.shapes(source)
 
 

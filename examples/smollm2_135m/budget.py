@@ -73,7 +73,7 @@ class Work:
     calibration: int
 
 
-def work(study: schema.Study, parent: ModelShape) -> Work:
+def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
     """What the study does with the parent of that shape. Width counts as if as many layers were gone."""
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}

@@ -13,14 +13,15 @@ from megatron_prune.settings import Settings
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.layout import ModelShape
-    from megatron_prune.sparse.request import Request
+    from megatron_prune.sparse.request import SparsifyRequest
     from megatron_prune.structured.choice import Choice
 
 # What it shares with ``prune`` of a checkpoint: the method and how much is removed. Text it divides by itself.
 _SHARED = [
     flag.name
-    for flag in verbs.Prune.flags()
-    if flag.name in {one.name for one in verbs.PruneHF.flags()} - {one.name for one in verbs.Calibration.flags()}
+    for flag in verbs.PruneSettings.flags()
+    if flag.name
+    in {one.name for one in verbs.PruneHFSettings.flags()} - {one.name for one in verbs.CalibrationTextSettings.flags()}
 ]
 
 
@@ -28,14 +29,14 @@ _SHARED = [
 class Asked:
     """``settings`` of the command, ``own`` of its structured method."""
 
-    settings: verbs.PruneHF
+    settings: verbs.PruneHFSettings
     own: Settings
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """From keywords. UsageError for one that there is not, or a value that cannot be."""
-        common = {flag.name for flag in verbs.PruneHF.flags()}
-        settings = verbs.PruneHF.read({name: value for name, value in values.items() if name in common})
+        common = {flag.name for flag in verbs.PruneHFSettings.flags()}
+        settings = verbs.PruneHFSettings.read({name: value for name, value in values.items() if name in common})
         rest = {name: value for name, value in values.items() if name not in common and value is not None}
         method = settings.method
         mine = {flag.name for flag in options.UNTRAINED.get(method, options.NoOptions).flags()}
@@ -44,7 +45,7 @@ class Asked:
                 if name in {flag.name for flag in theirs.flags()}:
                     flag = f"--{name.replace('_', '-')}"
                     raise UsageError(flag, expected=f"only with --method {other}", got=f"with --method {method}")
-            verbs.PruneHF.read({name: rest[name]})  # says which there are, and the nearest
+            verbs.PruneHFSettings.read({name: rest[name]})  # says which there are, and the nearest
         return cls(settings, options.STRUCTURED.get(method, options.NoOptions).read(rest))
 
     @property
@@ -57,15 +58,15 @@ class Asked:
 
     def check(self, shape: ModelShape) -> None:
         """UsageError for a method or a target that a model of ``shape`` cannot have."""
-        from megatron_prune.sparse.request import Request
+        from megatron_prune.sparse.request import SparsifyRequest
 
         chosen = self.choose()
-        if isinstance(chosen, Request):
+        if isinstance(chosen, SparsifyRequest):
             chosen.check(shape)
         else:
             chosen.shapes(shape)
 
-    def choose(self) -> Choice | Request:
+    def choose(self) -> Choice | SparsifyRequest:
         """What is asked of the method."""
         from megatron_prune.pruning.prune import choose
 
@@ -74,13 +75,13 @@ class Asked:
 
     def reads_text(self) -> bool:
         """Whether this pruning needs calibration text."""
-        from megatron_prune.sparse.request import Request
+        from megatron_prune.sparse.request import SparsifyRequest
 
         chosen = self.choose()
-        return chosen.method.statistic != "none" if isinstance(chosen, Request) else chosen.needs_statistics
+        return chosen.method.statistic != "none" if isinstance(chosen, SparsifyRequest) else chosen.needs_statistics
 
     @property
-    def _verb(self) -> verbs.Prune:
+    def _verb(self) -> verbs.PruneSettings:
         """The settings of ``prune`` of a checkpoint among these."""
         asked = self.settings
-        return verbs.Prune.read({name: getattr(asked, name) for name in _SHARED if asked.was_given(name)})
+        return verbs.PruneSettings.read({name: getattr(asked, name) for name in _SHARED if asked.was_given(name)})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import verbs
-from megatron_prune.api.results import Model, Plan
+from megatron_prune.api.made import Model, Plan
 from megatron_prune.errors import PlanError, UsageError
 
 Place = str | Path
@@ -89,10 +89,10 @@ def plan(
     from megatron_prune.methods import options
     from megatron_prune.pruning.make_plan import Unscored, make_plan
 
-    names = {flag.name for flag in verbs.Plan.flags()}
+    names = {flag.name for flag in verbs.PlanSettings.flags()}
     paths = [statistics] if isinstance(statistics, str | Path) else list(statistics)
     given = {"load": load, "method": method, "output": output, "statistics": paths, "ratio": ratio, "seed": seed}
-    asked = verbs.Plan.read({**given, **{name: value for name, value in settings.items() if name in names}})
+    asked = verbs.PlanSettings.read({**given, **{name: value for name, value in settings.items() if name in names}})
     own = options.STRUCTURED.get(method, options.NoOptions)
     made = make_plan(asked, own.read({name: value for name, value in settings.items() if name not in names}))
     if isinstance(made, Unscored):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import verbs
-from megatron_prune.api import jobs
-from megatron_prune.api.results import Calibration, Evaluation, Model
+from megatron_prune.api import launching
+from megatron_prune.api.made import Calibration, Evaluation, Model
 from megatron_prune.methods import options
 from megatron_prune.settings import Settings
 
@@ -40,7 +40,7 @@ def calibrate(
     ``calibration_data_path`` is the prefix of a tokenized corpus, of which ``calibration_sequences`` windows of
     ``calibration_seq_length`` tokens are read. Raises UsageError, DataError, CheckpointError and RunError.
     """
-    asked = verbs.Calibrate.read(
+    asked = verbs.CalibrateSettings.read(
         {
             "output": output,
             "calibration_data_path": calibration_data_path,
@@ -50,10 +50,10 @@ def calibrate(
         }
     )
     words = _megatron({"load": load}, megatron)
-    if jobs.is_launched():
+    if launching.is_launched():
         from megatron_prune.pruning import calibrate as room
 
-        jobs.in_place(lambda: room.calibrate(asked, words))
+        launching.in_place(lambda: room.calibrate(asked, words))
     else:
         _launch("calibrate", [asked], words, nproc, devices, log)
     return Calibration.read(output)
@@ -82,7 +82,7 @@ def sparsify(
     (``layers``, ``modules``, ``module_ratio``). Methods that read text need ``calibration_data_path``.
     Raises UsageError, DataError, CheckpointError and RunError.
     """
-    asked = verbs.Sparsify.read(
+    asked = verbs.SparsifySettings.read(
         {
             "method": method,
             "pattern": pattern,
@@ -94,10 +94,10 @@ def sparsify(
         }
     )
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
-    if jobs.is_launched():
+    if launching.is_launched():
         from megatron_prune.pruning import sparsify as room
 
-        jobs.in_place(lambda: room.sparsify(asked, words))
+        launching.in_place(lambda: room.sparsify(asked, words))
     else:
         _launch("sparsify", [asked], words, nproc, devices, log)
     return Model.of_checkpoint(save)
@@ -124,9 +124,9 @@ def prune_checkpoint(
     ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. Raises
     UsageError, DataError, CheckpointError and RunError.
     """
-    names = {flag.name for flag in verbs.Prune.flags()}
+    names = {flag.name for flag in verbs.PruneSettings.flags()}
     own = options.STRUCTURED.get(method, options.NoOptions).read({k: v for k, v in settings.items() if k not in names})
-    asked = verbs.Prune.read(
+    asked = verbs.PruneSettings.read(
         {
             "method": method,
             "calibration_data_path": calibration_data_path,
@@ -136,10 +136,10 @@ def prune_checkpoint(
         }
     )
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
-    if jobs.is_launched():
+    if launching.is_launched():
         from megatron_prune.pruning import prune as room
 
-        jobs.in_place(lambda: room.prune(asked, own, words))
+        launching.in_place(lambda: room.prune(asked, own, words))
     else:
         _launch("prune", [asked, own], words, nproc, devices, log)
     return Model.of_checkpoint(save)
@@ -170,7 +170,7 @@ def evaluate(
     words = _megatron({"load": load, "data_path": prefixes, "seq_length": seq_length}, megatron)
     with tempfile.TemporaryDirectory(prefix="megatron-prune-") as folder:
         path = Path(output or Path(folder) / "scores.json")
-        asked = verbs.Evaluate.read(
+        asked = verbs.EvaluateSettings.read(
             {
                 "output": path,
                 "labels": labels or None,
@@ -179,19 +179,19 @@ def evaluate(
                 **settings,
             }
         )
-        if not jobs.is_launched():
+        if not launching.is_launched():
             _launch("evaluate", [asked], words, nproc, devices, log)
             return Evaluation.read(path, kept=output is not None)
         from megatron_prune.evaluation import evaluate as room
 
         found: list[dict[str, Any]] = []
-        jobs.in_place(lambda: found.append(room.evaluate(asked, words)))
+        launching.in_place(lambda: found.append(room.evaluate(asked, words)))
         return Evaluation.of(found[0], None if output is None else path)
 
 
 def _megatron(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> list[str]:
     """The words of a command line that Megatron's parser reads."""
-    return [*jobs.flags(own), *jobs.flags(more or {})]
+    return [*launching.flags(own), *launching.flags(more or {})]
 
 
 def _launch(
@@ -203,4 +203,4 @@ def _launch(
     log: Words | None,
 ) -> None:
     own = [word for settings in asked for word in settings.words()]
-    jobs.run([verb, *own, *words], nproc=nproc, devices=devices, log=log)
+    launching.run([verb, *own, *words], nproc=nproc, devices=devices, log=log)

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune import artifacts, verbs
-from megatron_prune.api import jobs, models
+from megatron_prune.api import launching, models
 from megatron_prune.api.asked import Asked
-from megatron_prune.api.results import Evaluation, Loss, Model, Pruned, shape_words
+from megatron_prune.api.made import Evaluation, Loss, Model, Pruned, shape_words
 from megatron_prune.data import split
 from megatron_prune.errors import CheckpointError, DataError, UsageError
 
@@ -67,7 +67,7 @@ def run(asked: Asked, tell: Callable[[str], None], during: During = contextlib.n
 
     Raises MegatronPruneError before anything is written where the question cannot be answered.
     """
-    jobs.refuse_if_launched("--hf")
+    launching.refuse_if_launched("--hf")
     run = _Run(asked, tell, during)
     return run.finished() or run.go()
 
@@ -309,7 +309,7 @@ class _Run:
         }
         job = self._job("retrain")
         with self.during("retrain"):
-            jobs.run(["pretrain", *jobs.flags(words), *jobs.flags(job.pop("megatron"))], **job)
+            launching.run(["pretrain", *launching.flags(words), *launching.flags(job.pop("megatron"))], **job)
         tokens = self.steps * asked.retrain_batch_size * self.seq_length
         self.tell(f"retrain     {save}: {tokens:,} tokens ({time.monotonic() - begun:.1f} s)")
         return save
@@ -432,7 +432,7 @@ def _on_cpu() -> bool:
     return cpu.is_cpu()
 
 
-def _read_source(asked: verbs.PruneHF) -> _Source:
+def _read_source(asked: verbs.PruneHFSettings) -> _Source:
     """Look at the model without its weights. CheckpointError where there is none, or it is of no family known here."""
     from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.convert import huggingface, safetensors_io

@@ -30,7 +30,7 @@ from megatron_prune.methods.accumulators import QUANTITIES, ChannelSums, CosineD
 from megatron_prune.structured.statistics import site_shapes, tensor_shapes
 
 
-class Recorder:
+class ActivationRecorder:
     """Attaches to this rank's stage while open; ``with Recorder(stage, shape) as recorder: …``."""
 
     def __init__(self, stage: torch.nn.Module, shape: ModelShape):
@@ -50,7 +50,7 @@ class Recorder:
         if decoder.final_layernorm is not None:
             self._on_output(decoder.final_layernorm, self._shared("final_layernorm", None))
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> ActivationRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:

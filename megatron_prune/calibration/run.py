@@ -15,7 +15,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_prune import screen
 from megatron_prune.calibration import scoring
-from megatron_prune.calibration.hooks import Recorder
+from megatron_prune.calibration.hooks import ActivationRecorder
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.data.multiple_choice import Requests
@@ -38,7 +38,7 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
     chosen = chosen_windows(args)
     model = _load(args)
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-    with Recorder(model[0], parent.shape) as recorder:
+    with ActivationRecorder(model[0], parent.shape) as recorder:
         losses = forward.run(model, screen.progress(own, len(own), "calibrating", "window"))
         # Every TP rank of the last stage has the same losses.
         mine = losses if losses is not None and mpu.get_tensor_model_parallel_rank() == 0 else []

@@ -156,7 +156,7 @@ RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
 
 
 @dataclass(frozen=True)
-class Piece:
+class WrittenPiece:
     """One record: a rectangle of a weight, and the bytes of a file that hold it."""
 
     name: str  # of the logical weight
@@ -173,7 +173,7 @@ class Part:
     """A part that was written: its pieces, and the SHA-256 of its files."""
 
     folder: Path
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WrittenPiece, ...]
     hashes: dict[str, str]
 
     def fill(self, name: str, offsets: Sequence[int], target: torch.Tensor) -> int:
@@ -184,7 +184,7 @@ class Part:
             if piece.name == name and _overlap(piece.offsets, piece.sizes, offsets, target.shape)
         )
 
-    def _read(self, piece: Piece) -> torch.Tensor:
+    def _read(self, piece: WrittenPiece) -> torch.Tensor:
         with open(self.folder / piece.file, "rb") as handle:
             handle.seek(piece.start)
             tensor: torch.Tensor = torch.load(io.BytesIO(handle.read(piece.length)), weights_only=True)
@@ -214,7 +214,7 @@ def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Te
     """Write ``folder``, replacing what was there. ``shards`` gives (logical weight, offsets, CPU tensor)."""
     with atomic_directory(folder, replace=True) as scratch:
         files = RecordFiles(scratch)
-        pieces: list[Piece] = []
+        pieces: list[WrittenPiece] = []
         try:
             for name, offsets, tensor in shards:
                 rows = max(1, RECORD_BYTES // max(1, tensor[:1].nbytes))
@@ -224,7 +224,7 @@ def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Te
                     stored = block.unsqueeze(0) if name.startswith(LAYERS) else block
                     file, start, length = files.append(tensor_record, stored)
                     place = (offsets[0] + first, *offsets[1:])
-                    pieces.append(Piece(name, place, tuple(block.shape), block.dtype, file, start, length))
+                    pieces.append(WrittenPiece(name, place, tuple(block.shape), block.dtype, file, start, length))
             files.close()
         finally:
             files.shutdown()
@@ -237,7 +237,7 @@ def read_part(folder: Path) -> Part:
     found = read_json(folder / PART_FILE)
     try:
         pieces = tuple(
-            Piece(
+            WrittenPiece(
                 **piece
                 | {
                     "offsets": tuple(piece["offsets"]),

@@ -114,7 +114,7 @@ class StoredFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._handles: dict[str, storage.LocalBytes | storage.StoredBytes] = {}
-        self._records: dict[tuple[str, int], Record] = {}
+        self._records: dict[tuple[str, int], StoredRecord] = {}
 
     def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
         """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
@@ -135,7 +135,7 @@ class StoredFiles:
             self._read_into(buffer, box.piece.file, begin)
             target.copy_(buffer)
 
-    def record(self, piece: Piece) -> Record:
+    def record(self, piece: Piece) -> StoredRecord:
         """Where the numbers of a piece lie. Raises CheckpointError where its record is damaged or another's."""
         place = (piece.file, piece.start)
         if place not in self._records:
@@ -184,7 +184,7 @@ class StoredFiles:
 
 
 @dataclass(frozen=True)
-class Record:
+class StoredRecord:
     """Where the numbers of one stored tensor lie: byte ``offset`` in its file, and their strides."""
 
     offset: int
@@ -226,7 +226,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return dtype, str(key), int(numel)
 
 
-def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length: int, origin: str) -> Record:
+def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length: int, origin: str) -> StoredRecord:
     """Find the raw numbers of the ``torch.save`` record in bytes [start, start + length) of an open file.
 
     Nothing in the record is executed. Raises CheckpointError naming ``origin`` for a record that is
@@ -259,4 +259,4 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise CheckpointError(f"{origin} is truncated or damaged: {error}") from error
-    return Record(start + begin + first * dtype.itemsize, dtype, size, stride)
+    return StoredRecord(start + begin + first * dtype.itemsize, dtype, size, stride)

@@ -22,7 +22,7 @@ _ITERATION = re.compile(r"iter_(\d{7,19})")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundIteration:
     """A checkpoint directory, the root that its tracker lies in, and what its name says."""
 
     root: Path
@@ -70,7 +70,7 @@ def is_complete(directory: str | Path) -> bool:
     return True
 
 
-def find_iteration(root: str | Path) -> Found | None:
+def find_iteration(root: str | Path) -> FoundIteration | None:
     """The checkpoint that ``root`` would be loaded from: the tracked one, or the newest complete one where
     the tracker is missing, empty or broken. None where there is none at all.
 
@@ -122,7 +122,7 @@ def repair_tracker(root: str | Path) -> Path | None:
     return None
 
 
-def resolve(path: Path) -> Found:
+def resolve(path: Path) -> FoundIteration:
     """The checkpoint that a command-line argument means: a root with a tracker, or one of its directories."""
     from megatron_prune.checkpoint.legacy import is_legacy
 
@@ -131,7 +131,7 @@ def resolve(path: Path) -> Found:
         raise CheckpointError(f"{path} is not a directory: expected a Megatron checkpoint")
     if (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path):
         match = _ITERATION.fullmatch(path.name)
-        found = Found(path.parent, path, int(match[1]) if match else None, path.name == "release")
+        found = FoundIteration(path.parent, path, int(match[1]) if match else None, path.name == "release")
     else:
         tracked = find_iteration(path)
         if tracked is None:
@@ -160,19 +160,19 @@ def _backend(directory: Path) -> str | None:
     return str(found["sharded_backend"]) if isinstance(found, dict) and "sharded_backend" in found else None
 
 
-def _tracked(root: Path) -> Found | None:
+def _tracked(root: Path) -> FoundIteration | None:
     """What a sound tracker says; None where it is missing, empty or broken."""
     if not (root / TRACKER_FILE).is_file():
         return None
     text = storage.open_bytes(root / TRACKER_FILE).read(_TRACKER_BYTES, 0).decode(errors="replace").strip()
     if text == "release":
-        return Found(root, root / "release", 0, True)
+        return FoundIteration(root, root / "release", 0, True)
     if text.isascii() and text.isdigit() and len(text) < _TRACKER_BYTES:
-        return Found(root, iteration_directory(root, int(text)), int(text), False)
+        return FoundIteration(root, iteration_directory(root, int(text)), int(text), False)
     return None
 
 
-def _newest_complete(root: Path) -> Found | None:
+def _newest_complete(root: Path) -> FoundIteration | None:
     iterations = sorted(
         (int(match[1]), folder)
         for folder in (root.iterdir() if root.is_dir() else ())
@@ -180,8 +180,8 @@ def _newest_complete(root: Path) -> Found | None:
     )
     for iteration, folder in reversed(iterations):
         if is_complete(folder):
-            return Found(root, folder, iteration, False)
-    return Found(root, root / "release", 0, True) if is_complete(root / "release") else None
+            return FoundIteration(root, folder, iteration, False)
+    return FoundIteration(root, root / "release", 0, True) if is_complete(root / "release") else None
 
 
 # What is no checkpoint of Megatron's, or cannot become one: recognised, so that its refusal says what to do.

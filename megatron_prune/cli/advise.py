@@ -11,8 +11,8 @@ from megatron_prune.errors import UsageError
 
 if TYPE_CHECKING:
     from megatron_prune.study.advise.answer import Advice
-    from megatron_prune.study.advise.ledgers import Ledger
-    from megatron_prune.study.advise.target import Target
+    from megatron_prune.study.advise.ledgers import Measurements
+    from megatron_prune.study.advise.question import AdvisedTarget
     from megatron_prune.study.analysis.inference import Difference
 
 
@@ -21,21 +21,21 @@ def parser() -> Parser:
         "advise",
         "Says whether to prune or to train from scratch for a budget of tokens, as far as a ledger of measured "
         'comparisons can say. "Don\'t know" is an answer, with what would settle it.',
-        verbs.Advise,
+        verbs.AdviseSettings,
         example="megatron-prune advise --ratio 0.5 --tokens 400k",
     )
 
 
 def main(argv: list[str]) -> int:
     """Print the advice; with ``--json`` write it too. An answer of "don't know" is one, and no error."""
-    options = verbs.Advise.of(parser().read(argv)[0])
+    options = verbs.AdviseSettings.of(parser().read(argv)[0])
     from megatron_prune import artifacts
-    from megatron_prune.study.advise import answer, ledgers, target
+    from megatron_prune.study.advise import answer, ledgers, question
 
     if options.ledger is None and not ledgers.SHIPPED.is_file():
         raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
     ledger = ledgers.read(options.ledger or ledgers.SHIPPED)
-    asked = target.from_settings(options, ledger.parent_params)
+    asked = question.from_settings(options, ledger.parent_params)
     advice = answer.advise(ledger, asked)
     if options.json:
         artifacts.write_json(options.json, to_json(ledger, asked, advice))
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def to_json(ledger: Ledger, asked: Target, advice: Advice) -> dict[str, Any]:
+def to_json(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> dict[str, Any]:
     """The advice with its question and where it comes from."""
     return {
         "version": 1,
@@ -58,7 +58,7 @@ def to_json(ledger: Ledger, asked: Target, advice: Advice) -> dict[str, Any]:
     }
 
 
-def words(ledger: Ledger, asked: Target, advice: Advice) -> list[str]:
+def words(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> list[str]:
     """Lines for people: the answer first, then what it rests on and what would settle what is open."""
     from megatron_prune.study.grid import setting_words
 

@@ -11,7 +11,7 @@ def parser() -> Parser:
         "apply",
         "Cuts a checkpoint as a plan says, and writes the smaller one. Weights are streamed, so memory stays small "
         "whatever the model's size; masks next to the parent are cut along.",
-        verbs.Apply,
+        verbs.ApplySettings,
         example="megatron-prune apply --load checkpoints/parent --plan plan.json --save checkpoints/pruned",
     )
 
@@ -19,7 +19,7 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, _ = parser().read(argv)
-    asked = verbs.Apply.of(options)
+    asked = verbs.ApplySettings.of(options)
     from megatron_prune.structured.apply import apply
 
     made = apply(asked)

@@ -14,14 +14,14 @@ def parser() -> Parser:
         "build-corpus",
         "Gathers English text that is on this machine (documentation, licences, manuals) into JSON lines, split into "
         "training, calibration, validation and test. For trying things out; documents are never in two splits.",
-        verbs.BuildCorpus,
+        verbs.BuildCorpusSettings,
         example="megatron-prune build-corpus --output data/text --max-bytes 10000000",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.BuildCorpus.of(parser().read(argv)[0])
+    asked = verbs.BuildCorpusSettings.of(parser().read(argv)[0])
     from megatron_prune.data import local_text
 
     manifest = local_text.build_corpus(

@@ -17,21 +17,21 @@ def parser() -> Parser:
         "Builds a token stream's index caches on one machine, and counts unique tokens. At the start of a run rank 0 "
         "would build them while everybody waits, for ten minutes at most, which is too short for hundreds of billions "
         "of tokens.",
-        verbs.BuildIndex,
+        verbs.BuildIndexSettings,
         example="megatron-prune build-index --data-path data/train --seq-length 2048 --stream-range 0:256000",
     )
 
 
 def main(argv: list[str]) -> int:
     """Build the caches and print the stream's description as JSON."""
-    asked = verbs.BuildIndex.of(parser().read(argv)[0])
+    asked = verbs.BuildIndexSettings.of(parser().read(argv)[0])
     if (asked.data_path is None) == (asked.train_data_path is None):
         got = "both" if asked.data_path else "neither"
         raise UsageError("--data-path, --train-data-path", got=got, expected="exactly one of them")
     warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune.data import coverage
     from megatron_prune.data.contamination import refuse_shared_documents
-    from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
+    from megatron_prune.data.streams import Stream, StreamRange, parse_range, refuse_overlap
 
     begun = monotonic()
     stream = Stream.build(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     checked: list[list[int]] = []
     for text in asked.stream_range:
         start, end = parse_range(text)
-        SampleRange(stream, start, end)
+        StreamRange(stream, start, end)
         for earlier in checked:
             refuse_overlap(
                 {"stream": stream.describe(), "range": earlier},

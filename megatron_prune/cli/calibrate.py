@@ -13,7 +13,7 @@ def parser() -> Parser:
         "calibrate",
         "Runs a checkpoint once over calibration text and writes the statistics that every forward-only method needs, "
         "at every ratio. With --score it adds the losses of the candidates that plan wrote.",
-        verbs.Calibrate,
+        verbs.CalibrateSettings,
         mentioned=(mentions.LOAD, *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8),
         example="""
 megatron-prune calibrate --load checkpoints/parent \\
@@ -26,7 +26,7 @@ torchrun --nproc-per-node 8 -m megatron_prune calibrate --load checkpoints/paren
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, words = parser().read(argv)
-    own = verbs.Calibrate.of(options)
+    own = verbs.CalibrateSettings.of(options)
     start_engine()
     from megatron_prune.pruning.calibrate import calibrate
     from megatron_prune.structured.statistics import json_path

@@ -15,14 +15,14 @@ def parser() -> Parser:
         "check-contamination",
         "Looks for documents, equal or nearly so, that the corpora of different stages share, and exits with code 2 "
         "where two stages share more than allowed. Corpora are given by their prefixes, all of one tokenizer.",
-        verbs.CheckContamination,
+        verbs.CheckContaminationSettings,
         example="megatron-prune check-contamination --train data/train --test data/test --json shared.json",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.CheckContamination.of(parser().read(argv)[0])
+    asked = verbs.CheckContaminationSettings.of(parser().read(argv)[0])
     warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune import artifacts
     from megatron_prune.data import contamination

@@ -27,21 +27,21 @@ def parser(part: str) -> Parser:
             "convert import",
             "Writes a Hugging Face model of the Llama family as a Megatron checkpoint, which loads at every layout. "
             "The tokenizer and the model's config go along.",
-            verbs.Import,
+            verbs.ImportSettings,
             example="megatron-prune convert import --hf HuggingFaceTB/SmolLM2-135M --save checkpoints/parent",
         )
     if part == "export":
         return Parser(
             "convert export",
             "Writes a Megatron checkpoint as a Hugging Face model. Masks next to it become masks.safetensors.",
-            verbs.Export,
+            verbs.ExportSettings,
             example="megatron-prune convert export --load checkpoints/pruned --hf exported",
         )
     return Parser(
         "convert rewrite",
         "Writes the weights of any Megatron checkpoint, legacy per-rank files too, as one that loads at every layout. "
         "Optimizer state stays behind.",
-        verbs.Rewrite,
+        verbs.RewriteSettings,
         example="megatron-prune convert rewrite --load legacy --save checkpoints/parent",
     )
 
@@ -51,16 +51,16 @@ def main(argv: list[str]) -> int:
     part, words = group().read(argv)
     options = parser(part).read(words)[0]
     if part == "import":
-        made = _import(verbs.Import.of(options))
+        made = _import(verbs.ImportSettings.of(options))
     elif part == "export":
-        made = _export(verbs.Export.of(options))
+        made = _export(verbs.ExportSettings.of(options))
     else:
-        made = _rewrite(verbs.Rewrite.of(options))
+        made = _rewrite(verbs.RewriteSettings.of(options))
     print(f"wrote {made}")
     return 0
 
 
-def _import(asked: verbs.Import) -> str:
+def _import(asked: verbs.ImportSettings) -> str:
     from megatron_prune.api.checkpoints import import_hf
 
     made = import_hf(
@@ -75,14 +75,14 @@ def _import(asked: verbs.Import) -> str:
     return f"{made.path}: {made.parameters:,} parameters"
 
 
-def _export(asked: verbs.Export) -> str:
+def _export(asked: verbs.ExportSettings) -> str:
     from megatron_prune.api.checkpoints import export_hf
 
     _verify(asked)
     return str(export_hf(asked.load, asked.hf, workers=asked.workers).path)
 
 
-def _rewrite(asked: verbs.Rewrite) -> str:
+def _rewrite(asked: verbs.RewriteSettings) -> str:
     from megatron_prune.checkpoint.parallel import keep_freed_memory
     from megatron_prune.structured.apply import rewrite
 
@@ -92,7 +92,7 @@ def _rewrite(asked: verbs.Rewrite) -> str:
     return f"{made.root}: {made.shape.parameters():,} parameters"
 
 
-def _verify(asked: verbs.Export | verbs.Rewrite) -> None:
+def _verify(asked: verbs.ExportSettings | verbs.RewriteSettings) -> None:
     from megatron_prune.checkpoint.reader import open_checkpoint
 
     if asked.verify_integrity:

@@ -13,7 +13,7 @@ def parser() -> Parser:
         "evaluate",
         "Scores a checkpoint on fixed windows of tokenized corpora, the same for every checkpoint and layout, and "
         "writes losses and perplexities. With --tasks it runs lm-eval's tasks in the same load of the model.",
-        verbs.Evaluate,
+        verbs.EvaluateSettings,
         mentioned=(
             mentions.LOAD,
             (mentions.MODEL, "--data-path", "PREFIX …", "tokenized corpora, without .bin"),
@@ -30,7 +30,7 @@ megatron-prune evaluate --load checkpoints/pruned --seq-length 2048 \\
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, words = parser().read(argv)
-    own = verbs.Evaluate.of(options)
+    own = verbs.EvaluateSettings.of(options)
     start_engine()
     from megatron_prune.evaluation.evaluate import evaluate
 

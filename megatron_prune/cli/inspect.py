@@ -14,14 +14,14 @@ def parser() -> Parser:
         "inspect",
         "Shows what a Megatron checkpoint holds: shape, weights, masks, where it comes from. Reads the index alone, "
         "unless it is asked for zeros or hashes.",
-        verbs.Inspect,
+        verbs.InspectSettings,
         example="megatron-prune inspect checkpoints/parent",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.Inspect.of(parser().read(argv)[0])
+    asked = verbs.InspectSettings.of(parser().read(argv)[0])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.convert import inspect

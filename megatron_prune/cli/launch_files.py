@@ -17,14 +17,14 @@ def parser() -> Parser:
         "launch-files",
         "Writes the scripts and files that start runs on clusters (Slurm, Kubernetes, torchrun on every node, Docker), "
         "to read and to change. Studies write their own Slurm scripts and need none of them.",
-        verbs.LaunchFiles,
+        verbs.LaunchFilesSettings,
         example="megatron-prune launch-files launch",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    folder = Path(verbs.LaunchFiles.of(parser().read(argv)[0]).folder)
+    folder = Path(verbs.LaunchFilesSettings.of(parser().read(argv)[0]).folder)
     if folder.exists():
         raise UsageError("DIR", got=folder, expected="a directory that does not exist")
     shutil.copytree(FILES, folder)

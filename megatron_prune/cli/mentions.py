@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_prune import verbs
 
 Mention = tuple[str, str, str | None, str]
-MODEL = verbs.Model.TITLE
+MODEL = verbs.ModelSettings.TITLE
 
 LOAD: Mention = (MODEL, "--load", "CKPT", "the checkpoint to read; its iter_… folder means that step")
 SAVE: Mention = (MODEL, "--save", "CKPT", "where the pruned checkpoint goes")
@@ -19,6 +19,8 @@ LAYOUT: tuple[Mention, ...] = (
     (MODEL, "--bf16", None, "compute in bf16 (--fp16, --fp32; default: as the checkpoint)"),
 )
 SHAPE_FROM, FP8 = (
-    (MODEL, flag.option, flag.shown.partition(" ")[2], flag.help) for flag in verbs.Model.flags() if flag.name != "fp32"
+    (MODEL, flag.option, flag.shown.partition(" ")[2], flag.help)
+    for flag in verbs.ModelSettings.flags()
+    if flag.name != "fp32"
 )
 SEED: Mention = (MODEL, "--seed", "N", "of random windows, and of the method random (default: 1234)")

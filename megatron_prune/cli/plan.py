@@ -29,7 +29,7 @@ def parser() -> Parser:
         "Chooses what stays of a checkpoint, from statistics and a target, and writes that as a plan; needs no model "
         "and no GPU. Where the model must decide between candidates it writes those, exits with code 3, and prints "
         "the command to run before it is asked again.",
-        verbs.Plan,
+        verbs.PlanSettings,
         *methods.STRUCTURED.values(),
         methods=structured.NAMES,
         example="""
@@ -41,7 +41,7 @@ megatron-prune plan --load checkpoints/parent --statistics statistics.safetensor
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, _ = parser().read(argv)
-    asked = verbs.Plan.of(options)
+    asked = verbs.PlanSettings.of(options)
     own = structured.own_settings(asked.method, options)
     from megatron_prune.cli import plan_table
     from megatron_prune.pruning.make_plan import Unscored, make_plan
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _say_what_to_run(asked: verbs.Plan, made: Unscored) -> None:
+def _say_what_to_run(asked: verbs.PlanSettings, made: Unscored) -> None:
     load, found = ["--load", asked.load], ["--statistics", *asked.statistics]
     if made.retraining is not None:
         lack, run = "have not been retrained", f"Train each on {made.retraining:,} tokens"

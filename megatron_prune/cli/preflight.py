@@ -34,7 +34,7 @@ def parser() -> Parser:
         "preflight",
         f"Says whether a command line of {', '.join(VERBS)} will run on a cluster of any size, and what it takes, in "
         "seconds and without the cluster. Exit codes: 0 it will run, 1 it will not, 3 look first.",
-        verbs.Preflight,
+        verbs.PreflightSettings,
         after=" VERB …",
         example="""
 megatron-prune preflight --gpus 64 --gpu h100 pretrain --load runs/a --save runs/a --shape-from checkpoints/parent \\
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             got="nothing",
             expected=f"one of {', '.join(VERBS)}, with its flags, after those of preflight",
         )
-    asked = verbs.Preflight.of(options)
+    asked = verbs.PreflightSettings.of(options)
     # It would warn of a CUDA that is missing, which is no news here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_prune.engine import cpu
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     from megatron_prune.engine import installed
     from megatron_prune.preflight import host as elsewhere
     from megatron_prune.preflight import verdict
-    from megatron_prune.preflight.checks import Question
+    from megatron_prune.preflight.checks import JobQuestion
     from megatron_prune.preflight.cost import Cluster
     from megatron_prune.study.values import parse_tokens
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     reserve = int(asked.reserve_gb * 1e9)
     host = None if asked.host_memory_gb is None else int(asked.host_memory_gb * 1e9)
     has = installed.named(asked.installed)
-    question = Question(verb, line.argv, cluster, asked.mfu, reserve, host, tokens, line.absent, has)
+    question = JobQuestion(verb, line.argv, cluster, asked.mfu, reserve, host, tokens, line.absent, has)
     found = verdict.answer(question, _main_of(verb))
     if asked.output:
         artifacts.write_json(asked.output, found)

@@ -15,7 +15,7 @@ def parser() -> Parser:
         "preprocess",
         "Tokenizes JSON lines, Parquet, text or a data set of the Hugging Face hub into Megatron's .bin and .idx. The "
         "files do not depend on the number of workers; a run that was stopped goes on.",
-        verbs.Preprocess,
+        verbs.PreprocessSettings,
         example="""
 megatron-prune preprocess --input data/text/train.jsonl --output-prefix data/train --append-eod \\
     --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model""",
@@ -24,7 +24,7 @@ megatron-prune preprocess --input data/text/train.jsonl --output-prefix data/tra
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.Preprocess.of(parser().read(argv)[0])
+    asked = verbs.PreprocessSettings.of(parser().read(argv)[0])
     if bool(asked.input) == bool(asked.dataset):
         got = "both" if asked.input else "neither"
         raise UsageError("--input, --dataset", got=got, expected="exactly one of them")
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _tiktoken(asked: verbs.Preprocess) -> dict[str, Any]:
+def _tiktoken(asked: verbs.PreprocessSettings) -> dict[str, Any]:
     given = {
         "vocab_size": asked.vocab_size,
         "pattern": asked.tiktoken_pattern,

@@ -15,7 +15,7 @@ def parser() -> Parser:
         "Trains with Megatron's own loop, from random weights, from a pruned checkpoint or from the run's own last "
         "save, and keeps an account of it. Every flag of Megatron works as in Megatron; below are ours, and the few "
         "of Megatron's that every run needs.",
-        verbs.Pretrain,
+        verbs.PretrainSettings,
         mentioned=(
             (RUN, "--save", "RUN", "where the run is saved, with its account.json"),
             (RUN, "--load", "RUN", "the same folder: a run that was stopped goes on from its last save"),
@@ -39,7 +39,7 @@ torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint c
 def main(argv: list[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before."""
     options, words = parser().read(argv)
-    own = verbs.Pretrain.of(options)
+    own = verbs.PretrainSettings.of(options)
     start_engine()
     from megatron_prune.training.pretrain import train
 

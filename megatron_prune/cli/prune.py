@@ -15,7 +15,7 @@ def parser() -> Parser:
         "Calibrates a checkpoint, chooses what stays and writes the pruned checkpoint, in one load of the model. A "
         "sparse method, or random with --pattern, zeroes weights and writes masks. From Hugging Face to Hugging Face: "
         "see `megatron-prune prune --hf --help`.",
-        verbs.Prune,
+        verbs.PruneSettings,
         *methods.STRUCTURED.values(),
         methods=f"{structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         mentioned=(
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if any(word.partition("=")[0] == "--hf" for word in argv):
         return prune_hf.main(argv)
     options, words = parser().read(argv)
-    asked = verbs.Prune.of(options)
+    asked = verbs.PruneSettings.of(options)
     own = structured.own_settings(asked.method, options)
     start_engine()
     from megatron_prune.cli import plan_table, sparsify

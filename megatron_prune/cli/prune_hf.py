@@ -15,7 +15,7 @@ def parser() -> Parser:
         "prune",
         "Imports a Hugging Face model, prunes it, trains it on if asked, and writes a Hugging Face directory. Its "
         "perplexity on held-out text is measured before and after. Killed, the same command goes on where it was.",
-        verbs.PruneHF,
+        verbs.PruneHFSettings,
         *methods.UNTRAINED.values(),
         methods=f"structured: {structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         example="megatron-prune prune --hf HuggingFaceTB/SmolLM2-135M --method wanda --pattern 2:4 --out pruned",
@@ -25,11 +25,11 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, _ = parser().read(argv)
-    verbs.PruneHF.of(options)  # says which flags are missing
+    verbs.PruneHFSettings.of(options)  # says which flags are missing
     start_engine()
     from rich.console import Console
 
-    from megatron_prune.api.prune import prune
+    from megatron_prune.api.prune_checkpoint import prune
 
     console = Console(highlight=False, soft_wrap=True)
 

@@ -12,14 +12,14 @@ def parser() -> Parser:
         "Lets a run go on at another TP or PP; another number of data-parallel ranks needs none of this. Reads and "
         "writes the optimizer's state once, in bounded memory, and takes 12 bytes per parameter more on the disk until "
         "that save is removed. Killed, start it again: until it is done the save is as it was.",
-        verbs.ReshardOptimizer,
+        verbs.ReshardOptimizerSettings,
         example="megatron-prune reshard-optimizer runs/retrained",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.ReshardOptimizer.of(parser().read(argv)[0])
+    asked = verbs.ReshardOptimizerSettings.of(parser().read(argv)[0])
     from megatron_prune.checkpoint.reshard import reshard
 
     directory = reshard(asked.save)

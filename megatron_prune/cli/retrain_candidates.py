@@ -15,7 +15,7 @@ def parser() -> Parser:
         "Trains the best candidates of a search for a while and scores them again, for plan to choose between; plan "
         "--retrain-candidates asks for it. Flags of Megatron before --pretrain go to pretrain and calibrate (layout, "
         "precision), those after it to pretrain alone; what is finished is not run again.",
-        verbs.RetrainCandidates,
+        verbs.RetrainCandidatesSettings,
         mentioned=(
             ("training", PRETRAIN, "FLAG …", "flags of pretrain, to the end of the line: data, batch, learning rate"),
         ),
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     place = argv.index(PRETRAIN) if PRETRAIN in argv else len(argv)
     options, shared = parser().read(argv[:place])
-    asked = verbs.RetrainCandidates.of(options)
+    asked = verbs.RetrainCandidatesSettings.of(options)
     from megatron_prune.structured.retrain_candidates import retrain_candidates
 
     number = retrain_candidates(asked, shared, argv[place + 1 :], say)

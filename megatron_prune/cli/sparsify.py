@@ -18,7 +18,7 @@ def parser() -> Parser:
         "sparsify",
         "Zeroes weights of a checkpoint and writes it in the same shape, with the masks that say which. magnitude and "
         "random look at the weights alone; wanda and sparsegpt read calibration text, block after block.",
-        verbs.Sparsify,
+        verbs.SparsifySettings,
         methods=", ".join(methods.SPARSE),
         mentioned=(
             mentions.LOAD, mentions.SAVE, *mentions.LAYOUT, mentions.FP8,
@@ -33,7 +33,7 @@ megatron-prune sparsify --load checkpoints/parent --method wanda --pattern 2:4 \
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, words = parser().read(argv)
-    own = verbs.Sparsify.of(options)
+    own = verbs.SparsifySettings.of(options)
     start_engine()
     from megatron_prune.pruning.sparsify import sparsify
 

@@ -50,7 +50,7 @@ def parser(part: str) -> Parser:
             "study stage",
             "Runs one stage of a cell unless it is done, and exits with 0 when what it wrote says that it is. Slurm "
             "jobs call it.",
-            verbs.StudyStage,
+            verbs.StudyStageSettings,
             after=" -- COMMAND …",
             example="megatron-prune study stage runs/quickstart/cells/parent pretrain -- python -m megatron_prune …",
         )
@@ -69,9 +69,12 @@ def parser(part: str) -> Parser:
     )
 
 
-SETTINGS: dict[str, type[verbs.Study]] = {
-    "run": verbs.Study, "plan": verbs.StudyPlan, "status": verbs.StudyStatus, "report": verbs.Study,
-}  # fmt: skip
+SETTINGS: dict[str, type[verbs.StudySettings]] = {
+    "run": verbs.StudySettings,
+    "plan": verbs.StudyPlanSettings,
+    "status": verbs.StudyStatusSettings,
+    "report": verbs.StudySettings,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> int:
     part, words = group().read(argv)
     if part == "stage":
         cut = words.index("--") if "--" in words else len(words)
-        asked = verbs.StudyStage.of(parser(part).read(words[:cut])[0])
+        asked = verbs.StudyStageSettings.of(parser(part).read(words[:cut])[0])
         return _stage(Path(asked.cell), asked.stage, words[cut + 1 :])
     options = SETTINGS[part].of(parser(part).read(words)[0])
     from megatron_prune.study import schema
@@ -94,7 +97,7 @@ def main(argv: list[str]) -> int:
     return _each(studies, part, options)
 
 
-def _each(studies: Sequence[schema.Study], part: str, options: Any) -> int:
+def _each(studies: Sequence[schema.StudyConfig], part: str, options: Any) -> int:
     """The verb for the study of every parent; one that fails does not keep the others from theirs."""
     from megatron_prune.study.prunings import Places
 
@@ -126,9 +129,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
-def _run(study: schema.Study, places: Places, options: Any) -> int:
+def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
     _quiet()
-    from megatron_prune.api.study import run_cells
+    from megatron_prune.api.studies import run_cells
     from megatron_prune.study.run.scheduler import CellsFailed
 
     try:
@@ -140,9 +143,9 @@ def _run(study: schema.Study, places: Places, options: Any) -> int:
     return _report(study, places, options)
 
 
-def _report(study: schema.Study, places: Places, options: Any) -> int:
+def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
     _quiet()
-    from megatron_prune.api.study import write_report
+    from megatron_prune.api.studies import write_report
 
     found, written = write_report(study, places)
     for said in found.disbelieved:
@@ -157,7 +160,7 @@ def _report(study: schema.Study, places: Places, options: Any) -> int:
     return 0
 
 
-def _plan(study: schema.Study, places: Places, options: Any) -> int:
+def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
     _quiet()
     from megatron_prune.cli import pretrain
     from megatron_prune.study import jobs, validate
@@ -223,7 +226,7 @@ def _print_commands(commands: Mapping[str, list[Command]]) -> None:
             print(shlex.join(command.words))
 
 
-def _status(study: schema.Study, places: Places, options: Any) -> int:
+def _status(study: schema.StudyConfig, places: Places, options: Any) -> int:
     from megatron_prune.study.run import status
 
     status.show(study.name, places, _console(), options.watch)

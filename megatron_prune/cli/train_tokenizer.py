@@ -10,14 +10,14 @@ def parser() -> Parser:
     return Parser(
         "train-tokenizer",
         "Trains a SentencePiece tokenizer on text, with byte fallback, so that every text has tokens.",
-        verbs.TrainTokenizer,
+        verbs.TrainTokenizerSettings,
         example="megatron-prune train-tokenizer --input text.jsonl --output tokenizer.model --vocab-size 4096",
     )
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    asked = verbs.TrainTokenizer.of(parser().read(argv)[0])
+    asked = verbs.TrainTokenizerSettings.of(parser().read(argv)[0])
     from megatron_prune.data.train_tokenizer import train_tokenizer
 
     train_tokenizer(

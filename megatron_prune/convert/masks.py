@@ -19,8 +19,8 @@ from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.llama import rows_of_tensors, segments
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
-from megatron_prune.masks.reader import BLOCK_BYTES, Masks
-from megatron_prune.masks.writer import write_single
+from megatron_prune.masks.mask_reader import BLOCK_BYTES, Masks
+from megatron_prune.masks.mask_writer import write_single
 
 HUGGINGFACE_MASKS = "masks.safetensors"
 VERSION = "1"

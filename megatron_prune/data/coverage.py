@@ -25,7 +25,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_prune import artifacts, screen
-from megatron_prune.data.streams import SampleRange, Stream
+from megatron_prune.data.streams import Stream, StreamRange
 from megatron_prune.errors import DataError
 
 # What is looked up at a time: documents, and tokens.
@@ -36,7 +36,7 @@ BEAT = 5.0  # seconds between signs of life of who counts
 Report = Callable[[float], None]  # takes the share of a corpus that is done
 
 
-def unique_tokens(samples: SampleRange, report: Report = lambda share: None) -> int:
+def unique_tokens(samples: StreamRange, report: Report = lambda share: None) -> int:
     """Number of different positions of the corpora among the input tokens of a range."""
     if torch.distributed.is_initialized():
         raise RuntimeError("unique tokens are counted before a process group exists: others would time out meanwhile")
@@ -136,7 +136,7 @@ def count(stream: Stream, start: int, end: int, cache_path: str | Path | None) -
     if known is not None:
         return known
     with screen.Bar(100, f"counting unique tokens of samples {start}:{end}", "percent", shown=True) as bar:
-        number = unique_tokens(SampleRange(stream, start, end), lambda share: bar.reach(round(100 * share)))
+        number = unique_tokens(StreamRange(stream, start, end), lambda share: bar.reach(round(100 * share)))
     described: dict[str, Any] = {"stream": stream.id, "range": [start, end], "unique_tokens": number}
     try:
         artifacts.write_json(path(stream, start, end, cache_path), described)

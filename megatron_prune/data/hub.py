@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.readers import Record
+from megatron_prune.data.readers import RawDocument
 from megatron_prune.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class Shard:
+class RemoteShard:
     """One shard of a split: the unit that a resumed run keeps. ``data`` is the streamed split."""
 
     name: str
@@ -28,7 +28,7 @@ class Shard:
     of: int
     data: Any = field(repr=False, compare=False)
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[RawDocument]:
         place = f"{self.name} ({self.split}, shard {self.number + 1} of {self.of})"
         try:
             for row, found in enumerate(self.data.shard(self.of, self.number), start=1):
@@ -36,7 +36,7 @@ class Shard:
                 text = "" if text is None else text
                 if not isinstance(text, str):
                     raise DataError(f"{place}:{row} has no text under '{self.column}': see --json-keys")
-                yield Record(text.encode("utf-8", "replace"), f"{place}:{row}", None)
+                yield RawDocument(text.encode("utf-8", "replace"), f"{place}:{row}", None)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {place} to its end: {error}") from error
 
@@ -47,7 +47,7 @@ class Shard:
         return self.describe() | {"column": self.column}
 
 
-def shards(dataset: str, split: str = "train", column: str = "text") -> list[Shard]:
+def shards(dataset: str, split: str = "train", column: str = "text") -> list[RemoteShard]:
     """The shards of ``NAME[:CONFIG]``, a name on the hub or a local folder of Parquet or JSON lines.
 
     Nothing but the description is read yet. Raises UsageError and DataError; DataError names the extra
@@ -77,4 +77,4 @@ def shards(dataset: str, split: str = "train", column: str = "text") -> list[Sha
         raise DataError(f"{dataset} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
     data = data.select_columns([column])
     version = str(builder.hash or builder.config_id)
-    return [Shard(dataset, split, column, version, i, data.num_shards, data) for i in range(data.num_shards)]
+    return [RemoteShard(dataset, split, column, version, i, data.num_shards, data) for i in range(data.num_shards)]

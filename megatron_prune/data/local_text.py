@@ -49,7 +49,7 @@ def build_corpus(
     shares: Sequence[float] = SHARES,
     longest_held_out: int | None = None,
     workers: int = 1,
-    places: Places | None = None,
+    places: TextPlaces | None = None,
 ) -> dict[str, Any]:
     """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; the manifest.
 
@@ -68,10 +68,10 @@ def build_corpus(
     begun = monotonic()
     rejected: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
-    documents: list[tuple[bytes, Found]] = []
+    documents: list[tuple[bytes, FoundText]] = []
     total = 0
     with screen.Bar(max_bytes, "gathering text", "B") as bar:
-        for document in clean(gather(places or Places(), workers), rejected):
+        for document in clean(gather(places or TextPlaces(), workers), rejected):
             payload = document.text.encode()
             size = len(payload)
             documents.append((hashlib.sha256(payload).digest(), document))
@@ -105,18 +105,18 @@ def build_corpus(
 
 
 def _split(
-    documents: Sequence[tuple[bytes, Found]], total: int, shares: Sequence[float], longest: int | None
-) -> dict[str, list[Found]]:
+    documents: Sequence[tuple[bytes, FoundText]], total: int, shares: Sequence[float], longest: int | None
+) -> dict[str, list[FoundText]]:
     """Cut the documents, in the order of their hashes, where each split has its share of the bytes: test from the end.
 
     The order stays: so the first windows of a split are a mixture and not all of one kind.
     """
     rest = [found for _, found in sorted(documents, key=lambda document: document[0])]
-    splits: dict[str, list[Found]] = {}
+    splits: dict[str, list[FoundText]] = {}
     seen, border = 0, 0.0
     for name, share in reversed(list(zip(SPLITS, shares, strict=True))[1:]):
         border += total * share / sum(shares)
-        chosen: list[Found] = []
+        chosen: list[FoundText] = []
         while rest:
             held = replace(rest[-1], text=beginning(rest[-1].text, longest))
             size = len(held.text.encode())
@@ -137,7 +137,7 @@ def beginning(text: str, longest: int | None) -> str:
     return text[: next((end for end in ends if end > 0), longest)]
 
 
-def clean(found: Iterable[Found], rejected: Counter[str]) -> Iterator[Found]:
+def clean(found: Iterable[FoundText], rejected: Counter[str]) -> Iterator[FoundText]:
     """Documents worth keeping, without what an earlier one held; ``rejected`` counts the others by reason."""
     seen: set[bytes] = set()
     for document in found:
@@ -146,7 +146,7 @@ def clean(found: Iterable[Found], rejected: Counter[str]) -> Iterator[Found]:
         if reason:
             rejected[reason] += 1
         else:
-            yield Found(document.kind, document.name, text)
+            yield FoundText(document.kind, document.name, text)
 
 
 def deduplicate(text: str, seen: set[bytes]) -> str:
@@ -192,7 +192,7 @@ def _paths(*names: str) -> tuple[Path, ...]:
 
 
 @dataclass(frozen=True)
-class Places:
+class TextPlaces:
     """The directories to look in."""
 
     stdlib: tuple[Path, ...] = field(default_factory=lambda: _paths("stdlib"))
@@ -202,7 +202,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundText:
     """A text with its kind and its place (relative, so that it does not say where the machine keeps it)."""
 
     kind: str
@@ -210,7 +210,7 @@ class Found:
     text: str
 
 
-def gather(places: Places, workers: int = 1) -> Iterator[Found]:
+def gather(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
     """Every text of every kind; ``workers`` processes parse Python. The order does not depend on them."""
     kinds = [topics(places), documentation(places), manuals(places), descriptions(places)]
     # Parsing comes last, so that processes are not started for a reader that stops at once.
@@ -222,14 +222,14 @@ def gather(places: Places, workers: int = 1) -> Iterator[Found]:
             heapq.heappush(waiting, (taken + len(found.text), number, kind))
 
 
-def topics(places: Places) -> Iterator[Found]:
+def topics(places: TextPlaces) -> Iterator[FoundText]:
     """The language reference as ``help()`` has it: the dictionary in ``pydoc_data/topics.py``."""
     for folder in places.stdlib:
         source = _read(folder / "pydoc_data" / "topics.py")
         for statement in ast.parse(source).body:
             if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
                 for name, text in ast.literal_eval(statement.value).items():
-                    yield Found("topics", name, text)
+                    yield FoundText("topics", name, text)
 
 
 NOT_TEXT = re.compile(
@@ -244,25 +244,25 @@ def _is_document(path: str) -> bool:
     return (name.endswith(TEXT_SUFFIXES) or name.startswith("readme")) and not NOT_TEXT.search(name)
 
 
-def documentation(places: Places) -> Iterator[Found]:
+def documentation(places: TextPlaces) -> Iterator[FoundText]:
     """Debian's ``/usr/share/doc`` without changelogs and copyright notices."""
     for folder in places.documentation:
         for name in filter(_is_document, _files(folder)):
             text = _read(folder / name)
             if name.removesuffix(".gz").endswith((".html", ".htm")):
                 text = strip_html(text)
-            yield Found("documentation", name, text)
+            yield FoundText("documentation", name, text)
 
 
-def manuals(places: Places) -> Iterator[Found]:
+def manuals(places: TextPlaces) -> Iterator[FoundText]:
     """English manual pages."""
     for folder in places.manuals:
         for name in sorted(_files(folder), key=_shuffled):
             if re.match("man[1-9]/", name) and not (folder / name).is_symlink():  # a link is an alias
-                yield Found("manuals", name, strip_roff(_read(folder / name)))
+                yield FoundText("manuals", name, strip_roff(_read(folder / name)))
 
 
-def descriptions(places: Places) -> Iterator[Found]:
+def descriptions(places: TextPlaces) -> Iterator[FoundText]:
     """Long descriptions of installed distributions (the body of METADATA), and documents beside code.
 
     This package's own is left out: a corpus shall not change with our README.
@@ -273,13 +273,13 @@ def descriptions(places: Places) -> Iterator[Found]:
                 continue
             message = email.message_from_string(_read(path))
             text = message.get_payload() if not message.is_multipart() else ""
-            yield Found("descriptions", str(path.relative_to(folder)), str(text))
+            yield FoundText("descriptions", str(path.relative_to(folder)), str(text))
         for name in filter(_is_document, _files(folder)):
             if not {"tests", "licenses"} & set(name.split("/")):
-                yield Found("descriptions", name, _read(folder / name))
+                yield FoundText("descriptions", name, _read(folder / name))
 
 
-def docstrings(places: Places, workers: int = 1) -> Iterator[Found]:
+def docstrings(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
     """One text a Python file: its docstrings in order. Files with little documentation are passed over."""
     found: dict[str, Path] = {}
     for folder in (*places.stdlib, *places.packages):
@@ -292,12 +292,12 @@ def docstrings(places: Places, workers: int = 1) -> Iterator[Found]:
     names = sorted(found, key=_shuffled)
     paths = [found[name] for name in names]
     if workers == 1:
-        yield from (Found("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
+        yield from (FoundText("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
     try:
         texts = pool.map(docstrings_of, paths, chunksize=32)
-        yield from (Found("docstrings", *pair) for pair in zip(names, texts, strict=True))
+        yield from (FoundText("docstrings", *pair) for pair in zip(names, texts, strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -28,7 +28,7 @@ import numpy as np
 from megatron_prune import artifacts, screen
 from megatron_prune.data.chunks import SentenceSplitter
 from megatron_prune.data.indexed import token_type
-from megatron_prune.data.readers import File, Record, Source, check_inputs, size_of_text, text_of
+from megatron_prune.data.readers import File, RawDocument, RawText, check_inputs, size_of_text, text_of
 from megatron_prune.data.shards import Parts, PartWriter
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
@@ -58,7 +58,7 @@ class Summary:
 
 
 def preprocess(
-    inputs: Sequence[str | Path | Source],
+    inputs: Sequence[str | Path | RawText],
     output_prefix: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -78,7 +78,7 @@ def preprocess(
     paths = [name for name in inputs if isinstance(name, str | Path)]
     if paths or not inputs:
         check_inputs(paths, input_format)
-    sources: list[Source] = [
+    sources: list[RawText] = [
         File(Path(name), json_key, input_format, text_documents) if isinstance(name, str | Path) else name
         for name in inputs
     ]
@@ -141,7 +141,7 @@ def preprocess(
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordBatch:
     """What comes back from a worker."""
 
     tokens: np.ndarray  # of the corpus's type, all documents joined
@@ -169,7 +169,7 @@ class Encoder:
             "dtype": self.dtype,
         }
 
-    def __call__(self, batch: list[Record]) -> Batch:
+    def __call__(self, batch: list[RawDocument]) -> RecordBatch:
         """Tokenize a batch of records; sentences and records without a token are left out."""
         texts = [text_of(record) for record in batch]
         raw_bytes = sum(len(record.payload) for record in batch)
@@ -192,10 +192,10 @@ class Encoder:
             size = self.tokenizer.vocab_size
             raise DataError(f"{self.tokenizer.model} gave an id outside of its vocabulary of {size}")
         tokens = tokens.astype(self.dtype)
-        return Batch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
+        return RecordBatch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
 
 
-def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: int) -> None:
+def _tokenize(parts: Parts, todo: dict[str, RawText], encoder: Encoder, workers: int) -> None:
     """Make the parts that are not there."""
     encoded = _encode_all(_batches(todo), encoder, workers)
     writer: PartWriter | None = None
@@ -217,10 +217,10 @@ def _tokenize(parts: Parts, todo: dict[str, Source], encoder: Encoder, workers: 
             writer.abandon()
 
 
-def _batches(todo: dict[str, Source]) -> Iterator[tuple[str, list[Record] | None]]:
+def _batches(todo: dict[str, RawText]) -> Iterator[tuple[str, list[RawDocument] | None]]:
     """(key of the input, records), and (key, None) at the end of each input."""
     for key, source in todo.items():
-        batch: list[Record] = []
+        batch: list[RawDocument] = []
         size = 0
         for record in source.records():
             batch.append(record)
@@ -246,17 +246,17 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
         os._exit(1)
 
 
-def _work(batch: list[Record]) -> Batch:
+def _work(batch: list[RawDocument]) -> RecordBatch:
     return _in_worker(batch)
 
 
-def _finished(key: str, future: Future[Batch] | None) -> tuple[str, Batch | None]:
+def _finished(key: str, future: Future[RecordBatch] | None) -> tuple[str, RecordBatch | None]:
     return key, None if future is None else future.result()
 
 
 def _encode_all(
-    batches: Iterator[tuple[str, list[Record] | None]], encoder: Encoder, workers: int
-) -> Generator[tuple[str, Batch | None]]:
+    batches: Iterator[tuple[str, list[RawDocument] | None]], encoder: Encoder, workers: int
+) -> Generator[tuple[str, RecordBatch | None]]:
     """Encoded batches in the order of the input, from this process or from ``workers`` others."""
     if workers == 1:
         for key, batch in batches:
@@ -265,7 +265,7 @@ def _encode_all(
     # Forked, so that workers have the tokenizer already: loading one can take seconds.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (encoder, os.getpid())) as pool:
-        waiting: deque[tuple[str, Future[Batch] | None]] = deque()
+        waiting: deque[tuple[str, Future[RecordBatch] | None]] = deque()
         try:
             for key, batch in batches:
                 waiting.append((key, None if batch is None else pool.submit(_work, batch)))

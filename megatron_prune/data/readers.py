@@ -37,7 +37,7 @@ LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, as some published shards need
 PARQUET_ROWS = 256  # that are decoded at a time
 
 
-class Record(NamedTuple):
+class RawDocument(NamedTuple):
     """One document as it lies on disk; ``origin`` says where, for error messages."""
 
     payload: bytes
@@ -45,10 +45,10 @@ class Record(NamedTuple):
     json_key: str | None  # None where the payload is the text itself
 
 
-class Source(Protocol):
+class RawText(Protocol):
     """A part of the input that is tokenized whole or not at all: a file, or a shard of a data set."""
 
-    def records(self) -> Iterator[Record]: ...
+    def records(self) -> Iterator[RawDocument]: ...
 
     def describe(self) -> dict[str, Any]:
         """What a sidecar says about it (JSON): the same on every run."""
@@ -68,7 +68,7 @@ class File:
     input_format: str = "auto"
     text_documents: str = "file"
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[RawDocument]:
         return records(
             [self.path],
             json_key=self.json_key,
@@ -111,7 +111,7 @@ def format_of(path: Path, input_format: str = "auto") -> str:
     )  # fmt: skip
 
 
-def size_of_text(source: Source) -> int | None:
+def size_of_text(source: RawText) -> int | None:
     """Bytes of the records of a source; None where only reading it would tell (compressed, columns, from the hub)."""
     if not isinstance(source, File) or format_of(source.path, source.input_format) == "parquet":
         return None
@@ -137,7 +137,7 @@ def records(
     json_key: str = "text",
     input_format: str = "auto",
     text_documents: str = "file",
-) -> Iterator[Record]:
+) -> Iterator[RawDocument]:
     """Every record of the inputs, in order. Blank lines are no records.
 
     ``json_key`` also names the column of a Parquet file. A plain text file is one document (``file``), or
@@ -153,10 +153,10 @@ def records(
                 if kind == "jsonl":
                     for number, line in enumerate(handle, start=1):
                         if line.strip():
-                            yield Record(line, f"{path}:{number}", json_key)
+                            yield RawDocument(line, f"{path}:{number}", json_key)
                 else:
                     for number, piece in _pieces(handle, text_documents):
-                        yield Record(piece, f"{path}:{number}", None)
+                        yield RawDocument(piece, f"{path}:{number}", None)
         except (EOFError, gzip.BadGzipFile, zstd.ZstdError, OSError) as error:
             raise DataError(f"cannot read {path} to its end: {error}") from error
 
@@ -174,7 +174,7 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _parquet(path: Path, column: str) -> Iterator[Record]:
+def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
     """One record a row, an empty one where it is null; a few hundred rows in memory. Rows count from 1 in messages."""
     import pyarrow
     import pyarrow.parquet
@@ -195,7 +195,7 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
                     row += 1
-                    yield Record(value or b"", f"{path}:{row}", None)
+                    yield RawDocument(value or b"", f"{path}:{row}", None)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} to its end: {error}") from error
 
@@ -221,7 +221,7 @@ def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes
         yield start, b"".join(collected)
 
 
-def text_of(record: Record) -> str:
+def text_of(record: RawDocument) -> str:
     """The text of a record, empty where it is null; DataError names file and line when it is not what it should be."""
     try:
         if record.json_key is None:

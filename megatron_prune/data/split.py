@@ -67,7 +67,7 @@ def of_this_machine() -> Texts:
     """English that is on this machine: Python's manual, documentation and docstrings of installed packages."""
 
     def documents() -> Iterator[str]:
-        return (found.text for found in local_text.clean(local_text.gather(local_text.Places()), Counter()))
+        return (found.text for found in local_text.clean(local_text.gather(local_text.TextPlaces()), Counter()))
 
     name = "English text of this machine (Python's manual, documentation and docstrings of installed packages)"
     return Texts(name, "this machine", documents)

@@ -225,7 +225,7 @@ class Stream:
         return described | ({"samples": len(self)} if self.parts else {})
 
 
-class SampleRange(torch.utils.data.Dataset[dict[str, Any]]):
+class StreamRange(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples [start, end) of a stream, in stream order or, with a seed, in one fixed permutation of it.
 
     The permutation depends on the seed and on ``end - start`` alone, so that two arms of a comparison that

@@ -121,8 +121,8 @@ def _with_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
             action.help = str(action.help).replace("%", "%%")
-    add_flags(parser, verbs.Model)
-    parser.set_defaults(**verbs.Model().to_json())
+    add_flags(parser, verbs.ModelSettings)
+    parser.set_defaults(**verbs.ModelSettings().to_json())
     return parser
 
 

@@ -77,7 +77,7 @@ _groups = itertools.count()
 
 def _store() -> Any:
     """Where ranks find each other: None, Megatron's own, but for the second verb of a process and those after it
-    (``api/jobs.py``). The launch's store still has the addresses of the groups before."""
+    (``api/launching.py``). The launch's store still has the addresses of the groups before."""
     number = next(_groups)
     if number == 0:
         return None

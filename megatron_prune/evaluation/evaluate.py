@@ -24,7 +24,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.evaluation import tasks
 
 
-def evaluate(own: verbs.Evaluate, words: Sequence[str]) -> dict[str, Any]:
+def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any]:
     """Score one checkpoint on every corpus and every task in one load of the model; ``words`` are Megatron's flags.
 
     Every rank calls it. Returns what rank 0 writes to ``own.output``.

@@ -35,7 +35,7 @@ PATIENCE = timedelta(days=7)  # how long ranks wait while lm-eval reads data or 
 
 
 @dataclass(frozen=True)
-class Request:
+class LikelihoodRequest:
     """``inputs`` are read by the model; the predictions after its last tokens are compared with ``targets``."""
 
     inputs: tuple[int, ...]
@@ -50,7 +50,7 @@ class Scorer:
         # NCCL would give up on a rank that is busy elsewhere; and there is nothing here for a GPU.
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
-    def score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def score(self, requests: Sequence[LikelihoodRequest]) -> list[tuple[float, bool]]:
         """On rank 0: log-likelihood of each request's targets, and whether each target was the likeliest token."""
         return self._compute(self._broadcast(list(requests)) or [])
 
@@ -63,12 +63,12 @@ class Scorer:
         """On rank 0: let the others go on."""
         self._broadcast(None)
 
-    def _broadcast(self, requests: list[Request] | None) -> list[Request] | None:
+    def _broadcast(self, requests: list[LikelihoodRequest] | None) -> list[LikelihoodRequest] | None:
         box = [requests]
         torch.distributed.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def _compute(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def _compute(self, requests: list[LikelihoodRequest]) -> list[tuple[float, bool]]:
         asking: dict[tuple[int, ...], list[int]] = {}  # what is run once: which requests read from it
         for number, request in enumerate(requests):
             asking.setdefault(request.inputs, []).append(number)
@@ -122,7 +122,7 @@ def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     return losses, likeliest == targets
 
 
-Score = Callable[[Sequence[Request]], list[tuple[float, bool]]]
+Score = Callable[[Sequence[LikelihoodRequest]], list[tuple[float, bool]]]
 
 
 class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without its types
@@ -155,7 +155,7 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows that predict each token once."""
-        windows: list[Request] = []
+        windows: list[LikelihoodRequest] = []
         ends = []
         for (text,) in (request.args for request in requests):
             rolling = get_rolling_token_windows(self.tok_encode(text), self._start, self._longest, context_len=1)
@@ -167,7 +167,7 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         raise refusal(requests[0].task_name, "generate_until")
 
-    def _request(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> Request:
+    def _request(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> LikelihoodRequest:
         if not continuation:
             raise DataError(f"the continuation {texts[1]!r} has no tokens of its own after {texts[0][-80:]!r}")
         if len(continuation) > self._longest:
@@ -177,7 +177,7 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
             )
         whole = [*context, *continuation]
         self.truncated += len(whole) > self._longest + 1
-        return Request(tuple(whole[-self._longest - 1 : -1]), tuple(continuation))
+        return LikelihoodRequest(tuple(whole[-self._longest - 1 : -1]), tuple(continuation))
 
 
 def refusal(task: str | None, output_type: str) -> UsageError:

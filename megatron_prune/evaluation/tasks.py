@@ -56,7 +56,7 @@ def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedTasks:
     """What lm-eval loaded (its ``TaskDict``), and how text becomes tokens: at most ``longest`` are read."""
 
     tasks: dict[str, Any]
@@ -64,7 +64,7 @@ class Asked:
     longest: int
 
 
-def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Asked | None:
+def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
     """On rank 0, where tasks are asked for: all that they need but the model. lm-eval downloads data that is not here.
 
     UsageError where a name is unknown or a task generates text, DataError where one cannot be loaded.
@@ -73,7 +73,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Asked | None:
         return None
     tokenizer = runtime.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
-    return Asked(_load(args), tokenizer, longest)
+    return AskedTasks(_load(args), tokenizer, longest)
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _refuse(task: Any, num_fewshot: int | None) -> None:
         )
 
 
-def run(asked: Asked | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
+def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
     """Run the tasks and write ``--task-samples``; on rank 0 what the scores file says of them. Collective."""
     from megatron_prune.evaluation.likelihoods import Scorer
 

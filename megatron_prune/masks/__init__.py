@@ -17,9 +17,9 @@ pruned. On disk they are a `torch_dist` folder, sharded like the weights of whoe
 * ``huggingface.py``  ``masks.safetensors``, beside a Hugging Face model
 """
 
+from megatron_prune.masks.mask_reader import MASKS, MASKS_FILE, Entry, Masks, find_masks, open_masks
+from megatron_prune.masks.mask_writer import write_single
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.reader import MASKS, MASKS_FILE, Entry, Masks, find_masks, open_masks
 from megatron_prune.masks.verify import verify
-from megatron_prune.masks.writer import write_single
 
 __all__ = ["MASKS", "MASKS_FILE", "Entry", "Masks", "Pattern", "find_masks", "open_masks", "verify", "write_single"]

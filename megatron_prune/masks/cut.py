@@ -13,8 +13,8 @@ import torch
 
 from megatron_prune.checkpoint.layout import Axis, Kept, WeightLayout, axis_indices
 from megatron_prune.errors import MasksError
+from megatron_prune.masks.mask_reader import Masks
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.reader import Masks
 
 Source = tuple[WeightLayout, str, Kept]  # a weight of the smaller model, the weight it is cut from, what is kept of it
 

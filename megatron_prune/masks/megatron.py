@@ -28,12 +28,12 @@ from megatron_prune.artifacts import atomic_directory, check_space
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
-from megatron_prune.masks.reader import Entry, Masks
-from megatron_prune.masks.writer import finish, unmeasured
+from megatron_prune.masks.mask_reader import Entry, Masks
+from megatron_prune.masks.mask_writer import finish, unmeasured
 
 
 @dataclass(frozen=True)
-class Shard:
+class MaskShard:
     """This rank's part of one linear: the weight's logical name, the parameter, and Megatron's entry for it."""
 
     name: str
@@ -51,7 +51,7 @@ class Shard:
         return self.entry.merge_fn(parts) if isinstance(self.entry, ShardedTensorFactory) else parts[0]
 
 
-def shards(model_chunks: Sequence[torch.nn.Module]) -> list[Shard]:
+def shards(model_chunks: Sequence[torch.nn.Module]) -> list[MaskShard]:
     """This rank's parts of the blocks' linears, in the order of its layers."""
     metadata = {
         "non_homogeneous_layers": True,  # keys are logical names, layers counted over the whole model
@@ -63,7 +63,7 @@ def shards(model_chunks: Sequence[torch.nn.Module]) -> list[Shard]:
         parameters = dict(model.named_parameters())
         for local_name, entry in model.decoder.sharded_state_dict("decoder.", metadata=metadata).items():
             if local_name.endswith(LINEARS):
-                found.append(Shard(entry.key, parameters[local_name], entry))
+                found.append(MaskShard(entry.key, parameters[local_name], entry))
     return found
 
 
@@ -120,7 +120,7 @@ def save(
         _on_first_rank(lambda: finish(scratch, target, shape, together))
 
 
-def _stored(shard: Shard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], Entry]:
+def _stored(shard: MaskShard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], Entry]:
     """A rank's shards as they are stored: eight inputs a byte, where every rank's columns are whole bytes."""
     expected = shard.parameter.shape
     if kept.dtype != torch.bool or kept.shape != expected:

@@ -15,8 +15,8 @@ import torch
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
+from megatron_prune.masks.mask_reader import Masks, find_masks, open_masks
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.reader import Masks, find_masks, open_masks
 
 
 def masks_of(checkpoint: Checkpoint) -> Masks | None:

@@ -110,7 +110,7 @@ class TaskFile:
 
 
 @dataclass(frozen=True)
-class Request:
+class PruningRequest:
     """What a method is asked: cut ``source`` to ``target`` by these statistics."""
 
     source: ModelShape
@@ -152,18 +152,18 @@ class Method(ABC):
         """Keys of the statistics that ``candidates`` reads; empty where it reads none."""
 
     @abstractmethod
-    def candidates(self, request: Request) -> list[Selection]:
+    def candidates(self, request: PruningRequest) -> list[Selection]:
         """What may survive: each exactly ``request.target``. Between equal losses the first is taken."""
 
 
 class RankingMethod(Method):
     """A method whose scores say what survives once the target is known."""
 
-    def candidates(self, request: Request) -> list[Selection]:
+    def candidates(self, request: PruningRequest) -> list[Selection]:
         return [self.select(request)]
 
     @abstractmethod
-    def select(self, request: Request) -> Selection:
+    def select(self, request: PruningRequest) -> Selection:
         """Choose what survives: exactly ``request.target``."""
 
 

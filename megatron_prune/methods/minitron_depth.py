@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import DEPTH, Method, Request, Selection, TaskFile
+from megatron_prune.methods.base import DEPTH, Method, PruningRequest, Selection, TaskFile
 from megatron_prune.methods.options import METRICS
 
 
@@ -43,7 +43,7 @@ class MinitronDepth(Method):
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
-    def candidates(self, request: Request) -> list[Selection]:
+    def candidates(self, request: PruningRequest) -> list[Selection]:
         layers, kept = request.source.num_layers, request.target.num_layers
         removed = layers - kept
         return [Selection((*range(start), *range(start + removed, layers))) for start in range(kept + 1)]

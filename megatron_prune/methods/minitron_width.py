@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import WIDTH, NearTie, RankingMethod, Request, Retraining, Search, Selection
+from megatron_prune.methods.base import WIDTH, NearTie, PruningRequest, RankingMethod, Retraining, Search, Selection
 from megatron_prune.methods.options import AXES, MAX_CANDIDATES
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
@@ -66,7 +66,7 @@ class MinitronWidth(RankingMethod):
             sites.append("final_layernorm")
         return tuple(f"{site}.{_SUMS[settings['aggregation']]}" for site in sites)
 
-    def select(self, request: Request) -> Selection:
+    def select(self, request: PruningRequest) -> Selection:
         source, target, settings = request.source, request.target, request.settings
         importance = {key.split(".")[0]: request.statistics[key].sqrt() for key in self.needs(settings)}
         layers = range(source.num_layers)

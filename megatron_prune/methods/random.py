@@ -21,8 +21,8 @@ from megatron_prune.methods.base import (
     DEPTH,
     DIMENSIONS,
     WIDTH,
+    PruningRequest,
     RankingMethod,
-    Request,
     Selection,
     WeightMethod,
 )
@@ -46,7 +46,7 @@ class Random(RankingMethod):
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
-    def select(self, request: Request) -> Selection:
+    def select(self, request: PruningRequest) -> Selection:
         source, target = request.source, request.target
         generator = numpy.random.Generator(numpy.random.PCG64(request.seed))
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods.base import DIMENSIONS, WIDTH, Gates, NearTie, RankingMethod, Request, Selection
+from megatron_prune.methods.base import DIMENSIONS, WIDTH, Gates, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.ranking import keep_highest
 
 TEMPERATURE = 2 / 3
@@ -166,7 +166,7 @@ class ShearedLlama(RankingMethod):
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return ("layer", "group", "head", "ffn", "hidden")
 
-    def select(self, request: Request) -> Selection:
+    def select(self, request: PruningRequest) -> Selection:
         source, target = request.source, request.target
         cut = {kind.name: kind for kind in kinds(source, target)}
         learned = {name: request.statistics[name].double() for name in cut}

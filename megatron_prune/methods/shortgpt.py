@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prune.methods.base import DEPTH, RankingMethod, Request, Selection
+from megatron_prune.methods.base import DEPTH, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.ranking import keep_highest
 
 
@@ -19,7 +19,7 @@ class ShortGPT(RankingMethod):
     def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return ("block_influence",)
 
-    def select(self, request: Request) -> Selection:
+    def select(self, request: PruningRequest) -> Selection:
         # A sum over tokens ranks like their mean.
         layers, near = keep_highest(request.statistics["block_influence"], request.target.num_layers, "layer")
         return Selection(layers, near_ties=tuple(near))

@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Question:
+class JobQuestion:
     """A command line for a cluster, and what preflight is told beside it."""
 
     verb: str
@@ -63,7 +63,7 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
     return "look" if any(f.verdict == "look" and f.check in DECIDING for f in findings) else "yes"
 
 
-def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
+def all_findings(question: JobQuestion, rehearsal: Rehearsal) -> list[Finding]:
     """Every check on a command line that Megatron accepts."""
     args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
     if question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none":
@@ -89,7 +89,7 @@ def all_findings(question: Question, rehearsal: Rehearsal) -> list[Finding]:
     return found
 
 
-def installed(question: Question, rehearsal: Rehearsal) -> Finding:
+def installed(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
     """What the cluster is taken to have, and what a run does without there."""
     words = f"--installed {str(question.installed).replace(' ', '')}: taken to be so on every node"
     if rehearsal.off:
@@ -97,7 +97,7 @@ def installed(question: Question, rehearsal: Rehearsal) -> Finding:
     return Finding("installed", "yes", words, {"installed": str(question.installed), "off": list(rehearsal.off)})
 
 
-def layout(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
+def layout(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
     """The world, and where it would wait."""
     args, cluster = rehearsal.args, question.cluster
     sizes = {
@@ -218,7 +218,7 @@ def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -
     )
 
 
-def memory_of_ranks(question: Question, rehearsal: Rehearsal) -> Finding:
+def memory_of_ranks(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
     """The fullest rank against its GPU."""
     args, shape, gpu = rehearsal.args, rehearsal.shape, question.cluster.gpu
     if args.use_torch_fsdp2:
@@ -269,7 +269,7 @@ _REMEDIES = {
 }
 
 
-def memory_of_nodes(question: Question, rehearsal: Rehearsal) -> Finding:
+def memory_of_nodes(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
     """The fullest node against its host memory, where that is told."""
     taken = host.node(rehearsal.args, rehearsal.shape, rehearsal.stages, question.cluster.local_ranks, question.trains)
     parts = {name: size for name, size in asdict(taken).items() if size}
@@ -286,7 +286,7 @@ def memory_of_nodes(question: Question, rehearsal: Rehearsal) -> Finding:
     return Finding("host memory", "look" if crowded else "yes", f"{words}; {remedy}" if crowded else words, facts)
 
 
-def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:
+def data(question: JobQuestion, args: argparse.Namespace) -> Iterator[Finding]:
     """Whether there is text enough: ranges of a stream, or windows."""
     from megatron_prune.data import windows
     from megatron_prune.training.data import refuse_unfit_range, train_blend
@@ -326,7 +326,7 @@ def data(question: Question, args: argparse.Namespace) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _declared(question: Question, absent: Sequence[str], wanted: int) -> Finding:
+def _declared(question: JobQuestion, absent: Sequence[str], wanted: int) -> Finding:
     where = f"{absent[0]} is not on this machine"
     if question.corpus_tokens is None:
         return Finding("data", "not checked", f"{where}; {wanted / 1e9:,.3f}B tokens are asked for", {"tokens": wanted})
@@ -365,7 +365,7 @@ def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
     return lineage.trainings(lineage.of(open_checkpoint(places.path(path)))) if here else []
 
 
-def start(question: Question, rehearsal: Rehearsal) -> Iterator[Finding]:
+def start(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
     """Whether what the run starts from, and its masks, are of this model and load on this layout."""
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.engine import runtime

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.preflight.dry_run import Stage
+from megatron_prune.preflight.dry_run import PipelineStage
 
 FP32 = 4
 
@@ -41,7 +41,7 @@ def bubble(args: argparse.Namespace, microbatches: int) -> float:
     return waiting / (waiting + working)
 
 
-def work(shape: ModelShape, stages: Sequence[Stage], seq_length: int) -> list[float]:
+def work(shape: ModelShape, stages: Sequence[PipelineStage], seq_length: int) -> list[float]:
     """Forward FLOPs a token of each stage: its blocks, and the output layer on the last."""
     whole = shape.forward_flops(seq_length) / seq_length
     output = 2 * shape.hidden_size * shape.padded_vocab_size

@@ -40,12 +40,12 @@ REFUSALS = (MegatronPruneError, AssertionError, ValueError, RuntimeError, NotImp
 ASSUMED_TE = "2.9.0"  # of a cluster that has Transformer Engine
 
 
-class Refused(Exception):
+class MegatronRefused(Exception):
     """The rehearsed command would not have started; its text is the refusal's."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """What one pipeline stage holds on a tensor-parallel rank of its own: parameters by their kind."""
 
     layers: int
@@ -67,7 +67,7 @@ class Rehearsal:
 
     args: argparse.Namespace
     microbatches: int
-    stages: tuple[Stage, ...]
+    stages: tuple[PipelineStage, ...]
     unbuilt: str | None = None
     off: tuple[str, ...] = ()
 
@@ -101,7 +101,7 @@ def rehearse(
         microbatches = _microbatches(args)
         try:
             stages = [in_child(partial(_build, args, p)) for p in range(args.pipeline_model_parallel_size)]
-        except Refused as refused:
+        except MegatronRefused as refused:
             return Rehearsal(args, microbatches, (), str(refused), tuple(off))
         return Rehearsal(args, microbatches, tuple(stages), off=tuple(off))
 
@@ -172,7 +172,7 @@ def _complete_vocabulary(args: argparse.Namespace) -> None:
     try:
         build_tokenizer(args)
     except Exception as error:
-        raise Refused(
+        raise MegatronRefused(
             f"--padded-vocab-size is not given, and the tokenizer {args.tokenizer_type} {args.tokenizer_model} "
             f"cannot be built here to learn it: {error}"
         ) from error
@@ -194,7 +194,7 @@ def _microbatches(args: argparse.Namespace) -> int:
     return int(calculator.get_num_microbatches())
 
 
-def _build(args: argparse.Namespace, number: int) -> Stage:
+def _build(args: argparse.Namespace, number: int) -> PipelineStage:
     """Pipeline stage ``number``, built by Megatron on its first rank."""
     from megatron.core import parallel_state as mpu
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -230,7 +230,7 @@ def _build(args: argparse.Namespace, number: int) -> Stage:
             entry.key: tuple(entry.global_shape) for entry in nested_values(state) if isinstance(entry, ShardedTensor)
         }
     layers = tuple(len(chunk.decoder.layers) for chunk in chunks)
-    return Stage(layers=sum(layers), chunks=layers, shapes=shapes, **sizes)
+    return PipelineStage(layers=sum(layers), chunks=layers, shapes=shapes, **sizes)
 
 
 def _buildable(args: argparse.Namespace) -> argparse.Namespace:
@@ -282,7 +282,7 @@ def in_child[T](work: Callable[[], T]) -> T:
             reader.close()
             os.waitpid(child, 0)
     if outcome == "refused":
-        raise Refused(value)
+        raise MegatronRefused(value)
     if outcome == "bug":
         raise RunError(f"a dry run failed:\n{value}")
     answer: T = value
@@ -292,7 +292,7 @@ def in_child[T](work: Callable[[], T]) -> T:
 def _outcome(work: Callable[[], Any], printed: int) -> tuple[str, Any]:
     try:
         return "done", work()
-    except Refused as error:
+    except MegatronRefused as error:
         return "refused", str(error)
     except SystemExit as leaving:  # argparse prints and leaves
         sys.stderr.flush()

@@ -17,7 +17,7 @@ from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import arguments
 from megatron_prune.errors import UsageError
-from megatron_prune.preflight.dry_run import Stage
+from megatron_prune.preflight.dry_run import PipelineStage
 
 FP32 = 4
 PROCESS = 4e9  # of a rank: Python, torch, Megatron and CUDA's libraries
@@ -51,7 +51,9 @@ REMEDIES = {
 }
 
 
-def node(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage], ranks: int, trains: bool) -> Host:
+def node(
+    args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage], ranks: int, trains: bool
+) -> Host:
     """A node of ``ranks`` ranks, all of the stage with the most parameters."""
     parameters = max((stage.parameters for stage in stages), default=0)
     processes = int(ranks * PROCESS)
@@ -86,7 +88,7 @@ def _order(args: argparse.Namespace) -> int:
     return int(4 * args.train_iters * args.global_batch_size)
 
 
-def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> int:
+def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> int:
     """``sparsify``'s residual stream of a replica's windows (``sparse/driver.py``), and masks of its stage."""
     if getattr(args, "method", None) is None or not hasattr(args, "modules"):  # None: all of them
         return 0

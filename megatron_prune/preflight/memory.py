@@ -23,7 +23,7 @@ import torch
 
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.preflight.dry_run import Stage
+from megatron_prune.preflight.dry_run import PipelineStage
 
 FP32, FP64 = 4, 8
 MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
@@ -46,7 +46,9 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def training(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage], microbatches: int) -> list[Memory]:
+def training(
+    args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage], microbatches: int
+) -> list[Memory]:
     """Memory of a training step, of each stage."""
     found = []
     for number, stage in enumerate(stages):
@@ -65,7 +67,7 @@ def training(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage
     return found
 
 
-def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Stage]) -> list[Memory]:
+def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> list[Memory]:
     """Memory of the verbs that only run the model, of each stage; what a sparse method gathers and solves, too."""
     tokens = args.seq_length * args.micro_batch_size
     pruned = pruning(args, shape)
@@ -109,7 +111,7 @@ def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
     return int(held + once)
 
 
-def _weights(args: argparse.Namespace, stage: Stage) -> int:
+def _weights(args: argparse.Namespace, stage: PipelineStage) -> int:
     element: int = args.params_dtype.itemsize
     if not args.fp8:
         return stage.parameters * element
@@ -118,7 +120,7 @@ def _weights(args: argparse.Namespace, stage: Stage) -> int:
     return linears + (stage.parameters - stage.linears) * element
 
 
-def _optimizer(args: argparse.Namespace, stage: Stage) -> int:
+def _optimizer(args: argparse.Namespace, stage: PipelineStage) -> int:
     """Adam's two moments and the fp32 master, or SGD's momentum; sharded by the distributed optimizer."""
     precise = args.use_precision_aware_optimizer
     moments = [args.exp_avg_dtype, args.exp_avg_sq_dtype] if precise else [torch.float32] * 2
@@ -187,7 +189,7 @@ def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
 
 
 def activations(
-    args: argparse.Namespace, shape: ModelShape, stage: Stage, number: int, stages: int, microbatches: int
+    args: argparse.Namespace, shape: ModelShape, stage: PipelineStage, number: int, stages: int, microbatches: int
 ) -> tuple[int, int]:
     """Bytes that stage ``number`` of ``stages`` keeps for backward, and that it needs beside them for a moment."""
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
@@ -229,7 +231,7 @@ def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float,
 
 
 def _in_flight(
-    args: argparse.Namespace, stage: Stage, number: int, stages: int, microbatches: int
+    args: argparse.Namespace, stage: PipelineStage, number: int, stages: int, microbatches: int
 ) -> list[tuple[int, ...]]:
     """Micro-batches whose activations each virtual stage holds, whenever a forward pass has ended, under 1F1B.
 

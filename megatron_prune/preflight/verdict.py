@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_prune import artifacts
 from megatron_prune.preflight import checks, dry_run
-from megatron_prune.preflight.checks import Question
+from megatron_prune.preflight.checks import JobQuestion
 
 
-def answer(question: Question, verb: Callable[[list[str]], int]) -> dict[str, Any]:
+def answer(question: JobQuestion, verb: Callable[[list[str]], int]) -> dict[str, Any]:
     """Run ``verb`` as far as its arguments, and check them; the whole answer as JSON."""
     cluster = question.cluster
     facts: dict[str, Any] = {"parameters": None}
@@ -20,7 +20,7 @@ def answer(question: Question, verb: Callable[[list[str]], int]) -> dict[str, An
             verb, question.argv, gpus=cluster.gpus, per_node=cluster.local_ranks,
             capability=cluster.gpu.capability, has=question.installed,
         )  # fmt: skip
-    except dry_run.Refused as refused:
+    except dry_run.MegatronRefused as refused:
         findings = [checks.Finding("arguments", "no", str(refused))]
     else:
         findings = [checks.Finding("arguments", "yes", "accepted by the verb and by Megatron")]

@@ -43,7 +43,7 @@ class Calibrated:
     scored: int | None
 
 
-def calibrate(own: verbs.Calibrate, words: Sequence[str]) -> Calibrated:
+def calibrate(own: verbs.CalibrateSettings, words: Sequence[str]) -> Calibrated:
     """Gather statistics, or score candidates; ``words`` are Megatron's flags. Every rank calls it."""
     output = _output(own)
     asked: tuple[Question, Statistics] | None = None
@@ -69,7 +69,7 @@ def calibrate(own: verbs.Calibrate, words: Sequence[str]) -> Calibrated:
     return made
 
 
-def _output(own: verbs.Calibrate) -> Path:
+def _output(own: verbs.CalibrateSettings) -> Path:
     """Where the statistics go; UsageError where the flags that name files do not go together."""
     if (own.score is None) != (own.statistics is None):
         raise UsageError("--score, --statistics", got="only one", expected="both or neither")

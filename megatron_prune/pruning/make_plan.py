@@ -30,7 +30,7 @@ class Unscored:
     retraining: int | None
 
 
-def make_plan(asked: verbs.Plan, own: Settings) -> PruningPlan | Unscored:
+def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscored:
     """The plan that ``asked`` and the method's ``own`` settings describe, written to ``asked.output``."""
     method = methods.get(asked.method)
     if asked.seed is not None and not method.random:
@@ -75,7 +75,7 @@ def make_plan(asked: verbs.Plan, own: Settings) -> PruningPlan | Unscored:
 def _ask(
     question: Question,
     statistics: statistics_file.Statistics,
-    asked: verbs.Plan,
+    asked: verbs.PlanSettings,
     missing: Sequence[Candidate],
     *,
     retrain: bool,

@@ -33,7 +33,7 @@ from megatron_prune.pruning import calibrate
 from megatron_prune.pruning.sparsify import sparsify
 from megatron_prune.settings import Settings, nearest, value_of
 from megatron_prune.sparse import request as requests
-from megatron_prune.sparse.request import Request
+from megatron_prune.sparse.request import SparsifyRequest
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured.apply import apply_plan
 from megatron_prune.structured.candidates import Question
@@ -44,7 +44,7 @@ FOLDER = "pruning"
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruneOutcome:
     """What ``prune`` did: the plan of a structured method, or what went from each matrix by a sparse one."""
 
     save: Path
@@ -52,23 +52,26 @@ class Pruned:
     sparsity: dict[str, Any] | None = None  # empty where an earlier run had finished
 
 
-def is_sparse(asked: verbs.Prune) -> bool:
+def is_sparse(asked: verbs.PruneSettings) -> bool:
     """True for a sparse method; one that is structured too is meant to be sparse where a pattern says so."""
     return asked.method in options.SPARSE and (asked.method not in options.STRUCTURED or asked.was_given("pattern"))
 
 
-def prune(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | None:
+def prune(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> PruneOutcome | None:
     """Prune ``--load`` to ``--save``. ``own`` are the settings of a structured method, ``words`` Megatron's flags.
 
     Every rank calls it; rank 0 gets the answer. UsageError for settings that the method does not take.
     """
-    if isinstance(choose(asked, own), Request):  # what the settings alone say against it, before Megatron is imported
-        table = sparsify(_only(verbs.Sparsify, asked), words, "prune")
-        return None if table is None else Pruned(Path(value_of(words, "--save") or ""), sparsity=table)
+    # What the settings alone say against it is said before Megatron is imported.
+    if isinstance(choose(asked, own), SparsifyRequest):
+        table = sparsify(_only(verbs.SparsifySettings, asked), words, "prune")
+        return None if table is None else PruneOutcome(Path(value_of(words, "--save") or ""), sparsity=table)
     return _structured(asked, own, words)
 
 
-def choose(asked: verbs.Prune, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None) -> Choice | Request:
+def choose(
+    asked: verbs.PruneSettings, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
+) -> Choice | SparsifyRequest:
     """What is asked of a structured, or of a sparse method. UsageError for a method that there is not, settings that
     it does not take, or a target that contradicts itself."""
     if asked.method not in (known := sorted({*options.STRUCTURED, *options.SPARSE})):
@@ -77,16 +80,16 @@ def choose(asked: verbs.Prune, own: Settings, *, tensor_parallel: int = 1, seed:
             "--method", expected=f"one of {', '.join(known)}", got=asked.method, do=f"did you mean {hint}?" * bool(hint)
         )
     if is_sparse(asked):
-        _refuse_given(asked, verbs.Target, "a structured --method", asked.method)
+        _refuse_given(asked, verbs.TargetSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    _refuse_given(asked, verbs.Sparsity, "a sparse --method", asked.method)
+    _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method)
     chosen = choices.choose(asked.method, asked, own, tensor_parallel=tensor_parallel, seed=seed)
     chosen.check()
     return chosen
 
 
-def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Pruned | None:
+def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> PruneOutcome | None:
     folder: Path
     choice: choices.Choice
     question: Question
@@ -127,13 +130,13 @@ def _structured(asked: verbs.Prune, own: Settings, words: Sequence[str]) -> Prun
         names = ("statistics.safetensors", "statistics.json")
         files |= {f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)}
     apply_plan(runtime.loaded_directory(args), made, folder, files)
-    return Pruned(folder, plan=made)
+    return PruneOutcome(folder, plan=made)
 
 
 def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str) -> None:
     """UsageError where one of ``settings`` was given that ``method`` does not take; how much goes, all take."""
     for flag in settings.flags():
-        if flag not in verbs.Amount.flags() and asked.was_given(flag.name):
+        if flag not in verbs.AmountSettings.flags() and asked.was_given(flag.name):
             raise UsageError(flag.option, got=f"--method {method}", expected=f"{only} with it")
 
 

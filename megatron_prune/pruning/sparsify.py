@@ -29,7 +29,7 @@ from megatron_prune.sparse import request as requests
 from megatron_prune.sparse.resume import Scratch
 
 
-def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") -> dict[str, Any] | None:
+def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "sparsify") -> dict[str, Any] | None:
     """Prune ``--load`` to ``--save``; ``words`` are Megatron's flags. Every rank calls it.
 
     Returns what went from each matrix, on rank 0; an empty table where an earlier run had finished.
@@ -52,7 +52,7 @@ def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") 
     args = runtime.start(verb, words, own, complete=complete)
     from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
     from megatron_prune.sparse import driver, result, weights_only
-    from megatron_prune.sparse.request import Task
+    from megatron_prune.sparse.request import SparsifyTask
 
     calibration.refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
@@ -70,7 +70,7 @@ def sparsify(own: verbs.Sparsify, words: Sequence[str], verb: str = "sparsify") 
         "params_dtype": str(args.params_dtype).removeprefix("torch."),
         "fp8": fp8.describe(args) if reads_text else None,
     }
-    task = Task(parent, request, windows, question, save)
+    task = SparsifyTask(parent, request, windows, question, save)
     if result.is_finished(task):
         if args.rank == 0:
             Scratch(save).remove()

@@ -27,12 +27,12 @@ from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
 from megatron_prune.sparse.inputs import Inputs, linears
 from megatron_prune.sparse.matrices import SUFFIXES
-from megatron_prune.sparse.request import Task
+from megatron_prune.sparse.request import SparsifyTask
 from megatron_prune.sparse.resume import Progress, Pruned, Scratch
 from megatron_prune.sparse.solve import prune_block
 
 
-def run(args: argparse.Namespace, task: Task) -> None:
+def run(args: argparse.Namespace, task: SparsifyTask) -> None:
     """Prune every chosen block and leave weights and masks in the scratch folder of ``task.save``. Collective.
 
     The process group is gone when it returns.
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, task: Task) -> None:
 class _Stage:
     """This rank's part of the work: the blocks of its pipeline stage."""
 
-    def __init__(self, model: list[Any], task: Task, scratch: Scratch, done: list[int], progress: Progress):
+    def __init__(self, model: list[Any], task: SparsifyTask, scratch: Scratch, done: list[int], progress: Progress):
         self.task, self.scratch, self.done, self.progress = task, scratch, set(done), progress
         self.model = model
         self.blocks: list[Any] = list(unwrap_model(model[0]).decoder.layers)
@@ -68,7 +68,7 @@ class _Stage:
         assert task.windows is not None
         self.windows = task.windows
         replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        self.stream = Stream(model[0], self.windows[replica::replicas])
+        self.stream = ResidualStream(model[0], self.windows[replica::replicas])
         # The stream has nothing to do past the last block that is still to be pruned.
         self.last = max((layer for layer in task.layers if layer not in self.done), default=-1)
 
@@ -157,7 +157,7 @@ class _Stage:
 # attention masks and precision contexts are those of any other forward pass. Stages hand windows on point to point.
 
 
-class Stream:
+class ResidualStream:
     """What the next block of this stage reads: ``states``, one [s, 1, h] a window, on the CPU."""
 
     def __init__(self, stage: Any, windows: Sequence[torch.Tensor]):

@@ -52,7 +52,7 @@ class LocalRows:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Rows [start, stop) of a module's weight, which are a matrix's rows from ``first`` on."""
 
     matrix: Matrix
@@ -74,7 +74,7 @@ def matrices(module: str, shape: ModelShape) -> tuple[Matrix, ...]:
     return tuple(Matrix(name, module, rows, inputs) for name, rows, inputs in table[module])
 
 
-def runs(module: str, shape: ModelShape) -> list[Run]:
+def runs(module: str, shape: ModelShape) -> list[RowRun]:
     """A module's whole weight, from its first row to its last, as runs of rows that belong to one matrix."""
     if module == "qkv":
         q, k, v = matrices(module, shape)
@@ -82,11 +82,11 @@ def runs(module: str, shape: ModelShape) -> list[Run]:
         lengths = [(q, shape.heads_per_group * d), (k, d), (v, d)] * shape.num_query_groups
     else:
         lengths = [(matrix, matrix.rows) for matrix in matrices(module, shape)]
-    found: list[Run] = []
+    found: list[RowRun] = []
     seen: dict[Matrix, int] = defaultdict(int)
     start = 0
     for matrix, length in lengths:
-        found.append(Run(matrix, start, start + length, seen[matrix]))
+        found.append(RowRun(matrix, start, start + length, seen[matrix]))
         start, seen[matrix] = start + length, seen[matrix] + length
     return found
 

@@ -19,7 +19,7 @@ from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
 
 @dataclass(frozen=True)
-class Request:
+class SparsifyRequest:
     """A sparse pruning, checked against no model yet (``check``)."""
 
     name: str
@@ -59,7 +59,7 @@ class Request:
         }
 
 
-def choose(name: str, asked: verbs.Sparsity, seed: int | None = None) -> Request:
+def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) -> SparsifyRequest:
     """The request that settings describe. UsageError where they contradict each other.
 
     ``seed`` is left out where the method draws nothing.
@@ -75,7 +75,7 @@ def choose(name: str, asked: verbs.Sparsity, seed: int | None = None) -> Request
     }
     if own and asked.ratio is not None:
         Sparsity.parse(asked.ratio, asked.pattern)  # that every module has its own does not make this one right
-    return Request(name, method, of, _layers(asked.layers), seed if method.random else None)
+    return SparsifyRequest(name, method, of, _layers(asked.layers), seed if method.random else None)
 
 
 def _modules(text: str | None) -> tuple[str, ...]:
@@ -119,11 +119,11 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 
 @dataclass(frozen=True)
-class Task:
+class SparsifyTask:
     """What is to be done: prune ``parent`` as ``request`` says, by what it does with ``windows`` (None: unread)."""
 
     parent: Checkpoint
-    request: Request
+    request: SparsifyRequest
     windows: Windows | None
     question: Mapping[str, Any]  # all that decides the result, as JSON
     save: Path

@@ -14,7 +14,7 @@ from megatron_prune.checkpoint.layout import ModelShape, layer_name, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.sparse.matrices import SUFFIXES, matrices
-from megatron_prune.sparse.request import Request, Task
+from megatron_prune.sparse.request import SparsifyRequest, SparsifyTask
 from megatron_prune.sparse.resume import Scratch
 from megatron_prune.training import lineage
 
@@ -27,7 +27,7 @@ _ERROR = {
 }
 
 
-def write(task: Task, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     """Write ``task.save`` from its finished scratch folder, and remove that; the table that went with it.
 
     ``calibration`` says what was read. Raises CheckpointError, and keeps the scratch folder, where the disk is full.
@@ -61,14 +61,14 @@ def write(task: Task, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     return table
 
 
-def is_finished(task: Task) -> bool:
+def is_finished(task: SparsifyTask) -> bool:
     """True where ``task.save`` holds the answer to the same question already."""
     path = task.save / TABLE
     return path.is_file() and artifacts.read_json(path).get("question") == task.question
 
 
 def _provenance(
-    task: Task, rows: Iterable[Mapping[str, Any]], calibration: Mapping[str, Any] | None, masks: str
+    task: SparsifyTask, rows: Iterable[Mapping[str, Any]], calibration: Mapping[str, Any] | None, masks: str
 ) -> dict[str, Any]:
     """This pruning's entry in the chain of ``pruning.json``."""
     parent, request, windows = task.parent, task.request, task.windows
@@ -105,7 +105,7 @@ def _provenance(
     }
 
 
-def flops(shape: ModelShape, request: Request, sequences: int, seq_length: int) -> int:
+def flops(shape: ModelShape, request: SparsifyRequest, sequences: int, seq_length: int) -> int:
     """Dense FLOPs of a pruning that reads ``sequences``, each block forward once or twice.
 
     With a Hessian also X·Xᵀ of every module's inputs, in³ to factorise it, and rows·in² to update each matrix.

@@ -22,13 +22,13 @@ from megatron_prune.methods.hessian import Factor, Hessian
 from megatron_prune.methods.selection import Rows, full_precision
 from megatron_prune.sparse.inputs import Statistic, linears
 from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
-from megatron_prune.sparse.request import Request, Sums
+from megatron_prune.sparse.request import SparsifyRequest, Sums
 
 
 def prune_block(
     block: Any,
     shape: ModelShape,
-    request: Request,
+    request: SparsifyRequest,
     statistics: Mapping[str, Statistic],
     stored: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], list[Sums]]:
@@ -68,7 +68,7 @@ def prune_block(
 class _Solver:
     """Prunes the matrices of one module on the ranks of one replica."""
 
-    def __init__(self, module: str, shape: ModelShape, request: Request, statistic: Statistic, number: int):
+    def __init__(self, module: str, shape: ModelShape, request: SparsifyRequest, statistic: Statistic, number: int):
         assert isinstance(request.method, InputMethod)
         self.method = request.method
         self.module, self.shape, self.request, self.statistic = module, shape, request, statistic

@@ -24,15 +24,15 @@ from megatron_prune.checkpoint.parallel import keep_freed_memory
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import write_single
 from megatron_prune.methods.base import Sparsity, WeightMethod
-from megatron_prune.sparse.matrices import SUFFIXES, Matrix, Run, matrices, runs
-from megatron_prune.sparse.request import Sums, Task
+from megatron_prune.sparse.matrices import SUFFIXES, Matrix, RowRun, matrices, runs
+from megatron_prune.sparse.request import SparsifyTask, Sums
 from megatron_prune.sparse.resume import Progress, Pruned, Scratch
 
 RECORD_BYTES = 8 << 20  # of rows that are read and written at a time
 CHUNK_BYTES = 1 << 20  # of rows that are worked on at a time: a core's cache holds them and what is made of them
 
 
-def run(task: Task, params_dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> None:
+def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> None:
     """Prune every chosen block and leave weights and masks in the scratch folder of ``task.save``.
 
     ``params_dtype`` is the type that the model computes in: weights are rounded to it, and back to that they are stored
@@ -71,7 +71,7 @@ def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return held[0]
 
 
-def _prune_block(task: Task, layer: int, params_dtype: torch.dtype, scratch: Scratch) -> None:
+def _prune_block(task: SparsifyTask, layer: int, params_dtype: torch.dtype, scratch: Scratch) -> None:
     began = time.monotonic()
     linears = [_Linear(task, layer, module, params_dtype) for module in task.request.modules]
     scratch.write(layer, 0, (piece for linear in linears for piece in linear.prune()))
@@ -82,7 +82,7 @@ def _prune_block(task: Task, layer: int, params_dtype: torch.dtype, scratch: Scr
 class _Linear:
     """One linear of a block. ``prune`` is to be run to its end, then ``sums`` says what it did."""
 
-    def __init__(self, task: Task, layer: int, module: str, params_dtype: torch.dtype) -> None:
+    def __init__(self, task: SparsifyTask, layer: int, module: str, params_dtype: torch.dtype) -> None:
         assert isinstance(task.request.method, WeightMethod)
         self._method = task.request.method
         self._parent, self._name = task.parent, layer_name(layer, SUFFIXES[module])
@@ -124,7 +124,7 @@ class _Linear:
             found.append(Sums(matrix, self._removed[matrix], lost / held if 0 < held < math.inf else None))
         return found
 
-    def _count(self, run: Run) -> None:
+    def _count(self, run: RowRun) -> None:
         for start, weight in self._rows(run, CHUNK_BYTES):
             scores = self._method.scores(weight, run.first + start - run.start, self._seeds[run.matrix])
             self._choices[run.matrix].count(scores)
@@ -145,7 +145,7 @@ class _Linear:
             self._held[matrix] += _squares(before)
         return kept
 
-    def _rows(self, run: Run, most: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _rows(self, run: RowRun, most: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows of a run, at most that many bytes at a time: (the first's number, [rows, in])."""
         step = max(1, most // (run.matrix.inputs * self._dtype.itemsize))
         for start in range(run.start, run.stop, step):
@@ -163,7 +163,7 @@ def _squares(values: torch.Tensor) -> float:
     return float(values.square_().numpy().sum(dtype=numpy.float64))
 
 
-def _masks(task: Task, scratch: Scratch) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
+def _masks(task: SparsifyTask, scratch: Scratch) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
     """The masks of what was pruned, and the parent's elsewhere, as ``write_single`` takes them."""
     held, patterns = task.held_masks(), task.patterns
     if held is not None:
@@ -188,7 +188,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of a score
 _DIGITS = {2: ((0, 15),), 4: ((16, 15), (0, 16))}  # (shift, width) of each, the sign left out
 
 
-class Choice(ABC):
+class BlockChoice(ABC):
     """Which weights of one matrix go, by their scores.
 
         while choice.counts:
@@ -214,13 +214,13 @@ class Choice(ABC):
         """True for what goes of the next block, bool [rows, in]."""
 
 
-def choice(sparsity: Sparsity, size: int) -> Choice:
+def choice(sparsity: Sparsity, size: int) -> BlockChoice:
     """The choice that ``sparsity`` asks for in a matrix of ``size`` weights."""
     n, m = sparsity.pattern.n, sparsity.pattern.m
     return LowestOfAll(sparsity.removed(size)) if n is None or m is None else LowestInGroups(m - n, m)
 
 
-class LowestOfAll(Choice):
+class LowestOfAll(BlockChoice):
     """The ``count`` lowest scores of the whole matrix."""
 
     def __init__(self, count: int) -> None:
@@ -268,7 +268,7 @@ class LowestOfAll(Choice):
         return torch.from_numpy(removed)
 
 
-class LowestInGroups(Choice):
+class LowestInGroups(BlockChoice):
     """The ``count`` lowest of every ``m`` consecutive scores of a row; m divides the rows."""
 
     counts = False

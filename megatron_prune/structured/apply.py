@@ -35,7 +35,7 @@ from megatron_prune.training.account import ACCOUNT
 BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
 
 
-def apply(asked: verbs.Apply) -> plan.PruningPlan:
+def apply(asked: verbs.ApplySettings) -> plan.PruningPlan:
     """Write the pruned checkpoint that ``asked`` describes; returns the plan that was applied."""
     made = plan.read(asked.plan)
     keep_freed_memory()

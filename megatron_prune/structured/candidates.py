@@ -21,7 +21,7 @@ from typing import Any
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods.base import Method, NearTie, Request, Retraining, Selection
+from megatron_prune.methods.base import Method, NearTie, PruningRequest, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
 
@@ -84,7 +84,7 @@ class Question:
         return [
             Candidate(self.source, target, selection)
             for target in self.targets
-            for selection in method.candidates(Request(self.source, target, tensors, self.settings, self.seed))
+            for selection in method.candidates(PruningRequest(self.source, target, tensors, self.settings, self.seed))
         ]
 
     @property

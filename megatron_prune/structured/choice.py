@@ -77,7 +77,7 @@ class Choice:
 
 
 def choose(
-    name: str, asked: verbs.Target, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
+    name: str, asked: verbs.TargetSettings, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
 ) -> Choice:
     """The choice that the target ``asked`` and the method's ``own`` settings describe; UsageError where they cannot be.
 
@@ -95,12 +95,12 @@ def read(name: str, values: Mapping[str, Any], *, where: str = "", tensor_parall
     ``where`` it is written is named in errors (``methods.0``).
     """
     methods.get(name)  # a name that there is not
-    targeted = {flag.name for flag in verbs.Target.flags()}
+    targeted = {flag.name for flag in verbs.TargetSettings.flags()}
     target = {key: value for key, value in values.items() if key.replace("-", "_") in targeted}
     rest = {key: value for key, value in values.items() if key not in target}
     refuse_others(name, rest, where)
     return choose(
-        name, verbs.Target.read(target, where), options.STRUCTURED[name].read(rest, where),
+        name, verbs.TargetSettings.read(target, where), options.STRUCTURED[name].read(rest, where),
         tensor_parallel=tensor_parallel,
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
 
 
 def retrain_candidates(
-    asked: verbs.RetrainCandidates, shared: Sequence[str], pretrain: Sequence[str], say: Callable[[str], None]
+    asked: verbs.RetrainCandidatesSettings, shared: Sequence[str], pretrain: Sequence[str], say: Callable[[str], None]
 ) -> int:
     """Retrain the best candidates, and add their losses to the statistics; how many competed.
 
@@ -74,7 +74,7 @@ def retrain_candidates(
     return len(trials)
 
 
-def _asked(question: Question, of: str, found: Statistics, options: verbs.RetrainCandidates) -> list[Candidate]:
+def _asked(question: Question, of: str, found: Statistics, options: verbs.RetrainCandidatesSettings) -> list[Candidate]:
     """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
     asked = question.retraining
     if asked is None:
@@ -176,7 +176,7 @@ class _Trial:
         question: Question,
         found: Statistics,
         recipe: _Recipe,
-        options: verbs.RetrainCandidates,
+        options: verbs.RetrainCandidatesSettings,
     ):
         self.candidate, self.found, self.recipe, self.options = candidate, found, recipe, options
         self.folder = Path(options.scratch).absolute() / candidate.selection.key[:16]

@@ -377,7 +377,7 @@ def flag_of(field: str) -> str:
     return "--target-" + field.replace("_", "-")
 
 
-def from_settings(asked: verbs.Target, shapes: Sequence[str] = (), tensor_parallel: int = 1) -> Target:
+def from_settings(asked: verbs.TargetSettings, shapes: Sequence[str] = (), tensor_parallel: int = 1) -> Target:
     """The target that settings describe; those without effect are refused. ``shapes`` are minitron-width's own."""
     sizes = {f: size for f in DIMENSIONS if (size := getattr(asked, "target_" + f)) is not None}
     if asked.ratio is None and asked.ratio_of is not None:

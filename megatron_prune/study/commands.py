@@ -14,8 +14,8 @@ from typing import Any
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
-from megatron_prune.study.schema import Study
-from megatron_prune.study.sections import Method
+from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.sections import MethodSection
 
 CORPORA = ("validation", "test")
 SAVES_WHEN_TOLD = "--exit-signal-handler"
@@ -49,7 +49,7 @@ def flags(mapping: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def parent_training(study: Study, places: Places, samples: SampleRange, seed: int = 0) -> Command:
+def parent_training(study: StudyConfig, places: Places, samples: SampleRange, seed: int = 0) -> Command:
     """Pretraining of a parent from random weights; ``seed`` is that of its replicate, where each has a parent."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
@@ -57,13 +57,13 @@ def parent_training(study: Study, places: Places, samples: SampleRange, seed: in
     return _pretrain(study, places, cell, samples, *study.parent_run(seed), start, permute=False)
 
 
-def importing(study: Study, places: Places) -> Command:
+def importing(study: StudyConfig, places: Places) -> Command:
     """A Hugging Face parent as a Megatron checkpoint."""
     words = flags({"hf": study.parent.import_hf, "save": str(places.checkpoint("parent"))})
     return Command("import", ("convert", "import", *words))
 
 
-def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
+def training(study: StudyConfig, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
     """Retraining from a pruned checkpoint, or training of its shape from random weights; perhaps under its masks."""
     source = str(places.checkpoint(pruning.cell))
     start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
@@ -72,7 +72,7 @@ def training(study: Study, places: Places, cell: TrainingCell, pruning: Pruning)
 
 
 def _pretrain(
-    study: Study,
+    study: StudyConfig,
     places: Places,
     cell: str,
     samples: SampleRange,
@@ -92,7 +92,7 @@ def _pretrain(
     return Command("pretrain", tuple(words), study.launch.nproc)
 
 
-def _tracking(study: Study, places: Places, cell: str) -> list[str]:
+def _tracking(study: StudyConfig, places: Places, cell: str) -> list[str]:
     """Megatron's own writers; what groups W&B's runs is in ``environment``."""
     tracking = study.tracking
     project = tracking.wandb_project
@@ -107,13 +107,15 @@ def _tracking(study: Study, places: Places, cell: str) -> list[str]:
     )
 
 
-def environment(study: Study, threads: int | None) -> dict[str, str]:
+def environment(study: StudyConfig, threads: int | None) -> dict[str, str]:
     """What every job finds in its environment."""
     found = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return found | ({"WANDB_RUN_GROUP": study.name} if study.tracking.wandb_project else {})
 
 
-def recipe(study: Study, places: Places, samples: SampleRange, seed: int, lr: float, *, permute: bool) -> list[str]:
+def recipe(
+    study: StudyConfig, places: Places, samples: SampleRange, seed: int, lr: float, *, permute: bool
+) -> list[str]:
     """What every training run of the study has in common, but for the recipe's own ``arguments``."""
     made = study.recipe
     return flags(
@@ -139,7 +141,7 @@ def recipe(study: Study, places: Places, samples: SampleRange, seed: int, lr: fl
     )
 
 
-def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Command:
+def evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path) -> Command:
     """Validation and test loss on fixed windows, in one load of the model."""
     words = ["evaluate", *forward(study, checkpoint)]
     words += flags(
@@ -155,12 +157,12 @@ def evaluation(study: Study, places: Places, cell: str, checkpoint: Path) -> Com
     return Command("evaluate", tuple(words), study.launch.nproc)
 
 
-def forward(study: Study, checkpoint: Path) -> list[str]:
+def forward(study: StudyConfig, checkpoint: Path) -> list[str]:
     """What every verb that only runs the model needs; the recipe's flags say its precision."""
     return ["--load", str(checkpoint), *layout(study), *tokenizer(study), *flags(study.recipe.arguments)]
 
 
-def layout(study: Study) -> list[str]:
+def layout(study: StudyConfig) -> list[str]:
     return flags(
         {
             "tensor-model-parallel-size": study.launch.tensor_parallel,
@@ -169,7 +171,7 @@ def layout(study: Study) -> list[str]:
     )
 
 
-def tokenizer(study: Study) -> list[str]:
+def tokenizer(study: StudyConfig) -> list[str]:
     made = study.data.tokenizer
     return flags({"tokenizer-type": made.type, "tokenizer-model": made.model}) if made else []
 
@@ -177,7 +179,7 @@ def tokenizer(study: Study) -> list[str]:
 # The commands of calibrations and prunings: what reads a parent and writes a smaller checkpoint, or a sparse one.
 
 
-def calibration(study: Study, places: Places, pruning: Pruning) -> Command:
+def calibration(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
     """Statistics on calibration windows of what ``pruning`` starts from, for every structured method and ratio."""
     words = ["calibrate", *forward(study, places.source(study, pruning)), *_windows(study)]
     words += flags(
@@ -189,12 +191,12 @@ def calibration(study: Study, places: Places, pruning: Pruning) -> Command:
     return Command("calibrate", tuple(words), study.launch.nproc)
 
 
-def choice(study: Study, method: Method, ratio: float | None) -> list[str]:
+def choice(study: StudyConfig, method: MethodSection, ratio: float | None) -> list[str]:
     """A method, its settings and its target as flags of ``plan``; of ``sparsify``, where it is sparse."""
     return flags({"method": method.name, **asked(study, method, ratio)})
 
 
-def asked(study: Study, method: Method, ratio: float | None) -> dict[str, Any]:
+def asked(study: StudyConfig, method: MethodSection, ratio: float | None) -> dict[str, Any]:
     """A method's settings and its target by their flags, without the dashes."""
     if method.pattern is not None:
         return {"pattern": method.pattern, "ratio": None if method.own_ratio else ratio, **method.settings}
@@ -207,7 +209,7 @@ def asked(study: Study, method: Method, ratio: float | None) -> dict[str, Any]:
 
 
 def planning(
-    study: Study, places: Places, pruning: Pruning, statistics: Path | None, *, random: bool, stage: str = "plan"
+    study: StudyConfig, places: Places, pruning: Pruning, statistics: Path | None, *, random: bool, stage: str = "plan"
 ) -> Command:
     """The plan of one method at one ratio or target; ``random`` methods are given the seed."""
     words = flags(
@@ -222,7 +224,7 @@ def planning(
     return Command(stage, ("plan", *words, *choice(study, pruning.method, pruning.ratio)))
 
 
-def scoring(study: Study, places: Places, pruning: Pruning) -> Command:
+def scoring(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
     """Scores of a pruning's candidates, in statistics of its own: prunings run side by side."""
     words = ["calibrate", *forward(study, places.source(study, pruning))]
     words += flags(
@@ -235,7 +237,7 @@ def scoring(study: Study, places: Places, pruning: Pruning) -> Command:
     return Command("score", tuple(words), study.launch.nproc)
 
 
-def rescoring(study: Study, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
+def rescoring(study: StudyConfig, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
     """The best candidates, each trained on ``samples`` as the pruned model will be, and scored again.
 
     Of several learning rates they take the first.
@@ -254,7 +256,7 @@ def rescoring(study: Study, places: Places, pruning: Pruning, samples: SampleRan
     return Command("retrain-candidates", ("retrain-candidates", *words))
 
 
-def application(study: Study, places: Places, pruning: Pruning) -> Command:
+def application(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
     """The pruned checkpoint of a plan."""
     words = flags(
         {
@@ -266,7 +268,7 @@ def application(study: Study, places: Places, pruning: Pruning) -> Command:
     return Command("apply", ("apply", *words))
 
 
-def sparsifying(study: Study, places: Places, pruning: Pruning, *, text: bool, random: bool) -> Command:
+def sparsifying(study: StudyConfig, places: Places, pruning: Pruning, *, text: bool, random: bool) -> Command:
     """The checkpoint and the masks of a sparse method, which reads calibration ``text`` by itself or none."""
     drawn = random or (text and study.calibration.sampling == "random")
     words = ["sparsify", *forward(study, places.source(study, pruning)), *(_windows(study) if text else [])]
@@ -275,7 +277,7 @@ def sparsifying(study: Study, places: Places, pruning: Pruning, *, text: bool, r
     return Command("sparsify", tuple(words), study.launch.nproc)
 
 
-def _windows(study: Study) -> list[str]:
+def _windows(study: StudyConfig) -> list[str]:
     """Which windows of the calibration text are read."""
     return flags(
         {

@@ -101,7 +101,7 @@ def _same(scores: Path, scored: Mapping[str, Any], other: Path, held: Mapping[st
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A trained and evaluated run: what its files say."""
 
     cell: str
@@ -110,10 +110,10 @@ class Run:
     losses: tuple[str, ...]  # of every step, as they are written
 
     @staticmethod
-    def read(cell: str, account: Path, scores: Path) -> Run:
+    def read(cell: str, account: Path, scores: Path) -> TrainedRun:
         """Read a cell's files; ``losses.csv`` is next to the account."""
         losses = tuple(row["loss"] for row in _rows(account.parent / "losses.csv"))
-        return Run(cell, artifacts.read_json(account), artifacts.read_json(scores), losses)
+        return TrainedRun(cell, artifacts.read_json(account), artifacts.read_json(scores), losses)
 
     @property
     def training(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Run:
         return {key: account[key] for key in keys} | {"initial": initial} | arguments
 
 
-def refuse_copies(runs: Sequence[Run], untrained: Mapping[str, str]) -> None:
+def refuse_copies(runs: Sequence[TrainedRun], untrained: Mapping[str, str]) -> None:
     """AccountError for two different runs with the same weights, the same losses at every step, or on every window.
 
     ``untrained``: fingerprints of the parents and of what prunings left, by cell: no run ends with these.
@@ -148,13 +148,13 @@ def refuse_copies(runs: Sequence[Run], untrained: Mapping[str, str]) -> None:
                 _refuse_pair(one, other, f"the same {corpus} loss on every window")
 
 
-def _refuse_equal(runs: Sequence[Run], what: str, key: Callable[[Run], Hashable]) -> None:
-    known: dict[Hashable, Run] = {}
+def _refuse_equal(runs: Sequence[TrainedRun], what: str, key: Callable[[TrainedRun], Hashable]) -> None:
+    known: dict[Hashable, TrainedRun] = {}
     for run in runs:
         _refuse_pair(known.setdefault(key(run), run), run, what)
 
 
-def _refuse_pair(one: Run, other: Run, what: str) -> None:
+def _refuse_pair(one: TrainedRun, other: TrainedRun, what: str) -> None:
     """AccountError unless they are one training under two names, by what their accounts say."""
     one, other = sorted((one, other), key=lambda run: run.cell)
     ours, theirs = one.training, other.training

@@ -41,13 +41,13 @@ from megatron_prune.study.prunings import (
     prunings,
     source_cell,
 )
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 Verb = Callable[[list[str]], int]  # of the command line
 
 
 def show(
-    study: Study,
+    study: StudyConfig,
     places: Places,
     outlook: Outlook,
     pretrain: Verb,
@@ -165,7 +165,7 @@ class Speed:
         return None if estimate.flops is None else (estimate.flops + estimate.evaluation) / (self.flops * nproc)
 
 
-def of_study(study: Study, outlook: Outlook) -> Iterator[Estimate]:
+def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
     """Every cell in the order in which they are run."""
     lay, seq_length = outlook.lay, outlook.lay.batch.seq_length
     retained = {"all": 1.0, "final": 1.0, "none": 0.0}[study.retention]
@@ -208,7 +208,7 @@ def of_study(study: Study, outlook: Outlook) -> Iterator[Estimate]:
             yield training(run.id, run.samples, shape, retained, (run.source.cell,))
 
 
-def _pruning(study: Study, outlook: Outlook, link: Pruning) -> Estimate:
+def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
     shape, needs = outlook.targets.get(link.name), outlook.needs[link.name]
     before = outlook.targets.get(link.base.name) if link.base else outlook.source
     consumed = outlook.consumed(study)
@@ -228,13 +228,13 @@ def _pruning(study: Study, outlook: Outlook, link: Pruning) -> Estimate:
     )  # fmt: skip
 
 
-def _evaluation(study: Study, shape: ModelShape | None) -> int:
+def _evaluation(study: StudyConfig, shape: ModelShape | None) -> int:
     """FLOPs of a cell's evaluation on all corpora; 0 while the shape is not known."""
     windows = study.evaluation.windows * len(CORPORA)
     return windows * shape.forward_flops(study.evaluation_seq_length) if shape else 0
 
 
-def left_to_know(study: Study, outlook: Outlook) -> list[str]:
+def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:
     """Why cells, or numbers, are missing from the plan."""
     missing = []
     if outlook.source is None:
@@ -247,7 +247,7 @@ def left_to_know(study: Study, outlook: Outlook) -> list[str]:
     return missing
 
 
-def memory(study: Study, places: Places, outlook: Outlook, pretrain: Verb) -> tuple[dict[str, int], list[str]]:
+def memory(study: StudyConfig, places: Places, outlook: Outlook, pretrain: Verb) -> tuple[dict[str, int], list[str]]:
     """Bytes of the fullest rank of every training cell whose shape is known, and why some are not known.
 
     They are what ``preflight`` says of the cells' own command lines on H100s, with nothing set aside: a dry run of one
@@ -265,7 +265,7 @@ def memory(study: Study, places: Places, outlook: Outlook, pretrain: Verb) -> tu
     return sizes, [f"memory is not known, since preflight refuses: {why}" for why in refused]
 
 
-def _trainings(study: Study, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, bool, Command]]:
+def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, bool, Command]]:
     """Every cell that trains a shape that is known: it, its shape, whether it holds masks, and its command."""
     lay = outlook.lay
     if study.parent.pretrain is not None and outlook.source is not None:
@@ -279,7 +279,7 @@ def _trainings(study: Study, places: Places, outlook: Outlook) -> Iterator[tuple
 
 
 def _dry_runs(
-    study: Study, lines: Sequence[tuple[ModelShape, Command]], folder: Path, pretrain: Verb
+    study: StudyConfig, lines: Sequence[tuple[ModelShape, Command]], folder: Path, pretrain: Verb
 ) -> list[int | str]:
     """In a process without a GPU: bytes of the fullest rank for each command line, or why it would not start."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -295,7 +295,7 @@ def _dry_runs(
                 pretrain, host.resolve([*command.argv[1:]], str(model)).argv, gpus=cluster.gpus,
                 per_node=cluster.local_ranks, capability=cluster.gpu.capability, has=has,
             )  # fmt: skip
-        except (dry_run.Refused, MegatronPruneError) as error:
+        except (dry_run.MegatronRefused, MegatronPruneError) as error:
             found.append(str(error))
             continue
         stages = preflight_memory.training(made.args, made.shape, made.stages, made.microbatches)
@@ -303,7 +303,7 @@ def _dry_runs(
     return found
 
 
-def _base_flags(study: Study) -> dict[str, Any]:
+def _base_flags(study: StudyConfig) -> dict[str, Any]:
     """Megatron flags of the parent that decide how much memory it takes, its shape apart."""
     if study.parent.flags:
         return study.parent.flags
@@ -329,7 +329,7 @@ def model_flags(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _half(study: Study) -> bool:
+def _half(study: StudyConfig) -> bool:
     return bool(study.recipe.arguments.get("bf16") or study.recipe.arguments.get("fp16"))
 
 

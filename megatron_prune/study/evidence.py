@@ -28,7 +28,7 @@ from megatron_prune.study.grid import GROUP
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.outlook import Outlook, look
 from megatron_prune.study.prunings import Places, of_method, prunings
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 
 class Ledger:
@@ -114,7 +114,7 @@ class Evidence:
     compared: tuple[Record, ...]
 
 
-def gather(study: Study, places: Places) -> Evidence:
+def gather(study: StudyConfig, places: Places) -> Evidence:
     """Read a study's folder. AccountError where the files of a cell, or two cells, contradict each other; UsageError
     where ``study`` would have run a cell with other commands."""
     outlook, ledger = look(study, places), Ledger(places.ledger)
@@ -131,7 +131,7 @@ def gather(study: Study, places: Places) -> Evidence:
     trained = [cell for cell in records if cells[cell].kind in TRAINED]
     trained += [name for name in others if _is_trained(places, name, others[name])]
     custody.refuse_copies(
-        [custody.Run.read(cell, places.account(cell), places.scores(cell)) for cell in trained],
+        [custody.TrainedRun.read(cell, places.account(cell), places.scores(cell)) for cell in trained],
         {cell: made["fingerprint"] for cell, made in records.items() if made["kind"] in ("parent", "pruning")},
     )
     return Evidence(
@@ -190,7 +190,7 @@ def _described(places: Places) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _left_out(
-    study: Study, places: Places, cells: Mapping[str, Cell], others: Mapping[str, dict[str, Any]], ledger: Ledger
+    study: StudyConfig, places: Places, cells: Mapping[str, Cell], others: Mapping[str, dict[str, Any]], ledger: Ledger
 ) -> Iterator[LeftOut]:
     lines = ledger.read()
     for name in [*others, *(name for name in lines if name not in cells and name not in others)]:
@@ -230,7 +230,7 @@ def _losses(places: Places, cell: str) -> Record:
         return {}
 
 
-def _reason(study: Study, about: Mapping[str, Any]) -> str:
+def _reason(study: StudyConfig, about: Mapping[str, Any]) -> str:
     """Why study.yaml has no place for a run that it once had."""
     groups = about.get("compared", [])
     if not groups:

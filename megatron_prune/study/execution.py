@@ -178,7 +178,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
 }
 
 
-class Refused(RunError):
+class CellRefused(RunError):
     """A stage that would fail again: its command was refused."""
 
 
@@ -239,7 +239,7 @@ def execute(directory: Path, stage: str, done: Callable[[], bool], command: Call
 def unfinished(directory: Path, stage: str, code: int | None = None) -> RunError:
     """The error of a stage that has ended without saying that it succeeded."""
     log = directory / f"{stage}.log"
-    kind = Refused if code == EXIT_REFUSED else RunError
+    kind = CellRefused if code == EXIT_REFUSED else RunError
     ended = "ended" if code is None else f"ended (exit code {code})"
     return kind(f"{directory.name}: {stage} {ended} without saying that it succeeded. The end of {log}:\n{_tail(log)}")
 

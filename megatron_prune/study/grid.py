@@ -24,7 +24,7 @@ from typing import Any, Literal
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.prunings import Pruning, links, of_method
 from megatron_prune.study.sample_ranges import Lay, SampleRange
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.values import Scratch, Setting
 
 Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
@@ -159,7 +159,7 @@ class Grid:
 
 
 def expand(
-    study: Study,
+    study: StudyConfig,
     lay: Lay,
     shapes: Mapping[str, Shape],
     consumed: Mapping[str, int],
@@ -200,7 +200,7 @@ def expand(
     return Grid(tuple(cells.values()), tuple(comparisons))
 
 
-def between(study: Study, lay: Lay) -> Iterator[TrainingCell]:
+def between(study: StudyConfig, lay: Lay) -> Iterator[TrainingCell]:
     """The retrainings between the links of chains, each once and after what it starts from; of several rates they take
     the first."""
     for link in links(study):
@@ -222,7 +222,7 @@ def between_flops(pruning: Pruning, shapes: Mapping[str, Shape], seq_length: int
     return total
 
 
-def _swept(study: Study, name: str) -> dict[float, str]:
+def _swept(study: StudyConfig, name: str) -> dict[float, str]:
     """A run's name at every rate of the recipe; at a single one it needs no mark."""
     rates = study.recipe.rates
     return {rate: name if len(rates) == 1 else f"{name}-lr{rate:g}" for rate in rates}
@@ -255,7 +255,7 @@ def _samples(
     return lay.scratch_flops(retrain, spent[pruning.name], sequence, trained)
 
 
-def _not_run(study: Study, lay: Lay, setting: Setting) -> str:
+def _not_run(study: StudyConfig, lay: Lay, setting: Setting) -> str:
     """Why an arm is left out, or nothing. A number of tokens is never guessed."""
     if setting == "equal-training" or study.parent.pretrain is not None or study.parent.equal_total == "run":
         return ""
@@ -294,7 +294,7 @@ def shape_tag(shape: Shape) -> str:
     )
 
 
-def notes(study: Study) -> list[str]:
+def notes(study: StudyConfig) -> list[str]:
     """What of study.yaml does not apply as it may seem to."""
     return [
         f"{method.tag} runs once, at {100 * method.own_ratio:g}%: {method.pattern} says how much is removed, "

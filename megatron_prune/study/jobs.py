@@ -20,7 +20,7 @@ from megatron_prune.study.grid import Grid, TrainingCell
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, links, parent_cells, source_cell
 from megatron_prune.study.sample_ranges import SampleRange
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 Seconds = Mapping[str, float]
 
@@ -74,7 +74,7 @@ class Cell:
         }
 
 
-def all_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+def all_cells(study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
     """Every cell that can be named by now. A scratch run does not take its shape from a pruning that ``failed``."""
     return [
         *parents(study, places, outlook),
@@ -84,12 +84,12 @@ def all_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[
     ]
 
 
-def parents(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
+def parents(study: StudyConfig, places: Places, outlook: Outlook) -> list[Cell]:
     """The parents: trained, imported or only loaded, and evaluated."""
     return [_parent(study, places, outlook, cell, seed) for cell, seed in parent_cells(study)]
 
 
-def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int) -> Cell:
+def _parent(study: StudyConfig, places: Places, outlook: Outlook, cell: str, seed: int) -> Cell:
     stages = []
     samples = outlook.lay.batch.range(0, outlook.lay.parent_end // outlook.lay.batch.samples)
     if study.parent.pretrain is not None:
@@ -108,7 +108,7 @@ def _parent(study: Study, places: Places, outlook: Outlook, cell: str, seed: int
     return Cell(cell, "parent", tuple(stages), record)
 
 
-def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
+def calibrations(study: StudyConfig, places: Places, outlook: Outlook) -> list[Cell]:
     """One cell for each set of calibration windows, and each checkpoint, of which some method reads statistics."""
     cells: dict[str, Cell] = {}
     for pruning in links(study):
@@ -118,7 +118,7 @@ def calibrations(study: Study, places: Places, outlook: Outlook) -> list[Cell]:
     return list(cells.values())
 
 
-def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> Cell:
+def _calibration(study: StudyConfig, places: Places, name: str, pruning: Pruning) -> Cell:
     check = Check("calibrated", {"statistics": str(places.statistics(name))})
     return Cell(
         name,
@@ -129,7 +129,7 @@ def _calibration(study: Study, places: Places, name: str, pruning: Pruning) -> C
     )
 
 
-def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
+def _pruning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pruning) -> Cell:
     """Plan and apply, or sparsify, and evaluate before any retraining."""
     checkpoint, sparse = places.checkpoint(pruning.cell), pruning.method.pattern is not None
 
@@ -148,14 +148,14 @@ def _pruning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -
     return Cell(pruning.cell, "pruning", (*stages, evaluation), record, tuple(after))
 
 
-def _sparsifying(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+def _sparsifying(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
     needs, method = outlook.needs[pruning.name], pruning.method
     command = commands.sparsifying(study, places, pruning, text=needs.text, random=needs.random)
     asked = {"checkpoint": str(places.checkpoint(pruning.cell)), "method": method.name, "pattern": method.pattern}
     yield Stage(command, Check("sparsified", asked))
 
 
-def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
+def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
     """The plan and its checkpoint; before it, where the model's loss must decide, the candidates and their scores."""
     needs, plan = outlook.needs[pruning.name], str(places.plan(pruning))
     statistics = None
@@ -180,7 +180,9 @@ def _planning(study: Study, places: Places, outlook: Outlook, pruning: Pruning) 
     yield Stage(commands.application(study, places, pruning), applied)
 
 
-def training_cells(study: Study, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
+def training_cells(
+    study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()
+) -> list[Cell]:
     """The runs that are compared, and those between links, the longest first; those of which the name does not depend
     on an unknown shape."""
     grid = outlook.grid(study)
@@ -195,7 +197,7 @@ def training_cells(study: Study, places: Places, outlook: Outlook, failed: froze
     )
 
 
-def _compared(study: Study, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
+def _compared(study: StudyConfig, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
     """By run, the comparisons that it is for: each as ``Comparison.group``, and whether it is in the study's family.
 
     It is written down with the run, so that a comparison that is taken out of study.yaml later still counts.
@@ -227,7 +229,7 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
 
 
 def _training(
-    study: Study, places: Places, cell: TrainingCell, source: Pruning, compared: Sequence[Mapping[str, Any]]
+    study: StudyConfig, places: Places, cell: TrainingCell, source: Pruning, compared: Sequence[Mapping[str, Any]]
 ) -> Cell:
     command = commands.training(study, places, cell, source)
     return Cell(
@@ -252,7 +254,7 @@ def _trained(
     return Stage(command, Check("trained", asked))
 
 
-def _evaluation(study: Study, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:
+def _evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:
     """``account``: of the training that left the checkpoint, where one is known."""
     asked: dict[str, Any] = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
     asked |= {"checkpoint": str(checkpoint), "account": None if account is None else str(account)}
@@ -271,7 +273,7 @@ FREE = (
 )  # fmt: skip
 
 
-def keep(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
     """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study.
 
     What accounts may differ in (how often is saved, how many processes share a batch, and how, what is tracked) may
@@ -288,7 +290,7 @@ def keep(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> Non
         artifacts.write_json(path, content)
 
 
-def refuse_other_commands(study: Study, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
+def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
     """UsageError for a cell that has begun with commands which differ in more than what is ``FREE``."""
     path = places.cell(cell.id) / "cell.json"
     if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):

@@ -20,8 +20,8 @@ from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request
 from megatron_prune.structured import choice as choices
 from megatron_prune.study import commands
-from megatron_prune.study.schema import Study
-from megatron_prune.study.sections import Method
+from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.sections import MethodSection
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Needs:
         return self.statistics or self.text
 
 
-def needs_of(study: Study, method: Method, ratio: float | None) -> Needs:
+def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> Needs:
     """What ``method`` asks for. UsageError names the flag that is wrong."""
     if method.pattern is not None:
         asked = sparse(study, method, ratio)
@@ -65,7 +65,9 @@ def needs_of(study: Study, method: Method, ratio: float | None) -> Needs:
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 
 
-def shapes_of(study: Study, method: Method, ratio: float | None, source: ModelShape) -> tuple[ModelShape, ...]:
+def shapes_of(
+    study: StudyConfig, method: MethodSection, ratio: float | None, source: ModelShape
+) -> tuple[ModelShape, ...]:
     """The shape that comes out, or those between which the model's loss decides."""
     if method.pattern is None:
         return structured(study, method, ratio).shapes(source)
@@ -73,7 +75,7 @@ def shapes_of(study: Study, method: Method, ratio: float | None, source: ModelSh
     return (source,)
 
 
-def structured(study: Study, method: Method, ratio: float | None) -> choices.Choice:
+def structured(study: StudyConfig, method: MethodSection, ratio: float | None) -> choices.Choice:
     """The method's entry as ``plan`` will have it."""
     if method.name in methods.sparse_names() and method.name not in methods.names():
         raise UsageError(
@@ -87,7 +89,7 @@ def structured(study: Study, method: Method, ratio: float | None) -> choices.Cho
     return choices.read(method.name, values, where=where, tensor_parallel=study.launch.tensor_parallel)
 
 
-def sparse(study: Study, method: Method, ratio: float | None) -> request.Request:
+def sparse(study: StudyConfig, method: MethodSection, ratio: float | None) -> request.SparsifyRequest:
     """The method's entry as ``sparsify`` will have it."""
     if method.name in methods.names() and method.name not in methods.sparse_names():
         raise UsageError(
@@ -97,7 +99,7 @@ def sparse(study: Study, method: Method, ratio: float | None) -> request.Request
             why=f"{method.name} removes whole dimensions",
         )
     values = commands.asked(study, method, ratio)
-    return request.choose(method.name, verbs.Sparsity.read(values, f"methods.{method.tag}.settings"), seed=0)
+    return request.choose(method.name, verbs.SparsitySettings.read(values, f"methods.{method.tag}.settings"), seed=0)
 
 
 def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
@@ -109,8 +111,8 @@ def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
 
     parser = _Parser("recipe.arguments", "Megatron's flags")
     add_megatron_arguments(parser)
-    add_flags(parser, verbs.Pretrain)
-    parser.set_defaults(**verbs.Pretrain().to_json())
+    add_flags(parser, verbs.PretrainSettings)
+    parser.set_defaults(**verbs.PretrainSettings().to_json())
     masked.refuse_unfit_arguments(parser.parse_args(retraining.argv[1:]))
 
 

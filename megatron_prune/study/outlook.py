@@ -32,7 +32,7 @@ from megatron_prune.study.prunings import (
     prunings,
 )
 from megatron_prune.study.sample_ranges import Batch, Lay
-from megatron_prune.study.schema import Study, written
+from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
 from megatron_prune.training import data, lineage
 from megatron_prune.training.account import ACCOUNT
@@ -59,11 +59,11 @@ class Outlook:
     retrained: Mapping[str, int] = field(default_factory=dict)
     assumed: Sequence[str] = ()
 
-    def grid(self, study: Study) -> Grid:
+    def grid(self, study: StudyConfig) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""
         return expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
 
-    def estimated_grid(self, study: Study) -> Grid:
+    def estimated_grid(self, study: StudyConfig) -> Grid:
         """The same, where prunings that have not said what they spent are taken to have spent nothing."""
         spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
         return expand(study, self.lay, self.shapes, self.consumed(study), spent)
@@ -73,7 +73,7 @@ class Outlook:
         """The targets as plain mappings."""
         return {name: asdict(shape) for name, shape in self.targets.items()}
 
-    def consumed(self, study: Study) -> dict[str, int]:
+    def consumed(self, study: StudyConfig) -> dict[str, int]:
         """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, and
         what its candidates were retrained on."""
         tokens = calibration_tokens(study)
@@ -87,7 +87,7 @@ class Outlook:
         return consumed
 
 
-def look(study: Study, places: Places, *, planned: bool = False) -> Outlook:
+def look(study: StudyConfig, places: Places, *, planned: bool = False) -> Outlook:
     """What can be known now; UsageError where a method or a target cannot be meant.
 
     ``planned``: a parent that is not there yet is taken to be what study.yaml says of it.
@@ -98,7 +98,7 @@ def look(study: Study, places: Places, *, planned: bool = False) -> Outlook:
         raise placed(error, written(study)) from error
 
 
-def _look(study: Study, places: Places, planned: bool) -> Outlook:
+def _look(study: StudyConfig, places: Places, planned: bool) -> Outlook:
     needs = {pruning.name: _needs(study, pruning) for pruning in links(study)}
     source, stages, assumed = _parent(study, places, planned)
     lay = _planned_lay(study, source) if planned and _is_to_come(study) else _lay(study, source, stages, planned)
@@ -108,14 +108,14 @@ def _look(study: Study, places: Places, planned: bool) -> Outlook:
     )  # fmt: skip
 
 
-def _needs(study: Study, pruning: Pruning) -> Needs:
+def _needs(study: StudyConfig, pruning: Pruning) -> Needs:
     try:
         return needs_of(study, pruning.method, pruning.ratio)
     except UsageError as error:
         raise placed(error, written(study), study.location(pruning.method)) from error
 
 
-def _retrained(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
+def _retrained(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
     """What candidates were trained on, from the plans that were chosen so."""
     made = {link.name: places.plan(link) for link in links(study) if needs[link.name].retraining}
     return {
@@ -126,7 +126,7 @@ def _retrained(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict
 
 
 def _targets(
-    study: Study, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
+    study: StudyConfig, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
 ) -> dict[str, ModelShape]:
     """The shapes that are known. One that candidates were retrained for is not before that has been counted too."""
     found: dict[str, ModelShape] = {}
@@ -143,7 +143,7 @@ def _targets(
     return found
 
 
-def _spent(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
+def _spent(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
     """FLOPs behind every pruning that has been made, from what it left."""
     costs = _costs(study, places, needs)
     spent: dict[str, int] = {}
@@ -155,7 +155,7 @@ def _spent(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str
     return spent
 
 
-def _costs(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str, dict[str, Any]]:
+def _costs(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, dict[str, Any]]:
     """What every pruning and calibration that has been made cost by itself, by cell."""
     found: dict[str, dict[str, Any]] = {}
     for link in links(study):
@@ -167,7 +167,7 @@ def _costs(study: Study, places: Places, needs: Mapping[str, Needs]) -> dict[str
     return found
 
 
-def _parent(study: Study, places: Places, planned: bool) -> tuple[ModelShape | None, list[Stage], list[str]]:
+def _parent(study: StudyConfig, places: Places, planned: bool) -> tuple[ModelShape | None, list[Stage], list[str]]:
     """The parent's shape if it can be known, what is behind one that was made by us elsewhere, and what is assumed."""
     parent = study.parent
     if parent.pretrain is not None:
@@ -194,7 +194,7 @@ def _parent(study: Study, places: Places, planned: bool) -> tuple[ModelShape | N
     return shape, [], [f"the parent is not there yet: {said}"] if shape else []
 
 
-def _refuse_another_shape(study: Study, found: ModelShape) -> None:
+def _refuse_another_shape(study: StudyConfig, found: ModelShape) -> None:
     """UsageError where a parent is there and is not as large as study.yaml says."""
     said = _shape_to_come(study)[0] if study.parent.shape is not None else None
     if said is not None and said != found:
@@ -203,12 +203,12 @@ def _refuse_another_shape(study: Study, found: ModelShape) -> None:
         raise UsageError("parent.shape", got=got, expected=f"{expected}, as the parent has")
 
 
-def _is_to_come(study: Study) -> bool:
+def _is_to_come(study: StudyConfig) -> bool:
     """True for a parent to load that is not there yet."""
     return study.parent.load is not None and not storage.path(study.parent.load).exists()
 
 
-def _shape_to_come(study: Study) -> tuple[ModelShape | None, str]:
+def _shape_to_come(study: StudyConfig) -> tuple[ModelShape | None, str]:
     """The shape that study.yaml, or a Hugging Face config, says of a parent that is not there; and where it is said."""
     parent = study.parent
     if isinstance(parent.shape, dict):
@@ -223,7 +223,7 @@ def _shape_to_come(study: Study) -> tuple[ModelShape | None, str]:
     return ModelShape.from_args(args_from_config(config)), f"its shape is what the config of {source} says"
 
 
-def _planned_lay(study: Study, source: ModelShape | None) -> Lay:
+def _planned_lay(study: StudyConfig, source: ModelShape | None) -> Lay:
     """The lay of a parent that another study is still to train on ``parent.planned_tokens`` of the same stream."""
     batch, parent = Batch(study.recipe.global_batch_size, study.data.seq_length), study.parent
     if parent.planned_tokens is None:
@@ -233,7 +233,7 @@ def _planned_lay(study: Study, source: ModelShape | None) -> Lay:
     return Lay(batch, samples, samples * batch.seq_length, flops)
 
 
-def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage], planned: bool) -> Lay:
+def _lay(study: StudyConfig, source: ModelShape | None, stages: Sequence[Stage], planned: bool) -> Lay:
     batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
     parent = study.parent
     if parent.pretrain is not None:
@@ -261,7 +261,7 @@ def _lay(study: Study, source: ModelShape | None, stages: Sequence[Stage], plann
     return Lay(batch, end, declared + tokens, after, declared, before)
 
 
-def shape_from_flags(study: Study) -> ModelShape:
+def shape_from_flags(study: StudyConfig) -> ModelShape:
     """The shape of a parent that is said by flags, from these and its tokenizer's vocabulary."""
     given = {name.replace("-", "_"): value for name, value in study.parent.flags.items()}
     given |= {name.replace("-", "_"): value for name, value in study.recipe.arguments.items()}
@@ -271,7 +271,7 @@ def shape_from_flags(study: Study) -> ModelShape:
     return ModelShape.from_args(given)
 
 
-def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
+def _padded_vocabulary(study: StudyConfig, given: Mapping[str, Any]) -> int:
     size = given.get("vocab_size")
     if size is None:
         described = indexed.sidecar(study.data.train[0][1])
@@ -287,14 +287,14 @@ def _padded_vocabulary(study: Study, given: Mapping[str, Any]) -> int:
     return math.ceil(int(size) / multiple) * multiple
 
 
-def absent_corpora(study: Study) -> list[str]:
+def absent_corpora(study: StudyConfig) -> list[str]:
     """Prefixes of the study's corpora that are not there."""
     data = study.data
     prefixes = [*(prefix for _, prefix in data.train), data.calibration, data.validation, data.test]
     return [one for one in prefixes if not all(Path(f"{one}{suffix}").is_file() for suffix in (".bin", ".idx"))]
 
 
-def end_on_stream(study: Study, stages: Sequence[Stage], *, planned: bool = False) -> int:
+def end_on_stream(study: StudyConfig, stages: Sequence[Stage], *, planned: bool = False) -> int:
     """The first sample of the study's stream after all that ``stages`` took of it.
 
     ``planned``: while the corpora are not there to say which stream it is, it is taken to be that of the stages.
@@ -308,7 +308,7 @@ def end_on_stream(study: Study, stages: Sequence[Stage], *, planned: bool = Fals
     return max((stage["range"][1] for stage in trainings if stage["stream"]["id"] == own), default=0)
 
 
-def stream_of(study: Study) -> dict[str, Any]:
+def stream_of(study: StudyConfig) -> dict[str, Any]:
     """What every account of the study will say of its stream."""
     made = study.data
     return data.described(made.blend, made.seq_length, made.stream_seed, made.epochs)

@@ -17,8 +17,8 @@ from megatron_prune.errors import UsageError
 from megatron_prune.masks import MASKS
 from megatron_prune.structured import candidates
 from megatron_prune.study.sample_ranges import Batch
-from megatron_prune.study.schema import Study
-from megatron_prune.study.sections import Method
+from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.sections import MethodSection
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pruning:
     ``title``, for rows, and its ``label``, for cells.
     """
 
-    method: Method
+    method: MethodSection
     ratio: float | None
     seed: int
     base: Pruning | None = None
@@ -88,7 +88,7 @@ class Pruning:
         return self.method.title, self.method.pattern, self.ratio
 
 
-def of_method(study: Study, method: Method) -> list[Pruning]:
+def of_method(study: StudyConfig, method: MethodSection) -> list[Pruning]:
     """A method at every ratio under every seed; one with a target has no ratio, N:M its own, a chain its links'."""
     if method.chain:
         return [_chained(study, method, seed) for seed in study.seeds]
@@ -96,7 +96,7 @@ def of_method(study: Study, method: Method) -> list[Pruning]:
     return [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
 
 
-def _chained(study: Study, method: Method, seed: int) -> Pruning:
+def _chained(study: StudyConfig, method: MethodSection, seed: int) -> Pruning:
     batch = Batch(study.recipe.global_batch_size, study.data.seq_length)
     made: Pruning | None = None
     retrained = 0
@@ -110,12 +110,12 @@ def _chained(study: Study, method: Method, seed: int) -> Pruning:
     return made
 
 
-def prunings(study: Study) -> list[Pruning]:
+def prunings(study: StudyConfig) -> list[Pruning]:
     """Those that are trained on and compared, in the study's order."""
     return [pruning for method in study.methods for pruning in of_method(study, method)]
 
 
-def links(study: Study) -> list[Pruning]:
+def links(study: StudyConfig) -> list[Pruning]:
     """All of them, with what only others start from, each once and after what it starts from."""
     found: dict[str, Pruning] = {}
     for pruning in prunings(study):
@@ -128,7 +128,7 @@ def links(study: Study) -> list[Pruning]:
     return list(found.values())
 
 
-def calibration_cell(study: Study, pruning: Pruning) -> str:
+def calibration_cell(study: StudyConfig, pruning: Pruning) -> str:
     """The cell whose statistics a pruning's plan reads: one for all seeds when neither windows nor parent change."""
     if pruning.base is not None:
         return f"calibration-{pruning.begins_with}"
@@ -136,16 +136,16 @@ def calibration_cell(study: Study, pruning: Pruning) -> str:
     return f"calibration-s{pruning.seed}" if per_seed else "calibration"
 
 
-def calibration_tokens(study: Study) -> int:
+def calibration_tokens(study: StudyConfig) -> int:
     return study.calibration.sequences * study.calibration_seq_length
 
 
-def parent_cell(study: Study, seed: int) -> str:
+def parent_cell(study: StudyConfig, seed: int) -> str:
     """The cell of the parent that a seed's prunings start from."""
     return f"parent-s{seed}" if study.parent_per_seed else "parent"
 
 
-def source_cell(study: Study, pruning: Pruning) -> str:
+def source_cell(study: StudyConfig, pruning: Pruning) -> str:
     """The cell whose checkpoint a pruning starts from: its parent's, that of the link before it, or of the retraining
     between the two."""
     if pruning.base is None:
@@ -153,14 +153,14 @@ def source_cell(study: Study, pruning: Pruning) -> str:
     return pruning.retraining_cell or pruning.base.cell
 
 
-def parent_cells(study: Study) -> Iterator[tuple[str, int]]:
+def parent_cells(study: StudyConfig) -> Iterator[tuple[str, int]]:
     """Every parent's cell, with what is added to ``parent.pretrain.seed`` to train it."""
     for seed in study.seeds if study.parent_per_seed else [0]:
         yield parent_cell(study, seed), seed
 
 
 def flops_of(
-    records: Mapping[str, Mapping[str, Any]], study: Study, pruning: Pruning, *, statistics: bool
+    records: Mapping[str, Mapping[str, Any]], study: StudyConfig, pruning: Pruning, *, statistics: bool
 ) -> int | None:
     """FLOPs of one pruning with those of its ``statistics``; None before they are finished."""
     parts = [records.get(pruning.cell)] + [records.get(calibration_cell(study, pruning))] * statistics
@@ -214,14 +214,14 @@ class Places:
         """The report on near duplicates between the study's corpora, where it looks for them."""
         return self.root / "overlap.json"
 
-    def parent(self, study: Study, seed: int = 0) -> Path:
+    def parent(self, study: StudyConfig, seed: int = 0) -> Path:
         """A seed's parent checkpoint: the study's own, or where study.yaml says that it is."""
         return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))
 
-    def beside_parent(self, study: Study, seed: int = 0) -> Path:
+    def beside_parent(self, study: StudyConfig, seed: int = 0) -> Path:
         """Where a seed's parent has its account and its losses, if study.yaml names one of its iterations too."""
         return tracker.root_of(self.parent(study, seed))
 
-    def source(self, study: Study, pruning: Pruning) -> Path:
+    def source(self, study: StudyConfig, pruning: Pruning) -> Path:
         """The checkpoint that a pruning starts from: its parent's, or that of the link, or retraining, before it."""
         return self.checkpoint(source_cell(study, pruning)) if pruning.base else self.parent(study, pruning.seed)

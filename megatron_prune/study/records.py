@@ -26,7 +26,7 @@ from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.grid import TrainingCell, shape_tag
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
 from megatron_prune.study.sample_ranges import Lay
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 
@@ -35,7 +35,7 @@ SHOWN_OF_A_STAGE = ("kind", "method", "tokens", "flops", "range", "start", "end"
 TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: what says which tokens were predicted
 
 
-def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[str, float]) -> Record:
+def parent(study: StudyConfig, places: Places, seed: int, lay: Lay, seconds: Mapping[str, float]) -> Record:
     """A parent, with what is behind it in all its stages: trained here, or elsewhere, or only declared."""
     cell = parent_cell(study, seed)
     scores = artifacts.read_json(places.scores(cell))
@@ -62,7 +62,7 @@ def parent(study: Study, places: Places, seed: int, lay: Lay, seconds: Mapping[s
     return record
 
 
-def _unigram_loss(study: Study, name: str, scored: str) -> float | None:
+def _unigram_loss(study: StudyConfig, name: str, scored: str) -> float | None:
     """None where the text that was scored is not there any more."""
     prefix = getattr(study.data, name)
     if not Path(f"{prefix}.bin").is_file() or indexed.fingerprint(prefix) != scored:
@@ -70,7 +70,7 @@ def _unigram_loss(study: Study, name: str, scored: str) -> float | None:
     return unigram_loss(prefix, study.evaluation_seq_length * study.evaluation.windows)
 
 
-def calibration(study: Study, places: Places, made_for: Pruning, seconds: Mapping[str, float]) -> Record:
+def calibration(study: StudyConfig, places: Places, made_for: Pruning, seconds: Mapping[str, float]) -> Record:
     """Statistics and what they cost."""
     cell = calibration_cell(study, made_for)
     found = statistics.read(places.statistics(cell))

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
 from megatron_prune.study.sample_ranges import Batch
-from megatron_prune.study.sections import Calibration, Data, Evaluation, Method, Parent, Recipe
+from megatron_prune.study.sections import CalibrationSection, Data, EvaluationSection, MethodSection, Parent, Recipe
 from megatron_prune.study.study_file import Location, Written, WrongStudy, problems_of, read
 from megatron_prune.study.values import (
     RESERVED,
@@ -202,14 +202,14 @@ class Family:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Study:
+class StudyConfig:
     """Everything that a study is."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Data
     parent: Parent
     recipe: Recipe
-    methods: Annotated[list[Method], Field(min_length=1)]
+    methods: Annotated[list[MethodSection], Field(min_length=1)]
     budgets: Annotated[list[Tokens], Field(min_length=1)]
     ratios: list[Fraction] = dataclasses.field(default_factory=list)
     ratio_of: Literal["linears", "all"] = "linears"
@@ -217,8 +217,8 @@ class Study:
     scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # what sparse methods are compared with
     seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
     launch: Launch = dataclasses.field(default_factory=Launch)
-    calibration: Calibration = dataclasses.field(default_factory=Calibration)
-    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
+    evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
     retention: Retention = "all"  # of checkpoints of the compared runs
     family: Family = dataclasses.field(default_factory=Family)  # the comparisons that Holm's correction is over
@@ -297,7 +297,7 @@ class Study:
                 )  # fmt: skip
             known[steps] = budget
 
-    def compared(self, method: Method) -> list[tuple[Setting, Scratch]]:
+    def compared(self, method: MethodSection) -> list[tuple[Setting, Scratch]]:
         """The comparisons that a pruned model of ``method`` is for."""
         asked = method.compare or dict.fromkeys(self.settings)
         default: list[Scratch] = self.scratch if method.sparse else ["dense"]
@@ -308,7 +308,7 @@ class Study:
         assert self.parent.pretrain is not None
         return self.parent.pretrain.seed + replicate, self.parent.pretrain.lr or self.recipe.rates[0]
 
-    def location(self, method: Method) -> Location:
+    def location(self, method: MethodSection) -> Location:
         """Where in study.yaml a method, or a link of a chain, is written."""
         for number, entry in enumerate(self.methods):
             if entry == method:
@@ -327,7 +327,7 @@ class Study:
         return self.calibration.seq_length or self.data.seq_length
 
 
-def load(path: str | Path) -> Study:
+def load(path: str | Path) -> StudyConfig:
     """Read a study.yaml; UsageError names file, line and key, what is wrong with it, and what is allowed there."""
     found = load_all(path)
     if len(found) > 1:
@@ -335,7 +335,7 @@ def load(path: str | Path) -> Study:
     return found[0]
 
 
-def load_all(path: str | Path) -> list[Study]:
+def load_all(path: str | Path) -> list[StudyConfig]:
     """Read a study.yaml that may have ``parents``, by label, in place of ``parent``: one study for each of them.
 
     They are called NAME.LABEL, and are studies of their own, in folders of their own.
@@ -354,32 +354,32 @@ def load_all(path: str | Path) -> list[Study]:
     return [_study(written.of_parent(label)) for label in parents]
 
 
-def from_mapping(content: Any, where: str = "study") -> Study:
+def from_mapping(content: Any, where: str = "study") -> StudyConfig:
     """A ``Study`` from plain data; errors begin with ``where``."""
     return _study(Written(content, where))
 
 
-def resolved(study: Study) -> dict[str, Any]:
+def resolved(study: StudyConfig) -> dict[str, Any]:
     """The study with every default filled in, as JSON values."""
-    values: dict[str, Any] = TypeAdapter(Study).dump_python(study, mode="json")
+    values: dict[str, Any] = TypeAdapter(StudyConfig).dump_python(study, mode="json")
     return values
 
 
-def written(study: Study) -> Written:
+def written(study: StudyConfig) -> Written:
     """Where a study was written, for errors that are found after it was read."""
     found: Written = getattr(study, "_written", Written(None))
     return found
 
 
-def _study(source: Written) -> Study:
+def _study(source: Written) -> StudyConfig:
     """The study of a file's content; WrongStudy, or a single UsageError, for all that is wrong in it."""
     if not isinstance(source.content, dict):
         kind = "nothing" if source.content is None else f"a {type(source.content).__name__}"
         raise UsageError(source.file, got=kind, expected="a mapping of keys to values")
     try:
-        made = TypeAdapter(Study).validate_python(source.content)
+        made = TypeAdapter(StudyConfig).validate_python(source.content)
     except ValidationError as error:
-        problems = list(problems_of(error, source, Study))
+        problems = list(problems_of(error, source, StudyConfig))
         raise problems[0] if len(problems) == 1 else WrongStudy(problems) from error
     object.__setattr__(made, "_written", source)  # no field: two studies of equal content are equal
     return made

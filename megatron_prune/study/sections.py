@@ -27,7 +27,7 @@ from megatron_prune.study.values import (
 
 
 @dataclass(frozen=True, config=STRICT)
-class Tokenizer:
+class TokenizerSection:
     """Megatron's names for the tokenizer that the corpora were tokenized with."""
 
     type: str
@@ -47,7 +47,7 @@ class Data:
     validation: str
     test: str
     seq_length: Positive
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerSection | None = None
     stream_seed: int = 1
     epochs: Positive = 1
     max_near_duplicates: float | None = None
@@ -75,7 +75,7 @@ class Data:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Pretrain:
+class PretrainSection:
     """A parent trained here: its tokens, and Megatron flags, of its shape too where ``parent.shape`` does not say it.
 
     ``seed`` is not one of the study's, since masks fit the weights that their parent began with. ``lr`` is the
@@ -103,7 +103,7 @@ class Parent:
     to train on the same stream, how many tokens that will be, for ``study plan``.
     """
 
-    pretrain: Pretrain | None = None
+    pretrain: PretrainSection | None = None
     load: str | None = None
     import_hf: str | None = None
     shape: Flags | str | None = None
@@ -209,9 +209,9 @@ class Link:
                 why="a chain runs once, not at each of the study's ratios",
             )
 
-    def method(self) -> Method:
+    def method(self) -> MethodSection:
         """It as a method of its own."""
-        return Method(self.name, self.pattern, self.settings, self.target, self.label)
+        return MethodSection(self.name, self.pattern, self.settings, self.target, self.label)
 
     def words(self, *, pattern: bool) -> str:
         """``minitron-depth 25%``, ``sparsegpt 2:4``"""
@@ -226,7 +226,7 @@ class Link:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Method:
+class MethodSection:
     """A pruning method by its name, its settings as flags of ``plan``, and perhaps an explicit shape.
 
     With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``. A ``chain`` of prunings, one after
@@ -307,7 +307,7 @@ class Method:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Calibration:
+class CalibrationSection:
     """How many windows of ``data.calibration`` the statistics see. ``random`` draws them by the seed."""
 
     sequences: Positive = 128
@@ -316,7 +316,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Evaluation:
+class EvaluationSection:
     """Fixed windows of validation and test text that verdicts rest on."""
 
     windows: Positive = 256

@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_prune.errors import MegatronPruneError, UsageError
-from megatron_prune.study.values import Finding
+from megatron_prune.study.values import ValueProblem
 
 Location = tuple[Any, ...]
 INCLUDE = "include"
@@ -290,7 +290,7 @@ def problems_of(error: ValidationError, source: Written, study: type) -> Iterato
     }
     for location, errors in of_value.items():
         found = errors[0].get("ctx", {}).get("error")
-        if isinstance(found, Finding):
+        if isinstance(found, ValueProblem):
             yield placed(found.error, source, source.location(found.key) or location)
             continue
         if len(errors) == 1:

@@ -23,7 +23,7 @@ from megatron_prune.study import commands, needs
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
 from megatron_prune.study.prunings import Places, Pruning, links, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
-from megatron_prune.study.schema import Study, written
+from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
 from megatron_prune.training import data, lineage
 from megatron_prune.training.lineage import Stage
@@ -31,7 +31,7 @@ from megatron_prune.training.lineage import Stage
 Seen = list[dict[str, Any]]
 
 
-def check(study: Study, places: Places, *, planned: bool = False, corpus_tokens: int | None = None) -> Outlook:
+def check(study: StudyConfig, places: Places, *, planned: bool = False, corpus_tokens: int | None = None) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change.
 
     ``planned``: nothing is about to run, and a parent that is not there yet is taken to be what study.yaml says of it.
@@ -43,7 +43,7 @@ def check(study: Study, places: Places, *, planned: bool = False, corpus_tokens:
         raise placed(error, written(study)) from error
 
 
-def _check(study: Study, places: Places, planned: bool, corpus_tokens: int | None) -> Outlook:
+def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int | None) -> Outlook:
     if study.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UsageError("tracking.wandb_project", got=study.tracking.wandb_project,
                          expected="no such key where wandb is not installed", do="pip install wandb")  # fmt: skip
@@ -70,7 +70,7 @@ def _check(study: Study, places: Places, planned: bool, corpus_tokens: int | Non
     return replace(outlook, assumed=[*outlook.assumed, assumed])
 
 
-def _check_masked(study: Study, places: Places, outlook: Outlook) -> None:
+def _check_masked(study: StudyConfig, places: Places, outlook: Outlook) -> None:
     """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
     masked = [cell for cell in outlook.grid(study).cells if cell.masked]
     if not masked:
@@ -94,7 +94,7 @@ def _first_seed(stages: Sequence[Stage]) -> int | None:
     return int(stages[0]["seed"]) if lineage.begins_at_random(stages) else None
 
 
-def _words(study: Study, places: Places, source: ModelShape) -> int:
+def _words(study: StudyConfig, places: Places, source: ModelShape) -> int:
     """The parent's vocabulary without padding, as far as its checkpoint, or flags, say it."""
     checkpoint = study.parent.load or places.checkpoint("parent")
     if study.parent.pretrain is None and storage.path(checkpoint).exists():
@@ -103,7 +103,7 @@ def _words(study: Study, places: Places, source: ModelShape) -> int:
     return vocabulary({"vocab_size": size, "padded_vocab_size": source.padded_vocab_size})
 
 
-def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
+def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
     data = study.data
     prints = {f"data.train ({prefix})": prefix for _, prefix in data.train}
     prints |= {f"data.{name}": getattr(data, name) for name in ("calibration", "validation", "test")}
@@ -140,7 +140,7 @@ def _check_data(study: Study, places: Places, outlook: Outlook) -> None:
     check_ranges(study, outlook, stream_of(study))
 
 
-def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
+def _check_near_duplicates(study: StudyConfig, limit: float, places: Places) -> None:
     """Refuse corpora that share too much; the report is kept, since making it reads every training token."""
     data = study.data
     stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
@@ -159,7 +159,7 @@ def _check_near_duplicates(study: Study, limit: float, places: Places) -> None:
 # elsewhere) is taken as it is, and the report says so.
 
 
-def check_unseen(study: Study, stages: Sequence[Stage]) -> None:
+def check_unseen(study: StudyConfig, stages: Sequence[Stage]) -> None:
     """UsageError or DataError where a stage has seen text of the study, or may have and nobody says that it has not."""
     trainings = lineage.trainings(stages)
     if not trainings:
@@ -188,7 +188,7 @@ def check_unseen(study: Study, stages: Sequence[Stage]) -> None:
                 _compare(study, stage, prefix, content)
 
 
-def _compare(study: Study, stage: Stage, prefix: str, content: str) -> None:
+def _compare(study: StudyConfig, stage: Stage, prefix: str, content: str) -> None:
     """The documents of one corpus of the parent against all corpora of the study."""
     wrong = ""
     if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
@@ -208,12 +208,12 @@ def _compare(study: Study, stage: Stage, prefix: str, content: str) -> None:
                 )
 
 
-def _corpora(study: Study) -> dict[str, list[str]]:
+def _corpora(study: StudyConfig) -> dict[str, list[str]]:
     held: dict[str, Any] = {name: [getattr(study.data, name)] for name in ("calibration", "validation", "test")}
     return {"train": [prefix for _, prefix in study.data.train], **held}
 
 
-def _need_a_word(study: Study, stage: Stage, why: str) -> None:
+def _need_a_word(study: StudyConfig, stage: Stage, why: str) -> None:
     if study.parent.declared_unseen is None:
         raise UsageError(
             "parent.declared_unseen", got="nothing",
@@ -222,7 +222,7 @@ def _need_a_word(study: Study, stage: Stage, why: str) -> None:
         )  # fmt: skip
 
 
-def check_ranges(study: Study, outlook: Outlook, stream: Mapping[str, Any]) -> None:
+def check_ranges(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> None:
     """Every run against the stream, by the check that `pretrain` makes, before the first of them is paid for.
 
     A cell's range must end before the stream does, and be unseen by everything that the cell starts from: the parent's
@@ -239,7 +239,7 @@ def check_ranges(study: Study, outlook: Outlook, stream: Mapping[str, Any]) -> N
             ) from error
 
 
-def _runs(study: Study, outlook: Outlook, stream: Mapping[str, Any]) -> Iterator[tuple[str, SampleRange, Seen]]:
+def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> Iterator[tuple[str, SampleRange, Seen]]:
     """Every cell that trains, with its samples and what is behind its weights."""
     lay, before = outlook.lay, lineage.trainings(outlook.stages)
     if not stream["id"]:  # of corpora that are not there: what is behind a parent is taken to be of their stream

@@ -24,7 +24,7 @@ Retention = Literal["all", "final", "none"]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Finding(ValueError):
+class ValueProblem(ValueError):
     """Our own error, in a form that pydantic keeps together with what else is wrong."""
 
     def __init__(self, error: MegatronPruneError):
@@ -42,9 +42,9 @@ def finds[T](check: Callable[[T], None]) -> Callable[[T], None]:
             check(section)
         except ValidationError as error:  # of a section that this one makes
             found = error.errors()[0].get("ctx", {}).get("error")
-            raise (found if isinstance(found, Finding) else error) from error
+            raise (found if isinstance(found, ValueProblem) else error) from error
         except MegatronPruneError as error:
-            raise Finding(error) from error
+            raise ValueProblem(error) from error
 
     return kept
 

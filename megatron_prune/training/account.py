@@ -113,7 +113,7 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
     they are.
     """
     account = Account(**read_json(save / ACCOUNT))
-    recorder = Recorder(account, save)
+    recorder = AccountRecorder(account, save)
     rows = _complete_rows(save / LOSSES)
     account.initial_loss, account.final_loss = (_finite(float(row[2])) for row in (rows[0], rows[-1]))
     recorder.end_killed_attempt()
@@ -126,7 +126,7 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
     recorder.finish(final=final, parameters_nonzero=nonzero)
 
 
-class Recorder:
+class AccountRecorder:
     """Writes a run's losses and keeps its account, on the one rank that sees the loss."""
 
     def __init__(self, account: Account, save: Path):

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.data import indexed
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
-from megatron_prune.data.streams import SampleRange, Stream, parse_range, refuse_overlap
+from megatron_prune.data.streams import Stream, StreamRange, parse_range, refuse_overlap
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import UsageError
 
@@ -218,8 +218,8 @@ class Provider:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.train: SampleRange | None = None
-        self._valid: SampleRange | None = None
+        self.train: StreamRange | None = None
+        self._valid: StreamRange | None = None
 
     def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         from megatron_prune.engine.forward import needs_data
@@ -235,14 +235,14 @@ class Provider:
         args = self.args
         start, end = parse_range(args.stream_range)
         stream = build_stream(args, train_blend(args), epochs=args.stream_epochs)
-        self.train = SampleRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
+        self.train = StreamRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
         if args.valid_data_path and args.eval_iters:
             # For watching only (verdicts come from `evaluate`), so that it may repeat itself.
             one = build_stream(args, args.valid_data_path, epochs=1)
             wanted = validation_samples or len(one)
             epochs = -(-wanted // len(one))
             valid = one if epochs == 1 else build_stream(args, args.valid_data_path, epochs=epochs)
-            self._valid = SampleRange(valid, 0, min(wanted, len(valid)))
+            self._valid = StreamRange(valid, 0, min(wanted, len(valid)))
 
 
 def _megatron_datasets(args: argparse.Namespace, num_samples: list[int], vp_stage: int | None) -> Any:

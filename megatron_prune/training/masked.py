@@ -26,7 +26,7 @@ from megatron_prune.training.account import ACCOUNT
 
 
 @dataclass(frozen=True)
-class Choice:
+class MaskChoice:
     """The masks of a run, and where its weights come from."""
 
     masks: Masks  # where ``drawn``, RandomMasks
@@ -73,7 +73,7 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
             raise UsageError(flag, got=given, expected=f"{allowed} in a run that holds masks", why=why)
 
 
-def choose(args: argparse.Namespace) -> Choice | None:
+def choose(args: argparse.Namespace) -> MaskChoice | None:
     """The masks that this run holds, the same on every rank; None for a dense run. Starts nothing.
 
     Raises UsageError for flags that contradict the run in ``--save``, or a start that the masks cannot fit;
@@ -106,7 +106,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
     flag, path = ("--load", args.load) if _holds_checkpoint(args.load) else (
         "--pretrained-checkpoint", args.pretrained_checkpoint
     )  # fmt: skip
-    chosen = Choice(masks, own, f"{flag} {path}" if path else "the new model")
+    chosen = MaskChoice(masks, own, f"{flag} {path}" if path else "the new model")
     _refuse_unfit_start(args, chosen)
     return chosen
 
@@ -143,7 +143,7 @@ def _equal(given: Masks, own: Masks) -> bool:
     )
 
 
-def _refuse_unfit_start(args: argparse.Namespace, chosen: Choice) -> None:
+def _refuse_unfit_start(args: argparse.Namespace, chosen: MaskChoice) -> None:
     loads = _holds_checkpoint(args.load)
     if chosen.drawn and (loads or args.pretrained_checkpoint is not None):
         raise UsageError(
@@ -174,7 +174,7 @@ def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def say_that_masks_know_the_start(args: argparse.Namespace, chosen: Choice) -> None:
+def say_that_masks_know_the_start(args: argparse.Namespace, chosen: MaskChoice) -> None:
     """Print a note where this run begins with the weights that the masks' model began with: the seed is the same.
 
     Masks made of a trained model fit the weights that it began with. In the quickstart such a

@@ -29,7 +29,7 @@ from megatron_prune.training import lineage
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
-    Recorder,
+    AccountRecorder,
     close,
     is_complete,
     refuse_other_run,
@@ -42,7 +42,7 @@ from megatron_prune.training.data import (
     unique_tokens,
 )
 from megatron_prune.training.masked import (
-    Choice,
+    MaskChoice,
     choose,
     refuse_unfit_arguments,
     refuse_zeros_that_fill,
@@ -50,7 +50,7 @@ from megatron_prune.training.masked import (
 )
 
 
-def train(own: verbs.Pretrain, words: Sequence[str]) -> int:
+def train(own: verbs.PretrainSettings, words: Sequence[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before. ``words`` are Megatron's flags."""
     args = runtime.start("pretrain", words, own, complete=_complete)
     save = storage.path(args.save) if args.save else None
@@ -132,7 +132,7 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _train(
-    args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: Choice | None, unique: int
+    args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: MaskChoice | None, unique: int
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
@@ -216,7 +216,7 @@ class _OnFirstStep:
     ):
         self.args, self.save, self.initial, self.provider, self.zeros = args, save, initial, provider, zeros
         self.unique = unique
-        self.recorder: Recorder | None = None
+        self.recorder: AccountRecorder | None = None
         self.last_step = 0
 
     def wrap(self, training_log: Any) -> Any:
@@ -252,7 +252,7 @@ class _OnFirstStep:
 
         return settled
 
-    def _open(self) -> Recorder:
+    def _open(self) -> AccountRecorder:
         assert self.save is not None
         args = self.args
         shape = ModelShape.from_args(vars(args))
@@ -279,7 +279,7 @@ class _OnFirstStep:
         )
         account.adopt(self.save)
         _carry_tokenizer(args, self.save)
-        return Recorder(account, self.save)
+        return AccountRecorder(account, self.save)
 
 
 def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:

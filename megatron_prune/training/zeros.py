@@ -30,7 +30,7 @@ from megatron_prune.artifacts import copy_directory, explain_full_disk
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
 from megatron_prune.masks.verify import check_bits
-from megatron_prune.training.masked import Choice
+from megatron_prune.training.masked import MaskChoice
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a gradient's element
 _KEPT, _REMOVED = -1, 0  # all bits, none
@@ -75,7 +75,7 @@ class Held:
 class Zeros:
     """The zeros of one run: ``attach`` before Megatron's ``pretrain``, ``audit`` whenever it is to be proven."""
 
-    def __init__(self, args: argparse.Namespace, chosen: Choice):
+    def __init__(self, args: argparse.Namespace, chosen: MaskChoice):
         self.args, self.chosen = args, chosen
         self.hash = chosen.masks.hash  # of drawn masks it is known when they are written
         self.held: list[Held] = []

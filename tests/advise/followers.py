@@ -11,8 +11,8 @@ import numpy as np
 from megatron_prune.study.advise import answer
 from megatron_prune.study.advise.answer import Advice
 from megatron_prune.study.advise.best import LOOKS
-from megatron_prune.study.advise.ledgers import Curve, Ledger
-from megatron_prune.study.advise.target import Target
+from megatron_prune.study.advise.ledgers import Curve, Measurements
+from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis.scaling_laws import Arms
 
 BUDGET = 1_000_000
@@ -50,7 +50,7 @@ class Truth:
         return (said == "prune" and best >= rival) or (said == "scratch" and rival >= best)
 
 
-def ledger(pruned: np.ndarray, scratch: np.ndarray) -> Ledger:
+def ledger(pruned: np.ndarray, scratch: np.ndarray) -> Measurements:
     """A ledger of one budget: every scratch arm is that of a method's own shape."""
     curves = []
     for number in range(max(len(pruned), len(scratch))):
@@ -71,12 +71,12 @@ def ledger(pruned: np.ndarray, scratch: np.ndarray) -> Ledger:
                 flops_per_token=1.0,
             )  # fmt: skip
         )
-    return Ledger("made-up", 1_000_000, 5_000_000, True, tuple(curves))
+    return Measurements("made-up", 1_000_000, 5_000_000, True, tuple(curves))
 
 
 def ask(losses: Losses, seeds: int) -> Advice:
     pruned, scratch = (side[:, :seeds] for side in losses)
-    return answer.advise(ledger(pruned, scratch), Target(0.5, "linears", "equal-training", tokens=BUDGET))
+    return answer.advise(ledger(pruned, scratch), AdvisedTarget(0.5, "linears", "equal-training", tokens=BUDGET))
 
 
 def follow(losses: Losses, begin: int = LOOKS[0], asked: Callable[[Losses, int], Advice] = ask) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from megatron_prune import artifacts, verbs
 from megatron_prune.__main__ import main
 from megatron_prune.cli import advise
 from megatron_prune.errors import EXIT_REFUSED, UsageError
-from megatron_prune.study.advise import answer, ledgers, target
+from megatron_prune.study.advise import answer, ledgers, question
 from megatron_prune.study.advise.answer import Advice
 from tests.study import made_up
 
@@ -71,8 +71,8 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
     def get(content: dict[str, Any], *argv: object) -> Advice:
         (tmp_path / "results.json").write_text(json.dumps(content))
         read = ledgers.read(tmp_path / "results.json")
-        options = verbs.Advise.of(advise.parser().read(["--ledger", "read above", *map(str, argv)])[0])
-        return answer.advise(read, target.from_settings(options, read.parent_params))
+        options = verbs.AdviseSettings.of(advise.parser().read(["--ledger", "read above", *map(str, argv)])[0])
+        return answer.advise(read, question.from_settings(options, read.parent_params))
 
     return get
 
@@ -231,8 +231,8 @@ def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
                 elif row["arm"] == "pruned" and "-b-" in row["cell"]:
                     row["test_loss"] -= 0.01
             curves = ledgers._curves(content["comparisons"], {row["cell"]: row for row in content["rows"]})
-            read = ledgers.Ledger("made-up", 1_000_000, 5_000_000, True, curves)
-            said = answer.advise(read, target.Target(0.5, "linears", "equal-training", tokens=400_000)).answer
+            read = ledgers.Measurements("made-up", 1_000_000, 5_000_000, True, curves)
+            said = answer.advise(read, question.AdvisedTarget(0.5, "linears", "equal-training", tokens=400_000)).answer
             wrong[name] += said == "scratch" or (said == "prune" and not gap)
             right += name == "large" and said == "prune"
     assert wrong["none"] < 0.05 * 150 and wrong["real"] < 0.05 * 150

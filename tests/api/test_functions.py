@@ -26,7 +26,7 @@ def test_the_import_loads_nothing_and_names_everything() -> None:
         "heavy = {'torch', 'numpy', 'megatron', 'transformers', 'pydantic', 'rich'} & set(sys.modules)\n"
         "ours = [name for name in set(sys.modules) - before if name.startswith('megatron_prune.')]\n"
         "assert not heavy and not ours, (heavy, ours)\n"
-        "assert mp.prune.__module__ == 'megatron_prune.api.prune' and 'torch' not in sys.modules\n"
+        "assert mp.prune.__module__ == 'megatron_prune.api.prune_checkpoint' and 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

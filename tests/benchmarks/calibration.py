@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
     runtime.initialize(args)
     model = runtime.load_model(args)
 
-    from megatron_prune.calibration.hooks import Recorder
+    from megatron_prune.calibration.hooks import ActivationRecorder
     from megatron_prune.engine import forward
 
     shape = ModelShape.from_args(vars(args))
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
 
     def calibrating() -> float:
         started = time.perf_counter()
-        with Recorder(model[0], shape) as recorder:
+        with ActivationRecorder(model[0], shape) as recorder:
             losses = forward.run(model, windows)
             assert losses is not None
             recorder.gather(sum(losses))

@@ -133,7 +133,7 @@ def wrong_for_megatron() -> list[str]:
     said = []
     for words in (["--seq-lenght", "8"], ["--stream-rnage", "0:8"], ["--seq-length", "many"]):
         try:
-            arguments.refuse_unknown(parser, "pretrain", words, verbs.Pretrain())
+            arguments.refuse_unknown(parser, "pretrain", words, verbs.PretrainSettings())
             parser.parse_args(words)
         except CommandLineError as error:
             said.append(str(error))

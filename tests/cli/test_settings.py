@@ -118,7 +118,7 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
             if hasattr(loaded, kind):
                 names.add(module.name.replace("_", "-"))
     assert found == {"METHOD": set(options.STRUCTURED), "SPARSE": set(options.SPARSE)}
-    flags = [flag.name for cls in {*options.STRUCTURED.values(), verbs.Prune} for flag in cls.flags()]
+    flags = [flag.name for cls in {*options.STRUCTURED.values(), verbs.PruneSettings} for flag in cls.flags()]
     assert len(flags) == len(set(flags))
 
 
@@ -129,7 +129,7 @@ def test_choices_are_those_of_the_rooms() -> None:
     from megatron_prune.methods import base
     from megatron_prune.preflight import cost
     from megatron_prune.sparse import matrices
-    from megatron_prune.study.advise import target
+    from megatron_prune.study.advise import question
 
     def choices(cls: type[Settings], name: str) -> tuple[str, ...]:
         (flag,) = [flag for flag in cls.flags() if flag.name == name]
@@ -138,11 +138,11 @@ def test_choices_are_those_of_the_rooms() -> None:
     assert verbs.GPUS == tuple(cost.GPUS) and verbs.FP8_PRESETS == tuple(fp8.PRESETS)
     assert verbs.TOKENIZERS == tokenizers.TYPES and verbs.FORMATS == readers.FORMATS
     assert verbs.MODULES == matrices.MODULES
-    assert choices(verbs.Preprocess, "text_documents") == readers.DOCUMENTS
-    assert choices(verbs.TrainTokenizer, "model_type") == train_tokenizer.MODEL_TYPES
-    assert choices(verbs.Advise, "setting") == target.SETTINGS
-    assert verbs.BuildCorpus(output="x").split == ",".join(map(str, local_text.SHARES))
-    for cls in (verbs.Target, verbs.Advise):
+    assert choices(verbs.PreprocessSettings, "text_documents") == readers.DOCUMENTS
+    assert choices(verbs.TrainTokenizerSettings, "model_type") == train_tokenizer.MODEL_TYPES
+    assert choices(verbs.AdviseSettings, "setting") == question.SETTINGS
+    assert verbs.BuildCorpusSettings(output="x").split == ",".join(map(str, local_text.SHARES))
+    for cls in (verbs.TargetSettings, verbs.AdviseSettings):
         sizes = [flag.name for flag in cls.flags() if flag.name.startswith("target_") and flag.name != "target_params"]
         assert sizes == [f"target_{dimension}" for dimension in base.DIMENSIONS]
 

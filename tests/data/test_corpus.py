@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from megatron_prune.data import local_text
-from megatron_prune.data.local_text import Found, Places
+from megatron_prune.data.local_text import FoundText, TextPlaces
 from megatron_prune.errors import DataError, UsageError
 
 PROSE = "It is the purpose of this text to be long enough, and to read as if a person had written it for others. "
@@ -47,7 +47,7 @@ class A:
     page = f".TH Never 1\n.SH NAME\ntool \\- a \\fBbold\\fR tool\n.PP\nManual {PROSE * 3}\n"
     write("man/man1/tool.1.gz", page, zipped=True)
     (root / "man/man1/alias.1.gz").symlink_to("tool.1.gz")
-    return Places((root / "lib",), (root / "site",), (root / "doc",), (root / "man",))
+    return TextPlaces((root / "lib",), (root / "site",), (root / "doc",), (root / "man",))
 
 
 def test_every_kind_is_found_and_nothing_that_should_not_be(machine):
@@ -64,7 +64,9 @@ def test_every_kind_is_found_and_nothing_that_should_not_be(machine):
 def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(local_text, "LEAST_BYTES", 0)
     shares = (40, 20, 20, 20)
-    copies = [Found("k", str(i), f"Document {i}. {PROSE * 3}\n\nshared: {PROSE * 2}\n\nExamples") for i in range(60)]
+    copies = [
+        FoundText("k", str(i), f"Document {i}. {PROSE * 3}\n\nshared: {PROSE * 2}\n\nExamples") for i in range(60)
+    ]
     monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(copies + copies))
     manifest = local_text.build_corpus(tmp_path / "c", shares=shares, places=machine)
     lines = {name: (tmp_path / "c" / f"{name}.jsonl").read_text().splitlines() for name in local_text.SPLITS}
@@ -80,7 +82,7 @@ def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monke
 def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeypatch):
     """Of 400 documents the last splits have many short ones in place of few long ones, and no split has their ends."""
     parts = [[f"Part {k} of {i}: {PROSE}".rstrip() for k in range(30)] for i in range(400)]
-    made = [Found("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
+    made = [FoundText("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
     monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(made))
     whole = local_text.build_corpus(tmp_path / "w", places=machine)["splits"]
     short = local_text.build_corpus(tmp_path / "s", places=machine, longest_held_out=600)["splits"]
@@ -104,7 +106,7 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
 
 
 def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
-    places = Places(documentation=(), manuals=())
+    places = TextPlaces(documentation=(), manuals=())
     made = [local_text.build_corpus(tmp_path / name, max_bytes=1_800_000, workers=workers, places=places)
             for name, workers in (("a", 1), ("b", 2))]  # fmt: skip
     for name in (*(f"{split}.jsonl" for split in local_text.SPLITS), "manifest.json"):

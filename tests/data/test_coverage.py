@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prune.data import coverage
-from megatron_prune.data.streams import SampleRange, Stream
+from megatron_prune.data.streams import Stream, StreamRange
 from megatron_prune.errors import DataError
 from megatron_prune.training import data
 from tests.data.corpora import write_corpus
@@ -31,7 +31,7 @@ def test_unique_tokens_are_the_set_of_tokens_seen(tmp_path_factory, members, seq
         blend += ([] if members == 1 else [str(member + 1)]) + [prefix]
     stream = Stream.build(blend, seq_length, seed, epochs)
     start = int(low * len(stream))
-    samples = SampleRange(stream, start, start + 1 + int(share * (len(stream) - start - 1)))
+    samples = StreamRange(stream, start, start + 1 + int(share * (len(stream) - start - 1)))
     seen = {token for i in range(len(samples)) for token in samples[i]["tokens"].tolist()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "TOKENS", 64)  # several blocks of documents

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_prune import artifacts
 from megatron_prune.data import blend, indexed
-from megatron_prune.data.streams import SampleRange, Stream, epoch_seed, parse_range, refuse_overlap
+from megatron_prune.data.streams import Stream, StreamRange, epoch_seed, parse_range, refuse_overlap
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.training.data import refuse_unfit_range
 from tests.data.corpora import write_corpus
@@ -63,7 +63,7 @@ def test_every_sample_is_megatrons_one_epoch_order(tmp_path_factory, seq_length,
 
 def test_a_sample_does_not_depend_on_the_range_asked_for(corpus):
     stream = Stream.build(corpus, 16, seed=3)
-    short, long = SampleRange(stream, 4, 10), SampleRange(Stream.build(corpus, 16, seed=3), 0, len(stream))
+    short, long = StreamRange(stream, 4, 10), StreamRange(Stream.build(corpus, 16, seed=3), 0, len(stream))
     for position in range(6):
         assert torch.equal(short[position]["tokens"], long[position + 4]["tokens"])
 
@@ -112,7 +112,7 @@ def test_running_out_of_a_blend_is_refused(tmp_path):
     b = write_corpus(tmp_path / "b", random_documents(2, count=10))
     stream = Stream.build(["1", a, "1", b], 16, seed=5)
     with pytest.raises(UsageError, match=f"an end of at most {len(stream)}.*does not wrap"):
-        SampleRange(stream, 0, len(stream) + 1)
+        StreamRange(stream, 0, len(stream) + 1)
     with pytest.raises(IndexError):
         stream[len(stream)]
 
@@ -189,10 +189,10 @@ def test_files_read_without_mapping_give_the_same_samples(corpus):
 
 def test_permutation_stays_inside_the_range_and_is_the_same_for_both_arms(corpus):
     stream = Stream.build(corpus, 8, seed=3)
-    ranges = [SampleRange(Stream.build(corpus, 8, seed=3), 10, 60, permutation_seed=7) for _ in range(2)]
+    ranges = [StreamRange(Stream.build(corpus, 8, seed=3), 10, 60, permutation_seed=7) for _ in range(2)]
     orders = [[r.sample(i) for i in range(len(r))] for r in ranges]
     assert orders[0] == orders[1] and sorted(orders[0]) == list(range(10, 60)) != orders[0]
-    other = SampleRange(stream, 10, 60, permutation_seed=8)
+    other = StreamRange(stream, 10, 60, permutation_seed=8)
     assert [other.sample(i) for i in range(50)] != orders[0]
     assert torch.equal(ranges[0][3]["tokens"], stream[orders[0][3]]["tokens"])
 
@@ -208,16 +208,16 @@ def test_permutation_stays_inside_the_range_and_is_the_same_for_both_arms(corpus
 )
 def test_ranges_that_cannot_be_are_refused(corpus, start, end, says):
     with pytest.raises(UsageError, match="--stream-range") as refusal:
-        SampleRange(Stream.build(corpus, 8, seed=3), start, end, global_batch_size=4)
+        StreamRange(Stream.build(corpus, 8, seed=3), start, end, global_batch_size=4)
     assert says in str(refusal.value)
 
 
 def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
     stream = Stream.build(corpus, 8, seed=3, epochs=2)
     last = len(stream)
-    assert torch.equal(SampleRange(stream, last - 1, last)[0]["tokens"], stream[last - 1]["tokens"])
+    assert torch.equal(StreamRange(stream, last - 1, last)[0]["tokens"], stream[last - 1]["tokens"])
     with pytest.raises(UsageError, match=f"an end of at most {last}"):
-        SampleRange(stream, last - 1, last + 1)
+        StreamRange(stream, last - 1, last + 1)
     with pytest.raises(IndexError):
         stream[last]
     arguments = SimpleNamespace(

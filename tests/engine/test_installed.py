@@ -89,7 +89,7 @@ def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
 def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     """What a rehearsal for such machines says; with Apex and TE standing here, which it must not look at."""
     from megatron_prune.cli import pretrain
-    from megatron_prune.preflight.dry_run import Refused, rehearse
+    from megatron_prune.preflight.dry_run import MegatronRefused, rehearse
 
     stand_in("te,apex,flash-attn")
     found: list[Any] = []
@@ -98,7 +98,7 @@ def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
         try:
             args = rehearse(pretrain.main, argv, gpus=1, per_node=1, capability=(9, 0), has=has).args
             found.append({name: getattr(args, name) for name in DECIDED})
-        except Refused as refused:
+        except MegatronRefused as refused:
             found.append(str(refused))
     return found
 

@@ -12,8 +12,8 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError, MasksError, MegatronPruneError, UsageError
 from megatron_prune.masks import Masks, Pattern, find_masks, open_masks, verify, write_single
-from megatron_prune.masks import reader as reader_module
-from megatron_prune.masks import writer as writer_module
+from megatron_prune.masks import mask_reader as reader_module
+from megatron_prune.masks import mask_writer as writer_module
 from megatron_prune.masks.verify import guarded
 from tests.checkpoint.small import disk_with
 from tests.masks import small

@@ -16,7 +16,7 @@ from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
-from megatron_prune.methods.base import Request, Selection
+from megatron_prune.methods.base import PruningRequest, Selection
 from megatron_prune.settings import add_flags
 
 GQA = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
@@ -57,7 +57,7 @@ def settings(name: str, *flags: str) -> dict[str, Any]:
 
 
 def select(name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0) -> Selection:
-    request = Request(source, target, statistics, settings(name, *flags), seed)
+    request = PruningRequest(source, target, statistics, settings(name, *flags), seed)
     (selection,) = methods.get(name).candidates(request)
     return selection
 
@@ -173,7 +173,7 @@ def test_random_is_uniform_over_heads_groups_and_layers() -> None:
 
 
 def test_minitron_depth_offers_every_run_of_layers_in_order() -> None:
-    request = Request(GQA, replace(GQA, num_layers=3), settings=settings("minitron-depth"))
+    request = PruningRequest(GQA, replace(GQA, num_layers=3), settings=settings("minitron-depth"))
     found = methods.get("minitron-depth").candidates(request)
     assert [selection.layers for selection in found] == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
     assert all(selection.hidden is selection.heads is selection.ffn is None for selection in found)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import DEPTH, WIDTH, Request, Selection
+from megatron_prune.methods.base import DEPTH, WIDTH, PruningRequest, Selection
 from megatron_prune.methods.random import METHOD
 
 SOURCE = ModelShape(5, 24, 6, 3, 4, 20, 100, tied=False)
@@ -22,7 +22,7 @@ CUTS = {
 
 
 def select(seed: int, **sizes: int) -> Selection:
-    return METHOD.select(Request(SOURCE, replace(SOURCE, **sizes), seed=seed))
+    return METHOD.select(PruningRequest(SOURCE, replace(SOURCE, **sizes), seed=seed))
 
 
 def test_the_axis_says_what_is_free():

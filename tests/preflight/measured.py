@@ -69,7 +69,7 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
     from megatron_prune.methods.accumulators import SquareSums
     from megatron_prune.methods.base import Sparsity
     from megatron_prune.methods.hessian import Hessian
-    from megatron_prune.sparse.request import Request
+    from megatron_prune.sparse.request import SparsifyRequest
     from megatron_prune.sparse.solve import prune_block
     from tests.benchmarks.resident import give_back_at_once, high_water
 
@@ -86,7 +86,9 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
         self_attention=SimpleNamespace(linear_qkv=linears["qkv"], linear_proj=linears["proj"]),
         mlp=SimpleNamespace(linear_fc1=linears["fc1"], linear_fc2=linears["fc2"]),
     )
-    request = Request(method, get_sparse(method), dict.fromkeys(sizes, Sparsity.parse(0.5, "unstructured")), None, None)
+    request = SparsifyRequest(
+        method, get_sparse(method), dict.fromkeys(sizes, Sparsity.parse(0.5, "unstructured")), None, None
+    )
 
     def work() -> Any:
         statistics: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.preflight import checks, cost, host, memory
 from megatron_prune.preflight.cost import Cluster
-from megatron_prune.preflight.dry_run import Stage
+from megatron_prune.preflight.dry_run import PipelineStage
 from tests.preflight import measured
 
 LLAMA = ModelShape(
@@ -38,7 +38,7 @@ def test_what_a_block_keeps_is_what_megatron_keeps(distributed, recomputed) -> N
     [(four, args)] = distributed(measured.saved_bytes, 1, 4, flags)
     args.transformer_impl, args.attention_backend = "transformer_engine", None  # attention was fused, as there
     shape = ModelShape.from_args(vars(args))
-    predicted, _ = memory.activations(args, shape, Stage(2, 0, 0, 0, chunks=(2,), shapes={}), 0, 2, 1)
+    predicted, _ = memory.activations(args, shape, PipelineStage(2, 0, 0, 0, chunks=(2,), shapes={}), 0, 2, 1)
     predicted += 2 * more * args.params_dtype.itemsize * shape.hidden_size * args.seq_length * args.micro_batch_size
     assert four - two == pytest.approx(predicted, rel=0.005)
 
@@ -60,10 +60,10 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**(given | changes))
 
 
-def whole(tp: int = 1) -> Stage:
+def whole(tp: int = 1) -> PipelineStage:
     vocabulary = 2 * 4096 * 128256 // tp
     linears = LLAMA.linear_parameters() // tp
-    return Stage(32, linears, vocabulary, 65 * 4096, chunks=(32,), shapes={})
+    return PipelineStage(32, linears, vocabulary, 65 * 4096, chunks=(32,), shapes={})
 
 
 def test_weights_gradients_and_optimizer_are_megatrons_bytes_a_parameter() -> None:
@@ -93,7 +93,7 @@ def test_flags_change_what_they_should() -> None:
 
 
 def test_first_stages_keep_more_microbatches_than_last() -> None:
-    quarter = [Stage(8, 0, 0, 0, chunks=(8,), shapes={}) for _ in range(4)]
+    quarter = [PipelineStage(8, 0, 0, 0, chunks=(8,), shapes={}) for _ in range(4)]
     args = arguments(pipeline_model_parallel_size=4)
     kept = [memory.activations(args, LLAMA, s, n, 4, 16)[0] for n, s in enumerate(quarter)]
     assert kept[:3] == [4 * kept[2] // 2, 3 * kept[2] // 2, kept[2]]  # 4, 3 and 2 micro-batches; the last has the norm
@@ -101,11 +101,11 @@ def test_first_stages_keep_more_microbatches_than_last() -> None:
     assert few[0] == few[2]
 
 
-def chunked(*chunks: int) -> Stage:
-    return Stage(sum(chunks), 0, 0, 0, chunks=chunks, shapes={})
+def chunked(*chunks: int) -> PipelineStage:
+    return PipelineStage(sum(chunks), 0, 0, 0, chunks=chunks, shapes={})
 
 
-def blocks_kept(stage: Stage, number: int, stages: int, microbatches: int, **changes: object) -> float:
+def blocks_kept(stage: PipelineStage, number: int, stages: int, microbatches: int, **changes: object) -> float:
     """Activations of how many blocks and micro-batches a stage keeps; what is not a block's is taken off."""
     args = arguments(pipeline_model_parallel_size=stages, **changes)
     of = [
@@ -233,8 +233,8 @@ def test_even_splits_count_the_output_layer() -> None:
     shape = dataclasses.replace(LLAMA, num_layers=12)
     split = cost.even_split(shape, 4, 8192)
     assert sum(split) == 12 and split[-1] < split[0]
-    stages = [Stage(n, 0, 0, 0, chunks=(n,), shapes={}) for n in split]
-    naive = [Stage(3, 0, 0, 0, chunks=(3,), shapes={}) for _ in range(4)]
+    stages = [PipelineStage(n, 0, 0, 0, chunks=(n,), shapes={}) for n in split]
+    naive = [PipelineStage(3, 0, 0, 0, chunks=(3,), shapes={}) for _ in range(4)]
     assert max(cost.work(shape, stages, 8192)) < max(cost.work(shape, naive, 8192))
     assert sum(cost.work(shape, stages, 8192)) * 8192 == pytest.approx(shape.forward_flops(8192))
 

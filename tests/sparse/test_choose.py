@@ -16,7 +16,7 @@ from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.base import Sparsity
 from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
-from megatron_prune.sparse.weights_only import Choice, LowestInGroups, LowestOfAll
+from megatron_prune.sparse.weights_only import BlockChoice, LowestInGroups, LowestOfAll
 from tests.sparse import oracles
 
 # Few distinct values, zeros, subnormals and the largest there is: everything that ties and that bits can confuse.
@@ -30,7 +30,7 @@ def matrices(rows: st.SearchStrategy[int], columns: st.SearchStrategy[int]) -> s
 SCORES = matrices(st.integers(1, 6), st.integers(1, 12))
 
 
-def in_blocks(scores: torch.Tensor, made: Choice, rows: int = 2) -> np.ndarray:
+def in_blocks(scores: torch.Tensor, made: BlockChoice, rows: int = 2) -> np.ndarray:
     """What a choice says that sees so many rows at a time."""
     while made.counts:
         for block in scores.split(rows):

@@ -27,9 +27,9 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
     cpu.prepare()
     from megatron.core import parallel_state as mpu
 
-    from megatron_prune.sparse.driver import Stream
+    from megatron_prune.sparse.driver import ResidualStream
 
-    advance = Stream.advance
+    advance = ResidualStream.advance
 
     def advance_and_exchange(self: Any, block: Any) -> None:
         advance(self, block)
@@ -42,7 +42,7 @@ def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
             assert all((a - b).norm() < 0.1 * a.norm() for a, b in zip(own, self.states, strict=True))
             self.states = own
 
-    Stream.advance = advance_and_exchange  # type: ignore[method-assign]
+    ResidualStream.advance = advance_and_exchange  # type: ignore[method-assign]
     _main(argv)
 
 

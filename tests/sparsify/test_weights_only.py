@@ -24,7 +24,7 @@ from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request, result, resume, weights_only
-from megatron_prune.sparse.request import Task
+from megatron_prune.sparse.request import SparsifyTask
 from megatron_prune.sparse.resume import Scratch
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint
@@ -67,10 +67,10 @@ def parent(root: Path, kind: str) -> Checkpoint:
     return open_checkpoint(root)
 
 
-def asked(method: str, amount: list[str]) -> request.Request:
+def asked(method: str, amount: list[str]) -> request.SparsifyRequest:
     parser = argparse.ArgumentParser()
-    add_flags(parser, verbs.Sparsity)
-    return request.choose(method, verbs.Sparsity.of(parser.parse_args(amount)), SEED)
+    add_flags(parser, verbs.SparsitySettings)
+    return request.choose(method, verbs.SparsitySettings.of(parser.parse_args(amount)), SEED)
 
 
 def prune(
@@ -78,7 +78,7 @@ def prune(
 ) -> Path:
     wanted = asked(method, amount)
     wanted.check(of.shape)
-    task = Task(of, wanted, None, {"what": [method, *amount]}, save)
+    task = SparsifyTask(of, wanted, None, {"what": [method, *amount]}, save)
     weights_only.run(task, params_dtype)
     result.write(task, None)
     return save
@@ -236,7 +236,7 @@ def test_masks_that_stay_must_fit_the_weights(job: Callable[..., Any], tiny_pare
 
 def test_nodes_that_share_no_disk_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of, first = parent(tmp_path / "parent", "bf16"), Scratch(tmp_path / "save")
-    task = Task(of, asked("magnitude", AMOUNTS["half"]), None, {}, tmp_path / "elsewhere" / "save")
+    task = SparsifyTask(of, asked("magnitude", AMOUNTS["half"]), None, {}, tmp_path / "elsewhere" / "save")
     first.open({})  # on the first rank's machine
     monkeypatch.setattr(weights_only, "_from_first", lambda done: done)
     monkeypatch.setattr(resume, "SEEN_SECONDS", 0.0)

@@ -21,7 +21,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = Path(__file__).parent / "golden"
@@ -57,7 +57,7 @@ def commands(name: str) -> dict[str, list[Command]]:
     return jobs.all_commands(jobs.all_cells(study, places, replace(found, spent=dict.fromkeys(found.targets, 0))))
 
 
-def _lines(name: str, study: Study, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:
+def _lines(name: str, study: StudyConfig, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:
     corpora = " ".join(study.data.blend)
     yield f"examples/{name}.yaml, every command. RUN is runs/{study.name}, CELL a cell's own folder in it, TRAIN:"
     yield from textwrap.wrap(corpora, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

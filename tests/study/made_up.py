@@ -85,7 +85,7 @@ def mapping(prefixes: dict[str, str], **changes: Any) -> dict[str, Any]:
     }
 
 
-def study(prefixes: dict[str, str], **changes: Any) -> schema.Study:
+def study(prefixes: dict[str, str], **changes: Any) -> schema.StudyConfig:
     return schema.from_mapping(mapping(prefixes, **changes))
 
 
@@ -399,7 +399,7 @@ def _value(text: str) -> Any:
     return True if text == "True" else int(text) if text.isdecimal() else text
 
 
-def run(study: schema.Study, runs: Path, launcher: FakeLauncher) -> Places:
+def run(study: schema.StudyConfig, runs: Path, launcher: FakeLauncher) -> Places:
     """Run a study with a fake launcher, quietly."""
     import io
 
@@ -407,15 +407,15 @@ def run(study: schema.Study, runs: Path, launcher: FakeLauncher) -> Places:
 
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
-    from megatron_prune.study.run.status import Progress
+    from megatron_prune.study.run.status import CellProgress
 
     places = Places(runs / study.name)
-    with Progress(Console(file=io.StringIO())) as progress:
+    with CellProgress(Console(file=io.StringIO())) as progress:
         scheduler.run(study, places, launcher=Local(study, places, progress, launcher), progress=progress)
     return places
 
 
-def run_killed(study: schema.Study, runs: Path) -> Places:
+def run_killed(study: schema.StudyConfig, runs: Path) -> Places:
     """The same, killed after every command that it gives, and started again until it ends."""
     while True:
         try:

@@ -15,12 +15,12 @@ from tests.study import made_up
 from tests.study.test_match import EQUAL_TRAINING, PRUNED
 
 
-def run(cell: str, account: dict[str, Any], number: float, **changes: Any) -> custody.Run:
+def run(cell: str, account: dict[str, Any], number: float, **changes: Any) -> custody.TrainedRun:
     """A run whose weights and losses are a function of ``number``."""
     final = {"fingerprint": f"f{number}", "full_hash": f"h{number}"}
     windows = {name: {"window_losses": [3.0 + number, 2.0 + number / 2]} for name in ("validation", "test")}
     made = {"initial": None, **copy.deepcopy(account), "final": final} | changes
-    return custody.Run(cell, made, {"corpora": windows}, (f"{9 - number}", f"{3 + number}"))
+    return custody.TrainedRun(cell, made, {"corpora": windows}, (f"{9 - number}", f"{3 + number}"))
 
 
 def test_runs_that_differ_pass() -> None:
@@ -33,7 +33,7 @@ def test_a_copy_is_seen_by_each_of_its_files(what: str) -> None:
     if what in custody.WEIGHTS:
         other.account["final"][what] = one.account["final"][what]
     elif what == "digit":
-        other = custody.Run("b", other.account, other.scores, one.losses)
+        other = custody.TrainedRun("b", other.account, other.scores, one.losses)
     else:
         corpus = other.scores["corpora"][what.split()[0]]
         corpus["window_losses"] = [loss + 5e-7 for loss in one.scores["corpora"]["test"]["window_losses"]]

@@ -71,7 +71,7 @@ def test_negligible_consumption_is_not_counted(consumed: int, trained: int) -> N
     assert counted(consumed, trained) == (consumed if consumed >= trained / 1000 else 0)
 
 
-def make(**changes: object) -> schema.Study:
+def make(**changes: object) -> schema.StudyConfig:
     return schema.from_mapping(GOOD | changes)
 
 

@@ -21,7 +21,7 @@ from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import local, status
-from megatron_prune.study.run.status import Progress
+from megatron_prune.study.run.status import CellProgress
 from tests.study import made_up
 
 
@@ -421,12 +421,12 @@ def test_what_an_earlier_runner_left_running_is_waited_for_and_not_begun_twice(
         left = subprocess.Popen(["sleep", "120"], stdout=out)
     command = jobs.parents(study, places, outlook.look(study, places))[0].stages[0].command
 
-    def finishes(progress: Progress, cell: str, stage: str) -> None:
+    def finishes(progress: CellProgress, cell: str, stage: str) -> None:
         assert (cell, stage) == ("parent", "pretrain") and left.poll() is None
         made_up.FakeLauncher()(command, log=tmp_path / "log", env={})
         left.kill()
 
-    monkeypatch.setattr(Progress, "left", finishes)
+    monkeypatch.setattr(CellProgress, "left", finishes)
     made_up.run(study, Path("runs"), launcher := made_up.FakeLauncher())
     assert left.wait() == -signal.SIGKILL
     assert [command.stage for command in launcher.commands][:2] == ["evaluate", "calibrate"]
@@ -448,7 +448,7 @@ def test_cells_side_by_side_have_gpus_of_their_own(prefixes, monkeypatch) -> Non
 def test_no_more_cells_begin_than_there_are_cores_for(tmp_path, prefixes, monkeypatch, cores, nproc, cells) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     study = made_up.study(prefixes, launch={"parallel_cells": 3, "nproc": nproc})
-    launcher = local.Local(study, Places(tmp_path), Progress(), made_up.FakeLauncher())
+    launcher = local.Local(study, Places(tmp_path), CellProgress(), made_up.FakeLauncher())
     assert launcher.cells == cells
 
 

@@ -24,7 +24,7 @@ from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import scheduler, slurm
-from megatron_prune.study.run.status import Progress
+from megatron_prune.study.run.status import CellProgress
 from tests.study import made_up, slurm_stand_in
 from tests.study.test_end_to_end import ARGUMENTS
 from tests.waiting import GENEROUS, content, wait_for_progress
@@ -38,7 +38,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"))
 
 
-def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> schema.Study:
+def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> schema.StudyConfig:
     return schema.from_mapping(mapping(prefixes, stand_in, **changes))
 
 
@@ -48,10 +48,10 @@ def mapping(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **change
 
 
 def run(
-    made: schema.Study, runs: Path, queue: type[slurm.Queue] = slurm.Queue, output: io.StringIO | None = None
+    made: schema.StudyConfig, runs: Path, queue: type[slurm.Queue] = slurm.Queue, output: io.StringIO | None = None
 ) -> Places:
     places = Places(runs / made.name)
-    with Progress(Console(file=output or io.StringIO())) as progress:
+    with CellProgress(Console(file=output or io.StringIO())) as progress:
         scheduler.run(made, places, launcher=queue(made, places, progress), progress=progress)
     return places
 

@@ -14,7 +14,7 @@ from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import open_masks
-from megatron_prune.training.masked import Choice, RandomMasks, say_that_masks_know_the_start
+from megatron_prune.training.masked import MaskChoice, RandomMasks, say_that_masks_know_the_start
 from tests import tiny
 from tests.training.small import GLOBAL_BATCH, SEQ_LENGTH, layout, recipe
 from tests.training.small_masked import (
@@ -250,10 +250,10 @@ def test_masks_under_the_seed_of_their_parent_are_no_start_from_scratch(tiny_pru
         for name in source.names:
             writer.add(name, source.spec(name).shape, source.row_blocks(name))
     for seed, choice, told in (
-        (7, Choice(masks, False, "the new model"), True),
-        (8, Choice(masks, False, "the new model"), False),
-        (7, Choice(RandomMasks(masks, 1), False, "the new model"), False),
-        (7, Choice(masks, True, "the new model"), False),  # it has begun, and has said it
+        (7, MaskChoice(masks, False, "the new model"), True),
+        (8, MaskChoice(masks, False, "the new model"), False),
+        (7, MaskChoice(RandomMasks(masks, 1), False, "the new model"), False),
+        (7, MaskChoice(masks, True, "the new model"), False),  # it has begun, and has said it
     ):
         say_that_masks_know_the_start(argparse.Namespace(shape_from=str(root), load=None, seed=seed), choice)
         assert ("--seed 7 was also that of the model" in capsys.readouterr().out) == told

@@ -16,8 +16,8 @@ import numpy as np
 from megatron_prune.study.advise import best
 from megatron_prune.study.advise import best as settle
 from megatron_prune.study.advise.best import LOOKS
-from megatron_prune.study.advise.ledgers import Curve, Ledger
-from megatron_prune.study.advise.target import Target
+from megatron_prune.study.advise.ledgers import Curve, Measurements
+from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis.inference import Difference
 
 SAME_SIZE = 0.1  # by how much a parent may be larger or smaller than the ledger's, in parameters and in tokens
@@ -68,7 +68,7 @@ class Arm:
         return float(self.losses.mean())
 
 
-def advise(ledger: Ledger, target: Target) -> Advice:
+def advise(ledger: Measurements, target: AdvisedTarget) -> Advice:
     """The advice."""
     if reasons := _another_parent(ledger, target):
         return Advice(UNKNOWN, reasons=tuple(reasons), settle=(settle.own_study(target),))
@@ -89,7 +89,7 @@ def advise(ledger: Ledger, target: Target) -> Advice:
     return replace(advice, caveats=(*advice.caveats, *_caveats(ledger, target)))
 
 
-def _another_parent(ledger: Ledger, target: Target) -> list[str]:
+def _another_parent(ledger: Measurements, target: AdvisedTarget) -> list[str]:
     """Why the ledger's parent does not stand for the one that is asked about."""
     reasons = []
     for what, asked, measured in (
@@ -103,7 +103,7 @@ def _another_parent(ledger: Ledger, target: Target) -> list[str]:
     return reasons
 
 
-def _in_scope(ledger: Ledger, target: Target) -> tuple[list[Curve], str]:
+def _in_scope(ledger: Measurements, target: AdvisedTarget) -> tuple[list[Curve], str]:
     """The curves of the kind that is asked for, or what the ledger has instead."""
     kinds = [curve for curve in ledger.curves if curve.setting == target.setting]
     if not kinds:
@@ -125,7 +125,7 @@ def _in_scope(ledger: Ledger, target: Target) -> tuple[list[Curve], str]:
     return [], f"{kind}{method} was not measured; in the setting {target.setting} the ledger has {has}"
 
 
-def _by_ratio(curves: Sequence[Curve], target: Target) -> list[list[Curve]]:
+def _by_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> list[list[Curve]]:
     """The curves at the target's ratio; else those at the nearest below and above it; none where one is missing."""
 
     def removed(curve: Curve) -> float:
@@ -149,7 +149,7 @@ def _one_ratio(curves: Sequence[Curve]) -> list[Curve]:
     return list({curve.method: curve for curve in curves}.values())
 
 
-def _at_ratio(curves: Sequence[Curve], target: Target) -> Advice:
+def _at_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> Advice:
     """The advice from curves at one ratio."""
     inside = [curve for curve in curves if curve.holds(target.budget(curve.flops_per_token))]
     if not inside:
@@ -185,7 +185,7 @@ def _different(arms: Sequence[Arm]) -> list[Arm]:
     return list({arm.losses.tobytes(): arm for arm in reversed(arms)}.values())[::-1]
 
 
-def _compare(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: Target) -> Advice:
+def _compare(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: AdvisedTarget) -> Advice:
     if best.look(seeds) is None:
         return _too_few(pruned, scratch, seeds, target)
     found = best.compare(*(np.stack([arm.losses for arm in side]) for side in (pruned, scratch)))
@@ -213,7 +213,7 @@ def _compare(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: 
     return replace(advice, answer=advice.lean or UNKNOWN, as_good=as_good)
 
 
-def _too_few(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: Target) -> Advice:
+def _too_few(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: AdvisedTarget) -> Advice:
     """What the means of fewer seeds say than the first look needs."""
     first, rival = (min(side, key=lambda arm: arm.mean) for side in (pruned, scratch))
     lean, more = _lean(first, rival, seeds), LOOKS[0] - seeds
@@ -241,7 +241,7 @@ def _curves(first: Arm, rival: Arm) -> list[Curve]:
     return [first.curve] if first.curve is rival.curve else [first.curve, rival.curve]
 
 
-def _between(found: Sequence[Advice], groups: Sequence[Sequence[Curve]], target: Target) -> Advice:
+def _between(found: Sequence[Advice], groups: Sequence[Sequence[Curve]], target: AdvisedTarget) -> Advice:
     """The advice at a ratio between two that were measured: theirs, where they agree; the less sure one."""
     asked = f"{100 * target.ratio:.3g}%"
     ratios = [group[0].removed(target.ratio_of) for group in groups]
@@ -259,11 +259,11 @@ def _between(found: Sequence[Advice], groups: Sequence[Sequence[Curve]], target:
     )
 
 
-def _of(target: Target) -> str:
+def _of(target: AdvisedTarget) -> str:
     return "the blocks' linear weights" if target.ratio_of == "linears" else "all parameters"
 
 
-def _caveats(ledger: Ledger, target: Target) -> list[str]:
+def _caveats(ledger: Measurements, target: AdvisedTarget) -> list[str]:
     caveats = []
     if ledger.one_parent:
         caveats.append("conditional on one parent: another one of the same size was not tried")

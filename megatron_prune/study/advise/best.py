@@ -26,7 +26,7 @@ import numpy as np
 from scipy import special
 
 from megatron_prune.study.advise.ledgers import Curve
-from megatron_prune.study.advise.target import Target
+from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis.inference import CONFIDENCE, Difference
 
 LOOKS = (3, 6, 12, 24, 48)  # seeds
@@ -148,18 +148,18 @@ def _more_seeds(gap: float, deviation: float, freedom: float, have: int, picked_
 FEWEST_SEEDS = LOOKS[0]
 
 
-def more_seeds(curves: Sequence[Curve], target: Target, have: int, extra: int) -> str:
+def more_seeds(curves: Sequence[Curve], target: AdvisedTarget, have: int, extra: int) -> str:
     """The same comparison under more seeds, up to the next look that is likely to see it."""
     seeds = f"{extra} more seed{'s' * (extra != 1)} of {_names(curves)}, {have + extra} in all"
     return f"{seeds}: {_cost(curves, target, extra)}"
 
 
-def new_runs(curves: Sequence[Curve], target: Target, what: str) -> str:
+def new_runs(curves: Sequence[Curve], target: AdvisedTarget, what: str) -> str:
     """Both arms where the ledger has nothing: at a budget or a ratio."""
     return f"both arms {what}, {FEWEST_SEEDS} seeds, {_names(curves)}: {_cost(curves, target, FEWEST_SEEDS)}"
 
 
-def own_study(target: Target) -> str:
+def own_study(target: AdvisedTarget) -> str:
     """A study of one's own."""
     tokens = f"{target.tokens:,.0f}" if target.tokens is not None else "the tokens that the GPU-hours pay"
     kind = f" {target.pattern}" if target.pattern else ""
@@ -173,7 +173,7 @@ def _names(curves: Sequence[Curve]) -> str:
     return ", ".join(dict.fromkeys(curve.method for curve in curves))
 
 
-def _cost(curves: Sequence[Curve], target: Target, seeds: int) -> str:
+def _cost(curves: Sequence[Curve], target: AdvisedTarget, seeds: int) -> str:
     """Of a pruned and a scratch run for every method and seed."""
     budgets = [(target.budget(curve.flops_per_token), curve) for curve in curves]
     extra = [np.mean(np.subtract(curve.arms.scratch_tokens, curve.arms.tokens)) for curve in curves]

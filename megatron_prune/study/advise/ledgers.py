@@ -90,7 +90,7 @@ class Curve(Subject):
 
 
 @dataclass(frozen=True)
-class Ledger:
+class Measurements:
     """What one study measured."""
 
     study: str
@@ -100,7 +100,7 @@ class Ledger:
     curves: tuple[Curve, ...]
 
 
-def read(path: str | Path) -> Ledger:
+def read(path: str | Path) -> Measurements:
     """A study's folder, its ``results.json``, or a compact one. UsageError where there is nothing to read."""
     path = Path(path)
     file = path / "report" / "results.json" if path.is_dir() else path
@@ -117,7 +117,7 @@ def read(path: str | Path) -> Ledger:
     curves = _curves(content["comparisons"], rows)
     if not parents or not curves:
         raise UsageError("--ledger", got=file, expected="a study in which at least one comparison has finished")
-    return Ledger(
+    return Measurements(
         content["study"], parents[0]["params"], parents[0]["tokens_train"], content.get("one_parent", True), curves
     )
 

@@ -25,26 +25,26 @@ from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arm
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.grid import GROUP, SUBJECT, Subject
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 
 Record = Mapping[str, Any]
 Groups = dict[tuple[Any, ...], list[Any]]
 
 
 def judge(
-    study: Study,
+    study: StudyConfig,
     places: Places,
     compared: Sequence[Any],
     records: Mapping[str, Record],
     before: Sequence[Record] = (),
-    windows: Windows | None = None,
+    windows: DocumentWindows | None = None,
 ) -> list[Verdict]:
     """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order.
 
     ``before``: groups that were finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those of
     the family, as it is or as it was then, are counted in the correction, shown or not.
     """
-    windows = windows or Windows(study, places)
+    windows = windows or DocumentWindows(study, places)
     groups = _groups(compared, lambda item: tuple(item.group.values()))
     for items in groups.values():
         _refuse_repeated_seeds(items)
@@ -122,13 +122,13 @@ def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> G
     return groups
 
 
-class Windows:
+class DocumentWindows:
     """The test losses of every window, each run's read once, and the document of each window.
 
     Losses on another text than the one that lies there now have no documents.
     """
 
-    def __init__(self, study: Study, places: Places):
+    def __init__(self, study: StudyConfig, places: Places):
         self.places = places
         self.documents = of_windows(study.data.test, study.evaluation.windows, study.evaluation_seq_length)
         self.text = None if self.documents is None else fingerprint(study.data.test)

@@ -35,7 +35,7 @@ from megatron_prune.study.prunings import (
     source_cell,
 )
 from megatron_prune.study.sample_ranges import Lay, counted
-from megatron_prune.study.schema import Study
+from megatron_prune.study.schema import StudyConfig
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 
@@ -61,7 +61,7 @@ class Compared:
 class Results:
     """Everything that a report shows."""
 
-    study: schema.Study
+    study: schema.StudyConfig
     lay: Lay
     parent: Record | None
     records: Mapping[str, Record]
@@ -76,7 +76,7 @@ class Results:
     headlines: tuple[Headline, ...] = ()
 
 
-def collect(places: Places, study: schema.Study | None = None) -> Results:
+def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
     """Read a study's folder: ``study`` as it is now, or as it was last run.
 
     AccountError when two runs that should match do not, or the files of one contradict each other.
@@ -89,7 +89,7 @@ def collect(places: Places, study: schema.Study | None = None) -> Results:
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
     found = [row for item in compared for row in of_comparison(study, item, records, consumed)]
-    windows = conclusions.Windows(study, places)
+    windows = conclusions.DocumentWindows(study, places)
     verdicts = tuple(conclusions.judge(study, places, compared, records, held.compared, windows))
     return Results(
         study, lay, _parent(study, records), records, compared, (*of_parents(study, records), *found),
@@ -98,7 +98,7 @@ def collect(places: Places, study: schema.Study | None = None) -> Results:
     )  # fmt: skip
 
 
-def _parent(study: schema.Study, records: Mapping[str, Record]) -> Record | None:
+def _parent(study: schema.StudyConfig, records: Mapping[str, Record]) -> Record | None:
     """The parent's record; where every seed has one, the first's with the mean of their losses."""
     parents = [records[cell] for cell, _ in parent_cells(study) if cell in records]
     if len(parents) < 2:
@@ -112,7 +112,7 @@ class _Matching:
 
     def __init__(
         self,
-        study: schema.Study,
+        study: schema.StudyConfig,
         places: Places,
         lay: Lay,
         records: Mapping[str, Record],
@@ -254,7 +254,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def of_parents(study: Study, records: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
+def of_parents(study: StudyConfig, records: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
     """The parents that are finished."""
     first = study.parent.pretrain.seed if study.parent.pretrain else None
     for cell, seed in parent_cells(study):
@@ -269,7 +269,7 @@ def of_parents(study: Study, records: Mapping[str, Record]) -> Iterator[dict[str
 
 
 def of_comparison(
-    study: Study, item: Compared, records: Mapping[str, Record], consumed: Mapping[str, int]
+    study: StudyConfig, item: Compared, records: Mapping[str, Record], consumed: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """The pruned side and the scratch side."""
     made = item.comparison
@@ -298,7 +298,7 @@ def of_comparison(
 
 
 def _behind(
-    study: Study,
+    study: StudyConfig,
     pruning: Pruning,
     parent: Record,
     pruned: Record,
@@ -327,7 +327,9 @@ def _behind(
     }
 
 
-def spent_on(study: Study, pruning: Pruning, records: Mapping[str, Record], consumed: Mapping[str, int]) -> int | None:
+def spent_on(
+    study: StudyConfig, pruning: Pruning, records: Mapping[str, Record], consumed: Mapping[str, int]
+) -> int | None:
     """FLOPs of a pruning and of those that it starts from, with their calibrations; None before they are finished."""
     spent: list[int | None] = []
     for link in pruning.links:
@@ -338,7 +340,7 @@ def spent_on(study: Study, pruning: Pruning, records: Mapping[str, Record], cons
     return None if None in spent else sum(part for part in spent if part is not None)
 
 
-def _row(study: Study, record: Record | None, arm: str, status: str, **known: Any) -> dict[str, Any]:
+def _row(study: StudyConfig, record: Record | None, arm: str, status: str, **known: Any) -> dict[str, Any]:
     record = record or {}
     seconds = record.get("seconds", {}).get("pretrain")
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -351,7 +353,7 @@ def _row(study: Study, record: Record | None, arm: str, status: str, **known: An
     return row | known
 
 
-def refuse_others(study: Study, pruning: Pruning, records: Mapping[str, Record]) -> None:
+def refuse_others(study: StudyConfig, pruning: Pruning, records: Mapping[str, Record]) -> None:
     """AccountError where a pruning, or one that it starts from, was made of other weights or statistics than the
     ledger has of the cells that it rests on. What has no line yet is not looked at.
 
@@ -368,7 +370,9 @@ def refuse_others(study: Study, pruning: Pruning, records: Mapping[str, Record])
                 )
 
 
-def _rests_on(study: Study, link: Pruning, records: Mapping[str, Record]) -> Iterator[tuple[str, str, str, str, str]]:
+def _rests_on(
+    study: StudyConfig, link: Pruning, records: Mapping[str, Record]
+) -> Iterator[tuple[str, str, str, str, str]]:
     """(a cell, what of another it was made of, that as it was then, the other cell, its key in the ledger)."""
     between = link.retraining_cell
     if link.base is not None and between is not None and between in records:

@@ -39,7 +39,7 @@ from megatron_prune.study.report.tabular import MINUS, interval, perplexity, sig
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One row of the figure of gaps: a comparison, or the mean of several. ``group`` stands at the first of a group."""
 
     group: str
@@ -57,7 +57,7 @@ class Line:
 
 def gaps(results: Results) -> Drawing | None:
     """Scratch minus pruned with its interval: a panel for each setting, in it all comparisons by granularity."""
-    panels: dict[str, list[Line]] = {}
+    panels: dict[str, list[PlotLine]] = {}
     names = short_labels([verdict for headline in results.headlines for verdict in headline.verdicts])
     for headline in results.headlines:
         panels.setdefault(headline.setting, []).extend(_lines(headline, names))
@@ -101,7 +101,7 @@ def removed(results: Results) -> str:
     return f", {100 * ratio:g}% of {what} removed"
 
 
-def _lines(headline: Headline, names: Mapping[str, str]) -> list[Line]:
+def _lines(headline: Headline, names: Mapping[str, str]) -> list[PlotLine]:
     """The mean of a granularity's comparisons, where there are several, and each of them."""
     against = ""
     if headline.sparse:
@@ -110,11 +110,11 @@ def _lines(headline: Headline, names: Mapping[str, str]) -> list[Line]:
     if len(headline.verdicts) > 1:
         low, high = headline.interval or (None, None)
         name = f"mean of {len(headline.verdicts)}"
-        lines.append(Line(group, name, headline.test.mean, low, high, headline.winner, True))
+        lines.append(PlotLine(group, name, headline.test.mean, low, high, headline.winner, True))
     for verdict in headline.verdicts:
         low, high, _ = _interval(verdict)
         group = "" if lines else group
-        lines.append(Line(group, names[verdict.label], verdict.test.mean, low, high, verdict.shown_winner, False))
+        lines.append(PlotLine(group, names[verdict.label], verdict.test.mean, low, high, verdict.shown_winner, False))
     return lines
 
 
@@ -127,7 +127,7 @@ def _interval(verdict: Verdict) -> tuple[float | None, float | None, str]:
     return None, None, ""
 
 
-def _gaps(panels: Mapping[str, Sequence[Line]], stacked: bool) -> Figure:
+def _gaps(panels: Mapping[str, Sequence[PlotLine]], stacked: bool) -> Figure:
     """Names and numbers are at the sides, on a narrow page above each bar. All in inches, so that nothing is cut."""
     size = 8.0 if stacked else 8.5
     room = 1.75 if stacked else 2.1
@@ -157,12 +157,12 @@ def _gaps(panels: Mapping[str, Sequence[Line]], stacked: bool) -> Figure:
     return figure
 
 
-def _rows(lines: Sequence[Line], stacked: bool) -> float:
+def _rows(lines: Sequence[PlotLine], stacked: bool) -> float:
     """How many rows a panel has; on a narrow page a group's name has one of its own."""
     return len(lines) + (0.55 * sum(bool(line.group) for line in lines) if stacked else 0)
 
 
-def _panel(axis: Any, lines: Sequence[Line], names_at: float, numbers_at: float, stacked: bool) -> None:
+def _panel(axis: Any, lines: Sequence[PlotLine], names_at: float, numbers_at: float, stacked: bool) -> None:
     ends = [end for line in lines for end in (line.mean, line.low, line.high, 0.0) if end is not None]
     room = 0.1 * (max(ends) - min(ends) or 1.0)
     axis.set_xlim(min(ends) - room, max(ends) + room)
@@ -190,7 +190,7 @@ def _panel(axis: Any, lines: Sequence[Line], names_at: float, numbers_at: float,
                           va="bottom", textcoords="offset points", fontsize=8, color=ARMS[arm])  # fmt: skip
 
 
-def _gap(axis: Any, place: float, line: Line, names_at: float, numbers_at: float, stacked: bool) -> None:
+def _gap(axis: Any, place: float, line: PlotLine, names_at: float, numbers_at: float, stacked: bool) -> None:
     colour, weight, size = ARMS[line.winner], "bold" if line.together else "normal", 8.5 - 0.5 * stacked
     y = place + 0.2 * stacked
     if line.low is not None:

@@ -25,7 +25,7 @@ ESCAPES = str.maketrans({
 })  # fmt: skip
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     head: str  # of its column
     text: str
     style: str = ""  # classes of the page
@@ -45,9 +45,9 @@ class Column:
     style: Callable[[Row], str] = lambda row: ""
     hover: Callable[[Row], str] = lambda row: ""
 
-    def cell(self, row: Row) -> Cell:
+    def cell(self, row: Row) -> TableCell:
         styles = ["text"] * self.text + ["wrap"] * self.wrap + [self.style(row)]
-        return Cell(self.head, self.show(row), " ".join(filter(None, styles)), self.hover(row))
+        return TableCell(self.head, self.show(row), " ".join(filter(None, styles)), self.hover(row))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from megatron_prune.study.commands import Command, environment
 from megatron_prune.study.execution import execute
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.run.status import Progress
-from megatron_prune.study.schema import Study
+from megatron_prune.study.run.status import CellProgress
+from megatron_prune.study.schema import StudyConfig
 
 
 class Execute(Protocol):
@@ -43,7 +43,9 @@ class Local:
 
     orders = False
 
-    def __init__(self, study: Study, places: Places, progress: Progress, execute_command: Execute = launch_command):
+    def __init__(
+        self, study: StudyConfig, places: Places, progress: CellProgress, execute_command: Execute = launch_command
+    ):
         self.study, self.places, self.progress, self.execute_command = study, places, progress, execute_command
         visible = _visible() if execute_command is launch_command else []
         cores = len(os.sched_getaffinity(0))
@@ -113,7 +115,7 @@ def _visible() -> list[str]:
     return [str(device) for device in range(torch.cuda.device_count())]
 
 
-def _devices(study: Study, visible: Sequence[str]) -> queue.Queue[str | None]:
+def _devices(study: StudyConfig, visible: Sequence[str]) -> queue.Queue[str | None]:
     """Disjoint sets of GPUs for the cells that run at the same time; no names where there are no GPUs."""
     launch = study.launch
     needed = launch.parallel_cells * launch.nproc

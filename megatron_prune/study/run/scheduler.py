@@ -26,12 +26,12 @@ from megatron_prune.errors import AccountError, MegatronPruneError, RunError, Us
 from megatron_prune.masks import MASKS
 from megatron_prune.study import evidence, jobs, schema, validate
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.execution import NO_LOCKS, Refused, State, States, reached, unfinished
+from megatron_prune.study.execution import NO_LOCKS, CellRefused, State, States, reached, unfinished
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.outlook import Outlook, look
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.run.status import Progress
-from megatron_prune.study.schema import Study
+from megatron_prune.study.run.status import CellProgress
+from megatron_prune.study.schema import StudyConfig
 
 LOOKS = 10  # at a lock that is held: `study status` holds it too, for a moment
 KINDS = ("parent", "calibration", "pruning", "retraining", "training")
@@ -63,7 +63,7 @@ class Launcher(Protocol):
         ...
 
 
-def run(study: schema.Study, places: Places, *, launcher: Launcher, progress: Progress) -> None:
+def run(study: schema.StudyConfig, places: Places, *, launcher: Launcher, progress: CellProgress) -> None:
     """Run everything that is not finished yet. CellsFailed names cells that failed, when the others are done."""
     with _locked(places.root):
         outlook = validate.check(study, places)
@@ -74,11 +74,11 @@ def run(study: schema.Study, places: Places, *, launcher: Launcher, progress: Pr
 class _Runner:
     def __init__(
         self,
-        study: schema.Study,
+        study: schema.StudyConfig,
         places: Places,
         outlook: Outlook,
         launcher: Launcher,
-        progress: Progress,
+        progress: CellProgress,
     ):
         self.study, self.places, self.outlook, self.launcher = study, places, outlook, launcher
         self.progress, self.states = progress, States(places)
@@ -177,7 +177,7 @@ class _Runner:
         try:
             record = cell.record(self.states.seconds(cell.id))
         except MegatronPruneError as wrong:
-            self._failed(cell, Refused(str(wrong)))
+            self._failed(cell, CellRefused(str(wrong)))
             return
         self.ledger.append(evidence.line(self.places, cell, record))
         self.finished[cell.id] = record
@@ -200,7 +200,10 @@ class _Runner:
 
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
         """An attempt has ended: one that got further, to a time limit for example, has not failed and is continued."""
-        told, refused = self.failures.setdefault(cell.id, []), isinstance(error, Refused | UsageError | AccountError)
+        told, refused = (
+            self.failures.setdefault(cell.id, []),
+            isinstance(error, CellRefused | UsageError | AccountError),
+        )
         now = reached(self.places.cell(cell.id))
         if not refused and now > self.reached.get(cell.id, now):
             self.progress.stopped(cell.id)
@@ -272,7 +275,7 @@ def _locked(root: Path) -> Iterator[None]:
 # finished when the study is next run.
 
 
-def apply(study: Study, places: Places, cell: Cell) -> None:
+def apply(study: StudyConfig, places: Places, cell: Cell) -> None:
     """Remove what ``retention`` does not keep of a cell that is finished."""
     if cell.kind != "training" or study.retention == "all":
         return

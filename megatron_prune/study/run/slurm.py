@@ -23,17 +23,16 @@ from typing import Any
 
 import jinja2
 
-import megatron_prune
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.study.commands import SAVES_WHEN_TOLD, Command, environment
 from megatron_prune.study.execution import NO_LOCKS, State, States
 from megatron_prune.study.jobs import Cell, first_other_word, has_begun
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.run.status import Progress
-from megatron_prune.study.schema import Slurm, Study
+from megatron_prune.study.run.status import CellProgress
+from megatron_prune.study.schema import Slurm, StudyConfig
 
-NODE = Path(megatron_prune.__file__).parent / "launch" / "node.sh"
+NODE = Path(__file__).parents[2] / "launch" / "node.sh"
 GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
 
 
@@ -46,7 +45,7 @@ class Queue:
 
     orders = True
 
-    def __init__(self, study: Study, places: Places, progress: Progress):
+    def __init__(self, study: StudyConfig, places: Places, progress: CellProgress):
         self.study, self.places, self.progress = study, places, progress
         self.slurm = study.launch.slurm or Slurm()
         self.states = States(places)
@@ -117,20 +116,20 @@ class Queue:
             self.states.write(cell, State("begun", known.failures, self.jobs[cell], queue))
 
 
-def job_name(study: Study, places: Places, cell: str) -> str:
+def job_name(study: StudyConfig, places: Places, cell: str) -> str:
     """How the queue calls a cell, and a runner finds it again: another study of the same name lies elsewhere."""
     place = hashlib.sha256(str(places.root.resolve()).encode()).hexdigest()[:6]
     return f"{study.name}@{place}/{cell}"
 
 
-def write_script(study: Study, places: Places, cell: Cell) -> Path:
+def write_script(study: StudyConfig, places: Places, cell: Cell) -> Path:
     """``job.sh`` of a cell, ready for ``sbatch``."""
     path = places.cell(cell.id) / "job.sh"
     artifacts.write_bytes(path, script(study, places, cell).encode())
     return path
 
 
-def script(study: Study, places: Places, cell: Cell) -> str:
+def script(study: StudyConfig, places: Places, cell: Cell) -> str:
     """The text of ``job.sh``."""
     directory, launch = places.cell(cell.id), study.launch
     slurm = launch.slurm or Slurm()

@@ -123,7 +123,7 @@ def _begun(places: Places, cell: str) -> bool:
     return (places.cell(cell) / "stages.json").is_file()
 
 
-class Progress:
+class CellProgress:
     """Prints through rich; without a terminal only the lines of finished stages appear."""
 
     def __init__(self, console: Console | None = None):
@@ -138,7 +138,7 @@ class Progress:
             disable=not self.console.is_terminal,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> CellProgress:
         self._bars.start()
         return self
 

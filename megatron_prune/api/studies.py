@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron_prune.api.results import _Shown
+from megatron_prune.api.made import _Shown
 from megatron_prune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Study(_Shown):
     """A comparison, as its ``study.yaml`` says it: one study per parent, as a rule one."""
 
     path: Path
-    studies: tuple[schema.Study, ...]
+    studies: tuple[schema.StudyConfig, ...]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -65,7 +65,7 @@ class Study(_Shown):
             yield study.name, f"{methods}; budgets of {', '.join(f'{budget:,}' for budget in study.budgets)} tokens"
 
 
-def _run(study: schema.Study, runs_dir: Path) -> StudyResult:
+def _run(study: schema.StudyConfig, runs_dir: Path) -> StudyResult:
     from megatron_prune.study.prunings import Places
 
     places = Places(runs_dir / study.name)
@@ -75,19 +75,19 @@ def _run(study: schema.Study, runs_dir: Path) -> StudyResult:
     return StudyResult(study.name, report, verdicts, found.rows)
 
 
-def run_cells(study: schema.Study, places: Places) -> None:
+def run_cells(study: schema.StudyConfig, places: Places) -> None:
     """Run every cell that is not finished, on this machine or through Slurm. RunError where cells failed."""
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
     from megatron_prune.study.run.slurm import Queue
-    from megatron_prune.study.run.status import Progress
+    from megatron_prune.study.run.status import CellProgress
 
-    with Progress() as progress:
+    with CellProgress() as progress:
         launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
         scheduler.run(study, places, launcher=launcher, progress=progress)
 
 
-def write_report(study: schema.Study, places: Places) -> tuple[Results, Path]:
+def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Path]:
     """The results of the cells that are finished, and the page that shows them. UsageError for a study that never ran.
 
     AccountError where two runs that should match do not.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
-from megatron_prune.api import jobs
+from megatron_prune.api import launching
+from megatron_prune.api.made import Model, Pruned
 from megatron_prune.api.models import Words, prune_checkpoint
-from megatron_prune.api.results import Model, Pruned
 from megatron_prune.errors import UsageError
 
 
@@ -89,7 +89,7 @@ def _prune_hf(
 
     files = [text] if isinstance(text, Words) else list(text)
     asked = Asked.read({**given, "text": tuple(files)})
-    with jobs.quiet():
+    with launching.quiet():
         from megatron_prune.api import one_line
 
         return one_line.run(asked, tell, during)

@@ -28,7 +28,7 @@ SETTINGS = ("equal-training", "equal-total", "equal-flops")
 
 
 @dataclass(frozen=True)
-class Target:
+class AdvisedTarget:
     """``ratio`` is removed of the blocks' linear weights or of all parameters (``ratio_of``)."""
 
     ratio: float
@@ -69,7 +69,7 @@ class Target:
         }
 
 
-def from_settings(options: verbs.Advise, parent_params: int) -> Target:
+def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedTarget:
     """The target that settings describe; ``parent_params`` are the ledger's parent's."""
     shape = open_checkpoint(options.parent).shape if options.parent else None
     if shape is not None and options.parent_params is not None:
@@ -81,7 +81,7 @@ def from_settings(options: verbs.Advise, parent_params: int) -> Target:
     ratio, ratio_of = _ratio(options, sizes, shape, params or parent_params, own)
     tokens, flops = _budget(options)
     trained = _trained_on(Path(options.parent)) if options.parent else None
-    return Target(
+    return AdvisedTarget(
         ratio, ratio_of, options.setting, tokens, flops, pattern, options.method, params,
         _count("--parent-tokens", options.parent_tokens) or trained,
         frozenset(sizes) if sizes else None, shape,
@@ -89,7 +89,7 @@ def from_settings(options: verbs.Advise, parent_params: int) -> Target:
 
 
 def _ratio(
-    options: verbs.Advise, sizes: Mapping[str, int], shape: ModelShape | None, params: int, own: float | None
+    options: verbs.AdviseSettings, sizes: Mapping[str, int], shape: ModelShape | None, params: int, own: float | None
 ) -> tuple[float, str]:
     ways = {
         "--ratio": options.ratio is not None,
@@ -136,7 +136,7 @@ def _ratio(
     return 1 - smaller.linear_parameters() / shape.linear_parameters(), "linears"
 
 
-def _budget(options: verbs.Advise) -> tuple[float | None, float | None]:
+def _budget(options: verbs.AdviseSettings) -> tuple[float | None, float | None]:
     """Tokens, or FLOPs."""
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"

@@ -17,8 +17,16 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
+from megatron_prune.masks.mask_reader import (
+    MASKS_FILE,
+    Entry,
+    Masks,
+    as_masks_error,
+    check_shape,
+    entries_json,
+    open_masks,
+)
 from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.reader import MASKS_FILE, Entry, Masks, as_masks_error, check_shape, entries_json, open_masks
 from megatron_prune.masks.verify import measure
 
 _RECORD_BYTES = 16 << 20  # of packed rows
