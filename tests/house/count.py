@@ -4,7 +4,8 @@
 
 A room is a folder of the package, a module at the top, or a folder of ``study``. Room A stands above room B where a
 module of A imports one of B; rooms that import each other in a circle share a floor. Imports are counted wherever they
-stand: at the top of a file, in a function, under ``TYPE_CHECKING``.
+stand: at the top of a file, in a function, under ``TYPE_CHECKING``. Names of files in ``cli`` are not compared: they are
+the verbs'.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def count(root: Path) -> Count:
     room = {name: _room(name, path) for name, path in modules.items()}
     rooms = networkx.DiGraph((room[a], room[b]) for a, b in imports.edges if room[a] != room[b])
     rooms.add_nodes_from(room.values())
-    files = Counter(path.name for path in modules.values() if path.name != "__init__.py")
+    named = (path for path in modules.values() if path.name != "__init__.py" and path.parent.name != "cli")
+    files = Counter(path.name for path in named)
     classes = Counter(
         node.name
         for tree in trees.values()

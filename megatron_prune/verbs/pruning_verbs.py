@@ -1,0 +1,170 @@
+"""Settings of the verbs that prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prune.settings import Settings, setting
+from megatron_prune.verbs.shared import (
+    DOCUMENTS,
+    DTYPES,
+    CalibrationTextSettings,
+    IntegritySettings,
+    SparsitySettings,
+    TargetSettings,
+    WorkersSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(CalibrationTextSettings):
+    TITLE = "files"
+
+    output: str | None = setting(None, metavar="FILE.safetensors", help="where the statistics go")
+    score: str | None = setting(
+        None,
+        metavar="CANDIDATES.json",
+        help="what plan wrote: add the losses of these candidates, on the windows of --statistics",
+    )
+    statistics: str | None = setting(
+        None, metavar="FILE", help="with --score: what calibrate wrote; also the default of --output"
+    )
+    task_data: str | None = setting(
+        None, metavar="FILE.jsonl", help="with --score: where the plan's --task-data is stored now"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFilesSettings(IntegritySettings):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="the parent checkpoint")
+    output: str = setting(metavar="PLAN.json", help="where the plan goes")
+    statistics: tuple[str, ...] = setting(
+        (), metavar="FILE", help="what calibrate wrote for this parent; several files are merged"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(Settings):
+    TITLE = "method"
+
+    method: str = setting(metavar="NAME", help="the pruning method")
+    seed: int | None = setting(
+        None, metavar="N", help="of the method random: the choice depends on it alone (default: 0)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(TargetSettings, MethodSettings, PlanFilesSettings):
+    TITLE = "how much to remove"
+
+    tensor_model_parallel_size: int = setting(
+        1, metavar="TP", help="refuse shapes that this tensor-parallel size does not divide"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplySettings(WorkersSettings, IntegritySettings):
+    TITLE = "files"
+
+    load: str = setting(metavar="CKPT", help="the parent that the plan was made for")
+    plan: str = setting(metavar="PLAN.json", help="what plan wrote")
+    save: str = setting(metavar="CKPT", help="where the pruned checkpoint goes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedBySettings(Settings):
+    TITLE = "method"
+
+    method: str = setting(metavar="NAME", help="the pruning method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifySettings(CalibrationTextSettings, SparsitySettings, PrunedBySettings):
+    """``sparsify``; --load, --save and --seed are Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(CalibrationTextSettings, SparsitySettings, TargetSettings, PrunedBySettings):
+    """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings(Settings):
+    TITLE = "from Hugging Face to Hugging Face"
+
+    hf: str = setting(metavar="HF", help="model directory, or a name on the Hub")
+    out: str = setting(metavar="OUT", help="directory to write; OUT.work holds what is finished until then")
+    dtype: str | None = setting(
+        None,
+        choices=DTYPES,
+        metavar="TYPE",
+        help=f"cast every weight to {', '.join(DTYPES)} (default: it keeps its type)",
+    )
+    keep: bool = setting(False, help="keep OUT.work: checkpoints, corpora, scores and logs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    TITLE = "text, of which one document in ten is held out"
+
+    text: tuple[str, ...] = setting(
+        (), metavar="FILE", help="JSON lines, Parquet or plain text (default: English that is on this machine)"
+    )
+    dataset: str | None = setting(
+        None, metavar="NAME[:CONFIG]", help="in place of --text: a data set of the Hub, its split train"
+    )
+    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
+    text_documents: str = setting(
+        "file",
+        choices=DOCUMENTS,
+        metavar="HOW",
+        help=f"what a document in a plain text file is: {', '.join(DOCUMENTS)}",
+    )
+    seq_length: int | None = setting(
+        None, metavar="S", help="tokens per sequence (default: the model's, at most 2048 on GPUs and 512 on CPUs)"
+    )
+    calibration_sequences: int = setting(128, metavar="N", help="sequences of calibration text")
+    windows: int | None = setting(
+        None, metavar="N", help="sequences of held-out text to measure on (default: up to 64, as many as there are)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainSettings(Settings):
+    TITLE = "training before the export"
+
+    retrain_tokens: int | None = setting(None, metavar="N", help="train the pruned model on N tokens (default: none)")
+    retrain_lr: float = setting(1e-4, metavar="LR", help="peak learning rate: 5% warm-up, then cosine to a tenth")
+    retrain_batch_size: int = setting(8, metavar="N", help="sequences per step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessesSettings(WorkersSettings):
+    TITLE = "work"
+
+    nproc: int = setting(1, metavar="N", help="processes that run the model, on this machine")
+    devices: tuple[int, ...] = setting((), metavar="GPU", help="which GPUs they use (default: the first)")
+    tensor_model_parallel_size: int = setting(1, metavar="T", help="as for Megatron")
+    pipeline_model_parallel_size: int = setting(1, metavar="P", help="as for Megatron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHFSettings(
+    ProcessesSettings, RetrainSettings, TextSettings, SparsitySettings, TargetSettings, MethodSettings, SourceSettings
+):
+    """``prune --hf``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainCandidatesSettings(Settings):
+    TITLE = "files and processes"
+
+    load: str = setting(metavar="CKPT", help="the parent")
+    candidates: str = setting(metavar="CANDIDATES.json", help="what plan wrote")
+    statistics: str = setting(metavar="FILE", help="what calibrate --score wrote")
+    scratch: str = setting(metavar="DIR", help="where the candidates are cut and trained; of no use afterwards")
+    output: str | None = setting(None, metavar="FILE", help="where the statistics go (default: --statistics)")
+    nproc: int = setting(1, metavar="N", help="processes per run, on this machine")
+    commands: bool = setting(False, help="print what would be run; run nothing")

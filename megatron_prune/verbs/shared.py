@@ -1,0 +1,117 @@
+"""Settings that several verbs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prune.settings import Settings, setting
+
+GPUS = ("a100-80gb", "h100", "h200", "b200")
+FP8_PRESETS = ("hybrid-delayed", "current", "blockwise")
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
+FORMATS = ("auto", "jsonl", "parquet", "text")
+DOCUMENTS = ("file", "paragraph", "line")
+DTYPES = ("float32", "bfloat16", "float16")
+MODULES = ("qkv", "proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Flags that this package adds to Megatron's parser: they say what model Megatron builds."""
+
+    TITLE = "model and layout"
+
+    shape_from: str | None = setting(
+        None,
+        metavar="CKPT",
+        help="take the model's arguments from this checkpoint and none of its weights: training from scratch in the "
+        "same shape",
+    )
+    fp32: bool = setting(False, help="compute in fp32 (default: as the checkpoint)")
+    fp8_preset: str | None = setting(
+        None,
+        choices=FP8_PRESETS,
+        help="a named FP8 recipe, in place of Megatron's flags (needs Transformer Engine)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationTextSettings(Settings):
+    """Which text a parent is run on."""
+
+    TITLE = "calibration text"
+
+    calibration_data_path: str | None = setting(None, metavar="PREFIX", help="tokenized corpus, without .bin")
+    calibration_sequences: int = setting(128, metavar="N", help="how many windows of it are read")
+    calibration_seq_length: int = setting(2048, metavar="S", help="tokens per window")
+    calibration_sampling: str = setting(
+        "sequential",
+        choices=("sequential", "random"),
+        help="the first N windows, or N drawn with --seed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmountSettings(Settings):
+    TITLE = "how much to remove"
+
+    ratio: float | None = setting(None, metavar="R", help="fraction to remove, between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings(AmountSettings):
+    """The shape after structured pruning: one of ``ratio``, ``target_params`` and sizes (``structured/target.py``)."""
+
+    TITLE = "how much to remove"
+
+    ratio_of: str | None = setting(
+        None,
+        choices=("linears", "all"),
+        help="of the blocks' linear weights (the default), or of all parameters",
+    )
+    target_params: int | None = setting(None, metavar="P", help="how many parameters, of all, should stay")
+    target_num_layers: int | None = setting(None, metavar="N", help="a size that should stay; so the next four")
+    target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
+    target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
+    target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
+    target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
+    divisible_by: int = setting(64, metavar="N", help="every width that changes is a multiple of N")
+    tolerance: float | None = setting(
+        None,
+        metavar="T",
+        help="how far a chosen width may miss the target, relatively (default: 0.02)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsitySettings(AmountSettings):
+    """Which weights a sparse method may remove (``sparse/request.py``)."""
+
+    TITLE = "sparse methods"
+
+    pattern: str = setting(
+        "unstructured", metavar="P", help="unstructured, or N:M: N of every M consecutive inputs stay"
+    )
+    layers: str | None = setting(
+        None, metavar="0-3,7", help="layers to prune, counted from 0 (default: all); the others stay dense"
+    )
+    modules: str | None = setting(
+        None, metavar="M,…", help=f"linears to prune, of {','.join(MODULES)} (default: all); the others stay dense"
+    )
+    module_ratio: tuple[str, ...] = setting(
+        (), metavar="M=R", help="another ratio for some linears, such as fc2=0.3; unstructured only"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersSettings(Settings):
+    TITLE = "work"
+
+    workers: int = setting(1, metavar="N", help="processes that share the work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegritySettings(Settings):
+    TITLE = "work"
+
+    verify_integrity: bool = setting(False, help="check the files of --load against integrity.json first")
