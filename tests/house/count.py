@@ -4,8 +4,8 @@
 
 A room is a folder of the package, a module at the top, or a folder of ``study``. Room A stands above room B where a
 module of A imports one of B; rooms that import each other in a circle share a floor. Imports are counted wherever they
-stand: at the top of a file, in a function, under ``TYPE_CHECKING``. Names of files in ``cli`` are not compared: they are
-the verbs'.
+stand: at the top of a file, in a function, under ``TYPE_CHECKING``. Files in ``cli`` are named after verbs, and their
+names are not compared.
 """
 
 from __future__ import annotations
