@@ -23,6 +23,7 @@ VERBS = {
     },
     "training and evaluation": {
         "pretrain": "Megatron's training loop, with an account",
+        "learn-masks": "pretrain that learns which layers, heads and channels can go (sheared-llama)",
         "evaluate": "loss and perplexity on fixed windows; lm-eval's tasks",
     },
     "studies": {

@@ -22,6 +22,8 @@ from megatron_prune.methods import options as methods
 if TYPE_CHECKING:
     from megatron_prune.pruning.make_plan import Unscored
 
+LINES = 20  # of masks that have not settled
+
 
 def parser() -> Parser:
     return Parser(
@@ -44,13 +46,15 @@ def main(argv: list[str]) -> int:
     asked = verbs.PlanSettings.of(options)
     own = structured.own_settings(asked.method, options)
     from megatron_prune.cli import plan_table
-    from megatron_prune.pruning.make_plan import Unscored, make_plan
+    from megatron_prune.pruning.make_plan import Unscored, make_plan, unsettled
 
     made = make_plan(asked, own)
     if isinstance(made, Unscored):
         _say_what_to_run(asked, made)
         return EXIT_NEEDS_SCORES
     plan_table.show(made)
+    for row in unsettled(asked)[:LINES]:
+        print(f"not settled: {row}")
     print(f"wrote {asked.output}")
     return 0
 

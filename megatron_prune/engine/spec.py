@@ -26,12 +26,12 @@ def norms(block: Any) -> Iterator[Any]:
         (block.input_layernorm, block.self_attention.linear_qkv),
         (block.pre_mlp_layernorm, block.mlp.linear_fc1),
     ):
-        yield linear if _is_fused(linear) else norm
+        yield linear if is_fused(linear) else norm
 
 
 def gain(norm: Any) -> torch.nn.Parameter:
     """The gain of what ``norms`` yields, or of a final norm."""
-    parameter: torch.nn.Parameter = norm.layer_norm_weight if _is_fused(norm) else norm.weight
+    parameter: torch.nn.Parameter = norm.layer_norm_weight if is_fused(norm) else norm.weight
     return parameter
 
 
@@ -40,13 +40,14 @@ def gain_offset(norm: Any) -> int:
     return int(bool(getattr(norm, "zero_centered_gamma", False)))
 
 
-def _is_fused(linear: Any) -> bool:
+def is_fused(linear: Any) -> bool:
+    """True of what ``norms`` yields where it is a linear that a norm is fused into."""
     return hasattr(linear, "layer_norm_weight")
 
 
 def multiplied(linear: Any, listener: Listener) -> Listener:
     """Takes the input of ``linear`` and gives ``listener`` what its weight multiplies: a fused norm is recomputed."""
-    if not _is_fused(linear):
+    if not is_fused(linear):
         return listener
 
     def recompute(x: torch.Tensor) -> None:

@@ -130,6 +130,8 @@ class Method(ABC):
     dimensions: tuple[str, ...]
     #: True where the method draws random numbers, and so takes ``--seed``.
     random: bool = False
+    #: True where its statistics are masks that were learned for one target (``learn-masks``), not a calibration's.
+    learned: bool = False
 
     def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Dimensions that may be chosen to meet ``--ratio`` or ``--target-params``."""

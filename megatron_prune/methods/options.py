@@ -104,6 +104,7 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "minitron-depth": MinitronDepthOptions,
     "minitron-width": MinitronWidthOptions,
     "random": RandomOptions,
+    "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
 }
 # The same for ``prune --hf``, which retrains no candidates: its --retrain-tokens are the result's.

@@ -159,6 +159,7 @@ class ShearedLlama(RankingMethod):
     """Its statistics are the learned log α of every kind that is cut, by the kind's name."""
 
     dimensions = DIMENSIONS
+    learned = True
 
     def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return WIDTH
@@ -238,3 +239,6 @@ def _gates(
         if ffn is not None
         else None,
     )
+
+
+METHOD = ShearedLlama()

@@ -362,7 +362,7 @@ def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     path = args.pretrained_checkpoint
     here = path and places.path(path).is_dir()
-    return lineage.trainings(lineage.of(open_checkpoint(places.path(path)))) if here else []
+    return lineage.seen(lineage.of(open_checkpoint(places.path(path)))) if here else []
 
 
 def start(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:

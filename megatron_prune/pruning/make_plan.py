@@ -18,6 +18,7 @@ from megatron_prune.structured import choice as choices
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import FILE, Candidate, Question
 from megatron_prune.structured.plan import PruningPlan
+from megatron_prune.training import learned_file
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
             "--statistics",
             got="nothing",
             expected=f"a file of statistics, which --method {asked.method} reads",
-            do="make one with calibrate",
+            do=f"make one with {'learn-masks' if method.learned else 'calibrate'}",
         )
     parent = open_checkpoint(asked.load)
     if asked.verify_integrity:
         parent.verify(hashes=True)
     question = choice.question(parent)  # refuse a target before reading statistics
+    if method.learned:
+        made = choice.make(question, _masks(asked))
+        made.write(asked.output)
+        return made
     statistics = None
     if asked.statistics:
         statistics = statistics_file.merge([statistics_file.read(path) for path in asked.statistics])
@@ -70,6 +75,17 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
     made = choice.make(question, statistics)
     made.write(asked.output)
     return made
+
+
+def _masks(asked: verbs.PlanSettings) -> learned_file.LearnedMasks:
+    if len(asked.statistics) > 1:
+        raise UsageError("--statistics", got=" ".join(asked.statistics), expected="one file of learned masks")
+    return learned_file.read(asked.statistics[0])
+
+
+def unsettled(asked: verbs.PlanSettings) -> list[str]:
+    """What of learned masks says something else than the plan that was made of them; nothing of other statistics."""
+    return [str(row) for row in _masks(asked).unsettled()] if methods.get(asked.method).learned else []
 
 
 def _ask(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import verbs
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
@@ -83,6 +83,14 @@ def choose(
         _refuse_given(asked, verbs.TargetSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
+    if methods.get(asked.method).learned:
+        raise UsageError(
+            "--method",
+            got=asked.method,
+            expected="a method that a pass over text is enough for",
+            why="its masks are learned by training",
+            do="run learn-masks, then plan and apply",
+        )
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method)
     chosen = choices.choose(asked.method, asked, own, tensor_parallel=tensor_parallel, seed=seed)
     chosen.check()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import artifacts, verbs
+from megatron_prune import artifacts, methods, verbs
 from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
@@ -28,7 +28,8 @@ from megatron_prune.errors import PlanError
 from megatron_prune.masks import MASKS, Masks, open_masks, write_single
 from megatron_prune.masks.cut import Source, check_cut, cut_masks
 from megatron_prune.masks.verify import guarded, masks_of
-from megatron_prune.structured import plan
+from megatron_prune.structured import folded, plan
+from megatron_prune.structured.folded import Fold
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 
@@ -65,7 +66,8 @@ def apply_plan(
     refuse_unrestored(parent.args, str(load))
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
-    _write(parent, made.target, sources, save, [*parent.pruning, provenance(parent, made)], files or {}, workers)
+    chain = [*parent.pruning, provenance(parent, made)]
+    _write(parent, made.target, sources, save, chain, files or {}, workers, folded.factors(made, parent.args))
 
 
 def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
@@ -91,6 +93,7 @@ def _write(
     pruning: Sequence[Mapping[str, Any]],
     files: Mapping[str, bytes],
     workers: int,
+    factors: Mapping[str, Fold] | None = None,
 ) -> None:
     masks = masks_of(parent)
     if masks is not None:
@@ -111,17 +114,19 @@ def _write(
         if masks is not None:
             folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
         places = {layout.name: (source, kept) for layout, source, kept in sources}
-        writer.add_all(Pieces(parent.directory, places, folder), workers)
+        writer.add_all(Pieces(parent.directory, places, folder, factors or {}), workers)
 
 
 @dataclass
 class Pieces(Blocks):
     """What is left of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it is
-    cut from and what is kept of it. ``masks`` are the folder of the smaller model's, which must fit."""
+    cut from and what is kept of it. ``masks`` are the folder of the smaller model's, which must fit; ``factors``
+    multiply what is left."""
 
     load: Path
     sources: Mapping[str, tuple[str, Kept]]
     masks: Path | None
+    factors: Mapping[str, Fold]
 
     @cached_property
     def _parent(self) -> Checkpoint:
@@ -133,6 +138,8 @@ class Pieces(Blocks):
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         blocks = cut(self._parent, *self.sources[name])
+        if name in self.factors:
+            blocks = self.factors[name].multiply(blocks)
         return blocks if self._masks is None else guarded(self._masks, name, blocks)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -185,13 +192,22 @@ def _source_of(target: WeightLayout, made: plan.PruningPlan) -> tuple[str, Kept]
 def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
     """This pruning's entry in the chain of ``pruning.json``."""
     spent = made.calibration or {}
+    stages, begun, learned = lineage.of(parent), parent.fingerprint(), None
+    if methods.get(made.method).learned:  # the training that learned the masks is the pruning's own
+        if not stages or stages[-1]["kind"] != "trained":
+            raise PlanError(
+                f"{parent.root}: expected a checkpoint that learn-masks trained, got one without its account"
+            )
+        stages, learned = stages[:-1], stages[-1]
+        begun = learned["start"]
     return {
         "parent": {
             "path": str(parent.root),
             "iteration": parent.iteration,
-            "fingerprint": parent.fingerprint(),
+            "fingerprint": begun,
         },
-        "lineage": lineage.of(parent),
+        "lineage": stages,
+        **({} if learned is None else {"learned": learned}),
         "method": made.method,
         "settings": made.settings,
         "seed": made.seed,

@@ -24,6 +24,7 @@ from megatron_prune.errors import PlanError
 from megatron_prune.methods.base import Method, NearTie, PruningRequest, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
+from megatron_prune.training.learned_file import LearnedMasks
 
 VERSION = 1
 FILE = "candidates.json"
@@ -67,20 +68,30 @@ class Question:
     seed: int | None = None
     task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss does
 
-    def candidates(self, statistics: Statistics | None) -> list[Candidate]:
+    def candidates(self, statistics: Statistics | LearnedMasks | None) -> list[Candidate]:
         """What the method offers, in order; one candidate where nothing competes.
 
-        Raises StatisticsError when it needs statistics that are absent or of another parent.
+        Raises StatisticsError when it needs statistics that are absent, of another parent, or masks that were learned
+        for another target.
         """
         method = methods.get(self.method)
         if statistics is None and uses_statistics(method, self.settings):
-            raise StatisticsError(f"{self.method} needs statistics: run calibrate and give --statistics")
+            made_by = "learn-masks" if method.learned else "calibrate"
+            raise StatisticsError(f"{self.method} needs statistics: run {made_by} and give --statistics")
         if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
             raise StatisticsError(
                 f"the statistics are of another parent (fingerprint {statistics.parent}, not {self.parent}): "
                 "calibrate this one"
             )
-        tensors = {key: statistics.tensors[key] for key in method.needs(self.settings)} if statistics else {}
+        if isinstance(statistics, LearnedMasks):
+            if statistics.target not in self.targets:
+                raise StatisticsError(
+                    f"--statistics: expected masks for {self.targets[0]}, got masks that were learned for "
+                    f"{statistics.target}; ask for that target, or learn others"
+                )
+            tensors = statistics.tensors
+        else:
+            tensors = {key: statistics.tensors[key] for key in method.needs(self.settings)} if statistics else {}
         return [
             Candidate(self.source, target, selection)
             for target in self.targets

@@ -18,6 +18,7 @@ from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured import target as targets
 from megatron_prune.structured.candidates import Question, uses_statistics
+from megatron_prune.training.learned_file import LearnedMasks
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Choice:
     target: targets.Target
     seed: int | None
 
-    def make(self, question: Question, statistics: statistics_file.Statistics | None) -> plan.PruningPlan:
+    def make(
+        self, question: Question, statistics: statistics_file.Statistics | LearnedMasks | None
+    ) -> plan.PruningPlan:
         """The plan that answers ``question``."""
         ratio, ratio_of = self.target.ratio, self.target.ratio_of
         return plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)

@@ -17,9 +17,10 @@ from typing import Any
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import Kept, ModelShape
 from megatron_prune.errors import PlanError
-from megatron_prune.methods.base import NearTie
+from megatron_prune.methods.base import Gates, NearTie
 from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
 from megatron_prune.structured.statistics import Statistics
+from megatron_prune.training.learned_file import LearnedMasks
 
 VERSION = 1
 
@@ -45,6 +46,7 @@ class PruningPlan:
     chosen: int | None = None  # index of the candidate that this plan is
     statistics: str | None = None  # hash; None: the method needs none
     calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the runs behind them
+    gates: Gates | None = None  # what stays is multiplied by these; None: it stays as it is
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
@@ -61,6 +63,8 @@ class PruningPlan:
                 raise PlanError(f"plan: {name} has {len(sets)} entries for {len(self.kept_layers)} kept layers")
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
+        if self.gates is not None:
+            self._check_gates(self.gates)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
             raise PlanError(f"plan: candidate {self.chosen} was chosen of {len(self.candidates)}")
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
@@ -76,6 +80,19 @@ class PruningPlan:
             raise PlanError(f"plan: what is kept makes {reached}, but the target is {target}")
         if reached == source:
             raise PlanError("plan: nothing is removed")
+
+    def _check_gates(self, gates: Gates) -> None:
+        """One finite factor for all that is kept, of no other kind."""
+        for name, factors, kept in (
+            ("layers", gates.layers, self.kept_layers if gates.layers is not None else None),
+            ("hidden", gates.hidden, self.kept_hidden),
+            ("heads", gates.heads, self.kept_heads),
+            ("ffn", gates.ffn, self.kept_ffn),
+        ):
+            if _sizes(factors) != _sizes(kept):
+                raise PlanError(f"plan: gates.{name} must be a number for each of what is kept")
+            if factors is not None and not all(map(math.isfinite, _flat(factors))):
+                raise PlanError(f"plan: gates.{name} must be finite numbers")
 
     def kept(self, position: int) -> Kept:
         """What survives in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
@@ -103,6 +120,8 @@ class PruningPlan:
     def _json(self) -> dict[str, Any]:
         # Through JSON, so that tuples and lists hash alike.
         content = json.loads(json.dumps(asdict(self)))
+        if content["gates"] is None:
+            del content["gates"]
         rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
         return {**content, "candidates": artifacts.with_nulls(list(rows))}
 
@@ -128,7 +147,8 @@ def read(path: str | Path) -> PruningPlan:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise PlanError(f"{path} is not a pruning plan of version {VERSION}")
     try:
-        fields = {key: content[key] for key in PruningPlan.__dataclass_fields__}
+        fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key != "gates"}
+        gates = content.get("gates")
         plan = PruningPlan(
             **{
                 **fields,
@@ -139,6 +159,7 @@ def read(path: str | Path) -> PruningPlan:
                 "kept_heads": _tuples(fields["kept_heads"]),
                 "kept_ffn": _tuples(fields["kept_ffn"]),
                 "candidates": tuple(Scored(**_no_nulls(row)) for row in fields["candidates"]),
+                "gates": None if gates is None else Gates(**{name: _tupled(value) for name, value in gates.items()}),
                 "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
             }
         )
@@ -150,7 +171,7 @@ def read(path: str | Path) -> PruningPlan:
 
 
 def make(
-    question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | None = None
+    question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | LearnedMasks | None = None
 ) -> PruningPlan:
     """Let the method choose what survives; where candidates compete, their scores do.
 
@@ -162,7 +183,7 @@ def make(
     found = question.candidates(statistics)
     if not method.needs_scores(question.settings):
         return for_candidate(question, found[0], statistics, ratio=ratio, ratio_of=ratio_of)
-    assert statistics is not None
+    assert isinstance(statistics, Statistics)  # learned masks need no scores
     best, table, ties = judge(question, found, statistics)
     made = for_candidate(question, found[best], statistics, ratio=ratio, ratio_of=ratio_of)
     return replace(
@@ -177,7 +198,7 @@ def make(
 def for_candidate(
     question: Question,
     candidate: Candidate,
-    statistics: Statistics | None,
+    statistics: Statistics | LearnedMasks | None,
     *,
     ratio: float | None = None,
     ratio_of: str = "linears",
@@ -200,6 +221,7 @@ def for_candidate(
         near_ties=selection.near_ties,
         statistics=statistics.hash if statistics else None,
         calibration=statistics.provenance() if statistics else None,
+        gates=selection.gates,
     )
 
 
@@ -212,6 +234,21 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
         raise PlanError(f"plan: {name} must be ascending without repeats")
     if indices[0] < 0 or indices[-1] >= limit:
         raise PlanError(f"plan: {name} must be in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
+
+
+def _flat(values: Sequence[Any]) -> list[float]:
+    return [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
+
+
+def _sizes(values: Sequence[Any] | None) -> Any:
+    """How many there are, in each of several where there are several; None for none."""
+    if values is None:
+        return None
+    return [len(value) for value in values] if values and isinstance(values[0], tuple) else len(values)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:

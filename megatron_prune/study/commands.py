@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.study.grid import TrainingCell
-from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
+from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import MethodSection
 
 CORPORA = ("validation", "test")
 SAVES_WHEN_TOLD = "--exit-signal-handler"
+LEARNING = ("mask-lr", "mask-ramp", "lr", "weight-decay", "global-batch-size")  # settings of `learn-masks` alone
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,19 @@ def environment(study: StudyConfig, threads: int | None) -> dict[str, str]:
 
 
 def recipe(
-    study: StudyConfig, places: Places, samples: SampleRange, seed: int, lr: float, *, permute: bool
+    study: StudyConfig,
+    places: Places,
+    samples: SampleRange,
+    seed: int,
+    lr: float,
+    *,
+    permute: bool,
+    batch: int | None = None,
 ) -> list[str]:
-    """What every training run of the study has in common, but for the recipe's own ``arguments``."""
+    """What every training run of the study has in common, but for the recipe's own ``arguments``.
+
+    ``batch``: samples of a global batch, where they are not the recipe's.
+    """
     made = study.recipe
     return flags(
         {
@@ -128,7 +139,7 @@ def recipe(
             "stream-range": str(samples),
             "stream-permutation-seed": seed if permute else None,
             "seq-length": study.data.seq_length,
-            "global-batch-size": made.global_batch_size,
+            "global-batch-size": batch or made.global_batch_size,
             "micro-batch-size": made.micro_batch_size,
             "train-iters": samples.steps,
             "seed": seed,
@@ -204,8 +215,34 @@ def asked(study: StudyConfig, method: MethodSection, ratio: float | None) -> dic
         "ratio": None if method.target else ratio,
         "ratio-of": None if method.target else study.ratio_of,
         **{f"target-{name.removeprefix('target-')}": value for name, value in method.target.items()},
-        **method.settings,
+        **{name: value for name, value in method.settings.items() if not method.tokens or name not in LEARNING},
     }
+
+
+def learning_rate(study: StudyConfig, pruning: Pruning) -> float:
+    """Of the weights while masks are learned: its settings', or the first of the recipe."""
+    rate: Any = pruning.method.settings.get("lr", study.recipe.rates[0])
+    return float(rate)
+
+
+def learning(study: StudyConfig, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
+    """The training that learns masks."""
+    settings, save = pruning.method.settings, str(places.learned(pruning))
+    source = str(places.source(study, pruning))
+    words = ["learn-masks", "--pretrained-checkpoint", source, "--use-checkpoint-args", *layout(study)]
+    words += [*tokenizer(study), *flags({"load": save, "save": save})]
+    rate, batch = learning_rate(study, pruning), learning_batch(study, pruning.method)
+    words += recipe(study, places, samples, pruning.seed, rate, permute=True, batch=batch)
+    own = {name: settings[name] for name in LEARNING[:-1] if name in settings and name != "lr"}
+    words += flags({**study.recipe.arguments, **own, **asked(study, pruning.method, pruning.ratio)})
+    if study.launch.launcher == "slurm" and SAVES_WHEN_TOLD not in words:
+        words.append(SAVES_WHEN_TOLD)
+    return Command("learn-masks", tuple(words), study.launch.nproc)
+
+
+def _cut_from(study: StudyConfig, places: Places, pruning: Pruning) -> str:
+    """The checkpoint that a plan is for: what a pruning starts from, or what was trained under its masks."""
+    return str(places.learned(pruning) if pruning.method.tokens else places.source(study, pruning))
 
 
 def planning(
@@ -214,10 +251,10 @@ def planning(
     """The plan of one method at one ratio or target; ``random`` methods are given the seed."""
     words = flags(
         {
-            "load": str(places.source(study, pruning)),
+            "load": _cut_from(study, places, pruning),
             "statistics": None if statistics is None else str(statistics),
             "seed": pruning.seed if random else None,
-            "tensor-model-parallel-size": study.launch.tensor_parallel,
+            "tensor-model-parallel-size": None if pruning.method.tokens else study.launch.tensor_parallel,
             "output": str(places.plan(pruning)),
         }
     )
@@ -260,7 +297,7 @@ def application(study: StudyConfig, places: Places, pruning: Pruning) -> Command
     """The pruned checkpoint of a plan."""
     words = flags(
         {
-            "load": str(places.source(study, pruning)),
+            "load": _cut_from(study, places, pruning),
             "plan": str(places.plan(pruning)),
             "save": str(places.checkpoint(pruning.cell)),
         }

@@ -219,6 +219,10 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
     flops: int | None = 0
     if needs.text:  # once through every block; a Hessian costs more
         flops = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
+    elif needs.learning:
+        flops = (
+            before.training_flops(study.data.seq_length) * needs.learning // study.data.seq_length if before else None
+        )
     elif needs.scores:
         flops = None  # how many candidates there are is known when they are named
     parameters = None if shape is None else shape.parameters()

@@ -28,6 +28,7 @@ from megatron_prune.structured import statistics as calibrate
 from megatron_prune.study import custody
 from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.prunings import Places
+from megatron_prune.training import learned_file
 
 TAIL_LINES = 15
 # Why a lock that another does not hold cannot be had.
@@ -73,6 +74,11 @@ def trained(account: str, start: int, end: int, steps: int, seed: int, permutati
             )
     custody.check_account(Path(account))
     return True
+
+
+def learned(masks: str, **asked: Any) -> bool:
+    """True if a run that learns masks has come to its end, as ``trained`` says, and its masks are there."""
+    return trained(**asked) and _readable(learned_file.read, masks)
 
 
 def evaluated(scores: str, windows: int, checkpoint: str, account: str | None = None) -> bool:
@@ -174,7 +180,19 @@ def _is_number(value: Any) -> bool:
 
 CHECKS: dict[str, Callable[..., bool]] = {
     check.__name__: check
-    for check in (trained, evaluated, calibrated, asked, scored, rescored, planned, applied, sparsified, imported)
+    for check in (
+        trained,
+        learned,
+        evaluated,
+        calibrated,
+        asked,
+        scored,
+        rescored,
+        planned,
+        applied,
+        sparsified,
+        imported,
+    )
 }
 
 

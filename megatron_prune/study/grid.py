@@ -244,8 +244,8 @@ def _samples(
     spent: Mapping[str, int],
 ) -> SampleRange | None:
     """What a scratch run of a setting consumes; None while that is not known."""
-    if setting == "equal-training":
-        return retrain
+    if setting == "equal-training":  # what masks were learned on is training too
+        return lay.batch.range(retrain.start, retrain.steps + pruning.learned // lay.batch.tokens)
     if setting == "equal-total":
         return lay.scratch_total(retrain.steps * lay.batch.tokens + pruning.trained, consumed.get(pruning.name, 0))
     shape, trained = shapes.get(pruning.name), between_flops(pruning, shapes, lay.batch.seq_length)

@@ -18,9 +18,19 @@ from megatron_prune.study.commands import Command
 from megatron_prune.study.execution import Check
 from megatron_prune.study.grid import Grid, TrainingCell
 from megatron_prune.study.outlook import Outlook
-from megatron_prune.study.prunings import Places, Pruning, calibration_cell, links, parent_cells, source_cell
+from megatron_prune.study.prunings import (
+    Places,
+    Pruning,
+    calibration_cell,
+    learning_samples,
+    links,
+    parent_cells,
+    source_cell,
+)
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.training import learned_file
+from megatron_prune.training.account import ACCOUNT
 
 Seconds = Mapping[str, float]
 
@@ -161,6 +171,13 @@ def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pru
     statistics = None
     if needs.statistics:
         statistics = places.statistics(calibration_cell(study, pruning))
+    if needs.learning:
+        samples, folder = learning_samples(study, outlook.lay, pruning), places.learned(pruning)
+        command = commands.learning(study, places, pruning, samples)
+        statistics = folder / learned_file.FILE
+        rate = commands.learning_rate(study, pruning)
+        trained = _asked(folder / ACCOUNT, samples, pruning.seed, rate, permuted=True)
+        yield Stage(command, Check("learned", trained | {"masks": str(statistics)}))
     if needs.scores:
         asked, scored = str(places.candidates(pruning)), places.statistics(pruning.cell)
         question = {"statistics": str(scored), "candidates": asked}
@@ -249,9 +266,13 @@ def _training(
 def _trained(
     places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command, *, permuted: bool = True
 ) -> Stage:
-    asked = {"account": str(places.account(cell)), "start": samples.start, "end": samples.end, "steps": samples.steps}
-    asked |= {"seed": seed, "permutation_seed": seed if permuted else None, "lr": lr}
-    return Stage(command, Check("trained", asked))
+    return Stage(command, Check("trained", _asked(places.account(cell), samples, seed, lr, permuted=permuted)))
+
+
+def _asked(account: Path, samples: SampleRange, seed: int, lr: float, *, permuted: bool) -> dict[str, Any]:
+    """What an account is to say."""
+    asked = {"account": str(account), "start": samples.start, "end": samples.end, "steps": samples.steps}
+    return asked | {"seed": seed, "permutation_seed": seed if permuted else None, "lr": lr}
 
 
 def _evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:

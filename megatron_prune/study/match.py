@@ -1,7 +1,8 @@
 """May these two runs be compared? Their accounts decide, field by field.
 
 *Equal training*: the same samples of the same stream in the same order, the same batch, length and
-steps, the same shape, and every resolved argument equal outside ``ALLOWED``. *Equal total*: the same
+steps, the same shape, and every resolved argument equal outside ``ALLOWED``. (Where masks were learned by training,
+scratch has as many steps more, from the same first sample on.) *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
 step or 0.1%. *Equal FLOPs*: the same with executed FLOPs in place of tokens. In all of them a
@@ -49,9 +50,24 @@ def equal_training(runs: Runs) -> list[Line]:
     """The lines of an equal-training match; AccountError at the first field that differs."""
     setting = "equal-training"
     runs.whole(setting)
+    if learned := [stage["learned"] for stage in runs.pruned["lineage"][len(runs.parent) :] if "learned" in stage]:
+        return _with_learning(runs, setting, lineage.tokens(learned))
     lines = runs.accounted(setting, ("range", "steps", "tokens", "unique_tokens", *ACCOUNTED))
     lines += _common(runs, setting)
     return lines + runs.arguments(setting, ALLOWED)
+
+
+def _with_learning(runs: Runs, setting: str, learned: int) -> list[Line]:
+    """Equal training where masks were learned: that was training too, so that scratch has as many tokens more, from the
+    first sample of the retraining on."""
+    lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
+    lines.append(runs.equal(setting, "first sample", runs.pruned["range"][0], runs.scratch["range"][0]))
+    retrained, found = runs.pruned["tokens"], runs.scratch["tokens"]
+    if found != retrained + learned:
+        why = f"{retrained:,} retraining + {learned:,} learning masks against {found:,}"
+        raise runs.refuse(setting, "tokens", why)
+    lines.append(Line("tokens", f"{found:,} = {retrained:,} retraining + {learned:,} learning masks", f"{found:,}"))
+    return [*lines, *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
 def equal_total(runs: Runs, parent_tokens: int, consumed: int, *, declared: int = 0) -> list[Line]:
@@ -126,7 +142,7 @@ def unseen(runs: Runs, setting: str) -> list[Line]:
     start, stop = runs.pruned["range"]
     lines = []
     before = lineage.trainings(runs.parent)
-    between = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
+    between = lineage.seen(runs.pruned["lineage"][len(runs.parent) :])
     for stage in (*before, *between):
         who = "the parent" if len(before) == 1 and stage is before[0] else stage["run"]
         field = "range against the parent's" if who == "the parent" else f"range against {who}'s"

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune import methods, verbs
@@ -20,6 +20,7 @@ from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request
 from megatron_prune.structured import choice as choices
 from megatron_prune.study import commands
+from megatron_prune.study.prunings import learning_batch
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import MethodSection
 
@@ -33,6 +34,7 @@ class Needs:
     text: bool = False  # a sparse method reads calibration text itself
     random: bool = False  # a seed
     retraining: Retraining | None = None  # of its best candidates
+    learning: int = 0  # tokens that its masks are learned on
 
     @property
     def tokens(self) -> bool:
@@ -42,11 +44,21 @@ class Needs:
 
 def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> Needs:
     """What ``method`` asks for. UsageError names the flag that is wrong."""
+    batch = study.recipe.global_batch_size * study.data.seq_length
+    if method.pattern is None and method.name in methods.names() and methods.get(method.name).learned:
+        return _learning(study, method, ratio, batch)
+    if method.tokens is not None:
+        raise UsageError(
+            f"methods.{method.tag}.tokens",
+            got=method.tokens,
+            expected="no such key",
+            why=f"{method.name} learns no masks",
+        )
     if method.pattern is not None:
         asked = sparse(study, method, ratio)
         return Needs(text=asked.method.statistic != "none", random=asked.method.random)
     chosen = structured(study, method, ratio)
-    retraining, batch = chosen.retraining, study.recipe.global_batch_size * study.data.seq_length
+    retraining = chosen.retraining
     if retraining and retraining.tokens % batch:
         raise UsageError(
             f"methods.{method.tag}.settings.retrain-tokens",
@@ -65,12 +77,47 @@ def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> 
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 
 
+def _learning(study: StudyConfig, method: MethodSection, ratio: float | None, batch: int) -> Needs:
+    """What a method whose masks are learned asks for."""
+    if method.tokens is None or method.tokens % batch:
+        raise UsageError(
+            f"methods.{method.tag}.tokens",
+            got="nothing" if method.tokens is None else method.tokens,
+            expected=f"the tokens that its masks are learned on, a multiple of the {batch} of a global batch",
+        )
+    structured(study, method, ratio)
+    for name in commands.LEARNING:
+        value: Any = method.settings.get(name, 1)
+        kind = int if name == "global-batch-size" else float
+        try:
+            kind(value)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"methods.{method.tag}.settings.{name}", got=value, expected="a number") from error
+    own, replicas = learning_batch(study, method), study.recipe.micro_batch_size * study.launch.data_parallel
+    if own < 1 or own % replicas or method.tokens % (own * study.data.seq_length):
+        raise UsageError(
+            f"methods.{method.tag}.settings.global-batch-size",
+            got=own,
+            expected=f"a multiple of micro_batch_size x data parallel size = {replicas}, and tokens in whole batches",
+        )
+    return Needs(learning=method.tokens)
+
+
 def shapes_of(
     study: StudyConfig, method: MethodSection, ratio: float | None, source: ModelShape
 ) -> tuple[ModelShape, ...]:
     """The shape that comes out, or those between which the model's loss decides."""
     if method.pattern is None:
-        return structured(study, method, ratio).shapes(source)
+        found = structured(study, method, ratio)
+        if method.tokens is not None and found.shapes(source) != _on_one_rank(found).shapes(source):
+            raise UsageError(
+                f"methods.{method.tag}",
+                got=f"a shape that tensor_parallel {study.launch.tensor_parallel} changes",
+                expected="one that it does not",
+                why="masks are learned for a shape, whatever the layout",
+                do=f"set settings.divisible-by to a multiple of {study.launch.tensor_parallel}, or give a target",
+            )
+        return found.shapes(source)
     sparse(study, method, ratio).check(source)
     return (source,)
 
@@ -87,6 +134,11 @@ def structured(study: StudyConfig, method: MethodSection, ratio: float | None) -
     values = commands.asked(study, method, ratio)
     where = f"methods.{method.tag}.settings"
     return choices.read(method.name, values, where=where, tensor_parallel=study.launch.tensor_parallel)
+
+
+def _on_one_rank(choice: choices.Choice) -> choices.Choice:
+    """The same choice for one tensor-parallel rank."""
+    return replace(choice, target=replace(choice.target, tensor_parallel=1))
 
 
 def sparse(study: StudyConfig, method: MethodSection, ratio: float | None) -> request.SparsifyRequest:

@@ -74,8 +74,8 @@ class Outlook:
         return {name: asdict(shape) for name, shape in self.targets.items()}
 
     def consumed(self, study: StudyConfig) -> dict[str, int]:
-        """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, and
-        what its candidates were retrained on."""
+        """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, what its
+        candidates were retrained on, and what its masks were learned on."""
         tokens = calibration_tokens(study)
         consumed: dict[str, int] = {}
         for pruning in links(study):
@@ -83,7 +83,7 @@ class Outlook:
             asked = needs.retraining.candidates * needs.retraining.tokens if needs.retraining else 0
             trained = self.retrained.get(pruning.name, asked)  # a search may have fewer candidates
             before = consumed[pruning.base.name] if pruning.base else 0
-            consumed[pruning.name] = before + (tokens if needs.tokens else 0) + trained
+            consumed[pruning.name] = before + (tokens if needs.tokens else 0) + trained + needs.learning
         return consumed
 
 

@@ -16,7 +16,7 @@ from megatron_prune.checkpoint import tracker
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import MASKS
 from megatron_prune.structured import candidates
-from megatron_prune.study.sample_ranges import Batch
+from megatron_prune.study.sample_ranges import Batch, Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import MethodSection
 
@@ -75,6 +75,11 @@ class Pruning:
         return sum(link.retrained for link in self.links)
 
     @property
+    def learned(self) -> int:
+        """Tokens that its masks were learned on, and those of the links behind it."""
+        return sum(link.method.tokens or 0 for link in self.links)
+
+    @property
     def sparse(self) -> bool:
         """True where the result has masks."""
         return any(link.method.pattern is not None for link in self.links)
@@ -126,6 +131,19 @@ def links(study: StudyConfig) -> list[Pruning]:
                     expected="a label for at least one of them",
                 )  # fmt: skip
     return list(found.values())
+
+
+def learning_samples(study: StudyConfig, lay: Lay, pruning: Pruning) -> SampleRange:
+    """What masks are learned on: samples after those of the longest retraining, which all prunings share."""
+    longest = max(lay.retrain(budget, each.trained).end for budget in study.budgets for each in prunings(study))
+    samples = (pruning.method.tokens or 0) // lay.batch.seq_length
+    return SampleRange(longest, longest + samples, samples // learning_batch(study, pruning.method))
+
+
+def learning_batch(study: StudyConfig, method: MethodSection) -> int:
+    """Samples of a global batch while masks are learned: they need many steps, and few tokens."""
+    own: Any = method.settings.get("global-batch-size", study.recipe.global_batch_size)
+    return int(own)
 
 
 def calibration_cell(study: StudyConfig, pruning: Pruning) -> str:
@@ -200,6 +218,10 @@ class Places:
 
     def candidates(self, pruning: Pruning) -> Path:
         return self.cell(pruning.cell) / candidates.FILE
+
+    def learned(self, pruning: Pruning) -> Path:
+        """The checkpoint that was trained under the masks of a pruning which learns them."""
+        return self.cell(pruning.cell) / "learned"
 
     @property
     def cache(self) -> Path:

@@ -95,6 +95,8 @@ def pruning_flops(places: Places, chosen: Pruning) -> int | None:
         if not places.plan(chosen).is_file():
             return None
         spent = plan.read(places.plan(chosen)).calibration or {}
+        if chosen.method.tokens:  # what is behind the masks is the pruning's own, and no calibration's
+            return int(spent["flops"])
         return int(sum(spent.get(part, {}).get("flops", 0) for part in ("scoring", "retraining")))
     if find_iteration(places.checkpoint(chosen.cell)) is None:
         return None
@@ -104,9 +106,12 @@ def pruning_flops(places: Places, chosen: Pruning) -> int | None:
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
     """A plan, its checkpoint, and the losses of that before any retraining."""
     made = plan.read(places.plan(chosen))
+    source = made.parent
+    if chosen.method.tokens:  # the plan is for what was trained under the masks
+        source = open_checkpoint(places.checkpoint(chosen.cell)).pruning[-1]["parent"]["fingerprint"]
     return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
-        "made_of": made.parent,
+        "made_of": source,
         "statistics": made.statistics,
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,

@@ -229,8 +229,9 @@ class Link:
 class MethodSection:
     """A pruning method by its name, its settings as flags of ``plan``, and perhaps an explicit shape.
 
-    With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``. A ``chain`` of prunings, one after
-    the other, stands in place of all of them.
+    With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``. A method whose masks are learned trains
+    them on ``tokens``, and its settings are flags of ``learn-masks`` too. A ``chain`` of prunings, one after the other,
+    stands in place of all of them.
     """
 
     name: str = ""
@@ -240,6 +241,7 @@ class MethodSection:
     label: str | None = None  # how cells and rows call it; needed when a method comes twice
     compare: Compare | None = None  # None: all of the study's settings
     chain: list[Link] = dataclasses.field(default_factory=list)
+    tokens: Tokens | None = None  # that masks are learned on (sheared-llama)
 
     @finds
     def __post_init__(self) -> None:
@@ -247,7 +249,7 @@ class MethodSection:
         if bool(self.name) == bool(self.chain) or len(self.chain) == 1:
             raise UsageError(where or "methods", got=f"name {self.name!r} and {len(self.chain)} links of a chain",
                              expected="either a name, or a chain of at least two prunings")  # fmt: skip
-        if self.chain and (self.pattern or self.settings or self.target):
+        if self.chain and (self.pattern or self.settings or self.target or self.tokens):
             raise UsageError(where, got="them beside a chain",
                              expected="pattern, settings and target in the links of the chain")  # fmt: skip
         if self.chain and self.chain[-1].retrain:

@@ -21,7 +21,7 @@ from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import commands, needs
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
-from megatron_prune.study.prunings import Places, Pruning, links, parent_cell
+from megatron_prune.study.prunings import Places, Pruning, learning_samples, links, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
@@ -253,6 +253,9 @@ def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> It
         if retraining:
             samples = lay.retrain(retraining.tokens, pruning.trained)
             yield f"methods.{pruning.method.tag}'s candidates", samples, _behind(pruning, outlook, stream, before)
+        if pruning.method.tokens:
+            seen = _behind(pruning, outlook, stream, before)
+            yield f"methods.{pruning.method.tag}'s masks", learning_samples(study, lay, pruning), seen
     for cell in outlook.estimated_grid(study).cells:
         yield cell.id, cell.samples, [] if cell.kind == "scratch" else _behind(cell.source, outlook, stream, before)
 

@@ -8,7 +8,8 @@ of stages, so that one file says all of it when the earlier checkpoints are gone
     start, end   fingerprints of the weights before and after it; no start: random weights
     tokens       trained on, or read for pruning;   flops: executed
     trained:     stream, range, steps, global_batch_size, seq_length, seed, and its recipe (``recipe_of``)
-    pruned:      method, source (the shape before it), masks
+    pruned:      method, source (the shape before it), masks; learned: the training that learned what to cut, whose
+                 tokens and flops are the stage's
 
 ``of`` checks that every stage began with the weights that the one before it left.
 """
@@ -145,6 +146,7 @@ def pruned(entry: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
         "method": entry["method"],
         "source": entry["source"],
         "masks": entry.get("masks"),
+        **({"learned": entry["learned"]} if "learned" in entry else {}),
         "tokens": entry["tokens"],
         "flops": entry["flops"],
     }
@@ -167,6 +169,11 @@ def check(stages: Sequence[Stage], end: str, what: str) -> None:
 
 def trainings(stages: Iterable[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage["kind"] == "trained"]
+
+
+def seen(stages: Iterable[Stage]) -> list[Stage]:
+    """The trainings, and those that prunings made of their own: what weights have seen of streams."""
+    return [each for stage in stages for each in (stage, stage.get("learned")) if each and each["kind"] == "trained"]
 
 
 def begins_at_random(stages: Sequence[Stage]) -> bool:

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,6 +41,7 @@ from megatron_prune.training.data import (
     refuse_unfit_range,
     unique_tokens,
 )
+from megatron_prune.training.learned_file import FILE as LEARNED
 from megatron_prune.training.masked import (
     MaskChoice,
     choose,
@@ -49,10 +50,17 @@ from megatron_prune.training.masked import (
     say_that_masks_know_the_start,
 )
 
+if TYPE_CHECKING:
+    from megatron_prune.training.learned_masks import Learner
+
 
 def train(own: verbs.PretrainSettings, words: Sequence[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before. ``words`` are Megatron's flags."""
-    args = runtime.start("pretrain", words, own, complete=_complete)
+    return run(runtime.start("pretrain", words, own, complete=complete))
+
+
+def run(args: argparse.Namespace, learner: Learner | None = None) -> int:
+    """The same for parsed arguments; ``learner`` learns masks as it goes on."""
     save = storage.path(args.save) if args.save else None
     if save is not None:
         refuse_other_run(save, _identity(args))
@@ -63,22 +71,25 @@ def train(own: verbs.PretrainSettings, words: Sequence[str]) -> int:
         if args.rank == 0:
             if not is_complete(save):
                 close(save, open_checkpoint(save))
+            if learner is not None and not (save / LEARNED).exists():
+                learner.finish(save, open_checkpoint(save).fingerprint(), _spent(args))
             screen.say(f"{save}: the run is complete at step {args.train_iters}; nothing to do")
         return 0
     initial = _initial(args)
     if args.rank == 0:
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
-        refuse_unfit_range(args, lineage.trainings(initial["lineage"]) if starts and initial else [])
+        refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone
-    return _train(args, save, initial, chosen, unique)
+    return _train(args, save, initial, chosen, unique, learner)
 
 
-def _complete(args: argparse.Namespace, argv: list[str]) -> None:
+def complete(args: argparse.Namespace, argv: list[str]) -> None:
+    """Fill in what follows from the flags, and refuse what cannot work. Before Megatron validates."""
     complete_arguments(args, argv)
     if args.rank == 0:
         refuse_empty_parts(args)
@@ -132,7 +143,12 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _train(
-    args: argparse.Namespace, save: Path | None, initial: dict[str, Any] | None, chosen: MaskChoice | None, unique: int
+    args: argparse.Namespace,
+    save: Path | None,
+    initial: dict[str, Any] | None,
+    chosen: MaskChoice | None,
+    unique: int,
+    learner: Learner | None,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
@@ -149,6 +165,8 @@ def _train(
     zeros = None if chosen is None else Zeros(args, chosen)
     if zeros is not None:
         zeros.attach(config, training)
+    if learner is not None:
+        learner.attach(config, training)
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
@@ -175,6 +193,8 @@ def _train(
         final = _saved(save, args.train_iters) if recorder.last_step == args.train_iters else None
         if recorder.recorder is not None:
             recorder.recorder.finish(final=final, parameters_nonzero=nonzero)
+        if learner is not None and final is not None and args.rank == 0:
+            learner.finish(save, final["fingerprint"], _spent(args))
         torch.distributed.barrier()
         screen.say(f"wrote {save}: step {recorder.last_step}")
     torch.distributed.destroy_process_group()
@@ -200,6 +220,16 @@ def _saved(save: Path, steps: int) -> dict[str, Any]:
     if final["iteration"] != steps:
         raise CheckpointError(f"{save} holds the weights of step {final['iteration']}, the run ended at step {steps}")
     return final
+
+
+def _spent(args: argparse.Namespace) -> dict[str, Any]:
+    """What learning masks took, and on which samples."""
+    shape, samples = ModelShape.from_args(vars(args)), args.global_batch_size * args.train_iters
+    return {
+        **_identity(args),
+        "tokens": samples * args.seq_length,
+        "flops": shape.training_flops(args.seq_length) * samples,
+    }
 
 
 class _OnFirstStep:

@@ -64,6 +64,7 @@ from megatron_prune.verbs.study_verbs import (
 )
 from megatron_prune.verbs.training_verbs import (
     EvaluateSettings,
+    LearnMasksSettings,
     MasksSettings,
     PretrainSettings,
     StreamSettings,
@@ -87,6 +88,7 @@ __all__ = [
     "DTYPES",
     "DocumentsSettings",
     "EvaluateSettings",
+    "LearnMasksSettings",
     "ExportSettings",
     "FORMATS",
     "FP8_PRESETS",

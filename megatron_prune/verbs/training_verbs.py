@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
+from megatron_prune.verbs.shared import TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,20 @@ class StreamSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(MasksSettings, StreamSettings):
     """``pretrain``; everything else is Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnMasksSettings(PretrainSettings, TargetSettings):
+    TITLE = "learned masks"
+
+    mask_lr: float = setting(
+        1.0,
+        metavar="RATE",
+        help="highest learning rate of masks and Lagrange multipliers, on the schedule of --lr",
+    )
+    mask_ramp: float = setting(
+        0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,23 @@ def load(folder: str, tp: int, pp: int) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | None:
+def masked_logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The same of what ``learn-masks`` saved, under its masks in evaluation mode."""
+    from megatron_prune.methods.sheared_llama import kinds
+    from megatron_prune.training import learned_file
+
+    learned = learned_file.read(Path(load) / learned_file.FILE)
+
+    def mask(model: list[torch.nn.Module]) -> None:
+        from megatron_prune.training.gates import Gated
+
+        gated = Gated(model, learned.shape)
+        gated.current = gated.evaluation(learned.state.log_alpha, kinds(learned.shape, learned.target))
+
+    return logits(load, tp, pp, tokens, mask)
+
+
+def logits(load: str, tp: int, pp: int, tokens: torch.Tensor, change: Any = None) -> torch.Tensor | None:
     """Logits [b, s, padded vocabulary] of ``tokens`` [b, s] from Megatron, on the last stage only."""
     from megatron_prune.engine import cpu, runtime
 
@@ -131,6 +147,8 @@ def logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model = runtime.load_model(args)
+    if change is not None:
+        change(model)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     found: list[torch.Tensor] = []
 

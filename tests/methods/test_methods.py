@@ -69,7 +69,7 @@ def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
 
 
 def test_registry_finds_methods_by_their_files() -> None:
-    assert methods.names() == ["minitron-depth", "minitron-width", "random", "shortgpt"]
+    assert methods.names() == ["minitron-depth", "minitron-width", "random", "sheared-llama", "shortgpt"]
     with pytest.raises(UsageError, match="--method: expected one of minitron-depth.*, got magic"):
         methods.get("magic")
 

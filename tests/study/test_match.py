@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,32 @@ def test_what_matches_is_listed() -> None:
     assert lines["total FLOPs"].verdict == "equal" and lines["total FLOPs"].scratch == "150,000,000"
     assert lines["evaluation text"].pruned == "test test text 16 x 32, validation validation t 16 x 32"
     assert (lines["weights at the start"].pruned, lines["weights at the start"].scratch) == ("w", "random")
+
+
+def test_what_masks_were_learned_on_is_training_too() -> None:
+    """Equal training: as many tokens more for scratch, from the same first sample on."""
+    learned = lineage.trained(account("continued", 2400, 2560), run="masks", end="m")
+    stage = PRUNING | {"tokens": learned["tokens"], "learned": learned}
+
+    def compared(end: int, first: int = 1600) -> list[match.Line]:
+        scratch = account("random", first, end, pretrained_checkpoint=None, finetune=False, shape_from="p")
+        made = runs(PRUNED, scratch)
+        return match.equal_training(replace(made, pruned=PRUNED | {"lineage": [*made.parent, stage]}))
+
+    lines = {line.field: line for line in compared(2560)}
+    assert lines["tokens"].pruned == "30,720 = 25,600 retraining + 5,120 learning masks"
+    assert lines["range against masks's"].pruned == "1600:2400"
+    for end, first, field in ((2400, 1600, "tokens"), (2576, 1600, "tokens"), (2544, 1584, "first sample")):
+        with pytest.raises(AccountError, match=field):
+            compared(end, first)
+
+
+def test_retraining_on_what_masks_were_learned_on_is_refused() -> None:
+    learned = lineage.trained(account("continued", 2384, 2544), run="masks", end="m")
+    made = runs(PRUNED, account("random", 1600, 2560, pretrained_checkpoint=None, finetune=False, shape_from="p"))
+    pruned = PRUNED | {"lineage": [*made.parent, PRUNING | {"tokens": learned["tokens"], "learned": learned}]}
+    with pytest.raises(AccountError, match="of which masks saw 2384:2400"):
+        match.equal_training(replace(made, pruned=pruned))
 
 
 def tampered(account: dict, path: str, value: Any) -> dict:

@@ -45,7 +45,7 @@ def kill_ranks(job: Job) -> None:
             os.kill(rank, signal.SIGKILL)
 
 
-def train_and_record(argv: list[str], folder: str, kill_at: int | None = None) -> int:
+def train_and_record(argv: list[str], folder: str, kill_at: int | None = None, verb: str = "pretrain") -> int:
     """``pretrain`` in this rank, writing a line for each training micro-batch; SIGKILLs itself at a step."""
     from megatron.training import get_args
 
@@ -63,6 +63,7 @@ def train_and_record(argv: list[str], folder: str, kill_at: int | None = None) -
         if torch.is_grad_enabled() and batch["labels"] is not None:
             step = get_args().curr_iteration + 1
             line = {"step": step, "replica": mpu.get_data_parallel_rank(), "labels": batch["labels"].tolist()}
+            line["tokens"] = batch["tokens"].tolist() if batch["tokens"] is not None else None
             if mpu.get_tensor_model_parallel_rank() == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -71,7 +72,7 @@ def train_and_record(argv: list[str], folder: str, kill_at: int | None = None) -
         return batch
 
     forward.get_batch = recording
-    code = main(["pretrain", *argv])
+    code = main([verb, *argv])
     forward.get_batch = original
     return code
 

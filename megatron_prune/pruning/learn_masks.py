@@ -1,0 +1,61 @@
+"""A target and a training run in, weights and learned masks out: the first part of Sheared-LLaMA."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_prune import methods, verbs
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine import runtime
+from megatron_prune.errors import UsageError
+from megatron_prune.methods.sheared_llama import kinds
+from megatron_prune.structured import target as targets
+from megatron_prune.training import pretrain
+from megatron_prune.training.learned_masks import Learner, Settings
+
+METHOD = "sheared-llama"
+
+
+def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
+    """Train; 0 when the run is complete, also when it was so before. ``words`` are Megatron's flags."""
+    wanted = targets.from_settings(own)  # no layout decides the shape
+    args = runtime.start("learn-masks", words, own, complete=_complete)
+    source = ModelShape.from_args(vars(args))
+    target = wanted.choose(source, methods.get(METHOD), {})
+    if source.norm_bias and target.hidden_size < source.hidden_size:
+        raise UsageError(
+            "--target-hidden-size",
+            got=target.hidden_size,
+            expected=f"{source.hidden_size}, for a parent with LayerNorm",
+            why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
+        )
+    if args.rank == 0:
+        cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
+        print(f"learning masks that keep {cut}", flush=True)
+    return pretrain.run(args, Learner(args, Settings(source, target, own.mask_lr, own.mask_ramp)))
+
+
+def _complete(args: argparse.Namespace, argv: list[str]) -> None:
+    pretrain.complete(args, argv)
+    for unfit, flag, got, expected, why in (
+        (args.save is None, "--save", "nothing", "a directory", "the masks are written next to the weights"),
+        (args.fp16, "--fp16", "on", "--bf16 or neither", "the loss scale is not taken out of the masks' gradients"),
+        (
+            args.calculate_per_token_loss, "--calculate-per-token-loss", "on", "off",
+            "masks' gradients are means over micro-batches",
+        ),
+        (args.context_parallel_size > 1, "--context-parallel-size", args.context_parallel_size, "1", "not proven"),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2", "on", "off", "not proven"),
+        (args.use_megatron_fsdp, "--use-megatron-fsdp", "on", "off", "not proven"),
+        (
+            args.cuda_graph_impl != "none", "--cuda-graph-impl", args.cuda_graph_impl, "none",
+            "a captured graph would repeat one draw of the masks",
+        ),
+        (args.optimizer not in ("adam", "sgd"), "--optimizer", args.optimizer, "adam or sgd", "not proven"),
+        (not args.mask_lr > 0, "--mask-lr", args.mask_lr, "a number above 0", ""),
+        (not 0 <= args.mask_ramp <= 1, "--mask-ramp", args.mask_ramp, "a fraction from 0 to 1", ""),
+        (not args.lr, "--lr", args.lr, "a number above 0", "masks follow its schedule"),
+    ):  # fmt: skip
+        if unfit:
+            raise UsageError(flag, got=got, expected=f"{expected} with learn-masks", why=why)

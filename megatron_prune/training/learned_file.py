@@ -1,0 +1,177 @@
+"""The files of learned masks: the state at a save of the run that learns them, and at its end what ``plan`` reads.
+
+Both are safetensors with the same tensors, fp32 (L layers, G groups, H heads, F FFN channels, h hidden channels):
+
+    log_alpha.{kind}             layer [L], group [L, G], head [L, G, H/G], ffn [L, F], hidden [h]: those that are cut
+    multipliers.{kind}           [2], λ₁ and λ₂
+    moments.{group}.{kind}.…     AdamW's moments and step, of the groups ``masks`` and ``multipliers``
+    history                      fp64 [steps, kinds, 4]: expected and target sparsity, λ₁, λ₂, before every step
+
+and, in their header, source and target shape and the settings. What ``plan`` reads has a JSON beside it that ties it to
+the weights which were trained under the masks, and says what learning them took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from megatron_prune import artifacts, storage
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import CheckpointError
+from megatron_prune.methods import sheared_llama
+
+FILE = "learned_masks.safetensors"
+FOLDER = "learned_masks"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """Masks at a step, with all that going on from there needs."""
+
+    source: ModelShape
+    target: ModelShape
+    settings: Mapping[str, Any]
+    log_alpha: Mapping[str, torch.Tensor]
+    multipliers: Mapping[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
+    history: torch.Tensor
+
+    def __post_init__(self) -> None:
+        wanted = {kind.name: kind.shape for kind in sheared_llama.kinds(self.source, self.target)}
+        found = {name: tuple(values.shape) for name, values in self.log_alpha.items()}
+        if found != wanted or set(self.multipliers) != set(wanted):
+            raise CheckpointError(f"learned masks: expected {wanted} for their target, got {found}")
+        if not all(bool(values.isfinite().all()) for values in self.log_alpha.values()):
+            raise CheckpointError("learned masks: expected finite numbers, got others: the run that made them diverged")
+
+    def payload(self) -> bytes:
+        """The file's bytes."""
+        tensors = {f"log_alpha.{name}": values for name, values in self.log_alpha.items()}
+        tensors |= {f"multipliers.{name}": values for name, values in self.multipliers.items()}
+        tensors |= {f"moments.{name}": values for name, values in self.moments.items()}
+        tensors["history"] = self.history
+        about = {"version": VERSION, "source": asdict(self.source), "target": asdict(self.target),
+                 "settings": dict(self.settings)}  # fmt: skip
+        header = {"about": json.dumps(about, sort_keys=True)}  # one entry: their order is not said
+        return bytes(safetensors.torch.save({name: t.contiguous() for name, t in sorted(tensors.items())}, header))
+
+    def write(self, path: Path) -> None:
+        """Write the file atomically."""
+        artifacts.write_bytes(path, self.payload())
+
+
+def at_step(save: Path, step: int) -> Path:
+    """Where the state at a save lies."""
+    return save / FOLDER / f"iter_{step:07d}.safetensors"
+
+
+def read_state(path: Path) -> State:
+    """CheckpointError where there is no such file, or it is damaged."""
+    try:
+        return _state(storage.path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: the masks that were learned up to this save; restore it") from error
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _state(payload: bytes) -> State:
+    tensors = safetensors.torch.load(payload)
+    length = int.from_bytes(payload[:8], "little")
+    about = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["about"])
+    if about["version"] != VERSION:
+        raise ValueError(f"version {about['version']}")
+
+    def of(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    return State(
+        source=ModelShape(**about["source"]),
+        target=ModelShape(**about["target"]),
+        settings=about["settings"],
+        log_alpha=of("log_alpha."),
+        multipliers=of("multipliers."),
+        moments=of("moments."),
+        history=tensors["history"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """What a finished run has learned about the weights ``parent``; a plan reads it as it does statistics."""
+
+    state: State
+    parent: str  # fingerprint of the checkpoint that was trained under the masks
+    spent: Mapping[str, Any]  # tokens, flops, range, steps, and what else says which run it was
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.state.source
+
+    @property
+    def target(self) -> ModelShape:
+        return self.state.target
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return self.state.log_alpha
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the file."""
+        return hashlib.sha256(self.state.payload()).hexdigest()
+
+    def provenance(self) -> dict[str, Any]:
+        """What stands behind the masks, for plans and pruned checkpoints."""
+        return dict(self.spent)
+
+    def unsettled(self) -> list[sheared_llama.Unsettled]:
+        """Rows that say something else than their cut."""
+        kinds = sheared_llama.kinds(self.state.source, self.state.target)
+        return [row for kind in kinds for row in sheared_llama.unsettled(self.state.log_alpha[kind.name], kind)]
+
+    def write(self, path: Path) -> None:
+        """Write the file, and after it its JSON."""
+        payload = self.state.payload()
+        artifacts.write_bytes(path, payload)
+        history = self.state.history[-1].tolist() if len(self.state.history) else []
+        kinds = sheared_llama.kinds(self.state.source, self.state.target)
+        artifacts.write_json(
+            path.with_suffix(".json"),
+            {
+                "version": VERSION,
+                "sha256": hashlib.sha256(payload).hexdigest(),
+                "parent": self.parent,
+                "target": asdict(self.state.target),
+                "settings": dict(self.state.settings),
+                "last_step": {
+                    kind.name: dict(zip(("expected", "target", "lambda_1", "lambda_2"), row, strict=True))
+                    for kind, row in zip(kinds, history, strict=False)
+                },
+                "unsettled": [str(row) for row in self.unsettled()],
+                "spent": dict(self.spent),
+                "versions": artifacts.versions(),
+            },
+        )
+
+
+def read(path: str | Path) -> LearnedMasks:
+    """CheckpointError says what does not fit."""
+    where = storage.path(path)
+    meta = artifacts.read_json(where.with_suffix(".json"))
+    if not isinstance(meta, dict) or meta.get("version") != VERSION:
+        raise CheckpointError(f"{where.with_suffix('.json')} is not the JSON of learned masks of version {VERSION}")
+    state = read_state(where)
+    if hashlib.sha256(state.payload()).hexdigest() != meta.get("sha256"):
+        raise CheckpointError(f"{where} and its JSON do not belong together: learn-masks writes both")
+    return LearnedMasks(state, meta["parent"], meta["spent"])

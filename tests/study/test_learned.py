@@ -1,0 +1,92 @@
+"""A method that learns its masks by training, in a study: its samples, its commands, and what it is compared by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.errors import UsageError
+from megatron_prune.study import jobs, outlook, validate
+from megatron_prune.study.prunings import Places
+from tests.study import made_up
+
+SETTINGS = {"divisible-by": 8, "tolerance": 0.2, "mask-lr": 0.5, "lr": 3e-4, "global-batch-size": 4}
+METHOD = {"name": "sheared-llama", "tokens": 640, "settings": SETTINGS}
+
+
+def study(folder: Path, *others, **changes):
+    return made_up.study(made_up.corpora(folder), methods=[METHOD, *others], **changes)
+
+
+def commands_of(study, cell: str) -> list[list[str]]:
+    places = Places(Path("runs/made-up"))
+    cells = {cell.id: cell for cell in jobs.all_cells(study, places, outlook.look(study, places))}
+    return [stage.command.words for stage in cells[cell].stages]
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_masks_are_learned_after_the_longest_retraining(tmp_path: Path) -> None:
+    """The parent takes 0:160, budgets 160:240 and 160:320; masks the 40 samples that follow."""
+    made = study(tmp_path, budgets=[1280, 2560])
+    learn, plan, apply, evaluate = commands_of(made, "pruning-sheared-llama-r50-s1")
+    learned = "runs/made-up/cells/pruning-sheared-llama-r50-s1/learned"
+    assert learn[3] == "learn-masks" and value(learn, "--stream-range") == "320:360"
+    assert (value(learn, "--train-iters"), value(learn, "--global-batch-size")) == ("10", "4")
+    flags = [word for word in learn if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+    assert value(learn, "--save") == value(learn, "--load") == learned
+    assert (value(learn, "--lr"), value(learn, "--min-lr"), value(learn, "--mask-lr")) == ("0.0003", "3e-05", "0.5")
+    assert (value(learn, "--ratio"), value(learn, "--divisible-by")) == ("0.5", "8") and "--method" not in learn
+    assert value(plan, "--load") == value(apply, "--load") == learned and "--mask-lr" not in plan
+    assert value(plan, "--statistics") == f"{learned}/learned_masks.safetensors"
+    assert evaluate[3] == "evaluate"
+
+
+def test_scratch_has_what_masks_were_learned_on_too(tmp_path: Path) -> None:
+    made = study(tmp_path, {"name": "minitron-width", "settings": {"divisible-by": 8, "tolerance": 0.2}})
+    found = outlook.look(made, Places(Path("runs/made-up"))).grid(made)
+    samples = {(c.pruning.method.name, c.setting): c.scratch for c in found.comparisons}
+    cells = {cell.id: cell.samples for cell in found.cells}
+
+    def range_of(method: str, setting: str) -> tuple[int, int]:
+        return cells[samples[method, setting]].samples
+
+    assert range_of("minitron-width", "equal-training") == (160, 240)
+    assert range_of("sheared-llama", "equal-training") == (160, 280)
+    assert range_of("sheared-llama", "equal-total") == (0, 280)  # calibration, which it does not read, is not in it
+
+
+def test_the_stream_must_hold_what_masks_are_learned_on(tmp_path: Path) -> None:
+    made = made_up.study(made_up.corpora(tmp_path, train=5_000), methods=[METHOD], settings=["equal-flops"])
+    with pytest.raises(Exception, match="samples"):
+        validate.check_ranges(made, outlook.look(made, Places(Path("runs/made-up"))), outlook.stream_of(made))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (METHOD | {"tokens": 650}, "a multiple of the 128 of a global batch, got 650"),
+        ({"name": "sheared-llama", "settings": SETTINGS}, "got nothing"),
+        ({"name": "shortgpt", "tokens": 640}, "shortgpt learns no masks"),
+        (METHOD | {"settings": {"mask-lr": "fast"}}, "mask-lr"),
+        (METHOD | {"settings": SETTINGS | {"global-batch-size": 6}}, "a multiple of micro_batch_size .* got 6"),
+        (METHOD | {"settings": {"masks-lr": 1.0}}, "masks-lr"),
+    ],
+)
+def test_entries_that_cannot_be_meant_are_refused(tmp_path: Path, method: dict, says: str) -> None:
+    made = made_up.study(made_up.corpora(tmp_path), methods=[method])
+    with pytest.raises(UsageError, match=says):
+        outlook.look(made, Places(Path("runs/made-up")))
+
+
+def test_a_layout_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
+    method = METHOD | {"settings": {"divisible-by": 2, "tolerance": 0.2}}
+    launch = {"nproc": 4, "tensor_parallel": 4}
+    recipe = made_up.mapping({})["recipe"] | {"micro_batch_size": 8}
+    made = made_up.study(made_up.corpora(tmp_path), methods=[method], launch=launch, recipe=recipe, ratios=[0.55])
+    with pytest.raises(UsageError, match="a multiple of 4"):
+        outlook.look(made, Places(Path("runs/made-up")))
