@@ -112,7 +112,7 @@ def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Re
     return _pruning(places, chosen, asdict(made.target), seconds) | {
         "plan": made.hash,
         "made_of": source,
-        "statistics": made.statistics,
+        "statistics": None if chosen.method.tokens else made.statistics,  # masks are no calibration's
         "removed_linears": made.removed_linears,
         "removed_all": made.removed_all,
         "near_ties": len(made.near_ties),

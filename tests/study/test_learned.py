@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_prune.errors import UsageError
 from megatron_prune.study import jobs, outlook, validate
+from megatron_prune.study.analysis import results
 from megatron_prune.study.prunings import Places
-from tests.study import made_up
+from tests.study import made_up, test_end_to_end
 
 SETTINGS = {"divisible-by": 8, "tolerance": 0.2, "mask-lr": 0.5, "lr": 3e-4, "global-batch-size": 4}
 METHOD = {"name": "sheared-llama", "tokens": 640, "settings": SETTINGS}
@@ -90,3 +93,25 @@ def test_a_layout_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
     made = made_up.study(made_up.corpora(tmp_path), methods=[method], launch=launch, recipe=recipe, ratios=[0.55])
     with pytest.raises(UsageError, match="a multiple of 4"):
         outlook.look(made, Places(Path("runs/made-up")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_study_learns_masks_and_is_believed(tmp_path: Path) -> None:
+    """On the real engine: masks, plan, cut, retraining, scratch; both settings count what masks were learned on."""
+    content = made_up.mapping(
+        made_up.corpora(tmp_path, train=20_000),
+        parent={"pretrain": {"tokens": 5_120, "arguments": test_end_to_end.ARGUMENTS}},
+        methods=[METHOD | {"tokens": 1_280}],
+        budgets=[2_560],
+        launch={"threads": 1},
+    )
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    test_end_to_end.finish(tmp_path)
+    with contextlib.chdir(tmp_path):
+        found = results.collect(Places(Path("runs/made-up")))
+    assert not found.disbelieved and not found.left_out
+    lines = {item.comparison.setting: {line.field: line.pruned for line in item.match} for item in found.compared}
+    assert lines["equal-training"]["tokens"] == "3,840 = 2,560 retraining + 1,280 learning masks"
+    assert lines["equal-total"]["total tokens"] == "8,960 = 5,120 parent + 2,560 retraining + 1,280 pruning"
+    assert lines["equal-total"]["lineage"] == "trained on 5,120 → sheared-llama"
