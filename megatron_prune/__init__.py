@@ -1,9 +1,9 @@
-"""Prune Megatron checkpoints, train them on, and compare with training from scratch.
+"""Prune Megatron checkpoints, retrain them, and compare the result with training from scratch.
 
     import megatron_prune as mp
-    made = mp.prune(hf="HF_DIR", out="OUT", method="wanda", pattern="2:4")   # prints as what was made, where, figures
+    made = mp.prune(hf="HF_DIR", out="OUT", method="wanda", pattern="2:4")  # prints the path, the sizes and the perplexities
 
-The functions are those behind the verbs; a name is loaded when it is first used, so that the import costs nothing.
+These are the functions behind the verbs. Each name is loaded on first use, so the import itself is cheap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verbs: ``megatron-prune VERB …``, ``torchrun … -m megatron_prune VERB …``. This file dispatches, no more."""
+"""The verbs: ``megatron-prune VERB …``, ``torchrun … -m megatron_prune VERB …``. This file only dispatches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_prune import screen
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 from megatron_prune.settings import nearest
 
-# By what they are for; `main(argv) -> exit status` of a verb is in the file of cli/ that has its name.
+# Grouped by purpose. The file of the same name in cli/ defines each verb's `main(argv) -> exit code`.
 VERBS = {
     "pruning": {
         "prune": "calibrate, plan and apply, or sparsify, in one command",
         "calibrate": "gather statistics of a checkpoint on text",
-        "plan": "choose what stays, from statistics",
-        "apply": "cut a checkpoint as a plan says",
-        "sparsify": "zero weights, block after block, and write masks",
-        "retrain-candidates": "retrain the best candidates of a search, and score them again",
+        "plan": "choose what to keep, from statistics",
+        "apply": "cut a checkpoint according to a plan",
+        "sparsify": "zero weights block by block and write masks",
+        "retrain-candidates": "retrain the best candidates of a search and score them again",
     },
     "training and evaluation": {
         "pretrain": "Megatron's training loop, with an account",
@@ -28,28 +28,28 @@ VERBS = {
     },
     "studies": {
         "study": "run|plan|status|report a token-matched comparison",
-        "preflight": "will a command line run on a cluster of any size",
-        "advise": "prune or train from scratch, as far as measurements say",
-        "launch-files": "write what starts runs under Slurm, Kubernetes and Docker",
+        "preflight": "check whether a command line will run on a cluster of any size",
+        "advise": "prune or train from scratch: what measurements say",
+        "launch-files": "write the files that start runs under Slurm, Kubernetes and Docker",
     },
     "checkpoints": {
         "convert": "import from Hugging Face, export to it, or rewrite a checkpoint",
-        "inspect": "what a checkpoint holds",
-        "reshard-optimizer": "let a run go on at another TP or PP",
+        "inspect": "show what a checkpoint holds",
+        "reshard-optimizer": "let a run continue at another TP or PP",
     },
     "data": {
-        "build-corpus": "gather English text that is on this machine",
+        "build-corpus": "gather English text from this machine",
         "train-tokenizer": "train a SentencePiece tokenizer on text",
         "preprocess": "tokenize text into Megatron's .bin and .idx",
-        "check-contamination": "look for documents that corpora share",
-        "build-index": "build a token stream's caches beforehand",
+        "check-contamination": "find documents that corpora share",
+        "build-index": "build a token stream's index caches in advance",
     },
 }
 NAMES = [name for group in VERBS.values() for name in group]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; its exit status. What the user can fix is said without a traceback."""
+    """Run one verb and return its exit code. Errors that the user can fix are printed without a traceback."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(overview())
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except MegatronPruneError as error:
         if os.environ.get("RANK", "0") != "0":
-            # Rank 0 says the same; a launcher ends all ranks with the first that exits, so let it speak.
+            # Rank 0 prints the same error. The launcher kills all ranks once one exits, so wait for rank 0.
             time.sleep(3)
         print(f"megatron-prune {verb}: {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
@@ -84,7 +84,7 @@ def overview() -> str:
         lines += ["", f"{title}:", *(f"  {verb:<{width}}  {text}" for verb, text in group.items())]
     lines += [
         "",
-        "`megatron-prune VERB --help` lists the flags of one. Several processes: torchrun … -m megatron_prune VERB …",
+        "`megatron-prune VERB --help` lists a verb's flags. Several processes: torchrun … -m megatron_prune VERB …",
         "",
         "example:",
         "  megatron-prune convert import --hf HuggingFaceTB/SmolLM2-135M --save checkpoints/parent",

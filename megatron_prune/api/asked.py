@@ -1,4 +1,4 @@
-"""``prune --hf`` as it was asked: its settings, read as the verbs behind it will read them, before anything is run."""
+"""The settings of ``prune --hf``, read as the verbs behind it will read them, before anything runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_prune.sparse.request import SparsifyRequest
     from megatron_prune.structured.choice import Choice
 
-# What it shares with ``prune`` of a checkpoint: the method and how much is removed. Text it divides by itself.
+# What ``prune --hf`` shares with ``prune`` of a checkpoint. It splits its text itself.
 _SHARED = [
     flag.name
     for flag in verbs.PruneSettings.flags()
@@ -27,14 +27,14 @@ _SHARED = [
 
 @dataclass(frozen=True)
 class Asked:
-    """``settings`` of the command, ``own`` of its structured method."""
+    """``settings``: those of the command; ``own``: those of its structured method."""
 
     settings: verbs.PruneHFSettings
     own: Settings
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """From keywords. UsageError for one that there is not, or a value that cannot be."""
+        """Read keywords. UsageError for an unknown one or an invalid value."""
         common = {flag.name for flag in verbs.PruneHFSettings.flags()}
         settings = verbs.PruneHFSettings.read({name: value for name, value in values.items() if name in common})
         rest = {name: value for name, value in values.items() if name not in common and value is not None}
@@ -45,19 +45,19 @@ class Asked:
                 if name in {flag.name for flag in theirs.flags()}:
                     flag = f"--{name.replace('_', '-')}"
                     raise UsageError(flag, expected=f"only with --method {other}", got=f"with --method {method}")
-            verbs.PruneHFSettings.read({name: rest[name]})  # says which there are, and the nearest
+            verbs.PruneHFSettings.read({name: rest[name]})  # the error names the known ones and the nearest
         return cls(settings, options.STRUCTURED.get(method, options.NoOptions).read(rest))
 
     @property
     def pruning(self) -> dict[str, Any]:
-        """What was given of the method, how much it removes and its own flags, as JSON: this decides the result."""
+        """The method, its amount and its own flags as given, as JSON. They determine the result."""
         found = {name: getattr(self._verb, name) for name in _SHARED if self._verb.was_given(name)}
         found |= {flag.name: getattr(self.own, flag.name) for flag in self.own.flags() if self.own.was_given(flag.name)}
         found |= {} if self.settings.seed is None else {"seed": self.settings.seed}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     def check(self, shape: ModelShape) -> None:
-        """UsageError for a method or a target that a model of ``shape`` cannot have."""
+        """UsageError for a method or a target that does not fit a model of ``shape``."""
         from megatron_prune.sparse.request import SparsifyRequest
 
         chosen = self.choose()
@@ -67,7 +67,7 @@ class Asked:
             chosen.shapes(shape)
 
     def choose(self) -> Choice | SparsifyRequest:
-        """What is asked of the method."""
+        """The request to the structured or sparse method."""
         from megatron_prune.pruning.prune import choose
 
         layout = self.settings.tensor_model_parallel_size
@@ -82,6 +82,6 @@ class Asked:
 
     @property
     def _verb(self) -> verbs.PruneSettings:
-        """The settings of ``prune`` of a checkpoint among these."""
+        """The subset that ``prune`` of a checkpoint takes."""
         asked = self.settings
         return verbs.PruneSettings.read({name: getattr(asked, name) for name in _SHARED if asked.was_given(name)})

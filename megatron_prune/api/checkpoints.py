@@ -1,4 +1,4 @@
-"""Functions that need no model in memory: in from Hugging Face and out again, plan and apply."""
+"""Functions that need no model in memory: import, export, plan and apply."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def import_hf(
 ) -> Model:
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the Megatron checkpoint ``save``.
 
-    ``dtype`` (float32, bfloat16 or float16) casts every weight; by default each keeps its type. The vocabulary is
+    ``dtype`` (float32, bfloat16 or float16) casts every weight; by default each keeps its dtype. The vocabulary is
     padded to a multiple of ``make_vocab_size_divisible_by`` × ``tensor_model_parallel_size``. Weights are streamed:
     memory does not grow with the model. Raises CheckpointError for a model that cannot be represented.
     """
@@ -54,7 +54,7 @@ def import_hf(
 def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
     """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
 
-    Masks become ``masks.safetensors``; the tokenizer that was imported with the model goes along. Raises
+    Masks become ``masks.safetensors``; the imported tokenizer is copied too. Raises
     CheckpointError for a model that Hugging Face's Llama family cannot represent.
     """
     from megatron_prune.checkpoint.parallel import keep_freed_memory
@@ -79,12 +79,12 @@ def plan(
     seed: int | None = None,
     **settings: Any,
 ) -> Plan:
-    """Choose what survives of the checkpoint ``load``, from ``statistics`` that ``calibrate`` wrote for it, and write
-    it to ``output`` (``plan.json``).
+    """Choose which parts of the checkpoint ``load`` to keep, from the ``statistics`` that ``calibrate`` wrote for it.
 
-    ``ratio`` is the fraction to remove; other targets (``target_num_layers``, ``target_params``, …) and the method's
-    own flags are ``settings``, by name. Raises UsageError; PlanError where the model must score candidates first (they
-    are written next to ``output``; ``prune`` does it by itself).
+    Writes the plan to ``output`` (``plan.json``). ``ratio`` is the fraction to remove; other targets
+    (``target_num_layers``, ``target_params``, …) and the method's own flags are ``settings``, by name. Raises
+    UsageError; PlanError if candidates must be scored first (they are written next to ``output``; ``prune`` scores
+    them itself).
     """
     from megatron_prune.methods import options
     from megatron_prune.pruning.make_plan import Unscored, make_plan
@@ -104,9 +104,9 @@ def plan(
 
 
 def apply(load: Place, plan: Plan | Place, save: Place, *, workers: int = 1) -> Model:
-    """Cut the checkpoint ``load`` as ``plan`` says (an object, or its file) and write ``save``.
+    """Cut the checkpoint ``load`` according to ``plan`` (an object or a file) and write ``save``.
 
-    Masks next to the parent are cut along. Raises PlanError where the plan is for another parent.
+    Masks next to the parent are cut too. Raises PlanError if the plan is for another parent.
     """
     from megatron_prune.structured import plan as plans
     from megatron_prune.structured.apply import apply_plan

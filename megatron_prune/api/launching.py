@@ -1,8 +1,8 @@
-"""Run a verb that builds Megatron's model, from Python, and leave this process as it was.
+"""Run a verb that builds Megatron's model from Python, without changing this process.
 
-Megatron keeps its arguments, process groups and random states in globals that are set once per process. A function that
-runs a model therefore starts the verb as a job of its own (``engine/launch.py``: forked ranks on CPUs, torchrun on
-GPUs), waits, and reads back what the job wrote: it can be called again, in any order, from a notebook or a test. Inside
+Megatron keeps its arguments, process groups and random states in globals set once per process. A function that
+runs a model therefore starts the verb as a separate job (``engine/launch.py``: forked ranks on CPUs, torchrun on
+GPUs), waits, and reads the job's files. It can be called repeatedly, in any order, from a notebook or a test. Inside
 a distributed launch (``torchrun script.py``) every rank calls the function, and the verb runs in place.
 """
 
@@ -30,10 +30,10 @@ def run(
     devices: Sequence[int] | None = None,
     log: str | Path | None = None,
 ) -> None:
-    """Run the verb ``argv[0]`` with the words after it, in ``nproc`` processes on ``devices`` (of this machine's GPUs).
+    """Run the verb ``argv[0]`` with its arguments, in ``nproc`` processes on ``devices`` (GPUs of this machine).
 
-    What the ranks print goes to ``log`` (appended), or to a file that is removed when all went well. Raises
-    MegatronPruneError with what the verb said where it refused, RunError where it failed otherwise.
+    The ranks' output is appended to ``log``, or goes to a temporary file that is removed on success. Raises
+    MegatronPruneError with the verb's own message if the verb refused, RunError if it failed otherwise.
     """
     words = [str(word) for word in argv]
     from megatron_prune.engine.launch import launch
@@ -58,7 +58,7 @@ def is_launched() -> bool:
 
 
 def refuse_if_launched(what: str) -> None:
-    """UsageError in a rank, where ``what`` starts jobs of its own."""
+    """UsageError in a rank of a distributed launch, since ``what`` starts jobs itself."""
     if is_launched():
         raise UsageError(
             what, got=f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} of a distributed launch",
@@ -68,7 +68,7 @@ def refuse_if_launched(what: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Megatron's complaints about a process that is no rank and has no GPU are nobody's news."""
+    """Silence Megatron's warnings that this process is not a rank and has no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -97,7 +97,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _failure(verb: str, code: int, log: Path, begun: int) -> MegatronPruneError:
-    """What a job that failed said: the verb's own refusal, or where to look."""
+    """The error of a failed job: the verb's own message, or the end of the log."""
     with open(log, "rb") as handle:
         handle.seek(begun)
         text = handle.read().decode(errors="replace")
@@ -105,11 +105,11 @@ def _failure(verb: str, code: int, log: Path, begun: int) -> MegatronPruneError:
     if said:
         return (MegatronPruneError if code == EXIT_REFUSED else RunError)(said[-1]["text"])
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
-    return RunError(f"{verb} failed with exit code {code}: {last[:300]} (the whole of it is in {log})")
+    return RunError(f"{verb} failed with exit code {code}: {last[:300]} (the full log is {log})")
 
 
 def in_place(verb: Callable[[], object]) -> None:
-    """The verb in this rank; then Megatron's globals are taken down, so that another may follow."""
+    """Run the verb in this rank, then reset Megatron's globals so that another verb can run."""
     from megatron_prune.engine import cpu
 
     cpu.prepare()
@@ -120,7 +120,7 @@ def in_place(verb: Callable[[], object]) -> None:
 
 
 def _reset() -> None:
-    """Take down what Megatron keeps per process: process groups, arguments, counters."""
+    """Reset Megatron's state of this process: process groups, arguments, counters."""
     import torch.distributed
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator

@@ -1,4 +1,4 @@
-"""What the functions return: frozen, read back from the files that were written, and readable when printed."""
+"""What the functions return: frozen, read from the files that were written, with a readable ``repr``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Shown:
-    """An object that prints as a title and a line for each thing that there is to say."""
+    """An object that prints as a title and one line per property."""
 
     def _title(self) -> str:
         raise NotImplementedError
@@ -38,7 +38,7 @@ class Model(_Shown):
     path: Path
     kind: str  # "Megatron checkpoint" or "Hugging Face directory"
     shape: ModelShape
-    pruning: tuple[Mapping[str, Any], ...] = ()  # every pruning behind it, the oldest first
+    pruning: tuple[Mapping[str, Any], ...] = ()  # every pruning in its history, oldest first
 
     @classmethod
     def of_checkpoint(cls, path: str | Path) -> Self:
@@ -50,7 +50,7 @@ class Model(_Shown):
 
     @property
     def parameters(self) -> int:
-        """How many there are; pruned weights of a sparse model count."""
+        """Their number, including the pruned weights of a sparse model."""
         return self.shape.parameters()
 
     def _title(self) -> str:
@@ -81,7 +81,7 @@ class Calibration(_Shown):
     sequences: int
     seq_length: int
     loss: float  # of the parent, on the calibration text
-    candidates: int  # that have a score
+    candidates: int  # with a score
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -103,7 +103,7 @@ class Calibration(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Plan(_Shown):
-    """What survives of a parent; ``content`` says which layers, channels and heads. ``path`` is its plan.json."""
+    """What is kept of a parent: ``content`` lists layers, channels and heads. ``path`` is its plan.json."""
 
     path: Path
     content: PruningPlan
@@ -131,19 +131,19 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
+        """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     @classmethod
     def of(cls, scores: Mapping[str, Any]) -> Self:
-        """From a corpus of ``scores.json``."""
+        """Read a corpus of ``scores.json``."""
         plain = ("loss", "predictions", "windows", "seq_length")
         return cls(**{key: scores[key] for key in plain}, window_losses=tuple(scores["window_losses"]))
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(_Shown):
-    """What ``evaluate`` found, by corpus and by task; ``path`` holds it (``scores.json``), where it was to be kept."""
+    """Results of ``evaluate`` by corpus and task; ``path`` is their ``scores.json``, if it was kept."""
 
     path: Path | None
     checkpoint: Path
@@ -171,18 +171,18 @@ class Evaluation(_Shown):
 
     @property
     def loss(self) -> float:
-        """Of the only corpus. MegatronPruneError where there are several, or none."""
+        """Loss on the only corpus. MegatronPruneError if there are several or none."""
         return self._only.loss
 
     @property
     def perplexity(self) -> float:
-        """Of the only corpus. MegatronPruneError where there are several, or none."""
+        """Perplexity on the only corpus. MegatronPruneError if there are several or none."""
         return self._only.perplexity
 
     @property
     def _only(self) -> Loss:
         if len(self.corpora) != 1:
-            raise MegatronPruneError(f"expected one corpus, got {len(self.corpora)}: ask corpora['…'] for one of them")
+            raise MegatronPruneError(f"expected one corpus, got {len(self.corpora)}; choose one with corpora['…']")
         return next(iter(self.corpora.values()))
 
     def _title(self) -> str:
@@ -198,7 +198,7 @@ class Evaluation(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Pruned(_Shown):
-    """A Hugging Face directory that ``prune`` made of another one; ``megatron_prune.json`` in it holds all this."""
+    """A Hugging Face directory that ``prune`` made from another; its ``megatron_prune.json`` holds these fields."""
 
     path: Path
     source: str
@@ -211,8 +211,8 @@ class Pruned(_Shown):
     removed_linears: float
     removed_all: float
     retrained_tokens: int
-    work: Path | None = None  # where the checkpoints, corpora and logs are, if they were to be kept
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole of the file
+    work: Path | None = None  # checkpoints, corpora and logs, if kept
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole file
 
     def _title(self) -> str:
         return f"{self.path}: {self.source} pruned by {self.method}"

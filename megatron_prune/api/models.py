@@ -1,8 +1,8 @@
-"""Functions that run the model: calibrate, sparsify, evaluate, and the chain that makes a pruned checkpoint of another.
+"""Functions that run the model: calibrate, sparsify, evaluate, and the chain from a checkpoint to a pruned one.
 
 Each takes its verb's flags by name, with underscores. ``megatron`` are flags of Megatron's own in the same form
 (``{"bf16": True, "tensor_model_parallel_size": 2}``); the model itself comes from the checkpoint. ``nproc`` and
-``devices`` say where the job runs, ``log`` gets what its ranks print (see ``jobs.py``).
+``devices`` say where the job runs; ``log`` gets its output (see ``launching.py``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def calibrate(
     devices: Sequence[int] | None = None,
     log: Words | None = None,
 ) -> Calibration:
-    """Run the checkpoint ``load`` over calibration text and write statistics of its activations to ``output``
+    """Run the checkpoint ``load`` on calibration text and write statistics of its activations to ``output``
     (a ``.safetensors`` file), for every structured method and every ratio.
 
     ``calibration_data_path`` is the prefix of a tokenized corpus, of which ``calibration_sequences`` windows of
@@ -118,8 +118,8 @@ def prune_checkpoint(
     log: Words | None = None,
     **settings: Any,
 ) -> Model:
-    """Make a pruned checkpoint ``save`` of the checkpoint ``load``: calibrate, plan and apply in one load of the model,
-    or sparsify, as ``method`` needs.
+    """Prune the checkpoint ``load`` and write ``save``: calibrate, plan and apply with the model loaded once,
+    or sparsify, depending on ``method``.
 
     ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. Raises
     UsageError, DataError, CheckpointError and RunError.
@@ -160,10 +160,10 @@ def evaluate(
     log: Words | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Mean loss per token and perplexity of the checkpoint ``load`` on fixed windows of corpora; tasks of lm-eval.
+    """Mean loss per token and perplexity of the checkpoint ``load`` on fixed windows of corpora; lm-eval tasks.
 
-    ``data_path`` are prefixes of tokenized corpora; of each, the first ``windows`` windows of ``seq_length`` tokens are
-    scored (all by default). ``output`` keeps the scores as JSON. ``settings`` are the verb's other flags. Raises
+    ``data_path`` lists prefixes of tokenized corpora; the first ``windows`` windows of ``seq_length`` tokens of each
+    are scored (default: all). ``output`` keeps the scores as JSON. ``settings`` are the verb's other flags. Raises
     UsageError, DataError, CheckpointError and RunError.
     """
     prefixes = [data_path] if isinstance(data_path, str | Path) else list(data_path)
@@ -190,7 +190,7 @@ def evaluate(
 
 
 def _megatron(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> list[str]:
-    """The words of a command line that Megatron's parser reads."""
+    """The command-line words for Megatron's parser."""
     return [*launching.flags(own), *launching.flags(more or {})]
 
 

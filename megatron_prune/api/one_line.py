@@ -1,19 +1,18 @@
-"""From a Hugging Face directory to a pruned one: import, divide text, evaluate, prune, train on, evaluate, export.
+"""From a Hugging Face directory to a pruned one: import, split text, evaluate, prune, retrain, evaluate, export.
 
-Every stage is one of the verbs and leaves its artifact in a work folder next to the result, whole or not at all:
+Every stage is a verb and writes its artifact atomically to a work folder next to the result:
 
-    OUT.work/question.json           what was asked; another question is refused
+    OUT.work/question.json           the settings; a run with other settings is refused
     OUT.work/parent/                 the imported checkpoint
     OUT.work/text/                   calibration, held-out (and training) text, tokenized (data/split.py)
     OUT.work/before.json             loss of the parent on the held-out text
     OUT.work/pruned/                 the pruned checkpoint
-    OUT.work/retrained/              the same, trained on
-    OUT.work/after.json              loss of what will be exported
+    OUT.work/retrained/              the pruned checkpoint after training
+    OUT.work/after.json              loss of the checkpoint that will be exported
     OUT.work/logs/                   what each verb printed
     OUT/                             the Hugging Face directory, with megatron_prune.json; written last
 
-A run that is killed goes on after the last stage that is finished. The work folder goes when OUT is there, unless it is
-to be kept.
+A killed run resumes after the last finished stage. The work folder is removed once OUT exists, unless it is to be kept.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ if TYPE_CHECKING:
 
 RECORD = "megatron_prune.json"
 QUESTION = "question.json"
-LONGEST_GPU, LONGEST_CPU = 2048, 512  # tokens per sequence, where the model takes more
-WINDOWS = 64  # of held-out text, or as many as there are
+LONGEST_GPU, LONGEST_CPU = 2048, 512  # tokens per sequence, if the model takes more
+WINDOWS = 64  # of held-out text at most
 PRECISION = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The Hugging Face directory as it is."""
+    """The Hugging Face directory to prune."""
 
     folder: Path
     shape: ModelShape
@@ -62,10 +61,8 @@ During = Callable[[str], contextlib.AbstractContextManager[object]]
 
 
 def run(asked: Asked, tell: Callable[[str], None], during: During = contextlib.nullcontext) -> Pruned:
-    """Make OUT; at once where it is there already. ``tell`` is given a line for every stage that has ended, and every
-    stage runs inside ``during(its name)``.
-
-    Raises MegatronPruneError before anything is written where the question cannot be answered.
+    """Make OUT, or return it if it is finished. ``tell`` gets a line when a stage ends; every stage runs inside
+    ``during(its name)``. Raises MegatronPruneError before anything is written if the settings cannot work.
     """
     launching.refuse_if_launched("--hf")
     run = _Run(asked, tell, during)
@@ -85,7 +82,7 @@ class _Run:
         self.texts = self._texts()
         self.question = self._question()
 
-    # -- what is asked ---------------------------------------------------------------------------
+    # -- settings ---------------------------------------------------------------------------------
 
     def _check(self) -> None:
         asked = self.asked
@@ -139,12 +136,12 @@ class _Run:
             "dtype": asked.dtype,
             "layout": [asked.tensor_model_parallel_size, asked.pipeline_model_parallel_size],
         }
-        return json.loads(json.dumps(question))  # type: ignore[no-any-return]  # as it is read back
+        return json.loads(json.dumps(question))  # type: ignore[no-any-return]  # as it reads back from the file
 
-    # -- the whole -------------------------------------------------------------------------------
+    # -- all stages -------------------------------------------------------------------------------
 
     def finished(self) -> Pruned | None:
-        """The result, where OUT is the answer to this question. UsageError where OUT is something else."""
+        """The result, if OUT was made with these settings. UsageError if OUT is something else."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return None
         record = artifacts.read_json(self.out / RECORD) if (self.out / RECORD).is_file() else None
@@ -172,7 +169,7 @@ class _Run:
         try:
             text = self._text(parent)
         except DataError:
-            self._clean(always=True)  # the next command will ask for other text, or for less of it
+            self._clean(always=True)  # the next command will name other text, or less of it
             raise
         before = self._evaluate("before", parent, text)
         pruned = self._stage("prune", work / "pruned", lambda: self._prune(parent))
@@ -184,7 +181,7 @@ class _Run:
         return self._result(record)
 
     def _stage(self, name: str, made: Path, make: Callable[[], object]) -> Path:
-        """Run a stage unless what it makes is there: everything in the work folder is whole or absent."""
+        """Run a stage unless its result exists: everything in the work folder is complete or absent."""
         if made.exists():
             self.tell(f"{name:<11} {made}: from before")
             return made
@@ -209,7 +206,7 @@ class _Run:
         )
 
     def _text(self, parent: Path) -> dict[str, Any]:
-        """Divide and tokenize the text; DataError where it is too little, with what to give."""
+        """Split and tokenize the text; DataError if there is too little, with what to change."""
         from megatron_prune.checkpoint.layout import vocabulary
         from megatron_prune.checkpoint.reader import open_checkpoint
         from megatron_prune.data.tokenizers import check_fits_checkpoint, load_tokenizer
@@ -278,7 +275,7 @@ class _Run:
         )
 
     def _retrain(self, pruned: Path) -> Path:
-        """Train the pruned checkpoint on, its zeros held. A run that was killed goes on from its last save."""
+        """Retrain the pruned checkpoint with its zeros held. A killed run resumes from its last save."""
         from megatron_prune.training.account import is_complete
 
         asked, save = self.asked, self.work / "retrained"
@@ -325,11 +322,11 @@ class _Run:
             "log": self.work / "logs" / f"{name}.txt",
         }
 
-    # -- around it -------------------------------------------------------------------------------
+    # -- work folder and record -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _own(self) -> Iterator[None]:
-        """The work folder, held by one process; UsageError where it is another question's, or another process's."""
+        """Lock the work folder; UsageError if it has other settings or another process holds it."""
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self.work / "lock", "w") as handle:
             try:
@@ -351,13 +348,13 @@ class _Run:
             yield
 
     def _check_space(self) -> None:
-        """Parent, pruned and exported model; and where it trains, two saves with optimizer (16 bytes per weight)."""
+        """Space for parent, pruned and exported model, and for training two saves with optimizer (16 bytes per weight)."""
         trained = 2 * 16 * self.source.shape.parameters() if self.steps else 0
         held = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         artifacts.check_space(self.out, max(3 * self.source.nbytes + trained - held, 0))
 
     def _record(self, parent: Path, pruned: Path, before: Loss, after: Loss, text: Mapping[str, Any]) -> dict[str, Any]:
-        """What is kept in OUT of all this."""
+        """The record that OUT keeps (``megatron_prune.json``)."""
         from megatron_prune.checkpoint.reader import open_checkpoint
 
         made, model = Model.of_checkpoint(pruned), open_checkpoint(parent)
@@ -433,7 +430,7 @@ def _on_cpu() -> bool:
 
 
 def _read_source(asked: verbs.PruneHFSettings) -> _Source:
-    """Look at the model without its weights. CheckpointError where there is none, or it is of no family known here."""
+    """Read the model without its weights. CheckpointError if there is none or its family is not supported."""
     from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.convert import huggingface, safetensors_io
     from megatron_prune.convert.config import args_from_config
@@ -444,7 +441,9 @@ def _read_source(asked: verbs.PruneHFSettings) -> _Source:
     tensors = safetensors_io.Tensors(folder)
     dtype = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
     if (asked.dtype or dtype) not in PRECISION:
-        raise CheckpointError(f"{folder} holds {dtype} weights, supported are {', '.join(PRECISION)}: give --dtype")
+        raise CheckpointError(
+            f"{folder} holds {dtype} weights, expected {', '.join(PRECISION)}: convert them with --dtype"
+        )
     return _Source(
         folder,
         ModelShape.from_args(args),
@@ -456,7 +455,7 @@ def _read_source(asked: verbs.PruneHFSettings) -> _Source:
 
 
 def _identity(folder: Path) -> str:
-    """What tells a model's files from others: config and tokenizer whole, of weights the header and 64 places."""
+    """A hash that identifies a model's files: all of config and tokenizer; of weights the header and 64 samples."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -472,7 +471,7 @@ def _identity(folder: Path) -> str:
 
 
 def _difference(held: Any, wanted: Mapping[str, Any]) -> str:
-    """In which respect a folder is of another question: ``another pruning (seq_length 64, now 128)``."""
+    """How a folder's settings differ from these: ``another pruning (seq_length 64, now 128)``."""
     if not isinstance(held, dict):
         return "no question of this kind"
     for name, value in wanted.items():

@@ -59,17 +59,17 @@ def prune(
 
 
 def prune(*, method: str, **given: Any) -> Pruned | Model:
-    """Make a pruned model: of the Hugging Face model ``hf`` the directory ``out``, or of the checkpoint ``load`` the
-    checkpoint ``save``.
+    """Make a pruned model: the directory ``out`` from the Hugging Face model ``hf``, or the checkpoint ``save`` from
+    the checkpoint ``load``.
 
-    How much is removed (``ratio``, ``pattern``, ``target_num_layers``, …) and the method's own flags are given by name,
-    as on the command line with underscores.
+    The amount (``ratio``, ``pattern``, ``target_num_layers``, …) and the method's own flags are keywords, named as on
+    the command line, with underscores.
 
     With ``hf`` (a directory, or a name on the Hub) the model is imported, calibrated on ``text`` (files of JSON lines,
-    Parquet or plain text; or ``dataset``, a name on the Hub; or else on text of this machine), pruned, trained on
-    ``retrain_tokens`` more tokens if they are given, and exported; its perplexity on held-out documents of the same
-    text is measured before and after. ``tell`` is given a line per stage, and each stage runs inside
-    ``during(its name)``. A call that was killed goes on where it was.
+    Parquet or plain text; or ``dataset``, a name on the Hub; by default text of this machine), pruned, trained on
+    ``retrain_tokens`` tokens if given, and exported. Its perplexity on held-out documents of the same text is measured
+    before and after. ``tell`` gets one line per stage; each stage runs inside ``during(its name)``. A killed call
+    resumes where it was.
 
     Raises MegatronPruneError: UsageError, DataError, CheckpointError and RunError.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(_Shown):
-    """What a study of one parent came to: its report and what that concludes; ``rows`` is its table of results."""
+    """The result of a study of one parent: its report and conclusions; ``rows`` is the table of results."""
 
     name: str
     report: Path
@@ -36,22 +36,22 @@ class StudyResult(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Study(_Shown):
-    """A comparison, as its ``study.yaml`` says it: one study per parent, as a rule one."""
+    """A comparison described by a ``study.yaml``: one study per parent, usually one."""
 
     path: Path
     studies: tuple[schema.StudyConfig, ...]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a ``study.yaml``. UsageError names the key that is wrong."""
+        """Read a ``study.yaml``. UsageError names the invalid key."""
         from megatron_prune.study import schema
 
         return cls(Path(path), tuple(schema.load_all(path)))
 
     def run(self, runs_dir: str | Path = "runs") -> StudyResult | tuple[StudyResult, ...]:
-        """Run every cell that is not finished and write the report; a tuple where there are several parents.
+        """Run every unfinished cell and write the report; returns a tuple if there are several parents.
 
-        Raises RunError where cells failed.
+        Raises RunError if cells failed.
         """
         results = tuple(_run(study, Path(runs_dir)) for study in self.studies)
         return results[0] if len(results) == 1 else results
@@ -76,7 +76,7 @@ def _run(study: schema.StudyConfig, runs_dir: Path) -> StudyResult:
 
 
 def run_cells(study: schema.StudyConfig, places: Places) -> None:
-    """Run every cell that is not finished, on this machine or through Slurm. RunError where cells failed."""
+    """Run every unfinished cell, on this machine or through Slurm. RunError if cells failed."""
     from megatron_prune.study.run import scheduler
     from megatron_prune.study.run.local import Local
     from megatron_prune.study.run.slurm import Queue
@@ -88,9 +88,9 @@ def run_cells(study: schema.StudyConfig, places: Places) -> None:
 
 
 def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Path]:
-    """The results of the cells that are finished, and the page that shows them. UsageError for a study that never ran.
+    """The results of the finished cells and the page that shows them. UsageError for a study that never ran.
 
-    AccountError where two runs that should match do not.
+    AccountError if two runs that should match do not.
     """
     from megatron_prune.study.analysis import results
     from megatron_prune.study.report import page

@@ -1,4 +1,4 @@
-"""``megatron-prune advise``: prune or train from scratch, as far as a ledger of measured comparisons can say."""
+"""``megatron-prune advise``: prune or train from scratch, according to a ledger of measured comparisons."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Print the advice; with ``--json`` write it too. An answer of "don't know" is one, and no error."""
+    """Print the advice; ``--json`` writes it too. "Don't know" is an answer, not an error."""
     options = verbs.AdviseSettings.of(parser().read(argv)[0])
     from megatron_prune import artifacts
     from megatron_prune.study.advise import answer, ledgers, question
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def to_json(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> dict[str, Any]:
-    """The advice with its question and where it comes from."""
+    """The advice with its question and its source."""
     return {
         "version": 1,
         "target": asked.to_json(),
@@ -59,7 +59,7 @@ def to_json(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> dict[
 
 
 def words(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> list[str]:
-    """Lines for people: the answer first, then what it rests on and what would settle what is open."""
+    """Text lines: the answer, then the evidence, then the measurements that would settle open questions."""
     from megatron_prune.study.grid import setting_words
 
     lines = [_headline(advice)]
@@ -99,7 +99,7 @@ def _numbers(advice: Advice) -> str:
 
 
 def _how(advice: Advice, gap: Difference) -> str:
-    """What the confidence and the interval are corrected for."""
+    """The corrections in the confidence and the interval."""
     from megatron_prune.study.advise.best import LOOKS
 
     picked = f", for picking the best of {advice.picked_from} arms" * ((advice.picked_from or 1) > 1)

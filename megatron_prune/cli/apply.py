@@ -1,4 +1,4 @@
-"""``megatron-prune apply``: a plan and its parent in, a smaller checkpoint out."""
+"""``megatron-prune apply``: cut a parent checkpoint according to a plan."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_prune.cli.parser import Parser
 def parser() -> Parser:
     return Parser(
         "apply",
-        "Cuts a checkpoint as a plan says, and writes the smaller one. Weights are streamed, so memory stays small "
-        "whatever the model's size; masks next to the parent are cut along.",
+        "Cuts a checkpoint according to a plan and writes the smaller one. Weights are streamed, so memory stays small "
+        "whatever the model's size; masks next to the parent are cut too.",
         verbs.ApplySettings,
         example="megatron-prune apply --load checkpoints/parent --plan plan.json --save checkpoints/pruned",
     )

@@ -1,4 +1,4 @@
-"""``megatron-prune build-corpus``: gather English text that is on this machine into JSON lines."""
+"""``megatron-prune build-corpus``: gather English text from this machine into JSON lines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_prune.errors import UsageError
 def parser() -> Parser:
     return Parser(
         "build-corpus",
-        "Gathers English text that is on this machine (documentation, licences, manuals) into JSON lines, split into "
-        "training, calibration, validation and test. For trying things out; documents are never in two splits.",
+        "Gathers English text from this machine (documentation, licences, manuals) into JSON lines, split into "
+        "training, calibration, validation and test, with no document in two splits. Meant for trying things out.",
         verbs.BuildCorpusSettings,
         example="megatron-prune build-corpus --output data/text --max-bytes 10000000",
     )

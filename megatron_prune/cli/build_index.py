@@ -15,7 +15,7 @@ def parser() -> Parser:
     return Parser(
         "build-index",
         "Builds a token stream's index caches on one machine, and counts unique tokens. At the start of a run rank 0 "
-        "would build them while everybody waits, for ten minutes at most, which is too short for hundreds of billions "
+        "would build them while all ranks wait, for ten minutes at most, which is too short for hundreds of billions "
         "of tokens.",
         verbs.BuildIndexSettings,
         example="megatron-prune build-index --data-path data/train --seq-length 2048 --stream-range 0:256000",

@@ -1,4 +1,4 @@
-"""``torchrun … -m megatron_prune calibrate``: one forward pass over calibration text, statistics out."""
+"""``torchrun … -m megatron_prune calibrate``: statistics from one forward pass over calibration text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``megatron-prune check-contamination``: look for documents that the corpora of different stages share."""
+"""``megatron-prune check-contamination``: find documents that the corpora of different stages share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ STAGES = ("train", "calibration", "validation", "test")
 def parser() -> Parser:
     return Parser(
         "check-contamination",
-        "Looks for documents, equal or nearly so, that the corpora of different stages share, and exits with code 2 "
-        "where two stages share more than allowed. Corpora are given by their prefixes, all of one tokenizer.",
+        "Finds documents, equal or nearly so, that the corpora of different stages share, and exits with code 2 "
+        "if two stages share more than allowed. Corpora are given by their prefixes, all with one tokenizer.",
         verbs.CheckContaminationSettings,
         example="megatron-prune check-contamination --train data/train --test data/test --json shared.json",
     )

@@ -1,7 +1,7 @@
-"""``megatron-prune convert import|export|rewrite``: checkpoints in another form.
+"""``megatron-prune convert import|export|rewrite``: convert checkpoints between formats.
 
-Masks go along: CKPT/masks is HF_DIR/masks.safetensors (``convert/masks.py``). Legacy per-rank files are
-written by Megatron itself: pretrain … --ckpt-convert-format torch --ckpt-convert-save DIR, at the layout they are for.
+Masks are converted too: CKPT/masks is HF_DIR/masks.safetensors (``convert/masks.py``). Megatron itself writes legacy
+per-rank files: pretrain … --ckpt-convert-format torch --ckpt-convert-save DIR, at their intended layout.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from megatron_prune.cli.parser import Parser, Verbs
 PARTS = {
     "import": "Hugging Face → Megatron",
     "export": "Megatron → Hugging Face",
-    "rewrite": "any Megatron checkpoint, legacy per-rank files too → torch_dist, its weights alone",
+    "rewrite": "any Megatron checkpoint, legacy per-rank files too → torch_dist, weights only",
 }
 
 
 def group() -> Verbs:
-    return Verbs("convert", "Writes a checkpoint in another form. Weights are streamed, and masks go along.", PARTS)
+    return Verbs(
+        "convert", "Converts a checkpoint to another format. Weights are streamed, and masks are converted too.", PARTS
+    )
 
 
 def parser(part: str) -> Parser:
@@ -25,8 +27,8 @@ def parser(part: str) -> Parser:
     if part == "import":
         return Parser(
             "convert import",
-            "Writes a Hugging Face model of the Llama family as a Megatron checkpoint, which loads at every layout. "
-            "The tokenizer and the model's config go along.",
+            "Writes a Hugging Face model of the Llama family as a Megatron checkpoint, which loads at any layout. "
+            "The tokenizer and the model's config are copied.",
             verbs.ImportSettings,
             example="megatron-prune convert import --hf HuggingFaceTB/SmolLM2-135M --save checkpoints/parent",
         )
@@ -39,8 +41,8 @@ def parser(part: str) -> Parser:
         )
     return Parser(
         "convert rewrite",
-        "Writes the weights of any Megatron checkpoint, legacy per-rank files too, as one that loads at every layout. "
-        "Optimizer state stays behind.",
+        "Writes the weights of any Megatron checkpoint, legacy per-rank files too, as one that loads at any layout. "
+        "Optimizer state is left out.",
         verbs.RewriteSettings,
         example="megatron-prune convert rewrite --load legacy --save checkpoints/parent",
     )

@@ -12,13 +12,13 @@ def parser() -> Parser:
     return Parser(
         "evaluate",
         "Scores a checkpoint on fixed windows of tokenized corpora, the same for every checkpoint and layout, and "
-        "writes losses and perplexities. With --tasks it runs lm-eval's tasks in the same load of the model.",
+        "writes losses and perplexities. With --tasks it also runs lm-eval tasks, with the model loaded once.",
         verbs.EvaluateSettings,
         mentioned=(
             mentions.LOAD,
             (mentions.MODEL, "--data-path", "PREFIX …", "tokenized corpora, without .bin"),
             (mentions.MODEL, "--seq-length", "S", "tokens per window"),
-            (mentions.MODEL, "--micro-batch-size", "B", "windows that are run together (default: 1)"),
+            (mentions.MODEL, "--micro-batch-size", "B", "windows per batch (default: 1)"),
             *mentions.TOKENIZER, *mentions.LAYOUT, mentions.FP8,
         ),
         example="""

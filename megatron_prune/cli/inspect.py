@@ -12,8 +12,8 @@ from megatron_prune.cli.parser import Parser
 def parser() -> Parser:
     return Parser(
         "inspect",
-        "Shows what a Megatron checkpoint holds: shape, weights, masks, where it comes from. Reads the index alone, "
-        "unless it is asked for zeros or hashes.",
+        "Shows what a Megatron checkpoint holds: shape, weights, masks and origin. Reads only the index, "
+        "unless zeros or hashes are requested.",
         verbs.InspectSettings,
         example="megatron-prune inspect checkpoints/parent",
     )

@@ -1,4 +1,4 @@
-"""``megatron-prune launch-files DIR``: what starts runs on clusters, to read and to change."""
+"""``megatron-prune launch-files DIR``: scripts that start runs on clusters, to read and adapt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parser() -> Parser:
     return Parser(
         "launch-files",
         "Writes the scripts and files that start runs on clusters (Slurm, Kubernetes, torchrun on every node, Docker), "
-        "to read and to change. Studies write their own Slurm scripts and need none of them.",
+        "to read and adapt. Studies write their own Slurm scripts and need none of these.",
         verbs.LaunchFilesSettings,
         example="megatron-prune launch-files launch",
     )

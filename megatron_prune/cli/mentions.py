@@ -1,4 +1,4 @@
-"""Flags of Megatron that our users need, for the help of verbs that take Megatron's: (title, flag, metavar, text)."""
+"""Megatron flags named in the help of verbs that take Megatron's flags: (title, flag, metavar, text)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from megatron_prune import verbs
 Mention = tuple[str, str, str | None, str]
 MODEL = verbs.ModelSettings.TITLE
 
-LOAD: Mention = (MODEL, "--load", "CKPT", "the checkpoint to read; its iter_… folder means that step")
+LOAD: Mention = (MODEL, "--load", "CKPT", "the checkpoint to read; an iter_… folder selects that step")
 SAVE: Mention = (MODEL, "--save", "CKPT", "where the pruned checkpoint goes")
 TOKENIZER: tuple[Mention, ...] = (
     (MODEL, "--tokenizer-type", "TYPE", ", ".join(verbs.TOKENIZERS)),
-    (MODEL, "--tokenizer-model", "PATH", "its files, where the checkpoint brings none"),
+    (MODEL, "--tokenizer-model", "PATH", "its files, if the checkpoint has none"),
 )
 LAYOUT: tuple[Mention, ...] = (
     (MODEL, "--tensor-model-parallel-size", "TP", "ranks that share each layer (default: 1)"),
@@ -23,4 +23,4 @@ SHAPE_FROM, FP8 = (
     for flag in verbs.ModelSettings.flags()
     if flag.name != "fp32"
 )
-SEED: Mention = (MODEL, "--seed", "N", "of random windows, and of the method random (default: 1234)")
+SEED: Mention = (MODEL, "--seed", "N", "seed of random windows and of the method random (default: 1234)")

@@ -1,8 +1,8 @@
 """The parser of a verb: help that fits a screen, and refusals in one line.
 
-A verb that runs Megatron's model takes two kinds of flags: its own, which are the fields of its settings
-(``verbs.py``), and Megatron's. Its own are read here, before Megatron is imported; the words that are left over go to
-Megatron's parser. Flags of Megatron that a user of the verb needs are ``mentioned`` in the help, and only there.
+A verb that runs Megatron's model takes two kinds of flags: its own, which are the fields of its settings (``verbs/``),
+and Megatron's. Its own are read here, before Megatron is imported; the remaining words go to Megatron's parser. The
+Megatron flags that users of a verb need are ``mentioned``, which only affects the help.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _HELP = ("-h", "--help")
 class Parser(argparse.ArgumentParser):
     """``Parser("apply", "Cuts a checkpoint as a plan says.", verbs.Apply, example="--load …")``
 
-    ``example`` is a command line that runs, without the program and the verb; ``several`` processes run it under
-    torchrun. ``mentioned`` are (title, flag, metavar, text) of Megatron's flags; a verb that has some takes Megatron's
-    others too. ``methods`` explains ``--method``. ``after`` is a usage line's end for words that are not flags.
+    ``example`` is a working command line without the program and the verb; with ``several`` it runs under torchrun.
+    ``mentioned`` lists (title, flag, metavar, text) of Megatron flags; a verb that has any takes all of Megatron's
+    flags. ``methods`` explains ``--method``. ``after`` ends the usage line, for words that are not flags.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
             self._mentions.setdefault(title, []).append(made)
 
     def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The verb's own flags that were written, and the words left for Megatron. Prints help and exits if asked."""
+        """The verb's own flags as given, and the words left for Megatron. Prints help and exits on ``--help``."""
         words = list(argv)
         if any(word in _HELP for word in words):
             print(self.format_help())
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         raise CommandLineError(f"{message}{end} `{self.prog} --help` lists the flags")
 
     def error(self, message: str) -> NoReturn:
-        """argparse's own refusals, in one line, as every other."""
+        """Reports argparse's own errors in one line, like all others."""
         self.refuse(message)
 
     def format_help(self) -> str:
@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """argparse's, which shows several words as ``AXIS …`` and not as ``AXIS [AXIS ...]``."""
+    """argparse's formatter, but a list is ``AXIS …`` instead of ``AXIS [AXIS ...]``."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.nargs == "+":
@@ -113,20 +113,20 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def start_engine() -> None:
-    """Tell torch about the machine, before anything imports Megatron."""
+    """Set torch up for this machine, before anything imports Megatron."""
     from megatron_prune.engine import cpu
 
     cpu.prepare()
 
 
 class Verbs:
-    """A verb that is several: ``study run``, ``convert import``."""
+    """A verb with subcommands: ``study run``, ``convert import``."""
 
     def __init__(self, verb: str, about: str, parts: dict[str, str]):
         self.verb, self.about, self.parts = verb, about, parts
 
     def read(self, argv: Sequence[str]) -> tuple[str, list[str]]:
-        """Which of them, and the words after it. Prints help and exits if asked."""
+        """The subcommand and the words after it. Prints help and exits on ``--help``."""
         prog = f"{PROGRAM} {self.verb}"
         if not argv or argv[0] in _HELP:
             print(self.format_help())
@@ -143,11 +143,11 @@ class Verbs:
         prog, width = f"{PROGRAM} {self.verb}", max(map(len, self.parts))
         lines = [f"usage: {prog} {'|'.join(self.parts)} …", "", self.about, ""]
         lines += [f"  {name:<{width}}  {text}" for name, text in self.parts.items()]
-        return "\n".join([*lines, "", f"`{prog} {next(iter(self.parts))} --help` lists the flags of one."])
+        return "\n".join([*lines, "", f"`{prog} {next(iter(self.parts))} --help` lists its flags."])
 
 
 def _help_megatron() -> NoReturn:
-    """Megatron's parser, as it describes itself: thousands of lines."""
+    """Print the help of Megatron's own parser: thousands of lines."""
     start_engine()
     from megatron_prune.engine import arguments
 

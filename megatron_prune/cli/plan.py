@@ -1,11 +1,9 @@
-"""``megatron-prune plan``: statistics and a target in, ``plan.json`` and a table out.
+"""``megatron-prune plan``: make ``plan.json`` and a table from statistics and a target.
 
-Where the model must decide between candidates (minitron-depth, minitron-width --search or
---target-shapes), those that the statistics have no score for are written to candidates.json, next to
-the plan that is not written yet, and the exit code is 3. `calibrate --score candidates.json
---statistics FILE` adds their scores to the statistics; then the same plan command chooses. With
---retrain-candidates it exits with code 3 once more: `retrain-candidates` retrains the best of them and adds their
-losses after that.
+If the model must decide between candidates (minitron-depth, minitron-width --search or --target-shapes), those without
+a score in the statistics are written to candidates.json next to the future plan, and the exit code is 3. `calibrate
+--score candidates.json --statistics FILE` adds their scores; then the same plan command chooses. With
+--retrain-candidates it exits with code 3 once more: `retrain-candidates` retrains the best ones and adds their losses.
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ LINES = 20  # of masks that have not settled
 def parser() -> Parser:
     return Parser(
         "plan",
-        "Chooses what stays of a checkpoint, from statistics and a target, and writes that as a plan; needs no model "
-        "and no GPU. Where the model must decide between candidates it writes those, exits with code 3, and prints "
-        "the command to run before it is asked again.",
+        "Chooses what to keep of a checkpoint, from statistics and a target, and writes a plan; needs no model "
+        "and no GPU. If the model must decide between candidates, it writes those, exits with code 3, and prints "
+        "the command to run before planning again.",
         verbs.PlanSettings,
         *methods.STRUCTURED.values(),
         methods=structured.NAMES,

@@ -1,4 +1,4 @@
-"""A plan as a table for people: shapes, parameters and FLOPs before and after, candidates, near-ties."""
+"""A plan as a printed table: shapes, parameters and FLOPs before and after, candidates, near-ties."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def show(made: PruningPlan, console: Console | None = None) -> None:
 
 
 def _show_candidates(made: PruningPlan, console: Console) -> None:
-    """The candidates, the best first: by what decided, then by the loss. Those without a finite loss are last."""
+    """The candidates, best first: by the deciding metric, then by loss. Those without a finite loss are last."""
     method = methods.get(made.method)
     search, task = method.search(made.settings), method.task(made.settings)
-    # The shapes beyond the limit were never looked at, which a reader should know.
+    # Tell the reader that shapes beyond the limit were not considered.
     full = search is not None and not search.shapes and len(made.candidates) == search.max_candidates
     limit = " (as many as --max-candidates allows)" if full else ""
     spent = made.calibration or {}

@@ -1,9 +1,8 @@
-"""``megatron-prune preflight --gpus 1024 pretrain …``: will it run there, and what will it take?
+"""``megatron-prune preflight --gpus 1024 pretrain …``: will it run there, and what will it need?
 
-Takes the command line of ``pretrain``, ``calibrate``, ``sparsify`` or ``evaluate``, written as it will be (a
-``torchrun … -m megatron_prune`` before it is skipped). Corpora and checkpoints are looked at where they are on this
-machine; what is not here is reported as not checked. Exit codes: 0 it will run, 1 it will not, 3 look first, 2
-preflight itself was asked something wrong.
+Takes the exact command line of ``pretrain``, ``calibrate``, ``sparsify`` or ``evaluate`` (a leading ``torchrun … -m
+megatron_prune`` is skipped). Corpora and checkpoints on this machine are checked; missing ones are reported as not
+checked. Exit codes: 0 it will run, 1 it will not, 3 look first, 2 wrong use of preflight itself.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.errors import UsageError
 
 VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
-EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a refusal's (errors.py)
+EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a usage error (errors.py)
 _SUMMARIES = {
     "yes": "it will run",
-    "look": "it may run or not: look first",
+    "look": "it may or may not run: look first",
     "no": "it will not run",
 }
 _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
@@ -32,7 +31,7 @@ _STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 def parser() -> Parser:
     return Parser(
         "preflight",
-        f"Says whether a command line of {', '.join(VERBS)} will run on a cluster of any size, and what it takes, in "
+        f"Says whether a command line of {', '.join(VERBS)} will run on a cluster of any size, and what it needs, in "
         "seconds and without the cluster. Exit codes: 0 it will run, 1 it will not, 3 look first.",
         verbs.PreflightSettings,
         after=" VERB …",
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
             expected=f"one of {', '.join(VERBS)}, with its flags, after those of preflight",
         )
     asked = verbs.PreflightSettings.of(options)
-    # It would warn of a CUDA that is missing, which is no news here.
+    # It would warn that CUDA is missing, which is expected here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_prune.engine import cpu
 
@@ -99,7 +98,7 @@ def _main_of(verb: str) -> Callable[[list[str]], int]:
 
 
 def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """preflight's own flags, the verb, and the verb's flags."""
+    """Split into preflight's own flags, the verb, and the verb's flags."""
     for place, word in enumerate(argv):
         if word in ("torchrun", "python", "srun") and "megatron_prune" in argv[place:]:
             verb = argv.index("megatron_prune", place) + 1
@@ -110,7 +109,7 @@ def split(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print an answer for people."""
+    """Print the answer as a table."""
     from rich.table import Table
 
     console = screen.console(highlight=False)

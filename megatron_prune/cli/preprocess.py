@@ -14,7 +14,7 @@ def parser() -> Parser:
     return Parser(
         "preprocess",
         "Tokenizes JSON lines, Parquet, text or a data set of the Hugging Face hub into Megatron's .bin and .idx. The "
-        "files do not depend on the number of workers; a run that was stopped goes on.",
+        "files do not depend on the number of workers; a stopped run resumes.",
         verbs.PreprocessSettings,
         example="""
 megatron-prune preprocess --input data/text/train.jsonl --output-prefix data/train --append-eod \\
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     if bool(asked.input) == bool(asked.dataset):
         got = "both" if asked.input else "neither"
         raise UsageError("--input, --dataset", got=got, expected="exactly one of them")
-    warnings.filterwarnings("ignore", module="megatron")  # what it lacks for training is of no interest here
+    warnings.filterwarnings("ignore", module="megatron")  # packages missing for training do not matter here
     from megatron_prune.data.preprocess import preprocess
     from megatron_prune.data.tokenizers import check_fits_checkpoint, load_tokenizer
 

@@ -12,21 +12,21 @@ RUN = "the run (Megatron's flags)"
 def parser() -> Parser:
     return Parser(
         "pretrain",
-        "Trains with Megatron's own loop, from random weights, from a pruned checkpoint or from the run's own last "
-        "save, and keeps an account of it. Every flag of Megatron works as in Megatron; below are ours, and the few "
-        "of Megatron's that every run needs.",
+        "Trains with Megatron's own loop, from random weights, a pruned checkpoint or the run's own last "
+        "save, and keeps an account of it. All of Megatron's flags work as usual; listed are our own, and the few "
+        "Megatron flags that every run needs.",
         verbs.PretrainSettings,
         mentioned=(
             (RUN, "--save", "RUN", "where the run is saved, with its account.json"),
-            (RUN, "--load", "RUN", "the same folder: a run that was stopped goes on from its last save"),
+            (RUN, "--load", "RUN", "the same folder: a stopped run resumes from its last save"),
             (RUN, "--pretrained-checkpoint", "CKPT", "weights to start from, such as what apply wrote"),
             (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
             (RUN, "--seq-length", "S", "tokens per sample"),
             (RUN, "--global-batch-size", "B", "samples per step"),
-            (RUN, "--micro-batch-size", "b", "samples that a rank computes at once"),
+            (RUN, "--micro-batch-size", "b", "samples per rank at a time"),
             (RUN, "--train-iters", "N", "steps; follows from --stream-range where that is given"),
             (RUN, "--lr", "LR", "learning rate; --lr-decay-style, --lr-warmup-fraction, --min-lr"),
-            (RUN, "--seed", "N", "of initial weights and dropout"),
+            (RUN, "--seed", "N", "seed of initial weights and dropout"),
             *mentions.TOKENIZER, *mentions.LAYOUT, mentions.SHAPE_FROM, mentions.FP8,
         ),
         example="""
@@ -37,7 +37,7 @@ torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint c
 
 
 def main(argv: list[str]) -> int:
-    """Train; 0 when the run is complete, also when it was so before."""
+    """Train; returns 0 if the run is complete, even if it already was."""
     options, words = parser().read(argv)
     own = verbs.PretrainSettings.of(options)
     start_engine()

@@ -12,7 +12,7 @@ from megatron_prune.screen import say
 def parser() -> Parser:
     return Parser(
         "prune",
-        "Calibrates a checkpoint, chooses what stays and writes the pruned checkpoint, in one load of the model. A "
+        "Calibrates a checkpoint, chooses what to keep and writes the pruned checkpoint, loading the model once. A "
         "sparse method, or random with --pattern, zeroes weights and writes masks. From Hugging Face to Hugging Face: "
         "see `megatron-prune prune --hf --help`.",
         verbs.PruneSettings,

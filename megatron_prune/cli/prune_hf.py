@@ -13,8 +13,8 @@ from megatron_prune.methods import options as methods
 def parser() -> Parser:
     return Parser(
         "prune",
-        "Imports a Hugging Face model, prunes it, trains it on if asked, and writes a Hugging Face directory. Its "
-        "perplexity on held-out text is measured before and after. Killed, the same command goes on where it was.",
+        "Imports a Hugging Face model, prunes it, optionally retrains it, and writes a Hugging Face directory. Its "
+        "perplexity on held-out text is measured before and after. If killed, run the same command to resume.",
         verbs.PruneHFSettings,
         *methods.UNTRAINED.values(),
         methods=f"structured: {structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
@@ -25,7 +25,7 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options, _ = parser().read(argv)
-    verbs.PruneHFSettings.of(options)  # says which flags are missing
+    verbs.PruneHFSettings.of(options)  # reports missing flags
     start_engine()
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""``megatron-prune reshard-optimizer SAVE``: let a run go on at another TP or PP."""
+"""``megatron-prune reshard-optimizer SAVE``: let a run continue at another TP or PP."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron_prune.cli.parser import Parser
 def parser() -> Parser:
     return Parser(
         "reshard-optimizer",
-        "Lets a run go on at another TP or PP; another number of data-parallel ranks needs none of this. Reads and "
-        "writes the optimizer's state once, in bounded memory, and takes 12 bytes per parameter more on the disk until "
-        "that save is removed. Killed, start it again: until it is done the save is as it was.",
+        "Lets a run continue at another TP or PP; another number of data-parallel ranks does not need this. Reads and "
+        "writes the optimizer's state once, in bounded memory, and needs 12 more bytes per parameter on disk until "
+        "that save is removed. If killed, start it again: the save is unchanged until it is done.",
         verbs.ReshardOptimizerSettings,
         example="megatron-prune reshard-optimizer runs/retrained",
     )

@@ -1,4 +1,4 @@
-"""``megatron-prune retrain-candidates``: retrain the best candidates of a search for a while, and score them again."""
+"""``megatron-prune retrain-candidates``: briefly retrain the best candidates of a search and score them again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PRETRAIN = "--pretrain"  # everything after it goes to pretrain
 def parser() -> Parser:
     return Parser(
         "retrain-candidates",
-        "Trains the best candidates of a search for a while and scores them again, for plan to choose between; plan "
-        "--retrain-candidates asks for it. Flags of Megatron before --pretrain go to pretrain and calibrate (layout, "
-        "precision), those after it to pretrain alone; what is finished is not run again.",
+        "Briefly trains the best candidates of a search and scores them again, for plan to choose between; plan "
+        "--retrain-candidates asks for it. Megatron flags before --pretrain go to pretrain and calibrate (layout, "
+        "precision), those after it only to pretrain; finished work is not repeated.",
         verbs.RetrainCandidatesSettings,
         mentioned=(
             ("training", PRETRAIN, "FLAG …", "flags of pretrain, to the end of the line: data, batch, learning rate"),

@@ -1,4 +1,4 @@
-"""``torchrun … -m megatron_prune sparsify``: zero weights of a checkpoint, block after block, and say which."""
+"""``torchrun … -m megatron_prune sparsify``: zero weights of a checkpoint block by block and write masks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_prune.settings import value_of
 def parser() -> Parser:
     return Parser(
         "sparsify",
-        "Zeroes weights of a checkpoint and writes it in the same shape, with the masks that say which. magnitude and "
-        "random look at the weights alone; wanda and sparsegpt read calibration text, block after block.",
+        "Zeroes weights of a checkpoint and writes it in the same shape, with masks that mark them. magnitude and "
+        "random use only the weights; wanda and sparsegpt read calibration text, block by block.",
         verbs.SparsifySettings,
         methods=", ".join(methods.SPARSE),
         mentioned=(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def report(table: dict[str, Any], save: str) -> None:
-    """Say what went, and where the result is."""
+    """Print what was removed and where the result is."""
     if not table:
         say(f"{save}: this pruning is complete; nothing to do")
         return
@@ -53,7 +53,7 @@ def report(table: dict[str, Any], save: str) -> None:
 
 
 def show(table: dict[str, Any]) -> None:
-    """Print what went, summed over layers."""
+    """Print what was removed, summed over layers."""
     from rich.table import Table
 
     sums: dict[str, list[Any]] = defaultdict(lambda: [0, 0, []])

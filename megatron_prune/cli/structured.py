@@ -1,4 +1,4 @@
-"""What ``plan`` and ``prune`` share: the settings of the method that is named, out of those of all methods."""
+"""Shared by ``plan`` and ``prune``: selects the named method's settings among those of all methods."""
 
 from __future__ import annotations
 

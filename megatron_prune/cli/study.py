@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from megatron_prune.study.commands import Command
     from megatron_prune.study.prunings import Places
 
-MOST_NAMED = 12  # runs that are not shown: the report names all
+MOST_NAMED = 12  # excluded runs; the report names all
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
 
 
 PARTS = {
-    "run": "run every cell that is not finished, then write the report",
+    "run": "run every unfinished cell, then write the report",
     "plan": "print every cell with its tokens, FLOPs, memory, storage and time; run nothing",
-    "status": "print how far every cell is",
-    "report": "write the report from what is finished",
+    "status": "print the progress of every cell",
+    "report": "write the report from the finished cells",
     "stage": "run one stage of a cell unless it is done; Slurm jobs call it",
 }
 
@@ -48,18 +48,18 @@ def parser(part: str) -> Parser:
     if part == "stage":
         return Parser(
             "study stage",
-            "Runs one stage of a cell unless it is done, and exits with 0 when what it wrote says that it is. Slurm "
+            "Runs one stage of a cell unless it is done, and exits with code 0 if its artifacts say that it is. Slurm "
             "jobs call it.",
             verbs.StudyStageSettings,
             after=" -- COMMAND …",
             example="megatron-prune study stage runs/quickstart/cells/parent pretrain -- python -m megatron_prune …",
         )
     about = {
-        "run": "Runs every cell of a study that is not finished, on this machine or as Slurm jobs, and then writes the "
-        "report. Stopped, it goes on where it was.",
+        "run": "Runs every unfinished cell of a study, on this machine or as Slurm jobs, and then writes the "
+        "report. A stopped study resumes where it was.",
         "plan": "Prints every cell of a study with its tokens, FLOPs, memory, storage and time. Runs nothing.",
-        "status": "Prints how far every cell of a study is.",
-        "report": "Writes a study's report from the cells that are finished.",
+        "status": "Prints the progress of every cell of a study.",
+        "report": "Writes a study's report from the finished cells.",
     }
     return Parser(
         f"study {part}",
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
 
 
 def _each(studies: Sequence[schema.StudyConfig], part: str, options: Any) -> int:
-    """The verb for the study of every parent; one that fails does not keep the others from theirs."""
+    """Run the verb for the study of every parent; a failure does not stop the others."""
     from megatron_prune.study.prunings import Places
 
     action = {"run": _run, "plan": _plan, "status": _status, "report": _report}[part]
@@ -116,7 +116,7 @@ def _each(studies: Sequence[schema.StudyConfig], part: str, options: Any) -> int
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for a table where there is none."""
+    """A console as wide as the terminal, or wide enough for a table without one."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -124,7 +124,7 @@ def _console() -> Console:
 
 
 def _quiet() -> None:
-    """Megatron's complaints about a process that is no rank and has no GPU are not this command's news."""
+    """Silence Megatron's warnings that this process is not a rank and has no GPU."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
@@ -137,7 +137,7 @@ def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
     try:
         run_cells(study, places)
     except CellsFailed:
-        if (places.root / "study.json").is_file():  # the cells that did finish have something to say
+        if (places.root / "study.json").is_file():  # report the cells that did finish
             _report(study, places, options)
         raise
     return _report(study, places, options)
@@ -203,7 +203,7 @@ def _tokens(given: str | None) -> int | None:
 
 
 def _refuse_times_of_nothing(options: Any) -> None:
-    """Flags that only say how times are reckoned, where none are, or not by an MFU."""
+    """UsageError for flags about times when no times are printed, or for an MFU's peak without an MFU."""
     if options.gpus is not None and options.throughput is None:
         raise UsageError(
             "--gpus",
@@ -234,7 +234,7 @@ def _status(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 
 def _stage(cell: Path, stage: str, command: list[str]) -> int:
-    """What a job of a queue does for each stage: the artifact decides before and after, never the exit code."""
+    """Run one stage of a Slurm job. The artifact decides before and after, never the exit code."""
     from megatron_prune.study.execution import described, execute
 
     known, done = described(cell, stage)
