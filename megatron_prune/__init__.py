@@ -1,7 +1,7 @@
 """Prune Megatron checkpoints, retrain them, and compare the result with training from scratch.
 
     import megatron_prune as mp
-    made = mp.prune(hf="HF_DIR", out="OUT", method="wanda", pattern="2:4")  # prints the path, the sizes and the perplexities
+    made = mp.prune(hf="HF_DIR", out="OUT", method="wanda", pattern="2:4")  # prints path, sizes and perplexities
 
 These are the functions behind the verbs. Each name is loaded on first use, so the import itself is cheap.
 """

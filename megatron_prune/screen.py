@@ -1,13 +1,13 @@
-"""What a verb shows to a person, and where everything else goes.
+"""A verb's output on the screen, and the log file for everything else.
 
-A person wants to know what a verb read, how far it is, what it found and where it wrote: ``say``, ``console`` and
-``Bar`` show that, on rank 0. Megatron prints its arguments, and libraries warn of packages that are missing; from
-``divert`` on, which the engine calls before it imports Megatron, that goes to a log file whose name is said. The file
-descriptors themselves are diverted, so that it holds for C code and for processes that are started later.
+``say``, ``console`` and ``Bar`` show on rank 0 what a verb read, its progress, what it found and where it wrote.
+Megatron prints its arguments, and libraries warn about missing packages. The engine calls ``divert`` before it imports
+Megatron; from then on that output goes to a log file whose name is printed. The file descriptors themselves are
+redirected, which covers C code and child processes.
 
-Only inside ``quiet``, which is around a verb of the command line, is anything diverted. With ``--verbose``, or with
-``MEGATRON_PRUNE_VERBOSE=1`` in the environment (as jobs have whose output is a log file already: those of a study),
-everything stays on the screen.
+Output is diverted only inside ``quiet``, which wraps a verb of the command line. With ``--verbose`` or
+``MEGATRON_PRUNE_VERBOSE=1`` (set for a study's jobs, whose output is a log file already), everything stays on the
+screen.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from typing import IO, Any, Self
 VERBOSE = "--verbose"
 VERBOSE_VARIABLE = "MEGATRON_PRUNE_VERBOSE"
 LOGS_VARIABLE = "MEGATRON_PRUNE_LOGS"  # a folder for log files
-SECONDS_BETWEEN_LINES = 5.0  # of progress where there is no terminal
+SECONDS_BETWEEN_LINES = 5.0  # progress without a terminal
 SHARE_BETWEEN_LINES = 0.1
 MOST_SECONDS_BETWEEN_LINES = 300.0
 
 
 @dataclass
 class _Diverted:
-    """The screen while standard output and error go to ``log``."""
+    """The screen's descriptors while standard output and error go to ``log``."""
 
     log: Path
     out: IO[str]
@@ -45,7 +45,7 @@ class _Diverted:
 
 _verb: str | None = None  # inside `quiet`
 _diverted: _Diverted | None = None
-_bar: Any = None  # tqdm's, while one is on the screen
+_bar: Any = None  # tqdm's bar while it is shown
 
 
 def rank() -> int:
@@ -53,7 +53,7 @@ def rank() -> int:
 
 
 def say(text: str, *, everywhere: bool = False) -> None:
-    """Print a line on the screen, on rank 0, or on whichever rank this is."""
+    """Print a line on the screen, on rank 0 or (``everywhere``) on any rank."""
     if rank() == 0 or everywhere:
         if _bar is not None:
             _bar.write(text, file=_out())
@@ -62,7 +62,7 @@ def say(text: str, *, everywhere: bool = False) -> None:
 
 
 def console(**settings: Any) -> Any:
-    """rich's console on the screen."""
+    """A rich console on the screen."""
     from rich.console import Console
 
     return Console(file=_out(), **settings)
@@ -73,7 +73,7 @@ def is_diverted() -> bool:
 
 
 def _out() -> IO[str]:
-    """The screen's standard output; with the first line on it, rank 0 says where everything else is."""
+    """The screen's standard output. Before the first line, rank 0 prints the log file's name."""
     if _diverted is None:
         return sys.stdout
     if rank() == 0 and not _diverted.named:
@@ -86,15 +86,14 @@ def _errors() -> IO[str]:
     return sys.stderr if _diverted is None else _diverted.errors
 
 
-# --------------------------------------------------------------------------- everything else
+# --------------------------------------------------------------------------- diverting other output
 
 
 @contextlib.contextmanager
 def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
-    """Around a verb: the ``words`` of its command line without ``--verbose``. The screen is back when it ends.
+    """Wrap a verb; yields the ``words`` of its command line without ``--verbose``. The screen is restored at the end.
 
-    An error of ours is for the caller to print. For a bug, every rank that has it says where its log is, and the
-    traceback follows.
+    The caller prints our own errors. For a bug, each affected rank prints where its log is, then the traceback.
     """
     global _verb
     rest = [word for word in words if word != VERBOSE]
@@ -108,7 +107,7 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
     _verb = verb
     try:
         yield rest
-    except SystemExit as leaving:  # a library's: what it had to say is in the log
+    except SystemExit as leaving:  # from a library, whose message is in the log
         if leaving.code and (log := restore()) is not None:
             with contextlib.suppress(OSError):
                 lines = log.read_text(errors="replace").splitlines()
@@ -126,7 +125,7 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
 
 
 def divert() -> None:
-    """Send what anybody but this module prints to a file of this process. No effect outside ``quiet``, and twice."""
+    """Send all output except this module's to a log file of this process. No effect outside ``quiet`` or twice."""
     global _diverted
     if _verb is None or _diverted is not None:
         return
@@ -134,19 +133,19 @@ def divert() -> None:
         log = _new_log(_verb)
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError:
-        return  # a machine without room for a log: the screen has all of it
+        return  # no space for a log: keep everything on the screen
     _flush()
     kept = [os.fdopen(os.dup(one), "w", buffering=1, errors="replace") for one in (1, 2)]
     for one in (1, 2):
         os.dup2(target, one)
     os.close(target)
     _complain(True)
-    _buffer_lines(True)  # or a process that is killed would leave nothing in its log
+    _buffer_lines(True)  # otherwise the log of a killed process would be empty
     _diverted = _Diverted(log, kept[0], kept[1])
 
 
 def restore() -> Path | None:
-    """Give the screen back; the log, if there was one."""
+    """Restore the screen and return the log, if there was one."""
     global _diverted
     if _diverted is None:
         return None
@@ -163,13 +162,13 @@ def restore() -> Path | None:
 
 
 def leave() -> None:
-    """In a child process whose output its parent has diverted itself: say everything there."""
+    """In a child process whose parent already diverts its output: print everything there."""
     global _verb, _diverted
     _verb = _diverted = None
 
 
 def _complain(on: bool) -> None:
-    """What Megatron and torch say of packages and of a GPU that are missing: in a log, but not on the screen."""
+    """Show warnings of Megatron and torch about missing packages and GPUs in a log, not on the screen."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.NOTSET if on else logging.ERROR)
     warnings.filterwarnings("default" if on else "ignore", category=UserWarning, module=r"megatron\.")
 
@@ -186,13 +185,13 @@ def _buffer_lines(on: bool) -> None:
 
 
 def _new_log(verb: str) -> Path:
-    """One file per process; those of a job's ranks on a node share the number of the process that started them."""
+    """One file per process; a job's ranks on a node share the number of their parent process."""
     job = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
     return _folder() / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{job}-rank{rank()}.log"
 
 
 def _folder() -> Path:
-    """Where logs go: as the environment says; in a Slurm job the working directory, which other nodes see too."""
+    """The folder for logs: from the environment, or in a Slurm job the working directory, which other nodes see too."""
     named = os.environ.get(LOGS_VARIABLE) or ("megatron-prune-logs" if "SLURM_JOB_ID" in os.environ else None)
     if named is not None:
         folder = Path(named).absolute()
@@ -200,7 +199,7 @@ def _folder() -> Path:
         return folder
     folder = Path(tempfile.gettempdir()) / f"megatron-prune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # made by somebody else, in a directory that all may write to
+    if folder.stat().st_uid != os.getuid():  # another user's folder in a shared directory
         return Path(tempfile.mkdtemp(prefix="megatron-prune-"))
     return folder
 
@@ -209,15 +208,15 @@ def _folder() -> Path:
 
 
 class Bar:
-    """How far a piece of work is, with its rate and the time left: a bar on a terminal, now and then a line elsewhere.
+    """Progress with rate and time left: a bar on a terminal, otherwise a line every few seconds.
 
         with Bar(len(windows), "evaluating", "window") as bar:
             for window in windows:
                 …
                 bar.advance()
 
-    On rank 0 alone, unless ``shown`` says otherwise. ``unit`` "B" counts bytes. A ``total`` of None is not known, and
-    neither is the time left.
+    Only on rank 0, unless ``shown`` says otherwise. ``unit`` "B" counts bytes. With ``total`` None the time left is not
+    shown.
     """
 
     def __init__(self, total: int | None, what: str, unit: str, *, shown: bool | None = None):
@@ -250,11 +249,11 @@ class Bar:
             _bar = None
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """``count`` more are done. A ``note`` is shown with the bar, and always has a line where there is none."""
+        """``count`` more are done. A ``note`` is shown with the bar; without a terminal it always prints a line."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """``done`` are done by now."""
+        """``done`` are done in total."""
         more, self.done = done - self.done, done
         if self._tqdm is not None:
             self._tqdm.update(more)
@@ -264,7 +263,7 @@ class Bar:
             say(self._line(note), everywhere=self._everywhere)
 
     def over[T](self, items: Iterable[T], size: int | None = 1) -> Iterator[T]:
-        """``items``, each counted as ``size`` when the next is asked for; None: tensors, by their bytes."""
+        """Yield ``items``, each counted as ``size`` when the next is requested; None: tensors, by their bytes."""
         for item in items:
             yield item
             self.advance(item.nbytes if size is None else size)  # type: ignore[attr-defined]
@@ -302,6 +301,6 @@ def clock(seconds: float) -> str:
 
 
 def progress[T](items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
-    """``items``, of which there are ``total``, with a ``Bar``."""
+    """Yield ``items`` (``total`` of them) with a ``Bar``."""
     with Bar(total, what, unit) as bar:
         yield from bar.over(items)

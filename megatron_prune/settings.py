@@ -1,25 +1,25 @@
-"""Settings: one frozen dataclass for a verb or a method, from which everything else about its flags is made.
+"""Settings: one frozen dataclass per verb or method, from which its flags, their help and their checks are made.
 
     @dataclass(frozen=True, kw_only=True)
     class Apply(Settings):
-        TITLE = "files"                                       # of the group of flags in --help
+        TITLE = "files"                                       # title of the group of flags in --help
         load: str = setting(metavar="CKPT", help="the parent that the plan was made for")      # no default: required
         workers: int = setting(1, metavar="N", help="processes that share the weights")
 
 The fields are the flags: ``workers`` is ``--workers`` on a command line, ``workers`` in a Python call and ``workers``
-in study.yaml (there dashes and underscores are the same). A field is an int, float, str or bool, one of these ``|
-None``, or a ``tuple[…, ...]`` of them (several words after one flag). Three ways lead to the object, and all of them
-convert and check each value in the same place (``Flag.convert``):
+in study.yaml (where dashes and underscores are the same). A field is an int, float, str or bool, one of these ``|
+None``, or a ``tuple[…, ...]`` of them (several words after one flag). There are three ways to make the object, and all
+check each value in the same place (``Flag.convert``):
 
 * ``Apply(load=…, workers=2)``                    from Python, as typed; nothing is converted
 * ``Apply.read({"load": …, "workers": 2}, where="methods.apply")``    a mapping: a YAML entry, keywords of a call
 * ``add_flags(parser, Apply)`` and then ``Apply.of(namespace)``        a command line (``cli/parser.py`` does both)
 
-and three lead back: ``words()`` is the command line, ``to_json()`` what an artifact keeps, ``==`` compares.
-``was_given("workers")`` tells a flag that was written from one that has its default.
+and back: ``words()`` is the command line, ``to_json()`` what an artifact keeps, ``==`` compares.
+``was_given("workers")`` distinguishes a given flag from a default.
 
-Settings of several rooms are put together by inheritance (``class Prune(Target, Sparsity, Calibration)``): help shows
-a group for each class that has a ``TITLE`` of its own. The settings of verbs are in ``verbs.py``, those of methods in
+Settings are combined by inheritance (``class Prune(Target, Sparsity, Calibration)``): help shows
+a group for each class that has its own ``TITLE``. The settings of verbs are in ``verbs/``, those of methods in
 ``methods/options.py``. Nothing here imports torch, so that help is quick.
 """
 
@@ -53,9 +53,9 @@ def setting(
 ) -> Any:
     """A field of ``Settings``; required without a ``default``.
 
-    ``kind`` makes a value of a word, in place of the field's type (it may raise ValueError); ``positional`` is a word
-    without a flag; ``repeated``: one value each time that the flag is written; ``alone`` is the value of the flag
-    without a word after it.
+    ``kind`` converts a word to a value instead of the field's type (it may raise ValueError); ``positional``: a word
+    without a flag; ``repeated``: the flag may be given several times, with one value each; ``alone``: the value of the
+    flag without a word after it.
     """
     told = {
         "help": help, "metavar": metavar, "choices": choices, "kind": kind, "positional": positional,
@@ -92,17 +92,14 @@ class Flag:
 
     @property
     def shown(self) -> str:
-        """The option with what stands after it, for usage lines."""
+        """The option with its metavar, for usage lines."""
         if self.positional or self.type is bool:
             return self.option
         value = self.metavar or ("|".join(self.choices) if self.choices else self.name.upper())
         return f"{self.option} {value}{' …' if self.many and not self.repeated else ''}"
 
     def convert(self, word: Any, called: str | None = None) -> Any:
-        """The value that a word (or anything that is written as one) stands for.
-
-        UsageError names ``called``, or the option.
-        """
+        """Convert a word, or a value written like one. UsageError names ``called``, or the option."""
         called, text = called or self.option, str(word)
         if self.kind is not None:
             try:
@@ -118,7 +115,7 @@ class Flag:
         return value
 
     def read(self, value: Any, called: str) -> Any:
-        """The field's value from one of a mapping."""
+        """The field's value from a value in a mapping."""
         if self.type is bool:
             if not isinstance(value, bool):
                 raise UsageError(called, got=value, expected="true or false")
@@ -131,7 +128,7 @@ class Flag:
         return self.convert(value, called)
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give ``value``."""
+        """The command-line words for ``value``."""
         if value is None or value is False:
             return []
         if value is True:
@@ -144,7 +141,7 @@ class Flag:
         return [self.option, *items]
 
     def add(self, group: argparse._ActionsContainer) -> None:
-        """Add it to argparse. What is not written stays out of the namespace: ``Settings.of`` knows the defaults."""
+        """Add the flag to argparse. Flags not given stay out of the namespace: ``Settings.of`` adds defaults."""
         text = self.help.replace("%", "%%")
         if self.default not in (MISSING, None, False, ()) and "default" not in text:
             default = " ".join(map(str, self.default)) if self.many else f"{self.default}"
@@ -159,7 +156,7 @@ class Flag:
             more["metavar"] = self.metavar
         more["type"] = partial(_convert, self)
         if self.positional:
-            group.add_argument(self.name, nargs="?", **more)  # `_make` says what is missing
+            group.add_argument(self.name, nargs="?", **more)  # `_make` reports a missing one
             return
         if self.repeated:
             more["action"] = "append"
@@ -176,21 +173,21 @@ def _convert(flag: Flag, word: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base class. A subclass is ``@dataclass(frozen=True, kw_only=True)``, and its fields are made by ``setting``."""
+    """Base class. Subclasses are ``@dataclass(frozen=True, kw_only=True)`` with fields made by ``setting``."""
 
     TITLE: ClassVar[str] = "options"
 
     @classmethod
     def flags(cls) -> tuple[Flag, ...]:
-        """Its fields, those of base classes first."""
+        """The flags of all fields, base classes first."""
         hashable: Any = cls
         return _flags(hashable)
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        """The settings that a mapping gives; ``where`` it is written is named in errors (``methods.0.settings``).
+        """Read a mapping; errors name ``where`` it is written (``methods.0.settings``).
 
-        None is the default. UsageError for a key that there is not, or a value that cannot be.
+        None means the default. UsageError for an unknown key or an invalid value.
         """
         known = {flag.name: flag for flag in cls.flags()}
         found: dict[str, Any] = {}
@@ -210,7 +207,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:
-        """The settings among what ``add_flags`` made argparse read. CommandLineError where one is missing."""
+        """Take these settings from argparse's namespace (see ``add_flags``). CommandLineError if one is missing."""
         known = {flag.name: flag for flag in cls.flags()}
         found = {name: value for name, value in vars(options).items() if name in known}
         found = {name: tuple(value) if known[name].many else value for name, value in found.items()}
@@ -229,14 +226,14 @@ class Settings:
         return made
 
     def was_given(self, name: str) -> bool:
-        """True where the field was written, be it with its default, or has another value than its default."""
+        """True if the field was given explicitly, even with its default, or differs from its default."""
         given: frozenset[str] = getattr(self, "_given", frozenset())
         return name in given or any(
             flag.name == name and getattr(self, name) != flag.default for flag in type(self).flags()
         )
 
     def words(self) -> list[str]:
-        """The command line that makes these settings; what was not given is not in it."""
+        """The command line for these settings, without those that were not given."""
         flags = sorted(type(self).flags(), key=lambda flag: flag.positional)
         return [word for flag in flags if self.was_given(flag.name) for word in flag.words(getattr(self, flag.name))]
 
@@ -272,7 +269,7 @@ def _value_type(hint: Any) -> tuple[Any, bool]:
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type[Settings]) -> None:
-    """Add the flags of ``classes`` to ``parser``, in groups by their titles. What two of them share is added once."""
+    """Add the flags of ``classes`` to ``parser``, grouped by title. Shared flags are added once."""
     groups = {group.title: group for group in parser._action_groups}
     done: set[str] = set()
     for cls in classes:
@@ -286,7 +283,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type[Settings]) -> None
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:
-    """The last value of ``flag`` among the words of a command line."""
+    """The last value of ``flag`` in a command line."""
     found = None
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -296,7 +293,7 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that is written most like ``word``, if one is at all."""
+    """The closest match for ``word`` in ``known``, or None."""
     bare = {one.lstrip("-"): one for one in known}
     found = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.7)
     return bare[found[0]] if found else None

@@ -348,7 +348,7 @@ class _Run:
             yield
 
     def _check_space(self) -> None:
-        """Space for parent, pruned and exported model, and for training two saves with optimizer (16 bytes per weight)."""
+        """Space for parent, pruned and exported model; for training, two saves with optimizer (16 bytes per weight)."""
         trained = 2 * 16 * self.source.shape.parameters() if self.steps else 0
         held = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         artifacts.check_space(self.out, max(3 * self.source.nbytes + trained - held, 0))

@@ -1,5 +1,5 @@
-# Sourced by node.sh, with its command line: what Megatron, PyTorch and NCCL are told on every node. What is set
-# already stays.
+# Sourced by node.sh with its command line: environment of Megatron, PyTorch and NCCL on every node. Variables that are
+# already set are kept.
 
 # One hardware queue, so that a kernel is issued before the communication that it overlaps with. Megatron refuses
 # tensor or context parallelism without it on Hopper and older, and FSDP with it.
@@ -8,8 +8,8 @@ case " $* " in
 *) export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" ;;
 esac
 
-# Activations come and go in other sizes with every micro-batch; growing segments leave no holes between them.
-# Megatron refuses them with NCCL's user buffers, and CUDA graphs with them while NCCL registers a graph's buffers.
+# The sizes of activations change with every micro-batch; expandable segments avoid fragmentation.
+# Megatron refuses them with NCCL's user buffers, and refuses CUDA graphs with them if NCCL registers graph buffers.
 case " $* " in
 *" --use-nccl-ub "*) ;;
 *)
@@ -20,24 +20,24 @@ esac
 
 # A collective that hangs ends its rank after --distributed-timeout-minutes, and torchrun restarts the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# The last collectives of every rank, written out when one hangs: they say which rank did not come.
+# The last collectives of every rank, written when one hangs: they show which rank is missing.
 export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
-# Agents share one TCPStore by default and remember its address for good: a node that is replaced then waits for an
-# address that nobody writes again, and the job dies at its first restart (seen with PyTorch 2.15).
+# Agents share one TCPStore by default and never look its address up again: a replacement node then waits for an
+# address that is never written, and the job dies at its first restart (seen with PyTorch 2.15).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
-# WARN says what failed and nothing else; INFO says at start which network and which rings are used: look once.
+# WARN prints failures only; INFO also prints the network and the rings at the start: check them once.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# 2^22 x 4.096 µs = 17 s before an InfiniBand packet counts as lost: a link that flaps does not end the job.
+# 2^22 x 4.096 µs = 17 s before an InfiniBand packet counts as lost, so that a flapping link does not end the job.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
 
-# Set these for your network; NCCL guesses, and guesses wrong where a node has several:
-#   NCCL_SOCKET_IFNAME=eth0          the interface of the first handshake (GLOO_SOCKET_IFNAME the same, for gloo)
+# Set these for your network; NCCL guesses wrong if a node has several:
+#   NCCL_SOCKET_IFNAME=eth0          the interface of the first handshake (GLOO_SOCKET_IFNAME likewise, for gloo)
 #   NCCL_IB_HCA=mlx5_0,mlx5_3,…      the adapters of the compute network, not those of storage
 #   NCCL_IB_GID_INDEX=3              RoCE v2
-#   NCCL_NVLS_ENABLE=0               gives back the memory of NVLink SHARP where every GB counts
+#   NCCL_NVLS_ENABLE=0               frees the memory of NVLink SHARP if every GB counts
 
 # Data loading and tokenizing share the cores with eight ranks.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"

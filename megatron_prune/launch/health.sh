@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Is this node fit for a job? Prints what is wrong and leaves with 1. Run on every node before a job starts.
+# Is this node fit for a job? Prints what is wrong and exits with code 1. Run on every node before a job starts.
 #
 #     bash launch/health.sh [DIRECTORY]      # where the run will be saved
 #
-# HEALTH_GPUS: how many GPUs there must be (default: what torchrun is to start, or 8).
+# HEALTH_GPUS: expected number of GPUs (default: the processes that torchrun starts, or 8).
 set -uo pipefail
 node=$(hostname)
 wrong=0
@@ -28,7 +28,7 @@ shared=$(df --output=avail -B1M /dev/shm 2>/dev/null | tail -n 1)
 [ "${shared:-0}" -ge "${HEALTH_SHM_MB:-8192}" ] || complain "/dev/shm has ${shared:-0} MB, ${HEALTH_SHM_MB:-8192} are wanted"
 
 case "${1:-}" in
-*://*) set -- ;; # an object store, which the run itself asks
+*://*) set -- ;; # an object store, which the run itself checks
 esac
 if [ $# -gt 0 ]; then
     mkdir -p "$1" && probe=$(mktemp "$1/.health.XXXXXX") && rm -f "$probe" || complain "$1 cannot be written to"

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# One node of a job: its torchrun agent, and a way for it to end well.
+# One node of a job: its torchrun agent, with a clean shutdown.
 #
 #     PET_NNODES=2 PET_NPROC_PER_NODE=8 PET_RDZV_ID=run1 PET_RDZV_ENDPOINT=first-node:29500 \
 #         bash launch/node.sh pretrain <flags>          # the same line on every node, in any order
 #
-# torchrun reads its own options from PET_…, which is how Kubeflow's PyTorchJob passes them too. Rendezvous is c10d:
-# nodes get their rank when they come. When a rank or a node dies, all agents stop their ranks and wait until the nodes
-# are complete again, PET_MAX_RESTARTS times; the ranks then go on from the last save, at the same samples.
+# torchrun reads its options from PET_…, as Kubeflow's PyTorchJob passes them too. Rendezvous is c10d: nodes get their
+# rank when they join. When a rank or a node dies, all agents stop their ranks and wait until the nodes are complete
+# again, up to PET_MAX_RESTARTS times; the ranks then resume from the last save, at the same samples.
 #
-# PET_NNODES=MIN:MAX lets a job go on with fewer nodes: it waits for the others for last_call_timeout (PET_RDZV_CONF, 30
-# seconds), and takes them in when they come back. The batch must divide for every number of nodes, and TP and PP stay:
-# optimizer state loads at another number of data-parallel ranks as it is, and at another TP or PP after
-# megatron-prune reshard-optimizer. account.json says how many ranks each attempt had.
+# PET_NNODES=MIN:MAX lets a job continue with fewer nodes: it waits for the others for last_call_timeout (PET_RDZV_CONF,
+# 30 seconds), and admits them when they come back. The batch must divide for every number of nodes, and TP and PP stay:
+# optimizer state loads unchanged at another number of data-parallel ranks, and at another TP or PP after
+# megatron-prune reshard-optimizer. account.json records the number of ranks of each attempt.
 #
-# The agent on the host of PET_RDZV_ENDPOINT holds the rendezvous' store (where that is one machine for all, the first).
-# A job outlives every node but that one: without it all agents end within seconds, and not with 0. Whoever started the
-# job starts it again (Slurm requeues it, Kubernetes restarts its pods), and it goes on from the last save.
+# The agent on the host of PET_RDZV_ENDPOINT holds the rendezvous store. A job survives the loss of every node but that
+# one: without it all agents exit within seconds with a nonzero code. Slurm then requeues the job, Kubernetes restarts
+# its pods, and it resumes from the last save.
 #
-# SIGTERM and SIGUSR1 go to the ranks alone. Under --exit-signal-handler Megatron finishes its step, saves, and leaves
-# with 0 on all nodes; who starts the job again looks into account.json, never at exit codes.
+# SIGTERM and SIGUSR1 go to the ranks only. With --exit-signal-handler Megatron finishes its step, saves, and exits with
+# code 0 on all nodes; a restart decides by account.json, never by exit codes.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -48,5 +48,5 @@ agent=$!
 while true; do
     wait "$agent"
     code=$?
-    kill -0 "$agent" 2>/dev/null || exit "$code" # otherwise a signal ended the wait, and not the agent
+    kill -0 "$agent" 2>/dev/null || exit "$code" # otherwise a signal ended the wait, not the agent
 done

@@ -1,7 +1,6 @@
-"""The settings of every verb: what its flags are, and what they mean. Torch-free; see ``settings.py``.
+"""The settings of every verb, that is, its flags and their help. Torch-free; see ``settings.py``.
 
-Rooms take these objects, ``cli/`` makes them from a command line, Python calls and study.yaml make them from keywords.
-Settings that several verbs share come first."""
+``cli/`` makes these objects from a command line; Python calls and study.yaml make them from keywords."""
 
 from megatron_prune.verbs.checkpoint_and_data_verbs import (
     BuildCorpusSettings,

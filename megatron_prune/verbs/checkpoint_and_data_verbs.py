@@ -15,14 +15,14 @@ class ImportSettings(WorkersSettings):
     hf: str = setting(metavar="DIR", help="model directory with safetensors, or a name on the Hub")
     save: str = setting(metavar="CKPT", help="checkpoint to write; must not exist")
     dtype: str | None = setting(
-        None, choices=("float32", "bfloat16", "float16"), help="cast every weight; by default each keeps its type"
+        None, choices=("float32", "bfloat16", "float16"), help="cast every weight; by default each keeps its dtype"
     )
     make_vocab_size_divisible_by: int = setting(128, metavar="N", help="pad the vocabulary to a multiple of N x TP")
     tensor_model_parallel_size: int = setting(
-        1, metavar="TP", help="tensor parallelism that the padded vocabulary must divide by"
+        1, metavar="TP", help="tensor-parallel size that must divide the padded vocabulary"
     )
     max_position_embeddings: int | None = setting(
-        None, metavar="N", help="import for sequences up to N only (where a sliding window is shorter)"
+        None, metavar="N", help="import for sequences up to N only (if a sliding window is shorter)"
     )
 
 
@@ -49,7 +49,7 @@ class InspectSettings(Settings):
     )
     json: bool = setting(False, help="print JSON instead of a tree")
     sparsity: bool = setting(False, help="count exact zeros (reads every weight once)")
-    full_hash: bool = setting(False, help="hash every number of every weight, whatever the layout")
+    full_hash: bool = setting(False, help="hash every number of every weight, independent of the layout")
     verify_integrity: bool = setting(False, help="check every file's SHA-256 against integrity.json first")
 
 
@@ -61,32 +61,32 @@ class ReshardOptimizerSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class LaunchFilesSettings(Settings):
     folder: str = setting(
-        "launch", positional=True, metavar="DIR", help="where they go; must not exist (default: launch)"
+        "launch", positional=True, metavar="DIR", help="directory to write; must not exist (default: launch)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildCorpusSettings(Settings):
-    output: str = setting(metavar="DIR", help="gets train, calibration, validation and test .jsonl")
-    max_bytes: int = setting(16_000_000, metavar="N", help="stop after this much text; 0 takes all there is")
+    output: str = setting(metavar="DIR", help="directory for train, calibration, validation and test .jsonl")
+    max_bytes: int = setting(16_000_000, metavar="N", help="stop after this many bytes of text; 0: no limit")
     split: str = setting("94,2,2,2", metavar="SHARES", help="shares of the four splits")
     longest_held_out: int = setting(
-        0, metavar="CHARACTERS", help="of a document of the last three splits; 0 has no limit"
+        0, metavar="CHARACTERS", help="longest document of the last three splits; 0: no limit"
     )
     workers: int | None = setting(
-        None, metavar="N", help="processes; the files do not depend on them (default: the cores, 8 at most)"
+        None, metavar="N", help="processes; the files do not depend on their number (default: the cores, 8 at most)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerSettings(Settings):
-    input: tuple[str, ...] = setting(metavar="FILE", help="JSON lines, Parquet or text, .gz, .zst or not")
+    input: tuple[str, ...] = setting(metavar="FILE", help="JSON lines, Parquet or text, optionally .gz or .zst")
     output: str = setting(metavar="FILE.model", help="the SentencePiece model to write")
     vocab_size: int = setting(metavar="N", help="number of ids, special ones and 256 bytes included")
     model_type: str = setting("bpe", choices=("bpe", "unigram"), help="kind of model")
-    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line that holds the text")
+    json_keys: str = setting("text", metavar="KEY", help="the JSON key that holds the text")
     input_format: str = setting("auto", choices=FORMATS, help="auto goes by the endings")
-    max_bytes: int | None = setting(None, metavar="N", help="learn from no more than this much text")
+    max_bytes: int | None = setting(None, metavar="N", help="learn from at most N bytes of text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,10 @@ class TokenizerSettings(Settings):
         None, metavar="N", help="TikTokenizer: ids, special ones included (Megatron's default: 131072)"
     )
     tiktoken_pattern: str | None = setting(
-        None, choices=("v1", "v2"), help="TikTokenizer: how text is cut (Megatron's default: v2)"
+        None, choices=("v1", "v2"), help="TikTokenizer: pattern that splits text (Megatron's default: v2)"
     )
     tiktoken_num_special_tokens: int | None = setting(
-        None, metavar="N", help="TikTokenizer: ids before the ranks (default: 1000)"
+        None, metavar="N", help="TikTokenizer: number of special ids before the ranks (default: 1000)"
     )
     tokenizer_special_tokens: tuple[str, ...] | None = setting(
         None, metavar="TOKEN", help="TikTokenizer: names of the first ids"
@@ -117,20 +117,20 @@ class DocumentsSettings(Settings):
     TITLE = "documents"
 
     append_eod: bool = setting(False, help="end every document with the end-of-document id")
-    json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
+    json_keys: str = setting("text", metavar="KEY", help="the JSON key or the column that holds the text")
     input_format: str = setting("auto", choices=FORMATS, help="auto goes by the endings")
     text_documents: str = setting(
         "file", choices=("file", "paragraph", "line"), help="what a document in a text file is"
     )
     split_sentences: bool = setting(
         False,
-        help="a document's sentences (NLTK's Punkt) become its sequences, as in Megatron; for BERT-like training: GPT "
-        "data sets shuffle sequences",
+        help="store each sentence (NLTK's Punkt) of a document as a sequence, as in Megatron; for BERT-like training: "
+        "GPT data sets shuffle sequences",
     )
     keep_newlines: bool = setting(False, help="sentences keep the white space that follows them")
     lang: str = setting("english", metavar="NAME", help="Punkt model of --split-sentences")
     nltk_data: str | None = setting(
-        None, metavar="DIR", help="folder with tokenizers/punkt_tab (else where NLTK looks)"
+        None, metavar="DIR", help="folder with tokenizers/punkt_tab (default: NLTK's own paths)"
     )
 
 
@@ -141,7 +141,7 @@ class PreprocessSettings(DocumentsSettings, TokenizerSettings):
     input: tuple[str, ...] = setting(
         (),
         metavar="FILE",
-        help="JSON lines, Parquet or text, perhaps .gz or .zst, in order; a run that was stopped keeps those finished",
+        help="JSON lines, Parquet or text, optionally .gz or .zst, in order; a resumed run keeps finished files",
     )
     dataset: str | None = setting(
         None, metavar="NAME[:CONFIG]", help="a data set of the Hugging Face hub or a folder, streamed"
@@ -159,12 +159,14 @@ class CheckContaminationSettings(Settings):
     calibration: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of calibration")
     validation: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of validation")
     test: tuple[str, ...] = setting((), metavar="PREFIX", help="corpora of the test")
-    similarity: float = setting(0.8, metavar="J", help="Jaccard index of 5-token shingles of near documents")
+    similarity: float = setting(
+        0.8, metavar="J", help="Jaccard index of 5-token shingles from which documents are near-duplicates"
+    )
     max_duplicates: float = setting(
-        0.0, metavar="SHARE", help="of the smaller corpus's documents that may be in the other (default: 0)"
+        0.0, metavar="SHARE", help="share of the smaller corpus's documents that may be in the other (default: 0)"
     )
     max_near_duplicates: float = setting(
-        0.0, metavar="SHARE", help="that may be near one, exact ones not counted (default: 0)"
+        0.0, metavar="SHARE", help="share that may have a near-duplicate there, exact ones not counted (default: 0)"
     )
     json: str | None = setting(None, metavar="FILE", help="write the report here")
 
@@ -187,11 +189,11 @@ class BuildIndexSettings(Settings):
         (),
         metavar="START:END",
         repeated=True,
-        help="also check that the stream has these samples, and count their unique tokens, which a run over several "
-        "epochs would otherwise count at its start; repeated, that the ranges are disjoint",
+        help="also check that the stream has these samples, and count their unique tokens, which a run of several "
+        "epochs would otherwise count at its start; if repeated, check that the ranges are disjoint",
     )
     held_out: tuple[str, ...] = setting(
         (),
         metavar="PREFIX",
-        help="also check that no document of these corpora (calibration, validation, test) is in the stream's",
+        help="also check that the stream contains no document of these corpora (calibration, validation, test)",
     )

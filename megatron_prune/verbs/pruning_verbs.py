@@ -20,17 +20,17 @@ from megatron_prune.verbs.shared import (
 class CalibrateSettings(CalibrationTextSettings):
     TITLE = "files"
 
-    output: str | None = setting(None, metavar="FILE.safetensors", help="where the statistics go")
+    output: str | None = setting(None, metavar="FILE.safetensors", help="file for the statistics")
     score: str | None = setting(
         None,
         metavar="CANDIDATES.json",
-        help="what plan wrote: add the losses of these candidates, on the windows of --statistics",
+        help="candidates from plan: add their losses, on the windows of --statistics",
     )
     statistics: str | None = setting(
-        None, metavar="FILE", help="with --score: what calibrate wrote; also the default of --output"
+        None, metavar="FILE", help="with --score: statistics from calibrate; also the default of --output"
     )
     task_data: str | None = setting(
-        None, metavar="FILE.jsonl", help="with --score: where the plan's --task-data is stored now"
+        None, metavar="FILE.jsonl", help="with --score: current path of the plan's --task-data"
     )
 
 
@@ -39,9 +39,9 @@ class PlanFilesSettings(IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent checkpoint")
-    output: str = setting(metavar="PLAN.json", help="where the plan goes")
+    output: str = setting(metavar="PLAN.json", help="file for the plan")
     statistics: tuple[str, ...] = setting(
-        (), metavar="FILE", help="what calibrate wrote for this parent; several files are merged"
+        (), metavar="FILE", help="statistics from calibrate for this parent; several files are merged"
     )
 
 
@@ -51,7 +51,7 @@ class MethodSettings(Settings):
 
     method: str = setting(metavar="NAME", help="the pruning method")
     seed: int | None = setting(
-        None, metavar="N", help="of the method random: the choice depends on it alone (default: 0)"
+        None, metavar="N", help="seed of the method random, whose choice depends only on it (default: 0)"
     )
 
 
@@ -69,7 +69,7 @@ class ApplySettings(WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent that the plan was made for")
-    plan: str = setting(metavar="PLAN.json", help="what plan wrote")
+    plan: str = setting(metavar="PLAN.json", help="the plan, as written by plan")
     save: str = setting(metavar="CKPT", help="where the pruned checkpoint goes")
 
 
@@ -95,25 +95,25 @@ class SourceSettings(Settings):
     TITLE = "from Hugging Face to Hugging Face"
 
     hf: str = setting(metavar="HF", help="model directory, or a name on the Hub")
-    out: str = setting(metavar="OUT", help="directory to write; OUT.work holds what is finished until then")
+    out: str = setting(metavar="OUT", help="directory to write; OUT.work holds intermediate results until then")
     dtype: str | None = setting(
         None,
         choices=DTYPES,
         metavar="TYPE",
-        help=f"cast every weight to {', '.join(DTYPES)} (default: it keeps its type)",
+        help=f"cast every weight to {', '.join(DTYPES)} (default: keep its dtype)",
     )
     keep: bool = setting(False, help="keep OUT.work: checkpoints, corpora, scores and logs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
-    TITLE = "text, of which one document in ten is held out"
+    TITLE = "text (one document in ten is held out)"
 
     text: tuple[str, ...] = setting(
-        (), metavar="FILE", help="JSON lines, Parquet or plain text (default: English that is on this machine)"
+        (), metavar="FILE", help="JSON lines, Parquet or plain text (default: English text from this machine)"
     )
     dataset: str | None = setting(
-        None, metavar="NAME[:CONFIG]", help="in place of --text: a data set of the Hub, its split train"
+        None, metavar="NAME[:CONFIG]", help="instead of --text: a dataset on the Hub, its split train"
     )
     json_keys: str = setting("text", metavar="KEY", help="the key of a JSON line, or the column, with the text")
     text_documents: str = setting(
@@ -127,7 +127,7 @@ class TextSettings(Settings):
     )
     calibration_sequences: int = setting(128, metavar="N", help="sequences of calibration text")
     windows: int | None = setting(
-        None, metavar="N", help="sequences of held-out text to measure on (default: up to 64, as many as there are)"
+        None, metavar="N", help="sequences of held-out text to measure on (default: up to 64)"
     )
 
 
@@ -145,7 +145,7 @@ class ProcessesSettings(WorkersSettings):
     TITLE = "work"
 
     nproc: int = setting(1, metavar="N", help="processes that run the model, on this machine")
-    devices: tuple[int, ...] = setting((), metavar="GPU", help="which GPUs they use (default: the first)")
+    devices: tuple[int, ...] = setting((), metavar="GPU", help="GPUs to use (default: the first)")
     tensor_model_parallel_size: int = setting(1, metavar="T", help="as for Megatron")
     pipeline_model_parallel_size: int = setting(1, metavar="P", help="as for Megatron")
 
@@ -162,9 +162,9 @@ class RetrainCandidatesSettings(Settings):
     TITLE = "files and processes"
 
     load: str = setting(metavar="CKPT", help="the parent")
-    candidates: str = setting(metavar="CANDIDATES.json", help="what plan wrote")
-    statistics: str = setting(metavar="FILE", help="what calibrate --score wrote")
-    scratch: str = setting(metavar="DIR", help="where the candidates are cut and trained; of no use afterwards")
-    output: str | None = setting(None, metavar="FILE", help="where the statistics go (default: --statistics)")
+    candidates: str = setting(metavar="CANDIDATES.json", help="candidates from plan")
+    statistics: str = setting(metavar="FILE", help="statistics from calibrate --score")
+    scratch: str = setting(metavar="DIR", help="folder to cut and train candidates in; may be removed afterwards")
+    output: str | None = setting(None, metavar="FILE", help="file for the statistics (default: --statistics)")
     nproc: int = setting(1, metavar="N", help="processes per run, on this machine")
-    commands: bool = setting(False, help="print what would be run; run nothing")
+    commands: bool = setting(False, help="print the commands; run nothing")

@@ -17,32 +17,31 @@ MODULES = ("qkv", "proj", "fc1", "fc2")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """Flags that this package adds to Megatron's parser: they say what model Megatron builds."""
+    """Flags that this package adds to Megatron's parser to select the model that Megatron builds."""
 
     TITLE = "model and layout"
 
     shape_from: str | None = setting(
         None,
         metavar="CKPT",
-        help="take the model's arguments from this checkpoint and none of its weights: training from scratch in the "
-        "same shape",
+        help="take the model's arguments from this checkpoint, but no weights: training from scratch in the same shape",
     )
     fp32: bool = setting(False, help="compute in fp32 (default: as the checkpoint)")
     fp8_preset: str | None = setting(
         None,
         choices=FP8_PRESETS,
-        help="a named FP8 recipe, in place of Megatron's flags (needs Transformer Engine)",
+        help="a named FP8 recipe, instead of Megatron's flags (needs Transformer Engine)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTextSettings(Settings):
-    """Which text a parent is run on."""
+    """The text that a parent is run on."""
 
     TITLE = "calibration text"
 
     calibration_data_path: str | None = setting(None, metavar="PREFIX", help="tokenized corpus, without .bin")
-    calibration_sequences: int = setting(128, metavar="N", help="how many windows of it are read")
+    calibration_sequences: int = setting(128, metavar="N", help="number of windows to read")
     calibration_seq_length: int = setting(2048, metavar="S", help="tokens per window")
     calibration_sampling: str = setting(
         "sequential",
@@ -69,8 +68,8 @@ class TargetSettings(AmountSettings):
         choices=("linears", "all"),
         help="of the blocks' linear weights (the default), or of all parameters",
     )
-    target_params: int | None = setting(None, metavar="P", help="how many parameters, of all, should stay")
-    target_num_layers: int | None = setting(None, metavar="N", help="a size that should stay; so the next four")
+    target_params: int | None = setting(None, metavar="P", help="total number of parameters to keep")
+    target_num_layers: int | None = setting(None, metavar="N", help="size to keep, like the next four")
     target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
     target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
     target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
@@ -79,7 +78,7 @@ class TargetSettings(AmountSettings):
     tolerance: float | None = setting(
         None,
         metavar="T",
-        help="how far a chosen width may miss the target, relatively (default: 0.02)",
+        help="relative error of the target that a chosen width may have (default: 0.02)",
     )
 
 

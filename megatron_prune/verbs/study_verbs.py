@@ -18,25 +18,25 @@ class PreflightSettings(Settings):
     installed: str = setting(
         "te,apex,flash-attn",
         metavar="WORDS",
-        help="what every node has besides PyTorch, of te, apex, flash-attn, nvrx and emerging-optimizers, with commas "
+        help="packages on every node besides PyTorch: te, apex, flash-attn, nvrx, emerging-optimizers, with commas "
         "between, or none (default: te,apex,flash-attn, as launch/Dockerfile.ngc has; launch/Dockerfile: none)",
     )
-    mfu: float = setting(0.4, metavar="F", help="share of dense bf16 FLOPs that is reached, for times; measure yours")
+    mfu: float = setting(0.4, metavar="F", help="fraction of peak dense bf16 FLOPs, for times; measure yours")
     reserve_gb: float = setting(
-        6.0, metavar="GB", help="of every GPU, for the CUDA context, NCCL, workspaces and fragmentation"
+        6.0, metavar="GB", help="memory of every GPU set aside for the CUDA context, NCCL, workspaces and fragmentation"
     )
     host_memory_gb: float | None = setting(
-        None, metavar="GB", help="memory of a node, without which it is told and not judged"
+        None, metavar="GB", help="memory of a node; if not given, host memory is reported but not checked"
     )
     model: str | None = setting(
         None,
         metavar="FILE",
-        help="the model's flags, while the checkpoint that says them is not here (# begins a comment)",
+        help="file with the model's flags, while the checkpoint is not here (# begins a comment)",
     )
     corpus_tokens: str | None = setting(
-        None, metavar="N", help="what the corpora hold, such as 750B, while they are not here"
+        None, metavar="N", help="tokens in the corpora, such as 750B, while they are not here"
     )
-    output: str | None = setting(None, metavar="FILE.json", help="write the answer as data, too")
+    output: str | None = setting(None, metavar="FILE.json", help="write the answer as JSON too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class StudySettings(Settings):
     TITLE = "study"
 
     study: str = setting(positional=True, metavar="STUDY.yaml", help="the study's file")
-    runs_dir: str = setting("runs", metavar="DIR", help="where studies are stored")
+    runs_dir: str = setting("runs", metavar="DIR", help="directory of all studies")
     parent: str | None = setting(
-        None, metavar="LABEL", help="only the study of this one, where STUDY.yaml has several parents"
+        None, metavar="LABEL", help="only this parent's study, if STUDY.yaml has several parents"
     )
 
 
@@ -55,18 +55,16 @@ class StudyPlanSettings(StudySettings):
     TITLE = "what is shown"
 
     commands: bool = setting(False, help="print the command line of every stage too")
-    scripts: bool = setting(False, help="write the Slurm script of every cell that is known")
+    scripts: bool = setting(False, help="write the Slurm script of every known cell")
     corpus_tokens: str | None = setting(
-        None, metavar="N", help="tokens in data.train, such as 750B, while the corpora are not there"
+        None, metavar="N", help="tokens in data.train, such as 750B, while the corpora do not exist"
     )
     throughput: str | None = setting(
-        None, metavar="T", help="of one GPU: tokens per second on the parent's shape, or an MFU as 40%"
+        None, metavar="T", help="speed of one GPU: tokens per second on the parent's shape, or an MFU such as 40%"
     )
-    gpus: int | None = setting(
-        None, metavar="N", help="how many there are (default: launch.nproc x launch.parallel_cells)"
-    )
+    gpus: int | None = setting(None, metavar="N", help="number of GPUs (default: launch.nproc x launch.parallel_cells)")
     peak_tflops: float | None = setting(
-        None, metavar="TFLOPS", help="what an MFU is of (default: 989, an H100 in bf16)"
+        None, metavar="TFLOPS", help="peak that an MFU refers to (default: 989, an H100 in bf16)"
     )
 
 
@@ -75,7 +73,7 @@ class StudyStatusSettings(StudySettings):
     TITLE = "what is shown"
 
     watch: float | None = setting(
-        None, metavar="SECONDS", alone=2.0, help="show it again and again while a runner is at work (every 2 s)"
+        None, metavar="SECONDS", alone=2.0, help="refresh while a runner is at work (every 2 s)"
     )
 
 
@@ -84,7 +82,7 @@ class StudyStageSettings(Settings):
     TITLE = "stage"
 
     cell: str = setting(positional=True, metavar="CELL", help="a cell's directory, with its cell.json")
-    stage: str = setting(positional=True, metavar="STAGE", help="its name in cell.json")
+    stage: str = setting(positional=True, metavar="STAGE", help="the stage's name in cell.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ class AdvisedBySettings(Settings):
     ledger: str | None = setting(
         None,
         metavar="STUDY",
-        help="a study's folder with a report, or its results.json (default: the quickstart's, where it is shipped)",
+        help="a study's folder with a report, or its results.json (default: the shipped quickstart ledger)",
     )
     json: str | None = setting(None, metavar="FILE", help="write the advice as JSON too")
 
@@ -104,26 +102,26 @@ class AdvisedParentSettings(Settings):
     TITLE = "parent (default: the ledger's)"
 
     parent: str | None = setting(None, metavar="CKPT", help="its checkpoint")
-    parent_params: str | None = setting(None, metavar="N", help="its parameters, such as 8B")
-    parent_tokens: str | None = setting(None, metavar="N", help="tokens that it was trained on, such as 15T")
+    parent_params: str | None = setting(None, metavar="N", help="number of parameters, such as 8B")
+    parent_tokens: str | None = setting(None, metavar="N", help="tokens it was trained on, such as 15T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvisedAmountSettings(Settings):
-    TITLE = "what is to be removed: one of these"
+    TITLE = "what to remove (exactly one)"
 
     ratio: float | None = setting(None, metavar="R", help="fraction removed")
     ratio_of: str | None = setting(
         None, choices=("linears", "all"), help="of the blocks' linear weights (the default), or of all"
     )
-    target_params: str | None = setting(None, metavar="P", help="parameters, of all, that should stay")
-    target_num_layers: int | None = setting(None, metavar="N", help="a size that should stay; so the next four")
+    target_params: str | None = setting(None, metavar="P", help="total number of parameters to keep")
+    target_num_layers: int | None = setting(None, metavar="N", help="size to keep, like the next four")
     target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
     target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
     target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
     target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
-    pattern: str | None = setting(None, metavar="unstructured|N:M", help="a sparse model; N:M says its own ratio")
-    method: str | None = setting(None, metavar="M", help="this method alone (default: every one that was measured)")
+    pattern: str | None = setting(None, metavar="unstructured|N:M", help="a sparse model; N:M implies its ratio")
+    method: str | None = setting(None, metavar="M", help="only this method (default: all measured ones)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +129,13 @@ class AdvisedBudgetSettings(Settings):
     TITLE = "budget: tokens of retraining, or GPU-hours"
 
     tokens: str | None = setting(None, metavar="N", help="such as 10B")
-    gpu_hours: float | None = setting(None, metavar="H", help="in place of --tokens")
-    gpu_flops: float | None = setting(None, metavar="F", help="FLOP/s that a GPU really does: its peak times the MFU")
+    gpu_hours: float | None = setting(None, metavar="H", help="instead of --tokens")
+    gpu_flops: float | None = setting(None, metavar="F", help="FLOP/s that a GPU reaches: its peak times the MFU")
     setting: str = setting(
         "equal-training",
         choices=("equal-training", "equal-total", "equal-flops"),
-        help="equal-training (the default): the parent is there, its tokens are spent; equal-total, equal-flops: the "
-        "scratch run has what the parent has cost as well",
+        help="equal-training (the default): the parent exists and its tokens do not count; equal-total, equal-flops: "
+        "the scratch run also gets what the parent has cost",
     )
 
 

@@ -15,7 +15,7 @@ class MasksSettings(Settings):
     masks: str | None = setting(
         None,
         metavar="DIR",
-        help="train with the zeros of these masks held; a resumed run finds its own in its save directory",
+        help="train with the zeros of these masks held; a resumed run uses the masks in its save directory",
     )
     random_masks: int | None = setting(
         None,
@@ -23,9 +23,7 @@ class MasksSettings(Settings):
         help="train a new model under random masks with the pattern and the counts of --masks (per row; per group "
         "for N:M)",
     )
-    let_zeros_fill: bool = setting(
-        False, help="train a sparse checkpoint as a dense one: its zeros become weights again"
-    )
+    let_zeros_fill: bool = setting(False, help="train a sparse checkpoint as a dense one: its zeros may become nonzero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +36,15 @@ class StreamSettings(Settings):
         help="train on exactly these samples of the stream over --train-data-path or --data-path; END - START is the "
         "global batch size times the number of steps",
     )
-    stream_seed: int = setting(1234, metavar="SEED", help="order of the stream; one for a whole study")
+    stream_seed: int = setting(1234, metavar="SEED", help="order of the stream; the same for a whole study")
     stream_epochs: int = setting(
-        1, metavar="N", help="declare the stream as this many differently shuffled passes over its corpora"
+        1, metavar="N", help="number of differently shuffled passes over the corpora in the stream"
     )
     stream_allow_seen: bool = setting(
-        False, help="train on samples that the pretrained checkpoint has seen; such a run is compared with nothing"
+        False, help="allow samples that the pretrained checkpoint has seen; such a run is never compared"
     )
     stream_permutation_seed: int | None = setting(
-        None, metavar="SEED", help="permute the samples inside the range (a replicate of the same training)"
+        None, metavar="SEED", help="permute the samples within the range (a replicate of the same training)"
     )
 
 
@@ -71,16 +69,16 @@ class LearnMasksSettings(PretrainSettings, TargetSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TasksSettings(Settings):
-    TITLE = "lm-eval's tasks (a task reads up to --seq-length tokens, and --micro-batch-size of its sequences at once)"
+    TITLE = "lm-eval tasks (up to --seq-length tokens per sequence and --micro-batch-size sequences per batch)"
 
     tasks: str | None = setting(
         None, metavar="NAME,…", help="tasks, groups or tags of lm-eval (pip install 'megatron_prune[eval]')"
     )
     tasks_path: str | None = setting(None, metavar="DIR", help="a folder with YAML files of more tasks")
-    num_fewshot: int | None = setting(None, metavar="N", help="examples before a question (default: the task's)")
+    num_fewshot: int | None = setting(None, metavar="N", help="examples before each question (default: the task's)")
     limit: int | None = setting(None, metavar="N", help="only the first N questions of each task")
     task_samples: str | None = setting(
-        None, metavar="FILE.jsonl", help="write every question and its likelihoods there"
+        None, metavar="FILE.jsonl", help="write every question and its likelihoods to this file"
     )
 
 
@@ -90,7 +88,7 @@ class EvaluateSettings(TasksSettings):
 
     output: str = setting(metavar="FILE", help="scores.json to write")
     windows: int | None = setting(
-        None, metavar="N", help="windows of --seq-length tokens to score of each corpus (default: all)"
+        None, metavar="N", help="windows of --seq-length tokens to score per corpus (default: all)"
     )
     labels: tuple[str, ...] | None = setting(
         None, metavar="NAME", help="names for the corpora of --data-path, in order"
