@@ -37,6 +37,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_prune.errors import EXIT_REFUSED
+
 READY, GPU = b"R", b"G"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
@@ -213,7 +215,7 @@ def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
                 code = os.waitstatus_to_exitcode(status)
                 if code:
                     how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-                    if code < 0 or ranks:
+                    if code < 0 or (ranks and code != EXIT_REFUSED):  # what it refused is the last line
                         print(f"rank {rank} {how}", file=sys.stderr, flush=True)
                     return code
     return 0
