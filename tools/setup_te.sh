@@ -1,9 +1,9 @@
 # Sourced after tools/setup_env.sh:   setup_env dev; setup_te
 #
-# Makes .venv-te: .venv with Transformer Engine laid over it, and puts it first in PATH. It is an
-# environment of its own because Megatron behaves differently as soon as TE can be imported.
-# PyPI has TE's core library as a wheel and its torch extension as source only: compiling it takes
-# minutes, so the wheel is kept in ~/.cache/megatron_prune under the versions that it fits.
+# Makes .venv-te, which adds Transformer Engine to .venv, and puts it first in PATH. It is a separate
+# environment because Megatron behaves differently as soon as TE can be imported. PyPI has TE's core
+# library as a wheel, but its torch extension as source only. Compiling it takes minutes, so the wheel
+# is cached in ~/.cache/megatron_prune, by the versions that it fits.
 
 TE_DIR="$ENV_ROOT/.venv-te"
 TE_WHEELS="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_prune/wheels"
@@ -16,10 +16,10 @@ print(f"te{sys.argv[1]}-torch{torch.__version__}-py{sys.version_info.major}{sys.
 PYTHON
 }
 
-# Whether the wheel that this environment needs was built already.
+# Succeeds if the wheel for this environment was built already.
 te_wheel_is_there() { compgen -G "$TE_WHEELS/$(_te_key)/transformer_engine_torch-*.whl" >/dev/null; }
 
-# The headers come from wheels, torch's own and one more, so that no CUDA toolkit is needed.
+# The headers come from wheels (torch's own and one more), so no CUDA toolkit is needed.
 _te_wheel() { # folder
     local target="$1" made
     compgen -G "$target/transformer_engine_torch-*.whl" >/dev/null && return 0
@@ -48,7 +48,7 @@ from pathlib import Path
 (below,) = glob.glob(f"{sys.argv[1]}/lib/python*/site-packages")
 Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
 PYTHON
-    # What the extension's build asks for, and what it imports; torch and the rest are .venv's.
+    # The extension's build and runtime dependencies; torch and the rest come from .venv.
     "${pip[@]}" install setuptools wheel ninja pybind11 einops onnx onnxscript nvdlfw-inspect \
         "nvidia-cudnn-frontend>=1.29.0" "nvidia-cuda-crt==$cuda.*" nvidia-curand >&2 </dev/null || return 1
     # TE looks for CUDA's headers and libraries in its own site-packages only: links to those that torch brought.

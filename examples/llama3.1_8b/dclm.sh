@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# DCLM-Baseline as corpora of Llama 3's tokens: one a local shard of the data set, some 38B tokens each.
+# DCLM-Baseline as corpora of Llama 3's tokens: one per local shard of the data set, about 38B tokens each.
 #
 #     hf download mlfoundations/dclm-baseline-1.0 --repo-type dataset --local-dir $DCLM_TEXT \
 #         --include 'global-shard_0[12]_of_10/*' --include 'global-shard_10_of_10/local-shard_9_of_10/*'
 #     bash examples/llama3.1_8b/dclm.sh check                 # what this machine lacks for all of it
-#     bash examples/llama3.1_8b/dclm.sh shards                # lists the shards that are there
+#     bash examples/llama3.1_8b/dclm.sh shards                # lists the downloaded shards
 #     sbatch --array 0-19 --cpus-per-task 32 --wrap \
 #         'bash examples/llama3.1_8b/dclm.sh tokenize $SLURM_ARRAY_TASK_ID'       # or a loop on one machine
-#     bash examples/llama3.1_8b/dclm.sh held-out              # calibration, validation, test: of another shard
-#     bash examples/llama3.1_8b/dclm.sh blend                 # refuses while a shard is missing, and says which
-#     bash examples/llama3.1_8b/dclm.sh index                 # the stream's caches, before a cluster waits for them
+#     bash examples/llama3.1_8b/dclm.sh held-out              # calibration, validation and test, from another shard
+#     bash examples/llama3.1_8b/dclm.sh blend                 # refuses while a shard is missing, and names it
+#     bash examples/llama3.1_8b/dclm.sh index                 # builds the stream's caches before a cluster needs them
 #
-# Everything may be interrupted and run again: finished files of a shard are kept, finished shards are skipped. Each step
-# first says what it lacks (programs, text, tokenizer, disk), all of it at once, and exits with code 2.
+# Every step can be interrupted and run again: finished files of a shard are kept, finished shards are skipped. Each step
+# first lists everything that it lacks (programs, text, tokenizer, disk), and then exits with code 2.
 # DCLM_TEXT: the download. DCLM_OUT: the corpora. TOKENIZER: a directory with Llama 3's tokenizer.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -49,7 +49,7 @@ needs_file() { # file, the step that makes it
     [ -f "$1" ] || LACKS+=("$1: dclm.sh $2 makes it")
 }
 
-needs_room() { # for the corpora of these folders; tokens take about three times what compressed text takes
+needs_room() { # folders; their tokens take about three times the space of the compressed text
     local size room there=$OUT
     size=$( (cd "$TEXT" 2>/dev/null && du -scb "$@" 2>/dev/null | tail -n 1 | cut -f 1) || true)
     while [ ! -d "$there" ]; do there=$(dirname "$there"); done
@@ -64,7 +64,7 @@ say_lacks() { # the step that cannot start
     exit 2
 }
 
-check() { # all that the way from download to index needs on this machine
+check() { # everything that the steps from download to index need on this machine
     needs_python
     needs_tokenizer
     if ! compgen -G "$TEXT/global-shard_0[12]_of_*/local-shard_*" >/dev/null; then
@@ -85,7 +85,7 @@ name_of() { # global-shard_01_of_10/local-shard_0_of_10 -> global-01-local-0
 corpus() { # prefix file...
     local prefix=$1
     shift
-    [ -f "$prefix.json" ] && { echo "$prefix is there"; return; } # the last file that is written
+    [ -f "$prefix.json" ] && { echo "$prefix is there"; return; } # preprocess writes this file last
     "$PYTHON" -m megatron_prune preprocess --input "$@" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"
 }
@@ -99,7 +99,7 @@ shards() {
     echo "$(wc -l <"$OUT/shards.txt") shards: tokenize 0 to $(($(wc -l <"$OUT/shards.txt") - 1))"
 }
 
-tokenize() { # number of a line of shards.txt, from 0
+tokenize() { # line number in shards.txt, from 0
     local shard
     needs_python
     needs_tokenizer
@@ -139,14 +139,14 @@ blend() {
         echo "dclm.sh: not tokenized yet: --array $(IFS=,; echo "${missing[*]}")" >&2
         exit 1
     fi
-    # Without weights the corpora are used up together, in proportion to their lengths.
+    # Without weights, the blend takes from the corpora in proportion to their lengths.
     printf '%s\n' "${prefixes[@]}" >"$OUT/blend.txt.new"
     mv "$OUT/blend.txt.new" "$OUT/blend.txt"
     "$PYTHON" -c 'import json, sys; print(f"{sum(json.load(open(p + ".json"))["tokens"] for p in sys.argv[1:]):,} tokens")' \
         "${prefixes[@]}"
 }
 
-index() { # flags of `index`, such as the ranges that are to be there
+index() { # flags of `build-index`, such as ranges
     local blend name
     needs_python
     needs_file "$OUT/blend.txt" blend

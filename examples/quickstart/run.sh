@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Text that is on this machine -> tokenizer and corpora -> a small parent, pruned by half, trained on,
-# and compared with training from scratch. No GPU and no download but the package index; about ten
-# minutes on two cores after installation. Started again, it goes on where it stopped.
+# Makes a tokenizer and corpora from text on this machine, trains a small parent, prunes it by half, retrains it,
+# and compares with training from scratch. Needs no GPU and downloads nothing but packages; about ten minutes
+# on two cores after installation. Run it again to continue where it stopped.
 #
-# Leaves runs/quickstart/report/index.html (and results.json, results.csv beside it).
+# Writes runs/quickstart/report/index.html (and results.json and results.csv next to it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/setup_env.sh
@@ -18,7 +18,7 @@ stage() { # name command...
 DATA=runs/quickstart-data
 VOCABULARY=2048
 
-tokenize() { # the four corpora side by side: most of each is start-up
+tokenize() { # all four corpora at once: most of the time is start-up
     local split jobs=()
     for split in train calibration validation test; do
         [ -f "$DATA/$split.json" ] && continue
@@ -33,7 +33,7 @@ stage "set-up" setup_env
 begin=$SECONDS
 mkdir -p "$DATA"
 [ -d "$DATA/text" ] || stage "corpus" python -m megatron_prune build-corpus --output "$DATA/text" --max-bytes 10000000 \
-    --longest-held-out 1200 # so that the windows evaluated are of many documents
+    --longest-held-out 1200 # so that the evaluated windows cover many documents
 [ -f "$DATA/tokenizer.model" ] || stage "tokenizer" python -m megatron_prune train-tokenizer \
     --input "$DATA/text/train.jsonl" --output "$DATA/tokenizer.model" --vocab-size $VOCABULARY --max-bytes 4000000
 stage "tokenize" tokenize

