@@ -1,9 +1,9 @@
-"""The pruning methods: one file per method, and ``get`` and ``get_sparse``, which find a method by its name.
+"""The pruning methods: one file per method, and ``get`` and ``get_sparse``, which find a method by name.
 
-A method's file defines ``METHOD``, a structured ``Method``, or ``SPARSE``, a ``SparseMethod``, or both
-(random does); the file's name with dashes is the method's name (``minitron_width.py`` is
-``minitron-width``). Its settings, and so its name in help and errors, are in ``options.py``; the interfaces
-are in ``base.py``. Files are imported when they are asked for: this package itself imports no torch.
+A method's file defines ``METHOD`` (a structured ``Method``), ``SPARSE`` (a ``SparseMethod``) or both, as random
+does. The file's name with dashes is the method's name: ``minitron_width.py`` is ``minitron-width``. The names and
+settings are listed in ``options.py``, the interfaces are in ``base.py``. Method files are imported on demand, so
+importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sparse_names() -> list[str]:
 
 
 def get(name: str) -> Method:
-    """The structured method of that name; UsageError lists the names there are."""
+    """The structured method ``name``; UsageError lists the names that exist."""
     if name in STRUCTURED:
         method: Method = _module(name).METHOD
         return method
@@ -38,7 +38,7 @@ def get(name: str) -> Method:
 
 
 def get_sparse(name: str) -> SparseMethod:
-    """The sparse method of that name; UsageError lists the names there are."""
+    """The sparse method ``name``; UsageError lists the names that exist."""
     if name in SPARSE:
         method: SparseMethod = _module(name).SPARSE
         return method

@@ -1,11 +1,11 @@
-"""Running sums over activations, in float64, cheap enough to ride on a forward pass.
+"""Running sums over activations, in float64, cheap enough to compute during a forward pass.
 
-Pure tensors: nothing here knows Megatron, hooks or process groups. Activations are Megatron's
-``[s, b, n]`` (tokens, sequences, channels). Tokens are visited in slices that fit a cache; each is
-widened to float64 once, and channels are summed by a matrix-vector product, several times faster
-than a reduction of the widened tensor as a whole.
+Plain tensor code, independent of Megatron, hooks and process groups. Activations are Megatron's
+``[s, b, n]`` (tokens, sequences, channels). Tokens are read in slices that fit a cache. Each slice is
+widened to float64 once, and channels are summed by a matrix-vector product, which is several times
+faster than reducing the whole widened tensor.
 
-What is kept per channel serves every forward-only method at every ratio (METHODS.md):
+Three sums per channel serve every forward-only method at every ratio:
 
 * ``sum_abs_mean_sq``  Σ over sequences of (mean over tokens of |x|)²    minitron-width
 * ``sum_sq``           Σ over tokens of x²                               its "paper" aggregation
@@ -24,11 +24,11 @@ from megatron_prune.errors import CheckpointError
 QUANTITIES = ("sum_abs_mean_sq", "sum_sq", "sum")
 
 _CPU_SLICE_BYTES = 1 << 19  # two float64 slices of this size stay in a core's cache
-_GPU_SLICE_BYTES = 1 << 26  # a GPU wants few launches instead
+_GPU_SLICE_BYTES = 1 << 26  # a GPU is faster with few launches
 
 
 class Workspace:
-    """Two reusable float64 buffers (allocating them anew would cost more than the sums)."""
+    """Two reusable float64 buffers (allocating them each time would cost more than the sums)."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -90,7 +90,7 @@ class CosineDistance:
         self._workspace = workspace or Workspace()
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add a micro-batch: the residual stream [s, b, h] where it enters and leaves the block."""
+        """Add a micro-batch: the residual stream [s, b, h] before and after the block."""
         tokens, sequences, channels = before.shape
         for sequence in range(sequences):
             x, y = before[:, sequence], after[:, sequence]  # [s, h] each
@@ -105,11 +105,11 @@ class CosineDistance:
                 self.total += (1.0 - cosine).sum()
 
 
-# Σ‖X_j‖² of a linear's inputs, which Wanda weighs its weights by.
+# Σ‖X_j‖² of a linear's inputs, the weighting in Wanda's scores.
 
 
 class SquareSums:
-    """``total`` (float64 [in], to be all-reduced with ``count`` over data parallel ranks) of ‖X_j‖²."""
+    """‖X_j‖² in ``total`` (float64 [in]); all-reduce it with ``count`` over data-parallel ranks."""
 
     def __init__(self, inputs: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, dtype=torch.float64, device=device)
@@ -125,7 +125,9 @@ class SquareSums:
         self.count += 1
 
     def mean(self) -> torch.Tensor:
-        """Mean over sequences of ‖X_j‖², float64 [in]; CheckpointError where inputs were not finite."""
+        """Mean over sequences of ‖X_j‖², float64 [in]; CheckpointError if inputs were not finite."""
         if not bool(self.total.isfinite().all()):
-            raise CheckpointError("the inputs of a linear are not finite: the model cannot be pruned by them")
+            raise CheckpointError(
+                "the inputs of a linear are not finite: use another calibration text, or bf16 or fp32 in place of fp16"
+            )
         return self.total / self.count

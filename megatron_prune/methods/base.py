@@ -1,9 +1,9 @@
-"""The two small interfaces of the pruning methods.
+"""The interfaces of the structured and the sparse pruning methods.
 
-A structured method cuts whole dimensions. It says which, and which statistics it needs, and turns
-statistics and a target shape into a ``Selection``, or into several between which the loss of the
-model decides. A sparse method leaves every shape and zeroes weights, one matrix at a time, by the
-inputs that the matrix sees. Neither sees a model or a checkpoint.
+A structured method cuts whole dimensions. It declares which dimensions it cuts and which statistics it needs, and
+turns statistics and a target shape into a ``Selection``, or into several candidates among which the model's loss
+decides. A sparse method keeps every shape and zeroes weights, one matrix at a time, based on the matrix and possibly
+its inputs. Neither kind reads a model or a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ DIMENSIONS = DEPTH + WIDTH
 
 @dataclass(frozen=True)
 class NearTie:
-    """The cut runs between two units whose scores lie within 1e-5 relative.
+    """The cut runs between two units whose scores differ by at most 1e-5 relative.
 
-    Another layout's rounding may choose otherwise among ``kept``, ``removed`` and ``others``
-    (further units inside the same band). ``layer`` and ``group`` are source numbers; None where
-    the choice is not made per layer or group.
+    Rounding under another layout may choose differently among ``kept``, ``removed`` and ``others`` (further units in
+    the same band). ``layer`` and ``group`` are source numbers; None if the choice is not made per layer or group.
     """
 
     unit: str  # layer, hidden, group, head, ffn, candidate, or finalist (a candidate that is retrained)
@@ -48,10 +47,10 @@ class NearTie:
 
 @dataclass(frozen=True)
 class Gates:
-    """Factors that what survives is multiplied by, in the order of a ``Selection``'s indices; None: 1, everywhere.
+    """Factors that multiply what is kept, in the order of a ``Selection``'s indices; None: 1 everywhere.
 
-    ``hidden`` multiplies what is read from and written to the residual stream, ``layers`` what a layer's attention
-    and MLP write, ``heads`` and ``ffn`` what ``linear_proj`` and ``linear_fc2`` read.
+    ``hidden`` multiplies what is read from and written to the residual stream, ``layers`` the output of a layer's
+    attention and MLP, ``heads`` and ``ffn`` the inputs of ``linear_proj`` and ``linear_fc2``.
     """
 
     layers: tuple[float, ...] | None = None
@@ -62,9 +61,9 @@ class Gates:
 
 @dataclass(frozen=True)
 class Selection:
-    """What survives, in source numbering and ascending; None keeps everything.
+    """What is kept, in source numbering and ascending; None keeps everything.
 
-    ``heads`` and ``ffn`` have one entry a kept layer, in the order of ``layers``.
+    ``heads`` and ``ffn`` have one entry per kept layer, in the order of ``layers``.
     """
 
     layers: tuple[int, ...]
@@ -72,11 +71,11 @@ class Selection:
     heads: tuple[tuple[int, ...], ...] | None = None
     ffn: tuple[tuple[int, ...], ...] | None = None
     near_ties: tuple[NearTie, ...] = ()
-    gates: Gates | None = None  # of masks that were learned
+    gates: Gates | None = None  # of learned masks
 
     @property
     def key(self) -> str:
-        """Hex digest of what survives: the name under which its score is kept."""
+        """Hex digest of what is kept: the key of its score."""
         return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn])
 
 
@@ -92,7 +91,7 @@ class Retraining:
 class Search:
     """Which sizes a search varies (of WIDTH), and how many shapes it may score.
 
-    Where the shapes that compete are given, ``shapes`` are their sizes on ``axes``.
+    If the user lists the competing shapes, ``shapes`` are their sizes on ``axes``.
     """
 
     axes: tuple[str, ...]
@@ -103,15 +102,15 @@ class Search:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A multiple-choice task whose accuracy decides between candidates."""
+    """A multiple-choice task whose accuracy chooses among candidates."""
 
     path: str  # JSON lines, see data/multiple_choice.py
-    metric: str  # of methods/ranking.py
+    metric: str  # one of options.METRICS
 
 
 @dataclass(frozen=True)
 class PruningRequest:
-    """What a method is asked: cut ``source`` to ``target`` by these statistics."""
+    """A request to a method: cut ``source`` to ``target`` using these statistics."""
 
     source: ModelShape
     target: ModelShape
@@ -123,12 +122,12 @@ class PruningRequest:
 class Method(ABC):
     """A structured method. Subclasses are stateless; their file's docstring explains the method.
 
-    Most rank by statistics alone: they are ``RankingMethod``s.
+    Most rank by statistics alone and are ``RankingMethod``s.
     """
 
     #: Dimensions that an explicit ``--target-…`` may cut (names of ``ModelShape`` fields).
     dimensions: tuple[str, ...]
-    #: True where the method draws random numbers, and so takes ``--seed``.
+    #: True if the method draws random numbers, and so takes ``--seed``.
     random: bool = False
     #: True where its statistics are masks that were learned for one target (``learn-masks``), not a calibration's.
     learned: bool = False
@@ -138,15 +137,15 @@ class Method(ABC):
         return self.dimensions
 
     def search(self, settings: Mapping[str, Any]) -> Search | None:
-        """Which shapes compete to meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
+        """The competing shapes that meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
         return None
 
     def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
-        """The task by which candidates are judged; None: by the loss on the calibration text."""
+        """The task on which candidates are scored; None: they are scored by the loss on the calibration text."""
         return None
 
     def needs_scores(self, settings: Mapping[str, Any]) -> bool:
-        """True where the model must be run with every candidate before one can be chosen."""
+        """True if the model must be run with every candidate before one can be chosen."""
         return self.search(settings) is not None
 
     @abstractmethod
@@ -155,32 +154,32 @@ class Method(ABC):
 
     @abstractmethod
     def candidates(self, request: PruningRequest) -> list[Selection]:
-        """What may survive: each exactly ``request.target``. Between equal losses the first is taken."""
+        """The selections to choose among, each exactly ``request.target``. Among equal losses the first wins."""
 
 
 class RankingMethod(Method):
-    """A method whose scores say what survives once the target is known."""
+    """A method that chooses by scores alone once the target is known."""
 
     def candidates(self, request: PruningRequest) -> list[Selection]:
         return [self.select(request)]
 
     @abstractmethod
     def select(self, request: PruningRequest) -> Selection:
-        """Choose what survives: exactly ``request.target``."""
+        """Choose what is kept: exactly ``request.target``."""
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How much of a matrix goes, and which weights may go together."""
+    """How much of a matrix is removed, and in which pattern."""
 
-    ratio: float  # the fraction removed; N:M says it by itself
+    ratio: float  # the fraction removed; N:M implies it
     pattern: Pattern
 
     @staticmethod
     def parse(ratio: float | None, pattern: str, flag: str = "--ratio") -> Sparsity:
-        """What ``--ratio`` (or ``flag``) and ``--pattern`` say; UsageError where they cannot hold together.
+        """The sparsity that ``--ratio`` (or ``flag``) and ``--pattern`` give; UsageError if they contradict each other.
 
-        The ratio may be left out where the pattern is N:M.
+        The ratio may be omitted if the pattern is N:M.
         """
         chosen = Pattern.parse(pattern)
         if ratio is None and chosen.ratio is None:
@@ -197,42 +196,42 @@ class Sparsity:
         return Sparsity(chosen.ratio or ratio, chosen)
 
     def removed(self, count: int) -> int:
-        """⌊count · ratio⌋, the ratio taken as the decimal it was written as: 0.29 of 100 is 29, not 28."""
+        """⌊count · ratio⌋, with the ratio read as a decimal: 0.29 of 100 is 29, not 28."""
         return int(Fraction(str(float(self.ratio))) * count)
 
 
 class SparseMethod(ABC):
     """A sparse method: zeroes weights of one matrix at a time. Stateless, like ``Method``.
 
-    It is a ``WeightMethod`` or an ``InputMethod``.
+    Every sparse method is a ``WeightMethod`` or an ``InputMethod``.
     """
 
-    #: What it reads about a matrix's inputs: nothing, a ``sparse.square_sums.SquareSums.mean()`` or a
-    #: ``sparse.hessian.Hessian.factor()``. Matrices that read the same input share one.
+    #: What it reads about a matrix's inputs: nothing, ``accumulators.SquareSums.mean()`` or
+    #: ``hessian.Hessian.factor()``. Matrices with the same input share one.
     statistic: Literal["none", "square_sums", "hessian"]
-    #: True where the method draws random numbers.
+    #: True if the method draws random numbers.
     random: bool = False
 
 
 class WeightMethod(SparseMethod):
-    """A method that looks at the weights alone: the lowest scores go, of a whole matrix, or of every M inputs.
+    """A method that reads weights alone: it removes the lowest scores of a whole matrix, or of every M inputs.
 
-    Nothing else of the model is needed, and a matrix is never whole in memory: ``sparse/weights_only.py``.
+    It needs nothing else of the model, and a matrix is never whole in memory: ``sparse/weights_only.py``.
     """
 
     statistic = "none"
 
     @abstractmethod
     def scores(self, weight: torch.Tensor, first: int, seed: tuple[int, ...]) -> torch.Tensor:
-        """Scores of rows of one logical matrix (q, k, v, o, gate, up or down), the same whenever it is asked.
+        """Scores of rows of one logical matrix (q, k, v, o, gate, up or down); repeated calls give the same scores.
 
-        ``weight`` is [rows, in], the matrix's rows from ``first`` on, bf16, fp16 or fp32. ``seed`` names the matrix:
-        (the run's seed, layer, matrix). Returns [rows, in], one of these types, never negative.
+        ``weight`` is [rows, in], the matrix's rows from ``first`` on, bf16, fp16 or fp32. ``seed`` identifies the
+        matrix: (the run's seed, layer, matrix). Returns [rows, in], one of these types, never negative.
         """
 
 
 class InputMethod(SparseMethod):
-    """A method that looks at what a matrix reads."""
+    """A method that reads statistics of a matrix's inputs."""
 
     @abstractmethod
     def prune(
@@ -240,9 +239,9 @@ class InputMethod(SparseMethod):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prune this rank's rows of one logical matrix (q, k, v, o, gate, up or down).
 
-        ``weight`` is fp32 [rows, in] with the whole input dimension, and is changed in place; ``rows`` says
-        which rows of the matrix they are, and every rank that holds others calls this too. ``sparsity``'s M
-        must divide ``in`` (``Pattern.check_inputs``).
+        ``weight`` is fp32 [rows, in] with the whole input dimension, and is changed in place. ``rows`` says which rows
+        of the matrix these are; every rank that holds other rows makes this call too. ``in`` must be divisible by
+        ``sparsity``'s M (``Pattern.check_inputs``).
 
         Returns (weight, kept): kept is bool [rows, in], True where a weight stays; removed weights are +0.
         """

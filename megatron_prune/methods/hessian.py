@@ -1,18 +1,19 @@
 """H = (2/n)·Σ X·Xᵀ over n sequences of a linear's inputs, and the factor of its inverse (SparseGPT).
 
-A sequence's product is made in fp32 and summed into float64, so that neither the order of sequences nor
-which rank saw them can matter. It is symmetric: only strips right of the diagonal are computed. Where tokens
-are too few to fill H, damping alone decides in what they leave out, and fp32's noise is not far below it (1e-7 of
-the largest eigenvalue, and a few inputs of a real model are thousands of times larger than the rest): the
-product is made in float64 then, which at that size costs no more than the factorization.
+Each sequence's product is computed in fp32 and summed in float64, so that the result depends neither on the order
+of sequences nor on which rank read them. H is symmetric, so only strips right of the diagonal are computed. With
+too few tokens, H is singular and only the damping determines the rest; fp32 noise is close to the damping (1e-7 of
+the largest eigenvalue, and a few inputs of a real model are thousands of times larger than the rest). Then the
+product is computed in float64, which at that size costs no more than the factorization.
 
-The method asks for U, upper triangular, with H⁻¹ = Uᵀ·U. With J the reversal of rows and columns and
-J·H·J = L·Lᵀ that is U = J·L⁻¹·J: one Cholesky factorization and one triangular inverse, where forming H⁻¹ and
-factoring it again takes twice the work and the condition number twice over. Both are done in float64: in fp32, U
-is off by 1e-4 at the condition numbers of a real model's inputs (2e4), and SparseGPT's masks by a thousandth.
+The method needs U, upper triangular, with H⁻¹ = Uᵀ·U. With J the reversal of rows and columns and
+J·H·J = L·Lᵀ, U = J·L⁻¹·J: one Cholesky factorization and one triangular inverse. Forming H⁻¹ and factoring it
+again would take twice the work and square the error's dependence on the condition number. Both steps run in
+float64: in fp32, U is off by 1e-4 at the condition number of a real model's inputs (2e4), and 0.1% of SparseGPT's
+mask changes.
 
-A square is large (1.6 GB for the 14,336 inputs of an 8B model's fc2), so L takes H's place, and is inverted by strips:
-``PEAK`` squares in float64 at once, the sum among them.
+H is large (1.6 GB for the 14,336 inputs of an 8B model's fc2), so L overwrites H and is inverted in strips. At
+most ``PEAK`` float64 matrices of H's size exist at once, including the sum.
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.methods.selection import full_precision
 
 DAMPING = 0.01  # of the mean of the diagonal
-PEAK = 2.75  # float64 squares that ``factor`` holds at most, ``total`` among them; measured by a test
-AMPLE = 2  # tokens an input, from which on H is taken to be full
+PEAK = 2.75  # peak of ``factor`` in float64 matrices of H's size, with ``total``; measured by a test
+AMPLE = 2  # tokens per input from which H is taken to have full rank
 
 
 @dataclass(frozen=True)
 class Factor:
-    """U, upper triangular with H⁻¹ = Uᵀ·U after damping: made once for all matrices that read one input."""
+    """U, upper triangular with H⁻¹ = Uᵀ·U after damping: computed once for all matrices that read the same input."""
 
     upper: torch.Tensor  # fp32 [in, in]
     dead: torch.Tensor  # bool [in]: inputs that were always zero
-    damping: float  # what was added to the diagonal, as a fraction of its mean: DAMPING unless that was too little
+    damping: float  # added to the diagonal, as a fraction of its mean; above DAMPING if that was not enough
 
 
 class Hessian:
-    """``total`` (float64 [in, in], to be all-reduced with ``count`` over data parallel ranks) of X·Xᵀ.
+    """X·Xᵀ in ``total`` (float64 [in, in]); all-reduce it with ``count`` over data-parallel ranks.
 
-    Below the diagonal ``total`` means nothing. ``tokens`` is how many all ranks will add together.
+    Below the diagonal ``total`` is undefined. ``tokens`` is the number that all ranks add together.
     """
 
     def __init__(self, inputs: int, tokens: int, device: torch.device | str = "cpu"):
         self.total = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.count = 0  # sequences
         self._dtype = torch.float64 if tokens < AMPLE * inputs else torch.float32
-        # Sixteen strips compute 17/32 of the square; narrower ones would make matrix products slower.
+        # Sixteen strips compute 17/32 of the matrix; narrower strips would slow the matrix products.
         self._strip = max(128, -(-inputs // 16))
 
     def add(self, x: torch.Tensor) -> None:
@@ -61,11 +62,11 @@ class Hessian:
         self.count += 1
 
     def factor(self) -> Factor:
-        """The factor of the damped inverse; ``total`` and ``count`` stay as they are.
+        """The factor of the damped inverse; ``total`` and ``count`` are unchanged.
 
-        Dead inputs (H_jj = 0) get H_jj = 1. DAMPING·mean(diag H) is added to the diagonal; where rounding
-        leaves the matrix indefinite all the same, it is doubled until it does not, and ``Factor.damping``
-        says so. CheckpointError where inputs were not finite.
+        Dead inputs (H_jj = 0) get H_jj = 1. DAMPING·mean(diag H) is added to the diagonal. If rounding still
+        leaves the matrix indefinite, the damping is doubled until it is definite, and recorded in
+        ``Factor.damping``. CheckpointError if the inputs were not finite.
         """
         inputs = len(self.total)
         scale = 2 / self.count
@@ -75,7 +76,7 @@ class Hessian:
         dead = diagonal == 0
         diagonal[dead] = 1
         mean, damping = diagonal.mean(), DAMPING
-        # Reversed, its lower triangle counts. Column-major, so that LAPACK's factor can take its place.
+        # LAPACK reads the lower triangle of the reversed matrix. Column-major, so that it factors in place.
         h = torch.empty_like(self.total).t()
         info = torch.empty((), dtype=torch.int32, device=h.device)
         while True:
@@ -92,9 +93,9 @@ class Hessian:
         return Factor(self._reversed_inverse(h), dead.flip(0), damping)
 
     def _reversed_inverse(self, lower: torch.Tensor) -> torch.Tensor:
-        """J·L⁻¹·J in fp32, by strips of columns: L⁻¹ has zeros above its diagonal, so each is shorter than the last.
+        """J·L⁻¹·J in fp32, in strips of columns: L⁻¹ is zero above its diagonal, so each strip is shorter.
 
-        A strip is solved for block by block, since what solves by a part of ``lower`` copies that part.
+        A strip is solved block by block, because the solver copies the part of ``lower`` that it reads.
         """
         inputs, size = len(lower), self._strip
         reversed_inverse = torch.zeros(inputs, inputs, device=lower.device)
@@ -106,6 +107,6 @@ class Hessian:
                 rows = columns[top - start : bottom - start]
                 rows.addmm_(lower[top:bottom, start:top], columns[: top - start], alpha=-1)
                 rows.copy_(torch.linalg.solve_triangular(lower[top:bottom, top:bottom], rows, upper=False))
-            # [inputs - start, stop - start], from L⁻¹'s rows and columns ``start``; reversed they come last first.
+            # [inputs - start, stop - start], from row and column ``start`` of L⁻¹; reversed, the last come first.
             reversed_inverse[: inputs - start, inputs - stop : inputs - start] = columns.flip(0, 1)
         return reversed_inverse

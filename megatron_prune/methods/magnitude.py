@@ -1,8 +1,8 @@
-"""magnitude: remove the smallest weights, whatever they are multiplied by.
+"""magnitude: remove the weights with the smallest absolute values.
 
-Unstructured, exactly ⌊n·s⌋ smallest |w| of a matrix's n weights go; N:M keeps the N largest of every M
-consecutive inputs of a row. Published code removes all below a threshold, which overshoots where
-weights tie, and bf16 weights tie often; here the weight of the lower index stays.
+Unstructured: exactly ⌊n·s⌋ smallest |w| of a matrix's n weights are removed. N:M: the N largest of every M
+consecutive inputs of a row are kept. Published code removes all weights below a threshold, which removes too many
+when weights tie, and bf16 weights tie often; here, among equal weights the lower index stays.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Minitron-depth (2407.14679, 2408.11796): remove the run of consecutive layers that is missed least.
+"""Minitron-depth (2407.14679, 2408.11796): remove the run of consecutive layers that affects the loss least.
 
-For n = L − K layers to remove there are K + 1 candidates: layers i … i+n−1 go, for every start i.
-The model is run without each of them on the calibration text, and the one with the lowest LM loss
-is taken (of equal losses, the lower start). The reference takes the smallest |loss − dense loss|,
-which would punish a candidate that is better than the dense model.
+To remove n = L − K layers there are K + 1 candidates: layers i … i+n−1, for every start i. The model is run without
+each of them on the calibration text, and the candidate with the lowest LM loss is chosen (among equal losses, the
+lower start). The reference minimizes |loss − dense loss|, which would penalize a candidate that is better than the
+dense model.
 
-``--score-by task`` judges by accuracy on a multiple-choice task of one's own instead
-(data/multiple_choice.py has the format), and takes the highest: the reference's |score − dense score|
-would punish here too. Few examples make many ties: the lower LM loss decides them, then the lower
-start. So every candidate is run on both, and the plan keeps both numbers.
+``--score-by task`` instead maximizes accuracy on a multiple-choice task of the user's own (format:
+data/multiple_choice.py). The reference's |score − dense score| would penalize improvements here too. Few examples
+produce many ties: the lower LM loss breaks them, then the lower start. So every candidate is run on both texts, and
+the plan keeps both numbers.
 
-All candidates come from one load of the model, by skipping layers (calibration/scoring.py).
+All candidates are scored in one load of the model, by skipping layers (calibration/scoring.py).
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
 """Minitron-width (2407.14679, 2408.11796): remove hidden channels, heads and FFN channels by activation.
 
-A channel's importance in a layer is √Σ_b (mean_t |x|)², t over tokens and b over sequences:
+A channel's importance in a layer is √Σ_b (mean_t |x|)², with tokens t and sequences b:
 
-* hidden channels: at the outputs of every block's two norms, summed over norms; one choice for the
-  whole model. The final norm is in neither reference: ``--include-final-norm`` adds it.
+* hidden channels: at the outputs of both norms of every block, summed over norms; one choice for the
+  whole model. Neither reference includes the final norm: ``--include-final-norm`` adds it.
 * FFN channels: at linear_fc2's input, per layer.
 * heads: at linear_proj's input, L2 over a head's dimensions, per layer, ranked inside each query
-  group; whole groups go where the target has fewer (importance of a group: sum of its heads).
+  group. Whole groups are removed if the target has fewer (a group's importance is the sum of its heads').
 
-``--aggregation paper`` replicates the paper's library, which averages over the wrong axis: over
-the batch first, then squares are summed over tokens. With sequences one at a time that is
-√Σ over all tokens of x², so one calibration serves both.
+``--aggregation paper`` replicates the paper's library, which averages over the wrong axis: first over
+the batch, then it sums squares over tokens. With batches of one sequence that is √Σ of x² over all
+tokens, so one calibration serves both.
 
-The shape that meets ``--ratio`` or ``--target-params`` is given by a rule (structured/target.py) or, with
-``--search AXIS …``, by the model: the shapes near the target are cut as above, one at a time, and
-the one with the lowest un-retrained loss on the calibration text is taken. ``--target-shapes`` names
-the shapes that compete.
+The shape that meets ``--ratio`` or ``--target-params`` comes from a rule (structured/target.py) or, with
+``--search AXIS …``, from the model: every shape near the target is evaluated, cut as above, and the one with the
+lowest loss on the calibration text, without retraining, is chosen. ``--target-shapes`` names the competing shapes.
 
-A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K
-best are really cut, trained on T tokens each (the verb ``retrain-candidates``), and the one with the lowest loss
-on the same calibration text after that is taken. What is trained is thrown away: the plan cuts the
-parent, and K·T counts as what pruning itself trained on.
+A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K best shapes are
+cut and trained on T tokens each (the verb ``retrain-candidates``), and the one with the lowest loss on the same
+calibration text afterwards is chosen. The trained models are discarded: the plan cuts the parent, and K·T counts as
+tokens that pruning itself trained on.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from megatron_prune.methods.base import WIDTH, NearTie, PruningRequest, RankingM
 from megatron_prune.methods.options import AXES, MAX_CANDIDATES
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
-_GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # what a word of --target-shapes says
+_GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # the sizes in each value of --target-shapes
 _SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
@@ -100,7 +99,7 @@ class MinitronWidth(RankingMethod):
 
 
 def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Sizes of the shapes in ``--target-shapes``; UsageError where they are none, or nothing competes."""
+    """Sizes of the shapes in ``--target-shapes``; UsageError if they are malformed or fewer than two."""
     for word in words:
         if not re.fullmatch(r"[1-9][0-9]*(/[1-9][0-9]*){2}", word):
             raise UsageError("--target-shapes", got=word, expected="HIDDEN/HEADS/FFN, such as 2432/32/6144")
@@ -115,7 +114,7 @@ def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
 
 
 def _retraining(settings: Mapping[str, Any], limit: int, called: str = "--max-candidates ") -> Retraining | None:
-    """What ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError where that cannot be."""
+    """The retraining that ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError if it is impossible."""
     count, tokens = settings["retrain_candidates"], settings["retrain_tokens"]
     if count is None and tokens is None:
         return None

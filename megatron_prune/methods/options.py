@@ -1,6 +1,6 @@
-"""The methods by name, and each one's own settings (see ``settings.py``). Torch-free: help and study.yaml ask here.
+"""The methods by name, and the settings of each (see ``settings.py``). Imports no torch: help and study.yaml use it.
 
-What a setting does is explained in the method's own file: ``minitron-width`` is ``minitron_width.py``.
+Each method's own file explains its settings: ``minitron-width`` is in ``minitron_width.py``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MinitronDepthOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class WidthOptions(Settings):
-    """Those of minitron-width that need no training."""
+    """Settings of minitron-width that need no training."""
 
     TITLE = "--method minitron-width"
 
@@ -107,7 +107,7 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
 }
-# The same for ``prune --hf``, which retrains no candidates: its --retrain-tokens are the result's.
+# For ``prune --hf``, which retrains no candidates: its own --retrain-tokens trains the pruned model.
 UNTRAINED: Mapping[str, type[Settings]] = {**STRUCTURED, "minitron-width": WidthOptions}
 SPARSE: Mapping[str, type[Settings]] = {
     "magnitude": NoOptions,

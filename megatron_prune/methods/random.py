@@ -1,11 +1,11 @@
-"""random: a uniform choice under the same constraints, as a floor for every other method.
+"""random: a uniform choice under the same constraints, as a baseline for every other method.
 
-Structured, depth, width or both: explicit ``--target-…`` sizes may cut any dimension; ``--ratio`` and
-``--target-params`` need ``--axis depth|width`` to say where. Sparse, exactly ⌊n·s⌋ weights of a
-matrix, or M − N of every M consecutive inputs of a row.
+Structured (depth, width or both): explicit ``--target-…`` sizes may cut any dimension; ``--ratio`` and
+``--target-params`` need ``--axis depth|width``. Sparse: exactly ⌊n·s⌋ weights of a matrix, or M − N of every M
+consecutive inputs of a row.
 
-Draws come from numpy's PCG64 seeded with ``--seed``: layer after layer in a fixed order, and weight
-after weight of a matrix that has a seed of its own, so a seed is a choice on every machine and layout.
+Numbers come from numpy's PCG64 seeded with ``--seed``: layer by layer in a fixed order, or weight by weight of a
+matrix that has its own seed. So a seed makes the same choice on every machine and layout.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Random(RankingMethod):
         generator = numpy.random.Generator(numpy.random.PCG64(request.seed))
 
         def scores(count: int) -> torch.Tensor:
-            # Exchangeable, so every subset is as likely, of heads inside groups and of groups too.
+            # A random permutation makes every subset equally likely: of heads inside groups, and of groups.
             return torch.from_numpy(generator.random(count))
 
         layers, _ = keep_highest(scores(source.num_layers), target.num_layers, "layer")
@@ -71,7 +71,7 @@ class RandomWeights(WeightMethod):
     random = True
 
     def scores(self, weight: torch.Tensor, first: int, seed: tuple[int, ...]) -> torch.Tensor:
-        # One draw a weight of the whole matrix; these rows skip to their own.
+        # One draw per weight of the whole matrix; skip the draws of the rows before these.
         bits = numpy.random.PCG64(seed).advance(first * weight.shape[1])
         return torch.from_numpy(numpy.random.Generator(bits).random(weight.shape)).float()  # [rows, in]
 

@@ -1,7 +1,7 @@
-"""Keep the highest scores, the same way for every method.
+"""Keep the highest scores, in the same way for every method.
 
-Kept indices are ascending, between equal scores the lower index stays, and a cut between scores
-that float rounding could exchange is reported as a near-tie (METHODS.md).
+Kept indices are ascending. Among equal scores the lower index stays. A cut between scores whose order float
+rounding could swap is reported as a near-tie (docs/pages/concepts.md).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def keep_highest(
     group: int | None = None,
     first: int = 0,
 ) -> tuple[tuple[int, ...], list[NearTie]]:
-    """Indices of the ``count`` highest of ``scores`` [n], ascending, and the near-tie at the cut if any.
+    """Indices of the ``count`` highest of ``scores`` [n], ascending, and the near-tie at the cut, if any.
 
-    ``first`` is added to every index that is returned (a group's first head, say).
+    ``first`` is added to every returned index (for example the number of a group's first head).
     """
     order = torch.sort(scores, descending=True, stable=True).indices  # stable: the lower index stays
     kept = tuple(sorted(first + i for i in order[:count].tolist()))
@@ -50,8 +50,8 @@ def keep_heads(
 ) -> tuple[tuple[int, ...], list[NearTie]]:
     """Heads of one layer that survive, by their ``scores`` [H].
 
-    Whole groups go first where the target has fewer (a group's score is the sum of its heads'),
-    then every surviving group keeps the same number of heads, ranked inside the group.
+    Whole groups are removed first if the target has fewer (a group's score is the sum of its heads').
+    Then every remaining group keeps the same number of heads, ranked inside the group.
     """
     by_group = scores.view(source.num_query_groups, source.heads_per_group)  # [G, H/G]
     groups, near = keep_highest(by_group.sum(1), target.num_query_groups, "group", layer=layer)
@@ -71,24 +71,22 @@ def keep_heads(
 
 
 def lowest_loss(losses: Sequence[float]) -> tuple[int, list[NearTie]]:
-    """Index of the candidate with the lowest loss, the first of equals, and what lies within rounding of it.
-
-    All are finite.
-    """
+    """Index of the candidate with the lowest of these finite losses (the first among equals), and the candidates
+    within rounding of it."""
     (best,), ties = lowest_losses(losses, 1, "candidate")
     return best, ties
 
 
 def lowest_losses(losses: Sequence[float], count: int, unit: str) -> tuple[tuple[int, ...], list[NearTie]]:
-    """``keep_highest`` for losses, which are better low."""
+    """``keep_highest`` for losses, where lower is better."""
     kept, ties = keep_highest(-torch.tensor(losses, dtype=torch.float64), count, unit)
     return kept, [replace(t, kept_score=-t.kept_score, removed_score=-t.removed_score) for t in ties]
 
 
 def highest_accuracy(found: Sequence[Accuracy], losses: Sequence[float]) -> tuple[int, list[NearTie]]:
-    """Index of the candidate that is right most often, of equals the one with the lower loss, then the first.
+    """Index of the most accurate candidate; ties go to the lower loss, then to the first.
 
-    A near-tie names those that could win instead where answers and losses within rounding fall otherwise.
+    A near-tie names candidates that could win if answers and losses within rounding came out differently.
     """
     ranked = sorted(range(len(found)), key=lambda i: (-found[i].correct, losses[i], i))
     best = ranked[0]
@@ -104,19 +102,17 @@ def highest_accuracy(found: Sequence[Accuracy], losses: Sequence[float]) -> tupl
     return best, [NearTie("candidate", best, first, found[best].share, found[first].share, tuple(sorted(others)))]
 
 
-# From the log-likelihoods of choices to accuracy, and how far rounding could move it.
-#
-# ``acc`` takes the choice of the highest log-likelihood, ``acc_norm`` divides each by the number of
-# characters of its choice first (lm-eval's definitions; of equal choices the first is taken). Where
-# one is NaN the answer is wrong.
+# Accuracy from the log-likelihoods of choices, and how far rounding could change it. ``acc`` takes the choice with
+# the highest log-likelihood, ``acc_norm`` divides each by its choice's number of characters first (lm-eval's
+# definitions; among equal choices the first wins). An example with a NaN counts as wrong.
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of ``examples`` are answered right.
+    """How many of ``examples`` are answered correctly.
 
-    Where right and wrong lie within 1e-5 relative, another layout's rounding may decide otherwise:
-    ``low`` to ``high`` is what it can make of ``correct``.
+    If right and wrong choices are within 1e-5 relative, rounding under another layout may decide differently:
+    ``correct`` can then be anything from ``low`` to ``high``.
     """
 
     examples: int
@@ -138,7 +134,7 @@ def accuracies(task: Task, likelihoods: torch.Tensor) -> dict[str, Accuracy]:
         first += len(example.choices)
         characters = torch.tensor([len(choice) for choice in example.choices], dtype=torch.float64)
         for metric, compared in zip(METRICS, (values, values / characters), strict=True):
-            if bool(compared.isnan().any()):  # which argmax would prefer
+            if bool(compared.isnan().any()):  # argmax would choose it
                 continue
             right = int(compared.argmax()) == example.gold
             gold = float(compared[example.gold])

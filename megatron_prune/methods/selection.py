@@ -1,6 +1,6 @@
-"""The lowest scores of each row, or of each group of M consecutive inputs: exact, and no sorting.
+"""The lowest scores of each row, or of each group of M consecutive inputs: exact, without sorting.
 
-Scores are fp32 and never negative. Between equal scores the lower index is not chosen: it stays.
+Scores are fp32 and never negative. Among equal scores the lower index stays.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from megatron_prune.errors import CheckpointError
 
-_PAIRS = 1 << 18  # compared at a time, which a core's cache holds
+_PAIRS = 1 << 18  # compared at a time: fits a core's cache
 
 
 def lowest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def lowest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # [rows, 1]
     chosen = scores <= threshold
     excess = chosen.sum(1) - count  # [rows]
-    tied = excess.nonzero().flatten()  # few rows: where more scores equal the threshold than may go
+    tied = excess.nonzero().flatten()  # only rows where more scores equal the threshold than are to be removed
     if len(tied):
         equal = scores[tied] == threshold[tied]  # [tied, in]
         stay = equal & (equal.cumsum(1) <= excess[tied, None])
@@ -50,22 +50,22 @@ def lowest_of_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
     Every pair of a group is compared: for small groups that is far cheaper than any sort.
     """
     m = len(planes)
-    # Bits of floats that are not negative have their order; the index makes every key another.
+    # The bits of non-negative floats sort like the floats; the index makes every key unique.
     index = torch.arange(m, device=planes.device)[:, None]
     keys = planes.view(torch.int32).long().mul_(m).sub_(index)  # [m, groups]
-    before = keys[:, None] < keys  # [m, m, groups]: the first goes before the second
+    before = keys[:, None] < keys  # [m, m, groups]: the first is removed before the second
     return before.view(torch.uint8).sum(0, dtype=torch.uint8) < count
 
 
 def refuse_infinite(scores: torch.Tensor) -> None:
-    """CheckpointError where a score is infinite or no number: weights or inputs are broken."""
+    """CheckpointError if a score is infinite or NaN: weights or inputs are broken."""
     if not bool(scores.isfinite().all()):
         raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 matrix products in fp32: no TF32, no bf16, whatever the process has asked for."""
+    """Run fp32 matrix products in fp32, without TF32 or bf16, whatever the process has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -74,24 +74,21 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-# Which rows of a matrix this rank holds, and the lowest scores among all ranks' rows.
-#
-# The lowest of a whole matrix are found by radix selection: a score that is not negative has the order
-# of its bits, so a histogram of their first digit, summed over ranks, says where the last score to go
-# lies, then one of the second digit among those, and one of the third. No rank sees another's scores,
-# and nothing is sorted, so that one process and many find the same bits.
+# Which rows of a matrix this rank holds, and the lowest scores over all ranks' rows, by radix selection. The bits of
+# a non-negative float sort like the float, so a histogram of the first digit, summed over ranks, locates the threshold.
+# Histograms of the second and third digit refine it. Ranks exchange no scores and sort nothing, so any number of
+# processes finds the same bits.
 
 
-_DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, width) of the 31 bits of a float that is not negative
-_INFINITE = 0x7F800000 >> 20  # first digit of the lowest that is not finite
+_DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, width) of the 31 bits of a non-negative float
+_INFINITE = 0x7F800000 >> 20  # first digit of infinity
 
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's consecutive rows of a matrix: from ``first``, of ``total``.
+    """This rank's consecutive rows of a matrix: from ``first``, out of ``total``.
 
-    Every rank of ``group`` holds other rows, higher ranks of it higher ones. Without a group this process
-    holds all of them.
+    Ranks of ``group`` hold different rows, in rank order. Without a group this process holds all rows.
     """
 
     first: int
@@ -106,13 +103,13 @@ class Rows:
     def lowest(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         """True for the ``count`` lowest of all ranks' ``scores`` (fp32, never negative) [rows, columns].
 
-        Exact; between equal scores the lower index, row by row over the whole matrix, is not chosen.
-        Collective over the group: every rank gives the same ``count`` and number of columns.
+        Exact; among equal scores the lower index, row by row over the whole matrix, is not chosen.
+        Collective over the group: every rank passes the same ``count`` and number of columns.
         """
         if count == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         bits = scores.view(torch.int32)
-        # Their order does not matter here, and a transposed block need not be copied.
+        # Their order does not matter here, so a transposed block is not copied.
         left = (bits if bits.is_contiguous() else bits.t()).flatten()
         threshold = equal = 0
         for shift, width in _DIGITS:
@@ -137,7 +134,7 @@ class Rows:
         return chosen
 
     def _share(self, count: int, own: int, device: torch.device) -> int:
-        """How many of its ``own`` equal scores this rank chooses so that all choose the last ``count``."""
+        """How many of its ``own`` tied scores this rank chooses, so that all ranks choose the last ``count``."""
         if self.group is None:
             return count
         mine = torch.tensor([own], device=device)

@@ -1,7 +1,7 @@
-"""ShortGPT (2403.03853): remove the layers that turn the residual stream least.
+"""ShortGPT (2403.03853): remove the layers that change the direction of the residual stream least.
 
-Block Influence of layer l is 1 − the mean over all token positions of the cosine between what
-enters the block and what leaves it (residual included). The K highest stay, in original order.
+Block Influence of layer l is 1 − the mean over all token positions of the cosine between the block's input and
+output (residual included). The K layers with the highest stay, in their original order.
 """
 
 from __future__ import annotations

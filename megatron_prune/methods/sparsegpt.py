@@ -1,18 +1,18 @@
-"""SparseGPT (2301.00774): remove weights one column at a time, and let the columns behind make up for it.
+"""SparseGPT (2301.00774): remove weights column by column, and adjust the remaining columns to compensate.
 
-With H the Hessian of the layer's squared error and U the upper Cholesky factor of its inverse
-(methods/hessian.py), removing w of column i costs (w / U_ii)², and is made up for best by subtracting
-(w / U_ii)·U[i, i:] from the weights of the same row.
+H is the Hessian of the layer's squared error, U the upper Cholesky factor of its inverse (methods/hessian.py).
+Removing w in column i costs (w / U_ii)²; the best compensation subtracts (w / U_ii)·U[i, i:] from the weights of
+the same row.
 
-Columns go in blocks of 128 (N:M: the largest multiple of M up to 128). Unstructured, what goes is chosen when
-a block is reached: its lowest costs, over all rows and the block's columns jointly. Up to column c of a
-matrix of R rows ⌊R·c·s⌋ weights have gone, so the blocks' counts add up to exactly ⌊n·s⌋. N:M
-chooses at each M-th column, by the costs of the already updated weights.
+Columns are processed in blocks of 128 (N:M: the largest multiple of M up to 128). Unstructured pruning chooses when
+it reaches a block: the lowest costs over all rows and the block's columns jointly. Up to column c of a matrix of R
+rows, ⌊R·c·s⌋ weights are removed, so the counts of all blocks add up to exactly ⌊n·s⌋. N:M chooses at each M-th
+column, by the costs of the already updated weights.
 
-A block is kept transposed, so that a column is contiguous, and its columns are updated in strips: one
-column's error reaches the rest of its strip at once, the rest of the block by one matrix product a
-strip, and the rest of the matrix by one a block. That is the same arithmetic in another order.
-Rows do not depend on one another but for the joint choice, so ranks that hold some of them each need only that.
+A block is stored transposed, so that a column is contiguous, and its columns are updated in strips: a column's error
+is applied to the rest of its strip at once, to the rest of the block by one matrix product per strip, and to the
+rest of the matrix by one per block. This is the same arithmetic in another order. Rows depend on each other only
+through the joint choice, so ranks that hold different rows exchange nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SparseGPT(InputMethod):
         factor: Factor = statistic
         inputs, m = weight.shape[1], sparsity.pattern.m or 1
         weight.masked_fill_(factor.dead, 0)
-        if sparsity.pattern.m is not None:  # a joint choice refuses by itself, on all ranks at once
+        if sparsity.pattern.m is not None:  # the joint choice checks this itself, on all ranks at once
             refuse_infinite(weight)
         kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         with full_precision():
@@ -60,14 +60,14 @@ class SparseGPT(InputMethod):
 
 
 def _prune_block(block: torch.Tensor, upper: torch.Tensor, removed: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
-    """Prune a block [columns, rows] in place; returns the columns' errors, (w − q) / U_ii, of the same shape.
+    """Prune a block [columns, rows] in place; returns the columns' errors, (w − q) / U_ii, in the same shape.
 
-    ``removed`` says which weights go; N:M writes it, column after column.
+    ``removed`` marks the weights to remove; for N:M this function fills it in, M columns at a time.
     """
     n, m = sparsity.pattern.n or 0, sparsity.pattern.m
     columns = len(block)
     inverse = upper.diagonal().reciprocal()[:, None]  # [columns, 1]
-    scale = removed * inverse  # 1 / U_ii where a weight goes, 0 where it stays
+    scale = removed * inverse  # 1 / U_ii for a removed weight, 0 for a kept one
     errors = torch.empty_like(block)
     strip = STRIP // (m or 1) * (m or 1)
     for left in range(0, columns, strip):
@@ -78,7 +78,7 @@ def _prune_block(block: torch.Tensor, upper: torch.Tensor, removed: torch.Tensor
                 removed[i : i + m] = lowest_of_planes(costs, m - n)
                 scale[i : i + m] = removed[i : i + m] * inverse[i : i + m]
             torch.mul(block[i], scale[i], out=errors[i])
-            # addcmul rounds an element alike wherever it lies in memory; addr does not.
+            # addcmul rounds an element the same way wherever it is in memory; addr does not.
             block[i + 1 : right].addcmul_(upper[i, i + 1 : right, None], errors[i], value=-1)
         block[right:].addmm_(upper[left:right, right:].t(), errors[left:right], alpha=-1)
     block.masked_fill_(removed, 0)

@@ -1,7 +1,7 @@
-"""Wanda (2306.11695): remove the weights that add least to their own output.
+"""Wanda (2306.11695): remove the weights that contribute least to their own output.
 
-The score of a weight is |W_ij|·√a_j, a_j the mean over sequences of ‖X_j‖². Every row (one output)
-loses its ⌊in·s⌋ lowest, or N:M the M − N lowest of every M consecutive inputs. Nothing is updated.
+The score of a weight is |W_ij|·√a_j, with a_j the mean over sequences of ‖X_j‖². Every row (one output) loses its
+⌊in·s⌋ lowest; N:M removes the M − N lowest of every M consecutive inputs. Remaining weights are not updated.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""What the sparse methods share: exact choices among scores, statistics of inputs, ranks' rows.
+"""Sparse pruning: run the calibration through the blocks (``driver.py``), collect statistics of the linears' inputs
+(``inputs.py``), prune block by block (``solve.py``; ``weights_only.py`` without a model) and write the result.
 
-* ``choose.py``       the lowest scores of each row, or of each group of M inputs
-* ``rows.py``         the lowest scores of a matrix whose rows lie on several ranks
-* ``square_sums.py``  Wanda's statistic of a matrix's inputs
-* ``hessian.py``      SparseGPT's, and the factor of its inverse
-
-Counts are always exact, and between equal scores the lower index stays.
+The choices among scores are in ``methods/selection.py``, SparseGPT's Hessian is in ``methods/hessian.py``.
+Counts are always exact. Among equal scores the lower index stays.
 """

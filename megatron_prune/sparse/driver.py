@@ -1,12 +1,12 @@
-"""Block after block through the model: calibrate a block on what the pruned blocks before it give, prune it, go on.
+"""Prune block by block: calibrate each block on the output of the pruned blocks before it, then prune it.
 
-    for every block of the stage:  run the stream through it, dense, with ``Inputs`` listening  (if it is to be pruned)
-                                   ``prune_block``, keep the result in the scratch folder
-                                   run the stream through it again, pruned                  (if a later one needs it)
+    for every block of the stage:  if it is to be pruned: run the stream through it, dense, while ``Inputs`` records;
+                                   ``prune_block``; save the result in the scratch folder
+                                   if a later block needs it: run the stream through it again, pruned
 
-A stage waits until the one before has its windows ready, receives them, and hands its own on; a block that an earlier
-attempt has finished is read back and only run. Methods that read nothing about inputs go another way, without a model
-(``weights_only.py``).
+A stage waits until the previous stage has its windows ready, receives them, and later sends its own to the next
+stage. A block that an earlier attempt finished is read back and only run. Methods that read no inputs take another
+path, without a model (``weights_only.py``).
 Import after ``runtime.start``: Megatron must be ready.
 """
 
@@ -35,7 +35,7 @@ from megatron_prune.sparse.solve import prune_block
 def run(args: argparse.Namespace, task: SparsifyTask) -> None:
     """Prune every chosen block and leave weights and masks in the scratch folder of ``task.save``. Collective.
 
-    The process group is gone when it returns.
+    Destroys the process group before it returns.
     """
     runtime.initialize(args)
     model = runtime.load_model(args)
@@ -69,7 +69,7 @@ class _Stage:
         self.windows = task.windows
         replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         self.stream = ResidualStream(model[0], self.windows[replica::replicas])
-        # The stream has nothing to do past the last block that is still to be pruned.
+        # The stream stops at the last block that is still to be pruned.
         self.last = max((layer for layer in task.layers if layer not in self.done), default=-1)
 
     def run(self) -> None:
@@ -114,7 +114,7 @@ class _Stage:
                 self.progress.block(row)
 
     def _read(self, layer: int, block: Any) -> None:
-        """Take over what an earlier attempt made of a block."""
+        """Load a block that an earlier attempt pruned."""
         found = linears(block)
         names = {module: layer_name(layer, SUFFIXES[module]) for module in self.task.request.modules}
         for module, name in names.items():
@@ -123,7 +123,7 @@ class _Stage:
             weight.data.copy_(self._filled(name, weight.dtype, lambda t: self.scratch.read_weights(layer, t)))
 
     def _filled(self, name: str, dtype: torch.dtype, fill: Any) -> torch.Tensor:
-        """This rank's shard of a linear, its pieces made by ``fill``."""
+        """This rank's shard of a linear; ``fill`` writes its pieces."""
         shard = self.shards[name]
         pieces = shard.pieces(torch.empty((), dtype=dtype).expand(shard.parameter.shape))
         parts = [torch.empty(piece.local_shape, dtype=dtype) for piece in pieces]
@@ -131,7 +131,7 @@ class _Stage:
         return shard.merge(parts)
 
     def _pieces(self, names: Iterable[str], stored: torch.dtype) -> Pruned:
-        """Pruned shards as rectangles of the whole weights, as Megatron's own saving takes them apart."""
+        """Pruned shards as rectangles of the whole weights, split as Megatron's own saving splits them."""
         for name in names:
             shard = self.shards[name]
             weights, masks = shard.pieces(shard.parameter.data.to("cpu", stored)), shard.pieces(self.kept[name])
@@ -139,7 +139,7 @@ class _Stage:
                 yield name, tuple(weight.global_offset), weight.data, mask.data
 
     def masks(self) -> tuple[dict[torch.nn.Parameter, torch.Tensor], dict[str, str]]:
-        """Masks of this rank's shards and the patterns of all pruned weights: new ones, and the parent's elsewhere."""
+        """Masks of this rank's shards and patterns of all pruned weights: the new ones, and the parent's elsewhere."""
         kept = {self.shards[name].parameter: mask for name, mask in self.kept.items()}
         held, patterns = self.task.held_masks(), self.task.patterns
         if held is not None:
@@ -149,26 +149,25 @@ class _Stage:
         return kept, patterns
 
 
-# The residual stream of the calibration windows, carried through a pipeline stage block by block.
-#
-# All windows of this data-parallel replica are held on the CPU, each [s, 1, h] (in a sequence-parallel model this
-# rank's tokens of each, [s/TP, 1, h]); one at a time is on the device. Blocks
-# run inside Megatron's own ``GPTModel.forward`` with everything else taken out, so that embedding, rotary embeddings,
-# attention masks and precision contexts are those of any other forward pass. Stages hand windows on point to point.
+# The residual stream of the calibration windows, carried through a pipeline stage block by block. All windows of this
+# data-parallel replica stay on the CPU, each [s, 1, h] ([s/TP, 1, h], this rank's tokens, in a sequence-parallel
+# model); one at a time is on the device. Blocks run inside Megatron's own ``GPTModel.forward`` with everything else
+# removed, so embedding, rotary embeddings, attention masks and precision contexts match any other forward pass.
+# Stages send windows point to point.
 
 
 class ResidualStream:
-    """What the next block of this stage reads: ``states``, one [s, 1, h] a window, on the CPU."""
+    """The input of the stage's next block: ``states``, one [s, 1, h] per window, on the CPU."""
 
     def __init__(self, stage: Any, windows: Sequence[torch.Tensor]):
         """``windows`` are this replica's, int64 [s + 1] each; only their number matters on later stages."""
-        self._model = unwrap_model(stage)  # without the casts of its wrapper, which are for whole models
+        self._model = unwrap_model(stage)  # without the wrapper's casts, which are for whole models
         self._windows = windows
         self.states: list[torch.Tensor] = []
 
     @torch.no_grad()
     def enter(self, seq_length: int) -> None:
-        """Embed the windows on the first stage; receive them from the stage before on the others."""
+        """Embed the windows on the first stage; receive them from the previous stage on the others."""
         if mpu.is_pipeline_first_stage(ignore_virtual=True):
             self.states = []
             with _only(self._model, []):
@@ -191,7 +190,7 @@ class ResidualStream:
 
     @torch.no_grad()
     def run(self, block: Any) -> None:
-        """Run ``block`` on every window and forget what comes out: its hooks have seen what goes in."""
+        """Run ``block`` on every window and discard its output: the hooks on it read the inputs."""
         fp8.cast_weights_again(block)
         with _only(self._model, [block]):
             for state in self.states:
@@ -199,14 +198,14 @@ class ResidualStream:
 
     @torch.no_grad()
     def advance(self, block: Any) -> None:
-        """Replace the states by what ``block`` makes of them, with its weights as they are now."""
+        """Replace the states by the output of ``block`` with its current weights."""
         fp8.cast_weights_again(block)
         with _only(self._model, [block]):
             for number, state in enumerate(self.states):
                 self.states[number] = self._forward(state).cpu()
 
     def leave(self) -> None:
-        """Send the states to the next stage, and forget them."""
+        """Send the states to the next stage and free them."""
         group = mpu.get_pipeline_model_parallel_group()
         for state in self.states:
             torch.distributed.send(state.cuda().contiguous(), group=group, group_dst=group.rank() + 1)
@@ -214,14 +213,14 @@ class ResidualStream:
 
     def _forward(self, state: torch.Tensor) -> torch.Tensor:
         state = state.cuda()
-        self._model.set_input_tensor(state)  # where a stage that does not embed looks
+        self._model.set_input_tensor(state)  # read by stages without an embedding
         output: torch.Tensor = self._model(None, None, None, decoder_input=state)
         return output
 
 
 @contextlib.contextmanager
 def _only(model: Any, blocks: Sequence[Any]) -> Iterator[None]:
-    """``model`` gives back what these blocks make of its input: no other block, final norm or output layer."""
+    """``model`` returns the output of these blocks alone: no other block, final norm or output layer."""
     decoder = model.decoder
     whole = decoder.layers, decoder.final_layernorm, model.post_process
     decoder.layers, decoder.final_layernorm, model.post_process = torch.nn.ModuleList(blocks), None, False

@@ -1,12 +1,12 @@
-"""Statistics of what a block's linears read, over all sequences of all ranks of its pipeline stage.
+"""Statistics of the inputs of a block's linears, over all sequences of all ranks of its pipeline stage.
 
-While ``Inputs`` is open, its hooks see the input of each linear that is to be pruned, one sequence a forward pass.
-Tensor-parallel ranks share the sequences out: rank i takes every TP-th, whole. Of a row-parallel linear each holds a
-slice of the inputs, and in a sequence-parallel model a slice of the tokens that other linears read: there the others
-send theirs to it. ``reduce`` sums over the stage's ranks: tensor-parallel ranks are, for a statistic, just more
-data-parallel ones.
+While ``Inputs`` is open, its hooks see the input of each linear that is to be pruned, one sequence per forward pass.
+Tensor-parallel ranks divide the sequences: rank i adds every TP-th whole sequence. Each rank holds only a slice of a
+row-parallel linear's inputs, and in a sequence-parallel model a slice of the tokens of the other linears' inputs:
+the ranks then send their slices to the rank that adds the sequence. ``reduce`` sums over the stage's ranks, where
+tensor-parallel ranks act as additional data-parallel ranks.
 
-Which sequences a rank adds cannot change the sum (METHODS.md), so no layout does.
+The sum does not depend on which rank adds which sequence, so it is the same under every layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Statistic = SquareSums | Hessian
 
 
 def linears(block: Any) -> dict[str, Any]:
-    """The linears of a Megatron transformer layer, by the name of their module."""
+    """The linears of a Megatron transformer layer, by module name."""
     attention, mlp = block.self_attention, block.mlp
     return {
         "qkv": attention.linear_qkv,
@@ -39,8 +39,8 @@ def linears(block: Any) -> dict[str, Any]:
 class Inputs:
     """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
 
-    ``kind`` is a sparse method's ``statistic``, ``tokens`` the number that all ranks together will show.
-    What the block gives out meanwhile is not to be read: its last product is left out.
+    ``kind`` is a sparse method's ``statistic``, ``tokens`` the number of tokens over all ranks.
+    Do not read the block's output meanwhile: its last product is skipped.
     """
 
     def __init__(self, block: Any, modules: Sequence[str], kind: str, tokens: int):
@@ -70,7 +70,7 @@ class Inputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._last.forward  # the class's own is behind it
+        del self._last.forward  # uncovers the class's own
         for handle in self._handles:
             handle.remove()
 
@@ -104,7 +104,7 @@ class Inputs:
         return gather
 
     def reduce(self, sequences: int) -> None:
-        """Make every statistic one of all ``sequences``, the same on all ranks of the stage. Collective."""
+        """Turn every statistic into that of all ``sequences``, the same on all ranks of the stage. Collective."""
         group = mpu.get_tensor_and_data_parallel_group()
         for statistic in self.of.values():
             if group.size() > 1:

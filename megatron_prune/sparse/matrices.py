@@ -1,15 +1,14 @@
-"""The logical matrices inside Megatron's fused and sharded linears, and how their rows come to whole inputs.
+"""The logical matrices inside Megatron's fused and sharded linears, and how a rank gets rows with all their inputs.
 
-A block has four linears ("modules"), and in them seven matrices that the methods prune one by one:
+A block has four linears ("modules"), which hold the seven matrices that the methods prune one by one:
 
     qkv   q, k, v     rows group by group: a group's query heads, its key, its value    rows sharded over TP
     proj  o                                                                            inputs sharded over TP
     fc1   gate, up    gate rows, then up rows (no gate: up alone)                       rows sharded over TP
     fc2   down                                                                         inputs sharded over TP
 
-Matrices of one module read the same inputs, and so share a statistic of them. Methods want rows with all their
-inputs: ``to_rows`` turns a tensor-parallel rank's slice of all rows into its share of whole rows, ``to_columns``
-turns that back.
+Matrices of one module read the same inputs and share a statistic of them. Methods need rows with all their inputs:
+``to_rows`` turns a tensor-parallel rank's slice of all rows into its share of whole rows, ``to_columns`` reverses it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from megatron_prune.checkpoint.layout import LINEARS, ModelShape
 MODULES = ("qkv", "proj", "fc1", "fc2")
 ROW_PARALLEL = ("proj", "fc2")  # Megatron's name for linears whose inputs are sharded
 SUFFIXES = dict(zip(MODULES, LINEARS, strict=True))
-# In the order that numbers them for random draws.
+# The order numbers them for random draws.
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -44,7 +43,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of a matrix that a rank's shard of its linear holds: ``places`` in the shard, from row ``first``."""
+    """The rows of a matrix in a rank's shard of its linear: at ``places`` in the shard, from row ``first``."""
 
     places: slice | torch.Tensor
     first: int
@@ -100,7 +99,7 @@ def local_rows(matrix: Matrix, shape: ModelShape, rank: int, ranks: int) -> Loca
         count = matrix.rows // ranks
         start = count if shape.gated and matrix.name == "up" else 0
         return LocalRows(slice(start, start + count), rank * count, count)
-    # A rank's rows are a run of the fused rows; fewer groups than ranks cut through a group.
+    # A rank's rows are a run of the fused rows; with fewer groups than ranks it may begin inside a group.
     rows = _qkv_rows(matrix.name, shape)
     share = shape.axis_size("qkv") // ranks
     first, last = (int(torch.searchsorted(rows, share * r)) for r in (rank, rank + 1))
@@ -129,7 +128,7 @@ def shard_pieces(module: str, shape: ModelShape, rank: int, ranks: int) -> list[
 
 
 def row_counts(rows: int, ranks: int) -> list[int]:
-    """How many rows each rank takes; the first ranks one more where they do not share out evenly."""
+    """The number of rows per rank; if they do not divide evenly, the first ranks take one more."""
     return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
 
 

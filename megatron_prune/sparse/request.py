@@ -1,4 +1,4 @@
-"""What ``sparsify`` is asked for: a method, and how much of which linears goes."""
+"""A request to ``sparsify``: a method, and how much of which linears to remove."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
 @dataclass(frozen=True)
 class SparsifyRequest:
-    """A sparse pruning, checked against no model yet (``check``)."""
+    """A sparse pruning, not yet checked against a model (``check``)."""
 
     name: str
     method: SparseMethod
-    of: Mapping[str, Sparsity]  # by module: those that are pruned
+    of: Mapping[str, Sparsity]  # by module that is pruned
     layers: tuple[int, ...] | None  # None: all
     seed: int | None
 
@@ -40,7 +40,7 @@ class SparsifyRequest:
         return tuple(range(shape.num_layers)) if self.layers is None else self.layers
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse (UsageError) layers that a model of ``shape`` lacks, and an M that does not divide a matrix."""
+        """UsageError if a model of ``shape`` lacks one of the layers, or M does not divide a matrix's inputs."""
         beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
         if beyond:
             raise UsageError("--layers", got=beyond[-1], expected=f"layers from 0 to {shape.num_layers - 1}")
@@ -49,7 +49,7 @@ class SparsifyRequest:
                 sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
 
     def describe(self) -> dict[str, Any]:
-        """As JSON: all that decides the result, given the parent and the calibration."""
+        """As JSON: everything that decides the result, given the parent and the calibration."""
         return {
             "method": self.name,
             "pattern": str(next(iter(self.of.values())).pattern),
@@ -60,9 +60,9 @@ class SparsifyRequest:
 
 
 def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) -> SparsifyRequest:
-    """The request that settings describe. UsageError where they contradict each other.
+    """The request that the settings describe. UsageError if they contradict each other.
 
-    ``seed`` is left out where the method draws nothing.
+    ``seed`` is dropped if the method draws no random numbers.
     """
     method = methods.get_sparse(name)
     modules = _modules(asked.modules)
@@ -74,7 +74,7 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
         for module in modules
     }
     if own and asked.ratio is not None:
-        Sparsity.parse(asked.ratio, asked.pattern)  # that every module has its own does not make this one right
+        Sparsity.parse(asked.ratio, asked.pattern)  # refuse a wrong --ratio even if every module has its own
     return SparsifyRequest(name, method, of, _layers(asked.layers), seed if method.random else None)
 
 
@@ -115,17 +115,17 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
-# What a pruning is to do, and what it did to a matrix: the words that its parts share.
+# The work that a request describes, and the record of what it did to each matrix.
 
 
 @dataclass(frozen=True)
 class SparsifyTask:
-    """What is to be done: prune ``parent`` as ``request`` says, by what it does with ``windows`` (None: unread)."""
+    """Prune ``parent`` as ``request`` says, using its inputs on ``windows`` (None: the method reads no inputs)."""
 
     parent: Checkpoint
     request: SparsifyRequest
     windows: Windows | None
-    question: Mapping[str, Any]  # all that decides the result, as JSON
+    question: Mapping[str, Any]  # everything that decides the result, as JSON
     save: Path
 
     @property
@@ -142,13 +142,13 @@ class SparsifyTask:
         }
 
     def held_masks(self) -> Masks | None:
-        """The masks that the parent has already: those of weights that are not pruned now stay."""
+        """The parent's own masks: those of weights that are not pruned now are kept."""
         folder = find_masks(self.parent.root)
         return None if folder is None else open_masks(folder)
 
     def check_held_masks(self) -> None:
-        """MasksError where masks of the parent that stay are damaged, or do not fit its weights: they would be hashed
-        anew as they are."""
+        """MasksError if kept masks of the parent are damaged or do not fit its weights: the result's hash would cover
+        them as they are and hide the damage."""
         held = self.held_masks()
         if held is not None:
             verify(held, self.parent, but=self.patterns)
@@ -163,7 +163,7 @@ class Sums:
     error: float | None  # tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ); None where W·H·Wᵀ is zero
 
     def row(self) -> dict[str, Any]:
-        """Its row of the table ``pruning/sparsity.json``, but for the layer."""
+        """Its row in ``pruning/sparsity.json``, without the layer."""
         matrix = self.matrix
         return {
             "matrix": matrix.name,

@@ -1,6 +1,6 @@
-"""The pruned checkpoint: blocks as the ranks wrote them, the rest as it is in the parent, masks, table, provenance.
+"""The pruned checkpoint: blocks as the ranks wrote them, the rest as in the parent, masks, table, provenance.
 
-One process, no process group. Nothing is copied but what was not pruned.
+One process, no process group. Only what was not pruned is copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_prune.sparse.resume import Scratch
 from megatron_prune.training import lineage
 
 TABLE = "pruning/sparsity.json"
-# What the errors in the table are relative to, by the statistic that the method reads.
+# What the table's errors are relative to, by the statistic that the method reads.
 _ERROR = {
     "hessian": "tr(dW H dW^T) / tr(W H W^T), H of the calibration inputs",
     "square_sums": "tr(dW H dW^T) / tr(W H W^T), H the diagonal of that of the calibration inputs",
@@ -28,9 +28,10 @@ _ERROR = {
 
 
 def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Write ``task.save`` from its finished scratch folder, and remove that; the table that went with it.
+    """Write ``task.save`` from its finished scratch folder and remove that folder; returns the table.
 
-    ``calibration`` says what was read. Raises CheckpointError, and keeps the scratch folder, where the disk is full.
+    ``calibration`` describes the text that was read. Raises CheckpointError, and keeps the scratch folder, if the disk
+    is full.
     """
     scratch, parent = Scratch(task.save), task.parent
     rows = scratch.done(task.layers)
@@ -62,7 +63,7 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
 
 
 def is_finished(task: SparsifyTask) -> bool:
-    """True where ``task.save`` holds the answer to the same question already."""
+    """True if ``task.save`` already holds the answer to the same question."""
     path = task.save / TABLE
     return path.is_file() and artifacts.read_json(path).get("question") == task.question
 
@@ -106,12 +107,12 @@ def _provenance(
 
 
 def flops(shape: ModelShape, request: SparsifyRequest, sequences: int, seq_length: int) -> int:
-    """Dense FLOPs of a pruning that reads ``sequences``, each block forward once or twice.
+    """Dense FLOPs of a pruning that reads ``sequences``: each block runs forward once or twice.
 
-    With a Hessian also X·Xᵀ of every module's inputs, in³ to factorise it, and rows·in² to update each matrix.
+    A Hessian adds X·Xᵀ of every module's inputs, in³ to factorize it, and rows·in² to update each matrix.
     """
     chosen = request.chosen(shape)
-    output = 2 * seq_length * shape.hidden_size * shape.padded_vocab_size  # is never computed
+    output = 2 * seq_length * shape.hidden_size * shape.padded_vocab_size  # not computed here
     block = (shape.forward_flops(seq_length) - output) // shape.num_layers
     found = (len(chosen) + max(chosen)) * sequences * block
     if request.method.statistic == "hessian":

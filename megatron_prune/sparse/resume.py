@@ -1,12 +1,12 @@
-"""What a killed ``sparsify`` leaves for the next attempt: each finished block's weights and masks, beside SAVE.
+"""What a killed ``sparsify`` leaves for the next attempt: each finished block's weights and masks, next to SAVE.
 
-    .SAVE.sparsify/question.json      parent, request and calibration that all of it belongs to
-    .SAVE.sparsify/block-0003/        one folder a rank of weights (``checkpoint/parallel.py``) and of packed masks
-    .SAVE.sparsify/block-0003/done.json   written last: the block is whole, and its rows of the table
-    .SAVE.sparsify/stage-0.left       the first stage has its activations ready for the second
+    .SAVE.sparsify/question.json          the parent, request and calibration of this work
+    .SAVE.sparsify/block-0003/            a folder per rank with weights (``checkpoint/parallel.py``), and packed masks
+    .SAVE.sparsify/block-0003/done.json   written last, when the block is complete: its rows of the table
+    .SAVE.sparsify/stage-0.left           the first stage has its activations ready for the second
 
-Ranks also wait for one another by these files, since a later stage may wait for hours: no collective that could time
-out is open meanwhile. The weights become the checkpoint as they lie here (``CheckpointWriter`` adopts them).
+Ranks also wait for each other through these files: a later stage may wait for hours, longer than the timeout of a
+collective. The checkpoint takes over the weight files as they are (``CheckpointWriter`` adopts them).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from megatron_prune.masks import bits
 
 POLL_SECONDS = 0.1
 _PATIENT_SECONDS = 1.0
-SEEN_SECONDS = 120.0  # a network file system may remember for a minute what was not there
+SEEN_SECONDS = 120.0  # a network file system may cache a missing file for a minute
 
-# What of a shard lies where in the whole weight: (logical name, offsets, tensor [rows, columns]).
+# Parts of a weight: (logical name, offsets, tensor [rows, columns]).
 Shards = Iterable[tuple[str, tuple[int, ...], torch.Tensor]]
-# The same of a pruned weight and its mask: (logical name, offsets, weight, kept).
+# Parts of a pruned weight and its mask: (logical name, offsets, weight, kept).
 Pruned = Iterable[tuple[str, tuple[int, ...], torch.Tensor, torch.Tensor]]
 
 
@@ -50,7 +50,7 @@ class Scratch:
     # -- the question -------------------------------------------------------------------------------
 
     def refuse_another(self, question: Mapping[str, Any]) -> None:
-        """UsageError where the folder holds unfinished work on another question."""
+        """UsageError if the folder holds unfinished work on another question."""
         path = self.folder / "question.json"
         if not path.exists():
             return
@@ -64,17 +64,17 @@ class Scratch:
             )  # fmt: skip
 
     def open(self, question: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the work on ``question``; forget what ranks told each other. For one process."""
+        """Start or resume the work on ``question``; discard the ranks' signals. Called by one process."""
         if not (self.folder / "question.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)  # whose is it?
+            shutil.rmtree(self.folder, ignore_errors=True)  # of unknown origin
             write_json(self.folder / "question.json", question)
         for left in self.folder.glob("stage-*.left"):
             left.unlink()
         shutil.rmtree(self.masks, ignore_errors=True)
 
     def refuse_unseen(self) -> None:
-        """UsageError where what the first rank has opened is not on this machine: ranks would wait for one another's
-        blocks for ever."""
+        """UsageError if this machine does not see the first rank's folder: ranks would wait for each other's blocks
+        forever."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not (self.folder / "question.json").exists():
             if time.monotonic() >= deadline:
@@ -86,7 +86,7 @@ class Scratch:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes."""
+        """Its size in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def remove(self) -> None:
@@ -95,7 +95,7 @@ class Scratch:
     # -- blocks -------------------------------------------------------------------------------------
 
     def write(self, layer: int, rank: int, pruned: Pruned) -> None:
-        """Keep a tensor-parallel rank's shards of a pruned block. One is in memory at a time, and the packed masks."""
+        """Store a tensor-parallel rank's shards of a pruned block, with only one and the packed masks in memory."""
         folder = self._block(layer)
         packed, places = {}, []
 
@@ -112,11 +112,11 @@ class Scratch:
             write_bytes(folder / f"masks-{rank}.safetensors", described)
 
     def finish(self, layer: int, ranks: int, row: Mapping[str, Any]) -> None:
-        """Say that all ``ranks`` tensor-parallel ranks have written their shards of a block."""
+        """Record that all ``ranks`` tensor-parallel ranks have written their shards of a block."""
         write_json(self._block(layer) / "done.json", {"ranks": ranks, **row})
 
     def done(self, layers: Iterable[int]) -> list[dict[str, Any]]:
-        """What ``finish`` was told of those of ``layers`` that are finished."""
+        """The rows given to ``finish``, of those of ``layers`` that are finished."""
         paths = (self._block(layer) / "done.json" for layer in layers)
         return [read_json(path) for path in paths if path.exists()]
 
@@ -126,13 +126,13 @@ class Scratch:
         return [read_part(self._block(layer) / f"weights-{rank}") for rank in range(ranks)]
 
     def read_weights(self, layer: int, targets: Shards) -> None:
-        """Fill tensors with what they are of a finished block's weights."""
+        """Fill tensors with their parts of a finished block's weights."""
         parts = self.parts(layer)
         for name, offsets, target in targets:
             self._check(layer, name, target, sum(part.fill(name, offsets, target) for part in parts))
 
     def read_masks(self, layer: int, targets: Shards) -> None:
-        """Fill bool tensors with what they are of a finished block's masks."""
+        """Fill bool tensors with their parts of a finished block's masks."""
         wanted = list(targets)
         filled = [0] * len(wanted)
         ranks = read_json(self._block(layer) / "done.json")["ranks"]
@@ -148,7 +148,7 @@ class Scratch:
             self._check(layer, name, target, count)
 
     def mask_rows(self, layer: int, name: str) -> Iterator[torch.Tensor]:
-        """The mask of a weight as its block was written: consecutive rows, from one rank that had all of them."""
+        """A weight's mask as its block stores it: consecutive rows, written by a single rank."""
         with safetensors.safe_open(self._block(layer) / "masks-0.safetensors", framework="pt") as file:
             for number, (given, _, sizes) in enumerate(_places(file)):
                 if given == name:
@@ -157,7 +157,8 @@ class Scratch:
     def _check(self, layer: int, name: str, target: torch.Tensor, filled: int) -> None:
         if filled != target.numel():
             raise CheckpointError(
-                f"{self._block(layer)} holds {filled} of {target.numel()} entries of {name}: delete it"
+                f"{self._block(layer)} holds {filled} of {target.numel()} entries of {name}, expected all of them: delete "
+                "this folder and run the same command again"
             )
 
     def _block(self, layer: int) -> Path:
@@ -166,7 +167,7 @@ class Scratch:
     # -- waiting ------------------------------------------------------------------------------------
 
     def leave(self, stage: int) -> None:
-        """Say that a stage is ready to send."""
+        """Signal that a stage is ready to send."""
         write_bytes(self.folder / f"stage-{stage}.left", b"")
 
     def wait_for_stage(self, stage: int) -> None:
@@ -174,7 +175,7 @@ class Scratch:
         wait(lambda: (self.folder / f"stage-{stage}.left").exists())
 
     def wait_for_blocks(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
-        """Wait until all ``layers`` are finished, in their order; ``seen`` is told what ``finish`` was told of each."""
+        """Wait until all ``layers`` are finished, in order; ``seen`` gets the row of each."""
         for layer in layers:
             path = self._block(layer) / "done.json"
             wait(path.exists)
@@ -187,21 +188,21 @@ def _places(file: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
 
 
 def wait(ready: Callable[[], bool]) -> None:
-    """Return when ``ready()``; whoever it waits for dies with the job, and this process too."""
+    """Return when ``ready()``. If the process it waits for dies, the job ends, and this process with it."""
     began = time.monotonic()
     while not ready():
         time.sleep(POLL_SECONDS if time.monotonic() - began < 60 else _PATIENT_SECONDS)
 
 
 class Progress(screen.Bar):
-    """How far a pruning is; every block is counted once, and has a line of its own where there is no terminal."""
+    """Progress of a pruning: counts every block once, and prints one line per block without a terminal."""
 
     def __init__(self, name: str, total: int) -> None:
         super().__init__(total, name, "block")
         self._seen: set[int] = set()
 
     def block(self, row: Mapping[str, Any], *, resumed: bool = False) -> None:
-        """A block is finished; ``row`` is what the scratch folder keeps of it."""
+        """Count a finished block; ``row`` is its row in the scratch folder."""
         if row["layer"] not in self._seen:
             self._seen.add(row["layer"])
             self.advance(note=f"layer {row['layer']}: " + ("kept from before" if resumed else _says(row)))

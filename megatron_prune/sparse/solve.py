@@ -1,10 +1,10 @@
 """Prune the linears of one block, given the statistics of their inputs.
 
-Who does what: with R data-parallel replicas, module i is pruned by replica i mod R, so that replicas share the work
-and cannot come to hold different weights; the others receive the result. Inside a replica every tensor-parallel rank
-prunes its share of whole rows. A Hessian is factorised by one rank and sent to those that share it.
+Replica i mod R of R data-parallel replicas prunes module i, so that replicas share the work and cannot end up with
+different weights; the others receive the result. Inside a replica every tensor-parallel rank prunes its share of
+whole rows. One rank factorizes a Hessian and sends the factor to the ranks that share it.
 
-A weight comes back rounded to the type that the model computes in and to the type that it is stored in.
+A pruned weight is rounded to the type that the model computes in and to the type that it is stored in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def prune_block(
     statistics: Mapping[str, Statistic],
     stored: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], list[Sums]]:
-    """Prune what ``request`` says of ``block`` in place. Collective over the pipeline stage.
+    """Prune ``block`` in place as ``request`` says. Collective over the pipeline stage.
 
     Returns, on every rank, the masks of its shards (bool, on the weights' device) by module, and the sums.
     """
@@ -40,7 +40,7 @@ def prune_block(
     replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     all_matrices = [matrix for module in request.modules for matrix in matrices(module, shape)]
     device = found["qkv"].weight.device
-    sums = torch.zeros(len(all_matrices), 3, dtype=torch.float64, device=device)  # removed, error, of what
+    sums = torch.zeros(len(all_matrices), 3, dtype=torch.float64, device=device)  # removed, error, reference
     masks: dict[str, torch.Tensor] = {}
     for number, module in enumerate(request.modules):
         weight = found[module].weight
@@ -73,12 +73,12 @@ class _Solver:
         self.method = request.method
         self.module, self.shape, self.request, self.statistic = module, shape, request, statistic
         self.group = mpu.get_tensor_model_parallel_group()
-        self.maker = number % self.group.size()  # of the factor
+        self.maker = number % self.group.size()  # computes the factor
         self.sums: dict[Matrix, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
     def prune(self, weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-        """Prune this rank's shard of ``weight`` [rows, in] in place; its mask."""
+        """Prune this rank's shard of ``weight`` [rows, in] in place; returns its mask."""
         ranks, rank = self.group.size(), self.group.rank()
         sharded_inputs = self.module in ROW_PARALLEL and ranks > 1
         whole = to_rows(weight.float(), self.group) if sharded_inputs else weight.detach().float()  # [rows, in]
@@ -94,7 +94,7 @@ class _Solver:
             pruned = pruned.to(weight.dtype).to(stored).float()
             whole[local.places], kept[local.places] = pruned, stays
             self.sums[matrix] = ((~stays).sum().double(), *measure(before, pruned))
-            del before, pruned, stays  # or they would be held while the next matrix is worked on
+            del before, pruned, stays  # free them before the next matrix
         if sharded_inputs:
             whole = to_columns(whole, len(weight), self.group)
             kept = to_columns(kept.to(torch.uint8), len(weight), self.group).bool()
@@ -102,14 +102,14 @@ class _Solver:
         return kept
 
     def _shared_statistic(self, device: torch.device) -> torch.Tensor | Factor:
-        """What the method reads, the same on all tensor-parallel ranks."""
+        """The statistic that the method reads, the same on all tensor-parallel ranks."""
         if isinstance(self.statistic, SquareSums):
             return self.statistic.mean()
         if self.group.size() == 1:
             return self.statistic.factor()
         made = self.statistic.factor() if self.group.rank() == self.maker else None
         inputs = len(self.statistic.total)
-        # Collectives see memory, not strides: a column-major factor would arrive transposed.
+        # Collectives ignore strides: a column-major factor would arrive transposed.
         upper = made.upper.contiguous() if made else torch.empty(inputs, inputs, dtype=torch.float32, device=device)
         dead = made.dead if made else torch.empty(inputs, dtype=torch.bool, device=device)
         damping = torch.tensor(made.damping if made else 0.0, dtype=torch.float64, device=device)
@@ -119,12 +119,12 @@ class _Solver:
 
 
 class _Measure:
-    """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) of some rows, with as much of H as the method had: all, or its diagonal."""
+    """tr(ΔW·H·ΔWᵀ) and tr(W·H·Wᵀ) over some rows, with the H that the method had: whole, or its diagonal."""
 
     def __init__(self, statistic: Statistic):
         self._whole = isinstance(statistic, Hessian)
         self._h = statistic.total.float()
-        if self._whole:  # it is symmetric: what lies right of the diagonal counts twice
+        if self._whole:  # symmetric: entries right of the diagonal count twice
             self._h.triu_().diagonal().mul_(0.5)
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

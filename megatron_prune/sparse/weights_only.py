@@ -1,11 +1,11 @@
-"""Prune by the weights alone: no model is built, matrices are read from the checkpoint and written as they pass by.
+"""Prune by the weights alone, without a model: stream matrices from the checkpoint and write them back pruned.
 
     for every linear of a block:  read its rows and count scores   (once or twice; N:M needs no count)
-                                  read them again, choose, and write what is left, with its mask, to the scratch folder
+                                  read them again, choose, and write the pruned rows and mask to the scratch folder
 
-Memory is bounded by a few blocks of rows and one block's packed masks, whatever the model's size. The source may lie in
-any layout; a matrix is always whole here, so that the result is the same for any number of ranks. These share out the
-blocks, and leave when theirs are done; the first waits for all, and finds them by their files.
+Memory is bounded by a few blocks of rows and one block's packed masks, whatever the model's size. The source may have
+any layout. A matrix is always whole here, so the result does not depend on the number of ranks. Ranks divide the
+blocks and return when theirs are done; the first waits for all blocks by watching their files.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megatron_prune.sparse.matrices import SUFFIXES, Matrix, RowRun, matrices, r
 from megatron_prune.sparse.request import SparsifyTask, Sums
 from megatron_prune.sparse.resume import Progress, Pruned, Scratch
 
-RECORD_BYTES = 8 << 20  # of rows that are read and written at a time
-CHUNK_BYTES = 1 << 20  # of rows that are worked on at a time: a core's cache holds them and what is made of them
+RECORD_BYTES = 8 << 20  # of rows read and written at a time
+CHUNK_BYTES = 1 << 20  # of rows processed at a time: they and the intermediate results fit a core's cache
 
 
 def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> None:
     """Prune every chosen block and leave weights and masks in the scratch folder of ``task.save``.
 
-    ``params_dtype`` is the type that the model computes in: weights are rounded to it, and back to that they are stored
-    in. Every one of ``ranks`` calls this; what the first returns from is complete.
+    ``params_dtype`` is the type that the model computes in: weights are rounded to it, then to the type that they are
+    stored in. Each of ``ranks`` calls this; the work is complete when the call returns on the first.
     """
     keep_freed_memory()
     scratch = Scratch(task.save)
@@ -63,11 +63,11 @@ def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int
 
 
 def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first rank's value, on all of them. Whoever has it knows that the scratch folder is open."""
+    """The first rank's value, on all ranks. When it arrives, the scratch folder is open."""
     torch.distributed.init_process_group("gloo")
     held = [done]
     torch.distributed.broadcast_object_list(held, src=0)
-    torch.distributed.barrier()  # or a first rank without work might leave before the others have heard it
+    torch.distributed.barrier()  # a first rank without work might otherwise return before the others have the value
     return held[0]
 
 
@@ -80,14 +80,14 @@ def _prune_block(task: SparsifyTask, layer: int, params_dtype: torch.dtype, scra
 
 
 class _Linear:
-    """One linear of a block. ``prune`` is to be run to its end, then ``sums`` says what it did."""
+    """One linear of a block. Exhaust ``prune``; ``sums`` then says what it did."""
 
     def __init__(self, task: SparsifyTask, layer: int, module: str, params_dtype: torch.dtype) -> None:
         assert isinstance(task.request.method, WeightMethod)
         self._method = task.request.method
         self._parent, self._name = task.parent, layer_name(layer, SUFFIXES[module])
         self._stored = self._parent.spec(self._name).dtype
-        # fp32 holds every bf16 and fp16 number: choosing among these themselves takes half the memory and one count.
+        # Choosing among bf16 or fp16 numbers themselves takes half the memory of fp32 and one count.
         exact = params_dtype == torch.float32 and self._stored.itemsize == 2
         self._dtype = self._stored if exact else params_dtype
         shape, sparsity = self._parent.shape, task.request.sparsity(module)
@@ -101,7 +101,7 @@ class _Linear:
 
     @torch.no_grad()
     def prune(self) -> Pruned:
-        """What is left of the rows, in their order, with their masks. CheckpointError where they cannot be ranked."""
+        """The pruned rows, in order, with their masks. CheckpointError if they cannot be ranked."""
         try:
             while any(choice.counts for choice in self._choices.values()):
                 for run in self._runs:
@@ -130,7 +130,7 @@ class _Linear:
             self._choices[run.matrix].count(scores)
 
     def _choose(self, matrix: Matrix, first: int, weight: torch.Tensor) -> torch.Tensor:
-        """Zero what goes of the matrix's rows from ``first`` on, in place; their mask."""
+        """Zero the removed weights of the matrix's rows from ``first`` on, in place; returns their mask."""
         kept = torch.empty(weight.shape, dtype=torch.bool)
         step = max(1, CHUNK_BYTES // weight[0].nbytes)
         for start in range(0, len(weight), step):
@@ -146,14 +146,14 @@ class _Linear:
         return kept
 
     def _rows(self, run: RowRun, most: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The rows of a run, at most that many bytes at a time: (the first's number, [rows, in])."""
+        """The rows of a run, at most ``most`` bytes at a time: (number of the first row, [rows, in])."""
         step = max(1, most // (run.matrix.inputs * self._dtype.itemsize))
         for start in range(run.start, run.stop, step):
             yield start, self._parent.read_rows(self._name, start, min(start + step, run.stop)).to(self._dtype)
 
 
 def _zero(weight: torch.Tensor, kept: torch.Tensor) -> None:
-    """Make +0 of what is not kept, in place; by products of bits, since no branch can be foretold."""
+    """Set removed weights to +0 in place, by bit products: the branches would be unpredictable."""
     bits = weight.view(_INTEGERS[weight.itemsize]).numpy()
     numpy.multiply(bits, kept.numpy(), out=bits)
 
@@ -164,7 +164,7 @@ def _squares(values: torch.Tensor) -> float:
 
 
 def _masks(task: SparsifyTask, scratch: Scratch) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
-    """The masks of what was pruned, and the parent's elsewhere, as ``write_single`` takes them."""
+    """The masks of the pruned weights, and the parent's elsewhere, in the form that ``write_single`` takes."""
     held, patterns = task.held_masks(), task.patterns
     if held is not None:
         for name, entry in held.entries.items():
@@ -176,20 +176,18 @@ def _masks(task: SparsifyTask, scratch: Scratch) -> Iterator[tuple[str, Iterator
             yield name, scratch.mask_rows(layer, name), patterns[name]
 
 
-# What goes of a matrix that passes by in blocks of rows, as often as it takes: exact, in bounded memory, on the CPU.
-#
-# Scores are bf16, fp16 or fp32 and never negative, so that their bits have their order. The lowest of a whole matrix
-# are found by radix selection, as in ``rows.py``: a pass over the matrix makes a histogram of the scores' first
-# digit, which says where the last one to go lies; where scores have another digit, one more pass counts that among
-# those. Between equal scores the lower index stays.
+# Choosing in a matrix that is streamed in blocks of rows, as often as needed: exact, in bounded memory, on the CPU.
+# The bits of the scores (bf16, fp16 or fp32, never negative) sort like the scores. Radix selection, as in
+# ``methods/selection.py``: one pass over the matrix makes a histogram of the first digit, which locates the
+# threshold; fp32 scores need a second pass for the second digit. Among equal scores the lower index stays.
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of a score
-_DIGITS = {2: ((0, 15),), 4: ((16, 15), (0, 16))}  # (shift, width) of each, the sign left out
+_DIGITS = {2: ((0, 15),), 4: ((16, 15), (0, 16))}  # (shift, width) of each, without the sign
 
 
 class BlockChoice(ABC):
-    """Which weights of one matrix go, by their scores.
+    """Which weights of one matrix are removed, by their scores.
 
         while choice.counts:
             for scores in blocks(): choice.count(scores)
@@ -199,23 +197,23 @@ class BlockChoice(ABC):
     ``blocks()`` are the same every time: consecutive rows [rows, in], from the first to the last.
     """
 
-    counts: bool  # another pass must be counted before the choice is made
+    counts: bool  # another counting pass is needed before the choice
 
     @abstractmethod
     def count(self, scores: torch.Tensor) -> None:
-        """See a block. CheckpointError where scores are not finite."""
+        """Count a block. CheckpointError if scores are not finite."""
 
     @abstractmethod
     def narrow(self) -> None:
-        """All blocks were seen."""
+        """End a pass: all blocks were counted."""
 
     @abstractmethod
     def lowest(self, scores: torch.Tensor) -> torch.Tensor:
-        """True for what goes of the next block, bool [rows, in]."""
+        """True for the removed weights of the next block, bool [rows, in]."""
 
 
 def choice(sparsity: Sparsity, size: int) -> BlockChoice:
-    """The choice that ``sparsity`` asks for in a matrix of ``size`` weights."""
+    """The choice that implements ``sparsity`` in a matrix of ``size`` weights."""
     n, m = sparsity.pattern.n, sparsity.pattern.m
     return LowestOfAll(sparsity.removed(size)) if n is None or m is None else LowestInGroups(m - n, m)
 
@@ -225,10 +223,10 @@ class LowestOfAll(BlockChoice):
 
     def __init__(self, count: int) -> None:
         self.counts = count > 0
-        self._go = count  # of the scores that begin with ``_prefix``; all below it go
-        self._stay = 0  # of the scores that are the threshold, and were not shown to ``lowest`` yet
-        self._prefix = 0  # the digits of the threshold that are known
-        self._known = 0  # how many these are
+        self._go = count  # to remove among scores that begin with ``_prefix``; all below are removed
+        self._stay = 0  # to keep among scores equal to the threshold that ``lowest`` has not seen yet
+        self._prefix = 0  # the known digits of the threshold
+        self._known = 0  # their number
         self._digits: tuple[tuple[int, int], ...] = ()
         self._histogram: torch.Tensor | None = None
 
@@ -258,7 +256,7 @@ class LowestOfAll(BlockChoice):
 
     def lowest(self, scores: torch.Tensor) -> torch.Tensor:
         bits = _bits(scores)
-        if not self._known:  # nothing goes
+        if not self._known:  # nothing is removed
             return torch.zeros(scores.shape, dtype=torch.bool)
         if not self._stay:
             return torch.from_numpy(bits <= self._prefix)
@@ -286,10 +284,10 @@ class LowestInGroups(BlockChoice):
         if int(bits.max(initial=0)) >= _infinite(scores.dtype):
             _refuse()
         planes = numpy.ascontiguousarray(bits.reshape(-1, self._m).T)  # [m, groups]
-        before = numpy.zeros(planes.shape, numpy.uint8)  # how many of its group go before a score
+        before = numpy.zeros(planes.shape, numpy.uint8)  # how many of the group are removed before a score
         for first in range(self._m):
             for second in range(first + 1, self._m):
-                goes = (planes[second] <= planes[first]).view(numpy.uint8)  # the second before the first
+                goes = (planes[second] <= planes[first]).view(numpy.uint8)  # the second is removed before the first
                 before[first] += goes
                 before[second] += goes ^ 1
         removed = numpy.ascontiguousarray((before < self._count).T)
@@ -297,15 +295,15 @@ class LowestInGroups(BlockChoice):
 
 
 def _bits(scores: torch.Tensor) -> numpy.ndarray:
-    """Scores as integers of the same order, without their signs: a NaN may have one."""
+    """Scores as integers in the same order, without their signs, because a NaN may have one."""
     bits = scores.view(_INTEGERS[scores.itemsize]).numpy()
     return bits & numpy.iinfo(bits.dtype).max
 
 
 def _infinite(dtype: torch.dtype) -> int:
-    """The bits of infinity: no finite score's are as high, and no NaN's lower."""
+    """The bits of infinity: above those of every finite score, at most those of a NaN."""
     return int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize]))
 
 
 def _refuse() -> None:
-    raise CheckpointError("its weights are not finite: they cannot be ranked")
+    raise CheckpointError("the weights are not finite, so they cannot be ranked: check the parent checkpoint")
