@@ -92,22 +92,22 @@ HEADS = ((0, 1, 4, 5),) * 4
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kept_layers": (0, 1, 2)}, "kept_layers has 3 indices, the target says 4"),
+        ({"kept_layers": (0, 1, 2)}, "kept_layers has 3 indices, expected the target's 4"),
         ({"kept_layers": (0, 1, 2, 4)}, r"kept_layers must be in 0…3"),
         ({"kept_layers": (0, 2, 1, 3)}, "kept_layers must be ascending"),
-        ({"kept_layers": (0, 1, 1, 3)}, "kept_layers must be ascending without repeats"),
+        ({"kept_layers": (0, 1, 1, 3)}, "kept_layers must be ascending, without repetitions"),
         ({"kept_layers": (0, 1, 2, 3.0)}, "kept_layers must be integers"),
         ({"kept_hidden": tuple(range(15))}, "kept_hidden has 15 indices"),
         ({"kept_hidden": (-1, *range(15))}, "kept_hidden must be in"),
-        ({"kept_hidden": None}, "what is kept makes"),
-        ({"kept_ffn": ((0, 1, 2, 3, 4, 5, 6, 7),) * 3}, "kept_ffn has 3 entries for 4 kept layers"),
-        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 4))}, r"layer 3 must be in 2 query groups.*found 2 groups"),
-        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 3))}, "found 1 groups"),
-        ({"target": replace(TARGET, ffn_hidden_size=9)}, "the target says 9"),
-        ({"target": replace(TARGET, kv_channels=4)}, "what is kept makes"),
+        ({"kept_hidden": None}, "the kept indices give"),
+        ({"kept_ffn": ((0, 1, 2, 3, 4, 5, 6, 7),) * 3}, "kept_ffn has 3 entries, expected one per kept layer: 4"),
+        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 4))}, r"layer 3 must be in 2 query groups.*got 2 groups"),
+        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 3))}, "got 1 groups"),
+        ({"target": replace(TARGET, ffn_hidden_size=9)}, "expected the target's 9"),
+        ({"target": replace(TARGET, kv_channels=4)}, "the kept indices give"),
         (
             {"target": SOURCE, "kept_hidden": None, "kept_heads": None, "kept_ffn": None},
-            "nothing is removed",
+            "it removes nothing",
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
 def test_statistics_must_be_there_and_of_this_parent() -> None:
     with pytest.raises(StatisticsError, match="minitron-width needs statistics"):
         make(statistics=None)
-    with pytest.raises(StatisticsError, match="of another parent .fingerprint other"):
+    with pytest.raises(StatisticsError, match="of another parent: their fingerprint is other"):
         make(statistics=statistics(parent="other"))
 
 
@@ -271,9 +271,9 @@ def test_a_plan_without_scores_is_refused() -> None:
         plan.make(question, ratio=0.5, ratio_of="linears", statistics=statistics())
     with pytest.raises(StatisticsError, match="minitron-depth needs statistics"):
         plan.make(question, ratio=0.5, ratio_of="linears")
-    with pytest.raises(PlanError, match="candidate 3 was chosen of 3"):
+    with pytest.raises(PlanError, match="the chosen candidate is 3, expected a number below 3"):
         replace(depth(3.0, 2.5, 4.0), chosen=3)
-    with pytest.raises(PlanError, match="candidate None was chosen of 3"):
+    with pytest.raises(PlanError, match="the chosen candidate is None, expected a number below 3"):
         replace(depth(3.0, 2.5, 4.0), chosen=None)
 
 

@@ -1,18 +1,18 @@
-"""Hooks that feed the accumulators from Megatron's modules, on every rank of any TP×PP×DP layout.
+"""Hooks that pass activations of Megatron's modules to the accumulators, on every rank of any TP×PP×DP layout.
 
 Where each statistic is read (activations are [s, b, n]):
 
-* block influence: what a ``TransformerLayer`` takes and returns;
-* ``input_layernorm``, ``pre_mlp_layernorm``: the norms' outputs, which is what ``linear_qkv`` and
+* block influence: input and output of a ``TransformerLayer``;
+* ``input_layernorm``, ``pre_mlp_layernorm``: the norms' outputs, which ``linear_qkv`` and
   ``linear_fc1`` multiply (``engine/spec.py``); ``final_layernorm``: its output;
 * ``attention``, ``mlp``: the inputs of ``linear_proj`` and ``linear_fc2``, of which a tensor-parallel
   rank holds a contiguous slice of channels.
 
-Every rank sums over its own layers (PP), sequences (DP) and channels (TP). What TP ranks hold in
-common, they share out: each sums a slice of the norms' channels and every TP-th layer's cosines. In a
-sequence-parallel model each has its own tokens there: of all layers' cosines it sums those of its tokens, and
-norms' outputs are gathered, since a mean over a sequence's tokens needs all of them before it is squared.
-``gather`` writes the sums into global tensors of zeros; one all-reduce makes them whole.
+Every rank sums over its own layers (PP), sequences (DP) and channels (TP). TP ranks divide the work on activations
+that all of them hold: each sums a slice of the norms' channels and every TP-th layer's cosines. In a sequence-parallel
+model each rank has its own tokens: it sums their cosines for all layers, and norms' outputs are gathered, because a
+mean over a sequence's tokens needs all of them before it is squared.
+``gather`` writes the sums into global tensors of zeros, which one all-reduce completes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_prune.structured.statistics import site_shapes, tensor_shapes
 
 
 class ActivationRecorder:
-    """Attaches to this rank's stage while open; ``with Recorder(stage, shape) as recorder: …``."""
+    """Attached to this rank's stage while open: ``with ActivationRecorder(stage, shape) as recorder: …``."""
 
     def __init__(self, stage: torch.nn.Module, shape: ModelShape):
         self.shape = shape
@@ -75,14 +75,14 @@ class ActivationRecorder:
             )
 
     def _shared(self, site: str, layer: int | None) -> Callable[[torch.Tensor], None]:
-        """Takes activations that all TP ranks hold, or share by tokens; sums this rank's slice of the channels."""
+        """A hook for activations that all TP ranks hold, or share by tokens; sums this rank's slice of the channels."""
         channels = site_shapes(self.shape)[site][-1]
         first, last = (channels * r // self._ranks for r in (self._rank, self._rank + 1))
         sums = self._accumulator(site, layer, first, last - first)
         return spec.whole_sequences(self._config, lambda x: sums.add(x[..., first:last]))
 
     def _sharded(self, site: str, layer: int) -> Callable[[torch.Tensor], None]:
-        """Takes activations of which this rank holds a slice of the channels."""
+        """A hook for activations of which this rank holds a slice of the channels."""
         channels = site_shapes(self.shape)[site][-1] // self._ranks
         return self._accumulator(site, layer, self._rank * channels, channels).add
 

@@ -1,7 +1,7 @@
-"""The passes over calibration text: the parent's own, for statistics, and one a candidate, for scores.
+"""The passes over calibration text: one of the parent, for statistics, and one per candidate, for scores.
 
-``gather`` and ``score`` load the model, run it on the windows that the flags or the statistics say, and
-leave whole results on every rank. Import after ``runtime.start``: Megatron must be ready.
+``gather`` and ``score`` load the model, run it on the windows that the flags or the statistics specify, and
+return complete results on every rank. Import after ``runtime.start``: Megatron must be ready.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from megatron_prune.structured.statistics import Statistics
 
 
 def gather(args: argparse.Namespace, question: Question | None = None, requests: Requests | None = None) -> Statistics:
-    """Run the calibration that ``args`` describe; whole statistics on every rank. Collective.
+    """Run the calibration that ``args`` describe; returns complete statistics on every rank. Collective.
 
-    The candidates of ``question`` are scored in the same load of the model, on ``requests`` where a task
-    decides. The process group is gone when it returns: what follows may take one rank hours.
+    The candidates of ``question`` are scored in the same load of the model, on ``requests`` if a task decides.
+    Destroys the process group before it returns, because rank 0 may then work for hours.
     """
     refuse_virtual_stages(args)
     parent = open_checkpoint(runtime.loaded_directory(args))
@@ -40,7 +40,7 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     with ActivationRecorder(model[0], parent.shape) as recorder:
         losses = forward.run(model, screen.progress(own, len(own), "calibrating", "window"))
-        # Every TP rank of the last stage has the same losses.
+        # Every TP rank of the last stage has the same losses: count one.
         mine = losses if losses is not None and mpu.get_tensor_model_parallel_rank() == 0 else []
         tensors, loss_sum = recorder.gather(sum(mine) * chosen.seq_length)
     found = Statistics(
@@ -59,9 +59,9 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
 
 
 def score(args: argparse.Namespace, question: Question, found: Statistics, requests: Requests | None) -> Statistics:
-    """``found`` and the scores that ``question``'s candidates lack there; the same on every rank. Collective.
+    """``found`` plus the missing scores of ``question``'s candidates; the same on every rank. Collective.
 
-    ``requests`` are the task's, where one decides.
+    ``requests`` are those of the task, if one decides.
     """
     refuse_virtual_stages(args)
     behind = found.calibrations[0]
@@ -94,8 +94,8 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
 
 
 def refuse_virtual_stages(args: argparse.Namespace) -> None:
-    """Refuse stages that a layout divides further. Call after validation."""
-    if args.virtual_pipeline_model_parallel_size is not None:  # not known before Megatron has read the layout
+    """Refuse virtual stages made by a pipeline layout. Call after validation."""
+    if args.virtual_pipeline_model_parallel_size is not None:  # unknown until Megatron has read the layout
         raise UsageError(
             "--pipeline-model-parallel-layout",
             got=args.pipeline_model_parallel_layout,
@@ -105,7 +105,7 @@ def refuse_virtual_stages(args: argparse.Namespace) -> None:
 
 
 def chosen_windows(args: argparse.Namespace) -> Windows:
-    """The windows that the calibration's flags choose. DataError or UsageError where the corpus does not fit."""
+    """The windows that the calibration's flags choose. DataError or UsageError if the corpus does not fit."""
     indexed.check_fits_model(args.calibration_data_path, args.vocab_size)
     return windows(
         args.calibration_data_path,
@@ -124,11 +124,11 @@ def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
 def _with_scores(
     model: list[torch.nn.Module], found: Statistics, question: Question, requests: Requests | None, chosen: Windows
 ) -> Statistics:
-    # Ranks that disagreed about a near-tie would run different models.
+    # Ranks that resolve a near-tie differently would run different models.
     shared: list[Any] = [question.unscored(found)]
     torch.distributed.broadcast_object_list(shared)
     (asked,) = shared
-    # With a task, some may have been run on the windows before.
+    # With a task, some may already have been run on the windows.
     new = [candidate for candidate in asked if candidate.selection.key not in found.scores]
     losses = scoring.losses(model, found.shape, [candidate.selection for candidate in new], chosen)
     found = candidates.with_scores(found, new, losses)
@@ -141,7 +141,7 @@ def _with_scores(
 
 
 def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:
-    """What was calibrated on, and how."""
+    """The calibration text and settings, as JSON."""
     random = args.calibration_sampling == "random"
     return {
         "prefix": args.calibration_data_path,

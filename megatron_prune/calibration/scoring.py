@@ -1,18 +1,18 @@
-"""Run the loaded model with a candidate's selection only: layers skipped, channels masked, no checkpoint.
+"""Run the loaded model as if cut by a candidate's selection: layers skipped, channels masked, no checkpoint.
 
-``losses`` gives the mean loss of every selection on the same windows, ``log_likelihoods`` what every
-selection thinks of a task's choices, at any TP×PP×DP. While a selection is in force (``reduced``):
+``losses`` gives the mean loss of every selection on the same windows, ``log_likelihoods`` every selection's
+log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
 
-* its layers alone are in this rank's decoder;
-* removed hidden channels are zero in the residual stream: in the embedding's output and in what attention
-  and MLP add to it. RMSNorm then needs the mean over the kept channels only: with k of h kept,
-  x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and its ε are scaled for the time being;
-* removed heads and FFN channels are zero where linear_proj and linear_fc2 read them.
+* this rank's decoder holds only the selection's layers;
+* removed hidden channels are zero in the residual stream: in the embedding's output and in the outputs of attention
+  and MLP. RMSNorm then needs the mean over the kept channels only: with k of h kept,
+  x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and ε are scaled temporarily;
+* removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2.
 
-A model that is really cut computes the same numbers, but for the order of sums.
+A model that is really cut computes the same numbers, up to the order of sums.
 
-Selections that only skip layers share work where one rank has all layers: what runs before the first
-removed layer is the dense model's, and is computed once a sequence.
+Selections that only skip layers share work if one rank has all layers: everything before the first removed layer is
+the same as in the dense model, and is computed once per sequence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def losses(
 ) -> list[float]:
     """Mean loss per token of every selection on ``windows``, the same on every rank. Collective.
 
-    ``windows`` are all of them: data-parallel replicas share them out.
+    ``windows`` is the whole list, which data-parallel replicas divide.
     """
     sums = _sums(model, shape, selections, windows, [windows.seq_length] * len(windows))  # [selections, windows]
     return (sums / windows.seq_length).mean(1).tolist()
@@ -56,7 +56,7 @@ def log_likelihoods(
 ) -> torch.Tensor:
     """Log-likelihood of every choice under every selection: float64 [selections, choices] on every rank. Collective.
 
-    Choices are run one at a time, none padded, the short ones first: a pipeline is full while lengths are equal.
+    Choices are run one at a time without padding, short ones first: equal lengths keep a pipeline full.
     """
     order = sorted(range(len(requests.sequences)), key=lambda i: len(requests.sequences[i]))
     sequences, scored = [requests.sequences[i] for i in order], [requests.scored[i] for i in order]
@@ -87,14 +87,14 @@ def _sums(
                 found = forward.run(model, bar.over(sequences[n] for n in own), _tails([scored[n] for n in own]))
             sums[i, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
-        sums.zero_()  # every TP rank of the last stage has the same losses
+        sums.zero_()  # every TP rank of the last stage has the same losses: count one
     sums = sums.to(torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
     return sums
 
 
 def _tails(counts: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that sums the last losses of what it is given: ``counts[0]`` of them at the first call, and so on."""
+    """A function that sums the last losses of its argument: ``counts[0]`` of them in the first call, and so on."""
     remaining = iter(counts)
     return lambda losses: losses[-next(remaining) :].sum()
 
@@ -107,13 +107,13 @@ def _from_the_first_removed_layer(
 
     Each is run from its first removed layer on.
     """
-    fp8.cast_weights_again(stage)  # no schedule says so
+    fp8.cast_weights_again(stage)  # no schedule triggers it
     sequence = sequence.cuda()
     tokens, labels = sequence[None, :-1], sequence[None, 1:]  # [1, S]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, S]
     decoder = unwrap_model(stage).decoder
     layers = list(decoder.layers)
-    # The first layer that is not in its place in `kept`; all before it are. The parent itself runs its last anew.
+    # The first layer that `kept` lacks at its position. The whole parent counts as starting at its last layer.
     first = [min(next((i for i, n in enumerate(k) if n != i), len(k)), len(layers) - 1) for k in kept]
     before: dict[int, torch.Tensor] = {}  # layer: the residual stream [S, 1, h] that enters it
 
@@ -138,7 +138,7 @@ def _from_the_first_removed_layer(
 
 @contextlib.contextmanager
 def _only(decoder: Any, layers: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """These layers alone are the decoder's."""
+    """Let the decoder hold only these layers."""
     whole = decoder.layers
     decoder.layers = torch.nn.ModuleList(layers)
     try:
@@ -149,7 +149,7 @@ def _only(decoder: Any, layers: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[None]:
-    """This rank's stage computes what the parent would if it were cut by ``selection``."""
+    """Let this rank's stage compute what the parent would compute if cut by ``selection``."""
     model = unwrap_model(stage)
     decoder = model.decoder
     # Megatron counts layers of all stages from 1.
@@ -176,7 +176,7 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
                 _mask_output(stack, model.embedding, selection.hidden, shape)
             if decoder.final_layernorm is not None:
                 _narrow(stack, decoder.final_layernorm, len(selection.hidden) / shape.hidden_size)
-        fp8.cast_weights_again(model)  # the schedule only knows the layers of its first pass
+        fp8.cast_weights_again(model)  # the schedule only handles the layers of its first pass
         yield
 
 
@@ -189,7 +189,7 @@ def _mask(module: Any, indices: Sequence[int] | torch.Tensor, size: int) -> torc
 
 
 def _mask_input(stack: contextlib.ExitStack, linear: Any, indices: torch.Tensor, size: int) -> None:
-    """Zero what is not in ``indices`` of a row-parallel linear's input, of which this rank holds a slice."""
+    """Zero the inputs of a row-parallel linear that are not in ``indices``; this rank holds a slice of them."""
     rank, ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     mask = _mask(linear, indices, size)[size // ranks * rank : size // ranks * (rank + 1)]
     handle = linear.register_forward_pre_hook(lambda _, args: (args[0] * mask, *args[1:]))
@@ -197,7 +197,7 @@ def _mask_input(stack: contextlib.ExitStack, linear: Any, indices: torch.Tensor,
 
 
 def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int], shape: ModelShape) -> None:
-    """Zero removed hidden channels of what an embedding or a linear (output, bias) gives to the residual stream."""
+    """Zero removed hidden channels in what an embedding or a linear (output, bias) adds to the residual stream."""
     mask = _mask(module, hidden, shape.hidden_size)
 
     def hook(_: Any, __: Any, out: Any) -> Any:
@@ -209,7 +209,7 @@ def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int]
 
 
 def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
-    """Let an RMSNorm over channels of which only ``share`` are not zero be one over those alone."""
+    """Normalize an RMSNorm's input over its nonzero channels alone, a fraction ``share`` of them."""
     gain, offset = spec.gain(norm), spec.gain_offset(norm)
     whole, eps = gain.detach().clone(), norm.eps
     gain.copy_((whole + offset) * math.sqrt(share) - offset)
@@ -222,15 +222,14 @@ def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
     stack.callback(restore)
 
 
-# The task that judges candidates, ready for the model: read, and tokenized as the model's own text was.
-#
-# All that can be wrong with a task is refused here, before anything starts.
+# The task that scores candidates: read, and tokenized like the model's own text. A task that does not fit is refused
+# before anything starts.
 
 
 def requests(args: argparse.Namespace, path: str, wanted: str) -> Requests:
-    """The task in ``path``, which must be the one with the fingerprint ``wanted``, for the checkpoint ``--load``.
+    """The task in ``path``, whose fingerprint must be ``wanted``, for the checkpoint ``--load``.
 
-    UsageError or DataError where file, tokenizer and model do not fit each other.
+    UsageError or DataError if file, tokenizer and model do not fit together.
     """
     task = multiple_choice.read(path)
     if task.fingerprint != wanted:

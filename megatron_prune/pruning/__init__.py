@@ -1,1 +1,1 @@
-"""The verbs that prune, as functions of settings: what the command line, Python and nothing else call."""
+"""The pruning verbs as functions of settings, called by the command line and the Python API."""

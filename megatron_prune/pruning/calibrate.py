@@ -1,11 +1,11 @@
-"""Statistics of a parent: one forward pass over calibration text.
+"""Statistics of a parent, from one forward pass over calibration text.
 
-Runs the parent at any TP×PP×DP and gathers, in that one pass, all that every forward-only method
-needs at every ratio. Data-parallel replicas share out the windows (unevenly where they must).
+Runs the parent at any TP×PP×DP and gathers everything that the forward-only methods need, for every ratio.
+Data-parallel replicas divide the windows, evenly or not.
 
-With ``score`` and ``statistics`` it runs the parent again on the same windows, with every candidate that has no score
-yet, and adds their losses to the statistics. Where the plan was asked for with ``--score-by task``, their accuracies on
-its ``--task-data`` are added too.
+With ``score`` and ``statistics`` it runs the parent again on the same windows, once for every candidate without a
+score, and adds the losses to the statistics. If the plan was made with ``--score-by task``, it adds their accuracies
+on ``--task-data`` too.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FLAGS = (
     "--calibration-seq-length",
     "--calibration-sampling",
 )
-CHOOSING = FLAGS[1:]  # of the windows
+CHOOSING = FLAGS[1:]  # flags that choose windows
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration has found, and where rank 0 has written it; ``scored``: how many candidates, if any."""
+    """The result of a calibration and its file, written by rank 0; ``scored``: the number of candidates, if any."""
 
     statistics: Statistics
     output: Path
@@ -70,7 +70,7 @@ def calibrate(own: verbs.CalibrateSettings, words: Sequence[str]) -> Calibrated:
 
 
 def _output(own: verbs.CalibrateSettings) -> Path:
-    """Where the statistics go; UsageError where the flags that name files do not go together."""
+    """Where the statistics are written; UsageError if the flags that name files contradict each other."""
     if (own.score is None) != (own.statistics is None):
         raise UsageError("--score, --statistics", got="only one", expected="both or neither")
     output = own.output or own.statistics
@@ -80,9 +80,9 @@ def _output(own: verbs.CalibrateSettings) -> Path:
 
 
 def task_requests(args: argparse.Namespace, question: Question | None, moved: str | None = None) -> Requests | None:
-    """What the task of ``question`` asks of the model, if there is one; all that can be wrong with it is refused.
+    """The requests to the model of ``question``'s task, if there is one; a task that does not fit is refused.
 
-    ``moved`` is where its file is stored now. Call after ``complete``.
+    ``moved`` is its file's new path. Call after ``complete``.
     """
     from megatron_prune.calibration import scoring
 
@@ -101,7 +101,7 @@ def task_requests(args: argparse.Namespace, question: Question | None, moved: st
 
 
 def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question, Statistics] | None:
-    """With ``--score``, what it reads, whose windows ``args`` get."""
+    """The files that ``--score`` reads; ``args`` get the windows of the statistics."""
     if args.score is None:
         return None
     for flag in CHOOSING:
@@ -130,12 +130,12 @@ def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question,
 
 
 def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = True) -> None:
-    """Fill in what follows from the calibration's flags, and refuse flags that contradict them.
+    """Fill in settings that follow from the calibration's flags, and refuse flags that contradict each other.
 
     Without ``reads_text`` nothing is calibrated, and the calibration's flags are refused.
     """
     runtime.refuse_layouts(args)
-    args.builds_model = reads_text  # without, no package that Megatron's layers want is asked for
+    args.builds_model = reads_text  # if False, packages for Megatron's layers are not required
     if reads_text:
         fp8.refuse_delayed(args)
     for flag in () if reads_text else FLAGS:

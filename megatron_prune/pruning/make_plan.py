@@ -1,7 +1,7 @@
-"""Statistics and a target in, a plan out; or the candidates between which the model must decide first.
+"""Make a plan from statistics and a target, or the candidates among which the model must choose first.
 
-Needs no model and no GPU: the parent is read for its shape and fingerprint only. One calibration serves every method
-and every ratio.
+Needs no model and no GPU: only the parent's shape and fingerprint are read. One calibration serves every method and
+every ratio.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megatron_prune.training import learned_file
 
 @dataclass(frozen=True)
 class Unscored:
-    """Candidates that were written to ``file``, for the model to decide between; ``missing`` lack a score, or, where
-    ``retraining`` is given, their retraining on so many tokens each."""
+    """Candidates written to ``file``, among which the model must choose; ``missing`` lack a score or, with
+    ``retraining``, their retraining on that many tokens each."""
 
     file: Path
     missing: Sequence[Candidate]
@@ -58,7 +58,7 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
     parent = open_checkpoint(asked.load)
     if asked.verify_integrity:
         parent.verify(hashes=True)
-    question = choice.question(parent)  # refuse a target before reading statistics
+    question = choice.question(parent)  # refuse an impossible target before reading statistics
     if method.learned:
         made = choice.make(question, _masks(asked))
         made.write(asked.output)
@@ -96,7 +96,7 @@ def _ask(
     *,
     retrain: bool,
 ) -> Unscored:
-    """Write the candidates; those that are ``missing`` are to be run."""
+    """Write the candidates; the ``missing`` ones must be run."""
     path = Path(asked.output).with_name(FILE)
     question.write(path, statistics)
     if len(asked.statistics) > 1:

@@ -1,17 +1,17 @@
-"""Calibrate, plan and apply in one go; or sparsify, where the method is sparse.
+"""Calibrate, plan and apply in one command; for a sparse method, sparsify.
 
-What the method needs is run, in order, in one load of the model (candidates that the model decides
-between are scored right after the calibration), each stage leaving its file:
+The steps that the method needs run in order, in one load of the model (candidates are scored right after the
+calibration). Each step leaves its file:
 
     SAVE/release/…                         the pruned checkpoint
     SAVE/pruning/plan.json                 what was kept, and why
     SAVE/pruning/statistics.safetensors    what the plan was made from (with its .json)
 
-A sparse method goes the way of ``sparsify.py``; ``random`` does where ``--pattern`` is given.
+A sparse method runs ``sparsify.py``, and so does ``random`` with ``--pattern``.
 
-All flags are read, and the target is checked against the parent, before the model is loaded. Once
-the statistics are gathered the other ranks leave and rank 0 goes on alone, outside any process
-group, so that no collective waits (and times out) on the cutting of a large checkpoint.
+All flags are read, and the target is checked against the parent, before the model is loaded. After the statistics are
+gathered, the other ranks exit and rank 0 continues alone, without a process group, so that no collective waits (and
+times out) while a large checkpoint is cut.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ FOLDER = "pruning"
 
 @dataclass(frozen=True)
 class PruneOutcome:
-    """What ``prune`` did: the plan of a structured method, or what went from each matrix by a sparse one."""
+    """The result of ``prune``: a structured method's plan, or a sparse method's table of removed weights per matrix."""
 
     save: Path
     plan: PruningPlan | None = None
-    sparsity: dict[str, Any] | None = None  # empty where an earlier run had finished
+    sparsity: dict[str, Any] | None = None  # empty if an earlier run had finished
 
 
 def is_sparse(asked: verbs.PruneSettings) -> bool:
-    """True for a sparse method; one that is structured too is meant to be sparse where a pattern says so."""
+    """True for a sparse method; a method of both kinds counts as sparse if a pattern is given."""
     return asked.method in options.SPARSE and (asked.method not in options.STRUCTURED or asked.was_given("pattern"))
 
 
 def prune(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> PruneOutcome | None:
     """Prune ``--load`` to ``--save``. ``own`` are the settings of a structured method, ``words`` Megatron's flags.
 
-    Every rank calls it; rank 0 gets the answer. UsageError for settings that the method does not take.
+    Every rank calls it; rank 0 gets the result. UsageError for settings that the method does not take.
     """
-    # What the settings alone say against it is said before Megatron is imported.
+    # Refuse contradictory settings before importing Megatron, which takes seconds.
     if isinstance(choose(asked, own), SparsifyRequest):
         table = sparsify(_only(verbs.SparsifySettings, asked), words, "prune")
         return None if table is None else PruneOutcome(Path(value_of(words, "--save") or ""), sparsity=table)
@@ -72,8 +72,8 @@ def prune(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> Pr
 def choose(
     asked: verbs.PruneSettings, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
 ) -> Choice | SparsifyRequest:
-    """What is asked of a structured, or of a sparse method. UsageError for a method that there is not, settings that
-    it does not take, or a target that contradicts itself."""
+    """The request to a structured or a sparse method. UsageError for an unknown method, settings that it does not
+    take, or a target that contradicts itself."""
     if asked.method not in (known := sorted({*options.STRUCTURED, *options.SPARSE})):
         hint = nearest(asked.method, known)
         raise UsageError(
@@ -142,13 +142,13 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
 
 
 def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str) -> None:
-    """UsageError where one of ``settings`` was given that ``method`` does not take; how much goes, all take."""
+    """UsageError if one of ``settings`` was given that ``method`` does not take; all take the amount to remove."""
     for flag in settings.flags():
         if flag not in verbs.AmountSettings.flags() and asked.was_given(flag.name):
             raise UsageError(flag.option, got=f"--method {method}", expected=f"{only} with it")
 
 
 def _only[S: Settings](cls: type[S], asked: Settings) -> S:
-    """Those of ``asked`` that ``cls`` has."""
+    """The settings of ``asked`` that ``cls`` has."""
     names = {field.name for field in dataclasses.fields(cls)}
     return cls.read({name: getattr(asked, name) for name in names if asked.was_given(name)})

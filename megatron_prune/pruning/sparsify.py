@@ -1,13 +1,13 @@
-"""Zero weights of a checkpoint, block after block, and say which.
+"""Zero weights of a checkpoint, block by block, and record which.
 
-    SAVE/release/…               the pruned checkpoint, of the same shape, dense in form
+    SAVE/release/…               the pruned checkpoint, with the same shape and stored dense
     SAVE/masks/                  which weights were removed (a kept weight may be zero)
-    SAVE/pruning/sparsity.json   what went from each matrix, and the error that it makes
+    SAVE/pruning/sparsity.json   what was removed from each matrix, and the resulting error
 
-``magnitude`` and ``random`` look at the weights alone, which pass by in blocks of rows (``sparse/weights_only.py``):
-no model is built, and no flag of one is needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
-(``sparse/driver.py``). What is finished of a run that was killed is stored next to SAVE (``sparse/resume.py``): the
-same command goes on from there, at any layout.
+``magnitude`` and ``random`` read the weights alone, streamed in blocks of rows (``sparse/weights_only.py``): no model
+is built, and no model flags are needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
+(``sparse/driver.py``). The finished blocks of a killed run are stored next to SAVE (``sparse/resume.py``): the same
+command continues from there, at any layout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_prune.sparse.resume import Scratch
 def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "sparsify") -> dict[str, Any] | None:
     """Prune ``--load`` to ``--save``; ``words`` are Megatron's flags. Every rank calls it.
 
-    Returns what went from each matrix, on rank 0; an empty table where an earlier run had finished.
+    Returns what was removed from each matrix, on rank 0; an empty table if an earlier run had finished.
     """
     request = requests.choose(own.method, own)
     save: Path
@@ -85,13 +85,13 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
     if reads_text:
         driver.run(args, task)
     else:
-        if ModelShape.from_args(vars(args)) != parent.shape:  # flags say another model; the refusal names the weight
+        if ModelShape.from_args(vars(args)) != parent.shape:  # the flags give another model: the error names the weight
             runtime.refuse_unfit_checkpoint(args, args.load, "--load")
         weights_only.run(task, args.params_dtype, args.rank, args.world_size)
     return result.write(task, read) if args.rank == 0 else None
 
 
 def _bytes(parent: Checkpoint) -> int:
-    """What the result takes on disk, with masks as they are and as every block leaves them."""
+    """Size of the result on disk, counting the masks and every block's scratch files."""
     weights = sum(parent.spec(name).nbytes for name in parent.names)
     return weights + 2 * parent.shape.linear_parameters() // 8

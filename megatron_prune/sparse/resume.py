@@ -157,8 +157,8 @@ class Scratch:
     def _check(self, layer: int, name: str, target: torch.Tensor, filled: int) -> None:
         if filled != target.numel():
             raise CheckpointError(
-                f"{self._block(layer)} holds {filled} of {target.numel()} entries of {name}, expected all of them: delete "
-                "this folder and run the same command again"
+                f"{self._block(layer)} holds {filled} of {target.numel()} entries of {name}, expected all of them: "
+                "delete this folder and run the same command again"
             )
 
     def _block(self, layer: int) -> Path:

@@ -1,10 +1,10 @@
-"""A plan and its parent in, a smaller checkpoint out.
+"""Apply a plan to its parent: write the smaller checkpoint.
 
-No model and no process group: every weight is streamed in blocks of rows from the reader, cut by
-the table of layouts (``checkpoint/layout.py``), and handed to the writer, so memory is bounded by a
-few blocks a process whatever the model's size. The writer makes the result appear whole or not at all.
+No model and no process group: every weight is streamed in blocks of rows from the reader, cut according to the table
+of layouts (``checkpoint/layout.py``) and passed to the writer, so memory is bounded by a few blocks per process,
+whatever the model's size. The writer makes the result appear complete or not at all.
 
-``rewrite`` is the cut that cuts nothing: any checkpoint that can be read as one of ours.
+``rewrite`` is the cut that removes nothing: it converts any readable checkpoint to this package's format.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from megatron_prune.structured.folded import Fold
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 
-BLOCK_BYTES = 8 << 20  # of source rows at a time: blocks that malloc reuses cost no page faults
+BLOCK_BYTES = 8 << 20  # of source rows at a time: small enough that malloc reuses blocks without page faults
 
 
 def apply(asked: verbs.ApplySettings) -> plan.PruningPlan:
-    """Write the pruned checkpoint that ``asked`` describes; returns the plan that was applied."""
+    """Write the pruned checkpoint that ``asked`` describes; returns the applied plan."""
     made = plan.read(asked.plan)
     keep_freed_memory()
     if asked.verify_integrity:
@@ -54,13 +54,11 @@ def apply_plan(
     *,
     workers: int = 1,
 ) -> None:
-    """Write to ``save`` what ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
+    """Write to ``save`` what the plan ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
 
-    ``files`` are small files to put beside the weights, by their path under ``save``; ``workers`` processes share
-    the work.
-
-    Masks beside the parent are cut along. Raises PlanError when the plan is for another parent; MasksError when the
-    cut would tear the groups of N:M masks; CheckpointError from reading and writing.
+    ``files`` are small files to store next to the weights, by their path under ``save``. ``workers`` processes share
+    the work. Masks next to the parent are cut too. Raises PlanError if the plan is for another parent, MasksError if
+    the cut would split the groups of N:M masks, CheckpointError from reading and writing.
     """
     parent = open_checkpoint(load)
     refuse_unrestored(parent.args, str(load))
@@ -72,7 +70,7 @@ def apply_plan(
 
 def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
     """Write the weights of any readable checkpoint ``load``, its masks, account and provenance, to ``save``, as a
-    release of iteration 0 in `torch_dist` format. Optimizer state stays behind.
+    release of iteration 0 in `torch_dist` format, without optimizer state.
 
     Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
     """
@@ -119,9 +117,9 @@ def _write(
 
 @dataclass
 class Pieces(Blocks):
-    """What is left of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it is
-    cut from and what is kept of it. ``masks`` are the folder of the smaller model's, which must fit; ``factors``
-    multiply what is left."""
+    """The kept blocks of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it
+    is cut from and what is kept of it. ``masks`` is the folder of the smaller model's masks, which must fit;
+    ``factors`` multiply what is kept."""
 
     load: Path
     sources: Mapping[str, tuple[str, Kept]]
@@ -149,7 +147,10 @@ class Pieces(Blocks):
 def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
     """Refuse a plan that was made for another checkpoint."""
     if parent.shape != made.source:
-        raise PlanError(f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}")
+        raise PlanError(
+            f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}; plan for "
+            "this checkpoint, or --load the one that the plan is for"
+        )
     if parent.fingerprint() != made.parent:
         raise PlanError(
             f"the plan is for another parent: it names the weights {made.parent}, {parent.root} holds "
@@ -158,7 +159,7 @@ def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
 
 
 def cut(parent: Checkpoint, name: str, kept: Kept) -> Iterator[torch.Tensor]:
-    """What ``kept`` leaves of the weight ``name``, as blocks of rows in ascending order."""
+    """The kept part ``kept`` of the weight ``name``, as blocks of rows in ascending order."""
     layout = parent.layout(name)
     rows, columns = (*(axis_indices(axis, parent.shape, kept) for axis in layout.axes), None)[:2]
     start = 0
@@ -175,7 +176,7 @@ def cut(parent: Checkpoint, name: str, kept: Kept) -> Iterator[torch.Tensor]:
 
 
 def _take_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """``block[:, columns]``: numpy's ``take`` moves the bits quickest, with indices that it need not refuse."""
+    """``block[:, columns]``: numpy's ``take`` copies fastest, with indices that it need not check."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[block.itemsize]
     out = torch.empty(len(block), len(columns), dtype=block.dtype)
     numpy.take(block.view(bits).numpy(), columns.numpy(), axis=1, out=out.view(bits).numpy(), mode="wrap")
@@ -183,7 +184,7 @@ def _take_columns(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _source_of(target: WeightLayout, made: plan.PruningPlan) -> tuple[str, Kept]:
-    """The parent's weight that a weight of the target is cut from, and what is kept of it."""
+    """The parent's weight that a target weight is cut from, and what is kept of it."""
     if target.layer is None:
         return target.suffix, Kept(hidden=made.kept_hidden)
     return layer_name(made.kept_layers[target.layer], target.suffix), made.kept(target.layer)
@@ -220,7 +221,7 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
         "plan": made.hash,
         "statistics": made.statistics,
         "calibration": made.calibration,
-        # Spent on pruning. Candidates that are scored read the calibration's tokens again; retraining trains on more.
+        # Tokens spent on pruning. Scoring candidates reads the calibration's tokens again; retraining adds more.
         "tokens": spent.get("tokens", 0) + spent.get("retraining", {}).get("tokens", 0),
         "flops": sum(part.get("flops", 0) for part in (spent, spent.get("scoring", {}), spent.get("retraining", {}))),
         "versions": artifacts.versions(),

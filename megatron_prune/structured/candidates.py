@@ -1,13 +1,13 @@
-"""Candidates: what a method offers where the loss of the model is to decide, and ``candidates.json``.
+"""Candidates: the selections that a method offers if the model's loss is to choose, and ``candidates.json``.
 
-A candidate is a selection: layers, hidden channels, heads and FFN channels that stay. Its score is the
-parent's mean loss on the calibration windows with only that running, and where a task is to decide, its
-accuracy on that (and the whole parent's, to compare). Scores are kept in the statistics under the
-selection's key; so a score made for one plan serves every other that asks about the same selection.
+A candidate is a selection of layers, hidden channels, heads and FFN channels to keep. Its score is the parent's mean
+loss on the calibration windows with only these running. If a task is to choose, its accuracy on the task is stored
+too (and the whole parent's, for comparison). The statistics store scores under the selection's key, so that a score
+made for one plan serves every other plan that asks about the same selection.
 
-``candidates.json`` is the question that ``plan`` leaves for ``calibrate --score``: method, settings and
-target shapes. The selections follow from them and the statistics, and are made again by whoever reads it.
-Where the best are to be retrained, it is the question for ``retrain-candidates`` too.
+``plan`` writes ``candidates.json`` as the question for ``calibrate --score``: method, settings and target shapes.
+Readers derive the selections again from these and the statistics. If the best candidates are to be retrained, it is
+the question for ``retrain-candidates`` too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILE = "candidates.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the choices between which the loss of the model decides."""
+    """One of the selections among which the model's loss chooses."""
 
     source: ModelShape
     target: ModelShape
@@ -40,7 +40,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """What it removes or leaves, in words."""
+        """What it removes or keeps, in words."""
         kept, shape = self.selection, self.target
         if shape == self.source:
             return "dense"
@@ -52,7 +52,7 @@ class Candidate:
         )
 
     def scoring_flops(self, seq_length: int) -> int:
-        """FLOPs of one sequence through it: layers are skipped, but channels are only masked."""
+        """FLOPs of one sequence through it: removed layers are skipped, but channels are only masked."""
         return replace(self.source, num_layers=self.target.num_layers).forward_flops(seq_length)
 
 
@@ -66,22 +66,22 @@ class Question:
     targets: tuple[ModelShape, ...]
     parent: str  # fingerprint
     seed: int | None = None
-    task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss does
+    task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss decides
 
     def candidates(self, statistics: Statistics | LearnedMasks | None) -> list[Candidate]:
-        """What the method offers, in order; one candidate where nothing competes.
+        """The candidates that the method offers, in order; one if nothing competes.
 
-        Raises StatisticsError when it needs statistics that are absent, of another parent, or masks that were learned
+        Raises StatisticsError if it needs statistics that are missing, of another parent, or masks that were learned
         for another target.
         """
         method = methods.get(self.method)
         if statistics is None and uses_statistics(method, self.settings):
             made_by = "learn-masks" if method.learned else "calibrate"
-            raise StatisticsError(f"{self.method} needs statistics: run {made_by} and give --statistics")
+            raise StatisticsError(f"{self.method} needs statistics: run {made_by} and give its file as --statistics")
         if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
             raise StatisticsError(
-                f"the statistics are of another parent (fingerprint {statistics.parent}, not {self.parent}): "
-                "calibrate this one"
+                f"the statistics are of another parent: their fingerprint is {statistics.parent}, expected "
+                f"{self.parent}; run calibrate on this parent"
             )
         if isinstance(statistics, LearnedMasks):
             if statistics.target not in self.targets:
@@ -100,32 +100,32 @@ class Question:
 
     @property
     def dense(self) -> Candidate:
-        """The parent as it is, to which a task's accuracies are compared."""
+        """The whole parent, to which a task's accuracies are compared."""
         return Candidate(self.source, self.source, Selection(tuple(range(self.source.num_layers))))
 
     @property
     def retraining(self) -> Retraining | None:
-        """What the best candidates are to be trained on before one is chosen."""
+        """The retraining of the best candidates before one is chosen."""
         search = methods.get(self.method).search(self.settings)
         return search.retraining if search else None
 
     def unscored(self, statistics: Statistics) -> list[Candidate]:
-        """What the model has not been run with on the windows of ``statistics``, or not on the task."""
+        """The candidates without a score on the windows of ``statistics``, or without one on the task."""
         asked = self.candidates(statistics)
         if self.task is None:
             return [c for c in asked if c.selection.key not in statistics.scores]
         return [c for c in (self.dense, *asked) if not _has_task(c, statistics, self.task)]
 
     def finalists(self, statistics: Statistics) -> list[Candidate]:
-        """The candidates that are to be retrained: those of the lowest finite loss, best first. All have scores."""
+        """The candidates to retrain: those with the lowest finite loss, best first. All have scores."""
         if self.retraining is None:
             return []
         found = [c for c in self.candidates(statistics) if math.isfinite(statistics.scores[c.selection.key].loss)]
-        found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: of equals the first
+        found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: the first among equals
         return found[: self.retraining.candidates]
 
     def unretrained(self, statistics: Statistics) -> list[Candidate]:
-        """Those of the ``finalists`` that have not been trained on as many tokens as asked for."""
+        """The ``finalists`` that have not yet been trained on the requested number of tokens."""
         return [c for c in self.finalists(statistics) if not self._has_retrained(c, statistics)]
 
     def _has_retrained(self, candidate: Candidate, statistics: Statistics) -> bool:
@@ -144,10 +144,10 @@ class Question:
 
 
 def read(path: str | Path) -> tuple[Question, str]:
-    """A ``candidates.json`` and the hash of the statistics that it is about; PlanError where it is damaged."""
+    """A ``candidates.json`` and the hash of the statistics that it is about; PlanError if it is damaged."""
     content = artifacts.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise PlanError(f"{path} is not a list of candidates of version {VERSION}")
+        raise PlanError(f"{path} is not a list of candidates of version {VERSION}: run plan again")
     try:
         fields = {key: content[key] for key in Question.__dataclass_fields__}
         shapes = {
@@ -156,11 +156,11 @@ def read(path: str | Path) -> tuple[Question, str]:
         }
         return Question(**{**fields, **shapes}), content["statistics"]
     except (KeyError, TypeError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}") from error
+        raise PlanError(f"{path} is damaged: {error!r}; run plan again") from error
 
 
 def uses_statistics(method: Method, settings: Mapping[str, Any]) -> bool:
-    """True where the method reads activations or scores, which both lie in the statistics."""
+    """True if the method reads activations or scores, which are both in the statistics."""
     return bool(method.needs(settings)) or method.needs_scores(settings)
 
 
@@ -170,7 +170,7 @@ def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
 
 
 def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
-    """``statistics`` and the losses of these candidates."""
+    """``statistics`` with the losses of these candidates added."""
     scores = {
         candidate.selection.key: Score(candidate.label, loss_of(loss))
         for candidate, loss in zip(found, losses, strict=True)
@@ -181,7 +181,7 @@ def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequ
 def with_accuracies(
     statistics: Statistics, found: Sequence[Candidate], task: str, accuracies: Sequence[TaskScore]
 ) -> Statistics:
-    """``statistics`` and what these candidates, which have their losses, reach on ``task`` (a fingerprint)."""
+    """``statistics`` with the accuracies on ``task`` (a fingerprint) of these candidates, which have losses, added."""
     scores = dict(statistics.scores)
     for candidate, score in zip(found, accuracies, strict=True):
         earlier = scores[candidate.selection.key]
@@ -200,11 +200,9 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-# Which of the candidates is chosen, and what it took to find out.
-#
-# The lowest LM loss on the calibration windows wins; where a task decides, the highest accuracy; where
-# the best are retrained, the lowest loss after that. Every candidate's numbers are kept in the plan's table.
-# A loss that is not finite (an overflow, a training that diverged) is kept as infinite, and never chosen.
+# Choosing among candidates, and the cost of it. The lowest LM loss on the calibration windows wins; with a task, the
+# highest accuracy; with retraining, the lowest loss after it. The plan's table keeps every candidate's numbers. A loss
+# that is not finite (an overflow, a training that diverged) is stored as infinite and never chosen.
 
 
 @dataclass(frozen=True)
@@ -214,19 +212,18 @@ class Scored:
     candidate: str
     parameters: int
     loss: float  # infinite where it is not finite
-    accuracy: float | None = None  # where a task decides
-    retrained_loss: float | None = None  # of those that were retrained, one of which is chosen
+    accuracy: float | None = None  # if a task decides
+    retrained_loss: float | None = None  # of the retrained ones, of which one is chosen
 
 
 def judge(
     question: Question, found: Sequence[Candidate], statistics: Statistics
 ) -> tuple[int, list[Scored], list[NearTie]]:
-    """Index of the best of ``found``, the table of all, and what lies within rounding of the best.
+    """Index of the best of ``found``, the table of all, and the near-ties of the choice.
 
-    Where the best are retrained, which of them are is a cut too, between a ``finalist`` and one that is none.
-
-    Judged by loss, by a task's accuracy, or, where the best are retrained, by their loss after that.
-    PlanError where no loss is finite.
+    The best has the lowest loss, the highest accuracy on a task, or, if the best are retrained, the lowest loss after
+    that. Choosing which candidates to retrain is a cut too, between a ``finalist`` and the rest.
+    PlanError if no loss is finite.
     """
     if missing := question.unscored(statistics):
         raise StatisticsError(f"{question.method}: {len(missing)} of {len(found)} candidates have no score yet")
@@ -265,25 +262,25 @@ def loss_text(loss: float) -> str:
 
 
 def _finite(losses: Sequence[float], nobody: str) -> list[int]:
-    """Places of the finite losses; PlanError where there is none."""
+    """Indices of the finite losses; PlanError if there are none."""
     if places := [i for i, loss in enumerate(losses) if math.isfinite(loss)]:
         return places
     raise PlanError(
-        f"{nobody} has a finite loss on the calibration text: there is nothing to choose "
+        f"{nobody} has a finite loss on the calibration text: none can be chosen "
         "(try bf16 or fp32 in place of fp16, or a lower --lr where they were retrained)"
     )
 
 
 def _renumbered(tie: NearTie, numbers: Sequence[int]) -> NearTie:
-    """``tie`` between places of ``numbers`` as one between the candidates that stand there."""
+    """``tie`` between indices of ``numbers`` as one between the candidates with these numbers."""
     others = tuple(sorted(numbers[i] for i in tie.others))
     return replace(tie, kept=numbers[tie.kept], removed=numbers[tie.removed], others=others)
 
 
 def spent(question: Question, found: Sequence[Candidate], statistics: Statistics) -> dict[str, Any]:
-    """What judging ``found`` took, as entries of a plan's ``calibration``.
+    """The cost of scoring ``found``, as entries of a plan's ``calibration``.
 
-    ``scoring`` are forward passes, ``retraining`` is training: its tokens are what pruning itself trained on.
+    ``scoring`` counts forward passes, ``retraining`` training, whose tokens count as trained on by pruning itself.
     """
     flops = statistics.sequences * sum(c.scoring_flops(statistics.seq_length) for c in found)
     scoring: dict[str, Any] = {"candidates": len(found), "flops": flops}

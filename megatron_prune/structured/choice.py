@@ -1,4 +1,4 @@
-"""What is asked of a structured method: its name, its settings, the target. Made from settings, or from a mapping."""
+"""A structured method, its settings and its target, made from settings objects or from a mapping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_prune.training.learned_file import LearnedMasks
 
 @dataclass(frozen=True)
 class Choice:
-    """A method, its settings (as artifacts keep them) and its target; checked against no model yet."""
+    """A method, its settings (as artifacts store them) and its target; not yet checked against a model."""
 
     name: str
     method: Method
@@ -39,19 +39,19 @@ class Choice:
         return plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
 
     def question(self, parent: Checkpoint) -> Question:
-        """What is asked about ``parent``; UsageError or DataError where target or task cannot be met."""
+        """The question about ``parent``; UsageError or DataError if the target or task is impossible."""
         shapes, task = self.shapes(parent.shape), self.task
         return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task)
 
     def check(self) -> None:
-        """UsageError for what the settings alone say against it, whatever the parent."""
+        """UsageError for settings that contradict each other, whatever the parent."""
         self.method.search(self.settings)
         self.method.task(self.settings)
 
     def shapes(self, source: ModelShape) -> tuple[ModelShape, ...]:
-        """The shape that the target makes of ``source``, or those that compete.
+        """The shape that the target makes of ``source``, or the competing shapes.
 
-        UsageError where the target cannot be met.
+        UsageError if the target cannot be met.
         """
         search = self.method.search(self.settings)
         if search is None:
@@ -60,13 +60,13 @@ class Choice:
 
     @property
     def task(self) -> str | None:
-        """Fingerprint of the task that is to decide; DataError where its file is none."""
+        """Fingerprint of the task that decides; DataError if its file is not a task."""
         task = self.method.task(self.settings)
         return multiple_choice.read(task.path).fingerprint if task else None
 
     @property
     def retraining(self) -> Retraining | None:
-        """What the best candidates are to be trained on before one is chosen."""
+        """The retraining of the best candidates before one is chosen."""
         search = self.method.search(self.settings)
         return search.retraining if search else None
 
@@ -82,9 +82,9 @@ class Choice:
 def choose(
     name: str, asked: verbs.TargetSettings, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
 ) -> Choice:
-    """The choice that the target ``asked`` and the method's ``own`` settings describe; UsageError where they cannot be.
+    """The choice that the target ``asked`` and the method's ``own`` settings describe; UsageError if they conflict.
 
-    ``seed`` is left out where the method draws nothing.
+    ``seed`` is dropped if the method draws no random numbers.
     """
     method = methods.get(name)
     shapes = getattr(own, "target_shapes", None) or ()  # a setting of minitron-width
@@ -93,11 +93,11 @@ def choose(
 
 
 def read(name: str, values: Mapping[str, Any], *, where: str = "", tensor_parallel: int = 1) -> Choice:
-    """The choice that one mapping says: the target's settings and the method's own, by their names.
+    """The choice that one mapping describes: the target's settings and the method's own, by name.
 
-    ``where`` it is written is named in errors (``methods.0``).
+    Errors name ``where`` the mapping is written (``methods.0``).
     """
-    methods.get(name)  # a name that there is not
+    methods.get(name)  # refuse unknown names
     targeted = {flag.name for flag in verbs.TargetSettings.flags()}
     target = {key: value for key, value in values.items() if key.replace("-", "_") in targeted}
     rest = {key: value for key, value in values.items() if key not in target}
@@ -109,7 +109,7 @@ def read(name: str, values: Mapping[str, Any], *, where: str = "", tensor_parall
 
 
 def refuse_others(name: str, given: Iterable[str], where: str = "") -> None:
-    """UsageError where one of the settings ``given`` (flags, without their dashes) belongs to another method."""
+    """UsageError if one of the settings ``given`` (flags, without their dashes) belongs to another method."""
     own = {flag.name for flag in options.STRUCTURED[name].flags()}
     for key in given:
         others = [

@@ -1,8 +1,8 @@
-"""``plan.json``: which layers, hidden channels, heads and FFN channels of one parent survive, and why.
+"""``plan.json``: which layers, hidden channels, heads and FFN channels of one parent are kept, and why.
 
-A ``PruningPlan`` is frozen and validates itself, so whoever holds one can apply it. It is a function
-of the parent's shape, the statistics, the method's settings and the seed; no parallel layout is in
-it. All indices are in source numbering and ascending.
+A ``PruningPlan`` is frozen and validates itself, so any instance can be applied. It is a function of the parent's
+shape, the statistics, the method's settings and the seed, and does not depend on a parallel layout. All indices are
+in source numbering and ascending.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What survives of ``parent``. See the module's docstring; fields are the keys of ``plan.json``."""
+    """What is kept of ``parent``. See the module's docstring; fields are the keys of ``plan.json``."""
 
     method: str
     settings: dict[str, Any]  # the method's own flags
-    seed: int | None  # None: the method draws nothing
-    ratio: float | None  # as asked for; None where sizes or a parameter count were asked for
+    seed: int | None  # None: the method draws no random numbers
+    ratio: float | None  # as requested; None for explicit sizes or a parameter count
     ratio_of: str  # linears or all
     source: ModelShape
     target: ModelShape
     parent: str  # fingerprint of the checkpoint that this plan is for
     kept_layers: tuple[int, ...]
     kept_hidden: tuple[int, ...] | None = None
-    kept_heads: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
-    kept_ffn: tuple[tuple[int, ...], ...] | None = None  # one entry a kept layer
+    kept_heads: tuple[tuple[int, ...], ...] | None = None  # one entry per kept layer
+    kept_ffn: tuple[tuple[int, ...], ...] | None = None  # one entry per kept layer
     near_ties: tuple[NearTie, ...] = ()
-    candidates: tuple[Scored, ...] = ()  # all that the model was run with; empty where none competed
-    chosen: int | None = None  # index of the candidate that this plan is
+    candidates: tuple[Scored, ...] = ()  # all that the model was run with; empty if none competed
+    chosen: int | None = None  # index of this plan's candidate
     statistics: str | None = None  # hash; None: the method needs none
-    calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the runs behind them
-    gates: Gates | None = None  # what stays is multiplied by these; None: it stays as it is
+    calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the calibration runs
+    gates: Gates | None = None  # factors of what is kept; None: unchanged
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
@@ -60,26 +60,30 @@ class PruningPlan:
             if sets is None:
                 continue
             if len(sets) != len(self.kept_layers):
-                raise PlanError(f"plan: {name} has {len(sets)} entries for {len(self.kept_layers)} kept layers")
+                raise PlanError(
+                    f"plan: {name} has {len(sets)} entries, expected one per kept layer: {len(self.kept_layers)}"
+                )
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
         if self.gates is not None:
             self._check_gates(self.gates)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
-            raise PlanError(f"plan: candidate {self.chosen} was chosen of {len(self.candidates)}")
+            raise PlanError(
+                f"plan: the chosen candidate is {self.chosen}, expected a number below {len(self.candidates)}"
+            )
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
             groups = {h // source.heads_per_group for h in heads}
             counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
             if len(groups) != target.num_query_groups or len(counts) != 1:
                 raise PlanError(
                     f"plan: the kept heads of layer {layer} must be in {target.num_query_groups} query "
-                    f"groups, the same number in each; found {len(groups)} groups with {sorted(counts)} heads"
+                    f"groups, the same number in each; got {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
         if reached != target:
-            raise PlanError(f"plan: what is kept makes {reached}, but the target is {target}")
+            raise PlanError(f"plan: the kept indices give {reached}, expected the target {target}")
         if reached == source:
-            raise PlanError("plan: nothing is removed")
+            raise PlanError("plan: it removes nothing, expected a plan that makes the model smaller")
 
     def _check_gates(self, gates: Gates) -> None:
         """One finite factor for all that is kept, of no other kind."""
@@ -95,7 +99,7 @@ class PruningPlan:
                 raise PlanError(f"plan: gates.{name} must be finite numbers")
 
     def kept(self, position: int) -> Kept:
-        """What survives in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
+        """What is kept in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
         return Kept(
             hidden=self.kept_hidden,
             heads=None if self.kept_heads is None else self.kept_heads[position],
@@ -126,7 +130,7 @@ class PruningPlan:
         return {**content, "candidates": artifacts.with_nulls(list(rows))}
 
     def file(self) -> bytes:
-        """Content of ``plan.json``, a list of indices a line."""
+        """Content of ``plan.json``, one list of indices per line."""
         content = {
             "version": VERSION,
             **self._json(),
@@ -145,7 +149,7 @@ def read(path: str | Path) -> PruningPlan:
     """Read and validate a plan; PlanError says what is wrong with it."""
     content = artifacts.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise PlanError(f"{path} is not a pruning plan of version {VERSION}")
+        raise PlanError(f"{path} is not a pruning plan of version {VERSION}: give the plan.json that plan wrote")
     try:
         fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key != "gates"}
         gates = content.get("gates")
@@ -164,18 +168,18 @@ def read(path: str | Path) -> PruningPlan:
             }
         )
     except (KeyError, TypeError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}") from error
+        raise PlanError(f"{path} is damaged: {error!r}; run plan again") from error
     if plan.hash != content.get("hash"):
-        raise PlanError(f"{path} was changed after it was written (its hash does not fit): plan again")
+        raise PlanError(f"{path} was changed after it was written (its hash does not match): run plan again")
     return plan
 
 
 def make(
     question: Question, *, ratio: float | None, ratio_of: str, statistics: Statistics | LearnedMasks | None = None
 ) -> PruningPlan:
-    """Let the method choose what survives; where candidates compete, their scores do.
+    """Choose what is kept by the method, or by the scores of competing candidates.
 
-    Raises StatisticsError when statistics or scores are needed that are absent, or of another parent.
+    Raises StatisticsError if statistics or scores are needed that are missing, or of another parent.
     """
     method = methods.get(question.method)
     if not uses_statistics(method, question.settings):
@@ -203,7 +207,7 @@ def for_candidate(
     ratio: float | None = None,
     ratio_of: str = "linears",
 ) -> PruningPlan:
-    """The plan that keeps what ``candidate`` keeps, whatever it is worth."""
+    """The plan that keeps what ``candidate`` keeps, whatever its score."""
     selection = candidate.selection
     return PruningPlan(
         method=question.method,
@@ -229,11 +233,11 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
     if any(type(i) is not int for i in indices):
         raise PlanError(f"plan: {name} must be integers")
     if len(indices) != size:
-        raise PlanError(f"plan: {name} has {len(indices)} indices, the target says {size}")
+        raise PlanError(f"plan: {name} has {len(indices)} indices, expected the target's {size}")
     if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
-        raise PlanError(f"plan: {name} must be ascending without repeats")
+        raise PlanError(f"plan: {name} must be ascending, without repetitions")
     if indices[0] < 0 or indices[-1] >= limit:
-        raise PlanError(f"plan: {name} must be in 0…{limit - 1}, found {indices[0]}…{indices[-1]}")
+        raise PlanError(f"plan: {name} must be in 0…{limit - 1}, got {indices[0]}…{indices[-1]}")
 
 
 def _flat(values: Sequence[Any]) -> list[float]:
@@ -252,7 +256,7 @@ def _tupled(value: Any) -> Any:
 
 
 def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table as ``Scored`` has it: a loss that is null was not finite."""
+    """A row of the table in the form of ``Scored``: a null loss was not finite."""
     return {key: math.inf if value is None else value for key, value in row.items()}
 
 

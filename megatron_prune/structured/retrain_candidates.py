@@ -1,18 +1,18 @@
 """Retrain the best candidates of a search for a while, and score them again.
 
-What ``plan --retrain-candidates K --retrain-tokens T`` asks for. For each of the K candidates that lose
-least un-retrained, ordinary verbs run one after another, in SCRATCH/<candidate>/:
+``plan --retrain-candidates K --retrain-tokens T`` asks for it. For each of the K candidates with the lowest loss
+before retraining, ordinary verbs run in sequence, in SCRATCH/<candidate>/:
 
     plan.json, pruned/         ``apply`` cuts the parent
-    retrained/                 ``pretrain`` trains that on T tokens of a stream; its account says which
+    retrained/                 ``pretrain`` trains it on T tokens of a stream, recorded in its account
     statistics.safetensors     ``calibrate`` on the windows of --statistics: its loss is the new score
 
-The scores go into the statistics, and the same plan command then chooses. SCRATCH is of no use after it.
-A training that ends with a loss that is not finite comes last. Megatron's check stops one earlier, and the
-verb with it: --no-check-for-nan-in-loss-and-grad lets it end.
+The scores are added to the statistics, and the same plan command then chooses. SCRATCH can be deleted afterwards.
+A training that ends with a loss that is not finite ranks last. Megatron's NaN check would stop it, and the verb with
+it: --no-check-for-nan-in-loss-and-grad lets it end.
 
-What is finished is not run again. ``--commands`` prints all of it instead, for a cluster: when the commands have been
-run there, the verb collects.
+Finished steps are not run again. For a cluster, ``--commands`` prints the commands instead; after they have run there,
+the verb collects their results.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
 def retrain_candidates(
     asked: verbs.RetrainCandidatesSettings, shared: Sequence[str], pretrain: Sequence[str], say: Callable[[str], None]
 ) -> int:
-    """Retrain the best candidates, and add their losses to the statistics; how many competed.
+    """Retrain the best candidates and add their losses to the statistics; returns how many competed.
 
     ``shared`` are flags for pretrain and calibrate, ``pretrain`` flags for pretrain alone. ``say`` gets a line for each
-    candidate before and after it is trained; with ``asked.commands``, the commands that would be run.
+    candidate before and after its training or, with ``asked.commands``, the commands to run.
     """
-    # Megatron's complaints about a process that is no rank are no news here.
+    # This process is not a rank: hide Megatron's warnings about that.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
     question, of = candidates.read(asked.candidates)
@@ -75,7 +75,7 @@ def retrain_candidates(
 
 
 def _asked(question: Question, of: str, found: Statistics, options: verbs.RetrainCandidatesSettings) -> list[Candidate]:
-    """The candidates that are to be retrained, best first; UsageError where files do not belong together."""
+    """The candidates to retrain, best first; UsageError if the files do not belong together."""
     asked = question.retraining
     if asked is None:
         raise UsageError(
@@ -108,15 +108,15 @@ def _asked(question: Question, of: str, found: Statistics, options: verbs.Retrai
 class _Recipe:
     """How every candidate is trained: the same flags, and so the same samples."""
 
-    shared: tuple[str, ...]  # words for pretrain and calibrate
-    own: tuple[str, ...]  # words for pretrain alone
+    shared: tuple[str, ...]  # flags for pretrain and calibrate
+    own: tuple[str, ...]  # flags for pretrain alone
     samples: tuple[int, int]
     tokens: int
     id: str
 
     @staticmethod
     def of(shared: list[str], own: list[str], found: Statistics, question: Question) -> _Recipe:
-        """What the flags say; UsageError or DataError where they do not give the tokens that were asked for."""
+        """The recipe in the flags; UsageError or DataError if they do not give the requested number of tokens."""
         from megatron_prune.data import blend, contamination
         from megatron_prune.data.streams import parse_range
 
@@ -168,7 +168,7 @@ class _Recipe:
 
 
 class _Trial:
-    """One candidate: its folder, its three commands, and what they leave."""
+    """One candidate: its folder, its three commands, and their results."""
 
     def __init__(
         self,
@@ -182,13 +182,13 @@ class _Trial:
         self.folder = Path(options.scratch).absolute() / candidate.selection.key[:16]
         self.pruned, self.retrained = self.folder / "pruned", self.folder / "retrained"
         self.statistics = self.folder / "statistics.safetensors"
-        # How many are tried is no property of the one.
+        # The number of candidates is not a property of one of them.
         settings = {**question.settings, "retrain_candidates": None, "retrain_tokens": None}
         self.plan = plan.for_candidate(replace(question, settings=settings), candidate, found)
 
     @property
     def stages(self) -> list[tuple[str, list[str], int, Callable[[], bool]]]:
-        """Name, words after ``python -m megatron_prune``, processes, and whether its result is there."""
+        """Name, words after ``python -m megatron_prune``, processes, and whether its result exists."""
         folder, behind, recipe = self.folder, self.found.calibrations[0], self.recipe
         apply = ["--load", self.options.load, "--plan", str(folder / "plan.json"), "--save", str(self.pruned)]
         start = ["--pretrained-checkpoint", str(self.pruned)]
@@ -207,7 +207,7 @@ class _Trial:
         ]
 
     def words(self) -> str:
-        """The commands, for people."""
+        """The commands, for display."""
         lines = []
         for _, argv, nproc, _ in self.stages:
             launcher = "python" if nproc == 1 else f"torchrun --nproc-per-node {nproc}"
@@ -215,7 +215,7 @@ class _Trial:
         return "\n".join(lines)
 
     def keep_commands(self) -> None:
-        """Write the plan and commands.json; UsageError where the folder was begun with other commands."""
+        """Write the plan and commands.json; UsageError if the folder was started with other commands."""
         path, content = self.folder / "commands.json", [argv for _, argv, _, _ in self.stages]
         if path.is_file() and artifacts.read_json(path) != content:
             raise UsageError(
@@ -228,7 +228,7 @@ class _Trial:
         artifacts.write_json(path, content)
 
     def run(self) -> Retrained:
-        """Do what is not done yet; the score. RunError with the end of the log where a stage fails."""
+        """Run the unfinished stages; returns the score. RunError with the end of the log if a stage fails."""
         from megatron_prune.engine.launch import launch
 
         for name, argv, nproc, done in self.stages:
@@ -248,7 +248,7 @@ class _Trial:
 
     @property
     def _diverged(self) -> bool:
-        """True where the training has ended with a loss that is not finite: such a model has no statistics."""
+        """True if the training ended with a loss that is not finite: such a model has no statistics."""
         return self._is_trained() and artifacts.read_json(self.retrained / "account.json")["final_loss"] is None
 
     def _is_applied(self) -> bool:

@@ -1,4 +1,4 @@
-"""``statistics.safetensors`` and its ``.json``: what one calibration learnt, for every method and ratio.
+"""``statistics.safetensors`` and its ``.json``: the result of one calibration, for every method and ratio.
 
 Tensors are float64 of global sizes, whatever layout computed them (L layers, h hidden channels,
 H·d attention channels, F FFN channels):
@@ -11,11 +11,10 @@ with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of 
 ``attention`` [L, H·d] (input of linear_proj), ``mlp`` [L, F] (input of linear_fc2) and
 ``final_layernorm`` [h]. Everything is a plain sum, so two calibrations merge by addition.
 
-The JSON says what is behind them: parent, shape, sequences, tokens, loss, windows, and the hash of
-the tensor file, which ties the two files together. It also holds the scores of candidates: the mean
-loss, on the same windows, of the parent without what a candidate removes; its accuracy on tasks; and
-the loss, on these windows again, of a candidate that was cut and trained for a while. A loss that is not
-finite is null there, and infinite here, so that it comes last in every order.
+The JSON records the source: parent, shape, sequences, tokens, loss, windows, and the hash of the tensor file, which
+ties the two files together. It also holds the scores of candidates: the mean loss, on the same windows, of the parent
+without what a candidate removes; its accuracy on tasks; and the loss, again on these windows, of a candidate that was
+cut and retrained. A loss that is not finite is null in the JSON and infinite in memory, so that it always ranks last.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ VERSION = 1
 
 
 class StatisticsError(MegatronPruneError):
-    """A statistics file that is missing, broken, or does not belong where it is used."""
+    """A statistics file that is missing, damaged, or used where it does not belong."""
 
 
 def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -57,40 +56,40 @@ def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a statistics file and its size."""
+    """The size of every tensor in a statistics file, by name."""
     sites = {f"{site}.{q}": size for site, size in site_shapes(shape).items() for q in QUANTITIES}
     return {"block_influence": (shape.num_layers,), **sites}
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracies on one task, by metric, and the FLOPs that they took."""
+    """Accuracies on one task, by metric, and the FLOPs that scoring took."""
 
     accuracies: Mapping[str, Accuracy]
     flops: int
 
 
 def loss_of(value: float | None) -> float:
-    """``value``, or infinity where it is no finite number."""
+    """``value``, or infinity if it is None or not finite."""
     return value if value is not None and math.isfinite(value) else math.inf
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """A candidate after it was cut and trained, and what that cost."""
+    """A candidate after it was cut and trained, and the cost of that."""
 
-    loss: float  # on the calibration windows; infinite where it is not finite
+    loss: float  # on the calibration windows; infinite if it was not finite
     tokens: int
     flops: int
-    recipe: str  # what candidates that are compared must have in common (structured/retrain_candidates.py)
+    recipe: str  # must be equal for compared candidates (structured/retrain_candidates.py)
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the parent is worth without what one candidate removes."""
+    """The parent's loss and accuracies without what one candidate removes."""
 
     candidate: str  # in words
-    loss: float  # mean per token, in nats, on all calibration windows; infinite where it is not finite
+    loss: float  # mean per token, in nats, on all calibration windows; infinite if it was not finite
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)  # by a task's fingerprint
     retrained: Retrained | None = None
 
@@ -128,19 +127,19 @@ class Statistics:
             found = self.tensors[name]
             if found.dtype != torch.float64 or tuple(found.shape) != size:
                 raise StatisticsError(
-                    f"statistics tensor {name}: expected float64 {list(size)}, found {found.dtype} {list(found.shape)}"
+                    f"statistics tensor {name}: expected float64 {list(size)}, got {found.dtype} {list(found.shape)}"
                 )
             if not torch.isfinite(found).all():
                 raise StatisticsError(
                     f"statistics tensor {name} is not finite: the parent overflows on the calibration text "
-                    "(try bf16 or fp32 in place of fp16)"
+                    "(use bf16 or fp32 in place of fp16)"
                 )
         if not math.isfinite(self.loss_sum):
             raise StatisticsError(
-                "the parent's loss on the calibration text is not finite (try bf16 or fp32 in place of fp16)"
+                "the parent's loss on the calibration text is not finite (use bf16 or fp32 in place of fp16)"
             )
         if self.sequences < 1 or self.seq_length < 1:
-            raise StatisticsError("statistics must stand on at least one sequence of one token")
+            raise StatisticsError("statistics must cover at least one sequence of one token")
 
     @property
     def tokens(self) -> int:
@@ -181,7 +180,7 @@ class Statistics:
         artifacts.write_bytes(json_path(path), meta)
 
     def provenance(self) -> dict[str, Any]:
-        """What stands behind the numbers, for plans and pruned checkpoints."""
+        """The source of the numbers, for plans and pruned checkpoints."""
         return {
             "sequences": self.sequences,
             "seq_length": self.seq_length,
@@ -193,21 +192,23 @@ class Statistics:
 
 
 def json_path(path: str | Path) -> Path:
-    """The JSON beside a statistics file."""
+    """The JSON next to a statistics file."""
     return Path(path).with_suffix(".json")
 
 
 def read(path: str | Path) -> Statistics:
-    """Read a statistics file with its JSON; StatisticsError says what does not fit."""
+    """Read a statistics file with its JSON; StatisticsError if they are damaged or do not match."""
     meta = artifacts.read_json(json_path(path))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        raise StatisticsError(f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}")
+        raise StatisticsError(
+            f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}: run calibrate again"
+        )
     try:
         payload = Path(path).read_bytes()
     except OSError as error:
         raise StatisticsError(f"cannot read statistics {path}: {error}") from error
     if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
-        raise StatisticsError(f"{path} and {json_path(path)} do not belong together: calibrate again")
+        raise StatisticsError(f"{path} and {json_path(path)} do not belong together: run calibrate again")
     try:
         return Statistics(
             tensors=safetensors.torch.load(payload),
@@ -220,14 +221,14 @@ def read(path: str | Path) -> Statistics:
             scores={key: Score.from_json(score) for key, score in meta["scores"].items()},
         )
     except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): calibrate again") from error
+        raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): run calibrate again") from error
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Add up calibrations of one parent at one sequence length over windows that do not repeat.
+    """Add up calibrations of one parent at one sequence length, over windows that do not overlap.
 
-    Candidates that every one of them has scored keep their mean loss, and their accuracies, which no window
-    can change; a retrained candidate's loss is dropped, as its training may differ.
+    Candidates scored in all of them keep their mean loss, and their accuracies, which do not depend on windows.
+    A retrained candidate's loss is dropped, because its training may differ.
     """
     first = parts[0]
     seen: set[tuple[Any, int]] = set()
@@ -246,7 +247,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             if windows & seen:
                 raise StatisticsError(
                     f"cannot merge statistics: {len(windows & seen)} windows of {calibration['prefix']} are "
-                    "in more than one of them; use others (--calibration-sampling random, another --seed)"
+                    "in more than one of them; calibrate on others (--calibration-sampling random, another --seed)"
                 )
             seen |= windows
     sequences = sum(part.sequences for part in parts)

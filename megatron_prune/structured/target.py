@@ -1,22 +1,21 @@
 """From flags to the shape after pruning: explicit sizes, a ratio, or a parameter count.
 
-Exactly one of these ways is used:
+Exactly one of these is used:
 
-* ``--target-num-layers …``: sizes are given; what is not given stays.
+* ``--target-num-layers …``: explicit sizes; the others stay.
 * ``--ratio R``: the fraction to remove, of the blocks' linears or (``--ratio-of all``) of all parameters.
-* ``--target-params P``: how many parameters, of all, should stay.
-* ``--target-shapes …`` (minitron-width): the shapes that compete are given.
+* ``--target-params P``: the number of parameters to keep, out of all.
+* ``--target-shapes …`` (minitron-width): the competing shapes.
 
-For ratio and parameters the shape is chosen deterministically. Depth: the number of layers whose removal
-comes nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. For every
-hidden size, the FFN size that comes nearest (of two, the larger); among those pairs that lie within
-``--tolerance`` of what should stay, the one that shrinks hidden and FFN most evenly (by ratio to
-the source), then the nearest, then the larger hidden size. Sizes that change obey
-``--divisible-by`` and the tensor-parallel size.
+For a ratio or parameter count the shape is chosen deterministically. Depth: the number of layers whose removal comes
+nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. Each hidden size is paired with the
+FFN size that comes nearest (of two, the larger). Among the pairs within ``--tolerance`` of the goal, the one that
+shrinks hidden and FFN most evenly (relative to the source) is chosen, then the nearest, then the larger hidden size.
+Sizes that change must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
 
-A method may also ask for all shapes near the target, to score them: ``near`` lists them, in order:
-first the nearest FFN size of every choice of the other sizes, then the rest; inside both, those
-that shrink the searched sizes most evenly first, then the nearest, then the larger.
+A method may also ask for all shapes near the target, to score them. ``near`` lists them in order: first the nearest
+FFN size for every combination of the other sizes, then the rest; in both parts, shapes that shrink the searched sizes
+most evenly come first, then the nearest, then the larger.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DIMENSIONS, Method, Search
 
-TOLERANCE = 0.02  # of the parameters that should stay, where a width is chosen
+TOLERANCE = 0.02  # of the parameters to keep, if a width is chosen
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the user asked for; the fields are the flags."""
+    """The requested target; the fields are the flags."""
 
     sizes: Mapping[str, int]  # explicit ones, by ModelShape field
     shapes: Sequence[str] = ()
@@ -77,7 +76,7 @@ class Target:
             raise UsageError("--tolerance", got=self.tolerance, expected="a number between 0 and 1")
 
     def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
-        """The shape after pruning; UsageError where the flags cannot be met."""
+        """The shape after pruning; UsageError if the flags cannot be met."""
         if self.sizes:
             shape = _explicit(source, self.sizes, method.dimensions)
             self._check(source, shape)
@@ -89,7 +88,7 @@ class Target:
         return shape
 
     def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:
-        """The shapes that compete: those that are given, in that order, or the best of those near the target."""
+        """The competing shapes: those that were given, in order, or the best near the target."""
         if not search.shapes:
             return self.near(source, search)[: search.max_candidates]
         return [self._given(source, dict(zip(search.axes, sizes, strict=True))) for sizes in search.shapes]
@@ -111,7 +110,7 @@ class Target:
     def near(self, source: ModelShape, search: Search) -> list[ModelShape]:
         """Every shape within the tolerance that differs in ``search.axes``, best first (module docstring).
 
-        UsageError where there is none.
+        UsageError if there is none.
         """
         if self.sizes:
             raise UsageError("--search", got="an explicit shape", expected="--ratio or --target-params with it")
@@ -136,16 +135,16 @@ class Target:
             raise self._missed(goal, tolerance, source, nearest[1] if nearest else None, search.axes)
         return [shape for _, shape in sorted(ranked, key=lambda item: item[0])]
 
-    # -- what should stay ------------------------------------------------------------------------
+    # -- what to keep ------------------------------------------------------------------------
 
     def _count(self, shape: ModelShape) -> int:
-        """Parameters that the ratio or the count is about."""
+        """The parameters that the ratio or the count refers to."""
         return (
             shape.linear_parameters() if self.ratio is not None and self.ratio_of == "linears" else shape.parameters()
         )
 
     def _goal(self, source: ModelShape) -> float:
-        """How many of them should stay."""
+        """How many of them to keep."""
         if self.ratio is not None:
             return (1 - self.ratio) * self._count(source)
         assert self.params is not None
@@ -220,7 +219,7 @@ class Target:
     # -- search ----------------------------------------------------------------------------------
 
     def _grid(self, source: ModelShape, search: Search) -> Iterator[ModelShape]:
-        """All combinations of the searched sizes but the FFN's, the source's own sizes among them."""
+        """All combinations of the searched sizes except the FFN's, including the source's own sizes."""
         axes = set(search.axes)
         if source.heads_per_group == 1 and "num_attention_heads" in axes:
             axes.add("num_query_groups")  # multi-head attention stays multi-head
@@ -252,8 +251,8 @@ class Target:
         return sorted({min(step * max(1, n), widest) for n in range(first, last + 1)} - {0})
 
     def _ffn_step_and_widest(self, source: ModelShape) -> tuple[int, int]:
-        """FFN sizes are multiples of the first, up to the second (0: none). The source's own size needs no
-        --divisible-by, but the ranks must divide it."""
+        """FFN sizes are multiples of the first, up to the second (0: none). The source's own size need not be a
+        multiple of --divisible-by, but the ranks must divide it."""
         step, whole = math.lcm(self.divisible_by, self.tensor_parallel), source.ffn_hidden_size
         return step, whole if whole % self.tensor_parallel == 0 else whole // step * step
 
@@ -262,7 +261,7 @@ class Target:
     def _missed(
         self, goal: float, tolerance: float, source: ModelShape, shape: ModelShape | None, axes: Sequence[str]
     ) -> UsageError:
-        """What to say when no width within the tolerance differs in ``axes``; ``shape`` is the nearest."""
+        """The error if no width within the tolerance differs in ``axes``; ``shape`` is the nearest."""
         if shape is None:
             return UsageError(
                 "--divisible-by",
@@ -286,7 +285,7 @@ class Target:
             raise refusal
 
     def _refusals(self, source: ModelShape, shape: ModelShape) -> Iterator[UsageError]:
-        """Divisibility of every size that changed, and tensor parallelism of the result."""
+        """Divisibility of every changed size, and tensor parallelism of the result."""
         heads = f"{shape.num_attention_heads} heads of {shape.kv_channels} channels"
         for flag, given, before, after in (
             ("--target-hidden-size", shape.hidden_size, source.hidden_size, shape.hidden_size),
@@ -312,7 +311,7 @@ class Target:
 
 
 def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
-    """What to say where candidates of a parent with LayerNorm would have fewer hidden channels."""
+    """The error if candidates of a parent with LayerNorm would have fewer hidden channels."""
     return UsageError(
         flag,
         got=given,
@@ -322,7 +321,7 @@ def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
 
 
 def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:
-    """What multiples are of, and the size in words: of those ``axes`` of ``shape``."""
+    """Sizes of ``shape`` in words, by the quantity that must be a multiple, for ``axes``."""
     heads = f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups"
     named = {
         "hidden": (("hidden_size",), f"hidden {shape.hidden_size}"),
@@ -333,9 +332,9 @@ def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:
 
 
 def _unevenness(source: ModelShape, shape: ModelShape, search: Search) -> float:
-    """How far apart the searched sizes have shrunk: the largest less the smallest logarithm of a ratio.
+    """How unevenly the searched sizes shrink: the largest minus the smallest logarithm of their ratios.
 
-    Heads and groups count once, by the heads that stay.
+    Heads and groups count once, by the heads that are kept.
     """
     axes = {"num_attention_heads" if axis == "num_query_groups" else axis for axis in search.axes}
     ratios = [math.log(getattr(shape, axis) / getattr(source, axis)) for axis in sorted(axes)]
@@ -378,7 +377,7 @@ def flag_of(field: str) -> str:
 
 
 def from_settings(asked: verbs.TargetSettings, shapes: Sequence[str] = (), tensor_parallel: int = 1) -> Target:
-    """The target that settings describe; those without effect are refused. ``shapes`` are minitron-width's own."""
+    """The target that settings describe; settings without effect are refused. ``shapes`` are minitron-width's own."""
     sizes = {f: size for f in DIMENSIONS if (size := getattr(asked, "target_" + f)) is not None}
     if asked.ratio is None and asked.ratio_of is not None:
         raise UsageError("--ratio-of", got=f"{asked.ratio_of} alone", expected="--ratio with it")
