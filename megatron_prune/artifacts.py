@@ -1,8 +1,8 @@
-"""Files that are either whole or absent: atomic directories and JSON, hashes, provenance.
+"""Atomic output (directories, JSON, bytes), hashes, provenance, and disk-space checks.
 
-Every stage writes through these. A directory appears under its final name by one
-``rename`` after everything in it is on disk, so a killed stage leaves at most a
-``.<name>.partial-…`` directory, which the next run of the same stage removes.
+Every stage writes its output through this module. A directory is renamed to its final name once
+everything in it is on disk. A killed stage leaves at most a ``.<name>.partial-…`` directory, which
+the next run of the same stage removes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ PARTIAL = ".partial-"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON so that readers see the old file or the new one."""
+    """Write ``value`` atomically as indented JSON: readers see either the old file or the new one."""
     write_bytes(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Indented JSON, but a list of integers on one line: they are long in plans."""
+    """Indented JSON, with each list of integers on one line because plans hold long ones."""
     text = json.dumps(value, indent=2, allow_nan=False)
     text = re.sub(r"\[\n[\s\d,-]+\]", lambda match: " ".join(match[0].split()), text)
     return (text + "\n").encode()
 
 
 def with_nulls(value: Any) -> Any:
-    """``value`` as JSON can hold it: lists for tuples, null for numbers that are not finite."""
+    """``value`` with lists for tuples and None for floats that are not finite, so that JSON can represent it."""
     if isinstance(value, dict):
         return {key: with_nulls(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -50,7 +50,7 @@ def with_nulls(value: Any) -> Any:
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:
-    """Write a file atomically: a temporary file in the same directory, fsync, rename. In an object store one put."""
+    """Write a file atomically: temporary file in the same directory, fsync, rename. In an object store: one put."""
     path = storage.path(path)
     if storage.is_stored(path):
         path.write_bytes(payload)
@@ -71,21 +71,21 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a missing or broken file is an error that names the path."""
+    """Read JSON. Raises MegatronPruneError, with the path, if the file is missing or invalid."""
     try:
         return json.loads(storage.path(path).read_text())
     except FileNotFoundError as error:
         raise MegatronPruneError(f"{path} does not exist") from error
-    except (ValueError, RecursionError) as error:  # also of its encoding
+    except (ValueError, RecursionError) as error:  # ValueError includes UnicodeDecodeError
         raise MegatronPruneError(f"{path} is not valid JSON: {error}") from error
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a scratch directory beside ``path``; rename it to ``path`` when the block succeeds.
+    """Yield a scratch directory next to ``path`` and rename it to ``path`` when the block succeeds.
 
-    An existing ``path`` is refused unless it is empty or ``replace`` is given. Left-overs of
-    killed runs for the same ``path`` are removed first, on success and on failure alike.
+    Raises MegatronPruneError if ``path`` exists and is not empty, unless ``replace`` is set. Leftovers of
+    killed runs for the same ``path`` are removed first.
     """
     path = Path(path).absolute()
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
@@ -115,8 +115,8 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
 
 
 def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
-    """Make ``target``, which is not there, a copy of ``source``. On a disk it appears whole. In an object store a kill
-    leaves a part of it, but the file named ``last`` only when all others are there."""
+    """Copy the directory ``source`` to ``target``, which must not exist. On a disk the copy is atomic. In an object
+    store a kill can leave an incomplete copy; the file named ``last`` is written after all others."""
     if storage.is_stored(target):
         storage.copy_files(source, target, last)
         return
@@ -136,19 +136,19 @@ def _sync(path: Path) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content, read in pieces."""
+    """Hex SHA-256 of a file's content, read in chunks."""
     with storage.path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no white space)."""
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no whitespace)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on, for provenance."""
+    """Versions of the packages that a result depends on, for provenance."""
     found = {"python": platform.python_version()}
     for package in ("megatron-prune", "megatron-core", "torch", "transformer-engine", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -157,7 +157,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, str]:
-    """What this process computes on: the kind (``cuda`` or ``cpu``), its name, and its instruction set."""
+    """The device that this process computes on: kind (``cuda`` or ``cpu``), name, and instruction set."""
     import torch
 
     if torch.cuda.is_available():
@@ -173,11 +173,11 @@ def _cpu_lines() -> list[str]:
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
-# Disks that are too small: refused before the work, explained when they fill up during it.
+# Disk space.
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Refuse to start on something of ``needed`` bytes that ``target``'s file system cannot hold."""
+    """Raise CheckpointError if the file system of ``target`` has fewer than ``needed`` bytes free."""
     if storage.is_stored(target):
         return
     parent = target.absolute().parent
@@ -189,7 +189,7 @@ def check_space(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[None]:
-    """Turn a disk that filled up, wherever in the block it shows, into an error that says so, and what is left."""
+    """Turn any error in the block that a full disk caused into a CheckpointError; ``kept`` says what is left."""
     try:
         yield
     except BaseException as error:
@@ -204,7 +204,7 @@ def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[
 
 @contextlib.contextmanager
 def explain_failed_save(save: Path | None) -> Iterator[None]:
-    """Say so where a save of Megatron's failed because the disk is full: what Megatron raises does not tell."""
+    """Raise CheckpointError if Megatron's save failed because the disk is full; Megatron's own error does not say."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

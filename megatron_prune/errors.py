@@ -1,7 +1,7 @@
-"""One family of exceptions: what was found, what was expected, and what to change.
+"""The exceptions that this package raises for problems that the user can fix.
 
-The command line prints the message alone (no traceback) and exits with ``EXIT_REFUSED``;
-everything that is not in this family is a bug and keeps its traceback.
+The command line prints only the message, without a traceback, and exits with ``EXIT_REFUSED``.
+Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` 
 
 
 class MegatronPruneError(Exception):
-    """Something that the user can fix; its text says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 class UsageError(MegatronPruneError):
     """A flag or a combination of flags that cannot work.
 
     ``UsageError("--ratio", expected="a number between 0 and 1", got=1.5)`` reads
-    "--ratio: expected a number between 0 and 1, got 1.5"; ``why`` is added in brackets, ``do`` says what helps.
+    "--ratio: expected a number between 0 and 1, got 1.5". ``why`` is added in parentheses; ``do`` is the remedy.
     """
 
     def __init__(self, flag: str, *, expected: str, got: object, why: str = "", do: str = ""):
@@ -29,32 +29,32 @@ class UsageError(MegatronPruneError):
 
 
 class CommandLineError(MegatronPruneError):
-    """A word of a command line that no parser knows, or a flag that is missing or lacks its value."""
+    """An unknown argument on the command line, a missing flag, or a flag without its value."""
 
 
 class CheckpointError(MegatronPruneError):
-    """A checkpoint that is missing, truncated, hostile, or not of the expected kind."""
+    """A checkpoint that is missing, truncated, malicious, or not of the expected kind."""
 
 
 class MasksError(CheckpointError):
-    """Masks that are missing, damaged, of another model, or contradicted by the weights."""
+    """Masks that are missing, damaged, made for another model, or inconsistent with the weights."""
 
 
 class StorageError(MegatronPruneError):
-    """An object store that did not answer as it should; nothing is known of what it holds."""
+    """An object store that failed to answer, so that its content is unknown."""
 
 
 class PlanError(MegatronPruneError):
-    """A pruning plan that contradicts itself or belongs to another parent."""
+    """A pruning plan that is inconsistent or belongs to another parent."""
 
 
 class DataError(MegatronPruneError):
-    """A corpus, tokenizer or sample range that does not fit what is asked of it."""
+    """A corpus, tokenizer or sample range that does not fit the request."""
 
 
 class AccountError(MegatronPruneError):
-    """Two runs that may not be compared, or files of one that contradict each other; names them and the field."""
+    """Runs that must not be compared, or inconsistent files of one run; the message names them and the field."""
 
 
 class RunError(MegatronPruneError):
-    """A launched job that ended without an account of its success."""
+    """A launched job that ended without a record of its success."""

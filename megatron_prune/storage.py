@@ -1,10 +1,10 @@
-"""Where checkpoints lie: on a disk of this machine, or in an object store through NVIDIA's Multi-Storage Client.
+"""Paths on a local disk or in an object store (through NVIDIA's Multi-Storage Client).
 
-``path(text)`` is the one way from a command line to a path: a ``pathlib.Path``, or for ``msc://profile/key`` a
-``StorePath`` with what this package uses of one. A profile says which store that is (``MSC_CONFIG``). A directory there
-is only a prefix of keys, and an object appears whole or not at all: no renaming is needed to replace a file.
+``path(text)`` turns a command-line argument into a ``pathlib.Path``, or for ``msc://profile/key`` into a ``StorePath``,
+which implements the part of ``Path`` that this package uses. The profile (in ``MSC_CONFIG``) names the store. A
+directory in a store is only a key prefix, and a put is atomic, so replacing a file needs no rename.
 
-``open_bytes`` reads either by position; ``GrowingText`` is a table that gets a row at a time.
+``open_bytes`` reads either kind by position; ``GrowingText`` is a table that grows row by row.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ SCHEME = "msc://"
 EXTRA = "pip install 'megatron-prune[msc]' (and multi-storage-client's own extra for the store: boto3, …)"
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # a Path makes one slash of two
 _STORED = re.compile("^msc:/{1,2}")
-_REQUEST_BYTES = 32 << 20  # the most that is asked of a store at once
-_BLOCK_BYTES, _BLOCKS_KEPT = 64 << 10, 64  # takes a store as long as a few bytes
-_AT_ONCE = 32  # requests: each waits for the network, not for this machine
-_SHARE, _AFTER_FAILURE = 50, 60.0  # a growing table's puts take at most a 50th of the time; seconds until the next try
+_REQUEST_BYTES = 32 << 20  # largest single request to a store
+_BLOCK_BYTES, _BLOCKS_KEPT = 64 << 10, 64  # a store returns a block as fast as a few bytes
+_AT_ONCE = 32  # concurrent requests: latency is the network's, not this machine's
+_SHARE, _AFTER_FAILURE = 50, 60.0  # a growing table's puts take at most 1/50 of the time; seconds before a retry
 
 
 class Status(NamedTuple):
-    """What this package asks of ``os.stat_result``."""
+    """The fields of ``os.stat_result`` that this package uses."""
 
     st_size: int
     st_mtime: float
 
 
 class StorePath(PurePosixPath):
-    """``msc://profile/key``. Raises StorageError where the store itself fails, FileNotFoundError as ``Path`` does.
+    """``msc://profile/key``. Raises StorageError if the store fails, and FileNotFoundError as ``Path`` does.
 
-    The client's own ``MultiStoragePath`` does not do: it needs the client and a known profile to be made at all, so
-    that a missing one could not be refused by flag; for a key below a file it raises RuntimeError where ``Path`` says
-    that there is none; ``as_posix`` downloads the object; and it reads no ranges.
+    The client's own ``MultiStoragePath`` is not suitable. Constructing it needs the client and a known profile, so an
+    error could not name the flag; for a key below a file it raises RuntimeError where ``Path`` reports a missing file;
+    ``as_posix`` downloads the object; and it cannot read byte ranges.
     """
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class StorePath(PurePosixPath):
         yield from (self / name for name in sorted(names))
 
     def below(self) -> Iterator[StorePath]:
-        """All objects whose keys begin with this directory's."""
+        """All objects under this key prefix."""
         with self._client() as (client, key):
             found = list(client.list(path=f"{key}/" if key else ""))
         yield from (self / PurePosixPath(item.key).relative_to(key) for item in found)
@@ -108,7 +108,7 @@ class StorePath(PurePosixPath):
             client.delete(key)
 
     def check(self) -> None:
-        """Raises StorageError where there is no such profile, or its configuration is damaged."""
+        """Raises StorageError if the profile does not exist or its configuration is invalid."""
         with self._client():
             pass
 
@@ -132,7 +132,7 @@ class StorePath(PurePosixPath):
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[tuple[Any, str]]:
-        """The profile's client, and the key in it. What a store's provider raises tells of that provider."""
+        """Yield the profile's client and the key in it. Any provider-specific exception becomes StorageError."""
         try:
             yield importlib.import_module("multistorageclient.shortcuts").resolve_storage_client(str(self))
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class StorePath(PurePosixPath):
 
 
 def path(where: str | Path) -> Path:
-    """A path on a disk, or a ``StorePath``: to those who read and write it the same."""
+    """A ``pathlib.Path``, or a ``StorePath`` for ``msc://…``; callers treat both alike."""
     return cast(Path, StorePath(where)) if is_stored(where) else Path(where)
 
 
@@ -154,7 +154,7 @@ def is_stored(where: str | Path) -> bool:
 
 
 def refuse_other_url(flag: str, where: str | Path) -> None:
-    """Refuse (UsageError) a URL that is not of the Multi-Storage Client."""
+    """Raise UsageError for a URL that the Multi-Storage Client does not handle."""
     if _URL.match(str(where)) is not None and not is_stored(where):
         raise UsageError(
             flag, got=where, expected="a directory, or msc://PROFILE/… with --enable-msc",
@@ -164,7 +164,7 @@ def refuse_other_url(flag: str, where: str | Path) -> None:
 
 
 def refuse_unusable(flag: str, where: str | Path) -> None:
-    """Refuse (UsageError) a URL that nothing here reads, and ``msc://`` where its client or its profile is missing."""
+    """Raise UsageError for an unsupported URL, and for ``msc://`` if the client or the profile is missing."""
     refuse_other_url(flag, where)
     if not is_stored(where):
         return
@@ -179,7 +179,7 @@ def refuse_unusable(flag: str, where: str | Path) -> None:
 
 
 def is_reachable(where: str | Path) -> bool:
-    """True where an address in an object store can be asked from here, and its store answers."""
+    """True if this machine can query the store at this address and the store answers."""
     try:
         refuse_unusable("", where)
         path(where).exists()
@@ -189,7 +189,7 @@ def is_reachable(where: str | Path) -> bool:
 
 
 def refuse_stored(flag: str, where: str | Path, why: str) -> None:
-    """Refuse (UsageError) an address in an object store, and any other URL, for what needs a disk."""
+    """Raise UsageError for any URL, where a local directory is needed."""
     if _URL.match(str(where)) is not None:
         raise UsageError(flag, got=where, expected="a directory of this machine", why=why)
 
@@ -198,26 +198,26 @@ def refuse_stored(flag: str, where: str | Path, why: str) -> None:
 
 
 class LocalBytes:
-    """An open file of a disk, read by position; usable from several threads."""
+    """An open local file, read by position. Thread-safe."""
 
     def __init__(self, where: Path) -> None:
         self._descriptor = os.open(where, os.O_RDONLY)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # ``os`` may be gone at the end
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # ``os`` may be gone at interpreter shutdown
         if hasattr(self, "_descriptor"):
             close(self._descriptor)
 
     def read(self, length: int, start: int) -> bytes:
-        """Bytes [start, start + length), fewer where the file ends before."""
+        """Bytes [start, start + length), or fewer at the end of the file."""
         return os.pread(self._descriptor, length, start)
 
     def read_into(self, view: memoryview, start: int) -> int:
-        """Fill ``view`` from byte ``start`` on; how many bytes that were, which may be a part."""
+        """Read into ``view`` from byte ``start``; returns the number of bytes read, which may be less than asked."""
         return os.preadv(self._descriptor, [view[: 1 << 30]], start)
 
 
 class StoredBytes:
-    """``LocalBytes`` of an object. What is small is read in blocks, of which some are kept."""
+    """``LocalBytes`` for an object in a store. Small reads fetch whole blocks, some of which are cached."""
 
     def __init__(self, where: StorePath) -> None:
         self._where, self.size = where, where.stat().st_size
@@ -250,7 +250,7 @@ class StoredBytes:
 
 
 def open_bytes(where: Path) -> LocalBytes | StoredBytes:
-    """A file to be read by position. Raises OSError where there is none."""
+    """Open a file for reading by position. Raises OSError if it does not exist."""
     return StoredBytes(where) if isinstance(where, StorePath) else LocalBytes(where)
 
 
@@ -282,7 +282,7 @@ class Window(io.RawIOBase):
 
 
 def each[T, R](function: Callable[[T], R], items: list[T], where: Path) -> list[R]:
-    """``[function(item) for item in items]``; many at a time where each of them asks a store for something."""
+    """``[function(item) for item in items]``, concurrently if ``where`` is in a store."""
     if not isinstance(where, StorePath):
         return [function(item) for item in items]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -299,8 +299,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def copy_files(source: Path, target: Path, last: str = "") -> None:
-    """Copy the files below ``source``, at least one of the two in a store; that of the name ``last`` when all others
-    are there."""
+    """Copy the files below ``source``, at least one side in a store; files named ``last`` are copied last."""
     for file in sorted(files(source), key=lambda file: file.name == last):
         to = target / file.relative_to(source).as_posix()
         if isinstance(file, StorePath) and isinstance(to, StorePath):
@@ -315,13 +314,13 @@ def copy_files(source: Path, target: Path, last: str = "") -> None:
 
 
 def fetched(folder: Path) -> Path:
-    """A store's directory of small files on this machine's disk, until this process ends."""
+    """A local copy of a store's directory of small files, kept until this process ends."""
     return Path(_fetched(folder).name)
 
 
 @functools.cache
 def _fetched(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    held = tempfile.TemporaryDirectory(prefix="megatron_prune-")  # removes itself when nobody holds it
+    held = tempfile.TemporaryDirectory(prefix="megatron_prune-")  # deleted when the cache drops it
     copy_files(folder, Path(held.name))
     return held
 
@@ -330,10 +329,10 @@ def _fetched(folder: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 class GrowingText:
-    """A text file that exists and gets a row at a time, which a kill then leaves behind.
+    """An existing text file that grows row by row; rows written so far survive a kill.
 
-    On a disk rows are appended. A store only takes whole objects: the text is put again, as often as that takes a
-    fiftieth of the time, and at ``settle``. Between, a store that fails now and then stops nobody.
+    On a disk rows are appended. A store takes only whole objects, so the text is uploaded again at intervals that
+    limit uploads to a fiftieth of the time, and at ``settle``. Between uploads, occasional store failures are ignored.
     """
 
     def __init__(self, where: Path, text: str) -> None:
@@ -354,7 +353,7 @@ class GrowingText:
                 self._put_next = time.monotonic() + _AFTER_FAILURE
 
     def settle(self) -> None:
-        """Return when every row so far is where it belongs. Raises StorageError where it cannot be."""
+        """Return once every row so far is stored. Raises StorageError if the upload fails."""
         if self._is_put:
             return
         began = time.monotonic()
