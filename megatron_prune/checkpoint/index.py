@@ -1,9 +1,8 @@
-"""Where every logical weight of a `torch_dist` checkpoint lies: which record, which rectangle of it.
+"""Where each logical weight of a `torch_dist` checkpoint is stored: which records, and which rectangles of them.
 
-``stored_tensors`` turns the validated metadata into ``StoredTensor``s under their stored keys;
-``locate`` finds the ``Box``es that make up one logical weight, whether layers are stacked along a
-first axis or have names of their own, and whether gate and up share a key or not; it checks shape,
-type, and that the shards cover the weight exactly once.
+``stored_tensors`` turns validated metadata into ``StoredTensor``s by stored key. ``locate`` finds the
+``Box``es that make up one logical weight, for stacked and per-layer keys and for fused and separate
+gate and up. It checks shape, type, and that the shards cover the weight exactly once.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name
 from megatron_prune.errors import CheckpointError
 
-# What Megatron stores beside the weights; everything else must be a weight that the layout table knows.
+# Prefixes of what Megatron stores besides the weights; every other key must be in the layout table.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a stored tensor: its place in the global tensor, and its record in a file."""
+    """A rectangle of a stored tensor: its position in the global tensor, and its record in a file."""
 
     key: str
     dtype: torch.dtype
@@ -40,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor under its stored key (a stacked one holds all layers along its first axis)."""
+    """A tensor by its stored key. A stacked tensor holds all layers along its first axis."""
 
     key: str
     shape: tuple[int, ...]
@@ -49,7 +48,7 @@ class StoredTensor:
 
     @cached_property
     def by_layer(self) -> dict[int, list[Piece]]:
-        """Pieces of a stacked tensor, by the layers that they hold."""
+        """The pieces of a stacked tensor that hold each layer."""
         layers: dict[int, list[Piece]] = defaultdict(list)
         for piece in self.pieces:
             for layer in range(piece.offsets[0], piece.offsets[0] + piece.sizes[0]):
@@ -61,7 +60,7 @@ class StoredTensor:
 class Box:
     """A rectangle of a logical weight, and the piece that holds it.
 
-    ``skip`` numbers precede the rectangle in the piece: the layers before this one.
+    ``skip`` elements of the piece, from the layers before this one, precede the rectangle.
     """
 
     piece: Piece
@@ -71,7 +70,7 @@ class Box:
 
 
 def stored_tensors(metadata: Metadata, directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint, optimizer state too, by stored key."""
+    """Every tensor of a checkpoint, including optimizer state, by stored key."""
     records: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
     for index, info in metadata.storage_data.items():
         if index.offset is not None:
@@ -93,15 +92,15 @@ def stored_tensors(metadata: Metadata, directory: Path) -> dict[str, StoredTenso
 
 
 def is_weight(key: str) -> bool:
-    """False for what Megatron stores beside the weights (optimizer, random states)."""
+    """False for keys of what Megatron stores besides the weights (optimizer, random states)."""
     return not key.startswith(_NOT_WEIGHTS)
 
 
 def locate(
     layout: WeightLayout, shape: ModelShape, stored: Mapping[str, StoredTensor], directory: Path
 ) -> tuple[Box, ...]:
-    """The boxes of one logical weight. Raises CheckpointError when it is missing, of another shape than the
-    stored args say, or when a shard of it is missing or doubled."""
+    """The boxes of one logical weight. Raises CheckpointError if the weight is missing, its shape contradicts the
+    stored args, or one of its shards is missing or duplicated."""
     keys, layer = _keys(layout, shape, stored, directory)
     rows = layout.shape[0] // len(keys)
     boxes: list[Box] = []
@@ -131,13 +130,13 @@ def locate(
 def _keys(
     layout: WeightLayout, shape: ModelShape, stored: Mapping[str, StoredTensor], directory: Path
 ) -> tuple[tuple[str, ...], int | None]:
-    """Stored keys that hold the weight one after the other along its rows, and its layer where they stack."""
+    """The stored keys that hold the weight, in row order, and its layer if those keys stack layers."""
     names: list[tuple[str, int | None]] = [(layout.name, None)]
     if layout.layer is not None:
         names.append((stacked_name(layout.suffix), layout.layer))
     spellings: list[Callable[[str], tuple[str, ...]]] = [lambda name: (name,)]
     if layout.axes[0] == "fc1" and shape.gated:
-        # Megatron's `singleton_local_shards` keeps gate and up under keys of their own.
+        # Megatron's `singleton_local_shards` stores gate and up under separate keys.
         spellings.append(lambda name: (f"{name}_w", f"{name}_v"))
     for spell in spellings:
         for name, layer in names:
@@ -150,7 +149,7 @@ def _keys(
 
 
 def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], directory: Path) -> None:
-    """A weight that the layout table does not know would be lost in silence."""
+    """Raises CheckpointError for a weight that is not in the layout table, which would be silently dropped."""
     unknown = sorted(key for key in stored if is_weight(key) and key not in known)
     if unknown:
         raise CheckpointError(
@@ -160,14 +159,14 @@ def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], director
 
 
 def covers(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """True where the boxes make up a tensor of ``shape``, each entry once."""
+    """True if the boxes cover a tensor of ``shape``, each element exactly once."""
     volume = sum(torch.Size(box.sizes).numel() for box in boxes)
     inside = all(o + s <= extent for box in boxes for o, s, extent in zip(box.offsets, box.sizes, shape, strict=True))
     return inside and volume == torch.Size(shape).numel() and not _overlap(boxes)
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:
-    """True where two boxes share an entry: a sweep along the rows."""
+    """True if two boxes share an element (sweep along the rows)."""
     open_boxes: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offsets):
         open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > box.offsets[0]]
@@ -180,7 +179,7 @@ def _overlap(boxes: Sequence[Box]) -> bool:
 
 
 def check_files(directory: Path, needed: Mapping[str, int]) -> None:
-    """Refuse a directory in which a file is missing or shorter than ``needed`` bytes."""
+    """Raises CheckpointError if a file of ``directory`` is missing or shorter than ``needed`` says, in bytes."""
     for name, size in needed.items():
         path = directory / name
         if not path.is_file():

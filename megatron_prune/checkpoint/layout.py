@@ -1,25 +1,25 @@
-"""Every weight of a GPT: its name, its axes, and how heads, groups and gate/up lie in them.
+"""Every weight of a GPT: its name, its axes, and how heads, groups and gate/up are ordered along them.
 
-This table is the only place that knows Megatron's weight layouts. Reading, slicing, writing,
-counting and converting all go through it:
+Only this module knows Megatron's weight layouts. Reading, slicing, writing, counting and converting
+all use it:
 
-* ``ModelShape`` says how large a model is (from a checkpoint's stored ``args``);
-* ``weights(shape)`` lists its logical weights, one entry a layer, each a ``WeightLayout``;
-* ``axis_indices(axis, shape, keep)`` says which entries of an axis survive a ``Kept``.
+* ``ModelShape``: the sizes of a model, from a checkpoint's stored ``args``;
+* ``weights(shape)``: its logical weights as ``WeightLayout``s, one entry per layer;
+* ``axis_indices(axis, shape, kept)``: the indices of an axis that remain under a ``Kept``.
 
-Logical names are per layer (``decoder.layers.3.mlp.linear_fc2.weight``) whether the checkpoint
-stacks its layers along a leading axis or not.
+Logical names are per layer (``decoder.layers.3.mlp.linear_fc2.weight``), whether or not the
+checkpoint stacks its layers along a leading axis.
 
 Axes (``H`` heads, ``G`` query groups, ``d`` head size, ``F`` FFN channels):
 
 * ``hidden``    hidden channels.
-* ``qkv``       rows of the fused projection, group by group: the group's H/G query heads, its key,
-                its value, ``d`` rows each: [G, H/G + 2, d].
-* ``heads``     the attention context that ``linear_proj`` reads: [H, d]; head ``h`` belongs to
+* ``qkv``       rows of the fused projection, [G, H/G + 2, d]: per group, its H/G query heads, key
+                and value.
+* ``heads``     the attention context, input of ``linear_proj``: [H, d]; head ``h`` belongs to
                 group ``h // (H/G)``.
 * ``fc1``       gated: all gate rows, then all up rows, [2, F]; not gated: [F].
-* ``ffn``       what ``linear_fc2`` reads: [F].
-* ``head_dim``, ``vocab``, ``position``  never cut.
+* ``ffn``       input of ``linear_fc2``: [F].
+* ``head_dim``, ``vocab``, ``position``  never pruned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_prune.errors import CheckpointError
 
 Axis = Literal["hidden", "qkv", "heads", "fc1", "ffn", "head_dim", "vocab", "position"]
 
-# The matrices that "fraction removed of the linears" counts.
+# The weight matrices over which the fraction removed is computed.
 LINEARS = (
     "self_attention.linear_qkv.weight",
     "self_attention.linear_proj.weight",
@@ -42,8 +42,8 @@ LINEARS = (
     "mlp.linear_fc2.weight",
 )
 
-# Stored arguments that describe the model and that `--use-checkpoint-args` does not restore,
-# with the flags that set them by hand.
+# Stored arguments that describe the model but that `--use-checkpoint-args` does not restore,
+# with the flags that set them.
 FORGOTTEN = {
     "use_rope_scaling": ("--use-rope-scaling",),
     "rope_scaling_factor": ("--rope-scaling-factor",),
@@ -56,7 +56,7 @@ FORGOTTEN = {
 }
 
 
-# What stored arguments may say; more is damage, or an attack on whoever makes room for it.
+# Upper bounds on stored arguments: a larger value is corruption, or an attempt to exhaust memory.
 _MOST = {
     "num_layers": 10_000,
     "hidden_size": 1 << 24,
@@ -71,7 +71,7 @@ _MOST = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """How large a GPT is. All sizes are global: no parallel layout is in here."""
+    """The sizes of a GPT. All are global, independent of any parallel layout."""
 
     num_layers: int
     hidden_size: int
@@ -114,8 +114,8 @@ class ModelShape:
     def from_args(args: Mapping[str, Any]) -> ModelShape:
         """The shape that a checkpoint's stored Megatron ``args`` (as a mapping) describe.
 
-        Raises CheckpointError naming the argument when one is missing or of a kind of model
-        (experts, latent attention, state-space layers) that this package cannot cut.
+        Raises CheckpointError, naming the argument, if one is missing or out of range, or belongs to a kind of
+        model (experts, latent attention, state-space layers) that this package does not support.
         """
         for flag in (
             "num_experts",
@@ -138,7 +138,7 @@ class ModelShape:
         hidden, heads = args["hidden_size"], args["num_attention_heads"]
         if not heads:
             raise CheckpointError("the checkpoint's stored args have num_attention_heads=0")
-        # `num_query_groups` is only meant when group_query_attention is on: Megatron stores 1 otherwise.
+        # `num_query_groups` only counts with group_query_attention: Megatron stores 1 otherwise.
         groups = args.get("num_query_groups") if args.get("group_query_attention") else None
         learned = args.get("position_embedding_type", "learned_absolute") == "learned_absolute"
         return ModelShape(
@@ -159,14 +159,14 @@ class ModelShape:
         )
 
     def to_args(self) -> dict[str, Any]:
-        """The Megatron ``args`` entries that say this shape (only those that pruning can change)."""
+        """The Megatron ``args`` entries for this shape that pruning can change."""
         return {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.num_attention_heads,
             "num_query_groups": self.num_query_groups,
             "group_query_attention": self.num_query_groups != self.num_attention_heads,
-            # Written always: hidden/heads is no longer the head size after a cut.
+            # Always written: after pruning, the head size is no longer hidden/heads.
             "kv_channels": self.kv_channels,
             "ffn_hidden_size": self.ffn_hidden_size,
         }
@@ -189,15 +189,15 @@ class ModelShape:
         return sum(w.numel for w in weights(self))
 
     def linear_parameters(self) -> int:
-        """Parameters of the blocks' linear matrices (``LINEARS``): what ratios count by default."""
+        """Parameters of the blocks' linear matrices (``LINEARS``), which pruning ratios count by default."""
         return sum(w.numel for w in weights(self) if w.is_linear)
 
     def forward_flops(self, sequence_length: int, removed: int = 0) -> int:
-        """Dense GEMM FLOPs of one forward pass over one sequence (2 a multiply-add), but for ``removed`` of the
-        linears' weights: theoretical FLOPs of a sparse model.
+        """Dense GEMM FLOPs of one forward pass over one sequence, 2 per multiply-add. With ``removed`` weights of
+        the linears left out: the theoretical FLOPs of a sparse model.
 
-        Counts the blocks' linears, the causal-unaware attention products (QKᵀ and PV, as dense
-        kernels run them) and the output layer. The embedding is a look-up and counts nothing.
+        Counts the blocks' linears, the attention products QKᵀ and PV without the causal mask (as dense
+        kernels compute them) and the output layer. The embedding is a lookup and counts as zero.
         """
         s = sequence_length
         linears = 2 * s * (self.linear_parameters() - removed)
@@ -205,7 +205,7 @@ class ModelShape:
         return linears + attention + 2 * s * self.hidden_size * self.padded_vocab_size
 
     def training_flops(self, sequence_length: int, removed: int = 0) -> int:
-        """FLOPs of a forward and backward pass over one sequence: three times ``forward_flops``."""
+        """FLOPs of a forward and backward pass over one sequence: 3 × ``forward_flops``."""
         return 3 * self.forward_flops(sequence_length, removed)
 
 
@@ -233,7 +233,7 @@ class WeightLayout:
 
 
 def vocabulary(args: Mapping[str, Any]) -> int:
-    """Rows of the embedding that are words; the rest up to ``padded_vocab_size`` is padding."""
+    """Rows of the embedding without the padding up to ``padded_vocab_size``."""
     size, padded = args.get("vocab_size"), args["padded_vocab_size"]
     return size if isinstance(size, int) and 0 < size <= padded else padded
 
@@ -247,7 +247,7 @@ def layer_name(layer: int, suffix: str) -> str:
 
 
 def stacked_name(suffix: str) -> str:
-    """The name under which a homogeneous checkpoint stacks all layers: [layers, ...]."""
+    """The key under which a homogeneous checkpoint stacks all layers: [layers, ...]."""
     return f"{LAYERS}{suffix}"
 
 
@@ -295,10 +295,10 @@ def _block(shape: ModelShape) -> list[tuple[str, tuple[Axis, ...], int | None]]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What survives inside one block, in source numbering and ascending; None keeps everything.
+    """What is kept in one block, as ascending source indices; None keeps everything.
 
-    ``heads`` are query heads. The groups that survive are those that keep a head, and each of
-    them keeps the same number of heads.
+    ``heads`` are query heads. A group is kept if any of its heads is; all kept groups keep the
+    same number of heads.
     """
 
     hidden: tuple[int, ...] | None = None
@@ -306,13 +306,13 @@ class Kept:
     ffn: tuple[int, ...] | None = None
 
     def groups(self, shape: ModelShape) -> tuple[int, ...]:
-        """Query groups that survive, ascending."""
+        """Query groups that are kept, ascending."""
         if self.heads is None:
             return tuple(range(shape.num_query_groups))
         return tuple(sorted({h // shape.heads_per_group for h in self.heads}))
 
     def shrink(self, shape: ModelShape) -> ModelShape:
-        """The shape after this cut (its depth unchanged)."""
+        """The shape after pruning, with unchanged depth."""
         return replace(
             shape,
             hidden_size=shape.hidden_size if self.hidden is None else len(self.hidden),
@@ -323,7 +323,7 @@ class Kept:
 
 
 def axis_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor | None:
-    """Entries of ``axis`` that survive ``kept``, ascending int64; None where all of them do."""
+    """Indices of ``axis`` that remain under ``kept``, int64; None if all of them do."""
     d = shape.kv_channels
     if axis == "hidden" and kept.hidden is not None:
         return torch.tensor(kept.hidden)

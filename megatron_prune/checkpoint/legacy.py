@@ -1,9 +1,8 @@
-"""The weights of a checkpoint in Megatron's legacy format: one ``mp_rank_XX[_YYY]/model_optim_rng.pt`` a rank.
+"""The weights of a checkpoint in Megatron's legacy format: one ``mp_rank_XX[_YYY]/model_optim_rng.pt`` per rank.
 
-Every file is the state of one tensor-parallel rank of one pipeline stage, with local layer numbers. Stages follow one
-another as Megatron lays them: with virtual pipeline (``model0``, ``model1``, …) chunk after chunk over all stages. So
-counting layers in that order gives the global numbers for even, uneven and interleaved splits alike. Tensors are mapped
-from the files, not read into memory; nothing in them is executed.
+Each file holds the state of one tensor-parallel rank of one pipeline stage, with local layer numbers. Counting layers
+in the order of the forward pass (with virtual pipeline: chunk ``model0`` over all stages, then ``model1``, …) gives
+the global numbers for even, uneven and interleaved splits. Tensors are memory-mapped; nothing in the files is executed.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ RANK_FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _CHUNK = re.compile(r"model(\d{0,3})")
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,5})\.(.+)")
-# Names of Megatron's local layers, and of Transformer Engine's, which the table of layouts uses.
+# Megatron's local layer names → Transformer Engine's, which the layout table uses.
 _RENAMED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -37,7 +36,7 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: a pipeline stage, the chunk of the model there, and its name in that chunk."""
+    """Where a tensor is stored: pipeline stage, model chunk of that stage, and key in that chunk."""
 
     stage: int
     chunk: str
@@ -50,7 +49,7 @@ def is_legacy(directory: Path) -> bool:
 
 
 class LegacySource:
-    """What ``Checkpoint`` reads, from per-rank files. Raises CheckpointError where a rank is missing or damaged."""
+    """A ``Checkpoint``'s source of per-rank files. Raises CheckpointError if a rank is missing or damaged."""
 
     format = "torch"
 
@@ -79,7 +78,7 @@ class LegacySource:
         self.stored: dict[str, StoredTensor] = {}
 
     def refuse_damaged(self) -> None:
-        """Refuse a file beside a rank's own (of an optimizer) that asks for code: Megatron loads them too."""
+        """Raises CheckpointError if another file of a rank (its optimizer) asks for code: Megatron loads those too."""
         for file in sorted(self._directory.glob("mp_rank_*/*.pt")):
             if file.name != RANK_FILE:
                 vet_file(file)
@@ -114,14 +113,14 @@ class LegacySource:
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """Tensor parallelism, pipeline stages, and chunks of the model on each stage."""
+        """Tensor-parallel size, pipeline stages, and model chunks per stage."""
         return self._tp, self._pp, len(self._chunks) // self._pp
 
     # -- where the weights are -------------------------------------------------------------------
 
     def locate(self, layouts: Mapping[str, WeightLayout], shape: ModelShape) -> dict[str, tuple[Box, ...]]:
-        """The boxes of every logical weight. Raises CheckpointError where one is missing, of another shape than the
-        stored args say, or unknown."""
+        """The boxes of every logical weight. Raises CheckpointError if a weight is missing or unknown, or its shape
+        contradicts the stored args."""
         places = self._places(shape)
         unknown = sorted(places.keys() - layouts.keys())
         if unknown:
@@ -135,7 +134,7 @@ class LegacySource:
         return {name: self._boxes(layout, places[name], shape) for name, layout in layouts.items()}
 
     def _places(self, shape: ModelShape) -> dict[str, _Place]:
-        """Logical name: place. Pipeline stages are walked in the order of the forward pass."""
+        """Place by logical name. Pipeline stages are visited in the order of the forward pass."""
         places: dict[str, _Place] = {}
         before = 0
         for chunk, stage in self._chunks:
@@ -147,7 +146,7 @@ class LegacySource:
                     name = f"decoder.layers.{before + int(match[1])}.{match[2]}"
                 for ours, theirs in _RENAMED.items():
                     name = name.replace(f".{ours}", f".{theirs}") if match else name
-                last_stage_of_tied = shape.tied and name == "output_layer.weight"  # the embedding once more
+                last_stage_of_tied = shape.tied and name == "output_layer.weight"  # a copy of the embedding
                 if name.endswith("_extra_state") or last_stage_of_tied:
                     continue
                 if name in places:
@@ -164,7 +163,7 @@ class LegacySource:
 
     @cached_property
     def _chunks(self) -> list[tuple[str, int]]:
-        """(Chunk, stage) in the order of the forward pass; every rank must have the same chunks."""
+        """(chunk, stage) in the order of the forward pass. Raises CheckpointError if ranks have different chunks."""
         kinds = {tuple(sorted((key for key in state if _CHUNK.fullmatch(key)), key=_number))
                  for state in self._states.values()}  # fmt: skip
         if len(kinds) != 1 or not (chunks := kinds.pop()):
@@ -183,7 +182,7 @@ class LegacySource:
 
     def _boxes(self, layout: WeightLayout, place: _Place, shape: ModelShape) -> tuple[Box, ...]:
         axis = layout.tp_axis
-        ranks = range(self._tp if axis is not None else 1)  # replicated: they are all the same
+        ranks = range(self._tp if axis is not None else 1)  # replicated: one rank is enough
         expected = list(layout.shape)
         if axis is not None:
             if layout.shape[axis] % self._tp:
@@ -214,12 +213,12 @@ class LegacySource:
         return tensor
 
     def fill(self, target: torch.Tensor, box: Box, first: int) -> None:
-        """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
+        """Copy rows of a box, starting at its row ``first``, into ``target`` [rows, ...]."""
         begin = box.skip + first * torch.Size(box.sizes[1:]).numel()
         target.copy_(self._tensor(box.piece).reshape(-1)[begin : begin + target.numel()].view(target.shape))
 
     def element(self, box: Box, number: int) -> bytes:
-        """The bytes of one number of a box, counted in row-major order."""
+        """The bytes of one element of a box, by row-major index."""
         flat = self._tensor(box.piece).reshape(-1)
         return flat[box.skip + number].reshape(1).view(torch.uint8).numpy().tobytes()
 
@@ -229,8 +228,8 @@ def _number(chunk: str) -> int:
 
 
 def _in_whole(piece: Piece, layout: WeightLayout, shape: ModelShape, axis: int | None, tp: int) -> Sequence[Box]:
-    """The rectangles of the whole weight that a rank's part is."""
-    if axis == 0 and layout.axes[0] == "fc1" and shape.gated:  # [gate_r; up_r], each a share of its half
+    """The rectangles of the whole weight that a rank's shard covers."""
+    if axis == 0 and layout.axes[0] == "fc1" and shape.gated:  # [gate_r; up_r], one slice of each half
         rows, width = piece.sizes[0] // 2, torch.Size(piece.sizes[1:]).numel()
         sizes, rest = (rows, *piece.sizes[1:]), (0,) * (len(piece.sizes) - 1)
         return [

@@ -1,10 +1,10 @@
-"""Stored arguments that change what a model computes, and that nothing gives back to Megatron when it is built again.
+"""Stored arguments that change what a model computes but that are not restored when Megatron builds it again.
 
-``--use-checkpoint-args`` restores some of a model's arguments and forgets others; this package restores more
-(``layout.FORGOTTEN``). A checkpoint that was trained with one of the rest, such as ``--window-size``, would run as
-another model without a word. ``megatron_arguments.json`` holds every argument of Megatron's model and transformer
-configuration with its default, as its parser has them; below stand those that are restored and those that cannot matter
-to the function. All others must be at their default, or be given on the command line as they are stored.
+``--use-checkpoint-args`` restores some of a model's arguments; this package restores more (``layout.FORGOTTEN``). A
+checkpoint trained with any other, such as ``--window-size``, would silently run as a different model.
+``megatron_arguments.json`` holds every argument of Megatron's model and transformer configuration with its parser
+default. The lists below name those that are restored and those that do not affect the function. All others must have
+their default, or be given on the command line with their stored value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.errors import CheckpointError
 
-# By Megatron's load_args_from_checkpoint, and what follows from these.
+# Restored by Megatron's load_args_from_checkpoint or derived from what it restores.
 _RESTORED = frozenset(
     (
         *FORGOTTEN,
@@ -29,7 +29,7 @@ _RESTORED = frozenset(
         *"apply_query_key_layer_scaling attention_dropout hidden_dropout".split(),
     )
 )
-# Refused by ModelShape wherever they are switched on: their details do not matter while they are off.
+# ModelShape refuses models that switch these on; while off, their settings do not matter.
 _OF_OTHER_MODELS = (
     *("num_experts", "moe_", "use_grouped_gemm_for_shared_expert"),  # experts
     *("mtp_",),  # multi-token prediction
@@ -38,9 +38,9 @@ _OF_OTHER_MODELS = (
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("rotary_scaling_factor", "mscale", "cache_mla_latents", "mla_down_proj_fusion", "rope_type"),
 )
-# Of attention variants whose switch (experimental_attention_variant) is compared.
+# Settings of attention variants; their switch (experimental_attention_variant) is compared.
 _OF_VARIANTS = ("dsa_", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_")
-# How a run computes the same function: where, in which precision, with which kernels, in which memory.
+# How a run computes the same function: parallelism, precision, kernels, memory.
 _OF_THE_RUN = (
     *("tensor_", "pipeline_", "context_", "expert_", "hierarchical_context", "sequence_parallel", "max_seqlen_per_dp"),
     *("tp_comm_", "overlap_", "delay_wgrad", "ep_overlap", "use_ring_exchange", "defer_embedding", "wgrad_deferral"),
@@ -69,10 +69,10 @@ _CANNOT_MATTER = (*_OF_OTHER_MODELS, *_OF_VARIANTS, *_OF_THE_RUN)
 
 
 def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping[str, Any] | None = None) -> None:
-    """Refuse (CheckpointError) stored arguments under which the model computes something else than it would here.
+    """Raise CheckpointError for a stored argument without which the model would compute something else.
 
-    ``effective`` are the arguments that the model is built with, where it is built: one that has the stored value is
-    right. Without them, every value that is not Megatron's default is refused.
+    ``effective`` are the arguments that the model is built with; an argument that has the stored value there is
+    accepted. Without ``effective``, every value other than Megatron's default is refused.
     """
     for name, default in compared().items():
         value = _plain(stored.get(name, default))
@@ -87,7 +87,7 @@ def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping
 
 @cache
 def compared() -> dict[str, Any]:
-    """Arguments of a model that must be at their default, which is given."""
+    """The model arguments that must have their default, and that default."""
     known = json.loads(Path(__file__).with_name("megatron_arguments.json").read_text())
     return {name: default for name, default in known.items() if not _excused(name)}
 
