@@ -1,8 +1,8 @@
-"""Write the weights of one checkpoint in several processes, each its share.
+"""Write the weights of one checkpoint in several processes.
 
-``Blocks`` says where the numbers come from, in a form that a new process can be told: paths, not open files. Every
-process writes its share as a part (``parts.py``); ``CheckpointWriter.add_all`` makes the parts one checkpoint. A
-process whose parent is killed dies with it, so that nobody writes into a folder that a rerun has taken over.
+``Blocks`` describes the source of the weights in picklable form: paths, not open files. Each process writes its share
+as a ``Part``; ``CheckpointWriter.add_all`` joins the parts into one checkpoint. A process dies with its parent, so that
+no orphan writes into a folder that a rerun is using.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from megatron_prune.checkpoint.layout import LAYERS, WeightLayout
 from megatron_prune.checkpoint.record import RecordFiles, tensor_record
 from megatron_prune.errors import CheckpointError, UsageError
 
-_LOOK_SECONDS = 1.0  # between looks at how much is written
+_LOOK_SECONDS = 1.0  # between updates of the progress bar
 
 
 class Blocks:
-    """The weights that are to be written, as blocks of rows; subclasses are dataclasses of what can be pickled.
+    """The weights to write, as blocks of rows. Subclasses are dataclasses with picklable fields.
 
-    What else they hold (open checkpoints, as ``cached_property``) does not travel to other processes.
+    Only the fields are pickled; anything else (open checkpoints, as ``cached_property``) is left out.
     """
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
@@ -43,7 +43,7 @@ class Blocks:
         raise NotImplementedError
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that the weight is stored as."""
+        """The type in which the weight is stored."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,14 +51,14 @@ class Blocks:
 
 
 def check_workers(workers: int) -> int:
-    """``workers``, or UsageError."""
+    """Returns ``workers``; raises UsageError if it is less than 1."""
     if workers < 1:
         raise UsageError("--workers", got=workers, expected="at least 1 process")
     return workers
 
 
 def write_shares(folder: Path, layouts: Sequence[WeightLayout], blocks: Blocks, workers: int) -> list[Part]:
-    """Write ``layouts`` in ``workers`` processes under ``folder``. Errors of theirs are raised here."""
+    """Write ``layouts`` in ``workers`` processes under ``folder``. Their errors are raised here."""
     sizes = {layout.name: layout.numel * blocks.dtype(layout.name).itemsize for layout in layouts}
     work = [(folder / str(i), share, blocks) for i, share in enumerate(shares(sizes, workers))]
     run(_write_share, work, workers, writing=folder, size=sum(sizes.values()))
@@ -66,7 +66,7 @@ def write_shares(folder: Path, layouts: Sequence[WeightLayout], blocks: Blocks, 
 
 
 def shares(sizes: dict[str, int], number: int) -> list[list[str]]:
-    """Names in at most ``number`` groups of nearly the same size, each in the order of ``sizes``."""
+    """The names in at most ``number`` groups of nearly equal size, each in the order of ``sizes``."""
     groups: list[list[str]] = [[] for _ in range(number)]
     totals = [0] * number
     for name in sorted(sizes, key=lambda name: -sizes[name]):
@@ -85,13 +85,13 @@ def run(
     writing: Path | None = None,
     size: int = 0,
 ) -> list[Any]:
-    """``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; the results in order.
+    """Call ``function(*arguments)`` for every entry of ``work`` in ``workers`` new processes; results in order.
 
-    Shows how many of ``size`` bytes are in the folder ``writing``, if one is given.
+    Shows how many of ``size`` bytes are in the folder ``writing``, if given. Raises CheckpointError if a worker dies.
     """
-    context = multiprocessing.get_context("forkserver")  # torch is imported once; forks of this process may hang
+    context = multiprocessing.get_context("forkserver")  # imports torch once; forking this process can hang
     context.set_forkserver_preload([__name__])
-    watched, held = context.Pipe(duplex=False)  # this process alone holds the other end
+    watched, held = context.Pipe(duplex=False)  # only this process holds the other end
     prepared = (watched, dict(os.environ))
     with held, ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=prepared) as pool:
         futures = [pool.submit(function, *arguments) for arguments in work]
@@ -112,7 +112,7 @@ def run(
 
 
 def _bytes_in(folder: Path) -> int:
-    """What its files have by now; they get other names meanwhile."""
+    """Total size of the files in ``folder``, which may be renamed meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -121,7 +121,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _prepare(watched: Connection, environment: dict[str, str]) -> None:
-    os.environ.update(environment)  # the server's is of the time when it was started
+    os.environ.update(environment)  # the fork server has the environment of its start
     threading.Thread(target=_die_with_caller, args=(watched,), daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -129,7 +129,7 @@ def _prepare(watched: Connection, environment: dict[str, str]) -> None:
 
 def _die_with_caller(watched: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
-        watched.recv()  # nothing is ever sent: the pipe ends when the caller does
+        watched.recv()  # nothing is ever sent: the pipe closes when the caller exits
     os._exit(1)
 
 
@@ -144,15 +144,12 @@ def _write_share(folder: Path, names: list[str], blocks: Blocks) -> None:
     write_part(folder, shards())
 
 
-# Parts of a checkpoint that is not there yet: each process writes what it has, and goes on.
-#
-# A part is a folder with shards of logical weights, as records in the form that the finished checkpoint wants
-# (``record.py``), and ``part.json``, which says what lies where. It appears whole or not at all, and can be read
-# back. ``CheckpointWriter.adopt`` makes parts belong to a checkpoint without copying them.
+# Parts of an unfinished checkpoint. A part is a folder with shards of logical weights, as records (``record.py``), and
+# ``part.json``, which lists them. It is written atomically. ``CheckpointWriter`` adopts parts without copying them.
 
 
 PART_FILE = "part.json"
-RECORD_BYTES = 256 << 20  # Megatron reads whole records: none is larger
+RECORD_BYTES = 256 << 20  # largest record, because Megatron reads whole records
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ class WrittenPiece:
     """One record: a rectangle of a weight, and the bytes of a file that hold it."""
 
     name: str  # of the logical weight
-    offsets: tuple[int, ...]  # of its first entry
+    offsets: tuple[int, ...]  # of the first element
     sizes: tuple[int, ...]
     dtype: torch.dtype
     file: str
@@ -170,14 +167,14 @@ class WrittenPiece:
 
 @dataclass(frozen=True)
 class Part:
-    """A part that was written: its pieces, and the SHA-256 of its files."""
+    """A finished part: its pieces, and the SHA-256 of each of its files."""
 
     folder: Path
     pieces: tuple[WrittenPiece, ...]
     hashes: dict[str, str]
 
     def fill(self, name: str, offsets: Sequence[int], target: torch.Tensor) -> int:
-        """Copy what this part has of the rectangle of ``name`` at ``offsets`` into ``target``; how many entries."""
+        """Copy this part's share of the rectangle of ``name`` at ``offsets`` into ``target``; returns its elements."""
         return sum(
             copy_overlap(self._read(piece), piece.offsets, target, offsets)
             for piece in self.pieces
@@ -192,7 +189,7 @@ class Part:
 
 
 def copy_overlap(source: torch.Tensor, at: Sequence[int], target: torch.Tensor, offsets: Sequence[int]) -> int:
-    """Copy what two rectangles of one tensor, ``source`` at ``at`` and ``target`` at ``offsets``, share; how much."""
+    """Copy the intersection of ``source`` at ``at`` and ``target`` at ``offsets``; returns its number of elements."""
     common = _overlap(at, source.shape, offsets, target.shape)
     if common is None:
         return 0
@@ -204,14 +201,14 @@ def copy_overlap(source: torch.Tensor, at: Sequence[int], target: torch.Tensor, 
 def _overlap(
     at: Sequence[int], size: Sequence[int], other: Sequence[int], other_size: Sequence[int]
 ) -> list[tuple[int, int]] | None:
-    """First and end, along each axis, of what two rectangles share; None where it is nothing."""
+    """[start, end) of the intersection of two rectangles along each axis; None if it is empty."""
     sides = zip(at, size, other, other_size, strict=True)
     common = [(max(a, b), min(a + m, b + n)) for a, m, b, n in sides]
     return common if all(a < b for a, b in common) else None
 
 
 def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Tensor]]) -> None:
-    """Write ``folder``, replacing what was there. ``shards`` gives (logical weight, offsets, CPU tensor)."""
+    """Write ``folder``, replacing its old content. ``shards`` yields (logical weight, offsets, CPU tensor)."""
     with atomic_directory(folder, replace=True) as scratch:
         files = RecordFiles(scratch)
         pieces: list[WrittenPiece] = []
@@ -220,7 +217,7 @@ def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Te
                 rows = max(1, RECORD_BYTES // max(1, tensor[:1].nbytes))
                 for first in range(0, len(tensor), rows):
                     block = tensor[first : first + rows].contiguous()
-                    # In a layer it is stacked with it: [1, rows, ...].
+                    # Weights of layers are stacked: [1, rows, ...].
                     stored = block.unsqueeze(0) if name.startswith(LAYERS) else block
                     file, start, length = files.append(tensor_record, stored)
                     place = (offsets[0] + first, *offsets[1:])
@@ -233,7 +230,7 @@ def write_part(folder: Path, shards: Iterable[tuple[str, Sequence[int], torch.Te
 
 
 def read_part(folder: Path) -> Part:
-    """What ``write_part`` wrote to ``folder``. CheckpointError where it is damaged."""
+    """Read what ``write_part`` wrote to ``folder``. Raises CheckpointError if it is damaged."""
     found = read_json(folder / PART_FILE)
     try:
         pieces = tuple(
@@ -262,16 +259,16 @@ def read_part(folder: Path) -> Part:
     return Part(folder, pieces, hashes)
 
 
-# The allocator's settings for processes that stream blocks of a few megabytes.
+# Allocator settings for processes that stream blocks of a few megabytes.
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST, _KEPT = 32 << 20, 256 << 20  # blocks that are kept when they are freed, and how much of them
+_LARGEST, _KEPT = 32 << 20, 256 << 20  # largest block to keep when freed, and total to keep
 
 
 def keep_freed_memory() -> None:
-    """Let malloc hand freed blocks out again instead of returning them: their page faults took half the time."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+    """Make malloc reuse freed blocks instead of returning them to the system; page faults took half the time."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)

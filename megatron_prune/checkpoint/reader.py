@@ -1,10 +1,10 @@
-"""Stream logical weights out of a Megatron checkpoint, whatever layout it was saved at.
+"""Stream logical weights from a Megatron checkpoint saved at any parallel layout.
 
-``open_checkpoint(path)`` reads the index and the stored arguments, checks that every file is there
-and long enough, and gives a ``Checkpoint`` whose weights are addressed by logical per-layer names
-(``decoder.layers.3.mlp.linear_fc2.weight``), stacked or not, sharded in any way, from `torch_dist`
-directories and from legacy per-rank files alike. Rows are read by byte range, so memory is bounded
-by what is asked for. No model, no process group, no GPU, no Megatron, and no code from the checkpoint.
+``open_checkpoint(path)`` reads the index and the stored arguments, checks that every file exists and
+is long enough, and returns a ``Checkpoint`` whose weights have logical per-layer names
+(``decoder.layers.3.mlp.linear_fc2.weight``). It reads `torch_dist` directories and legacy per-rank
+files. Rows are read by byte range, so memory is bounded by the request. It needs no model, process
+group, GPU or Megatron, and executes no code from the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from megatron_prune.errors import CheckpointError
 
 PRUNING_FILE = "pruning.json"
 INTEGRITY_FILE = "integrity.json"
-HUGGINGFACE_FOLDER = "huggingface"  # beside the tracker: tokenizer files and the model's Hugging Face config
-FINGERPRINT_ELEMENTS = 64  # of each logical tensor
-# Blocks of this size stay in the caches, and the allocator keeps their memory instead of giving it back
-# to the system each time: half the processor time of 64 MB blocks.
+HUGGINGFACE_FOLDER = "huggingface"  # next to the tracker: tokenizer files and the model's Hugging Face config
+FINGERPRINT_ELEMENTS = 64  # per logical tensor
+# Blocks of this size stay in the caches and the allocator reuses their memory: half the CPU time of 64 MB blocks.
 _BLOCK_BYTES = 8 << 20
 
 
@@ -51,13 +50,13 @@ class TensorSpec:
 
 
 class Checkpoint:
-    """A readable checkpoint; make one with ``open_checkpoint``. Usable from several threads.
+    """An open checkpoint, made by ``open_checkpoint``. Thread-safe.
 
-    ``root`` holds the tracker, ``directory`` the files; ``args`` are the stored Megatron arguments
-    (values of Megatron's own classes are ``Opaque``), ``shape`` what they describe, ``names`` the
-    logical weights in the order of the forward pass, ``format`` is Megatron's name for how they lie
-    (``torch_dist``, or ``torch``: per-rank files), ``stored`` all tensors of a `torch_dist` checkpoint
-    under their stored keys, optimizer state too.
+    ``root`` holds the tracker, ``directory`` the files. ``args`` are the stored Megatron arguments
+    (values of Megatron's own classes are ``Opaque``) and ``shape`` the model they describe. ``names``
+    are the logical weights in the order of the forward pass. ``format`` is Megatron's name of the
+    format (``torch_dist``, or ``torch`` for per-rank files). ``stored`` are all tensors of a
+    `torch_dist` checkpoint by stored key, including optimizer state.
     """
 
     def __init__(self, directory: Path, *, root: Path, iteration: int | None, release: bool) -> None:
@@ -88,7 +87,7 @@ class Checkpoint:
         return self._layouts[name]
 
     def boxes(self, name: str) -> tuple[index.Box, ...]:
-        """Where a logical weight lies."""
+        """Where a logical weight is stored."""
         return self._boxes[name]
 
     def read(self, name: str) -> torch.Tensor:
@@ -96,7 +95,7 @@ class Checkpoint:
         return self.read_rows(name, 0, self._layouts[name].shape[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a weight: [stop - start, ...], a fresh contiguous CPU tensor."""
+        """Rows [start, stop) of a weight: [stop - start, ...], a new contiguous CPU tensor."""
         spec = self.spec(name)
         if not 0 <= start <= stop <= spec.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name} {list(spec.shape)}")
@@ -110,17 +109,17 @@ class Checkpoint:
         return out
 
     def row_blocks(self, name: str, max_bytes: int = _BLOCK_BYTES) -> Iterator[torch.Tensor]:
-        """The weight in consecutive blocks of rows of at most ``max_bytes`` (at least one row) each."""
+        """The weight in consecutive blocks of rows, each at most ``max_bytes`` but at least one row."""
         spec = self.spec(name)
         rows = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, spec.nbytes // spec.shape[0]))
         for start in range(0, spec.shape[0], rows):
             yield self.read_rows(name, start, min(start + rows, spec.shape[0]))
 
-    # -- what surrounds the weights -------------------------------------------------------------
+    # -- metadata and hashes --------------------------------------------------------------------
 
     @cached_property
     def pruning(self) -> list[dict[str, Any]]:
-        """The chain of prunings that made this checkpoint, oldest first; empty if none."""
+        """The prunings that produced this checkpoint, oldest first; empty if none."""
         path = self.directory / PRUNING_FILE
         if not path.is_file():
             return []
@@ -132,28 +131,28 @@ class Checkpoint:
 
     @property
     def optimizer_form(self) -> str | None:
-        """Megatron's name of the form of the optimizer's state (checkpoint/reshard.py); None where it says none."""
+        """Megatron's name for the form of the optimizer state (see checkpoint/reshard.py); None if not stored."""
         content = self._source.common.get("content_metadata")
         found = content.get("distrib_optim_sharding_type") if isinstance(content, dict) else None
         return found if isinstance(found, str) else None
 
     @property
     def huggingface(self) -> Path | None:
-        """The folder with tokenizer files and Hugging Face config that came with the model, if any.
+        """The folder with the model's tokenizer files and Hugging Face config, if any.
 
-        A run that trained an imported model on has none of its own: its stored args say where it is.
+        A run that continues training an imported model has no such folder: its stored args name it.
         """
         own = self.root / HUGGINGFACE_FOLDER
         named = self.args.get("tokenizer_model")
         if storage.is_stored(own) and own.is_dir():
-            return storage.fetched(own)  # who reads tokenizers reads files of a disk
+            return storage.fetched(own)  # tokenizer libraries read local files only
         if not own.is_dir() and self.args.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str):
             own = Path(named)
         return own if own.is_dir() else None
 
     def fingerprint(self) -> str:
-        """Identity of the weights: SHA-256 over every logical tensor's name, shape, type and evenly spaced
-        elements, in the order of ``names``. The same for every layout and naming of the same weights."""
+        """Identity of the weights: SHA-256 over name, shape, type and evenly spaced elements of every logical
+        tensor, in the order of ``names``. It does not depend on the layout or the stored keys."""
         return self._fingerprint
 
     @cached_property
@@ -172,15 +171,15 @@ class Checkpoint:
         return json.dumps([name, list(spec.shape), str(spec.dtype)]).encode() + b"".join(elements)
 
     def full_hash(self, weights: Mapping[str, str] | None = None) -> str:
-        """SHA-256 over the ``weight_hash`` of every logical tensor: like ``fingerprint``, but every number counts.
+        """SHA-256 over the ``weight_hash`` of every logical tensor: like ``fingerprint``, but over all elements.
 
-        ``weights``: those hashes by name, where several processes have shared the work of reading.
+        ``weights``: those hashes by name, if several processes computed them.
         """
         found = {name: self.weight_hash(name) for name in self.names} if weights is None else weights
         return hashlib.sha256("".join(found[name] for name in self.names).encode()).hexdigest()
 
     def weight_hash(self, name: str) -> str:
-        """SHA-256 over a logical tensor's name, shape, type and all its numbers."""
+        """SHA-256 over a logical tensor's name, shape, type and all its elements."""
         spec = self.spec(name)
         digest = hashlib.sha256(json.dumps([name, list(spec.shape), str(spec.dtype)]).encode())
         for block in self.row_blocks(name):
@@ -188,7 +187,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _element(self, name: str, number: int) -> bytes:
-        """The bytes of one element of a weight, counted in row-major order."""
+        """The bytes of one element of a weight, by row-major index."""
         row, column = divmod(number, torch.Size(self._layouts[name].shape[1:]).numel())
         for box in self._boxes[name]:
             first, left = box.offsets[0], box.offsets[1] if len(box.sizes) > 1 else 0
@@ -199,13 +198,13 @@ class Checkpoint:
 
     @property
     def rank_layout(self) -> tuple[int, int, int] | None:
-        """Tensor parallelism, pipeline stages and virtual stages that per-rank files are tied to; None in `torch_dist`
-        format, which every layout can load."""
+        """Tensor-parallel size, pipeline stages and virtual stages of per-rank files; None for `torch_dist`, which
+        loads at any layout."""
         return self._source.layout if isinstance(self._source, LegacySource) else None
 
     def verify(self, hashes: bool = False) -> None:
-        """Check that every file of the weights is there and long enough; with ``hashes``, also its SHA-256
-        against ``integrity.json``. Raises CheckpointError naming the file."""
+        """Check that every weight file exists and is long enough; with ``hashes``, also check SHA-256 against
+        ``integrity.json``. Raises CheckpointError naming the file."""
         needed: dict[str, int] = defaultdict(int)
         for boxes in self._boxes.values():
             for box in boxes:
@@ -215,8 +214,8 @@ class Checkpoint:
             self._verify_hashes(self.directory / INTEGRITY_FILE, needed)
 
     def refuse_damaged(self) -> None:
-        """Look at every stored tensor's record, of an optimizer too, and none of its numbers. Raises CheckpointError
-        naming one that is damaged, or asks for code."""
+        """Check the record of every stored tensor, including optimizer state, without reading its elements. Raises
+        CheckpointError naming a record that is damaged or asks for code."""
         self._source.refuse_damaged()
 
     def _verify_hashes(self, path: Path, needed: Iterable[str]) -> None:
@@ -246,8 +245,8 @@ def _iteration(common: dict[str, Any], directory: Path) -> int:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory with a tracker file, or one of its ``iter_…``/``release`` directories.
 
-    Raises CheckpointError, before any weight is read, when it is missing, incomplete, truncated,
-    hostile, or not a dense GPT.
+    Raises CheckpointError, before any weight is read, if the checkpoint is missing, incomplete, truncated,
+    malicious, or not a dense GPT.
     """
     storage.refuse_unusable("--load", path)
     found = tracker.resolve(storage.path(path))

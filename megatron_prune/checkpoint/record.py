@@ -1,9 +1,9 @@
-"""Records of a `torch_dist` checkpoint: what ``torch.save`` writes, around the numbers instead of through them.
+"""Records of a `torch_dist` checkpoint, in the format of ``torch.save`` but written without copying the tensor.
 
-``torch.save`` puts an archive out in one go, on one thread, copying as it goes. ``tensor_record`` builds the
-same archive (a ZIP without compression: a pickle that rebuilds the tensor, two small entries, the numbers) as
-segments of which the numbers are the tensor's own memory, so that hashing and writing share the cores. The
-numbers are aligned in the file. ``RecordFiles`` appends records to numbered files and hashes them on the way.
+``torch.save`` writes an archive on one thread and copies the data. ``tensor_record`` builds the same archive (an
+uncompressed ZIP: a pickle that rebuilds the tensor, two small entries, the data) as segments; the data segment is
+the tensor's own memory, so hashing and writing run in parallel. The data are aligned in the file. ``RecordFiles``
+appends records to numbered files and hashes them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 import numpy
 import torch
 
-FILE_BYTES = 4 << 30  # a file is full when it has grown to this
+FILE_BYTES = 4 << 30  # size at which a new file begins
 ALIGNMENT = 64
-_UNDER_WAY = 3  # records that are being hashed and written
+_UNDER_WAY = 3  # records being hashed and written at once
 _STORAGES = {dtype: getattr(torch, name) for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
 _FOLDER = "archive/"
 
@@ -37,7 +37,7 @@ Segment = bytes | memoryview
 
 
 def tensor_record(tensor: torch.Tensor, start: int) -> list[Segment]:
-    """The record of a contiguous CPU tensor (less than 2 GiB) that begins at byte ``start`` of its file."""
+    """The record of a contiguous CPU tensor (less than 2 GiB) that starts at byte ``start`` of its file."""
     segments = _Segments()
     with zipfile.ZipFile(segments, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         for name, content in (("data.pkl", _pickled(tensor)), ("byteorder", b"little"), ("version", b"3\n")):
@@ -45,20 +45,20 @@ def tensor_record(tensor: torch.Tensor, start: int) -> list[Segment]:
         entry = zipfile.ZipInfo(_FOLDER + "data/0")
         begin = start + segments.tell() + zipfile.sizeFileHeader + len(entry.filename) + 4  # type: ignore[attr-defined]
         padding = -begin % ALIGNMENT
-        entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch pads
+        entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # torch's own padding
         archive.writestr(entry, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     return segments.parts
 
 
 def object_record(value: Any, start: int = 0) -> list[Segment]:
-    """The record of anything else, from ``torch.save`` itself."""
+    """The record of any other object, made by ``torch.save``."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return [stream.getvalue()]
 
 
 class _Segments:
-    """A stream that keeps what is written to it as it is: nothing is copied."""
+    """A stream that keeps the segments written to it without copying them."""
 
     def __init__(self) -> None:
         self.parts: list[Segment] = []
@@ -77,7 +77,7 @@ class _Segments:
 
 
 class _Rebuilt:
-    """Pickles as ``torch.save`` pickles a tensor."""
+    """Pickles like a tensor in ``torch.save``."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -104,10 +104,10 @@ def _pickled(tensor: torch.Tensor) -> bytes:
 
 
 class RecordFiles:
-    """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory (or with another prefix), filled one after the other.
+    """Files ``__0_0.distcp``, ``__0_1.distcp``, … of a directory (or with another prefix), filled one by one.
 
-    Hashing and writing go on in threads of their own while the caller makes the next record: what it gave must not
-    change until ``close``. Not for several callers at once. ``hashes`` has the SHA-256 of every file that is closed.
+    Hashing and writing run in background threads while the caller makes the next record, so values must not change
+    until ``close``. Not thread-safe. ``hashes`` holds the SHA-256 of every closed file.
     """
 
     def __init__(self, directory: Path, prefix: str = "__0") -> None:
@@ -121,9 +121,9 @@ class RecordFiles:
         self.hashes: dict[str, str] = {}
 
     def append(self, make: Callable[[Any, int], list[Segment]], value: Any) -> tuple[str, int, int]:
-        """Write the record ``make(value, start)``; its file, start and length.
+        """Write the record ``make(value, start)``; returns its file, start and length.
 
-        The disk may be some records behind: an error in writing one is raised by a later call, or by ``close``.
+        Writing is asynchronous: a write error is raised by a later call, or by ``close``.
         """
         if self._file is not None and self._size >= FILE_BYTES:
             self.close()
@@ -155,13 +155,13 @@ class RecordFiles:
             file.write(segment)
 
     def _wait(self, left: int) -> None:
-        """Until at most ``left`` records are under way."""
+        """Wait until at most ``left`` records are in progress."""
         while len(self._under_way) > left:
             for future in self._under_way.popleft():
                 future.result()
 
     def close(self) -> None:
-        """Finish the file that is being written."""
+        """Finish the current file. Raises any pending write error."""
         self._wait(0)
         file, self._file = self._file, None
         if file is not None:
@@ -169,7 +169,7 @@ class RecordFiles:
             self.hashes[self._name] = self._digest.hexdigest()
 
     def shutdown(self) -> None:
-        """End the threads, whatever happened before; a file that was not closed stays unfinished."""
+        """Stop the threads, also after an error; a file that is still open stays unfinished."""
         for pool in (self._hashing, self._disk):
             pool.shutdown(wait=True, cancel_futures=True)
         if self._file is not None:
@@ -177,30 +177,28 @@ class RecordFiles:
             self._file = None
 
 
-# Write a long file past the page cache.
-#
-# Through the cache, every byte is copied into a page that must be found first (slow where a hypervisor hands out
-# memory on demand), the disk starts late, and the closing fsync waits for gigabytes. ``DirectFile`` gathers what it
-# is given in one aligned buffer and hands that to the disk with O_DIRECT: half the processor time, no memory, nothing
-# left to sync. A file system that has no O_DIRECT gets the same writes without it.
+# Large files written past the page cache. Through the cache, every byte is copied into a new page (slow where a
+# hypervisor allocates memory on demand), the disk starts late, and fsync waits for gigabytes. ``DirectFile`` writes
+# from one aligned buffer with O_DIRECT: half the CPU time, no page cache, nothing left to sync. A file system without
+# O_DIRECT gets the same writes without it.
 
 
-BUFFER_BYTES = 8 << 20  # a multiple of every device's block
+BUFFER_BYTES = 8 << 20  # a multiple of any device's block size
 
 
 class DirectFile:
-    """A new file that grows at its end; nothing may be read from it before ``close``. Not for several threads."""
+    """A new append-only file, not readable before ``close``. Not thread-safe."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._handle = os.open(path, flags, 0o644)
-        self._buffer = numpy.frombuffer(mmap.mmap(-1, BUFFER_BYTES), numpy.uint8)  # aligned to a page
+        self._buffer = numpy.frombuffer(mmap.mmap(-1, BUFFER_BYTES), numpy.uint8)  # page-aligned
         self._filled = 0
         self._set_direct(True)
 
     def write(self, segment: bytes | memoryview) -> None:
-        """Append ``segment``; it may change afterwards."""
-        data = numpy.frombuffer(segment, numpy.uint8)  # copies without holding the interpreter lock
+        """Append ``segment``, which may change afterwards."""
+        data = numpy.frombuffer(segment, numpy.uint8)  # NumPy copies without the GIL
         while len(data):
             part = min(len(data), BUFFER_BYTES - self._filled)
             self._buffer[self._filled : self._filled + part] = data[:part]
@@ -210,15 +208,15 @@ class DirectFile:
                 self._flush()
 
     def close(self) -> None:
-        """Write the rest and close. Raises OSError where that fails; the file is closed all the same."""
+        """Write the remaining bytes and close. Raises OSError if writing fails; the file is closed in any case."""
         try:
-            self._set_direct(False)  # the rest is no whole number of blocks
+            self._set_direct(False)  # the remainder is not a whole number of blocks
             self._flush()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close without the rest."""
+        """Close without writing the remaining bytes."""
         os.close(self._handle)
 
     def _flush(self) -> None:
@@ -229,7 +227,7 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._set_direct(False)  # this file system found out late
+                self._set_direct(False)  # some file systems refuse O_DIRECT only when writing
         self._filled = 0
 
     def _set_direct(self, direct: bool) -> None:

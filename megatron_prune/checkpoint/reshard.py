@@ -1,16 +1,16 @@
-"""Make a saved optimizer state load at every layout, off-line: from Megatron's flat buckets to one tensor a weight.
+"""Convert a saved optimizer state offline so that it loads at any TP, PP and DP.
 
-By default Megatron's distributed optimizer saves what each rank holds, as it holds it (``dp_reshardable``): flat
-buckets, one set for each tensor- and pipeline-parallel rank. Nothing is gathered, and such a state loads at another
-number of data-parallel ranks, but not at another TP or PP. The form that does (``fully_reshardable``) is gathered from
-all data-parallel ranks into the host memory of each, 12 bytes a parameter, at every save.
+By default Megatron's distributed optimizer saves each rank's flat buckets (``dp_reshardable``), one set per tensor-
+and pipeline-parallel rank. Such a state loads at another DP size, but not at another TP or PP. The form that does
+(``fully_reshardable``) has one tensor per weight; to save it, Megatron gathers 12 bytes per parameter from all
+data-parallel ranks in host memory.
 
-``reshard`` turns the first into the second in the files of one save, without a GPU and without a process group: it
-reads each rank's share of each weight out of the buckets by byte range (``engine/optimizer_layout.py`` had Megatron
-store which share lies where), writes it as a rectangle of the weight's state, and replaces the index at the end, in
-one step. Until then the save is as it was; killed, it is started again. Weights stay where they are.
+``reshard`` converts the first form to the second in the files of one save, without a GPU or process group. It reads
+each rank's share of each weight from the buckets by byte range (``engine/optimizer_layout.py`` makes Megatron store
+their positions), writes it as a rectangle of the weight's state, and finally replaces the index atomically. Until then
+the save is unchanged, so a killed conversion can be repeated. Weights are not rewritten.
 
-Memory is bounded by a few records. On the disk it takes 12 bytes a parameter more, as long as this save is kept.
+Memory is bounded by a few records. Disk use grows by 12 bytes per parameter while this save is kept.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.checkpoint.tracker import refuse_remote
 from megatron_prune.errors import CheckpointError
 
-BUCKETS, WHOLE = "dp_reshardable", "fully_reshardable"  # Megatron's names of the two forms
-LAYOUT_OBJECT = "param_layout"  # what engine/optimizer_layout.py has Megatron store, of each set of buckets
+BUCKETS, WHOLE = "dp_reshardable", "fully_reshardable"  # Megatron's names for the two forms
+LAYOUT_OBJECT = "param_layout"  # stored per set of buckets by engine/optimizer_layout.py
 COMMAND = "megatron-prune reshard-optimizer"
 _FILES = "__resharded"
 _SET = re.compile(r"optimizer\.distributed\.dp_group_idx_\d+")
@@ -52,20 +52,20 @@ _COMMON = "common_state/shard_0_1"
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of a weight: a rectangle of the weight ``key``, and where its numbers begin in a bucket."""
+    """A rank's share of a weight: a rectangle of the weight ``key``, and its first element's index in a bucket."""
 
     key: str
-    shape: tuple[int, ...]  # of the whole weight, layers stacked where Megatron stacks them
+    shape: tuple[int, ...]  # of the whole weight, with layers stacked as Megatron stacks them
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     start: int
 
 
 def reshard(path: str | Path) -> Path | None:
-    """Let the newest save in ``path`` (or the one that it is) load at every TP, PP and DP; its directory.
+    """Convert the newest save in ``path`` (or the save ``path`` itself) and return its directory.
 
-    None where it does so already. Raises CheckpointError where it holds no such state, was saved by a program that did
-    not say what lies where, or the disk is full; the save is then as it was.
+    Returns None if the save already loads at any layout. Raises CheckpointError if it has no optimizer state of this
+    form, was saved without the layout of its buckets, or the disk is full; the save is then unchanged.
     """
     refuse_remote("SAVE", path)
     directory = tracker.resolve(Path(path)).directory
@@ -120,10 +120,10 @@ class _Save:
         )
         self._replace_index(pickle.dumps(made), files.hashes)
 
-    # -- what lies where ------------------------------------------------------------------------
+    # -- layout of the buckets ------------------------------------------------------------------
 
     def _layout(self, name: str) -> dict[str, list[Share]]:
-        """The shares in each bucket of one model-parallel rank, as its optimizer said when it saved."""
+        """The shares in each bucket of one model-parallel rank, as its optimizer stored them."""
         key = f"{name}.{LAYOUT_OBJECT}/shard_0_1"
         if key not in self._objects:
             raise CheckpointError(
@@ -139,11 +139,11 @@ class _Save:
                 ]
                 for bucket, of in buckets.items()
             }
-        except Exception as error:  # whatever a damaged record raises
+        except Exception as error:  # a damaged record can raise anything
             raise CheckpointError(f"{self._directory}: {key} is damaged ({error!r})") from error
 
     def _check_buckets(self, shares: Mapping[str, list[Share]]) -> None:
-        """Every bucket is known, and every weight's state is there exactly once."""
+        """Raises CheckpointError unless every bucket has a layout and every weight's state is covered exactly once."""
         unknown = [key for key in self._stored if _SET.match(key) and key.rsplit(".", 1)[0] not in shares]
         if unknown:
             raise CheckpointError(f"{self._directory}: no layout is stored for {unknown[0]}")
@@ -159,7 +159,7 @@ class _Save:
             if not index.covers(boxes, shapes[key]):
                 raise CheckpointError(f"{self._directory}: the optimizer state of {key} is not there exactly once")
 
-    # -- what is written ------------------------------------------------------------------------
+    # -- writing --------------------------------------------------------------------------------
 
     def _write_states(
         self, files: RecordFiles, shares: Mapping[str, list[Share]]
@@ -183,14 +183,14 @@ class _Save:
         return entries, storage
 
     def _states(self, bucket: str) -> Iterator[tuple[str, StoredTensor]]:
-        """Masters and moments of a bucket, [numbers]."""
+        """Master weights and moments of a bucket, 1-D each, by name."""
         for key, tensor in self._stored.items():
             if key.rsplit(".", 1)[0] == bucket:
                 yield key.rsplit(".", 1)[1], tensor
 
     def _blocks(self, flat: StoredTensor, share: Share) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """A share in records of bounded size: (offsets in the whole weight, block)."""
-        stacked = len(share.sizes) > 1 and share.sizes[0] == 1  # [1, rows, …]: one layer of all
+        stacked = len(share.sizes) > 1 and share.sizes[0] == 1  # [1, rows, …]: one of the stacked layers
         axis = 1 if stacked else 0
         row = torch.Size(share.sizes[axis + 1 :]).numel()
         most = max(1, RECORD_BYTES // max(1, row * flat.dtype.itemsize))
@@ -201,7 +201,7 @@ class _Save:
             yield offsets, self._read(flat, share.start + first * row, rows * row).view(sizes)
 
     def _read(self, flat: StoredTensor, start: int, length: int) -> torch.Tensor:
-        """Numbers [start, start + length) of a bucket, whose shards are the data-parallel ranks'."""
+        """Elements [start, start + length) of a bucket, which is sharded over the data-parallel ranks."""
         out = torch.empty(length, dtype=flat.dtype)
         filled = 0
         for piece in flat.pieces:
@@ -215,11 +215,11 @@ class _Save:
         return out
 
     def _new_common(self, name: str) -> dict[str, Any]:
-        """The common state in the new form, with what was stored for each set of buckets (step, rates, loss scale)."""
-        with warnings.catch_warnings(action="ignore"):  # of what a machine without GPUs lacks
+        """The common state in the new form, including the step, learning rates and loss scale of the buckets."""
+        with warnings.catch_warnings(action="ignore"):  # about libraries that machines without GPUs lack
             from megatron.core.safe_globals import register_safe_globals
 
-        register_safe_globals()  # its own classes in the arguments: they were vetted when the form was read
+        register_safe_globals()  # Megatron's classes in the args, which were vetted above
         (common,) = torch.load(io.BytesIO(self._bytes(_COMMON)), map_location="cpu", weights_only=True)
         optimizer = {"param_state_sharding_type": WHOLE}
         for key in self._objects:
@@ -234,9 +234,9 @@ class _Save:
         return made
 
     def _replace_index(self, payload: bytes, hashes: Mapping[str, str]) -> None:
-        """The step that decides: before it the save is the old one, after it the new one."""
+        """The commit: before it the save has the old form, after it the new one."""
         integrity = self._directory / INTEGRITY_FILE
-        if integrity.is_file():  # of --verify-integrity: without it for a moment, and never beside another's index
+        if integrity.is_file():  # of --verify-integrity: removed first, so that it never disagrees with the index
             known = read_json(integrity)
             integrity.unlink()
             write_bytes(self._directory / ".metadata", payload)
@@ -246,7 +246,7 @@ class _Save:
             write_bytes(self._directory / ".metadata", payload)
 
     def _remove_left_over(self) -> None:
-        """What a killed attempt wrote, and no index names."""
+        """Remove the files of a killed attempt, which no index names."""
         for path in self._directory.glob(f"{_FILES}_*.distcp"):
             path.unlink()
 
