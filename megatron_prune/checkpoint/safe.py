@@ -1,10 +1,9 @@
-"""Read the index of a checkpoint without running what it holds.
+"""Read the index of a checkpoint without executing code from it.
 
 A `torch_dist` checkpoint contains two kinds of pickle: ``.metadata`` (a plain pickle of torch's ``Metadata``), read
-here, and records written by ``torch.save`` (``safe_objects.py`` for arguments, ``stored_record.py`` for numbers).
-All are read through allow-lists. The few classes that are needed are real; classes that Megatron writes beside them
-become inert ``Opaque`` stand-ins, so that Megatron need not be imported; any other name is refused before it is
-looked up.
+here, and records written by ``torch.save`` (read by ``safe_objects.py`` for objects, ``torch_dist.py`` for tensors).
+All are read through allow-lists. The few classes that are needed are real; other classes that Megatron writes become
+inert ``Opaque`` objects, so that Megatron need not be imported. Any other name is refused before it is looked up.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
             "_MEM_FORMAT_ENCODING",
         )
     },
-    # Properties of older torch versions lived here.
+    # Where older torch versions define the properties.
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): dcp.TensorProperties,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): dcp._MEM_FORMAT_ENCODING,
     ("collections", "OrderedDict"): dict,
 }
-# Saving plans that Megatron caches in the metadata; nothing here needs them.
+# Save plans that Megatron caches in the metadata; this package does not use them.
 PLANNING = {
     ("torch.distributed.checkpoint.planner", name)
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
@@ -59,7 +58,7 @@ PLANNING = {
 
 
 class AsksForCode(CheckpointError):
-    """An index that is not damaged but hostile: nobody may pass over it to an older checkpoint."""
+    """A malicious rather than damaged index: readers must not fall back to an older checkpoint."""
 
 
 class _Code(pickle.UnpicklingError):
@@ -84,8 +83,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def load_metadata(directory: Path) -> dcp.Metadata:
     """The index ``.metadata`` of a `torch_dist` directory, with every byte range validated.
 
-    Raises CheckpointError when it is missing, broken, asks for code, or names a file outside
-    ``directory``.
+    Raises CheckpointError if it is missing or broken, asks for code, or names a file outside ``directory``.
     """
     path = directory / ".metadata"
     if not path.is_file():
@@ -128,9 +126,9 @@ def load_metadata(directory: Path) -> dcp.Metadata:
 
 
 def read_metadata(payload: bytes, origin: str, planning: Mapping[tuple[str, str], Any] | None = None) -> Any:
-    """What an index holds, by the allow-list; saving plans in it are of the classes in ``planning``, else ``Opaque``.
+    """Unpickle an index through the allow-list. Classes of save plans come from ``planning``, else are ``Opaque``.
 
-    Raises CheckpointError when it is broken or asks for code. Nothing else of it is validated.
+    Raises CheckpointError if it is broken or asks for code. Nothing else is validated.
     """
     try:
         refuse_absurd(payload)

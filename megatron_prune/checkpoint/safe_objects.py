@@ -1,11 +1,11 @@
-"""Read the objects that a checkpoint stores, and legacy files, without running what they hold.
+"""Read the objects that a checkpoint stores, and legacy files, without executing code from them.
 
-``torch.load`` reads them with ``weights_only``, through an allow-list: what Megatron's own list allows becomes an inert
-``Opaque``, so that Megatron need not be imported. What comes back is checked to be a tree of bounded size, so that
-nobody who walks it walks for ever.
+``torch.load`` reads them with ``weights_only`` and an allow-list: classes on Megatron's own list become inert
+``Opaque`` objects, so that Megatron need not be imported. The result is checked to be a tree of bounded size, so that
+traversing it terminates.
 
-A module's ``_extra_state`` is a pickle inside of that: Transformer Engine stores it as the bytes of a tensor, and
-unpickles them when the model is loaded. They are read here through an allow-list of their own.
+A module's ``_extra_state`` is a nested pickle: Transformer Engine stores it as the bytes of a tensor, and unpickles
+them when the model is loaded. It is checked here against a separate allow-list.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import torch
 from megatron_prune.errors import CheckpointError
 
 _ALLOWING = threading.Lock()
-_MOST_VALUES, _DEEPEST = 1_000_000, 64  # of what a walk through a loaded object may meet
+_MOST_VALUES, _DEEPEST = 1_000_000, 64  # limits on the values and the depth of a loaded object
 
 
 class Opaque:
-    """Stands for an object that a checkpoint mentions and that nothing here looks at."""
+    """Inert placeholder for an object of a checkpoint that this package does not use."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.arguments = arguments
@@ -45,7 +45,7 @@ class Opaque:
 
 
 class _Stream(Opaque):
-    """Stands for an ``io.BytesIO``, and keeps its bytes."""
+    """Placeholder for an ``io.BytesIO`` that keeps its bytes."""
 
     content = b""
 
@@ -54,7 +54,7 @@ class _Stream(Opaque):
             self.content = state[0]
 
 
-# Classes that Megatron (megatron.core.safe_globals) allows in the common state. Inert here.
+# Classes that Megatron (megatron.core.safe_globals) allows in the common state. Here they become ``Opaque``.
 _COMMON_IGNORED = (
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
@@ -78,7 +78,7 @@ _COMMON_IGNORED = (
     ),
 )
 
-# What Transformer Engine puts into a module's state, as Megatron's own reader of it (SafeUnpickler) allows it.
+# Names in Transformer Engine's module states, as allowed by Megatron's SafeUnpickler.
 _IN_MODULE_STATE = {
     *(("builtins", name) for name in ("dict", "list", "tuple", "int", "float", "bool", "bytes", "str")),
     ("collections", "OrderedDict"),
@@ -112,18 +112,18 @@ _STORAGE_IN_MODULE_STATE = {
 
 
 def load_common(payload: bytes, origin: str) -> dict[str, Any]:
-    """The common state of a checkpoint (a ``torch.save`` payload), read with ``weights_only``.
+    """Read the common state of a checkpoint (a ``torch.save`` payload) with ``weights_only``.
 
-    ``args`` in it comes back as a plain dictionary; values of Megatron's own classes in it are
-    ``Opaque``. ``origin`` names the source in errors.
+    Its ``args`` become a plain dictionary; values of Megatron's own classes are ``Opaque``.
+    ``origin`` names the source in errors.
     """
     what = f"{origin}: the common state"
     return _as_state(_load(io.BytesIO(payload), what), what)
 
 
 def vet(payload: bytes, key: str, origin: str) -> None:
-    """Refuse (CheckpointError) the object record ``key`` of an index unless Megatron may load it: it is what
-    ``torch.save`` writes, holds nothing but what the allow-list has, and so does a module's state inside of it."""
+    """Raise CheckpointError unless Megatron can safely load the object record ``key``: it must be in the format of
+    ``torch.save`` and hold only classes on the allow-list, also in a nested module state."""
     what = f"{origin}: the record {key}"
     value = _load(io.BytesIO(payload), what)
     if is_module_state(key):
@@ -131,14 +131,14 @@ def vet(payload: bytes, key: str, origin: str) -> None:
 
 
 def is_module_state(key: str) -> bool:
-    """True for a key of what Transformer Engine keeps beside a module's weights."""
+    """True for the key of a module state, which Transformer Engine stores besides the weights."""
     return "_extra_state" in key
 
 
 def load_legacy(path: Path) -> dict[str, Any]:
-    """One ``model_optim_rng.pt``: ``args`` as a plain dictionary, tensors mapped into memory and not read.
+    """Open one ``model_optim_rng.pt``: ``args`` as a plain dictionary, tensors memory-mapped.
 
-    Raises CheckpointError when it is missing, truncated, asks for code, or is no dictionary.
+    Raises CheckpointError if it is missing or truncated, asks for code, or is not a dictionary.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
@@ -146,13 +146,13 @@ def load_legacy(path: Path) -> dict[str, Any]:
 
 
 def vet_file(path: Path) -> None:
-    """Refuse (CheckpointError) a file of ``torch.save`` that asks for code."""
+    """Raise CheckpointError if a ``torch.save`` file asks for code."""
     _load(path, str(path))
 
 
 def vet_module_states(value: Any, what: str) -> None:
-    """Refuse (CheckpointError) a loaded state in which a module's ``_extra_state`` asks for code: Transformer Engine
-    would unpickle it. ``value`` is a tree of bounded size."""
+    """Raise CheckpointError if a module's ``_extra_state`` in a loaded state asks for code, because Transformer
+    Engine would unpickle it. ``value`` is a tree of bounded size."""
     if isinstance(value, dict):
         for key, part in value.items():
             if isinstance(key, str) and is_module_state(key):
@@ -180,7 +180,7 @@ def _vet_module_state(value: Any, what: str) -> None:
 
 
 def _vet_pickle(tensor: torch.Tensor, what: str) -> None:
-    """The bytes of a tensor, of whatever type: Transformer Engine does not look at it."""
+    """Check the bytes of a tensor of any type; Transformer Engine ignores the type."""
     try:
         if not tensor.numel():
             return
@@ -192,7 +192,7 @@ def _vet_pickle(tensor: torch.Tensor, what: str) -> None:
 
 
 class _ModuleStateUnpickler(pickle.Unpickler):
-    """Builds nothing: every allowed name becomes an ``Opaque``."""
+    """Replaces every allowed name with ``Opaque``, so that nothing is built."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STORAGE_IN_MODULE_STATE:
@@ -209,14 +209,14 @@ def _storage(content: bytes) -> Opaque:
 
 
 def refuse_absurd(payload: bytes) -> None:
-    """An unpickler makes room for what a pickle announces: a few bytes could ask for all memory."""
+    """Raise ValueError for huge memo indices: an unpickler allocates for them, so a few bytes could use all memory."""
     for number, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
             raise ValueError(f"it numbers its {number}th value {argument}")
 
 
 def refuse_compression(archive: zipfile.ZipFile) -> None:
-    """``torch.save`` never compresses. What is compressed may be a thousand times as large as its file."""
+    """Raise ValueError for a compressed entry: ``torch.save`` never compresses, and small files could expand hugely."""
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ValueError(f"{entry.filename} in it is compressed")
@@ -250,9 +250,9 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
 
 @contextlib.contextmanager
 def _only_allowing(allowed: list[Any]) -> Iterator[None]:
-    """Megatron registers its real classes with torch; mixed with inert ones, a pickle would meet some of both.
+    """Replace torch's safe globals with ``allowed`` for the block, so that Megatron's real classes do not mix in.
 
-    The list is the process's: one thread at a time, or Megatron would be left with inert ones.
+    The list is global to the process. The lock makes sure that Megatron's classes are restored.
     """
     with _ALLOWING:
         registered = torch.serialization.get_safe_globals()
@@ -266,7 +266,7 @@ def _only_allowing(allowed: list[Any]) -> Iterator[None]:
 
 
 def _check_tree(value: Any) -> None:
-    """Refuse what contains itself, or says a few things so many times over that a walk through it never ends."""
+    """Raise ValueError for cycles and for shared references that expand to too many values."""
     waiting, met = [(value, 0)], 0
     while waiting:
         value, depth = waiting.pop()

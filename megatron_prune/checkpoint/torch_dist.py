@@ -1,6 +1,6 @@
 """The weights of a checkpoint in Megatron's `torch_dist` format: an index and numbered files of records.
 
-Every object in it is vetted when it is opened, whether or not anybody here needs it: Megatron unpickles them all.
+Opening a checkpoint vets every object in it, including those not used here, because Megatron unpickles them all.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
 from megatron_prune.checkpoint.safe_objects import refuse_compression
 from megatron_prune.errors import CheckpointError, StorageError
 
-_COMMON = "common_state/shard_0_1"  # the one that Megatron reads
+_COMMON = "common_state/shard_0_1"  # the only one that Megatron reads
 
 
 class TorchDistSource:
-    """What ``Checkpoint`` reads, from a `torch_dist` directory: ``common`` state, ``stored`` tensors, numbers."""
+    """A ``Checkpoint``'s source of a `torch_dist` directory: ``common`` state, ``stored`` tensors, and their data."""
 
     format = "torch_dist"
 
@@ -52,14 +52,15 @@ class TorchDistSource:
         )
 
     def refuse_damaged(self) -> None:
-        """Refuse a tensor, of an optimizer too, whose record is not what ``torch.save`` writes, naming it."""
+        """Raises CheckpointError, naming the tensor, for a record (also of the optimizer) that is not ``torch.save``'s
+        format."""
         for tensor in self.stored.values():
             for piece in tensor.pieces:
                 self._files.record(piece)
 
     def locate(self, layouts: Mapping[str, WeightLayout], shape: ModelShape) -> dict[str, tuple[Box, ...]]:
-        """The boxes of every logical weight. Raises CheckpointError where one is missing, or in the wrong shape, and
-        for stored weights that are none of them."""
+        """The boxes of every logical weight. Raises CheckpointError if a weight is missing or has the wrong shape, and
+        for unknown stored weights."""
         boxes = {name: index.locate(layout, shape, self.stored, self._directory) for name, layout in layouts.items()}
         known = {box.piece.key for found in boxes.values() for box in found}
         index.refuse_unknown(self.stored, known, self._directory)
@@ -82,13 +83,13 @@ class TorchDistSource:
 
 
 def vet_objects(metadata: Metadata, files: StoredFiles, directory: Path) -> None:
-    """Refuse (CheckpointError, naming it) a record of an index that is no tensor's, unless all of it may be loaded."""
+    """Raises CheckpointError, naming the record, if an object record of the index is not safe to load."""
     objects = [
         (entry.fqn, info)
         for entry, info in metadata.storage_data.items()
         if entry.offset is None or not isinstance(metadata.state_dict_metadata.get(entry.fqn), TensorStorageMetadata)
     ]
-    vetted: set[tuple[bool, bytes]] = set()  # most modules' states are the same bytes
+    vetted: set[tuple[bool, bytes]] = set()  # most module states are identical bytes
 
     def vet(found: tuple[str, Any]) -> None:
         key, info = found
@@ -105,11 +106,11 @@ def _content(info: Any, files: StoredFiles, directory: Path) -> bytes:
     return files.read_bytes(info.relative_path, info.offset, info.length)
 
 
-# The numbers in the files of a `torch_dist` directory, read by byte range. Nothing in them is executed.
+# Reading tensor data by byte range.
 
 
 class StoredFiles:
-    """Open files of ``directory``; usable from several threads."""
+    """The open record files of ``directory``. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -136,7 +137,7 @@ class StoredFiles:
             target.copy_(buffer)
 
     def record(self, piece: Piece) -> StoredRecord:
-        """Where the numbers of a piece lie. Raises CheckpointError where its record is damaged or another's."""
+        """Where the data of a piece are. Raises CheckpointError if its record is damaged or contradicts the index."""
         place = (piece.file, piece.start)
         if place not in self._records:
             origin = f"{self._directory / piece.file} (the shard of {piece.key} at {list(piece.offsets)})"
@@ -150,7 +151,7 @@ class StoredFiles:
         return self._records[place]
 
     def read_bytes(self, name: str, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of a file. Raises CheckpointError where it ends before."""
+        """Bytes [start, start + length) of a file. Raises CheckpointError if the file is shorter."""
         found = self._open(name).read(length, start)
         if len(found) < length:
             raise CheckpointError(f"{self._directory / name} is truncated: it ends before {start + length}")
@@ -179,13 +180,12 @@ class StoredFiles:
             done += got
 
 
-# Where the numbers of a stored tensor lie in its file: the records that ``torch.save`` writes, never unpickled
-# into tensors. ``locate`` reads a record's own index and gives the byte range; nothing in it is executed.
+# Locating the data inside a ``torch.save`` record without unpickling it into a tensor.
 
 
 @dataclass(frozen=True)
 class StoredRecord:
-    """Where the numbers of one stored tensor lie: byte ``offset`` in its file, and their strides."""
+    """Where the data of one stored tensor are: byte ``offset`` in its file, type, size and strides (in elements)."""
 
     offset: int
     dtype: torch.dtype
@@ -206,7 +206,7 @@ _STORAGE_DTYPES = {name: dtype for dtype, name in torch.storage._dtype_to_storag
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Understands exactly what ``torch.save(tensor)`` writes, and builds no tensor."""
+    """Accepts exactly what ``torch.save(tensor)`` writes, and builds no tensor."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -227,10 +227,10 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length: int, origin: str) -> StoredRecord:
-    """Find the raw numbers of the ``torch.save`` record in bytes [start, start + length) of an open file.
+    """Find the raw data of the ``torch.save`` record in bytes [start, start + length) of an open file.
 
-    Nothing in the record is executed. Raises CheckpointError naming ``origin`` for a record that is
-    truncated, compressed, big-endian, or not one plain tensor.
+    Executes nothing. Raises CheckpointError, naming ``origin``, for a record that is truncated,
+    compressed, big-endian, or not a single plain tensor.
     """
     try:
         with zipfile.ZipFile(io.BufferedReader(storage.Window(handle, start, length))) as archive:
@@ -242,7 +242,7 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
                 io.BytesIO(archive.read(entries["data.pkl"]))
             ).load()
             entry = entries[f"data/{key}"]
-        # The local header says how much padding precedes the numbers.
+        # The padding before the data is only in the local header.
         header = handle.read(30, start + entry.header_offset)
         if header[:4] != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its numbers are compressed or missing")

@@ -1,8 +1,8 @@
-"""Which iteration of a save directory is the latest whole one, and the tracker file that says so.
+"""Find the latest complete iteration of a save directory, and repair the tracker file that names it.
 
-Megatron rewrites ``latest_checkpointed_iteration.txt`` in place (on a disk): a process killed there leaves it
-empty, and loading then ends the program with exit code 0. ``repair_tracker`` points it to the newest
-complete iteration; readers find that iteration without writing anything.
+Megatron rewrites ``latest_checkpointed_iteration.txt`` in place (on a disk). A process killed during that write leaves
+it empty, and Megatron then exits with code 0 when loading. ``repair_tracker`` makes it name the newest complete
+iteration; readers find that iteration without writing anything.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megatron_prune.artifacts import read_json, write_bytes
 from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-_TRACKER_BYTES = 20  # no iteration has so many digits
+_TRACKER_BYTES = 20  # more digits than any iteration has
 _ITERATION = re.compile(r"iter_(\d{7,19})")
 
 
 @dataclass(frozen=True)
 class FoundIteration:
-    """A checkpoint directory, the root that its tracker lies in, and what its name says."""
+    """A checkpoint directory, the root that holds its tracker, and what its name says."""
 
     root: Path
     directory: Path
-    iteration: int | None  # None: the stored state says
+    iteration: int | None  # None: read it from the stored state
     release: bool
 
 
@@ -37,7 +37,7 @@ def iteration_directory(root: str | Path, iteration: int) -> Path:
 
 
 def root_of(path: str | Path) -> Path:
-    """Where the tracker of a checkpoint lies, and what was written beside it: of ROOT/iter_… and ROOT/release, ROOT."""
+    """The directory with the tracker of a checkpoint: ROOT, also for ROOT/iter_… and ROOT/release."""
     path = storage.path(path)
     return path.parent if _ITERATION.fullmatch(path.name) or path.name == "release" else path
 
@@ -45,10 +45,10 @@ def root_of(path: str | Path) -> Path:
 def is_complete(directory: str | Path) -> bool:
     """True for a directory whose save finished and whose files are all long enough.
 
-    In `torch_dist` format Megatron writes ``metadata.json`` last; the index says which bytes of which file must
-    exist. In the legacy format every rank's file must be there and end as such a file does.
+    In `torch_dist` format Megatron writes ``metadata.json`` last, and the index says which bytes of which file must
+    exist. In the legacy format every rank's file must exist and not be truncated.
 
-    Raises CheckpointError where the index asks for code.
+    Raises CheckpointError if the index asks for code, StorageError if a store fails.
     """
     from megatron_prune.checkpoint import index, legacy, safe
 
@@ -64,17 +64,17 @@ def is_complete(directory: str | Path) -> bool:
             needed[info.relative_path] = max(needed[info.relative_path], info.offset + info.length)
         index.check_files(directory, needed)
     except (StorageError, safe.AsksForCode):
-        raise  # it may be complete; it is, and hostile
+        raise  # unknown because the store failed; or complete but malicious
     except (MegatronPruneError, OSError, TypeError):
         return False
     return True
 
 
 def find_iteration(root: str | Path) -> FoundIteration | None:
-    """The checkpoint that ``root`` would be loaded from: the tracked one, or the newest complete one where
-    the tracker is missing, empty or broken. None where there is none at all.
+    """The checkpoint to load from ``root``: the tracked one, or the newest complete one if the tracker is missing,
+    empty or broken. None if there is no checkpoint.
 
-    Raises CheckpointError when the tracker names a directory that does not exist or is incomplete.
+    Raises CheckpointError if the tracker names a directory that does not exist.
     """
     root = storage.path(root)
     tracked = _tracked(root)
@@ -86,19 +86,19 @@ def find_iteration(root: str | Path) -> FoundIteration | None:
 
 
 def is_sound(root: str | Path) -> bool:
-    """True where Megatron can read the tracker, or there is none."""
+    """True if Megatron can read the tracker, or there is none."""
     root = storage.path(root)
     return _tracked(root) is not None or not (root / TRACKER_FILE).exists()
 
 
 def repair_tracker(root: str | Path) -> Path | None:
-    """Make the tracker name a complete checkpoint, the tracked one if it is; returns its directory.
+    """Make the tracker name a complete checkpoint, preferably the one it names now; returns its directory.
 
-    A tracker that is missing, empty, broken, or names a half-written directory is pointed to the newest
-    complete iteration. An empty tracker in a directory without any checkpoint is removed, so that Megatron
-    starts from the beginning. None where ``root`` holds no checkpoint. Several processes may call it at once.
+    If the tracker is missing, empty or broken, or names an incomplete directory, it is rewritten to the newest
+    complete iteration. An empty tracker without any checkpoint is removed, so that Megatron starts from the
+    beginning. Returns None if ``root`` holds no checkpoint. Safe to call from several processes at once.
 
-    Raises CheckpointError when the tracker names an iteration and no complete one is left.
+    Raises CheckpointError if the tracker names an iteration and no complete one is left.
     """
     from megatron_prune.checkpoint.legacy import is_legacy
 
@@ -117,13 +117,13 @@ def repair_tracker(root: str | Path) -> Path | None:
                 f"{root / TRACKER_FILE} names {tracked.directory.name}, which is missing or truncated, and "
                 f"{root} holds no other complete checkpoint: restore it, or delete the tracker to start again"
             )
-        return tracked.directory  # another format than these two: Megatron's to judge
+        return tracked.directory  # a format that only Megatron can check
     (root / TRACKER_FILE).unlink(missing_ok=True)
     return None
 
 
 def resolve(path: Path) -> FoundIteration:
-    """The checkpoint that a command-line argument means: a root with a tracker, or one of its directories."""
+    """The checkpoint that a path names: a root with a tracker, or one of its directories. Raises CheckpointError."""
     from megatron_prune.checkpoint.legacy import is_legacy
 
     path = path.absolute()
@@ -155,13 +155,13 @@ def resolve(path: Path) -> FoundIteration:
 
 
 def _backend(directory: Path) -> str | None:
-    """What ``metadata.json`` says; None where it says nothing."""
+    """The format named in ``metadata.json``; None if it names none."""
     found = read_json(directory / "metadata.json")
     return str(found["sharded_backend"]) if isinstance(found, dict) and "sharded_backend" in found else None
 
 
 def _tracked(root: Path) -> FoundIteration | None:
-    """What a sound tracker says; None where it is missing, empty or broken."""
+    """The checkpoint that the tracker names; None if the tracker is missing, empty or broken."""
     if not (root / TRACKER_FILE).is_file():
         return None
     text = storage.open_bytes(root / TRACKER_FILE).read(_TRACKER_BYTES, 0).decode(errors="replace").strip()
@@ -184,11 +184,8 @@ def _newest_complete(root: Path) -> FoundIteration | None:
     return FoundIteration(root, root / "release", 0, True) if is_complete(root / "release") else None
 
 
-# What is no checkpoint of Megatron's, or cannot become one: recognised, so that its refusal says what to do.
-#
-# Other programs' directories are known by the files that they write: Megatron-Bridge (``run_config.yaml``,
-# ``train_state.pt``), NeMo (``model_weights``, ``weights``), ModelOpt's state beside Megatron's weights
-# (``modelopt_state``), Hugging Face models. What is only *shaped* like one of them is refused by the reader.
+# Directories that are not Megatron checkpoints, or not supported. They are recognized by the files that other programs
+# write (Megatron-Bridge, NeMo, ModelOpt, Hugging Face), so that the error can say what to do.
 
 
 _WHY_NOT_STORED = (
@@ -198,12 +195,12 @@ _WHY_NOT_STORED = (
 
 
 def refuse_remote(flag: str, path: str | Path) -> None:
-    """Refuse (UsageError) an address in an object store where a new checkpoint goes, naming the flag that gave it."""
+    """Raise UsageError, naming ``flag``, if a new checkpoint would be written to an object store."""
     storage.refuse_stored(flag, path, _WHY_NOT_STORED)
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse (CheckpointError) a directory that another program than Megatron wrote."""
+    """Raise CheckpointError for a directory that a program other than Megatron wrote."""
     if (directory / "modelopt_state").exists():
         raise CheckpointError(
             f"{directory} carries ModelOpt's state (modelopt_state): what it says about the weights (quantizers, other "
@@ -229,6 +226,6 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def is_megatron(directory: Path) -> bool:
-    """True for a directory that looks like a Megatron checkpoint, whole or not."""
+    """True for a directory that looks like a Megatron checkpoint, complete or not."""
     names = (TRACKER_FILE, ".metadata", "metadata.json", "release", "mp_rank_00")
     return any((directory / name).exists() for name in names) or any(directory.glob("iter_*"))

@@ -1,9 +1,9 @@
 """Write a `torch_dist` checkpoint weight by weight, so that unmodified Megatron loads it.
 
-``CheckpointWriter`` takes logical weights as blocks of rows, stores each block as one record (layers
-stacked under Megatron's homogeneous names), and finishes atomically: the directory appears whole,
-with tracker, index, rewritten ``args``, ``integrity.json`` and ``pruning.json``, or not at all.
-Memory is bounded by a few blocks. What it writes is a *release*: iteration 0, no samples consumed.
+``CheckpointWriter`` takes logical weights as blocks of rows and stores each block as one record, with
+layers stacked under Megatron's homogeneous names. The directory is written atomically, with tracker,
+index, rewritten ``args``, ``integrity.json`` and ``pruning.json``. Memory is bounded by a few blocks.
+The result is a *release*: iteration 0, no samples consumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE, refuse_remote
 from megatron_prune.errors import CheckpointError
 
-# Files of a Hugging Face model that travel beside its weights.
+# Files of a Hugging Face model that are copied along with its weights.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -45,14 +45,13 @@ class CheckpointWriter:
             for layout in weights(ModelShape.from_args(args)):
                 writer.add(layout.name, layout.shape, blocks_of_rows)
 
-    ``args`` are the Megatron arguments to store (``rewrite_args`` is applied); the shape that they say is the
-    list of weights that must be added, in any order. ``pruning`` is the provenance chain. ``huggingface`` is
-    a folder of tokenizer files and config to carry along; ``tokenizer_model`` then points to the copy.
+    ``args`` are the Megatron arguments to store (after ``rewrite_args``). They define the weights that must be
+    added, in any order. ``pruning`` is the provenance chain. ``huggingface`` is a folder of tokenizer files and
+    config to copy; the stored ``tokenizer_model`` then names the copy. ``parts`` are weights that other
+    processes have already written.
 
-    Refuses (CheckpointError) an existing ``root`` that is not empty, a disk that cannot hold the result, a
-    weight of the wrong shape, unknown or added twice, and an incomplete set of weights.
-
-    Weights that other processes have written already, in ``parts``, belong to it from the start.
+    Raises CheckpointError for a non-empty ``root``, too little disk space, a weight that is unknown, added
+    twice or of the wrong shape, and a missing weight.
     """
 
     def __init__(
@@ -115,10 +114,10 @@ class CheckpointWriter:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Add a logical weight of ``shape`` as consecutive blocks of its rows, [rows, ...] each.
+        """Add a logical weight of ``shape`` as consecutive blocks of its rows, each [rows, ...].
 
-        ``dtype`` is the stored type (the writer's by default); blocks of another type are cast. Blocks are
-        hashed and written in the background: they must not change after they are yielded.
+        ``dtype`` is the stored type (default: the writer's); blocks of other types are cast. Blocks are hashed
+        and written in the background, so they must not change after they are yielded.
         """
         layout = self._layouts.get(name)
         if layout is None:
@@ -141,7 +140,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{name}: expected {layout.shape[0]} rows, got {row}")
 
     def add_all(self, blocks: Blocks, workers: int = 1) -> None:
-        """Add every weight of the model from ``blocks``, in this process, or in ``workers`` others at once."""
+        """Add every weight of the model from ``blocks``, in this process or in ``workers`` processes."""
         if check_workers(workers) == 1:
             sizes = (layout.numel * blocks.dtype(layout.name).itemsize for layout in self._layouts.values())
             with screen.Bar(sum(sizes), f"writing {self.root}", "B") as bar:
@@ -161,7 +160,7 @@ class CheckpointWriter:
     def _enter(
         self, layout: WeightLayout, offsets: Sequence[int], sizes: Sequence[int], dtype: torch.dtype
     ) -> tuple[dcp.MetadataIndex, torch.Size]:
-        """Put a rectangle of a weight into the index of the checkpoint; its key and size there."""
+        """Add a rectangle of a weight to the index; returns its index key and stored size."""
         layer = () if layout.layer is None else (layout.layer,)
         key = layout.name if layout.layer is None else stacked_name(layout.suffix)
         stored_offsets = torch.Size((*layer, *offsets))
@@ -179,7 +178,7 @@ class CheckpointWriter:
         return dcp.MetadataIndex(key, stored_offsets), stored_sizes
 
     def _adopt(self, part: Part) -> None:
-        """Let what a part holds be of this checkpoint: its files get a second name, nothing is copied."""
+        """Add the pieces of a part to this checkpoint by hard-linking its files."""
         self._parts_adopted += 1
         number, names = self._parts_adopted, {}
         for position, (file, digest) in enumerate(part.hashes.items()):
@@ -198,16 +197,16 @@ class CheckpointWriter:
         self._storage[index] = _StorageInfo(*self._files.append(make, value))
 
     def add_file(self, name: str, payload: bytes) -> None:
-        """Put a small file beside the tracker, by its path under ``root`` (prune: ``pruning/plan.json``)."""
+        """Write a small file next to the tracker; ``name`` is its path under ``root`` (e.g. ``pruning/plan.json``)."""
         path = self._root_scratch / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(payload)
 
     def beside(self, name: str) -> Path:
-        """Where ``name`` beside the tracker is to be written, until everything gets its final name (``masks``)."""
+        """The temporary path at which to write ``name`` (e.g. ``masks``), which ends up next to the tracker."""
         return self._root_scratch / name
 
-    # -- the rest of a checkpoint ---------------------------------------------------------------
+    # -- finishing ------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         missing = [name for name in self._layouts if name not in self._added]
@@ -228,7 +227,7 @@ class CheckpointWriter:
         )
         (self._directory / ".metadata").write_bytes(pickle.dumps(metadata))
         write_json(self._directory / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-        # Reading it back checks index and coverage before anything gets its final name.
+        # Reading it back checks index and coverage before the final rename.
         written = open_checkpoint(self._directory)
         write_json(
             self._directory / PRUNING_FILE,
@@ -250,7 +249,7 @@ class CheckpointWriter:
         (self._root_scratch / TRACKER_FILE).write_text("release")
 
     def _carry_along(self, source: Path) -> None:
-        """Copy tokenizer and config, and let the stored args find the copy."""
+        """Copy tokenizer and config, and make the stored args name the copy."""
         folder = self._root_scratch / HUGGINGFACE_FOLDER
         folder.mkdir()
         for name in SIDE_FILES:
@@ -263,7 +262,7 @@ class CheckpointWriter:
             }
 
     def _write_objects(self) -> None:
-        """Common state, and one empty record that serves as every module's `_extra_state`."""
+        """Write the common state, and one empty record shared by every module's `_extra_state`."""
         common = dcp.MetadataIndex("common_state/shard_0_1")
         self._write(common, object_record, [common_state(self.args)])
         extra = extra_state_keys(self.shape)
@@ -274,14 +273,14 @@ class CheckpointWriter:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no such thing."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
 
 
-# What a checkpoint stores beside its weights: arguments, counters, and the empty state of every module.
+# The other objects of a checkpoint: arguments, counters, and the empty state of every module.
 
 
 # Arguments of the run that saved the parent, not of the model.
@@ -295,7 +294,7 @@ _RUN_ARGUMENTS = (
     "finetune",
     "exit_interval",
 )
-# Modules whose `_extra_state` Transformer Engine or Megatron's local layers ask for when loading.
+# Modules whose `_extra_state` Transformer Engine or Megatron's local layers read when loading.
 _EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -306,7 +305,7 @@ _EXTRA_STATE = (
 
 
 def rewrite_args(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Stored arguments of a checkpoint that starts anew: nothing consumed, no paths of the old run.
+    """Stored arguments for training from the start: no consumed samples, no paths of the old run.
 
     Values of Megatron's own classes (enumerations that Megatron does not restore) are left out, so that
     the result loads anywhere with ``weights_only``.
@@ -333,7 +332,7 @@ def _plain(value: Any) -> bool:
 
 
 def common_state(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What Megatron wants to find in a checkpoint that starts anew with these (rewritten) arguments."""
+    """The common state that Megatron expects, with these (rewritten) arguments, for training from the start."""
     return {
         "args": argparse.Namespace(**args),
         "checkpoint_version": 3.0,
