@@ -1,8 +1,8 @@
 """Hugging Face ``config.json`` of the Llama family ⇄ Megatron arguments.
 
-``args_from_config`` and ``config_from_args`` are each other's inverse on the models that both sides
-can say; what one of them cannot say is refused, never dropped. RoPE is read in the form of
-transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``), and written in both.
+``args_from_config`` and ``config_from_args`` are inverses on the models that both formats can express;
+anything else raises CheckpointError. RoPE is read in the form of transformers 4 (``rope_theta``,
+``rope_scaling``) and 5 (``rope_parameters``), and written in both.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_prune.checkpoint.layout import ModelShape, vocabulary
 from megatron_prune.errors import CheckpointError, UsageError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-# What a config.json that leaves a key out means (transformers' own defaults).
+# transformers' defaults for keys missing from config.json.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
 }
 _LARGEST = 1 << 31
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# Megatron's RoPE scaling knows these numbers and only lets the factor be chosen.
+# Fixed in Megatron's RoPE scaling, which only lets the factor be chosen.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# Megatron arguments that a Llama-family model must have, and what they are taken to be when absent.
+# Megatron arguments of a Llama-family model: (required value, value assumed if absent).
 _REQUIRED: dict[str, tuple[Any, Any]] = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "swiglu": (True, False),
@@ -51,10 +51,10 @@ def args_from_config(
     tensor_model_parallel_size: int = 1,
     max_position_embeddings: int | None = None,
 ) -> dict[str, Any]:
-    """Megatron arguments that describe the model of a ``config.json``.
+    """Megatron arguments for the model that a ``config.json`` describes.
 
-    The vocabulary is padded to a multiple of ``make_vocab_size_divisible_by`` ×
-    ``tensor_model_parallel_size``, as Megatron does. ``max_position_embeddings`` may lower the model's own.
+    As in Megatron, the vocabulary is padded to a multiple of ``make_vocab_size_divisible_by`` ×
+    ``tensor_model_parallel_size``. ``max_position_embeddings`` can lower the model's own value.
 
     Raises CheckpointError naming what Megatron (or this package) cannot represent.
     """
@@ -99,7 +99,7 @@ def args_from_config(
         "kv_channels": values.get("head_dim") or values["hidden_size"] // heads,
         "max_position_embeddings": positions,
         "position_embedding_type": "rope",
-        "add_position_embedding": True,  # Megatron's default; it compares this on loading
+        "add_position_embedding": True,  # Megatron's default, compared on loading
         "use_rotary_position_embeddings": False,
         "rotary_base": theta,
         "rotary_percent": 1.0,
@@ -128,9 +128,9 @@ def args_from_config(
 
 
 def find_config(hf: str | Path) -> dict[str, Any] | None:
-    """A model's ``config.json``: the file, one in a directory, or of the model of that name in the Hub's local cache.
+    """A model's ``config.json``: given as a file, a directory, or a model name in the Hub's local cache.
 
-    None where there is none; nothing is downloaded. Raises CheckpointError where it is not JSON.
+    Returns None if there is none; downloads nothing. Raises CheckpointError if it is not JSON.
     """
     path = Path(hf)
     if path.is_dir():
@@ -154,8 +154,8 @@ def config_from_args(
 ) -> dict[str, Any]:
     """The ``config.json`` of a Llama-family model with these Megatron arguments.
 
-    ``original`` is the config that the model was imported with, if it was: its other entries (token ids,
-    for example) and its ``model_type`` stay. Raises CheckpointError naming an argument that no Llama has.
+    ``original`` is the config of an imported model: its ``model_type`` and other entries (such as token ids)
+    are kept. Raises CheckpointError naming an argument that the Llama family does not support.
     """
     for name, (required, absent) in _REQUIRED.items():
         found = args.get(name)
@@ -165,15 +165,15 @@ def config_from_args(
         if not _is_number(args.get(name) or 1.0):
             raise CheckpointError(f"the checkpoint's stored args have {name}={args[name]!r:.60}, expected a number")
     shape = ModelShape.from_args(args)
-    # A tokenizer's folder may hold the config of another family: nothing to learn from it.
+    # A tokenizer's folder may hold the config of another model family, which does not apply.
     base = dict(original) if original is not None and original.get("model_type") in ARCHITECTURES else {}
     kind = base.get("model_type", "llama")
     positions = args.get("max_position_embeddings") or base.get("max_position_embeddings") or 2048
     if base:
-        # An import may have lowered it; the weights still have the original's reach.
+        # An import may have lowered it; the weights still support the original's positions.
         positions = max(positions, (_DEFAULTS[kind] | base)["max_position_embeddings"])
     if kind == "llama" and shape.hidden_size % shape.num_attention_heads:
-        # A pruned width. transformers 5 refuses such a Llama; a Mistral without a window is the same model.
+        # A pruned width: transformers 5 refuses such a Llama, but a Mistral without a window is the same model.
         kind = "mistral"
         base.pop("architectures", None)
     theta = float(args.get("rotary_base") or 10000)
@@ -208,7 +208,7 @@ def config_from_args(
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuse sizes that are no sizes, and numbers that are none."""
+    """Raises CheckpointError for sizes that are not positive integers, and for values that are not numbers."""
     for key in (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
         found = values.get(key)
         if found is not None and (type(found) is not int or not 1 <= found <= _LARGEST):
@@ -238,7 +238,7 @@ def _positions(values: Mapping[str, Any], lowered: int | None) -> int:
 
 
 def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
-    """``(theta, factor)``; the factor is None without scaling."""
+    """RoPE ``(theta, factor)``; factor is None without scaling."""
     given = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(part, Mapping) for part in given):
         raise CheckpointError(f"config.json has RoPE parameters {given!r:.60}, expected an object")

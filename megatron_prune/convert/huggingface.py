@@ -1,9 +1,8 @@
 """Llama-family models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
 
-One table (``huggingface_table.py``) says, for every Megatron weight, which rows of which Hugging Face
-tensors it is made of; import reads it forwards and export backwards. Both stream blocks of rows, so neither
-needs more memory than a few blocks. Padding of the vocabulary is added on import and cut on export,
-and every tensor keeps its type: what is exported after an import is the same, bit for bit.
+The table in ``llama.py`` maps every Megatron weight to rows of Hugging Face tensors; import and export both use
+it. Both stream blocks of rows, so memory is bounded by a few blocks. Import pads the vocabulary, export removes
+the padding, and every tensor keeps its type, so an import followed by an export is bit-exact.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ def import_hf(
 ) -> Checkpoint:
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
 
-    ``dtype`` casts every tensor; by default each keeps its own. ``workers`` processes share the work. Tokenizer files
-    and config travel along in ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises
-    CheckpointError, before anything is written, for a model that cannot be represented or whose files are missing or
-    truncated, and MasksError for masks that do not fit it.
+    ``dtype`` casts every tensor; by default each keeps its type. ``workers`` processes share the work. Tokenizer files
+    and config are copied to ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises
+    CheckpointError, before writing, for a model that cannot be represented or whose files are missing or truncated,
+    and MasksError for masks that do not fit the model.
     """
     source = local_directory(hf)
     config = read_json(source / "config.json")
@@ -75,7 +74,7 @@ def import_hf(
 
 @dataclass
 class Imported(Blocks):
-    """Megatron's weights out of a Hugging Face directory; ``masks`` are the folder of those that must fit them."""
+    """Megatron's weights from a Hugging Face directory, checked against the masks in the folder ``masks``, if any."""
 
     source: Path
     shape: ModelShape
@@ -114,11 +113,11 @@ def export_hf(
     workers: int = 1,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (which must not exist or be empty), its masks
-    as ``masks.safetensors``; ``workers`` processes share its files. ``files`` are others to put into it, by name.
+    """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (new or empty), its masks as
+    ``masks.safetensors``. ``workers`` processes share the files. ``files`` are additional files, content by name.
 
-    Raises CheckpointError for a model that Hugging Face's Llama family cannot say, MasksError for masks that do not
-    fit the weights.
+    Raises CheckpointError for a model that Hugging Face's Llama family cannot represent, MasksError for masks that do
+    not fit the weights.
     """
     checkpoint = open_checkpoint(load)
     refuse_unrestored(checkpoint.args, str(load))
@@ -148,7 +147,7 @@ def export_hf(
 
 @dataclass
 class Exported(Blocks):
-    """Hugging Face's tensors out of the checkpoint ``load``; ``masks`` are the folder of those that must fit."""
+    """Hugging Face tensors from the checkpoint ``load``, checked against the masks in the folder ``masks``, if any."""
 
     load: Path
     masks: Path | None
@@ -190,7 +189,7 @@ def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def _blocks(
     layout: WeightLayout, pieces: list[Segment], tensors: safetensors_io.Tensors, dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
-    """Rows of a Megatron weight in blocks of about BLOCK_BYTES, however finely its segments interleave."""
+    """Rows of a Megatron weight in blocks of about BLOCK_BYTES; short segments are joined."""
     step = _rows_per_block(dtype, layout.shape)
     held: list[torch.Tensor] = []
     for piece in pieces:
@@ -208,7 +207,7 @@ def _blocks(
 
 
 def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path) -> None:
-    """Every tensor that is needed is there in its shape, and none is left over."""
+    """Raises CheckpointError if a tensor is missing, has the wrong shape or type, or is unknown."""
     known = set()
     for layout in weights(shape):
         rows: dict[str, int] = {}
@@ -233,8 +232,8 @@ def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dic
 
 
 def local_directory(hf: str | Path) -> Path:
-    """``hf`` itself, a directory, or where the Hub's model of that name has been downloaded to. CheckpointError when
-    there is none, or no network."""
+    """The directory ``hf``, or the local copy of the Hub's model of that name, downloaded if necessary. Raises
+    CheckpointError if there is none or the download fails."""
     if Path(hf).is_dir():
         if is_megatron(Path(hf)):
             raise CheckpointError(

@@ -1,8 +1,7 @@
-"""What a checkpoint holds, for people (a tree) and for programs (JSON).
+"""Describe the content of a checkpoint as JSON (``describe``) or as a printed tree (``show``).
 
-``describe`` collects names, shapes, types, shards, arguments, provenance and, on request, the share
-of exact zeros (one streaming pass); ``show`` prints it. Consecutive layers that look the same are
-shown once.
+The description has names, shapes, types, shards, arguments, provenance and, on request, the fraction of
+exact zeros (one streaming pass). The tree shows identical consecutive layers once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.masks import find_masks, open_masks
 
-_WIDTH = 150  # of the tree at least: names must not be cut
+_WIDTH = 150  # minimum width of the tree, so that names are not cut
 
 
 def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool = False) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
 
 
 def _describe_masks(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The masks beside the weights, as their own index tells; their bits are read by ``masks.verify``."""
+    """The masks next to the weights, from their index alone; ``masks.verify`` reads the bits."""
     folder = find_masks(checkpoint.root)
     if folder is None:
         return None
@@ -92,9 +91,9 @@ def _describe_masks(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def flags(checkpoint: Checkpoint) -> list[str]:
-    """Flags that unmodified Megatron needs beside ``--load … --use-checkpoint-args`` to build the same model.
+    """Flags that unmodified Megatron needs, besides ``--load … --use-checkpoint-args``, to build the same model.
 
-    Our own verbs restore these by themselves.
+    This package's commands restore these settings themselves.
     """
     args, dtype = checkpoint.args, checkpoint.spec(checkpoint.names[0]).dtype
     words = [flag for flag, kind in (("--bf16", torch.bfloat16), ("--fp16", torch.float16)) if dtype == kind]
@@ -108,7 +107,7 @@ def flags(checkpoint: Checkpoint) -> list[str]:
 
 
 def warnings(checkpoint: Checkpoint) -> list[str]:
-    """What no flag of unmodified Megatron can mend."""
+    """Warnings about what no flag of unmodified Megatron can fix."""
     factor = checkpoint.args.get("rope_scaling_factor")
     if checkpoint.args.get("use_rope_scaling") and factor not in (None, 8, 8.0):
         return [f"unmodified Megatron 0.19 ignores --rope-scaling-factor {factor} and uses 8: wrong RoPE"]
@@ -154,7 +153,7 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
     console.print(top)
-    # Not in the tree: this line is to be copied.
+    # Outside the tree, so that the line can be copied.
     print("\nflags for unmodified Megatron, beside --use-checkpoint-args:")
     print(" ".join(found["flags"]) or "none")
     for note in notes:

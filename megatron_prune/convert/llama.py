@@ -1,6 +1,6 @@
-"""Which rows of which Hugging Face tensors a Megatron weight is made of, for the Llama family.
+"""The mapping between rows of Megatron weights and rows of Hugging Face tensors, for the Llama family.
 
-``segments`` says it for one weight, ``rows_of_tensors`` backwards for a whole model. Numbers and masks both go by it.
+``segments`` maps one weight, ``rows_of_tensors`` inverts the mapping for a whole model. Weights and masks share it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Segment:
 
 
 def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int) -> list[Segment]:
-    """What a Megatron weight is made of, from its first row to its last."""
+    """The segments of a Megatron weight, from its first row to its last."""
     if layout.axes[0] == "qkv":
         query, key, value = (name.format(layout.layer) for name in (_QUERY, _KEY, _VALUE))
         d, per_group = shape.kv_channels, shape.heads_per_group * shape.kv_channels
@@ -60,8 +60,8 @@ def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int) -> l
 def rows_of_tensors(
     layouts: Iterable[WeightLayout], shape: ModelShape, vocabulary_size: int
 ) -> dict[str, list[tuple[Segment, str, int]]]:
-    """The table backwards: for every Hugging Face tensor that ``layouts`` need its rows in ascending order, each with
-    the Megatron weight that holds them and their first row there."""
+    """The inverse of ``segments``: for every Hugging Face tensor of ``layouts``, its segments in ascending row order,
+    each with the Megatron weight that holds it and its first row there."""
     made_of: dict[str, list[tuple[Segment, str, int]]] = defaultdict(list)
     for layout in layouts:
         row = 0

@@ -1,8 +1,8 @@
-"""``masks.safetensors``: the masks of a Hugging Face model, beside its weights and under their names.
+"""``masks.safetensors``: the masks of a Hugging Face model, next to its weights and under their names.
 
-One tensor a weight (q, k, v, gate and up apart), uint8 [out, ceil(in / 8)]: bit k of byte j of a row is input 8·j + k,
-1 is kept. The header's metadata has ``patterns`` and ``shapes`` (JSON, by name), ``version`` and ``hash``, which is the
-hash of the masks of the Megatron checkpoint: what comes back after an export is what went out.
+One tensor per weight (q, k, v, gate and up separate), uint8 [out, ceil(in / 8)]: bit k of byte j of a row is input
+8·j + k, 1 means kept. The header's metadata has ``patterns`` and ``shapes`` (JSON, by name), ``version`` and ``hash``:
+the hash of the Megatron checkpoint's masks, which an import verifies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSION = "1"
 
 
 def export_masks(masks: Masks, path: Path) -> None:
-    """Write ``masks`` to ``path``, streamed."""
+    """Stream ``masks`` to the file ``path``."""
     masked = [layout for layout in weights(masks.model) if layout.name in masks.entries]
     made_of = rows_of_tensors(masked, masks.model, vocabulary_size=0)  # no linear depends on the vocabulary
     shapes = {name: (parts[-1][0].stop, masks.entries[parts[0][1]].shape[1]) for name, parts in made_of.items()}
@@ -53,9 +53,9 @@ def export_masks(masks: Masks, path: Path) -> None:
 
 
 def import_masks(path: Path, shape: ModelShape, folder: Path) -> Masks:
-    """Write the masks in the file ``path`` to ``folder``, for a model of this shape, streamed.
+    """Stream the masks in the file ``path`` to ``folder``, for a model of this shape.
 
-    Raises MasksError for a file that is damaged or not for this model, naming what does not fit.
+    Raises MasksError, naming what does not fit, for a file that is damaged or not for this model.
     """
     import safetensors
 

@@ -1,7 +1,7 @@
-"""Safetensors by blocks of rows: read slices of sharded files, write sharded files without holding a tensor.
+"""Safetensors by blocks of rows: read slices of sharded files, write sharded files in bounded memory.
 
-Reading uses the safetensors library (memory-mapped). Its writer wants whole tensors in memory, so
-files are written here; the format is a length, a JSON header, and the raw numbers.
+Reading uses the safetensors library (memory-mapped). Its writer needs whole tensors in memory, so this
+module writes files itself; the format is a length, a JSON header, and the raw data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Tensors:
-    """The tensors of a Hugging Face directory, one file or many. Raises CheckpointError for a missing or
+    """The tensors of a Hugging Face directory, in one or more files. Raises CheckpointError for a missing or
     truncated file, and for an index that names files outside the directory."""
 
     def __init__(self, directory: Path) -> None:
@@ -73,7 +73,7 @@ class Tensors:
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises CheckpointError for a missing tensor or a type that is no floating point."""
+        """Type of a tensor. Raises CheckpointError if it is missing or not a supported floating-point type."""
         if name not in self._slices:
             raise CheckpointError(f"{self._directory} lacks the tensor {name}")
         code = self._slices[name].get_dtype()
@@ -94,9 +94,8 @@ def write_sharded(
     max_shard_bytes: int,
     workers: int = 1,
 ) -> None:
-    """Write tensors (name → type and shape, in order) as one safetensors file, or several with an index, which
-    ``workers`` processes share.
-    """
+    """Write tensors (name → type and shape, in order) as one safetensors file, or as several with an index, shared
+    among ``workers`` processes."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0
     for name, entry in entries.items():
@@ -137,7 +136,7 @@ def write_file(
     blocks: Callable[[str], Iterable[torch.Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors as one safetensors file; ``blocks(name)`` gives a tensor's consecutive rows."""
+    """Write tensors as one safetensors file; ``blocks(name)`` yields a tensor's consecutive blocks of rows."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     # Wider types first, so that every tensor is aligned.

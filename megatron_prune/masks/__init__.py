@@ -1,20 +1,21 @@
-"""Masks as an artifact: the folder ``masks/`` beside a checkpoint, which says what sparse pruning removed.
+"""The masks artifact: the folder ``masks/`` next to a checkpoint, which records what sparse pruning removed.
 
-A mask is a bool tensor in the shape of its weight [out, in]; True is kept. Zero weights alone are no mask: a kept
-weight may be zero. Only the blocks' linears have masks, under the weights' logical names, and only those that were
-pruned. On disk they are a `torch_dist` folder, sharded like the weights of whoever wrote it:
+A mask is a bool tensor in the shape of its weight [out, in]; True means kept. Masks cannot be inferred from zeros,
+because a kept weight may be zero. Only pruned linears of the blocks have masks, under the weights' logical names. On
+disk they are a `torch_dist` folder, sharded like the weights of the writer:
 
-    masks/masks.json      version, shape of the model, pattern and count of every mask, a hash that no layout changes
-    masks/.metadata, …    one uint8 tensor a mask: eight inputs a byte [out, ceil(in / 8)], the first in the lowest
-                          bit; one input a byte [out, in] where a shard's width was no multiple of 8
+    masks/masks.json      version, shape of the model, pattern and count of every mask, a layout-independent hash
+    masks/.metadata, …    one uint8 tensor per mask: eight inputs per byte [out, ceil(in / 8)], the first in the
+                          lowest bit; or one input per byte [out, in] if a shard's width is not a multiple of 8
 
-* ``pattern.py``    ``unstructured`` and ``N:M``
-* ``reader.py``     ``open_masks``: any rectangle of a mask, whatever layout wrote it; no Megatron
-* ``writer.py``     ``write_single``: one process
-* ``megatron.py``   ``save`` and ``local``: ranks, each with its own shards; imports Megatron
-* ``verify.py``     masks against weights
-* ``cut.py``        masks of a checkpoint that loses layers or channels
-* ``huggingface.py``  ``masks.safetensors``, beside a Hugging Face model
+* ``pattern.py``      ``unstructured`` and ``N:M``
+* ``mask_reader.py``  ``open_masks``: read any rectangle of a mask; needs no Megatron
+* ``mask_writer.py``  ``write_single``: write from one process
+* ``megatron.py``     ``save`` and ``local``: write and read the shards of each rank; imports Megatron
+* ``verify.py``       check masks against weights
+* ``cut.py``          masks of a checkpoint that loses layers or channels
+
+``convert/masks.py`` reads and writes ``masks.safetensors`` next to a Hugging Face model.
 """
 
 from megatron_prune.masks.mask_reader import MASKS, MASKS_FILE, Entry, Masks, find_masks, open_masks

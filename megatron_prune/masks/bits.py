@@ -1,4 +1,4 @@
-"""Eight inputs a byte: bit k of byte j is input 8·j + k. Where a row is no whole number of bytes, the rest is zero."""
+"""Packed bits, eight inputs per byte: bit k of byte j is input 8·j + k. Each row is zero-padded to whole bytes."""
 
 from __future__ import annotations
 

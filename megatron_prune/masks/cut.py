@@ -1,8 +1,7 @@
-"""Masks of a checkpoint that loses layers or channels: cut as its weights are, where the pattern survives it.
+"""Masks of a checkpoint that loses layers or channels: pruned like its weights, if the pattern stays valid.
 
-Layers may go from any masks, channels from unstructured ones. N:M survives a cut only where whole groups of M inputs
-go or stay: rows may go, heads may where M divides their size, but scattered hidden or FFN channels leave groups that
-are no N:M any more.
+Removing layers is always possible, removing channels only with unstructured masks or whole groups of M inputs. So rows
+can be removed, and heads if M divides their size, but removing scattered hidden or FFN channels breaks N:M groups.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from megatron_prune.errors import MasksError
 from megatron_prune.masks.mask_reader import Masks
 from megatron_prune.masks.pattern import Pattern
 
-Source = tuple[WeightLayout, str, Kept]  # a weight of the smaller model, the weight it is cut from, what is kept of it
+Source = tuple[WeightLayout, str, Kept]  # a weight of the smaller model, its source weight, and what is kept of that
 
 
 def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
-    """Raises MasksError where a cut would tear the groups of an N:M mask."""
+    """Raises MasksError if the cut would split the groups of an N:M mask."""
     for layout, source, kept in sources:
         if source not in masks.entries:
             continue
@@ -34,14 +33,14 @@ def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
 
 
 def cut_masks(masks: Masks, sources: Iterable[Source]) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
-    """The masks of the smaller model: (name, blocks of rows, pattern), as ``write_single`` takes them."""
+    """The masks of the smaller model as (name, blocks of rows, pattern), the input of ``write_single``."""
     for layout, source, kept in sources:
         if source in masks.entries:
             yield layout.name, _blocks(masks, source, layout.axes, kept), masks.entries[source].pattern
 
 
 def _whole_groups(columns: torch.Tensor, pattern: Pattern) -> bool:
-    """True where the kept ``columns`` (ascending) are whole groups, one after the other."""
+    """True if the kept ``columns`` (ascending) consist of whole groups."""
     if pattern.m is None:
         return True
     if len(columns) % pattern.m:

@@ -1,7 +1,7 @@
-"""Read masks: any rectangle of any of them, by byte range, whatever layout wrote them. No Megatron, no process group.
+"""Read any rectangle of any mask by byte range, whatever its layout. Needs no Megatron and no process group.
 
-``open_masks`` reads ``masks.json`` and the index, and refuses what is missing, damaged or does not fit together;
-the bits themselves are only read when they are asked for (``verify.py`` reads them all).
+``open_masks`` reads ``masks.json`` and the index, and raises MasksError if something is missing, damaged or
+inconsistent. The bits are read only on request (``verify.py`` reads them all).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron_prune.errors import MasksError, MegatronPruneError
 from megatron_prune.masks import bits
 from megatron_prune.masks.pattern import Pattern
 
-MASKS = "masks"  # the folder beside a checkpoint's tracker
+MASKS = "masks"  # the folder next to a checkpoint's tracker
 MASKS_FILE = "masks.json"
 VERSION = 1
-BLOCK_BYTES = 8 << 20  # of kept-or-not at a time, one byte each
+BLOCK_BYTES = 8 << 20  # of unpacked mask per block, one byte per weight
 _NAME = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,5})\.(\S+)")
-# What of a model's shape its linears depend on: the vocabulary may be padded otherwise.
+# The parts of a model's shape that its linears depend on; the padding of the vocabulary may differ.
 _OF_LINEARS = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "gated",
 )  # fmt: skip
@@ -38,9 +38,9 @@ _OF_LINEARS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One mask: the shape (out, in) of its weight, its pattern, how many weights it removes.
+    """One mask: the shape (out, in) of its weight, its pattern, and the number of weights it removes.
 
-    ``digest`` is the SHA-256 of its rows, packed; ``packed`` says how it is stored.
+    ``digest`` is the SHA-256 of its packed rows; ``packed`` says whether it is stored packed.
     """
 
     shape: tuple[int, int]
@@ -51,21 +51,21 @@ class Entry:
 
     @property
     def ratio(self) -> float:
-        """The fraction that is removed."""
+        """The fraction of weights removed."""
         return self.removed / (self.shape[0] * self.shape[1])
 
 
 class Masks:
-    """Readable masks; make one with ``open_masks``. Usable from several threads.
+    """Open masks, made by ``open_masks``. Thread-safe.
 
-    ``entries`` are in the order of the forward pass; ``model`` is the shape of the model that they belong to.
+    ``entries`` are in the order of the forward pass; ``model`` is the shape of their model.
     """
 
     def __init__(
         self, folder: Path, model: ModelShape, entries: Mapping[str, Entry], *, label: Path | None = None
     ) -> None:
         self.folder, self.model = folder, model
-        self.label = label or folder  # what errors call it
+        self.label = label or folder  # name in errors
         self.entries = {name: entries[name] for name in sorted(entries, key=_place)}
         if not entries:
             raise MasksError(f"{self.label} holds no mask at all")
@@ -85,16 +85,16 @@ class Masks:
 
     @property
     def hash(self) -> str:
-        """Identity of the masks, the same for every layout: over names, shapes, patterns and all bits."""
+        """Layout-independent identity of the masks: a hash over names, shapes, patterns and all bits."""
         return sha256_json([[n, list(e.shape), e.pattern, e.digest] for n, e in self.entries.items()])
 
     @property
     def removed(self) -> int:
-        """Weights that all masks together remove."""
+        """Number of weights that all masks remove."""
         return sum(entry.removed for entry in self.entries.values())
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """A rectangle of a mask: bool [rows, columns] on the CPU, True is kept. Rows are read by byte range."""
+        """A rectangle of a mask: bool [rows, columns] on the CPU, True means kept. Rows are read by byte range."""
         first, last, _ = rows.indices(self._entry(name).shape[0])
         left, right, _ = columns.indices(self._entry(name).shape[1])
         kept = torch.empty(max(0, last - first), max(0, right - left), dtype=torch.bool)
@@ -108,14 +108,14 @@ class Masks:
         return kept
 
     def row_blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """A mask in consecutive blocks of rows, bool [rows, in], of a few megabytes each."""
+        """A mask in consecutive blocks of rows, bool [rows, in], a few megabytes each."""
         out, inputs = self._entry(name).shape
         step = max(1, BLOCK_BYTES // inputs)
         for start in range(0, out, step):
             yield self.read(name, slice(start, min(start + step, out)))
 
     def check_model(self, shape: ModelShape, whose: str) -> None:
-        """Refuse (MasksError) a model of another shape, naming what differs. ``whose`` says which model it is."""
+        """Raises MasksError, naming what differs, for a model of another shape. ``whose`` names that model."""
         differs = [field for field in _OF_LINEARS if getattr(self.model, field) != getattr(shape, field)]
         if differs:
             pairs = (f"{field} is {getattr(self.model, field)} there and {getattr(shape, field)}" for field in differs)
@@ -142,7 +142,7 @@ class Masks:
 
 
 def open_masks(path: str | Path) -> Masks:
-    """Open a ``masks`` folder. Raises MasksError when it is missing, truncated, hostile, or contradicts itself."""
+    """Open a ``masks`` folder. Raises MasksError if it is missing, truncated, malicious, or inconsistent."""
     folder = storage.path(path).absolute()
     if not (folder / MASKS_FILE).is_file():
         raise MasksError(f"{folder} has no {MASKS_FILE}: no masks, or their writing was not finished")
@@ -166,7 +166,7 @@ def open_masks(path: str | Path) -> Masks:
 
 
 def find_masks(root: str | Path) -> Path | None:
-    """The masks of the checkpoint ``root`` (or of the root of one of its iterations), if it has any."""
+    """The masks folder of the checkpoint ``root`` (a root, or one of its iterations), if it has one."""
     root = storage.path(root)
     for folder in (root, *([root.parent] if (root / "metadata.json").is_file() else [])):
         if (folder / MASKS).is_dir():
@@ -175,7 +175,7 @@ def find_masks(root: str | Path) -> Path | None:
 
 
 def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> None:
-    """Refuse (MasksError) a mask for what is no linear of the model, in another shape, or with a pattern that does
+    """Raises MasksError for a mask that is not of a linear of the model, has the wrong shape, or whose pattern does
     not divide its inputs."""
     shapes = {w.suffix: w.shape for w in weights(replace(model, num_layers=1)) if w.is_linear}
     match = _NAME.fullmatch(name)
@@ -203,7 +203,7 @@ def entries_json(masks: Masks) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_masks_error() -> Iterator[None]:
-    """What the checkpoint's readers refuse in a masks folder is an error in masks."""
+    """Turn other errors of this package in the block, such as CheckpointError, into MasksError."""
     try:
         yield
     except MasksError:
@@ -213,9 +213,9 @@ def as_masks_error() -> Iterator[None]:
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Sorts names as the forward pass meets them."""
+    """Sort key: the order of the forward pass."""
     match = _NAME.fullmatch(name)
-    assert match is not None  # check_shape has seen it
+    assert match is not None  # guaranteed by check_shape
     return int(match[1]), LINEARS.index(match[2])
 
 
@@ -239,7 +239,7 @@ def _parse(found: Any) -> Entry:
 
 
 def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[index.Box, ...]:
-    """The rectangles of a stored mask, in its stored units (bytes). Raises MasksError where they are not all of it."""
+    """The rectangles of a stored mask, in bytes. Raises MasksError if they do not cover it exactly."""
     width = bits.bytes_of(entry.shape[1]) if entry.packed else entry.shape[1]
     expected = (entry.shape[0], width)
     if (stored.shape, stored.dtype) != (expected, torch.uint8):

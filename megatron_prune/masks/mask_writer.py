@@ -1,4 +1,4 @@
-"""Write masks: in one process, weight by weight; and what is left to do for any writer once the bits are on disk."""
+"""Write masks from one process, weight by weight; ``finish`` completes the folder for any writer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def write_single(
 ) -> Masks:
     """Write ``folder`` from one process, atomically, and open it.
 
-    ``shape`` is the model's; ``masks`` gives (logical name, bool [out, in] or consecutive blocks of its rows, pattern),
-    in any order. Memory is bounded by what ``masks`` gives at a time.
+    ``shape`` is the model's; ``masks`` yields (logical name, bool [out, in] or consecutive blocks of its rows,
+    pattern), in any order. Memory is bounded by the blocks that ``masks`` yields.
 
-    Raises MasksError for a name, shape, type or pattern that does not fit; CheckpointError when the disk fills up.
+    Raises MasksError for a name, shape, type or pattern that does not fit; CheckpointError if the disk fills up.
     """
     folder = Path(folder).absolute()
     linears = {w.name: w.shape for w in weights(shape) if w.is_linear}
@@ -66,12 +66,12 @@ def write_single(
 
 
 def unmeasured(shape: tuple[int, int], pattern: str | Pattern, *, packed: bool) -> Entry:
-    """An entry whose bits nobody has counted and hashed yet."""
+    """An entry whose bits are not counted and hashed yet."""
     return Entry(shape, str(pattern), 0, "", packed)
 
 
 def finish(scratch: Path, folder: Path, model: ModelShape, entries: Mapping[str, Entry]) -> None:
-    """Read back the masks whose bits lie in ``scratch`` (later ``folder``), count and hash them, write ``masks.json``.
+    """Read back the masks in ``scratch`` (later renamed to ``folder``), count and hash them, write ``masks.json``.
 
     Raises MasksError for a mask that does not fit ``model`` or breaks its pattern."""
     with as_masks_error():
@@ -86,7 +86,7 @@ def finish(scratch: Path, folder: Path, model: ModelShape, entries: Mapping[str,
 
 
 class _Records:
-    """Packed masks as the records and the index of a `torch_dist` folder."""
+    """Writes packed masks as records and index of a `torch_dist` folder."""
 
     def __init__(self, scratch: Path) -> None:
         self.files = RecordFiles(scratch)
@@ -108,7 +108,7 @@ class _Records:
         self._entries[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.uint8), size, chunks)
 
     def finish(self) -> None:
-        """Write the index; Megatron's loader also wants a common state, which is empty here."""
+        """Write the index, and an empty common state, which Megatron's loader expects."""
         common = dcp.MetadataIndex("common_state/shard_0_1")
         self._storage[common] = _StorageInfo(*self.files.append(object_record, [{}]))
         self._entries[common.fqn] = dcp.BytesStorageMetadata()
@@ -119,7 +119,7 @@ class _Records:
 
 
 def _gathered(name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """``blocks`` of rows, packed, in parts of about ``_RECORD_BYTES``, however small they are."""
+    """``blocks`` of rows, packed and joined to parts of about ``_RECORD_BYTES``."""
     most = max(1, _RECORD_BYTES // bits.bytes_of(shape[1]))
     held: list[torch.Tensor] = []
     for block in blocks:

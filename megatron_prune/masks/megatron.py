@@ -1,8 +1,8 @@
-"""Masks of ranks: which part of which mask is this rank's, read it, write it. Imports Megatron.
+"""Read and write this rank's shards of masks. Imports Megatron.
 
-Where a rank's parameter lies in the whole weight is the model's own answer (``sharded_state_dict``), for whatever
-layer spec, pipeline stage, virtual stage and tensor-parallel slice; the gate and up halves of SwiGLU come apart in
-its own factories. The mask takes the parameter's place there, so masks are sharded as the weights are.
+The model's ``sharded_state_dict`` says where each parameter is in the whole weight, for any layer spec, pipeline
+stage, virtual stage and tensor-parallel slice; its factories split the gate and up halves of SwiGLU. The mask takes
+the parameter's place there, so masks are sharded like the weights.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from megatron_prune.masks.mask_writer import finish, unmeasured
 
 @dataclass(frozen=True)
 class MaskShard:
-    """This rank's part of one linear: the weight's logical name, the parameter, and Megatron's entry for it."""
+    """This rank's shard of one linear: the weight's logical name, the parameter, and Megatron's entry for it."""
 
     name: str
     parameter: torch.nn.Parameter
-    entry: Any  # ShardedTensor, or the factory of several
+    entry: Any  # ShardedTensor, or ShardedTensorFactory
 
     def pieces(self, kept: torch.Tensor) -> list[Any]:
-        """``kept``, in the parameter's shape, as the ShardedTensors [rows, columns] that the parameter is saved as."""
+        """``kept``, in the parameter's shape, as ShardedTensors [rows, columns], split like the saved parameter."""
         if isinstance(self.entry, ShardedTensorFactory):
             return list(dataclasses.replace(self.entry, data=kept).build())
         return [dataclasses.replace(self.entry, data=kept, dtype=kept.dtype)]
 
     def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The other way: what ``pieces`` took apart."""
+        """The inverse of ``pieces``."""
         return self.entry.merge_fn(parts) if isinstance(self.entry, ShardedTensorFactory) else parts[0]
 
 
 def shards(model_chunks: Sequence[torch.nn.Module]) -> list[MaskShard]:
-    """This rank's parts of the blocks' linears, in the order of its layers."""
+    """This rank's shards of the blocks' linears, in layer order."""
     metadata = {
-        "non_homogeneous_layers": True,  # keys are logical names, layers counted over the whole model
+        "non_homogeneous_layers": True,  # keys are logical names with global layer numbers
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
     found = []
@@ -70,7 +70,7 @@ def shards(model_chunks: Sequence[torch.nn.Module]) -> list[MaskShard]:
 def local(model_chunks: Sequence[torch.nn.Module], masks: Masks) -> list[tuple[str, torch.nn.Parameter, torch.Tensor]]:
     """This rank's masks: (logical name, parameter, bool tensor in the parameter's shape and on its device).
 
-    Parameters without a mask are left out. Raises MasksError for masks of another model.
+    Parameters without a mask are omitted. Raises MasksError for masks of another model.
     """
     masks.check_model(ModelShape.from_args(vars(get_args())), "this one")
     found = []
@@ -96,12 +96,12 @@ def save(
     kept: Mapping[torch.nn.Parameter, torch.Tensor],
     patterns: Mapping[str, str],
 ) -> None:
-    """Write ``folder`` together, atomically: every rank its shards. Collective.
+    """Write ``folder`` atomically, each rank its own shards. Collective.
 
-    ``kept`` has a bool tensor in the parameter's shape for every parameter of this rank that was pruned, the same on
-    all data-parallel ranks; ``patterns`` says the pattern of each pruned weight by logical name.
+    ``kept`` maps every pruned parameter of this rank to a bool tensor in its shape, equal on all data-parallel ranks;
+    ``patterns`` has the pattern of each pruned weight by logical name.
 
-    Raises MasksError on all ranks where a mask breaks its pattern, or a write fails (the disk is full).
+    Raises MasksError on all ranks if a mask breaks its pattern or a write fails (for example, on a full disk).
     """
     state: dict[str, list[Any]] = {}
     entries: dict[str, Entry] = {}
@@ -121,7 +121,7 @@ def save(
 
 
 def _stored(shard: MaskShard, kept: torch.Tensor, pattern: str) -> tuple[list[Any], Entry]:
-    """A rank's shards as they are stored: eight inputs a byte, where every rank's columns are whole bytes."""
+    """A rank's shards in stored form: eight inputs per byte, if every rank's columns are whole bytes."""
     expected = shard.parameter.shape
     if kept.dtype != torch.bool or kept.shape != expected:
         raise MasksError(
@@ -151,7 +151,7 @@ def _stored(shard: MaskShard, kept: torch.Tensor, pattern: str) -> tuple[list[An
 def _save(state: dict[str, list[Any]], scratch: Path, target: Path) -> None:
     try:
         dist_checkpointing.save(state, str(scratch), async_strategy="mcore")
-    except CheckpointException as error:  # torch's, no Exception; says on rank 0 alone what failed, and little of it
+    except CheckpointException as error:  # not an Exception; has details only on rank 0
         where = f"on rank {', '.join(map(str, error.failures))}" if error.failures else "on another rank"
         free, why = shutil.disk_usage(target.parent).free / 1e9, str(error).strip().splitlines()[-1]
         raise MasksError(
@@ -161,9 +161,9 @@ def _save(state: dict[str, list[Any]], scratch: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _atomic_together(folder: Path) -> Iterator[Path]:
-    """The first rank's ``atomic_directory``, for all ranks: on all of them it is there afterwards, or an error is.
+    """Rank 0's ``atomic_directory``, shared by all ranks: an error on rank 0 is raised on all of them. Collective.
 
-    In an object store it is ``folder`` itself: ``masks.json``, written last, makes it whole."""
+    In an object store, yields ``folder`` itself: ``masks.json`` is written last and marks it complete."""
     if storage.is_stored(folder):
         yield folder
         return
@@ -174,7 +174,7 @@ def _atomic_together(folder: Path) -> Iterator[Path]:
 
 
 def _on_first_rank[T](work: Callable[[], T]) -> T:
-    """Do ``work`` on rank 0 and hand its result to all; an error there is an error on all. Collective."""
+    """Run ``work`` on rank 0 and broadcast its result; an error there is raised on all ranks. Collective."""
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if torch.distributed.get_rank() == 0:

@@ -1,7 +1,4 @@
-"""Which weights of a matrix may go together: any of them, or so many of every few inputs.
-
-``unstructured`` leaves the choice free; ``N:M`` keeps N of every M consecutive inputs of a row.
-"""
+"""Sparsity patterns: ``unstructured``, or ``N:M``, which keeps N of every M consecutive inputs of a row."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class Pattern:
 
     @staticmethod
     def parse(text: str) -> Pattern:
-        """The pattern that ``unstructured`` or ``N:M`` names; UsageError for anything else."""
+        """Parse ``unstructured`` or ``N:M``; raises UsageError for anything else."""
         if text == "unstructured":
             return Pattern()
         found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
@@ -45,22 +42,22 @@ class Pattern:
 
     @property
     def ratio(self) -> float | None:
-        """The fraction that it removes, where it says so."""
+        """The fraction removed; None for ``unstructured``."""
         return None if self.m is None or self.n is None else 1 - self.n / self.m
 
     def divides(self, inputs: int) -> bool:
-        """True where a row of ``inputs`` weights is whole groups."""
+        """True if a row of ``inputs`` weights consists of whole groups."""
         return self.m is None or inputs % self.m == 0
 
     def check_inputs(self, name: str, inputs: int) -> None:
-        """Refuse a matrix ``name`` whose number of inputs M does not divide."""
+        """Raises UsageError if M does not divide the inputs of the matrix ``name``."""
         if not self.divides(inputs):
             raise UsageError("--pattern", got=self, expected="an M that divides the inputs of every matrix",
                              why=f"{name} has {inputs}")  # fmt: skip
 
     def broken(self, kept: torch.Tensor) -> tuple[int, int] | None:
         """The first (row, group) of ``kept`` (bool [rows, in]) that does not keep exactly N of its M inputs; None
-        where all do, and for unstructured masks."""
+        if there is none, and for unstructured masks."""
         if self.n is None or self.m is None:
             return None
         inputs = kept.cpu().view(torch.uint8).numpy()

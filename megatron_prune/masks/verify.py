@@ -1,7 +1,7 @@
-"""Masks against weights, in one streaming pass: no non-zero weight under a zero bit, patterns, counts, the hash.
+"""Check masks against weights in one streaming pass: no non-zero weight where the mask removes, patterns, counts, hash.
 
-Memory is bounded by a few blocks of rows. Errors name the first offending tensor, in the order of the forward pass,
-and the place in it.
+Memory is bounded by a few blocks of rows. Errors name the first offending tensor in the order of the forward pass,
+and the position in it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_prune.masks.pattern import Pattern
 
 
 def masks_of(checkpoint: Checkpoint) -> Masks | None:
-    """The masks that lie beside a checkpoint, if there are any, their own bits checked; what they say of the weights
-    is left to ``guarded``, where the weights are streamed anyway, or to ``verify``."""
+    """The masks next to a checkpoint, if any, with their own bits checked. ``guarded`` (while the weights are streamed)
+    or ``verify`` checks them against the weights."""
     folder = find_masks(checkpoint.root)
     if folder is None:
         return None
@@ -33,8 +33,8 @@ def masks_of(checkpoint: Checkpoint) -> Masks | None:
 
 
 def verify(masks: Masks, checkpoint: Checkpoint, but: Collection[str] = ()) -> None:
-    """Raises MasksError unless ``masks`` belong to ``checkpoint``: its shapes, patterns exactly, counts, the bits
-    that were hashed, and zeros wherever they remove. Nothing is asked of the weights ``but``."""
+    """Raises MasksError unless ``masks`` fit ``checkpoint``: shapes, exact patterns, counts, hashes, and zero weights
+    wherever they remove. The weights in ``but`` are not checked."""
     masks.check_model(checkpoint.shape, str(checkpoint.root))
     for name in masks.entries:
         if name in but:
@@ -45,8 +45,8 @@ def verify(masks: Masks, checkpoint: Checkpoint, but: Collection[str] = ()) -> N
 
 
 def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int = 0) -> Iterator[torch.Tensor]:
-    """Hand on consecutive ``blocks`` [rows, in] of the weight ``name`` from its row ``start`` on; raises MasksError
-    at the first of them that is not zero where the mask says removed. Weights without a mask pass unseen."""
+    """Yield the consecutive ``blocks`` [rows, in] of the weight ``name``, from row ``start``. Raises MasksError at the
+    first that is not zero where the mask removes. Weights without a mask are not checked."""
     for block in blocks:
         if name in masks.entries and len(block):
             kept = masks.read(name, slice(start, start + len(block)))
@@ -63,14 +63,14 @@ def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int 
 
 
 def _not_zero(block: torch.Tensor) -> numpy.ndarray:
-    """Where floating-point numbers are not ±0 (NaN is not), by their bits without the sign: bfloat16 goes as fast."""
+    """Where floating-point numbers are not ±0 (NaN is not zero). Compares bits, which is fast for bfloat16 too."""
     raw = block.view({2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[block.itemsize]).numpy()
-    some: numpy.ndarray = raw + raw != 0  # the sign falls out
+    some: numpy.ndarray = raw + raw != 0  # doubling drops the sign bit
     return some
 
 
 def check_bits(masks: Masks, name: str) -> None:
-    """Raises MasksError where the bits of a mask are not those that ``masks.json`` tells of."""
+    """Raises MasksError if the bits of a mask do not match its count or digest in ``masks.json``."""
     entry = masks.entries[name]
     removed, digest = measure(masks, name)
     if removed != entry.removed:
@@ -80,7 +80,7 @@ def check_bits(masks: Masks, name: str) -> None:
 
 
 def measure(masks: Masks, name: str) -> tuple[int, str]:
-    """Read all bits of a mask: how many weights it removes, and the digest of its packed rows.
+    """Read all bits of a mask; returns the number of weights it removes and the digest of its packed rows.
 
     Raises MasksError at the first group that breaks its pattern."""
     entry = masks.entries[name]
