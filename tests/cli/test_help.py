@@ -105,7 +105,7 @@ def test_the_settings_of_all_methods_are_in_the_help(verb: str) -> None:
         ("apply --zzz", "--zzz is not a flag of apply; `megatron-prune apply --help`"),
         ("apply x", "x is one word too many of apply"),
         ("apply --load", "--load"),
-        ("apply --load a --save b", "--plan PLAN.json is required (what plan wrote)"),
+        ("apply --load a --save b", "--plan PLAN.json is required (the plan, as written by plan)"),
         ("apply --load a --save b --plan c --workers many", "--workers: "),
         ("convert imprt", "did you mean megatron-prune convert import?"),
         ("study pln x", "did you mean megatron-prune study plan?"),
