@@ -32,7 +32,8 @@ BLEND = f"{RUNS}/dclm/blend.txt"
 TABLE = yaml.safe_load((HERE / "layouts.yaml").read_text())
 BATCH = Batch(TABLE["recipe"]["global-batch-size"], TABLE["recipe"]["seq-length"])
 PARENT_TOKENS = 200
-CORPUS_TOKENS = "750B"  # what dclm.sh leaves; P200 and R500 need 700B
+STEPS_A_BILLION = 250
+CORPUS_TOKENS = "750B"  # what dclm.sh leaves; P200 and R500 need 734B
 
 
 def flags(mapping: Mapping[str, Any]) -> list[str]:
@@ -50,21 +51,13 @@ def model(target: str) -> list[str]:
 
 
 def layout(target: str, gpus: str) -> list[str]:
-    """The layout on ``gpus`` GPUs (``64 pp``: the pipeline alternative), and FP8 where it is chosen."""
-    chosen = TABLE["layouts"][TABLE["chosen"][target][int(gpus) if gpus.isdecimal() else gpus]]
-    words = flags(chosen)
-    shape = TABLE["model"] | TABLE["targets"][target]
-    tensor = chosen.get("tensor-model-parallel-size", 1)
-    heads, head = shape["num-attention-heads"] // tensor, shape["kv-channels"]
-    narrowest = min(shape["hidden-size"], shape["ffn-hidden-size"] // tensor, heads * head)
-    if narrowest >= TABLE["fp8"]["narrowest"]:
-        words += ["--fp8-preset", TABLE["fp8"]["preset"]]
-    return words
+    """The layout on ``gpus`` GPUs (``64 pp``: the pipeline alternative)."""
+    return flags(TABLE["layouts"][TABLE["chosen"][target][int(gpus) if gpus.isdecimal() else gpus]])
 
 
 def steps(billions: int) -> int:
-    """Whole steps for so many tokens, as a study counts them."""
-    return BATCH.steps(billions * 10**9, "RUN")
+    """The authors' steps for what they call so many billions: 12,500 of 4,194,304 tokens for 50."""
+    return billions * STEPS_A_BILLION
 
 
 def run(target: str, name: str) -> list[str]:
@@ -88,7 +81,7 @@ def run(target: str, name: str) -> list[str]:
         {
             "stream-range": f"{first}:{first + length * BATCH.samples}",
             "train-iters": length,
-            "lr-warmup-iters": min(2000, length // 20),
+            "lr-warmup-iters": length // 20,
             "save": save,
             "load": save,
         }
@@ -127,11 +120,10 @@ def row(target: str, gpus: str, answer: Mapping[str, Any]) -> str:
     split = found.get("stages", {}).get("facts", {}).get("layers", "")
     memory = max(stage["total"] for stage in found["memory"]["facts"]["stages"]) / 1e9
     gemms = " ".join(f"{k}x{n}" for _, k, n in found["dimensions"]["facts"]["gemms"].values())
-    precision = "FP8" if "--fp8-preset" in layout(target, gpus) else "bf16"
     looks = "; ".join(f["check"] for f in answer["findings"] if f["verdict"] == "look")
     cells = [
         target, f"{answer['parameters'] / 1e9:.2f}", gpus,
-        f"{sizes['tensor']} x {sizes['pipeline']} x {sizes['data']}", str(split), sizes["microbatches"], precision,
+        f"{sizes['tensor']} x {sizes['pipeline']} x {sizes['data']}", str(split), sizes["microbatches"],
         f"{memory:.0f}", gemms, f"{spent['step_seconds']:.2f}", answer["verdict"] + (f" ({looks})" if looks else ""),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -139,14 +131,14 @@ def row(target: str, gpus: str, answer: Mapping[str, Any]) -> str:
 
 def table(answers: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
     """LAYOUTS.md."""
-    head = ["target", "B parameters", "GPUs", "TP x PP x DP", "layers a stage", "micro-batches", "type", "GB of 85.5",
+    head = ["target", "B parameters", "GPUs", "TP x PP x DP", "layers a stage", "micro-batches", "GB of 85.5",
             "GEMMs on a rank: qkv proj fc1 fc2", "s a step at MFU 0.4", "will it run"]  # fmt: skip
     lines = [
         "# Layouts on H100s",
         "",
         "`python examples/llama3.1_8b/launch.py --preflight` wrote this: each line of layouts.yaml, checked without a",
         "cluster. Memory is an estimate of the fullest rank, 6 GB of it in reserve; times follow from a stated MFU and",
-        "were measured nowhere. Micro-batches are of one sample, and no activations are recomputed.",
+        "were measured nowhere. Micro-batches are of one sample, in bf16, and no activations are recomputed.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),

@@ -39,20 +39,21 @@ def test_arms_read_the_samples_that_make_them_comparable() -> None:
         return int(start), int(end)
 
     parent = launch.run("parent", "P200")
-    assert parent[parent.index("--stream-range") + 1] == "0:24414208"
-    assert samples("R50") == samples("S50") == (24_414_208, 30_517_760)
-    assert samples("S200+50") == (0, 30_517_760)
+    assert parent[parent.index("--stream-range") + 1] == "0:25600000"
+    assert samples("R50") == samples("S50") == (25_600_000, 32_000_000)
+    assert samples("S200+50") == (0, 32_000_000)
     assert samples("R500")[1] * 8192 < 750e9
     assert "--shape-from" in launch.run("width-50", "S50") and "--pretrained-checkpoint" in launch.run(
         "width-50", "R50"
     )
     warmup = launch.run("width-50", "R500")
-    assert warmup[warmup.index("--lr-warmup-iters") + 1] == "2000"  # the paper's cap
+    assert warmup[warmup.index("--lr-warmup-iters") + 1] == "6250"  # 5% of 125,000
 
 
-def test_fp8_is_for_wide_products_alone() -> None:
-    assert "--fp8-preset" in launch.layout("parent", "64")
-    assert "--fp8-preset" not in launch.layout("width-81.25", "64")
+def test_all_targets_have_one_precision() -> None:
+    """A trend over ratios would otherwise be one of FP8 against bf16 too."""
+    lines = [launch.command(*which) for which in launch.everything()]
+    assert all("--bf16" in line and not any("fp8" in word for word in line) for line in lines)
 
 
 @pytest.mark.parametrize(

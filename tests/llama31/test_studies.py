@@ -22,7 +22,7 @@ from megatron_prune.study import schema
 from tests.llama31.example import EXAMPLE, TABLE, launch
 from tests.preflight import commands
 
-STUDIES = ("token_scaling", "ratios", "imported")
+STUDIES = ("token_scaling", "ratios", "ratios_three_seeds", "sparse", "imported")
 SHARD = 38 * 10**9  # tokens of a corpus
 STEP = 512 * 8192
 
@@ -87,10 +87,10 @@ def test_what_is_taken_for_granted_is_said(planned) -> None:
 
 
 def test_a_corpus_that_is_too_short_is_refused_before_it_is_there(tmp_path) -> None:
-    for enough in ("700B", "699B"):  # P200 and R500
+    for enough in ("735B", "733B"):  # P200 and R500
         words = ["plan", str(EXAMPLE / "token_scaling.yaml"), "--corpus-tokens", enough]
         with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
-            if enough == "700B":
+            if enough == "735B":
                 assert command.main(words) == 0
                 continue
             with pytest.raises(DataError, match="data.train is not enough for pruned-.*expected an end of at most"):
@@ -104,29 +104,45 @@ def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:
         study = schema.load(EXAMPLE / f"{name}.yaml")
         for method in study.methods:
             if method.target:
-                wanted = TABLE["targets"][method.label] | (
-                    {} if "depth" in method.label else {"num-attention-heads": 32}
-                )
-                assert method.target == wanted
+                width, ratio = method.label.startswith(("width", "sheared")), method.label.partition("-")[2]
+                of_table = TABLE["targets"][f"{'width' if width else 'depth'}-{ratio}"]
+                if "shapes" in method.target:
+                    chosen = f"{of_table['hidden-size']}/32/{of_table['ffn-hidden-size']}"
+                    assert chosen in method.target["shapes"]  # what the layouts are for
+                else:
+                    assert method.target == of_table | ({"num-attention-heads": 32} if width else {})
         ours = launch.TABLE["recipe"] | {"seq-length": study.data.seq_length}
-        assert study.recipe.lr == float(ours["lr"]) and study.recipe.global_batch_size == ours["global-batch-size"]
-        assert study.recipe.lr * study.recipe.min_lr_fraction == pytest.approx(float(ours["min-lr"]))
+        assert float(ours["lr"]) in study.recipe.rates and study.recipe.global_batch_size == ours["global-batch-size"]
+        assert study.recipe.rates == ([1e-5, 3e-5, 1e-4, 3e-4, 1e-3] if name == "ratios" else [3e-4])
+        assert float(ours["lr"]) * study.recipe.min_lr_fraction == pytest.approx(float(ours["min-lr"]))
+        assert (study.recipe.warmup_fraction, study.recipe.warmup_at_most) == (0.05, None)
         for flag, value in study.recipe.arguments.items():
             if flag in ours:
                 assert value == ours[flag], flag
         assert study.parent.flags == TABLE["model"]
 
 
-def test_budgets_are_the_papers(planned) -> None:
+def test_budgets_are_the_authors_steps(planned) -> None:
     scaling, ratios = planned["token_scaling"], planned["ratios"]
-    for billions in (10, 30, 50, 250, 500):
-        tokens = round(billions * 10**9 / STEP) * STEP
-        assert re.search(rf"pruned-depth-50-\S*t{tokens} ", scaling), billions
-    assert "0:24414208" in scaling  # P200
-    assert "24414208:30517760" in ratios and "0:30517760" in ratios  # R50 and S50; S250
+    for steps in (2500, 7500, 12500, 62500, 125000):
+        assert re.search(rf"pruned-depth-50-\S*t{steps * STEP} ", scaling), steps
+    assert "0:25600000" in scaling  # P200: 50,000 steps
+    assert "25600000:32000000" in ratios and "0:32000000" in ratios  # R50 and S50; S250
     for target in ("L16h4096", "L32h1536"):
         assert f"scratch-{target}" in ratios and re.search(rf"scratch-{target}\S*-equal-total-", ratios), target
     assert "equal-training" in planned["imported"] and "equal-total" not in planned["imported"]
+
+
+def test_six_methods_at_four_ratios() -> None:
+    study = schema.load(EXAMPLE / "ratios.yaml")
+    found = {(m.name, (m.label or "").partition("-")[2]) for m in study.methods if m.target}
+    names = ("shortgpt", "minitron-depth", "minitron-width", "sheared-llama")
+    assert found == {(name, ratio) for name in names for ratio in ("50", "62.5", "75", "81.25")}
+    assert {m.pattern for m in study.methods if m.name == "sparsegpt"} == {"unstructured", "2:4", "4:8"}
+    assert study.ratios == [0.5, 0.625, 0.75, 0.8125]
+    assert {m.tokens for m in study.methods if m.name == "sheared-llama"} == {100 * STEP}  # 0.42B, as published
+    three = schema.load(EXAMPLE / "ratios_three_seeds.yaml")
+    assert (study.seeds, three.seeds) == ([1], [1, 2, 3]) and three.methods == study.methods
 
 
 def test_targets_remove_what_they_are_called() -> None:

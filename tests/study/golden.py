@@ -33,6 +33,8 @@ STUDIES: dict[str, ModelShape | None] = {
     "smollm2_135m/study": SMOLLM2,
     "llama3.1_8b/token_scaling": None,
     "llama3.1_8b/ratios": None,
+    "llama3.1_8b/ratios_three_seeds": None,
+    "llama3.1_8b/sparse": None,
     "llama3.1_8b/imported": None,
 }
 Flag = tuple[str, ...]  # its name and its values
