@@ -1,4 +1,4 @@
-"""Blends: what ``--data-path`` says, whose members have an identity, and how far a blend reaches."""
+"""Blends: parsing ``--data-path``, the identity of a blend's corpora, and the length of a blend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_prune.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Corpus:
-    """One member of a blend; ``weight`` is None where members are drawn in proportion to their length."""
+    """One member of a blend; ``weight`` is None if members are drawn in proportion to their length."""
 
     prefix: str
     weight: float | None
@@ -24,7 +24,7 @@ class Corpus:
 
 
 def parse_blend(blend: str | Sequence[str]) -> list[tuple[float | None, str]]:
-    """Megatron's ``--data-path``, prefixes or weights and prefixes in turn, as (weight or None, prefix)."""
+    """Parse Megatron's ``--data-path`` (prefixes, or alternating weights and prefixes) as (weight or None, prefix)."""
     words = [blend] if isinstance(blend, str) else [str(word) for word in blend]
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 or all(weight is None for weight in weights):
@@ -50,7 +50,7 @@ def _number(word: str) -> float | None:
 
 
 def members(pairs: Sequence[tuple[float | None, str]]) -> list[Corpus]:
-    """The corpora of a blend with their fingerprints; broken or repeated ones raise DataError."""
+    """The corpora of a blend with their fingerprints. Raises DataError for broken or repeated corpora."""
     for _, prefix in pairs:
         indexed.open_indexed(prefix)
     found = [Corpus(prefix, weight, indexed.fingerprint(prefix)) for weight, prefix in pairs]
@@ -64,11 +64,11 @@ def members(pairs: Sequence[tuple[float | None, str]]) -> list[Corpus]:
 
 
 def blend_length(weights: Sequence[float], lengths: Sequence[int]) -> int:
-    """How many samples a blend at these weights can give before one of its members runs out.
+    """Number of samples that a blend at these weights yields before one of its members is exhausted.
 
-    Megatron's interleaving is greedy, so its first n choices do not depend on how many are asked for.
+    Megatron's interleaving is greedy, so its first n choices do not depend on the number requested.
     """
-    # No member ever is more than (members - 1) samples behind its share: one is exhausted before this.
+    # A member is never more than (members - 1) samples behind its share, so one is exhausted before this bound.
     members = len(weights)
     bound = 1 + int(min((length + members) / weight for weight, length in zip(weights, lengths, strict=True)))
     member, taken = np.zeros(bound, dtype=np.int16), np.zeros(bound, dtype=np.int64)
@@ -78,13 +78,13 @@ def blend_length(weights: Sequence[float], lengths: Sequence[int]) -> int:
 
 
 def samples_per_epoch(corpora: Sequence[Corpus], seq_length: int) -> int:
-    """Length of one epoch of a stream over these corpora, from token counts alone: no index is built."""
+    """Samples in one epoch of a stream over these corpora, from token counts alone, without building an index."""
     lengths = [(indexed.tokens(indexed.open_indexed(c.prefix)) - 1) // seq_length for c in corpora]
     weights = shares(corpora)
     return sum(lengths) if weights is None else blend_length(weights, lengths)
 
 
 def shares(corpora: Sequence[Corpus]) -> list[float] | None:
-    """Weights that sum to one; None where there is one member, or members are used up together."""
+    """Weights that sum to one; None for a single member, or if members are drawn in proportion to their length."""
     weights = [c.weight for c in corpora]
     return None if len(weights) == 1 or weights[0] is None else normalize(weights)

@@ -1,18 +1,18 @@
-r"""Tokenizing chunk by chunk, each chunk once: text repeats its words, tokenizers work on each anew.
+r"""Faster tokenizing by caching: text is tokenized in chunks, and the tokens of frequent chunks are reused.
 
-A text is cut before white space into chunks (a word with the blanks before it), wherever the tokenizer
-is known never to make a token across the cut nor to look across it. The tokens of a text are then its
-chunks' tokens in a row, and those of frequent chunks are remembered. Only tokenizers whose rules are
-known here are treated so, and each is tried on ``TRIALS`` first; every other one gets whole texts.
+A text is split before whitespace into chunks (a word with the blanks before it), where the tokenizer is
+known neither to form a token across the split nor to look across it. The tokens of the text are then the
+concatenated tokens of its chunks. This is used only for tokenizers whose rules are known here and that
+pass ``TRIALS``; all others get whole texts.
 
-What makes a cut safe:
+What makes a split safe:
 
 * byte-level BPE with the patterns of GPT-2, Llama 3, Qwen 2 or Megatron's tiktoken: no alternative of
-  these patterns goes on from a non-blank to a blank (but for line ends behind punctuation, where nothing
-  is cut) or from ASCII letters to other ASCII; and ``\s+(?!\S)`` looks no further than the blanks that it
-  matches and the character behind them;
-* SentencePiece BPE with byte fallback: only symbols whose union is a piece are ever merged, and no piece
-  of the vocabulary has such a pair of characters in it.
+  these patterns continues from a non-blank to a blank (except line ends after punctuation, which are not
+  split) or from ASCII letters to other ASCII; and ``\s+(?!\S)`` looks no further than the blanks that it
+  matches and the next character;
+* SentencePiece BPE with byte fallback: two symbols are merged only if their union is a piece, and no
+  piece of the vocabulary contains a pair of characters at which the text is split.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ import numpy as np
 from megatron_prune.artifacts import sha256_json
 from megatron_prune.errors import DataError, UsageError
 
-LIMIT = 1 << 18  # chunks remembered, some 50 MB a process
-LONGEST = 64  # characters of a chunk worth remembering
+LIMIT = 1 << 18  # chunks cached, about 50 MB per process
+LONGEST = 64  # longest chunk to cache, in characters
 
 _BLANK, _PUNCTUATION = r" \t\n\r\x0b\x0c", r"!-/:-@\[-`{-~"
-# Blanks to some and not to others, or blanks that are not cut at: a chunk that ends in one goes on.
+# Characters that only some tokenizers treat as blanks, or blanks without a split: a chunk continues after them.
 _ODD = r"\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_END = rf"(?=[!-~{_BLANK}]|\Z)"  # what follows is ASCII: no letter, mark or digit of another script
+_END = rf"(?=[!-~{_BLANK}]|\Z)"  # the next character is ASCII, not a letter, mark or digit of another script
 
 
 def _rest(line_ends: str = "") -> str:
-    """Everything up to a blank that may be cut before, and blanks at the end of the text."""
+    """Pattern for everything up to a blank before which a split is safe, and for blanks at the end of the text."""
     on = rf"(?:(?<=[{_ODD}])[{_BLANK}]++" + (rf"|(?<![A-Za-z0-9])[\r\n][{_BLANK}]*+" if line_ends else "") + ")"
     return rf"[{_BLANK}]*+[^{_BLANK}]++(?:{on}[^{_BLANK}]++)*+(?:{on})?|[{_BLANK}]++"
 
 
-# GPT-2: a run of letters, of digits, of punctuation is never in one token with its neighbour (but "'s").
+# GPT-2: runs of letters, digits and punctuation never share a token with the next run (except "'s").
 GPT2 = re.compile(
     rf"[{_BLANK}]*+(?:(?:[A-Za-z]++|[0-9]++){_END}|[!-&(-/:-@\[-`{{-~]++(?=[A-Za-z0-9{_BLANK}]|\Z))|{_rest()}"
 )
-# Llama 3 and the like: punctuation goes with the letters or the line ends that follow it.
+# Llama 3 and similar: punctuation joins the letters or line ends that follow it.
 LLAMA3 = re.compile(rf"[{_BLANK}]*+(?:[{_PUNCTUATION}]*+[A-Za-z]++|[0-9]++){_END}|{_rest('line ends')}")
-# SentencePiece, if no piece mixes letters, digits and punctuation: runs of each, blanks in front.
+# SentencePiece, if no piece mixes letters, digits and punctuation: runs of each, with leading blanks.
 RUNS = re.compile(rf"\n++|▁*+(?:[A-Za-z]++|[0-9]++|[{_PUNCTUATION}]++)(?=[!-~▁\n]|\Z)|▁*+[^▁\n]++|▁++")
 MIXED = re.compile(
     rf"[A-Za-z][0-9{_PUNCTUATION}]|[0-9][A-Za-z{_PUNCTUATION}]|[{_PUNCTUATION}][A-Za-z0-9]|[^\n]\n|\n[^\n]|[^▁]▁"
@@ -60,10 +60,10 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_LETTERS + r"\p{N}{1,3}" + _REST, _LETTERS + r"\p{N}" + _REST}  # Llama 3; Qwen 2
 
-NFC_TO_ASCII = "\u037e\u1fef\u212a"  # the characters that NFC makes ASCII ones, so parts of a token's name
+NFC_TO_ASCII = "\u037e\u1fef\u212a"  # NFC maps these to ASCII, where they could become part of a special token
 
-# ModelProto.normalizer_spec once more, which merges with the first when it is appended to a serialized
-# model: no character map (2), no dummy prefix (3), blanks kept (4) and not escaped (5).
+# A second ModelProto.normalizer_spec, which overrides the first when appended to a serialized model:
+# no character map (2), no dummy prefix (3), blanks kept (4) and not escaped (5).
 NOT_NORMALISED = b"\x1a\x08\x12\x00\x18\x00\x20\x00\x28\x00"
 
 TRIALS = (
@@ -76,9 +76,9 @@ TRIALS = (
 
 
 class Chunks(dict[str, bytes]):
-    """``encode(text)``: int32 ids. Holds the ids of chunks seen, as bytes; ``whole`` encodes what is new.
+    """A cache of chunk → ids (int32, as bytes); ``encode(text)`` uses it, ``whole`` encodes new chunks.
 
-    A text in which ``special`` is found (a token by its name, which a cut could divide) is encoded whole.
+    A text that matches ``special`` (the name of a special token, which a split could divide) is encoded whole.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Chunks(dict[str, bytes]):
         return np.frombuffer(b"".join(map(self.__getitem__, self._findall(text))), dtype=np.int32)
 
     def agrees(self, trials: Iterable[str] = TRIALS) -> bool:
-        """Whether chunks and whole texts give the same ids on some nasty texts."""
+        """Whether chunks and whole texts give the same ids on difficult texts."""
         return all(self.encode(trial).tolist() == list(self._whole(trial)) for trial in trials)
 
 
 def of_hugging_face(backend: Any) -> Chunks | None:
-    """Chunks for a ``tokenizers.Tokenizer``, or None where its rules are not known to be local."""
+    """Chunks for a ``tokenizers.Tokenizer``, or None if splitting is not known to be safe."""
     rules = json.loads(backend.to_str())
     pattern = hugging_face_pattern(rules)
     if pattern is None:
@@ -120,7 +120,7 @@ def of_hugging_face(backend: Any) -> Chunks | None:
 
 
 def hugging_face_pattern(rules: dict[str, Any]) -> re.Pattern[str] | None:
-    """How to cut for a ``tokenizer.json``, or None."""
+    """The chunk pattern for a ``tokenizer.json``, or None."""
     normalizer = (rules.get("normalizer") or {"type": None})["type"]
     if normalizer not in (None, "NFC") or rules["model"]["type"] != "BPE":
         return None
@@ -145,13 +145,13 @@ def of_tiktoken(whole: Callable[[str], Iterable[int]], special: re.Pattern[str])
 
 
 def of_sentencepiece(processor: Any) -> Chunks | None:
-    """Chunks of *normalised* text (``processor.normalize``), or None where pieces may cross a cut."""
+    """Chunks of *normalized* text (``processor.normalize``), or None if pieces can cross a split."""
     import sentencepiece
 
     size = processor.get_piece_size()
     pieces = [processor.id_to_piece(i) for i in range(size)]
     known = [i for i in range(size) if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))]
-    # BPE scores are ranks; the others' are log-probabilities, whose sums round differently chunk by chunk.
+    # BPE scores are ranks. Other models have log-probabilities, whose sums round differently per chunk.
     ranks = all(float(processor.get_score(i)).is_integer() for i in known)
     if not ranks or not any(map(processor.is_byte, range(size))):
         return None
@@ -172,23 +172,20 @@ def of_sentencepiece(processor: Any) -> Chunks | None:
     return chunks if agrees else None
 
 
-# Splitting documents into sentences with NLTK's Punkt, as Megatron's ``--split-sentences`` does.
-#
-# A document's sentences become its sequences in the ``.idx``. That is what BERT-like objectives need.
-# Megatron's GPT data sets shuffle *sequences*: on such a corpus a GPT sees sentences out of their order.
-#
-# The models are data (``punkt_tab``), never the pickles of old NLTK releases, which can run code.
+# Sentence splitting with NLTK's Punkt, like Megatron's ``--split-sentences``. A document's sentences become its
+# sequences in the ``.idx``, as BERT-like objectives need. Megatron's GPT datasets shuffle *sequences*, so a GPT sees
+# such a corpus with its sentences out of order. Models are ``punkt_tab`` data, never pickles, which can run code.
 
 
-# As in Megatron: Punkt sees a document in slices of this many characters, so a slice's end ends a sentence.
+# As in Megatron: Punkt gets slices of this many characters, and the end of a slice ends a sentence.
 LONGEST_SLICE = 1_000_000
 
 
 class SentenceSplitter:
-    """``split(text)``: its sentences in order.
+    """``split(text)`` returns the sentences of a text in order.
 
-    The white space between sentences goes, or with ``keep_newlines`` stays at the end of the sentence
-    before it, so that the sentences joined are the text.
+    Whitespace between sentences is dropped. With ``keep_newlines`` it stays at the end of the preceding
+    sentence, so that the joined sentences equal the text.
     """
 
     def __init__(self, punkt: Any, name: str, keep_newlines: bool = False):
@@ -209,7 +206,7 @@ class SentenceSplitter:
         return found
 
     def digest(self) -> str:
-        """Identity of what decides where a sentence ends, 64 hex digits."""
+        """Identity of the splitter's settings and model, 64 hex digits."""
         parameters = self._punkt._params
         return sha256_json(
             {
@@ -226,9 +223,9 @@ class SentenceSplitter:
 def load_splitter(
     language: str = "english", nltk_data: str | Path | None = None, keep_newlines: bool = False
 ) -> SentenceSplitter:
-    """The Punkt model of a language from ``nltk_data`` or from where NLTK looks ($NLTK_DATA, ~/nltk_data, …).
+    """The Punkt model of a language from ``nltk_data`` or NLTK's search path ($NLTK_DATA, ~/nltk_data, …).
 
-    Raises UsageError (no such folder) and DataError, which says what to download.
+    Raises UsageError (no such folder or language) and DataError, which says what to download.
     """
     import nltk.data
     from nltk.tokenize.punkt import PunktTokenizer

@@ -1,9 +1,8 @@
-"""Held-out text is held out: no document of an evaluation or calibration corpus is in a training corpus.
+"""Contamination: documents of an evaluation or calibration corpus that are also in a training corpus.
 
-Corpora of different names can still share documents (a test set that came out of the training set, a
-crawl that holds the book). Documents are compared as token sequences, so both corpora must come from
-one tokenizer; only whole, equal documents of ``documents.SHORTEST`` tokens and more are found, not
-quotations and not sentences that two documents share.
+``shared_documents`` finds exact duplicates, ``near_duplicates`` similar documents, and ``compare_stages``
+reports on all corpora of a study. Documents are compared as token sequences, so the corpora must share a
+tokenizer. Documents shorter than ``SHORTEST`` tokens, and quotations in longer documents, are not found.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from megatron_prune import screen
 from megatron_prune.data import indexed
 from megatron_prune.errors import DataError, UsageError
 
-HEAD = 16  # tokens by which, and by its length, a document is judged before it is read whole
+HEAD = 16  # first tokens that, with the length, decide whether a document is read whole
 
 
 def shared_documents(training: str | Path, held_out: str | Path) -> list[tuple[int, int]]:
-    """Pairs (document of ``training``, document of ``held_out``) with the same tokens; each held-out one once.
+    """Pairs (document of ``training``, document of ``held_out``) with equal tokens; each held-out document once.
 
-    Reads of both corpora the lengths and the heads of documents of fitting length, and whole only those whose
-    heads fit; the held-out one is to be the small one.
+    Reads the lengths of all documents, the first tokens of those with a matching length, and all tokens only of
+    those whose first tokens match. ``held_out`` should be the smaller corpus.
     """
     train, held = Documents(training), Documents(held_out)
     numbers, lengths, sketches = _all_sketches(held)
@@ -53,7 +52,7 @@ def shared_documents(training: str | Path, held_out: str | Path) -> list[tuple[i
 
 
 def _all_sketches(corpus: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers, lengths and sketches of the documents that are long enough to compare."""
+    """Numbers, lengths and sketches of the documents with at least SHORTEST tokens."""
     found = []
     for first, bounds in corpus.blocks():
         rows = np.flatnonzero(np.diff(bounds) >= SHORTEST)
@@ -64,9 +63,9 @@ def _all_sketches(corpus: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _sketches(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[documents] uint64 of each document's length and first HEAD tokens: equal for equal documents."""
+    """Hashes of each document's length and first HEAD tokens, uint64 [documents]: equal for equal documents."""
     sketches = lengths.astype(np.uint64)
-    for position in range(HEAD):  # a shorter document's last token stands for those that it lacks
+    for position in range(HEAD):  # shorter documents repeat their last token
         token = ids[starts + np.minimum(position, lengths - 1)].astype(np.uint64)
         sketches = sketches * MULTIPLIER + token
     return sketches
@@ -77,7 +76,7 @@ def _digest(tokens: np.ndarray) -> bytes:
 
 
 def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) -> None:
-    """DataError when a held-out corpus shares a document with a training corpus; says which and how many."""
+    """Raises DataError, with number and example, if a held-out corpus shares a document with a training corpus."""
     for prefix in training:
         for held in held_out:
             if shared := shared_documents(prefix, held):
@@ -88,13 +87,12 @@ def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) ->
                 )
 
 
-# A corpus by documents, as they are compared: each the union of its sequences, all of them one slice of ``P.bin``.
-#
-# Bounds are read from the index a block of documents at a time, so that a corpus may have billions of them.
+# Access to a corpus by document. A document is the union of its sequences. Bounds are read from the index block by
+# block, so a corpus can have billions of documents.
 
 
-SHORTEST = 8  # tokens; shorter documents (a heading, "page not found") are equal by chance and give nothing away
-# Odd, of 64 bits: tokens of a sketch or a shingle are digits of a number to this base.
+SHORTEST = 8  # tokens; shorter documents (a heading, "page not found") are equal by chance and leak nothing
+# Odd 64-bit base of the polynomial hashes of sketches and shingles.
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 BLOCK = 1 << 20  # documents whose bounds are in memory at a time
 
@@ -103,7 +101,7 @@ class Documents:
     """The documents of a corpus; ``ids`` are all its tokens."""
 
     def __init__(self, prefix: str | Path):
-        self._corpus = indexed.open_indexed(prefix)  # held, since the index's arrays look into what it maps
+        self._corpus = indexed.open_indexed(prefix)  # keeps the memory map of the index's arrays alive
         self._index = self._corpus.index
         self._tokens = indexed.tokens(self._corpus)
         self.ids = np.memmap(f"{prefix}.bin", dtype=self._index.dtype, mode="r")
@@ -112,15 +110,15 @@ class Documents:
         return len(self._index.document_indices) - 1
 
     def bounds(self, first: int, last: int) -> np.ndarray:
-        """Where documents ``first`` to ``last - 1`` begin, and where the last one ends: [last - first + 1] tokens."""
+        """Starts of documents ``first`` to ``last - 1`` and the end of the last one, in tokens: [last - first + 1]."""
         pointers, sequences = self._index.sequence_pointers, self._index.document_indices[first : last + 1]
         found = pointers[np.minimum(sequences, len(pointers) - 1)] // self._index.dtype_size
         return np.where(sequences == len(pointers), self._tokens, found)
 
     def blocks(self, what: str | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first document, ``bounds``) of up to BLOCK documents at a time; one block at least.
+        """(number of the first document, ``bounds``) for up to BLOCK documents at a time; at least one block.
 
-        Shows how far it is with ``what``, if that is said.
+        Shows a progress bar labelled ``what``, if given.
         """
         with screen.Bar(len(self), what or "", "document", shown=what is not None and screen.rank() == 0) as bar:
             for first in range(0, max(len(self), 1), BLOCK):
@@ -133,22 +131,17 @@ class Documents:
         return self.ids[start:end]
 
     def counts(self) -> tuple[int, int]:
-        """Documents with any token, and those of them that are too short to compare."""
+        """Number of non-empty documents, and how many of them are too short to compare."""
         lengths = [np.diff(bounds) for _, bounds in self.blocks()]
         held = sum(int((found > 0).sum()) for found in lengths)
         return held, held - sum(int((found >= SHORTEST).sum()) for found in lengths)
 
 
-# Documents that are nearly the same in two corpora: MinHash proposes pairs, exact similarity judges them.
-#
-# The similarity of two documents is the Jaccard index of their sets of ``SHINGLE`` consecutive tokens. The
-# held-out corpus goes into a MinHash LSH index (``datasketch``). A training document is looked up there
-# only if enough of its shingles occur in the held-out corpus at all, which nearly none passes; every pair
-# that the index proposes is then compared in full, so no pair below the threshold is ever reported. A pair
-# above it can be missed by chance (measured in the tests: below 1% at the threshold itself).
-#
-# A short document quoted inside a long one is not near it in this measure; documents below
-# ``documents.SHORTEST`` tokens are not compared.
+# Near duplicates. The similarity of two documents is the Jaccard index of their sets of ``SHINGLE`` consecutive
+# tokens. The held-out corpus is put into a MinHash LSH index (``datasketch``). A training document is looked up there
+# only if enough of its shingles occur in the held-out corpus, which is rare. Every candidate pair is then compared
+# exactly, so no pair below the threshold is reported. A pair above it can be missed by chance (in the tests, less than
+# 1% at the threshold). A short document quoted in a long one is not similar to it by this measure.
 
 
 if TYPE_CHECKING:
@@ -160,7 +153,7 @@ PERMUTATIONS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out document and the training document that is most like it."""
+    """A held-out document and the training document most similar to it."""
 
     training: int
     held_out: int
@@ -168,22 +161,22 @@ class Pair:
 
 
 def shingles_of(tokens: np.ndarray) -> np.ndarray:
-    """Sorted different shingles of a document as uint64 hashes; none where it is shorter than SHORTEST."""
+    """Sorted unique shingles of a document as uint64 hashes; none if it has fewer than SHORTEST tokens."""
     tokens = tokens.astype(np.uint64)
     count = len(tokens) - SHINGLE + 1 if len(tokens) >= SHORTEST else 0
     hashes = np.zeros(count, dtype=np.uint64)
     for position in range(SHINGLE if count else 0):
         hashes = hashes * MULTIPLIER + tokens[position : position + count] + np.uint64(1)
-    hashes ^= hashes >> np.uint64(32)  # spread the high bits, since MinHash takes the low ones
+    hashes ^= hashes >> np.uint64(32)  # mix in the high bits, because MinHash takes the low ones
     hashes *= MULTIPLIER
     return np.unique(hashes ^ (hashes >> np.uint64(29)))
 
 
 def near_duplicates(training: str | Path, held_out: str | Path, similarity: float = 0.8) -> list[Pair]:
-    """Held-out documents with a near (or exact) duplicate in the training corpus, each with the nearest.
+    """Held-out documents with a near (or exact) duplicate in the training corpus, each with the most similar one.
 
-    The held-out corpus is to be the small one: about 16 bytes of memory a token of it. A training token
-    takes about 0.1 µs. Raises UsageError and DataError (two tokenizers).
+    ``held_out`` should be the smaller corpus: it takes about 16 bytes of memory per token. A training token
+    takes about 0.1 µs. Raises UsageError, and DataError for corpora of different tokenizers.
     """
     if not 0.1 <= similarity <= 1:
         raise UsageError("--similarity", got=similarity, expected="a number from 0.1 to 1")
@@ -191,7 +184,7 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
     from datasketch import MinHashLSH
 
     held, train = Documents(held_out), Documents(training)
-    # Recall is worth more than precision here, since every proposal is checked.
+    # Recall matters more than precision, because every candidate is checked.
     lsh = MinHashLSH(threshold=max(0.05, similarity - 0.1), num_perm=PERMUTATIONS, weights=(0.05, 0.95))
     everything = []
     for number in range(len(held)):
@@ -207,7 +200,7 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
     shown = screen.progress(bounds, len(train), "looking for near duplicates", "document")
     for number, (start, end) in enumerate(shown):
         shingles = shingles_of(train.ids[start:end])
-        # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: fewer known shingles than that, and no document B is near.
+        # |A ∩ B| ≥ s·|A ∪ B| ≥ s·|A|: with fewer known shingles, no document B is similar enough.
         if not len(shingles) or _members(shingles, known) < similarity * len(shingles):
             continue
         for twin in lsh.query(_signature(shingles)):
@@ -218,7 +211,7 @@ def near_duplicates(training: str | Path, held_out: str | Path, similarity: floa
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Similarity of two sorted sets."""
+    """Jaccard index of two sorted sets."""
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
@@ -246,10 +239,8 @@ def _refuse_two_tokenizers(training: str | Path, held_out: str | Path) -> None:
         )
 
 
-# Do the stages of a study share documents? Every pair of stages, exact and near duplicates, one report.
-#
-# Exact duplicates are equal token by token (``heldout``), near ones are alike (``near_duplicates``). What is
-# judged is the share of the smaller corpus's documents that have a duplicate in the other.
+# Report on every pair of stages of a study. The limits apply to the share of the smaller corpus's documents that have
+# an exact or near duplicate in the other corpus.
 
 
 def compare_stages(
@@ -260,12 +251,11 @@ def compare_stages(
     max_near_duplicates: float = 0.0,
     earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A report (JSON) on every two corpora of different stages; ``refuse`` turns it into an error.
-
-    An ``earlier`` report on the same corpora (by their fingerprints) with the same settings is the answer.
+    """Compare every two corpora of different stages; returns a report (JSON) for ``refuse``.
 
     ``stages``: corpora (prefixes) by stage. The limits are shares, 0 to 1, of the documents of the smaller
-    corpus; near duplicates do not count the exact ones. Raises UsageError and DataError.
+    corpus; near duplicates exclude exact ones. An ``earlier`` report on the same corpora (by fingerprint)
+    with the same settings is returned as it is. Raises UsageError and DataError.
     """
     for flag, given in (("--max-duplicates", max_duplicates), ("--max-near-duplicates", max_near_duplicates)):
         if not 0 <= given <= 1:
@@ -296,7 +286,7 @@ def compare_stages(
 
 
 def compare(first: tuple[str, str], second: tuple[str, str], similarity: float) -> dict[str, Any]:
-    """What two corpora, each (stage, prefix), share; ``documents`` are the smaller one's, non-empty ones."""
+    """Duplicates between two corpora, each (stage, prefix); ``documents`` counts the smaller one's non-empty ones."""
     sizes = [indexed.tokens(indexed.open_indexed(prefix)) for _, prefix in (first, second)]
     large, small = (first, second) if sizes[0] >= sizes[1] else (second, first)
     exact = [document for _, document in shared_documents(large[1], small[1])]
@@ -319,7 +309,7 @@ def compare(first: tuple[str, str], second: tuple[str, str], similarity: float) 
 
 
 def refuse(report: Mapping[str, Any]) -> None:
-    """DataError when a pair of corpora shares more than the report's limits allow; names the pairs."""
+    """Raises DataError, naming the pairs of corpora, if the report exceeds its limits."""
     wrong = [line(found) for found in report["pairs"] if not found["accepted"]]
     if wrong:
         raise DataError(
@@ -330,7 +320,7 @@ def refuse(report: Mapping[str, Any]) -> None:
 
 
 def line(found: Mapping[str, Any]) -> str:
-    """One pair of corpora in words."""
+    """One pair of corpora as text."""
     small, large = found["of"], found["in"]
     text = (
         f"of {found['documents']} documents of {small['stage']} {small['prefix']}, {found['duplicates']} are in "

@@ -1,12 +1,11 @@
-"""How much of its text a training run has really seen: unique tokens of a range of a stream.
+"""Unique tokens in a range of a stream: how much different text a training run has seen.
 
-Within one epoch every sample is another piece of text, so nothing repeats. Over several epochs the
-documents are shuffled and cut differently each time; then the corpora are cut wherever a document or a sample of
-any epoch begins, and each piece is looked up in every epoch that the range touches: was the sample that holds it
-taken? That is exact, and its time follows from documents and samples, not from tokens.
+Within one epoch nothing repeats. Over several epochs the documents are shuffled and cut differently each time. The
+corpora are then split wherever a document or a sample of any epoch begins, and each piece counts if the sample that
+holds it was taken in any epoch of the range. This is exact, and its time depends on documents and samples, not tokens.
 
-The number is kept beside the stream's index caches, under the stream's id and the range (``cached``). It is never
-counted while a process group exists, where every other rank would wait for it in a collective.
+The number is cached next to the stream's index caches, by stream id and range (``cached``). It must not be computed
+while a process group exists, because all other ranks would wait in a collective.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from megatron_prune import artifacts, screen
 from megatron_prune.data.streams import Stream, StreamRange
 from megatron_prune.errors import DataError
 
-# What is looked up at a time: documents, and tokens.
+# Documents and tokens processed at a time.
 DOCUMENTS = 1 << 20
 TOKENS = 1 << 30
-BEAT = 5.0  # seconds between signs of life of who counts
+BEAT = 5.0  # seconds between heartbeats of the counting process
 
-Report = Callable[[float], None]  # takes the share of a corpus that is done
+Report = Callable[[float], None]  # called with the fraction of a corpus that is done
 
 
 def unique_tokens(samples: StreamRange, report: Report = lambda share: None) -> int:
-    """Number of different positions of the corpora among the input tokens of a range."""
+    """Number of unique corpus positions among the input tokens of a range."""
     if torch.distributed.is_initialized():
         raise RuntimeError("unique tokens are counted before a process group exists: others would time out meanwhile")
     stream, start, end = samples.stream, samples.start, samples.end
@@ -45,7 +44,7 @@ def unique_tokens(samples: StreamRange, report: Report = lambda share: None) -> 
     first, last = start // size, (end - 1) // size
     if first == last:
         return (end - start) * stream.seq_length
-    # [epoch][member] -> which of the member's samples (in text order, before the shuffle) were taken
+    # [epoch][member] -> which samples of the member (in text order, before the shuffle) were taken
     taken: list[list[tuple[GPTDataset, np.ndarray]]] = []
     for epoch in range(first, last + 1):
         low, high = max(start - epoch * size, 0), min(end - epoch * size, size)
@@ -63,17 +62,17 @@ def unique_tokens(samples: StreamRange, report: Report = lambda share: None) -> 
 
 
 def _marks(dataset: GPTDataset, numbers: np.ndarray) -> np.ndarray:
-    """Boolean [samples + 1] in text order; the entry past the end is the remainder that no sample holds."""
+    """bool [samples + 1] in text order; the last entry is for the remainder that is in no sample."""
     marks = np.zeros(len(dataset) + 1, dtype=bool)
     marks[np.asarray(dataset.shuffle_index[numbers], dtype=np.int64)] = True
     return marks
 
 
 def _covered(epochs: list[tuple[GPTDataset, np.ndarray]], seq_length: int, report: Report) -> int:
-    """Tokens of one corpus that lie in a marked sample of at least one epoch."""
+    """Number of tokens of one corpus that are in a marked sample of at least one epoch."""
     lengths = np.asarray(epochs[0][0].dataset.sequence_lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
-    shifts = []  # from a token's number in the corpus to its place in an epoch's joined text, by document
+    shifts = []  # per document: a token's position in the epoch's text minus its position in the corpus
     for dataset, _ in epochs:
         order = np.asarray(dataset.document_index)
         begins = np.empty(len(lengths), dtype=np.int64)
@@ -86,7 +85,7 @@ def _covered(epochs: list[tuple[GPTDataset, np.ndarray]], seq_length: int, repor
         first, last = int(ends[document] - lengths[document]), int(ends[stop - 1])
         cuts = [ends[document:stop] - lengths[document:stop]]
         cuts += [_sample_begins(ends, lengths, shift, slice(document, stop), seq_length) for shift in shifts]
-        begins = np.unique(np.concatenate(cuts))  # of pieces: no epoch has a cut inside one
+        begins = np.unique(np.concatenate(cuts))  # of pieces, which no epoch splits further
         begins = begins[(begins >= first) & (begins < last)]
         sizes = np.diff(begins, append=last)
         holders = np.searchsorted(ends, begins, side="right")
@@ -102,7 +101,7 @@ def _covered(epochs: list[tuple[GPTDataset, np.ndarray]], seq_length: int, repor
 def _sample_begins(
     ends: np.ndarray, lengths: np.ndarray, shift: np.ndarray, documents: slice, seq_length: int
 ) -> np.ndarray:
-    """Numbers in the corpus of the tokens of ``documents`` that begin a sample of one epoch."""
+    """Corpus positions of the tokens of ``documents`` that begin a sample of one epoch."""
     low = ends[documents] - lengths[documents] + shift[documents]
     first = -(-low // seq_length)
     counts = np.maximum((low + lengths[documents] - 1) // seq_length - first + 1, 0)
@@ -112,25 +111,25 @@ def _sample_begins(
 
 
 def path(stream: Stream, start: int, end: int, cache_path: str | Path | None) -> Path:
-    """Where the number of this range of this stream is kept."""
+    """The cache file for this range of this stream."""
     return stream.cache(cache_path) / f"unique-{start}-{end}.json"
 
 
 def cached(stream: Stream, start: int, end: int, cache_path: str | Path | None) -> int | None:
-    """The number that was counted for this range of this very stream, or None."""
+    """The cached number for this range of this stream, or None."""
     try:
         held = artifacts.read_json(path(stream, start, end, cache_path))
         if held["stream"] == stream.id and held["range"] == [start, end]:
             return int(held["unique_tokens"])
-    except Exception:  # whatever is wrong with it, it is counted again
+    except Exception:  # a damaged cache is computed again
         return None
     return None
 
 
 def count(stream: Stream, start: int, end: int, cache_path: str | Path | None) -> int:
-    """``cached``, counted first where it is not; ``stream`` is built. Says how far it is where it takes long.
+    """The number of unique tokens, from the cache or computed with a progress bar; ``stream`` must be built.
 
-    Who waits for it sees a sign of life (``wait``). A cache that cannot be written is not an error.
+    A cache that cannot be written is not an error.
     """
     known = cached(stream, start, end, cache_path)
     if known is not None:
@@ -146,7 +145,7 @@ def count(stream: Stream, start: int, end: int, cache_path: str | Path | None) -
 
 
 def is_shared(stream: Stream, cache_path: str | Path | None) -> bool:
-    """Whether a number that is counted here can be kept for others: caches may be another user's."""
+    """Whether this process can write the cache, which may belong to another user."""
     cache = stream.cache(cache_path)
     return os.access(next(folder for folder in (cache, *cache.parents) if folder.is_dir()), os.W_OK)
 
@@ -165,7 +164,7 @@ def _sign(stream: Stream, cache_path: str | Path | None) -> Path:
 
 @contextmanager
 def alive(stream: Stream, cache_path: str | Path | None) -> Iterator[None]:
-    """While it is open, ``wait`` on other machines sees that somebody is at work."""
+    """Write a heartbeat file during the block, so that ``wait`` on other machines sees that counting continues."""
     sign, over = _sign(stream, cache_path), threading.Event()
     sign.parent.mkdir(parents=True, exist_ok=True)
 
@@ -186,9 +185,9 @@ def alive(stream: Stream, cache_path: str | Path | None) -> Iterator[None]:
 
 
 def wait(stream: Stream, start: int, end: int, cache_path: str | Path | None, patience: float) -> int:
-    """What ``count`` gives in another process: as long as that takes. No process group is needed.
+    """Wait for the result of ``count`` in another process. Needs no process group.
 
-    DataError after ``patience`` seconds without a sign of life: this machine does not see the cache.
+    Raises DataError after ``patience`` seconds without a heartbeat: this machine does not see the cache.
     """
     sign, seen, since = _sign(stream, cache_path), -1, monotonic()
     while (number := cached(stream, start, end, cache_path)) is None:

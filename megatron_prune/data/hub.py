@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub (or a local folder of one) as input, streamed shard by shard.
+"""Datasets from the Hugging Face Hub (or a local folder) as input, streamed shard by shard.
 
-``datasets`` is an optional package: ``pip install 'megatron-prune[datasets]'``. The code of a data set is
-never run (releases that could are not asked to).
+Needs the optional package ``datasets``: ``pip install 'megatron-prune[datasets]'``. Code that comes with a
+dataset is never run, also with releases of ``datasets`` that could run it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_prune.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """One shard of a split: the unit that a resumed run keeps. ``data`` is the streamed split."""
+    """One shard of a split: the unit in which a run is resumed. ``data`` is the streamed split."""
 
     name: str
     split: str
     column: str
-    version: str  # the builder's hash of the files: a new revision is another input
+    version: str  # the builder's hash of the files, so that a new revision is a different input
     number: int
     of: int
     data: Any = field(repr=False, compare=False)
@@ -48,10 +48,10 @@ class RemoteShard:
 
 
 def shards(dataset: str, split: str = "train", column: str = "text") -> list[RemoteShard]:
-    """The shards of ``NAME[:CONFIG]``, a name on the hub or a local folder of Parquet or JSON lines.
+    """The shards of ``NAME[:CONFIG]``: a name on the Hub, or a local folder of Parquet or JSON lines.
 
-    Nothing but the description is read yet. Raises UsageError and DataError; DataError names the extra
-    when the package ``datasets`` is not installed.
+    Reads only the description. Raises UsageError and DataError; DataError says what to install if the
+    package ``datasets`` is missing.
     """
     try:
         datasets = importlib.import_module("datasets")

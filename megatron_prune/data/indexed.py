@@ -1,8 +1,8 @@
-"""Tokenized corpora on disk: open ``P.bin``/``P.idx``, say what is in them, and check that they fit a model.
+"""Tokenized corpora on disk: open ``P.bin``/``P.idx``, describe them, and check that they fit a model.
 
-A corpus is Megatron's ``IndexedDataset``: all documents' tokens one after another in ``P.bin``, their
-lengths in ``P.idx``. ``preprocess`` leaves a sidecar ``P.json`` beside them (tokenizer, documents,
-tokens, hash of the ``.bin``); corpora made by other tools have none and work all the same.
+A corpus is Megatron's ``IndexedDataset``: the concatenated tokens of all documents in ``P.bin``, their
+lengths in ``P.idx``. ``preprocess`` also writes a sidecar ``P.json`` (tokenizer, documents, tokens, hash
+of the ``.bin``). Corpora from other tools have no sidecar and work too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_prune.errors import DataError
 
 
 def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedDataset:
-    """Megatron's ``IndexedDataset`` at ``prefix``, its ``.bin`` mapped or read through a file pointer.
+    """Megatron's ``IndexedDataset`` at ``prefix``, its ``.bin`` memory-mapped or read through a file pointer.
 
-    Raises DataError when a file is missing, is not an index, holds no token, or when the ``.bin`` is
-    not exactly as long as the ``.idx`` says (truncated, or of another run).
+    Raises DataError if a file is missing, is not an index, holds no tokens, or if the length of the
+    ``.bin`` contradicts the ``.idx`` (truncated, or from another run).
     """
     prefix = str(prefix)
     paths = {suffix: Path(prefix + suffix) for suffix in (".bin", ".idx")}
@@ -40,8 +40,8 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
     if not expected:
         raise DataError(f"{prefix} holds no tokens")
     found = paths[".bin"].stat().st_size
-    # Contiguity is what makes "the concatenated documents" one slice of the file.
-    end = int(pointers[-1]) + int(lengths[-1]) * corpus.index.dtype_size  # lengths are int32: 2^29 tokens are too many
+    # Windows read the concatenated documents as one slice, so the documents must be contiguous.
+    end = int(pointers[-1]) + int(lengths[-1]) * corpus.index.dtype_size  # int(): lengths are int32 and could overflow
     if found != expected or pointers[0] != 0 or end != expected:
         raise DataError(
             f"{paths['.bin']} has {found} bytes, {paths['.idx']} describes {expected}: "
@@ -51,7 +51,7 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
 
 
 def _check_index(path: Path) -> None:
-    """Refuse what Megatron's reader would fail on half-way: a foreign, truncated or empty index."""
+    """Raises DataError for an index on which Megatron's reader would fail later: foreign, truncated or empty."""
     with open(path, "rb") as handle:
         header = handle.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
@@ -68,21 +68,20 @@ def _check_index(path: Path) -> None:
 
 
 def tokens(corpus: IndexedDataset) -> int:
-    """Number of tokens of all documents together."""
+    """Number of tokens of all documents."""
     return int(corpus.sequence_lengths.sum(dtype=np.int64))
 
 
 def sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    """What ``preprocess`` wrote beside the corpus, or None where another tool made it."""
+    """The sidecar that ``preprocess`` wrote next to the corpus; None if another tool made the corpus."""
     path = Path(f"{prefix}.json")
     return read_json(path) if path.is_file() else None
 
 
 def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
-    """Refuse a corpus whose token ids are not words of a model with this ``vocabulary``, padding not counted.
+    """Raises DataError for a corpus with token ids outside a model's ``vocabulary`` (size without padding).
 
-    The sidecar's vocabulary decides; without a sidecar, evenly spaced blocks are searched for the
-    largest id. Raises DataError.
+    Checks the sidecar's vocabulary, if there is one, and the largest id in evenly spaced blocks.
     """
     described = sidecar(prefix)
     if described:
@@ -104,10 +103,8 @@ def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
         )
 
 
-# Megatron's ``.idx`` files, written and read without importing Megatron and without a Python loop over sequences.
-#
-# The format is that of ``megatron.core.datasets.indexed_dataset``; the tests compare bytes with what its
-# own builder writes. Importing Megatron takes seconds, which is as long as tokenizing a small corpus.
+# Megatron's ``.idx`` files (``megatron.core.datasets.indexed_dataset``), read and written without a Python loop over
+# sequences. The tests compare the bytes with Megatron's own builder.
 
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -116,15 +113,13 @@ TOKEN_TYPES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint1
 
 
 def token_type(vocab_size: int | None) -> str:
-    """Megatron's choice of a token's type for a vocabulary: uint16 below 65500 ids, else int32."""
+    """Megatron's token type for a vocabulary: uint16 below 65500 ids, else int32."""
     return "uint16" if vocab_size is not None and vocab_size < 65500 else "int32"
 
 
 def write_index(path: str | Path, sequences: Sequence[np.ndarray], documents: Sequence[np.ndarray], dtype: str) -> None:
-    """Write an index.
-
-    ``sequences``: lengths in tokens, in pieces; ``documents``: sequences in each document, in pieces.
-    """
+    """Write an index. ``sequences``: lengths in tokens; ``documents``: sequences per document. Both are lists of
+    arrays, which are concatenated."""
     lengths = np.concatenate([np.empty(0, np.int32), *sequences]).astype(np.int32)
     ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *documents]), dtype=np.int64)
     pointers = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
@@ -136,7 +131,7 @@ def write_index(path: str | Path, sequences: Sequence[np.ndarray], documents: Se
 
 
 def document_tokens(path: str | Path) -> np.ndarray:
-    """Tokens of every document of an index, int64 [documents]. DataError when it is no index."""
+    """Tokens per document of an index, int64 [documents]. Raises DataError if the file is not an index."""
     with open(path, "rb") as handle:
         content = handle.read()
     if len(content) < HEADER.size or not content.startswith(MAGIC):
@@ -150,12 +145,9 @@ def document_tokens(path: str | Path) -> np.ndarray:
     return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[bounds])
 
 
-# A corpus's identity: the content decides, not the path, so it is the same on every machine, and a corpus that was
-# made anew under an old name is another corpus. Nothing here imports Megatron.
-
-
-# A file of up to BLOCKS * BLOCK_BYTES is hashed whole, a larger one at evenly spaced blocks: what
-# is asked of a fingerprint is to tell corpora apart in milliseconds on terabytes, on every rank.
+# The identity of a corpus depends on its content, not on its path: it is the same on every machine, and changes if the
+# corpus is made again from other text. A file of up to BLOCKS * BLOCK_BYTES is hashed whole, a larger one at evenly
+# spaced blocks, because every rank computes the fingerprint of corpora that can have terabytes.
 BLOCKS = 256
 BLOCK_BYTES = 64 * 1024
 
@@ -163,8 +155,8 @@ BLOCK_BYTES = 64 * 1024
 def fingerprint(prefix: str | Path) -> str:
     """Identity of a corpus's content, 64 hex digits: sizes and evenly spaced blocks of both files.
 
-    Reads at most 32 MB. Small corpora are hashed whole; in a large one a change of a few tokens can
-    go unseen (the sidecar's ``bin_sha256`` is there for that), another corpus cannot.
+    Reads at most 32 MB. Small corpora are hashed whole. In a large corpus, a change of a few tokens can
+    go unnoticed; the sidecar's ``bin_sha256`` covers all of it.
     """
     digest = hashlib.sha256(b"megatron_prune corpus 1")
     for suffix in (".idx", ".bin"):
