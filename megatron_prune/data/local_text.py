@@ -1,10 +1,9 @@
-"""A corpus of real English from this machine, for the examples: four JSONL files and a manifest.
+"""A corpus of English text from this machine, for the examples: four JSONL files and a manifest.
 
-``sources`` finds text; here it is cleaned (paragraph by paragraph, every paragraph at most once in the
-whole corpus, so that no split contains another's), filtered (long enough, English) and split by
-document: in the order of their hashes, the first 94% of the bytes are train, then come calibration,
-validation and test. Two runs on a machine give the same bytes. Licences stay with the packages that
-the text comes from: nothing of it belongs in a repository.
+``gather`` finds text. It is cleaned (each paragraph is kept once in the whole corpus, so that splits do not
+overlap), filtered (long enough, English) and split by document: in the order of their hashes, the first 94% of
+the bytes are train, then calibration, validation and test. Two runs on a machine give the same bytes. The
+licenses of the packages apply to their text, so do not put it in a repository.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from megatron_prune.errors import DataError, UsageError
 
 SPLITS = ("train", "calibration", "validation", "test")
 SHARES = (94, 2, 2, 2)
-SHORTEST = 200  # characters of a document
-SHORT_PARAGRAPH = 40  # letters and digits; shorter ones ("Parameters", "Examples:") may repeat
+SHORTEST = 200  # characters in a document
+SHORT_PARAGRAPH = 40  # letters and digits; shorter paragraphs ("Parameters", "Examples:") may repeat
 LEAST_ASCII = 0.97
-LEAST_STOPWORDS = 0.05  # of words; English prose has about 0.4, tables and code have next to none
+LEAST_STOPWORDS = 0.05  # fraction of words; about 0.4 in English prose, almost 0 in tables and code
 STOPWORDS = frozenset("the of to and a in is it for be as on this that with are by or an if not from".split())
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ufeff]")
 
@@ -51,12 +50,12 @@ def build_corpus(
     workers: int = 1,
     places: TextPlaces | None = None,
 ) -> dict[str, Any]:
-    """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; the manifest.
+    """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; returns the manifest.
 
-    ``max_bytes`` of text (UTF-8) end the gathering; ``shares`` are the splits' parts of the bytes, which
-    are met but for the document on each border. Of documents of calibration, validation and test, ``longest_held_out``
-    characters at most are kept and the rest is in no split: where they are resampled, many say more than long ones.
-    An ``output`` from before is replaced. Raises UsageError, and DataError when a split stays empty.
+    Gathering ends at ``max_bytes`` of text (UTF-8). ``shares`` are the splits' shares of the bytes, met up to the
+    document on each border. Documents of calibration, validation and test are cut to ``longest_held_out`` characters;
+    the rest is in no split. For resampling, many short documents are better than few long ones. An existing ``output``
+    is replaced. Raises UsageError, and DataError if a split would be empty.
     """
     if len(shares) != len(SPLITS) or min(shares) <= 0:
         given = ",".join(map(str, shares))
@@ -107,9 +106,9 @@ def build_corpus(
 def _split(
     documents: Sequence[tuple[bytes, FoundText]], total: int, shares: Sequence[float], longest: int | None
 ) -> dict[str, list[FoundText]]:
-    """Cut the documents, in the order of their hashes, where each split has its share of the bytes: test from the end.
+    """Split the documents, in the order of their hashes, by shares of the bytes, with test at the end.
 
-    The order stays: so the first windows of a split are a mixture and not all of one kind.
+    Each split keeps this order, so that its first windows are a mixture of kinds.
     """
     rest = [found for _, found in sorted(documents, key=lambda document: document[0])]
     splits: dict[str, list[FoundText]] = {}
@@ -130,7 +129,7 @@ def _split(
 
 
 def beginning(text: str, longest: int | None) -> str:
-    """A text's first paragraphs, of ``longest`` characters at most; the first words of a paragraph longer than that."""
+    """A text's first paragraphs, at most ``longest`` characters; or the first words if that paragraph is longer."""
     if longest is None or len(text) <= longest:
         return text
     ends = (text.rfind(mark, SHORTEST, longest + 1) for mark in ("\n\n", " "))
@@ -138,7 +137,7 @@ def beginning(text: str, longest: int | None) -> str:
 
 
 def clean(found: Iterable[FoundText], rejected: Counter[str]) -> Iterator[FoundText]:
-    """Documents worth keeping, without what an earlier one held; ``rejected`` counts the others by reason."""
+    """The documents to keep, without repeated paragraphs; ``rejected`` counts the others by reason."""
     seen: set[bytes] = set()
     for document in found:
         text = deduplicate(document.text, seen)
@@ -150,7 +149,7 @@ def clean(found: Iterable[FoundText], rejected: Counter[str]) -> Iterator[FoundT
 
 
 def deduplicate(text: str, seen: set[bytes]) -> str:
-    """The paragraphs of a text that are not in ``seen`` (which they join), compared by letters and digits."""
+    """The paragraphs of a text that are not in ``seen``, compared by letters and digits; adds them to ``seen``."""
     kept = []
     text = CONTROLS.sub("", text.replace("\r\n", "\n").expandtabs(4))
     for paragraph in re.split(r"\n\s*\n", text):
@@ -166,7 +165,7 @@ def deduplicate(text: str, seen: set[bytes]) -> str:
 
 
 def why_not(text: str) -> str | None:
-    """The reason to leave a text out, or None."""
+    """The reason to reject a text, or None."""
     if len(text) < SHORTEST:
         return "short"
     if len(text.encode("ascii", "ignore")) < LEAST_ASCII * len(text):
@@ -177,13 +176,12 @@ def why_not(text: str) -> str | None:
     return None
 
 
-# English text that is on this machine: where it lies, and how to get at it. Nothing is imported or run.
+# Sources of English text on this machine. Nothing is imported or run.
 #
-# Kinds: Python's own manual (``pydoc_data``), Debian's documentation and manual pages where there are
-# any, the long descriptions and documents of installed distributions, and the docstrings of the
-# standard library and of installed packages, which are by far the most. They are taken evenly, by
-# bytes, until each is used up. Every kind has a fixed order, the larger ones by a hash of their names:
-# a machine gives the same text every time, and a part of it is a sample of the whole.
+# The kinds are Python's manual (``pydoc_data``), Debian's documentation and manual pages if installed, the
+# descriptions and documents of installed distributions, and the docstrings of the standard library and of
+# installed packages (by far the most). They are taken evenly, by length, until each is exhausted. Each kind has
+# a fixed order (the larger ones by hash of the name), so that any part of the text is a reproducible sample.
 
 
 def _paths(*names: str) -> tuple[Path, ...]:
@@ -203,7 +201,7 @@ class TextPlaces:
 
 @dataclass(frozen=True)
 class FoundText:
-    """A text with its kind and its place (relative, so that it does not say where the machine keeps it)."""
+    """A text with its kind and its relative path (machine-independent)."""
 
     kind: str
     name: str
@@ -211,9 +209,9 @@ class FoundText:
 
 
 def gather(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
-    """Every text of every kind; ``workers`` processes parse Python. The order does not depend on them."""
+    """Every text of every kind; ``workers`` processes parse Python files. The order does not depend on ``workers``."""
     kinds = [topics(places), documentation(places), manuals(places), descriptions(places)]
-    # Parsing comes last, so that processes are not started for a reader that stops at once.
+    # Parsing comes last, so that no processes start for a reader that stops early.
     waiting = [(0, number, kind) for number, kind in enumerate([*kinds, docstrings(places, workers)])]
     while waiting:
         taken, number, kind = heapq.heappop(waiting)
@@ -223,7 +221,7 @@ def gather(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
 
 
 def topics(places: TextPlaces) -> Iterator[FoundText]:
-    """The language reference as ``help()`` has it: the dictionary in ``pydoc_data/topics.py``."""
+    """The language reference that ``help()`` uses: the dictionary in ``pydoc_data/topics.py``."""
     for folder in places.stdlib:
         source = _read(folder / "pydoc_data" / "topics.py")
         for statement in ast.parse(source).body:
@@ -263,9 +261,9 @@ def manuals(places: TextPlaces) -> Iterator[FoundText]:
 
 
 def descriptions(places: TextPlaces) -> Iterator[FoundText]:
-    """Long descriptions of installed distributions (the body of METADATA), and documents beside code.
+    """Long descriptions of installed distributions (the body of METADATA), and documents next to code.
 
-    This package's own is left out: a corpus shall not change with our README.
+    This package's own description is left out, so that the corpus does not change with the README.
     """
     for folder in places.packages:
         for path in sorted(folder.glob("*.dist-info/METADATA")):
@@ -280,7 +278,7 @@ def descriptions(places: TextPlaces) -> Iterator[FoundText]:
 
 
 def docstrings(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
-    """One text a Python file: its docstrings in order. Files with little documentation are passed over."""
+    """One text per Python file: its docstrings in order. Files with little documentation are skipped."""
     found: dict[str, Path] = {}
     for folder in (*places.stdlib, *places.packages):
         unwanted = {"test", "tests", "testing"}
@@ -303,11 +301,11 @@ def docstrings(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
 
 
 TRIPLE = re.compile(rb'"""(.*?)"""', re.DOTALL)
-LEAST_BYTES, LEAST_SHARE = 1500, 0.15  # parsing is what costs: leave files where it brings little
+LEAST_BYTES, LEAST_SHARE = 1500, 0.15  # least documentation that is worth the cost of parsing
 
 
 def docstrings_of(path: Path) -> str:
-    """All docstrings of a Python file, joined by blank lines; "" when not worth it or not parsable."""
+    """All docstrings of a Python file, joined by blank lines; "" if there are few or the file cannot be parsed."""
     try:
         source = path.read_bytes()
     except OSError:
@@ -333,7 +331,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 
 def strip_html(text: str) -> str:
-    """Text of an HTML page: block elements become paragraphs, preformatted indentation is lost."""
+    """Text of an HTML page: block elements become paragraphs; indentation of preformatted text is lost."""
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
     blocks = "p|div|h[1-6]|li|tr|table|ul|ol|d[ltd]|pre|blockquote|[bh]r"
     text = re.sub(rf"(?i)</?({blocks})\b[^>]*>", "\n\n", text)
@@ -347,7 +345,7 @@ ROFF_ESCAPES = {
 
 
 def strip_roff(text: str) -> str:
-    """Text of a manual page: requests go (their words stay where they are prose), escapes are resolved."""
+    """Text of a manual page: requests are removed (prose arguments stay), escapes are resolved."""
     lines = []
     for line in text.splitlines():
         if request := re.match(r"[.']\s*([A-Za-z]*)\s*(.*)", line):
@@ -367,7 +365,7 @@ def strip_roff(text: str) -> str:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names below a folder, relative to it, in a fixed order; strings, since there are a hundred thousand."""
+    """File names below a folder, relative to it, in a fixed order; strings because there are about 100,000."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(set(folders) - {"__pycache__"})
         below = os.path.relpath(place, folder)
@@ -379,7 +377,7 @@ def _shuffled(name: str) -> bytes:
 
 
 def _read(path: Path) -> str:
-    """A file's text, unzipped; "" when it is absent, no plain file, unreadable or not UTF-8."""
+    """A file's text, unzipped; "" if it is missing, not a regular file, unreadable or not UTF-8."""
     try:
         payload = path.read_bytes() if path.is_file() else b""
         return (gzip.decompress(payload) if payload[:2] == b"\x1f\x8b" else payload).decode()

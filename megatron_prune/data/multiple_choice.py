@@ -1,17 +1,17 @@
-"""Multiple-choice tasks from a file of JSON lines, as token sequences whose likelihoods answer them.
+"""Multiple-choice tasks from a JSON Lines file, as token sequences to be scored by likelihood.
 
     {"query": "Question: What do bees make?\\nAnswer:", "choices": ["wax and honey", "silk"], "gold": 0}
 
-* ``query`` (or ``question``): what stands before the choice. A list of texts, one a choice, where each
-  choice has its own: so WinoGrande's partial evaluation is written, with the option at the end of the
-  query and the rest of the sentence as every choice.
+* ``query`` (or ``question``): the text before the choice; or a list with one text per choice, as in
+  WinoGrande's partial evaluation, with the option at the end of the query and the rest of the sentence
+  as every choice.
 * ``choices``: two or more texts.
-* ``gold`` (or ``answer``): the number of the right choice, from 0. Of two names the first counts where
-  both are there; other keys are ignored.
+* ``gold`` (or ``answer``): the number of the correct choice, from 0. If both names of a key are present,
+  the first one counts; other keys are ignored.
 
-The names and the rules are lm-eval's: a space is put between query and choice, spaces at the query's end
-go to the choice, and a choice is the tokens that it adds to those of the query alone. No special token is
-added. Sequences stay as long as they are: nothing is padded, and nothing is cut off.
+Names and rules are lm-eval's: a space separates query and choice, spaces at the end of the query belong to
+the choice, and the tokens of a choice are those that it adds to the query's tokens. No special token is
+added. Sequences are neither padded nor truncated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEYS = (("query", "question"), ("choices",), ("gold", "answer"))
 
 @dataclass(frozen=True)
 class Example:
-    """A question: ``queries`` and ``choices`` have one entry a choice, ``gold`` is the right one's number."""
+    """A question: ``queries`` and ``choices`` have one entry per choice, ``gold`` is the correct one's number."""
 
     queries: tuple[str, ...]
     choices: tuple[str, ...]
@@ -51,15 +51,15 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the examples, however their lines are written."""
+        """Hex digest of the examples, independent of the formatting of their lines."""
         return sha256_json([[e.queries, e.choices, e.gold] for e in self.examples])
 
 
 @dataclass(frozen=True)
 class Requests:
-    """A task for one tokenizer: a sequence for every choice, example after example.
+    """A task for one tokenizer: one sequence per choice, example by example.
 
-    The last ``scored[i]`` tokens of ``sequences[i]`` (int64 [n]) are the choice's.
+    The last ``scored[i]`` tokens of ``sequences[i]`` (int64 [n]) belong to the choice.
     """
 
     task: Task
@@ -68,7 +68,7 @@ class Requests:
 
 
 def read(path: str | Path) -> Task:
-    """Read a file of examples; DataError names the line that is not one."""
+    """Read a file of examples. Raises DataError naming the first invalid line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -108,9 +108,9 @@ def _value(found: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
 
 
 def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:
-    """The sequences of ``task``; ``longest`` is how many tokens a model may read.
+    """The sequences of ``task``; ``longest`` is the largest number of tokens that the model reads.
 
-    DataError names the example where the query or a choice has no tokens, or both together have too many.
+    Raises DataError naming the example if the query or a choice has no tokens, or both together have too many.
     """
     sequences, scored = [], []
     for number, example in enumerate(task.examples, 1):

@@ -1,9 +1,9 @@
-"""Text → tokens: ``P.bin`` and ``P.idx`` in Megatron's format, and the sidecar ``P.json``.
+"""Tokenize text: ``P.bin`` and ``P.idx`` in Megatron's format, and the sidecar ``P.json``.
 
-Reading (``text``, ``hub``) and writing (``parts``) happen here, in order; parsing, splitting and
-tokenizing in worker processes, one batch of records at a time. Batches come back in the order they were
-sent and never span two inputs, so the files depend neither on the number of workers nor on how often a
-run was killed: the inputs that it had finished are not tokenized again.
+This process reads (``readers``, ``hub``) and writes (``shards``), in order; worker processes parse, split
+and tokenize batches of records. Batches return in the order of the input and never span two inputs, so the
+files do not depend on the number of workers or on interruptions. A run that is started again skips the
+inputs that an earlier one finished.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from megatron_prune.data.shards import Parts, PartWriter
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
 
-BATCH_BYTES = 512 * 1024  # of raw text: some tens of milliseconds of work, so that sending it costs nothing
-BATCHES_AHEAD = 4  # a worker, so that memory stays bounded however large the input is
+BATCH_BYTES = 512 * 1024  # of raw text: tens of milliseconds of work, so that the cost of sending it is negligible
+BATCHES_AHEAD = 4  # per worker, so that memory is bounded
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made, how fast."""
+    """The result of ``preprocess`` and its speed."""
 
     sidecar: dict[str, Any]
     seconds: float
     raw_bytes: int  # tokenized by this run
-    tokens: int  # likewise
+    tokens: int  # made by this run
     resumed: int  # inputs that an earlier run had finished
 
     def __str__(self) -> str:
@@ -69,10 +69,10 @@ def preprocess(
     splitter: SentenceSplitter | None = None,
     workers: int = 1,
 ) -> Summary:
-    """Tokenize files and data sets into ``output_prefix``.bin/.idx/.json; existing ones are replaced at the end.
+    """Tokenize files and datasets into ``output_prefix``.bin/.idx/.json; existing files are replaced at the end.
 
-    The type of a token is Megatron's choice for the vocabulary (uint16 below 65500, else int32). With a
-    ``splitter`` a document's sentences are its sequences. Raises UsageError and DataError; the inputs finished
+    The token type is Megatron's (uint16 for vocabularies below 65500, else int32). With a ``splitter``, each
+    sentence of a document is a sequence. Raises UsageError, DataError and RunError; inputs that were finished
     before an error are kept for the next run.
     """
     paths = [name for name in inputs if isinstance(name, str | Path)]
@@ -111,7 +111,7 @@ def preprocess(
         total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
         empty = sum(found["empty"] for found in manifests)
         if not total["documents"]:
-            for key in keys:  # nothing in them is worth a second run's time
+            for key in keys:  # empty parts are not worth keeping
                 (parts.folder / f"{key}.json").unlink(missing_ok=True)
             none = f"none of the {empty} documents of the input holds any text"
             raise DataError(none if empty else "the input holds no documents")
@@ -142,18 +142,18 @@ def preprocess(
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """What comes back from a worker."""
+    """The tokens of a batch of records, as returned by a worker."""
 
-    tokens: np.ndarray  # of the corpus's type, all documents joined
-    sequences: np.ndarray  # int64, length of each, end-of-document id included
-    documents: np.ndarray  # int64, sequences of each
-    empty: int  # records without any token
+    tokens: np.ndarray  # of the corpus's type, all documents concatenated
+    sequences: np.ndarray  # int64, length of each sequence, including the end-of-document id
+    documents: np.ndarray  # int64, number of sequences of each document
+    empty: int  # records without tokens
     raw_bytes: int
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Records → tokens, with every setting that decides which."""
+    """Turns records into tokens; holds every setting that affects them."""
 
     tokenizer: Tokenizer
     append_eod: bool
@@ -161,7 +161,7 @@ class Encoder:
     dtype: str
 
     def describe(self) -> dict[str, Any]:
-        """Two encoders that say the same give the same tokens (JSON)."""
+        """Identity of the settings (JSON): encoders with equal descriptions give equal tokens."""
         return {
             "tokenizer": [self.tokenizer.type, self.tokenizer.digest(), self.tokenizer.eod],
             "append_eod": self.append_eod,
@@ -170,7 +170,7 @@ class Encoder:
         }
 
     def __call__(self, batch: list[RawDocument]) -> RecordBatch:
-        """Tokenize a batch of records; sentences and records without a token are left out."""
+        """Tokenize a batch of records, dropping sentences and records without tokens. Raises DataError."""
         texts = [text_of(record) for record in batch]
         raw_bytes = sum(len(record.payload) for record in batch)
         if self.splitter is None:
@@ -196,7 +196,7 @@ class Encoder:
 
 
 def _tokenize(parts: Parts, todo: dict[str, RawText], encoder: Encoder, workers: int) -> None:
-    """Make the parts that are not there."""
+    """Tokenize the inputs in ``todo``, each into its part."""
     encoded = _encode_all(_batches(todo), encoder, workers)
     writer: PartWriter | None = None
     try:
@@ -240,7 +240,7 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
     global _in_worker
     _in_worker = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    # A worker waits for work for ever when its parent is killed: the kernel shall end it too (Linux).
+    # PR_SET_PDEATHSIG: the kernel kills a worker whose parent is killed; otherwise it would wait forever (Linux).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -262,7 +262,7 @@ def _encode_all(
         for key, batch in batches:
             yield key, None if batch is None else encoder(batch)
         return
-    # Forked, so that workers have the tokenizer already: loading one can take seconds.
+    # Forked workers share the loaded tokenizer; loading one can take seconds.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (encoder, os.getpid())) as pool:
         waiting: deque[tuple[str, Future[RecordBatch] | None]] = deque()

@@ -1,8 +1,8 @@
 """Raw text as records: JSON lines, Parquet and plain text, compressed or not, streamed in order.
 
 A record is the bytes of one document: a JSON line, a value of a Parquet column, or a piece of a text
-file. ``text_of`` turns it into text; that is the expensive half, left to the worker processes. No file
-is ever held whole, but for a plain text file that is one document.
+file. ``text_of`` turns it into text, which is expensive and left to the worker processes. Files are
+never held in memory as a whole, except a plain text file that is one document.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from megatron_prune.errors import DataError, UsageError
 
-# The standard library's reader. Others do not do: ``zstandard``'s takes a file that is cut off for a file that ends,
-# so that half a shard would become a corpus without a word, and pyarrow's does not read ``zstd --long``.
+# The standard library's reader (or its backport). ``zstandard``'s treats a truncated file as complete, so half a shard
+# would silently become a corpus; pyarrow's does not read ``zstd --long``.
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -33,29 +33,29 @@ FORMATS = ("auto", "jsonl", "parquet", "text")
 DOCUMENTS = ("file", "paragraph", "line")
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE_MAGIC = b"\x50\x2a\x4d\x18"  # to 5f…
-LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, as some published shards need
-PARQUET_ROWS = 256  # that are decoded at a time
+LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, which some published shards need
+PARQUET_ROWS = 256  # decoded at a time
 
 
 class RawDocument(NamedTuple):
-    """One document as it lies on disk; ``origin`` says where, for error messages."""
+    """One document as stored on disk; ``origin`` locates it in error messages."""
 
     payload: bytes
     origin: str
-    json_key: str | None  # None where the payload is the text itself
+    json_key: str | None  # None: the payload is the text itself
 
 
 class RawText(Protocol):
-    """A part of the input that is tokenized whole or not at all: a file, or a shard of a data set."""
+    """A unit of input that is tokenized completely or not at all: a file, or a shard of a dataset."""
 
     def records(self) -> Iterator[RawDocument]: ...
 
     def describe(self) -> dict[str, Any]:
-        """What a sidecar says about it (JSON): the same on every run."""
+        """Its entry in the sidecar (JSON), the same on every run."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What must be unchanged for an earlier run's work on it to be good still (JSON)."""
+        """Everything that must be unchanged for an earlier run's tokens to be reused (JSON)."""
         ...
 
 
@@ -90,9 +90,9 @@ class File:
 
 
 def format_of(path: Path, input_format: str = "auto") -> str:
-    """``jsonl``, ``parquet`` or ``text``: as ``--input-format`` says, or by the ending before .gz or .zst, in any case.
+    """``jsonl``, ``parquet`` or ``text``: from ``--input-format``, or from the suffix before .gz or .zst (any case).
 
-    UsageError for an ending that says nothing: taken for text, a shard of JSON lines would be one document.
+    Raises UsageError for an unknown suffix: read as text, a shard of JSON lines would become one document.
     """
     if input_format != "auto":
         return input_format
@@ -112,7 +112,7 @@ def format_of(path: Path, input_format: str = "auto") -> str:
 
 
 def size_of_text(source: RawText) -> int | None:
-    """Bytes of the records of a source; None where only reading it would tell (compressed, columns, from the hub)."""
+    """Bytes of the records of a source; None if unknown without reading it (compressed, Parquet, from the Hub)."""
     if not isinstance(source, File) or format_of(source.path, source.input_format) == "parquet":
         return None
     with _open(source.path) as handle:
@@ -120,7 +120,7 @@ def size_of_text(source: RawText) -> int | None:
 
 
 def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Path]:
-    """The input files as paths; UsageError when one is missing or of no known format, or none is given."""
+    """The input files as paths. Raises UsageError if one is missing or of unknown format, or none is given."""
     paths = [Path(name) for name in inputs]
     if not paths:
         raise UsageError("--input", got="nothing", expected="at least one file")
@@ -138,10 +138,11 @@ def records(
     input_format: str = "auto",
     text_documents: str = "file",
 ) -> Iterator[RawDocument]:
-    """Every record of the inputs, in order. Blank lines are no records.
+    """Every record of the inputs, in order. Blank lines are skipped.
 
-    ``json_key`` also names the column of a Parquet file. A plain text file is one document (``file``), or
-    one a paragraph (separated by blank lines), or one a line. Raises DataError for a broken file.
+    ``json_key`` also names the column of a Parquet file. ``text_documents`` says whether a plain text file is one
+    document (``file``), one per paragraph (separated by blank lines), or one per line. Raises DataError for a
+    broken file.
     """
     for path in inputs:
         kind = format_of(path, input_format)
@@ -162,12 +163,12 @@ def records(
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The magic number decides about compression, not the name."""
+    """Open a file; its magic number, not its name, says whether it is compressed."""
     with open(path, "rb") as handle:
         magic = handle.read(4)
     if magic.startswith(b"\x1f\x8b"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    # pzstd begins with a frame without content, whose magic number ends in any digit.
+    # pzstd files start with a skippable frame, whose magic number varies in the low four bits of its first byte.
     if magic == ZSTD_MAGIC or (magic[1:] == SKIPPABLE_MAGIC[1:] and magic[0] >> 4 == SKIPPABLE_MAGIC[0] >> 4):
         options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
         return zstd.open(path, "rb", options=options)  # type: ignore[return-value]
@@ -175,20 +176,20 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
-    """One record a row, an empty one where it is null; a few hundred rows in memory. Rows count from 1 in messages."""
+    """One record per row, empty for null, with a few hundred rows in memory. Messages count rows from 1."""
     import pyarrow
     import pyarrow.parquet
     from pyarrow import types
 
     try:
-        # Without pre-buffering and with a buffer, a row group is streamed and not held.
+        # With a buffer but no pre-buffering, a row group is streamed and not held in memory.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise DataError(f"{path} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
             kind = file.schema_arrow.field(column).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
-            # A shard may hold nothing but nulls, and so have no other type.
+            # A column of nulls only has the type null.
             if not any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_null)):
                 raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
             row = 0
@@ -222,21 +223,21 @@ def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes
 
 
 def text_of(record: RawDocument) -> str:
-    """The text of a record, empty where it is null; DataError names file and line when it is not what it should be."""
+    """The text of a record, empty for null. Raises DataError, naming file and line, if the record is invalid."""
     try:
         if record.json_key is None:
             return record.payload.decode()
         value = json.loads(record.payload)
     except UnicodeDecodeError as error:
         raise DataError(f"{record.origin} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, too, or brackets without end
+    except (ValueError, RecursionError) as error:  # also numbers with too many digits, or too deep nesting
         raise DataError(f"{record.origin} is not JSON: {error}") from error
     text = value.get(record.json_key) if isinstance(value, dict) else None
     if text is None and isinstance(value, dict) and record.json_key in value:
-        return ""  # null, as data sets write it
+        return ""  # null, which some datasets use for empty text
     if not isinstance(text, str):
         found = f"its keys: {', '.join(sorted(value))}" if isinstance(value, dict) else "it is not an object"
         raise DataError(f"{record.origin} has no text under '{record.json_key}' ({found}): see --json-keys")
-    if b"\\u" in record.payload:  # the one way to smuggle half a surrogate pair in; no tokenizer takes it
+    if b"\\u" in record.payload:  # only escapes can encode half a surrogate pair, which tokenizers reject
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -1,9 +1,9 @@
-"""Work that survives a kill: one part on disk for each input, merged when all are there.
+"""Resumable tokenizing: one part on disk per input, merged when all are finished.
 
-``preprocess`` writes the tokens of every input (a file, or a shard of a data set) to a part of its own in
-a hidden folder beside the output. A part is finished when its manifest is there; its name is a hash of
-the input's identity and of every setting, so a part of other text or another tokenizer is never taken.
-The merge reads the parts in the order of the inputs: how often a run was killed cannot be seen in it.
+``preprocess`` writes the tokens of every input (a file, or a shard of a dataset) to a part in a hidden
+folder next to the output. A part is finished once its manifest exists. Its name is a hash of the input's
+identity and of every setting, so a part of other text or another tokenizer is never reused. The merge
+reads the parts in input order, so the result does not depend on interruptions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_prune.data.indexed import write_index
 from megatron_prune.errors import DataError
 
 COPY_BYTES = 1 << 22
-SUFFIXES = (".bin", ".npz", ".json")  # in this order: the manifest says that the others are whole
+SUFFIXES = (".bin", ".npz", ".json")  # in writing order: the manifest, last, marks the others complete
 
 
 class Parts:
-    """The parts of one output prefix, held by one process at a time; use it in a ``with`` block.
+    """The parts of one output prefix, locked by one process at a time. Use it as a context manager.
 
-    On leaving, the folder goes unless it holds finished work that was not published.
+    On exit, the folder is removed unless it holds finished parts that were not published.
     """
 
     def __init__(self, prefix: Path):
@@ -48,7 +48,7 @@ class Parts:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self._lock.close()
                 raise DataError(f"another process is writing {self.prefix}: wait for it or stop it") from error
-            # A file system without locks: two runs to one prefix are then the user's to avoid.
+            # Without file locks, it is up to the user not to run two processes with one prefix.
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,7 +57,7 @@ class Parts:
         self._lock.close()
 
     def keep(self, keys: Sequence[str]) -> set[str]:
-        """The keys whose parts are finished; every other file of earlier runs is removed."""
+        """The keys whose parts are finished. Removes all other files of earlier runs."""
         finished = {key for key in keys if self._is_whole(key)}
         for path in self.folder.iterdir():
             if path.name != "lock" and not (path.stem in finished and path.suffix in SUFFIXES):
@@ -70,7 +70,7 @@ class Parts:
             return (self.folder / f"{key}.bin").stat().st_size == manifest["bytes"] and (
                 self.folder / f"{key}.npz"
             ).is_file()
-        except Exception:  # whatever is wrong with it, it is made again
+        except Exception:  # a damaged part is made again
             return False
 
     def manifest(self, key: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Parts:
         return found
 
     def merge(self, keys: Sequence[str], dtype: str) -> str:
-        """Make ``merged.bin`` and ``merged.idx`` of the parts in this order; the hash of the ``.bin``."""
+        """Join the parts, in this order, to ``merged.bin`` and ``merged.idx``; returns SHA-256 of the ``.bin``."""
         sequences, documents = [], []
         for key in keys:
             with np.load(self.folder / f"{key}.npz") as lengths:
@@ -106,10 +106,10 @@ class Parts:
         return digest.hexdigest()
 
     def publish(self, sidecar: dict[str, Any]) -> None:
-        """Replace the corpus at the prefix by the merged one, and forget the parts.
+        """Replace the corpus at the prefix with the merged one, and delete the parts.
 
-        The old index goes first and the new one comes after its ``.bin``: a ``.bin`` without an ``.idx`` is
-        not taken for a corpus.
+        The old index is removed first and the new one written after its ``.bin``, because a ``.bin`` without
+        an ``.idx`` is not mistaken for a corpus.
         """
         artifacts.write_json(self.folder / "merged.sidecar", sidecar)
         for suffix in (".json", ".idx"):
@@ -120,7 +120,7 @@ class Parts:
 
 
 class PartWriter:
-    """Writes one part; it is there for good after ``finish``."""
+    """Writes one part, which is complete after ``finish``."""
 
     def __init__(self, parts: Parts, key: str):
         self._stem = parts.folder / key
@@ -131,7 +131,7 @@ class PartWriter:
         self.counts = {"documents": 0, "sequences": 0, "tokens": 0, "empty": 0, "raw_bytes": 0}
 
     def add(self, tokens: np.ndarray, sequences: np.ndarray, documents: np.ndarray, empty: int, raw_bytes: int) -> None:
-        """Append documents: their tokens, the length of every sequence, the sequences of every document."""
+        """Append documents: their tokens, the length of each sequence, the number of sequences per document."""
         payload = tokens.tobytes()
         self._file.write(payload)
         self._digest.update(payload)

@@ -1,8 +1,8 @@
-"""One source of text, divided by document: what a pruning is calibrated on, what it is judged on, what it trains on.
+"""Split one source of text, by document, into text for calibration, evaluation (held out) and training.
 
-A document is held out by its own hash, one in ten: which documents those are depends on the text alone, so that
-perplexities of prunings with other settings are on the same text. Documents that occur twice are taken once. Held-out
-documents that are nearly the same as one of the others (``contamination``) are left out.
+The hash of a document decides whether it is held out (one in ten). This depends on the text alone, so that perplexities
+of pruning runs with other settings are on the same text. Repeated documents are kept once. Held-out documents that are
+nearly equal to a document of another part (``contamination``) are dropped.
 
     FOLDER/{calibration,held_out,train}.jsonl           the documents
     FOLDER/{calibration,held_out,train}.bin .idx .json  the same, tokenized
@@ -28,14 +28,14 @@ from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError
 
 CALIBRATION, HELD_OUT, TRAIN = "calibration", "held_out", "train"
-ONE_OF = 10  # documents is held out
-BATCH = 64  # documents that are tokenized at a time
+ONE_OF = 10  # one of this many documents is held out
+BATCH = 64  # documents tokenized at a time
 DONE = "text.json"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A source of documents: what people call it, what tells it from others (JSON), and its documents in order."""
+    """A source of documents: a name to display, an identity (JSON), and the documents in order."""
 
     name: str
     identity: Any
@@ -43,7 +43,7 @@ class Texts:
 
 
 def of_files(paths: Sequence[str | Path], json_key: str = "text", text_documents: str = "file") -> Texts:
-    """JSON lines, Parquet or plain text, perhaps compressed. UsageError for a file that is missing or unknown."""
+    """JSON lines, Parquet or plain text, also compressed. Raises UsageError for a missing or unknown file."""
     files = [readers.File(path, json_key, "auto", text_documents) for path in readers.check_inputs(paths)]
 
     def documents() -> Iterator[str]:
@@ -54,7 +54,7 @@ def of_files(paths: Sequence[str | Path], json_key: str = "text", text_documents
 
 
 def of_dataset(dataset: str, split: str = "train", column: str = "text") -> Texts:
-    """``NAME[:CONFIG]`` of the Hugging Face Hub, or a folder of it, streamed. UsageError, DataError."""
+    """``NAME[:CONFIG]`` on the Hugging Face Hub, or a local folder, streamed. Raises UsageError and DataError."""
     shards = hub.shards(dataset, split, column)
 
     def documents() -> Iterator[str]:
@@ -64,7 +64,7 @@ def of_dataset(dataset: str, split: str = "train", column: str = "text") -> Text
 
 
 def of_this_machine() -> Texts:
-    """English that is on this machine: Python's manual, documentation and docstrings of installed packages."""
+    """English text on this machine: Python's manual, documentation and docstrings of installed packages."""
 
     def documents() -> Iterator[str]:
         return (found.text for found in local_text.clean(local_text.gather(local_text.TextPlaces()), Counter()))
@@ -76,10 +76,10 @@ def of_this_machine() -> Texts:
 def prepare(
     texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[str, int], *, workers: int = 1
 ) -> dict[str, Any]:
-    """Divide and tokenize; what ``text.json`` holds. ``wanted``: tokens by part; reading ends when all are reached.
+    """Split and tokenize; returns the content of ``text.json``. ``wanted``: tokens per part, at which reading ends.
 
-    A part of which nothing is wanted is not made. Fewer tokens than are wanted are no error here: see ``tokens`` of
-    each part. A run that was killed begins again, unless it was finished. Raises DataError where a part stays empty.
+    A part with no wanted tokens is not made. Too few tokens are not an error: see ``tokens`` of each part. A killed
+    run starts again from the beginning. Raises DataError if a part would be empty.
     """
     if (folder / DONE).is_file():
         found: dict[str, Any] = artifacts.read_json(folder / DONE)
@@ -106,7 +106,7 @@ def prepare(
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document is among those that are held out, wherever it stands."""
+    """Whether a document is held out, independent of its position."""
     return _digest(text)[0] < -(-256 // ONE_OF)
 
 
@@ -115,7 +115,7 @@ def _digest(text: str) -> bytes:
 
 
 def _divide(texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[str, int]) -> dict[str, Any]:
-    """Write the parts' documents. Held-out ones by their hash, the others to calibration until it has its tokens."""
+    """Write the documents of each part: held-out ones by hash, the others to calibration until it has its tokens."""
     parts = [part for part in (CALIBRATION, HELD_OUT, TRAIN) if wanted.get(part)]
     tokens = dict.fromkeys(parts, 0)
     end = int(tokenizer.eod is not None)
@@ -153,7 +153,7 @@ def _divide(texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[st
 
 
 def _next(parts: Sequence[str], tokens: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    """Where a document goes that is not held out: calibration first, then training; "" where neither wants it."""
+    """The part for a document that is not held out: calibration first, then training; "" if both are full."""
     for part in (CALIBRATION, TRAIN):
         if part in parts and tokens[part] < wanted[part]:
             return part
@@ -166,7 +166,7 @@ def _tokenize(folder: Path, part: str, tokenizer: Tokenizer, workers: int) -> No
 
 
 def _alike(folder: Path, others: Sequence[str]) -> set[int]:
-    """Numbers of the held-out documents that are in another part, or nearly so."""
+    """Numbers of the held-out documents with an exact or near duplicate in another part."""
     held = folder / HELD_OUT
     found: set[int] = set()
     for part in others:
@@ -176,8 +176,8 @@ def _alike(folder: Path, others: Sequence[str]) -> set[int]:
 
 
 def _drop(path: Path, numbers: set[int]) -> None:
-    """Take documents out of a file of JSON lines, by number. DataError where none would be left."""
-    lines = path.read_bytes().splitlines(keepends=True)  # of bytes: a text may hold other ends of lines
+    """Remove documents from a JSON Lines file, by number. Raises DataError if none would be left."""
+    lines = path.read_bytes().splitlines(keepends=True)  # bytes: str.splitlines also splits at other characters
     kept = [line for number, line in enumerate(lines) if number not in numbers]
     if not kept:
         raise DataError(

@@ -1,15 +1,14 @@
-"""Token streams and sample ranges: sample *i* is the same tokens for everybody (DESIGN §6).
+"""Token streams and sample ranges: sample *i* has the same tokens in every run (docs/pages/concepts.md).
 
 A stream is a corpus, or a blend of corpora at fixed weights, with a seed and a sequence length.
-Megatron's own data sets do the work: each prefix is a ``GPTDataset`` of exactly one epoch, whose order
-does not depend on how many samples a run asks for; ``BlendedDataset`` interleaves them. What is
-added here:
+It uses Megatron's datasets: each prefix is a ``GPTDataset`` of exactly one epoch, whose order does not
+depend on the number of samples requested; ``BlendedDataset`` interleaves them. This module adds:
 
-* the identity of a stream (``Stream.id``), from content and never from paths;
-* index caches that are whole or absent and cannot be stale: they lie under the stream's id;
-* an end: a stream stops before a member of its blend runs out, and nothing wraps around;
-* epochs: E of them are E one-epoch streams with derived seeds, one after another;
-* ``SampleRange``: the samples [start, end) of a stream, which is what a training run consumes.
+* the identity of a stream (``Stream.id``), which depends on content, not on paths;
+* index caches that are atomic and never stale, because they are stored under the stream's id;
+* an end: a stream stops before a member of its blend is exhausted, and does not wrap around;
+* epochs: E epochs are E one-epoch streams with derived seeds, one after another;
+* ``StreamRange``: the samples [start, end) of a stream that a training run consumes.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from megatron_prune.data import indexed
 from megatron_prune.data.blend import Corpus, blend_length, members, parse_blend, shares
 from megatron_prune.errors import DataError, UsageError
 
-SEEDS = 2**32  # of numpy.random.RandomState, which Megatron shuffles with
-ABANDONED = 24 * 3600  # seconds after which a half-built cache cannot be another process's work in progress
+SEEDS = 2**32  # number of seeds of numpy.random.RandomState, with which Megatron shuffles
+ABANDONED = 24 * 3600  # seconds after which an unfinished cache is no longer in use by another process
 
 
 class _Tokens:
-    """The least that GPTDataset asks of a tokenizer. Ids are never padded: a stream has no partial sample."""
+    """The minimal tokenizer interface of GPTDataset. Nothing is padded: a stream has no partial samples."""
 
     vocab_size = None
     pad = -1
@@ -51,10 +50,10 @@ class _Tokens:
 
 
 class Stream:
-    """An endless-looking but finite sequence of samples; build it with ``Stream.build``.
+    """A finite sequence of samples, made by ``Stream.build``.
 
-    ``len(stream)`` samples; ``stream[i]`` is GPTDataset's dict: ``tokens``, ``labels``, ``position_ids``
-    (int64 [S]), ``loss_mask`` (float32 [S]), and for a blend ``dataset_id``.
+    ``stream[i]`` is GPTDataset's dict: ``tokens``, ``labels``, ``position_ids`` (int64 [S]), ``loss_mask``
+    (float32 [S]), and for a blend ``dataset_id``.
     """
 
     def __init__(self, corpora: Sequence[Corpus], seq_length: int, seed: int, epochs: int):
@@ -70,7 +69,7 @@ class Stream:
                 "epochs": epochs,
             }
         )
-        self.parts: list[GPTDataset | BlendedDataset] = []  # one an epoch
+        self.parts: list[GPTDataset | BlendedDataset] = []  # one per epoch
 
     @staticmethod
     def build(
@@ -87,14 +86,14 @@ class Stream:
         create_attention_mask: bool = False,
         mmap_bin_files: bool = True,
     ) -> Stream:
-        """Open a stream, building its index caches first where they are not there.
+        """Open a stream; builds its index caches first if they do not exist.
 
-        ``blend`` is what Megatron's ``--data-path`` takes: prefixes, or weights and prefixes in turn
-        (``["30", "A", "70", "B"]``). Without weights the members are used up together, in proportion
-        to their lengths. Caches lie under ``cache_path``, by default ``<first prefix>.streams/``.
-        With torch.distributed this is a collective call: rank 0 builds, everybody waits, then loads.
+        ``blend`` is a value of Megatron's ``--data-path``: prefixes, or alternating weights and prefixes
+        (``["30", "A", "70", "B"]``). Without weights, members are drawn in proportion to their lengths.
+        Caches are stored under ``cache_path``, by default ``<first prefix>.streams/``. With
+        torch.distributed this is a collective call: rank 0 builds, all ranks wait, then load.
 
-        Raises DataError (missing, broken or repeated corpora; one shorter than a sample; caches that
+        Raises DataError (missing, broken or repeated corpora; a corpus shorter than a sample; caches that
         this rank cannot see) and UsageError (sizes, seed, flags that need an ``eod``).
         """
         for flag, given, allowed in (
@@ -128,7 +127,7 @@ class Stream:
         }
         cache = stream.cache(cache_path)
         distributed = torch.distributed.is_initialized()
-        # Only rank 0 looks before the barrier: a network file system may remember for a while what was not there.
+        # Only rank 0 looks before the barrier: a network file system may cache that a file does not exist.
         if not (distributed and torch.distributed.get_rank()) and not cache.is_dir():
             stream._build_cache(cache, flags)
         if distributed:
@@ -142,12 +141,12 @@ class Stream:
         return stream
 
     def cache(self, cache_path: str | Path | None = None) -> Path:
-        """Where the stream's index caches lie, built or not."""
+        """The directory of the stream's index caches, built or not."""
         caches = Path(cache_path or f"{self.corpora[0].prefix}.streams").absolute()
         return caches / f"stream-{self.id[:16]}"
 
     def _build_cache(self, cache: Path, flags: dict[str, Any]) -> None:
-        """Build in a scratch directory and rename; when others do the same, the first to finish wins."""
+        """Build in a scratch directory and rename it; of concurrent builds, the first to finish wins."""
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             for left_over in cache.parent.glob(f".{cache.name}{artifacts.PARTIAL}*"):
@@ -168,7 +167,7 @@ class Stream:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _open(self, cache: Path, flags: dict[str, Any]) -> list[GPTDataset | BlendedDataset]:
-        """Megatron's data sets, one an epoch, with their indices in ``cache`` (built there when missing)."""
+        """Megatron's datasets, one per epoch, with their indices in ``cache`` (built if missing)."""
         corpora = [indexed.open_indexed(c.prefix, flags["mmap_bin_files"]) for c in self.corpora]
         parts: list[GPTDataset | BlendedDataset] = []
         for epoch in range(self.epochs):
@@ -183,7 +182,7 @@ class Stream:
             datasets = []
             for corpus, opened in zip(self.corpora, corpora, strict=True):
                 documents = np.arange(len(opened), dtype=np.int32)
-                # The "path" only names the cache files: they shall not depend on where the data lies.
+                # The "path" only names the cache files, which must not depend on the location of the data.
                 datasets.append(GPTDataset(opened, corpus.fingerprint, documents, None, Split.train, config))
             parts.append(datasets[0] if len(datasets) == 1 else self._blend(datasets, config))
         return parts
@@ -199,7 +198,7 @@ class Stream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The same for all epochs: an epoch's length depends on token counts, not on its order."""
+        """Samples per epoch, the same for all epochs: it depends on token counts, not on their order."""
         return len(self.parts[0])
 
     def __len__(self) -> int:
@@ -213,7 +212,7 @@ class Stream:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What an account says about its stream (JSON). ``samples`` is there once it is built."""
+        """The description of the stream in an account (JSON); includes ``samples`` once the stream is built."""
         described: dict[str, Any] = {
             "id": self.id,
             "seed": self.seed,
@@ -226,12 +225,11 @@ class Stream:
 
 
 class StreamRange(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples [start, end) of a stream, in stream order or, with a seed, in one fixed permutation of it.
+    """Samples [start, end) of a stream, in stream order or, with a seed, in a fixed permutation of it.
 
-    The permutation depends on the seed and on ``end - start`` alone, so that two arms of a comparison that
-    take the same range with the same replicate seed see the same samples in the same order.
-    Raises UsageError when the range is empty, reaches beyond the stream, or is not a whole number of
-    global batches.
+    The permutation depends only on the seed and ``end - start``, so two arms of a comparison with the same
+    range and replicate seed see the same samples in the same order. Raises UsageError if the range is
+    empty, exceeds the stream, or is not a whole number of global batches.
     """
 
     def __init__(
@@ -265,14 +263,14 @@ class StreamRange(torch.utils.data.Dataset[dict[str, Any]]):
         self._order: np.ndarray | None = None
         if permutation_seed is not None:
             self._order = np.arange(end - start, dtype=np.uint32 if end - start < SEEDS else np.int64)
-            # RandomState and not a Generator: NumPy promises that its numbers never change.
+            # RandomState, not Generator: NumPy guarantees that its numbers never change.
             np.random.RandomState(permutation_seed).shuffle(self._order)
 
     def __len__(self) -> int:
         return self.end - self.start
 
     def sample(self, position: int) -> int:
-        """The number in the stream of the sample at ``position`` of this range."""
+        """The stream's sample number at ``position`` of this range."""
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of a range of {len(self)}")
         return self.start + int(position if self._order is None else self._order[position])
@@ -282,7 +280,7 @@ class StreamRange(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Seed of an epoch: the stream's own for the first, derived by SHA-256 for the others."""
+    """Seed of an epoch: the stream's seed for the first, derived from it with SHA-256 for the others."""
     if not epoch:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:4], "big")
@@ -297,11 +295,11 @@ def parse_range(text: str, flag: str = "--stream-range") -> tuple[int, int]:
 
 
 def refuse_overlap(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> None:
-    """Refuse two uses of text that share tokens; each is ``{"stream": describe(), "range": [start, end]}``.
+    """Raise DataError if two uses of text may share tokens.
 
-    That is the form of an account. On one stream the ranges must be disjoint; two streams that share
-    a corpus are refused, since samples of different orders cannot be told apart by their numbers.
-    Raises DataError.
+    Each use is ``{"stream": describe(), "range": [start, end]}``, as in an account. On one stream the ranges
+    must be disjoint. Two streams that share a corpus are refused, because sample numbers of different orders
+    cannot be compared.
     """
     a, b = first["stream"], second["stream"]
     (a_start, a_end), (b_start, b_end) = first["range"], second["range"]

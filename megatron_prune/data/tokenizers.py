@@ -1,7 +1,7 @@
-"""Tokenizers by Megatron's names for them, and whether one fits a model.
+"""Tokenizers by Megatron's names, and checks that a tokenizer fits a model.
 
-Only what text needs: its ids, the size of the vocabulary, the ids that begin and end a document, and an
-identity. No special token is added to a text, but by ``encode_whole``.
+The interface covers ids, vocabulary size, the ids that begin and end a document, and an identity. Only
+``encode_whole`` adds special tokens to a text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What ``load_tokenizer`` returns. ``vocab_size`` counts added tokens; ``bos`` and ``eod`` are None without one."""
+    """The interface of a tokenizer. ``vocab_size`` includes added tokens; ``bos`` and ``eod`` are None if undefined."""
 
     type: str
     model: str
@@ -36,19 +36,19 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_whole(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer itself adds (a BOS, say), unless the text begins with them."""
+        """Encode with the special tokens that the tokenizer adds (such as BOS), unless the text begins with them."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The same of many texts, faster, as int32 arrays."""
+        """Encode many texts, faster than ``encode``, as int32 arrays."""
         ...
 
     def fingerprint(self) -> str:
-        """Identity of the vocabulary, 64 hex digits: which id means what."""
+        """Identity of the vocabulary (the meaning of each id), 64 hex digits."""
         ...
 
     def digest(self) -> str:
-        """Identity of everything that decides which ids a text gets (merges, normalisation), 64 hex digits."""
+        """Identity of everything that affects the ids of a text (also merges, normalization), 64 hex digits."""
         ...
 
 
@@ -72,7 +72,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.get_piece_size()
         self._chunks = chunks.of_sentencepiece(self._processor)
         self.eod = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
-        self.bos: int | None = None  # a .model file may have one, but says of no text that it begins with it
+        self.bos: int | None = None  # a .model file can define BOS, but does not say that texts begin with it
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -93,15 +93,15 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
 
-HUB_SECONDS = 10.0  # that the Hub may take to say whether it has a model
+HUB_SECONDS = 10.0  # timeout for asking the Hub whether it has a model
 _OF_A_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def refuse_absent(model: str) -> bool:
-    """Whether this machine has the Hugging Face tokenizer ``model``: a directory, or a name in the Hub's cache.
+    """Whether the Hugging Face tokenizer ``model`` is local: a directory, or a name in the Hub's cache.
 
-    False where only the Hub has it, which is asked once, for at most ``HUB_SECONDS``. UsageError where nobody has it:
-    transformers would ask for every file of a tokenizer several times, which takes a minute without a network.
+    False if only the Hub has it; the Hub is asked once, for at most ``HUB_SECONDS``. Raises UsageError if it is not
+    found: transformers would request every file several times, which takes a minute without a network.
     """
     import huggingface_hub
     from huggingface_hub.utils._validators import validate_repo_id
@@ -112,7 +112,7 @@ def refuse_absent(model: str) -> bool:
     try:
         validate_repo_id(model)
     except ValueError:
-        pass  # no name: the Hub need not be asked
+        pass  # not a valid name: no need to ask the Hub
     else:
         constants = huggingface_hub.constants
         if any(isinstance(huggingface_hub.try_to_load_from_cache(model, name), str) for name in _OF_A_TOKENIZER):
@@ -124,7 +124,7 @@ def refuse_absent(model: str) -> bool:
             try:
                 huggingface_hub.HfApi().model_info(model, timeout=HUB_SECONDS)
                 return False
-            except Exception as error:  # of the HTTP library that huggingface_hub has
+            except Exception as error:  # depends on huggingface_hub's HTTP library
                 looked.append(f"no answer of the Hub: {' '.join(str(error).split())[:200]}")
     raise UsageError(
         "--tokenizer-model", expected="a directory with a tokenizer, or the name of a model on the Hugging Face Hub",
@@ -133,12 +133,12 @@ def refuse_absent(model: str) -> bool:
 
 
 class HuggingFaceTokenizer:
-    """The fast tokenizer of a Hugging Face directory (or hub name), loaded without running its code."""
+    """The fast tokenizer of a Hugging Face directory (or Hub name), loaded without running its code."""
 
     type = "HuggingFaceTokenizer"
 
     def __init__(self, model: str | Path):
-        # One process has one thread here: parallelism is the business of the worker processes.
+        # One thread per process: preprocess runs its own worker processes.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from transformers import AutoTokenizer
 
@@ -156,7 +156,7 @@ class HuggingFaceTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._chunks = chunks.of_hugging_face(self._backend)
-        # The largest id counts, not the number of entries: a vocabulary may have holes.
+        # The largest id, not the number of entries: a vocabulary can have gaps.
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eod = loaded.bos_token_id, loaded.eos_token_id
         self._start = loaded.bos_token or loaded.eos_token
@@ -186,9 +186,9 @@ class HuggingFaceTokenizer:
 class TikTokenizer:
     """Megatron's own tiktoken tokenizer: a ``.json`` list of ``{"rank", "token_bytes", "token_str"}``.
 
-    The first ``num_special_tokens`` ids are special, the file's ranks follow, and the file is cut to fill
-    ``vocab_size`` ids; the end of a document is ``</s>``. The settings are Megatron's flags, which a
-    training run needs too. As there, a special token that stands in a text becomes its id.
+    The first ``num_special_tokens`` ids are special, followed by the file's tokens up to ``vocab_size`` ids.
+    The end of a document is ``</s>``. The settings are Megatron's flags, which a training run needs too. As
+    in Megatron, a special token's name in a text becomes its id.
     """
 
     type = "TikTokenizer"
@@ -232,7 +232,7 @@ class TikTokenizer:
         self._settings = [self.vocab_size, pattern or "v2", num_special_tokens, self._tokenizer.special_tokens]
 
     def encode(self, text: str) -> list[int]:
-        # Most texts hold no special token, and looking for a thousand of them takes tiktoken long.
+        # Most texts have no special token, and tiktoken is slow at searching for a thousand of them.
         ids: list[int]
         if self._any_special.search(text):
             ids = self._encoding.encode(text, allowed_special="all")
@@ -256,7 +256,7 @@ class TikTokenizer:
 
 
 def _tiktoken_ranks(path: Path) -> int:
-    """Number of tokens in a file of Megatron's tiktoken format; DataError when it is not one."""
+    """Number of tokens in a file of Megatron's tiktoken format. Raises DataError for any other file."""
     if not path.is_file():
         raise DataError(f"{path} does not exist: --tokenizer-model takes a tiktoken vocabulary, a .json file")
     try:
@@ -283,9 +283,9 @@ TYPES: tuple[str, ...] = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "Tik
 
 
 def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
-    """A tokenizer by Megatron's ``--tokenizer-type`` and ``--tokenizer-model``; UsageError or DataError.
+    """Load a tokenizer by Megatron's ``--tokenizer-type`` and ``--tokenizer-model``.
 
-    ``settings`` are TikTokenizer's; the others have none.
+    ``settings`` are for TikTokenizer only. Raises UsageError and DataError.
     """
     if type not in TYPES:
         raise UsageError("--tokenizer-type", got=type, expected="one of " + ", ".join(TYPES))
@@ -298,7 +298,7 @@ def load_tokenizer(type: str, model: str | Path, **settings: Any) -> Tokenizer:
 
 
 def check_fits(tokenizer: Tokenizer, vocabulary: int) -> None:
-    """Refuse a tokenizer whose ids are not all words of a model with this ``vocabulary``, padding not counted."""
+    """Raise DataError if a tokenizer has ids outside a model's ``vocabulary`` (size without padding)."""
     if tokenizer.vocab_size > vocabulary:
         raise DataError(
             f"{tokenizer.model} has a vocabulary of {tokenizer.vocab_size}, the checkpoint one of {vocabulary}: use "
@@ -307,10 +307,9 @@ def check_fits(tokenizer: Tokenizer, vocabulary: int) -> None:
 
 
 def check_fits_checkpoint(tokenizer: Tokenizer, checkpoint: Checkpoint, vocabulary: int) -> None:
-    """Refuse a tokenizer that is not the checkpoint's own: its ids must be among its ``vocabulary`` and mean the same.
+    """Raise DataError unless a tokenizer's ids are in the checkpoint's ``vocabulary`` and have the same meaning.
 
-    The meaning can be checked where the checkpoint carries its Hugging Face tokenizer files (it was
-    imported); elsewhere only the size can.
+    The meaning is checked only if the checkpoint has its Hugging Face tokenizer files (after an import).
     """
     check_fits(tokenizer, vocabulary)
     folder = checkpoint.huggingface

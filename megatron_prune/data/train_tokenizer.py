@@ -1,8 +1,7 @@
 """Train a SentencePiece tokenizer on files: the same files and settings give the same bytes.
 
-Set up as Llama's: text is taken as it is (no Unicode normalisation, every blank kept), bytes stand in
-for what the vocabulary lacks, digits stand alone; so decoding gives back the text exactly.
-Ids: 0 unknown, 1 <s>, 2 </s> (the end of a document), 3 <pad>.
+The settings are Llama's: no Unicode normalization, all blanks kept, byte fallback, and digits split, so
+decoding restores the text exactly. Ids: 0 unknown, 1 <s>, 2 </s> (the end of a document), 3 <pad>.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from megatron_prune.errors import DataError, UsageError
 
 MODEL_TYPES = ("bpe", "unigram")
 SMALLEST_VOCABULARY = 4 + 256 + 1  # special ids, bytes, and something to learn
-LONGEST_LINE = 16384  # bytes; SentencePiece ignores longer ones
+LONGEST_LINE = 16384  # bytes; SentencePiece ignores longer lines
 
 
 def train_tokenizer(
@@ -32,8 +31,8 @@ def train_tokenizer(
 ) -> None:
     """Write the SentencePiece model ``output`` with exactly ``vocab_size`` ids.
 
-    ``max_bytes`` ends the training text there (a hundred megabytes teach a tokenizer all it needs).
-    Raises UsageError and DataError; DataError when the text is too little for the vocabulary.
+    ``max_bytes`` limits the training text (100 MB are enough for a tokenizer). Raises UsageError, and
+    DataError if there is too little text for the vocabulary.
     """
     import sentencepiece
 
@@ -60,7 +59,7 @@ def train_tokenizer(
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            num_threads=1,  # sums over threads would depend on their number
+            num_threads=1,  # the result would depend on the number of threads
             minloglevel=1,
         )
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Fixed windows of a corpus: what ``evaluate`` scores and ``calibrate`` reads.
+"""Fixed windows of a corpus, which ``evaluate`` scores and ``calibrate`` reads.
 
-Window *k* is tokens [k*S, (k+1)*S] of the concatenated documents, S+1 of them: a model reads the
-first S and predicts the last S, so neighbouring windows share one token and no prediction is made
-twice. Nothing is shuffled: window *k* is the same for everybody.
+Window *k* is tokens k*S to (k+1)*S, inclusive, of the concatenated documents: S+1 tokens. A model reads
+the first S and predicts the last S, so adjacent windows share one token and no prediction is repeated.
+Nothing is shuffled: window *k* is always the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Windows(Sequence[torch.Tensor]):
 
     @property
     def predictions(self) -> int:
-        """Number of tokens that a model predicts over all windows."""
+        """Number of tokens that a model predicts in all windows."""
         return len(self) * self.seq_length
 
 
@@ -54,10 +54,10 @@ def windows(
     seed: int | None = None,
     flag: str = "--windows",
 ) -> Windows:
-    """The first ``count`` windows of a corpus (all by default), or with ``seed`` a random choice of them.
+    """The first ``count`` windows of a corpus (default: all), or with ``seed`` a random sample.
 
-    A random choice is ``count`` different windows in random order; it depends on the corpus, S, count
-    and seed alone. ``flag`` is what to name when the corpus has fewer windows than ``count``.
+    A random sample has ``count`` different windows in random order and depends only on the length of the
+    corpus, S, count and seed. ``flag`` is the flag to name if the corpus has fewer windows than ``count``.
 
     Raises DataError (no such corpus, or shorter than one window) and UsageError.
     """
@@ -78,6 +78,6 @@ def windows(
             expected=f"1 to {available}",
             why=f"{prefix} holds {length} tokens and a window has {seq_length}",
         )
-    # RandomState, as everywhere in this room: NumPy promises its numbers will never change.
+    # RandomState, as in all of data/: NumPy guarantees that its numbers never change.
     order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(available)[:count].copy()
     return Windows(prefix, seq_length, order)
