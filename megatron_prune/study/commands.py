@@ -1,7 +1,7 @@
 """A study's runs as command lines: lists of words, kept in each cell's cell.json, printable.
 
-Every word after ``python -m megatron_prune`` is here and in ``pruning_commands``, so that what a study runs can be
-read before it runs, and run again by hand. Paths: a cell's directory is ``cells/<cell>/`` under the study's.
+Everything after ``python -m megatron_prune`` is made here, so that a study's commands can be read before they run, and
+run again by hand. A cell's directory is ``cells/<cell>/`` in the study's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """The whole command line, for people."""
+        """The full command line, for display."""
         if self.nproc == 1:
             return ["python", "-m", "megatron_prune", *self.argv]
         return ["torchrun", "--nproc-per-node", str(self.nproc), "-m", "megatron_prune", *self.argv]
@@ -51,7 +51,7 @@ def flags(mapping: Mapping[str, Any]) -> list[str]:
 
 
 def parent_training(study: StudyConfig, places: Places, samples: SampleRange, seed: int = 0) -> Command:
-    """Pretraining of a parent from random weights; ``seed`` is that of its replicate, where each has a parent."""
+    """Pretraining of a parent from random weights; ``seed`` is the replicate's, if each replicate has a parent."""
     pretrain = study.parent.pretrain
     assert pretrain is not None
     cell, start = parent_cell(study, seed), flags(study.parent.flags)
@@ -59,13 +59,13 @@ def parent_training(study: StudyConfig, places: Places, samples: SampleRange, se
 
 
 def importing(study: StudyConfig, places: Places) -> Command:
-    """A Hugging Face parent as a Megatron checkpoint."""
+    """Import of a Hugging Face parent as a Megatron checkpoint."""
     words = flags({"hf": study.parent.import_hf, "save": str(places.checkpoint("parent"))})
     return Command("import", ("convert", "import", *words))
 
 
 def training(study: StudyConfig, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
-    """Retraining from a pruned checkpoint, or training of its shape from random weights; perhaps under its masks."""
+    """Retraining of a pruned checkpoint, or training of its shape from random weights, optionally under its masks."""
     source = str(places.checkpoint(pruning.cell))
     start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []
@@ -85,16 +85,16 @@ def _pretrain(
 ) -> Command:
     save = str(places.checkpoint(cell))
     words = ["pretrain", *start, *layout(study), *tokenizer(study)]
-    words += flags({"load": save, "save": save})  # a run that was killed goes on from its own last save
+    words += flags({"load": save, "save": save})  # a killed run resumes from its own last save
     words += recipe(study, places, samples, seed, lr, permute=permute)
     words += flags(study.recipe.arguments) + _tracking(study, places, cell)
-    if study.launch.launcher == "slurm" and SAVES_WHEN_TOLD not in words:  # its job tells it before the time limit
+    if study.launch.launcher == "slurm" and SAVES_WHEN_TOLD not in words:  # its job signals it before the time limit
         words.append(SAVES_WHEN_TOLD)
     return Command("pretrain", tuple(words), study.launch.nproc)
 
 
 def _tracking(study: StudyConfig, places: Places, cell: str) -> list[str]:
-    """Megatron's own writers; what groups W&B's runs is in ``environment``."""
+    """Flags of Megatron's own writers; ``environment`` sets W&B's group."""
     tracking = study.tracking
     project = tracking.wandb_project
     return flags(
@@ -109,7 +109,7 @@ def _tracking(study: StudyConfig, places: Places, cell: str) -> list[str]:
 
 
 def environment(study: StudyConfig, threads: int | None) -> dict[str, str]:
-    """What every job finds in its environment."""
+    """The environment variables of every job."""
     found = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return found | ({"WANDB_RUN_GROUP": study.name} if study.tracking.wandb_project else {})
 
@@ -124,7 +124,7 @@ def recipe(
     permute: bool,
     batch: int | None = None,
 ) -> list[str]:
-    """What every training run of the study has in common, but for the recipe's own ``arguments``.
+    """Flags that all training runs of the study share, except the recipe's own ``arguments``.
 
     ``batch``: samples of a global batch, where they are not the recipe's.
     """
@@ -153,7 +153,7 @@ def recipe(
 
 
 def evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path) -> Command:
-    """Validation and test loss on fixed windows, in one load of the model."""
+    """Validation and test loss on fixed windows, with the model loaded once."""
     words = ["evaluate", *forward(study, checkpoint)]
     words += flags(
         {
@@ -169,7 +169,7 @@ def evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path) 
 
 
 def forward(study: StudyConfig, checkpoint: Path) -> list[str]:
-    """What every verb that only runs the model needs; the recipe's flags say its precision."""
+    """Flags of every verb that only runs the model; the recipe's flags set its precision."""
     return ["--load", str(checkpoint), *layout(study), *tokenizer(study), *flags(study.recipe.arguments)]
 
 
@@ -187,11 +187,11 @@ def tokenizer(study: StudyConfig) -> list[str]:
     return flags({"tokenizer-type": made.type, "tokenizer-model": made.model}) if made else []
 
 
-# The commands of calibrations and prunings: what reads a parent and writes a smaller checkpoint, or a sparse one.
+# Commands of calibrations and prunings.
 
 
 def calibration(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
-    """Statistics on calibration windows of what ``pruning`` starts from, for every structured method and ratio."""
+    """Statistics of the checkpoint that ``pruning`` starts from, for every structured method and ratio."""
     words = ["calibrate", *forward(study, places.source(study, pruning)), *_windows(study)]
     words += flags(
         {
@@ -203,12 +203,12 @@ def calibration(study: StudyConfig, places: Places, pruning: Pruning) -> Command
 
 
 def choice(study: StudyConfig, method: MethodSection, ratio: float | None) -> list[str]:
-    """A method, its settings and its target as flags of ``plan``; of ``sparsify``, where it is sparse."""
+    """A method, its settings and its target as flags of ``plan``, or of ``sparsify`` if it is sparse."""
     return flags({"method": method.name, **asked(study, method, ratio)})
 
 
 def asked(study: StudyConfig, method: MethodSection, ratio: float | None) -> dict[str, Any]:
-    """A method's settings and its target by their flags, without the dashes."""
+    """A method's settings and its target by flag name, without the leading dashes."""
     if method.pattern is not None:
         return {"pattern": method.pattern, "ratio": None if method.own_ratio else ratio, **method.settings}
     return {
@@ -248,7 +248,7 @@ def _cut_from(study: StudyConfig, places: Places, pruning: Pruning) -> str:
 def planning(
     study: StudyConfig, places: Places, pruning: Pruning, statistics: Path | None, *, random: bool, stage: str = "plan"
 ) -> Command:
-    """The plan of one method at one ratio or target; ``random`` methods are given the seed."""
+    """The plan of one method at one ratio or target; ``random`` methods get the seed."""
     words = flags(
         {
             "load": _cut_from(study, places, pruning),
@@ -262,7 +262,7 @@ def planning(
 
 
 def scoring(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
-    """Scores of a pruning's candidates, in statistics of its own: prunings run side by side."""
+    """Scores of a pruning's candidates, in a separate statistics file, since prunings run in parallel."""
     words = ["calibrate", *forward(study, places.source(study, pruning))]
     words += flags(
         {
@@ -275,10 +275,7 @@ def scoring(study: StudyConfig, places: Places, pruning: Pruning) -> Command:
 
 
 def rescoring(study: StudyConfig, places: Places, pruning: Pruning, samples: SampleRange) -> Command:
-    """The best candidates, each trained on ``samples`` as the pruned model will be, and scored again.
-
-    Of several learning rates they take the first.
-    """
+    """Train the best candidates on ``samples`` like the pruned model, at the first learning rate; score again."""
     words = flags(
         {
             "load": str(places.source(study, pruning)),
@@ -306,7 +303,7 @@ def application(study: StudyConfig, places: Places, pruning: Pruning) -> Command
 
 
 def sparsifying(study: StudyConfig, places: Places, pruning: Pruning, *, text: bool, random: bool) -> Command:
-    """The checkpoint and the masks of a sparse method, which reads calibration ``text`` by itself or none."""
+    """The checkpoint and masks of a sparse method; ``text``: it reads calibration text."""
     drawn = random or (text and study.calibration.sampling == "random")
     words = ["sparsify", *forward(study, places.source(study, pruning)), *(_windows(study) if text else [])]
     words += flags({"seed": pruning.seed if drawn else None, "save": str(places.checkpoint(pruning.cell))})
@@ -315,7 +312,7 @@ def sparsifying(study: StudyConfig, places: Places, pruning: Pruning, *, text: b
 
 
 def _windows(study: StudyConfig) -> list[str]:
-    """Which windows of the calibration text are read."""
+    """Flags that select windows of the calibration text."""
     return flags(
         {
             "calibration-data-path": study.data.calibration,

@@ -1,13 +1,12 @@
-"""Do the files of a run belong together, and are two runs really two?
+"""Do the files of a run belong together, and are two runs really different?
 
     training ──▶ checkpoint/iter_N ──▶ account.json  "final": fingerprint and full_hash of the weights that it saved
                         │                                ║ the same
                         └──▶ evaluation ──▶ scores.json  "checkpoint": those of the weights that it scored
 
-A cell in which these disagree is an AccountError that names it: a checkpoint, an account or scores that were copied
-from another cell do not match. Each file must agree with itself too: losses.csv with the account next to it, a loss
-with the mean of its windows. Two runs that differ in anything that decides a run cannot end with the same weights or
-with equal losses: where they do, one of them is a copy.
+If these disagree, an AccountError names the cell: a checkpoint, an account or scores were copied from another cell.
+Each file must also be consistent: losses.csv with the account next to it, a loss with the mean of its windows. Two runs
+that differ in anything that determines a run cannot end with the same weights or losses; if they do, one is a copy.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from megatron_prune.study.pair import ALLOWED
 
 WEIGHTS = ("fingerprint", "full_hash")
 TWICE = ("seed", "global_batch_size", "micro_batch_size", "seq_length")  # in an account and among its arguments
-CLOSE = 1e-6  # nats: of all windows of a text, between two runs; other seeds are apart by thousands of that
+CLOSE = 1e-6  # nats per window between two runs; different seeds differ by thousands of times as much
 
 
 def check_account(path: Path) -> None:
-    """AccountError where a complete account does not agree with itself, or with the losses next to it."""
+    """AccountError if a complete account contradicts itself or the losses next to it."""
     account = artifacts.read_json(path)
     for name in TWICE:
         given = account["arguments"].get(name)
         if given not in (None, account[name]):
-            raise AccountError(f"{path}: {name} is {account[name]}, and {given} among its arguments")
+            raise AccountError(f"{path}: {name} is {account[name]}, but {given} in its arguments")
     first, end = account["range"]
     samples, length = account["steps"] * account["global_batch_size"], account["seq_length"]
     for name, found, follows in (
@@ -61,25 +60,25 @@ def check_account(path: Path) -> None:
     for name, row in (("initial_loss", rows[0]), ("final_loss", rows[-1])):
         loss = float(row["loss"])
         if (loss if math.isfinite(loss) else None) != account[name]:
-            raise AccountError(f"{path}: {name} is {account[name]}, and {loss} in {losses.name}")
+            raise AccountError(f"{path}: {name} is {account[name]}, but {loss} in {losses.name}")
 
 
 def check_scores(path: Path, corpora: Sequence[str]) -> None:
-    """AccountError where scores do not agree with themselves: a loss is the mean of its windows."""
+    """AccountError if a loss in the scores is not the mean of its windows."""
     scores = artifacts.read_json(path)
     for name in corpora:
         corpus = scores["corpora"][name]
         windows = corpus.get("window_losses") or []
         if len(windows) != corpus["windows"]:
-            raise AccountError(f"{path}: {name} has losses of {len(windows)} windows, and says {corpus['windows']}")
+            raise AccountError(f"{path}: {name} has losses of {len(windows)} windows, but declares {corpus['windows']}")
         mean = sum(windows) / len(windows)
         if not math.isclose(mean, corpus["loss"], rel_tol=1e-12):
             raise AccountError(f"{path}: the loss of {name} is {corpus['loss']}, the mean of its windows {mean}")
 
 
 def check_weights(scores: Path, account: Path | None, checkpoint: Path) -> None:
-    """AccountError where scores are not of the weights that training saved (``account``; None where nothing was
-    trained), or of those on the disk (where ``retention`` has left any)."""
+    """AccountError if scores are not for the weights that training saved (``account``; None if nothing was trained), or
+    not for those on disk (if ``retention`` kept any)."""
     scored = artifacts.read_json(scores).get("checkpoint", {})
     if account is not None:
         saved = artifacts.read_json(account).get("final")
@@ -102,12 +101,12 @@ def _same(scores: Path, scored: Mapping[str, Any], other: Path, held: Mapping[st
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A trained and evaluated run: what its files say."""
+    """A trained and evaluated run, from its files."""
 
     cell: str
     account: Mapping[str, Any]
     scores: Mapping[str, Any]
-    losses: tuple[str, ...]  # of every step, as they are written
+    losses: tuple[str, ...]  # of every step, as written
 
     @staticmethod
     def read(cell: str, account: Path, scores: Path) -> TrainedRun:
@@ -117,7 +116,7 @@ class TrainedRun:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What decides how a training ends, path and progress apart: two runs that share it may be equal."""
+        """What determines a training's result, without paths and progress: runs that share it may be equal."""
         account = self.account
         keys = ("start", "stream", "range", "permutation_seed", "seed", "steps", "seq_length", "parameters", "masks")
         arguments = {name: value for name, value in account["arguments"].items() if name not in ALLOWED}
@@ -126,14 +125,14 @@ class TrainedRun:
 
 
 def refuse_copies(runs: Sequence[TrainedRun], untrained: Mapping[str, str]) -> None:
-    """AccountError for two different runs with the same weights, the same losses at every step, or on every window.
+    """AccountError if two different runs have the same weights, or the same losses at every step or on every window.
 
-    ``untrained``: fingerprints of the parents and of what prunings left, by cell: no run ends with these.
+    ``untrained``: fingerprints of the parents and pruned checkpoints, by cell; no run ends with these.
     """
     starts = {fingerprint: cell for cell, fingerprint in untrained.items()}
     for run in runs:
         if source := starts.get(run.account["final"]["fingerprint"]):
-            raise AccountError(f"{run.cell} ended with the weights of {source}, by their fingerprint: one is a copy")
+            raise AccountError(f"{run.cell} ended with the same weights as {source} (fingerprint): one is a copy")
     for what, key in (
         ("the same weights (fingerprint)", lambda run: run.account["final"]["fingerprint"]),
         ("the same weights (full_hash)", lambda run: run.account["final"]["full_hash"]),
@@ -155,7 +154,7 @@ def _refuse_equal(runs: Sequence[TrainedRun], what: str, key: Callable[[TrainedR
 
 
 def _refuse_pair(one: TrainedRun, other: TrainedRun, what: str) -> None:
-    """AccountError unless they are one training under two names, by what their accounts say."""
+    """AccountError unless their accounts say that they are one training under two names."""
     one, other = sorted((one, other), key=lambda run: run.cell)
     ours, theirs = one.training, other.training
     for name in [*ours, *(name for name in theirs if name not in ours)]:
@@ -168,6 +167,6 @@ def _refuse_pair(one: TrainedRun, other: TrainedRun, what: str) -> None:
 
 def _rows(losses: Path) -> list[dict[str, str]]:
     if not losses.is_file():
-        raise AccountError(f"{losses} is missing: an account has its losses next to it")
+        raise AccountError(f"{losses} is missing: expected the losses next to their account")
     with open(losses, newline="") as handle:
         return list(csv.DictReader(handle))

@@ -1,7 +1,7 @@
-"""``study plan``: what a study will take, before anything runs, as a table of its cells.
+"""``study plan``: the cost of a study before anything runs, as a table of its cells.
 
-Tokens and FLOPs (dense GEMMs: ``checkpoint.layout``), memory (that of the fullest rank, by a dry run and the formula of
-``preflight``), storage, and time: FLOPs, those of evaluation too, over a stated speed, without start-up and data.
+Tokens, FLOPs (dense GEMMs: ``checkpoint.layout``), memory (of the fullest rank, by a dry run and the formula of
+``preflight``), storage, and time (all FLOPs over a given speed, without start-up and data loading).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from megatron_prune.study.prunings import (
 )
 from megatron_prune.study.schema import StudyConfig
 
-Verb = Callable[[list[str]], int]  # of the command line
+Verb = Callable[[list[str]], int]  # a verb of the command line
 
 
 def show(
@@ -56,7 +56,7 @@ def show(
     gpus: int | None,
     peak_tflops: float,
 ) -> None:
-    """Print the plan: memory by dry runs of the verb ``pretrain``, times where a ``throughput`` is set (``Speed``)."""
+    """Print the plan: memory by dry runs of the verb ``pretrain``, times if a ``throughput`` is set (``Speed``)."""
     launch = study.launch
     gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
     if gpus < launch.nproc:
@@ -124,30 +124,30 @@ def _time(seconds: float | None) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One cell; None where a search or an import has to be run before it can be known. Memory is of one rank."""
+    """The cost of one cell; None if a search or an import must run first. Memory is per rank."""
 
     cell: str
     samples: str = ""
     steps: int | None = None
     tokens: int | None = None
     flops: int | None = None
-    evaluation: int = 0  # FLOPs more, which no account counts
+    evaluation: int = 0  # FLOPs of evaluation, which accounts do not count
     parameters: int | None = None
-    memory: int | None = None  # bytes; ``memory`` finds it
-    storage: float | None = None  # bytes, of what stays
+    memory: int | None = None  # bytes, from ``memory``
+    storage: float | None = None  # bytes that remain
     after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs a second of one GPU (or process), and how many there are."""
+    """FLOPs per second per GPU (or process), and the number of GPUs."""
 
     flops: float
     gpus: int
 
     @staticmethod
     def parse(throughput: str, peak_tflops: float, gpus: int, source: ModelShape | None, seq_length: int) -> Speed:
-        """``40%`` of the peak, or tokens a second of one GPU on the parent's shape (others by their FLOPs)."""
+        """Parse ``40%`` of the peak, or tokens per second per GPU on the parent's shape (others scale by FLOPs)."""
         found = re.fullmatch(r"([0-9.]+)\s*(%?)", throughput)
         value = float(found[1]) if found and found[1].count(".") < 2 else 0
         if not value or (found and found[2] and value > 100):
@@ -166,7 +166,7 @@ class Speed:
 
 
 def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
-    """Every cell in the order in which they are run."""
+    """Every cell, in the order of running."""
     lay, seq_length = outlook.lay, outlook.lay.batch.seq_length
     retained = {"all": 1.0, "final": 1.0, "none": 0.0}[study.retention]
 
@@ -224,7 +224,7 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
             before.training_flops(study.data.seq_length) * needs.learning // study.data.seq_length if before else None
         )
     elif needs.scores:
-        flops = None  # how many candidates there are is known when they are named
+        flops = None  # the number of candidates is not known yet
     parameters = None if shape is None else shape.parameters()
     return Estimate(
         link.cell, tokens=own, flops=flops, evaluation=_evaluation(study, shape), parameters=parameters,
@@ -239,23 +239,23 @@ def _evaluation(study: StudyConfig, shape: ModelShape | None) -> int:
 
 
 def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:
-    """Why cells, or numbers, are missing from the plan."""
+    """Why cells or numbers are missing from the plan."""
     missing = []
     if outlook.source is None:
-        missing.append("the parent's shape is known when it has been imported")
+        missing.append("the parent's shape will be known after its import")
     elif len(outlook.targets) < len(outlook.needs):
-        missing.append("shapes that a search chooses are known when it has been run")
+        missing.append("shapes chosen by a search will be known after the search")
     flops = any(setting == "equal-flops" for entry in study.methods for setting, _ in study.compared(entry))
     if flops and len(outlook.spent) < len(prunings(study)):
-        missing.append("scratch runs at equal FLOPs are estimates until the prunings have said what they spent")
+        missing.append("scratch runs at equal FLOPs are estimates until the prunings' FLOPs are known")
     return missing
 
 
 def memory(study: StudyConfig, places: Places, outlook: Outlook, pretrain: Verb) -> tuple[dict[str, int], list[str]]:
-    """Bytes of the fullest rank of every training cell whose shape is known, and why some are not known.
+    """Bytes of the fullest rank of every training cell with a known shape, and why others are unknown.
 
-    They are what ``preflight`` says of the cells' own command lines on H100s, with nothing set aside: a dry run of one
-    cell for each shape, with and without masks.
+    From ``preflight`` of the cells' command lines on H100s without a reserve: a dry run of one cell per shape, with and
+    without masks.
     """
     runs: dict[tuple[ModelShape, bool], tuple[list[str], Command]] = {}
     for cell, shape, masked, command in _trainings(study, places, outlook):
@@ -270,7 +270,7 @@ def memory(study: StudyConfig, places: Places, outlook: Outlook, pretrain: Verb)
 
 
 def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, bool, Command]]:
-    """Every cell that trains a shape that is known: it, its shape, whether it holds masks, and its command."""
+    """Every training cell of known shape: its name, shape, whether it holds masks, and its command."""
     lay = outlook.lay
     if study.parent.pretrain is not None and outlook.source is not None:
         samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
@@ -285,12 +285,12 @@ def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator
 def _dry_runs(
     study: StudyConfig, lines: Sequence[tuple[ModelShape, Command]], folder: Path, pretrain: Verb
 ) -> list[int | str]:
-    """In a process without a GPU: bytes of the fullest rank for each command line, or why it would not start."""
+    """Bytes of the fullest rank for each command line, or why it would not start. Run in a process without a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cpu.prepare()
     found: list[int | str] = []
     cluster = Cluster(study.launch.nproc, per_node=study.launch.ranks_per_node)
-    has = installed.named("te,apex,flash-attn")  # as launch/Dockerfile.ngc, which ``preflight`` takes too
+    has = installed.named("te,apex,flash-attn")  # launch/Dockerfile.ngc, the default of ``preflight``
     for number, (shape, command) in enumerate(lines):
         model = folder / f"{number}.flags"
         model.write_text(shlex.join(commands.flags(_base_flags(study) | model_flags(shape))))
@@ -308,7 +308,7 @@ def _dry_runs(
 
 
 def _base_flags(study: StudyConfig) -> dict[str, Any]:
-    """Megatron flags of the parent that decide how much memory it takes, its shape apart."""
+    """Megatron flags of the parent, other than its shape, that affect memory."""
     if study.parent.flags:
         return study.parent.flags
     args: Mapping[str, Any] = {}
@@ -319,7 +319,7 @@ def _base_flags(study: StudyConfig) -> dict[str, Any]:
 
 
 def model_flags(shape: ModelShape) -> dict[str, Any]:
-    """Megatron flags that say a shape."""
+    """Megatron flags for a shape."""
     return {
         **{name.replace("_", "-"): value for name, value in shape.to_args().items()},
         "padded-vocab-size": shape.padded_vocab_size,
@@ -338,7 +338,7 @@ def _half(study: StudyConfig) -> bool:
 
 
 def makespan(estimates: Sequence[Estimate], seconds: dict[str, float], slots: int) -> float:
-    """Seconds from begin to end with ``slots`` cells at a time, each after what it needs, in the order given."""
+    """Total seconds with ``slots`` cells at a time, each after its dependencies, in the order given."""
     free = [0.0] * slots
     ended: dict[str, float] = {}
     for one in estimates:

@@ -1,14 +1,14 @@
-"""What a study's folder holds: the ledger, and records that are read from the artifacts each time.
+"""The content of a study's folder: the ledger, and records that are read from the artifacts each time.
 
 ledger.jsonl has one line per finished cell, appended whole or not at all. A line is written by one ``write`` on a
 descriptor that was opened for appending, and is on disk before the runner continues. If the process is killed while it
 writes, only the last line can be incomplete: one that does not end in a newline is never read, and is removed before
 the next line is appended. Any other line that is not a record is an error, since nothing else writes to the file.
 
-The ledger is a diary, not the source. A report shows what the artifacts of the cells say; where the ledger's line of a
-cell says something else, both are named. A cell that was made again has one line for each time; the last one counts,
-and the others stay as a trace. Runs in the folder that study.yaml no longer asks for are listed with the reason, and
-comparisons between them stay in the family that p values are corrected over.
+The ledger is a log, not the source. A report shows the artifacts of the cells and names every cell whose ledger line
+differs. A cell that was run again has several lines; the last one counts, and the others remain as a trace. Runs in the
+folder that study.yaml no longer asks for are listed with the reason, and comparisons between them stay in the family
+that p values are corrected over.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ledger:
         return {record["cell"]: record for record in self.lines()}
 
     def replaced(self) -> list[dict[str, Any]]:
-        """Records of cells that have been made again since."""
+        """Superseded records of cells that were run again."""
         lines = self.lines()
         last = {record["cell"]: number for number, record in enumerate(lines)}
         return [record for number, record in enumerate(lines) if number != last[record["cell"]]]
@@ -57,8 +57,8 @@ class Ledger:
                 _ = record["cell"]
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise RunError(
-                    f"{self.path}, line {number} is not a record of a cell: it was changed by hand; "
-                    "remove the file to have it made again from the cells"
+                    f"{self.path}, line {number}: expected a record of a cell; the file was changed by hand: "
+                    "remove it, and it is rebuilt from the cells"
                 ) from error
             records.append(record)
         return records
@@ -73,7 +73,9 @@ class Ledger:
             if torn:
                 os.ftruncate(descriptor, len(whole))
             if os.write(descriptor, line) != len(line):
-                raise RunError(f"{self.path}: the disk took only a part of a line; free some space and run again")
+                raise RunError(
+                    f"{self.path}: the disk is full, and only part of a line was written; free some space and run again"
+                )
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -89,13 +91,18 @@ class Ledger:
 
 Record = Mapping[str, Any]
 TRAINED = ("training", "retraining")  # kinds of cells
-NOT_COMPARED = {"seconds", "about", "artifacts", "unigram_loss"}  # of a line and a record
-FILES = ("scores.json", "plan.json", "checkpoint/account.json", "checkpoint/losses.csv")  # of a cell: what is hashed
+NOT_COMPARED = {"seconds", "about", "artifacts", "unigram_loss"}  # keys of a line and a record
+FILES = (
+    "scores.json",
+    "plan.json",
+    "checkpoint/account.json",
+    "checkpoint/losses.csv",
+)  # files of a cell that are hashed
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that was finished in the folder and is not shown; ``record`` has its losses where they are known."""
+    """A finished run of the folder that is not shown; ``record`` has its losses if they are known."""
 
     cell: str
     why: str
@@ -104,8 +111,8 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Evidence:
-    """``records``: of the study's finished cells. ``disbelieved``: where the ledger says something else. ``compared``:
-    every comparison, as ``Comparison.group``, of which both arms have finished in this folder, shown or not."""
+    """``records`` of the study's finished cells; ``disbelieved``: where the ledger differs; ``compared``: every
+    comparison, as ``Comparison.group``, with both arms finished in this folder, shown or not."""
 
     outlook: Outlook
     records: Mapping[str, dict[str, Any]]
@@ -115,12 +122,12 @@ class Evidence:
 
 
 def gather(study: StudyConfig, places: Places) -> Evidence:
-    """Read a study's folder. AccountError where the files of a cell, or two cells, contradict each other; UsageError
-    where ``study`` would have run a cell with other commands."""
+    """Read a study's folder. AccountError if files of a cell or two cells contradict each other; UsageError
+    if ``study`` would run a cell with other commands."""
     outlook, ledger = look(study, places), Ledger(places.ledger)
     known = jobs.parents if outlook.source is None else jobs.all_cells
     cells = {cell.id: cell for cell in known(study, places, outlook)}
-    for cell in cells.values():  # what was run is what study.yaml says now
+    for cell in cells.values():  # study.yaml must still describe what was run
         jobs.refuse_other_commands(study, places, cell, list(cells.values()))
     lines, states = ledger.read(), States(places)
     order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
@@ -144,17 +151,17 @@ def record(cell: Cell, states: States) -> dict[str, Any] | None:
     """The record of a cell from its artifacts; None if it is not finished."""
     if not cell.is_done():
         return None
-    made: dict[str, Any] = json.loads(json.dumps(cell.record(states.seconds(cell.id))))  # as a line gives it back
+    made: dict[str, Any] = json.loads(json.dumps(cell.record(states.seconds(cell.id))))  # as it reads back from a line
     return made
 
 
 def line(places: Places, cell: Cell, made: Record) -> dict[str, Any]:
-    """A record as the ledger keeps it: with what the run is, and the hashes of what it was made of."""
+    """A record as the ledger keeps it: with a description of the run and the hashes of its artifacts."""
     return {**made, "about": {"kind": cell.kind, **cell.about}, "artifacts": hashes(places, cell.id)}
 
 
 def hashes(places: Places, cell: str) -> dict[str, str]:
-    """SHA-256 of a cell's artifacts, those that numbers are read from."""
+    """SHA-256 of the artifacts that a cell's numbers come from."""
     paths = {name: places.cell(cell) / name for name in FILES}
     return {name: artifacts.sha256_file(path) for name, path in paths.items() if path.is_file()}
 
@@ -166,7 +173,7 @@ def _disbelieved(
         if cell not in cells:
             continue
         if cell not in records:
-            yield f"{cell}: the ledger has a line of it, its artifacts are gone or not finished"
+            yield f"{cell}: the ledger has a line for it, but its artifacts are missing or incomplete"
             continue
         made = records[cell]
         pairs = {key: (said.get(key), made.get(key)) for key in sorted({*made, *said} - NOT_COMPARED)}
@@ -184,7 +191,7 @@ def _since(changed: Sequence[str]) -> str:
 
 
 def _described(places: Places) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every cell of the folder with its cell.json."""
+    """Every cell in the folder with its cell.json."""
     for path in sorted(places.root.glob("cells/*/cell.json")):
         yield path.parent.name, artifacts.read_json(path)
 
@@ -205,7 +212,7 @@ def _left_out(
 
 
 def _finished(directory: Path, described: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether a cell is finished by what its cell.json says; and what is wrong with its files."""
+    """Whether a cell is finished according to its cell.json, and what is wrong with its files."""
     try:
         for stage in described["stages"]:
             arguments = dict(stage["done"])
@@ -231,7 +238,7 @@ def _losses(places: Places, cell: str) -> Record:
 
 
 def _reason(study: StudyConfig, about: Mapping[str, Any]) -> str:
-    """Why study.yaml has no place for a run that it once had."""
+    """Why study.yaml no longer asks for a run."""
     groups = about.get("compared", [])
     if not groups:
         return "no run of study.yaml needs it now"
@@ -265,7 +272,7 @@ def _reason(study: StudyConfig, about: Mapping[str, Any]) -> str:
 def _compared(
     places: Places, trained: set[str], lines: Mapping[str, Record], cells: Mapping[str, Cell]
 ) -> Iterator[Record]:
-    """Comparisons of which a pruned and a scratch run were finished, by what was written down with the runs."""
+    """Comparisons with a finished pruned and scratch run, from what was recorded with the runs."""
     arms: dict[tuple[Any, ...], set[str]] = {}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     abouts = {name: described.get("about", {}) for name, described in _described(places)}

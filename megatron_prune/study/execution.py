@@ -1,11 +1,11 @@
 """One stage of a cell: whether it is done, and running it.
 
-What a stage wrote says that it is done, never an exit code. A ``Check`` is a name and its arguments, so that it can be
-kept in a cell's ``cell.json`` and asked from any process. Paths are relative to the directory that the study is run
-from, as those in command lines are.
+The files of a stage decide whether it is done, never an exit code. A ``Check`` is a name with arguments, so that it can
+be stored in a cell's ``cell.json`` and evaluated in any process. Paths are relative to the directory that the study is
+run from, like those in command lines.
 
-Next to a cell's ``cell.json``: ``<stage>.log``, ``stages.json`` (seconds of every stage that was run to its end) and
-``state.json`` (what the runner last knew of the cell; ``study status`` shows it).
+Next to a cell's ``cell.json``: ``<stage>.log``, ``stages.json`` (seconds of every completed stage) and ``state.json``
+(the runner's last state of the cell, for ``study status``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_prune.study.prunings import Places
 from megatron_prune.training import learned_file
 
 TAIL_LINES = 15
-# Why a lock that another does not hold cannot be had.
+# Why a lock that no other process holds cannot be taken.
 NO_LOCKS = (
     "its file system has no locks (Lustre has them when it is mounted with flock), and two runs could write the same "
     "files: put the study on another one"
@@ -40,7 +40,7 @@ NO_LOCKS = (
 
 @dataclass(frozen=True)
 class Check:
-    """One of the functions below, by its name, with its arguments."""
+    """The name of a function below, with its arguments."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -50,10 +50,9 @@ class Check:
 
 
 def trained(account: str, start: int, end: int, steps: int, seed: int, permutation_seed: int | None, lr: float) -> bool:
-    """True if an account says that a run has come to its end.
+    """True if an account says that its run is complete.
 
-    AccountError where that was another run than is asked for: it would never become this one. And where the account
-    contradicts itself, or the losses next to it.
+    AccountError if it is another run than expected, or if the account contradicts itself or the losses next to it.
     """
     if not Path(account).is_file():
         return False
@@ -82,9 +81,9 @@ def learned(masks: str, **asked: Any) -> bool:
 
 
 def evaluated(scores: str, windows: int, checkpoint: str, account: str | None = None) -> bool:
-    """True if scores of both corpora on that many windows are there, are numbers, and say of which text they are.
+    """True if there are finite scores of both corpora on that many windows, with the text they are for.
 
-    AccountError where they are not of the weights that are at ``checkpoint``, or that ``account`` says were saved, or
+    AccountError if they are not for the weights at ``checkpoint`` or those that ``account`` says were saved, or if they
     contradict themselves.
     """
     if not Path(scores).is_file():
@@ -103,17 +102,17 @@ def evaluated(scores: str, windows: int, checkpoint: str, account: str | None = 
 
 
 def calibrated(statistics: str) -> bool:
-    """True if statistics are there and whole."""
+    """True if complete statistics exist."""
     return _readable(calibrate.read, statistics)
 
 
 def asked(candidates: str) -> bool:
-    """True if candidates are there."""
+    """True if candidates exist."""
     return _readable(candidate_file.read, candidates)
 
 
 def scored(statistics: str, candidates: str) -> bool:
-    """True if statistics with a score for each of these candidates are there."""
+    """True if statistics with a score for each of these candidates exist."""
     if not calibrated(statistics) or not asked(candidates):
         return False
     question, _ = candidate_file.read(candidates)
@@ -121,7 +120,7 @@ def scored(statistics: str, candidates: str) -> bool:
 
 
 def rescored(statistics: str, candidates: str) -> bool:
-    """True if statistics with the loss of all candidates that are to be retrained are there."""
+    """True if statistics with the loss of all candidates to be retrained exist."""
     if not scored(statistics, candidates):
         return False
     question, _ = candidate_file.read(candidates)
@@ -129,12 +128,12 @@ def rescored(statistics: str, candidates: str) -> bool:
 
 
 def planned(plan: str) -> bool:
-    """True if a plan is there and valid."""
+    """True if a valid plan exists."""
     return _readable(plan_file.read, plan)
 
 
 def applied(checkpoint: str, plan: str) -> bool:
-    """True if a whole checkpoint of exactly that plan is there."""
+    """True if a complete checkpoint of exactly that plan exists."""
     if not Path(checkpoint).is_dir() or not planned(plan):
         return False
     try:
@@ -146,7 +145,7 @@ def applied(checkpoint: str, plan: str) -> bool:
 
 
 def sparsified(checkpoint: str, method: str, pattern: str) -> bool:
-    """True if a whole checkpoint is there that such a pruning made, with its masks."""
+    """True if a complete checkpoint of such a pruning exists, with its masks."""
     if not Path(checkpoint).is_dir():
         return False
     try:
@@ -160,7 +159,7 @@ def sparsified(checkpoint: str, method: str, pattern: str) -> bool:
 
 
 def imported(checkpoint: str) -> bool:
-    """True if a whole checkpoint is there."""
+    """True if a complete checkpoint exists."""
     return _readable(lambda path: open_checkpoint(path).verify(), checkpoint)
 
 
@@ -197,12 +196,12 @@ CHECKS: dict[str, Callable[..., bool]] = {
 
 
 class CellRefused(RunError):
-    """A stage that would fail again: its command was refused."""
+    """A stage whose command was refused and would be refused again."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a cell: ``failures`` of every attempt of this runner, and its ``job`` in a queue."""
+    """The state of a cell: the ``failures`` of this runner's attempts, and its ``job`` in a queue."""
 
     state: Literal["waiting", "begun", "finished", "failed", "blocked"]
     failures: Sequence[str] = ()
@@ -211,7 +210,7 @@ class State:
 
 
 class States:
-    """The files that say how far cells are."""
+    """The files with the progress of cells."""
 
     def __init__(self, places: Places):
         self.places = places
@@ -228,14 +227,13 @@ class States:
 
 
 def seconds_of(directory: Path) -> dict[str, float]:
-    """Seconds of a cell's stages that have been run to their end. Attempts that were killed are in no sum: nobody
-    was there to time them."""
+    """Seconds of a cell's completed stages. Killed attempts are not counted, since nothing timed them."""
     path = directory / "stages.json"
     return artifacts.read_json(path) if path.is_file() else {}
 
 
 def reached(directory: Path) -> tuple[int, int]:
-    """How far a cell is: stages that have been run to their end, and steps that its trainings have saved."""
+    """Progress of a cell: the number of completed stages, and of steps that its trainings have saved."""
     saved = 0
     for path in (*directory.glob("checkpoint"), *directory.glob("candidates/*/retrained")):
         tracker = path / TRACKER_FILE
@@ -245,7 +243,7 @@ def reached(directory: Path) -> tuple[int, int]:
 
 
 def execute(directory: Path, stage: str, done: Callable[[], bool], command: Callable[[Path], int]) -> None:
-    """Run ``command(log)`` in the cell ``directory`` and keep its seconds; RunError unless ``done`` afterwards."""
+    """Run ``command(log)`` in the cell ``directory`` and store its seconds; RunError unless ``done`` afterwards."""
     began = time.monotonic()
     code = command(directory / f"{stage}.log")
     if not done():
@@ -255,7 +253,7 @@ def execute(directory: Path, stage: str, done: Callable[[], bool], command: Call
 
 
 def unfinished(directory: Path, stage: str, code: int | None = None) -> RunError:
-    """The error of a stage that has ended without saying that it succeeded."""
+    """The error for a stage that ended without its artifacts saying that it succeeded."""
     log = directory / f"{stage}.log"
     kind = CellRefused if code == EXIT_REFUSED else RunError
     ended = "ended" if code is None else f"ended (exit code {code})"
@@ -263,7 +261,7 @@ def unfinished(directory: Path, stage: str, code: int | None = None) -> RunError
 
 
 def described(directory: Path, stage: str) -> tuple[dict[str, Any], Check]:
-    """A stage as a cell's ``cell.json`` has it, and the check that says whether it is done."""
+    """A stage from a cell's ``cell.json``, and the check whether it is done."""
     for known in artifacts.read_json(directory / "cell.json")["stages"]:
         if known["stage"] == stage:
             arguments = dict(known["done"])

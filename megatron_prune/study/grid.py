@@ -1,18 +1,17 @@
-"""The grid: every run of a study, with shared work once, and the comparisons that it is for.
+"""The grid: every run of a study, with shared work done once, and the comparisons between them.
 
-    parent ─▶ calibration (one a set of windows) ─▶ pruning (method x ratio x seed) ─▶ pruned (x budget x rate)
+    parent ─▶ calibration (one per window set) ───▶ pruning (method x ratio x seed) ─▶ pruned (x budget x rate)
                     ▲                                  ├─ retrained (between the links of a chain) ─┐
                     └──────────────────────────────────┼─────────────────◀──────────────────────────┘
                                                        ├─ shape ─▶ scratch (shape x setting x budget x rate x seed)
                                                        └─ masks ─▶ scratch (masks x setting x budget x rate x seed)
 
-A sparse method leaves the parent's shape and makes masks. Its scratch runs are trained under these masks, every
-parameter initialised again (``masked``); or without any (``dense``: all sparse methods of a study share that run). A
-chain may retrain between two links: on the samples after the parent's, the same for all that share it, before those
-of the runs that are compared, which begin where it ended. ``prunings`` (``prunings.py``) are known from study.yaml
-alone. The training cells need the shapes that the plans chose, so ``expand`` takes them; before they are known,
-``expand(study, lay, {}, {})`` names a scratch cell after its pruning. Equal FLOPs need what the prunings spent too.
-Nothing here reads files.
+A sparse method keeps the parent's shape and makes masks. Its scratch runs are trained under these masks from newly
+initialised weights (``masked``), or without masks (``dense``: a study's sparse methods share that run). A chain may
+retrain between two links, on the samples after the parent's; the compared runs begin after those samples.
+``prunings`` (``prunings.py``) are known from study.yaml alone. The training cells need the shapes that the plans chose,
+so ``expand`` takes them; before they are known, ``expand(study, lay, {}, {})`` names a scratch cell after its pruning.
+Equal FLOPs also need the FLOPs of the prunings. Nothing here reads files.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
 
 @dataclass(frozen=True)
 class TrainingCell:
-    """A run of ``pretrain`` and ``evaluate``: where it starts, what it consumes, under which seed, at which rate.
+    """A run of ``pretrain`` and ``evaluate``: its start, samples, seed and learning rate.
 
-    ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``:
-    its masks too. ``others`` are prunings of the same shape, which a scratch run serves as well. ``retrained`` are
-    those between links: nothing is compared with them, the next link starts from them.
+    ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``: its
+    masks too. ``others`` are prunings of the same shape that share a scratch run. ``retrained`` marks runs between
+    links: they are not compared, and the next link starts from them.
     """
 
     id: str
@@ -49,7 +48,7 @@ class TrainingCell:
     others: tuple[Pruning, ...] = ()
 
 
-# Comparisons that agree in these are one; a verdict of one budget has its tokens too.
+# Comparisons that agree in these are one; a verdict on one budget also has its tokens.
 SUBJECT = ("method", "pattern", "ratio", "setting", "against", "sparse")
 GROUP = (*SUBJECT, "tokens")
 
@@ -58,8 +57,8 @@ GROUP = (*SUBJECT, "tokens")
 class Subject:
     """One method at one ratio in one setting against one kind of scratch.
 
-    ``pattern`` is that of the method, or of a chain's last link; ``sparse``: what is trained on has masks, which a
-    chain's may have of an earlier link.
+    ``pattern`` is the method's, or that of a chain's last link; ``sparse``: the retrained model has masks (in a chain,
+    possibly from an earlier link).
     """
 
     method: str
@@ -75,7 +74,7 @@ class Subject:
 
     @property
     def dense(self) -> bool:
-        """True where a sparse model stands against one that has all its weights."""
+        """True if a sparse model is compared with one that has all its weights."""
         return self.sparse and self.against == "dense"
 
     @property
@@ -97,7 +96,7 @@ def label(method: str, pattern: str | None, ratio: float | None) -> str:
 
 @dataclass(frozen=True)
 class Edge:
-    """An arm's learning rate is at an end of those tried; a better one may be beyond it. ``add`` is the next to try."""
+    """An arm's best learning rate is at an end of the grid: a better one may lie beyond. ``add`` is the next to try."""
 
     arm: str  # pruned or scratch
     rate: float
@@ -111,12 +110,12 @@ class Edge:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A pruned run and the scratch run that it is measured against.
+    """A pruned run and the scratch run that it is compared with.
 
-    ``scratch`` is None where it is not run, and ``not_run`` says why; or where its length is not known yet. Of a
-    sweep, ``pruned`` and ``scratch`` are the runs at the first rate until ``results`` has chosen the arms' own;
-    ``swept`` has both by rate, ``chosen`` is False while runs that decide are missing, and ``edges`` says whose rate
-    was the smallest or the largest of its grid.
+    ``scratch`` is None if it is not run (``not_run`` says why) or its length is not known yet. In a sweep, ``pruned``
+    and ``scratch`` are the runs at the first rate until ``results`` has chosen each arm's rate; ``swept`` has both by
+    rate, ``chosen`` is False while required runs are missing, and ``edges`` lists arms whose rate is at an end of the
+    grid.
     """
 
     pruning: Pruning
@@ -133,11 +132,11 @@ class Comparison:
 
     @property
     def runs(self) -> list[tuple[float | None, str, str | None]]:
-        """Every rate's pruned run and scratch run; where nothing is swept the rate is None."""
+        """The pruned and scratch run of every rate; without a sweep the rate is None."""
         return list(self.swept) or [(None, self.pruned, self.scratch)]
 
     def group(self, tokens: int) -> dict[str, Any]:
-        """What is the same for all seeds; ``tokens`` are those of the retraining."""
+        """The fields that all seeds share; ``tokens``: of retraining."""
         method, pattern, ratio = self.pruning.subject
         return {
             "method": method,
@@ -167,8 +166,8 @@ def expand(
 ) -> Grid:
     """The training cells and comparisons.
 
-    ``shapes`` maps a pruning's name to its target shape; ``consumed`` to the tokens that pruning read, ``spent`` to
-    the FLOPs. Prunings of one shape share their dense scratch runs wherever those would consume the same samples.
+    ``shapes`` maps a pruning's name to its target shape, ``consumed`` to the tokens that pruning read, ``spent`` to
+    its FLOPs. Prunings of one shape share their dense scratch runs if those consume the same samples.
     """
     cells: dict[str, TrainingCell] = {cell.id: cell for cell in between(study, lay)}
     comparisons = []
@@ -201,8 +200,7 @@ def expand(
 
 
 def between(study: StudyConfig, lay: Lay) -> Iterator[TrainingCell]:
-    """The retrainings between the links of chains, each once and after what it starts from; of several rates they take
-    the first."""
+    """The retrainings between the links of chains, each once and in order, at the first of several rates."""
     for link in links(study):
         if link.base is not None and link.retraining_cell is not None:
             samples = lay.retrain(link.retrained, link.base.trained)
@@ -223,7 +221,7 @@ def between_flops(pruning: Pruning, shapes: Mapping[str, Shape], seq_length: int
 
 
 def _swept(study: StudyConfig, name: str) -> dict[float, str]:
-    """A run's name at every rate of the recipe; at a single one it needs no mark."""
+    """A run's name at every rate of the recipe; a single rate is not in the name."""
     rates = study.recipe.rates
     return {rate: name if len(rates) == 1 else f"{name}-lr{rate:g}" for rate in rates}
 
@@ -243,7 +241,7 @@ def _samples(
     consumed: Mapping[str, int],
     spent: Mapping[str, int],
 ) -> SampleRange | None:
-    """What a scratch run of a setting consumes; None while that is not known."""
+    """The samples of a setting's scratch run; None while they are not known."""
     if setting == "equal-training":  # what masks were learned on is training too
         return lay.batch.range(retrain.start, retrain.steps + pruning.learned // lay.batch.tokens)
     if setting == "equal-total":
@@ -256,7 +254,7 @@ def _samples(
 
 
 def _not_run(study: StudyConfig, lay: Lay, setting: Setting) -> str:
-    """Why an arm is left out, or nothing. A number of tokens is never guessed."""
+    """Why an arm is not run, or an empty string. A number of tokens is never guessed."""
     if setting == "equal-training" or study.parent.pretrain is not None or study.parent.equal_total == "run":
         return ""
     if lay.parent_tokens is None:
@@ -272,7 +270,7 @@ def _not_run(study: StudyConfig, lay: Lay, setting: Setting) -> str:
 
 
 def _scratch_tag(pruning: Pruning, against: Scratch, shape: Shape | None) -> str:
-    """What a scratch run takes from a pruning: its masks, or only its shape, which others may have too."""
+    """The name of what a scratch run takes from a pruning: its masks, or only its shape, which others may share."""
     name = pruning.name.rsplit("-s", 1)[0]
     if against == "masked":
         return f"masked-{name}"
@@ -295,7 +293,7 @@ def shape_tag(shape: Shape) -> str:
 
 
 def notes(study: StudyConfig) -> list[str]:
-    """What of study.yaml does not apply as it may seem to."""
+    """Notes on parts of study.yaml that do not apply as one might expect."""
     return [
         f"{method.tag} runs once, at {100 * method.own_ratio:g}%: {method.pattern} says how much is removed, "
         f"not ratios: {study.ratios}"

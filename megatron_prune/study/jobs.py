@@ -1,7 +1,7 @@
-"""The cells of a study as jobs: what to run, how to know that it is done, what must be finished before, its record.
+"""The cells of a study as jobs: commands, the check that they are done, dependencies, and the record.
 
-A ``Cell`` has one or several ``Stage``s and is all that the runner sees. The functions here make cells from a study:
-the parents first, then calibrations, prunings, and the training runs of the grid.
+A ``Cell`` has one or more ``Stage``s; the runner sees nothing else. The functions here make the cells of a study:
+parents, then calibrations, prunings, and the training runs of the grid.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cell:
-    """Stages in order, the record when all are done, and the cells that must be finished before."""
+    """Stages in order, the record once all are done, and the cells that must finish first."""
 
     id: str
-    kind: str  # parent, calibration, pruning, retraining, training: the order among what may begin
+    kind: str  # parent, calibration, pruning, retraining, training: the order of starting
     stages: tuple[Stage, ...]
     record: Callable[[Seconds], dict[str, Any]]
     after: tuple[str, ...] = ()
-    weight: float = 1.0  # how long it may take, relative to others of its kind; longer ones start first
-    about: Mapping[str, Any] = field(default_factory=dict)  # of a training run: what it is, and what it is compared in
+    weight: float = 1.0  # relative duration among its kind; longer ones start first
+    about: Mapping[str, Any] = field(default_factory=dict)  # of a training run: its description and comparisons
 
     def is_done(self) -> bool:
-        """True if everything that it writes says that it is done; what cannot be read says nothing.
+        """True if all its artifacts say that it is done; an unreadable one does not.
 
-        AccountError where it is done, but is not what it should be.
+        AccountError if it is done, but is not what it should be.
         """
         try:
             return all(stage.done() for stage in self.stages)
@@ -68,7 +68,7 @@ class Cell:
             return False
 
     def to_json(self) -> dict[str, Any]:
-        """``cell.json``: what it is, what is run, and what says that it is done."""
+        """``cell.json``: the description, the commands, and the checks that they are done."""
         return {
             "cell": self.id,
             "about": {"kind": self.kind, **self.about},
@@ -85,7 +85,7 @@ class Cell:
 
 
 def all_cells(study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
-    """Every cell that can be named by now. A scratch run does not take its shape from a pruning that ``failed``."""
+    """Every cell that can be named so far. Scratch runs do not take their shape from a pruning that ``failed``."""
     return [
         *parents(study, places, outlook),
         *calibrations(study, places, outlook),
@@ -119,7 +119,7 @@ def _parent(study: StudyConfig, places: Places, outlook: Outlook, cell: str, see
 
 
 def calibrations(study: StudyConfig, places: Places, outlook: Outlook) -> list[Cell]:
-    """One cell for each set of calibration windows, and each checkpoint, of which some method reads statistics."""
+    """One cell per set of calibration windows and checkpoint from which a method needs statistics."""
     cells: dict[str, Cell] = {}
     for pruning in links(study):
         if outlook.needs[pruning.name].statistics:
@@ -147,7 +147,7 @@ def _pruning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Prun
         found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
         if expected is not None and found["target"] != vars(expected):
-            raise RunError(f"{pruning.cell}: the pruned shape is {found['target']}, expected was {vars(expected)}")
+            raise RunError(f"{pruning.cell}: got the pruned shape {found['target']}, expected {vars(expected)}")
         return found
 
     after = [source_cell(study, pruning)]
@@ -166,7 +166,7 @@ def _sparsifying(study: StudyConfig, places: Places, outlook: Outlook, pruning: 
 
 
 def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pruning) -> Iterator[Stage]:
-    """The plan and its checkpoint; before it, where the model's loss must decide, the candidates and their scores."""
+    """The plan and its checkpoint; first, if the model's loss must decide, the candidates and their scores."""
     needs, plan = outlook.needs[pruning.name], str(places.plan(pruning))
     statistics = None
     if needs.statistics:
@@ -200,8 +200,7 @@ def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pru
 def training_cells(
     study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()
 ) -> list[Cell]:
-    """The runs that are compared, and those between links, the longest first; those of which the name does not depend
-    on an unknown shape."""
+    """The compared runs and those between links, longest first, except those whose name depends on an unknown shape."""
     grid = outlook.grid(study)
     compared = _compared(study, outlook, grid)
     return sorted(
@@ -215,9 +214,9 @@ def training_cells(
 
 
 def _compared(study: StudyConfig, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
-    """By run, the comparisons that it is for: each as ``Comparison.group``, and whether it is in the study's family.
+    """By run, its comparisons: each as ``Comparison.group``, and whether it is in the study's family.
 
-    It is written down with the run, so that a comparison that is taken out of study.yaml later still counts.
+    This is stored with the run, so that a comparison later removed from study.yaml still counts.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for made in grid.comparisons:
@@ -231,9 +230,9 @@ def _compared(study: StudyConfig, outlook: Outlook, grid: Grid) -> dict[str, lis
 
 
 def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruning:
-    """The pruning whose checkpoint a run starts from, or takes its shape from: the one that it has begun with.
+    """The pruning whose checkpoint gives a run its weights or shape: the one it has begun with, if any.
 
-    A scratch run that serves several prunings takes the first of them that did not fail.
+    A scratch run shared by several prunings takes the first one that did not fail.
     """
     candidates = (cell.source, *cell.others)
     directory = places.cell(cell.id)
@@ -276,18 +275,18 @@ def _asked(account: Path, samples: SampleRange, seed: int, lr: float, *, permute
 
 
 def _evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path, account: Path | None = None) -> Stage:
-    """``account``: of the training that left the checkpoint, where one is known."""
+    """``account``: of the training that wrote the checkpoint, if there was one."""
     asked: dict[str, Any] = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
     asked |= {"checkpoint": str(checkpoint), "account": None if account is None else str(account)}
     return Stage(commands.evaluation(study, places, cell, checkpoint), Check("evaluated", asked))
 
 
 def all_commands(cells: Sequence[Cell]) -> dict[str, list[Command]]:
-    """Every cell's command lines, for people."""
+    """Every cell's command lines, for display."""
     return {cell.id: [stage.command for stage in cell.stages] for cell in cells}
 
 
-# Flags in which accounts may differ: a cell that has begun goes on with others.
+# Flags in which accounts may differ: a cell that has begun may continue with other values.
 FREE = (
     "--save-interval", "--micro-batch-size", "--tensorboard-dir", "--wandb-project", "--wandb-entity",
     "--wandb-exp-name", "--wandb-save-dir", commands.SAVES_WHEN_TOLD,
@@ -295,10 +294,10 @@ FREE = (
 
 
 def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells`` are all of the study.
+    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells``: all cells of the study.
 
-    What accounts may differ in (how often is saved, how many processes share a batch, and how, what is tracked) may
-    change while a cell is not finished. A finished one keeps the commands that it was made with.
+    Flags in which accounts may differ (save interval, parallel layout, tracking) may change until a cell is finished.
+    A finished cell keeps its commands.
     """
     path, content = places.cell(cell.id) / "cell.json", cell.to_json()
     refuse_other_commands(study, places, cell, cells)
@@ -312,7 +311,7 @@ def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) 
 
 
 def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """UsageError for a cell that has begun with commands which differ in more than what is ``FREE``."""
+    """UsageError for a cell that has begun with commands that differ in flags that are not ``FREE``."""
     path = places.cell(cell.id) / "cell.json"
     if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
         return
@@ -328,12 +327,12 @@ def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells:
 def _was_done(cell: Cell) -> bool:
     try:
         return cell.is_done()
-    except MegatronPruneError:  # the runner names it
+    except MegatronPruneError:  # the runner reports it
         return True
 
 
 def _with_earlier(earlier: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is compared in now, and what it was compared in before study.yaml was changed."""
+    """The comparisons of a run now, and those before study.yaml was changed."""
     if "compared" not in about:
         return dict(about)
     groups = [*earlier.get("compared", []), *about["compared"]]
@@ -341,7 +340,7 @@ def _with_earlier(earlier: Mapping[str, Any], about: Mapping[str, Any]) -> dict[
 
 
 def _begun_after(places: Places, cell: Cell, cells: Sequence[Cell]) -> str:
-    """The cells that rest on ``cell`` and have begun, for people: made again alone, it would leave them stale."""
+    """Begun cells that depend on ``cell``, for an error text: remaking it alone would leave them stale."""
     resting, more = {cell.id}, {cell.id}
     while more:
         more = {one.id for one in cells if more.intersection(one.after) and not _takes_a_shape(one)} - resting
@@ -351,18 +350,18 @@ def _begun_after(places: Places, cell: Cell, cells: Sequence[Cell]) -> str:
 
 
 def _takes_a_shape(cell: Cell) -> bool:
-    """True for a dense scratch run: the shape is in its name, and it needs no weights of what it is after."""
+    """True for a dense scratch run: its name has the shape, and it needs no weights of the pruning."""
     argv = cell.stages[0].command.argv
     return "--shape-from" in argv and "--masks" not in argv
 
 
 def has_begun(directory: Path) -> bool:
-    """True once any stage of a cell, or its job, has written a log."""
+    """True once a stage or the job of a cell has written a log."""
     return any(directory.glob("*.log"))
 
 
 def _first_difference(earlier: Any, now: Any) -> str:
-    """The first words in which the commands of two cell.json differ, ``FREE`` ones apart; nothing where none does."""
+    """The first difference between the commands of two cell.json, ignoring ``FREE`` flags; empty if there is none."""
     for old, new in zip(earlier["stages"], now["stages"], strict=False):
         words, others = _fixed(old["argv"]), _fixed(new["argv"])
         if (old["stage"], words) != (new["stage"], others):
@@ -371,7 +370,7 @@ def _first_difference(earlier: Any, now: Any) -> str:
 
 
 def _fixed(argv: Sequence[str]) -> list[str]:
-    """The words of a command without flags that are ``FREE``; sorted: the order of keys in a YAML says nothing."""
+    """A command's words without ``FREE`` flags, sorted, since the order of keys in YAML has no meaning."""
     flags: list[list[str]] = [[]]
     for word in argv:
         if word.startswith("--"):
@@ -383,7 +382,7 @@ def _fixed(argv: Sequence[str]) -> list[str]:
 
 
 def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:
-    """``--lr 0.002 in place of 0.001``; nothing where one begins with the other."""
+    """``--lr 0.002 in place of 0.001``; empty if one is a prefix of the other."""
     for position, (a, b) in enumerate(zip(earlier, now, strict=False)):
         if a != b:
             flag = now[position - 1] if position and not b.startswith("--") else ""

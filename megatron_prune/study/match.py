@@ -5,21 +5,20 @@ steps, the same shape, and every resolved argument equal outside ``ALLOWED``. (W
 scratch has as many steps more, from the same first sample on.) *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
-step or 0.1%. *Equal FLOPs*: the same with executed FLOPs in place of tokens. In all of them a
-sparse model was retrained under the masks that its pruning made, and the scratch run was trained under the same masks,
-or, where it is a dense one, under none; retraining began with the weights that the pruning left, and every loss that is
-shown is of the same text. Where the study sweeps the learning rate, both arms had the same rates.
+step or 0.1%. *Equal FLOPs*: the same with executed FLOPs instead of tokens. In all settings a sparse model is retrained
+under its pruning's masks, and the scratch run is trained under the same masks, or without masks if it is dense;
+retraining begins with the pruned weights, and every loss shown is for the same text. If the study sweeps the learning
+rate, both arms have the same rates.
 
-What is behind the pruned arm is in the lineage of its account (``training/lineage``): it must be the parent's stages as
-they are now, then the study's prunings and the retrainings between them, each begun with what the one before it left.
-Where the parent's tokens or FLOPs count, they do as they were spent, under the parent's own recipe. A larger model is
-rightly trained at another rate, batch, precision or length, and nobody can train a published parent again, so such
-differences are no reason to refuse: each is named, in the match and at the head of the report, for the reader to judge.
-Refused is what makes the sum no sum: another tokenizer (a token of one is not a token of another), and a training that
-did not end.
+The history of the pruned arm is the lineage in its account (``training/lineage``): the parent's stages as they are now,
+then the study's prunings and the retrainings between them, each begun from the result of the one before. The parent's
+tokens or FLOPs count as spent under its own recipe. Larger models need another rate, batch, precision or length, and a
+published parent cannot be trained again, so such differences are allowed; the match and the head of the report name
+each of them. Two things make the sum meaningless and are refused: another tokenizer (its tokens are another unit), and
+an unfinished training.
 
-The result is the list of what was compared, for the report; the first thing that does not match
-raises AccountError, which names both runs and the field.
+The result is the list of compared fields, for the report; the first mismatch raises AccountError, which names both
+runs and the field.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from megatron_prune.training.lineage import Stage
 NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
 TOKENIZER = "tokenizer_type"
 OF_ITS_STEPS = ("train_iters", "lr_decay_iters", "lr_warmup_iters")
-# What the head of the report names one by one; what else differs is one line.
+# The head of the report names these one by one; all other differences share one line.
 _LEARNS = re.compile(
     r"lr|min_lr|decoupled|warmup|weight_decay|start_weight|end_weight|apply_wd|no_weight|clip_grad|optimizer|adam|sgd"
     r"|muon|lion|global_batch|rampup|step_batch|seq_length|bf16|fp16|fp8|fp4|loss_scale|hidden_dropout"
@@ -73,7 +72,7 @@ def _with_learning(runs: Runs, setting: str, learned: int) -> list[Line]:
 def equal_total(runs: Runs, parent_tokens: int, consumed: int, *, declared: int = 0) -> list[Line]:
     """The lines of an equal-total match; AccountError as above.
 
-    ``parent_tokens`` must be what all stages behind the parent say, and those that are only ``declared``.
+    ``parent_tokens`` must equal the sum of the parent's stages plus the tokens that are only ``declared``.
     """
     setting = "equal-total"
     runs.whole(setting)
@@ -85,10 +84,10 @@ def equal_total(runs: Runs, parent_tokens: int, consumed: int, *, declared: int 
 
 
 def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0) -> list[Line]:
-    """The lines of an equal-FLOPs match, executed ones; AccountError as above.
+    """The lines of an equal-FLOPs match (executed FLOPs); AccountError as above.
 
-    ``parent_flops`` must be what all stages behind the parent say, and those of tokens that are only ``declared``;
-    ``spent`` is the pruning's.
+    ``parent_flops`` must equal the sum of the parent's stages plus those of ``declared`` tokens; ``spent``: FLOPs of
+    the pruning.
     """
     setting = "equal-flops"
     runs.whole(setting)
@@ -100,7 +99,7 @@ def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0)
 
 
 def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declared: int) -> None:
-    """The parent's tokens, or FLOPs, are what its stages add up to; ``declared`` ones come before these."""
+    """The parent's tokens or FLOPs must equal the sum of its stages plus the ``declared`` ones."""
     found = (lineage.tokens if unit == "tokens" else lineage.flops)(runs.parent) + declared
     if (runs.parent or not declared) and found != known:
         raise runs.refuse(setting, f"{unit} of the parent", f"{known} here, {found} in the accounts of its stages")
@@ -114,7 +113,7 @@ def _common(runs: Runs, setting: str) -> list[Line]:
 
 
 def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: int) -> Line:
-    """Scratch has as many tokens, or FLOPs, as all of the pruned arm, within one step or 0.1%."""
+    """Scratch must have as many tokens or FLOPs as the whole pruned arm, within one step or 0.1%."""
     retrained, found = runs.pruned[unit], runs.scratch[unit]
     own = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
     between = (lineage.tokens if unit == "tokens" else lineage.flops)(own)
@@ -137,7 +136,7 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
 
 
 def unseen(runs: Runs, setting: str) -> list[Line]:
-    """Nothing behind the pruned arm has seen what it retrains on."""
+    """No stage behind the pruned arm may have seen its retraining samples."""
     own = runs.pruned["stream"]
     start, stop = runs.pruned["range"]
     lines = []
@@ -167,7 +166,7 @@ def unseen(runs: Runs, setting: str) -> list[Line]:
 
 
 def behind(runs: Runs, setting: str) -> Line:
-    """The pruned arm's lineage: the parent's stages as they are now, then prunings and the retrainings between them."""
+    """The lineage of the pruned arm: the parent's stages as they are now, then prunings and retrainings."""
     own: list[Stage] = runs.pruned["lineage"]
     try:
         lineage.check(own, str((runs.pruned["initial"] or {}).get("fingerprint")), runs.pruned_name)
@@ -195,7 +194,7 @@ def _words(stage: Stage) -> str:
 
 
 def recipes(runs: Runs, setting: str) -> list[Line]:
-    """What every training behind the pruned arm has other than the arms have; AccountError where it cannot count."""
+    """Differences of every training behind the pruned arm from the arms; AccountError if its tokens cannot count."""
     stages = lineage.trainings(runs.pruned["lineage"])
     arms = lineage.recipe_of(runs.scratch["arguments"])
     lines: list[Line] = []
@@ -223,7 +222,7 @@ def _differences(stage: Stage, arms: Mapping[str, Any], runs: Runs) -> Iterator[
         value, arm = (one.get(key, "not set") for one in (recipe, arms))
         if value != arm:
             yield key, value, arm
-    # By the arms' rule, for a run of so many steps.
+    # By the arms' rule, for a run with this number of steps.
     if recipe.get("lr_decay_iters") not in (None, steps):
         yield "lr_decay_iters", recipe["lr_decay_iters"], steps
     warmed, rule = recipe.get("lr_warmup_iters") or 0, runs.warmup(steps)

@@ -1,6 +1,6 @@
-"""What a method's entry in study.yaml asks for, read as the verb that will run it reads it: ``plan`` or ``sparsify``.
+"""What a method's entry in study.yaml needs, read as the verb that will run it reads it: ``plan`` or ``sparsify``.
 
-What these verbs would refuse is refused here, before anything runs; so is a recipe that cannot hold zeros.
+Whatever these verbs would refuse is refused here, before anything runs; so is a recipe that cannot hold zeros.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron_prune.study.sections import MethodSection
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs in addition to the parent."""
+    """Inputs of a method in addition to the parent."""
 
-    statistics: bool = False  # a structured method reads those of a calibration
+    statistics: bool = False  # from a calibration, for a structured method
     scores: bool = False  # of its candidates
     text: bool = False  # a sparse method reads calibration text itself
     random: bool = False  # a seed
@@ -38,12 +38,12 @@ class Needs:
 
     @property
     def tokens(self) -> bool:
-        """True where calibration text is behind it."""
+        """True if the method uses calibration text."""
         return self.statistics or self.text
 
 
 def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> Needs:
-    """What ``method`` asks for. UsageError names the flag that is wrong."""
+    """The needs of ``method``. UsageError names the invalid flag."""
     batch = study.recipe.global_batch_size * study.data.seq_length
     if method.pattern is None and method.name in methods.names() and methods.get(method.name).learned:
         return _learning(study, method, ratio, batch)
@@ -73,7 +73,7 @@ def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> 
             why="one process of the first node starts all ranks that retrain candidates",
             do="use `retrain-candidates --commands`",
         )
-    _ = chosen.task  # a file that is no task is refused here
+    _ = chosen.task  # refuses a file that is not a task
     return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
 
 
@@ -106,7 +106,7 @@ def _learning(study: StudyConfig, method: MethodSection, ratio: float | None, ba
 def shapes_of(
     study: StudyConfig, method: MethodSection, ratio: float | None, source: ModelShape
 ) -> tuple[ModelShape, ...]:
-    """The shape that comes out, or those between which the model's loss decides."""
+    """The resulting shape, or the shapes between which the model's loss decides."""
     if method.pattern is None:
         found = structured(study, method, ratio)
         if method.tokens is not None and found.shapes(source) != _on_one_rank(found).shapes(source):
@@ -123,7 +123,7 @@ def shapes_of(
 
 
 def structured(study: StudyConfig, method: MethodSection, ratio: float | None) -> choices.Choice:
-    """The method's entry as ``plan`` will have it."""
+    """The method's entry as ``plan`` reads it."""
     if method.name in methods.sparse_names() and method.name not in methods.names():
         raise UsageError(
             f"methods.{method.tag}.pattern",
@@ -142,7 +142,7 @@ def _on_one_rank(choice: choices.Choice) -> choices.Choice:
 
 
 def sparse(study: StudyConfig, method: MethodSection, ratio: float | None) -> request.SparsifyRequest:
-    """The method's entry as ``sparsify`` will have it."""
+    """The method's entry as ``sparsify`` reads it."""
     if method.name in methods.names() and method.name not in methods.sparse_names():
         raise UsageError(
             f"methods.{method.tag}.pattern",
@@ -155,7 +155,7 @@ def sparse(study: StudyConfig, method: MethodSection, ratio: float | None) -> re
 
 
 def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
-    """UsageError where ``retraining``, a run under masks, could not hold them, or has flags that there are not."""
+    """UsageError if ``retraining``, a run under masks, could not hold them or has unknown flags."""
     with _own_logging():
         from megatron.training.arguments import add_megatron_arguments
 
@@ -170,7 +170,7 @@ def refuse_recipe_without_zeros(retraining: commands.Command) -> None:
 
 @contextlib.contextmanager
 def _own_logging() -> Iterator[None]:
-    """Megatron's training modules make the root logger print everything when they are imported."""
+    """Restore the root logger, which Megatron's training modules set to print everything on import."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     yield
@@ -179,7 +179,7 @@ def _own_logging() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of leaving."""
+    """argparse that raises instead of exiting."""
 
     def __init__(self, prog: str, allowed: str):
         super().__init__(prog=prog, add_help=False, allow_abbrev=False)

@@ -1,7 +1,7 @@
-"""What a study can know before anything runs.
+"""What is known of a study before anything runs.
 
-``look`` reads the parent's shape where there is one to read, every method's flags (``needs``), and what is finished; it
-returns where the runs lie on the stream and which shapes will come out.
+``look`` reads the parent's shape if it exists, every method's flags (``needs``), and finished results; it returns the
+runs' sample ranges on the stream and the resulting shapes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ from megatron_prune.training.lineage import Stage
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before the first run.
+    """What is known so far. All mappings are by the name of a pruning.
 
-    ``source`` and ``targets`` (by the name of a pruning) are missing while the parent's shape is unknown,
-    that is, before an import; the target of a search, until its plan is made. ``needs`` says by the name of a
-    pruning what it asks for; ``spent`` its FLOPs, and those of what it starts from, once it is finished;
-    ``retrained`` the tokens that its candidates were trained on, once there is a plan. ``assumed`` says what ``study
-    plan`` took for granted of what is not there.
+    ``source`` and ``targets`` are missing while the parent's shape is unknown (before an import); the target of a
+    search, until its plan is made. ``needs``: each pruning's inputs; ``spent``: its FLOPs and those of what it starts
+    from, once finished; ``retrained``: tokens of its candidates' retraining, once there is a plan. ``assumed``: what
+    ``study plan`` assumes about missing files.
     """
 
     lay: Lay
@@ -55,7 +54,7 @@ class Outlook:
     targets: Mapping[str, ModelShape]
     needs: Mapping[str, Needs]
     spent: Mapping[str, int] = field(default_factory=dict)
-    stages: Sequence[Stage] = field(default=(), repr=False)  # behind a loaded parent
+    stages: Sequence[Stage] = field(default=(), repr=False)  # of a loaded parent's history
     retrained: Mapping[str, int] = field(default_factory=dict)
     assumed: Sequence[str] = ()
 
@@ -64,7 +63,7 @@ class Outlook:
         return expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
 
     def estimated_grid(self, study: StudyConfig) -> Grid:
-        """The same, where prunings that have not said what they spent are taken to have spent nothing."""
+        """The same, counting unknown FLOPs of prunings as zero."""
         spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
         return expand(study, self.lay, self.shapes, self.consumed(study), spent)
 
@@ -74,8 +73,8 @@ class Outlook:
         return {name: asdict(shape) for name, shape in self.targets.items()}
 
     def consumed(self, study: StudyConfig) -> dict[str, int]:
-        """Tokens that each pruning and what it starts from read: calibration windows, where it looks at them, what its
-        candidates were retrained on, and what its masks were learned on."""
+        """Tokens read by each pruning and what it starts from: calibration windows, if used, retraining of candidates,
+        and learning of masks."""
         tokens = calibration_tokens(study)
         consumed: dict[str, int] = {}
         for pruning in links(study):
@@ -88,9 +87,9 @@ class Outlook:
 
 
 def look(study: StudyConfig, places: Places, *, planned: bool = False) -> Outlook:
-    """What can be known now; UsageError where a method or a target cannot be meant.
+    """What can be known now; UsageError for an invalid method or target.
 
-    ``planned``: a parent that is not there yet is taken to be what study.yaml says of it.
+    ``planned``: a parent that does not exist yet is assumed to be as study.yaml describes it.
     """
     try:
         return _look(study, places, planned)
@@ -116,7 +115,7 @@ def _needs(study: StudyConfig, pruning: Pruning) -> Needs:
 
 
 def _retrained(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
-    """What candidates were trained on, from the plans that were chosen so."""
+    """Tokens that candidates were trained on, from the plans chosen that way."""
     made = {link.name: places.plan(link) for link in links(study) if needs[link.name].retraining}
     return {
         name: (plan.read(path).calibration or {})["retraining"]["tokens"]
@@ -128,7 +127,7 @@ def _retrained(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -
 def _targets(
     study: StudyConfig, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
 ) -> dict[str, ModelShape]:
-    """The shapes that are known. One that candidates were retrained for is not before that has been counted too."""
+    """The known shapes. One chosen by retraining counts as known only once that retraining has been counted."""
     found: dict[str, ModelShape] = {}
     for pruning in links(study):
         before = source if pruning.base is None else found.get(pruning.base.name)
@@ -144,7 +143,7 @@ def _targets(
 
 
 def _spent(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:
-    """FLOPs behind every pruning that has been made, from what it left."""
+    """FLOPs behind every finished pruning, from its artifacts."""
     costs = _costs(study, places, needs)
     spent: dict[str, int] = {}
     for pruning in prunings(study):
@@ -156,7 +155,7 @@ def _spent(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> di
 
 
 def _costs(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, dict[str, Any]]:
-    """What every pruning and calibration that has been made cost by itself, by cell."""
+    """The own cost of every finished pruning and calibration, by cell."""
     found: dict[str, dict[str, Any]] = {}
     for link in links(study):
         cell, statistics = calibration_cell(study, link), places.statistics(calibration_cell(study, link))
@@ -168,7 +167,7 @@ def _costs(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> di
 
 
 def _parent(study: StudyConfig, places: Places, planned: bool) -> tuple[ModelShape | None, list[Stage], list[str]]:
-    """The parent's shape if it can be known, what is behind one that was made by us elsewhere, and what is assumed."""
+    """The parent's shape if known, the stages of one that another study trained, and what is assumed."""
     parent = study.parent
     if parent.pretrain is not None:
         return shape_from_flags(study), [], []
@@ -195,7 +194,7 @@ def _parent(study: StudyConfig, places: Places, planned: bool) -> tuple[ModelSha
 
 
 def _refuse_another_shape(study: StudyConfig, found: ModelShape) -> None:
-    """UsageError where a parent is there and is not as large as study.yaml says."""
+    """UsageError if an existing parent has another shape than study.yaml says."""
     said = _shape_to_come(study)[0] if study.parent.shape is not None else None
     if said is not None and said != found:
         differing = [name for name, value in vars(found).items() if value != getattr(said, name)]
@@ -204,12 +203,12 @@ def _refuse_another_shape(study: StudyConfig, found: ModelShape) -> None:
 
 
 def _is_to_come(study: StudyConfig) -> bool:
-    """True for a parent to load that is not there yet."""
+    """True for a parent to load that does not exist yet."""
     return study.parent.load is not None and not storage.path(study.parent.load).exists()
 
 
 def _shape_to_come(study: StudyConfig) -> tuple[ModelShape | None, str]:
-    """The shape that study.yaml, or a Hugging Face config, says of a parent that is not there; and where it is said."""
+    """The shape of a missing parent from study.yaml or a Hugging Face config, and a text with its source."""
     parent = study.parent
     if isinstance(parent.shape, dict):
         return shape_from_flags(study), "its shape is what parent.shape says"
@@ -224,7 +223,7 @@ def _shape_to_come(study: StudyConfig) -> tuple[ModelShape | None, str]:
 
 
 def _planned_lay(study: StudyConfig, source: ModelShape | None) -> Lay:
-    """The lay of a parent that another study is still to train on ``parent.planned_tokens`` of the same stream."""
+    """The layout for a parent that another study will train on ``parent.planned_tokens`` of the same stream."""
     batch, parent = Batch(study.recipe.global_batch_size, study.data.seq_length), study.parent
     if parent.planned_tokens is None:
         return _lay(study, source, [], planned=True)
@@ -262,7 +261,7 @@ def _lay(study: StudyConfig, source: ModelShape | None, stages: Sequence[Stage],
 
 
 def shape_from_flags(study: StudyConfig) -> ModelShape:
-    """The shape of a parent that is said by flags, from these and its tokenizer's vocabulary."""
+    """The shape of a parent from its flags and its tokenizer's vocabulary."""
     given = {name.replace("-", "_"): value for name, value in study.parent.flags.items()}
     given |= {name.replace("-", "_"): value for name, value in study.recipe.arguments.items()}
     given["add_bias_linear"] = not given.get("disable_bias_linear", False)
@@ -288,16 +287,16 @@ def _padded_vocabulary(study: StudyConfig, given: Mapping[str, Any]) -> int:
 
 
 def absent_corpora(study: StudyConfig) -> list[str]:
-    """Prefixes of the study's corpora that are not there."""
+    """Prefixes of the study's corpora that do not exist."""
     data = study.data
     prefixes = [*(prefix for _, prefix in data.train), data.calibration, data.validation, data.test]
     return [one for one in prefixes if not all(Path(f"{one}{suffix}").is_file() for suffix in (".bin", ".idx"))]
 
 
 def end_on_stream(study: StudyConfig, stages: Sequence[Stage], *, planned: bool = False) -> int:
-    """The first sample of the study's stream after all that ``stages`` took of it.
+    """The first sample of the study's stream after all samples that ``stages`` consumed.
 
-    ``planned``: while the corpora are not there to say which stream it is, it is taken to be that of the stages.
+    ``planned``: while the corpora do not exist, the stream is assumed to be that of the stages.
     """
     trainings = [stage for stage in lineage.trainings(stages) if stage["stream"] is not None]
     if not trainings:
@@ -309,6 +308,6 @@ def end_on_stream(study: StudyConfig, stages: Sequence[Stage], *, planned: bool 
 
 
 def stream_of(study: StudyConfig) -> dict[str, Any]:
-    """What every account of the study will say of its stream."""
+    """The stream's description in every account of the study."""
     made = study.data
     return data.described(made.blend, made.seq_length, made.stream_seed, made.epochs)

@@ -1,10 +1,10 @@
 """Two accounts side by side: the arms of a comparison, and the checks that every setting shares.
 
-``Runs`` holds both accounts and gives a ``Line`` for each thing that was compared; the first thing that does not match
-raises AccountError, which names both runs and the field. ``match`` puts the checks together for each setting.
+``Runs`` holds both accounts and gives a ``Line`` for each compared field; the first mismatch raises AccountError, which
+names both runs and the field. ``match`` combines the checks for each setting.
 
-What runs were made with (versions, the kind of device, the precision) is listed where it differs and is no reason not
-to compare. Settings of precision are arguments too, and those must be equal.
+Differences in the environment (versions, kind of device, precision) are listed but allowed. Precision settings are also
+arguments, and those must be equal.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megatron_prune.training.lineage import Stage
 Account = Mapping[str, Any]
 Environment = Mapping[str, str]
 
-# Resolved arguments in which the two arms of any comparison may differ, and why.
+# Resolved arguments that may differ between the two arms of any comparison, and why.
 ALLOWED: dict[str, str] = {
     "pretrained_checkpoint": "start",
     "shape_from": "start",
     "use_checkpoint_args": "start",
     "finetune": "start",
-    # Set by pretrain for FP8 weights that begin with a checkpoint (training/pretrain.py).
+    # Set by pretrain for FP8 weights that start from a checkpoint (training/pretrain.py).
     "load_main_params_from_ckpt": "start",
     "no_load_optim": "start",
     "stream_ckpt_dequant": "start",
@@ -36,17 +36,17 @@ ALLOWED: dict[str, str] = {
     "wandb_save_dir": "output path",
     "wandb_exp_name": "output path",
     "save_interval": "how often an output is saved",
-    # Set by pretrain where a run goes on at another number of ranks (engine/optimizer_layout.py).
+    # Set by pretrain if a run continues at another number of ranks (engine/optimizer_layout.py).
     "ddp_bucket_size": "how gradients are packed to be sent",
     "masks": "a path; which masks they are is compared by their hash",
-    # Counters, not settings: Megatron keeps them among its arguments. The range says what was consumed.
+    # Counters that Megatron keeps among its arguments. The range says what was consumed.
     "iteration": "progress at the last start",
     "curr_iteration": "progress at the last start",
     "consumed_train_samples": "progress at the last start",
     "consumed_valid_samples": "progress at the last start",
     "skipped_train_samples": "progress at the last start",
     "num_floating_point_operations_so_far": "progress at the last start",
-    # How a global batch is computed: the sums are the same but for their order, so that the last digits differ.
+    # How a global batch is computed: only the order of summation changes, so the last digits differ.
     **dict.fromkeys(
         (
             "micro_batch_size",
@@ -60,7 +60,7 @@ ALLOWED: dict[str, str] = {
         "how a batch is shared out",
     ),
 }
-# What a run's own number of steps decides, where the settings differ in it.
+# Arguments that follow from the number of steps, in settings in which it differs.
 OWN_STEPS: dict[str, str] = {
     "train_iters": "own steps",
     "lr_decay_iters": "own steps",
@@ -69,16 +69,16 @@ OWN_STEPS: dict[str, str] = {
     "eval_interval": "own steps",
 }
 SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
-HORIZON = ("train_iters", "lr_decay_iters")  # where they are set, they are the run's own steps
+HORIZON = ("train_iters", "lr_decay_iters")  # if set, they equal the run's own steps
 STREAM = ("id", "seed", "seq_length", "epochs", "blend")
 ACCOUNTED = ("global_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
 TOLERANCE = 0.001
-DIFFERS = "differs"  # of what the runs were made with: listed at the top of the report
+DIFFERS = "differs"  # of the environment: listed at the top of the report
 
 
 @dataclass(frozen=True)
 class Line:
-    """One compared thing: its name, what each run has, and ``equal`` or why a difference is allowed."""
+    """One compared field: its name, both values, and ``equal`` or why a difference is allowed."""
 
     field: str
     pruned: Any
@@ -88,14 +88,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Runs:
-    """Two complete accounts with their names, and the checks that both settings share.
+    """Two complete accounts with their names, and the checks that all settings share.
 
-    ``weights``: fingerprint of what the pruning left. ``parent``: stages behind the parent as they are now, none
-    for one from elsewhere. ``between``: samples of the retrainings between links. ``texts``: by run, for all
-    whose losses are shown, what it was evaluated on. ``warmup``: the recipe's steps of warm-up for a number of
-    steps. ``masks``: the hash of those that the pruning made, None where it made none; ``dense`` says that the
-    scratch run is to have none. ``swept``: of every learning rate, if there are several, both arms' accounts.
-    ``scored``: what each was evaluated with.
+    ``weights``: fingerprint of the pruned checkpoint. ``parent``: the parent's stages as they are now, none for one
+    from elsewhere. ``between``: samples of the retrainings between links. ``texts``: the evaluation text of every run
+    whose loss is shown. ``warmup``: the recipe's warm-up steps for a number of steps. ``masks``: hash of the pruning's
+    masks, or None; ``dense``: the scratch run has no masks. ``swept``: both arms' accounts at every learning rate of a
+    sweep. ``scored``: the evaluation environment of each.
     """
 
     pruned_name: str
@@ -118,7 +117,7 @@ class Runs:
         )
 
     def whole(self, setting: str) -> None:
-        """Each account is complete, agrees with itself, and starts as its arm says."""
+        """Each account is complete, consistent, and starts as its arm requires."""
         for name, account, start in (
             (self.pruned_name, self.pruned, "pruned"),
             (self.scratch_name, self.scratch, "random"),
@@ -126,7 +125,7 @@ class Runs:
             if account.get("complete") is not True:
                 raise self.refuse(setting, "complete", f"{name} has not finished")
             if account["start"] != start:
-                raise self.refuse(setting, "start", f"{name} started as {account['start']}, not as {start}")
+                raise self.refuse(setting, "start", f"{name}: got the start {account['start']}, expected {start}")
             first, end = account["range"]
             if end - first != account["steps"] * account["global_batch_size"]:
                 raise self.refuse(
@@ -166,7 +165,7 @@ class Runs:
         return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
 
     def held(self, setting: str) -> list[Line]:
-        """Which zeros each run held."""
+        """The masks that each run held."""
         expected = None if self.dense else self.masks
         for name, account, masks in (
             (self.pruned_name, self.pruned, self.masks),
@@ -174,7 +173,7 @@ class Runs:
         ):
             if account["masks"] != masks:
                 raise self.refuse(
-                    setting, "masks", f"{name} held {account['masks'] or 'none'}, expected was {masks or 'none'}"
+                    setting, "masks", f"{name} held {account['masks'] or 'none'}, expected {masks or 'none'}"
                 )
         if self.masks is None:
             return []
@@ -182,7 +181,7 @@ class Runs:
         return [Line("masks", self.masks, expected or "none", verdict)]
 
     def began(self, setting: str) -> Line:
-        """Retraining started from the checkpoint that the pruning left, not from one that was there before it."""
+        """Retraining started from the pruning's checkpoint, not from an earlier one."""
         found = (self.pruned["initial"] or {}).get("fingerprint")
         if found != self.weights:
             why = f"{self.pruned_name} began with {found}, its pruning left {self.weights}"
@@ -190,7 +189,7 @@ class Runs:
         return Line("weights at the start", found, "random", "may differ: start")
 
     def text(self, setting: str) -> Line:
-        """Every loss that is shown is over the same windows of the same corpora."""
+        """All losses shown are for the same windows of the same corpora."""
         (first, text), *others = self.texts.items()
         for name, other in others:
             for corpus in sorted({*text, *other}):
@@ -203,13 +202,13 @@ class Runs:
         return Line("evaluation text", shown, shown)
 
     def environments(self) -> list[Line]:
-        """Versions, devices and precision of both, equal or not: none of them is a reason not to compare."""
+        """Versions, devices and precision of both runs; differences are allowed."""
         trained = differences(of_account(self.pruned), of_account(self.scratch))
         scored = [(f"{name} of the evaluation", a, b) for name, a, b in differences(*self.scored)]
         return [Line(name, a, b, "equal" if a == b else DIFFERS) for name, a, b in [*trained, *scored]]
 
     def rates(self, setting: str) -> list[Line]:
-        """Both arms were trained at every rate, each time on the samples of the run that stands for the arm."""
+        """Both arms were trained at every rate, on the same samples as the chosen run."""
         if self.swept is None:
             return []
         for rate, accounts in self.swept.items():
@@ -228,7 +227,7 @@ class Runs:
         return [self.equal(setting, "learning rates tried", rates, rates)]
 
     def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
-        """Every resolved argument of both: differences inside ``allowed`` are listed, others refused."""
+        """Compare every resolved argument: differences in ``allowed`` are listed, others refused."""
         ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
         allowed = allowed if self.swept is None else {**allowed, **SWEPT}
         lines, same = [], 0
@@ -250,25 +249,25 @@ def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str 
     return next((key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")), None)
 
 
-# What runs were made with.
+# Environments of runs.
 
-PRECISIONS = ("fp4", "fp8", "fp16", "bf16")  # arguments; the first that is set says it
+PRECISIONS = ("fp4", "fp8", "fp16", "bf16")  # arguments; the first one set wins
 
 
 def of_account(account: Mapping[str, Any]) -> dict[str, str]:
-    """Of a training: all of its attempts. The device is that of the rank that keeps the account."""
+    """The environment of a training, over all attempts. The device is that of the rank that writes the account."""
     attempts = account.get("attempts", [])
     found = _together([_of(attempt) for attempt in attempts])
     return {**found, "precision": precision(account["arguments"])}
 
 
 def of_scores(scores: Mapping[str, Any]) -> dict[str, str]:
-    """Of an evaluation."""
+    """The environment of an evaluation."""
     return _of(scores)
 
 
 def precision(arguments: Mapping[str, Any]) -> str:
-    """``bf16``, ``fp8 (hybrid)`` …; ``fp32`` where no flag says another."""
+    """``bf16``, ``fp8 (hybrid)`` …; ``fp32`` if no flag says otherwise."""
     for name in PRECISIONS:
         if value := arguments.get(name):
             return name if value is True else f"{name} ({value})"
@@ -276,13 +275,13 @@ def precision(arguments: Mapping[str, Any]) -> str:
 
 
 def differences(pruned: Environment, scratch: Environment) -> list[tuple[str, str, str]]:
-    """Each thing that either of two runs says, with what they say."""
+    """Each field of either environment, with both values."""
     names = [*pruned, *(name for name in scratch if name not in pruned)]
     return [(name, pruned.get(name, "none"), scratch.get(name, "none")) for name in names]
 
 
 def words(environments: Iterable[Environment]) -> str:
-    """All of them, for a footer: ``3 runs: torch 2.9, …, on NVIDIA H100``."""
+    """All environments for a footer: ``3 runs: torch 2.9, …, on NVIDIA H100``."""
     counts = Counter(
         ", ".join(f"{name} {value}" for name, value in sorted(one.items()) if name != "device")
         + (f", on {one['device']}" if "device" in one else "")
@@ -298,6 +297,6 @@ def _of(made: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _together(attempts: Sequence[Environment]) -> dict[str, str]:
-    """One for all attempts at a run; what changed between them is joined by ``then``."""
+    """One environment for all attempts of a run; changes are joined by ``then``."""
     names = dict.fromkeys(name for attempt in attempts for name in attempt)
     return {name: " then ".join(dict.fromkeys(one.get(name, "none") for one in attempts)) for name in names}

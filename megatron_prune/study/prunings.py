@@ -1,8 +1,8 @@
 """The prunings of a study, the names of its cells, and where their files are.
 
-A study prunes by every method at every ratio under every seed, and by chains of methods. A chain's links are prunings
-of their own, each of which starts from the one before it, or from that after a retraining, so that two chains, or a
-chain and a method, share what they have in common. All of it is known from study.yaml alone.
+A study prunes by every method at every ratio with every seed, and by chains of methods. Each link of a chain is a
+pruning that starts from the one before it, or from its retraining, so that chains and methods share common work. All
+of this is known from study.yaml alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from megatron_prune.study.sections import MethodSection
 class Pruning:
     """One method at one ratio (None: at its explicit target) under one seed.
 
-    ``base`` is the pruning that it starts from, None for the parent; ``retrained``: the tokens, whole global batches,
-    that this was trained on before, 0 for none. The last link of a chain has the chain's
-    ``title``, for rows, and its ``label``, for cells.
+    ``base`` is the pruning that it starts from, None for the parent; ``retrained``: tokens (whole global batches) that
+    the base was trained on first, or 0. The last link of a chain has the chain's ``title``, for rows, and its
+    ``label``, for cells.
     """
 
     method: MethodSection
@@ -54,12 +54,12 @@ class Pruning:
 
     @property
     def links(self) -> tuple[Pruning, ...]:
-        """The prunings behind it in order, itself last."""
+        """The chain of prunings in order, this one last."""
         return (*(self.base.links if self.base else ()), self)
 
     @property
     def begins_with(self) -> str | None:
-        """What it starts from, for names of cells: its base, perhaps after a retraining. None for the parent."""
+        """What it starts from, for cell names: its base, possibly retrained. None for the parent."""
         if self.base is None:
             return None
         return self.base.name + (f"-t{self.retrained}" if self.retrained else "")
@@ -71,7 +71,7 @@ class Pruning:
 
     @property
     def trained(self) -> int:
-        """Tokens of all retrainings between the links behind it."""
+        """Tokens of all earlier retrainings between links."""
         return sum(link.retrained for link in self.links)
 
     @property
@@ -81,20 +81,20 @@ class Pruning:
 
     @property
     def sparse(self) -> bool:
-        """True where the result has masks."""
+        """True if the result has masks."""
         return any(link.method.pattern is not None for link in self.links)
 
     @property
     def subject(self) -> tuple[str, str | None, float | None]:
-        """What is the same for all seeds: what it is called, its pattern, its ratio. Those of a chain's links are
-        in its title, but for the last pattern."""
+        """Name, pattern and ratio, the same for all seeds. A chain's title has those of its links, except the last
+        pattern."""
         if self.title is not None:
             return self.title, self.method.pattern, None
         return self.method.title, self.method.pattern, self.ratio
 
 
 def of_method(study: StudyConfig, method: MethodSection) -> list[Pruning]:
-    """A method at every ratio under every seed; one with a target has no ratio, N:M its own, a chain its links'."""
+    """A method at every ratio with every seed. A target has no ratio, N:M its own, a chain those of its links."""
     if method.chain:
         return [_chained(study, method, seed) for seed in study.seeds]
     ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
@@ -116,12 +116,12 @@ def _chained(study: StudyConfig, method: MethodSection, seed: int) -> Pruning:
 
 
 def prunings(study: StudyConfig) -> list[Pruning]:
-    """Those that are trained on and compared, in the study's order."""
+    """The prunings that are retrained and compared, in the study's order."""
     return [pruning for method in study.methods for pruning in of_method(study, method)]
 
 
 def links(study: StudyConfig) -> list[Pruning]:
-    """All of them, with what only others start from, each once and after what it starts from."""
+    """All prunings, including earlier links, each once and in order of dependency."""
     found: dict[str, Pruning] = {}
     for pruning in prunings(study):
         for link in pruning.links:
@@ -147,7 +147,7 @@ def learning_batch(study: StudyConfig, method: MethodSection) -> int:
 
 
 def calibration_cell(study: StudyConfig, pruning: Pruning) -> str:
-    """The cell whose statistics a pruning's plan reads: one for all seeds when neither windows nor parent change."""
+    """The cell with a pruning's statistics: one for all seeds if windows and parent are the same."""
     if pruning.base is not None:
         return f"calibration-{pruning.begins_with}"
     per_seed = study.calibration.sampling == "random" or study.parent_per_seed
@@ -164,15 +164,14 @@ def parent_cell(study: StudyConfig, seed: int) -> str:
 
 
 def source_cell(study: StudyConfig, pruning: Pruning) -> str:
-    """The cell whose checkpoint a pruning starts from: its parent's, that of the link before it, or of the retraining
-    between the two."""
+    """The cell whose checkpoint a pruning starts from: the parent, the link before it, or that link's retraining."""
     if pruning.base is None:
         return parent_cell(study, pruning.seed)
     return pruning.retraining_cell or pruning.base.cell
 
 
 def parent_cells(study: StudyConfig) -> Iterator[tuple[str, int]]:
-    """Every parent's cell, with what is added to ``parent.pretrain.seed`` to train it."""
+    """Every parent's cell, with the offset added to ``parent.pretrain.seed``."""
     for seed in study.seeds if study.parent_per_seed else [0]:
         yield parent_cell(study, seed), seed
 
@@ -180,14 +179,14 @@ def parent_cells(study: StudyConfig) -> Iterator[tuple[str, int]]:
 def flops_of(
     records: Mapping[str, Mapping[str, Any]], study: StudyConfig, pruning: Pruning, *, statistics: bool
 ) -> int | None:
-    """FLOPs of one pruning with those of its ``statistics``; None before they are finished."""
+    """FLOPs of one pruning including its ``statistics``; None before they are finished."""
     parts = [records.get(pruning.cell)] + [records.get(calibration_cell(study, pruning))] * statistics
     return None if None in parts else sum(part["flops"] for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the files of a study are, under ``runs/<study>``."""
+    """Paths of a study's files, under ``runs/<study>``."""
 
     root: Path  # runs/<study>
 
@@ -198,7 +197,7 @@ class Places:
         return self.cell(cell) / "checkpoint"
 
     def masks(self, pruning: Pruning) -> Path:
-        """What a sparse pruning removed."""
+        """The masks of a sparse pruning."""
         return self.checkpoint(pruning.cell) / MASKS
 
     def account(self, cell: str) -> Path:
@@ -233,17 +232,17 @@ class Places:
 
     @property
     def overlap(self) -> Path:
-        """The report on near duplicates between the study's corpora, where it looks for them."""
+        """The report on near-duplicates between the study's corpora, if it is requested."""
         return self.root / "overlap.json"
 
     def parent(self, study: StudyConfig, seed: int = 0) -> Path:
-        """A seed's parent checkpoint: the study's own, or where study.yaml says that it is."""
+        """A seed's parent checkpoint: the study's own, or the one named in study.yaml."""
         return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))
 
     def beside_parent(self, study: StudyConfig, seed: int = 0) -> Path:
-        """Where a seed's parent has its account and its losses, if study.yaml names one of its iterations too."""
+        """The folder with a seed's parent's account and losses, even if study.yaml names one of its iterations."""
         return tracker.root_of(self.parent(study, seed))
 
     def source(self, study: StudyConfig, pruning: Pruning) -> Path:
-        """The checkpoint that a pruning starts from: its parent's, or that of the link, or retraining, before it."""
+        """The checkpoint that a pruning starts from: the parent's, or that of the previous link or retraining."""
         return self.checkpoint(source_cell(study, pruning)) if pruning.base else self.parent(study, pruning.seed)

@@ -1,7 +1,6 @@
-"""The record of a finished cell, read from the files that its stages left.
+"""The record of a finished cell, read from the files of its stages.
 
-A record holds numbers that a rerun reproduces; what a rerun does not reproduce is apart from them, under ``seconds``.
-``execution`` says when there is something to read.
+A record holds numbers that a rerun reproduces; the others are separate, under ``seconds``.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from megatron_prune.training.account import ACCOUNT
 
 Record = dict[str, Any]
 SHOWN_OF_A_STAGE = ("kind", "method", "tokens", "flops", "range", "start", "end")
-TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: what says which tokens were predicted
+TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: they identify the predicted tokens
 
 
 def parent(study: StudyConfig, places: Places, seed: int, lay: Lay, seconds: Mapping[str, float]) -> Record:
-    """A parent, with what is behind it in all its stages: trained here, or elsewhere, or only declared."""
+    """A parent with the history of all its stages: trained here or elsewhere, or only declared."""
     cell = parent_cell(study, seed)
     scores = artifacts.read_json(places.scores(cell))
     record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
@@ -63,7 +62,7 @@ def parent(study: StudyConfig, places: Places, seed: int, lay: Lay, seconds: Map
 
 
 def _unigram_loss(study: StudyConfig, name: str, scored: str) -> float | None:
-    """None where the text that was scored is not there any more."""
+    """None if the scored text no longer exists."""
     prefix = getattr(study.data, name)
     if not Path(f"{prefix}.bin").is_file() or indexed.fingerprint(prefix) != scored:
         return None
@@ -71,7 +70,7 @@ def _unigram_loss(study: StudyConfig, name: str, scored: str) -> float | None:
 
 
 def calibration(study: StudyConfig, places: Places, made_for: Pruning, seconds: Mapping[str, float]) -> Record:
-    """Statistics and what they cost."""
+    """Statistics and their cost."""
     cell = calibration_cell(study, made_for)
     found = statistics.read(places.statistics(cell))
     return {
@@ -85,12 +84,12 @@ def calibration(study: StudyConfig, places: Places, made_for: Pruning, seconds: 
 
 
 def calibration_flops(path: Path) -> int:
-    """What statistics cost."""
+    """FLOPs of statistics."""
     return int(statistics.read(path).provenance()["flops"])
 
 
 def pruning_flops(places: Places, chosen: Pruning) -> int | None:
-    """What a pruning cost beyond its calibration; None before it is made."""
+    """FLOPs of a pruning beyond its calibration; None before it is made."""
     if chosen.method.pattern is None:
         if not places.plan(chosen).is_file():
             return None
@@ -104,7 +103,7 @@ def pruning_flops(places: Places, chosen: Pruning) -> int | None:
 
 
 def pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]) -> Record:
-    """A plan, its checkpoint, and the losses of that before any retraining."""
+    """A plan, its checkpoint, and the checkpoint's losses before any retraining."""
     made = plan.read(places.plan(chosen))
     source = made.parent
     if chosen.method.tokens:  # the plan is for what was trained under the masks
@@ -130,7 +129,7 @@ def sparse_pruning(places: Places, chosen: Pruning, seconds: Mapping[str, float]
         "statistics": None,  # it reads the text itself
         "removed_linears": made["removed_linears"],
         "removed_all": made["removed_all"],
-        "near_ties": None,  # masks are too many for a list of them
+        "near_ties": None,  # not listed for masks: there would be too many
         "flops": pruning_flops(places, chosen),
         **_chained(places, chosen),
     }
@@ -152,7 +151,7 @@ def _pruning(places: Places, chosen: Pruning, target: Record, seconds: Mapping[s
 
 
 def _chained(places: Places, chosen: Pruning) -> Record:
-    """What a link of a chain leaves of the parent that the chain began with; nothing for a pruning of that itself."""
+    """What is left of the chain's original parent after a link; empty for a pruning of the parent itself."""
     if chosen.base is None:
         return {}
     masks = open_masks(places.masks(chosen)) if chosen.sparse else None
@@ -173,7 +172,7 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
     scores = artifacts.read_json(places.scores(cell.id))
     if scores["masks"] != account["masks"]:
         held = f"under masks {account['masks'] or 'none'}", f"with masks {scores['masks'] or 'none'}"
-        raise AccountError(f"{cell.id}: it was trained {held[0]}, and evaluated {held[1]}")
+        raise AccountError(f"{cell.id}: it was trained {held[0]}, but evaluated {held[1]}")
     return {
         "cell": cell.id,
         "kind": cell.kind,
@@ -188,7 +187,7 @@ def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -
 
 
 def _training_seconds(account: Mapping[str, Any]) -> dict[str, float]:
-    """Of all attempts, those that were killed and steps that were run again included; the stage's are of its last."""
+    """Seconds of all attempts, including killed ones and repeated steps; the stage's own are of its last attempt."""
     return {"pretrain": account["wall_seconds"]}
 
 
@@ -209,7 +208,7 @@ def _run(account: Mapping[str, Any]) -> Record:
 
 
 def _evaluated(scores: Mapping[str, Any]) -> Record:
-    """Losses, the weights that have them, and the text that they are of."""
+    """Losses, with the weights and the text they are for."""
     corpora = scores["corpora"]
     return {
         **{f"{name}_loss": corpora[name]["loss"] for name in CORPORA},
@@ -219,7 +218,7 @@ def _evaluated(scores: Mapping[str, Any]) -> Record:
 
 
 def unigram_loss(prefix: str, count: int) -> float:
-    """Entropy in nats of the corpus's tokens 1 … ``count``, those that evaluation predicts.
+    """Entropy in nats of the corpus's tokens 1 … ``count``, the ones that evaluation predicts.
 
     No model that ignores context can have a lower loss on them.
     """
@@ -230,22 +229,22 @@ def unigram_loss(prefix: str, count: int) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-# Loss spikes and losses that are not finite: one policy for every run of a study, and a count of what happened.
+# Loss spikes and losses that are not finite.
 #
-# Megatron stops a run at the first loss or gradient that is not finite; the runner starts it again from its last save,
-# and the cell has failed after ``launch.retries``. A spike is only counted: no batch is skipped, and the run does not
-# go back. The flags behind this are the recipe's, and ``match`` compares all of them.
+# Megatron stops a run at the first loss or gradient that is not finite; the runner restarts it from its last save, and
+# the cell fails after ``launch.retries``. Spikes are only counted: no batch is skipped and the run is not rolled back.
+# The recipe has the flags behind this, and ``match`` compares all of them.
 
 
 WINDOW, DEVIATIONS, LEAST = 64, 10.0, 0.1
-CHUNK = 4096  # steps whose windows are looked at together
+CHUNK = 4096  # steps whose windows are processed together
 
 
 def count(losses: Path) -> dict[str, int]:
     """Steps of a ``losses.csv`` whose loss was not finite, and spikes.
 
     A spike is a loss above the median of the ``WINDOW`` steps before it by ``DEVIATIONS`` times their median absolute
-    deviation, and by ``LEAST`` nats at least. The first quarter of a window has none.
+    deviation, and by at least ``LEAST`` nats. None are counted in the first quarter of a window.
     """
     with open(losses, newline="") as handle:
         values = np.array([float(row["loss"]) for row in csv.DictReader(handle)])

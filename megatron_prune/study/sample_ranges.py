@@ -2,10 +2,10 @@
 
 The parent takes ``[0, P)``, retraining ``[P, P+R)``, scratch at equal training the same ``[P, P+R)``, and scratch at
 equal total ``[0, P+R+C)``, where C is what pruning itself consumed. A chain that retrains between its links on T
-samples takes ``[P, P+T)`` for that and ``[P+T, P+T+R)`` for the last retraining; T is counted in the totals. All of
-these are whole global batches. A parent from elsewhere has no samples on this stream: its P is 0, and the tokens that
-it is declared, or accounted, to have seen count in the totals alone. At equal FLOPs, scratch takes as many samples from
-0 on as cost what all of the pruned arm has executed.
+samples takes ``[P, P+T)`` for that and ``[P+T, P+T+R)`` for the last retraining; T counts in the totals. All of these
+are whole global batches. A parent from elsewhere has no samples on this stream: its P is 0, and its declared or
+recorded tokens count only in the totals. At equal FLOPs, scratch takes samples from 0 on until it has executed as many
+FLOPs as the whole pruned arm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_prune.errors import DataError
 
-NEGLIGIBLE = 0.001  # of the pruned arm's other tokens: below it calibration is reported, not matched
+NEGLIGIBLE = 0.001  # of the pruned arm's other tokens; below it calibration is reported but not matched
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SampleRange:
 
 @dataclass(frozen=True)
 class Batch:
-    """The global batch that turns tokens into steps: ``samples`` sequences of ``seq_length`` tokens."""
+    """A global batch of ``samples`` sequences of ``seq_length`` tokens; converts tokens to steps."""
 
     samples: int
     seq_length: int
@@ -45,7 +45,7 @@ class Batch:
         return self.samples * self.seq_length
 
     def steps(self, tokens: int, what: str) -> int:
-        """Whole batches nearest to ``tokens``; DataError when that is none."""
+        """The nearest number of whole batches for ``tokens``; DataError if it is zero."""
         steps = (2 * tokens + self.tokens) // (2 * self.tokens)  # round half up, in integers
         if steps == 0:
             raise DataError(
@@ -55,7 +55,7 @@ class Batch:
         return steps
 
     def steps_up(self, tokens: int) -> int:
-        """Whole batches that hold ``tokens``."""
+        """Number of whole batches that hold ``tokens``."""
         return -(-tokens // self.tokens)
 
     def range(self, start: int, steps: int) -> SampleRange:
@@ -64,12 +64,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lay:
-    """Where a study's runs are on the stream.
+    """The positions of a study's runs on the stream.
 
-    ``parent_end``: where on the stream the last sample is that the parent consumed (0 for a parent from elsewhere);
-    ``parent_tokens``: what it was trained on in all its stages, measured or declared; None when nobody says.
-    ``parent_flops``: what that executed; None where its shape is not known yet either. ``declared`` and
-    ``declared_flops``: those of them that nothing accounts for.
+    ``parent_end``: end of the parent's samples on the stream (0 for a parent from elsewhere); ``parent_tokens``: tokens
+    of all its stages, measured or declared; None if unknown. ``parent_flops``: the FLOPs executed; None also while its
+    shape is not known. ``declared`` and ``declared_flops``: the part that no account covers.
     """
 
     batch: Batch
@@ -80,7 +79,7 @@ class Lay:
     declared_flops: int | None = 0
 
     def retrain(self, tokens: int, before: int = 0) -> SampleRange:
-        """The range of a retraining, after the parent's and ``before`` tokens of retraining between links."""
+        """The range of a retraining, after the parent's samples and ``before`` tokens of retraining between links."""
         start = self.parent_end + before // self.batch.seq_length
         return self.batch.range(start, self.batch.steps(tokens, "budgets"))
 
@@ -92,19 +91,19 @@ class Lay:
         return trained + counted(consumed, trained)
 
     def scratch_total(self, retrain_tokens: int, consumed: int) -> SampleRange:
-        """The range of a scratch run with as many tokens as all of the pruned arm, rounded up.
+        """The range of a scratch run with as many tokens as the whole pruned arm, rounded up.
 
-        ``retrain_tokens``: of all retraining, that between links included.
+        ``retrain_tokens``: of all retraining, including between links.
         """
         total = self.pruned_total(retrain_tokens, consumed)
         if total is None:
-            raise DataError("the parent's tokens are unknown: give parent.declared_tokens")
+            raise DataError("the parent's tokens are unknown: give parent.declared_tokens in study.yaml")
         return self.batch.range(0, self.batch.steps_up(total))
 
     def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int, between: int = 0) -> SampleRange | None:
-        """The range of a scratch run that executes as many FLOPs as all of the pruned arm, rounded up to a batch.
+        """The range of a scratch run with as many FLOPs as the whole pruned arm, rounded up to a batch.
 
-        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, the same for both arms;
+        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, equal for both arms;
         ``between``: of retraining between links.
         """
         if self.parent_flops is None:
@@ -115,5 +114,5 @@ class Lay:
 
 
 def counted(consumed: int, trained: int) -> int:
-    """Tokens or FLOPs that pruning took as they enter a total: all of them, or 0 below 0.1% of the rest."""
+    """Tokens or FLOPs of pruning as counted in a total: all of them, or 0 if below 0.1% of the rest."""
     return consumed if consumed >= NEGLIGIBLE * trained else 0

@@ -54,7 +54,7 @@ def test_one_training_under_two_names_is_no_copy() -> None:
 
 def test_no_run_ends_with_the_weights_of_a_parent_or_a_pruning() -> None:
     custody.refuse_copies([run("a", EQUAL_TRAINING, 0.1)], {"parent": "f0.2"})
-    with pytest.raises(AccountError, match="a ended with the weights of parent"):
+    with pytest.raises(AccountError, match="a ended with the same weights as parent"):
         custody.refuse_copies([run("a", EQUAL_TRAINING, 0.1)], {"parent": "f0.1"})
 
 
@@ -69,7 +69,7 @@ def account(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, "seed is 2, and 1 among its arguments"),
+        ({"seed": 2}, "seed is 2, but 1 in its arguments"),
         ({"final_loss": 6.9}, r"final_loss is 6.9, and 7.0 in losses.csv"),
         ({"initial_loss": 8.0}, r"initial_loss is 8.0, and 9.0 in losses.csv"),
         ({"steps": 4}, "range: expected 64 by its 4 steps of 16 x 32, got 48"),
@@ -99,8 +99,8 @@ def test_an_account_without_its_losses(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"loss": 2.1}, "the loss of test is 2.1, the mean of its windows 2.5"),
-        ({"windows": 3}, "losses of 2 windows, and says 3"),
-        ({"window_losses": []}, "losses of 0 windows, and says 2"),
+        ({"windows": 3}, "losses of 2 windows, but declares 3"),
+        ({"window_losses": []}, "losses of 0 windows, but declares 2"),
     ],
 )
 def test_scores_that_contradict_themselves(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

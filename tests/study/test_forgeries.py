@@ -241,7 +241,7 @@ def test_12_a_finished_line_of_a_run_that_is_not_there(places: Places) -> None:
     shutil.rmtree(places.checkpoint(cell))
     found = results.collect(places)
     assert [item.status for item in found.compared if item.comparison.pruned == cell] == ["pending"] * 2
-    assert found.disbelieved == (f"{cell}: the ledger has a line of it, its artifacts are gone or not finished",)
+    assert found.disbelieved == (f"{cell}: the ledger has a line for it, but its artifacts are missing or incomplete",)
 
 
 def test_13_better_losses_of_training(places: Places) -> None:

@@ -97,8 +97,8 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     row = next(line for line in printed.splitlines() if " pruned-shortgpt-r50-s1-t1280 " in line)
     assert "160:240" in row and "26,784" in row and row.rstrip().endswith("s │")
     assert "together on 4 GPUs" in printed
-    assert "shapes that a search chooses are known when it has been run" in printed
-    assert "scratch runs at equal FLOPs are estimates until the prunings have said what they spent" in printed
+    assert "shapes chosen by a search will be known after the search" in printed
+    assert "scratch runs at equal FLOPs are estimates until the prunings' FLOPs are known" in printed
     assert "scratch-L2h32H4G2d8F64-equal-flops-t" in printed
     with pytest.raises(UsageError, match="--gpus: expected .*, got 0"):
         command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])

@@ -247,7 +247,7 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
     command.main(["plan", "elsewhere.yaml"])
     printed = capsys.readouterr().out
     assert "not known yet" in printed and "scratch-as-shortgpt-r50-equal-training" in printed
-    assert "the parent's shape is known when it has been imported" in printed
+    assert "the parent's shape will be known after its import" in printed
     launcher = made_up.FakeLauncher()
     places = made_up.run(study, Path("runs"), launcher)
     assert launcher.commands[0].argv[:2] == ("convert", "import")

@@ -222,7 +222,7 @@ def test_other_masks_stop_the_report(places: Places, cell: str, masks: str | Non
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {"masks": masks}))
     try:
-        with pytest.raises(AccountError, match=f"{cell}: it was trained under masks {masks or 'none'}, and evaluated"):
+        with pytest.raises(AccountError, match=f"{cell}: it was trained under masks {masks or 'none'}, but evaluated"):
             results.collect(places)
     finally:
         path.write_text(before)
