@@ -11,13 +11,15 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_prune.artifacts import read_json
 from megatron_prune.errors import DataError
+
+if TYPE_CHECKING:  # importing Megatron takes seconds, as long as tokenizing a small corpus
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 
 def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedDataset:
@@ -26,6 +28,8 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
     Raises DataError if a file is missing, is not an index, holds no tokens, or if the length of the
     ``.bin`` contradicts the ``.idx`` (truncated, or from another run).
     """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     prefix = str(prefix)
     paths = {suffix: Path(prefix + suffix) for suffix in (".bin", ".idx")}
     for path in paths.values():
@@ -52,6 +56,8 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
 
 def _check_index(path: Path) -> None:
     """Raises DataError for an index on which Megatron's reader would fail later: foreign, truncated or empty."""
+    from megatron.core.datasets.indexed_dataset import DType
+
     with open(path, "rb") as handle:
         header = handle.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):

@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.house.count import ROOT, count
 
 
@@ -58,3 +60,10 @@ def test_rooms_that_import_each_other_are_a_circle(tmp_path):
         checkout(tmp_path, **{"a/x": "import megatron_prune.b.y\n", "b/y": "from megatron_prune.a import x\n"})
     )
     assert made.room_circles == (("a", "b"),) and made.floors == 1
+
+
+@pytest.mark.parametrize("module", ["data.preprocess", "data.contamination", "data.readers", "data.local_text"])
+def test_text_is_tokenized_without_importing_megatron(module):
+    """Importing it takes seconds, longer than tokenizing a small corpus."""
+    script = f"import sys, megatron_prune.{module}; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
