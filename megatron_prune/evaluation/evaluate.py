@@ -1,8 +1,8 @@
-"""Mean token loss and perplexity of a checkpoint on fixed windows of corpora; lm-eval's tasks.
+"""Mean token loss and perplexity of a checkpoint on fixed windows of corpora, and lm-eval's tasks.
 
-Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same
-for every checkpoint, layout and run; verdicts rest on these losses, never on the loop's own validation. The scores
-say which text it was: the corpus's fingerprint, windows and their length.
+Window *k* predicts tokens k·S+1 … (k+1)·S from the S before, so the windows of a corpus are the same for every
+checkpoint, layout and run. Results are compared by these losses, never by the loop's own validation. The scores
+record the text: the corpus's fingerprint, windows and their length.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
 
 
 def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[float]:
-    """Mean loss of every window, in order, on every rank the same.
+    """Mean loss of every window, in order, the same on every rank.
 
-    Windows are run ``batch`` at a time. Data-parallel replica r of R scores batches r, r + R, …: which windows
-    share a batch, and with it the rounding of their losses, does not depend on R.
+    Windows are run ``batch`` at a time. Data-parallel replica r of R scores batches r, r + R, …: which windows share
+    a batch, and so the rounding of their losses, does not depend on R.
     """
     from megatron.core import parallel_state as mpu
 
@@ -106,7 +106,7 @@ def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[f
 
 
 def _refuse_unscaled(args: argparse.Namespace) -> None:
-    """Under delayed scaling a checkpoint must bring its scales: those that training left."""
+    """Under delayed scaling a checkpoint must contain the scales from its training."""
     if not args.fp8:
         return
     checkpoint = open_checkpoint(runtime.loaded_directory(args))
@@ -136,10 +136,12 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     if args.seq_length is None:
         raise UsageError("--seq-length", got="nothing", expected="the number of tokens per window")
     if args.seq_length > (args.max_position_embeddings or 0) and args.position_embedding_type == "rope":
-        args.max_position_embeddings = args.seq_length  # RoPE has no table that ends
-    if args.micro_batch_size is None or args.fp8:  # a scale that windows shared would make their losses depend on it
+        args.max_position_embeddings = args.seq_length  # RoPE has no longest position
+    if (
+        args.micro_batch_size is None or args.fp8
+    ):  # windows that share a scale would have losses that depend on the batch
         args.micro_batch_size = 1
     args.global_batch_size = None
-    args.train_iters = 1  # Megatron validates a schedule, though nothing is trained
+    args.train_iters = 1  # Megatron validates a schedule although nothing is trained
     args.lr = args.lr or 1.0
     runtime.refuse_layouts(args)

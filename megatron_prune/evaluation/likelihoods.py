@@ -1,15 +1,15 @@
-"""A Megatron checkpoint as lm-eval knows language models: text in, log-likelihoods of continuations out.
+"""A Megatron checkpoint as an lm-eval language model: text in, log-likelihoods of continuations out.
 
-``MegatronLM`` makes tokens of text: those that lm-eval's own ``HFLM`` would hand to the exported model. It uses the
-tokenizer's BOS where the tokenizer adds one, puts BOS (or else the end of a document) before a text without context,
-and cuts a text that is too long at its left.
+``MegatronLM`` tokenizes text exactly as lm-eval's own ``HFLM`` would for the exported model. It uses the tokenizer's
+BOS if the tokenizer adds one, puts BOS (or else the end-of-document token) before a text without context, and cuts the
+start of a text that is too long.
 
 ``Scorer`` runs the model. Rank 0 runs lm-eval; the other ranks wait in ``follow`` and make the same forward passes:
 
     rank 0:  score(requests) ─ broadcast ─▶ every rank: its replica's batches ─ all-reduce ─▶ the answers
     others:  follow() …                                                     until rank 0 calls finish()
 
-Requests with the same input are run once: the choices A, B, C, D of a question differ in their last token only.
+Requests with the same input are run once: the choices A, B, C, D of a question differ only in their last token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATIENCE = timedelta(days=7)  # how long ranks wait while lm-eval reads data or 
 
 @dataclass(frozen=True)
 class LikelihoodRequest:
-    """``inputs`` are read by the model; the predictions after its last tokens are compared with ``targets``."""
+    """The model reads ``inputs``; the predictions after its last tokens are compared with ``targets``."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -47,7 +47,7 @@ class Scorer:
 
     def __init__(self, model: list[torch.nn.Module], *, batch: int):
         self.model, self.batch = model, batch
-        # NCCL would give up on a rank that is busy elsewhere; and there is nothing here for a GPU.
+        # NCCL would time out while rank 0 is busy; the messages need no GPU.
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def score(self, requests: Sequence[LikelihoodRequest]) -> list[tuple[float, bool]]:
@@ -60,7 +60,7 @@ class Scorer:
             self._compute(requests)
 
     def finish(self) -> None:
-        """On rank 0: let the others go on."""
+        """On rank 0: release the other ranks from ``follow``."""
         self._broadcast(None)
 
     def _broadcast(self, requests: list[LikelihoodRequest] | None) -> list[LikelihoodRequest] | None:
@@ -69,10 +69,10 @@ class Scorer:
         return box[0]
 
     def _compute(self, requests: list[LikelihoodRequest]) -> list[tuple[float, bool]]:
-        asking: dict[tuple[int, ...], list[int]] = {}  # what is run once: which requests read from it
+        asking: dict[tuple[int, ...], list[int]] = {}  # each input, run once: the requests that use it
         for number, request in enumerate(requests):
             asking.setdefault(request.inputs, []).append(number)
-        # The longest first, so that memory runs out at once or not at all; similar lengths share a batch.
+        # The longest first, so that out-of-memory errors come early; similar lengths share a batch.
         batches = list(itertools.batched(sorted(asking, key=len, reverse=True), self.batch))
         own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
         reading = iter(own)
@@ -80,10 +80,10 @@ class Scorer:
         def padded() -> Iterator[torch.Tensor]:
             for batch in screen.progress(own, len(own), "tasks", "batch"):
                 rows = [torch.tensor(row, dtype=torch.int64) for row in batch]
-                yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where nothing looks
+                yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no result reads
 
         def read(logits: torch.Tensor) -> list[tuple[int, float, bool]]:
-            """Number, log-likelihood and greediness of the requests of a batch, from logits [B, S, V / TP]."""
+            """Number, log-likelihood and greediness of a batch's requests, from logits [B, S, V / TP]."""
             pieces, numbers = [], []
             for row, inputs in enumerate(next(reading)):
                 for number in asking[inputs]:
@@ -107,7 +107,7 @@ class Scorer:
 def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [n] of ``targets`` [n], and whether each is the likeliest token, from this rank's logits [n, V / TP].
 
-    Writes into ``logits``.
+    Overwrites ``logits``.
     """
     group = mpu.get_tensor_model_parallel_group()
     first = mpu.get_tensor_model_parallel_rank() * logits.shape[1]
@@ -115,7 +115,7 @@ def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     own, place = logits.max(-1)
     highest = own.clone()
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)
-    # Of equal ones the lowest id, as where the vocabulary is whole.
+    # Among equal ones the lowest id, as with an unsplit vocabulary.
     likeliest = torch.where(own == highest, place + first, torch.iinfo(torch.int64).max)
     torch.distributed.all_reduce(likeliest, torch.distributed.ReduceOp.MIN, group=group)
     losses = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]  # [n, 1, V / TP] and [n, 1]
@@ -125,14 +125,17 @@ def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
 Score = Callable[[Sequence[LikelihoodRequest]], list[tuple[float, bool]]]
 
 
-class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without its types
-    """``score`` runs the model, which reads at most ``longest`` tokens; ``truncated`` counts texts that were cut."""
+class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not type-checked
+    """``score`` runs the model on at most ``longest`` tokens; ``truncated`` counts texts that were cut."""
 
     def __init__(self, tokenizer: Tokenizer, longest: int, score: Score):
         super().__init__()
         start = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
         if start is None:
-            raise DataError(f"{tokenizer.model} has neither BOS nor end of document: nothing can begin a text")
+            raise DataError(
+                f"{tokenizer.model} has neither a BOS nor an end-of-document token, and a text without context needs "
+                "one: use a tokenizer that has it"
+            )
         self._text, self._start, self._longest, self._score = tokenizer, start, longest, score
         self.truncated = 0
 
@@ -145,7 +148,7 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
         return self._start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; TemplateLM asks for none of the special ones after a prefix that it puts itself."""
+        """Token ids; TemplateLM asks for no special tokens after a prefix that it adds itself."""
         return self._text.encode(string) if add_special_tokens is False else self._text.encode_whole(string)
 
     def _loglikelihood_tokens(
@@ -169,11 +172,11 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is read without i
 
     def _request(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> LikelihoodRequest:
         if not continuation:
-            raise DataError(f"the continuation {texts[1]!r} has no tokens of its own after {texts[0][-80:]!r}")
+            raise DataError(f"the continuation {texts[1]!r} adds no tokens to {texts[0][-80:]!r}")
         if len(continuation) > self._longest:
             raise DataError(
-                f"the continuation {texts[1][:80]!r}… has {len(continuation)} tokens, the model reads "
-                f"{self._longest}: give a longer --seq-length"
+                f"the continuation {texts[1][:80]!r}… has {len(continuation)} tokens, expected at most "
+                f"{self._longest}: increase --seq-length"
             )
         whole = [*context, *continuation]
         self.truncated += len(whole) > self._longest + 1

@@ -1,7 +1,7 @@
-"""lm-eval's tasks for ``evaluate --tasks``: found, loaded and refused before the model is, then run on it.
+"""lm-eval's tasks for ``evaluate --tasks``: found, loaded and checked before the model is loaded, then run on it.
 
-lm-eval runs on rank 0 alone (``likelihoods`` says how the others take part). It is optional, and slow to import:
-nothing here imports it before it is asked for.
+lm-eval runs on rank 0 alone (``likelihoods.py`` explains how the others take part). It is optional and slow to
+import, so nothing here imports it before it is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def names(args: argparse.Namespace) -> list[str]:
 
 
 def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
-    """What the flags alone say against it: UsageError."""
+    """UsageError for flags that contradict each other."""
     if not names(args):
         for flag in FLAGS:
             if given(argv, flag):
@@ -57,7 +57,7 @@ def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class AskedTasks:
-    """What lm-eval loaded (its ``TaskDict``), and how text becomes tokens: at most ``longest`` are read."""
+    """The tasks that lm-eval loaded (its ``TaskDict``), and the tokenizer: at most ``longest`` tokens are read."""
 
     tasks: dict[str, Any]
     tokenizer: Tokenizer
@@ -65,9 +65,9 @@ class AskedTasks:
 
 
 def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
-    """On rank 0, where tasks are asked for: all that they need but the model. lm-eval downloads data that is not here.
+    """On rank 0, if tasks are asked for: everything but the model. lm-eval downloads missing data sets.
 
-    UsageError where a name is unknown or a task generates text, DataError where one cannot be loaded.
+    UsageError if a name is unknown or a task generates text, DataError if a task cannot be loaded.
     """
     if not names(args) or args.rank != 0:
         return None
@@ -77,7 +77,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:
-    """Seeds and few-shot settings are those of lm-eval's command line, whose questions these are."""
+    """Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     manager = _manager(args)
@@ -93,7 +93,7 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
             )
         try:
             found = manager.load(name)
-        except Exception as error:  # a task is somebody's YAML, perhaps their code, and a data set from anywhere
+        except Exception as error:  # third-party YAML, code and data sets can raise anything
             raise DataError(f"--tasks {name}: lm-eval cannot load it: {type(error).__name__}: {error}") from error
         for task in found["tasks"].values():
             _refuse(task, args.num_fewshot)
@@ -103,13 +103,13 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
         loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
     try:
         tasks: dict[str, Any] = manager.load(loaded)
-    except ValueError as error:  # a task and a group that holds it
+    except ValueError as error:  # a task and a group that contains it
         raise UsageError("--tasks", got=args.tasks, expected="each task once", why=str(error)) from error
     return tasks
 
 
 def _manager(args: argparse.Namespace) -> Any:
-    """lm-eval's list of tasks. Its own, of which it reads thousands of files, only where a name may need them."""
+    """lm-eval's list of tasks. Its own thousands of files are read only if a name may need them."""
     from lm_eval.tasks import TaskManager
 
     if args.tasks_path is not None:
@@ -136,7 +136,7 @@ def _refuse(task: Any, num_fewshot: int | None) -> None:
 
 
 def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
-    """Run the tasks and write ``--task-samples``; on rank 0 what the scores file says of them. Collective."""
+    """Run the tasks and write ``--task-samples``; on rank 0 returns the entries for the scores file. Collective."""
     from megatron_prune.evaluation.likelihoods import Scorer
 
     scorer = Scorer(model, batch=args.micro_batch_size)
@@ -161,16 +161,16 @@ def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn
         "lm_eval": importlib.metadata.version("lm_eval"),
         "limit": args.limit,
         "longest": asked.longest,
-        "truncated": language_model.truncated,  # texts that were longer, and lost their beginning
+        "truncated": language_model.truncated,  # longer texts that lost their beginning
         "micro_batch_size": args.micro_batch_size,
         "tokenizer": {"model": asked.tokenizer.model, "fingerprint": asked.tokenizer.fingerprint()},
     }
 
 
 def results(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """lm-eval's results by task and group: each metric with its standard error, how many questions, which version.
+    """lm-eval's results by task and group: each metric with its standard error, number of questions and version.
 
-    A metric that a filter of lm-eval's made bears its name too: ``acc,strict-match``.
+    A metric made by one of lm-eval's filters includes its name: ``acc,strict-match``.
     """
     shown: dict[str, dict[str, Any]] = {}
     for name, values in found["results"].items():
@@ -197,7 +197,7 @@ def results(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def lines(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The same for people, a task a line."""
+    """The same as text, one task per line."""
     said = []
     for name, found in results.items():
         parts = [
@@ -210,5 +210,5 @@ def lines(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _number(value: Any) -> float | None:
-    """JSON has neither NaN nor lm-eval's "N/A"."""
+    """None for NaN and lm-eval's "N/A", which JSON lacks."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

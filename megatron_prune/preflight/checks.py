@@ -1,4 +1,4 @@
-"""What a rehearsed command line is asked, question by question: each gives findings with a verdict and a reason."""
+"""The checks on a command line after its dry run: each yields findings with a verdict and a reason."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megatron_prune.preflight.cost import Cluster
 from megatron_prune.preflight.dry_run import Rehearsal
 
 Verdict = Literal["yes", "look", "no", "not checked"]
-DECIDING = ("memory", "host memory", "data", "storage")  # "look" of others: it runs, but badly
+DECIDING = ("memory", "host memory", "data", "storage")  # a "look" of other checks: it runs, but badly
 TILE = 64  # below it, tensor cores work on padding
-UNEVEN = 1.15  # slowest stage against the mean
-IDLE = 0.15  # of a step in the pipeline's bubble
-LONG_STREAM = 20e9  # tokens whose indices rank 0 may not build within its time limit
+UNEVEN = 1.15  # slowest stage relative to the mean
+IDLE = 0.15  # share of a step in the pipeline's bubble
+LONG_STREAM = 20e9  # tokens from which rank 0 may exceed its time limit building indices
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer: ``facts`` are its figures as JSON."""
+    """The result of one check; ``facts`` are its figures as JSON."""
 
     check: str
     verdict: Verdict
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class JobQuestion:
-    """A command line for a cluster, and what preflight is told beside it."""
+    """A command line for a cluster, and the other inputs of preflight."""
 
     verb: str
     argv: list[str]
@@ -57,7 +57,7 @@ class JobQuestion:
 
 
 def verdict(findings: Sequence[Finding]) -> Verdict:
-    """Will it run? "look" where nothing refuses, and one of ``DECIDING`` leaves it open."""
+    """Will it run? "look" if nothing refuses it and one of ``DECIDING`` is undecided."""
     if any(finding.verdict == "no" for finding in findings):
         return "no"
     return "look" if any(f.verdict == "look" and f.check in DECIDING for f in findings) else "yes"
@@ -90,15 +90,15 @@ def all_findings(question: JobQuestion, rehearsal: Rehearsal) -> list[Finding]:
 
 
 def installed(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
-    """What the cluster is taken to have, and what a run does without there."""
-    words = f"--installed {str(question.installed).replace(' ', '')}: taken to be so on every node"
+    """What is assumed to be installed on the cluster, and what is switched off without the rest."""
+    words = f"--installed {str(question.installed).replace(' ', '')}: assumed on every node"
     if rehearsal.off:
         words += f"; switched off without the rest: {'; '.join(rehearsal.off)}"
     return Finding("installed", "yes", words, {"installed": str(question.installed), "off": list(rehearsal.off)})
 
 
 def layout(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
-    """The world, and where it would wait."""
+    """The parallel sizes, and where the job would wait."""
     args, cluster = rehearsal.args, question.cluster
     sizes = {
         "tensor": args.tensor_model_parallel_size,
@@ -130,7 +130,7 @@ def layout(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
 
 
 def weights_alone(args: argparse.Namespace) -> Iterator[Finding]:
-    """A pruning that builds no model: whatever fits on the disk can be done, whatever layout wrote the checkpoint."""
+    """A pruning that builds no model: anything that fits on the disk works, whatever layout wrote the checkpoint."""
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.engine import runtime
 
@@ -149,7 +149,7 @@ def weights_alone(args: argparse.Namespace) -> Iterator[Finding]:
 def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     """Every size that tensor parallelism divides, and both sides of every GEMM on a rank.
 
-    What FP8 asks of them is refused with the arguments (``engine.fp8``).
+    FP8's requirements are checked with the arguments (``engine.fp8``).
     """
     t = args.tensor_model_parallel_size
     if bad := [f"{flag} {size}" for flag, size in _divided(shape) if size % t]:
@@ -196,7 +196,7 @@ def _gemms(args: argparse.Namespace, shape: ModelShape) -> dict[str, tuple[int, 
 
 
 def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -> Iterator[Finding]:
-    """Whether stages have equally much to do, the output layer counted."""
+    """Whether stages have equal amounts of work, including the output layer."""
     stages = rehearsal.stages
     if len(stages) == 1:
         return
@@ -219,7 +219,7 @@ def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -
 
 
 def memory_of_ranks(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
-    """The fullest rank against its GPU."""
+    """The fullest rank compared with its GPU."""
     args, shape, gpu = rehearsal.args, rehearsal.shape, question.cluster.gpu
     if args.use_torch_fsdp2:
         return Finding("memory", "not checked", "memory under FSDP is not estimated")
@@ -270,7 +270,7 @@ _REMEDIES = {
 
 
 def memory_of_nodes(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
-    """The fullest node against its host memory, where that is told."""
+    """The fullest node compared with its host memory, if that is known."""
     taken = host.node(rehearsal.args, rehearsal.shape, rehearsal.stages, question.cluster.local_ranks, question.trains)
     parts = {name: size for name, size in asdict(taken).items() if size}
     gb = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
@@ -287,7 +287,7 @@ def memory_of_nodes(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
 
 
 def data(question: JobQuestion, args: argparse.Namespace) -> Iterator[Finding]:
-    """Whether there is text enough: ranges of a stream, or windows."""
+    """Whether there is enough text, for ranges of a stream or windows."""
     from megatron_prune.data import windows
     from megatron_prune.training.data import refuse_unfit_range, train_blend
 
@@ -366,7 +366,7 @@ def _seen(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def start(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
-    """Whether what the run starts from, and its masks, are of this model and load on this layout."""
+    """Whether the starting checkpoint and its masks fit this model and load on this layout."""
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.engine import runtime
 
@@ -413,9 +413,9 @@ def _masks(args: argparse.Namespace) -> Finding:
 
 
 def storage(args: argparse.Namespace, shape: ModelShape, steps: int) -> Finding:
-    """What the saves take, and whether the disk has it where it is this machine's."""
+    """The size of the saves, and whether they fit if the disk is this machine's."""
     if args.save is None:
-        return Finding("storage", "look", "without --save nothing is kept")
+        return Finding("storage", "look", "without --save, no checkpoint is kept")
     one, kept = cost.checkpoint_bytes(args, shape), cost.saves_kept(args, steps)
     facts: dict[str, Any] = {"checkpoint": one, "kept": kept, "total": one * kept}
     words = f"{kept} checkpoints of {one / 1e9:,.1f} GB: {one * kept / 1e12:,.2f} TB"

@@ -1,4 +1,4 @@
-"""What a run takes: time at a stated MFU, the pipeline's bubble, storage; and how even its stages are."""
+"""What a run costs: time at a stated MFU, the pipeline's bubble, storage, and how even its stages are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Time:
-    """``flops`` of a step are the model's: dense GEMMs forward and backward, no recomputation."""
+    """``flops`` per step are the model's: dense GEMMs forward and backward, no recomputation."""
 
     flops: float
     step_seconds: float
@@ -26,7 +26,7 @@ class Time:
 
 
 def time(args: argparse.Namespace, shape: ModelShape, cluster: Cluster, mfu: float) -> Time:
-    """Time of a training run if ``mfu`` of the GPUs' dense bf16 FLOPs is reached, FP8 or not."""
+    """Time of a training run that reaches ``mfu`` of the GPUs' dense bf16 FLOPs, with FP8 or without."""
     flops = float(shape.training_flops(args.seq_length)) * args.global_batch_size
     seconds = flops / (cluster.gpus * cluster.gpu.flops * mfu)
     steps = args.train_iters or math.ceil((args.train_samples or 0) / args.global_batch_size)
@@ -42,7 +42,7 @@ def bubble(args: argparse.Namespace, microbatches: int) -> float:
 
 
 def work(shape: ModelShape, stages: Sequence[PipelineStage], seq_length: int) -> list[float]:
-    """Forward FLOPs a token of each stage: its blocks, and the output layer on the last."""
+    """Forward FLOPs per token of each stage: its blocks, and the output layer on the last."""
     whole = shape.forward_flops(seq_length) / seq_length
     output = 2 * shape.hidden_size * shape.padded_vocab_size
     block = (whole - output) / shape.num_layers
@@ -50,7 +50,7 @@ def work(shape: ModelShape, stages: Sequence[PipelineStage], seq_length: int) ->
 
 
 def even_split(shape: ModelShape, stages: int, seq_length: int) -> list[int]:
-    """Layers a stage whose slowest has the least to do, the output layer counted."""
+    """Layers per stage such that the slowest has the least work, including the output layer."""
     whole = shape.forward_flops(seq_length) / seq_length
     output = 2 * shape.hidden_size * shape.padded_vocab_size
     extra = output / ((whole - output) / shape.num_layers)  # in layers
@@ -67,28 +67,28 @@ def even_split(shape: ModelShape, stages: int, seq_length: int) -> list[int]:
 
 
 def checkpoint_bytes(args: argparse.Namespace, shape: ModelShape) -> int:
-    """One save: weights, and with the optimizer its fp32 masters and two moments."""
+    """Bytes of one save: weights, and with the optimizer its fp32 masters and two moments."""
     with_optimizer: int = 0 if args.no_save_optim else 2 * FP32 + (FP32 if args.bf16 or args.fp16 else 0)
     return shape.parameters() * (int(args.params_dtype.itemsize) + with_optimizer)
 
 
 def saves_kept(args: argparse.Namespace, steps: int) -> int:
-    """Checkpoints that lie there at the end, and the one that is being written while the last still stands."""
+    """Checkpoints kept at the end, plus the one that is written before an old one is removed."""
     if not args.save_interval or args.save_interval >= steps:
         return 1
-    if args.save_retain_interval:  # the newest always stays, others only on multiples of it
+    if args.save_retain_interval:  # the newest always stays; others only at multiples of it
         return steps // int(args.save_retain_interval) + 2
     return math.ceil(steps / int(args.save_interval))
 
 
-# The machines that a job is meant for: how many GPUs, of which kind, how many share a node.
+# The machines of a job: how many GPUs, of which kind, how many per node.
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU: bytes of memory, dense bf16 FLOPs a second (no sparsity), compute capability.
+    """One kind of GPU: bytes of memory, dense bf16 FLOPs per second (no sparsity), compute capability.
 
-    Memory is what the driver reports, FLOPs are NVIDIA's data sheets for the SXM form.
+    Memory is as the driver reports it; FLOPs are from NVIDIA's data sheets for the SXM form.
     """
 
     memory: int
@@ -107,7 +107,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """``gpus`` GPUs of one ``kind``, ``per_node`` of them in a node."""
+    """``gpus`` GPUs of one ``kind``, ``per_node`` of them per node."""
 
     gpus: int
     kind: str = "h100"

@@ -1,13 +1,13 @@
-"""A verb's command line, rehearsed as a rank of another machine: parsed, validated, its pipeline stages built.
+"""Dry run of a verb's command line as a rank of another machine: parse, validate, build its pipeline stages.
 
-``rehearse`` runs the verb itself up to the point where it would start Megatron, so that its own refusals, the
-checkpoint's arguments and Megatron's validation all have their say. The world is as large as the cluster's, in a
-fake process group whose collectives do nothing; the GPU is pretended. Weights are allocated and never written, so
-that a stage of an 8B model takes no memory. Nothing is written to disk, and no tracker is repaired.
+``rehearse`` runs the verb itself until it would start Megatron, so that its own refusals, the checkpoint's arguments
+and Megatron's validation all apply. The world has the cluster's size, in a fake process group whose collectives do
+nothing, and the GPU is simulated. Weights are allocated but never written, so a stage of an 8B model takes no memory.
+Nothing is written to disk, and no tracker is repaired.
 
-Each rehearsal is a forked child, since Megatron's globals can be set once. Call where ``engine.cpu.prepare`` has
-been called. Stages are built from the local spec, whatever the command asks for: the weights are the same ones. What
-is installed on the cluster is said by the caller, and decides there as it would there (``engine.installed``).
+Each dry run is a forked child, because Megatron's globals can be set only once. Call it where ``engine.cpu.prepare``
+was called. Stages use the local spec, whatever the command asks for: the weights are the same. The caller states what
+is installed on the cluster, which has the same effect as there (``engine.installed``).
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from megatron_prune.engine import cpu
 from megatron_prune.engine.installed import Installed
 from megatron_prune.errors import MegatronPruneError, RunError
 
-# What Megatron refuses a configuration with; anything else is a bug and keeps its traceback.
+# The exceptions of Megatron's refusals; anything else is a bug and keeps its traceback.
 REFUSALS = (MegatronPruneError, AssertionError, ValueError, RuntimeError, NotImplementedError)
-ASSUMED_TE = "2.9.0"  # of a cluster that has Transformer Engine
+ASSUMED_TE = "2.9.0"  # on a cluster with Transformer Engine
 
 
 class MegatronRefused(Exception):
-    """The rehearsed command would not have started; its text is the refusal's."""
+    """The command would not start; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """What one pipeline stage holds on a tensor-parallel rank of its own: parameters by their kind."""
+    """The parameters of one pipeline stage on one tensor-parallel rank, by kind."""
 
     layers: int
     linears: int
     vocabulary: int  # embedding and output layer
     others: int
     chunks: tuple[int, ...]  # layers of each virtual stage
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # by stored key: the whole tensor's
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of the whole tensor, by stored key
 
     @property
     def parameters(self) -> int:
@@ -62,8 +62,8 @@ class PipelineStage:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """``args`` as validated by Megatron; ``stages`` in order, or why they cannot be built; ``off``: what the cluster
-    has no packages for."""
+    """``args`` as validated by Megatron; ``stages`` in order, or why they cannot be built; ``off``: what is
+    switched off because the cluster lacks its packages."""
 
     args: argparse.Namespace
     microbatches: int
@@ -87,7 +87,7 @@ def rehearse(
 ) -> Rehearsal:
     """Run ``verb(argv)``, a verb of the command line, as a rank of ``gpus``, until it has its arguments.
 
-    ``Refused`` says why it would not start.
+    Raises MegatronRefused with the reason if it would not start.
     """
 
     def work() -> Rehearsal:
@@ -109,7 +109,7 @@ def rehearse(
 
 
 def _pretend_gpu(capability: tuple[int, int], has: Installed) -> list[str]:
-    """From here on flags and refusals are the cluster's; what it has no packages for comes into the list returned."""
+    """From now on, apply the cluster's flags and refusals; the returned list collects what its packages lack."""
     import megatron.core.utils
     import megatron.training  # noqa: F401
     from packaging.version import Version
@@ -133,14 +133,14 @@ def _pretend_gpu(capability: tuple[int, int], has: Installed) -> list[str]:
 
 
 class _Parsed(BaseException):
-    """Ends a verb where it has its arguments, past all handlers of errors."""
+    """Ends a verb when it has its arguments, past all error handlers."""
 
     def __init__(self, args: argparse.Namespace):
         self.arguments = args
 
 
 def _parse(verb: Callable[[list[str]], int], argv: list[str]) -> argparse.Namespace:
-    """The arguments that ``verb`` gives to Megatron, validated."""
+    """The arguments that ``verb`` passes to Megatron, validated."""
     from megatron.training import global_vars
 
     from megatron_prune.data import tokenizers
@@ -149,19 +149,19 @@ def _parse(verb: Callable[[list[str]], int], argv: list[str]) -> argparse.Namesp
     def stop(args: argparse.Namespace, *_: Any, **__: Any) -> NoReturn:
         raise _Parsed(args)
 
-    global_vars.set_global_variables = stop  # the last thing that `arguments.parse` does
-    tokenizers.refuse_absent = lambda *_: True  # it may be on the cluster alone
-    arguments._repair = lambda *_: None  # the job whose files these are may be running
+    global_vars.set_global_variables = stop  # the last step of `arguments.parse` does
+    tokenizers.refuse_absent = lambda *_: True  # it may exist on the cluster only
+    arguments._repair = lambda *_: None  # the job that owns these files may be running
     try:
         verb(argv)
     except _Parsed as parsed:
         _complete_vocabulary(parsed.arguments)
         return parsed.arguments
-    raise RunError("the verb ended before it asked for its arguments")
+    raise RunError("the verb ended before it parsed its arguments: this is a bug in the verb")
 
 
 def _complete_vocabulary(args: argparse.Namespace) -> None:
-    """What building the tokenizer would set."""
+    """Set what building the tokenizer would set."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 
     if args.padded_vocab_size is not None:
@@ -174,12 +174,12 @@ def _complete_vocabulary(args: argparse.Namespace) -> None:
     except Exception as error:
         raise MegatronRefused(
             f"--padded-vocab-size is not given, and the tokenizer {args.tokenizer_type} {args.tokenizer_model} "
-            f"cannot be built here to learn it: {error}"
+            f"cannot be built on this machine: {error}"
         ) from error
 
 
 def _microbatches(args: argparse.Namespace) -> int:
-    """Micro-batches of a step on each replica; Megatron refuses batches that do not divide."""
+    """Micro-batches per step on each replica; Megatron refuses batch sizes that do not divide evenly."""
     from megatron.core import num_microbatches_calculator as calculator
 
     calculator.init_num_microbatches_calculator(
@@ -218,7 +218,7 @@ def _build(args: argparse.Namespace, number: int) -> PipelineStage:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if getattr(parameter, "shared", False):
-                kind = "vocabulary"  # the last stage's copy of tied embeddings takes memory there
+                kind = "vocabulary"  # the last stage's copy of tied embeddings takes memory too
             elif parameter.dim() < 2:
                 kind = "others"
             else:
@@ -234,7 +234,7 @@ def _build(args: argparse.Namespace, number: int) -> PipelineStage:
 
 
 def _buildable(args: argparse.Namespace) -> argparse.Namespace:
-    """``args`` for a model that can be built here and has the same weights."""
+    """``args`` for a model that can be built on this machine and has the same weights."""
     args = copy.copy(args)
     for name, value in {
         "transformer_impl": "local", "use_cpu_initialization": True, "perform_initialization": False,
@@ -256,9 +256,9 @@ def _unfused(args: argparse.Namespace) -> Any:
 
 
 def in_child[T](work: Callable[[], T]) -> T:
-    """What ``work`` returns in a forked child, which shares no state with this process and prints nothing here.
+    """The result of ``work`` in a forked child, which shares no state with this process and prints nothing.
 
-    ``Refused`` where Megatron or this package refused; RunError with the traceback for a bug.
+    MegatronRefused if Megatron or this package refused; RunError with the traceback for a bug.
     """
     reader, writer = Pipe(duplex=False)
     sys.stdout.flush()
@@ -277,7 +277,9 @@ def in_child[T](work: Callable[[], T]) -> T:
         try:
             outcome, value = reader.recv()
         except EOFError as error:
-            raise RunError("a dry run died before it answered: is this machine out of memory?") from error
+            raise RunError(
+                "a dry run was killed before it answered: check that this machine has free memory"
+            ) from error
         finally:
             reader.close()
             os.waitpid(child, 0)
@@ -294,10 +296,10 @@ def _outcome(work: Callable[[], Any], printed: int) -> tuple[str, Any]:
         return "done", work()
     except MegatronRefused as error:
         return "refused", str(error)
-    except SystemExit as leaving:  # argparse prints and leaves
+    except SystemExit as leaving:  # argparse prints and exits
         sys.stderr.flush()
         return "refused", _last_words(os.pread(printed, 1 << 20, 0).decode(errors="replace")) or f"exit {leaving.code}"
-    except RunError:  # of a rehearsal inside this one
+    except RunError:  # from a nested dry run
         return "bug", traceback.format_exc()
     except REFUSALS as error:
         return "refused", str(error).strip() or _source_line(error)
@@ -311,6 +313,6 @@ def _last_words(text: str) -> str:
 
 
 def _source_line(error: BaseException) -> str:
-    """Many of Megatron's assertions say nothing: what they assert does."""
+    """The source line of an assertion: many of Megatron's have no message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.line} ({os.path.basename(frame.filename)}:{frame.lineno})"

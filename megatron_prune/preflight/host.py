@@ -1,8 +1,8 @@
-"""Host memory of a node: what its ranks hold outside their GPUs, at the worst moment.
+"""Host memory of a node: what its ranks hold outside their GPUs at the peak.
 
-Tensors are arithmetic: a save is staged in host memory, offloaded optimizers live there, ``sparsify`` keeps its windows
-there. What a process takes before it holds any tensor is a guess (``PROCESS``, ``WORKER``). Corpora and index caches
-are mapped files: the page cache holds them, and gives them up; they are not counted. Sizes are bytes.
+Tensors are counted exactly: a save is staged in host memory, offloaded optimizers stay there, ``sparsify`` keeps its
+windows there. A process's memory before it holds any tensor is an estimate (``PROCESS``, ``WORKER``). Corpora and
+index caches are mapped files in the reclaimable page cache, so they are not counted. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_prune.preflight.dry_run import PipelineStage
 
 FP32 = 4
 PROCESS = 4e9  # of a rank: Python, torch, Megatron and CUDA's libraries
-WORKER = 0.5e9  # of a data loader's worker, a fork that shares most of its parent
+WORKER = 0.5e9  # of a data loader's worker, a fork that shares most of its parent's memory
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Host:
     processes: int = 0
     workers: int = 0  # of data loaders
     order: int = 0  # of a permuted range, in every rank
-    saving: int = 0  # weights and optimizer states on their way to storage
+    saving: int = 0  # weights and optimizer states staged for storage
     gathering: int = 0  # optimizer states in a form that any layout loads
-    offloaded: int = 0  # pinned: optimizer states that live on the host
+    offloaded: int = 0  # pinned: optimizer states kept on the host
     windows: int = 0  # of calibration, between blocks, and masks
 
     @property
@@ -42,7 +42,7 @@ class Host:
 
 
 REMEDIES = {
-    "saving": "more data parallelism shares a save out; --no-save-optim leaves most of it away",
+    "saving": "more data parallelism divides a save; --no-save-optim omits most of it",
     "gathering": "leave --dist-ckpt-optim-fully-reshardable out: it gathers a model-parallel rank's states in every "
     "data-parallel one, whatever their number",
     "offloaded": "a smaller --optimizer-offload-fraction, or more data parallelism",
@@ -54,7 +54,7 @@ REMEDIES = {
 def node(
     args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage], ranks: int, trains: bool
 ) -> Host:
-    """A node of ``ranks`` ranks, all of the stage with the most parameters."""
+    """The memory of a node with ``ranks`` ranks, all of the stage with the most parameters."""
     parameters = max((stage.parameters for stage in stages), default=0)
     processes = int(ranks * PROCESS)
     if not trains:
@@ -63,9 +63,7 @@ def node(
     states = 0 if args.no_save_optim or args.optimizer == "sgd" else 3 * FP32  # a master and two moments
     gathers = bool(getattr(args, "dist_ckpt_optim_fully_reshardable", False)) and args.use_distributed_optimizer
     saves = args.save is not None
-    loading = max(
-        ranks // args.tensor_model_parallel_size, 1
-    )  # ranks that read data: one of each tensor-parallel group
+    loading = max(ranks // args.tensor_model_parallel_size, 1)  # ranks that read data: one per tensor-parallel group
     weights = parameters * args.params_dtype.itemsize / (replicas if args.ckpt_fully_parallel_save else 1)
     shard = parameters * states / (replicas if args.use_distributed_optimizer or args.ckpt_fully_parallel_save else 1)
     offloaded = 0.0
@@ -82,14 +80,14 @@ def node(
 
 
 def _order(args: argparse.Namespace) -> int:
-    """A number of 4 bytes for each sample of a permuted range (``data/streams.py``)."""
+    """Four bytes per sample of a permuted range (``data/streams.py``)."""
     if getattr(args, "stream_permutation_seed", None) is None:
         return 0
     return int(4 * args.train_iters * args.global_batch_size)
 
 
 def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> int:
-    """``sparsify``'s residual stream of a replica's windows (``sparse/driver.py``), and masks of its stage."""
+    """``sparsify``'s residual stream of a replica's windows (``sparse/driver.py``), and the masks of its stage."""
     if getattr(args, "method", None) is None or not hasattr(args, "modules"):  # None: all of them
         return 0
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
@@ -98,10 +96,9 @@ def _windows(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Pipel
     return int(states + max((stage.linears for stage in stages), default=0))
 
 
-# Command lines that name checkpoints which are not on this machine, or not made yet.
-#
-# Their model's flags can be given in a file instead (``--model``): Megatron's flags, ``#`` begins a comment. The flags
-# that would read the checkpoint are left out of what is rehearsed, and reported as not checked.
+# Command lines with checkpoints that are elsewhere or not made yet. A file (``--model``) can give their models' flags
+# instead: Megatron's flags; ``#`` starts a comment. The flags that would read the checkpoint are left out of the dry
+# run and reported as not checked.
 
 
 STARTS = ("--pretrained-checkpoint", "--shape-from")
@@ -109,26 +106,26 @@ STARTS = ("--pretrained-checkpoint", "--shape-from")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """``argv`` can be rehearsed here; ``absent`` are the flags that were left out, with their directories."""
+    """``argv`` for a dry run on this machine; ``absent`` are the omitted flags with their directories."""
 
     argv: list[str]
     absent: dict[str, str]
 
 
 def resolve(argv: list[str], model: str | None) -> CommandLine:
-    """Leave out what is elsewhere, or in a store that does not answer here.
+    """Omit flags whose checkpoints are elsewhere, or in a store that this machine cannot reach.
 
-    UsageError where the model's arguments are there, and no ``model`` says them; UsageError or StorageError where the
-    store of ``--load`` or ``--save`` cannot be asked."""
+    UsageError if the model's arguments are in one of them and no ``model`` gives them; UsageError or StorageError if
+    the store of ``--load`` or ``--save`` cannot be reached."""
     arguments.refuse_malformed(argv)
-    for flag in ("--load", "--save"):  # a rehearsal asks for them
+    for flag in ("--load", "--save"):  # the dry run reads them
         if (value := _value(argv, flag)) is not None and storage.is_stored(value):
             storage.refuse_unusable(flag, value)
             storage.path(value).exists()
     load, pretrained, scratch = (_value(argv, flag) for flag in ("--load", *STARTS))
     starts = zip(STARTS, (pretrained, scratch), strict=True)
     absent = {flag: path for flag, path in starts if path is not None and _is_absent(path)}
-    # Megatron's precedence: the run's own checkpoint once it has one, else what it starts from.
+    # Megatron's precedence: the run's own checkpoint if it has one, else its start.
     source = load if load is not None and not _is_absent(load) else pretrained or load
     left_out = set(absent)
     if _is_absent(source):
@@ -144,7 +141,7 @@ def resolve(argv: list[str], model: str | None) -> CommandLine:
 
 
 def _without(argv: list[str], flags: set[str]) -> list[str]:
-    """``argv`` without these flags and the values of those that have one."""
+    """``argv`` without these flags and their values."""
     words = iter(argv)
     kept = []
     for word in words:
@@ -157,7 +154,7 @@ def _without(argv: list[str], flags: set[str]) -> list[str]:
 
 
 def read_flags(path: str | Path) -> list[str]:
-    """The words of a file of flags."""
+    """The flags in a file, as words."""
     if not Path(path).is_file():
         raise UsageError("--model", got=path, expected="a file with the model's flags")
     return shlex.split(Path(path).read_text(), comments=True)
@@ -170,7 +167,7 @@ def _is_absent(path: str | None) -> bool:
 
 
 def _value(argv: list[str], flag: str) -> str | None:
-    """The last value of ``flag``, as argparse would have it."""
+    """The last value of ``flag``, as argparse reads it."""
     found = None
     for place, word in enumerate(argv):
         if word.startswith(f"{flag}="):

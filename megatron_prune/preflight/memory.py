@@ -1,16 +1,16 @@
-"""Memory of a rank, by pipeline stage: arithmetic on what Megatron built, with its rules for what is kept.
+"""Memory per rank and pipeline stage, calculated from what Megatron built and from what it keeps.
 
-Weights, gradients and optimizer states are exact for the data types that the flags choose. Activations follow what
-each module saves for its backward pass (Korthikanti et al., 2205.05198, for Megatron's blocks; here with grouped
-queries, gated MLPs, flash attention and FP8), times the micro-batches that the schedule keeps in flight. What the
-CUDA context, NCCL, workspaces and fragmentation take is not known beforehand: ``reserve`` is set aside for them.
+Weights, gradients and optimizer states are exact for the data types that the flags choose. Activations are the tensors
+that each module saves for its backward pass (Korthikanti et al., 2205.05198, for Megatron's blocks; here with grouped
+queries, gated MLPs, flash attention and FP8), times the micro-batches that the schedule keeps in flight. The memory of
+the CUDA context, NCCL, workspaces and fragmentation is not known in advance: ``reserve`` is set aside for it.
 
-``MARGIN`` is how far from full an estimate has to be to decide anything, to either side. It covers what is not known
-before a run: the reserve is a guess (a context and NCCL's buffers take 2 to 6 GB; an allocator's holes some percent of
-what it holds), and whether an attention kernel keeps q, k and v as views of one tensor, which holds on to
-2·(q + kv) bytes a token and block more (2.7 GB for Llama-3.1-8B at TP 1). None of it was measured on a GPU.
+``MARGIN`` is the distance from full at which an estimate decides, in both directions. It covers what is unknown before
+a run: the reserve is a guess (a context and NCCL's buffers take 2 to 6 GB; an allocator's holes some percent of what it
+holds), and an attention kernel may keep q, k and v as views of one tensor, which holds another 2·(q + kv) bytes per
+token and block (2.7 GB for Llama-3.1-8B at TP 1). None of it was measured on a GPU.
 
-Sizes are bytes. T is a micro-batch's tokens on a rank (before sequence parallelism), t the tensor parallel size.
+Sizes are bytes. T is a micro-batch's tokens per rank (before sequence parallelism), t the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each rank of one stage."""
+    """Bytes per rank of one stage."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     masks: int = 0
     activations: int = 0  # kept from forward to backward, of all micro-batches in flight
-    working: int = 0  # what one block's passes or the loss need for a moment
-    pruning: int = 0  # what a pruning method gathers
+    working: int = 0  # temporary tensors of one block's passes or of the loss
+    pruning: int = 0  # the statistics of a pruning method
 
     @property
     def total(self) -> int:
@@ -49,7 +49,7 @@ class Memory:
 def training(
     args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage], microbatches: int
 ) -> list[Memory]:
-    """Memory of a training step, of each stage."""
+    """Memory of a training step, per stage."""
     found = []
     for number, stage in enumerate(stages):
         kept, once = activations(args, shape, stage, number, len(stages), microbatches)
@@ -59,7 +59,7 @@ def training(
                 gradients=stage.parameters
                 * (FP32 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize),
                 optimizer=_optimizer(args, stage),
-                masks=stage.linears if getattr(args, "masks", None) else 0,  # a byte a weight: training/zeros.py
+                masks=stage.linears if getattr(args, "masks", None) else 0,  # a byte per weight: training/zeros.py
                 activations=kept,
                 working=once,
             )
@@ -68,7 +68,7 @@ def training(
 
 
 def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> list[Memory]:
-    """Memory of the verbs that only run the model, of each stage; what a sparse method gathers and solves, too."""
+    """Memory per stage of the verbs that only run the model, including a sparse method's statistics and solver."""
     tokens = args.seq_length * args.micro_batch_size
     pruned = pruning(args, shape)
     found = []
@@ -81,11 +81,11 @@ def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Pipeli
 
 
 def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
-    """Bytes that pruning one block takes at its worst, beside its weights (``sparse/solve.py``).
+    """Peak bytes for pruning one block, in addition to its weights (``sparse/solve.py``).
 
-    Sums over inputs of all its linears, and masks; then of one linear at a time an fp32 copy of this rank's rows, and
-    either what factoring its Hessian holds, or the factor, the sum in fp32 and what one matrix is worked on with: its
-    weights before and after, and what choosing (Wanda) or measuring (SparseGPT) needs for each of them.
+    Counts the statistics of all its linears, and masks. Also, for one linear at a time, an fp32 copy of this rank's
+    rows, and the larger of two peaks: factoring its Hessian, or the factor, the sum in fp32 and one matrix's buffers
+    (weights before and after, and what choosing in Wanda or measuring in SparseGPT needs per weight).
     """
     name = getattr(args, "method", None)
     if name not in methods.sparse_names():
@@ -115,7 +115,7 @@ def _weights(args: argparse.Namespace, stage: PipelineStage) -> int:
     element: int = args.params_dtype.itemsize
     if not args.fp8:
         return stage.parameters * element
-    # TE keeps two FP8 copies of a linear's weight, one a direction; with param gather they are all there is.
+    # TE keeps two FP8 copies of a linear's weight, one per direction; with param gather there are no others.
     linears = stage.linears * (2 if args.fp8_param_gather else element + 2)
     return linears + (stage.parameters - stage.linears) * element
 
@@ -138,8 +138,8 @@ def _optimizer(args: argparse.Namespace, stage: PipelineStage) -> int:
 
 @dataclass(frozen=True)
 class _Block:
-    """Bytes a token of one transformer block: ``saved`` for backward as the flags say, ``full`` without any
-    recomputation, ``entry`` of its input alone, ``backward`` of the gradients that live at once."""
+    """Bytes per token of one transformer block: ``saved`` for backward as the flags say, ``full`` without any
+    recomputation, ``entry`` of its input alone, ``backward`` of the gradients alive at once."""
 
     saved: float
     full: float
@@ -149,19 +149,19 @@ class _Block:
 
 def _block(args: argparse.Namespace, shape: ModelShape) -> _Block:
     t = args.tensor_model_parallel_size
-    between = t if args.sequence_parallel else 1  # ranks that share out what lies between attention and MLP
+    between = t if args.sequence_parallel else 1  # ranks that divide the tensors between attention and MLP
     e = args.params_dtype.itemsize
-    operand = 1 if args.fp8 else e  # of what a linear saves to make its weight's gradient
+    operand = 1 if args.fp8 else e  # of what a linear saves for its weight's gradient
     h, f = shape.hidden_size, shape.ffn_hidden_size
     q, kv = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups
     gates = 2 if shape.gated else 1
-    norm = operand * h / between  # a norm's output: what qkv or fc1 reads
+    norm = operand * h / between  # a norm's output: the input of qkv or fc1
     entry = e * h / between
-    attention = (e * (q + 2 * kv) + e * q + (operand * q if args.fp8 else 0)) / t  # q, k, v; what proj reads
+    attention = (e * (q + 2 * kv) + e * q + (operand * q if args.fp8 else 0)) / t  # q, k, v; the input of proj
     softmax = FP32 * shape.num_attention_heads / t  # flash attention's log-sum-exp
     if _unfused_attention(args):
         softmax = shape.num_attention_heads / t * args.seq_length * (FP32 + e)
-    up = e * gates * f / t  # what the activation function reads
+    up = e * gates * f / t  # the input of the activation function
     if shape.gated and not args.bias_swiglu_fusion:
         up += e * f / t
     down = operand * f / t
@@ -183,7 +183,7 @@ def _unfused_attention(args: argparse.Namespace) -> bool:
 
 
 def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
-    """Bytes a token of the logits in the model's type and of the softmax in fp32, which the loss saves."""
+    """Bytes per token that the loss saves: the logits in the model's type and the softmax in fp32."""
     element: int = args.params_dtype.itemsize
     return (element + FP32) * shape.padded_vocab_size / int(args.tensor_model_parallel_size)
 
@@ -191,7 +191,7 @@ def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
 def activations(
     args: argparse.Namespace, shape: ModelShape, stage: PipelineStage, number: int, stages: int, microbatches: int
 ) -> tuple[int, int]:
-    """Bytes that stage ``number`` of ``stages`` keeps for backward, and that it needs beside them for a moment."""
+    """Bytes that stage ``number`` of ``stages`` keeps for backward, and the temporary bytes on top."""
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     block = _block(args, shape)
     kept, once = 0.0, 0.0
@@ -202,8 +202,8 @@ def activations(
     once = max(block.backward + again for _, again in chunks)
     if number == stages - 1:
         kept += 2 * block.entry  # the final norm
-        once = max(once, _loss(args, shape))  # it is gone when the last block's turn comes
-    if stages > 1:  # a hidden state and a gradient come in while others are worked on
+        once = max(once, _loss(args, shape))  # freed before the last block's backward pass
+    if stages > 1:  # a hidden state and a gradient arrive while others are in use
         once += (4 if getattr(args, "overlap_p2p_comm", False) else 2) * block.entry
     gradient = 0
     if not args.gradient_accumulation_fusion:  # of one weight, before it is added to the main gradients
@@ -212,14 +212,14 @@ def activations(
 
 
 def _largest_weight(args: argparse.Namespace, shape: ModelShape, last: bool) -> int:
-    """Elements of a rank's largest matrix among those that a backward pass meets while much is kept."""
+    """Elements of a rank's largest matrix that a backward pass reaches while many activations are kept."""
     fc1 = shape.ffn_hidden_size * (2 if shape.gated else 1)
     rows = max(fc1, shape.padded_vocab_size if last else 0)
     return int(rows * shape.hidden_size // args.tensor_model_parallel_size)
 
 
 def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float, float]:
-    """Bytes a token that ``layers`` blocks keep, and that recomputing them needs at once."""
+    """Bytes per token that ``layers`` blocks keep, and that recomputing them needs at once."""
     if args.recompute_granularity != "full":
         return layers * block.saved, block.full - block.saved if layers else 0.0
     share = args.tensor_model_parallel_size if args.distribute_saved_activations else 1
@@ -233,10 +233,10 @@ def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float,
 def _in_flight(
     args: argparse.Namespace, stage: PipelineStage, number: int, stages: int, microbatches: int
 ) -> list[tuple[int, ...]]:
-    """Micro-batches whose activations each virtual stage holds, whenever a forward pass has ended, under 1F1B.
+    """Micro-batches whose activations each virtual stage holds after each forward pass, under 1F1B.
 
-    Megatron's schedule: warm-up passes, then one forward and one backward in turn. Passes go through the virtual
-    stages a group of micro-batches at a time, backward through the last one first.
+    Megatron's schedule: warm-up passes, then one forward and one backward pass in turn. Passes go through the virtual
+    stages by groups of micro-batches, backward through the last one first.
     """
     v = len(stage.chunks)
     if v == 1:

@@ -1,4 +1,4 @@
-"""A dry run of a command line on a cluster, and every check of it: the whole answer."""
+"""The whole answer of preflight: a dry run of a command line for a cluster, and every check of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_prune.preflight.checks import JobQuestion
 
 
 def answer(question: JobQuestion, verb: Callable[[list[str]], int]) -> dict[str, Any]:
-    """Run ``verb`` as far as its arguments, and check them; the whole answer as JSON."""
+    """Dry-run ``verb`` up to its arguments, and check them; returns the answer as JSON."""
     cluster = question.cluster
     facts: dict[str, Any] = {"parameters": None}
     try:

@@ -1,9 +1,9 @@
-"""The account of a training run: which samples it consumed, how, and what it cost.
+"""The account of a training run: which samples it consumed, how, and at what cost.
 
-``losses.csv`` grows by one row per step (in an object store by several at a time, and before every save).
-``account.json`` says from the first step what the run is, and after the last that it is complete. Both are in the save
-directory. A run that was killed and resumed keeps one account: rows past the checkpoint that it resumed from are
-dropped and listed as replayed (those that a store has).
+``losses.csv`` grows by one row per step (in an object store several at a time, and before every save).
+``account.json`` describes the run from the first step on, and after the last step marks it as complete. Both are in
+the save directory. A run that was killed and resumed keeps one account: rows after the checkpoint that it resumed from
+are dropped and listed as replayed (in a store, those that had been stored).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ACCOUNT = "account.json"
 LOSSES = "losses.csv"
 COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
 
-# What a resumed run must share with the run that its account began; all but the last two known from the flags.
+# What must stay the same when a run resumes; all but the last two follow from the flags.
 _IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "masks", "stream")
 
 
 @dataclass
 class Account:
-    """What ``account.json`` holds. Tokens are counted as trained on: samples × sequence length."""
+    """The content of ``account.json``. Tokens are those trained on: samples × sequence length."""
 
     start: str  # pruned | random | continued
     stream: dict[str, Any] | None
@@ -54,7 +54,7 @@ class Account:
     masks: str | None = None
     complete: bool = False
     tokens: int = 0
-    tokens_computed: int = 0  # tokens, and once more those of replayed steps
+    tokens_computed: int = 0  # including replayed steps once more
     replayed: list[list[int]] = field(default_factory=list)
     parameters_nonzero: int | None = None
     initial_loss: float | None = None
@@ -62,7 +62,7 @@ class Account:
     final: dict[str, Any] | None = None  # iteration, fingerprint and full_hash of the weights that the run saved last
     wall_seconds: float = 0.0
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=versions)  # of the attempt that wrote it; each has its own
+    versions: dict[str, str] = field(default_factory=versions)  # of the attempt that wrote it; attempts may differ
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -70,9 +70,9 @@ class Account:
         self.tokens_computed = self.tokens
 
     def adopt(self, save: Path) -> None:
-        """Take over what an earlier attempt at the same run left in ``save``.
+        """Take over the account of an earlier attempt at the same run from ``save``.
 
-        Raises UsageError when the account there is of another run.
+        Raises UsageError if the account there is of another run.
         """
         path = save / ACCOUNT
         if not path.exists():
@@ -88,7 +88,7 @@ class Account:
 
 
 def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
-    """Raise UsageError when ``save`` holds the account of a run in which one of ``wanted`` differs."""
+    """Raise UsageError if ``save`` holds the account of a run in which one of ``wanted`` differs."""
     path = save / ACCOUNT
     if not path.exists():
         return
@@ -102,15 +102,14 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
 
 
 def is_complete(save: Path) -> bool:
-    """True if the run in ``save`` says of itself that it ended as it should."""
+    """True if the account in ``save`` marks its run as complete."""
     return (save / ACCOUNT).exists() and bool(read_json(save / ACCOUNT).get("complete"))
 
 
 def close(save: Path, checkpoint: Checkpoint) -> None:
-    """Finish the account of a run that was killed between its last save and its last line.
+    """Complete the account of a run that was killed between its last save and its last write of the account.
 
-    ``checkpoint`` is that last save; its weights are streamed to count those that are not zero, and to say which
-    they are.
+    ``checkpoint`` is that last save; its weights are streamed to count the nonzero ones and to compute their hash.
     """
     account = Account(**read_json(save / ACCOUNT))
     recorder = AccountRecorder(account, save)
@@ -127,7 +126,7 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
 
 
 class AccountRecorder:
-    """Writes a run's losses and keeps its account, on the one rank that sees the loss."""
+    """Writes a run's losses and its account, on the one rank that has the loss."""
 
     def __init__(self, account: Account, save: Path):
         self.account, self.save = account, save
@@ -144,12 +143,12 @@ class AccountRecorder:
         self.account.final_loss = _finite(loss)
 
     def settle(self) -> None:
-        """Return when every step so far is in the table, wherever that is stored."""
+        """Return when every step so far is in the stored table."""
         if self._table is not None:
             self._table.settle()
 
     def _begin(self, first: int) -> storage.GrowingText:
-        """Open the table for the step that this attempt starts with; drop what it will replay."""
+        """Open the table at this attempt's first step; drop the rows that it will replay."""
         path, account = self.save / LOSSES, self.account
         kept: list[list[str]] = []
         if path.exists():
@@ -165,7 +164,7 @@ class AccountRecorder:
         csv.writer(table).writerows([COLUMNS, *kept])
         write_bytes(path, table.getvalue().encode())
         self._table = storage.GrowingText(path, table.getvalue())
-        ranks = account.arguments.get("world_size")  # an elastic job goes on with fewer nodes
+        ranks = account.arguments.get("world_size")  # an elastic job may continue with fewer nodes
         account.attempts.append(
             {
                 "began": self.began,
@@ -179,15 +178,15 @@ class AccountRecorder:
         return self._table
 
     def end_killed_attempt(self) -> None:
-        """Give the attempt before this one its time if it was killed: its last sign of life is its last row."""
+        """If the previous attempt was killed, record its time, up to its last row."""
         last = self.account.attempts[-1] if self.account.attempts else None
         if last is not None and "seconds" not in last:
             last["seconds"] = round(max((self.save / LOSSES).stat().st_mtime - last["began"], 0.0), 3)
 
     def finish(self, *, final: dict[str, Any] | None, parameters_nonzero: int) -> None:
-        """Close the table and write the account's last state.
+        """Close the table and write the account's final state.
 
-        ``final``: which weights the run saved after its last step; None for a run that stopped before that.
+        ``final``: the weights that the run saved after its last step; None for a run that stopped before that.
         """
         account = self.account
         if self._table is not None:

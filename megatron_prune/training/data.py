@@ -1,4 +1,4 @@
-"""The data sets of a training run: a range of a token stream, or Megatron's own when none is asked for."""
+"""The data sets of a training run: a range of a token stream, or Megatron's own without ``--stream-range``."""
 
 from __future__ import annotations
 
@@ -80,26 +80,26 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> None:
-    """Refuse a range beyond the stream's end, or one whose samples the start was trained on already.
+    """Refuse a range beyond the stream's end, or one whose samples the start was already trained on.
 
-    Before anything starts, from the corpora's sizes, and their ids, which must be words of the model. ``seen`` are the
-    trainings in the lineage of the checkpoint that the run starts from. Raises UsageError and DataError.
+    Runs before anything starts and needs only the corpora's sizes and ids, which must be in the model's vocabulary.
+    ``seen`` are the trainings in the lineage of the starting checkpoint. Raises UsageError and DataError.
     """
     if args.stream_range is None:
         return
     for _, prefix in parse_blend(train_blend(args)):
-        indexed.check_fits_model(prefix, vocabulary(vars(args)))  # of a dry run no tokenizer has said it yet
+        indexed.check_fits_model(prefix, vocabulary(vars(args)))  # a dry run has no tokenizer yet
     stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
     refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
 
 
-DEFAULT_SPLIT = "969, 30, 1"  # of Megatron's validate_args
+DEFAULT_SPLIT = "969, 30, 1"  # from Megatron's validate_args
 
 
 def refuse_empty_parts(args: argparse.Namespace) -> None:
-    """UsageError where ``--split`` leaves a part of a corpus without tokens: Megatron would count its epochs for ever.
+    """UsageError if ``--split`` leaves a part of a corpus without tokens: Megatron would count its epochs forever.
 
-    Before anything starts, and as Megatron cuts: by the documents of each corpus.
+    Runs before anything starts. Cuts like Megatron, by the documents of each corpus.
     """
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
@@ -114,9 +114,9 @@ def refuse_empty_parts(args: argparse.Namespace) -> None:
     parts = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for prefix in blend[0]:
         if "://" in prefix:
-            continue  # in an object store, where Megatron reads it
+            continue  # in an object store, which only Megatron reads
         corpus = indexed.open_indexed(prefix)
-        lengths = corpus.sequence_lengths  # a view of the file, for as long as ``corpus`` is there
+        lengths = corpus.sequence_lengths  # a view of the file, valid while ``corpus`` exists
         for name, part in zip(("training", "validation", "test"), parts, strict=True):
             if part is None:
                 continue
@@ -131,7 +131,7 @@ def refuse_empty_parts(args: argparse.Namespace) -> None:
 
 
 def described(blend: list[str], seq_length: int, seed: int, epochs: int) -> dict[str, Any]:
-    """What an account will say of a stream, with its number of samples, from the corpora's sizes: no index is built."""
+    """An account's entry for a stream, with its number of samples, from the corpora's sizes: builds no index."""
     corpora = members(parse_blend(blend))
     found = Stream(corpora, seq_length, seed, epochs).describe()
     return found | {"samples": samples_per_epoch(corpora, seq_length) * epochs}
@@ -140,8 +140,8 @@ def described(blend: list[str], seq_length: int, seed: int, epochs: int) -> dict
 def refuse_unfit(
     stream: Mapping[str, Any], samples: tuple[int, int], seen: Sequence[Mapping[str, Any]], name: str = "this run"
 ) -> None:
-    """UsageError for samples [start, end) beyond the stream's end, DataError where what the run ``name`` starts from,
-    the trainings ``seen``, has them already. ``study plan`` asks it for every cell, ``pretrain`` for its run."""
+    """UsageError for samples [start, end) beyond the stream's end; DataError if the start of the run ``name`` was
+    already trained on them (in ``seen``). ``study plan`` calls it for every cell, ``pretrain`` for its run."""
     start, end = samples
     if end > stream["samples"]:
         raise UsageError(
@@ -159,15 +159,15 @@ def refuse_unfit(
 
 
 def train_blend(args: argparse.Namespace) -> list[str]:
-    """What the stream is made of: Megatron's flags for training text. Empty where neither is given."""
+    """The corpora of the stream, from Megatron's flags for training text. Empty if neither is given."""
     return args.train_data_path or args.data_path or []
 
 
 def unique_tokens(args: argparse.Namespace) -> int:
-    """Different tokens among those that the run trains on. Call on all ranks, before any process group exists.
+    """The number of distinct tokens that the run trains on. Call on all ranks, before any process group exists.
 
-    Of Megatron's own data sets nothing is known but their number. Over several epochs rank 0 builds the stream's caches
-    and counts, where ``build-index`` has not, and the others wait in no collective, which would time out.
+    Tokens of Megatron's own data sets all count. Over several epochs one rank per file system builds the stream's
+    caches and counts, unless ``build-index`` has done so; the others wait without a collective, which would time out.
     """
     if args.stream_range is None:
         return int(args.train_iters * args.global_batch_size * args.seq_length)
@@ -188,12 +188,12 @@ def unique_tokens(args: argparse.Namespace) -> int:
             built = Stream.build(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs, cache)
             return coverage.count(built, start, end, cache)
     if not shared:
-        return 0  # in no account
+        return 0  # this rank keeps no account
     return coverage.wait(stream, start, end, cache, 60 * args.distributed_timeout_minutes)
 
 
 def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> Stream:
-    """A stream under the run's sequence length and masking flags; collective where there is a process group."""
+    """A stream with the run's sequence length and masking flags; collective if there is a process group."""
     from megatron.training import get_tokenizer
 
     resets = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
@@ -212,9 +212,9 @@ def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> 
 
 
 class Provider:
-    """Hands Megatron's loop its training and validation data; keeps the stream for the account."""
+    """Gives Megatron's loop its training and validation data; keeps the stream for the account."""
 
-    is_distributed = True  # Megatron asks every rank, and each answers for itself
+    is_distributed = True  # Megatron calls it on every rank
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -227,7 +227,7 @@ class Provider:
         if self.args.stream_range is None:
             datasets: tuple[Any, Any, Any] = _megatron_datasets(self.args, num_samples, vp_stage)
             return datasets
-        if self.train is None:  # once, though every virtual stage asks
+        if self.train is None:  # once, although every virtual stage calls it
             self._build(num_samples[1])
         return (self.train, self._valid, None) if needs_data(vp_stage) else (None, None, None)
 
@@ -237,7 +237,7 @@ class Provider:
         stream = build_stream(args, train_blend(args), epochs=args.stream_epochs)
         self.train = StreamRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
         if args.valid_data_path and args.eval_iters:
-            # For watching only (verdicts come from `evaluate`), so that it may repeat itself.
+            # For monitoring only (results come from `evaluate`), so it may repeat.
             one = build_stream(args, args.valid_data_path, epochs=1)
             wanted = validation_samples or len(one)
             epochs = -(-wanted // len(one))
@@ -246,7 +246,7 @@ class Provider:
 
 
 def _megatron_datasets(args: argparse.Namespace, num_samples: list[int], vp_stage: int | None) -> Any:
-    """Megatron's builder, as its own pretraining script uses it: no stream, nothing to compare."""
+    """Megatron's builder, as its own pretraining script uses it: no stream, no account of samples."""
     from functools import partial
 
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder

@@ -1,8 +1,8 @@
-"""Which masks a training run holds, and what such a run may not do. ``zeros.py`` then holds them in the model.
+"""Chooses the masks of a training run and refuses what such a run may not do; ``zeros.py`` applies them.
 
-``--masks DIR`` names the masks of a new run; ``--random-masks SEED`` draws masks of the same pattern and counts.
-From then on they are the run's own, in its save directory, and a resumed run finds them there. A run that
-continues another masked run's checkpoint (``--load``) takes the masks of that run.
+``--masks DIR`` names the masks of a new run; ``--random-masks SEED`` draws masks with the same pattern and counts.
+They are then stored in the run's save directory, where a resumed run finds them. A run that continues another masked
+run's checkpoint (``--load``) takes that run's masks.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from megatron_prune.training.account import ACCOUNT
 class MaskChoice:
     """The masks of a run, and where its weights come from."""
 
-    masks: Masks  # where ``drawn``, RandomMasks
+    masks: Masks  # RandomMasks if ``drawn``
     own: bool  # they are in the run's save directory already
-    start: str  # what errors call the weights
+    start: str  # the name of the weights in errors
 
     @property
     def drawn(self) -> bool:
-        """True where the masks are yet to be written: nobody has them on disk."""
+        """True if the masks are not on disk yet."""
         return isinstance(self.masks, RandomMasks)
 
 
 def refuse_unfit_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot hold zeros, or is not proven to. Call before Megatron validates."""
+    """Refuse flags that cannot keep zeros, or are not proven to. Call before Megatron validates."""
     if args.random_masks is not None and args.masks is None:
         raise UsageError("--random-masks", got=f"{args.random_masks} alone", expected="--masks with it",
                          why="random masks take their pattern and counts from it")  # fmt: skip
@@ -74,10 +74,10 @@ def refuse_unfit_arguments(args: argparse.Namespace) -> None:
 
 
 def choose(args: argparse.Namespace) -> MaskChoice | None:
-    """The masks that this run holds, the same on every rank; None for a dense run. Starts nothing.
+    """The masks of this run, the same on every rank; None for a dense run. Starts nothing.
 
-    Raises UsageError for flags that contradict the run in ``--save``, or a start that the masks cannot fit;
-    MasksError where the masks are missing, damaged or of another model.
+    Raises UsageError for flags that contradict the run in ``--save``, or for a start that the masks do not fit;
+    MasksError if the masks are missing, damaged or of another model.
     """
     folder = _where(args)
     own = _own(args) is not None
@@ -88,13 +88,13 @@ def choose(args: argparse.Namespace) -> MaskChoice | None:
             "--masks", got=folder, expected="no such flag, or another --save", why=f"{args.save} holds a dense run"
         )  # fmt: skip
     if account is not None and account["masks"] is not None and not own:
-        raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them")
+        raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them from a copy")
     if folder is None:
         return None
     masks = open_masks(folder)
     masks.check_model(ModelShape.from_args(vars(args)), "the model to train")
     if account is not None and masks.hash != account["masks"]:
-        raise MasksError(f"{folder} are not the masks that the run there was trained under: restore those")
+        raise MasksError(f"{folder} are not the masks that the run there was trained under: restore the original masks")
     if args.masks is not None:
         given = open_masks(args.masks)
         given = given if args.random_masks is None else RandomMasks(given, args.random_masks)
@@ -112,7 +112,7 @@ def choose(args: argparse.Namespace) -> MaskChoice | None:
 
 
 def _where(args: argparse.Namespace) -> Path | None:
-    """The masks that the run has, or begins with, or inherits from the masked run that it goes on from."""
+    """The masks of the run in ``--save``, of ``--masks``, or of the masked run that it continues."""
     own = _own(args)
     if own is not None or args.masks:
         return own or storage.path(args.masks)
@@ -121,7 +121,7 @@ def _where(args: argparse.Namespace) -> Path | None:
 
 
 def _own(args: argparse.Namespace) -> Path | None:
-    """The masks of the run in ``--save``. In a store, a run that was killed before it began may have left a part."""
+    """The masks of the run in ``--save``. In a store, a run killed before it began may have left a partial copy."""
     found = find_masks(args.save) if args.save else None
     if found is None or not storage.is_stored(found) or (found / MASKS_FILE).exists():
         return found
@@ -133,7 +133,7 @@ def _holds_checkpoint(path: str | None) -> bool:
 
 
 def _equal(given: Masks, own: Masks) -> bool:
-    """True if ``own`` are ``given``; of masks that were drawn, a row of each is drawn again."""
+    """True if ``own`` equals ``given``; for drawn masks, one row of each is drawn again to compare."""
     if not isinstance(given, RandomMasks):
         return given.hash == own.hash
     described = [{n: (e.shape, e.pattern, e.removed) for n, e in masks.entries.items()} for masks in (given, own)]
@@ -163,7 +163,7 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: MaskChoice) -> None:
 
 
 def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
-    """Refuse (UsageError) a dense run that starts from a sparse checkpoint, which is seldom meant, unless asked for."""
+    """Refuse (UsageError) a dense run that starts from a sparse checkpoint, unless ``--let-zeros-fill`` allows it."""
     start = args.load if _holds_checkpoint(args.load) else args.pretrained_checkpoint
     found = find_masks(start) if start is not None else None
     if found is not None and not args.let_zeros_fill:
@@ -175,30 +175,30 @@ def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
 
 
 def say_that_masks_know_the_start(args: argparse.Namespace, chosen: MaskChoice) -> None:
-    """Print a note where this run begins with the weights that the masks' model began with: the seed is the same.
+    """Print a note if this run begins with the same initial weights as the model that the masks were made from.
 
-    Masks made of a trained model fit the weights that it began with. In the quickstart such a
-    run was 0.2 nats below others at its first step, 0.3 after a hundred.
+    Masks made from a trained model fit its initial weights. In the quickstart such a run was 0.2 nats below others at
+    its first step, and 0.3 after a hundred.
     """
     if args.shape_from is None or chosen.own or chosen.drawn or _holds_checkpoint(args.load):
         return
     if open_checkpoint(args.shape_from).args.get("seed") == args.seed:
         screen.say(
-            f"--seed {args.seed} was also that of the model which the masks were made of: it began with the weights "
-            "that this run begins with, and its masks fit them; with another --seed this run is from scratch"
+            f"--seed {args.seed} was also the seed of the model that the masks were made from, so this run begins with "
+            "the same weights, which the masks fit; give another --seed for a run from scratch"
         )
 
 
 _AT_A_TIME = 1 << 22  # numbers drawn; 64 MB with their order
-_PER_COUNT = 4  # numbers that Philox makes at each count
+_PER_COUNT = 4  # numbers per Philox counter value
 
 
 class RandomMasks(Masks):
-    """Masks drawn at random with the pattern and the counts of ``masks``: what ``--random-masks SEED`` trains under.
+    """Masks drawn at random with the pattern and counts of ``masks``, for ``--random-masks SEED``.
 
-    An unstructured mask keeps in every row as many weights as the given one does, anywhere in the row; an N:M mask
-    keeps as many in every group of M inputs. The draw of a row depends on the seed, the weight's name and the row's
-    number alone, so that every layout draws the same masks, and each rank draws only the rows that it holds.
+    An unstructured mask keeps as many weights in every row as the given one, anywhere in the row; an N:M mask keeps as
+    many in every group of M inputs. A row's draw depends only on the seed, the weight's name and the row's number, so
+    every layout draws the same masks, and each rank draws only its own rows.
     """
 
     def __init__(self, masks: Masks, seed: int) -> None:
@@ -206,7 +206,7 @@ class RandomMasks(Masks):
         self._seed = seed
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """A rectangle of a mask: bool [rows, columns] on the CPU, True is kept. Whole rows are drawn to get it."""
+        """A rectangle of a mask: bool [rows, columns] on the CPU, True is kept. Draws whole rows."""
         out, inputs = self.entries[name].shape
         first, last, _ = rows.indices(out)
         group = Pattern.parse(self.entries[name].pattern).m or inputs
@@ -220,7 +220,7 @@ class RandomMasks(Masks):
         return torch.cat(parts)
 
     def _numbers(self, name: str, start: int, stop: int) -> numpy.ndarray:
-        """Random uint64 [stop - start, inputs] of these rows, whichever rows are drawn together."""
+        """Random uint64 [stop - start, inputs] for these rows, independent of which rows are drawn together."""
         counts = -(-self.entries[name].shape[1] // _PER_COUNT)  # of Philox's counter in a row
         key = hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:16]
         philox = numpy.random.Philox(key=int.from_bytes(key, "little"), counter=start * counts)
@@ -229,8 +229,8 @@ class RandomMasks(Masks):
 
 
 def permuted(kept: numpy.ndarray, numbers: numpy.ndarray, group: int) -> numpy.ndarray:
-    """Bool [rows, inputs] with as many True in every ``group`` consecutive inputs as ``kept`` has: where the
-    largest of ``numbers`` [rows, inputs] are."""
+    """Bool [rows, inputs] with as many True in every ``group`` consecutive inputs as ``kept`` has, at the
+    largest of ``numbers`` [rows, inputs]."""
     rows, inputs = kept.shape
     removed = group - kept.reshape(rows, inputs // group, group).sum(-1, keepdims=True)
     order = numbers.reshape(rows, inputs // group, group).argsort(-1)

@@ -1,16 +1,16 @@
-"""Holds the zeros of a masked run inside Megatron's loop, and checks throughout the run that they are zeros.
+"""Keeps the zeros of a masked run inside Megatron's loop, and verifies them throughout the run.
 
-Megatron's extension points carry all of it. When the model is built (``post_wrap_hooks``, before the
-optimizer makes its fp32 masters) this rank's masks are read and its weights zeroed under them. When a step's
-gradients are final (``finalize_model_grads_func``: reduced over ranks and scaled, not yet unscaled, clipped or
-stepped) they are zeroed too. With zero weights, gradients and moments, Adam's and SGD's update and weight
-decay of either kind are exactly zero, so the zeros stay, and removed weights do not count in the clip norm.
+Uses only Megatron's extension points. When the model is built (``post_wrap_hooks``, before the optimizer makes its
+fp32 masters) this rank's masks are read and applied to its weights. When a step's gradients are final
+(``finalize_model_grads_func``: reduced over ranks and scaled, not yet unscaled, clipped or applied) they are masked
+too. With zero weights, gradients and moments, the updates of Adam and SGD and both kinds of weight decay are exactly
+zero, so the zeros stay, and removed weights do not count in the clip norm.
 
-A mask is held as one byte per weight, with all bits set where the weight stays: a bitwise *and* with a gradient turns
-whatever is there into +0, NaN too, at the speed of memory. (On a CPU ``masked_fill_`` takes thirty times as long.)
+A mask takes one byte per weight, with all bits set for a kept weight: a bitwise *and* with a gradient turns any value
+into +0, even NaN, at memory speed. (On a CPU ``masked_fill_`` takes thirty times as long.)
 
-``audit`` counts what is not zero under the masks, in weights, fp32 masters and moments: when a run starts, at
-every evaluation interval, before every save and at the end. What it finds stops the run on all ranks.
+``audit`` counts nonzero values under the masks in weights, fp32 masters and moments: when a run starts, at every
+evaluation interval, before every save and at the end. A violation stops the run on all ranks.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Held:
 
     @staticmethod
     def make(name: str, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Held:
-        """``kept`` is bool; its memory becomes that of ``bits``."""
+        """``kept`` is bool; ``bits`` reuses its memory."""
         return Held(name, parameter, kept.view(torch.int8).neg_())
 
     @torch.no_grad()
     def clear_weight(self) -> None:
-        """Zero the removed weights, also those that the fp32 master of an FP8 weight is to be made from."""
+        """Zero the removed weights, also in the values that the fp32 master of an FP8 weight is made from."""
         removed = self.bits == _REMOVED
         self.parameter.masked_fill_(removed, 0)
         initial = getattr(self.parameter, "get_high_precision_init_val", lambda: None)()  # Transformer Engine's
@@ -59,35 +59,35 @@ class Held:
             initial.masked_fill_(removed.to(initial.device), 0)
 
     def clear_gradient(self) -> None:
-        """Zero the gradient that the optimizer will read, wherever the backward pass put it."""
+        """Zero the gradient of removed weights where the optimizer will read it."""
         gradient = getattr(self.parameter, "main_grad", None)
         gradient = self.parameter.grad if gradient is None else gradient
         if gradient is not None:
             gradient.view(_INTEGERS[gradient.itemsize]).bitwise_and_(self.bits)
 
     def violations(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """How many of ``values``, the weight's elements from ``start`` on in row-major order, should be zero and
-        are not: int64 [], on their device."""
+        """The number of ``values``, the weight's elements from ``start`` on in row-major order, that should be zero
+        and are not: int64 [], on their device."""
         bits = self.bits.view(-1)[start : start + values.numel()]
         return torch.count_nonzero((values.detach().reshape(-1) != 0).logical_and_(bits == _REMOVED))  # NaN != 0
 
 
 class Zeros:
-    """The zeros of one run: ``attach`` before Megatron's ``pretrain``, ``audit`` whenever it is to be proven."""
+    """The zeros of one run: call ``attach`` before Megatron's ``pretrain``, and ``audit`` to verify."""
 
     def __init__(self, args: argparse.Namespace, chosen: MaskChoice):
         self.args, self.chosen = args, chosen
-        self.hash = chosen.masks.hash  # of drawn masks it is known when they are written
+        self.hash = chosen.masks.hash  # known for drawn masks once they are written
         self.held: list[Held] = []
         self._optimizer: Any = None
 
     @property
     def removed(self) -> int:
-        """Weights that the masks remove of the whole model."""
+        """Number of weights that the masks remove from the whole model."""
         return self.chosen.masks.removed
 
     def attach(self, config: Any, training: Any) -> None:
-        """Hang on Megatron: its model config, and what its module ``training`` calls to set up and to save."""
+        """Hook into Megatron: its model config, and the set-up and saving that its module ``training`` calls."""
         from megatron.core.distributed import finalize_model_grads
 
         finalize = config.transformer.finalize_model_grads_func or finalize_model_grads
@@ -126,7 +126,7 @@ class Zeros:
             )
 
     def _put_beside_run(self, chunks: list[torch.nn.Module]) -> None:
-        """Make the masks the run's own, in its save directory. Collective."""
+        """Store the masks as the run's own, in its save directory. Collective."""
         from megatron_prune.masks import megatron
 
         masks, folder = self.chosen.masks, storage.path(self.args.save) / MASKS
@@ -141,7 +141,7 @@ class Zeros:
         torch.distributed.barrier()
 
     def _then_audit(self, setup: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's set-up, which loads the checkpoint last, and a look at what was loaded; then the run has begun."""
+        """Megatron's set-up, which loads the checkpoint last, followed by an audit; then the run has begun."""
 
         @functools.wraps(setup)
         def set_up(*positional: Any, **named: Any) -> Any:
@@ -158,12 +158,12 @@ class Zeros:
         return self._audit_at(save, lambda step: True, "before the save at step")
 
     def _audit_at_interval(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
-        """Every ``--eval-interval`` steps, whether Megatron evaluates there or ``--eval-iters`` is 0."""
+        """Every ``--eval-interval`` steps, even if ``--eval-iters`` is 0 and Megatron does not evaluate."""
         interval = self.args.eval_interval
         return self._audit_at(training_log, lambda step: interval and step % interval == 0, "at step")
 
     def _audit_at(self, call: Callable[..., Any], due: Callable[[int], bool], when: str) -> Callable[..., Any]:
-        """``call`` with an audit before it at the steps that are ``due``; it has an argument ``iteration``."""
+        """``call`` preceded by an audit at the steps that are ``due``; it has an argument ``iteration``."""
         signature = inspect.signature(call)
 
         @functools.wraps(call)
@@ -176,7 +176,7 @@ class Zeros:
         return audited
 
     def audit(self, when: str) -> None:
-        """Raise MasksError on every rank, naming the first offending tensor, where a zero is none. Collective."""
+        """Raise MasksError on every rank, naming the first tensor with a nonzero removed weight. Collective."""
         audit(self.chosen.masks, self.held, self._optimizer, when)
 
 
@@ -194,13 +194,13 @@ def audit(masks: Masks, held: list[Held], optimizer: Any, when: str) -> None:
     if found:
         *_, what, name, count = min(found)
         raise MasksError(
-            f"{when}: {what} {name} (layer {name.split('.')[2]}): {count} of its elements are not zero, and its mask "
-            "removes them"
+            f"{when}: {what} {name} (layer {name.split('.')[2]}): {count} of its elements are not zero, although its "
+            "mask removes them: resume from an earlier checkpoint"
         )
 
 
 def check_loaded(model: list[torch.nn.Module], root: Path) -> str | None:
-    """Look whether the weights that were loaded from ``root`` are zero under the masks there, if there are any.
+    """Check that the weights loaded from ``root`` are zero under the masks stored there, if there are any.
 
     Returns the hash of the masks. Collective; raises MasksError on every rank.
     """
@@ -216,7 +216,7 @@ def check_loaded(model: list[torch.nn.Module], root: Path) -> str | None:
 
 
 def _tensors(parameter: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(what it is of the weight, values, the weight's element that they begin with) of all that this rank has."""
+    """(kind of tensor, values, index of the weight's element that they begin with) of all that this rank has."""
     from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
     yield "the weight", dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter, 0
@@ -234,26 +234,26 @@ def _tensors(parameter: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor
 
 
 def _sliced(part: Any, parameter: Any) -> tuple[Any, int, dict[str, Any]]:
-    """Of Megatron's distributed optimizer: its slice of the flat weight, where that begins, and its moments."""
+    """For Megatron's distributed optimizer: its slice of the flat weight, the slice's start, and its moments."""
     if parameter not in part.model_param_group_index_map:
         return None, 0, {}
     group, order = part.model_param_group_index_map[parameter]
     main = part.optimizer.param_groups[group]["params"][order]
     start = part._get_model_param_range_map(parameter)["param"].start
-    if main not in part.optimizer.state:  # before the first step; asking for it would make it
+    if main not in part.optimizer.state:  # before the first step; reading it would create it
         return main, start, {}
-    state = dict(part._get_main_param_and_optimizer_states(parameter))  # unscaled, where moments are FP8
+    state = dict(part._get_main_param_and_optimizer_states(parameter))  # unscaled, if moments are FP8
     return state.pop("param"), start, state
 
 
 def _whole(part: Any, parameter: Any) -> tuple[Any, int, dict[str, Any]]:
-    """Of Megatron's other optimizers: the master (in fp32 the weight itself) and its moments."""
+    """For Megatron's other optimizers: the master (in fp32 the weight itself) and its moments."""
     main = getattr(parameter, "main_param", parameter)
     return main, 0, part.optimizer.state.get(main, {})
 
 
 def _check_bits(masks: Masks) -> None:
-    """Raise MasksError on every rank where the bits on disk are not those that were hashed. Collective."""
+    """Raise MasksError on every rank if the bits on disk differ from those that were hashed. Collective."""
     names = list(masks.entries)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     wrong = None
     try:
@@ -267,7 +267,7 @@ def _check_bits(masks: Masks) -> None:
 
 
 def _from_all_ranks(value: Any) -> list[Any]:
-    """What ranks have to say, None left out, the same on every rank."""
+    """The values from all ranks that are not None, the same on every rank."""
     said: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(said, value)
     return [each for each in said if each is not None]

@@ -322,7 +322,7 @@ def test_what_the_model_cannot_score_is_named() -> None:
     assert [one.targets for one in asked[1:]] == [tuple(b"abcd"), tuple(b"ef")] and asked[1].inputs[0] == 0
     with pytest.raises(DataError, match="'' has no tokens"):
         model.loglikelihood(request("loglikelihood", "abc", ""))
-    with pytest.raises(DataError, match="has 5 tokens, the model reads 4"):
+    with pytest.raises(DataError, match="has 5 tokens, expected at most 4"):
         model.loglikelihood(request("loglikelihood", "abc", "vwxyz"))
     with pytest.raises(UsageError, match="got mixed"):
         model.generate_until(request("generate_until", "abc", {}))

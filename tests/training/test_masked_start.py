@@ -256,4 +256,4 @@ def test_masks_under_the_seed_of_their_parent_are_no_start_from_scratch(tiny_pru
         (7, MaskChoice(masks, True, "the new model"), False),  # it has begun, and has said it
     ):
         say_that_masks_know_the_start(argparse.Namespace(shape_from=str(root), load=None, seed=seed), choice)
-        assert ("--seed 7 was also that of the model" in capsys.readouterr().out) == told
+        assert ("--seed 7 was also the seed of the model" in capsys.readouterr().out) == told
