@@ -1,1 +1,1 @@
-"""The only room that knows Megatron's globals."""
+"""The only package that uses Megatron's globals."""

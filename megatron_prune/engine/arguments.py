@@ -1,11 +1,11 @@
-"""Megatron's parser plus our group of flags, the arguments of the checkpoint that is named, and object stores.
+"""Megatron's parser plus this package's flags, the arguments of the named checkpoint, and object stores.
 
-``parse`` does what Megatron's ``parse_and_validate_args`` does, with two differences: where a checkpoint is named, the
-model's arguments come from it (``from_checkpoint.take``), and what Megatron would meet with an assertion is refused in
-a sentence.
+``parse`` does what Megatron's ``parse_and_validate_args`` does, with two differences: if a checkpoint is named, the
+model's arguments come from it (``from_checkpoint.take``), and cases in which Megatron would fail an assertion are
+refused with a sentence.
 
-Megatron reads and writes checkpoints in an object store (``msc://``) through the Multi-Storage Client, under
-``--enable-msc``. Some of its flags still take such an address for a directory of this machine: these are refused here
+Megatron reads and writes checkpoints in an object store (``msc://``) through the Multi-Storage Client, with
+``--enable-msc``. Some of its flags still treat such an address as a local directory: these are refused here
 (``refuse_unusable``, ``refuse_unfit``), before anything starts.
 """
 
@@ -32,7 +32,7 @@ from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, refusals
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
-# What Megatron asserts of these says no name, or it divides by them at the end of a run. Absent flags are None.
+# Megatron's assertions on these name no flag, or it divides by them at the end of a run. Absent flags are None.
 _POSITIVE = (
     "seed", "global_batch_size", "micro_batch_size", "seq_length", "stream_epochs", "save_interval", "eval_interval",
     "log_interval", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
@@ -48,8 +48,8 @@ def parse(
 ) -> argparse.Namespace:
     """Parse and validate ``words``, Megatron's part of a command line; sets Megatron's global arguments and timers.
 
-    The verb's ``own`` settings become attributes of the arguments. ``complete(args, argv)`` may fill in what the verb
-    knows before Megatron validates; ``argv`` is the whole command line.
+    The verb's ``own`` settings become attributes of the arguments. ``complete(args, argv)`` may set values that the
+    verb knows before Megatron validates; ``argv`` is the whole command line.
 
     Raises UsageError, CommandLineError or CheckpointError before any process group exists.
     """
@@ -60,7 +60,7 @@ def parse(
     argv = [*(own.words() if own is not None else ()), *words]
     refuse_unusable(verb, argv)
     refusals.refuse_yaml(argv)
-    # Megatron reads sys.argv; this is the one place that sets it.
+    # Megatron reads sys.argv; nothing else sets it.
     sys.argv = [f"megatron_prune {verb}", *cpu.flags(), *words]
     parsers: list[argparse.ArgumentParser] = []
 
@@ -81,7 +81,7 @@ def parse(
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
     if not from_checkpoint.given(argv, "--use-tokenizer-model-from-checkpoint-args"):
-        # The command line's tokenizer stands. A stored one names a path of whoever made the checkpoint.
+        # Keep the command line's tokenizer: a stored one is a path on the machine that made the checkpoint.
         args.use_tokenizer_model_from_checkpoint_args = False
 
     from_checkpoint.take(args, parsers[0], argv, load_args_from_checkpoint)
@@ -98,7 +98,7 @@ def parse(
         tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
     validate_args(args, {})
     fp8.refuse_unfit(args)
-    args.use_checkpoint_args = False  # done: nobody is to read them again
+    args.use_checkpoint_args = False  # done: they must not be read again
     set_global_variables(args)
     vocabulary.settle(args, given=from_checkpoint.given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args
@@ -114,7 +114,7 @@ def megatron_parser() -> argparse.ArgumentParser:
 
 
 def _with_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``parser`` with the flags of ``verbs.Model``; some of Megatron's help texts hold a bare percent sign, on which
+    """``parser`` with the flags of ``verbs.Model``; escapes bare percent signs in Megatron's help texts, on which
     ``--help`` fails."""
     for action in parser._actions:
         try:
@@ -129,7 +129,7 @@ def _with_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def refuse_unknown(
     parser: argparse.ArgumentParser, verb: str, words: Sequence[str], own: Settings | None = None
 ) -> None:
-    """Make ``parser`` refuse in one line; refuse (CommandLineError) a flag that it does not know, with the nearest."""
+    """Make ``parser`` print errors in one line; CommandLineError for an unknown flag, with the nearest known one."""
 
     def refuse(message: str) -> NoReturn:
         raise CommandLineError(f"{message}; `megatron-prune {verb} --help-megatron` lists Megatron's flags")
@@ -154,7 +154,7 @@ def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
 
 
 def _refuse_unfit_ranks(args: argparse.Namespace) -> None:
-    """A model that is split over more ranks than there are, or over ranks that cannot form whole replicas."""
+    """Refuse a model split over more ranks than there are, or over ranks that cannot form whole replicas."""
     split = {
         f"--{name.replace('_', '-')}": size
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -169,7 +169,7 @@ def _refuse_unfit_ranks(args: argparse.Namespace) -> None:
 
 
 def _refuse_missing_gpu(args: argparse.Namespace) -> None:
-    """Values that the CPU cannot do, refused by the flag's name instead of an assertion deep inside."""
+    """Refuse values that the CPU cannot handle by the flag's name, instead of a failing assertion later."""
     if not cpu.is_cpu():
         return
     if args.fp8 or args.fp8_preset:
@@ -244,7 +244,7 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
 
 
 def _repair(args: argparse.Namespace, root: Path) -> None:
-    """Rank 0 looks whether the tracked checkpoint is whole; the others repair what Megatron could not even read."""
+    """Rank 0 checks whether the tracked checkpoint is complete; the others repair what Megatron could not read."""
     if args.rank == 0 or not is_sound(root):
         repair_tracker(root)
 
@@ -259,7 +259,7 @@ _FLAGS = ("--load", "--save", "--pretrained-checkpoint", "--shape-from", "--mask
 
 
 def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
-    """Refuse (UsageError) a command line whose stores ``verb`` cannot use from here, before Megatron reads it."""
+    """Refuse (UsageError) a command line whose stores ``verb`` cannot use here, before Megatron reads it."""
     refuse_malformed(argv)
     if "--enable-msc" in argv and importlib.util.find_spec("multistorageclient") is None:
         raise UsageError(
@@ -272,7 +272,7 @@ def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
 
 
 def refuse_malformed(argv: Sequence[str]) -> None:
-    """Refuse (UsageError) what no machine could run: other URLs, and ``msc://`` without ``--enable-msc``."""
+    """Refuse (UsageError) what works on no machine: other URLs, and ``msc://`` without ``--enable-msc``."""
     for flag, value in _checkpoints(argv):
         if flag == _CONVERTED:
             storage.refuse_stored(flag, value, "Megatron's converter writes to disks")
@@ -285,7 +285,7 @@ def refuse_malformed(argv: Sequence[str]) -> None:
 
 
 def _checkpoints(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(flag, value) of all flags that say where a checkpoint is."""
+    """(flag, value) of all flags that name a checkpoint."""
     for position, word in enumerate(argv):
         flag, _, value = word.partition("=")
         if flag in _FLAGS:
@@ -293,7 +293,7 @@ def _checkpoints(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def refuse_unfit(args: argparse.Namespace) -> None:
-    """Refuse (UsageError) what Megatron would do to ``--save`` as if it were a directory."""
+    """Refuse (UsageError) flags with which Megatron would treat a ``--save`` in a store as a local directory."""
     if args.save is None or not storage.is_stored(args.save):
         return
     for unfit, flag, given, allowed, why in (

@@ -1,19 +1,19 @@
-"""Lets Megatron run where there is no GPU. The only module that asks whether there is one.
+"""Lets Megatron run without a GPU. The only module that checks whether there is one.
 
 ``prepare()`` is called once, before any ``megatron`` import. With a GPU it does nothing, and Megatron runs as NVIDIA
 ships it. Without one it
 
 1. hides Transformer Engine and Apex, whose kernels need a GPU: Megatron would prefer their optimizers,
 2. gives ``torch.cuda`` stand-ins that answer for the CPU (device, streams, events, memory, RNG),
-3. sends tensors that name the device ``cuda`` to the CPU,
-4. makes ``Tensor.type()`` return the names that Megatron's assertions look for,
-5. replaces ``torch.compile`` by the identity: compiling the fused kernels takes longer than a small run gains by
-   them, and importing the compiler takes a second.
+3. redirects tensors on the device ``cuda`` to the CPU,
+4. makes ``Tensor.type()`` return the names that Megatron's assertions expect,
+5. replaces ``torch.compile`` by the identity: compiling the fused kernels takes longer than they save in a small run,
+   and importing the compiler takes a second.
 
-``prepare_megatron()`` follows after ``megatron.training`` is imported, and adapts the few places that insist on CUDA.
-``flags()`` are the Megatron flags that such a run needs. ``fuse()`` gives forward passes torch's fused attention in
-place of Megatron's local one, which writes out every score (a block of SmolLM2 on 2,048 tokens takes half the time);
-training keeps Megatron's.
+``prepare_megatron()`` runs after ``megatron.training`` is imported, and adapts the few places that insist on CUDA.
+``flags()`` are the Megatron flags for such a run. ``fuse()`` lets forward passes use torch's fused attention instead of
+Megatron's local one, which stores every score (a block of SmolLM2 on 2,048 tokens takes half the time); training keeps
+Megatron's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _prepared = False
 
 
 def is_cpu() -> bool:
-    """True where no GPU is visible, so that Megatron runs on the CPU over gloo."""
+    """True if no GPU is visible, so that Megatron runs on the CPU over gloo."""
     return _cuda_is_available() is False
 
 
@@ -44,7 +44,7 @@ _cuda_is_available = torch.cuda.is_available
 
 
 def flags() -> list[str]:
-    """Megatron flags that a CPU run needs; placed before the user's own, so that those win."""
+    """Megatron flags that a CPU run needs; placed before the user's own, which override them."""
     if not is_cpu():
         return []
     return [
@@ -58,7 +58,7 @@ def flags() -> list[str]:
 def prepare() -> None:
     """Install the stand-ins on ``torch``. A second call does nothing."""
     global _prepared
-    screen.divert()  # what the imports print is not for a person
+    screen.divert()  # the imports print nothing that users need
     if not is_cpu():
         return
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -89,10 +89,10 @@ def prepare_megatron() -> None:
 
 
 def _keep_write_results_in_process() -> None:
-    """Saving starts a manager process only to hand write results from a function to its caller.
+    """Megatron's saving starts a manager process only to pass write results from a function to its caller.
 
-    It imports the main module again (over a second of every save of a small run), and outlives a rank that is killed.
-    A synchronous save has both ends in one process, so a plain queue is enough.
+    The process imports the main module again (over a second per save of a small run) and outlives a rank that is
+    killed. In a synchronous save both ends are in one process, so a plain queue is enough.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import get_args
@@ -139,7 +139,7 @@ def _stand_in_for_cuda() -> None:
     properties = SimpleNamespace(major=0, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
     stand_ins: dict[str, Any] = {
         "current_device": lambda: cpu,
-        # Megatron initialises its parallel groups only where it counts a device.
+        # Megatron initialises its parallel groups only if it counts a device.
         "device_count": _local_world_size,
         "set_device": _nothing(), "synchronize": _nothing(), "empty_cache": _nothing(), "set_stream": _nothing(),
         "manual_seed": torch.default_generator.manual_seed,
@@ -169,7 +169,7 @@ def _local_world_size() -> int:
 
 
 def _nothing() -> Callable[..., None]:
-    # A new function each time: torch keeps a table of its functions and refuses one that is in it twice.
+    # A new function each time: torch registers its functions in a table and refuses duplicates.
     return lambda *_, **__: None
 
 
@@ -185,10 +185,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _redirect_factories() -> None:
-    """Wrap the functions that make tensors: a ``TorchFunctionMode`` would tax every operation."""
+    """Wrap the functions that create tensors: a ``TorchFunctionMode`` would slow down every operation."""
     from torch.utils._device import _device_constructors
 
-    _device_constructors()  # `with torch.device(…)` keeps a table of these functions: let it be of the real ones
+    _device_constructors()  # `with torch.device(…)` keeps a table of these functions: fill it with the real ones first
 
     def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)
@@ -232,7 +232,7 @@ def _redirect_factories() -> None:
 
 
 def _name_types_like_cuda() -> None:
-    """Megatron's optimizers assert ``torch.cuda.FloatTensor`` and its kin by name."""
+    """Megatron's optimizers compare types with ``torch.cuda.FloatTensor`` and similar names."""
     type_of = torch.Tensor.type
 
     def named(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -248,9 +248,9 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 
 
 def fuse(model: Iterable[torch.nn.Module]) -> None:
-    """Make the causal attention of these models run fused in forward passes without gradients.
+    """Use fused attention for the causal attention of these models in forward passes without gradients.
 
-    Does nothing on a GPU, where Transformer Engine's is fused, and leaves attention that is not plainly causal alone.
+    Does nothing on a GPU, where Transformer Engine's is fused, and does not touch attention that is not plainly causal.
     """
     if not is_cpu():
         return

@@ -42,7 +42,7 @@ from megatron_prune.errors import EXIT_REFUSED
 READY, GPU = b"R", b"G"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
-# What a training run has imported by its end, found by comparing sys.modules; our own modules load in milliseconds.
+# Everything that a training run imports, found by comparing sys.modules; our own modules load in milliseconds.
 PRELOAD = (
     "megatron.training",
     "megatron.core.datasets.blended_dataset",
@@ -67,7 +67,7 @@ def serve(control: socket.socket) -> None:
         return
     _preload()
     gc.collect()
-    gc.freeze()  # ranks would otherwise copy every page that holds an object the collector visits
+    gc.freeze()  # otherwise ranks would copy every page with an object that the collector visits
     control.sendall(READY)
     while True:
         ready, _, _ = select.select([control], [], [], 0.2)
@@ -116,7 +116,7 @@ def die_with(parent: int, signal_number: int) -> None:
     """Have the kernel end this process when ``parent`` ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
-    if os.getppid() != parent:  # it ended before the call
+    if os.getppid() != parent:  # it had already ended
         os._exit(1)
 
 
@@ -237,7 +237,7 @@ def _end(ranks: dict[int, int]) -> None:
 
 
 def _kill_groups(pids: list[int]) -> None:
-    """A rank that was ended leaves data workers behind; each rank leads a process group of its own."""
+    """End data workers that a killed rank leaves behind: each rank leads its own process group."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -280,7 +280,7 @@ def _rank(request: dict[str, Any], rank: int, start: int) -> int:
 
 
 def _as_if_started_now() -> None:
-    """Redo what a new interpreter does at import time: thread count, seeds, Megatron's clocks."""
+    """Redo what a new interpreter does at import: thread count, seeds, Megatron's clocks."""
     import numpy
     import torch
     from megatron.training import training

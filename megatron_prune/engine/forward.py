@@ -1,7 +1,7 @@
-"""Batch, loss and forward step: what Megatron's loop asks of every training script.
+"""Batch, loss and forward step: the functions that Megatron's loop expects of every training script.
 
-``forward_step`` is handed to ``megatron.training.pretrain``. ``run`` is for the verbs that only
-need forward passes (calibrate, evaluate): the same model and schedule, no gradients.
+``forward_step`` is passed to ``megatron.training.pretrain``. ``run`` is for the verbs that only need forward passes
+(calibrate, evaluate): the same model and schedule, without gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_prune.errors import DataError
 
-_SPIKE_FACTOR = 10  # a loss this many times the largest seen is reported, with --check-for-spiky-loss
+_SPIKE_FACTOR = 10  # with --check-for-spiky-loss, a loss this many times the largest so far is reported
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -43,7 +43,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key in _BATCH_KEYS}
-    if args.tensor_model_parallel_size > 1:  # alone, a rank would broadcast to itself
+    if args.tensor_model_parallel_size > 1:  # a single rank would broadcast to itself
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -68,7 +68,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
 def loss_function(
     loss_mask: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the token losses [b, s], how many tokens, and the pair for Megatron's log."""
+    """Sum of the token losses [b, s], the number of tokens, and the pair for Megatron's log."""
     args = get_args()
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1).float())
     tokens = loss_mask.sum().detach().to(torch.int)
@@ -116,13 +116,13 @@ def run(
     reduce: Callable[[torch.Tensor], torch.Tensor] = torch.mean,
     batch: int = 1,
 ) -> list[float] | None:
-    """Forward every window through the pipeline; what ``reduce`` makes of the token losses of each, in order.
+    """Forward every window through the pipeline; returns ``reduce`` of each window's token losses, in order.
 
-    ``windows`` yields int64 tensors [S + 1], the same on every rank of this data-parallel replica, of any
-    lengths: token t+1 is predicted from the tokens up to t, so each window makes S predictions. A micro-batch
-    is ``batch`` windows, which must be of one length where it is more than one. ``reduce`` gets the losses of
-    one window, float64 [S], and returns a scalar. Returns None but on the last stage. Padding of the vocabulary
-    does not count (``engine/vocabulary.py``); DataError where a window holds an id of it.
+    ``windows`` yields int64 tensors [S + 1] of any length, the same on every rank of this data-parallel replica: token
+    t+1 is predicted from the tokens up to t, so each window makes S predictions. A micro-batch is ``batch`` windows,
+    which must have the same length. ``reduce`` gets the losses of one window, float64 [S], and returns a scalar.
+    Returns None except on the last stage. Padding of the vocabulary does not count (``engine/vocabulary.py``);
+    DataError if a window holds a padding id.
     """
     stacked = (torch.stack(some) for some in itertools.batched(map(checked, windows), batch))  # [B, S + 1] each
     batches = ((some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in stacked)  # [B, S] each
@@ -133,12 +133,12 @@ def run(
 
 
 def checked(window: torch.Tensor) -> torch.Tensor:
-    """``window``, int64 [S + 1], all of whose ids are words of the loaded model; else DataError."""
+    """``window``, int64 [S + 1], if all of its ids are words of the loaded model; else DataError."""
     largest, words = int(window.max()), get_args().vocab_size
     if largest >= words:
         raise DataError(
-            f"the text holds token {largest}, the model's vocabulary ends at {words - 1}: it was written with another "
-            "tokenizer; or give --vocab-size, if the model has learnt more words than its checkpoint says"
+            f"the text holds token {largest}, expected ids up to {words - 1}, the model's vocabulary: use text written "
+            "with its tokenizer, or give --vocab-size if the model has learned more words than its checkpoint says"
         )
     return window
 
@@ -146,10 +146,10 @@ def checked(window: torch.Tensor) -> torch.Tensor:
 def run_logits(
     model: list[torch.nn.Module], batches: Iterable[torch.Tensor], read: Callable[[torch.Tensor], Any]
 ) -> list[Any] | None:
-    """Forward every batch through the pipeline; what ``read`` makes of the logits of each, in order.
+    """Forward every batch through the pipeline; returns ``read`` of each batch's logits, in order.
 
-    ``batches`` yields int64 tensors [B, S] as ``run`` does windows. ``read`` gets [B, S, V / TP] on every tensor
-    parallel rank of the last stage: this rank's share of the padded vocabulary. Returns None but on that stage.
+    ``batches`` yields int64 tensors [B, S], as ``windows`` in ``run``. ``read`` gets [B, S, V / TP] on every tensor
+    parallel rank of the last stage: this rank's share of the padded vocabulary. Returns None on other stages.
     """
     return _through_the_pipeline(model, ((batch, None) for batch in batches), read)
 
@@ -159,7 +159,7 @@ def _through_the_pipeline(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     read: Callable[[torch.Tensor], Any],
 ) -> list[Any] | None:
-    """Tokens [B, S] and labels, or None for logits, through all stages; what ``read`` makes of each output."""
+    """Run tokens [B, S] and labels (None for logits) through all stages; returns ``read`` of each output."""
     found: list[Any] = []
 
     def step(iterator: Iterator[tuple[torch.Tensor, torch.Tensor | None]], stage: torch.nn.Module) -> tuple[Any, Any]:
@@ -170,7 +170,7 @@ def _through_the_pipeline(
 
         def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             found.append(read(output))
-            # What the schedule makes of a loss and its number of tokens is of no use here.
+            # The schedule's own reduction of losses is not used here.
             return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
 
         return output, collect
@@ -195,7 +195,7 @@ def _through_the_pipeline(
 
 
 def count_nonzero(model: list[torch.nn.Module]) -> int:
-    """Parameters of the whole model that are not zero, each counted once, on every rank the same."""
+    """Nonzero parameters of the whole model, each counted once, the same on every rank."""
     own = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
     if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
         first_of_tp = mpu.get_tensor_model_parallel_rank() == 0

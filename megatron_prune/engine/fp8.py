@@ -1,15 +1,15 @@
-"""FP8 recipes by name, and why one cannot run here.
+"""FP8 recipes by name, and the reasons why one cannot run here.
 
-``--fp8-preset`` stands for a set of Megatron's flags (``PRESETS``), over bf16 and Transformer Engine's layers:
+``--fp8-preset`` sets several of Megatron's flags (``PRESETS``), for bf16 and Transformer Engine's layers:
 
 * ``hybrid-delayed``: E4M3 forward, E5M2 backward, one scale per tensor from the largest values of the last 1024 steps.
-  The oldest recipe, with the least work per step: scales are known before the tensor is. All layers are FP8.
+  The oldest recipe, with the least work per step, because scales are known before the tensor. All layers are FP8.
 * ``current``: the same formats, each tensor scaled by its own largest value. First and last layer in bf16.
 * ``blockwise``: E4M3 everywhere, a scale for each 1 x 128 of activations and 128 x 128 of weights. First and last
   layer in bf16.
 
-What FP8 kernels require of a model's dimensions is checked for every recipe, also where Megatron's own flags choose it,
-because pruning can leave any dimensions. A value that contradicts a preset is refused, so that a name means one thing.
+The dimensions that FP8 kernels require are checked for every recipe, even one chosen with Megatron's own flags, because
+pruning can produce any dimensions. A flag that contradicts a preset is refused, so that each name means one recipe.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise", **_BF16_ENDS},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise", **_BF16_ENDS},
 }  # fmt: skip
-# Megatron's spellings of what presets set; those that count layers stay the user's.
+# Megatron's spellings of the presets' values; the user may set those that count layers.
 _OPTIONS = {
     "--fp8-format": "fp8",
     "--fp8-recipe": "fp8_recipe",
@@ -43,18 +43,18 @@ _OPTIONS = {
     "--num-layers-at-end-in-bf16": "num_layers_at_end_in_bf16",
 }
 _COUNTS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-# The least compute capability (and the first above it that cannot) of a recipe, and the GPUs that have it.
+# A recipe's minimum compute capability, the first higher one that lacks it, and the GPUs that have it.
 _CAPABILITIES = {
     "delayed": ((8, 9), None, "Ada, Hopper or newer"),
     "tensorwise": ((8, 9), None, "Ada, Hopper or newer"),
     "blockwise": ((9, 0), None, "Hopper or newer"),
     "mxfp8": ((10, 0), (12, 0), "data center Blackwell"),
 }
-ALIGNMENT = 16  # elements: what FP8 matrix products ask of each dimension
+ALIGNMENT = 16  # elements: the divisor that FP8 matrix products require of each dimension
 
 
 def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
-    """Set what ``args.fp8_preset`` stands for; UsageError where ``argv`` says something else. Before validation."""
+    """Set the flags of ``args.fp8_preset``; UsageError if ``argv`` contradicts them. Call before validation."""
     if args.fp8_preset is None:
         return
     preset = dict(PRESETS[args.fp8_preset])
@@ -82,7 +82,7 @@ def apply_preset(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def refuse_unfit(args: argparse.Namespace) -> None:
-    """UsageError where the FP8 recipe of validated ``args`` cannot run on this GPU, or not with this model."""
+    """UsageError if the FP8 recipe of validated ``args`` cannot run on this GPU or with this model."""
     if not args.fp8:
         return
     flag, value = (FLAG, args.fp8_preset) if args.fp8_preset else ("--fp8-recipe", args.fp8_recipe)
@@ -98,7 +98,7 @@ def refuse_unfit(args: argparse.Namespace) -> None:
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The FP8 recipe of ``args`` as JSON; None without FP8. Two forward passes are alike only where these are equal."""
+    """The FP8 recipe of ``args`` as JSON; None without FP8. Comparable forward passes need equal recipes."""
     if not args.fp8:
         return None
     ends = [getattr(args, name) for name in _COUNTS] if args.first_last_layers_bf16 else [0, 0]
@@ -107,11 +107,11 @@ def describe(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def refuse_delayed(args: argparse.Namespace, why: str = "") -> None:
-    """UsageError where forward passes alone would run under delayed scaling.
+    """UsageError for forward passes alone under delayed scaling.
 
     Transformer Engine takes a delayed scale from the largest values of earlier steps, and updates it only in steps
-    with gradients. Without any, every scale stays 1: E4M3's values near zero are 2^-9 apart, so that a weight of 0.005
-    is rounded by up to a fifth, and activations above 448 are cut.
+    with gradients. Without any, every scale stays 1: E4M3's values near zero are 2^-9 apart, so a weight of 0.005
+    is rounded by up to a fifth, and activations above 448 are clipped.
     """
     if args.fp8 and args.fp8_recipe == "delayed":
         raise UsageError(
@@ -122,11 +122,11 @@ def refuse_delayed(args: argparse.Namespace, why: str = "") -> None:
 
 
 def cast_weights_again(module: torch.nn.Module) -> None:
-    """Let every linear in ``module`` cast its weight to FP8 at its next forward pass.
+    """Make every linear in ``module`` cast its weight to FP8 again at its next forward pass.
 
-    Transformer Engine keeps the FP8 copy from the first micro-batch of a step to the last. Megatron's schedules say
-    when a step begins, for the modules that they found at their first one. Whoever runs blocks without a schedule, or
-    changes a weight between two passes, must call this: the old copy would be multiplied otherwise.
+    Transformer Engine keeps the FP8 copy from the first micro-batch of a step to the last. Megatron's schedules mark
+    the start of a step for the modules that they found first. Code that runs blocks without a schedule, or changes a
+    weight between two passes, must call this; otherwise the old copy is used.
     """
     part: Any
     for part in module.modules():
@@ -147,7 +147,7 @@ def _refuse_gpu(flag: str, value: str, recipe: str) -> None:
 
 
 def _refuse_counts(args: argparse.Namespace) -> None:
-    """A pruned model can have fewer layers in a stage than are to stay in bf16."""
+    """Refuse more bf16 layers than a stage has: a pruned model can have few layers per stage."""
     most = args.num_layers // args.pipeline_model_parallel_size
     for name in _COUNTS:
         if not 0 <= getattr(args, name) <= most:
@@ -158,7 +158,7 @@ def _refuse_counts(args: argparse.Namespace) -> None:
 
 
 def dimensions(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(flag to change, what it is, its size on a rank) of every dimension of an FP8 matrix product of the model."""
+    """(flag to change, name, size per rank) of every dimension of the model's FP8 matrix products."""
     ranks = args.tensor_model_parallel_size
     heads, channels = args.num_attention_heads, args.kv_channels
     groups = args.num_query_groups if args.group_query_attention else heads

@@ -1,10 +1,10 @@
 """The model's arguments from the checkpoint that the command line names, without ``--use-checkpoint-args``.
 
-``take`` does what Megatron's ``--use-checkpoint-args`` does, and what that forgets (``layout.FORGOTTEN``): the model's
-shape, then the sequence length, the precision and the tokenizer. What the command line says is kept. Where Megatron's
-users write ``--use-checkpoint-args``, Megatron's precedence holds: there, the checkpoint has the last word.
+``take`` restores what Megatron's ``--use-checkpoint-args`` restores, and what that omits (``layout.FORGOTTEN``): the
+model's shape, then the sequence length, the precision and the tokenizer. Values on the command line are kept. With an
+explicit ``--use-checkpoint-args``, Megatron's precedence holds: the checkpoint overrides the command line.
 
-The checkpoint is that of ``--shape-from``, else that of ``--load`` once it holds one, else ``--pretrained-checkpoint``.
+The checkpoint is that of ``--shape-from``, else that of ``--load`` if it holds one, else ``--pretrained-checkpoint``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, iteration_directory
 from megatron_prune.errors import UsageError
 
-_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")  # without one, no model
-# A model that was imported has seen no sequence length; its longest is taken up to here, and asked for beyond.
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")  # required for a model
+# An imported model has no training sequence length: its longest is used up to this limit, and required as a flag above.
 LONGEST_UNSAID = 8192
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -37,7 +37,7 @@ def has_checkpoint(path: str | None) -> bool:
 
 
 def source(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint whose model this run builds; None where the command line names none that exists."""
+    """The checkpoint whose model this run builds; None if the command line names none that exists."""
     if args.shape_from is not None:
         return open_checkpoint(args.shape_from)
     if has_checkpoint(args.load):
@@ -48,10 +48,10 @@ def source(args: argparse.Namespace) -> Checkpoint | None:
 def take(
     args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str], load_args: Callable[..., Any]
 ) -> None:
-    """Set what the command line does not say; ``load_args`` is Megatron's ``load_args_from_checkpoint``.
+    """Set what the command line does not give; ``load_args`` is Megatron's ``load_args_from_checkpoint``.
 
-    Raises UsageError where ``--use-checkpoint-args`` is given and no checkpoint is, CheckpointError for one that
-    cannot be read or that was trained with an argument which nothing restores.
+    Raises UsageError if ``--use-checkpoint-args`` is given without a checkpoint, CheckpointError for a checkpoint that
+    cannot be read or that was trained with an argument which cannot be restored.
     """
     checkpoint = source(args)
     if checkpoint is None:
@@ -69,7 +69,7 @@ def take(
     args.ckpt_step = None if checkpoint.release else checkpoint.iteration
     load_args(args)
     args.load, args.ckpt_step = own_load, own_step
-    args.iteration = 0  # the loader sets it again from the checkpoint that is really loaded
+    args.iteration = 0  # the loader sets it again from the checkpoint that is loaded
     if not args.use_checkpoint_args:
         vars(args).update(said)
     for name, options in FORGOTTEN.items():
@@ -97,9 +97,9 @@ def _take_precision(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
 
 
 def take_tokenizer(args: argparse.Namespace) -> None:
-    """Set the tokenizer where the data needs its end-of-text token and no flag says it; before Megatron builds it.
+    """Set the tokenizer if the data needs its end-of-text token and no flag gives it; before Megatron builds it.
 
-    A run that goes on from its own save keeps the one that it began with, so ``--load`` is asked last.
+    A run that continues from its own save keeps its original tokenizer, so ``--load`` is read last.
     """
     if args.tokenizer_type is None and (args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss):
         for named in (args.shape_from, args.pretrained_checkpoint, args.load if has_checkpoint(args.load) else None):
@@ -116,7 +116,7 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
 
 
 def refuse_shapeless(args: argparse.Namespace) -> None:
-    """UsageError where neither a checkpoint nor the command line says what model it is."""
+    """UsageError if neither a checkpoint nor the command line gives the model's shape."""
     absent = [f"--{name.replace('_', '-')}" for name in _SHAPE if getattr(args, name) is None]
     if absent:
         raise UsageError(

@@ -1,13 +1,13 @@
-"""What Megatron's defaults must become where NVIDIA's optional packages are not installed.
+"""Adjusts Megatron's defaults if NVIDIA's optional packages are not installed.
 
-Megatron's defaults are those of NVIDIA's containers. Without one of their packages, most of them fail only while the
-model is built or in the first step, when all ranks hold their GPUs. ``settle`` runs before any process group exists:
+Megatron's defaults assume NVIDIA's containers. Without one of their packages, most of them fail only when the model is
+built or in the first step, when all ranks hold their GPUs. ``settle`` runs before any process group exists:
 
 * a fusion that is on by default, and only makes a run faster, is switched off, and one line says so;
-* what the command asks for by name is refused, with the package to install.
+* an explicit request is refused, with the package to install.
 
-The rules are those of Megatron 0.19.2's source, and each names its place there. Without a GPU, ``cpu.flags`` has
-switched everything off. Preflight asks about another machine: ``assume`` says what is installed there.
+The rules follow Megatron 0.19.2's source, and each names its place there. Without a GPU, ``cpu.flags`` has switched
+everything off. Preflight asks about another machine: ``assume`` states what is installed there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_prune import screen
 from megatron_prune.engine import cpu
 from megatron_prune.errors import UsageError
 
-# What --installed may name: what it is called, and how one gets it.
+# What --installed may name: the package's name, and how to install it.
 PACKAGES: Mapping[str, tuple[str, str]] = {
     "te": (
         "Transformer Engine",
@@ -62,7 +62,7 @@ _assumed: Installed | None = None
 
 
 def assume(installed: Installed) -> None:
-    """From here on, in this process, answer for a machine that has ``installed``."""
+    """From now on, in this process, answer for a machine that has ``installed``."""
     global _assumed
     _assumed = installed
 
@@ -84,7 +84,7 @@ def named(text: str) -> Installed:
 
 @functools.cache
 def find() -> Installed:
-    """What this machine has: imported as Megatron imports it, so that a package that is broken counts as missing."""
+    """What this machine has, imported as Megatron imports it, so that a broken package counts as missing."""
     return Installed(
         te=_imports("transformer_engine.pytorch"),
         apex=_imports("apex.normalization.fused_layer_norm"),
@@ -106,9 +106,9 @@ def _imports(name: str) -> bool:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Switch off the defaults of ``args``, parsed and not yet validated, that cannot be had.
+    """Switch off defaults of ``args``, parsed and not yet validated, whose packages are missing.
 
-    UsageError for what is asked for by name. A verb that builds no model has set ``args.builds_model`` to False.
+    UsageError for explicit requests. A verb that builds no model has set ``args.builds_model`` to False.
     """
     if not getattr(args, "builds_model", True):
         return
@@ -126,7 +126,7 @@ def _known() -> Installed:
 
 
 def say(args: argparse.Namespace, off: list[str]) -> None:
-    """Tell once what was switched off."""
+    """Report once what was switched off."""
     screen.say(f"switched off, since what they need is not installed: {'; '.join(off)}")
 
 
@@ -162,7 +162,7 @@ def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
         other = "local"
         raise _missing("te", "--transformer-impl", args.transformer_impl, other)
     without: tuple[tuple[str, object, bool, str, str], ...] = (
-        # flag, its value, whether it asks for the package, the package, what else is allowed
+        # flag, its value, whether it asks for the package, the package, the allowed alternatives
         ("--defer-embedding-wgrad-compute", "on", args.defer_embedding_wgrad_compute and not found.apex_gradients,
          "apex", ""),
         ("--fp8-format", args.fp8, args.fp8 and not found.te, "te", ""),
@@ -173,7 +173,7 @@ def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
         # OptimizerConfig.__post_init__ raises.
         ("--use-precision-aware-optimizer", "on",
          args.use_precision_aware_optimizer and not args.optimizer_cpu_offload and not found.te, "te", ""),
-        # Transformer Engine is told to take no other, and then has none.
+        # Transformer Engine may use no other backend, and then has none.
         ("--attention-backend", "flash", not local and _backend(args) == "flash" and not found.flash_attn,
          "flash-attn", "auto, fused or unfused"),
         # get_async_strategy raises, at the first save. Without persistent workers Megatron switches --async-save off.
@@ -203,7 +203,7 @@ def _refuse_missing(args: argparse.Namespace, found: Installed) -> None:
 
 
 def _refuse_for_local_layers(args: argparse.Namespace) -> None:
-    """What Megatron's local layers do not have, with or without a GPU: asserted when the model is built, or ignored."""
+    """Refuse what Megatron's local layers lack, with or without a GPU: it would fail at the build or be ignored."""
     if args.transformer_impl != "local":
         return
     torch_norms = cpu.is_cpu() or _torch_norms(args, _known())

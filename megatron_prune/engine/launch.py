@@ -1,10 +1,9 @@
 """Run a verb as a job of several processes on this machine, from Python.
 
-``launch(["pretrain", …], nproc=4, log="log.txt")`` is ``torchrun --nproc-per-node 4 -m
-megatron_prune pretrain …`` and, where there is a GPU, just that. Without one, the ranks are
-forked from a process that has already imported torch and Megatron (``engine/fork_server.py``): the
-same work, seconds earlier. Whether a job *succeeded* is for its account, scores or manifest to say; the return code
-says whether every process exited with 0.
+``launch(["pretrain", …], nproc=4, log="log.txt")`` is ``torchrun --nproc-per-node 4 -m megatron_prune pretrain …``,
+and with a GPU that is what runs. Without one, the ranks are forked from a process that has already imported torch and
+Megatron (``engine/fork_server.py``): the same work, seconds earlier. The return code says whether every process exited
+with 0; whether a job succeeded is in its account, scores or manifest.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from megatron_prune.engine import fork_server
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
-FORK_SERVER = fork_server.__name__  # the module that the process which forks ranks runs
+FORK_SERVER = fork_server.__name__  # the module of the process that forks ranks
 
 
 def launch(
@@ -42,10 +41,10 @@ def launch(
 ) -> int:
     """Run ``python -m megatron_prune <argv>`` in ``nproc`` processes and wait for them.
 
-    ``log`` receives all that the ranks print (appended; None: the caller's own screen, and what is not for a person
-    goes to files of its own, see ``screen.py``). ``env`` is laid over this process's environment. When one rank fails
-    the others are ended. Returns 0 when every rank exited with 0, otherwise the first failing rank's exit code (-N for
-    signal N; torchrun makes it 1), and 124 when ``timeout`` seconds have passed and the job was ended.
+    ``log`` receives everything that the ranks print (appended; None: the caller's screen, with technical output in
+    separate files, see ``screen.py``). ``env`` is added to this process's environment. If one rank fails the others
+    are ended. Returns 0 if every rank exited with 0, otherwise the first failing rank's exit code (-N for signal N;
+    torchrun makes it 1), and 124 if ``timeout`` seconds have passed and the job was ended.
     """
     job = start(argv, nproc=nproc, log=log, env=env)
     try:
@@ -100,11 +99,11 @@ class Job:
     ranks: list[int]
 
     def wait(self, timeout: float | None = None) -> int:
-        """The job's return code as ``launch`` gives it; ``TimeoutError`` while it still runs."""
+        """The job's return code, as from ``launch``; ``TimeoutError`` if it still runs after ``timeout`` seconds."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the job if it still runs, and wait until none of its processes is left."""
+        """End the job if it still runs, and wait until all of its processes have exited."""
         raise NotImplementedError
 
     def __enter__(self) -> Job:
@@ -180,14 +179,16 @@ def _start_forked(
         fork_server.send(ours, request)
         return _ForkedJob(ours, fork_server.receive(ours)["ranks"])
     except (EOFError, OSError) as error:
-        raise RunError(f"the process that starts jobs died before {argv[1:2]} began: see its log") from error
+        raise RunError(
+            f"the fork server died before {argv[1:2]} began: see the error above, and check the free memory"
+        ) from error
 
 
 @contextlib.contextmanager
 def _open_log(log: str | Path | None) -> Iterator[tuple[int, int]]:
     """Descriptors for a job's stdout and stderr.
 
-    A log has a shared lock as long as any process of the job has it open, whatever became of the others:
+    The log keeps a shared lock while any process of the job has it open, even after others have died:
     ``wait_until_free`` waits for it.
     """
     if log is None:
@@ -196,14 +197,14 @@ def _open_log(log: str | Path | None) -> Iterator[tuple[int, int]]:
         yield 1, 2
         return
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a+b") as handle:  # NFS locks nothing that cannot be read
+    with open(log, "a+b") as handle:  # NFS locks only files that are open for reading
         with contextlib.suppress(OSError):  # a file system without locks, or not a file
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield handle.fileno(), handle.fileno()
 
 
 def wait_until_free(log: Path, tell: Callable[[], None]) -> bool:
-    """Return when no process of an earlier job has ``log`` open; True, after a ``tell``, if there were any."""
+    """Return when no process of an earlier job has ``log`` open; True, after calling ``tell``, if there were any."""
     if not log.is_file():
         return False
     with open(log, "r+b") as handle:
@@ -216,7 +217,7 @@ def wait_until_free(log: Path, tell: Callable[[], None]) -> bool:
     return False
 
 
-# OpenMP's threads wait for each other in a loop of milliseconds. Next to other work on two cores, a step of 0.2 s then
+# OpenMP's threads busy-wait for each other for milliseconds. Next to other work on two cores, a step of 0.2 s then
 # took 3.7 s with two threads, and 0.4 s with this.
 _SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "2000"}
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a rank sets its own
@@ -233,12 +234,12 @@ class _ForkServer:
             [sys.executable, "-m", FORK_SERVER, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a ^C is for the caller, who then ends its jobs
+            start_new_session=True,  # a ^C goes to the caller, which then ends its jobs
             env=_SPIN_BRIEFLY | os.environ | _ONE_THREAD | {"PYTHONUNBUFFERED": "1"},
         )
         theirs.close()
         answer = self.control.recv(1)
-        self.forks = answer == fork_server.READY  # there is no GPU
+        self.forks = answer == fork_server.READY  # without a GPU
         if answer not in (fork_server.READY, fork_server.GPU):
             raise RunError(f"{sys.executable} -m {FORK_SERVER} could not start: its error is above")
 
@@ -272,11 +273,11 @@ def _fork_server() -> _ForkServer:
 def _be_torchrun() -> None:
     """What ``_TorchrunJob`` runs: ``python -m megatron_prune.engine.launch CALLER <words of torchrun>``.
 
-    torchrun that ends its ranks when the process CALLER is gone. A caller that is killed cannot end anything itself,
-    and ranks without one would hold their GPUs for hours. SIGTERM has torchrun end its ranks, with its own grace.
+    A torchrun that ends its ranks when the process CALLER dies. A caller that is killed cannot end them itself, and
+    orphaned ranks would hold their GPUs for hours. On SIGTERM torchrun ends its ranks, after its own grace period.
     """
     fork_server.die_with(int(sys.argv.pop(1)), signal.SIGTERM)
-    from torch.distributed import run  # seconds: the caller may be gone by then
+    from torch.distributed import run  # takes seconds: the caller may have exited by then
 
     run.main()
 

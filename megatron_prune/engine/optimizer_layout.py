@@ -1,9 +1,9 @@
-"""Which share of which weight is where in the distributed optimizer's buckets: stored with them, compared on loading.
+"""Which part of which weight is where in the distributed optimizer's buckets: stored with them, compared on loading.
 
-Megatron saves its optimizer's flat buckets as they are, and reads them back into whatever weights its own model has at
-those places. Another tensor or pipeline parallelism it refuses; another order of weights (a spec with other names,
-virtual stages, other flags of gradient buckets) it may not notice. ``install`` has every save say what its buckets
-hold, so that ``checkpoint/reshard.py`` can take them apart, and has every load compare.
+Megatron saves its optimizer's flat buckets as they are, and reads them back into the weights that its own model has at
+these positions. It refuses another tensor or pipeline parallelism, but may not notice another order of weights (a spec
+with other names, virtual stages, other flags of gradient buckets). ``install`` makes every save record what its
+buckets hold, so that ``checkpoint/reshard.py`` can split them, and makes every load compare.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def install(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Refuse (UsageError) to go on from a state that does not load at this TP and PP; let it load at any DP.
+    """Refuse (UsageError) to resume from a state that does not load at this TP and PP; allow any DP.
 
-    Where gradients are reduced bucket by bucket, Megatron's buckets grow with the data-parallel ranks from 41 on: a run
-    that goes on at another number of them keeps the size that it was saved with. Before Megatron validates.
+    If gradients are reduced bucket by bucket, Megatron's buckets grow with the data-parallel ranks from 41 on: a run
+    that resumes with another number of ranks keeps the saved size. Call before Megatron validates.
     """
     if args.load is None or not args.use_distributed_optimizer or args.finetune or args.no_load_optim:
         return
@@ -83,9 +83,9 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def describe(optimizer: Any, model_state: Any) -> dict[str, list[dict[str, Any]]]:
-    """By bucket, as it is named in a checkpoint: the shares of weights in it that no other rank saves too.
+    """By bucket, named as in a checkpoint: its parts of weights, without those that another rank saves too.
 
-    ``model_state`` is the model's sharded state, whose entries say where a parameter is in the whole weight.
+    ``model_state`` is the model's sharded state, whose entries locate a parameter in the whole weight.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -104,9 +104,9 @@ def describe(optimizer: Any, model_state: Any) -> dict[str, list[dict[str, Any]]
         found |= {name: [] for name in names}
         for parameter, (start, _, bucket) in buffer.param_index_map.items():
             entry = by_parameter[parameter]
-            if any(entry.replica_id[:2]):  # another model-parallel rank has the same state, and saves it
+            if any(entry.replica_id[:2]):  # another model-parallel rank saves the same state
                 continue
-            shape = torch.empty(parameter.shape, device="meta")  # its parts tell where they begin in the whole
+            shape = torch.empty(parameter.shape, device="meta")  # its parts know their offset in the whole
             parts = dataclasses.replace(entry, data=shape).build() if isinstance(entry, ShardedTensorFactory) else None
             for part in [entry] if parts is None else nested_values(parts):
                 within = 0 if parts is None else part.data.storage_offset()
@@ -119,8 +119,8 @@ def describe(optimizer: Any, model_state: Any) -> dict[str, list[dict[str, Any]]
 
 
 def _refuse_other(args: argparse.Namespace, key: str, buckets: Mapping[str, Any]) -> None:
-    """CheckpointError where the save that is being loaded has other shares in these buckets. A save that does not say
-    what it holds is Megatron's to judge."""
+    """CheckpointError if the save being loaded has other parts in these buckets. A save without this record is left
+    for Megatron to check."""
     directory = open_checkpoint(runtime.loaded_directory(args)).directory
     for place, info in safe.load_metadata(directory).storage_data.items():
         if place.fqn == f"{key}/shard_0_1":
@@ -129,6 +129,6 @@ def _refuse_other(args: argparse.Namespace, key: str, buckets: Mapping[str, Any]
             if json.loads(text)["buckets"] != json.loads(json.dumps(buckets)):
                 raise CheckpointError(
                     f"--load {args.load}: the optimizer state was saved with its weights in another order (another "
-                    "--transformer-impl, virtual stages, --overlap-grad-reduce or --ddp-bucket-size): give the same "
+                    "--transformer-impl, virtual stages, --overlap-grad-reduce or --ddp-bucket-size). Give the same "
                     f"flags as then, or run first: {COMMAND} {args.load}"
                 )

@@ -1,13 +1,13 @@
-"""Fixes of Megatron 0.19.2, for its data helpers and for resuming its distributed optimizer.
+"""Fixes for Megatron 0.19.2: its data helpers, and resuming its distributed optimizer.
 
-1. The wheel of Megatron ships its data helpers compiled, without the Makefile that it calls to compile them.
-2. In fp32 the master weights are views of the parameters. Megatron writes what it loads into them while autograd is
+1. Megatron's wheel ships its data helpers compiled, without the Makefile that it calls to compile them.
+2. In fp32 the master weights are views of the parameters. Megatron copies loaded values into them while autograd is
    recording, which is an error with any optimizer.
-3. Where neither Transformer Engine nor Apex is installed, torch's AdamW runs. torch keeps a step count for each
-   parameter, Megatron keeps one in each parameter group, and its conversion is wrong in three ways: loading asks a new
-   AdamW for its step before it has one (an assertion); the steps are stored as if they were sharded like moments,
-   and are read back as something else or not at all; and afterwards all parameters share one step tensor, which torch
-   then advances once per parameter instead of once per step.
+3. Without Transformer Engine and Apex, torch's AdamW runs. torch keeps a step count per parameter, Megatron one per
+   parameter group, and its conversion fails in three ways: loading reads a new AdamW's step before it exists (an
+   assertion); the steps are stored as if they were sharded like moments, and are read back wrong or not at all; and
+   afterwards all parameters share one step tensor, which torch then increments once per parameter instead of once per
+   step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 
 def apply() -> None:
-    """Make all fixes, after ``megatron.training`` is imported. A second call does nothing."""
+    """Apply all fixes, after ``megatron.training`` is imported. A second call does nothing."""
     keep_prebuilt_helpers()
     _fix_distributed_optimizer()
 
@@ -73,7 +73,7 @@ def _fix_distributed_optimizer() -> None:
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state before its first step."""
+    """Create AdamW's state before its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

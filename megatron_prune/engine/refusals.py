@@ -1,9 +1,9 @@
-"""Flags of Megatron's parser that would do nothing here, or start a run that cannot go on: refused when given.
+"""Megatron flags that would do nothing here, or start a run that cannot resume: refused when given.
 
 Megatron's flags work as in Megatron, except those that only its entry scripts read: this package replaces these
-scripts, so the parser would accept such a flag and nothing would change. ``unreached.json`` lists the flags that no
-code which runs here reads. It is worked out from Megatron's source (``tests/engine/unreached.py``), and a test works
-it out again. The lists below are of flags that Megatron's library does read, for programs that are not here.
+scripts, so such a flag would be accepted without effect. ``unreached.json`` lists the flags that no code which runs
+here reads. ``tests/engine/unreached.py`` derives it from Megatron's source, and a test derives it again. The lists
+below are flags that Megatron's library does read, for programs that are not here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_prune.errors import UsageError
 # Groups of the parser that belong to other programs. Flags of CUDA graphs are in the group of inference.
 _OTHER_PROGRAMS = ("rl", "biencoder", "vision", "inference")
 _OF_TRAINING = ("cuda_graph_modules", "cuda_graph_scope_deprecated")
-# Deprecated names of what is Megatron's default now: they do what they say.
+# Deprecated names of what is now Megatron's default: they still work.
 _ASK_FOR_THE_DEFAULT = (
     "deprecated_use_mcore_models",
     "use_dist_ckpt_deprecated",
@@ -29,7 +29,7 @@ _ASK_FOR_THE_DEFAULT = (
 
 _UNREAD = "nothing that runs here reads it, so it would have no effect"
 _CANNOT_RESUME = "its checkpoints are in a format that is not read here, so the run could not resume"
-# destination: why, where any other value than the parser's default would be accepted without its effect
+# destination: the reason, for flags whose values other than the default would be accepted without effect
 _ELSEWHERE = {
     "logits_load_dir": "the loss on these logits is in pretrain_gpt.py, so the run would train without it",
     "sft": "its data set is made by pretrain_gpt.py, so the run would train on plain text",
@@ -37,7 +37,7 @@ _ELSEWHERE = {
     "inprocess_restart": "pretrain_gpt.py does it; here the launcher starts a failed run again",
     "use_megatron_fsdp": _CANNOT_RESUME,
 }
-# (destination, value): why
+# (destination, value): the reason
 _VALUES = {
     ("ckpt_format", "torch_dcp"): _CANNOT_RESUME,
     ("ckpt_format", "fsdp_dtensor"): _CANNOT_RESUME,
@@ -57,7 +57,7 @@ def refuse_yaml(argv: Sequence[str]) -> None:
 
 
 def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Refuse (UsageError) a flag that was given a value other than its default and would not do what it says."""
+    """Refuse (UsageError) a flag with a value other than its default that would have no effect."""
     for action, why in _refused(parser):
         value = getattr(args, action.dest, action.default)
         if value != action.default:
@@ -71,7 +71,7 @@ def refuse_without_effect(parser: argparse.ArgumentParser, args: argparse.Namesp
 def refuse_names(arguments: Mapping[str, Any], where: str) -> None:
     """Refuse (UsageError) flags of the list above by their names alone, before there is a command line.
 
-    ``arguments`` are values by flag, without its dashes; ``where`` they are written, for the error.
+    ``arguments`` are values by flag, without dashes; ``where`` they are written is named in the error.
     """
     for flag, value in arguments.items():
         name = flag.replace("-", "_")
@@ -107,7 +107,7 @@ def unreached() -> frozenset[str]:
 
 
 def _option(action: argparse.Action, argv: Sequence[str]) -> str:
-    """The flag as it stands on the command line."""
+    """The flag as written on the command line."""
     words = {word.split("=", 1)[0] for word in argv}
     return next((option for option in action.option_strings if option in words), action.option_strings[0])
 

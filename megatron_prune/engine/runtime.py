@@ -1,7 +1,7 @@
-"""Start Megatron, build the model, load it, and make sure that all of it was loaded.
+"""Start Megatron, build the model, load it, and verify that all of it was loaded.
 
-Every verb that runs a model calls ``start``. ``pretrain`` then hands over to Megatron's own loop; the forward-only
-verbs call ``initialize`` and ``load_model``, and where they need text, ``tokenizer``.
+Every verb that runs a model calls ``start``. ``pretrain`` then passes control to Megatron's own loop; the forward-only
+verbs call ``initialize`` and ``load_model``, and, if they need text, ``tokenizer``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_prune.settings import Settings
 def start(
     verb: str, words: Sequence[str], own: Settings | None = None, *, complete: Complete | None = None
 ) -> argparse.Namespace:
-    """Parse, validate and set Megatron's globals. Starts no process group yet.
+    """Parse, validate and set Megatron's globals. Starts no process group.
 
     ``words`` are Megatron's part of the command line, ``own`` the verb's settings (``arguments.parse``). Call before
     any other ``megatron`` import, and after ``cpu.prepare``.
@@ -57,7 +57,7 @@ def start(
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """Megatron's model config from its arguments, with the RoPE factor that it forgets to pass on."""
+    """Megatron's model config from its arguments, with the RoPE factor that Megatron omits."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     config = gpt_config_from_args(args)
@@ -66,7 +66,7 @@ def model_config(args: argparse.Namespace) -> Any:
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Process groups and seeds, for the verbs that do not hand over to Megatron's loop."""
+    """Process groups and seeds, for the verbs that do not use Megatron's loop."""
     from megatron.training import training
 
     training.initialize_megatron(store=_store())
@@ -76,8 +76,8 @@ _groups = itertools.count()
 
 
 def _store() -> Any:
-    """Where ranks find each other: None, Megatron's own, but for the second verb of a process and those after it
-    (``api/launching.py``). The launch's store still has the addresses of the groups before."""
+    """The store for rendezvous: None (Megatron's own) for the first verb of a process, a new prefix for later ones
+    (``api/launching.py``), because the launch's store still has the addresses of the earlier groups."""
     number = next(_groups)
     if number == 0:
         return None
@@ -88,7 +88,7 @@ def _store() -> Any:
 
 
 def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
-    """This rank's stage as Megatron builds it, without DDP; a chunk for each virtual stage. Nothing is loaded."""
+    """This rank's stage as Megatron builds it, without DDP; one chunk per virtual stage. Loads nothing."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     config = model_config(args)
@@ -103,9 +103,9 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     """Build this rank's stage in evaluation mode, without DDP, and load ``args.load`` into it.
 
-    Padding of the vocabulary has no probability in what it computes (``engine/vocabulary.py``).
+    Padding of the vocabulary gets no probability (``engine/vocabulary.py``).
 
-    Raises CheckpointError naming the weights that the checkpoint lacks or has in another shape.
+    Raises CheckpointError naming weights that the checkpoint lacks or has in another shape.
     """
     from megatron.training.checkpointing import load_checkpoint
 
@@ -121,14 +121,14 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 
 
 def loaded_directory(args: argparse.Namespace) -> Path:
-    """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if one is given."""
+    """The checkpoint that Megatron will load: ``--load``, at ``--ckpt-step`` if given."""
     return iteration_directory(args.load, args.ckpt_step) if args.ckpt_step else storage.path(args.load)
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """Which weights a checkpoint holds: iteration, fingerprint, and the hash of all its numbers.
+    """A checkpoint's weights: iteration, fingerprint, and the hash of all numbers.
 
-    Every rank calls it and reads a share of the weights: one alone would keep the others waiting in NCCL.
+    Every rank calls it and reads a share of the weights: a single reader would keep the others waiting in NCCL.
     """
     from megatron_prune.checkpoint.reader import open_checkpoint
 
@@ -147,9 +147,9 @@ def identity(path: str | Path) -> dict[str, Any]:
 
 
 def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> None:
-    """Every weight that the model will ask for must be in the checkpoint, whole, in its shape.
+    """CheckpointError unless every weight of the model is in the checkpoint, whole, in its shape.
 
-    Megatron retries a failed strict load non-strictly and goes on with random weights; we look first.
+    Megatron retries a failed strict load non-strictly and continues with random weights, so check first.
     """
     from megatron_prune.checkpoint.reader import open_checkpoint
 
@@ -161,29 +161,32 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
     if checkpoint.rank_layout not in (None, ours):
         tp, pp, vpp = checkpoint.rank_layout or ours
         raise CheckpointError(
-            f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks a stage load at that layout only; "
-            "`megatron-prune convert rewrite` makes a checkpoint of them that loads at any"
+            f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks per stage load at that layout only: "
+            "run `megatron-prune convert rewrite` to make a checkpoint that loads at any layout"
         )
     wanted = ModelShape.from_args(vars(args))
     held = set(checkpoint.names)
     for weight in weights(wanted):
         if weight.name not in held:
-            raise CheckpointError(f"{flag} {path}: the checkpoint has no {weight.name}, which this model needs")
+            raise CheckpointError(
+                f"{flag} {path}: the checkpoint lacks {weight.name}, which this model needs: "
+                "check the flags that give the model's shape"
+            )
         found = tuple(checkpoint.spec(weight.name).shape)
         if found != weight.shape:
             raise CheckpointError(
-                f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}; "
-                "leave out the flags that give the model's size: the checkpoint says it"
+                f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}: "
+                "omit the flags that give the model's size, and it is taken from the checkpoint"
             )
     if checkpoint.shape.num_layers != wanted.num_layers:
         raise CheckpointError(
-            f"{flag} {path}: the checkpoint has {checkpoint.shape.num_layers} layers, this model "
-            f"{wanted.num_layers}: leave out --num-layers"
+            f"{flag} {path}: the checkpoint has {checkpoint.shape.num_layers} layers, expected "
+            f"{wanted.num_layers} for this model: omit --num-layers"
         )
 
 
 def refuse_layouts(args: argparse.Namespace) -> None:
-    """Forward-only verbs take the model stage by stage and sequences whole. Call before validation."""
+    """Refuse layouts that split stages or sequences further, for forward-only verbs. Call before validation."""
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if getattr(args, name) is not None:
             raise UsageError(
@@ -202,7 +205,7 @@ def refuse_layouts(args: argparse.Namespace) -> None:
 
 
 def refuse_fixed_lengths(args: argparse.Namespace) -> None:
-    """A task's sequences are as long as they are; UsageError where the model's kernels want multiples."""
+    """UsageError if the model's kernels need lengths in multiples: a task's sequences keep their lengths."""
     if args.fp8:
         raise UsageError(
             "--fp8-format", got=args.fp8, expected="no FP8 with a task",
@@ -217,7 +220,7 @@ def refuse_fixed_lengths(args: argparse.Namespace) -> None:
 
 def tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer for the checkpoint ``--load``: that of ``--tokenizer-type`` and ``--tokenizer-model``, or else the
-    one that an imported checkpoint carries. UsageError or DataError where there is none, or it does not fit.
+    one that an imported checkpoint contains. UsageError or DataError if there is none, or it does not fit.
     """
     checkpoint = open_checkpoint(loaded_directory(args))
     if args.tokenizer_type in (None, "NullTokenizer"):

@@ -1,9 +1,9 @@
-"""Megatron loads a checkpoint without running what it holds.
+"""Makes Megatron load a checkpoint without executing its content.
 
-Our reader checks every object of a checkpoint before Megatron sees it (``checkpoint/torch_dist.py``), so that the error
-is a good one. The protection itself is here, and also covers bytes that change between the two readings: the index is
-unpickled through the reader's allow-list, and objects are loaded with ``weights_only``, which knows what Megatron has
-registered as safe (``megatron.core.safe_globals``). Megatron's planner inherits torch's, which does neither.
+Our reader checks every object of a checkpoint before Megatron reads it (``checkpoint/torch_dist.py``), to give a good
+error. The protection itself is here, and also covers bytes that change between the two reads: the index is unpickled
+through the reader's allow-list, and objects are loaded with ``weights_only``, which accepts what Megatron registered
+as safe (``megatron.core.safe_globals``). Megatron's planner inherits torch's, which does neither.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 
 def install() -> None:
-    """Make this process load checkpoints so from now on, after ``megatron.training`` is imported. A second call does
-    nothing."""
+    """Make this process load checkpoints safely from now on, after ``megatron.training`` is imported. A second call
+    does nothing."""
     from megatron.training import checkpointing
 
-    # Of every other torch.load in Megatron and Transformer Engine: legacy files, optimizer files of ranks.
+    # For every other torch.load in Megatron and Transformer Engine: legacy files, optimizer files of ranks.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # Transformer Engine 2.20 refuses its own state of delayed scaling, a pickle, unless told that it can be trusted: a
-    # run under it could not resume. Here it is vetted, below.
+    # run under it could not resume. It is vetted below.
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     vars(filesystem)["pickle"] = _IndexPickle()
     default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 class _IndexPickle:
-    """The ``pickle`` module to torch's readers of an index, but that it loads through the allow-list."""
+    """A replacement for ``pickle`` in torch's readers of an index that loads through the allow-list."""
 
     def load(self, stream: Any) -> Any:
         name = str(getattr(stream, "name", "the index of a checkpoint"))
@@ -61,7 +61,7 @@ def _planning() -> dict[tuple[str, str], Any]:
         try:
             found[module, name] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
-            continue  # of another version of torch or Python
+            continue  # absent in another version of torch or Python
     return found
 
 
@@ -80,8 +80,8 @@ def _load_bytes(self: default_planner.DefaultLoadPlanner, read_item: Any, value:
 
 
 def _vetted(load: Any) -> Any:
-    """Megatron's ``_load_base_checkpoint``: what it loaded is vetted before any module gets its state, and what it
-    refused is said by name."""
+    """Megatron's ``_load_base_checkpoint``: vets what it loaded before any module gets its state, and names what it
+    refused."""
 
     @functools.wraps(load)
     def loading(load_dir: Any, args: Any, *positional: Any, **named: Any) -> Any:
@@ -98,7 +98,7 @@ def _vetted(load: Any) -> Any:
 
 
 def _refusal(error: CheckpointException, load_dir: Any, args: Any) -> BaseException:
-    """The reason in our words where the checkpoint is at fault; else torch's own exception."""
+    """The reason as a CheckpointError if the checkpoint is at fault; else torch's own exception."""
     for reason, _ in error.failures.values():
         if isinstance(reason, MegatronPruneError):
             return CheckpointError(f"{load_dir}: {reason}")

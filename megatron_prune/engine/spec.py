@@ -1,7 +1,7 @@
-"""What differs between Megatron's two layer specs, local and Transformer Engine: the one place that knows.
+"""The differences between Megatron's two layer specs, local and Transformer Engine: no other module knows them.
 
-Checkpoints do not differ: names and shapes are the same, and the ``_extra_state`` that one spec's modules ask for
-is in every checkpoint (``checkpoint/writer.py``). Models do:
+Checkpoints do not differ: names and shapes are the same, and the ``_extra_state`` that one spec's modules need is in
+every checkpoint (``checkpoint/writer.py``). Models do:
 
 * Transformer Engine fuses a block's norms into the linears that follow, as their ``layer_norm_weight``. The block's own
   norm is an identity, and no module outputs the normalized values;
@@ -30,23 +30,23 @@ def norms(block: Any) -> Iterator[Any]:
 
 
 def gain(norm: Any) -> torch.nn.Parameter:
-    """The gain of what ``norms`` yields, or of a final norm."""
+    """The gain of a module from ``norms``, or of a final norm."""
     parameter: torch.nn.Parameter = norm.layer_norm_weight if is_fused(norm) else norm.weight
     return parameter
 
 
 def gain_offset(norm: Any) -> int:
-    """What is added to the gain before it multiplies: 1 where it is stored around zero."""
+    """Added to the gain before it multiplies: 1 if it is stored around zero."""
     return int(bool(getattr(norm, "zero_centered_gamma", False)))
 
 
 def is_fused(linear: Any) -> bool:
-    """True of what ``norms`` yields where it is a linear that a norm is fused into."""
+    """True if a module from ``norms`` is a linear that a norm is fused into."""
     return hasattr(linear, "layer_norm_weight")
 
 
 def multiplied(linear: Any, listener: Listener) -> Listener:
-    """Takes the input of ``linear`` and gives ``listener`` what its weight multiplies: a fused norm is recomputed."""
+    """A hook on the input of ``linear`` that gives ``listener`` what its weight multiplies: recomputes a fused norm."""
     if not is_fused(linear):
         return listener
 

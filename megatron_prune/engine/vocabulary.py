@@ -1,12 +1,12 @@
-"""Padding of the vocabulary: how many embeddings are words, and that the others get no probability.
+"""Padding of the vocabulary: how many embeddings are words, and giving the others no probability.
 
 Megatron pads the vocabulary to a multiple of ``--make-vocab-size-divisible-by`` × TP and then treats the padding as
-words: its rows count in every softmax, and training pushes them down. An exported model does not have them. So here
-no loss, score or log-likelihood counts them, in training neither: they get no gradient either, and two runs that
-differ in their padding alone are the same run.
+words: its rows count in every softmax, and training pushes them down. An exported model lacks them. So here no loss,
+score or log-likelihood counts them, in training either: they get no gradient, and two runs that differ only in their
+padding are the same run.
 
 ``take`` and ``settle`` find the vocabulary when arguments are parsed. ``mask_padding`` hooks the output layer, which
-every way to a loss goes through: Megatron's loop, its validation, and the forward passes of the other verbs.
+every loss passes through: Megatron's loop, its validation, and the forward passes of the other verbs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_prune.errors import UsageError
 
 
 def take(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
-    """Set ``args.vocab_size``, which no flag said, from the ``checkpoint`` that the model is of; before validation.
+    """Set ``args.vocab_size``, if no flag did, from the ``checkpoint`` of the model; before validation.
 
-    Where neither says it and no tokenizer will, every embedding is taken for a word, and rank 0 says so.
+    If neither gives it and no tokenizer will, every embedding counts as a word, and rank 0 prints a note.
     """
     if checkpoint is not None:
         args.vocab_size = checkpoint.args.get("vocab_size")
@@ -42,7 +42,7 @@ def take(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
 def settle(args: argparse.Namespace, *, given: bool) -> None:
     """Make ``args.vocab_size`` the number of words, at most ``args.padded_vocab_size``. Call with the tokenizer built.
 
-    UsageError where ``--vocab-size``, if it is ``given``, or else the tokenizer, has more than the embedding.
+    UsageError if ``--vocab-size``, if it is ``given``, or else the tokenizer has more words than the embedding.
     """
     from megatron.training import get_tokenizer
 
@@ -58,18 +58,18 @@ def settle(args: argparse.Namespace, *, given: bool) -> None:
 
 
 def mask_padding(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) -> None:
-    """Give the logits of padding no probability in whatever these chunks of a model compute, on every rank of TP."""
+    """Give padding no probability in the logits of these chunks of a model, on every TP rank."""
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import unwrap_model
 
     rank, words, padded = mpu.get_tensor_model_parallel_rank(), args.vocab_size, args.padded_vocab_size
 
     def mask(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-        # In place, and not seen by autograd: a probability of zero has a gradient of exactly zero, and a graph node
-        # would cost a copy of the logits. Finite: where all of a rank's rows are padding, fused cross entropies
+        # In place and outside autograd: a probability of zero has a gradient of exactly zero, and a graph node
+        # would cost a copy of the logits. Finite: if all of a rank's rows are padding, fused cross entropies
         # subtract its own maximum, and -inf - -inf is not a number.
         with torch.no_grad():
-            logits = output[0]  # [s, b, padded vocabulary / TP]; whole where the layer was asked to gather it
+            logits = output[0]  # [s, b, padded vocabulary / TP]; whole if the layer gathers it
             first = rank * logits.shape[-1] if logits.shape[-1] < padded else 0
             logits[..., max(0, words - first) :] = torch.finfo(logits.dtype).min
 
@@ -81,7 +81,7 @@ def mask_padding(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) ->
 
 @torch.no_grad()
 def clear_padding(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) -> None:
-    """Zero the rows of padding, as an import writes them: where a model is built, before a checkpoint is loaded."""
+    """Zero the padding rows, as an import writes them: after a model is built, before a checkpoint is loaded."""
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import unwrap_model
 

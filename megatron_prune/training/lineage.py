@@ -1,8 +1,7 @@
-"""What lies behind a checkpoint's weights: every training and every pruning, oldest first, back to random weights.
+"""The history of a checkpoint's weights: every training and every pruning, oldest first, back to random weights.
 
-``account.json`` of a training and each entry of ``pruning.json`` hold the ``lineage`` of what they began with, a list
-of stages, so that one file says all of it when the earlier checkpoints are gone. A stage is JSON:
-
+``account.json`` of a training and each entry of ``pruning.json`` hold the ``lineage`` of the weights that they started
+from, a list of stages, so that one file is enough when the earlier checkpoints are gone. A stage is JSON:
     kind         trained | pruned
     run          where it was written
     start, end   fingerprints of the weights before and after it; no start: random weights
@@ -11,7 +10,7 @@ of stages, so that one file says all of it when the earlier checkpoints are gone
     pruned:      method, source (the shape before it), masks; learned: the training that learned what to cut, whose
                  tokens and flops are the stage's
 
-``of`` checks that every stage began with the weights that the one before it left.
+``of`` checks that every stage began with the weights that the stage before it produced.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from megatron_prune.errors import AccountError
 from megatron_prune.training.account import ACCOUNT
 
 Stage = dict[str, Any]
-# A flag that only the parser of our `pretrain` has: a checkpoint whose stored arguments know it was trained here, or
-# made of one that was.
+# A flag that only our `pretrain` has: a checkpoint whose stored arguments include it was trained here, or made from
+# one that was.
 MARK = "stream_range"
 BOTH = {"kind", "run", "start", "end", "tokens", "flops"}
 PRUNED = BOTH | {"method", "source"}
@@ -36,8 +35,8 @@ TRAINED = BOTH | {
     "complete", "stream", "range", "steps", "global_batch_size", "seq_length", "seed", "masks", "recipe",
 }  # fmt: skip
 
-# Arguments that are no part of how weights are learned: places, logs, how outputs are saved, what other programs than
-# pretraining read. Sizes of the model and of the machine are said elsewhere; range and stream are in the stage itself.
+# Arguments that do not affect how weights are learned: paths, logs, the format of outputs, flags of programs other than
+# pretraining. Sizes of the model and the machine are recorded elsewhere; range and stream are in the stage itself.
 _NOT_OF_THE_RECIPE = re.compile(
     r"load|save|pretrained|tensor_model_par|pipeline_model_par|virtual_pipe|context_par|ckpt|checkpoint|dist_ckpt"
     r"|log_|logging|tensorboard|wandb|one_logger|timing|profile|record_|memory_|nvtx|use_pytorch_profiler"
@@ -57,23 +56,23 @@ _NOT_OF_THE_RECIPE = re.compile(
 def of(checkpoint: Checkpoint) -> list[Stage]:
     """Every stage behind the weights of ``checkpoint``; empty for one that was made elsewhere.
 
-    Raises AccountError where the checkpoint says that it was trained here and nothing beside it accounts for that, and
-    where stages do not fit together.
+    Raises AccountError if the checkpoint was trained here and no account is next to it, or if stages do not fit
+    together.
     """
     path = checkpoint.root / ACCOUNT
     if path.exists() or checkpoint.pruning:
         path = path if path.exists() else checkpoint.directory / PRUNING_FILE
         try:
             stages = _read(checkpoint, read_json(path), path.name == ACCOUNT)
-        except (KeyError, TypeError, AttributeError) as error:  # it is data from anywhere
+        except (KeyError, TypeError, AttributeError) as error:  # the file can hold anything
             raise AccountError(
-                f"{path} does not say what was done to these weights before: {error!r}; restore it, or take another "
-                "checkpoint"
+                f"{path} does not say what was done to these weights before: {error!r}; restore the file, or use "
+                "another checkpoint"
             ) from error
     elif _trained_here(checkpoint):
         raise AccountError(
             f"{checkpoint.root}: its stored arguments say that it was trained here ({_words(checkpoint)}), and {path} "
-            "is missing: what it was trained on is not known. Put the account of that run back next to the checkpoint"
+            "is missing, so its training data is unknown. Put the account of that run back next to the checkpoint"
         )
     else:
         return []
@@ -82,7 +81,7 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
 
 
 def _trained_here(checkpoint: Checkpoint) -> bool:
-    """True where our ``pretrain`` wrote it after a step; Megatron's converter of formats writes it after none."""
+    """True if our ``pretrain`` wrote it after a step; Megatron's format converter writes after no steps."""
     args = checkpoint.args
     return MARK in args and bool(args[MARK] or checkpoint.iteration or args.get("consumed_train_samples"))
 
@@ -93,7 +92,7 @@ def _words(checkpoint: Checkpoint) -> str:
 
 
 def _read(checkpoint: Checkpoint, said: Mapping[str, Any], is_account: bool) -> list[Stage]:
-    """The stages that an account, or ``pruning.json``, tells of; KeyError or TypeError where it is not whole."""
+    """The stages in an account or in ``pruning.json``; KeyError or TypeError if the file is incomplete."""
     if is_account:
         stages = [*said["lineage"], _trained(said, checkpoint)]
     else:
@@ -109,7 +108,7 @@ def _read(checkpoint: Checkpoint, said: Mapping[str, Any], is_account: bool) -> 
 
 
 def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
-    """The stage of a training, from its account; ``end``: fingerprint of the weights that it left."""
+    """The stage of a training, from its account; ``end``: fingerprint of the resulting weights."""
     return {
         "kind": "trained",
         "run": run,
@@ -125,8 +124,8 @@ def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
 
 
 def _trained(account: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
-    """The same of the iteration that ``checkpoint`` is: an earlier one counts its own steps. Its range is then more
-    than it has seen, since samples may be permuted inside it."""
+    """The same for the iteration of ``checkpoint``: an earlier one counts its own steps. Its range still covers the
+    whole run, because samples may be permuted inside it."""
     steps, iteration = account["steps"], checkpoint.iteration
     if checkpoint.release or iteration == steps:
         final = account["final"] or {"fingerprint": checkpoint.fingerprint()}
@@ -153,7 +152,7 @@ def pruned(entry: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
 
 
 def check(stages: Sequence[Stage], end: str, what: str) -> None:
-    """AccountError unless each stage began with what the one before it left, and the last left ``end``."""
+    """AccountError unless each stage began with the weights that the previous one left, and the last left ``end``."""
     for earlier, later in itertools.pairwise(stages):
         if later["start"] is None or later["start"] != earlier["end"]:
             raise AccountError(
@@ -172,12 +171,12 @@ def trainings(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def seen(stages: Iterable[Stage]) -> list[Stage]:
-    """The trainings, and those that prunings made of their own: what weights have seen of streams."""
+    """The trainings, including those that prunings made themselves: what the weights have read of streams."""
     return [each for stage in stages for each in (stage, stage.get("learned")) if each and each["kind"] == "trained"]
 
 
 def begins_at_random(stages: Sequence[Stage]) -> bool:
-    """True where nothing came before the first stage, so that sums over all stages are all that there is."""
+    """True if the first stage began with random weights, so that sums over all stages are complete."""
     return bool(stages) and stages[0]["kind"] == "trained" and stages[0]["start"] is None
 
 
@@ -192,7 +191,7 @@ def flops(stages: Iterable[Stage]) -> int:
 
 
 def recipe_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's resolved arguments those that are set and say how weights are learned."""
+    """The run's resolved arguments that are set and affect how weights are learned."""
     return {
         key: value
         for key, value in sorted(arguments.items())
