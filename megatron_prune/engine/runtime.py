@@ -161,8 +161,8 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
     if checkpoint.rank_layout not in (None, ours):
         tp, pp, vpp = checkpoint.rank_layout or ours
         raise CheckpointError(
-            f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks per stage load at that layout only: "
-            "run `megatron-prune convert rewrite` to make a checkpoint that loads at any layout"
+            f"{flag} {path}: legacy per-rank files of TP={tp}, PP={pp}, {vpp} chunks per stage load at that "
+            "layout only; run `megatron-prune convert rewrite` to make a checkpoint that loads at any layout"
         )
     wanted = ModelShape.from_args(vars(args))
     held = set(checkpoint.names)

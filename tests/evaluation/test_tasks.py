@@ -320,7 +320,7 @@ def test_what_the_model_cannot_score_is_named() -> None:
     assert [(one.inputs, one.targets) for one in asked] == [(tuple(b"efgx"), tuple(b"xy"))] and model.truncated == 1
     assert model.loglikelihood_rolling(request("loglikelihood_rolling", "abcdef")) == [-2.0]
     assert [one.targets for one in asked[1:]] == [tuple(b"abcd"), tuple(b"ef")] and asked[1].inputs[0] == 0
-    with pytest.raises(DataError, match="'' has no tokens"):
+    with pytest.raises(DataError, match="'' adds no tokens"):
         model.loglikelihood(request("loglikelihood", "abc", ""))
     with pytest.raises(DataError, match="has 5 tokens, expected at most 4"):
         model.loglikelihood(request("loglikelihood", "abc", "vwxyz"))
