@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("MEGATRON_PRUNE_VERBOSE", "1")  # or tests would not see what Megatron says
+os.environ.setdefault("MEGATRON_PRUNE_VERBOSE", "1")  # so that tests see the output of Megatron
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_TE = os.environ.get("MEGATRON_PRUNE_TE_TESTS") == "1"  # tests/run.sh --te sets it
@@ -41,14 +41,14 @@ if WITH_TE:  # ranks build Transformer Engine's layers
 
 @dataclasses.dataclass(frozen=True)
 class FinishedJob:
-    """A verb that has run: its exit code and what all ranks printed."""
+    """A verb that has run: its exit code and the output of all ranks."""
 
     argv: list[str]
     returncode: int
     output: str
 
     def ok(self) -> FinishedJob:
-        """This job, or a failure that shows what it printed."""
+        """This job, or a failure that shows its output."""
         if self.returncode:
             shown = self.output[-6000:]
             pytest.fail(f"{' '.join(self.argv)}\nleft with {self.returncode}:\n{shown}", pytrace=False)
@@ -130,7 +130,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_documents: lis
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
     """``tiny_hf(name, layers=2, seed=None, **config)``: a directory with a model of ``tiny.HF_MODELS``.
 
-    Float32, with ``tiny_tokenizer``'s files beside the weights. Built once for each set of arguments.
+    Float32, with ``tiny_tokenizer``'s files next to the weights. Built once for each set of arguments.
     """
     built: dict[str, Path] = {}
 
@@ -149,7 +149,7 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> C
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_jsonl: Path, tiny_tokenizer: Path) -> Path:
-    """Prefix of ``tiny_jsonl`` as ``.bin``/``.idx``, made by the tool that users have."""
+    """Prefix of ``tiny_jsonl`` as ``.bin``/``.idx``, made by ``preprocess``."""
     prefix = tmp_path_factory.mktemp("corpus") / "tiny"
     command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tiny_jsonl]
     command += ["--output-prefix", prefix, "--tokenizer-type", "HuggingFaceTokenizer"]
@@ -160,7 +160,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_jsonl: Path, tiny
 
 @pytest.fixture(scope="session")
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path]) -> Path:
-    """A Megatron checkpoint of ``tiny_hf("llama-gqa", layers=4)``: random weights, nobody trained it."""
+    """A Megatron checkpoint of ``tiny_hf("llama-gqa", layers=4)``: random weights, not trained."""
     from megatron_prune.convert.huggingface import import_hf
 
     checkpoint = tmp_path_factory.mktemp("parent") / "checkpoint"

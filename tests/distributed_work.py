@@ -1,6 +1,6 @@
 """What a rank of the ``distributed`` fixture runs: import a test's function, call it, keep its result.
 
-Lives apart from conftest.py because ranks import it by name, from a process without pytest.
+It is not in conftest.py because ranks import it by name, from a process without pytest.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FunctionCall:
         import torch.distributed
 
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # nobody's peer may vanish while it still reads
+            torch.distributed.barrier()  # no rank may exit while another still reads from it
             torch.distributed.destroy_process_group()
 
 

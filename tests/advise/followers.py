@@ -1,4 +1,4 @@
-"""People who ask ``advise``, train as many more seeds as it says, and ask again, until it answers."""
+"""Simulated users who ask ``advise``, train as many seeds as it says, and ask again, until it answers."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Truth:
         return side(self.pruned), side(self.scratch)
 
     def wrong(self, said: str) -> bool:
-        """Whether an answer is false: no arm of that side is below all of the other's."""
+        """Whether an answer is false: no arm of that side is below all arms of the other."""
         best, rival = min(self.pruned), min(self.scratch)
         return (said == "prune" and best >= rival) or (said == "scratch" and rival >= best)
 
 
 def ledger(pruned: np.ndarray, scratch: np.ndarray) -> Measurements:
-    """A ledger of one budget: every scratch arm is that of a method's own shape."""
+    """A ledger of one budget, with a scratch arm for the shape of every method."""
     curves = []
     for number in range(max(len(pruned), len(scratch))):
         own, beside = pruned[min(number, len(pruned) - 1)], scratch[min(number, len(scratch) - 1)]
@@ -80,7 +80,7 @@ def ask(losses: Losses, seeds: int) -> Advice:
 
 
 def follow(losses: Losses, begin: int = LOOKS[0], asked: Callable[[Losses, int], Advice] = ask) -> tuple[str, int]:
-    """What is said in the end, and with how many seeds: more are trained as the advice says in so many words."""
+    """The final answer and its number of seeds, if more are trained whenever the advice says so."""
     seeds = begin
     while True:
         advice = asked(losses, seeds)
@@ -91,6 +91,6 @@ def follow(losses: Losses, begin: int = LOOKS[0], asked: Callable[[Losses, int],
 
 
 def insist(losses: Losses) -> str:
-    """What is said by whoever asks at every look until there is an answer."""
+    """The answer for a user who asks at every look until there is one."""
     said = (ask(losses, seeds).answer for seeds in LOOKS)
     return next((word for word in said if word != answer.UNKNOWN), answer.UNKNOWN)

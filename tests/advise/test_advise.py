@@ -1,4 +1,4 @@
-"""Advice from made-up ledgers with a known truth: what it says, and when it says that it does not know."""
+"""Advice from made-up ledgers with a known truth: its answers, and when it answers "don't know"."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
 
 
 def lead(method: str, ratio: float, budget: int) -> float:
-    """Pruned is ahead at first, method b by a little more; scratch catches up near 450,000 tokens."""
+    """Pruned is ahead at first, method b by slightly more; scratch catches up near 450,000 tokens."""
     return 0.3 * (1 - np.log(budget / BUDGETS[0]) / np.log(4.5)) + (0.06 if method == "b" else 0.0)
 
 
@@ -216,7 +216,7 @@ def test_seeds_between_two_looks_wait_for_the_next(ask) -> None:
 
 
 def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any difference between the arms an answer is wrong whatever it says; with one, its sign may be."""
+    """If the arms do not differ, any answer is wrong; if they do, its sign can be."""
     monkeypatch.setattr(ledgers.Curve, "break_even", lambda self: None)  # words alone, and slow
     wrong: Counter[str] = Counter()
     right = 0
@@ -236,7 +236,7 @@ def test_wrong_answers_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
             wrong[name] += said == "scratch" or (said == "prune" and not gap)
             right += name == "large" and said == "prune"
     assert wrong["none"] < 0.05 * 150 and wrong["real"] < 0.05 * 150
-    assert right > 0.6 * 150  # they are not rare by saying nothing
+    assert right > 0.6 * 150  # false answers are not rare because there are no answers
 
 
 def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_path: Path) -> None:
@@ -371,4 +371,4 @@ def test_the_ledger_module_shortens_a_report(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(content))
     ledgers.shorten(tmp_path / "results.json", tmp_path / "short.json")
     assert ledgers.read(tmp_path / "short.json").curves[0].label == "a, 50% removed"
-    assert len((tmp_path / "short.json").read_text().splitlines()) > 60  # a row a line: its changes can be read
+    assert len((tmp_path / "short.json").read_text().splitlines()) > 60  # one row per line, so that diffs are readable

@@ -1,4 +1,4 @@
-"""The best pruned against the best scratch arm: against SciPy, written formulas, and people who follow the advice."""
+"""The best pruned against the best scratch arm: against SciPy, written formulas, and simulated users."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_scatter_is_the_mean_of_all_paired_variances_with_satterthwaites_freedom
     pruned, scratch = sides(4, 3, 6)
     variance, _ = best.scatter(pruned, scratch)
     assert variance == pytest.approx(np.mean([np.var(s - p, ddof=1) for p in pruned for s in scratch]))
-    # Two arms against one: what is left of two arms over seeds is half of their difference.
+    # Two arms against one: the residual of two arms over seeds is half of their difference.
     pruned, scratch = sides(2, 1, 6)
     sides_apart = np.var(scratch[0] - (pruned[0] + pruned[1]) / 2, ddof=1)
     between = np.var(pruned[0] - pruned[1], ddof=1) / 4
@@ -78,7 +78,7 @@ def test_an_arm_that_is_noisier_than_its_neighbours_is_judged_by_its_own_scatter
 def test_of_two_arms_the_second_is_as_good_until_a_paired_t_test_parts_them(
     factor: float, good: tuple[int, ...]
 ) -> None:
-    """One-sided, at what the first look may spend on one direction: 0.0125."""
+    """One-sided, at the level that the first look can spend on one direction: 0.0125."""
     scatter = np.array([-0.3, 0.1, 0.2])
     edge = stats.t.ppf(1 - 0.0125, 2) * stats.sem(scatter)
     own = np.stack([np.zeros(3), scatter + factor * edge])
@@ -98,7 +98,7 @@ def test_of_three_arms_each_comparison_with_the_first_has_half_of_the_level() ->
 
 
 def test_as_good_is_who_may_be_the_best() -> None:
-    """Of six arms three are equal: each of these is first or among the good ones nearly always, a far one never."""
+    """Three of six arms are equal: each is first or among the good ones nearly always, a distant arm never."""
     generator, kept, far = GENERATOR(1), 0, 0
     for _ in range(400):
         own = np.array([0, 0, 0, 9, 9, 9])[:, None] + generator.normal(0, 1, (6, 3))
@@ -118,7 +118,7 @@ def test_as_good_is_who_may_be_the_best() -> None:
 def test_answers_without_a_difference_are_rare_however_often_one_asks(
     truth: Truth, looks: tuple[int, ...], allowed: float
 ) -> None:
-    """Without what a look spends the first would be wrong in 14%, without what picking costs the second in 7%."""
+    """Without a level per look the first would be wrong in 14%, without the cost of selection the second in 7%."""
     generator, wrong = GENERATOR(5), 0
     for _ in range(500):
         pruned, scratch = truth.losses(generator)
@@ -143,7 +143,7 @@ def test_five_deviations_are_seen_by_three_seeds_whatever_the_number_of_arms(arm
 
 
 def test_the_seeds_that_are_asked_for_are_enough_in_four_cases_of_five() -> None:
-    """Three seeds that happen to show the true gap and scatter; then as many more as are asked for."""
+    """Three seeds that happen to show the true gap and scatter; then as many more as the advice asks for."""
     generator = GENERATOR(0)
     first = np.array([[-1.0, 0.0, 1.0]])  # of deviation 1
     gap = 1.6

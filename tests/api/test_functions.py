@@ -1,4 +1,4 @@
-"""``import megatron_prune``: quick, and functions that can be called again, in any order, from a clean process."""
+"""``import megatron_prune`` is quick, and its functions can be called again, in any order, from a clean process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_import_loads_nothing_and_names_everything() -> None:
         assert found.__name__ == name and found.__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'prnue'"):
         mp.prnue  # noqa: B018
-    # A room of the same name would hide a function as soon as anything imports it.
+    # A subpackage of the same name would hide a function once anything imports it.
     rooms = {path.stem for path in Path(mp.__file__).parent.iterdir()}
     assert not rooms & set(mp.__all__)
 
@@ -101,7 +101,7 @@ def test_what_a_verb_refuses_is_raised_in_its_words(tiny_parent, tiny_corpus, tm
 
 
 def twice(parent: Path, corpus: Path, folder: Path) -> list[Any]:
-    """In every rank of a launch: what two evaluations and a calibration between them find."""
+    """In every rank of a launch: the results of two evaluations with a calibration between them."""
     import megatron_prune as mp
 
     one = mp.evaluate(parent, corpus, seq_length=S, windows=6, output=folder / "one.json")

@@ -246,7 +246,7 @@ def test_documents_of_a_plain_text_file(prune, tmp_path) -> None:
     book.write_text("\n\n".join(tiny.documents(60)))
     with pytest.raises(mp.MegatronPruneError, match="--text-documents paragraph"):
         prune(tmp_path / "out", "wanda", ratio=0.5, text=book)
-    # A method that reads no text asks for none: all that is left is held out.
+    # A method that reads no text asks for none: all of the text is held out.
     more = {"text_documents": "paragraph", "calibration_sequences": 5000}
     made = prune(tmp_path / "out2", "magnitude", ratio=0.5, text=book, **more)
     assert made.text == str(book) and list(made.record["text"]["parts"]) == ["held_out"]

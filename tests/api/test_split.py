@@ -1,4 +1,4 @@
-"""One source of text, divided by document: what is held out, what is left out, what is refused."""
+"""One source of text, divided by document: which are held out, left out or refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_is_held_out_depends_on_the_text_alone(tmp_path, tokenizer, tiny_do
     assert sorted(held) == sorted(read(tmp_path / "back", "held_out"))
     assert 0.04 < len(held) / len(tiny_documents) < 0.2  # a tenth of them
     rest = read(tmp_path / "all", "calibration")
-    gone = set(tiny_documents) - set(held) - set(rest)  # those that are nearly the same as one that is not held out
+    gone = set(tiny_documents) - set(held) - set(rest)  # near duplicates of a document that is not held out
     assert not set(held) & set(rest) and len(gone) == made["left_out"]["held_out_but_alike"] <= 2
     assert rest == [text for text in tiny_documents if text in set(rest)]  # in the order of the source
 
@@ -53,7 +53,7 @@ def test_reading_ends_when_every_part_has_its_tokens(tmp_path, tokenizer, tiny_d
     made = split.prepare(texts(tiny_documents), tmp_path, tokenizer, wanted)
     found = {part: made["parts"][part]["tokens"] for part in wanted}
     assert all(found[part] >= wanted[part] for part in wanted) and made["read"] < len(tiny_documents)
-    assert found["calibration"] < 3000 + 2500 and found["train"] < 2000 + 2500  # but for the last document of each
+    assert found["calibration"] < 3000 + 2500 and found["train"] < 2000 + 2500  # except the last document of each
     assert not set(read(tmp_path, "calibration")) & set(read(tmp_path, "train"))
     for part in wanted:  # documents as the tokenizer sees them, each with its end
         corpus = Documents(tmp_path / part)
@@ -68,7 +68,7 @@ def test_repeated_documents_are_taken_once_and_held_out_ones_that_are_alike_not_
     long = [text for text in tiny_documents if len(text) > 300]
     held = [text for text in long if split.is_held_out(text)][:2]
     assert len(held) == 2
-    # The same but for its last word, and not held out: its twin must go. A line separator must not cut a document.
+    # A near copy that is not held out: the held-out one must go. A line separator must not cut a document.
     twin = next(f"{held[0]} {word}" for word in map(str, range(1000)) if not split.is_held_out(f"{held[0]} {word}"))
     odd = next(
         f"a\u2028b\x85c {held[1][::-1]} {n}"

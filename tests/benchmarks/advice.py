@@ -1,10 +1,10 @@
-"""Simulated ledgers: how often ``advise`` is wrong for those who do what it says, and how often it answers at once.
+"""Simulated ledgers: how often ``advise`` is wrong for users who follow it, and how often it answers at once.
 
     python tests/benchmarks/advice.py --ledgers 2000
 
-False answers should stay below 5%, whether seeds are added as the advice says or at every look; a gap of five
-deviations of a paired difference should be seen by three seeds, six arms a side as well as one. *Before*: paired t, the
-largest p over the rivals times the number of arms, at every question again. About 1 ms a question on one core.
+False answers should stay below 5%, whether seeds are added as the advice says or at every look. Three seeds should find
+a gap of five deviations of a paired difference, with six arms per side as well as with one. *Before*: paired t, the
+largest p over the rivals times the number of arms, at every question. About 1 ms per question on one core.
 """
 
 from __future__ import annotations

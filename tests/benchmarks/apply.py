@@ -1,11 +1,11 @@
-"""``apply`` on a synthetic 4 GB checkpoint: its time against ``cp``, and the memory that it takes.
+"""``apply`` on a synthetic 4 GB checkpoint: its time against ``cp``, and its memory.
 
-Two cuts take turns with ``cp -r`` of the parent, all in processes of their own and all to the disk
-(``cp`` is followed by a ``sync`` of what it wrote, since ``apply`` ends with one): half of the linears
-by width, and about a tenth (every weight changes, nearly all of it is kept: the most work that a plan
-can ask for). Limits: 2.5 times the time of ``cp`` for the half, the tenth is reported; for both 1.5 GB
-of anonymous and shared memory (RssAnon + RssShmem of /proc/self/status, sampled every 10 ms).
-The interpreter's and torch's start are in the time of ``apply``.
+Two cuts alternate with ``cp -r`` of the parent, each in its own process and written to the disk
+(a ``sync`` follows ``cp``, since ``apply`` ends with one): half of the linears by width, and about a
+tenth (every weight changes and nearly all of it is kept: the most work that a plan can ask for).
+Limits: 2.5 times the time of ``cp`` for the half (the tenth is only reported), and 1.5 GB of anonymous
+and shared memory for both (RssAnon + RssShmem of /proc/self/status, sampled every 10 ms). The start of
+Python and torch counts in the time of ``apply``.
 
     python tests/benchmarks/apply.py [--gigabytes 4] [--pairs 6] [--folder DIR]
 """

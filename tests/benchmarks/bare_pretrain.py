@@ -1,7 +1,7 @@
-"""The shortest script around ``megatron.training.pretrain``: what our ``pretrain`` is measured against.
+"""The shortest script around ``megatron.training.pretrain``: the baseline for our ``pretrain``.
 
-Megatron's own API and nothing else, but for the stand-ins that let it run without a GPU, which
-both sides need. One process, tensor and pipeline size 1.
+Uses only Megatron's own API and the stand-ins that let it run without a GPU, which both sides
+need. One process, tensor and pipeline size 1.
 
     python tests/benchmarks/bare_pretrain.py <Megatron's flags>
 """

@@ -1,8 +1,7 @@
 """Checkpoints that are larger than the memory allowed: a synthetic Llama-3.1-8B, and one of 70B's width.
 
-Every stage is a process of its own, as a user runs it; its seconds and the peak of anonymous and shared memory (over
-all its processes, sampled every 100 ms) are printed. The limit is 3 GB for each. What must be equal is compared bit
-by bit.
+Every stage is a separate process, as a user runs it. Its seconds and its peak of anonymous and shared memory (over
+all its processes, sampled every 100 ms) are printed. The limit is 3 GB for each. Comparisons are bit by bit.
 
 * 8B (16 GB, bf16): written; planned and applied at four ratios in depth and in width; sparsified by magnitude at the
   same ratios and 2:4, this one cut in depth with its masks; exported and imported again, dense and with masks; every
@@ -192,12 +191,12 @@ def rewriting(folder: Path, pairs: int, layers: int) -> ratio.Ratio:
     return ratio.interleaved("rewrite / cp", rewrite, copy, pairs=pairs, limit=SPEED_LIMIT)
 
 
-# -- what is written and compared here -------------------------------------------------------------
+# -- writing and comparing -------------------------------------------------------------
 
 
 def write(root: Path, config: dict, *, whole_records: bool = False) -> int:
-    """A checkpoint of this config with random bits; its size in bytes. Numbers come from one random block, read from
-    another place each time: drawing 8 billion of them would take longer than everything that is measured."""
+    """A checkpoint of this config with random bits; its size in bytes. Numbers come from one random block, read at
+    another offset each time: drawing 8 billion of them would take longer than the benchmark itself."""
     side = root.with_name(f"{root.name}-config")
     side.mkdir()
     write_json(side / "config.json", config)

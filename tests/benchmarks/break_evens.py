@@ -1,10 +1,10 @@
-"""Simulated ledgers with a known truth, at full size: how often intervals hold it.
+"""Simulated ledgers with a known truth, at full size: how often intervals contain it.
 
     python tests/benchmarks/break_evens.py --ledgers 4000
 
-t intervals over seeds should cover within 2% of 95%; break-even intervals should cover at least 90%; a break-even that
-lies beyond the data should be called inside them in fewer than 5%. The tests do the same on fewer ledgers. Takes
-about 20 ms a ledger on one core.
+t intervals over seeds should cover within 2% of 95%; break-even intervals should cover at least 90%; a break-even
+beyond the data should be reported inside them in fewer than 5%. The tests do the same on fewer ledgers. Takes
+about 20 ms per ledger on one core.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Calibration (all statistics, for every method and ratio) against a plain forward over the same tokens.
 
-One process, one model: a forward pass with the hooks attached and one without take turns, over the
-same windows, through the same engine. The limit is a ratio of 1.2.
+One process, one model: forward passes with and without the hooks alternate, over the same windows,
+through the same engine. The limit is a ratio of 1.2.
 
     python tests/benchmarks/calibration.py [--dtype bf16] [--pairs 10] [--load CKPT]
 
-Without ``--load`` the model is a random Llama of 18.9 million parameters (the size that the facts
-about Megatron on CPU were measured at).
+Without ``--load`` the model is a random Llama of 18.9 million parameters.
 """
 
 from __future__ import annotations

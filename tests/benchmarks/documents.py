@@ -1,9 +1,9 @@
-"""Simulated evaluation documents: how often 95% intervals over them hold the truth.
+"""Simulated evaluation documents: how often 95% intervals over them contain the truth.
 
     python tests/benchmarks/documents.py --texts 4000
 
-Documents have uneven lengths; their own gaps are normal, or skewed (log-normal). *BCa* is SciPy's, as it was before.
-About 10 ms a text on one core.
+Documents have uneven lengths; their own gaps are normal, or skewed (log-normal). *BCa* is SciPy's, the method
+used before. About 10 ms per text on one core.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    inference.FEWEST_DOCUMENTS = 0  # to show why there are fewest
+    inference.FEWEST_DOCUMENTS = 0  # shows why there is a minimum
     for documents in (12, 30, 60, 200):
         for skewed in (False, True):
             generator = np.random.default_rng(options.seed)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/families.py --studies 2000
 
-*Before*: every comparison has the scatter of its own three seeds. About 5 ms a study on one core.
+*Before*: every comparison uses the scatter of its own three seeds. About 5 ms per study on one core.
 """
 
 from __future__ import annotations

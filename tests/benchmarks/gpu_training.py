@@ -1,10 +1,10 @@
-"""On a GPU: tokens a second and peak memory of BF16 and of every FP8 preset, and of bare Megatron in BF16.
+"""On a GPU: tokens per second and peak memory of BF16 and of every FP8 preset, and of bare Megatron in BF16.
 
     bash tests/run.sh --gpu               # builds Transformer Engine, runs tests/gpu and this
     .venv-te/bin/python tests/benchmarks/gpu_training.py [--layers 16] [--pairs 6] [--json FILE]
 
 The model is as wide as Llama-3.1-8B and has fewer layers, so that it fits one GPU with its optimizer. A ratio above
-one says that the first of the two is quicker. Figures belong in examples/llama3.1_8b/RESULTS.md, with the card.
+one means that the first of the two is faster. Figures belong in examples/llama3.1_8b/RESULTS.md, with the card.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def flags(layers: int, corpus: Path, folder: Path) -> list[str]:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """(tokens a second, peak memory in GB) of a run, from Megatron's log."""
+    """(tokens per second, peak memory in GB) of a run, from Megatron's log."""
     environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     text = done.stdout + done.stderr

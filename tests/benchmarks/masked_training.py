@@ -1,9 +1,9 @@
-"""What holding zeros costs a training step: ``pretrain --masks`` over the dense run of the same shape.
+"""The cost of holding zeros per training step: ``pretrain --masks`` over the dense run of the same shape.
 
-The same flags, model, samples and machine, 4096 tokens a step, half of every linear's weights removed. The time of a
+The same flags, model, samples and machine, 4096 tokens per step, half of every linear's weights removed. The time of a
 step is the median that Megatron's log reports over a run, after the first steps. Limit of the upper end of the
-ratio: 1.05. Memory: what the masks take of a rank (limit: 1 byte a parameter), and how much more is resident once
-model and optimizer are set up; peaks during steps are the activations' and drift by more than that.
+ratio: 1.05. Memory: the size of the masks on a rank (limit: 1 byte per parameter), and how much more is resident once
+model and optimizer are set up. Peaks during steps come from activations and vary by more than that.
 
     python tests/benchmarks/masked_training.py [--pairs 10] [--json figures.json]
 """
@@ -67,7 +67,7 @@ def write_masks(folder: Path, pattern: str) -> Path:
 
 
 def run(argv: list[str]) -> int:
-    """The verb in this rank, which says how much memory it has before its first step."""
+    """The verb in this rank, which reports its memory before its first step."""
     from megatron.training import training
 
     from megatron_prune.__main__ import main

@@ -1,6 +1,6 @@
-"""What our ``pretrain`` costs a step over the shortest script around Megatron's own loop.
+"""The cost per step of our ``pretrain`` over the shortest script around Megatron's own loop.
 
-The same flags, model, tokens a step and machine; the time of a step is the median that Megatron's
+The same flags, model, tokens per step and machine; the time of a step is the median that Megatron's
 log reports over a run, after the first steps. Limit of the upper end of the ratio: 1.03.
 
     python tests/benchmarks/pretrain_vs_bare.py [--pairs 10] [--json figures.json]

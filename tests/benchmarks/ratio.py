@@ -2,7 +2,7 @@
 
 A benchmark here is a script: ``python tests/benchmarks/<name>.py [--pairs N] [--json FILE]``. It
 prints the median of the pairwise ratios with an exact 95% interval (order statistics: no
-assumption about how times are distributed) and leaves with 1 when the upper end is over its limit.
+assumption about how times are distributed) and exits with code 1 if the upper end is over its limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_prune import artifacts
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """``a / b`` of interleaved pairs; a and b in the unit that they were measured in."""
+    """``a / b`` of interleaved pairs; a and b in the unit of their measurement."""
 
     name: str
     median: float
@@ -60,7 +60,7 @@ def interleaved(
 ) -> Ratio:
     """Measure ``a()`` and ``b()`` ``pairs`` times, taking turns at going first, after one warm-up each.
 
-    Each call returns what it measured (seconds, or bytes). Fewer than six pairs cannot bound a
+    Each call returns its measurement (seconds, or bytes). Fewer than six pairs cannot bound a
     median at 95% and are refused.
     """
     if pairs < 6:
@@ -106,7 +106,7 @@ def finish(ratios: list[Ratio], args: argparse.Namespace, **facts: Any) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What figures are of."""
+    """The machine, for the figures."""
     return {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
 
 

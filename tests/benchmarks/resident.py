@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def timed(words: list[str], *, every: float = 0.1) -> tuple[float, float]:
-    """Run a command; its seconds, and the peak of RssAnon + RssShmem of it and all below it, in bytes.
+    """Run a command; its seconds, and the peak of RssAnon + RssShmem of it and its descendants, in bytes.
 
-    Memory is looked at each ``every`` seconds.
+    Memory is sampled every ``every`` seconds.
     """
     started, peak = time.perf_counter(), 0.0
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
@@ -38,7 +38,7 @@ def resident(pid: int) -> float:
 
 
 def high_water[T](call: Callable[[], T]) -> tuple[T, float]:
-    """What ``call`` returns, and by how many bytes this process grew at most meanwhile, as the kernel counts."""
+    """The result of ``call``, and by how many bytes this process grew at most during it, as the kernel counts."""
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _field("VmRSS")
     found = call()
@@ -46,7 +46,7 @@ def high_water[T](call: Callable[[], T]) -> tuple[T, float]:
 
 
 def give_back_at_once() -> None:
-    """Let this process map every allocation of 64 KiB and more by itself: what is freed is gone, as on a GPU."""
+    """Let this process map every allocation of 64 KiB and more separately, so that freed memory is returned."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     ctypes.CDLL(None).mallopt(-4, 1 << 30)  # M_MMAP_MAX
 

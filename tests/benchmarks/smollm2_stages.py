@@ -1,10 +1,10 @@
-"""Time and peak memory of every stage on SmolLM2-135M, each in a process of its own, as a table.
+"""Time and peak memory of every stage on SmolLM2-135M, each in its own process, as a table.
 
     python tests/benchmarks/smollm2_stages.py [--data runs/smollm2-data] [--only 'import|search'] [--json FILE]
 
-``--data`` is what examples/smollm2_135m/run.sh prepares: the model as a Hugging Face directory and the
-tokenized corpora. Memory is the largest resident set of any process of a stage, file pages that it has
-mapped included. Start-up (imports, loading) is part of every time.
+``--data`` is the folder that examples/smollm2_135m/run.sh prepares: the model as a Hugging Face directory
+and the tokenized corpora. Memory is the largest resident set of any process of a stage, including mapped
+file pages. Start-up (imports, loading) is part of every time.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/sparse_layouts.py [--data runs/smollm2-data] [--sequences 8] [--length 512] [--json FILE]
 
-Agreement is over all masks of the model, over those of the first block, and of the worst matrix. Perplexity is that of
-``evaluate``, in one process for all. ``--data`` is what examples/smollm2_135m/run.sh prepares.
+Agreement is over all masks of the model, over those of the first block, and of the worst matrix. Perplexity comes from
+``evaluate`` in one process. ``--data`` is the folder that examples/smollm2_135m/run.sh prepares.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def verb(words: list[Any], nproc: int, log: Path) -> None:
 
 
 def prune(options: argparse.Namespace, method: str, pattern: str, layout: tuple[int, int, int], save: Path) -> float:
-    """Prune at a layout; the perplexity of what comes out."""
+    """Prune at a layout; the perplexity of the result."""
     tp, pp, dp = layout
     load = ["--load", options.data / "checkpoint"]
     words = ["sparsify", *load, "--method", method, "--ratio", 0.5, "--pattern", pattern, "--save", save]

@@ -1,4 +1,4 @@
-"""Our ``sparsify`` beside the published code of Wanda and SparseGPT: same model, tokens, type and threads.
+"""Our ``sparsify`` against the published code of Wanda and SparseGPT: same model, tokens, type and threads.
 
     git clone https://github.com/locuslab/wanda          # both outside this repository
     git clone https://github.com/IST-DASLab/sparsegpt
@@ -6,9 +6,9 @@
 
 For every method and pattern at 50%: wall time of pruning, perplexity on held-out text, and in how many places of the
 first block the masks differ. Ours is the whole verb in a new process (imports, loading, pruning, writing); theirs is
-the pruning alone, in a process that has loaded the model. They run as they are, but for what today's transformers
-asks of whoever calls a block, and for calls of CUDA where there is none. Perplexity is transformers' for both, ours
-after export. ``--data`` is what examples/smollm2_135m/run.sh prepares.
+the pruning alone, in a process that has loaded the model. Their code runs unchanged, except for arguments that current
+transformers needs when a block is called, and for calls of CUDA. Perplexity is transformers' for both, ours after
+export. ``--data`` is the folder that examples/smollm2_135m/run.sh prepares.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def published(options: argparse.Namespace, method: str, pattern: str, result: Pa
 
 
 def _module(checkout: Path, name: str, **missing: Any) -> Any:
-    """A module of a checkout; ``missing`` stands for what it imports and does not use here."""
+    """A module of a checkout; ``missing`` replaces modules that it imports and does not use here."""
     sys.path.insert(0, str(checkout))
     for module, stand_in in missing.items():
         sys.modules.setdefault(module, stand_in)
@@ -173,7 +173,7 @@ def windows(prefix: Path, options: argparse.Namespace) -> list[torch.Tensor]:
 
 
 def beyond_ties(dense: np.ndarray, ours: np.ndarray, theirs: np.ndarray, pattern: str) -> int:
-    """Of magnitude's removed weights, those that are not a matter of ties: both sides must remove equal |w|.
+    """Differences of magnitude's masks beyond ties: both sides must remove equal |w|.
 
     N:M: in every group. Unstructured, the published code removes all that equal the last to go; ours the exact count.
     """
@@ -187,7 +187,7 @@ def beyond_ties(dense: np.ndarray, ours: np.ndarray, theirs: np.ndarray, pattern
 
 
 def compare(a: Any, b: Any, dense: dict[str, np.ndarray], method: str, pattern: str) -> dict[str, Any]:
-    """``a`` is ours, ``b`` theirs; a weight that was zero before is no difference of masks."""
+    """``a`` is ours, ``b`` theirs; a weight that was zero before does not count."""
     names = [name for name in a.files if _in_first_block(name)]
     different = {name: int(((a[name] != b[name]) & (dense[name] != 0)).sum()) for name in names}
     ties = method == "magnitude"  # the others' scores tie where inputs do, which they do not

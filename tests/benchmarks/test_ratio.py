@@ -1,4 +1,4 @@
-"""The harness itself: the order it measures in, and that its interval covers what it should."""
+"""The harness itself: the order of its measurements, and the coverage of its interval."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``tools/preprocess_data.py`` against Megatron's script of that name: same text, tokenizer and workers.
 
-Megatron's script is not in its wheel; give the path of one. Both run as processes of their own, from
-start to end, in interleaved pairs, and must write the same tokens. The aim is a ratio of 0.5.
+Megatron's script is not in its wheel; give its path. Both run as separate processes from start to end,
+in interleaved pairs, and must write the same tokens. The goal is a ratio of 0.5.
 
     python tests/benchmarks/tokenizing.py --megatron-script Megatron-LM/tools/preprocess_data.py \\
         --input text.jsonl --tokenizer-type SentencePieceTokenizer --tokenizer-model t.model [--workers 2]

@@ -1,4 +1,4 @@
-"""The accumulators against numpy in float64, written as the definitions read."""
+"""The accumulators against numpy in float64, written from the definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``calibrate`` verb: against transformers in float64, across layouts, and what it refuses."""
+"""The ``calibrate`` verb: against transformers in float64, across layouts, and its refusals."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarr
 
 
 def relative(found: dict[str, Any], expected: dict[str, Any], tokens: int) -> dict[str, float]:
-    """Largest error of every quantity, relative to its value (a signed sum: to what it could be)."""
+    """Largest error of every quantity, relative to its value (a signed sum: to its largest possible value)."""
     errors = {}
     for name, wanted in expected.items():
         wanted = np.asarray(wanted)
@@ -226,7 +226,7 @@ def test_random_windows_are_a_function_of_the_seed_and_merge(
     assert windows[0] == windows[1] != windows[2]
     assert windows[0] != list(range(SEQUENCES)) and len(set(windows[0])) == SEQUENCES
     assert found[0].calibrations[0]["seed"] == 1
-    assert not set(windows[0]) & set(windows[2])  # of hundreds; were they not apart, merging would be refused
+    assert not set(windows[0]) & set(windows[2])  # of hundreds; if the windows overlapped, merging would be refused
     merged = statistics_file.merge([found[0], found[2]])
     assert merged.sequences == 2 * SEQUENCES
     assert sorted(sum((run["windows"] for run in merged.calibrations), [])) == sorted(windows[0] + windows[2])
@@ -292,7 +292,7 @@ def test_refused_before_work_starts(
 
 
 def test_a_norm_that_is_fused_into_its_linear_is_recomputed() -> None:
-    """What the hooks do under Transformer Engine, where no module returns a norm's output."""
+    """The hooks under Transformer Engine, where no module returns a norm's output."""
     from megatron_prune.engine.spec import multiplied
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Scores of candidates: against transformers and against checkpoints that are really cut, at every layout."""
+"""Scores of candidates: against transformers and against checkpoints that are actually cut, at every layout."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ SEARCH = ["--method", "minitron-width", "--search", *AXES, "--ratio", "0.4", "--
 
 
 def applied_losses(verbs: Verbs, found: Statistics, offered: list[candidates.Candidate]) -> list[float]:
-    """Losses of checkpoints that are really cut, by ``evaluate`` on the same windows."""
+    """Losses of checkpoints that are actually cut, by ``evaluate`` on the same windows."""
     parent, losses = open_checkpoint(verbs.parent), []
     for number, candidate in enumerate(offered):
         kept = candidate.selection
@@ -270,7 +270,7 @@ def test_bf16_scores_are_those_of_fp32_but_for_rounding(verbs: Verbs, tmp_path: 
     for name, flags in {"fp32": [], "bf16": ["--bf16"]}.items():
         verbs.statistics = tmp_path / f"{name}.safetensors"
         verbs.calibrate(*flags)
-        if name == "bf16":  # in its own statistics other units may lie on the right side of the cut
+        if name == "bf16":  # its own statistics may put other units on the kept side of the cut
             same = statistics_file.read(tmp_path / "fp32.safetensors").tensors
             replace(statistics_file.read(verbs.statistics), tensors=same).write(verbs.statistics)
         verbs.make(*choice)
@@ -284,7 +284,7 @@ def test_bf16_scores_are_those_of_fp32_but_for_rounding(verbs: Verbs, tmp_path: 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
-    """What scoring does under Transformer Engine, where linears hold the gain of the norm before them."""
+    """Scoring under Transformer Engine, where linears hold the gain of the norm before them."""
     import contextlib
     from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Statistics files: what is written is read, merged sums add up, and what does not belong is refused."""
+"""Statistics files: round trips, sums of merged files, and refusals of files that do not belong together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates judged by a task: accuracies against transformers with layers deleted, at every layout; refusals."""
+"""Candidates ranked by a task: accuracies against transformers with layers deleted, at every layout; refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DEPTH = ["--method", "minitron-depth", "--target-num-layers", str(KEPT)]
 
 
 def examples(documents: list[str], count: int = 40) -> list[dict[str, Any]]:
-    """Questions without sense, of all lengths: the start of a document, and pieces of others to go on with."""
+    """Meaningless questions of all lengths: the start of a document, and pieces of others as continuations."""
     draw = random.Random(5)
     made: list[dict[str, Any]] = []
     for number in range(count):
@@ -90,7 +90,7 @@ def verbs(job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_pat
 
 
 def correct(found: Statistics) -> dict[str, dict[str, int]]:
-    """Candidate: metric: right answers. Nothing may hang on rounding, or the layouts could differ."""
+    """Candidate: metric: right answers. No answer may depend on rounding, or layouts could differ."""
     accuracies = {s.candidate: s.tasks[next(iter(s.tasks))].accuracies for s in found.scores.values() if s.tasks}
     for one in (one for by_metric in accuracies.values() for one in by_metric.values()):
         assert one.low == one.correct == one.high and one.examples == 40
@@ -153,7 +153,7 @@ def test_prune_judges_by_a_task_in_one_load(verbs: Verbs, task: Path, tmp_path: 
     assert found.calibration is not None and by_hand.calibration is not None
     scoring = found.calibration["scoring"]
     assert scoring == by_hand.calibration["scoring"] and spent["flops"] == found.calibration["flops"] + scoring["flops"]
-    # Twice the parent's three windows would be six forwards; the rest is the candidates' and the task's.
+    # Twice the parent's three windows would be six forwards; the rest comes from the candidates and the task.
     lengths = [len(t) for t in _tokens(verbs.parent, task)]
     half = replace(found.source, num_layers=KEPT)
     windows = 3 * (found.source.forward_flops(64) + 3 * half.forward_flops(64))
@@ -196,7 +196,7 @@ def test_losses_and_other_tasks_are_kept_and_reused(verbs: Verbs, task: Path, tm
     scores = statistics_file.read(verbs.statistics).scores.values()
     assert all(len(score.tasks) == 2 for score in scores)
     assert "scored 0 candidates" in verbs.score("--task-data", elsewhere).ok().output
-    verbs.make(*DEPTH).ok()  # and the loss still decides where nothing else is said
+    verbs.make(*DEPTH).ok()  # the loss still decides by default
     assert all(row.accuracy is None for row in plan.read(verbs.plan).candidates)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Verbs:
-    """Their files lie in ``folder``; ``text`` are flags of every calibration, ``shape`` of every plan."""
+    """Their files are in ``folder``; ``text`` are flags of every calibration, ``shape`` of every plan."""
 
     def __init__(
         self, job: Callable[..., Any], parent: Path, corpus: Path, folder: Path, text: list[Any], shape: list[Any]

@@ -25,7 +25,7 @@ _GROUPS = (
 
 
 def arguments() -> dict[str, Any]:
-    """Name: default, where that is no plain value its text; of the model groups and all transformer configurations."""
+    """Default by name (as text if it is not a plain value), for the model groups and all transformer configurations."""
     from megatron.core.transformer import MLATransformerConfig
 
     megatrons = parser()

@@ -1,4 +1,4 @@
-"""Checkpoints with a pickle planted in them: what runs it creates a file."""
+"""Checkpoints with a pickle planted in them: code that runs it creates a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_prune.checkpoint.safe import load_metadata
 from tests.checkpoint import small
 from tests.checkpoint.test_safe import Touches, replace_record, saved
 
-# Objects that Megatron stores in a checkpoint of a training run beside those that our writer stores.
+# Objects that Megatron stores in a checkpoint of a training run in addition to those of our writer.
 OF_TRAINING = {
     "rng_state/shard_0.0_1.1": [[{"random_rng_state": (3, (1, 2), None), "torch_rng_state": torch.ones(8)}]],
     "rerun_state_machine_state/shard_0_1": [{"rerun_requested": False}],
@@ -72,7 +72,7 @@ def in_object(key: str, make: Any = Touches) -> Any:
 
 
 def in_common(key: str) -> Any:
-    """An attack: beside the arguments, as a value of the common state."""
+    """An attack: next to the arguments, as a value of the common state."""
 
     def attack(folder: Path, proof: Path) -> None:
         state = {"args": Namespace(**small.ARGS), "iteration": 0, "checkpoint_version": 3.0}
@@ -82,7 +82,7 @@ def in_common(key: str) -> Any:
 
 
 def in_tensor(key: str) -> Any:
-    """An attack: in the place of a tensor's record."""
+    """An attack: in place of a tensor's record."""
     return lambda folder, proof: replace_record(folder, key, saved(Touches(proof)))
 
 
@@ -129,7 +129,7 @@ def write_legacy(root: Path) -> Path:
 
 
 def run_verbs(cases: list[tuple[str, list[str], str]]) -> list[tuple[int, str]]:
-    """In a rank: exit code and error of every verb that runs a model, each ended by what it reads before it starts."""
+    """In a rank: exit code and error of every verb that runs a model; each ends while it reads its input."""
     from megatron_prune.__main__ import main
 
     found = []
@@ -142,7 +142,7 @@ def run_verbs(cases: list[tuple[str, list[str], str]]) -> list[tuple[int, str]]:
 
 
 def load_objects(folder: str, keys: list[str]) -> list[tuple[str, str]]:
-    """In a rank: Megatron's own loading of each object record alone, with nothing vetted before; (key, the error)."""
+    """In a rank: Megatron's own loading of each object record, without our checks before; (key, the error)."""
     from megatron_prune.engine import cpu
 
     cpu.prepare()

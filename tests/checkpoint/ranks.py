@@ -1,4 +1,4 @@
-"""What ranks do in these tests with Megatron itself: save a model, load one, compute logits."""
+"""Functions of ranks that use Megatron itself: save a model, load one, compute logits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def build(tp: int, pp: int, *, seed: int = 0) -> Any:
 
 
 def save(folder: str, tp: int, pp: int, metadata: dict[str, Any]) -> None:
-    """Save a random model as Megatron does, at this layout, with an optimizer-like tensor beside it."""
+    """Save a random model as Megatron does, at this layout, with an optimizer-like tensor next to it."""
     model = build(tp, pp)
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -110,7 +110,7 @@ def load(folder: str, tp: int, pp: int) -> dict[str, torch.Tensor]:
 
 
 def masked_logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Tensor | None:
-    """The same of what ``learn-masks`` saved, under its masks in evaluation mode."""
+    """The same for a save of ``learn-masks``, under its masks in evaluation mode."""
     from megatron_prune.methods.sheared_llama import kinds
     from megatron_prune.training import learned_file
 

@@ -34,7 +34,7 @@ def write(root: Path, args=ARGS, *, block_rows: int = 1000, dtype: torch.dtype =
 
 
 def disk_with(monkeypatch: Any, room: int) -> list[int]:
-    """Have records find a full disk once more than ``room`` bytes are written; the sizes of what was written."""
+    """Let writes of records fail as on a full disk after ``room`` bytes; the sizes of the writes."""
     written: list[int] = []
 
     def write(handle: Any, segments: Any, real: Any = record.RecordFiles._write) -> None:

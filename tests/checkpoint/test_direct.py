@@ -1,4 +1,4 @@
-"""Files written past the page cache hold what was given, wherever buffers end and whatever the file system can."""
+"""Files written past the page cache are complete, wherever buffers end and whatever the file system supports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(
         if when == "written" and real_control(handle, record.fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(len(data))
             raise OSError(errno.EINVAL, "no O_DIRECT")
-        return real_write(handle, data[:5000])  # and short of what it was given
+        return real_write(handle, data[:5000])  # and shorter than its input
 
     monkeypatch.setattr(record.fcntl, "fcntl", control)
     monkeypatch.setattr(os, "write", write_some)

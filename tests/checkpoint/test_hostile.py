@@ -1,4 +1,4 @@
-"""Hostile checkpoints and models, given to every tool that reads one: refused in words, without side effects."""
+"""Hostile checkpoints and models, given to every tool that reads one: refused with a message, without side effects."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def cyclic():
 
 
 def laughing():
-    """A list of two lists of two lists …: a kilobyte that says 2^60 things."""
+    """A list of two lists of two lists …: a kilobyte with 2^60 elements."""
     value: list = []
     for _ in range(60):
         value = [value, value]
@@ -189,7 +189,7 @@ ATTACKS = {
         (folder / "metadata.json").unlink(), in_root(TRACKER_FILE, "9" * 5000)(folder, proof)
     ),
 }  # fmt: skip
-# What only those look at who need it.
+# Records that only some tools read.
 PARTIAL = {
     "list for pruning.json": (in_folder("pruning.json", "[]"), {"inspect", "rewrite", "apply"}),
     "words for pruning.json": (in_folder("pruning.json", '{"chain": ["x"]}'), {"inspect", "rewrite", "apply"}),
@@ -257,7 +257,7 @@ def test_other_programs_directories_without_ours_are_named(tmp_path, name):
         open_checkpoint(tmp_path)
 
 
-# -- whatever the bytes ---------------------------------------------------------------------------
+# -- random damage ---------------------------------------------------------------------------
 
 
 def mutations(content: bytes, draws: random.Random, start: int = 0, stop: int | None = None) -> bytes:
@@ -279,7 +279,7 @@ def mutations(content: bytes, draws: random.Random, start: int = 0, stop: int | 
 
 @pytest.mark.parametrize("name", [".metadata", "metadata.json", "pruning.json", "integrity.json", "common.pt"])
 def test_no_bytes_crash_a_reader(checkpoint, name):
-    """Changed at random, a file is read, or refused in words; nothing else comes of it."""
+    """A file with random changes is read, or refused with a message; nothing else happens."""
     path, draws = checkpoint / name, random.Random(name)
     if name == "common.pt":
         torch.save({"args": Namespace(**small.ARGS), "iteration": 3, "checkpoint_version": 3.0}, path)

@@ -54,7 +54,7 @@ def test_export_after_import_is_bit_identical(name, tp, tiny_hf, tmp_path):
 
 
 def meaning(folder):
-    """What transformers makes of a config, without what it derives or stamps."""
+    """A config as transformers reads it, without derived values and stamps."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder).to_dict()
@@ -128,7 +128,7 @@ def test_the_tokenizer_is_found_by_later_stages(tiny_hf, tmp_path):
 
 
 def test_a_retrained_model_still_finds_its_tokenizer(tiny_hf, tmp_path):
-    """Its save directory holds iterations only; the stored args lead to the parent's folder."""
+    """Its save directory holds iterations only; the stored args name the parent's folder."""
     parent = import_hf(tiny_hf("mistral-gqa"), tmp_path / "parent")
     (tmp_path / "run").mkdir()
     (parent.directory).rename(tmp_path / "run" / "iter_0000007")
@@ -213,7 +213,7 @@ def test_plain_rope_in_the_old_and_the_new_form(rope):
 
 
 def test_a_width_that_heads_do_not_divide_is_exported_as_a_model_that_transformers_loads(tiny_hf, tmp_path):
-    """transformers 5 refuses a Llama whose hidden size is no multiple of its heads, as pruned widths are."""
+    """transformers 5 refuses a Llama whose hidden size is not a multiple of its heads, as after width pruning."""
     parent = import_hf(tiny_hf("llama-gqa"), tmp_path / "parent")
     shape = dataclasses.replace(parent.shape, hidden_size=80)
     kept = plan.PruningPlan(
@@ -223,7 +223,7 @@ def test_a_width_that_heads_do_not_divide_is_exported_as_a_model_that_transforme
     apply_plan(parent.root, kept, tmp_path / "cut")
     export_hf(tmp_path / "cut", tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
-    # The same numbers in a Llama that is told its sizes after it was checked.
+    # The same numbers in a Llama whose sizes are set after the check.
     config = transformers.LlamaConfig.from_pretrained(tiny_hf("llama-gqa"))
     object.__setattr__(config, "hidden_size", 80)
     llama = transformers.LlamaForCausalLM(config).double().eval()

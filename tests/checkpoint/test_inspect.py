@@ -1,4 +1,4 @@
-"""The inspector: what it shows is what was written."""
+"""The inspector shows what was written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def half_zero(tmp_path):
 
 @pytest.fixture
 def tool(capsys):
-    """The verb in this process (a process of its own costs seconds of imports)."""
+    """The verb in this process (a new process costs seconds of imports)."""
 
     def run(*words):
         code = main(["inspect", *map(str, words)])
@@ -72,7 +72,7 @@ def test_full_hash_sees_every_number_whatever_the_blocks(tmp_path, tool):
     hashes = [json.loads(tool(path, "--json", "--full-hash")[1])["full_hash"] for path in (first, second)]
     assert hashes[0] == hashes[1]
     changed = small.tensors()
-    changed["output_layer.weight"][77, 13] += 1  # not among the elements that the fingerprint looks at
+    changed["output_layer.weight"][77, 13] += 1  # not among the elements of the fingerprint
     with CheckpointWriter(tmp_path / "changed", args=small.ARGS, dtype=torch.float32) as writer:
         for name, tensor in changed.items():
             writer.add(name, tensor.shape, [tensor])
@@ -96,7 +96,7 @@ def test_flags_that_megatron_forgets(tiny_hf, tmp_path):
 
 
 def test_flags_are_megatrons(tiny_hf, tmp_path):
-    """Megatron's own parser takes them, and they say what the checkpoint says."""
+    """Megatron's own parser accepts them, and they agree with the checkpoint."""
     code = (
         "import sys, json\n"
         "from megatron_prune.engine import cpu; cpu.prepare()\n"

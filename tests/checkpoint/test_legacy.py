@@ -1,4 +1,4 @@
-"""Legacy per-rank files, written by Megatron's own converter, against the checkpoint that they came from."""
+"""Legacy per-rank files, written by Megatron's own converter, against their source checkpoint."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_layers_of_the_first_rank_must_add_up(copy):
 
 
 def test_a_half_written_iteration_is_passed_over(copy):
-    """Megatron's tracker may name it: a rank was still writing."""
+    """Megatron's tracker can name it while a rank is still writing."""
     shutil.copytree(copy / "iter_0000000", copy / "iter_0000007")
     half = copy / "iter_0000007" / "mp_rank_02" / "model_optim_rng.pt"
     os.truncate(half, half.stat().st_size // 2)

@@ -1,4 +1,4 @@
-"""Stored arguments that change a model and that nothing restores: whoever builds or rewrites it refuses them."""
+"""Stored arguments that change a model and that nothing restores: verbs that build or rewrite it refuse them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_prune.structured.apply import apply_plan, rewrite
 from tests.checkpoint import megatron_arguments, plants, small
 from tests.training.small import any_plan
 
-# Named in the issue, or known to change the function: attention spans, positions, activations, norms, multipliers.
+# Known to change the function: attention spans, positions, activations, norms, multipliers.
 MATTER = (
     "window_size window_attn_skip_freq no_rope_freq yarn_beta_fast yarn_original_max_position_embeddings quick_geglu "
     "rotary_seq_len_interpolation_factor mrope_section softmax_type qk_l2_norm attention_output_gate glu_linear_offset "
@@ -31,7 +31,7 @@ def known():
 
 
 def test_the_table_is_megatrons():
-    """Megatron changes: python -m tests.checkpoint.megatron_arguments > megatron_prune/checkpoint/…, then judge it."""
+    """If Megatron changed: python -m tests.checkpoint.megatron_arguments > megatron_prune/checkpoint/…; review it."""
     assert known() == megatron_arguments.arguments()
 
 
@@ -104,7 +104,7 @@ def test_every_verb_that_builds_a_model_refuses_it(tmp_path, distributed):
 
 
 def test_by_hand_it_must_be_given_as_it_is_stored(tmp_path, job, tiny_corpus):
-    """Without --use-checkpoint-args too; and where it is given, the model is that of the checkpoint."""
+    """Also without --use-checkpoint-args; with it, the model is that of the checkpoint."""
     changed = {"window_size": (4, 0), "max_position_embeddings": 64, "vocab_size": 379, "padded_vocab_size": 384}
     root = small.write(tmp_path / "windowed", small.ARGS | changed)
     words = ["evaluate", "--load", root, "--data-path", tiny_corpus, "--seq-length", "16", "--windows", "1"]

@@ -1,4 +1,4 @@
-"""Several processes write what one would: the same weights, nothing when one of them fails."""
+"""Several processes write the same weights as one would, and nothing if one of them fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_shares_are_everything_once_and_even():
         found = shares(sizes, number)
         assert sorted(name for share in found for name in share) == sorted(sizes)
         assert len(found) <= number and all(share == [n for n in sizes if n in share] for share in found)
-        # The largest first to whoever has least is at most a third over what is possible (Graham, 1969).
+        # Largest first, to the least loaded process: at most a third over the optimum (Graham, 1969).
         possible = max(70, sum(sizes.values()) / number)
         assert max(sum(sizes[name] for name in share) for share in found) <= (4 / 3 - 1 / (3 * number)) * possible
 
@@ -70,7 +70,7 @@ if __name__ == "__main__":
 
 
 def test_processes_die_with_whoever_started_them(tmp_path):
-    """A killed job must not go on writing where a rerun writes."""
+    """A killed job must not keep writing where a rerun writes."""
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
     job = subprocess.Popen([sys.executable, tmp_path / "sleepers.py"], start_new_session=True)
 
@@ -84,7 +84,7 @@ def test_processes_die_with_whoever_started_them(tmp_path):
         return found
 
     try:
-        # It, a resource tracker, the server of forks, and two of them.
+        # The job, a resource tracker, the fork server, and two workers.
         wait_for_progress(lambda: len(session()) >= 5, "two processes", session)
         job.kill()
         job.wait()
@@ -102,7 +102,7 @@ def test_numbers_of_workers_that_cannot_be(tmp_path):
 
 
 def test_processes_have_the_environment_of_their_caller(monkeypatch) -> None:
-    """Not that of the time when the server, which they are forked from, was started: clients of stores read it."""
+    """Not the environment in which the fork server was started: clients of object stores read it."""
     assert parallel.run(os.getenv, [("STORE_OF_A_TEST",)], 1) == [None]
     monkeypatch.setenv("STORE_OF_A_TEST", "there")
     assert parallel.run(os.getenv, [("STORE_OF_A_TEST",)], 1) == ["there"]

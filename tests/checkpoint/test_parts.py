@@ -1,4 +1,4 @@
-"""Parts: written by several, read back at any place, and adopted by a checkpoint without copying."""
+"""Parts: written by several processes, read back at any position, and moved into a checkpoint without copying."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_checkpoint_adopts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    monkeypatch.setattr(parts_module, "RECORD_BYTES", 1000)  # several records a shard
+    monkeypatch.setattr(parts_module, "RECORD_BYTES", 1000)  # several records per shard
     if not links:  # a file system without them
 
         def refuse(*_: object) -> None:

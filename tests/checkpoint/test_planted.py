@@ -1,7 +1,7 @@
 """A pickle planted in any record of any checkpoint: nothing runs it, and every reader names the record.
 
-Every record and key is given to the reader that all verbs and tools open checkpoints with; a choice of them to every
-verb; and all object records to Megatron's own loader, as a checkpoint that changes after it was vetted would be.
+The reader of all verbs and tools gets every record and key, every verb a selection of them, and Megatron's own loader
+all object records, as if the checkpoint had changed after it was checked.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_what_transformer_engine_stores_is_not_refused(monkeypatch):
 
 
 def test_the_lists_are_megatrons():
-    """What Megatron allows must open here; what Transformer Engine's state may hold is Megatron's list exactly."""
+    """Classes that Megatron allows must open here; the list for Transformer Engine's state is exactly Megatron's."""
     from megatron.core.safe_globals import SAFE_GLOBALS, SafeUnpickler
 
     ours = safe_objects._IN_MODULE_STATE | safe_objects._STORAGE_IN_MODULE_STATE
@@ -157,13 +157,13 @@ VERBS = {
 
 
 def test_every_verb_that_runs_a_model_refuses_it(whole, tmp_path, distributed):
-    """In one process for all: none gets as far as a model, so each can be followed by the next."""
+    """In one process: no verb reaches the model, so the next one can follow."""
     folders = {}
     for number, (kind, attack) in enumerate(plants.ATTACKS.items()):
         folders[kind] = shutil.copytree(whole.parent, tmp_path / str(number)) / "release"
         attack(folders[kind], tmp_path / "executed")
     cases = []
-    for number, words in enumerate(VERBS.values()):  # each verb gets two kinds, and each kind is had by a verb
+    for number, words in enumerate(VERBS.values()):  # each verb gets two kinds, and each kind goes to some verb
         for kind in (list(folders)[number], list(folders)[(number + 4) % len(folders)]):
             cases.append((words[0], [word.format(folders[kind].parent) for word in words[1:]], kind))
     assert {kind for _, _, kind in cases} == set(plants.ATTACKS)
@@ -174,7 +174,7 @@ def test_every_verb_that_runs_a_model_refuses_it(whole, tmp_path, distributed):
 
 
 def test_megatron_itself_does_not_run_it(whole, tmp_path, distributed):
-    """Nothing is vetted before: what Megatron reads may have changed since."""
+    """Without our checks before: the bytes may change between the check and Megatron's reading."""
     folder = shutil.copytree(whole.parent, tmp_path / "planted") / "release"
     keys = [key for key in plants.objects(folder) if "/shard_" in key]
     for number, key in enumerate(keys):

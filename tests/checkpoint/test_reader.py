@@ -49,7 +49,7 @@ def copy(saved, tmp_path):
 
 @pytest.mark.parametrize("name", SAVED)
 def test_reads_what_megatron_saved(name, saved):
-    """Every logical weight, by whole, by rows and by blocks, equals what torch's own reader gives."""
+    """Every logical weight, read whole, by rows and by blocks, equals the result of torch's own reader."""
     checkpoint = open_checkpoint(saved(name))
     plain = stored_tensors(saved(name))
     assert checkpoint.iteration == 20 and not checkpoint.release
@@ -80,7 +80,7 @@ def stored_tensors(folder):
 
 
 def logical(plain, weight):
-    """A per-layer weight out of stored tensors, stacked or not, gate and up apart or not."""
+    """A per-layer weight from stored tensors, stacked or not, gate and up separate or not."""
     if weight in plain:
         return plain[weight]
     if weight + "_w" in plain:
@@ -90,7 +90,7 @@ def logical(plain, weight):
 
 
 def test_fingerprint_knows_weights_not_layouts(saved):
-    """Stages of a pipeline are seeded apart, so only checkpoints of one pipeline depth hold the same weights."""
+    """Pipeline stages have different seeds, so only checkpoints of one pipeline depth hold the same weights."""
     same = {name: open_checkpoint(saved(name)).fingerprint() for name in ("tp2", "per-layer", "singleton")}
     assert len(set(same.values())) == 1
     assert open_checkpoint(saved("tp2-pp2")).fingerprint() not in same.values()

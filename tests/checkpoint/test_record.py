@@ -1,4 +1,4 @@
-"""Records against torch: what we build is what ``torch.load`` reads."""
+"""Records against torch: ``torch.load`` reads what we build."""
 
 from __future__ import annotations
 

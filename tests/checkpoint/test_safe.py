@@ -1,4 +1,4 @@
-"""Hostile and damaged checkpoints: refused, and nothing in them runs."""
+"""Hostile and damaged checkpoints are refused, and nothing in them runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def replace_metadata(folder, change):
 
 
 def replace_record(folder, key, payload):
-    """Put other bytes in the place of a stored object or tensor shard."""
+    """Replace the bytes of a stored object or tensor shard."""
 
     def change(metadata):
         index = next(index for index in metadata.storage_data if index.fqn == key)
@@ -186,7 +186,7 @@ def test_a_view_beyond_its_storage_is_refused(checkpoint):
 
 
 def test_transposed_tensors_are_read_right(checkpoint):
-    """Nothing says that a stored tensor is contiguous."""
+    """A stored tensor need not be contiguous."""
     value = torch.arange(32.0 * 32).view(32, 32)
     metadata = safe.load_metadata(checkpoint)
     key = "embedding.word_embeddings.weight"
@@ -210,7 +210,7 @@ def test_megatrons_own_classes_in_args_are_inert(checkpoint):
 
 
 def test_megatrons_own_allow_list_survives_a_read(checkpoint):
-    """Reading must not take away what Megatron registered in this process."""
+    """Reading must not remove what Megatron registered in this process."""
     from megatron.core import safe_globals
 
     safe_globals.register_safe_globals()
@@ -220,7 +220,7 @@ def test_megatrons_own_allow_list_survives_a_read(checkpoint):
 
 
 def test_it_survives_reads_in_several_threads(checkpoint):
-    """As a store is read: of two threads each would take the other's list for Megatron's."""
+    """As for object stores: each of two threads could take the other's list for Megatron's."""
     from megatron.core import safe_globals
 
     safe_globals.register_safe_globals()

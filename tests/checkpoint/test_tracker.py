@@ -1,4 +1,4 @@
-"""Which iteration counts: sound, empty, broken and lying tracker files."""
+"""Which iteration counts: correct, empty, broken and wrong tracker files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The writer: what Megatron loads from it, what it refuses, and what is left when it is stopped."""
+"""The writer: what Megatron loads from it, what it refuses, and what remains after a kill."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_block_sizes_do_not_change_the_fingerprint(tmp_path):
 
 
 def test_the_fingerprint_is_of_64_elements_of_every_weight(tmp_path):
-    """Again from the definition: name, shape, type and elements evenly spaced from the first to the last."""
+    """From the definition: name, shape, type and elements evenly spaced from the first to the last."""
     checkpoint = open_checkpoint(small.write(tmp_path / "made", block_rows=7))
     digest, expected = hashlib.sha256(), small.tensors()
     for name in checkpoint.names:
@@ -245,7 +245,7 @@ def test_killed_while_writing_nothing_is_taken_for_a_checkpoint(tmp_path):
     assert os.listdir(tmp_path) != []  # it had begun
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "made")
-    small.write(tmp_path / "made")  # the rerun clears the left-over and succeeds
+    small.write(tmp_path / "made")  # the rerun removes the remains and succeeds
     assert os.listdir(tmp_path) == ["made"]
     for name, expected in small.tensors().items():
         assert torch.equal(open_checkpoint(tmp_path / "made").read(name), expected)

@@ -2,7 +2,7 @@
 
     python -m tests.cli.helps        measures, and writes the table in docs/pages/benchmarks.md again
 
-The lines are what tests hold (``test_help.py``); the seconds are those of a machine, and only shown.
+Tests check the lines (``test_help.py``); the seconds depend on the machine and are only shown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def commands() -> list[tuple[str, ...]]:
-    """The words of every command that has a help: none, a verb, or a verb and its part."""
+    """The words of every command with a help: none, a verb, or a verb and its part."""
     found: list[tuple[str, ...]] = [()]
     for verb in NAMES:
         found += [(verb,), *((verb, part) for part in PARTS.get(verb, {}))]

@@ -1,4 +1,4 @@
-"""Help of every verb: short, quick to print, complete; and what is said about a flag that there is not."""
+"""Help of every verb: short, quick to print, complete; and the answer to an unknown flag."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_overview_names_every_verb_and_each_has_a_file(capsys) -> None:
 
 @pytest.mark.parametrize("words", [words for words in IN_PROCESS if parser_of(words)], ids=" ".join)
 def test_the_example_is_understood(words: tuple[str, ...]) -> None:
-    """Every line of it is one of this verb, and the parser takes its flags and lacks none."""
+    """Every line of the example belongs to this verb, and the parser accepts its flags and misses none."""
     parser = parser_of(words)
     assert parser is not None
     for line in parser.example.strip().replace("\\\n", " ").splitlines():
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(line: str, said: str, capsys) -> None
 
 
 def wrong_for_megatron() -> list[str]:
-    """What Megatron's parser says where a flag is nobody's, or lacks its value."""
+    """Errors of Megatron's parser for an unknown flag, or one without its value."""
     from megatron_prune.engine import arguments, cpu
 
     cpu.prepare()

@@ -107,7 +107,7 @@ def test_help_has_a_group_for_each_class_and_no_percent_sign_breaks_it() -> None
 
 
 def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
-    """A method's file says what it is by METHOD and SPARSE; options.py must list the same."""
+    """A method's file defines METHOD or SPARSE; options.py must list the same."""
     import importlib
     import pkgutil
 
@@ -123,7 +123,7 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
 
 
 def test_choices_are_those_of_the_rooms() -> None:
-    """Help imports no room; what it offers must be what the rooms take."""
+    """Help imports no other package; its choices must be those that the packages accept."""
     from megatron_prune.data import local_text, readers, tokenizers, train_tokenizer
     from megatron_prune.engine import fp8
     from megatron_prune.methods import base

@@ -1,4 +1,4 @@
-"""What a person sees who got a command line wrong: exit code 2, one to three lines, the last of them the error.
+"""The answer to a wrong command line: exit code 2, one to three lines, the last of them the error.
 
 ``python -m pytest tests/cli/test_wrong_inputs.py -s`` prints all of them at its end as a table.
 """
@@ -32,7 +32,7 @@ SHAPE = " ".join(MODEL)
 PLAN = "plan --load {parent} --output {new}"
 TOKENIZE = "--output-prefix {new} --tokenizer-model {tokenizer} --tokenizer-type HuggingFaceTokenizer"
 
-# The command line, and what the last line says. {new} is a path that does not exist; _places makes the others.
+# The command line, and a pattern of the last line. {new} is a path that does not exist; _places makes the others.
 WRONG = [
     ("prnue", "there is no verb 'prnue': did you mean prune.$"),
     ("study plan", "STUDY.yaml"),
@@ -146,7 +146,7 @@ def _run(words: list[str]) -> tuple[int, str]:
 
 
 def _places(folder: Path, parent: Path, tokenizer: Path) -> dict[str, str]:
-    """Paths for the names in braces: what is there, and ``new``, which is not."""
+    """Paths for the names in braces: all exist except ``new``."""
     corpus = folder / "corpus"
     write_index(f"{corpus}.idx", [np.full(20, 50)], [np.ones(20, np.int64)], "int32")
     Path(f"{corpus}.bin").write_bytes(np.zeros(1000, np.int32).tobytes())
@@ -170,7 +170,7 @@ def _places(folder: Path, parent: Path, tokenizer: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a row of WRONG got; its paths in ``shown`` are the names in braces."""
+    """The answer to a row of WRONG; in ``shown`` its paths are the names in braces."""
 
     command: str
     says: str  # a pattern of the last line

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
 def write_corpus(prefix: str | Path, documents: Iterable[np.ndarray], dtype: type = np.uint16) -> str:
-    """One sequence a document, as ``preprocess`` makes them; the prefix as text."""
+    """One sequence per document, as ``preprocess`` makes them; the prefix as text."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
     for document in documents:
         builder.add_document(document, [len(document)])

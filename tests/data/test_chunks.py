@@ -1,4 +1,4 @@
-"""Remembered chunks give the ids of whole texts, for every kind of tokenizer and any text."""
+"""Cached chunks give the ids of whole texts, for every kind of tokenizer and any text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_prune.data import chunks
 from megatron_prune.data.train_tokenizer import train_tokenizer
 from tests import tiny
 
-# What the rules are about: letters of several scripts and cases, marks, digits of several kinds, punctuation,
+# Characters that the rules distinguish: letters of several scripts and cases, marks, digits, punctuation,
 # every kind of blank, controls, characters that NFC makes ASCII, names of special tokens.
 ALPHABET = st.one_of(
     st.sampled_from([*"aZsStTdlé'\"(.)_/-09 \t\n\r\x0b\x0c", " ", "\n", "'s", "'LL", "<|end|>", "</s>", "<SPECIAL_9>"]),

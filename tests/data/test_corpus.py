@@ -56,7 +56,7 @@ def test_every_kind_is_found_and_nothing_that_should_not_be(machine):
     text = "\n".join(f.text for f in found)
     for word in ("Topic", "Module", "Class", "Method", "Description", "Readme", "Debian", "Html"):
         assert text.count(f"{word} number 5") == 1
-    assert text.count(f"Manual {PROSE * 3}".strip()) == 1  # of two names for one page
+    assert text.count(f"Manual {PROSE * 3}".strip()) == 1  # of the two names of one page
     assert "Never" not in text and "String number" not in text
     assert "tool - a bold tool" in text and text.count("a bold tool") == 1
 
@@ -80,7 +80,7 @@ def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monke
 
 
 def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeypatch):
-    """Of 400 documents the last splits have many short ones in place of few long ones, and no split has their ends."""
+    """With 400 documents the held-out splits have many short ones, and no split has the ends that were cut."""
     parts = [[f"Part {k} of {i}: {PROSE}".rstrip() for k in range(30)] for i in range(400)]
     made = [FoundText("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
     monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(made))

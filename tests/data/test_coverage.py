@@ -48,7 +48,7 @@ def corpus(tmp_path) -> tuple[str, int]:
 
 
 def arguments(corpus: str, **changes: object) -> argparse.Namespace:
-    """What ``unique_tokens`` reads of a run's arguments."""
+    """The arguments of a run that ``unique_tokens`` reads."""
     given = dict(
         stream_range="40:90", train_data_path=[corpus], data_path=None, seq_length=16, stream_seed=5, stream_epochs=2,
         data_cache_path=None, rank=0, world_size=2, distributed_timeout_minutes=10, train_iters=5, global_batch_size=10,
@@ -66,7 +66,7 @@ def test_a_number_is_kept_for_its_range_and_its_stream_alone(corpus, monkeypatch
     prefix, _ = corpus
     counted = data.unique_tokens(arguments(prefix))
     assert counted == seen(prefix, 40, 90) < 50 * 16
-    monkeypatch.setattr(coverage, "unique_tokens", None)  # whoever counted now would fail
+    monkeypatch.setattr(coverage, "unique_tokens", None)  # counting now would fail
     assert data.unique_tokens(arguments(prefix)) == counted
     assert data.unique_tokens(arguments(prefix, rank=1)) == counted
     assert data.unique_tokens(arguments(prefix, stream_range="0:20")) == 20 * 16  # one epoch: nothing to count
@@ -77,7 +77,7 @@ def test_a_number_is_kept_for_its_range_and_its_stream_alone(corpus, monkeypatch
 
 
 def test_a_number_of_another_stream_is_counted_again(corpus) -> None:
-    """The file's name has a part of the stream's id; the whole is in the file."""
+    """The file's name has part of the stream's id; the file has all of it."""
     prefix, _ = corpus
     stream = Stream.build(prefix, 16, 5, 2)
     file = coverage.path(stream, 40, 90, None)
@@ -98,7 +98,7 @@ def test_others_wait_as_long_as_there_is_a_sign_of_life(corpus, monkeypatch) -> 
         coverage.wait(stream, 40, 90, None, patience=5)
 
     def sign(_: object) -> int:
-        """Of somebody who needs far longer than others have patience."""
+        """A count that takes far longer than the others wait without a sign of progress."""
         if (number := next(signs)) == 100:
             coverage.count(stream, 40, 90, None)
         return number
@@ -115,7 +115,7 @@ def test_who_counts_gives_signs_of_life_until_the_end(corpus, monkeypatch) -> No
     file = coverage._sign(stream, None)
     with coverage.alive(stream, None):
         signs = set[int]()
-        while len(signs) < 3:  # until it has been touched again and again
+        while len(signs) < 3:  # until it has been touched several times
             signs.add(coverage._last_sign(file))
     assert coverage._last_sign(file) == -1
 
@@ -145,5 +145,5 @@ def count_in_a_group(prefix: str) -> str:
 
 
 def test_nothing_is_counted_while_a_process_group_exists(corpus, distributed) -> None:
-    """Others would wait in a collective and time out: a training loop that counted would fail at its first step."""
+    """Other ranks would wait in a collective and time out, so a training loop that counts fails at its first step."""
     assert "before a process group" in distributed(count_in_a_group, 1, corpus[0])[0]

@@ -1,4 +1,4 @@
-"""The verb ``index``: what it builds is what a training run opens, and it checks ranges."""
+"""``build-index`` builds what a training run opens, and checks ranges."""
 
 from __future__ import annotations
 

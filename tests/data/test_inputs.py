@@ -192,7 +192,7 @@ def tiktoken_file(tmp_path_factory, tiny_documents):
 
 
 def megatron_tiktoken(path, **settings):
-    """Megatron's tokenizer, by the way that a training run takes."""
+    """Megatron's tokenizer, built as in a training run."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     given = {
@@ -353,7 +353,7 @@ def test_the_tool_takes_every_input_and_a_blend_of_its_outputs_is_a_stream(
     members = [stream[i]["dataset_id"] for i in range(len(stream))]
     assert abs(np.mean(members) - 0.7) < 0.02 and len(members) > 100
     oracle = megatron_tiktoken(tiktoken_file, vocab_size=700, tiktoken_num_special_tokens=50)
-    corpus = IndexedDataset(str(tmp_path / "B"))  # held, since it unmaps what its arrays look into when it goes
+    corpus = IndexedDataset(str(tmp_path / "B"))  # keep a reference: its arrays are views of a file that it unmaps
     assert corpus[0].tolist() == [*oracle.tokenize(tiny_documents[60]), oracle.eod]
     assert tool("--dataset", folder, "--input", zipped, "--output-prefix", tmp_path / "C") == 2
     assert "--input, --dataset: expected exactly one of them, got both" in capsys.readouterr().err

@@ -123,13 +123,13 @@ def accuracy(likelihoods: list[float], choices: list[str], gold: int) -> dict[st
 @pytest.mark.parametrize(
     ("likelihoods", "gold", "acc", "acc_norm"),
     [
-        ([-3.0, -4.0], 0, (1, 1, 1), (0, 0, 0)),  # 1.5 a character against 1
+        ([-3.0, -4.0], 0, (1, 1, 1), (0, 0, 0)),  # 1.5 per character against 1
         ([-3.0, -4.0], 1, (0, 0, 0), (1, 1, 1)),
         ([-4.0, -4.0 * (1 - 5e-6)], 0, (0, 0, 1), (0, 0, 0)),  # another layout may find it right
         ([-4.0, -4.0 * (1 - 5e-6)], 1, (1, 0, 1), (1, 1, 1)),
-        ([-4.0, -4.0], 0, (1, 0, 1), (0, 0, 0)),  # of equal choices the first is taken
+        ([-4.0, -4.0], 0, (1, 0, 1), (0, 0, 0)),  # the first of equal choices is taken
         ([-2.0, -4.0], 1, (0, 0, 0), (0, 0, 1)),
-        ([math.nan, -4.0], 0, (0, 0, 0), (0, 0, 0)),  # a model that overflows knows nothing
+        ([math.nan, -4.0], 0, (0, 0, 0), (0, 0, 0)),  # a model that overflows has no right answers
         ([math.nan, math.nan], 0, (0, 0, 0), (0, 0, 0)),
     ],
 )

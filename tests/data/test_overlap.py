@@ -39,7 +39,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 def test_near_duplicates_are_those_of_all_pairs_in_plain_python(tmp_path):
     generator = np.random.RandomState(0)
     train = random_documents(1, 150)
-    # Copies of all degrees of likeness, a few strangers, an exact copy, and one too short to judge.
+    # Copies of all degrees of similarity, a few unrelated ones, an exact copy, and one too short to compare.
     held = [changed(train[i], share, generator) for i, share in enumerate(np.linspace(0, 0.5, 60))]
     train[5] = train[5][:12]
     held += [*random_documents(2, 20), train[100], train[3][:7], train[5]]

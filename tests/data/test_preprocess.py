@@ -63,7 +63,7 @@ def jsonl(path, texts, key="text"):
 
 
 def read_back(prefix):
-    corpus = IndexedDataset(str(prefix))  # held, since it unmaps what its arrays look into when it goes
+    corpus = IndexedDataset(str(prefix))  # keep a reference: its arrays are views of a file that it unmaps
     return [document.tolist() for document in corpus[:]]
 
 
@@ -107,7 +107,7 @@ def test_hugging_face_ids_are_transformers_without_special_tokens(tmp_path, hf_f
     from transformers import AutoTokenizer
 
     oracle = AutoTokenizer.from_pretrained(hf_folder)
-    assert oracle("x")["input_ids"][0] == 0  # it would put <s> in front if asked to
+    assert oracle("x")["input_ids"][0] == 0  # it would prepend <s> if asked to
     texts = ["The quick brown fox", "  déjà vu\n\n", "</s> inside"]
     tokenizer = load_tokenizer("HuggingFaceTokenizer", hf_folder)
     preprocess([jsonl(tmp_path / "x.jsonl", texts)], tmp_path / "P", tokenizer, append_eod=True)
@@ -225,7 +225,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_refused(model, hf_folde
     with pytest.raises(DataError, match="t.model has a vocabulary of 400, the checkpoint one of 399"):
         check_fits_checkpoint(small, Checkpoint(), 399)
     with pytest.raises(DataError, match="is not the tokenizer of checkpoint /checkpoints/parent"):
-        check_fits_checkpoint(small, Checkpoint(hf_folder), 500)  # small enough, but its ids mean other text
+        check_fits_checkpoint(small, Checkpoint(hf_folder), 500)  # small enough, but its ids stand for other text
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_tokenizers_that_cannot_be_loaded(kind, path, error, says):
 @pytest.mark.parametrize("name", ["nothere", "./nothere", "/no/where", "a/b/c", "owner/nothere"])
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_tokenizer_that_is_not_there_costs_one_short_question_at_most(monkeypatch, tmp_path, name, offline):
-    """Transformers asks the hub for each of a tokenizer's files, several times, which took a minute."""
+    """Transformers asks the Hub for each file of a tokenizer, several times, which takes a minute."""
     import huggingface_hub
     import transformers
 

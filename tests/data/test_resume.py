@@ -92,7 +92,7 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(tmp_path, inputs, tok
 
 
 def stop_after(monkeypatch, count):
-    """Let ``count`` inputs be finished and fail at the next one's first batch."""
+    """Let ``count`` inputs finish and fail at the first batch of the next one."""
     finish, encode = module.PartWriter.finish, module.Encoder.__call__
     seen = []
     monkeypatch.setattr(module.PartWriter, "finish", lambda self: (finish(self), seen.append(self)))

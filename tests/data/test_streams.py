@@ -79,7 +79,7 @@ def test_blend_takes_each_member_in_its_own_order_and_in_proportion(tmp_path):
         counts[sample["dataset_id"]] += 1
         np.testing.assert_array_equal(text(sample), next(expected[sample["dataset_id"]]))
         assert abs(counts[0] - 0.75 * (number + 1)) <= 1
-    # The end is where the smaller member has nothing more to give, not a sample earlier.
+    # The end is where the smaller corpus is used up, not a sample earlier.
     assert counts[1] == len(one_epoch(documents[1], 16, 5))
 
 
@@ -169,7 +169,7 @@ def test_when_two_build_the_same_caches_the_first_to_finish_wins(tmp_path, corpu
 
     def overtaken(self, cache, flags):
         parts = opened(self, cache, flags)
-        if artifacts.PARTIAL in cache.name:  # while it builds, another process does the same and is faster
+        if artifacts.PARTIAL in cache.name:  # while it builds, another process builds the same and finishes first
             with monkeypatch.context() as patch:
                 patch.setattr(Stream, "_open", opened)
                 Stream.build(corpus, 16, 3, cache_path=tmp_path / "cache")

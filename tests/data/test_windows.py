@@ -58,7 +58,7 @@ def test_more_windows_than_there_are_is_refused(tmp_path):
 
 
 def test_a_document_may_be_longer_than_two_gigabytes(tmp_path):
-    """Megatron's index has lengths in int32, which their bytes do not fit into. The file is a hole but for its ends."""
+    """Megatron's index has lengths in int32, too small for their bytes. The file is sparse except for its ends."""
     lengths = [3, 2**29 + 4094]
     with _IndexWriter(f"{tmp_path}/c.idx", np.int32) as writer:
         writer.write(lengths, None, [0, 1, 2])

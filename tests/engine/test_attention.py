@@ -1,4 +1,4 @@
-"""Fused attention on the CPU computes what Megatron's own does, and keeps out of the way where it would not."""
+"""Fused attention on the CPU computes the same as Megatron's own, and is not used where it would not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 presets: what they stand for, what is refused, and Megatron's own validation of them on 64 ranks."""
+"""FP8 presets: their flags, refusals, and Megatron's own validation of them on 64 ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from megatron_prune.engine import fp8
 from megatron_prune.errors import UsageError
 
-# Llama-3.1-8B and the paper's shapes of it (METHODS.md): layers, hidden, heads, groups, FFN.
+# Llama-3.1-8B and the paper's pruned shapes (examples/llama3.1_8b/layouts.yaml): layers, hidden, heads, groups, FFN.
 SHAPES = {
     "llama3.1-8b": (32, 4096, 32, 8, 14336),
     "depth 16": (16, 4096, 32, 8, 14336),
@@ -38,7 +38,7 @@ def words(shape: str, *more: str, pp: int = 2) -> list[str]:
 
 
 def validated(argv: list[str], capability: tuple[int, int], world: int) -> str | dict[str, Any]:
-    """In a rank of its own: Megatron's validation as rank 0 of a world of Hoppers that is not there."""
+    """In a separate rank: Megatron's validation as rank 0 of a simulated world of Hoppers."""
     from packaging.version import Version
 
     from megatron_prune.engine import cpu
@@ -50,7 +50,7 @@ def validated(argv: list[str], capability: tuple[int, int], world: int) -> str |
 
     megatron.core.utils._te_version = Version(
         "2.9.0"
-    )  # where TE is not installed, Megatron asks for its version all the same
+    )  # Megatron asks for the version of TE even where it is not installed
     torch.cuda.get_device_capability = lambda *_: capability
     from megatron.training.argument_utils import gpt_config_from_args
 

@@ -1,4 +1,4 @@
-"""What a command line does not say comes from the checkpoint that it names; what it names must be a checkpoint."""
+"""Arguments that a command line omits come from the checkpoint that it names, which must be a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_what_is_not_said_comes_from_the_checkpoint(distributed, tiny_hf, tmp_pa
     assert found[4]["rotary_base"] == 700.0  # as Megatron's users know it
     assert found[5]["tokenizer_type"] == "HuggingFaceTokenizer"
     assert found[5]["tokenizer_model"] == str(open_checkpoint(imported).huggingface)
-    for got in found[6:]:  # the run's own save comes before what it began with
+    for got in found[6:]:  # the run's own save takes precedence over its start
         assert got["seq_length"] == 24 and got["num_layers"] == small.ARGS["num_layers"] and not got["bf16"], got
 
 
 def test_a_command_line_without_a_model_is_refused(distributed, tiny_hf, tmp_path) -> None:
-    """In one line: Megatron ends such a run with an assertion, or trains whatever it was given."""
+    """Refused in one line: Megatron ends such a run with an assertion, or trains a wrong model."""
     hf, empty = str(tiny_hf("llama-gqa", layers=4)), tmp_path / "empty"
     empty.mkdir()
     shape = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --max-position-embeddings 16384".split()

@@ -1,7 +1,7 @@
-"""What is switched off and what is refused where Apex, Transformer Engine and others are missing; preflight's word too.
+"""What is switched off or refused where Apex, Transformer Engine and others are missing, also by preflight.
 
-No GPU is here: a rank pretends one after its stand-ins are in place, and packages are empty modules under their names.
-Megatron's own code then builds and runs the model, and says by its assertions whether a default was left on wrongly.
+There is no GPU: a rank simulates one once its stand-ins are in place, and packages are empty modules of their names.
+Megatron's own code then builds and runs the model, and its assertions show whether a default was left on wrongly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DECIDED = (
 
 
 def stand_in(words: str) -> None:
-    """Let empty modules stand for the packages, and let all others be missing. For good: in a rank or a patch."""
+    """Replace the packages by empty modules, and let all others be missing. Not undone: use it in a rank or a patch."""
     there = set(words.split(",")) if words else set()
     for word, names in MODULES.items():
         for name in names:
@@ -65,7 +65,7 @@ def _pretend_gpu() -> None:
 
 
 def on_target(words: str, argv: list[str]) -> str | dict[str, Any]:
-    """In a rank: what the verb makes of ``argv`` on a machine with a GPU and these packages."""
+    """In a rank: the verb's treatment of ``argv`` on a machine with a GPU and these packages."""
     from megatron_prune.engine import arguments
 
     stand_in(words)
@@ -78,7 +78,7 @@ def on_target(words: str, argv: list[str]) -> str | dict[str, Any]:
 
 
 def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
-    """``on_target`` of each, in a process of its own."""
+    """``on_target`` of each, in a separate process."""
     from functools import partial
 
     from megatron_prune.preflight.dry_run import in_child
@@ -87,7 +87,7 @@ def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
 
 
 def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
-    """What a rehearsal for such machines says; with Apex and TE standing here, which it must not look at."""
+    """A dry run for such machines, with stand-ins for Apex and TE here, which it must ignore."""
     from megatron_prune.cli import pretrain
     from megatron_prune.preflight.dry_run import MegatronRefused, rehearse
 
@@ -103,7 +103,7 @@ def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     return found
 
 
-# packages, flags beyond MODEL, and what is decided: what is off, or the refusal
+# packages, flags beyond MODEL, and the decision: what is off, or the refusal
 CASES = {
     "all": ("te,apex", RMS, set()),
     "no Apex": ("te", RMS, {"gradient_accumulation_fusion"}),
@@ -158,14 +158,14 @@ def test_defaults_are_switched_off_and_wishes_refused(name, decisions) -> None:
 
 
 def test_a_rehearsal_decides_as_the_target_does(distributed, decisions) -> None:
-    """Whatever is installed here: the words say what is there."""
+    """Independent of what is installed here: the arguments say what is there."""
     asked = [(words, [*MODEL, *flags]) for words, flags, _ in CASES.values()]
     [found] = distributed(rehearsed, 1, asked)
     assert dict(zip(CASES, found, strict=True)) == decisions
 
 
 def test_parallel_layouts_that_local_layers_lack_are_refused(distributed) -> None:
-    """On one rank Megatron would not ask for them: the rule is asked alone."""
+    """On one rank Megatron would not ask for them, so only the rule is tested."""
     for flag, value in (("context_parallel_size", 2), ("sequence_parallel", True)):
         args = argparse.Namespace(
             transformer_impl="local", normalization="RMSNorm", context_parallel_size=1, tensor_model_parallel_size=2,
@@ -177,7 +177,7 @@ def test_parallel_layouts_that_local_layers_lack_are_refused(distributed) -> Non
 
 
 def step_without_packages(argv: list[str]) -> tuple[float, list[str]]:
-    """In a rank: loss of a step of Megatron's own model, built on what ``settle`` left, and what it said."""
+    """In a rank: loss of a step of Megatron's own model, built after ``settle``, and the output of ``settle``."""
     import torch
 
     from megatron_prune.engine import runtime
@@ -206,7 +206,7 @@ def test_megatron_builds_and_runs_local_layers_on_what_is_left(distributed, norm
 
 
 def test_a_broken_package_is_a_missing_one(monkeypatch) -> None:
-    """Compiled for another torch, an extension is found and cannot be imported."""
+    """An extension that was compiled for another torch is found but cannot be imported."""
     for names in MODULES.values():
         for name in names:
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))

@@ -1,4 +1,4 @@
-"""Jobs of forked ranks: as torchrun would start them, ended together, gone when the caller is."""
+"""Jobs of forked ranks: started as by torchrun, ended together, and killed with their caller."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_nproc_is_checked() -> None:
 
 @pytest.fixture
 def a_gpu(monkeypatch) -> None:
-    """The launcher takes torchrun's way, as where torch finds a GPU."""
+    """The launcher uses torchrun, as where torch finds a GPU."""
     monkeypatch.setattr(launch, "_fork_server", lambda: SimpleNamespace(forks=False))
 
 
@@ -190,7 +190,7 @@ def test_where_there_is_a_gpu_it_is_torchrun(a_gpu, tmp_path) -> None:
 
 
 def test_a_killed_caller_takes_its_torchrun_along_and_the_log_is_held_until_the_last_rank_is_gone(tmp_path) -> None:
-    """torchrun is a stand-in that leaves its rank behind, as one that is killed itself does."""
+    """A stand-in for torchrun that leaves its rank running, as a killed torchrun does."""
     (tmp_path / "torch/distributed").mkdir(parents=True)
     (tmp_path / "torch/__init__.py").write_text("")
     (tmp_path / "torch/distributed/run.py").write_text(

@@ -1,4 +1,4 @@
-"""Flags that would be accepted and do nothing, or start a run that cannot resume, are refused by their name."""
+"""Flags without effect, or that start a run which cannot resume, are refused by name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def refusal(parser, argv):
 
 
 def test_the_list_is_what_megatrons_source_says():
-    """Megatron changes: python -m tests.engine.unreached > megatron_prune/engine/unreached.json"""
+    """If Megatron changed: python -m tests.engine.unreached > megatron_prune/engine/unreached.json"""
     assert sorted(refusals.unreached()) == source.unreached()
 
 
 def test_the_search_finds_what_is_known():
-    """Flags of which it was looked up by hand who reads them."""
+    """Flags whose readers were looked up by hand."""
     unread = refusals.unreached()
     assert {"logits_load_kd_loss_alpha", "fim_rate", "ict_load", "img_h", "grpo_kl_beta", "openai_gelu"} <= unread
     read = "lr seed window_size adam_beta1 overlap_grad_reduce fp8 muon_momentum tokenizer_model save eod_mask_loss"
@@ -36,7 +36,7 @@ def test_the_search_finds_what_is_known():
 
 
 def words(action: argparse.Action) -> list[str] | None:
-    """The action's flag with a value that is not its default; None where the parser's own rules leave none."""
+    """The action's flag with a value other than its default; None if the parser allows no other."""
     if action.nargs == 0:
         turned = [option for option in action.option_strings if option.startswith("--")]
         return [turned[-1] if action.default is True and len(turned) > 1 else turned[0]]

@@ -1,4 +1,4 @@
-"""Megatron's own loading: what was vetted may have changed since, and what it must still get."""
+"""Megatron's own loading is safe if a checkpoint changes after the check, and still gets what it needs."""
 
 from __future__ import annotations
 

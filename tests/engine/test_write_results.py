@@ -1,4 +1,4 @@
-"""Saving on CPU hands its write results over in process, and between processes when it is asynchronous."""
+"""A save on CPU passes its write results in process, and between processes if it is asynchronous."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Which of Megatron's flags nothing that runs here ever reads: worked out from Megatron's source.
+"""Which of Megatron's flags nothing here reads, derived from Megatron's source.
 
     python -m tests.engine.unreached > megatron_prune/engine/unreached.json
 
 Megatron's parser has flags that only its entry scripts read (``pretrain_gpt.py``'s forward step, its inference servers,
-its vision, retriever and RL programs). Under our own entry they would be accepted and do nothing. Found so:
+its vision, retriever and RL programs). Our own entry points would accept them without effect. The algorithm:
 
-1. Reached code: the modules that this package imports from Megatron, and what these import in turn; in them,
-   module-level code, and every function and class whose name is mentioned in reached code, until nothing is added. A
-   class counts with all its methods. That is more than what can run: what is not reached by it cannot run.
+1. Reached code: the modules that this package imports from Megatron, and their imports in turn; in them,
+   module-level code, and every function and class whose name occurs in reached code, until nothing is added. A
+   class counts with all its methods. This is a superset of the code that can run.
 2. A flag is read where reached code has an attribute of its name (``args.x``, ``config.x``), or that name as a string
    (``getattr(args, "x")``). In ``megatron.core``, which never sees the arguments, that counts only for fields of the
    configurations that are filled from all arguments of the same name; in our own code, only for ``args.x`` and strings.
@@ -30,10 +30,10 @@ from pathlib import Path
 import megatron_prune
 
 PACKAGE = Path(megatron_prune.__file__).parent
-# Functions that name a flag as a string without reading it for anything: they restore, compare or check it.
+# Functions that name a flag as a string but only restore, compare or check it.
 _NAMING = {"_set_arg", "_compare", "_check_arg_is_not_none"}
 _PARSERS = {"megatron.training.arguments", "megatron.training.yaml_arguments"}
-# What of megatron.core is handed the arguments, or a configuration of the same names.
+# Code in megatron.core that gets the arguments, or a configuration with the same names.
 _SEES_ARGUMENTS = ("megatron.core.tokenizers.", "megatron.core.fault_injector")
 # megatron.core.optimizer.emerging_optimizers puts these names together.
 _PUT_TOGETHER = ("muon_", "adaptive_muon_")
@@ -81,7 +81,7 @@ class _Module:
 
 @dataclasses.dataclass
 class _Piece:
-    """What a piece of code imports, which names it mentions at all, and which it reads."""
+    """The imports of a piece of code, the names that occur in it, and those that it reads."""
 
     owner: str
     node: ast.AST
@@ -138,7 +138,7 @@ def reached() -> list[_Piece]:
     mentioned: set[str] = set()
     modules: set[str] = set()
     waiting: list[tuple[_Module, ast.AST]] = []
-    unnamed: dict[str, list[tuple[_Module, ast.AST]]] = defaultdict(list)  # definitions that nobody has mentioned
+    unnamed: dict[str, list[tuple[_Module, ast.AST]]] = defaultdict(list)  # definitions whose names have not occurred
 
     def enter(name: str) -> None:
         parts = name.split(".")

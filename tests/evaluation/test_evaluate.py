@@ -1,4 +1,4 @@
-"""``evaluate``: the loss that transformers computes, at every layout; what is refused."""
+"""``evaluate``: the loss of transformers at every layout, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding of the vocabulary counts nowhere: not in a loss that is evaluated, and not in a step of training.
+"""Padding of the vocabulary counts neither in an evaluated loss nor in a training step.
 
 Calibration and scores of candidates are compared with transformers where they are tested; the tiny models are padded.
 """
@@ -55,7 +55,7 @@ def window_losses(output: Path) -> list[float]:
 
 
 def test_evaluate_gives_the_loss_of_transformers_however_the_vocabulary_is_padded(tiny_hf, tiny_corpus, tmp_path, job):
-    """By a row, where all ranks have words, and by more than there are words: the last of two ranks has none."""
+    """Padding of one row, and of more rows than tokens, so that the last of two ranks has no tokens."""
     output = tmp_path / "scores.json"
     for name in ("llama-gqa", "mistral-mha-tied"):
         source = tiny_hf(name, layers=2)
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_does_not_know_its_vocabulary_says_so(tiny_hf, tiny_co
     checkpoint = rewrite(tmp_path / "imported", tmp_path / "forgot", forget=True)
     said = evaluate(job, checkpoint, tiny_corpus, output).ok().output
     assert f"{checkpoint} does not say how many of its 1024 embeddings are words" in said
-    # What Megatron's own loss is: zero rows have logits of zero, and count.
+    # Megatron's own loss: zero rows have logits of zero, and count.
     tokens = np.fromfile(f"{tiny_corpus}.bin", dtype=np.uint16).astype(np.int64)[: S + 1]
     with torch.no_grad():
         logits = torch.nn.functional.pad(model(torch.from_numpy(tokens[None, :-1])).logits[0], (0, 1024 - VOCABULARY))
@@ -102,7 +102,7 @@ def losses(save: Path) -> list[float]:
 
 
 def test_training_does_not_depend_on_padding(tiny_hf, tiny_corpus, tmp_path, job):
-    """Neither on how much there is nor on what is in its rows; and its first loss is that of transformers."""
+    """The loss depends neither on the amount of padding nor on its rows; the first is that of transformers."""
     from megatron_prune.data.streams import Stream
 
     source = tiny_hf("llama-gqa", layers=2)
@@ -134,7 +134,7 @@ def test_training_does_not_depend_on_padding(tiny_hf, tiny_corpus, tmp_path, job
 
 
 def test_a_run_from_scratch_takes_its_parents_vocabulary(tiny_hf, tiny_corpus, tmp_path, job):
-    """Padding begins as zeros and stays so, as in what pruning an imported parent gives."""
+    """Padding starts as zeros and stays zero, as after pruning of an imported parent."""
     import_hf(tiny_hf("mistral-mha-tied", layers=2), tmp_path / "parent", make_vocab_size_divisible_by=128)
     scratch = tmp_path / "scratch"
     job(["pretrain", "--shape-from", tmp_path / "parent", *recipe(tiny_corpus, f"0:{2 * GLOBAL_BATCH}", scratch)]).ok()
@@ -145,7 +145,7 @@ def test_a_run_from_scratch_takes_its_parents_vocabulary(tiny_hf, tiny_corpus, t
 
 
 def test_a_tokenizer_says_how_many_words_there_are(tiny_tokenizer, tiny_corpus, tmp_path, job):
-    """No flag does: Megatron pads by the tokenizer, and the checkpoint says what is padding."""
+    """Without a flag, Megatron pads by the tokenizer, and the checkpoint says what is padding."""
     at = MODEL.index("--padded-vocab-size")
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tiny_tokenizer]
     run = recipe(tiny_corpus, f"0:{GLOBAL_BATCH}", tmp_path / "run")

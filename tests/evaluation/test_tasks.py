@@ -1,4 +1,4 @@
-"""``evaluate --tasks``: what lm-eval's own HFLM says of the exported model, request by request, at every layout."""
+"""``evaluate --tasks``: equal to lm-eval's own HFLM on the exported model, request by request, at every layout."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GROUP = {"group": "tiny_all", "task": ["tiny_choices", "tiny_bare"],
 
 
 def documents(texts: list[str]) -> list[dict[str, Any]]:
-    """Questions without sense: short, long, beyond what the model reads, odd, without a query, of one token each."""
+    """Meaningless questions: short, long, too long for the model, odd, without a query, of one token each."""
     draw = random.Random(3)
     made: list[dict[str, Any]] = []
     for number in range(14):
@@ -69,7 +69,7 @@ def documents(texts: list[str]) -> list[dict[str, Any]]:
 
 
 def likely(exported: Path, texts: list[str]) -> dict[str, Any]:
-    """A question whose first choice is what the model itself would say, with a token that stays one as text."""
+    """A question whose first choice is the model's own prediction, with a token that survives as text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,14 +145,16 @@ def hflm(models: tuple[Path, Path], folder: Path) -> Callable[..., Any]:
     def results(*tasks: str, longest: int = LONGEST, **settings: Any) -> Any:
         model._max_length = longest
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)  # eight seconds of asking the machine
+            patch.setattr(
+                lm_eval.evaluator, "add_env_info", lambda _: None
+            )  # it spends eight seconds on system information
             return lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **settings)
 
     return results
 
 
 def likelihoods(samples: list[dict[str, Any]]) -> list[tuple[float, bool | None]]:
-    """Of every request in order; of whole texts lm-eval keeps no greediness."""
+    """For every request in order; for whole texts lm-eval has no greedy flag."""
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     answers = [answer[0] for sample in ordered for answer in sample["resps"]]
     return [(one[0], one[1]) if isinstance(one, list | tuple) else (one, None) for one in answers]
@@ -219,7 +221,7 @@ def test_groups_are_named_with_their_tasks(hflm) -> None:
     assert found["tiny_all"]["tasks"] == ["tiny_choices", "tiny_bare"]
     parts = [found[name]["metrics"]["acc"]["value"] for name in ("tiny_choices", "tiny_bare")]
     assert found["tiny_all"]["metrics"]["acc"]["value"] == pytest.approx(sum(parts) / 2)
-    json.dumps(found, allow_nan=False)  # lm-eval has "N/A" for what it cannot tell
+    json.dumps(found, allow_nan=False)  # lm-eval writes "N/A" for unknown values
 
 
 def flags(**given: Any) -> argparse.Namespace:

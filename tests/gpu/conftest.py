@@ -1,4 +1,4 @@
-"""What only a GPU can show: Transformer Engine's kernels, FP8, NCCL. Skipped, with the reason, where there is none.
+"""Tests that need a GPU: Transformer Engine's kernels, FP8, NCCL. Skipped, with the reason, where there is none.
 
 ``bash tests/run.sh --gpu`` runs all of it and writes examples/llama3.1_8b/RESULTS.md. ``test_dry_run.py`` runs
 everywhere.
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def figures(record_property: Callable[[str, object], None]) -> Callable[[Mapping[str, float]], None]:
-    """``figures({"what": number})`` keeps what a test measured, for RESULTS.md."""
+    """``figures({"what": number})`` keeps the measurements of a test for RESULTS.md."""
 
     def keep(found: Mapping[str, float]) -> None:
         for name, value in found.items():

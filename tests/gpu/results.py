@@ -1,8 +1,8 @@
-"""From the tests on a GPU to examples/llama3.1_8b/RESULTS.md: a JSON of what ran, and the page that is made of it.
+"""From the tests on a GPU to examples/llama3.1_8b/RESULTS.md: a JSON of the results, and the page made from it.
 
     python -m tests.gpu.results TESTS.json [--benchmark BENCHMARK.json]
 
-``bash tests/run.sh --gpu`` does all of it. Every figure of the page is one of the JSON; where there is none, the page
+``bash tests/run.sh --gpu`` does both. Every figure on the page comes from the JSON; where there is none, the page
 says "not run".
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "examples" / "llama3.1_8b" / "RESULTS.md"
 COMMAND = "bash tests/run.sh --gpu"
 VARIABLE = "MEGATRON_PRUNE_GPU_RESULTS"
-# What the files of tests/gpu show, in the order of the page.
+# What the files in tests/gpu show, in the order of the page.
 SUBJECTS = {
     "test_training.py": "BF16 and FP8 training from pruned, masked and scratch starts; zeros exact; FP8 within 1% of "
     "BF16 over 200 steps",
@@ -37,14 +37,14 @@ NOT_RUN = "not run"
 
 
 class Collector:
-    """A plugin of pytest that writes what ran into ``file`` when the session ends."""
+    """A pytest plugin that writes the results to ``file`` when the session ends."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._tests: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A skip or an error before the test's call is all that there is of it.
+        # A skip or an error in the set-up is the only report of its test.
         if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
             self._tests.append({
                 "test": report.nodeid.split("tests/gpu/")[-1], "outcome": report.outcome, "seconds": report.duration,
@@ -56,7 +56,7 @@ class Collector:
 
 
 def machine() -> dict[str, Any]:
-    """Card, driver, versions, and when."""
+    """Card, driver, versions and date."""
     found: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": artifacts.device()}
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None = None) -> str:
-    """The page; of nothing, the one that says that nothing ran."""
+    """The page; for None, one that says that nothing ran."""
     lines = ["# Llama-3.1-8B: what came out", ""]
     if found is None:
         lines += [

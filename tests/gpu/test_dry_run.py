@@ -1,4 +1,4 @@
-"""What tests on a GPU ask of pruning, asked of the CPU in bf16: the comparisons run, pass, and see what is wrong."""
+"""The comparisons of the GPU tests on the CPU in bf16: they run, pass, and detect errors."""
 
 from __future__ import annotations
 

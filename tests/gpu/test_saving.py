@@ -1,4 +1,4 @@
-"""Saves on a GPU: asynchronous ones (launch/checkpointing.flags), and runs that go on from a save, FP8 ones too."""
+"""Saves on a GPU: asynchronous ones (launch/checkpointing.flags), and runs resumed from a save, also in FP8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BF16 and FP8 training on a GPU: from a pruned, a masked and a scratch start; zeros, losses, FP8 beside BF16."""
+"""BF16 and FP8 training on a GPU: from a pruned, a masked and a scratch start; zeros, losses, FP8 against BF16."""
 
 from __future__ import annotations
 

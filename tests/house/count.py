@@ -1,10 +1,10 @@
-"""What the package is made of: files, lines, rooms, floors, import circles, names that occur twice.
+"""Counts files, lines, rooms, floors (layers), import circles, and names that occur twice.
 
-    python -m tests.house.count [CHECKOUT …]      a row per checkout; the default is this one
+    python -m tests.house.count [CHECKOUT …]      one row per checkout; the default is this one
 
-A room is a folder of the package, a module at the top, or a folder of ``study``. Room A stands above room B where a
-module of A imports one of B; rooms that import each other in a circle share a floor. Imports are counted wherever they
-stand: at the top of a file, in a function, under ``TYPE_CHECKING``. Files in ``cli`` are named after verbs, and their
+A room is a folder of the package, a module at the top, or a folder of ``study``. Room A is above room B if a
+module of A imports one of B; rooms that import each other in a circle share a floor. All imports count:
+at the top of a file, in a function, under ``TYPE_CHECKING``. Files in ``cli`` are named after verbs, and their
 names are not compared.
 """
 

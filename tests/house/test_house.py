@@ -1,4 +1,4 @@
-"""Where code may stand: no room imports one above it, no circle, no name twice."""
+"""The layering: no room imports one above it, no circle, no name twice."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     MEGATRON_LM=DIR python tests/interop/run_pretrain_gpt.py <flags of pretrain_gpt.py>
 
-The checkout's ``megatron`` stands before the installed one. ``engine/cpu.py`` gives torch its stand-ins for CUDA before
-anything of Megatron is imported, as it does for our own verbs; the data helpers, which the checkout would compile into
-itself, are the wheel's. With a GPU nothing of this happens.
+The checkout's ``megatron`` comes before the installed one on the path. ``engine/cpu.py`` gives torch its stand-ins for
+CUDA before Megatron is imported, as for our own verbs. The data helpers, which the checkout would compile into
+itself, are the wheel's. With a GPU none of this happens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pruned checkpoint in a checkout's own, unmodified ``pretrain_gpt.py``, with the flags that ``inspect`` prints.
 
 ``MEGATRON_LM`` names the checkout (Megatron-LM's main branch). Its losses must be those of our ``pretrain`` on the
-installed wheel, step by step, from the same checkpoint on the same data; what it saves must be readable here.
+installed wheel, step by step, from the same checkpoint on the same data; its saves must be readable here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def checkout() -> Path:
 
 
 def run_theirs(checkout: Path, flags: list[str], nproc: int, port: int) -> str:
-    """``pretrain_gpt.py`` on ``nproc`` ranks; what the last of them printed."""
+    """``pretrain_gpt.py`` on ``nproc`` ranks; the output of the last one."""
     shared = {**os.environ, "MEGATRON_LM": str(checkout), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(nproc), "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [
