@@ -1,4 +1,4 @@
-"""What a Hugging Face model says of fixed windows of a corpus, computed without any of our code."""
+"""Losses of a Hugging Face model on fixed windows of a corpus, computed without any of our code."""
 
 from __future__ import annotations
 

@@ -145,9 +145,7 @@ def hflm(models: tuple[Path, Path], folder: Path) -> Callable[..., Any]:
     def results(*tasks: str, longest: int = LONGEST, **settings: Any) -> Any:
         model._max_length = longest
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                lm_eval.evaluator, "add_env_info", lambda _: None
-            )  # it spends eight seconds on system information
+            patch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)  # system information: takes eight seconds
             return lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **settings)
 
     return results

@@ -1,8 +1,9 @@
 """Pruning in some precision against oracles on the CPU: for the tests on a GPU, and a dry run without one.
 
 ``run(words)`` runs a verb on the machine under test, ``oracle(words)`` on the CPU in fp32. Each comparison
-returns its figures and asserts that they are within ``TOLERANCES``. The tolerances were chosen beforehand: half of the bits of a
-mask at 50% agree by chance, these tests allow 1% of a loss for rounding to bf16, and FP8 has 4 bits less of mantissa.
+returns its figures and asserts that they are within ``TOLERANCES``. The tolerances were chosen beforehand: half of the
+bits of a mask at 50% agree by chance, these tests allow 1% of a loss for rounding to bf16, and FP8 has 4 bits less of
+mantissa.
 """
 
 from __future__ import annotations

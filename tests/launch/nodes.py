@@ -1,4 +1,4 @@
-"""Two nodes on one machine: a torchrun agent each, started by launch/node.sh, over a shared disk."""
+"""Two nodes on one machine: one torchrun agent per node, started by launch/node.sh, with a shared disk."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def free_port() -> int:
 
 
 def holds_a_store(port: int) -> bool:
-    """Whether an agent already holds the rendezvous' store: on one machine the first to bind the port does, and a job
-    outlives every node but that one."""
+    """Whether an agent already holds the rendezvous store: on one machine the first to bind the port does, and a job
+    survives the loss of any other node."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -53,7 +53,7 @@ def environment(port: int, nodes: int | str = 2) -> dict[str, str]:
         "PET_NPROC_PER_NODE": "1",
         "PET_RDZV_ENDPOINT": f"localhost:{port}",
         "PET_LOCAL_ADDR": "localhost",
-        # A node that says nothing for ten seconds is gone; the default is fifteen. Enough nodes, but not all, wait
+        # A node without a sign for ten seconds is gone; the default is fifteen. Enough nodes, but not all, wait
         # four seconds for the others; the default is thirty.
         "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=10,last_call_timeout=4",
         "PET_MONITOR_INTERVAL": "0.2",
@@ -64,7 +64,7 @@ def environment(port: int, nodes: int | str = 2) -> dict[str, str]:
 
 @contextlib.contextmanager
 def node(argv: list[str], port: int, log: Path, nodes: int | str = 2):
-    """A running launch/node.sh; what it started is killed at the end."""
+    """A running launch/node.sh; its processes are killed at the end."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
             ["bash", "launch/node.sh", *argv], cwd=ROOT, env=environment(port, nodes), stdin=subprocess.DEVNULL,
@@ -78,7 +78,7 @@ def node(argv: list[str], port: int, log: Path, nodes: int | str = 2):
 
 
 def kill_tree(root: int) -> None:
-    """SIGKILL a process and all that it started, as when a node loses power."""
+    """SIGKILL a process and its descendants, as if a node lost power."""
     pids, seen = [root], []
     while pids:
         pid = pids.pop()

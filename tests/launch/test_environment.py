@@ -1,4 +1,4 @@
-"""launch/environment.sh: what it sets lets Megatron validate what a command line asks for. No GPU: a Hopper is said."""
+"""With launch/environment.sh Megatron accepts a command line. Without a GPU: the rank simulates a Hopper."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def environment(*argv: str, **given: str) -> dict[str, str]:
 
 
 def validated(argv: list[str], variables: dict[str, str]) -> str:
-    """In a rank: what Megatron's validation says as rank 0 of 64 Hoppers that are not there."""
+    """In a rank: the answer of Megatron's validation as rank 0 of 64 simulated Hoppers."""
     for name in NAMES:
         os.environ.pop(name, None)
     from packaging.version import Version
@@ -58,9 +58,9 @@ def validated(argv: list[str], variables: dict[str, str]) -> str:
 def test_cuda_graphs(distributed, impl: str) -> None:
     argv = words("depth 16", "--bf16", "--cuda-graph-impl", impl)
     assert distributed(validated, 1, argv, environment(*argv)) == ["yes"]
-    without = environment(*argv, NCCL_GRAPH_REGISTER="1")  # what is set already stays
+    without = environment(*argv, NCCL_GRAPH_REGISTER="1")  # variables that are already set stay
     assert without["NCCL_GRAPH_REGISTER"] == "1"
-    if impl == "transformer_engine":  # that the assertion is still there: the local graphs are looked at later
+    if impl == "transformer_engine":  # the assertion still exists: the local graphs are checked later
         assert "NCCL_GRAPH_REGISTER=0" in distributed(validated, 1, argv, without)[0]
 
 

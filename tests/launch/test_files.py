@@ -1,4 +1,4 @@
-"""The files in launch/ are what they say: shell that parses, YAML that is a PyTorchJob, flags that Megatron has."""
+"""The files in launch/ are valid: shell that parses, a PyTorchJob in YAML, flags that Megatron has."""
 
 from __future__ import annotations
 

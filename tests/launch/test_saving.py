@@ -1,4 +1,4 @@
-"""launch/checkpointing.flags in a real run: it ends with the weights of one without them, and keeps what it should."""
+"""launch/checkpointing.flags in a real run: it ends with the weights of one without them, and keeps the right saves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_run_with_these_flags_ends_as_one_without(job, tiny_corpus, tmp_path) 
     assert nodes.losses(save) == nodes.losses(plain)
     assert open_checkpoint(save).full_hash() == open_checkpoint(plain).full_hash()
     assert read_json(save / "account.json")["final"] == read_json(plain / "account.json")["final"]
-    # Those of steps 10, 20, 40 and 50 went as soon as the next was whole.
+    # Those of steps 10, 20, 40 and 50 were removed once the next was complete.
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000030", "iter_0000060"]
 
 

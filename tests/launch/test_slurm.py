@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch and launch/health.sh, run for real with stand-ins for Slurm's and NVIDIA's commands."""
+"""launch/slurm.sbatch and launch/health.sh, actually run, with stand-ins for Slurm's and NVIDIA's commands."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
     job(nodes.training(tiny_corpus, undisturbed)).ok()
     argv = nodes.training(tiny_corpus, save)
     reached = [0]
-    for signal_number in (signal.SIGUSR1, signal.SIGTERM):  # what `--signal=B:USR1@600` does, and a preemption may
+    for signal_number in (signal.SIGUSR1, signal.SIGTERM):  # as `--signal=B:USR1@600` does, and sometimes a preemption
         running = submit(argv, tmp_path, log, restarts=len(reached) - 1)
         try:
             due = reached[-1] + 10
@@ -71,7 +71,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
         nodes.kill_tree(again.pid)
     account = read_json(save / "account.json")
     assert account["complete"] and [a["from_step"] for a in account["attempts"]] == [step + 1 for step in reached]
-    assert not account["replayed"]  # the saves were at the steps that the signals came in
+    assert not account["replayed"]  # the saves were at the steps in which the signals came
     assert (tmp_path / "requeued").read_text() == "7\n" * 2
     assert nodes.losses(save) == nodes.losses(undisturbed)
 

@@ -52,5 +52,5 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(undisturbed, tiny_corpus, 
     assert read_json(save / "account.json")["complete"] and nodes.sizes(save)[-2:] == [2, 1]
     found, expected = (
         [float(loss) for _, _, loss, *_ in nodes.losses(run)[1:]] for run in (save, undisturbed)
-    )  # one rank sums in another order than two
+    )  # one rank sums in another order than two ranks
     assert len(found) == nodes.STEPS and found == pytest.approx(expected, rel=1e-5)

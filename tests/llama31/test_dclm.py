@@ -68,7 +68,7 @@ def test_from_download_to_stream(dclm, tmp_path) -> None:
 
 
 def lacks(ran: subprocess.CompletedProcess) -> list[str]:
-    """What the script says that it lacks, one line for each thing; it has started nothing."""
+    """What the script reports as missing, one line for each; it has started nothing."""
     assert ran.returncode == 2 and not ran.stdout
     lines = ran.stderr.splitlines()
     assert lines and all(" lacks " in line for line in lines), ran.stderr
@@ -99,7 +99,7 @@ def test_all_that_is_lacking_is_said_at_once(dclm, tmp_path) -> None:
 
 
 def test_room_on_the_disk_is_asked_for_before_a_shard_is_tokenized(dclm, tmp_path) -> None:
-    """Of a file that says it is long and takes no room."""
+    """With a sparse file: long, but without disk space."""
     assert dclm("shards").returncode == 0
     with open(tmp_path / "text" / SHARDS[0] / "shard_00000009_processed.jsonl.zst", "wb") as handle:
         handle.truncate(10**13)

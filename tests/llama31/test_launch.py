@@ -1,4 +1,4 @@
-"""examples/llama3.1_8b/launch.py: every layout will run, as LAYOUTS.md says; runs read what they should."""
+"""examples/llama3.1_8b/launch.py: every layout will run, as LAYOUTS.md says; runs read the right samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_layout_will_run(answers) -> None:
 
 
 def test_the_table_is_what_preflight_says(answers) -> None:
-    """`python examples/llama3.1_8b/launch.py --preflight` writes it anew."""
+    """`python examples/llama3.1_8b/launch.py --preflight` writes it again."""
     assert (EXAMPLE / "LAYOUTS.md").read_text() == launch.table(answers)
 
 

@@ -1,4 +1,4 @@
-"""RESULTS.md is what tests/gpu/results.py makes of what ran on a GPU: here of a made-up run, and of none."""
+"""RESULTS.md as tests/gpu/results.py writes it from a GPU session: here from a made-up session, and from none."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The studies of examples/llama3.1_8b are planned at their real size, and every command of theirs passes preflight.
 
-Corpora are sparse files that say how long they are and hold next to nothing.
+Corpora are sparse files of the full length that contain almost nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory) -> Path:
 
 
 def sparse_corpus(prefix: Path, tokens: int, first: int) -> None:
-    """``tokens`` zeros, but for one at each document's start, by which no document is in another corpus too."""
+    """``tokens`` zeros, except for the start of each document, so that no two corpora share a document."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     longest = 2**28 if tokens > 10**9 else 1_000_003
     lengths = [longest] * (tokens // longest) + [tokens % longest]
@@ -56,7 +56,7 @@ SPEED = ["--throughput", "40%", "--gpus", "1024"]
 
 
 def plan(name: str, folder: Path, *words: str) -> str:
-    """What `study plan --commands` prints of a study in a folder to start from."""
+    """The output of `study plan --commands` for a study, in a folder to start from."""
     output = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(output):
         assert command.main(["plan", str(EXAMPLE / f"{name}.yaml"), "--commands", *SPEED, *words]) == 0
@@ -65,7 +65,7 @@ def plan(name: str, folder: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> dict[str, str]:
-    """Of each study, where nothing is there: no corpora, no parent, no weights."""
+    """For each study, without corpora, parent or weights."""
     nothing = tmp_path_factory.mktemp("nothing")
     return {name: plan(name, nothing, "--corpus-tokens", "760B") for name in STUDIES}
 

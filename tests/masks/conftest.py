@@ -1,4 +1,4 @@
-"""A Hugging Face model as a checkpoint with masks, and its masks under Hugging Face names, taken apart by hand."""
+"""A Hugging Face model as a checkpoint with masks, and its masks under Hugging Face names, split by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sparse(tiny_hf, tmp_path_factory):
 
 
 def by_hand(kept, layers, heads, groups, d, ffn):
-    """Hugging Face masks, taken apart from Megatron's by its description of the fused weights."""
+    """Hugging Face masks, split from Megatron's by its description of the fused weights."""
     found = {}
     for layer in range(layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."

@@ -1,6 +1,6 @@
 """What ranks do in these tests: build a small GPT at a layout, write masks, read masks.
 
-Where a rank's parameter lies in the whole weight is written out by hand here, from Megatron's description.
+The position of a rank's parameter in the whole weight is written by hand here, from Megatron's description.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, weights
 
-# Widths that are no multiple of 8 at TP=2 (heads 36, ffn 30), at TP=3 (ffn 20), and as a whole (hidden 36, ffn 60).
+# Widths that are not multiples of 8 at TP=2 (heads 36, ffn 30), at TP=3 (ffn 20), and as a whole (hidden 36, ffn 60).
 SIZES = {
     "num_layers": 4,
     "hidden_size": 36,
@@ -33,7 +33,7 @@ VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
 
 
 def random_masks(pattern: str = "unstructured", seed: int = 0, shape: ModelShape = SHAPE) -> dict[str, torch.Tensor]:
-    """Random masks of all linears but the second layer's fc1: a linear may be left dense."""
+    """Random masks of all linears except the second layer's fc1: a linear can stay dense."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for weight in weights(shape):
@@ -65,7 +65,7 @@ def build(tp: int, pp: int, more: tuple[str, ...] = ()) -> list[torch.nn.Module]
     cpu.prepare()
     words = [*_FLAGS, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     words += [word for name, size in SIZES.items() for word in (f"--{name.replace('_', '-')}", size)]
-    words += more  # the last of a flag holds
+    words += more  # the last occurrence of a flag counts
     args = runtime.start("masks", [str(word) for word in words])
     runtime.initialize(args)
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -137,7 +137,7 @@ def load_by_megatron(folder: str, sizes: dict[str, tuple[int, int]]) -> Any:
 
 
 def fail_to_write(folder: str, how: str) -> tuple[str, bool]:
-    """Write masks of which one rank's are wrong, or whose disk is full there; this rank's error, and if all is gone."""
+    """Write masks that are wrong on one rank, or whose disk is full there; this rank's error, and if all is gone."""
     model = build(2, 1)
     from pathlib import Path
 

@@ -31,7 +31,7 @@ def masked_tensors(pattern: str = "2:4", *, seed: int = 0) -> dict[str, torch.Te
 
 
 def write(root: Path, pattern: str = "2:4", *, seed: int = 0, changes: dict[str, torch.Tensor] | None = None) -> Path:
-    """Write those weights, but for ``changes``, and the masks beside them; returns ``root``."""
+    """Write those weights, except for ``changes``, and the masks next to them; returns ``root``."""
     assert {w.name for w in weights(SHAPE)} >= set(changes or {})
     with CheckpointWriter(root, args=ARGS, dtype=torch.float32) as writer:
         write_masks(writer.beside("masks"), pattern, seed=seed)

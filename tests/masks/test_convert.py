@@ -1,4 +1,4 @@
-"""Masks go to Hugging Face and back with their model, bit by bit; what does not fit is refused and leaves nothing."""
+"""Masks go to Hugging Face and back with their model, bit by bit; a mismatch is refused and leaves nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_there_and_back_is_bit_identical(name, pattern, block, sparse, tmp_path,
 
 
 def test_the_file_is_as_documented(sparse, tmp_path):
-    """Names, packing and metadata, read by safetensors and numpy alone, against masks taken apart by hand."""
+    """Names, packing and metadata, read by safetensors and numpy alone, against masks split by hand."""
     root, kept = sparse("2:4")
     export_hf(root, tmp_path / "hf")
     expected = by_hand(kept, layers=2, heads=12, groups=6, d=12, ffn=192)

@@ -1,4 +1,4 @@
-"""Hostile and damaged masks: refused as masks, by name, and nothing in them runs."""
+"""Hostile and damaged masks are refused by name, and nothing in them runs."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_count_that_is_not_the_bits_is_found(tmp_path):
 
 
 def test_a_byte_that_is_no_bit_is_refused(folder):
-    """Where a weight has a byte of its own, that is 0 or 1."""
+    """Masks with one byte per weight: it must be 0 or 1."""
     stored = torch.full((32, 48), 2, dtype=torch.uint8)
 
     def change(metadata):

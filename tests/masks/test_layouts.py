@@ -23,7 +23,7 @@ PATTERNS = {"tp1": "unstructured", "tp3": "2:4", "tp2-pp2": "unstructured", "pp2
 
 @pytest.fixture(scope="module")
 def written(distributed, tmp_path_factory):
-    """Masks that each layout wrote: its folder and what they are."""
+    """Masks that each layout wrote: its folder and the masks."""
     found = {}
     for layout, (tp, pp, count, more) in LAYOUTS.items():
         whole = ranks.random_masks(PATTERNS[layout], seed=len(found))
@@ -85,7 +85,7 @@ def test_one_bit_a_weight_unless_a_shard_is_no_whole_bytes(written):
 
 @pytest.mark.parametrize("layout", ["tp2-pp2", "alone"])
 def test_megatrons_own_loader_reads_them(layout, written, distributed, tmp_path):
-    """The folder is torch_dist: shapes and bits as documented, through nobody's code but Megatron's."""
+    """The folder is torch_dist: shapes and bits as documented, read only by Megatron's code."""
     if layout == "alone":
         whole = ranks.random_masks()
         write_single(tmp_path / "masks", ranks.SHAPE, ((n, k, "unstructured") for n, k in whole.items()))

@@ -1,4 +1,4 @@
-"""Masks on disk, in one process: what is written is read, and what does not fit is refused with its name."""
+"""Masks on disk, in one process: round trips, and refusals by name of masks that do not fit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rectangles_and_blocks(pattern, tmp_path, monkeypatch):
 
 
 def test_rows_that_are_no_whole_bytes(tmp_path):
-    """The last bits of a row are no inputs; nothing of them is read, counted or hashed."""
+    """The padding bits of a row are not inputs; they are not read, counted or hashed."""
     for inputs in (1, 7, 8, 9, 15, 17):
         shape = ModelShape(num_layers=1, hidden_size=inputs, num_attention_heads=1, num_query_groups=1, kv_channels=1,
                            ffn_hidden_size=3, padded_vocab_size=8, tied=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every method against plain numpy written from its definition, on statistics of the test's own making."""
+"""Every method against plain numpy written from its definition, on made-up statistics."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_near_ties_name_layer_and_group() -> None:
     statistics = sums(numpy_activations(GQA))
     context = statistics["attention.sum_abs_mean_sq"]
     context[1] = torch.arange(36, 0, -1).double()
-    # Heads 5 and 6 (group 1) of layer 1 score alike; two of four heads stay in each group.
+    # Heads 5 and 6 (group 1) of layer 1 have equal scores; two of four heads stay in each group.
     context[1, 12:24] = torch.tensor([9, 9, 9, 4, 4, 4, 4, 4, 4, 1, 1, 1]).double()
     chosen = select("minitron-width", GQA, replace(GQA, num_attention_heads=6), statistics)
     assert chosen.heads is not None and chosen.heads[1] == (0, 1, 4, 5, 8, 9)

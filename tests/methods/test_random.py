@@ -1,4 +1,4 @@
-"""random: what it may cut, whole sizes of it, the same for a seed, and every unit as likely."""
+"""random: its allowed cuts, whole units, the same for a seed, and all units equally likely."""
 
 from __future__ import annotations
 

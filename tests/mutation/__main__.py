@@ -2,13 +2,12 @@
 
     python -m tests.mutation [MODULE …] [--sample N] [--again]
 
-The changes are cosmic-ray's operators; which tests a module has is in ``modules.toml``. cosmic-ray's own driver starts
-a process for each mutant, which imports torch and Megatron for seconds: here every mutant is a fork of one process that
-has imported them and nothing of this package, and the changed module is loaded in place of its file.
+The changes are cosmic-ray's operators; ``modules.toml`` names the tests of each module. cosmic-ray's own driver starts
+a process for each mutant, which imports torch and Megatron for seconds. Here every mutant is a fork of one process that
+has imported them but nothing of this package, and the changed module is loaded in place of its file.
 
-Results go to ``runs/mutation/<module>.jsonl`` as they come, under a hash of the mutant: a run that was stopped goes on,
-and mutants that survived are tried again.
-Survivors and what they mean are in ``README.md`` here.
+Results go to ``runs/mutation/<module>.jsonl`` one by one, under a hash of the mutant: a run that was stopped continues,
+and mutants that survived are tried again. ``README.md`` here explains the survivors.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def _difference(original: str, source: str) -> Iterator[str]:
 
 
 def _meaning(source: str) -> str | None:
-    """What two texts that do the same have in common: no layout, no types of arguments. None for what is no Python."""
+    """The code without layout and argument types, equal for equivalent texts. None if it is not Python."""
     try:
         tree = ast.parse(source)
         compile(tree, "mutant", "exec")
@@ -113,7 +112,7 @@ def _meaning(source: str) -> str | None:
 
 
 class InPlaceOf(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Loads one module of the package from a text, and all others from their files."""
+    """Load one module of the package from a text, and all others from their files."""
 
     def __init__(self, module: str, source: str):
         self._path, self._source = path_of(module), source
@@ -144,7 +143,7 @@ def outcome(module: str, source: str, tests: list[str], seconds: float) -> str:
     """Run tests on a changed module in a fork of this process."""
     child = os.fork()
     if child == 0:
-        os.setsid()  # whatever a test starts ends with it
+        os.setsid()  # all processes of a test end with it
         with contextlib.suppress(BaseException), open(os.devnull, "r+b") as nothing:
             for stream in range(3):
                 os.dup2(nothing.fileno(), stream)
@@ -172,7 +171,7 @@ def _end_session(leader: int) -> None:
 
 
 def import_what_is_slow() -> None:
-    """Everything heavy that tests import, and nothing that is mutated."""
+    """The slow imports of tests, without the package."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import hypothesis  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -191,7 +190,7 @@ def import_what_is_slow() -> None:
 
 
 def run(module: str, tests: list[str], sample: int | None, again: bool) -> Counter[str]:
-    """All mutants of a module, or ``sample`` of them; what came out, by outcome."""
+    """Run all mutants of a module, or ``sample`` of them; counts by outcome."""
     results = RESULTS / f"{module.replace('/', '.')}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     known = {}

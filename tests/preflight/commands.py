@@ -1,4 +1,4 @@
-"""Command lines to preflight, and what it answers in a rank, where Megatron is imported already."""
+"""Command lines for preflight, and its answers in a rank, where Megatron is already imported."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FP8 = "--fp8-preset current"
 
 
 def train(layout: str, *more: str, model: str = LLAMA) -> list[str]:
-    """A training of ``model`` with ``layout``; what comes later on a command line wins."""
+    """A training of ``model`` with ``layout``; later flags win."""
     return ["pretrain", *f"{model} {RECIPE} {layout} {' '.join(more)}".split()]
 
 
 def answers(lines: list[list[str]]) -> list[dict[str, Any]]:
-    """What preflight answers to each, with its exit code under ``code``."""
+    """The answer of preflight to each, with its exit code under ``code``."""
     from megatron_prune.cli import preflight
 
     found = []

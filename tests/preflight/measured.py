@@ -1,4 +1,4 @@
-"""What Megatron's own model keeps for its backward pass, and what pruning a block takes, while they run; in a rank."""
+"""Measured memory, in a rank: what Megatron's own model keeps for its backward pass, and what pruning a block takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = (
 def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
     """Bytes of the tensors, weights aside, that a forward pass of a model of ``layers`` blocks leaves saved; its args.
 
-    A view counts for its own part. Attention is torch's fused one, which keeps what flash attention keeps.
+    A view counts only its own elements. Attention is torch's fused one, which keeps the same as flash attention.
     """
     import functools
 
@@ -40,7 +40,7 @@ def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
             module.forward = functools.partial(fused)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[tuple[int, int], int] = {}
-    alive: list[torch.Tensor] = []  # memory may not be freed and used again while it is counted
+    alive: list[torch.Tensor] = []  # so that memory is not freed and reused during the count
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         rotary = tensor.dim() == 4 and tensor.shape[1:3] == (1, 1)  # tables, which a fused kernel does not save
@@ -58,7 +58,7 @@ def saved_bytes(layers: int, flags: list[str]) -> tuple[int, Any]:
 
 
 def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
-    """By how many bytes a process grows that gathers for ``method`` and prunes a block, its weights aside; its args."""
+    """Growth of a process, in bytes, that gathers for ``method`` and prunes a block, without its weights; its args."""
     from types import SimpleNamespace
 
     import torch

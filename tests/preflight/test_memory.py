@@ -1,4 +1,4 @@
-"""Preflight's arithmetic against what Megatron's model keeps while it runs, and against figures made by hand."""
+"""Memory computed by preflight against the measured memory of Megatron's model, and against figures made by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA = ModelShape(
 
 
 # Flags, and how many hidden states a token and block Megatron's local spec keeps beyond the Transformer Engine one:
-# torch's RMSNorm also saves what its gain multiplies, and a norm that is no part of fc1 lies outside of "mlp".
+# torch's RMSNorm also saves the input of its gain, and a norm that is not part of fc1 is outside of "mlp".
 RECOMPUTATION = {
     "none": ([], 2),
     "full": (["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"], 0),
@@ -67,7 +67,7 @@ def whole(tp: int = 1) -> PipelineStage:
 
 
 def test_weights_gradients_and_optimizer_are_megatrons_bytes_a_parameter() -> None:
-    """Megatron's own estimate: 6 + 12/DP bytes a parameter with the distributed optimizer, 18 without."""
+    """Megatron's own estimate: 6 + 12/DP bytes per parameter with the distributed optimizer, 18 without."""
     stage = whole(2)
     sharded = memory.training(arguments(), LLAMA, [stage], 16)[0]
     assert sharded.weights + sharded.gradients + sharded.optimizer == pytest.approx(
@@ -106,7 +106,7 @@ def chunked(*chunks: int) -> PipelineStage:
 
 
 def blocks_kept(stage: PipelineStage, number: int, stages: int, microbatches: int, **changes: object) -> float:
-    """Activations of how many blocks and micro-batches a stage keeps; what is not a block's is taken off."""
+    """For how many blocks and micro-batches a stage keeps activations; those outside of blocks are subtracted."""
     args = arguments(pipeline_model_parallel_size=stages, **changes)
     of = [
         memory.activations(args, LLAMA, chunked(*(n * count for count in stage.chunks)), number, stages, microbatches)[
@@ -132,7 +132,7 @@ def test_interleaving_costs_its_penalty() -> None:
 @pytest.mark.parametrize("microbatches", [2, 8, 23])
 @pytest.mark.parametrize("chunks", [(2, 2), (3, 2, 1), (1, 2, 4)])
 def test_virtual_stages_hold_what_megatrons_schedule_leaves_open(chunks, microbatches, group) -> None:
-    """Its own table and warm-up, played through with the passes that are open as a set."""
+    """Its own table and warm-up, simulated with the set of open passes."""
     from megatron.core.pipeline_parallel import schedules
 
     p, v = 4, len(chunks)
@@ -186,7 +186,7 @@ def test_what_pruning_a_block_takes_is_what_a_process_grows_by(distributed, meth
 
 
 def test_a_nodes_memory_by_hand() -> None:
-    """Llama-3.1-8B on 64 GPUs at TP 2: 4.02B parameters in a rank, 32 replicas, 8 ranks a node."""
+    """Llama-3.1-8B on 64 GPUs at TP 2: 4.02B parameters per rank, 32 replicas, 8 ranks per node."""
     stage = whole(2)
     of = host.node(arguments(), LLAMA, [stage], 8, trains=True)
     assert of.processes == 8 * 4e9 and of.workers == 4 * 2 * 0.5e9
@@ -206,7 +206,7 @@ def test_windows_of_sparsify_are_on_the_host() -> None:
     args = arguments(method="wanda", modules="fc1", calibration_sequences=128, data_parallel_size=4, save="x")
     stage = whole(2)
     of = host.node(args, LLAMA, [stage], 8, trains=False)
-    states = 32 * 8192 // 2 * 4096 * 2  # 32 windows of a replica, shared by two ranks, in bf16
+    states = 32 * 8192 // 2 * 4096 * 2  # 32 windows per replica, shared by two ranks, in bf16
     assert of.windows == 8 * (states + stage.linears) and of.saving == 0
 
 

@@ -89,7 +89,7 @@ BAD = {
         "arguments: --num-layers-per-virtual-pipeline-stage: expected .*, got 4",
     ),
 }  # fmt: skip
-# What runs, but badly.
+# Runs, but inefficiently.
 POOR = {
     "TP across nodes": ("--gpus 64 --gpus-per-node 4", train("--tensor-model-parallel-size 8"), "beyond a node of 4"),
     "bubble": ("--gpus 1024", train(f"{SP} --pipeline-model-parallel-size 4"), "the pipeline waits 43%"),
@@ -97,7 +97,7 @@ POOR = {
                r"stages: layers \[2, 2, 2, 2\].*--pipeline-model-parallel-layout"),
     "tiles": ("--gpus 64", train(SP, "--ffn-hidden-size 4736", "--hidden-size 1544"), "dimensions: no multiples of 64"),
 }  # fmt: skip
-# What may run or not: `parent on 64` takes 50 GB of an H100's 85.5 without its reserve.
+# Undecided: `parent on 64` takes 50 GB of an H100's 85.5 without its reserve.
 UNDECIDED = {
     "a little below full": (
         "--gpus 64 --reserve-gb 30",
@@ -156,7 +156,7 @@ def test_what_was_built_is_the_model(answered) -> None:
     answer = answered["parent on 64"]
     assert answer["parameters"] == 8_030_261_248
     [stage] = finding(answer, "memory")["facts"]["stages"]
-    parameters = 4_015_263_744  # of a rank: half of the matrices, all of the norms
+    parameters = 4_015_263_744  # per rank: half of the matrices, all of the norms
     assert stage["weights"] == 2 * parameters and stage["gradients"] == 4 * parameters
     assert stage["optimizer"] == 12 * parameters // 32
     spent = finding(answer, "time")["facts"]
@@ -167,7 +167,7 @@ def test_what_was_built_is_the_model(answered) -> None:
 
 
 def test_what_is_installed_there_is_said(answered) -> None:
-    """In this machine's place: here neither package is."""
+    """Simulated for this machine, which has neither package."""
     container, plain = (finding(answered[name], "installed") for name in ("parent on 64", "without Apex"))
     assert container["reason"].startswith("--installed te,apex,flash-attn:") and not container["facts"]["off"]
     assert plain["facts"]["off"] == ["gradient accumulation fusion (NVIDIA Apex)"]
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -
     assert "--pretrained-checkpoint /not/here" in unchecked and "--masks /not/here/masks" in unchecked
     assert "--shape-from /not/here" in reasons(scratch, "not checked")
     held = [finding(answer, "memory")["facts"]["stages"][0]["masks"] for answer in (pruned, scratch)]
-    assert held == [3_489_660_928, 0]  # a byte for each weight of half the linears
+    assert held == [3_489_660_928, 0]  # one byte for each weight of half the linears
 
 
 def test_a_launcher_before_the_verb_is_skipped() -> None:

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its DevTools pipe: no driver program, no package beside the standard library.
+"""A headless Chromium, driven over its DevTools pipe: no driver program, no package except the standard library.
 
 Protocol: https://chromedevtools.github.io/devtools-protocol/. Messages are JSON, each ended by a zero byte.
 """
@@ -77,7 +77,7 @@ class Browser:
             self.events.append(answer)
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False, media: str = "screen") -> None:
-        """Load a file in a window of that size and wait until it is there; ``events`` are this page's alone."""
+        """Load a file in a window of that size and wait for it; ``events`` are only those of this page."""
         self.events.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -91,12 +91,12 @@ class Browser:
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is, as plain data."""
+        """The value of a JavaScript expression, as plain data."""
         return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     @property
     def complaints(self) -> list[str]:
-        """What the page has put on the console, thrown, or failed to load."""
+        """Console messages, exceptions and failed loads of the page."""
         methods = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Network.loadingFailed")
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in methods]
 

@@ -1,4 +1,4 @@
-"""Two studies for all tests of the report: they take seconds to make."""
+"""Two studies, shared by all tests of the report because they take seconds to make."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def luminance(colour: str) -> float:
 
 
 WIDTHS = (360, 414, 560, 641, 768, 900, 1024, 1152, 1280, 1440, 1920, 2000)
-# What reaches over an edge of the window, of its own box, or of its figure.
+# Text that overflows the window, its own box, or its figure.
 CUT = """(() => {
   const wide = document.documentElement.clientWidth, found = [];
   for (const one of document.querySelectorAll('body *')) {
@@ -62,7 +62,7 @@ CUT = """(() => {
   }
   return found;
 })()"""
-# Words of a figure that lie on each other.
+# Labels of a figure that overlap.
 COVERED = """(() => {
   const found = [];
   for (const drawn of document.querySelectorAll('svg')) {
@@ -85,7 +85,7 @@ COVERED = """(() => {
 def test_nothing_is_cut_or_covered_at_any_width(
     study: str, chromium: browser.Browser, request: pytest.FixtureRequest
 ) -> None:
-    """Nothing scrolls sideways, no words reach over an edge, and none lie on others in a figure."""
+    """Nothing scrolls sideways, no text overflows, and no labels overlap in a figure."""
     page = request.getfixturevalue(study).root / "report" / "index.html"
     chromium.open(page, width=WIDTHS[0])
     for width in WIDTHS:

@@ -1,4 +1,4 @@
-"""What the report of a simulated study says, against the laws that its losses were made by."""
+"""The report of a simulated study against the laws that made its losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conclusion: a sentence for each setting and granularity, its interval, and what it may not claim."""
+"""The conclusion: a sentence for each setting and granularity, its interval, and claims that it must not make."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def headline(*verdicts: Verdict, test: Difference | None = None, documents: Over
     ("low", "high", "winner"), [(0.01, 0.05, "pruned"), (-0.01, 0.05, "neither"), (-0.05, -0.01, "scratch")]
 )
 def test_of_one_seed_the_documents_decide(low: float, high: float, winner: str) -> None:
-    """A difference that may be zero over documents is not one, whatever the sign of its mean."""
+    """A difference whose interval over documents contains zero does not count, whatever the sign of its mean."""
     mean = (low + high) / 2
     found = verdict([2.0], [2.0 + mean], OverDocuments(85, low, high))
     assert (found.test.winner != "neither") and (found.winner, found.shown_winner) == (winner, winner)
@@ -72,7 +72,7 @@ def test_a_mean_claims_no_more_than_its_verdicts() -> None:
     undecided = verdict([2.0, 2.0], [1.5, 2.6])
     assert headline(undecided, undecided, test=mean).winner == "neither"
     weak = corrected([verdict([2.0, 2.0, 2.0], [2.1, 2.2, 2.15])], lambda _: True, planned=30)[0]
-    assert weak.test.low is not None and weak.test.low > 0  # its interval alone would do
+    assert weak.test.low is not None and weak.test.low > 0  # its interval alone would suffice
     said = headline(weak)
     assert said.winner == "neither" and "after Holm's correction over 30 comparisons" in said.sentence
 
@@ -162,7 +162,7 @@ def test_an_interval_that_holds_zero_has_the_neutral_class_and_words(found: Resu
 
 
 def test_one_budget_makes_one_panel(quickstart_like: Places, simulated_study: Places) -> None:
-    """Losses of one budget stand in one panel, the arms next to each other; nothing is drawn over budgets."""
+    """Losses of one budget are in one panel, the arms side by side; nothing is drawn over budgets."""
 
     one, several = (
         {path.stem for path in (places.root / "report" / "figures").glob("*.svg")}

@@ -35,12 +35,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 
 class Reader(html.parser.HTMLParser):
-    """Cells of the tables by id, what is said where the pointer rests on them, all attributes, and unclosed tags."""
+    """Cells of the tables by id, their titles (shown on hover), all attributes, and unclosed tags."""
 
     VOID = {"meta", "br", "link", "img", "path", "use", "rect", "line", "circle"}
 
     def named(self, table: str, column: int) -> dict[str, list[str]]:
-        """The rows of a table by what their cell in ``column`` says where the pointer rests on it."""
+        """The rows of a table by the title of their cell in ``column``."""
         return {
             hover[column]: cells
             for cells, hover in zip(self.tables[table], self.hovers[table], strict=True)
@@ -139,7 +139,7 @@ def test_verdicts_and_matches_are_on_the_page(places: Places) -> None:
 
 
 def test_odd_text_stays_text(places: Places) -> None:
-    """Paths and arguments of a study.yaml, and labels, may hold anything."""
+    """Paths and arguments in study.yaml, and labels, may contain anything."""
     odd = "<script>alert('1')</script> & \"quoted\" </td></pre>"
     found = results.collect(places)
     rows = tuple(row | {"method": row["method"] and odd} for row in found.rows)
@@ -254,7 +254,7 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
     study = made_up.study(made_up.corpora(tmp_path), methods=methods, settings=["equal-training"])
     places = made_up.run(study, tmp_path / "runs", made_up.FakeLauncher())
     found = results.collect(places)
-    assert len(set(drawing.colours(found).values())) == 2  # by method, where each is named beside its line
+    assert len(set(drawing.colours(found).values())) == 2  # by method, where each is named next to its line
     page.write(found, places)
 
     def words(name: str) -> list[str]:
@@ -262,7 +262,7 @@ def test_more_arms_than_colours_have_a_panel_for_each_method(tmp_path: Path) -> 
         return [text.strip() for text in figure.itertext() if text.strip()]
 
     final, curves = words("final-loss.svg"), words("loss-curves.svg")
-    names = [one for one in final if "nats" not in one]  # the others are what the pointer is told
+    names = [one for one in final if "nats" not in one]  # the others are in titles
     assert [sum(one.startswith(f"{name} 2:4") for one in names) for name in ("magnitude", "random")] == [1, 1]
     assert curves.count("magnitude") == curves.count("random") == 1
     assert curves.count("2:4, 50% removed") == 1 and curves.count("5:8, 37.5% removed") == 1

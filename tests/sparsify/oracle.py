@@ -1,4 +1,4 @@
-"""Block-sequential pruning of a Hugging Face model in float64, written from METHODS.md without any of our code."""
+"""Block-sequential pruning of a Hugging Face model in float64, written from the papers without any of our code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-# Our names of the matrices, by the names in transformers; those in one line read the same input.
+# Our names of the matrices by those in transformers; matrices in one line read the same input.
 INPUTS = (
     {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"},
     {"o": "self_attn.o_proj"},
@@ -35,7 +35,7 @@ def sparsify(
 
 
 def hessians(model: torch.nn.Module, block: torch.nn.Module, windows: torch.Tensor) -> list[torch.Tensor]:
-    """2/n Σ X·Xᵀ of the four inputs of a block, by running the whole model: what is pruned already is pruned."""
+    """2/n Σ X·Xᵀ of the four inputs of a block, by running the whole model with its pruned blocks."""
     sums = [torch.zeros(()) for _ in INPUTS]
 
     def listen(number: int) -> object:

@@ -1,4 +1,4 @@
-"""``sparsify`` in a rank whose insides a test has changed: block inputs from a file, cached weights, a death."""
+"""``sparsify`` in a rank that a test has changed: block inputs from a file, cached weights, a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _main(argv: list[str]) -> None:
 
 
 def with_block_inputs(argv: list[str], folder: str, record: bool) -> None:
-    """Keep what enters each block in ``folder`` (one process), or have every block read what was kept there."""
+    """Save the inputs of each block in ``folder`` (one process), or let every block read those inputs."""
     from megatron_prune.engine import cpu
 
     cpu.prepare()
@@ -87,7 +87,7 @@ def _cache(linear: Any) -> None:
 
 
 def killed(argv: list[str], where: str) -> None:
-    """SIGKILL in every rank that gets to ``where``: in the middle of a block, or of the writing of the result.
+    """SIGKILL every rank that reaches ``where``: in the middle of a block, or while the result is written.
 
     ``where`` "full": the disk is, at block 2.
     """
@@ -100,7 +100,7 @@ def killed(argv: list[str], where: str) -> None:
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if where == "block 2":  # its weights are written, but nobody has said so
+    if where == "block 2":  # its weights are written, but not marked as finished
         finish = Scratch.finish
         Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
     elif where == "full":
@@ -119,6 +119,6 @@ def killed(argv: list[str], where: str) -> None:
         CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]
             die() if "final_layernorm" in name else add(self, name, *rest, **more)
         )
-    elif where == "after":  # the result is there, what it was made from too
+    elif where == "after":  # the result is there, and its sources too
         Scratch.remove = die  # type: ignore[method-assign]
     _main(argv)

@@ -1,4 +1,4 @@
-"""Blocks that keep copies of their weights between forward passes, as FP8 ones do, are pruned as others are."""
+"""Blocks that cache copies of their weights between forward passes, as in FP8, are pruned like others."""
 
 from __future__ import annotations
 

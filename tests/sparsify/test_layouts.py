@@ -1,4 +1,4 @@
-"""The same masks at every layout, as far as the order of floating-point sums allows (METHODS.md, *Chaos*)."""
+"""The same masks at every layout, as far as rounding allows (docs/pages/benchmarks.md, Layouts)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = {
     "sparsegpt": ("sparsegpt", "--ratio", 0.5),
     "sparsegpt 2:4": ("sparsegpt", "--pattern", "2:4"),
 }
-# The least share of equal bits under tensor parallelism, over all blocks (METHODS.md).
+# The least share of equal bits under tensor parallelism, over all blocks.
 AGREE = {"magnitude": 1.0, "wanda": 0.995, "sparsegpt": 0.97, "sparsegpt 2:4": 0.90}
 
 Result = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
@@ -29,7 +29,7 @@ Result = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 def pruned(
     job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Result]:
-    """``pruned(method, layout)``, made when it is first asked for."""
+    """``pruned(method, layout)``, made on first use."""
     folder = tmp_path_factory.mktemp("pruned")
 
     @functools.cache
@@ -58,7 +58,7 @@ def test_layout_does_not_change_masks(pruned: Callable[[str, str], Result], name
     if small.LAYOUTS[layout][1] > 1:
         assert same >= AGREE[name]
         assert small.agreement(one, other, layer=0) >= 0.9999
-        # Their input is the embedding, normed: no tensor-parallel sum has touched it.
+        # Their input is the normed embedding, without a tensor-parallel sum.
         assert all(torch.equal(one[0, m][1], other[0, m][1]) for m in "qkv")
     else:
         assert same >= (1.0 if name == "magnitude" else 0.99999)

@@ -15,7 +15,7 @@ from megatron_prune.convert.huggingface import export_hf, import_hf
 from tests.reference import window_losses
 from tests.sparsify import oracle, small
 
-# name: (flags, the oracle's arguments, the least share of equal bits: METHODS.md, *Chaos*)
+# name: (flags, the oracle's arguments, the least share of equal bits)
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], float]] = {
     "magnitude": (("magnitude", "--ratio", 0.3), {"ratio": 0.3}, 1.0),
     "wanda": (("wanda", "--ratio", 0.5), {}, 0.995),

@@ -1,4 +1,4 @@
-"""``sparsify`` killed with SIGKILL and started again: equal to a run that was not, whatever it was doing."""
+"""``sparsify`` killed with SIGKILL at any point and started again: equal to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.sparsify import ranks, small
 
 
 def kill(folder: Path, argv: list[Any], nproc: int, where: str) -> str:
-    """Run until some rank kills itself, or refuses; what was printed."""
+    """Run until some rank kills itself, or refuses; the output."""
     import pickle
 
     folder.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def test_ranks_that_share_the_blocks_out_are_killed(job: Callable[..., Any], tin
 def test_killed_in_the_writing_of_the_result(
     job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    """Nothing is calibrated again; a result that is there is recognised; another question is refused."""
+    """Nothing is calibrated again; an existing result is recognised; other arguments are refused."""
     save = tmp_path / "killed"
     argv = small.flags(tiny_parent, save, "wanda", "--ratio", 0.5, corpus=tiny_corpus)
     kill(tmp_path / "kill", argv, 1, "result")

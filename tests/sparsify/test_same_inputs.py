@@ -1,4 +1,4 @@
-"""Given the same block inputs, every block is pruned alike at every layout: no noise from the blocks before it."""
+"""Given the same block inputs, every block is pruned equally at every layout, without noise from earlier blocks."""
 
 from __future__ import annotations
 

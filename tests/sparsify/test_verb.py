@@ -1,4 +1,4 @@
-"""The ``sparsify`` verb: what it leaves, what others can do with that, and what it refuses before it begins."""
+"""The ``sparsify`` verb: its results, their use in other verbs, and refusals before any work."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_only_what_was_chosen_goes(
     assert entry["parent"]["fingerprint"] == parent.fingerprint() and entry["masks"] == masks.hash
     assert entry["calibration"]["calibrations"][0]["windows"] == list(range(small.SEQUENCES))
     assert entry["tokens"] == small.SEQUENCES * small.LENGTH
-    # Layers 0 to 2 handed the stream on, 1 and 3 were also listened to; no output layer.
+    # Layers 0 to 2 passed the stream on, 1 and 3 also had hooks; no output layer.
     output = 2 * small.LENGTH * parent.shape.hidden_size * parent.shape.padded_vocab_size
     block = (parent.shape.forward_flops(small.LENGTH) - output) // 4
     assert entry["flops"] == 5 * small.SEQUENCES * block

@@ -1,4 +1,4 @@
-"""Methods that look at the weights alone, streamed: against a sort of whole matrices, whatever wrote the checkpoint.
+"""Methods that use only weights, streamed: against a sort of whole matrices, for checkpoints of any writer.
 
 The oracle sorts |w| in float64, or the draws of the seed; of equal scores the later go first.
 """
@@ -97,7 +97,7 @@ def expected_mask(weight: torch.Tensor, method: str, amount: list[str], layer: i
 
 
 def check(save: Path, of: Checkpoint, method: str, amount: list[str], computed: torch.dtype = torch.float32) -> None:
-    """Masks, weights and table of a pruning are the oracle's; all that is not a linear is the parent's, bit by bit."""
+    """Masks, weights and table of a pruning are the oracle's; everything else is the parent's, bit by bit."""
     made, found = open_checkpoint(save), small.result(save)
     shape = of.shape
     sizes = (shape.num_attention_heads, shape.num_query_groups)
@@ -157,7 +157,7 @@ def test_it_is_a_sort_of_whole_matrices(tmp_path: Path, blocks: int, method: str
 @pytest.mark.parametrize("computed", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_what_the_model_computes_in(tmp_path: Path, kind: str, computed: str) -> None:
-    """``--bf16`` ranks what is left of fp32 weights in bf16, and that is what stays of them."""
+    """``--bf16`` rounds fp32 weights to bf16, ranks the rounded values, and keeps them."""
     small_checkpoint.write(tmp_path / "parent", dtype=KINDS[kind])
     of = open_checkpoint(tmp_path / "parent")
     for name, amount in AMOUNTS.items():
@@ -200,7 +200,7 @@ def test_no_flag_of_the_model_is_needed_and_ranks_share_the_blocks(
 
 
 def test_files_of_ranks_are_pruned_at_any_layout(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
-    """Legacy ones, which Megatron loads at TP=3 alone."""
+    """Legacy checkpoints that Megatron loads only at TP=3."""
     words = "--mock-data --seq-length 64 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --lr 0.1"
     argv = ["pretrain", "--load", tiny_parent, "--use-checkpoint-args", "--finetune", *words.split()]
     argv += ["--ckpt-convert-format", "torch", "--ckpt-convert-save", tmp_path / "legacy", *small.layout("tp3")]
@@ -220,7 +220,7 @@ def test_flags_of_another_model_are_refused(job: Callable[..., Any], tiny_parent
 
 
 def test_masks_that_stay_must_fit_the_weights(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
-    """They are written anew, and would get a hash that says that all is well."""
+    """They are written again, and would get a new, valid hash."""
     of = open_checkpoint(tiny_parent)
     one, other = (prune(of, tmp_path / method, method, AMOUNTS["half"]) for method in ("magnitude", "random"))
     shutil.rmtree(one / "masks")
