@@ -148,7 +148,7 @@ def test_weights_are_bit_equal_to_an_independent_slicing(
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
-    # And the exported directory is a model of that shape: what transformers makes of it gives the
+    # And the exported directory is a model of that shape: loaded by transformers, it gives the
     # logits of the sliced weights in a configuration written here.
     config = transformers.AutoConfig.from_pretrained(tiny_hf(model, layers=LAYERS))
     config.num_hidden_layers, config.hidden_size = made.target.num_layers, made.target.hidden_size

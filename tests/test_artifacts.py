@@ -1,4 +1,4 @@
-"""Files are whole or absent: a reader never meets half of one, and what is renamed is on disk before."""
+"""Files are whole or absent: a reader never sees half of one, and files are on disk before they are renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_prune.errors import MegatronPruneError
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is synced and renamed from now on, by file names at that time."""
+    """Syncs and renames from now on, by the file names at that time."""
     events: list[tuple[str, str]] = []
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
@@ -92,7 +92,7 @@ def test_numbers_that_are_not_finite_become_null_and_others_stay() -> None:
 
 
 def test_an_error_after_the_rename_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then there is no temporary file to remove, and that is no error of its own."""
+    """Then there is no temporary file to remove, which must not raise another error."""
 
     def after(source: str, target: Path, real=os.replace) -> None:
         real(source, target)

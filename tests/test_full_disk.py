@@ -1,4 +1,4 @@
-"""Disks that are really full: a small tmpfs. A clear error, nothing left behind, the source untouched."""
+"""Full disks, as a small tmpfs. A clear error, nothing left behind, the source untouched."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_it_says_so_and_leaves_nothing(
 def test_it_fills_up_in_the_middle(
     tiny_parent: Path, tmp_path: Path, disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where somebody else takes the room after it was counted: in this process, and in one of several."""
+    """Another process takes the space after it was checked: in this process, and in one of several."""
     from megatron_prune.checkpoint import writer
 
     monkeypatch.setattr(writer, "check_space", lambda *_: None)

@@ -1,8 +1,8 @@
-"""SIGKILL at random moments of import, apply, sparsify and save: nothing half-written is taken for whole, and what
-is run again ends bit-identical to a run that nobody killed.
+"""SIGKILL at random moments of import, apply, sparsify and save: nothing half-written is taken for whole, and reruns
+end bit-identical to an undisturbed run.
 
-``KILLS=30 pytest tests/test_killed.py`` kills so often in each, as ``tests/run.sh --all`` does; by default processes
-that are forked in no time are killed eight times, whole jobs of Megatron twice. Moments are drawn over the length of an
+``KILLS=30 pytest tests/test_killed.py`` sets the number of kills in each, as ``tests/run.sh --all`` does; by default
+quickly forked processes are killed eight times, whole jobs of Megatron twice. Moments are drawn over the length of an
 undisturbed run.
 """
 
@@ -43,7 +43,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def forked(work: Callable[[], Any]) -> int:
-    """``work`` in a fork of this process (importing torch anew would take most of the time); its process id."""
+    """``work`` in a fork of this process (importing torch again would take most of the time); its process id."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -155,7 +155,7 @@ def sparsifying_scratch(save: Path) -> Path:
 
 
 def test_save(tiny_corpus: Path, tmp_path: Path) -> None:
-    """A training run that saves at every step; a run that is started again goes on at its newest whole save."""
+    """A training run that saves at every step; started again, it continues from its newest whole save."""
     save, whole, steps = tmp_path / "made", tmp_path / "whole", 8
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, f"0:{8 * steps}", save), "--save-interval", 1]
     jobs = Jobs(argv, tmp_path)

@@ -36,7 +36,7 @@ def table() -> Iterator[dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def run(job: Any, table: dict[str, int], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``run(verb, words, …)``: what the verb says, as a user has it; its lines are in the table."""
+    """``run(verb, words, …)``: the output of the verb, as for a user; its lines are in the table."""
     logs = tmp_path_factory.mktemp("logs")
     environment = {screen.VERBOSE_VARIABLE: "0", screen.LOGS_VARIABLE: str(logs)}
 
@@ -69,7 +69,7 @@ def test_from_hugging_face_to_hugging_face(run: Run, tiny_hf: Any, tiny_jsonl: P
     assert "300 documents" in run("preprocess", ["--input", tiny_jsonl, "--output-prefix", corpus, *tokenizer])
     text = ["--calibration-data-path", corpus, *WINDOWS]
     said = run("calibrate", ["--load", parent, *text, "--output", statistics], nproc=2)
-    log, read, found = said.splitlines()  # two ranks, and one of them speaks
+    log, read, found = said.splitlines()  # two ranks, of which one prints
     assert log.startswith("log: ") and read.startswith(f"read {parent}/release: 4 layers, 461,664 parameters")
     assert found.startswith("calibrated on 4 sequences of 32 tokens, loss ") and f"wrote {statistics}" in found
     name = Path(log.split()[1])
@@ -103,7 +103,7 @@ def test_a_study_before_it_is_run(run: Run, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_on_an_error_the_last_line_is_the_error(job: Any, tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> None:
-    """Where Megatron has been started already, too, and on several ranks."""
+    """Also where Megatron is already initialized, and on several ranks."""
     environment = {screen.VERBOSE_VARIABLE: "0", screen.LOGS_VARIABLE: str(tmp_path / "logs")}
     words = ["evaluate", "--load", tiny_parent, "--data-path", tiny_corpus, "--windows", "1000000", "--output", "none"]
     refused = job(words, nproc=2, env=environment)

@@ -331,7 +331,7 @@ def by_task(*right: tuple[int, int, int], losses: tuple[float, ...] = (3.0, 2.5,
     ("right", "losses", "chosen", "rivals"),
     [
         ([(5, 5, 5), (6, 6, 6), (7, 7, 7)], (3.0, 2.5, 4.0), 2, []),  # the highest, whatever the loss
-        ([(5, 5, 5), (5, 5, 5), (4, 4, 4)], (3.0, 2.5, 2.0), 1, []),  # of equals the lower loss
+        ([(5, 5, 5), (5, 5, 5), (4, 4, 4)], (3.0, 2.5, 2.0), 1, []),  # between equal accuracies the lower loss
         ([(5, 5, 5), (5, 5, 5), (5, 5, 5)], (2.5, 2.5, 4.0), 0, [1]),  # then the first; the losses are near
         ([(5, 5, 5), (6, 5, 6), (4, 4, 4)], (3.0, 2.5, 2.0), 1, []),  # at worst equal, and then of lower loss
         ([(5, 5, 5), (6, 5, 6), (4, 4, 4)], (2.0, 2.5, 2.0), 1, [0]),

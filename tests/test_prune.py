@@ -1,4 +1,4 @@
-"""The ``prune`` verb: the chain of calibrate, plan and apply, under any layout, and what it refuses."""
+"""The ``prune`` verb: the chain of calibrate, plan and apply, under any layout, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart: its study is read whole, and runs to its report in miniature."""
+"""The quickstart: its study is valid, and runs to its report in miniature."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def program(words: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def help_of(job):
-    """``help_of(program, subcommand)``: what ``--help`` prints, asked once."""
+    """``help_of(program, subcommand)``: the output of ``--help``, cached."""
     asked: dict[tuple[str, ...], str] = {}
 
     def get(*words: str) -> str:
@@ -55,7 +55,7 @@ def help_of(job):
 
 @pytest.mark.parametrize("command", commands())
 def test_the_command_has_its_flags(command: str, help_of) -> None:
-    words = shlex.split(re.sub("<[^>]*>", "", command))  # what the reader is to fill in
+    words = shlex.split(re.sub("<[^>]*>", "", command))  # placeholders for the reader
     if words[0] == "hf":  # Hugging Face's own
         return
     assert words[0] in ("bash", "megatron-prune", "python", "torchrun"), command

@@ -145,14 +145,14 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
     assert cut.pruning[-1]["tokens"] == 4 * 64 + 2 * TOKENS and cut.pruning[-1]["lineage"] == []
     flops = made.calibration["flops"] + made.calibration["scoring"]["flops"] + spent["flops"]
     assert cut.pruning[-1]["flops"] == flops
-    files.make(*SEARCH).ok()  # and without retraining the un-retrained loss decides as ever
+    files.make(*SEARCH).ok()  # without retraining the un-retrained loss decides
     assert plan.read(files.plan).chosen == best_two[0]
 
 
 def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files, tmp_path: Path) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
     printed = files.retrain("--commands", nproc=2).ok().output
-    for line in printed.splitlines():  # as somebody would on a cluster
+    for line in printed.splitlines():  # as on a cluster
         if "megatron_prune" in line and not line.startswith("#"):
             words = shlex.split(line)
             files.job(words[words.index("megatron_prune") + 1 :], nproc=2 if words[0] == "torchrun" else 1).ok()
@@ -162,7 +162,7 @@ def test_what_is_done_stays_done_and_other_recipes_are_not_mixed_in(files: Files
     assert len(accounts) == 2 and [path.stat().st_mtime_ns for path in accounts] == stamps
     first = statistics_file.read(files.statistics)
 
-    # One more candidate: it alone is trained. Then other samples, and all are.
+    # One more candidate: only it is trained. With other samples all are.
     three = ["--retrain-candidates", 3, "--retrain-tokens", TOKENS]
     asked = files.make(*SEARCH, *three)
     assert asked.returncode == EXIT_NEEDS_SCORES and "1 candidates have not been retrained" in asked.output

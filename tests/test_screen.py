@@ -1,4 +1,4 @@
-"""What is on the screen and what in the log, of a process that prints in every way there is and ends in every way."""
+"""Screen and log of a process that prints in every way and ends in every way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from megatron_prune import screen
 
 ROOT = Path(__file__).parents[1]
-# A verb that says two things; everything else that it prints is for the log.
+# A verb with two lines for the screen; all other output goes to the log.
 CHATTY = """
 import ctypes, logging, os, subprocess, sys, warnings
 from megatron_prune import screen
@@ -78,7 +78,7 @@ def test_verbose_leaves_everything_on_the_screen(tmp_path: Path, words: tuple[st
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
-    """Their logs have what they print, in files that carry the number of the process that started them."""
+    """Their logs have their output, in files with the number of the process that started them."""
     code, out, errors = run("pass", tmp_path, RANK="3", LOCAL_RANK="3")
     assert (code, out, errors) == (0, [], [])
     (log,) = (tmp_path / "logs").iterdir()
@@ -102,7 +102,7 @@ def test_a_bug_keeps_its_traceback_and_names_the_log(tmp_path: Path) -> None:
 
 
 def test_an_error_of_ours_is_for_the_caller_to_print(tmp_path: Path) -> None:
-    """Nothing comes between it and what was on the screen before."""
+    """It follows the earlier output on the screen directly."""
     ending = "raise UsageError('--ratio', expected='less', got=2)"
     code, out, errors = run(ending, tmp_path)
     assert code == 1 and out[1:] == SAID and errors[0].startswith("Traceback") and "--ratio" in errors[-1]
@@ -150,7 +150,7 @@ def test_without_a_terminal_there_is_now_and_then_a_line(
     tens = [int(re.findall(r"window (\d+)", line)[0]) // 10 for line in lines]
     assert tens == list(range(1, 10))
     for _ in screen.progress(range(100), 100, "reading", "window"):
-        clock.now += 0.04  # four seconds in all: nobody was kept waiting
+        clock.now += 0.04  # four seconds in all: too short for a bar
     assert capsys.readouterr().out == ""
 
 

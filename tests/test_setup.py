@@ -1,4 +1,4 @@
-"""Set-up: which interpreter is taken, when an install is done again, and that setup.py says what is needed."""
+"""Set-up: the choice of interpreter, when an install is repeated, and that setup.py lists all requirements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` after sourcing a copy of the set-up script that lies in ``folder``/tools."""
+    """Run ``script`` after sourcing a copy of the set-up script in ``folder``/tools."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "setup_env.sh").write_text((ROOT / "tools" / "setup_env.sh").read_text())
@@ -115,8 +115,8 @@ WITH_LM_EVAL = ROOT / "megatron_prune" / "evaluation" / "language_model.py"  # w
 
 
 def test_every_import_of_the_package_is_required() -> None:
-    """A dependency that only comes along with another one would go when that one drops it. What an extra brings is
-    imported where it is used, not with the package."""
+    """An indirect dependency would vanish when the direct one drops it. Packages of extras are imported where they are
+    used, not with the package."""
     needed = names_of(required())
     optional = names_of(line for extra, lines in listed("extras_require").items() if extra != "dev" for line in lines)
     distributions = packages_distributions()

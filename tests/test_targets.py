@@ -50,7 +50,7 @@ def test_depth_by_ratio_is_the_rounded_number_of_layers() -> None:
 
 
 def test_depth_by_ratio_of_all_takes_the_nearest() -> None:
-    # Half of all parameters is more than half of the layers: embeddings stay.
+    # Removing half of all parameters takes more than half of the layers, since embeddings stay.
     found = choose(LLAMA_8B, "shortgpt", "--ratio", "0.5", "--ratio-of", "all").num_layers
     distance = {n: abs(replace(LLAMA_8B, num_layers=n).parameters() - LLAMA_8B.parameters() / 2) for n in range(1, 32)}
     assert found == min(distance, key=lambda n: distance[n]) == 14
@@ -238,7 +238,7 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
     first = {}
     for place, shape in enumerate(found):
         first.setdefault(shape.hidden_size, place)
-    # The nearest FFN size of every hidden size comes before anybody's second.
+    # The nearest FFN size of every hidden size comes before any second-nearest.
     assert sorted(first.values()) == list(range(len(first)))
 
 

@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no checkout: everything is in it, and the way from Hugging Face and back runs."""
+"""The wheel, installed without a checkout: it is complete, and pruning from Hugging Face to Hugging Face runs."""
 
 from __future__ import annotations
 

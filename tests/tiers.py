@@ -1,9 +1,9 @@
-"""Which tests run when, by what they were measured to take: ``durations.txt``, processor seconds of a test and of all
-processes that it started.
+"""Which tests run when, by measured duration: ``durations.txt``, processor seconds of a test and of all processes that
+it started.
 
-``--quick`` leaves out what took half a second and more, what is marked ``slow`` or ``gpu``, and files whose tests share
-something that takes seconds to make; a test that nobody has measured yet is quick unless it starts ranks. Under xdist,
-files run in the order of what they take, the longest first, so that all workers end together.
+``--quick`` leaves out tests that took half a second or more, tests marked ``slow`` or ``gpu``, and files with fixtures
+that take seconds. A test without a measurement is quick unless it starts ranks. Under xdist, the longest files run
+first, so that all workers end together.
 
     python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
 """
@@ -19,9 +19,9 @@ import pytest
 
 DURATIONS = Path(__file__).with_name("durations.txt")
 QUICK = 0.5  # processor seconds
-SHORTEST = 0.2  # what takes less is not listed, unless it starts ranks
+SHORTEST = 0.2  # faster tests are not listed, unless they start ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
-# Whose first test pays seconds for what the others share: a real model, a site, a whole study.
+# Their first test takes seconds for a shared fixture: a real model, a site, a whole study.
 SHARED = (
     "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/report/test_findings.py",
     "tests/report/test_page.py", "tests/report/test_browser.py", "tests/masks/test_layouts.py", "tests/stores/",
@@ -82,7 +82,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def processor_seconds() -> float:
-    """What this process, all below it and all of theirs that have ended have used."""
+    """Processor time of this process and its descendants, including those that have ended."""
     used: dict[int, int] = {}
     children: dict[int, list[int]] = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
@@ -91,7 +91,7 @@ def processor_seconds() -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue
         children[int(fields[1])].append(int(folder.name))
-        used[int(folder.name)] = sum(map(int, fields[11:15]))  # user and system, its own and those of the dead
+        used[int(folder.name)] = sum(map(int, fields[11:15]))  # user and system, its own and those of ended children
     waiting, total = [os.getpid()], 0
     while waiting:
         pid = waiting.pop()

@@ -2,7 +2,7 @@
 
 Sizes are chosen so that TP=2, TP=3, PP=2 and every kind of pruning divide them, and so that no two that a bug could
 swap are equal: heads × head size is not the hidden size, the vocabulary is padded, epsilon and RoPE's base are nobody's
-default. Every kind of model has a seed of its own; TEST_SEED=N shifts all of them, for another run of the same tests.
+default. Every kind of model has its own seed; TEST_SEED=N shifts all of them, for another run of the same tests.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def documents(count: int, seed: int = 0) -> list[str]:
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[key] for key in sorted(topics))
-    # Each once: corpora of different stages that share a document are refused.
+    # Each once, because stages whose corpora share a document are refused.
     paragraphs = [text for text in dict.fromkeys(whole.split("\n\n")) if 200 < len(text) < 2000]
     random.Random(seed).shuffle(paragraphs)
     if count > len(paragraphs):

@@ -1,7 +1,7 @@
 """Waiting for what other processes do, on a machine however busy.
 
-A fixed wait that is long enough on one machine is too short on a busier one, so that nothing here fails because time
-has passed: it fails when nothing moves any more, or after an hour.
+A fixed wait that is long enough on one machine is too short on a busier one. So a wait fails only when nothing
+changes any more, or after an hour.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-QUIET = 300.0  # seconds in which nothing at all moves
+QUIET = 300.0  # seconds without any change
 LONGEST = 3600.0
 GENEROUS = 1200.0  # for the whole of a job that a test only waits for
 
@@ -40,7 +40,7 @@ def wait_for_progress(
 
 
 def alive(pid: int | str) -> bool:
-    """Whether a process is there and is not only waiting to be reaped."""
+    """Whether a process exists and is not a zombie."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -48,7 +48,7 @@ def alive(pid: int | str) -> bool:
 
 
 def content(folder: Path) -> frozenset[tuple[str, int]]:
-    """Names and sizes of everything in a folder: what moves while a job works there."""
+    """Names and sizes of everything in a folder, which change while a job works there."""
     found = set()
     for at, _, files in os.walk(folder):
         for name in files:

@@ -1,5 +1,5 @@
-"""Two object stores: a folder of this machine, and a server that speaks S3 (moto's), both behind profiles of
-NVIDIA's Multi-Storage Client; and a profile whose server does not answer."""
+"""Two object stores, a folder on this machine and an S3 server (moto's), as profiles of NVIDIA's Multi-Storage Client;
+and a profile whose server does not answer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _s3(port: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Path of a configuration with the profiles ``disk``, ``s3`` and ``silent``; the server of ``s3`` runs."""
+    """Path of a configuration with the profiles ``disk``, ``s3`` (its server runs) and ``silent``."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -66,7 +66,7 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         aws_access_key_id="key", aws_secret_access_key="secret",
     ).create_bucket(Bucket=BUCKET)  # fmt: skip
     with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        nobody.bind(("127.0.0.1", 0))  # and never listens
         folder = tmp_path_factory.mktemp("stores")
         disk = {"storage_provider": {"type": "file", "options": {"base_path": str(folder)}}}
         silent = _s3(nobody.getsockname()[1])

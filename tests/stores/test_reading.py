@@ -1,4 +1,4 @@
-"""Verbs and tools that read a checkpoint say the same of it in a store and on a disk."""
+"""Verbs and tools that read a checkpoint give the same output for a store and a disk."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_inspect(there, tiny_parent, capsys):
 
 
 def test_preflight(there, disk, tiny_corpus, tmp_path, capfd):
-    """The start is looked at where it is; where its store does not answer, it is not checked."""
+    """The start is checked in its store; if the store does not answer, it is not checked."""
     words = ["pretrain", MSC, "--train-data-path", str(tiny_corpus), "--stream-range", "0:64",
              "--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "64", "--lr", "1e-3", "--bf16",
              "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]  # fmt: skip

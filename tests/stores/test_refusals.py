@@ -1,4 +1,4 @@
-"""What cannot work with a store is refused by its flag, before anything starts."""
+"""Flags that cannot work with a store are refused by name, before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.training.small import MODEL, recipe
 ON = "--enable-msc"
 
 
-ADDRESSES = {  # what is said after "expected "
+ADDRESSES = {  # the text after "expected "
     "--load msc://disk/x": "--enable-msc with the address of an object store",
     "--save=msc://disk/x": "--enable-msc with the address of an object store",
     f"{ON} --pretrained-checkpoint s3://b/x": "a directory, or msc://PROFILE",

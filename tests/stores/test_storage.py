@@ -25,7 +25,7 @@ def root(request, configured, tmp_path):
 
 def test_paths_are_those_of_pathlib(root):
     assert storage.path(str(root)) == root == storage.path(root)
-    assert storage.path(Path(str(root))) == root  # a Path makes one slash of two
+    assert storage.path(Path(str(root))) == root  # a Path merges two slashes
     assert (root / "a").parent == root and (root / "a" / "b").name == "b"
     assert pickle.loads(pickle.dumps(root)) == root and str(root / "a") == f"{root}/a"
     assert (root / "a" / "b").relative_to(root).as_posix() == "a/b"
@@ -83,7 +83,7 @@ def test_directories_are_copied_either_way(store, tmp_path, monkeypatch):
 
 
 def test_a_table_has_every_row_when_it_is_settled(root, monkeypatch):
-    monkeypatch.setattr(storage, "_SHARE", 10**9)  # the second row would be put next year
+    monkeypatch.setattr(storage, "_SHARE", 10**9)  # the second row would not be written for a year
     artifacts.write_bytes(root / "t", b"head\n")
     table = storage.GrowingText(root / "t", "head\n")
     for row in ("1\n", "2\n"):
@@ -145,7 +145,7 @@ def test_legacy_files_are_refused(disk, tmp_path):
 
 
 def test_a_store_that_does_not_answer_is_no_empty_one(configured):
-    """Else a run would begin anew over its own saves."""
+    """Otherwise a run would start again over its own saves."""
     root = storage.path("msc://silent/run")
     for ask in (find_iteration, repair_tracker, is_complete, open_checkpoint, type(root).exists, type(root).is_dir):
         with pytest.raises(StorageError, match="msc://silent/run"):

@@ -19,9 +19,9 @@ from tests.training.small_masked import ADAM, assert_zero_in_checkpoint, losses,
 STEPS = 6
 RANGE = "16:64"
 SHORT = "64:88"  # three steps
-KILLED = 5  # its loss is known when step 6 is killed, and no save holds it
+KILLED = 5  # its loss is known when step 6 is killed, and no save has it
 TRACKER = "latest_checkpointed_iteration.txt"
-# What differs between two equal runs, and where they say in what directory they were.
+# Fields that differ between two equal runs, and those that name their directory.
 OF_THE_ATTEMPT = ("wall_seconds", "attempts", "replayed", "tokens_computed", "arguments", "initial")
 
 
@@ -52,7 +52,7 @@ def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, stor
     kill(argv, tmp_path / "records", 1)
     run = store.path("run")
     assert not read_json(run / "account.json")["complete"] and (run / TRACKER).read_text() == "4"
-    # Trackers may be lost, and a save that was killed half-way must not be taken for one.
+    # Trackers can be lost, and a save that was killed half-way must not count.
     (run / TRACKER).write_bytes(b"")
     store.put(store.fetch("run/iter_0000004", tmp_path / "half"), "run/iter_0000005")
     next(file for file in (run / "iter_0000005").iterdir() if file.name.endswith(".distcp")).write_bytes(b"half")
@@ -63,9 +63,9 @@ def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, stor
     assert account(found) == account(reference) and account(found)["complete"]
     resumed = read_json(found / "account.json")
     assert len(resumed["attempts"]) == 2
-    assert resumed["replayed"] in ([], [[KILLED, KILLED]])  # the table is put as often as the store is fast
+    assert resumed["replayed"] in ([], [[KILLED, KILLED]])  # the table is written as often as the store is fast
     assert open_checkpoint(run).full_hash() == open_checkpoint(reference).full_hash()
-    # The files are those that Megatron makes on a disk: from there it goes on with them.
+    # The files are those that Megatron writes on a disk, where it can continue from them.
     assert open_checkpoint(found).full_hash() == open_checkpoint(reference).full_hash()
     again = job(["pretrain", *argv]).ok()
     assert "the run is complete at step 6" in again.output
@@ -74,7 +74,7 @@ def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, stor
 
 @pytest.mark.parametrize("shown", [".metadata", "metadata.json"])
 def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, disk, tmp_path, job, shown):
-    """SIGKILL as soon as a part of the second save shows; two ranks, so that one may be ahead of the other."""
+    """SIGKILL once part of the second save appears; two ranks, so that one can be ahead of the other."""
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, disk("run"), "--save-interval", "2"), "--enable-msc"]
     with start(argv, nproc=2, log=tmp_path / "log.txt") as running:
         while not (disk.path("run/iter_0000004") / shown).exists():
@@ -90,7 +90,7 @@ def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corp
 
 def test_ranks_share_a_store_and_another_layout_goes_on(reference, tiny_corpus, s3, tmp_path, job):
     argv = [*MODEL, *recipe(tiny_corpus, RANGE, s3("run"), "--save-interval", "2"), "--enable-msc"]
-    # The tool that takes buckets apart for another layout reads disks alone.
+    # `reshard-optimizer` reads disks only.
     argv += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", "--verify-integrity"]
     kill([*argv, *layout()], tmp_path / "records", 2)
     job(["pretrain", *argv, *layout(2)], nproc=2).ok()
@@ -136,7 +136,7 @@ def test_masks_go_along_and_are_found_again(tiny_pruned, tiny_corpus, disk, tmp_
 
     words = recipe(tiny_corpus, "64:112", disk("run"), "--save-interval", "3")
     argv = ["pretrain", "--pretrained-checkpoint", there, *words, "--enable-msc"]
-    # What a kill leaves of masks that were being put: the run has not begun, and they are put again.
+    # After a kill during the upload of masks the run has not begun, and they are uploaded again.
     first = next(file for file in pruned.masks.iterdir() if file.name.endswith(".distcp"))
     (disk.path("run/masks") / first.name).write_bytes(b"half")
     job([*argv, "--masks", f"{there}/masks", "--exit-interval", "3"]).ok()

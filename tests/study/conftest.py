@@ -1,4 +1,4 @@
-"""One made-up study of three seeds for all tests that change a copy of it."""
+"""A made-up study with three seeds, for tests that change a copy of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finished(corpora: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def finished_copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    """A copy of it to change; the working directory is the copy's."""
+    """A copy to change; it is the working directory."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Places(Path("runs/made-up"))

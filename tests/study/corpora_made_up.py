@@ -1,4 +1,4 @@
-"""Simulated evaluation text: documents of uneven length, whose gap between two models differs from one to the next."""
+"""Simulated evaluation text: documents of uneven length, each with its own gap between two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated runs of two arms whose laws cross at a known budget, and whether a break-even found in them is true."""
+"""Simulated runs of two arms whose laws cross at a known budget, and whether a reported break-even is true."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_prune.study.analysis.scaling_laws import Arms, BreakEven, Law
 
 
 def holds(found: BreakEven, truth: float) -> bool:
-    """Whether what was said of the break-even is true: its interval, or that it is beyond or before the data."""
+    """Whether the reported break-even is true: its interval, or that it is beyond or before the data."""
     if found.status == "beyond":
         return truth > found.last
     if found.status == "before":

@@ -1,4 +1,4 @@
-"""Simulated studies of many comparisons: their paired differences, judged as ``conclusions`` judges them."""
+"""Simulated studies of many comparisons: their paired differences, tested as in ``conclusions``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_prune.study.analysis.inference import Paired
 class Study:
     """``methods`` x ``budgets`` x two settings; runs are normal with deviation sqrt(1/2), so that differences have 1.
 
-    ``dense``: all methods share their scratch runs. ``seed``: deviation of what a seed does to all scratch runs.
-    ``spread``: of the logarithm of comparisons' deviations; ``settings``: how much more the second setting scatters.
+    ``dense``: all methods share their scratch runs. ``seed``: deviation of the effect of a seed on all scratch runs.
+    ``spread``: that of the logarithm of comparisons' deviations; ``settings``: factor of the second setting's scatter.
     ``real``: how many comparisons, the first ones, have a true gap, of ``gap`` deviations of a paired difference.
     """
 

@@ -1,9 +1,9 @@
-"""Every command line of the studies in examples/, as text: golden/*.txt, which reviews read.
+"""Every command line of the studies in examples/, as text for review: golden/*.txt.
 
-    python -m tests.study.golden        writes them again, after a change that is meant
+    python -m tests.study.golden        writes them again, after an intended change
 
-Nothing runs and no corpus is there: a parent's shape is said here where a study would read it. What all commands of
-one verb share is said once, at the top, so that a flag which is wrong in both arms is one line of a diff.
+Nothing runs, and there is no corpus: shapes of parents that a study would read are given here. Flags that all commands
+of one verb share appear once, at the top, so that a flag that is wrong in both arms is one line of a diff.
 """
 
 from __future__ import annotations

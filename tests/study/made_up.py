@@ -93,11 +93,11 @@ _STDOUT = threading.Lock()
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the package may catch it."""
+    """Simulates SIGKILL: nothing in the package may catch it."""
 
 
 class FakeLauncher:
-    """A launcher that writes what the verbs would. ``kill_at`` n: die before the n-th command from now.
+    """A launcher that writes the output of the verbs. ``kill_at`` n: die before the n-th command from now.
 
     ``broken`` are stages of cells that end with exit code 0 and write nothing.
     """
@@ -112,7 +112,7 @@ class FakeLauncher:
         self.commands.append(command)
         log.write_text(f"{command.stage} was here\n")
         if (log.parent.name, command.stage) not in self.broken:
-            # One at a time, since there is one stdout: cells still begin and end in any order.
+            # One at a time, since they share stdout. Cells still begin and end in any order.
             with _STDOUT, open(log, "a") as output, contextlib.redirect_stdout(output):
                 getattr(self, f"_{command.stage.replace('-', '_')}")(list(command.argv[1:]))
         return 0
@@ -232,7 +232,7 @@ class FakeLauncher:
 
 
 def write_losses(save: Path, made: dict[str, Any], losses: Sequence[float]) -> None:
-    """losses.csv, and what an account says of it."""
+    """losses.csv, and its entries in the account."""
     batch = made["global_batch_size"]
     rows = [f"{step},{step * batch},{loss},1e-3,1.0" for step, loss in enumerate(losses, start=1)]
     (save / "losses.csv").write_text("\n".join(["step,samples,loss,learning_rate,grad_norm", *rows]) + "\n")
@@ -259,7 +259,7 @@ def write_weights(save: Path, source: str, iteration: int) -> None:
 
 
 def weights_of(save: Path) -> dict[str, Any]:
-    """Which weights lie in ``save``."""
+    """Which weights are in ``save``."""
     held = open_checkpoint(save)
     return {"iteration": held.iteration, "fingerprint": held.fingerprint(), "full_hash": held.full_hash()}
 
@@ -282,7 +282,7 @@ def write_scores(given: dict[str, str], losses: dict[str, float]) -> None:
     parameters = open_checkpoint(load).shape.parameters()
     found = find_masks(load)
     masks = open_masks(found).hash if found else None
-    if load.parent.name.startswith(("pruned", "scratch")):  # these have only the hash of their masks
+    if load.parent.name.startswith(("pruned", "scratch")):  # these accounts have only the hash of their masks
         masks = artifacts.read_json(load / "account.json")["masks"]
     artifacts.write_json(given["output"], {
         "version": 1,
@@ -368,7 +368,7 @@ def account(given: dict[str, str], shape: ModelShape) -> dict[str, Any]:
 
 
 def foreign(folder: Path, seed: int = 1) -> Path:
-    """A checkpoint that was trained elsewhere: nothing in it knows of any training here."""
+    """A checkpoint that was trained elsewhere: it has no trace of training here."""
     _write_parent(
         folder, {name.replace("-", "_"): str(value) for name, value in SHAPE_FLAGS.items()} | {"seed": str(seed)}
     )
@@ -376,7 +376,7 @@ def foreign(folder: Path, seed: int = 1) -> Path:
 
 
 def begins_with(made: dict[str, Any], source: str | Path) -> None:
-    """Let an account begin with the weights of a checkpoint, as `pretrain` does."""
+    """Record the weights of a checkpoint as the start of an account, as `pretrain` does."""
     checkpoint = open_checkpoint(source)
     made["start"] = "pruned" if checkpoint.pruning else "continued"
     made["initial"] = {"path": str(source), "fingerprint": checkpoint.fingerprint()}
@@ -384,7 +384,7 @@ def begins_with(made: dict[str, Any], source: str | Path) -> None:
 
 
 def _write_parent(save: Path, given: dict[str, str]) -> ModelShape:
-    """A checkpoint with the weights that a seed gives."""
+    """A checkpoint whose weights are a function of a seed."""
     args: dict[str, Any] = {name: _value(value) for name, value in given.items()}
     args |= {"add_bias_linear": False, "position_embedding_type": "rope", "group_query_attention": True}
     shape = ModelShape.from_args(args)
@@ -416,7 +416,7 @@ def run(study: schema.StudyConfig, runs: Path, launcher: FakeLauncher) -> Places
 
 
 def run_killed(study: schema.StudyConfig, runs: Path) -> Places:
-    """The same, killed after every command that it gives, and started again until it ends."""
+    """The same, killed after every command, and started again until it ends."""
     while True:
         try:
             return run(study, runs, FakeLauncher(kill_at=1))
@@ -425,7 +425,7 @@ def run_killed(study: schema.StudyConfig, runs: Path) -> Places:
 
 
 def remake(places: Places, cell: str) -> None:
-    """Make a parent or a pruning again: other weights, and scores and an account that know of them."""
+    """Make a parent or a pruning again, with other weights and matching scores and account."""
     held, made = open_checkpoint(places.checkpoint(cell)), places.cell(cell) / "made"
     with CheckpointWriter(made, args=held.args, dtype=torch.float32, pruning=held.pruning) as writer:
         for weight in weights(held.shape):

@@ -1,4 +1,4 @@
-"""A made-up study whose losses follow known laws, so that what is concluded from them can be checked.
+"""A made-up study whose losses follow known laws, so that its conclusions can be checked.
 
 Scratch: ``FLOOR + 3 * (N / 1000)**-0.5``; pruned: ``FLOOR + 0.4 * ratio + 3 * ((N + START) / 1000)**-0.5``, N being
 tokens of training, both plus a normal error of ``NOISE`` nats that is a function of the run's name.

@@ -1,4 +1,4 @@
-"""A Slurm of one machine for tests: ``sbatch`` and ``squeue`` that really run scripts, with their dependencies.
+"""A Slurm of one machine for tests: ``sbatch`` and ``squeue`` that actually run scripts, with their dependencies.
 
 Jobs live on when the runner that submitted them is killed. So that no test waits for imports, the ``python`` that the
 scripts find is a client of the test's own process, which runs ``study stage`` itself and hands every other verb to a
@@ -81,7 +81,7 @@ class StandIn:
 
     def __init__(self, folder: Path):
         self.bin, self.jobs = folder / "bin", folder / "jobs"
-        self.limit = folder / "limit"  # how many jobs may be in the queue, where that is written
+        self.limit = folder / "limit"  # the file with the limit of jobs in the queue
         for path in (self.bin, self.jobs):
             path.mkdir(parents=True)
 
@@ -94,7 +94,7 @@ class StandIn:
         return [name.partition("/")[2] for name in self.names()]
 
     def after(self) -> dict[str, list[str]]:
-        """What each job was to wait for, by cell."""
+        """Dependencies of each job, by cell."""
         names = dict(zip(map(str, self._numbers()), self.submissions(), strict=True))
         texts = {job: (self.jobs / job / "after").read_text().strip() for job in names}
         return {names[job]: [names[one] for one in text.split(":") if one] for job, text in texts.items()}
@@ -137,7 +137,7 @@ def installed(folder: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def _run(argv: Sequence[str], verb: Verb) -> tuple[int, str]:
-    """A call of ``python``, or of torchrun through it: its exit code and what it printed."""
+    """A call of ``python``, or of torchrun through it: its exit code and output."""
     if list(argv[:2]) == ["-m", "torch.distributed.run"]:
         argv = argv[2:]
     assert list(argv[:2]) == ["-m", "megatron_prune"], argv

@@ -22,7 +22,7 @@ def test_intervals_hold_the_truth() -> None:
     ]
     assert np.mean([holds(*item) for item in found]) >= 0.9
     inside = [item for item, _ in found if item.status == "inside"]
-    assert len(inside) > 100  # they are not right by saying nothing
+    assert len(inside) > 100  # they are not right because there are no answers
     widths = [item.high / item.low for item in inside if item.low and item.high]
     assert np.median(widths) < 2
 
@@ -45,7 +45,7 @@ def test_a_law_without_noise_is_found_again(start: float) -> None:
 
 
 def test_laws_stay_physical() -> None:
-    """Losses that rise, or fall faster than any floor allows, give a law with nothing below zero."""
+    """Losses that rise, or fall too fast for any floor, give a law without negative coefficients."""
     for losses in (np.linspace(2, 3, 6), np.linspace(3, 0.1, 6), np.full(6, 2.0)):
         for pruned in (False, True):
             found = scaling_laws.law(TOKENS, losses, pruned=pruned)
@@ -82,7 +82,7 @@ def test_lack_of_fit_is_seen_whatever_seeds_have_in_common(pruned: bool, offset:
 
 
 def test_a_law_that_does_not_describe_the_losses_is_not_used() -> None:
-    """A step is no power law; where seeds hardly scatter, that shows."""
+    """A step is not a power law, which is visible where seeds hardly scatter."""
     losses = np.array([4.0, 4.0, 4.0, 2.0, 2.0, 2.0]) + np.random.default_rng(0).normal(0, 0.001, (3, 6))
     found = scaling_laws.fit(TOKENS, losses, pruned=False)
     assert found is not None and not found.good
@@ -129,7 +129,7 @@ def test_one_seed_has_a_break_even_without_an_interval() -> None:
 
 
 def test_scratch_tokens_of_another_setting_are_their_own() -> None:
-    """At equal total tokens scratch has the parent's tokens too: its law is one of its own tokens."""
+    """At equal total tokens scratch has the parent's tokens too: its law is in its own tokens."""
     law, parent = scaling_laws.Law(2.0, 30.0, 0.5), 500
     tokens = np.array([100, 200, 400, 800, 1600])
     beside = tokens + parent
@@ -160,7 +160,7 @@ def of_gaps(gaps: np.ndarray) -> Arms:
 @pytest.mark.parametrize("seeds", [2, 3, 5, 9])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_arm_is_ahead_where_a_t_test_over_seeds_says_so(seeds: int, sign: int) -> None:
-    """Just within, and just beyond, what a t test with one degree of freedom less than seeds sees."""
+    """Just within, and just beyond, the limit of a t test with one degree of freedom fewer than seeds."""
     scatter = np.linspace(-1, 1, seeds)[:, None] * [0.1, 0.1]
     edge = stats.t.ppf(0.975, seeds - 1) * stats.sem(scatter[:, 0])
     for factor, seen in ((0.999, False), (1.001, True)):

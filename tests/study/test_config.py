@@ -1,4 +1,4 @@
-"""study.yaml is read strictly: what is wrong is refused by its key, with what is allowed."""
+"""study.yaml is read strictly: errors name the key and the allowed values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ties the files of a run to each other, file by file; whole studies are in test_forgeries.py."""
+"""Checks that tie the files of a run to each other, file by file; whole studies are in test_forgeries.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_copy_is_seen_by_each_of_its_files(what: str) -> None:
 
 
 def test_one_training_under_two_names_is_no_copy() -> None:
-    """Two methods that keep the same layers retrain the same model; a path is no difference."""
+    """Two methods that keep the same layers retrain the same model; paths may differ."""
     moved = PRUNED | {"arguments": PRUNED["arguments"] | {"save": "elsewhere"}}
     custody.refuse_copies([run("a", PRUNED, 0.1), run("b", moved, 0.1)], {})
     decayed = PRUNED | {"arguments": PRUNED["arguments"] | {"weight_decay": 0.2}}

@@ -79,7 +79,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def forged_and_refused(folder: Path) -> None:
-    """The report of a real study believes its files; with one run's weights in the place of another's it does not."""
+    """The report of a real study accepts its files; with one run's weights in place of another's it does not."""
     places = Places(Path("runs/made-up"))
     with contextlib.chdir(folder):
         found = results.collect(places)
@@ -124,7 +124,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
     assert output.count("One seed: no interval.") == 3 and "INFO" not in output
 
     chained = "minitron-depth-r50-t2560-then-wanda-2-4-r50-s1"
-    pruned = f"pruned-{chained}-t25600"  # it goes on under its masks
+    pruned = f"pruned-{chained}-t25600"  # it continues under its masks
     kill_when(tmp_path / "killed", "cells/parent/checkpoint/losses.csv", lines=52)  # inside a cell, after a save
     kill_when(tmp_path / "killed", "ledger.jsonl", lines=4)  # between cells, inside the chain
     kill_when(tmp_path / "killed", f"cells/{pruned}/checkpoint/losses.csv", lines=52)
@@ -135,7 +135,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(tmp_path: Path) -> N
         assert losses(tmp_path / "killed", cell) == losses(tmp_path / "whole", cell)
         account = json.loads(Places(tmp_path / "killed/runs/made-up").account(cell).read_text())
         replayed += account["replayed"]
-    # A busy machine can let one kill come as late as the end of a later save: nothing is replayed then.
+    # On a busy machine a kill can come as late as the end of a later save; then nothing is replayed.
     assert replayed and all(first % 50 == 1 for first, _ in replayed)
 
     behind = json.loads(Places(tmp_path / "killed/runs/made-up").account(pruned).read_text())

@@ -1,8 +1,7 @@
-"""What a referee could be shown: each forgery starts from a finished study, and is refused by name or seen through.
+"""Forgeries of a finished study: each is refused by name or detected.
 
-A made-up study of two methods, both settings and three seeds stands for the finished one: its weights, accounts and
-scores are real files, only nobody trained for them. Where a forger goes further, so does the test: after the weights
-the scores, after these the account, the losses, the ledger.
+The study is made up (two methods, both settings, three seeds): its weights, accounts and scores are real files without
+training. Tests forge step by step: the weights, then also the scores, the account, the losses, the ledger.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ def edit(path: Path, change: Change) -> None:
 
 
 def edit_line(places: Places, cell: str, **changes: Any) -> None:
-    """Change what the ledger says of a cell; ``None`` as the only change takes the line out."""
+    """Change a cell's line in the ledger; ``None`` as the only change removes it."""
     lines = Ledger(places.ledger).lines()
     kept = [line | (changes if line["cell"] == cell else {}) for line in lines]
     places.ledger.write_text("".join(json.dumps(line) + "\n" for line in kept if line["kind"] is not None))
 
 
 def copy_weights(places: Places, source: str, target: str) -> None:
-    """The checkpoint of one cell in the place of another's; account and losses stay."""
+    """The checkpoint of one cell in place of another's; account and losses stay."""
     held, saved = open_checkpoint(places.checkpoint(source)), open_checkpoint(places.checkpoint(target))
     shutil.rmtree(saved.directory)
     shutil.copytree(held.directory, saved.directory)
@@ -76,7 +75,7 @@ def write_weights(held: Checkpoint, change: Callable[[str, torch.Tensor], torch.
 
 
 def copy_run(places: Places, source: str, target: str) -> None:
-    """Everything of one run in the place of another."""
+    """All files of one run in place of another's."""
     for path in (places.checkpoint(target), places.scores(target)):
         (shutil.rmtree if path.is_dir() else Path.unlink)(path)
     shutil.copytree(places.checkpoint(source), places.checkpoint(target))
@@ -84,7 +83,7 @@ def copy_run(places: Places, source: str, target: str) -> None:
 
 
 def as_seed(places: Places, cell: str, seed: int) -> None:
-    """An account that says another seed, wherever it says one."""
+    """An account with another seed in every place."""
 
     def change(account: Any) -> None:
         account.update(seed=seed, permutation_seed=seed)
@@ -122,7 +121,7 @@ def test_1_the_pruned_checkpoint_in_the_scratch_cell(places: Places) -> None:
 
 
 def test_2_and_then_evaluated_again(places: Places, corpora: dict[str, str]) -> None:
-    """Issue 12: with scores and the ledger's line dropped, `study run` said "4.101 against 4.101"."""
+    """With scores and the ledger's line removed, `study run` must not report one run against itself."""
     cell = TOTAL.format(1)
     copy_weights(places, PRUNED.format(1), cell)
     places.scores(cell).unlink()
@@ -151,7 +150,7 @@ def test_4_the_pruned_scores_in_the_scratch_cell(places: Places) -> None:
 
 
 def test_5_weights_that_are_equal_where_a_fingerprint_looks(places: Places, corpora: dict[str, str]) -> None:
-    """A fingerprint sees 64 elements of each weight: a forger keeps those of the scratch run, and changes the rest."""
+    """A fingerprint covers 64 elements of each weight: a forger keeps the scratch run's and changes the rest."""
     cell = SCRATCH.format(1)
     held = open_checkpoint(places.checkpoint(cell))
     before = held.fingerprint()
@@ -182,7 +181,7 @@ def test_6_other_weights_behind_the_pruned_arm(places: Places, cell: str) -> Non
 
 
 def test_7_losses_lowered_in_the_ledger(places: Places, honest: results.Results) -> None:
-    """Issue 12: "lower by 0.159" beside a bootstrap interval of −0.261 to −0.220."""
+    """A "lower by 0.159" next to a bootstrap interval of −0.261 to −0.220."""
     for seed in (1, 2, 3):
         cell = PRUNED.format(seed)
         edit_line(places, cell, test_loss=honest.records[cell]["test_loss"] - 0.4)
@@ -280,7 +279,7 @@ def test_16_to_19_with_an_account_that_says_the_other_seed(places: Places, furth
     copy_run(places, source, cell)
     as_seed(places, cell, 2)
     expected = "the same weights (fingerprint)"
-    if further > 0:  # other weights, and everything knows of them
+    if further > 0:  # other weights, and all files agree with them
         write_weights(open_checkpoint(places.checkpoint(cell)), lambda name, tensor: tensor + 1e-3)
         final = made_up.weights_of(places.checkpoint(cell))
         edit(places.account(cell), lambda account: account.update(final=final))
@@ -299,11 +298,11 @@ def test_16_to_19_with_an_account_that_says_the_other_seed(places: Places, furth
     assert "(initial: " in str(caught.value) or "seed: 1 against 2" in str(caught.value)
 
 
-# ------------------------------------------------------------------ what was run and is not asked for any more
+# ------------------------------------------------------------------ runs that study.yaml no longer asks for
 
 
 def report(corpora: dict[str, str], **changes: Any) -> results.Results:
-    """`study report` of a study.yaml that is not the one that was run."""
+    """`study report` with another study.yaml than the one that was run."""
     asked = {"seeds": [1, 2, 3]} | changes
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(corpora, **asked)))
     assert study.main(["report", "study.yaml"]) == 0

@@ -1,4 +1,4 @@
-"""The command lines of the studies in examples/ are those that were reviewed; seeds and texts are those of the cell."""
+"""The command lines of the studies in examples/ are the reviewed ones; seeds and texts are those of the cell."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_command_is_the_one_that_was_reviewed(name):
 
 @pytest.mark.parametrize("name", ["quickstart/seeds", "llama3.1_8b/imported"])
 def test_no_command_says_a_flag_twice(name):
-    """The last one would count, and nobody would see which."""
+    """Only the last one would count, silently."""
     for commands in golden.commands(name).values():
         for command in commands:
             own = command.argv[: command.argv.index("--pretrain")] if "--pretrain" in command.argv else command.argv

@@ -1,4 +1,4 @@
-"""Ranges and the grid: for any budgets, arms that are compared consume what DESIGN §6 says."""
+"""Ranges and the grid: for any budgets, compared arms consume the samples of docs/pages/concepts.md, Streams."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_ranges(batch: Batch, parent_steps: int, retrain: int, consumed: int) ->
     wanted = lay.parent_tokens + tokens + (consumed if consumed * 1000 >= lay.parent_tokens + tokens else 0)
     assert total.start == 0 and total.end == total.steps * batch.samples
     assert 0 <= total.steps * batch.tokens - wanted < batch.tokens
-    assert total.end >= range_.end  # everything that the pruned arm saw
+    assert total.end >= range_.end  # all samples of the pruned arm
 
 
 @given(batches, st.integers(1, 100), st.integers(0, 100), st.integers(1, 100))
@@ -56,14 +56,14 @@ def test_retraining_begins_after_the_parents_and_that_between_links(
     st.integers(0, 10**14),
 )  # fmt: skip
 def test_ranges_of_equal_flops(batch: Batch, parent: int, steps: int, spent: int, sequence: int, between: int) -> None:
-    """The fewest whole batches that execute what parent, pruning and all retraining did."""
+    """The fewest whole batches with the FLOPs of parent, pruning and all retraining."""
     retrain = batch.range(3 * batch.samples, steps)
     trained = parent + between + steps * batch.samples * sequence
     wanted = trained + (spent if spent * 1000 >= trained else 0)
     found = Lay(batch, 0, 0, parent).scratch_flops(retrain, spent, sequence, between)
     assert found is not None and found.start == 0 and found.end == found.steps * batch.samples
     assert 0 <= found.end * sequence - wanted < batch.samples * sequence
-    assert Lay(batch, 0, 0, None).scratch_flops(retrain, spent, sequence) is None  # nobody knows
+    assert Lay(batch, 0, 0, None).scratch_flops(retrain, spent, sequence) is None  # unknown
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**12))
@@ -110,7 +110,7 @@ def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None
         return {cell.id for cell in grid.expand(study, LAY, shapes, consumed).cells if cell.kind == "scratch"}
 
     assert len(scratch({})) == 2
-    assert len(scratch({names[0]: 10})) == 2  # below 0.1% of what was trained on
+    assert len(scratch({names[0]: 10})) == 2  # below 0.1% of the training tokens
     assert len(scratch({names[0]: 100_000})) == 3
     other = {names[0]: SHAPE, names[1]: SHAPE | {"ffn_hidden_size": 60}}
     assert len([c for c in grid.expand(study, LAY, other, {}).cells if c.kind == "scratch"]) == 4
@@ -173,7 +173,7 @@ def test_warm_up_is_a_fraction_of_a_runs_steps_up_to_the_cap(recipe: dict[str, A
 
 
 def test_masks_of_methods_whose_labels_begin_alike_are_of_two_runs() -> None:
-    """A label may hold what ends a name before its seed."""
+    """A label can contain the separator before a name's seed."""
     method = {"name": "sparsegpt", "pattern": "2:4", "compare": {"equal-training": ["masked"]}}
     study = make(methods=[method | {"label": label} for label in ("my-small", "my-slow")], settings=["equal-training"])
     made = grid.expand(study, LAY, {p.name: SHAPE for p in prunings.prunings(study)}, {})

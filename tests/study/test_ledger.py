@@ -1,4 +1,4 @@
-"""The ledger: whatever a kill leaves of its last line, whole records stay and a torn one is dropped."""
+"""The ledger: after a kill, whole records stay and a partial last line is dropped."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What lies behind a parent, all of it: stages are added up, links are checked, nothing is silently unknown.
+"""The whole lineage of a parent: stages add up, links are checked, unknown parts are named.
 
-Forgeries and slips, each of which a study must refuse by name or see through. Checkpoints are real and tiny; their
+Forgeries and mistakes, each of which a study must refuse by name or detect. Checkpoints are real and tiny; their
 trainings are made up (``made_up``).
 """
 
@@ -167,7 +167,7 @@ def test_what_is_declared_comes_before_what_is_accounted(prefixes) -> None:
     assert (lay.parent_tokens, lay.parent_end, lay.declared) == (12_800 + 10 * TOKENS, 80, 12_800)
     one = open_checkpoint(origin).shape.training_flops(LENGTH)
     assert (lay.parent_flops, lay.declared_flops) == (880 * one, 800 * one)
-    pruned = prune(origin, "pruned")  # what was declared was spent on the larger shape
+    pruned = prune(origin, "pruned")  # the declared tokens were spent on the larger shape
     assert check(study(prefixes, pruned, parent={"declared_tokens": 12_800})).lay.parent_flops == 800 * one
     made = study(prefixes, second, parent={"declared_tokens": 12_800, "equal_total": "run"})
     found = results.collect(made_up.run(made, Path("runs"), made_up.FakeLauncher()))
@@ -481,7 +481,7 @@ def test_a_chain_that_was_killed_ends_with_the_same_records(prefixes, places: Pl
     again = made_up.FakeLauncher()
     made_up.run(chain_study(prefixes, retention="none"), Path("killed"), again)
     assert not again.commands
-    assert open_checkpoint(killed.checkpoint(SECOND)).names  # other prunings may still begin with it
+    assert open_checkpoint(killed.checkpoint(SECOND)).names  # other prunings can still start from it
 
 
 def test_the_plan_of_a_chain_shows_and_prices_its_retrainings(prefixes, capsys) -> None:

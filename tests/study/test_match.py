@@ -61,7 +61,7 @@ TEXTS = dict.fromkeys(("run-p", "run-s", "parent"), TEXT)
 def runs(
     pruned: dict, scratch: dict, texts: dict = TEXTS, warmup: Any = lambda steps: 0, parent: dict | None = PARENT,
 ) -> pair.Runs:  # fmt: skip
-    """With a lineage that says what the parent's account does."""
+    """With a lineage that agrees with the parent's account."""
     stages = [] if parent is None else [lineage.trained(parent, run="parent", end="p")]
     pruned = pruned | {"lineage": [*stages, PRUNING]}
     return pair.Runs("run-p", "run-s", pruned, scratch, weights="w", texts=texts, warmup=warmup, parent=stages)
@@ -86,7 +86,7 @@ def flops(
     pruned: dict = PRUNED, scratch: dict | None = None, parent: dict | None = PARENT, spent: int = 0,
     parent_flops: int = 100 * 10**6,
 ) -> list[pair.Line]:  # fmt: skip
-    """The parent executed 100 steps' worth, the pruned arm 50; scratch has 150 unless it is given."""
+    """The parent executed the FLOPs of 100 steps, the pruned arm 50; scratch has 150 by default."""
     return match.equal_flops(runs(pruned, scratch or EQUAL_TOTAL, parent=parent), parent_flops, spent)
 
 
@@ -146,7 +146,7 @@ TAMPERINGS = [
     ("stream.id", "other", "stream.id"),
     ("stream.seed", 2, "stream.seed"),
     ("permutation_seed", 2, "permutation_seed"),  # another order
-    ("global_batch_size", 8, "range"),  # another batch, at odds with the range
+    ("global_batch_size", 8, "range"),  # another batch, which contradicts the range
     ("seed", 2, "seed"),
     ("parameters", 999, "parameters"),
     ("complete", False, "complete"),

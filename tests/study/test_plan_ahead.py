@@ -1,6 +1,6 @@
-"""`study plan` before anything is there: corpora that are only so many tokens, and a parent that is only described.
+"""`study plan` before anything is there: corpora as a number of tokens, and a parent by its description.
 
-Memory is what ``preflight`` says of the same command lines.
+Memory is that of ``preflight`` for the same command lines.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ LLAMA = shlex.split(preflight.LLAMA)
     ],
 )  # fmt: skip
 def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, more, distributed, tmp_path) -> None:
-    """Every training of the study, asked of ``preflight`` as a user would: the command that is printed."""
+    """Every training of the study through ``preflight``, with the printed command, as a user would."""
     shape = {
         **SHAPE,
         "max-position-embeddings": 64,
@@ -212,7 +212,7 @@ def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, mo
 
 
 def test_why_memory_is_not_known_is_said(capsys) -> None:
-    """Megatron has its say before anything runs: here on heads that the ranks cannot share."""
+    """Megatron validates before anything runs: here heads that the ranks cannot share."""
     content = made_up.mapping(NOWHERE, methods=METHODS[:1], launch={"nproc": 3, "tensor_parallel": 3})
     content["recipe"] |= {"global_batch_size": 8, "micro_batch_size": 8}
     content["parent"]["pretrain"]["arguments"] = {**SHAPE, "padded-vocab-size": 384}

@@ -1,4 +1,4 @@
-"""`study plan`: what every cell will take, by hand; `study status --watch`: a table that follows a runner."""
+"""`study plan`: the cost of every cell, by hand; `study status --watch`: a table that follows a runner."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_watching_ends_with_the_runner(prefixes) -> None:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     class Watched(made_up.FakeLauncher):
-        """Calibrates only when somebody has seen that it does."""
+        """Calibrates only after the test has seen its status."""
 
         def __call__(self, command: Any, **given: Any) -> int:
             if command.stage == "calibrate":

@@ -1,4 +1,4 @@
-"""Scatter that comparisons share: against written formulas, and by false verdicts and power of simulated studies."""
+"""Pooled variances: against written formulas, and by false verdicts and power of simulated studies."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_verdict_says_what_could_have_been_told_apart() -> None:
 
     strong, open_ = verdicts.corrected([verdict([4.0, 4.1, 3.9]), verdict([2.1, 1.9, 2.0])], lambda _: True, planned=12)
     assert (strong.winner, open_.winner) == ("pruned", "neither")
-    assert open_.level == pytest.approx(0.05 / 11)  # Holm: one of twelve is told apart
+    assert open_.level == pytest.approx(0.05 / 11)  # Holm: one of twelve is significant
     gap = inference.detectable(open_.test, 0.05 / 11)
     assert f"a gap of {gap:.3f} nats would have been in 80% of such studies" in open_.words
     assert "of such studies" not in strong.words

@@ -1,4 +1,4 @@
-"""What a study refuses before anything runs, and what `study plan` and `study status` say."""
+"""Refusals of a study before anything runs, and the output of `study plan` and `study status`."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Pa
     monkeypatch.setattr(contamination, "compare", lambda *given: compared.append(given) or compare(*given))
     data: dict[str, Any] = prefixes | {"max_near_duplicates": 0.01}
     check(data, tmp_path)
-    assert len(compared) == 6 and not (tmp_path / "runs").exists()  # as a plan of a study that has not begun
+    assert len(compared) == 6 and not (tmp_path / "runs").exists()  # as in the plan of a study that has not begun
     path = Places(tmp_path / "runs" / "made-up").overlap
     path.parent.mkdir(parents=True)
     for calls in (12, 12):
@@ -155,7 +155,7 @@ def test_the_report_on_near_duplicates_is_kept_and_reused(prefixes, tmp_path: Pa
     report = artifacts.read_json(path)
     assert report["accepted"] and len(report["pairs"]) == 6
     assert report["corpora"]["train"] == [indexed.fingerprint(prefixes["train"])]
-    check(data | {"max_near_duplicates": 0.02}, tmp_path)  # another question
+    check(data | {"max_near_duplicates": 0.02}, tmp_path)  # other arguments
     assert len(compared) == 18
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{prefixes['train']}{suffix}", tmp_path / f"copy{suffix}")
@@ -182,7 +182,7 @@ def test_a_missing_corpus_is_named(prefixes, tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained(prefixes, tmp_path: Path, monkeypatch) -> Path:
-    """A parent that another study has trained: its checkpoint, with an account beside it."""
+    """A parent that another study has trained: its checkpoint, with an account next to it."""
     monkeypatch.chdir(tmp_path)
     made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())
     return Path("runs/made-up/cells/parent/checkpoint")

@@ -116,7 +116,7 @@ def test_csv_holds_the_rows(places: Places) -> None:
 
 
 SCRATCH = "scratch-L2h32H4G2d8F64-{}-s2"
-OWN = "account.json: expected a finished run with {}"  # what its own account says against what the study asks for
+OWN = "account.json: expected a finished run with {}"  # its own account against study.yaml
 TAMPERED = {
     "shifted range": ("equal-training-t1280", {"range": [168, 248]}, OWN.format("range")),
     "another batch": ("equal-training-t1280", {"global_batch_size": 4, "steps": 20}, OWN.format("steps")),

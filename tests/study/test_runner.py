@@ -1,4 +1,4 @@
-"""The runner: killed anywhere and run again, it ends with the same ledger; exit codes mean nothing to it."""
+"""The runner: killed anywhere and run again, it ends with the same ledger; it ignores exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def ledger(places: Places) -> dict[str, dict]:
-    """Records without what a rerun does not reproduce."""
+    """Records without the fields that a rerun does not reproduce."""
     records = Ledger(places.root / "ledger.jsonl").read()
     return {
         cell: {k: v for k, v in record.items() if k not in ("seconds", "artifacts")} for cell, record in records.items()
@@ -58,7 +58,7 @@ def test_killed_before_any_command_ends_with_the_same_ledger(tmp_path: Path, pre
         spent += launcher.commands
         break
     assert kills >= 7
-    # Every command ran once (its paths say under which folder), and what was done was not done again.
+    # Every command ran once (its paths give the folder), and nothing was repeated.
     assert [c.stage for c in spent] == [c.stage for c in whole.commands]
     assert sorted(ledger(places)) == sorted(expected)
     for cell, record in ledger(places).items():
@@ -114,7 +114,7 @@ def test_candidates_are_scored_in_a_study_and_depth_methods_share_scratch(
     places = made_up.run(made_up.study(prefixes, methods=methods), Path("runs"), launcher)
     stages = [command.stage for command in launcher.commands]
     assert [stages.count(stage) for stage in ("calibrate", "candidates", "score", "plan", "apply")] == [1, 1, 1, 2, 2]
-    assert stages.count("pretrain") == 5  # parent, two pruned, one scratch a setting
+    assert stages.count("pretrain") == 5  # parent, two pruned, one scratch per setting
     score = next(command for command in launcher.commands if command.stage == "score")
     assert score.words[3] == "calibrate" and "--calibration-data-path" not in score.words
     record = ledger(places)["pruning-minitron-depth-r50-s1"]
@@ -175,7 +175,7 @@ def test_retrained_candidates_decide_and_count_as_what_pruning_trained_on(
     (row,) = (row for row in results.collect(places).rows if row["arm"] == "pruned" and row["setting"] == "equal-total")
     assert row["tokens_pruning"] == 8 * 16 + 3 * 256 and row["tokens_total"] == total
 
-    # Where a search has fewer candidates than it may retrain, what they really took is matched.
+    # If a search has fewer candidates than it can retrain, their actual tokens are matched.
     asked = {"name": "minitron-width", "settings": settings | {"max-candidates": 20, "retrain-candidates": 20}}
     fewer = made_up.run(made_up.study(prefixes, methods=[asked], name="fewer"), Path("fewer"), made_up.FakeLauncher())
     made = plan.read(fewer.cell(f"pruning-{name}") / "plan.json")
@@ -288,7 +288,7 @@ def test_a_changed_recipe_is_refused_and_a_larger_grid_is_not(tmp_path: Path, pr
     recipe = made_up.mapping(prefixes)["recipe"] | {"lr": 2e-3}
     with pytest.raises(UsageError, match="parent with --lr 0.002 in place of 0.001") as caught:
         made_up.run(made_up.study(prefixes, recipe=recipe), Path("runs"), made_up.FakeLauncher())
-    # What has to go with it: all but the dense scratch runs, which take nothing but a shape.
+    # Cells that depend on it: all except the dense scratch runs, which take only a shape.
     resting = str(caught.value).split("what rests on it (")[1].split(")")[0].split(", ")
     records = ledger(Places(Path("runs/made-up")))
     assert set(resting) == {cell for cell, record in records.items() if record["kind"] not in ("parent", "scratch")}
@@ -329,7 +329,7 @@ def test_parallel_cells_give_the_same_ledger(tmp_path: Path, prefixes, monkeypat
 
 
 class Failing(made_up.FakeLauncher):
-    """Ends a stage of a cell with a code, and nothing written, as many times as it is told to."""
+    """Ends a stage of a cell with a code and without output, a given number of times."""
 
     def __init__(self, cell: str, stage: str, times: int, code: int = 1):
         super().__init__()
@@ -503,7 +503,7 @@ def test_retention_removes_saves_only_of_runs_in_the_ledger(
     monkeypatch.chdir(tmp_path)
 
     class Saving(made_up.FakeLauncher):
-        """Writes three saves a run, and looks at them when they are evaluated."""
+        """Writes three saves per run, and lists them when they are evaluated."""
 
         def _pretrain(self, argv: list[str]) -> None:
             super()._pretrain(argv)
@@ -532,7 +532,7 @@ def test_retention_removes_saves_only_of_runs_in_the_ledger(
             assert places.account(cell).is_file() and places.losses(cell).is_file()
         elif record["kind"] == "pruning":
             assert places.checkpoint(cell).is_dir()  # a study that grows starts from it
-    # A removal that was cut short is finished by the next run.
+    # The next run finishes an interrupted removal.
     cut = places.checkpoint("pruned-shortgpt-r50-s1-t1280") / "iter_0000001"
     cut.mkdir()
     made_up.run(study, Path("runs"), again := Saving())

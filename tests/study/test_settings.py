@@ -62,7 +62,7 @@ def test_a_chain_starts_from_its_first_link_and_shares_it(prefixes) -> None:
     assert made_up.words(list(sparsify.argv[1:]))["load"] == str(places.checkpoint("pruning-shortgpt-r50-s1"))
     masks = open_masks(places.checkpoint(chained) / "masks")
     whole = look(study, places).targets["shortgpt-r50-s1"]
-    parent = whole.linear_parameters() * 2  # half of its layers are gone
+    parent = whole.linear_parameters() * 2  # half of its layers are removed
     assert found[chained]["base"] == "pruning-shortgpt-r50-s1" and found[chained]["masks"] == masks.hash
     assert found[chained]["removed_linears"] == pytest.approx(1 - (whole.linear_parameters() - masks.removed) / parent)
     assert found[chained]["removed_linears"] == pytest.approx(0.75)
@@ -124,7 +124,7 @@ def test_equal_flops_counts_what_the_whole_pruned_arm_executed(prefixes) -> None
         counted = spent if spent >= 0.001 * (parent + pruned["flops_train"]) else 0
         assert 0 <= scratch["flops_total"] - (parent + pruned["flops_train"] + counted) < one_step
         assert account["range"][0] == 0
-    # The smaller shape trains on more tokens than its pruned arm has behind it: the parent's were dearer.
+    # The smaller shape trains on more tokens than its pruned arm and parent, whose tokens cost more FLOPs.
     assert found.rows[2]["tokens_total"] > found.rows[1]["tokens_total"]
     again = made_up.FakeLauncher()
     made_up.run(study, Path("runs"), again)
@@ -268,8 +268,8 @@ def test_a_parent_for_each_seed(prefixes) -> None:
     assert made.parent["test_loss"] == pytest.approx(sum(found[f"parent-s{s}"]["test_loss"] for s in (1, 2)) / 2)
     assert all(item.status == "finished" for item in made.compared)
     assert all("conditional on this parent" not in verdict.words for verdict in made.verdicts)
-    # Masks fit the weights that their parent began with. Parents began under seeds 2 and 3 here, whose scratch runs
-    # under masks have 1 and 2: none has its own parent's.
+    # Masks fit the initial weights of their parent. Parents have seeds 2 and 3 here, and their scratch runs
+    # under masks have 1 and 2: none has the seed of its own parent.
     parent = {"pretrain": {"tokens": 2560, "arguments": made_up.SHAPE_FLAGS, "seed": 1}}
     per_seed = {"methods": methods, "parent": parent, "seeds": [1, 2]}
     validate.check(made_up.study(prefixes, **per_seed, parent_per_seed=True), Places(Path("runs/x")))
@@ -298,7 +298,7 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
         made_up.run(study, Path("runs"), made_up.FakeLauncher())
     command.main(["report", "study.yaml"])
     assert Path("runs/made-up.long/report/index.html").is_file() and "1,280 of retraining" in capsys.readouterr().out
-    # One that fails does not keep the other from its report.
+    # A failed one does not prevent the report of the other.
     Path("runs/made-up.short/study.json").unlink()
     with pytest.raises(RunError, match="made-up.short: study report: expected .*, got runs/made-up.short"):
         command.main(["report", "study.yaml"])

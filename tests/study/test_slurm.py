@@ -1,4 +1,4 @@
-"""The launcher ``slurm`` on a stand-in that really runs its scripts: dependencies, kills, failures, by hand."""
+"""The launcher ``slurm`` on a stand-in that actually runs its scripts: dependencies, kills, failures, by hand."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, m
     running = subprocess.Popen(job, env=environment)
     wait_for_progress(lambda: Path("started").exists() or running.poll() is not None, "the rank")
     assert running.poll() is None
-    running.send_signal(signal.SIGUSR1)  # what `--signal=B:USR1@600` does
+    running.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@600` does
     assert running.wait(GENEROUS) == (0 if saves else 1)
     assert Path("requeued").is_file() == saves
     if saves:
@@ -373,7 +373,7 @@ def test_jobs_on_the_real_engine(tmp_path, monkeypatch) -> None:
     [(75, 75, "another job is at work on parent"), (71, 1, "exit code 71 of flock): its file system has no locks")],
 )
 def test_a_lock_that_cannot_be_had(tmp_path, prefixes, monkeypatch, code: int, ends: int, says: str) -> None:
-    """util-linux's flock leaves with its conflict code where another holds the lock, else with one of sysexits.h."""
+    """util-linux's flock exits with its conflict code if the lock is held, else with one of sysexits.h."""
     monkeypatch.chdir(tmp_path)
     Path("bin").mkdir()
     Path("bin", "flock").write_text(

@@ -1,4 +1,4 @@
-"""Sparse methods in a study: their cells, what they are compared with, and what rows and accounts say of it."""
+"""Sparse methods in a study: their cells, their comparisons, and the rows and accounts."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_scratch_under_masks_begins_with_other_weights_than_the_parent(prefixes,
     study = made_up.study(prefixes, parent=parent, seeds=[1, 2], methods=METHODS[2:])
     with pytest.raises(UsageError, match="seeds: expected a seed other than the parent's.*, got 2"):
         validate.check(study, places)
-    # The account of a parent that was trained elsewhere says its seed too.
+    # The account of a parent that another study trained has its seed too.
     trained = made_up.run(made_up.study(prefixes, methods=METHODS[:1]), Path("runs"), made_up.FakeLauncher())
     account = json.loads(trained.account("parent").read_text())
     account["stream"]["corpora"] = [indexed.fingerprint(prefixes["train"])]

@@ -23,7 +23,7 @@ LEDGERS = 6000
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_t_intervals_cover_the_truth(seeds: int) -> None:
-    """Pairs share a seed's own error, which pairing takes out; the truth is a gap of 0.03 nats."""
+    """Pairs share a seed's own error, which pairing removes; the true gap is 0.03 nats."""
     generator = np.random.default_rng(seeds)
     shared = generator.normal(0, 0.2, (LEDGERS, seeds))
     pruned = 2.5 + shared + generator.normal(0, 0.02, (LEDGERS, seeds))
@@ -31,7 +31,7 @@ def test_t_intervals_cover_the_truth(seeds: int) -> None:
     found = [inference.paired(p, s) for p, s in zip(pruned, scratch, strict=True)]
     covered = np.mean([f.low <= 0.03 <= f.high for f in found if f.low is not None and f.high is not None])
     assert abs(covered - inference.CONFIDENCE) < 0.02
-    # p is below 0.05 exactly where the interval leaves 0 out.
+    # p is below 0.05 exactly where the interval excludes 0.
     assert all((f.p < 0.05) == (f.winner != "neither") for f in found if f.p is not None)
 
 
@@ -51,7 +51,7 @@ def test_differences_that_do_not_vary(mean: float, p: float, winner: str) -> Non
 
 
 def closed_testing(p: list[float]) -> list[float]:
-    """Holm's p values by their definition: the largest Bonferroni p of all intersections that hold a hypothesis."""
+    """Holm's p values by definition: the largest Bonferroni p of all intersections that contain a hypothesis."""
     count = range(len(p))
     return [
         max(

@@ -49,7 +49,7 @@ def write(text: str, name: str = "study.yaml") -> str:
 
 
 def refused(text: str) -> list[str]:
-    """The lines that say what is wrong with a study.yaml of that text."""
+    """The error lines for a study.yaml with that text."""
     with pytest.raises(UsageError) as raised:
         schema.load_all(write(text))
     return str(raised.value).splitlines()
@@ -83,12 +83,12 @@ def test_the_text_is_a_study() -> None:
 )  # fmt: skip
 def test_an_error_is_one_line_with_file_line_and_key(old: str, new: str, begins: str, says: str) -> None:
     assert TEXT.count(old) == 1
-    (line,) = refused(TEXT.replace(old, new))  # a key that is misspelt is not named as missing too
+    (line,) = refused(TEXT.replace(old, new))  # a misspelt key is not reported as missing too
     assert line.startswith(f"{begins}: ") and says in line
 
 
 def test_all_errors_are_named_at_once() -> None:
-    """Those of pydantic, and those that a section finds itself."""
+    """Errors of pydantic, and of the sections' own checks."""
     text = TEXT.replace("seq_length: 8", "seqlength: 8").replace("lr: 3e-4", "lr: fast")
     text = text.replace("[0.5]", "[1.5]").replace("  pretrain:", "  load: x\n  pretrain:") + "lunch: {}\n"
     found = refused(text)

@@ -1,4 +1,4 @@
-"""Transformer Engine without a GPU: ``bash tests/run.sh --te`` builds TE and runs this folder, and others once more.
+"""Transformer Engine without a GPU: ``bash tests/run.sh --te`` builds TE and runs this folder, and others again.
 
 All ranks of such a session are forked from a process that has TE and the arithmetic of ``torch_math.py``; unless
 told ``--transformer-impl local`` they build TE's layers. Elsewhere the folder is skipped.

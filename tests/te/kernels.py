@@ -1,4 +1,4 @@
-"""What TE's kernels compute outside of a model, in torch: casts to FP8, a scale a tensor or a block, and its optimizer.
+"""TE's kernels outside of a model, in torch: casts to FP8 with one scale per tensor or block, and its optimizer.
 
 Names and arguments are those of ``transformer_engine_torch``. Results go into the tensors that are passed, as there.
 """
@@ -16,7 +16,7 @@ BLOCK = 128
 
 
 def install() -> None:
-    """Put them in the place of those of TE's extension, wherever TE has taken them to."""
+    """Replace those of TE's extension, wherever TE has imported them."""
     extension = sys.modules["transformer_engine_torch"]
     modules = [module for name, module in sys.modules.items() if name.startswith("transformer_engine") and module]
     for function in (
@@ -104,7 +104,7 @@ def _torch_dtype(kind: Any) -> torch.dtype:
 def fp8_block_scaling_compute_partial_amax(
     part: torch.Tensor, amax: torch.Tensor, height: int, width: int, start: int, block: int
 ) -> None:
-    """Largest values of the blocks of [height, width], of which only ``part`` is here, from flat index ``start`` on."""
+    """Largest values of the blocks of [height, width]; only ``part`` is given, from flat index ``start`` on."""
     rows, columns = -(-height // block), -(-width // block)
     padded = torch.zeros(rows * block, columns * block)
     whole = torch.zeros(height * width)

@@ -13,7 +13,7 @@ LARGEST = 448.0
 
 
 def quantized(folder: str, height: int, width: int) -> None:
-    """A matrix in blocks: as TE holds it, and as two ranks would put it together of their shards."""
+    """A matrix in blocks: as TE holds it, and as two ranks would assemble it from their shards."""
     import torch
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.constants import DType

@@ -1,4 +1,4 @@
-"""Pruning in FP8: blocks are calibrated on what the pruned blocks before them give, TE's cached weights or not."""
+"""Pruning in FP8: blocks are calibrated on the outputs of pruned blocks, with and without TE's cached weights."""
 
 from __future__ import annotations
 

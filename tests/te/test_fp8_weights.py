@@ -68,7 +68,7 @@ def observe(argv: list[str], folder: str, source: str) -> None:
 
 
 def begun(argv: list[Any], folder: Path, nproc: int, source: Path) -> dict[str, int]:
-    """Run ``observe``; what all ranks have seen together."""
+    """Run ``observe``; the merged observations of all ranks."""
     code, output = run_function(observe, folder, nproc, [str(word) for word in argv], str(folder), str(source))
     assert code == 0, output[-4000:]
     ranks = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(nproc)]
@@ -85,12 +85,12 @@ def test_masters_begin_with_the_checkpoints_values_and_moments_are_restored(pres
     assert seen["fp8"] >= 8 and seen["as stored"] == seen["fp8"] and seen["as rounded"] == 0
     assert account(tmp_path / "whole")["start"] == "continued"
 
-    # Resumed after its second step, it goes on from its own checkpoint, with its masters and moments.
+    # Resumed after its second step, it continues from its own checkpoint, with its masters and moments.
     begun(argv("resumed", "--exit-interval", "2"), tmp_path / "first", 2, tiny_parent)
     assert len(losses(tmp_path / "resumed")) == 2
     begun(argv("resumed"), tmp_path / "second", 2, tiny_parent)
     np.testing.assert_allclose(losses(tmp_path / "resumed"), losses(tmp_path / "whole"), rtol=2e-3)
-    # Without its moments the next steps would be those of an optimizer's first.
+    # Without its moments the next steps would equal an optimizer's first.
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
 
 

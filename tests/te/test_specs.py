@@ -39,7 +39,7 @@ def te(request) -> tuple[int, list[str]]:
 
 
 def sharded_state(argv: list[str]) -> dict[str, Any]:
-    """In a rank: what Megatron would save of the model that ``argv`` describes: key to shape, place and type."""
+    """In a rank: the state that Megatron would save for the model of ``argv``: shape, offset and type by key."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
@@ -162,7 +162,7 @@ def losses(save: Path) -> list[float]:
 @pytest.mark.parametrize("first, then", [(LOCAL, TE), (TE, LOCAL)], ids=["local-te", "te-local"])
 @pytest.mark.parametrize("layout_then", ["tp1", "tp2pp2", "tp2 sequence parallel"])
 def test_a_run_goes_on_with_the_other_spec(first, then, layout_then, job, tiny_parent, tiny_corpus, tmp_path) -> None:
-    """Its optimizer's state too: the losses are those of a run that has one spec all through."""
+    """With its optimizer state: the losses are those of a run with one spec throughout."""
 
     def words(name: str, spec: list[str], *more: str) -> list[Any]:
         argv = recipe(

@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def _save_what_a_gpu_would() -> None:
-    """Megatron dequantizes what it saves, if it lies on a GPU."""
+    """Megatron dequantizes what it saves if it is on a GPU."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     resolve = DefaultSavePlanner.resolve_data
@@ -55,7 +55,7 @@ def _save_what_a_gpu_would() -> None:
 
 
 def _gather_bytes_alone() -> None:
-    """NCCL can gather FP8 and bf16 weights in one coalesced call; gloo takes all for the first one's type."""
+    """NCCL can gather FP8 and bf16 weights in one coalesced call; gloo treats all as the first one's type."""
     from megatron.core.distributed import param_and_grad_buffer
 
     gather = param_and_grad_buffer.dist_all_gather_func
@@ -70,7 +70,7 @@ def _gather_bytes_alone() -> None:
 
 @contextlib.contextmanager
 def _as_if_available() -> Iterator[None]:
-    """TE asks for CUDA when it is imported and when a module is made; torch must not believe the answer."""
+    """TE checks for CUDA when it is imported and when a module is made; torch must not see the faked answer."""
     own, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     try:
         yield
@@ -152,7 +152,7 @@ class _Linear(torch.autograd.Function):
         if ctx.fused:
             weight.main_grad += of_weight
             weight.grad_added_to_main_grad = True
-            of_weight = torch.empty_like(of_weight)  # TE's dummy: nobody reads it
+            of_weight = torch.empty_like(of_weight)  # TE's dummy, which is never read
         return gradient @ multiplied, of_weight, None, None
 
 

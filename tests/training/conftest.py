@@ -14,7 +14,7 @@ from tests.training import small_masked
 
 @dataclass(frozen=True)
 class Pruned:
-    """A checkpoint with masks beside it, and a file with them for ranks (logical name → bool [out, in])."""
+    """A checkpoint with masks next to it, and a file with them for ranks (logical name → bool [out, in])."""
 
     path: Path
     kept: small_masked.Kept

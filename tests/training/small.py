@@ -1,4 +1,4 @@
-"""A training run small enough for a test: its flags, and a rank's function that records what it consumes."""
+"""A training run small enough for a test: its flags, and a rank's function that records the consumed samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layout(tp: int = 1, pp: int = 1) -> list[str]:
 
 
 def kill_ranks(job: Job) -> None:
-    """SIGKILL to every rank. When one is dead the others are ended, perhaps before their turn."""
+    """SIGKILL every rank. Once one is dead the launcher ends the others, perhaps earlier than their own kill."""
     for rank in job.ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """A small pruned checkpoint for masked runs, and a rank's function that watches such a run from outside.
 
-Masks are made, cut to a rank's shards, and looked for in checkpoints by this file alone, so that the package's
-own code is compared with something else.
+This file makes masks, cuts them to a rank's shards and finds them in checkpoints without the package's own code, so
+that tests compare with something independent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def kept_at_random(shape: ModelShape, pattern: str, ratio: float = 0.5, seed: in
 
 
 def write_pruned(parent: Path, kept: Kept, pattern: str, folder: Path) -> Path:
-    """The checkpoint ``parent`` with zeros where ``kept`` is False, and its masks beside it."""
+    """The checkpoint ``parent`` with zeros where ``kept`` is False, and its masks next to it."""
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.checkpoint.writer import CheckpointWriter
     from megatron_prune.masks import write_single
@@ -73,7 +73,7 @@ def start_from(pruned: Any, *flags: Any) -> list[Any]:
 
 
 def local_part(name: str, whole: torch.Tensor, tp_rank: int, tp: int) -> torch.Tensor:
-    """What a tensor-parallel rank holds of a linear [out, in], by Megatron's documented layouts."""
+    """A tensor-parallel rank's part of a linear [out, in], by Megatron's documented layouts."""
     if "linear_qkv" in name:
         return whole.chunk(tp, 0)[tp_rank]
     if "linear_fc1" in name:
@@ -103,7 +103,7 @@ def removed_parts(chunks: list[Any], kept: Kept) -> list[tuple[str, Any, torch.T
 def watch(argv: list[str], kept_file: str, folder: str) -> None:
     """``pretrain`` in this rank; looks at every masked weight, gradient and fp32 master of every step.
 
-    Asserts that they are zero, and writes what it has seen to ``folder``.
+    Asserts that they are zero, and writes its observations to ``folder``.
     """
     from megatron.training import training
 
@@ -145,13 +145,13 @@ def watch(argv: list[str], kept_file: str, folder: str) -> None:
 
 
 def leave_with(code: int) -> None:
-    """A rank's function that returned would be taken for a success."""
+    """A rank that returned would count as a success."""
     if code:
         sys.exit(code)
 
 
 def run_function(function: Callable[..., Any], folder: Path, nproc: int, *arguments: Any) -> tuple[int, str]:
-    """A module-level function in ranks: the job's exit code, and what they printed."""
+    """A module-level function in ranks: the job's exit code and output."""
     from megatron_prune.engine.launch import start_function
     from tests.distributed_work import FunctionCall
 
@@ -165,7 +165,7 @@ def run_function(function: Callable[..., Any], folder: Path, nproc: int, *argume
 
 
 def watched(argv: list[Any], folder: Path, nproc: int, kept_file: str) -> list[dict[str, Any]]:
-    """Run ``watch``; what each rank has seen."""
+    """Run ``watch``; the observations of each rank."""
     code, output = run_function(watch, folder, nproc, [str(word) for word in argv], kept_file, str(folder))
     assert code == 0, output[-4000:]
     return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(nproc)]

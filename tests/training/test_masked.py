@@ -15,7 +15,7 @@ RANGE = "64:112"
 
 OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 VIRTUAL = ["--num-layers-per-virtual-pipeline-stage", "1"]
-# name, pattern, processes, layout, flags, what of the optimizer the checkpoint holds a weight's shape of
+# name, pattern, processes, layout, flags, optimizer states that the checkpoint stores in the weight's shape
 FP32 = [
     ("one process", "2:4", 1, (1, 1), [], ADAM),
     ("DP", "2:4", 2, (1, 1), [], ADAM),
@@ -49,7 +49,7 @@ def test_zeros_stay_zero_everywhere(reference, tiny_pruned, tiny_corpus, tmp_pat
     argv = start_from(pruned, *recipe(tiny_corpus, RANGE, save), *layout(tp, pp), *flags, "--save-interval", "4")
     seen = watched(argv, tmp_path / "seen", nproc, pruned.file)
     assert all(rank["steps"] == STEPS for rank in seen)
-    # Every masked weight of the model was looked at: each data-parallel replica has all of them.
+    # Every masked weight of the model was checked: each data-parallel replica has all of them.
     assert sum(rank["masked"] for rank in seen) == len(pruned.kept) * nproc // pp
     for step in (4, STEPS):
         assert_zero_in_checkpoint(save / f"iter_{step:07d}", pruned.kept, moments=moments)

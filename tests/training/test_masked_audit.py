@@ -1,4 +1,4 @@
-"""Zeros are proven, not assumed: what is not zero under a mask stops the run, and evaluation; and how they are held."""
+"""Zeros are checked: a nonzero weight under a mask stops the run, and evaluation; and how zeros are held."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def spoil(argv: list[str], kept_file: str, step: int, rank: int, what: str, name
 NAME = "decoder.layers.2.mlp.linear_fc2.weight"
 SHARDED = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 SPOILT = [
-    # what, flags, layout, processes, the rank where it is spoilt after step 4, what it is called, where it is found
+    # what, flags, layout, processes, the rank where it is changed after step 4, its name, where it is found
     ("weight", [], (1, 2), 2, 1, "the weight", "at step 4"),
     ("weight", [], (1, 1), 2, 1, "the weight", "at step 4"),
     ("weight", ["--eval-interval", 100, "--save-interval", 3], (1, 1), 1, 0, "the weight", "before the save at step 6"),
@@ -93,7 +93,7 @@ def test_what_is_not_zero_stops_the_run_on_all_ranks(tiny_pruned, tiny_corpus, t
         spoil, tmp_path / "ranks", nproc, [str(word) for word in argv], pruned.file, 4, rank, what, NAME
     )
     assert code == EXIT_REFUSED and "Traceback" not in output, output[-3000:]
-    # Rank 0 says it, and then the job ends, wherever it was found.
+    # Rank 0 prints it, and then the job ends, wherever it was found.
     assert f"{when}: {called} {NAME} (layer 2): 1 of its elements are not zero" in output, output[-3000:]
     assert not account(save)["complete"] and len(losses(save)) == int(when.split()[-1])
     assert not (save / f"iter_{int(when.split()[-1]):07d}").exists()
@@ -204,7 +204,7 @@ def test_any_gradient_becomes_zero_and_the_kept_stay_bit_by_bit(dtype, where):
     before = gradient.clone()
     if where == "main_grad":
         parameter.main_grad = gradient
-        parameter.grad = torch.full_like(parameter, math.nan)  # what a fused kernel leaves there
+        parameter.grad = torch.full_like(parameter, math.nan)  # as after a fused kernel
     else:
         parameter.grad = gradient
     held = Held.make("name", parameter, kept.clone())

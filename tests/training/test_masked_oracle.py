@@ -17,7 +17,7 @@ DECAY, CLIP = 0.1, 0.5  # the clip is below the norms, so that every step is cli
 
 
 def record_batches(argv: list[str], file: str) -> None:
-    """``pretrain`` in this rank; what its steps consume goes to ``file``: [step, tokens [b, S], labels [b, S]]."""
+    """``pretrain`` in this rank; writes the samples of its steps to ``file``: [step, tokens [b, S], labels [b, S]]."""
     from megatron.training import get_args
 
     from megatron_prune.__main__ import main

@@ -1,4 +1,4 @@
-"""A masked run that stops and goes on, at the same layout or another, keeps its zeros and finds its masks."""
+"""A masked run that stops and resumes, at the same layout or another, keeps its zeros and finds its masks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus,
 
 
 def test_resumed_without_its_optimizer(tiny_pruned, tiny_corpus, tmp_path):
-    """Masters are made again from the weights, and the moments from nothing."""
+    """Masters are made again from the weights, and the moments start at zero."""
     pruned, save = tiny_pruned("2:4"), tmp_path / "run"
     argv = start_from(pruned, *recipe(tiny_corpus, RANGE, save), "--bf16", "--save-interval", "3")
     code, output = run_function(
@@ -68,7 +68,7 @@ def test_resumed_without_its_optimizer(tiny_pruned, tiny_corpus, tmp_path):
 
 
 def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpus, tmp_path, job):
-    """Without ``--masks`` it goes on as it began; with others, or without its own, it does not go on."""
+    """Without ``--masks`` it resumes with its own; with other masks, or if its own are missing, it is refused."""
     pruned, save = tiny_pruned("2:4"), tmp_path / "run"
     words = recipe(tiny_corpus, RANGE, save, "--save-interval", "3")
     job(["pretrain", *start_from(pruned, *words), "--exit-interval", "3"]).ok()

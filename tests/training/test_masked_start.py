@@ -152,7 +152,7 @@ def test_weights_that_are_not_zero_under_the_masks_are_refused(tiny_parent, tiny
         assert refused.returncode == 2 and "Traceback" not in refused.output, refused.output[-3000:]
         first = f"--pretrained-checkpoint {tiny_parent}: the weight decoder.layers.0.self_attention.linear_qkv.weight"
         assert first in refused.output
-    assert not (tmp_path / "run").exists()  # so that the right masks can be given next
+    assert not (tmp_path / "run").exists()  # so that the next run can have the right masks
 
 
 def test_an_optimizer_state_that_would_move_zeros_is_refused(tiny_pruned, tiny_corpus, tmp_path, job):
@@ -172,7 +172,7 @@ def test_an_optimizer_state_that_would_move_zeros_is_refused(tiny_pruned, tiny_c
     words[words.index("--load") + 1] = str(dense)
     refused = job([*start, "--masks", pruned.masks, *words])
     assert refused.returncode == 2 and "would move the zeros" in refused.output, refused.output[-2000:]
-    # Its weights are not zero under the masks any more, so that nothing but the flag is accepted of these.
+    # Its weights are no longer zero under the masks, so only the flag is accepted.
     refused = job([*start, "--masks", pruned.masks, *words, "--no-load-optim"])
     assert refused.returncode == 2 and f"--load {dense}: the weight" in refused.output, refused.output[-2000:]
     refused = job([*start, "--masks", pruned.masks, *recipe(tiny_corpus, RANGE, dense)])

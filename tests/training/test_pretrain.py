@@ -1,4 +1,4 @@
-"""``pretrain``: the same samples at any layout, also after a kill; accounts; what is refused."""
+"""``pretrain``: the same samples at any layout, also after a kill; accounts; refusals."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_killed_and_resumed_it_consumes_the_same_samples(reference, tiny_corpus,
     argv = [*MODEL, *recipe(tiny_corpus, RANGE, save), *flags]
     assert _record(folder, [*argv, *layout(*first[:2])], int(np.prod(first)), kill_at=4) != 0
     assert not _account(save)["complete"]
-    if resharded:  # another number of data-parallel ranks needs none of it
+    if resharded:  # another number of data-parallel ranks needs no resharding
         assert reshard(save) == save / "iter_0000002"
     assert _record(folder, [*argv, *layout(*then[:2])], int(np.prod(then))) == 0
 
@@ -157,7 +157,7 @@ def test_a_killed_run_ends_with_the_same_numbers(reference, tiny_corpus, tmp_pat
     assert _record(folder, argv, 1, kill_at=6) != 0
     # Megatron rewrites its tracker in place; a kill there leaves it empty, and Megatron then exits with 0.
     (save / "latest_checkpointed_iteration.txt").write_text("")
-    # A save that was killed half-way must not be taken for one.
+    # A save that was killed half-way must not count.
     shutil.copytree(save / "iter_0000004", save / "iter_0000005")
     next((save / "iter_0000005").glob("*.distcp")).write_bytes(b"half")
     job(["pretrain", *argv]).ok()
@@ -279,7 +279,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [case[1:] for case in REFUSED if not (WITH_TE and case[0].endswith("without a GPU"))],  # one is pretended there
+    [case[1:] for case in REFUSED if not (WITH_TE and case[0].endswith("without a GPU"))],  # one is simulated there
     ids=[case[0] for case in REFUSED if not (WITH_TE and case[0].endswith("without a GPU"))],
 )
 def test_refused_before_anything_starts(reference, tiny_corpus, job, flags, says):
@@ -302,7 +302,7 @@ def test_refused_before_anything_starts(reference, tiny_corpus, job, flags, says
     ],
 )
 def test_a_split_with_an_empty_part_is_refused(tmp_path, split, empty):
-    """20 documents: Megatron's GPTDataset would count the epochs of a part without tokens for ever."""
+    """20 documents: Megatron's GPTDataset would loop endlessly over a part without tokens."""
     from megatron_prune.data.indexed import write_index
     from megatron_prune.errors import UsageError
     from megatron_prune.training.data import refuse_empty_parts
@@ -425,7 +425,7 @@ def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpu
 
 @pytest.mark.parametrize("moment", ["directory", "shard", "index", "metadata"])
 def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, tmp_path, job, moment):
-    """SIGKILL as soon as a part of the second save shows; two ranks, so that one may be ahead of the other."""
+    """SIGKILL once part of the second save appears; two ranks, so that one can be ahead of the other."""
 
     save = tmp_path / "run"
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, save), "--save-interval", "2"]

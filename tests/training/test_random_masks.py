@@ -1,4 +1,4 @@
-"""Masks drawn with the counts of others: any rectangle is what the whole mask has there."""
+"""Random masks with the counts of others: any rectangle equals that part of the whole mask."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Optimizer states in flat buckets, taken apart off-line: the tensors that Megatron's own gathering form has.
+"""Optimizer states in flat buckets, split off-line, equal the tensors of Megatron's own gathered form.
 
-That a run goes on from them at other layouts is tests/training/test_pretrain.py's.
+tests/training/test_pretrain.py resumes from them at other layouts.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_every_number_is_that_of_megatrons_own_form(two, tmp_path) -> None:
 
 
 def test_tied_embeddings_of_two_stages(job, tiny_corpus, tmp_path) -> None:
-    """The last stage's copy has a state of its own, which nobody saves."""
+    """The last stage's copy has its own state, which is not saved."""
     save = trained(job, tiny_corpus, tmp_path / "buckets", 2, TIED, *layout(1, 2))
     gathered = trained(job, tiny_corpus, tmp_path / "gathered", 2, TIED, *layout(1, 2), GATHERED)
     reshard(save)
