@@ -70,8 +70,8 @@ def account(folder: Path, **changes: Any) -> Path:
     ("changes", "message"),
     [
         ({"seed": 2}, "seed is 2, but 1 in its arguments"),
-        ({"final_loss": 6.9}, r"final_loss is 6.9, and 7.0 in losses.csv"),
-        ({"initial_loss": 8.0}, r"initial_loss is 8.0, and 9.0 in losses.csv"),
+        ({"final_loss": 6.9}, r"final_loss is 6.9, but 7.0 in losses.csv"),
+        ({"initial_loss": 8.0}, r"initial_loss is 8.0, but 9.0 in losses.csv"),
         ({"steps": 4}, "range: expected 64 by its 4 steps of 16 x 32, got 48"),
         ({"global_batch_size": 8}, "range: expected 24 by its 3 steps of 8 x 32, got 48"),
         ({"tokens": 1600}, "tokens: expected 1,536 by its 3 steps of 16 x 32, got 1,600"),

@@ -214,7 +214,7 @@ def test_the_scores_are_of_the_masks_that_were_trained_under(places: Places) -> 
     records.training(places, cell, {})
     scores = artifacts.read_json(places.scores(cell.id))
     artifacts.write_json(places.scores(cell.id), scores | {"masks": "m"})
-    with pytest.raises(AccountError, match=f"{cell.id}: it was trained under masks none, and evaluated with masks m"):
+    with pytest.raises(AccountError, match=f"{cell.id}: it was trained under masks none, but evaluated with masks m"):
         records.training(places, cell, {})
 
 
