@@ -18,7 +18,7 @@ from megatron_prune import screen, verbs
 from megatron_prune.cli.parser import Parser, start_engine
 from megatron_prune.errors import UsageError
 
-VERBS = ("pretrain", "calibrate", "sparsify", "evaluate")
+VERBS = ("pretrain", "learn-masks", "calibrate", "sparsify", "evaluate")
 EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a usage error (errors.py)
 _SUMMARIES = {
     "yes": "it will run",
@@ -89,10 +89,11 @@ def main(argv: list[str]) -> int:
 
 
 def _main_of(verb: str) -> Callable[[list[str]], int]:
-    from megatron_prune.cli import calibrate, evaluate, pretrain, sparsify
+    from megatron_prune.cli import calibrate, evaluate, learn_masks, pretrain, sparsify
 
     mains = {
-        "pretrain": pretrain.main, "calibrate": calibrate.main, "sparsify": sparsify.main, "evaluate": evaluate.main,
+        "pretrain": pretrain.main, "learn-masks": learn_masks.main, "calibrate": calibrate.main,
+        "sparsify": sparsify.main, "evaluate": evaluate.main,
     }  # fmt: skip
     return mains[verb]
 

@@ -53,7 +53,7 @@ class JobQuestion:
 
     @property
     def trains(self) -> bool:
-        return self.verb == "pretrain"
+        return self.verb in ("pretrain", "learn-masks")
 
 
 def verdict(findings: Sequence[Finding]) -> Verdict:

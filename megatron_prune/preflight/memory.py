@@ -16,14 +16,17 @@ Sizes are bytes. T is a micro-batch's tokens per rank (before sequence paralleli
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight.dry_run import PipelineStage
+from megatron_prune.structured import target as targets
 
 FP32, FP64 = 4, 8
 MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
@@ -59,12 +62,23 @@ def training(
                 gradients=stage.parameters
                 * (FP32 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize),
                 optimizer=_optimizer(args, stage),
-                masks=stage.linears if getattr(args, "masks", None) else 0,  # a byte per weight: training/zeros.py
+                # A byte per weight (training/zeros.py), or numbers that are learned.
+                masks=(stage.linears if getattr(args, "masks", None) else 0) + learned(args, shape),
                 activations=kept,
                 working=once,
             )
         )
     return found
+
+
+def learned(args: argparse.Namespace, shape: ModelShape) -> int:
+    """Bytes of the masks that ``learn-masks`` learns, which every rank has whole: log α, its gradient, two moments, and
+    the gradients twice more while ranks add them up."""
+    if not hasattr(args, "mask_lr"):
+        return 0
+    asked = verbs.TargetSettings(**{flag.name: getattr(args, flag.name) for flag in verbs.TargetSettings.flags()})
+    target = targets.from_settings(asked).choose(shape, methods.get("sheared-llama"), {})
+    return 6 * FP32 * sum(math.prod(kind.shape) for kind in kinds(shape, target))
 
 
 def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> list[Memory]:
@@ -167,6 +181,8 @@ def _block(args: argparse.Namespace, shape: ModelShape) -> _Block:
     down = operand * f / t
     dropout = 2 * h / between if args.hidden_dropout else 0
     full = 2 * entry + 2 * norm + attention + softmax + up + down + dropout
+    if hasattr(args, "mask_lr"):  # for their gradients, what learned masks multiply is kept as it was before
+        full += e * (q + f) / t + 2 * e * h / between
     saved = full
     if args.recompute_granularity == "selective":
         modules = args.recompute_modules or ["core_attn"]

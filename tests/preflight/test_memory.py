@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.preflight import checks, cost, host, memory
 from megatron_prune.preflight.cost import Cluster
@@ -250,3 +251,11 @@ def test_saves_that_are_kept(changes, kept) -> None:
 def test_a_save_takes_fourteen_bytes_a_parameter() -> None:
     assert cost.checkpoint_bytes(arguments(), LLAMA) == 14 * LLAMA.parameters()
     assert cost.checkpoint_bytes(arguments(no_save_optim=True), LLAMA) == 2 * LLAMA.parameters()
+
+
+def test_learned_masks_are_counted_whole_on_every_rank() -> None:
+    """Six fp32 numbers for each of 32 x 14336 FFN channels and 4096 hidden channels; nothing for other verbs."""
+    asked = verbs.LearnMasksSettings(target_hidden_size=3072, target_ffn_hidden_size=9216)
+    args = argparse.Namespace(**asked.to_json())
+    assert memory.learned(args, LLAMA) == 6 * 4 * (32 * 14336 + 4096)
+    assert memory.learned(argparse.Namespace(**verbs.PretrainSettings().to_json()), LLAMA) == 0
