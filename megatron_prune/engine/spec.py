@@ -70,7 +70,7 @@ def sequence_ranks(config: Any) -> int:
 def whole_sequences(config: Any, listener: Listener) -> Listener:
     """Takes this rank's tokens [s/TP, b, n] (or [s, b, n]) and gives ``listener`` whole sequences [s, b, n].
 
-    Collective. For what lies between blocks: the residual stream, embeddings, norms' outputs.
+    Collective. For tensors between blocks: the residual stream, embeddings, norms' outputs.
     """
     ranks = sequence_ranks(config)
     if ranks == 1:

@@ -20,7 +20,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.preflight.dry_run import PipelineStage
 
 FP32 = 4
-PROCESS = 4e9  # of a rank: Python, torch, Megatron and CUDA's libraries
+PROCESS = 4e9  # per rank: Python, torch, Megatron and CUDA's libraries
 WORKER = 0.5e9  # of a data loader's worker, a fork that shares most of its parent's memory
 
 

@@ -211,7 +211,7 @@ class Scored:
 
     candidate: str
     parameters: int
-    loss: float  # infinite where it is not finite
+    loss: float  # infinite if it was not finite
     accuracy: float | None = None  # if a task decides
     retrained_loss: float | None = None  # of the retrained ones, of which one is chosen
 
@@ -267,7 +267,7 @@ def _finite(losses: Sequence[float], nobody: str) -> list[int]:
         return places
     raise PlanError(
         f"{nobody} has a finite loss on the calibration text: none can be chosen "
-        "(try bf16 or fp32 in place of fp16, or a lower --lr where they were retrained)"
+        "(try bf16 or fp32 in place of fp16, or a lower --lr if they were retrained)"
     )
 
 
