@@ -137,8 +137,8 @@ def checked(window: torch.Tensor) -> torch.Tensor:
     largest, words = int(window.max()), get_args().vocab_size
     if largest >= words:
         raise DataError(
-            f"the text holds token {largest}, expected ids up to {words - 1}: it was written with another tokenizer than the "
-            "model's; or give --vocab-size, if the model has learned more words than its checkpoint says"
+            f"the text holds token {largest}, expected ids up to {words - 1}: it was written with another tokenizer "
+            "than the model's; or give --vocab-size, if the model has learned more words than its checkpoint says"
         )
     return window
 

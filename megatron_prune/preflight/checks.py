@@ -143,7 +143,7 @@ def weights_alone(args: argparse.Namespace) -> Iterator[Finding]:
     except MegatronPruneError as error:
         yield Finding("start", "no", str(error))
     else:
-        yield Finding("start", "yes", f"--load {args.load} is whole")
+        yield Finding("start", "yes", f"--load {args.load} is complete")
 
 
 def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
@@ -157,7 +157,7 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     if args.sequence_parallel and args.seq_length % (t * args.context_parallel_size):
         return [Finding(
             "dimensions", "no",
-            f"--sequence-parallel: {t} x CP {args.context_parallel_size} ranks do not share {args.seq_length} tokens",
+            f"--sequence-parallel: {t} x CP {args.context_parallel_size} ranks cannot split {args.seq_length} tokens",
         )]  # fmt: skip
     gemms = _gemms(args, shape)
     facts = {"gemms": {name: list(sizes) for name, sizes in gemms.items()}}
@@ -204,13 +204,13 @@ def balance(args: argparse.Namespace, shape: ModelShape, rehearsal: Rehearsal) -
     ratio = max(work) * len(work) / sum(work)
     layers = [stage.layers for stage in stages]
     facts = {"layers": layers, "forward_flops_per_token": work, "slowest_to_mean": ratio}
-    words = f"layers {layers}; the slowest stage has {ratio:.2f} times the mean to do"
+    words = f"layers {layers}; the slowest stage has {ratio:.2f} times the mean work"
     if ratio <= UNEVEN:
         yield Finding("stages", "yes", words, facts)
         return
     best = cost.even_split(shape, len(stages), args.seq_length)
     if best == layers:
-        yield Finding("stages", "look", f"{words}, and no split is better: fewer stages would be", facts)
+        yield Finding("stages", "look", f"{words}, and no split is better: use fewer stages", facts)
         return
     flag = "|".join(["E" + "t" * best[0], *("t" * n for n in best[1:-1]), "t" * best[-1] + "L"])
     yield Finding(
@@ -247,11 +247,11 @@ def memory_of_ranks(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
         return Finding("memory", "no", f"{words}; {remedy}", facts)
     if totals[fullest] > gpu.memory - margin:
         side = "above" if totals[fullest] > gpu.memory else "below"
-        trial = "three steps of this very line" if question.trains else "this line on a few windows"
+        trial = "three steps of this command" if question.trains else "this command on a few windows"
         return Finding(
             "memory", "look",
-            f"{words}: {abs(gpu.memory - totals[fullest]) / 1e9:.1f} GB {side} full, where an estimate decides nothing "
-            f"(within {margin / 1e9:.1f} GB); {trial} would (nvidia-smi, or `max reserved` in Megatron's log); room "
+            f"{words}: {abs(gpu.memory - totals[fullest]) / 1e9:.1f} GB {side} full, too close for an estimate to "
+            f"decide (within {margin / 1e9:.1f} GB); {trial} would (nvidia-smi, or `max reserved` in Megatron's log); room "
             f"comes from {remedy}", facts,
         )  # fmt: skip
     return Finding("memory", "yes", words, facts)
@@ -317,20 +317,20 @@ def data(question: JobQuestion, args: argparse.Namespace) -> Iterator[Finding]:
     except MegatronPruneError as error:
         yield Finding("data", "no", str(error))
         return
-    yield Finding("data", "yes", f"{wanted / 1e9:,.3f}B tokens are asked for, and are there", {"tokens": wanted})
+    yield Finding("data", "yes", f"{wanted / 1e9:,.3f}B tokens are needed, and available", {"tokens": wanted})
     if question.trains and args.stream_range and wanted > LONG_STREAM and not _has_caches(args, prefixes):
         yield Finding(
             "data", "look",
-            "the stream's index caches are not there: build them with `megatron-prune build-index` before the job: "
-            "rank 0 has ten minutes while all others wait",
+            "the stream's index caches are missing: build them with `megatron-prune build-index` before the job: "
+            "rank 0 has ten minutes to build them while all others wait",
         )  # fmt: skip
 
 
 def _declared(question: JobQuestion, absent: Sequence[str], wanted: int) -> Finding:
     where = f"{absent[0]} is not on this machine"
     if question.corpus_tokens is None:
-        return Finding("data", "not checked", f"{where}; {wanted / 1e9:,.3f}B tokens are asked for", {"tokens": wanted})
-    words = f"{where}; of the {question.corpus_tokens / 1e9:,.3f}B tokens declared, {wanted / 1e9:,.3f}B are asked for"
+        return Finding("data", "not checked", f"{where}; {wanted / 1e9:,.3f}B tokens are needed", {"tokens": wanted})
+    words = f"{where}; of the {question.corpus_tokens / 1e9:,.3f}B tokens declared, {wanted / 1e9:,.3f}B are needed"
     return Finding("data", "no" if wanted > question.corpus_tokens else "yes", words, {"tokens": wanted})
 
 
@@ -423,7 +423,7 @@ def storage(args: argparse.Namespace, shape: ModelShape, steps: int) -> Finding:
         return Finding("storage", "yes", f"{words} (an object store is not asked what it has room for)", facts)
     parent = next((folder for folder in Path(args.save).absolute().parents if folder.is_dir()), None)
     if parent is None or not Path(args.save).absolute().parent.is_dir():
-        return Finding("storage", "yes", f"{words} (free space not checked: {args.save} is not here)", facts)
+        return Finding("storage", "yes", f"{words} (free space not checked: {args.save} is not on this machine)", facts)
     free = shutil.disk_usage(parent).free
     if free < one * kept:
         return Finding(

@@ -245,7 +245,7 @@ def _flat(values: Sequence[Any]) -> list[float]:
 
 
 def _sizes(values: Sequence[Any] | None) -> Any:
-    """How many there are, in each of several where there are several; None for none."""
+    """The number of indices, or one number per set for several sets; None for None."""
     if values is None:
         return None
     return [len(value) for value in values] if values and isinstance(values[0], tuple) else len(values)

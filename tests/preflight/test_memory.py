@@ -227,7 +227,7 @@ def test_within_a_tenth_of_full_an_estimate_decides_nothing(from_full, verdict) 
     assert found.verdict == verdict
     if verdict == "look":
         side = "above" if from_full > 0 else "below"
-        assert f"GB {side} full" in found.reason and "three steps of this very line would" in found.reason
+        assert f"GB {side} full" in found.reason and "three steps of this command would" in found.reason
 
 
 def test_even_splits_count_the_output_layer() -> None:

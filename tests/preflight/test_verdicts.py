@@ -102,12 +102,12 @@ UNDECIDED = {
     "a little below full": (
         "--gpus 64 --reserve-gb 30",
         train(SP),
-        "memory: .* GB below full.*three steps of this very",
+        "memory: .* GB below full.*three steps of this command",
     ),
     "a little above full": (
         "--gpus 64 --reserve-gb 40",
         train(SP),
-        "memory: .* GB above full.*three steps of this very",
+        "memory: .* GB above full.*three steps of this command",
     ),
     "host": ("--gpus 64 --host-memory-gb 53", train(SP), "host memory: .* of 53"),
 }
