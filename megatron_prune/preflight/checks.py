@@ -251,8 +251,8 @@ def memory_of_ranks(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
         return Finding(
             "memory", "look",
             f"{words}: {abs(gpu.memory - totals[fullest]) / 1e9:.1f} GB {side} full, too close for an estimate to "
-            f"decide (within {margin / 1e9:.1f} GB); {trial} would (nvidia-smi, or `max reserved` in Megatron's log); room "
-            f"comes from {remedy}", facts,
+            f"decide (within {margin / 1e9:.1f} GB); {trial} would (nvidia-smi, or `max reserved` in Megatron's log); "
+            f"room comes from {remedy}", facts,
         )  # fmt: skip
     return Finding("memory", "yes", words, facts)
 
