@@ -1,9 +1,8 @@
-"""study.yaml as frozen dataclasses: what a study is, read strictly and refused early.
+"""study.yaml as frozen dataclasses, read strictly, with early errors.
 
-Every key is known or refused by name; every number is checked where it is read. ``load`` gives a
-``Study`` (its sections: ``sections``; what they are written in: ``values``) whose defaults are filled
-in; ``resolved`` gives it back as JSON for the run's folder. Paths are relative to the directory that
-the command is called from, as Megatron's are.
+Unknown keys are refused by name; every number is checked when it is read. ``load`` gives a ``StudyConfig`` (sections:
+``sections``; value types: ``values``) with defaults filled in; ``resolved`` gives it as JSON for the run's folder.
+Paths are relative to the working directory, as for Megatron.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from megatron_prune.study.values import (
     finds,
 )
 
-# How a study's runs are put on machines, and where they report to: sections of study.yaml.
+# Sections of study.yaml about where runs execute and report.
 
 
-# Options of sbatch that a job's script sets, or that would make it another job.
+# Options of sbatch that a job's script sets itself, or that would change what the job is.
 OF_THE_SCRIPT = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "output", "chdir", "open-mode", "dependency",
     "kill-on-invalid-dep", "array", "parsable", "wrap", "wait", "test-only",
@@ -50,17 +49,17 @@ TIMES = ("time", "time-min", "begin", "deadline")
 
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
-    """What the launcher ``slurm`` needs to know of a cluster.
+    """Settings of the launcher ``slurm``.
 
     ``options`` are written as ``#SBATCH --key=value`` (partition, account, time, gres, …), ``setup`` as lines of
     shell before the first command (modules, the environment). ``ranks_per_node``: processes (GPUs) of one node.
     """
 
-    ranks_per_node: Positive | None = None  # None: all of launch.nproc
+    ranks_per_node: Positive | None = None  # None: all of launch.nproc on one node
     options: Flags = dataclasses.field(default_factory=dict)
     setup: list[str] = dataclasses.field(default_factory=list)
-    poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between looks at the queue
-    most_jobs: Positive | None = None  # in the queue at once; None: all that may be
+    poll_seconds: Annotated[float, Field(gt=0)] = 30.0  # between polls of the queue
+    most_jobs: Positive | None = None  # in the queue at once; None: no limit
 
     @finds
     def __post_init__(self) -> None:
@@ -69,7 +68,7 @@ class Slurm:
 
 
 def _check_option(name: str, value: Any) -> None:
-    """UsageError for an option of sbatch that the script sets itself, or that would not mean what is written."""
+    """UsageError for an option of sbatch that the script sets itself, or that YAML or Slurm would misread."""
     allowed = why = remedy = ""
     if name in OF_THE_SCRIPT:
         allowed = "options that a job's script does not set itself"
@@ -93,10 +92,10 @@ def _check_option(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, config=STRICT)
 class Launch:
-    """Processes of one run, runs at a time, and what starts them: this machine or a cluster's queue.
+    """Processes per run, concurrent runs, and the launcher: this machine or a cluster's queue.
 
-    ``retries``: how often a stage that failed is run again, from its last save, before its cell is marked as failed;
-    attempts that got further are not counted.
+    ``retries``: how often a failed stage is run again, from its last save, before its cell is marked as failed;
+    attempts that made progress do not count.
     ``parallel_cells`` bounds the runs on this machine; under Slurm the queue decides.
     """
 
@@ -141,15 +140,15 @@ class Launch:
         return min(per_node or self.nproc, self.nproc)
 
     def threads_per_process(self, cells: int) -> int:
-        """Threads for each process while up to ``cells`` runs share the machine."""
+        """Threads per process if up to ``cells`` runs share the machine."""
         return self.threads or max(1, len(os.sched_getaffinity(0)) // (cells * self.nproc))
 
 
 @dataclass(frozen=True, config=STRICT)
 class Tracking:
-    """Where trainings report to while they run, through Megatron's own writers; runs are grouped by study.
+    """Trackers of running trainings, through Megatron's own writers; runs are grouped by study.
 
-    W&B groups by ``WANDB_RUN_GROUP``, which is the study's name; a run is called as its cell.
+    W&B groups by ``WANDB_RUN_GROUP``, the study's name; a run has the name of its cell.
     """
 
     tensorboard: bool = False  # under the study's folder, tensorboard/<cell>
@@ -164,21 +163,21 @@ class Tracking:
             )
 
 
-# ``family`` of study.yaml: the comparisons that the study was made for, which Holm's correction is over.
+# ``family`` of study.yaml: the study's planned comparisons, over which Holm's correction is made.
 
 
 @dataclass(frozen=True, config=STRICT)
 class Family:
-    """What a comparison must be to belong to it; None: anything. All comparisons of a study belong by default."""
+    """Criteria for belonging to the family; None: any. By default all comparisons of a study belong."""
 
-    methods: list[str] | None = None  # as rows call them: their label, or else their name
+    methods: list[str] | None = None  # as in rows: the label, or else the name
     patterns: list[str] | None = None
     ratios: list[Fraction] | None = None
     settings: list[Setting] | None = None
     budgets: list[Tokens] | None = None
 
     def holds(self, comparison: Mapping[str, Any]) -> bool:
-        """Whether a comparison is in it, given as ``method``, ``pattern``, ``ratio``, ``setting`` and ``budget``."""
+        """Whether a comparison (``method``, ``pattern``, ``ratio``, ``setting`` and ``budget``) belongs."""
         return all(
             allowed is None or comparison[key] in allowed
             for key, allowed in (
@@ -191,7 +190,7 @@ class Family:
         )
 
     def check(self, **known: Iterable[Any]) -> None:
-        """UsageError where it names what the study does not have."""
+        """UsageError for a value that the study does not have."""
         for key, there in known.items():
             values = list(dict.fromkeys(there))
             for value in getattr(self, key) or ():
@@ -203,7 +202,7 @@ class Family:
 
 @dataclass(frozen=True, config=STRICT)
 class StudyConfig:
-    """Everything that a study is."""
+    """The whole of a study.yaml."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Data
@@ -214,15 +213,17 @@ class StudyConfig:
     ratios: list[Fraction] = dataclasses.field(default_factory=list)
     ratio_of: Literal["linears", "all"] = "linears"
     settings: Settings = dataclasses.field(default_factory=lambda: ["equal-training", "equal-total"])
-    scratch: Scratches = dataclasses.field(default_factory=lambda: ["masked"])  # what sparse methods are compared with
+    scratch: Scratches = dataclasses.field(
+        default_factory=lambda: ["masked"]
+    )  # scratch runs that sparse methods are compared with
     seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
     launch: Launch = dataclasses.field(default_factory=Launch)
     calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
     retention: Retention = "all"  # of checkpoints of the compared runs
-    family: Family = dataclasses.field(default_factory=Family)  # the comparisons that Holm's correction is over
-    parent_per_seed: bool = False  # a parent trained under each seed, so that intervals are not conditional on one
+    family: Family = dataclasses.field(default_factory=Family)  # the comparisons under Holm's correction
+    parent_per_seed: bool = False  # train one parent per seed, so that intervals are not conditional on one
 
     @finds
     def __post_init__(self) -> None:
@@ -284,7 +285,7 @@ class StudyConfig:
             )  # fmt: skip
 
     def _refuse_budgets_of_one_run(self) -> None:
-        """Budgets are trained as whole batches: two of as many are one run, which would count as two."""
+        """Budgets are trained as whole batches: two with the same number of steps would be one run, counted twice."""
         batch = Batch(self.recipe.global_batch_size, self.data.seq_length)
         known: dict[int, int] = {}
         for budget in self.budgets:
@@ -298,18 +299,18 @@ class StudyConfig:
             known[steps] = budget
 
     def compared(self, method: MethodSection) -> list[tuple[Setting, Scratch]]:
-        """The comparisons that a pruned model of ``method`` is for."""
+        """The comparisons of a pruned model of ``method``."""
         asked = method.compare or dict.fromkeys(self.settings)
         default: list[Scratch] = self.scratch if method.sparse else ["dense"]
         return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
 
     def parent_run(self, replicate: int) -> tuple[int, float]:
-        """Seed and learning rate that a parent is trained with; ``replicate`` is what ``parent_cells`` has for it."""
+        """Seed and learning rate of a parent's training; ``replicate`` is its number in ``parent_cells``."""
         assert self.parent.pretrain is not None
         return self.parent.pretrain.seed + replicate, self.parent.pretrain.lr or self.recipe.rates[0]
 
     def location(self, method: MethodSection) -> Location:
-        """Where in study.yaml a method, or a link of a chain, is written."""
+        """The location in study.yaml of a method, or of a link of a chain."""
         for number, entry in enumerate(self.methods):
             if entry == method:
                 return "methods", number
@@ -328,7 +329,7 @@ class StudyConfig:
 
 
 def load(path: str | Path) -> StudyConfig:
-    """Read a study.yaml; UsageError names file, line and key, what is wrong with it, and what is allowed there."""
+    """Read a study.yaml; UsageError names file, line, key, the problem and what is allowed."""
     found = load_all(path)
     if len(found) > 1:
         raise UsageError("STUDY.yaml", got=f"{path} with {len(found)}", expected="a study with one parent")
@@ -338,7 +339,7 @@ def load(path: str | Path) -> StudyConfig:
 def load_all(path: str | Path) -> list[StudyConfig]:
     """Read a study.yaml that may have ``parents``, by label, in place of ``parent``: one study for each of them.
 
-    They are called NAME.LABEL, and are studies of their own, in folders of their own.
+    They are called NAME.LABEL, and are separate studies in separate folders.
     """
     written = read(path)
     content = written.content
@@ -355,7 +356,7 @@ def load_all(path: str | Path) -> list[StudyConfig]:
 
 
 def from_mapping(content: Any, where: str = "study") -> StudyConfig:
-    """A ``Study`` from plain data; errors begin with ``where``."""
+    """A ``StudyConfig`` from plain data; errors begin with ``where``."""
     return _study(Written(content, where))
 
 
@@ -366,13 +367,13 @@ def resolved(study: StudyConfig) -> dict[str, Any]:
 
 
 def written(study: StudyConfig) -> Written:
-    """Where a study was written, for errors that are found after it was read."""
+    """The source of a study, for errors that are found after reading."""
     found: Written = getattr(study, "_written", Written(None))
     return found
 
 
 def _study(source: Written) -> StudyConfig:
-    """The study of a file's content; WrongStudy, or a single UsageError, for all that is wrong in it."""
+    """The study from a file's content; WrongStudy, or a single UsageError, lists all errors."""
     if not isinstance(source.content, dict):
         kind = "nothing" if source.content is None else f"a {type(source.content).__name__}"
         raise UsageError(source.file, got=kind, expected="a mapping of keys to values")
@@ -381,5 +382,5 @@ def _study(source: Written) -> StudyConfig:
     except ValidationError as error:
         problems = list(problems_of(error, source, StudyConfig))
         raise problems[0] if len(problems) == 1 else WrongStudy(problems) from error
-    object.__setattr__(made, "_written", source)  # no field: two studies of equal content are equal
+    object.__setattr__(made, "_written", source)  # not a field: studies of equal content are equal
     return made

@@ -1,4 +1,4 @@
-"""The sections of study.yaml as frozen dataclasses; ``schema.Study`` puts them together."""
+"""The sections of study.yaml as frozen dataclasses; ``schema.StudyConfig`` combines them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class TokenizerSection:
 class Data:
     """One stream of training tokens, and corpora that no stage trains on.
 
-    ``max_near_duplicates``: share of a held-out corpus's documents that may nearly be in another stage's
-    corpus; not looked for when it is not given (it takes about 0.1 µs a training token).
+    ``max_near_duplicates``: share of a held-out corpus's documents that may have a near-duplicate in another stage's
+    corpus; not checked by default (it takes about 0.1 µs per training token).
     """
 
     train: Blend
@@ -68,7 +68,7 @@ class Data:
 
     @property
     def blend(self) -> list[str]:
-        """What Megatron's ``--data-path`` takes: prefixes, or weights and prefixes in turn."""
+        """The words for Megatron's ``--data-path``: prefixes, or weights and prefixes in turn."""
         return [
             word for weight, prefix in self.train for word in ([] if weight is None else [f"{weight:g}"]) + [prefix]
         ]
@@ -76,10 +76,10 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class PretrainSection:
-    """A parent trained here: its tokens, and Megatron flags, of its shape too where ``parent.shape`` does not say it.
+    """A parent trained here: its tokens and Megatron flags, including its shape unless ``parent.shape`` has it.
 
-    ``seed`` is not one of the study's, since masks fit the weights that their parent began with. ``lr`` is the
-    recipe's where that has one; it must be given where the recipe has several.
+    ``seed`` must not be one of the study's, since masks fit the parent's initial weights. ``lr`` defaults to the
+    recipe's; it is required if the recipe has several.
     """
 
     tokens: Tokens
@@ -92,15 +92,14 @@ class PretrainSection:
 class Parent:
     """Exactly one of: trained here, a checkpoint, or a Hugging Face directory.
 
-    ``declared_tokens``: what a parent from elsewhere was trained on before anything that is accounted here.
-    ``declared_unseen``: why the text of the study is text that it has not seen, where no account says that; the
-    report prints it. ``equal_total: run`` says that a scratch run on as many tokens as are behind the parent is wanted
-    and feasible; otherwise that arm is not run.
+    ``declared_tokens``: tokens that a parent from elsewhere was trained on before any accounted training.
+    ``declared_unseen``: why it has not seen the study's text, if no account shows that; the report prints it.
+    ``equal_total: run`` requests a scratch run on as many tokens as the parent's; otherwise that arm is not run.
 
-    ``shape``: Megatron flags that say how large it is, or a Hugging Face ``config.json``: a file, a directory, or the
-    name of a model whose config is in the local cache. A parent that is trained here is made by these flags; of another
-    one ``study plan`` takes them while it is not there. ``planned_tokens``: of a checkpoint that another study is still
-    to train on the same stream, how many tokens that will be, for ``study plan``.
+    ``shape``: Megatron flags for its size, or a Hugging Face ``config.json``: a file, a directory, or the name of a
+    model whose config is in the local cache. A parent trained here is made by these flags; for others ``study plan``
+    uses them while the parent does not exist. ``planned_tokens``: for ``study plan``, how many tokens another study
+    will train a checkpoint on, on the same stream.
     """
 
     pretrain: PretrainSection | None = None
@@ -148,18 +147,18 @@ class Parent:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The Megatron flags that a parent is trained with here, in addition to the recipe's."""
+        """The Megatron flags of a parent trained here, in addition to the recipe's."""
         shape = self.shape if isinstance(self.shape, dict) else {}
         return shape | (self.pretrain.arguments if self.pretrain else {})
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One training recipe for every arm. Warmup and cosine horizon are fractions of each run's own steps, the warmup
-    of ``warmup_at_most`` steps at most.
+    """One training recipe for every arm. Warm-up and cosine horizon are fractions of each run's own steps; the warm-up
+    has at most ``warmup_at_most`` steps.
 
-    Several ``lr`` are a sweep: every arm is trained at each of them, and the one with the lowest validation loss
-    (mean over the seeds) stands for the arm.
+    Several ``lr`` are a sweep: every arm is trained at each of them, and the one with the lowest validation loss (mean
+    over the seeds) is the arm's result.
     """
 
     lr: Rate
@@ -172,22 +171,22 @@ class Recipe:
     arguments: Flags = dataclasses.field(default_factory=dict)
 
     def warmup_iters(self, steps: int) -> int:
-        """Steps of warm-up that a run of ``steps`` is told; 0 where it is told the fraction."""
+        """Warm-up steps given to a run of ``steps``; 0 if it is given the fraction."""
         if self.warmup_at_most is None:
             return 0
         return min(round(self.warmup_fraction * steps), self.warmup_at_most)
 
     @property
     def rates(self) -> list[float]:
-        """Every learning rate that an arm is trained at."""
+        """All learning rates of an arm."""
         return self.lr if isinstance(self.lr, list) else [self.lr]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Link:
-    """One pruning of a chain: a method, and how much it removes: a ratio, a target or an N:M pattern.
+    """One pruning of a chain: a method and its amount: a ratio, a target or an N:M pattern.
 
-    ``retrain``: tokens that the result is trained on, by the recipe, before the next link begins with it.
+    ``retrain``: tokens that the result is trained on, with the recipe, before the next link.
     """
 
     name: str
@@ -210,7 +209,7 @@ class Link:
             )
 
     def method(self) -> MethodSection:
-        """It as a method of its own."""
+        """This link as a method."""
         return MethodSection(self.name, self.pattern, self.settings, self.target, self.label)
 
     def words(self, *, pattern: bool) -> str:
@@ -221,24 +220,24 @@ class Link:
 
     @property
     def tag(self) -> str:
-        """How cells call it, with what is trained after it."""
+        """Its name in cells, including the retraining after it."""
         return self.method().tag + (f"-t{self.retrain}" if self.retrain else "")
 
 
 @dataclass(frozen=True, config=STRICT)
 class MethodSection:
-    """A pruning method by its name, its settings as flags of ``plan``, and perhaps an explicit shape.
+    """A pruning method by name, its settings as flags of ``plan``, and optionally an explicit shape.
 
     With a ``pattern`` it is sparse, and its settings are flags of ``sparsify``. A method whose masks are learned trains
-    them on ``tokens``, and its settings are flags of ``learn-masks`` too. A ``chain`` of prunings, one after the other,
-    stands in place of all of them.
+    them on ``tokens``, and its settings are flags of ``learn-masks`` too. A ``chain`` of successive
+    prunings replaces all of these.
     """
 
     name: str = ""
     pattern: PatternText | None = None  # unstructured or N:M, for a sparse method
     settings: Flags = dataclasses.field(default_factory=dict)
     target: Flags = dataclasses.field(default_factory=dict)
-    label: str | None = None  # how cells and rows call it; needed when a method comes twice
+    label: str | None = None  # name in cells and rows; required if a method occurs twice
     compare: Compare | None = None  # None: all of the study's settings
     chain: list[Link] = dataclasses.field(default_factory=list)
     tokens: Tokens | None = None  # that masks are learned on (sheared-llama)
@@ -279,18 +278,18 @@ class MethodSection:
 
     @property
     def title(self) -> str:
-        """How rows call it, next to their pattern; a chain by its links."""
+        """Its name in rows, next to the pattern; a chain is named by its links."""
         links = [link.words(pattern=link is not self.chain[-1]) for link in self.chain]
         return self.label or self.name or " + ".join(links)
 
     @property
     def last_pattern(self) -> str | None:
-        """The pattern that rows show."""
+        """The pattern shown in rows."""
         return self.chain[-1].pattern if self.chain else self.pattern
 
     @property
     def tag(self) -> str:
-        """How cells call it: ``wanda-2-4``; of a chain, its links, one ``then`` the other."""
+        """Its name in cells: ``wanda-2-4``; for a chain, its links joined by ``then``."""
         if self.chain and not self.label:
             return "-then-".join(link.tag for link in self.chain)
         if self.label or not self.pattern:
@@ -299,18 +298,18 @@ class MethodSection:
 
     @property
     def sparse(self) -> bool:
-        """True where what comes out has masks."""
+        """True if the result has masks."""
         return self.pattern is not None or any(link.pattern for link in self.chain)
 
     @property
     def own_ratio(self) -> float | None:
-        """The fraction that an N:M pattern removes; None where the study's ratios say it."""
+        """The fraction that an N:M pattern removes; None if the study's ratios apply."""
         return Pattern.parse(self.pattern).ratio if self.pattern else None
 
 
 @dataclass(frozen=True, config=STRICT)
 class CalibrationSection:
-    """How many windows of ``data.calibration`` the statistics see. ``random`` draws them by the seed."""
+    """The number of windows of ``data.calibration`` for statistics; ``random`` draws them with the seed."""
 
     sequences: Positive = 128
     seq_length: Positive | None = None  # None: data.seq_length
@@ -319,7 +318,7 @@ class CalibrationSection:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationSection:
-    """Fixed windows of validation and test text that verdicts rest on."""
+    """Fixed windows of validation and test text that verdicts are based on."""
 
     windows: Positive = 256
     seq_length: Positive | None = None  # None: data.seq_length

@@ -1,11 +1,11 @@
-"""Reads a study.yaml with what it includes, and knows the line on which each of its keys is.
+"""Reads a study.yaml with its includes, and records the line of each key.
 
 ``include: common.yaml`` (or a list of files, relative to the file that names them) reads other files first: mappings
-are merged key by key, anything else is replaced, and the file that includes has the last word. Anchors and merge keys
-(``<<``) work as in any YAML file. Refused are keys that are there twice (YAML would take the last one), tabs, includes
-that go in a circle, and aliases that multiply.
+are merged key by key, anything else is replaced, and the including file takes precedence. Anchors and merge keys
+(``<<``) work as in any YAML file. Duplicate keys (YAML would take the last one), tabs, circular includes and
+exponentially growing aliases are refused.
 
-A ``Location`` is the way to a value: ``("methods", 0, "settings")``. Errors say it as ``methods.0.settings``.
+A ``Location`` is the path to a value: ``("methods", 0, "settings")``. Errors write it as ``methods.0.settings``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron_prune.study.values import ValueProblem
 
 Location = tuple[Any, ...]
 INCLUDE = "include"
-MOST_VALUES = 100_000  # of a file, every alias counted as what it stands for
+MOST_VALUES = 100_000  # per file, with every alias expanded
 
 
 @dataclass(frozen=True)
 class Position:
-    """A line of a file, from 1, and the text of a single value on it."""
+    """A line of a file, counted from 1, and the text of a scalar on it."""
 
     file: str
     line: int
@@ -43,7 +43,7 @@ class Position:
 
 
 class WrongStudy(UsageError):
-    """All that is wrong in a study.yaml, one line for each."""
+    """All errors in a study.yaml, one per line."""
 
     def __init__(self, problems: Sequence[Exception]):
         self.problems = tuple(problems)
@@ -52,15 +52,15 @@ class WrongStudy(UsageError):
 
 @dataclass(frozen=True)
 class Written:
-    """The content of a study.yaml as plain data, and where it was written."""
+    """The content of a study.yaml as plain data, with the positions of its keys."""
 
     content: Any
     file: str = ""
     positions: Mapping[Location, Position] = field(default_factory=dict)
 
     def place(self, location: Location) -> str:
-        """``study.yaml, line 3: `` of the innermost key on the way to ``location`` that is written; nothing where the
-        content is from no file."""
+        """``study.yaml, line 3: `` for the innermost written key on the path to ``location``; empty if the content is
+        not from a file."""
         for length in range(len(location), 0, -1):
             if found := self.positions.get(location[:length]):
                 return f"{found}: "
@@ -72,9 +72,9 @@ class Written:
         return repr(value if found is None or found.text is None else found.text)
 
     def location(self, dotted: str) -> Location:
-        """The way to what an error calls ``data.train`` or, by a method's label, ``methods.wanda-2-4.target``.
+        """The path for ``data.train`` in an error or, by a method's label, ``methods.wanda-2-4.target``.
 
-        As far as it is written; the empty way where none of it is.
+        As far as it is written; the empty path if none of it is.
         """
         methods = self.content.get("methods") if isinstance(self.content, dict) else None
         for number, entry in enumerate(methods if isinstance(methods, list) else []):
@@ -85,7 +85,7 @@ class Written:
         return max((at for name, at in known.items() if f"{dotted}.".startswith(f"{name}.")), key=len, default=())
 
     def _tags(self, entry: Any, number: int) -> list[str]:
-        """What errors may call a method: its label, or else its name and pattern."""
+        """Names of a method in errors: its label, or else its name and pattern."""
         if not isinstance(entry, dict):
             return []
         if entry.get("label"):
@@ -95,7 +95,7 @@ class Written:
         return [f"{name}-{str(pattern.text).replace(':', '-')}" if pattern else name]
 
     def of_parent(self, label: str) -> Written:
-        """The study of one of ``parents``: ``parent`` in place of them, and its label in the study's name."""
+        """The study of one of ``parents``: it becomes ``parent``, and its label joins the study's name."""
         content = {key: value for key, value in self.content.items() if key != "parents"}
         content |= {"name": f"{content['name']}.{label}", "parent": self.content["parents"][label]}
         moved = {("parent", *at[2:]): where for at, where in self.positions.items() if at[:2] == ("parents", label)}
@@ -103,7 +103,7 @@ class Written:
 
 
 def read(path: str | Path) -> Written:
-    """A study.yaml and what it includes; UsageError (of several errors, WrongStudy) names file, line and key."""
+    """Read a study.yaml and its includes; UsageError (WrongStudy for several) names file, line and key."""
     if not Path(path).is_file():
         raise UsageError("STUDY.yaml", got=f"{path}, which does not exist", expected="the YAML file of a study")
     content, positions = _read(Path(path), ())
@@ -111,12 +111,12 @@ def read(path: str | Path) -> Written:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like ``word``, or nothing."""
+    """The closest known word to ``word``, or an empty string."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[Any, dict[Location, Position]]:
-    """One file, merged into what it includes; ``including`` are the files that led here."""
+    """One file merged over its includes; ``including``: the chain of files that include it."""
     tree = _Tree(path)
     content, positions = tree.content, tree.positions
     if not isinstance(content, dict) or INCLUDE not in content:
@@ -146,7 +146,7 @@ Read = tuple[dict[Any, Any], dict[Location, Position]]
 
 
 def _merged(below: Read, above: Read, at: Location = ()) -> Read:
-    """``above`` over ``below``: mappings key by key, anything else replaced, with the lines of what stays."""
+    """``above`` over ``below``: mappings key by key, anything else replaced, with the lines of the resulting values."""
     values, lines = dict(below[0]), dict(below[1])
     for key, value in above[0].items():
         here = (*at, key)
@@ -193,7 +193,7 @@ class _Tree:
         return Position(str(self.path), node.start_mark.line + 1, text)
 
     def _refuse_what_multiplies(self, root: yaml.Node) -> None:
-        """UsageError for aliases inside what they stand for, and for more values than any study has."""
+        """UsageError for recursive aliases, and for more values than any study has."""
         sizes: dict[int, int] = {}
         open_: set[int] = set()
 
@@ -217,8 +217,7 @@ class _Tree:
         size(root)
 
     def _refuse_twice(self, root: yaml.Node) -> None:
-        """WrongStudy for keys that are there twice in one mapping, as it is written: keys that ``<<`` merges in may be
-        set again."""
+        """WrongStudy for keys written twice in one mapping; keys merged by ``<<`` may be set again."""
         problems: list[UsageError] = []
         done: set[int] = set()
 
@@ -244,7 +243,7 @@ class _Tree:
             raise WrongStudy(problems)
 
     def _value(self, node: yaml.Node, at: Location) -> Any:
-        """What a node stands for; the lines of its keys go into ``positions``."""
+        """The value of a node; the lines of its keys are added to ``positions``."""
         if isinstance(node, yaml.SequenceNode):
             values = []
             for number, one in enumerate(node.value):
@@ -267,17 +266,17 @@ class _Tree:
         return self.loader.construct_object(node, deep=True)
 
 
-# What pydantic finds wrong, in the words of the file.
+# pydantic's errors in terms of the file.
 
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 MISSING = ("missing", "missing_argument")
 
 
 def problems_of(error: ValidationError, source: Written, study: type) -> Iterator[MegatronPruneError]:
-    """What pydantic found wrong with a ``study``, an error for each value.
+    """pydantic's errors for a ``study``, one per value.
 
-    Of a value that may be of several types it says all of them. A key that is missing is not named where another key
-    looks like it.
+    For a value of several possible types all of them are listed. A missing key is not reported if another key looks
+    like it.
     """
     of_value: dict[Location, list[Any]] = {}
     for one in error.errors():
@@ -312,9 +311,9 @@ def problems_of(error: ValidationError, source: Written, study: type) -> Iterato
 
 
 def placed(error: MegatronPruneError, source: Written, location: Location = ()) -> MegatronPruneError:
-    """The same error with the file and line of ``location``, or else of the key that it names.
+    """The same error with the file and line of ``location``, or of the key that it names.
 
-    It is said once, and only where that key is written.
+    They are added once, and only if that key is written.
     """
     key = str(getattr(error, "flag", "") or str(error).partition(":")[0])
     location = location or source.location(key)
@@ -324,11 +323,11 @@ def placed(error: MegatronPruneError, source: Written, location: Location = ()) 
 
 
 def _written_part(location: Location, content: Any) -> Location:
-    """The beginning of pydantic's way to an error that is in the file: the rest are types that a value may have."""
+    """The part of pydantic's path to an error that is in the file; the rest are alternative types of a value."""
     here, way = content, []
     for part in location:
         if isinstance(here, dict):
-            same = [key for key in here if key == part or str(key).replace("_", "-") == part]  # of Megatron's flags
+            same = [key for key in here if key == part or str(key).replace("_", "-") == part]  # Megatron flags
             if not same:
                 break
             here = here[part := same[0]]
@@ -350,7 +349,7 @@ def _did_you_mean(word: str, keys: list[str], study: type) -> str:
 
 
 def _all_keys(section: Any, before: str) -> Iterator[tuple[str, str]]:
-    """Every key of study.yaml, and where it is: ``seq_length``, ``data.seq_length``."""
+    """Every key of study.yaml with its path: ``seq_length``, ``data.seq_length``."""
     hints = typing.get_type_hints(section)
     for one in dataclasses.fields(section):
         yield one.name, f"{before}{one.name}"

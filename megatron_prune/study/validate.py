@@ -1,8 +1,8 @@
-"""What a study refuses before anything runs.
+"""Checks of a study before anything runs.
 
-``check`` first looks at what can be known (``outlook``), and then refuses: flags that would do nothing, recipes under
-which zeros would not stay zero, corpora that are one another or share documents, windows that are not there, a parent
-that has seen the text of the study, and streams that are too short for a run.
+``check`` collects what can be known (``outlook``), and then refuses: flags without effect, recipes that would not keep
+zeros, identical corpora or corpora that share documents, missing windows, a parent that has seen the study's text, and
+streams that are too short for a run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Seen = list[dict[str, Any]]
 def check(study: StudyConfig, places: Places, *, planned: bool = False, corpus_tokens: int | None = None) -> Outlook:
     """Refuse what cannot work; UsageError, DataError or CheckpointError say what to change.
 
-    ``planned``: nothing is about to run, and a parent that is not there yet is taken to be what study.yaml says of it.
-    ``corpus_tokens``: of data.train, while corpora are not there; then nothing about their content is refused.
+    ``planned``: nothing is about to run; a parent that does not exist yet is assumed to be as study.yaml describes it.
+    ``corpus_tokens``: tokens in data.train while corpora do not exist; their content is then not checked.
     """
     try:
         return _check(study, places, planned, corpus_tokens)
@@ -71,7 +71,7 @@ def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int
 
 
 def _check_masked(study: StudyConfig, places: Places, outlook: Outlook) -> None:
-    """Zeros can be held, and what starts from scratch under masks begins with other weights than their parent."""
+    """Zeros can be held, and scratch runs under masks start from other weights than the masks' parent."""
     masked = [cell for cell in outlook.grid(study).cells if cell.masked]
     if not masked:
         return
@@ -90,12 +90,12 @@ def _check_masked(study: StudyConfig, places: Places, outlook: Outlook) -> None:
 
 
 def _first_seed(stages: Sequence[Stage]) -> int | None:
-    """The seed that a parent's first weights were drawn by, where that is known."""
+    """The seed of a parent's initial weights, if known."""
     return int(stages[0]["seed"]) if lineage.begins_at_random(stages) else None
 
 
 def _words(study: StudyConfig, places: Places, source: ModelShape) -> int:
-    """The parent's vocabulary without padding, as far as its checkpoint, or flags, say it."""
+    """The parent's vocabulary size without padding, if its checkpoint or flags have it."""
     checkpoint = study.parent.load or places.checkpoint("parent")
     if study.parent.pretrain is None and storage.path(checkpoint).exists():
         return vocabulary(open_checkpoint(checkpoint).args)
@@ -132,7 +132,7 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
         )
     held_out = [data.calibration, data.validation, data.test]
     contamination.refuse_shared_documents([prefix for _, prefix in data.train], held_out)
-    for number, earlier in enumerate(held_out):  # no held-out text is seen before its turn
+    for number, earlier in enumerate(held_out):  # no held-out text may be seen in an earlier stage
         contamination.refuse_shared_documents([earlier], held_out[number + 1 :])
     if data.max_near_duplicates is not None:
         _check_near_duplicates(study, data.max_near_duplicates, places)
@@ -141,26 +141,25 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
 
 
 def _check_near_duplicates(study: StudyConfig, limit: float, places: Places) -> None:
-    """Refuse corpora that share too much; the report is kept, since making it reads every training token."""
+    """Refuse corpora that share too much; the report is kept, since it requires reading every training token."""
     data = study.data
     stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
     stages["train"] = [prefix for _, prefix in data.train]
     earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
     report = contamination.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
-    if report != earlier and places.root.is_dir():  # a plan of a study that has not begun leaves nothing
+    if report != earlier and places.root.is_dir():  # planning a study that has not begun writes nothing
         artifacts.write_json(places.overlap, report)
     contamination.refuse(report)
 
 
-# Has a loaded parent seen the text of the study? Its lineage says what it was trained on. On the study's own stream the
-# ranges decide. The same corpora as another stream are refused: samples of two orders cannot be told apart by their
-# numbers. Other corpora are compared document by document, where they can still be read; where they cannot,
-# ``parent.declared_unseen`` has to say why nothing of the study's text is in them. A parent without a lineage (from
-# elsewhere) is taken as it is, and the report says so.
+# Has a loaded parent seen the study's text? Its lineage says what it was trained on. On the study's own stream the
+# ranges decide. The same corpora in another stream are refused, since sample numbers of two orders are not comparable.
+# Other corpora are compared document by document if they can still be read; otherwise ``parent.declared_unseen`` must
+# give a reason. A parent without a lineage (from elsewhere) is accepted, and the report says so.
 
 
 def check_unseen(study: StudyConfig, stages: Sequence[Stage]) -> None:
-    """UsageError or DataError where a stage has seen text of the study, or may have and nobody says that it has not."""
+    """UsageError or DataError if a stage has seen text of the study, or may have and no reason is declared."""
     trainings = lineage.trainings(stages)
     if not trainings:
         return
@@ -189,7 +188,7 @@ def check_unseen(study: StudyConfig, stages: Sequence[Stage]) -> None:
 
 
 def _compare(study: StudyConfig, stage: Stage, prefix: str, content: str) -> None:
-    """The documents of one corpus of the parent against all corpora of the study."""
+    """Compare the documents of one corpus of the parent with all corpora of the study."""
     wrong = ""
     if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
         wrong = f"its corpus {prefix} is not there any more"
@@ -223,11 +222,11 @@ def _need_a_word(study: StudyConfig, stage: Stage, why: str) -> None:
 
 
 def check_ranges(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> None:
-    """Every run against the stream, by the check that `pretrain` makes, before the first of them is paid for.
+    """Check every run against the stream as `pretrain` does, before the first of them starts.
 
-    A cell's range must end before the stream does, and be unseen by everything that the cell starts from: the parent's
-    stages, and the retrainings between the links of its chain. DataError names a cell that `pretrain` would refuse, of
-    several the one that ends last, and why.
+    A cell's range must lie within the stream and be unseen by everything that the cell starts from: the parent's stages
+    and the retrainings between the links of its chain. DataError names a cell that `pretrain` would refuse, the last to
+    end if there are several, and why.
     """
     for cell, samples, seen in sorted(_runs(study, outlook, stream), key=lambda run: -run[1].end):
         try:
@@ -240,9 +239,9 @@ def check_ranges(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]
 
 
 def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> Iterator[tuple[str, SampleRange, Seen]]:
-    """Every cell that trains, with its samples and what is behind its weights."""
+    """Every training cell, with its samples and the history of its weights."""
     lay, before = outlook.lay, lineage.trainings(outlook.stages)
-    if not stream["id"]:  # of corpora that are not there: what is behind a parent is taken to be of their stream
+    if not stream["id"]:  # missing corpora: assume that the parent was trained on their stream
         before = [{**stage, "stream": stream} for stage in before if stage["stream"] is not None]
     if study.parent.pretrain is not None:
         samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
@@ -261,7 +260,7 @@ def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> It
 
 
 def _behind(pruning: Pruning, outlook: Outlook, stream: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> Seen:
-    """The parent's trainings, and the retrainings between the links of a pruning."""
+    """The parent's trainings and the retrainings between the links of a pruning."""
     made = [
         {"run": link.retraining_cell, "stream": stream, "range": list(retrained.samples)}
         for link in pruning.links

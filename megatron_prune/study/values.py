@@ -1,6 +1,6 @@
-"""The values that study.yaml is written in: numbers of tokens, Megatron flags, blends.
+"""Value types of study.yaml: numbers of tokens, Megatron flags, blends.
 
-Each is a type that pydantic reads strictly; what people write in several ways becomes one way here.
+Each is a type that pydantic reads strictly; alternative notations are normalised here.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.masks.pattern import Pattern
 
-# What is the same for both arms: the samples after pruning, all tokens, or all executed FLOPs.
+# What both arms share: the samples after pruning, all tokens, or all executed FLOPs.
 Setting = Literal["equal-training", "equal-total", "equal-flops"]
-# What a pruned model is compared with, from random weights: a dense model of its shape, or one under its masks.
+# The scratch model that a pruned one is compared with: a dense one of its shape, or one under its masks.
 Scratch = Literal["dense", "masked"]
-# Which checkpoints outlive a run: every save, its last one, or (once its line is in the ledger) none.
+# Checkpoints kept after a run: every save, its last one, or (once its line is in the ledger) none.
 Retention = Literal["all", "final", "none"]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ValueProblem(ValueError):
-    """Our own error, in a form that pydantic keeps together with what else is wrong."""
+    """Our own error, in a form that pydantic collects with others."""
 
     def __init__(self, error: MegatronPruneError):
         self.error = error
@@ -34,13 +34,13 @@ class ValueProblem(ValueError):
 
 
 def finds[T](check: Callable[[T], None]) -> Callable[[T], None]:
-    """A section's ``__post_init__``, of which pydantic shall go on to the other sections after an error."""
+    """Wrap a section's ``__post_init__`` so that pydantic continues with other sections after an error."""
 
     @functools.wraps(check)
     def kept(section: T) -> None:
         try:
             check(section)
-        except ValidationError as error:  # of a section that this one makes
+        except ValidationError as error:  # from a section that this one creates
             found = error.errors()[0].get("ctx", {}).get("error")
             raise (found if isinstance(found, ValueProblem) else error) from error
         except MegatronPruneError as error:
@@ -49,7 +49,7 @@ def finds[T](check: Callable[[T], None]) -> Callable[[T], None]:
     return kept
 
 
-# What the study decides for every run; a recipe that set one would fork the arms.
+# Set by the study for every run; a recipe that set one would make the arms differ.
 RESERVED = (
     "load",
     "save",
@@ -89,7 +89,7 @@ RESERVED = (
     "wandb-exp-name",
     "wandb-save-dir",
 )
-# What the study says of a method by other keys than its settings.
+# Set by other keys of a method than its settings.
 CHOSEN = ("method", "pattern", "ratio", "ratio-of")
 
 
@@ -107,14 +107,14 @@ def parse_tokens(value: Any) -> Any:
 
 
 def _flags(value: Any) -> Any:
-    """Keys of a mapping of Megatron flags, written with underscores or dashes → with dashes."""
+    """Keys of Megatron flags, written with underscores or dashes → with dashes."""
     if not isinstance(value, dict):
         return value
     return {str(key).lstrip("-").replace("_", "-"): item for key, item in value.items()}
 
 
 def _blend(value: Any) -> Any:
-    """``prefix``, ``[prefix, …]`` or ``[[weight, prefix], …]`` → the last form; None stands for no weight."""
+    """``prefix``, ``[prefix, …]`` or ``[[weight, prefix], …]`` → the last form; None means no weight."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
@@ -123,7 +123,7 @@ def _blend(value: Any) -> Any:
 
 
 def _pattern(value: Any) -> Any:
-    """``unstructured`` or ``N:M``; YAML 1.1 reads an unquoted 2:4 as so many minutes and seconds, 124."""
+    """``unstructured`` or ``N:M``; YAML 1.1 reads an unquoted 2:4 as minutes and seconds, 124."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = f"{value // 60}:{value % 60}"
     try:
@@ -133,7 +133,7 @@ def _pattern(value: Any) -> Any:
 
 
 def _rates(value: Any) -> float | list[float]:
-    """``1e-3`` (perhaps as text: YAML reads it as that) or ``[1e-3, 2e-3]`` → numbers."""
+    """``1e-3`` (possibly as text, as YAML reads it) or ``[1e-3, 2e-3]`` → numbers."""
     try:
         rates = [float(rate) for rate in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError) as error:
@@ -152,7 +152,7 @@ def _different(values: list[Any]) -> list[Any]:
 
 
 def _compare(value: Any) -> Any:
-    """``[equal-total]`` or ``{equal-total: [masked, dense]}`` → the last form; None is the study's ``scratch``."""
+    """``[equal-total]`` or ``{equal-total: [masked, dense]}`` → the last form; None means the study's ``scratch``."""
     if isinstance(value, list):
         return dict.fromkeys(_different(value))
     return value

@@ -1,5 +1,5 @@
-"""Prune or train from scratch: what a ledger of measured comparisons says about a target.
+"""Prune or train from scratch: advice from a ledger of measured comparisons.
 
-``ledgers`` reads what a study left; ``target`` is what is asked for; ``answer`` decides, or says why the ledger does
-not carry an answer; ``best`` is its test; ``settle`` says which measurement would; ``command`` is the verb.
+``ledgers`` reads a study's results; ``question`` is the target; ``answer`` decides, or says why the ledger has no
+answer; ``best`` is its statistical test, and names measurements that would settle the question.
 """

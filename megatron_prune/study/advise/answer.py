@@ -1,9 +1,9 @@
-"""Prune or scratch, at one target, from one ledger; and when the ledger does not carry an answer, why not.
+"""Prune or scratch, for one target, from one ledger; or why the ledger has no answer.
 
-All arms that meet the target stand against one another: every method's pruned model, and the scratch run of every
-shape. *Prune* is the answer where the best pruned model is below every scratch run, *scratch* where the best scratch
-run is below every pruned model, and ``best`` says how sure that is: wrong answers stay below 5% for someone who follows
-the advice to train more seeds and asks again. Nothing is said beyond the ledger's parent, ratios and budgets.
+All arms that meet the target are compared: every method's pruned model, and the scratch run of every shape. The answer
+is *prune* if the best pruned model is below every scratch run, *scratch* if the best scratch run is below every pruned
+model. ``best`` gives the confidence: wrong answers stay below 5% even for someone who follows the advice to train more
+seeds and asks again. No claim is made beyond the ledger's parent, ratios and budgets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_prune.study.advise.ledgers import Curve, Measurements
 from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis.inference import Difference
 
-SAME_SIZE = 0.1  # by how much a parent may be larger or smaller than the ledger's, in parameters and in tokens
+SAME_SIZE = 0.1  # relative difference allowed between a parent and the ledger's, in parameters and tokens
 SAME_RATIO = 0.02
 UNKNOWN = "don't know"
 BETWEEN = {
@@ -31,11 +31,11 @@ BETWEEN = {
 
 @dataclass(frozen=True)
 class Advice:
-    """``answer``: prune, scratch or don't know; ``lean``: what the means say where there is no answer.
+    """``answer``: prune, scratch or don't know; ``lean``: what the means say if there is no answer.
 
-    ``gap``: the best scratch arm minus the best pruned arm, nats of test loss. ``confidence``: 1 - p, corrected for
-    picking the best of ``picked_from`` arms and for all looks, of which this is number ``look``. ``more_seeds``: how
-    many would make the next answer likely.
+    ``gap``: best scratch arm minus best pruned arm, in nats of test loss. ``confidence``: 1 - p, corrected for picking
+    the best of ``picked_from`` arms and for all looks, this being number ``look``. ``more_seeds``: how many would
+    probably give an answer.
     """
 
     answer: str
@@ -58,7 +58,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to the target: a curve's pruned or scratch side, and its losses under the shared seeds."""
+    """One way to the target: a curve's pruned or scratch side, with its losses for the shared seeds."""
 
     curve: Curve
     losses: np.ndarray
@@ -90,7 +90,7 @@ def advise(ledger: Measurements, target: AdvisedTarget) -> Advice:
 
 
 def _another_parent(ledger: Measurements, target: AdvisedTarget) -> list[str]:
-    """Why the ledger's parent does not stand for the one that is asked about."""
+    """Reasons why the ledger's parent is not comparable with the target's."""
     reasons = []
     for what, asked, measured in (
         ("parameters", target.parent_params, ledger.parent_params),
@@ -104,7 +104,7 @@ def _another_parent(ledger: Measurements, target: AdvisedTarget) -> list[str]:
 
 
 def _in_scope(ledger: Measurements, target: AdvisedTarget) -> tuple[list[Curve], str]:
-    """The curves of the kind that is asked for, or what the ledger has instead."""
+    """The curves of the requested kind, or a text with what the ledger has instead."""
     kinds = [curve for curve in ledger.curves if curve.setting == target.setting]
     if not kinds:
         has = ", ".join(dict.fromkeys(curve.setting for curve in ledger.curves))
@@ -126,7 +126,7 @@ def _in_scope(ledger: Measurements, target: AdvisedTarget) -> tuple[list[Curve],
 
 
 def _by_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> list[list[Curve]]:
-    """The curves at the target's ratio; else those at the nearest below and above it; none where one is missing."""
+    """The curves at the target's ratio, or those at the nearest ratios below and above; empty if one is missing."""
 
     def removed(curve: Curve) -> float:
         return curve.removed(target.ratio_of)
@@ -145,7 +145,7 @@ def _by_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> list[list[Curve
 
 
 def _one_ratio(curves: Sequence[Curve]) -> list[Curve]:
-    """Each method once."""
+    """Each method's curve once."""
     return list({curve.method: curve for curve in curves}.values())
 
 
@@ -181,7 +181,7 @@ def _at_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> Advice:
 
 
 def _different(arms: Sequence[Arm]) -> list[Arm]:
-    """Runs that several methods share count once."""
+    """The distinct arms: runs that several methods share count once."""
     return list({arm.losses.tobytes(): arm for arm in reversed(arms)}.values())[::-1]
 
 
@@ -214,7 +214,7 @@ def _compare(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: 
 
 
 def _too_few(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: AdvisedTarget) -> Advice:
-    """What the means of fewer seeds say than the first look needs."""
+    """The advice from fewer seeds than the first look needs: only what the means say."""
     first, rival = (min(side, key=lambda arm: arm.mean) for side in (pruned, scratch))
     lean, more = _lean(first, rival, seeds), LOOKS[0] - seeds
     assert lean.gap is not None
@@ -227,7 +227,7 @@ def _too_few(pruned: Sequence[Arm], scratch: Sequence[Arm], seeds: int, target: 
 
 
 def _lean(first: Arm, rival: Arm, seeds: int) -> Advice:
-    """What the means over the first ``seeds`` seeds say of the best pruned and the best scratch arm."""
+    """The means of the best pruned and the best scratch arm over the first ``seeds`` seeds."""
     losses = [float(arm.losses[:seeds].mean()) for arm in (first, rival)]
     even = first.curve.break_even()
     return Advice(
@@ -242,7 +242,7 @@ def _curves(first: Arm, rival: Arm) -> list[Curve]:
 
 
 def _between(found: Sequence[Advice], groups: Sequence[Sequence[Curve]], target: AdvisedTarget) -> Advice:
-    """The advice at a ratio between two that were measured: theirs, where they agree; the less sure one."""
+    """The advice at a ratio between two measured ones: theirs if they agree, with the lower confidence."""
     asked = f"{100 * target.ratio:.3g}%"
     ratios = [group[0].removed(target.ratio_of) for group in groups]
     text = " and ".join(f"{100 * ratio:.3g}%" for ratio in ratios)

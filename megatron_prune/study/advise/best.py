@@ -1,20 +1,18 @@
-"""Whether the best pruned arm is below the best scratch arm (or the reverse), however often that is asked.
+"""Whether the best pruned arm is below the best scratch arm (or the reverse), valid under repeated looks.
 
-*Pruning wins* is false where, for some scratch arm, no pruned arm is below it. So one pruned arm must be below every
-scratch arm: an intersection-union test (Berger 1982), whose p is the largest over the rivals without any correction
-for their number. That arm was picked from K as the lowest, for which p counts K times (Bonferroni); nothing else is
-corrected for.
+*Pruning wins* requires one pruned arm below every scratch arm: an intersection-union test (Berger 1982), whose p is the
+largest over the rivals, without correction for their number. That arm was picked as the lowest of K, so p is multiplied
+by K (Bonferroni).
 
 *Scatter.* A loss is a mean of its arm, an effect of its seed on everything, one of the seed on its side, and an error
 of the run, whose variance a side's arms share. A difference between the sides then has the variance of the sides' mean
 difference over seeds, and what the mean over K and J arms has taken from the errors: ``var(d) + (1 - 1/K) MSE(pruned) +
-(1 - 1/J) MSE(scratch)``, with degrees of freedom by Satterthwaite (1946). With one arm a side it is the paired t test.
-Where the two arms at hand scatter more than that, their own variance stands in its place: an arm that is noisier than
-its neighbours is not judged by theirs.
+(1 - 1/J) MSE(scratch)``, with degrees of freedom by Satterthwaite (1946). With one arm per side it is the paired t
+test. If the two arms' own variance is larger, it is used instead, so that a noisy arm does not borrow precision.
 
-*Looks.* Whoever is told that seeds are missing trains them and asks again. Each look spends a part of the 5%: half of
-it at 3 seeds, half of the rest at 6, at 12, at 24, at 48 (alpha spending by Bonferroni's inequality, which holds
-whatever the looks have in common). Seeds beyond the last look wait for the next one.
+*Looks.* A user who is told to train more seeds asks again. Each look spends a part of the 5%: half of it at 3 seeds,
+half of the rest at 6, 12, 24 and 48 (alpha spending by Bonferroni's inequality, valid for dependent looks). Seeds
+beyond the last look are used at the next one.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Best:
-    """The best arms at one look, by their place among the arms given.
+    """The best arms at one look, by index among the given arms.
 
-    ``gap``: scratch minus pruned of these two; its interval is cut to what this look may spend, for an arm picked from
-    ``picked_from``. ``p``: two-sided, for the answer of that sign, corrected for the picking and for all looks.
-    ``as_good``: arms of the winner's side that may be the best one.
+    ``gap``: scratch minus pruned of these two, with an interval at this look's level for an arm picked from
+    ``picked_from``. ``p``: two-sided, corrected for picking and for all looks. ``as_good``: arms of the winner's side
+    that may also be the best.
     """
 
     look: int  # 1 for the first
@@ -49,7 +47,7 @@ class Best:
     picked_from: int
     p: float
     as_good: tuple[int, ...]
-    more_seeds: int | None  # to the first look that would find a gap as large in four cases of five
+    more_seeds: int | None  # up to the first look that would detect such a gap with 80% power
 
     @property
     def prunes(self) -> bool:
@@ -61,17 +59,17 @@ class Best:
 
 
 def look(seeds: int) -> int | None:
-    """Which look so many seeds are enough for, 1 for the first; None before it."""
+    """The latest look that this number of seeds allows, counted from 1; None before the first."""
     return sum(seeds >= enough for enough in LOOKS) or None
 
 
 def level(number: int, picked_from: int) -> float:
-    """What look ``number`` may spend on one arm and one direction."""
+    """The level of look ``number`` for one arm and one direction."""
     return (1 - CONFIDENCE) * 0.5**number / 2 / picked_from
 
 
 def compare(pruned: np.ndarray, scratch: np.ndarray) -> Best:
-    """``pruned`` and ``scratch``: losses [arms, seeds] of the same seeds, as many as a look asks for or more."""
+    """``pruned`` and ``scratch``: losses [arms, seeds] of the same seeds, at least as many as the first look needs."""
     number = look(pruned.shape[1])
     assert number is not None
     have, seeds = pruned.shape[1], LOOKS[number - 1]
@@ -101,7 +99,7 @@ def compare(pruned: np.ndarray, scratch: np.ndarray) -> Best:
 
 
 def scatter(pruned: np.ndarray, scratch: np.ndarray) -> tuple[float, float]:
-    """The variance of one seed's difference between a scratch and a pruned arm, and its degrees of freedom."""
+    """The variance of one seed's difference between a scratch and a pruned arm, and the degrees of freedom."""
     seeds = pruned.shape[1]
     parts = [(float((scratch.mean(axis=0) - pruned.mean(axis=0)).var(ddof=1)), seeds - 1)]
     parts += [((1 - 1 / len(side)) * _error(side), (len(side) - 1) * (seeds - 1)) for side in (pruned, scratch)]
@@ -111,7 +109,7 @@ def scatter(pruned: np.ndarray, scratch: np.ndarray) -> tuple[float, float]:
 
 
 def _error(side: np.ndarray) -> float:
-    """Mean square of the errors of runs: what is left without the means of arms and seeds."""
+    """Mean square error of runs: the residual after removing the means of arms and seeds."""
     arms, seeds = side.shape
     if arms == 1:
         return 0.0
@@ -120,7 +118,7 @@ def _error(side: np.ndarray) -> float:
 
 
 def _as_good(own: np.ndarray, first: int, spent: float) -> tuple[int, ...]:
-    """Arms that are not above the first by so much that they cannot be the best (subset selection, Gupta 1965)."""
+    """Arms close enough to the first that they may be the best (subset selection, Gupta 1965)."""
     arms, seeds = own.shape
     if arms == 1:
         return ()
@@ -131,7 +129,7 @@ def _as_good(own: np.ndarray, first: int, spent: float) -> tuple[int, ...]:
 
 
 def _more_seeds(gap: float, deviation: float, freedom: float, have: int, picked_from: int) -> int | None:
-    """``deviation``: of one seed's difference; ``freedom``: degrees a seed."""
+    """``deviation``: of one seed's difference; ``freedom``: degrees of freedom per seed."""
     for number, seeds in enumerate(LOOKS, start=1):
         if seeds <= have:
             continue
@@ -142,25 +140,25 @@ def _more_seeds(gap: float, deviation: float, freedom: float, have: int, picked_
     return None
 
 
-# Which measurement would settle a question that a ledger leaves open, and what it costs.
+# Measurements that would settle an open question, and their cost.
 
 
 FEWEST_SEEDS = LOOKS[0]
 
 
 def more_seeds(curves: Sequence[Curve], target: AdvisedTarget, have: int, extra: int) -> str:
-    """The same comparison under more seeds, up to the next look that is likely to see it."""
+    """The same comparison with more seeds, up to the next look that is likely to detect it."""
     seeds = f"{extra} more seed{'s' * (extra != 1)} of {_names(curves)}, {have + extra} in all"
     return f"{seeds}: {_cost(curves, target, extra)}"
 
 
 def new_runs(curves: Sequence[Curve], target: AdvisedTarget, what: str) -> str:
-    """Both arms where the ledger has nothing: at a budget or a ratio."""
+    """Both arms at a budget or ratio that the ledger lacks."""
     return f"both arms {what}, {FEWEST_SEEDS} seeds, {_names(curves)}: {_cost(curves, target, FEWEST_SEEDS)}"
 
 
 def own_study(target: AdvisedTarget) -> str:
-    """A study of one's own."""
+    """A new study."""
     tokens = f"{target.tokens:,.0f}" if target.tokens is not None else "the tokens that the GPU-hours pay"
     kind = f" {target.pattern}" if target.pattern else ""
     return (
@@ -174,7 +172,7 @@ def _names(curves: Sequence[Curve]) -> str:
 
 
 def _cost(curves: Sequence[Curve], target: AdvisedTarget, seeds: int) -> str:
-    """Of a pruned and a scratch run for every method and seed."""
+    """The cost of a pruned and a scratch run for every method and seed."""
     budgets = [(target.budget(curve.flops_per_token), curve) for curve in curves]
     extra = [np.mean(np.subtract(curve.arms.scratch_tokens, curve.arms.tokens)) for curve in curves]
     tokens = sum(seeds * (2 * budget + more) for (budget, _), more in zip(budgets, extra, strict=True))

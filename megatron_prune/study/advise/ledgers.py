@@ -1,8 +1,8 @@
-"""A study's comparisons as curves over budgets: what advice rests on.
+"""A study's comparisons as curves over budgets: the data behind advice.
 
-Read from a study's ``report/results.json``: its comparisons are there only because their accounts matched. The ledger
-that is shipped (``SHIPPED``: the quickstart's study of several seeds and budgets) is such a file without what advice
-does not need; it is made anew from that study's report by
+Read from a study's ``report/results.json``, which only has comparisons whose accounts matched. The shipped ledger
+(``SHIPPED``: the quickstart's study with several seeds and budgets) is such a file, reduced to what advice needs. To
+make it again from that study's report:
 
     python -m megatron_prune.study.advise.ledgers REPORT/results.json megatron_prune/study/advise/quickstart.json
 """
@@ -28,12 +28,12 @@ SHIPPED = Path(__file__).with_name("quickstart.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
        "shape", "validation_loss", "test_loss", "tokens_declared")  # fmt: skip
 COMPARISON = (*SUBJECT, "tokens", "seed", "pruned", "scratch", "status")
-SAME_BUDGET = 1.01  # budgets that differ by less are one
+SAME_BUDGET = 1.01  # budgets within this factor are the same
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Test losses of both arms at one budget, a seed each, and where they come from."""
+    """Test losses of both arms at one budget, one per seed, and their source."""
 
     pruned: np.ndarray  # [seeds]
     scratch: np.ndarray
@@ -59,11 +59,11 @@ class Curve(Subject):
         return self.removed_linears if of == "linears" else self.removed_all
 
     def holds(self, tokens: float) -> bool:
-        """Whether a budget lies within those that were run."""
+        """Whether a budget is within the range of those that were run."""
         return self.arms.tokens[0] / SAME_BUDGET <= tokens <= self.arms.tokens[-1] * SAME_BUDGET
 
     def break_even(self) -> str | None:
-        """Where scratch catches up with it, in words; None for one budget."""
+        """A text on where scratch catches up; None for a single budget."""
         if len(self.arms.tokens) < 2:
             return None
         return f"{self.label}: break-even (scratch catches up) {scaling_laws.find(self.arms)[0].words}"
@@ -155,7 +155,7 @@ def _mean(values: Any) -> float:
 
 
 def compact(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``results.json`` without matches, verdicts and what else advice does not read."""
+    """A ``results.json`` without matches, verdicts and other parts that advice does not read."""
     rows = {row["cell"]: {key: row[key] for key in ROW} for row in content["rows"] if row["status"] == "finished"}
     comparisons = [{key: made[key] for key in COMPARISON} for made in content["comparisons"]]
     return {
@@ -168,7 +168,7 @@ def compact(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shorten(report: str | Path, output: str | Path) -> None:
-    """Write a report's ``results.json`` as a ledger to ship, a row a line."""
+    """Write a report's ``results.json`` as a ledger to ship, one row per line."""
     lines = []
     for key, value in compact(artifacts.read_json(report)).items():
         rows = [json.dumps(item) for item in value] if isinstance(value, list) else None

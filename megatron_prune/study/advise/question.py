@@ -1,7 +1,7 @@
-"""What is asked for: which parent, how much is to be removed, and for how many tokens.
+"""The question: the parent, the amount to remove, and the token budget.
 
-``tokens`` are those of retraining. Beside it scratch has as many (equal training), or those of the parent as well
-(equal total), as the studies count.
+``tokens`` are those of retraining. Scratch gets as many (equal training), or the parent's as well (equal total), as in
+studies.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SETTINGS = ("equal-training", "equal-total", "equal-flops")
 
 @dataclass(frozen=True)
 class AdvisedTarget:
-    """``ratio`` is removed of the blocks' linear weights or of all parameters (``ratio_of``)."""
+    """``ratio`` is the fraction to remove of the blocks' linear weights or of all parameters (``ratio_of``)."""
 
     ratio: float
     ratio_of: str
     setting: str
     tokens: float | None = None
-    flops: float | None = None  # of training, where the budget is one of GPU-hours
+    flops: float | None = None  # of training, if the budget is in GPU-hours
     pattern: str | None = None
     method: str | None = None
     parent_params: int | None = None
@@ -44,11 +44,11 @@ class AdvisedTarget:
     parent_shape: ModelShape | None = None
 
     def budget(self, flops_per_token: float) -> float:
-        """Tokens of retraining, for a model that takes so many FLOPs a token."""
+        """Tokens of retraining for a model with this number of FLOPs per token."""
         return self.tokens if self.tokens is not None else cast(float, self.flops) / flops_per_token
 
     def same_cuts(self, shape: str) -> bool:
-        """Whether a pruned shape, as a tag, is cut in the same sizes as the explicit one that is asked for."""
+        """Whether a pruned shape (a tag) is cut in the same sizes as the requested one."""
         if self.cuts is None or self.parent_shape is None:
             return True
         sizes = {LETTERS[letter]: int(size) for letter, size in re.findall(r"([LhHGdF])(\d+)", shape)}
@@ -137,7 +137,7 @@ def _ratio(
 
 
 def _budget(options: verbs.AdviseSettings) -> tuple[float | None, float | None]:
-    """Tokens, or FLOPs."""
+    """The budget in tokens, or in FLOPs."""
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"
         raise UsageError("--tokens, --gpu-hours", got=given, expected="exactly one of them")

@@ -1,8 +1,7 @@
-"""Cells on this machine: up to ``launch.parallel_cells`` at a time, each on GPUs of its own where there are any.
+"""Cells on this machine: up to ``launch.parallel_cells`` at a time, each on its own GPUs if there are any.
 
-Processes end with their runner. Where some live on for a while, the next runner waits for them before it begins what
-they were doing: two runs never write to one folder.
-Without a GPU no more begin than there are cores for: a process needs one.
+Processes end with their runner. If some outlive it, the next runner waits for them before it starts their cells, so two
+runs never write to one folder. Without GPUs, each process needs a core, which limits the number of cells.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from megatron_prune.study.schema import StudyConfig
 
 
 class Execute(Protocol):
-    """Runs one command to its end; the return code is only for the error message."""
+    """Runs one command to completion; the return code is only used in the error message."""
 
     def __call__(self, command: Command, *, log: Path, env: dict[str, str]) -> int: ...
 
 
 def launch_command(command: Command, *, log: Path, env: dict[str, str]) -> int:
-    """Processes on this machine (torchrun's ranks where there is a GPU)."""
+    """Start processes on this machine (torchrun's ranks if there is a GPU)."""
     from megatron_prune.engine.launch import launch
 
     return launch(command.argv, nproc=command.nproc, log=log, env=env)
 
 
 class Local:
-    """A thread for every cell that runs. The threads are daemons: an interrupt ends the program and its jobs."""
+    """One thread per running cell. The threads are daemons: an interrupt ends the program and its jobs."""
 
     orders = False
 
@@ -56,7 +55,7 @@ class Local:
         self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
     def check(self, cell: Cell) -> None:
-        """What an earlier runner of this machine began has a log, and ``stages.keep`` compares its commands."""
+        """Nothing to check: cells begun by an earlier runner have a log, and ``jobs.keep`` compares their commands."""
 
     def room(self) -> bool:
         return len(self.running) < self.cells
@@ -106,7 +105,7 @@ class Local:
 
 
 def _visible() -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs available to this process, as named in CUDA_VISIBLE_DEVICES."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [device for device in given.split(",") if device]
@@ -116,7 +115,7 @@ def _visible() -> list[str]:
 
 
 def _devices(study: StudyConfig, visible: Sequence[str]) -> queue.Queue[str | None]:
-    """Disjoint sets of GPUs for the cells that run at the same time; no names where there are no GPUs."""
+    """Disjoint sets of GPUs for concurrent cells; None for each if there are no GPUs."""
     launch = study.launch
     needed = launch.parallel_cells * launch.nproc
     if visible and needed > len(visible):

@@ -1,11 +1,10 @@
-"""Runs a study's cells: what is finished is skipped, what was killed goes on, what fails is retried and then marked.
+"""Runs a study's cells: finished ones are skipped, killed ones resume, failed ones are retried and then marked.
 
-Cells are a graph: a parent before its calibrations and prunings, these before the training runs. A launcher
-(``local``, ``slurm``) takes cells and says which of them have ended; the runner decides what may begin, looks at
-whether what a cell wrote says that it is done, and gives it its line in the ledger. A cell that failed is begun
-again up to ``launch.retries`` times (an attempt that got further is none of them); then it is marked, what needs it
-is blocked, and the rest goes on. Running the study again gives it another chance. Only one runner works on a study:
-it holds ``study.lock``.
+Cells form a graph: a parent before its calibrations and prunings, these before the training runs. A launcher
+(``local``, ``slurm``) takes cells and reports which have ended; the runner decides which may start, checks from its
+artifacts whether a cell is done, and writes its line in the ledger. A failed cell is restarted up to ``launch.retries``
+times (attempts that made progress do not count); then it is marked as failed, cells that need it are blocked, and the
+rest continue. Running the study again retries it. Only one runner works on a study: it holds ``study.lock``.
 """
 
 from __future__ import annotations
@@ -33,38 +32,38 @@ from megatron_prune.study.prunings import Places
 from megatron_prune.study.run.status import CellProgress
 from megatron_prune.study.schema import StudyConfig
 
-LOOKS = 10  # at a lock that is held: `study status` holds it too, for a moment
+LOOKS = 10  # attempts at a held lock, which `study status` holds briefly too
 KINDS = ("parent", "calibration", "pruning", "retraining", "training")
 
 
 class CellsFailed(RunError):
-    """Some cells failed; all others that could run have finished."""
+    """Some cells failed; all others that could run are finished."""
 
 
 class Launcher(Protocol):
-    """Takes cells and reports those that have ended. ``orders``: it lets a cell wait for others by itself."""
+    """Takes cells and reports those that have ended. ``orders``: it handles dependencies between cells itself."""
 
     orders: bool
 
     def check(self, cell: Cell) -> None:
-        """UsageError for a cell that an earlier runner handed over with other settings, and that has not begun."""
+        """UsageError for a cell that an earlier runner submitted with other settings, and that has not begun."""
         ...
 
     def room(self) -> bool:
-        """True if another cell may begin now."""
+        """True if another cell may start now."""
         ...
 
     def begin(self, cell: Cell, after: Sequence[str]) -> bool:
-        """Begin a cell, or hand it over to begin after those of ``after``, which have begun. False: not now."""
+        """Start a cell, or submit it to start after those in ``after``, which have started. False: not now."""
         ...
 
     def ended(self) -> Mapping[str, MegatronPruneError | None]:
-        """Wait until cells have ended, or there may be room; why each failed, as far as the launcher knows."""
+        """Wait until cells have ended or there may be room; returns why each failed, if the launcher knows."""
         ...
 
 
 def run(study: schema.StudyConfig, places: Places, *, launcher: Launcher, progress: CellProgress) -> None:
-    """Run everything that is not finished yet. CellsFailed names cells that failed, when the others are done."""
+    """Run all unfinished cells. Once the others are done, CellsFailed names those that failed."""
     with _locked(places.root):
         outlook = validate.check(study, places)
         artifacts.write_json(places.root / "study.json", schema.resolved(study))
@@ -83,13 +82,13 @@ class _Runner:
         self.study, self.places, self.outlook, self.launcher = study, places, outlook, launcher
         self.progress, self.states = progress, States(places)
         self.ledger = Ledger(places.ledger)
-        self.lines = self.ledger.read()  # what earlier runners wrote; what is finished, the artifacts say
+        self.lines = self.ledger.read()  # from earlier runners; the artifacts decide what is finished
         self.finished: dict[str, dict[str, Any]] = {}
         self.cells: dict[str, Cell] = {}
         self.begun: set[str] = set()
-        self.failures: dict[str, list[str]] = {}  # of every cell, what went wrong at each attempt
+        self.failures: dict[str, list[str]] = {}  # by cell, the error of each attempt
         self.failed: dict[str, str] = {}
-        self.reached: dict[str, tuple[int, int]] = {}  # how far a cell was when its attempt began
+        self.reached: dict[str, tuple[int, int]] = {}  # progress of a cell at the start of its attempt
 
     def run(self) -> None:
         self._expand()
@@ -98,15 +97,17 @@ class _Runner:
             if not self.begun and not waiting:
                 break
             ended = self.launcher.ended()
-            for cell in [cell for name, cell in self.cells.items() if name in ended]:  # what others wait for is first
+            for cell in [
+                cell for name, cell in self.cells.items() if name in ended
+            ]:  # cells that others depend on come first
                 self._take_back(cell, ended[cell.id])
         if self.failed:
             self._mark_blocked()
             raise CellsFailed("\n".join(self.failed.values()))
 
     def _expand(self) -> None:
-        """Name the cells that can be named by now, and look at what earlier runners have left of them."""
-        if self.outlook.source is None:  # an import: before it there is no shape to check targets against
+        """Name the cells that can be named so far, and check their state from earlier runners."""
+        if self.outlook.source is None:  # before an import there is no shape to check targets against
             cells = jobs.parents(self.study, self.places, self.outlook)
         else:
             cells = jobs.all_cells(self.study, self.places, self.outlook, frozenset(self.failed))
@@ -122,7 +123,7 @@ class _Runner:
             self.cells[cell.id] = cell
 
     def _look_at(self, cell: Cell) -> None:
-        """A cell that is in the ledger is finished if its artifacts say so; what they contradict is not run again."""
+        """A cell in the ledger is finished if its artifacts say so; if they contradict it, it is not run again."""
         try:
             record = evidence.record(cell, self.states)
         except MegatronPruneError as wrong:
@@ -136,18 +137,18 @@ class _Runner:
             apply(self.study, self.places, cell)
 
     def _begin_what_may(self) -> bool:
-        """Hand out cells, parents first and long ones before short ones; True if there is room for no more."""
+        """Start cells, parents first and long before short ones; True if there is no room for more."""
         while True:
             may = [cell for cell in self.cells.values() if self._may_begin(cell)]
             if not may or not self.launcher.room():
                 return bool(may)
-            cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # of equals, the first
+            cell = min(may, key=lambda cell: (KINDS.index(cell.kind), -cell.weight))  # ties: the first
             try:
                 done = cell.is_done()
             except AccountError as wrong:
                 self._failed(cell, wrong)
                 continue
-            if done:  # an earlier runner was killed before its line
+            if done:  # an earlier runner was killed before writing its line
                 self._finish(cell)
                 continue
             self.states.write(cell.id, State("begun", failures=self.failures.get(cell.id, [])))
@@ -163,17 +164,17 @@ class _Runner:
         return all(name in self.finished or (self.launcher.orders and name in self.begun) for name in cell.after)
 
     def _take_back(self, cell: Cell, error: MegatronPruneError | None) -> None:
-        """A cell has ended: its line in the ledger, another attempt, or the mark that it failed."""
+        """Handle a cell that has ended: write its ledger line, retry it, or mark it as failed."""
         self.begun.discard(cell.id)
         if not _done(cell):
             if any(name not in self.finished for name in cell.after):
-                return  # the queue dropped it since what it waited for failed: no attempt of its own
+                return  # dropped by the queue since a dependency failed: not an attempt
             self._failed(cell, error or self._why(cell))
             return
         self._finish(cell)
 
     def _finish(self, cell: Cell) -> None:
-        """A cell's line in the ledger, and what it lets the runner know."""
+        """Write a cell's line in the ledger and use the results that it makes known."""
         try:
             record = cell.record(self.states.seconds(cell.id))
         except MegatronPruneError as wrong:
@@ -189,7 +190,7 @@ class _Runner:
             self._expand()
 
     def _knows_too_little(self) -> bool:
-        """True while shapes of searches, or FLOPs that scratch runs are to match, were not known."""
+        """True while shapes of searches, or FLOPs for scratch runs, are unknown."""
         study = self.study
         flops = any("equal-flops" == setting for entry in study.methods for setting, _ in study.compared(entry))
         return (
@@ -199,7 +200,7 @@ class _Runner:
         )
 
     def _failed(self, cell: Cell, error: MegatronPruneError) -> None:
-        """An attempt has ended: one that got further, to a time limit for example, has not failed and is continued."""
+        """Handle a failed attempt. One that made progress, for example up to a time limit, is continued instead."""
         told, refused = (
             self.failures.setdefault(cell.id, []),
             isinstance(error, CellRefused | UsageError | AccountError),
@@ -218,7 +219,7 @@ class _Runner:
         self.failed[cell.id] = str(error)
         self.states.write(cell.id, State("failed", failures=told))
         if cell.kind == "pruning" and self.outlook.source is not None:
-            self._expand()  # scratch runs that were to take their shape from it may take it from another
+            self._expand()  # scratch runs may take their shape from another pruning
 
     def _mark_blocked(self) -> None:
         for cell in self.cells.values():
@@ -227,7 +228,7 @@ class _Runner:
                 self.states.write(cell.id, State("blocked", failures=[f"needs {missing}"]))
 
     def _why(self, cell: Cell) -> MegatronPruneError:
-        """What is wrong with a cell that has ended, from what it left."""
+        """The error of a cell that has ended, from its files."""
         for stage in cell.stages:
             try:
                 if not stage.done():
@@ -238,7 +239,7 @@ class _Runner:
 
 
 def _done(cell: Cell) -> bool:
-    """True if a cell is done, and is what it should be."""
+    """True if a cell is done and consistent."""
     try:
         return cell.is_done()
     except AccountError:
@@ -247,7 +248,7 @@ def _done(cell: Cell) -> bool:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the study's lock; RunError if another runner does. It goes with the process, however that ends."""
+    """Hold the study's lock; RunError if another runner does. It is released when the process ends."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "study.lock", "a+") as handle:
         for _ in range(LOOKS):
@@ -267,16 +268,16 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-# Which checkpoints of the compared runs stay on the disk (``retention`` in study.yaml).
+# Which checkpoints of the compared runs are kept on disk (``retention`` in study.yaml).
 #
-# ``all`` keeps every save. ``final`` keeps the last save of each run. ``none`` keeps no weights of a run once its line
-# is in the ledger: its account, losses and scores stay. Parents and pruned starts always stay, since a study that grows
-# starts new runs from them. Nothing is removed before a cell's line is written, and a removal that was cut short is
-# finished when the study is next run.
+# ``all`` keeps every save, ``final`` the last save of each run, ``none`` no weights of a run once its line is in the
+# ledger (account, losses and scores are kept). Parents and pruned starts are always kept, since a study that grows
+# starts new runs from them. Nothing is removed before a cell's line is written; an interrupted removal is finished on
+# the next run.
 
 
 def apply(study: StudyConfig, places: Places, cell: Cell) -> None:
-    """Remove what ``retention`` does not keep of a cell that is finished."""
+    """Remove the checkpoints of a finished cell that ``retention`` does not keep."""
     if cell.kind != "training" or study.retention == "all":
         return
     checkpoint = places.checkpoint(cell.id)

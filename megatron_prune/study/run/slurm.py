@@ -1,10 +1,9 @@
-"""Cells as Slurm jobs: a script for each, written beside its cell.json, submitted with its dependencies.
+"""Cells as Slurm jobs: one script per cell, written next to its cell.json and submitted with its dependencies.
 
-    cells/<cell>/job.sh ── sbatch --dependency=afterok:… ──▶ queue ── squeue ──▶ the runner looks at what was written
+    cells/<cell>/job.sh ── sbatch --dependency=afterok:… ──▶ queue ── squeue ──▶ the runner checks the artifacts
 
-The scripts are plain: they can be read, and submitted by hand (``study plan --scripts`` only writes them). The runner
-may be killed and started again: it finds its jobs in the queue by their names and submits none twice. A job's exit
-code means nothing to it.
+The scripts can be read and submitted by hand (``study plan --scripts`` only writes them). The runner may be killed and
+restarted: it finds its jobs in the queue by name and submits none twice. It ignores the jobs' exit codes.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from megatron_prune.study.run.status import CellProgress
 from megatron_prune.study.schema import Slurm, StudyConfig
 
 NODE = Path(__file__).parents[2] / "launch" / "node.sh"
-GONE_LOOKS = 2  # a job has left the queue when that many looks in a row do not find it: its files may come later
+GONE_LOOKS = 2  # polls without a job before it counts as ended, since its files may appear later
 
 
 class NoAnswer(RunError):
-    """A program of Slurm's that failed in a way that may pass: too many jobs, or a controller that does not answer."""
+    """A Slurm program failed in a way that may be temporary: too many jobs, or no answer from the controller."""
 
 
 class Queue:
-    """A launcher whose cells are jobs. Slurm holds those back that wait for others."""
+    """A launcher that runs cells as jobs. Slurm holds back jobs that depend on others."""
 
     orders = True
 
@@ -49,20 +48,20 @@ class Queue:
         self.study, self.places, self.progress = study, places, progress
         self.slurm = study.launch.slurm or Slurm()
         self.states = States(places)
-        self.jobs: dict[str, str] = {}  # by cell, of those that the runner waits for
+        self.jobs: dict[str, str] = {}  # job by cell, for awaited cells
         self.missed: dict[str, int] = {}
-        self.refused, self.refused_last = False, ""  # whether a job was since the last look, and what was said
+        self.refused, self.refused_last = False, ""  # whether a job was refused since the last poll, and the message
         self._found: dict[str, str] | None = None
 
     @property
     def found(self) -> dict[str, str]:
-        """What an earlier runner left in the queue, job by name."""
+        """Jobs of an earlier runner in the queue, by name."""
         if self._found is None:
             self._found = {name: job for job, name, _ in _queue(strict=True)}
         return self._found
 
     def check(self, cell: Cell) -> None:
-        """UsageError for a cell that waits in the queue with another script; once begun, its commands are kept."""
+        """UsageError for a cell pending in the queue with another script; a begun cell keeps its commands."""
         job, path = self.found.get(job_name(self.study, self.places, cell.id)), self.places.cell(cell.id) / "job.sh"
         if job is None or not path.is_file() or has_begun(path.parent):
             return
@@ -86,7 +85,7 @@ class Queue:
             if str(error) != self.refused_last:
                 self.progress.refused(cell.id, str(error))
             self.refused, self.refused_last = True, str(error)
-            self._found = None  # it may have been taken all the same: look before it is submitted again
+            self._found = None  # it may have been accepted anyway: check before submitting again
             return False
         self.refused_last = ""
         self.jobs[cell.id], self.missed[cell.id] = job, 0
@@ -110,14 +109,14 @@ class Queue:
                 return dict.fromkeys(gone)
 
     def _tell(self, cell: str, queue: str) -> None:
-        """Keep the job's state for ``study status`` where it has changed."""
+        """Store the job's state for ``study status`` if it has changed."""
         known = self.states.read(cell) or State("begun")
         if (known.job, known.queue) != (self.jobs[cell], queue):
             self.states.write(cell, State("begun", known.failures, self.jobs[cell], queue))
 
 
 def job_name(study: StudyConfig, places: Places, cell: str) -> str:
-    """How the queue calls a cell, and a runner finds it again: another study of the same name lies elsewhere."""
+    """A cell's name in the queue, unique to this study's path, so that a runner finds it again."""
     place = hashlib.sha256(str(places.root.resolve()).encode()).hexdigest()[:6]
     return f"{study.name}@{place}/{cell}"
 
@@ -160,7 +159,7 @@ def script(study: StudyConfig, places: Places, cell: Cell) -> str:
 
 
 def _words(command: Command, per_node: int) -> Iterator[str]:
-    """A command as a script has it: torchrun on every node of the job, or one process on the first."""
+    """The words of a command in a script: torchrun on every node of the job, or one process on the first."""
     if command.nproc == 1 and SAVES_WHEN_TOLD not in command.argv:
         yield "python -m megatron_prune"
     else:
@@ -172,13 +171,13 @@ def _words(command: Command, per_node: int) -> Iterator[str]:
 
 def _submit(script: Path, after: Sequence[str]) -> str:
     words = ["sbatch", "--parsable"]
-    if after:  # those of a job that failed leave the queue, so that the runner sees them
+    if after:  # dependents of a failed job leave the queue, so that the runner notices
         words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     return _ask([*words, str(script)]).strip().split(";")[0]
 
 
 def _queue(*, strict: bool = False) -> list[tuple[str, str, str]]:
-    """Own jobs: id, name, state. A queue that does not answer is asked again later, unless ``strict``."""
+    """This user's jobs: id, name, state. If the queue does not answer, retry later, unless ``strict``."""
     while True:
         try:
             lines = _ask(["squeue", "--me", "--noheader", "--format=%i|%j|%T"]).splitlines()
@@ -195,9 +194,9 @@ def _ask(words: Sequence[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise RunError(f"launcher slurm: there is no {words[0]} on this machine") from error
+        raise RunError(f"launcher slurm: {words[0]} is not installed on this machine") from error
     if done.returncode:
-        wrong = re.search("invalid|unrecognized", done.stderr, re.IGNORECASE)  # an option: waiting mends none
+        wrong = re.search("invalid|unrecognized", done.stderr, re.IGNORECASE)  # a wrong option: waiting does not help
         kind = RunError if wrong else NoAnswer
         raise kind(f"{shlex.join(words)} exited with code {done.returncode}: {done.stderr.strip()}")
     return done.stdout

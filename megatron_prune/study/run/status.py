@@ -1,6 +1,6 @@
-"""How far a study is: a table of its cells, and the lines that a runner prints while it is at work.
+"""Progress of a study: a table of its cells, and the lines that a runner prints while it works.
 
-The table is made from the files alone, so that another process can ask for it.
+The table is made only from files, so that any process can print it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = "cell state validation test seconds"
 
 
 def show(name: str, places: Places, console: Console, watch: float | None = None) -> None:
-    """Print the table; every ``watch`` seconds again, in place, until no runner is at work."""
+    """Print the table; with ``watch``, refresh it every so many seconds until no runner is at work."""
     if watch is None:
         console.print(table(name, places))
     else:
@@ -41,7 +41,7 @@ def show(name: str, places: Places, console: Console, watch: float | None = None
 
 
 def table(name: str, places: Places) -> Table:
-    """The cells, finished ones first in the order in which they ended."""
+    """The cells, finished ones first, in order of completion."""
     finished = Ledger(places.ledger).read()
     known = {path.parent.name for path in places.root.glob("cells/*/cell.json")}
     running = at_work(places)
@@ -75,13 +75,13 @@ def at_work(places: Places) -> bool:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # a file system without locks, on which no runner starts
+        except OSError:  # no runner starts on a file system without locks
             return False
     return False
 
 
 def _state(places: Places, states: States, cell: str, running: bool) -> tuple[str, str]:
-    """A word for the state of an unfinished cell, and the same with what more there is to say."""
+    """A word for the state of an unfinished cell, and a text with details."""
     state, done = states.read(cell), states.seconds(cell)
     stages = [stage["stage"] for stage in artifacts.read_json(places.cell(cell) / "cell.json")["stages"]]
     of_stages = f"{len(done)} of {len(stages)} stages" if done else ""
@@ -99,14 +99,14 @@ def _state(places: Places, states: States, cell: str, running: bool) -> tuple[st
 
 
 def _losses(places: Places, cell: str) -> list[str]:
-    """Validation and test loss from a cell's scores, not from the ledger; nothing where it has none."""
+    """Validation and test loss from a cell's scores, not from the ledger; empty if it has none."""
     path = places.scores(cell)
     corpora = artifacts.read_json(path)["corpora"] if path.is_file() else {}
     return [f"{corpora[name]['loss']:.4f}" if name in corpora else "" for name in ("validation", "test")]
 
 
 def _steps(places: Places, cell: str) -> str:
-    """How many steps of a training run are in its table of losses."""
+    """The number of steps in a training run's table of losses."""
     path = places.losses(cell)
     return f"step {max(_lines(path) - 1, 0):,}" if path.is_file() else ""
 
@@ -124,7 +124,7 @@ def _begun(places: Places, cell: str) -> bool:
 
 
 class CellProgress:
-    """Prints through rich; without a terminal only the lines of finished stages appear."""
+    """Prints through rich; without a terminal only lines for finished stages appear."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False, width=None)
@@ -165,22 +165,22 @@ class CellProgress:
         self.console.print(f"{self._clock()}  {'kept':<7}{cell}", soft_wrap=True)
 
     def finished(self, cell: str, record: dict[str, Any]) -> None:
-        """A cell with its record; its losses are worth a line."""
+        """A finished cell; prints its losses from the record."""
         if record.get("validation_loss") is not None:
             text = f"validation {record['validation_loss']:.4f}  test {record['test_loss']:.4f}"
             self.console.print(f"{self._clock()}  {'loss':<7}{cell}  {text}", soft_wrap=True)
 
     def failed(self, cell: str, attempt: int, *, again: bool) -> None:
-        """A cell that failed, and whether it is begun again."""
+        """A failed attempt, and whether the cell is retried."""
         what = "is run again" if again else "is given up"
         self.console.print(f"{self._clock()}  {'failed':<7}{cell}  attempt {attempt}, {what}", soft_wrap=True)
 
     def stopped(self, cell: str) -> None:
-        """A cell whose attempt ended before it was done, but got further."""
+        """A cell whose attempt ended early but made progress."""
         self.console.print(f"{self._clock()}  {'stopped':<7}{cell}  goes on from what it saved", soft_wrap=True)
 
     def left(self, cell: str, stage: str) -> None:
-        """A stage that an earlier runner's processes are still at."""
+        """A stage on which processes of an earlier runner still work."""
         text = f"{stage}  waits for processes of an earlier runner to end"
         self.console.print(f"{self._clock()}  {'held':<7}{cell}  {text}", soft_wrap=True)
 
@@ -190,7 +190,7 @@ class CellProgress:
         self.console.print(f"{self._clock()}  {'queue':<7}{cell}  job {job} {what}", soft_wrap=True)
 
     def refused(self, cell: str, why: str) -> None:
-        """A cell that a cluster's queue did not take."""
+        """A cell that the cluster's queue did not accept."""
         self.console.print(f"{self._clock()}  {'queue':<7}{cell}  not taken, tried again later: {why}", soft_wrap=True)
 
     def _line(self, what: str, cell: str, stage: str, seconds: float) -> None:
