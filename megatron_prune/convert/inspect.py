@@ -20,6 +20,13 @@ from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.masks import find_masks, open_masks
 
 _WIDTH = 150  # minimum width of the tree, so that names are not cut
+# The stored arguments that the tree shows. Megatron stores more than 800.
+_SHOWN = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "padded_vocab_size", "max_position_embeddings", "normalization", "norm_epsilon", "rotary_base", "swiglu",
+    "untie_embeddings_and_output_weights", "params_dtype", "seq_length", "tensor_model_parallel_size",
+    "pipeline_model_parallel_size", "tokenizer_type", "tokenizer_model", "consumed_train_samples",
+)  # fmt: skip
 
 
 def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool = False) -> dict[str, Any]:
@@ -146,10 +153,11 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
             step = chain.add(escape(str(entry.get("method", "?"))))
             for key, value in entry.items():
                 if key != "method":
-                    step.add(escape(f"{key}: {value}"))
-    stored = top.add(f"[bold]args[/bold] ({len(found['args'])})")
-    for key, value in found["args"].items():
-        stored.add(escape(f"{key}: {value}"))
+                    step.add(escape(_cut(f"{key}: {value}")))
+    stored = top.add("[bold]arguments[/bold]")
+    shown = {key: found["args"][key] for key in _SHOWN if found["args"].get(key) is not None}
+    stored.add(escape(", ".join(f"{key} {value}" for key, value in shown.items())))
+    stored.add(f"and {len(found['args']) - len(shown)} more: inspect --json")
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
     console.print(top)
@@ -187,6 +195,11 @@ def _add_weights(
         branch = tree.add(label)
         for line in layers[items[0]]:
             branch.add(escape(line))
+
+
+def _cut(text: str) -> str:
+    """A lineage holds whole recipes: ``inspect --json`` has them."""
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 def _line(entry: Mapping[str, Any], mask: Mapping[str, Any] | None) -> str:
