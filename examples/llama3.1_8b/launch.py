@@ -6,8 +6,8 @@
     python examples/llama3.1_8b/launch.py width-50 S200+50 --gpus 64       # from scratch, on all that both saw
     python examples/llama3.1_8b/launch.py --preflight                      # every layout, checked without a cluster
 
-Prints a line for `sbatch`; `--plain` the words of the verb alone. Tables: layouts.yaml. Checkpoints lie under
-runs/llama3.1-8b, the tokens where dclm.sh puts them.
+Prints a line for `sbatch`, with `--plain` only the arguments of the verb. Tables: layouts.yaml. Checkpoints are in
+runs/llama3.1-8b, tokens where dclm.sh writes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TABLE = yaml.safe_load((HERE / "layouts.yaml").read_text())
 BATCH = Batch(TABLE["recipe"]["global-batch-size"], TABLE["recipe"]["seq-length"])
 PARENT_TOKENS = 200
 STEPS_A_BILLION = 250
-CORPUS_TOKENS = "750B"  # what dclm.sh leaves; P200 and R500 need 734B
+CORPUS_TOKENS = "750B"  # from dclm.sh; P200 and R500 need 734B
 
 
 def flags(mapping: Mapping[str, Any]) -> list[str]:
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
 
 
 def _preflight() -> int:
-    """In this process: Megatron is imported once for all of them."""
+    """Check every layout in this process, so that Megatron is imported once."""
     from megatron_prune import artifacts
     from megatron_prune.cli import preflight
     from megatron_prune.engine import cpu

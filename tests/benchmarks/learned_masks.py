@@ -1,6 +1,6 @@
-"""What learning masks costs a training step: ``learn-masks`` over the ``pretrain`` of the same model.
+"""The cost of learning masks per training step: ``learn-masks`` over the ``pretrain`` of the same model.
 
-The same flags, samples and machine, 4096 tokens a step, masks of all kinds: layers, query groups, heads, FFN and hidden
+The same flags, samples and machine, 4096 tokens per step, masks of layers, query groups, heads, FFN and hidden
 channels. The time of a step is the median that Megatron's log reports over a run, after the first steps. Limit of the
 upper end of the ratio: 1.25.
 

@@ -30,9 +30,9 @@ SUBJECTS = {
     "BF16 over 200 steps",
     "test_statistics.py": "statistics and losses on the GPU against the CPU, fp32, 1e-3",
     "test_pruning.py": "`prune`, `sparsify` and `calibrate --score` in bf16 and FP8 against the CPU",
-    "test_saving.py": "asynchronous saves; runs that go on from a save, in bf16 and FP8",
+    "test_saving.py": "asynchronous saves; runs resumed from a save, in bf16 and FP8",
 }
-BENCHMARK = "tokens a second and peak memory, FP8 presets against BF16, BF16 against bare Megatron"
+BENCHMARK = "tokens per second and peak memory, FP8 presets against BF16, BF16 against bare Megatron"
 NOT_RUN = "not run"
 
 
@@ -68,11 +68,11 @@ def machine() -> dict[str, Any]:
 
 def render(found: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None = None) -> str:
     """The page; for None, one that says that nothing ran."""
-    lines = ["# Llama-3.1-8B: what came out", ""]
+    lines = ["# Llama-3.1-8B: results", ""]
     if found is None:
         lines += [
-            "**Not run.** No GPU has been at hand so far: nothing in this folder has trained a model, and no figure",
-            f"here comes from an H100. What a GPU has to show; `{COMMAND}` runs it and writes this page:",
+            "**Not run.** No GPU has been available so far: nothing in this folder has trained a model, and no figure",
+            f"here comes from an H100. These tests need a GPU; `{COMMAND}` runs them and writes this page:",
             "",
         ]
     else:
@@ -97,7 +97,7 @@ def render(found: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None 
     lines += _failures(tests) + _figures(tests) + _speeds(benchmark)
     if found is None:
         lines += [
-            "What has been shown without one is in the documentation: Transformer Engine's own modules, built, saved,",
+            "Results without a GPU are in the documentation: Transformer Engine's own modules, built, saved,",
             "loaded, calibrated, pruned and trained on a CPU with the arithmetic of their kernels written in torch",
             "(`bash tests/run.sh --te`), FP8 recipes through Megatron's validation as rank 0 of 64, and the",
             "comparisons of `tests/gpu/test_pruning.py` on the CPU in bf16 (`tests/gpu/test_dry_run.py`).",

@@ -1,4 +1,4 @@
-"""Sheared-LLaMA's mathematics against the paper's formulas in float64, written again in plain torch."""
+"""Sheared-LLaMA's mathematics against the paper's formulas in float64, in plain torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_ends_of_the_uniform_draw_are_finite():
 
 @pytest.mark.parametrize("log_alpha", [-4.6, -2.0, 0.0, 1.5, 4.6])
 def test_the_expected_share_that_is_kept_is_that_of_many_samples(log_alpha):
-    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # quadrature in place of chance
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # quadrature instead of sampling
     z = sheared_llama.sample(torch.tensor(log_alpha, dtype=torch.float64), u)
     exact = 1 - 1 / (1 + math.exp(-(T * math.log(-GAMMA / ZETA) - log_alpha)))
     assert float((z > 0).double().mean()) == pytest.approx(exact, abs=1e-5)

@@ -1,4 +1,4 @@
-"""A method that learns its masks by training, in a study: its samples, its commands, and what it is compared by."""
+"""A method that learns its masks by training, in a study: its samples, commands and comparisons."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_layout_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_study_learns_masks_and_is_believed(tmp_path: Path) -> None:
-    """On the real engine: masks, plan, cut, retraining, scratch; both settings count what masks were learned on."""
+    """On the real engine: masks, plan, cut, retraining, scratch; both settings count the tokens of the masks."""
     content = made_up.mapping(
         made_up.corpora(tmp_path, train=20_000),
         parent={"pretrain": {"tokens": 5_120, "arguments": test_end_to_end.ARGUMENTS}},

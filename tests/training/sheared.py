@@ -1,8 +1,8 @@
-"""The published algorithm again, for a model that fits in one process: plain torch in float64, autograd for all of it.
+"""The published algorithm for a model that fits in one process: plain torch in float64, with autograd.
 
 Multi-head or grouped attention, no parallelism, no hooks: a forward pass with the factors written where the paper's
-code multiplies them, norms over an explicit list of the channels that are left, one AdamW with groups for weights,
-masks and multipliers, which ascend, and one clip of all gradients together. The random numbers are handed in.
+code multiplies them, norms over an explicit list of the remaining channels, one AdamW with groups for weights,
+masks and multipliers, which ascend, and one clip of all gradients together. The caller passes the random numbers.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def learn(
 ) -> tuple[Masks, Masks, list[float]]:
     """log α and multipliers by kind, and every step's loss.
 
-    ``targets``: shape of a kind's masks and the fraction that is to go; ``batches``: of every step, micro-batches of
-    tokens and labels; ``rates``: of every step, of weights and of masks.
+    ``targets``: shape of a kind's masks and the fraction to remove; ``batches``: per step, micro-batches of tokens and
+    labels; ``rates``: per step, those of weights and of masks.
     """
     masks = {
         kind: torch.full(shape, 5.0, dtype=torch.float64, requires_grad=True) for kind, (shape, _) in targets.items()
@@ -161,7 +161,7 @@ def learn(
 
 
 def kinds(source: ModelShape, target: ModelShape) -> dict[str, tuple[tuple[int, ...], float]]:
-    """What ``learn`` takes, written down again."""
+    """The inputs of ``learn``."""
     layers, groups, heads = source.num_layers, source.num_query_groups, source.heads_per_group
     shapes = {
         "layer": ((layers,), target.num_layers),

@@ -1,4 +1,4 @@
-"""``learn-masks``: against the published algorithm in one float64 process, at other layouts, and cut afterwards."""
+"""``learn-masks``: against the published algorithm in one float64 process, at other layouts, and cut by ``apply``."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_the_applied_model_computes_what_the_masked_one_did(
 
 
 def test_expected_sizes_reach_their_target(tiny_parent, tiny_corpus, tmp_path, job):
-    """Within a hundredth, after 160 steps; what the masks then remove is what they were to."""
+    """Within a hundredth, after 160 steps; the masks then remove the target."""
     save, target = tmp_path / "run", {"target-hidden-size": 64, "target-ffn-hidden-size": 96, "divisible-by": 4}
     job(["learn-masks", *words(tiny_parent, tiny_corpus, save, target=target, steps=160)]).ok()
     state = learned_file.read(save / learned_file.FILE).state
@@ -203,7 +203,7 @@ def test_expected_sizes_reach_their_target(tiny_parent, tiny_corpus, tmp_path, j
 
 
 def test_the_mask_phase_is_the_prunings_own(learned, tiny_parent, tmp_path, job):
-    """Its tokens, FLOPs and samples are in the pruning's entry, which begins with the parent that masks were put on."""
+    """Its tokens, FLOPs and samples are in the pruning's entry, which starts from the parent."""
     plan, cut = tmp_path / "plan.json", tmp_path / "cut"
     flags = [word for key, size in ALL_KINDS.items() for word in (f"--{key}", size)]
     job(["plan", "--method", "sheared-llama", "--load", learned, "--statistics", learned / learned_file.FILE,
