@@ -36,7 +36,7 @@ def ledger(
     setting: str = "equal-training",
     rng: int = 0,
 ) -> dict[str, Any]:
-    """A ``results.json``: scratch falls from 3 nats with the budget, pruned lies ``gap`` below it."""
+    """A ``results.json``: scratch falls from 3 nats with the budget, pruned is ``gap`` below it."""
     generator = np.random.default_rng(rng)
     rows: list[dict[str, Any]] = [
         {"cell": "parent", "arm": "parent", "status": "finished", "seed": None, "shape": None,
