@@ -1,9 +1,9 @@
-"""From matched comparisons to what they say: verdicts at every budget, trends over the budgets.
+"""From matched comparisons to conclusions: verdicts at every budget, trends over the budgets.
 
-Verdicts (``judge``) are corrected over all that the study's family (``family``) is to have, finished or not, and
-bootstrapped over evaluation documents where the corpus and the losses of its windows are there (``Windows``). Trends
-(``follow``) have the laws of both arms and the budget at which training from scratch catches up, on test losses as the
-verdicts are. Each budget is a run of its own; an intermediate checkpoint is never one.
+Verdicts (``judge``) are corrected over all planned comparisons of the study's family (``family``), finished or not, and
+bootstrapped over evaluation documents if the corpus and its window losses exist (``DocumentWindows``). Trends
+(``follow``) have the laws of both arms and the budget at which training from scratch catches up. Both use test losses.
+Each budget is a separate run, never an intermediate checkpoint.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def judge(
     before: Sequence[Record] = (),
     windows: DocumentWindows | None = None,
 ) -> list[Verdict]:
-    """One verdict a group (``results.Compared.group``) of which some seeds have finished, in the study's order.
+    """One verdict per group (``results.Compared.group``) with finished seeds, in the study's order.
 
-    ``before``: groups that were finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those of
-    the family, as it is or as it was then, are counted in the correction, shown or not.
+    ``before``: groups finished in this folder under any study.yaml (``evidence.Evidence.compared``). Those in the
+    family, now or then, count in the correction, shown or not.
     """
     windows = windows or DocumentWindows(study, places)
     groups = _groups(compared, lambda item: tuple(item.group.values()))
@@ -74,7 +74,7 @@ def judge(
 
 
 def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
-    """The paired test losses of one verdict, and its runs, which others may have too."""
+    """The paired test losses of one verdict, and its runs, which other verdicts may share."""
     items = sorted(items, key=lambda item: item.comparison.seed)
     pruned, scratch = (tuple(getattr(item.comparison, arm) for item in items) for arm in ("pruned", "scratch"))
     losses = [np.array([records[cell]["test_loss"] for cell in cells]) for cells in (pruned, scratch)]
@@ -84,7 +84,7 @@ def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
 
 
 def _refuse_repeated_seeds(items: Sequence[Any]) -> None:
-    """A run that came into a verdict twice would make it too sure."""
+    """AccountError if a run occurs twice in a verdict, which would overstate its confidence."""
     seeds = [item.comparison.seed for item in items]
     for item in items:
         if seeds.count(item.comparison.seed) > 1:
@@ -95,7 +95,7 @@ def _refuse_repeated_seeds(items: Sequence[Any]) -> None:
 
 
 def follow(compared: Sequence[Any], records: Mapping[str, Record]) -> list[Trend]:
-    """One trend for each comparison that has several budgets."""
+    """One trend per comparison with several budgets."""
     found = []
     for subject, items in _groups(compared, lambda item: tuple(item.group[key] for key in SUBJECT)).items():
         runs = [
@@ -123,9 +123,9 @@ def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> G
 
 
 class DocumentWindows:
-    """The test losses of every window, each run's read once, and the document of each window.
+    """The test losses of every window, read once per run, and the document of each window.
 
-    Losses on another text than the one that lies there now have no documents.
+    Losses on another text than the current one have no documents.
     """
 
     def __init__(self, study: StudyConfig, places: Places):
@@ -162,7 +162,7 @@ class Trend(Subject):
 
     @property
     def laws(self) -> str:
-        """Both laws in words, or why there is none."""
+        """Both laws as text, or why there are none."""
         if self.pruned is None or self.scratch is None:
             return f"No fit: {len(self.arms.tokens)} budgets, at least {FEWEST_BUDGETS} are needed."
         off = [
@@ -176,7 +176,7 @@ class Trend(Subject):
         return f"{text}; off by {self.pruned.rms:.3f} and {self.scratch.rms:.3f} nats (root mean square)."
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single losses, which are the rows'."""
+        """Everything except single losses, which are in the rows."""
         return {
             **{key: getattr(self, key) for key in SUBJECT},
             "budgets": list(self.arms.tokens),
@@ -194,7 +194,7 @@ def _fit(found: Fit | None) -> dict[str, Any] | None:
 
 
 def of(subject: Mapping[str, Any], runs: Sequence[tuple[int, int, int, float, float]]) -> Trend | None:
-    """The trend of one comparison, from (seed, retraining tokens, scratch tokens, pruned and scratch test loss).
+    """The trend of one comparison, from (seed, retraining tokens, scratch tokens, pruned test loss, scratch test loss).
 
     None for one budget.
     """
@@ -206,11 +206,10 @@ def of(subject: Mapping[str, Any], runs: Sequence[tuple[int, int, int, float, fl
 
 
 def of_windows(prefix: str | Path, windows: int, seq_length: int) -> np.ndarray | None:
-    """The document of each of the first ``windows`` windows, int64 [windows]; None where the corpus is not there.
+    """The document of each of the first ``windows`` windows, int64 [windows]; None if the corpus does not exist.
 
-    Windows are cut from the concatenated documents, so that one may hold parts of several: it counts as the document's
-    of which it predicts most tokens. Window *k* predicts tokens k·S+1 … (k+1)·S (``data.windows``). Read from the
-    ``.idx`` alone.
+    Windows are cut from the concatenated documents. A window with parts of several counts for the document of which it
+    predicts most tokens. Window *k* predicts tokens k·S+1 … (k+1)·S (``data.windows``). Only the ``.idx`` is read.
     """
     index = Path(f"{prefix}.idx")
     if not index.is_file():

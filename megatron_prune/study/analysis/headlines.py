@@ -1,10 +1,10 @@
 """The conclusion of a study: for each setting and granularity (depth, width, sparse) one sentence with its interval.
 
-The comparisons of a granularity at their largest budget are taken together: the mean of their gaps, seed by seed, with
-a paired t interval over seeds; of a single comparison, its verdict's own numbers. With one seed the interval is over
-evaluation documents. Sparse models against dense scratch and against scratch under the same masks are two questions and
-have a sentence each. An arm is named only where the interval of the mean leaves zero out, at least one verdict of
-its own, corrected for its family, agrees, and none says the opposite. So no sentence claims what no verdict does.
+The comparisons of a granularity at their largest budget are combined: the mean of their gaps per seed, with a paired t
+interval over seeds; a single comparison has its verdict's own numbers. With one seed the interval is over evaluation
+documents. Sparse models against dense scratch and against scratch under the same masks are separate questions with
+separate sentences. An arm is named only if the interval of the mean excludes zero, at least one of its verdicts,
+corrected for the family, agrees, and none says the opposite. So no sentence claims more than the verdicts do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Interval = Callable[[Sequence[str], Sequence[str]], OverDocuments | None]
 
 @dataclass(frozen=True)
 class Headline:
-    """What the ``verdicts`` of one granularity in one setting, at one budget, say together.
+    """The combined result of the ``verdicts`` of one granularity in one setting at one budget.
 
     ``test``: scratch minus pruned, the mean over the comparisons; ``documents``: its bootstrap over evaluation
     documents. ``every``: the verdicts at all budgets.
@@ -55,7 +55,7 @@ class Headline:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval that the sentence rests on: over seeds, or of one seed over documents."""
+        """The 95% interval behind the sentence: over seeds, or over documents for one seed."""
         for found in (self.test, self.documents):
             if found is not None and found.low is not None and found.high is not None:
                 return found.low, found.high
@@ -88,7 +88,7 @@ class Headline:
 
     @property
     def words(self) -> str:
-        """The sentence without its first words."""
+        """The rest of the sentence."""
         over = f" on average over {len(self.verdicts)} comparisons" * (len(self.verdicts) > 1)
         if self.winner == "neither":
             size = f": scratch minus pruned is {self.test.mean:+.3f} nats{over}"
@@ -98,7 +98,7 @@ class Headline:
 
     @property
     def _but(self) -> str:
-        """Why an interval that leaves zero out does not decide."""
+        """Why an interval that excludes zero does not decide."""
         if self.winner != "neither" or self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
             return ""
         if self._documents_hold_zero:
@@ -119,7 +119,7 @@ class Headline:
             return ""
         low, high = self.interval
         ends = f"{low:+.3f} to {high:+.3f}"
-        if self.winner != "neither":  # as large as the difference that is named
+        if self.winner != "neither":  # with the sign of the stated difference
             ends = f"{low:.3f} to {high:.3f}" if self.winner == "pruned" else f"{-high:.3f} to {-low:.3f}"
         seeds = self.test.low is not None
         of = f"{self.test.seeds} seeds" if seeds else f"{self.documents.documents if self.documents else 0} documents"
@@ -127,7 +127,7 @@ class Headline:
 
     @property
     def _counted(self) -> str:
-        """Who is ahead in how many, where that is more than the sentence has said already."""
+        """How many comparisons each arm wins, if the sentence does not say so already."""
         found = ""
         if len(self.verdicts) > 1 and (self.winner == "neither" or self._with(self.winner) < len(self.verdicts)):
             found += f" One by one: {self._who(self.verdicts)}."
@@ -159,7 +159,7 @@ class Headline:
 def conclude(
     found: Sequence[Verdict], compared: Sequence[Any], records: Mapping[str, Record], over_documents: Interval
 ) -> tuple[Headline, ...]:
-    """The headlines, by setting and then granularity.
+    """The headlines, sorted by setting and granularity.
 
     ``compared``: ``results.Compared``, from which the verdicts were made; ``over_documents``: the bootstrap of the
     mean difference between runs, given the names of the pruned ones and of the scratch ones.
@@ -189,7 +189,7 @@ def _headline(
         pairs = [_pairs(verdict, compared) for verdict in own]
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in pairs)))
         runs = [[by_seed[seed] for by_seed in pairs] for seed in seeds]  # [seeds][comparisons] of (pruned, scratch)
-        if not runs:  # comparisons under different seeds, of a study that is not finished
+        if not runs:  # an unfinished study has comparisons of different seeds
             runs = [[pair for by_seed in pairs for pair in by_seed.values()]]
         pruned, scratch = ([_mean([records[pair[arm]]["test_loss"] for pair in row]) for row in runs] for arm in (0, 1))
         test = inference.paired(pruned, scratch)
@@ -212,8 +212,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def granularity(pruning: Pruning) -> str:
-    """What is removed: ``depth`` (layers), ``width`` (channels, heads) or ``sparse`` (single weights); ``depth and
-    width`` where it is both."""
+    """What is removed: ``depth`` (layers), ``width`` (channels, heads), ``sparse`` (single weights), or ``depth and
+    width``."""
     found: set[str] = set()
     for link in pruning.links:
         if link.method.pattern is not None:

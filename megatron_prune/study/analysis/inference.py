@@ -1,24 +1,24 @@
 """Differences between paired runs: t intervals over seeds, Holm's correction, and a bootstrap over documents.
 
-Two questions are kept apart. *Other seeds*: a t interval over paired differences, a seed each; what stays the
-same over the seeds, the parent above all, is not in it. *Other text*: a bootstrap over evaluation documents, the
-models fixed; it says nothing of other seeds. Neither stands in for the other.
+Two questions are separate. *Other seeds*: a t interval over paired differences, one per seed; it does not cover what is
+fixed over the seeds, above all the parent. *Other text*: a bootstrap over evaluation documents with the models fixed;
+it does not cover other seeds. Neither replaces the other.
 
-How far seeds scatter is estimated with the help of other comparisons (``shared``): three seeds alone know it to within
-a factor of six. The variance of a comparison's paired differences is taken to be one draw from a scaled inverse
-chi-square distribution that comparisons of the same seeds share (empirical Bayes, Smyth 2004). Its own ``s2`` with
-``d = seeds - 1`` degrees of freedom then becomes ``(d0 * prior + d * s2) / (d0 + d)`` with ``d0 + d``: the less the
-variances of a study differ, the more they are one. ``d0`` is estimated from the spread of ``log s2`` (expected:
-``trigamma(d / 2) + trigamma(d0 / 2)``), as the spread plus its standard error: as little is shared as the data allow,
-since few variances of few seeds look alike even where they are not. Of the whole study and of a setting's comparisons
-alone, that is used which shares more.
+The variance over seeds is estimated with the help of other comparisons (``shared``), since three seeds alone determine
+it only within a factor of six. The variance of a comparison's paired differences is modelled as a draw from a scaled
+inverse chi-square distribution that comparisons of the same seeds share (empirical Bayes, Smyth 2004). Its own ``s2``
+with ``d = seeds - 1`` degrees of freedom becomes ``(d0 * prior + d * s2) / (d0 + d)`` with ``d0 + d``: the more similar
+the variances of a study, the stronger the pooling. ``d0`` is estimated from the spread of ``log s2`` (expected:
+``trigamma(d / 2) + trigamma(d0 / 2)``) plus its standard error, which pools as little as the data allow, since few
+variances of few seeds look alike even if they differ. Of the whole study and a setting's comparisons alone, the one
+that pools more is used.
 
-One variance for all comparisons, where Bartlett's test does not refuse it, was tried: where scatter differs by less
-than that test sees at three seeds, 8 to 12% of studies had a false verdict.
+One common variance, unless Bartlett's test rejects it, was tried: if variances differ by less than that test detects at
+three seeds, 8 to 12% of studies had a false verdict.
 
-Degrees of freedom count what is independent. Comparisons that share a run count as one (``M**2 / sum(g**2)`` of M in
-clusters of g, by the scratch runs or the pruned ones, whichever leaves less), and what a seed does to all of them
-alike has the degrees of freedom of the seeds; both limit ``d0 + d`` as Satterthwaite (1946) puts variances together.
+Degrees of freedom count independent comparisons. Those that share a run count as one (``M**2 / sum(g**2)`` for M in
+clusters of g, by scratch or by pruned runs, whichever gives less), and effects of a seed on all of them have the seeds'
+degrees of freedom; both limit ``d0 + d``, combined as in Satterthwaite (1946).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 4000
 FEWEST = 4  # comparisons from which a spread is estimated
-FEWEST_DOCUMENTS = 30  # below it intervals over documents cover less than they say
+FEWEST_DOCUMENTS = 30  # with fewer, intervals over documents have less than their nominal coverage
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Scratch minus pruned in nats, so that positive says that pruning won. One seed has a mean alone.
+    """Scratch minus pruned in nats; positive means that pruning won. One seed has only a mean.
 
-    ``effect``: the mean in standard deviations over seeds (shared ones where ``pooled``), times Hedges' correction for
-    few of them (1981, eq. 6e); from three seeds on, where they differ.
+    ``effect``: the mean in standard deviations over seeds (shared ones if ``pooled``), with Hedges' small-sample
+    correction (1981, eq. 6e); from three seeds on, if they differ.
     """
 
     seeds: int
@@ -52,12 +52,12 @@ class Difference:
     high: float | None = None
     p: float | None = None  # two-sided
     effect: float | None = None
-    freedom: float = 0  # degrees of, of the variance that the interval rests on
-    pooled: int = 1  # comparisons that this variance is of
+    freedom: float = 0  # degrees of freedom of the interval's variance
+    pooled: int = 1  # number of comparisons that share this variance
 
     @property
     def winner(self) -> str:
-        """``pruned`` or ``scratch``; ``neither`` where the interval holds 0 (or the two are equal)."""
+        """``pruned`` or ``scratch``; ``neither`` if the interval contains 0 (or the two are equal)."""
         low = self.mean if self.low is None else self.low
         high = self.mean if self.high is None else self.high
         return "pruned" if low > 0 else "scratch" if high < 0 else "neither"
@@ -65,9 +65,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class OverDocuments:
-    """A 95% interval of the same difference, had other documents been drawn and the models been the same.
+    """A 95% interval of the same difference over other documents, with the models fixed.
 
-    Without ends for fewer documents than ``FEWEST_DOCUMENTS``.
+    It has no ends for fewer documents than ``FEWEST_DOCUMENTS``.
     """
 
     documents: int
@@ -94,7 +94,7 @@ class OverDocuments:
 def paired(pruned: Sequence[float], scratch: Sequence[float], scatter: Scatter | None = None) -> Difference:
     """The paired difference over seeds, with a two-sided 95% t interval from two seeds on.
 
-    ``scatter`` is what it shares with other comparisons, which its own is put together with.
+    ``scatter``: variance shared with other comparisons, with which its own is combined.
     """
     differences = np.subtract(scratch, pruned, dtype=np.float64)
     seeds, mean = len(differences), float(differences.mean())
@@ -119,12 +119,12 @@ def _effect(mean: float, deviation: float, freedom: float) -> float | None:
 
 
 def t_quantile(freedom: float) -> float:
-    """How many standard errors a two-sided 95% interval reaches to either side."""
+    """Half the width of a two-sided 95% interval in standard errors."""
     return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def detectable(found: Difference, level: float) -> float | None:
-    """The true difference that a two-sided t test at ``level`` finds with probability ``POWER``, at this scatter.
+    """The true difference that a two-sided t test at ``level`` detects with probability ``POWER``, at this variance.
 
     By the noncentral t distribution. None for one seed.
     """
@@ -136,7 +136,7 @@ def detectable(found: Difference, level: float) -> float | None:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for being one family (Holm 1979), in the order given."""
+    """p values corrected for one family (Holm 1979), in the order given."""
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values, kind="stable")
     stepped = np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order])
@@ -149,9 +149,9 @@ def over_documents(pruned: np.ndarray, scratch: np.ndarray, documents: np.ndarra
     """Studentised bootstrap (bootstrap-t, Efron 1981) of scratch minus pruned over evaluation documents.
 
     ``pruned`` and ``scratch``: losses [seeds, windows]; ``documents`` [windows] names the document of each window,
-    and a document's windows are drawn together. Documents differ in length, so that the mean over windows is a ratio of
-    two sums; its standard error, of the data and of every resample, is the linear one. Without an interval for fewer
-    than ``FEWEST_DOCUMENTS``; None for equal models.
+    and a document's windows are drawn together. Documents differ in length, so the mean over windows is a ratio of two
+    sums; its standard error, for the data and every resample, is the linear approximation. No interval for fewer than
+    ``FEWEST_DOCUMENTS``; None for equal models.
     """
     differences = (np.asarray(scratch) - np.asarray(pruned)).mean(axis=0)
     _, own = np.unique(documents, return_inverse=True)
@@ -170,7 +170,7 @@ def over_documents(pruned: np.ndarray, scratch: np.ndarray, documents: np.ndarra
 
 
 def _ratio(moments: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ratio of sums and its standard error, from sums over documents of s, n, s*s, s*n and n*n [..., 5]."""
+    """The ratio of sums and its standard error, from the sums over documents of s, n, s*s, s*n and n*n [..., 5]."""
     s, n, ss, sn, nn = np.moveaxis(moments, -1, 0)
     ratio = s / n
     squares = np.maximum(ss - 2 * ratio * sn + ratio * ratio * nn, 0.0)
@@ -181,7 +181,7 @@ def _ratio(moments: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 class Scatter:
     """The variance of one seed's paired difference that ``comparisons`` share, worth ``weight`` degrees of freedom.
 
-    ``limit``: degrees of freedom that the shared variance has itself, at most.
+    ``limit``: upper bound on the degrees of freedom of the shared variance.
     """
 
     variance: float
@@ -190,7 +190,7 @@ class Scatter:
     comparisons: int
 
     def variance_of(self, own: float, freedom: int) -> tuple[float, float]:
-        """The variance of a comparison whose own is ``own`` with ``freedom`` degrees, and its degrees of freedom."""
+        """The combined variance for a comparison's ``own`` with ``freedom`` degrees, and its degrees of freedom."""
         together = self.weight + freedom
         shared = (self.weight * self.variance + freedom * own) / together
         return shared, max(float(freedom), min(together, self.limit))
@@ -198,7 +198,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Paired:
-    """The paired differences of one comparison, a seed each, and what other comparisons may share with it."""
+    """The paired differences of one comparison, one per seed, and what other comparisons may share with it."""
 
     setting: Hashable  # and the kind of scratch
     seeds: tuple[int, ...]
@@ -208,7 +208,7 @@ class Paired:
 
 
 def shared(comparisons: Sequence[Paired]) -> list[Scatter | None]:
-    """The scatter that each comparison shares with others, in the order given; None where it has only its own."""
+    """The variance that each comparison shares with others, in the order given; None if it has only its own."""
     found: list[Scatter | None] = [None] * len(comparisons)
     study: dict[Hashable, list[int]] = {}
     settings: dict[Hashable, list[int]] = {}
@@ -226,7 +226,7 @@ def shared(comparisons: Sequence[Paired]) -> list[Scatter | None]:
 
 
 def common(comparisons: Sequence[Paired]) -> Scatter | None:
-    """What these share; None for fewer than ``FEWEST``, or where one does not vary at all."""
+    """The variance that these share; None for fewer than ``FEWEST``, or if one does not vary at all."""
     if len(comparisons) < FEWEST:
         return None
     table = np.stack([one.differences for one in comparisons])  # [comparisons, seeds]
@@ -238,7 +238,7 @@ def common(comparisons: Sequence[Paired]) -> Scatter | None:
         number**2 / sum(own * own for own in Counter(names).values())
         for names in ([one.pruned for one in comparisons], [one.scratch for one in comparisons])
     )
-    own = float(special.polygamma(1, half))  # variance of log s2 where all have one variance
+    own = float(special.polygamma(1, half))  # variance of log s2 if all variances are equal
     doubt = float(np.sqrt((special.polygamma(3, half) + 2 * own**2) / independent))
     logs = np.log(variances)
     weight = 2 * _trigamma_inverse(max(0.0, float(logs.var(ddof=1)) - own) + doubt)
@@ -248,10 +248,10 @@ def common(comparisons: Sequence[Paired]) -> Scatter | None:
 
 
 def _freedom(table: np.ndarray, independent: float) -> float:
-    """Degrees of freedom of the mean variance of ``table`` [comparisons, seeds], of which so many are independent."""
+    """Degrees of freedom of the mean variance of ``table`` [comparisons, seeds] with ``independent`` comparisons."""
     seeds = table.shape[1]
     variance = float(table.var(axis=1, ddof=1).mean())
-    together = float(table.mean(axis=0).var(ddof=1))  # what seeds do to all comparisons alike
+    together = float(table.mean(axis=0).var(ddof=1))  # effect of a seed on all comparisons
     doubt = together * together / (seeds - 1)
     if independent > 1:
         doubt += (variance - together) ** 2 / ((independent - 1) * (seeds - 1))

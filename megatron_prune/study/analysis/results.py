@@ -1,11 +1,11 @@
 """From a study's folder to results: rows, matched comparisons and verdicts.
 
-What is finished, and its numbers, come from the artifacts of the cells (``evidence``), never from the ledger.
+The state and the numbers of cells come from their artifacts (``evidence``), never from the ledger.
 
 A row is one side of one comparison: the pruned and the scratch arm of every method, pattern, ratio, budget,
-setting, kind of scratch (``against``) and seed, and one row for each parent. A run that serves several
-comparisons (a pruned run under both settings, a scratch run for two methods of one shape) has a row in each;
-``cell`` tells. A gap is only computed after the accounts have matched (``match``).
+setting, kind of scratch (``against``) and seed, and one row per parent. A run in several comparisons (a pruned run in
+both settings, a scratch run for two methods of one shape) has a row in each, with the same ``cell``. A gap is only
+computed after the accounts have matched (``match``).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison with what came of it: ``status`` is finished, pending or not run."""
+    """A comparison and its result; ``status`` is finished, pending or not run."""
 
     comparison: grid.Comparison
-    tokens: int  # of the retraining
+    tokens: int  # of retraining
     status: str
     match: tuple[pair.Line, ...] = ()
 
     @property
     def group(self) -> dict[str, Any]:
-        """What is the same for all seeds."""
+        """The fields that all seeds share."""
         return self.comparison.group(self.tokens)
 
 
@@ -70,16 +70,16 @@ class Results:
     verdicts: tuple[Verdict, ...]
     trends: tuple[Trend, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
-    disbelieved: tuple[str, ...] = ()  # what the ledger says that the artifacts do not
-    left_out: tuple[evidence.LeftOut, ...] = ()  # runs that the folder holds and the study does not ask for
-    ran: str = ""  # what the trainings ran with
+    disbelieved: tuple[str, ...] = ()  # contradictions between ledger and artifacts
+    left_out: tuple[evidence.LeftOut, ...] = ()  # runs in the folder that the study does not ask for
+    ran: str = ""  # environment of the trainings
     headlines: tuple[Headline, ...] = ()
 
 
 def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
-    """Read a study's folder: ``study`` as it is now, or as it was last run.
+    """Read the folder of a study, given as ``study`` or else as last run.
 
-    AccountError when two runs that should match do not, or the files of one contradict each other.
+    AccountError if two runs that should match do not, or if the files of one contradict each other.
     """
     study = study or schema.from_mapping(artifacts.read_json(places.root / "study.json"), str(places.root))
     held = evidence.gather(study, places)
@@ -99,7 +99,7 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
 
 
 def _parent(study: schema.StudyConfig, records: Mapping[str, Record]) -> Record | None:
-    """The parent's record; where every seed has one, the first's with the mean of their losses."""
+    """The parent's record; if each seed has its own, the first one with the mean of their losses."""
     parents = [records[cell] for cell, _ in parent_cells(study) if cell in records]
     if len(parents) < 2:
         return parents[0] if parents else None
@@ -108,7 +108,7 @@ def _parent(study: schema.StudyConfig, records: Mapping[str, Record]) -> Record 
 
 
 class _Matching:
-    """Comparisons of finished runs by their accounts, each of which is read once."""
+    """Compares finished runs by their accounts, each of which is read once."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class _Matching:
         self._behind: dict[Path, list[Stage]] = {}
 
     def compare(self, made: grid.Comparison) -> Compared:
-        """The match of a comparison whose runs are finished; AccountError when they do not match."""
+        """The match of a comparison whose runs are finished; AccountError if they do not match."""
         tokens = self.lay.retrain(made.budget).steps * self.lay.batch.tokens
         if made.not_run:
             return Compared(made, tokens, "not run" if made.pruned in self.records else "pending")
@@ -156,7 +156,7 @@ class _Matching:
         return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
 
     def _texts(self, made: grid.Comparison) -> dict[str, Any]:
-        """What every run was evaluated on whose loss stands beside the others, or decides which of them it is."""
+        """The evaluation text of every run whose loss is compared or used to choose a learning rate."""
         swept = [name for _, *names in made.swept for name in names]
         cells = [made.pruned, made.scratch, *swept, made.pruning.cell, parent_cell(self.study, made.seed)]
         return {cell: self.records[cell]["text"] for cell in cells if cell is not None}
@@ -174,7 +174,7 @@ class _Matching:
         return match.equal_flops(runs, self.lay.parent_flops, spent, declared=declared)
 
     def _stages(self, seed: int) -> list[Stage]:
-        """What is behind a seed's parent, as its checkpoint and the files next to it say now."""
+        """The stages of a seed's parent, from its checkpoint and the files next to it."""
         path = self.places.parent(self.study, seed)
         if path not in self._behind:
             self._behind[path] = lineage.of(open_checkpoint(path))
@@ -184,7 +184,7 @@ class _Matching:
         return pair.of_scores(self._read(self.places.scores(cell)))
 
     def ran(self, cells: Iterable[str]) -> list[dict[str, str]]:
-        """What these cells were trained with."""
+        """The environments that these cells were trained in."""
         return [pair.of_account(self._account(cell)) for cell in cells if self.places.account(cell).is_file()]
 
     def _account(self, cell: str) -> Any:
@@ -255,7 +255,7 @@ COLUMNS = (
 
 
 def of_parents(study: StudyConfig, records: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
-    """The parents that are finished."""
+    """Rows of finished parents."""
     first = study.parent.pretrain.seed if study.parent.pretrain else None
     for cell, seed in parent_cells(study):
         if parent := records.get(cell):
@@ -271,7 +271,7 @@ def of_parents(study: StudyConfig, records: Mapping[str, Record]) -> Iterator[di
 def of_comparison(
     study: StudyConfig, item: Compared, records: Mapping[str, Record], consumed: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """The pruned side and the scratch side."""
+    """Rows of the pruned side and the scratch side."""
     made = item.comparison
     pruning = records.get(made.pruning.cell, {})
     shared = {
@@ -305,8 +305,7 @@ def _behind(
     records: Mapping[str, Record],
     consumed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Tokens and FLOPs of the whole pruned arm: the parent's, the pruning's (with retrainings between links) and its
-    own."""
+    """Tokens and FLOPs of the whole pruned arm: parent, pruning (with retrainings between links) and retraining."""
     record, spent = records.get(pruning.cell, {}), spent_on(study, pruning, records, consumed)
     tokens, known = consumed.get(pruning.name, 0), parent.get("tokens") is not None
     trained = (parent.get("tokens") or 0) + pruned["tokens"] + pruning.trained
@@ -330,11 +329,11 @@ def _behind(
 def spent_on(
     study: StudyConfig, pruning: Pruning, records: Mapping[str, Record], consumed: Mapping[str, int]
 ) -> int | None:
-    """FLOPs of a pruning and of those that it starts from, with their calibrations; None before they are finished."""
+    """FLOPs of a pruning and its predecessors, including calibrations; None before they are finished."""
     spent: list[int | None] = []
     for link in pruning.links:
         own = consumed.get(link.name, 0) - (consumed.get(link.base.name, 0) if link.base else 0)
-        # A sparse pruning reads text by itself: its own FLOPs have it.
+        # A sparse pruning reads its text itself, which is in its own FLOPs.
         statistics = own > 0 and link.method.pattern is None
         spent.append(flops_of(records, study, link, statistics=statistics))
     return None if None in spent else sum(part for part in spent if part is not None)
@@ -354,11 +353,11 @@ def _row(study: StudyConfig, record: Record | None, arm: str, status: str, **kno
 
 
 def refuse_others(study: StudyConfig, pruning: Pruning, records: Mapping[str, Record]) -> None:
-    """AccountError where a pruning, or one that it starts from, was made of other weights or statistics than the
-    ledger has of the cells that it rests on. What has no line yet is not looked at.
+    """AccountError if a pruning, or one that it starts from, was made from other weights or statistics than the ledger
+    records for the cells that it depends on. Cells without a line are not checked.
 
-    A cell that was removed and made again leaves those that rest on it as they are. The ledger has the fingerprint of
-    every checkpoint and the hash of all statistics, so that such a mixture is seen and no verdict is given.
+    Removing and remaking a cell does not change those that depend on it. The ledger has the fingerprint of every
+    checkpoint and the hash of all statistics, so such a mixture is detected and gets no verdict.
     """
     for link in pruning.links:
         for own, what, made_of, cell, key in _rests_on(study, link, records):
@@ -373,7 +372,7 @@ def refuse_others(study: StudyConfig, pruning: Pruning, records: Mapping[str, Re
 def _rests_on(
     study: StudyConfig, link: Pruning, records: Mapping[str, Record]
 ) -> Iterator[tuple[str, str, str, str, str]]:
-    """(a cell, what of another it was made of, that as it was then, the other cell, its key in the ledger)."""
+    """Tuples (cell, kind of input, the input's hash at that time, the cell that made it, its key in the ledger)."""
     between = link.retraining_cell
     if link.base is not None and between is not None and between in records:
         own = records[between]

@@ -1,22 +1,20 @@
-"""Loss against training tokens as a law, and where training from scratch catches up with a pruned start.
+"""Loss as a law of training tokens, and where training from scratch catches up with a pruned start.
 
 Scratch: ``E + A * N**-alpha``, with N its training tokens (Hoffmann et al. 2022, arXiv:2203.15556, at one model size).
 Pruned: ``E + A * (N + N0)**-alpha``, with N its retraining tokens and N0 what its start was worth in tokens.
 
-Given alpha and N0 the law is linear in E and A, so that only these two are searched (variable projection): on a
-grid first, since the valley is long and flat, then by SciPy's least squares.
+Given alpha and N0 the law is linear in E and A, so only alpha and N0 are searched (variable projection): first on a
+grid, since the valley is long and flat, then by SciPy's least squares.
 
-Whether a law describes the losses is asked by an F test: its residuals against how far runs scatter. A seed's runs
-share their order of the data at every budget, and so an offset; what all budgets have in common is no scatter, and of
-the law of the mean over seeds it moves the floor alone. Where the floor ends at 0, a p below 0.01 comes at 2% of true
-laws in place of 1%.
+An F test checks whether a law describes the losses: its residuals against the scatter of runs. The runs of a seed share
+their data order at every budget, and therefore an offset; an offset common to all budgets is not scatter, and only
+moves the floor of the law of the mean. If the floor is 0, p is below 0.01 for 2% of true laws instead of 1%.
 
-The break-even is the retraining budget at which scratch catches up. The gap, scratch minus pruned, is followed over
-the budgets of one comparison, each seed for itself: by the laws of both arms where there are at least five budgets and
-the laws describe the losses, and at the measured budgets alone where not. At every budget a t interval over seeds says
-where the gap may be zero; the budgets at which it may are the break-even's interval. So a truth beyond the data is
-called inside them only where the gap at the largest budget is below zero by its own interval, and whatever a seed's
-runs have in common is allowed for.
+The break-even is the retraining budget at which scratch catches up. The gap, scratch minus pruned, is followed over the
+budgets of one comparison, separately per seed: by the laws of both arms if there are at least five budgets and the laws
+describe the losses, otherwise only at the measured budgets. The break-even's interval is the set of budgets at which a
+t interval over seeds contains zero. So a break-even beyond the data is placed inside only if the gap at the largest
+budget is below zero by its own interval, and effects common to a seed's runs are accounted for.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from megatron_prune.study.analysis import inference
 FEWEST_BUDGETS = 5
 EXPONENTS = (0.02, 3.0)
 STARTS = (1e-2, 1e3)  # N0, as multiples of the smallest and of the largest number of tokens
-GRID = 400  # budgets between the smallest and the largest at which the gap is asked for
+GRID = 400  # points between the smallest and largest budget at which the gap is evaluated
 Status = Literal["inside", "open", "beyond", "before", "reversed"]
 POOR = 0.01  # p of the test of lack of fit below which a law is not used
 
@@ -53,7 +51,7 @@ class Law:
 
     @property
     def at_bound(self) -> bool:
-        """Whether the exponent is at an end of what is searched: these losses do not determine it."""
+        """Whether the exponent is at a bound of the search, that is, not determined by these losses."""
         return not 1.01 * EXPONENTS[0] < self.exponent < 0.99 * EXPONENTS[1]
 
     @property
@@ -65,7 +63,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law of the mean over seeds, how far it is off, and whether it describes them."""
+    """A law of the mean over seeds, its error, and the test whether it describes the losses."""
 
     law: Law
     rms: float  # nats between the law and the means at the budgets
@@ -87,7 +85,7 @@ def fit(tokens: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Fit | N
     p = None
     if seeds > 1:
         free = budgets - (4 if pruned else 3)
-        # What is left without the means of every seed and every budget: errors of the single runs.
+        # Residuals after removing the means of seeds and budgets: errors of single runs.
         errors = losses - losses.mean(axis=0) - losses.mean(axis=1, keepdims=True) + losses.mean()
         own = (budgets - 1) * (seeds - 1)
         scatter, lack = float((errors**2).sum()) / own, seeds * float(residuals @ residuals) / free
@@ -96,12 +94,12 @@ def fit(tokens: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Fit | N
 
 
 def law(budgets: Sequence[float], losses: np.ndarray, *, pruned: bool) -> Law:
-    """The law of least squares through ``losses`` at ``budgets``, with E, A and N0 not negative."""
+    """The least-squares law for ``losses`` at ``budgets``, with E, A and N0 not negative."""
     tokens = np.asarray(budgets, dtype=np.float64)
     losses = np.asarray(losses, dtype=np.float64)
     points, bases = _grid(tuple(tokens.tolist()), pruned)
     centred = bases - bases.mean(axis=1, keepdims=True)
-    # The squared error of the best E and A at every point of the grid; a falling law cannot explain rising losses.
+    # The squared error of the best E and A at every grid point; a falling law cannot explain rising losses.
     explained = np.maximum(centred @ losses, 0.0) ** 2 / (centred**2).sum(axis=1)
     begin = points[int(np.argmax(explained))]
     low, high = np.log(_bounds(tokens, pruned))
@@ -141,7 +139,7 @@ def _floor_and_scale(basis: np.ndarray, losses: np.ndarray) -> tuple[float, floa
 
 
 def _bounds(tokens: np.ndarray, pruned: bool) -> tuple[list[float], list[float]]:
-    """Of alpha, and of N0 for a pruned model."""
+    """Bounds of alpha, and of N0 for a pruned model."""
     low, high = [EXPONENTS[0]], [EXPONENTS[1]]
     return (low + [STARTS[0] * tokens[0]], high + [STARTS[1] * tokens[-1]]) if pruned else (low, high)
 
@@ -160,7 +158,7 @@ class Arms:
     """The runs of one comparison at all its budgets, lowest first, over the seeds that have all of them."""
 
     tokens: tuple[int, ...]  # of retraining
-    scratch_tokens: tuple[int, ...]  # of the scratch runs beside them
+    scratch_tokens: tuple[int, ...]  # of the matching scratch runs
     seeds: tuple[int, ...]
     pruned: np.ndarray  # losses [seeds, budgets]
     scratch: np.ndarray
@@ -185,7 +183,7 @@ class BreakEven:
 
     @property
     def words(self) -> str:
-        """A sentence without its subject."""
+        """The break-even as a sentence without its subject."""
         return f"{self._where}{' (one seed: no interval)' if self.seeds == 1 else ''}."
 
     @property
@@ -239,7 +237,7 @@ def _by_laws(arms: Arms) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _between(arms: Arms, tokens: np.ndarray, gap: np.ndarray, *, by: Literal["laws", "budgets"]) -> BreakEven:
-    """From the gap of every seed at increasing budgets."""
+    """The break-even from the gap [seeds, tokens] at increasing budgets."""
     seeds, mean = len(gap), gap.mean(axis=0)
     reach = np.zeros_like(mean)
     if seeds > 1:
@@ -254,7 +252,7 @@ def _between(arms: Arms, tokens: np.ndarray, gap: np.ndarray, *, by: Literal["la
     if ahead.all():
         return found("beyond")
     begins, ends = ahead[0], behind[-1]
-    # The last budget up to which pruned is ahead all the way, and the first from which scratch is.
+    # The last budget up to which pruned is always ahead, and the first from which scratch always is.
     low = int(np.argmin(ahead)) - 1
     high = len(behind) - int(np.argmin(behind[::-1]))
     if by == "laws":
@@ -273,7 +271,7 @@ def _between(arms: Arms, tokens: np.ndarray, gap: np.ndarray, *, by: Literal["la
 
 
 def _cross(tokens: np.ndarray, values: np.ndarray, before: int) -> float:
-    """Where ``values`` pass zero between ``before`` and the next of ``tokens``, on a line in log(tokens)."""
+    """Where ``values`` cross zero after index ``before``, by linear interpolation in log(tokens)."""
     if not 0 <= before < len(tokens) - 1:
         return float(tokens[min(max(before, 0), len(tokens) - 1)])
     a, b = values[before], values[before + 1]
@@ -284,8 +282,8 @@ def _cross(tokens: np.ndarray, values: np.ndarray, before: int) -> float:
 def arms(records: Sequence[tuple[int, int, int, float, float]], fewest: int = 2) -> Arms | None:
     """From (seed, retraining tokens, scratch tokens, pruned loss, scratch loss) of every finished pair.
 
-    Every budget rests on the same seeds: of an unfinished study, the largest full table of seeds and budgets; None
-    where that has fewer than ``fewest`` budgets.
+    All budgets have the same seeds: for an unfinished study, the largest complete table of seeds and budgets; None if
+    that has fewer than ``fewest`` budgets.
     """
     found = {(seed, tokens): (beside, pruned, scratch) for seed, tokens, beside, pruned, scratch in records}
     budgets: dict[int, set[int]] = {}

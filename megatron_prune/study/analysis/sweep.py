@@ -1,8 +1,8 @@
-"""Which learning rate stands for an arm: the one with the lowest validation loss, as the mean over the seeds.
+"""Chooses the learning rate of an arm: the one with the lowest validation loss, averaged over the seeds.
 
-Both arms of a comparison were trained at every rate under every seed (``match`` looks at their accounts). One rate is
-chosen for an arm (a pruning's retraining at a budget; a setting's scratch runs beside it), not one a seed, so that a
-choice is less of a lottery; the test corpus has no say. An arm has no choice before all of its runs are finished.
+Both arms of a comparison are trained at every rate with every seed (``match`` checks their accounts). One rate is
+chosen per arm (a pruning's retraining at a budget; a setting's scratch runs), not per seed, to reduce noise; the test
+corpus is not used. There is no choice until all runs of the arm are finished.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_prune.study.grid import Comparison, Edge
 
 @dataclass(frozen=True)
 class Sweep:
-    """An arm's rates with their mean validation losses, and the one that was chosen (None: runs are missing)."""
+    """An arm's rates with their mean validation losses, and the chosen one (None while runs are missing)."""
 
     arm: str
     method: str
@@ -31,7 +31,7 @@ class Sweep:
 
     @property
     def edge(self) -> Edge | None:
-        """Where the choice is at an end of the rates: the next one, as far from it as its neighbour on a log scale."""
+        """If the choice is at an end of the rates: the next rate to try, at its neighbour's distance on a log scale."""
         rates = sorted(self.validation)
         if self.chosen is None or self.chosen not in (rates[0], rates[-1]):
             return None
@@ -43,7 +43,7 @@ class Sweep:
 def choose(
     comparisons: Sequence[Comparison], records: Mapping[str, Mapping[str, Any]]
 ) -> tuple[tuple[Comparison, ...], tuple[Sweep, ...]]:
-    """The comparisons with the runs that stand for their arms, and how these were chosen."""
+    """The comparisons with the chosen runs of their arms, and the sweeps behind the choices."""
     runs: dict[tuple[Any, ...], dict[float, list[str | None]]] = {}
     for made in comparisons:
         for rate, pruned, scratch in made.swept:

@@ -1,7 +1,7 @@
-"""Which arm ended lower, by how much, and how sure that is: as numbers and as a sentence.
+"""Which arm ended lower, by how much, and with which confidence: as numbers and as a sentence.
 
-Losses are mean nats per predicted token on fixed windows. The test corpus decides; validation is
-shown beside it. A sentence claims no more than its interval, and one seed has none.
+Losses are mean nats per predicted token on fixed windows. The test corpus decides; validation is also shown. A sentence
+claims no more than its interval, and one seed has none.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}
 class Verdict(Subject):
     """Scratch minus pruned for one method, ratio, setting, kind of scratch and budget, over all finished seeds.
 
-    ``family``: how many comparisons Holm's correction was over, 0 where this is none of them; ``without``: those of
-    them that have no p value; ``corrected``: its own p value then; ``level``: what Holm holds those against that are
-    not told apart. ``documents``: the bootstrap over evaluation documents, of the test text.
+    ``family``: number of comparisons under Holm's correction, 0 if this is not one of them; ``without``: those of them
+    without a p value; ``corrected``: its corrected p value; ``level``: Holm's level for comparisons that are not told
+    apart. ``documents``: the bootstrap over evaluation documents of the test text.
     """
 
     tokens: int
@@ -32,7 +32,7 @@ class Verdict(Subject):
     test: Difference
     pruned: Mapping[str, float]  # mean losses by corpus
     scratch: Mapping[str, float]
-    budget: int = 0  # as the study asks for it; ``tokens`` are whole batches
+    budget: int = 0  # as in study.yaml; ``tokens`` are whole batches
     one_parent: bool = True  # for all seeds
     family: int = 0
     without: int = 0
@@ -43,7 +43,7 @@ class Verdict(Subject):
 
     @property
     def detectable(self) -> float | None:
-        """The gap in nats that would have been told apart in four such studies of five; None for one seed."""
+        """The gap in nats that such a study would detect with 80% power; None for one seed."""
         return inference.detectable(self.test, self.level)
 
     @property
@@ -53,7 +53,7 @@ class Verdict(Subject):
 
     @property
     def shown_winner(self) -> str:
-        """The same, but ``neither`` where there is no interval at all: nothing is marked as certain that is not."""
+        """The same, but ``neither`` if there is no interval, so that nothing uncertain is marked as certain."""
         intervals = [self.test.low, self.documents and self.documents.low]
         return self.winner if any(low is not None for low in intervals) else "neither"
 
@@ -67,13 +67,13 @@ class Verdict(Subject):
 
     @property
     def subject(self) -> str:
-        """What it is about: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
+        """The subject: ``shortgpt, 50% removed, equal training tokens, 409,600 of retraining``."""
         dense = ", against dense scratch" if self.dense else ""
         return f"{self.label}, {setting_words(self.setting)}, {self.tokens:,} of retraining{dense}"
 
     @property
     def words(self) -> str:
-        """The verdict as a sentence, and how sure it is."""
+        """The verdict as a sentence with its confidence."""
         losses = f"test loss {self.pruned['test']:.3f} against {self.scratch['test']:.3f}"
         if self.winner == "neither":
             found = f"pruned and scratch cannot be told apart, {losses}"
@@ -127,9 +127,9 @@ def judge(
     edges: tuple[Edge, ...] = (),
     **subject: Any,
 ) -> Verdict:
-    """The verdict over paired records, a seed each, that hold ``validation_loss`` and ``test_loss``.
+    """The verdict from paired records, one per seed, with ``validation_loss`` and ``test_loss``.
 
-    ``scatter``: what its test losses share with other comparisons. ``subject``: the fields of ``Subject``.
+    ``scatter``: variance of test losses shared with other comparisons. ``subject``: the fields of ``Subject``.
     """
     losses = {
         arm: {name: [record[f"{name}_loss"] for record in records] for name in CORPORA}
@@ -153,14 +153,14 @@ def judge(
 def corrected(found: Sequence[Verdict], in_family: Callable[[Verdict], bool], planned: int) -> list[Verdict]:
     """The verdicts, those of the family with Holm's correction over all its ``planned`` comparisons.
 
-    Those that have no p value yet, or will have none, count with p = 1: what was looked at first is not judged as if
-    the rest had never been meant. One seed has no p value to correct.
+    Those without a p value (yet) count with p = 1, so that early results are corrected for the comparisons still
+    planned. One seed has no p value to correct.
     """
     family = [number for number, verdict in enumerate(found) if verdict.test.p is not None and in_family(verdict)]
     known = [found[number].test.p or 0.0 for number in family]
     values = inference.holm(known + [1.0] * (planned - len(known)))
     judged = list(found)
-    # Holm holds what is not told apart against the family without what is.
+    # Holm tests comparisons that are not told apart against the family without those that are.
     level = (1 - CONFIDENCE) / max(1, planned - sum(p < 1 - CONFIDENCE for p in values))
     for number, p in zip(family, values, strict=False):
         without = planned - len(known)

@@ -1,1 +1,1 @@
-"""The report of a study: figures and one self-contained page, and the same as data."""
+"""The report of a study: figures, one self-contained page, and the same content as data."""

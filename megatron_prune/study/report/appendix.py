@@ -1,6 +1,6 @@
-"""The tables in the appendix of a report: every run, rates, prunings, accounts, matches, time, and what is not shown.
+"""The appendix tables of a report: runs, rates, prunings, accounts, matches, time, and runs that are not shown.
 
-Short names of runs are for reading; the cell's own name is in the CSV files, and shown where the pointer rests.
+Runs have short names; the cell's full name is in the CSV files and shown on hover.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_prune.study.report.tabular import (
 
 
 def every(found: Results) -> list[Table]:
-    """All of them that have something to say."""
+    """All appendix tables that are not empty."""
     made = [
         rows(found),
         sweeps(found),
@@ -87,10 +87,10 @@ def gaps(found: Results) -> list[float | None]:
 
 
 def short_names(found: Results) -> dict[str, str]:
-    """A short name for every cell: what it is of, and no more of its budget, seed and rate than tells it apart.
+    """A short name for every cell, with only as much of budget, seed and rate as makes it unique.
 
-    ``shortgpt 50%``, ``as shortgpt 50%, equal total``, ``dense, equal training``; of two cells that would have one
-    name, both keep their own.
+    ``shortgpt 50%``, ``as shortgpt 50%, equal total``, ``dense, equal training``; cells whose short names collide keep
+    their own.
     """
     study = found.study
     names: dict[str, str] = {}
@@ -116,7 +116,7 @@ def short_names(found: Results) -> dict[str, str]:
         names.setdefault(made.pruning.cell, own + mark(None, made.seed, {}))
     for cell in found.records:
         names.setdefault(cell, cell)
-    # A pruning and what was retrained from it stand in tables of their own, and may share a name.
+    # A pruning and its retraining are in separate tables and may share a name.
     used = Counter((name, _kind(cell)) for cell, name in names.items())
     return {cell: name if used[name, _kind(cell)] == 1 else cell for cell, name in names.items()}
 
@@ -126,7 +126,7 @@ def _kind(cell: str) -> str:
 
 
 def accounts(found: Results) -> Table:
-    """Every trained run once, with what lies behind it."""
+    """Every trained run once, with its history."""
     behind = {row["cell"]: row for row in found.rows if row["status"] == "finished"}
     short = short_names(found)
     shown = []
@@ -162,7 +162,7 @@ def accounts(found: Results) -> Table:
 
 
 def matches(found: Results) -> Table:
-    """How every comparison matched; its lines are in ``results.json`` and on the page."""
+    """The match of every comparison; its lines are in ``results.json`` and on the page."""
     shown = []
     for item in found.compared:
         made = item.comparison
@@ -202,7 +202,7 @@ def prunings(found: Results) -> Table:
 
 
 def left_out(found: Results) -> Table:
-    """Runs that were finished in the folder and that the study does not ask for."""
+    """Finished runs in the folder that the study does not ask for."""
     shown = [
         {"cell": one.cell, "why": one.why, **{key: one.record.get(key) for key in ("validation_loss", "test_loss")}}
         for one in found.left_out
@@ -230,7 +230,7 @@ def seconds(found: Results) -> Table:
 
 
 def sweeps(found: Results) -> Table:
-    """Learning rates of every arm, with the one that stands for it."""
+    """Learning rates of every arm, with the chosen one."""
     shown = [
         {
             "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio)}",

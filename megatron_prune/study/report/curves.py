@@ -1,4 +1,4 @@
-"""The figure of losses on the way: every run's training loss against tokens."""
+"""The figure of loss curves: every run's training loss against tokens."""
 
 from __future__ import annotations
 
@@ -39,17 +39,16 @@ TITLES = {
     "equal-training": "Tokens of this training alone",
     "equal-flops": "Tokens of this training alone, equal FLOPs",
 }
-FEW = 24  # runs up to which lines are thick
-MANY = 48  # runs from which each method has a panel
+FEW = 24  # up to this number of runs lines are thick
+MANY = 48  # from this number of runs on each method has a panel
 Curves = Mapping[str, np.ndarray]
 Panels = dict[tuple[str, str], list[Comparison]]
 
 
 def loss_curves(results: Results, tables: Mapping[str, Path]) -> Drawing | None:
-    """Training loss of every run against tokens: all that a model has seen, and the budget alone.
+    """Training loss of every run against all tokens that a model has seen, and against its budget's tokens.
 
-    ``tables``: by cell, ``losses.csv``. More arms than there are colours, or very many runs, have a panel for each
-    method.
+    ``tables``: ``losses.csv`` by cell. With more arms than colours, or very many runs, each method has a panel.
     """
     read = {cell: curve for cell, path in tables.items() if (curve := _curve(results, cell, path)) is not None}
     longest = max((curve.shape[1] for curve in read.values()), default=0)
@@ -116,7 +115,7 @@ def _loss_curves(results: Results, curves: Curves, own: Panels, many: bool, stac
 def _ends(
     results: Results, curves: Curves, compared: Sequence[Comparison], palette: Mapping[str, str]
 ) -> list[tuple[float, str, str]]:
-    """Where the lines of a panel end: the pruned ones by name, and those from scratch together."""
+    """Labels for the ends of a panel's lines: pruned ones by name, those from scratch together."""
     last: dict[str, list[float]] = {}
     short = {name: name.removesuffix(common_tail(results)) for name in palette}
     for made in compared:
@@ -135,7 +134,7 @@ def _ends(
 
 
 def _panels(results: Results, curves: Curves, many: bool) -> Panels:
-    """What is drawn together, by setting and title: one setting, with ``many`` arms one method of it."""
+    """The content of each panel, by setting and title: one setting or, with ``many`` arms, one method in it."""
     parents = any(results.records[cell]["kind"] == "parent" for cell in curves)
     found: Panels = {("equal-total", TITLES["equal-total"]): []} if parents and not many else {}
     several = len({item.comparison.setting for item in results.compared}) > 1
@@ -149,10 +148,10 @@ def _panels(results: Results, curves: Curves, many: bool) -> Panels:
 
 
 def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour: str, drawn: set[str]) -> None:
-    """A pruned run and its scratch run, in front of what stands in the panel already.
+    """Draw a pruned run and its scratch run in front of the panel's other lines.
 
-    Methods of one shape share a scratch run: it is drawn once, in the first one's colour; all sparse methods
-    share a dense one, in none's.
+    Methods of one shape share a scratch run, drawn once in the first one's colour; the dense run that all sparse
+    methods share has a neutral colour.
     """
     start = (results.lay.parent_tokens or 0) if made.setting == "equal-total" else 0
     dense = made.against == "dense" and made.pruning.sparse
@@ -167,7 +166,7 @@ def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour:
 
 
 def _by_variant(results: Results) -> dict[str, str]:
-    """One colour for each pattern and ratio, whatever the method."""
+    """One colour per pattern and ratio, independent of the method."""
     names = dict.fromkeys(_variant(item.comparison.pruning) for item in results.compared)
     return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
@@ -179,7 +178,7 @@ def _variant(pruning: Pruning) -> str:
 
 
 def _curve(results: Results, cell: str, path: Path) -> np.ndarray | None:
-    """[2, steps]: tokens and loss; None where there is no table."""
+    """[2, steps]: tokens and loss; None if there is no table."""
     if cell not in results.records or not path.is_file():
         return None
     with open(path, newline="") as handle:
@@ -188,7 +187,7 @@ def _curve(results: Results, cell: str, path: Path) -> np.ndarray | None:
 
 
 def _smooth(curve: np.ndarray, longest: int) -> np.ndarray:
-    """[2, points]: as many tokens behind every point of every run, but for the shortest runs."""
+    """[2, points]: a running mean over the same number of tokens in every run, except the shortest ones."""
     width = max(1, min(longest // 50, curve.shape[1] // 10))
     return np.array([curve[0, width - 1 :], np.convolve(curve[1], np.ones(width) / width, mode="valid")])
 

@@ -1,8 +1,8 @@
-"""How figures of a report are drawn, to read on a light and on a dark page alike; and kept.
+"""Drawing and storing figures of a report, readable on light and dark pages.
 
-Backgrounds are transparent and data colours of middle lightness, at least 3:1 against both pages; no meaning rests
-on a colour alone. Text and axes are drawn in ``INK``: files keep it, a neutral grey; in the page it becomes the page's
-own text colour. Text is measured in DejaVu Sans, which is wider than the fonts that pages have, so that none is cut.
+Backgrounds are transparent and data colours have medium lightness, with a contrast of at least 3:1 on both pages;
+colour never carries meaning alone. Text and axes are drawn in ``INK``, a neutral grey in files; on the page it becomes
+the page's text colour. Text is measured in DejaVu Sans, which is wider than page fonts, so that none is cut.
 ``Drawing`` holds one figure as SVG for the page and writes it as SVG and PNG files.
 """
 
@@ -40,7 +40,7 @@ PARENT: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3
 WIDE, NARROW = 7.6, 3.4  # inches
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's font
-    "svg.hashsalt": "megatron_prune",  # the same figure is the same file
+    "svg.hashsalt": "megatron_prune",  # equal figures give equal files
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -66,7 +66,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: SVG as a file would hold it, side by side and stacked, PNG bytes, and what to say about it."""
+    """A figure: SVG for files, wide and stacked, PNG bytes, title and caption."""
 
     name: str
     svg: str
@@ -86,9 +86,9 @@ class Drawing:
         return self._inline(self.stacked, f"{self.name}-stacked")
 
     def _inline(self, svg: str, name: str) -> str:
-        """Its ink is the page's, its ids are its own, it scales to its column."""
+        """Adapt it to the page: the page's text colour, unique ids, scaling to the column."""
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-        for arm, colour in ARMS.items():  # the page has one for paper and one for night
+        for arm, colour in ARMS.items():  # the page has light and dark variants
             svg = svg.replace(colour, f"var(--{arm})")
         svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -102,9 +102,9 @@ class Drawing:
 
 
 def colours(results: Results) -> dict[str, str]:
-    """A colour by label for every method at a pattern and a ratio, in the study's order.
+    """A colour per label (method, pattern and ratio), in the study's order.
 
-    Where there are more of them than colours, those of one method share one.
+    If there are more labels than colours, those of one method share one.
     """
     subjects = list(dict.fromkeys(item.comparison.pruning.subject for item in results.compared))
     shared = [subject[0] if len(subjects) > len(COLOURS) else label(*subject) for subject in subjects]
@@ -128,19 +128,19 @@ def drawing(draw: Callable[[bool], Figure], name: str, title: str, caption: str)
 
 
 def tip(artist: Any, text: str) -> None:
-    """Let ``text`` be shown where the pointer rests on what is drawn."""
+    """Show ``text`` on hover over ``artist``."""
     artist.set_gid(f"tip:{text}")
 
 
 def _with_tips(svg: str) -> str:
-    """Matplotlib writes what it was given as an id, escaped: from there it becomes the element's title."""
+    """Turn the tips, which Matplotlib writes as escaped ids, into titles of their elements."""
     number = count()
     return re.sub(r'id="tip:([^"]*)">', lambda found: f'id="tip-{next(number)}">\n<title>{found[1]}</title>', svg)
 
 
 @cache
 def width_of(words: str, size: float, *, bold: bool = False) -> float:
-    """Inches that the longest line of ``words`` takes."""
+    """Width in inches of the longest line of ``words``."""
     font = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=size)
     return max((TextPath((0, 0), line, prop=font).get_extents().width / 72 if line.strip() else 0.0
                 for line in words.split("\n")), default=0.0)  # fmt: skip
@@ -172,9 +172,9 @@ def inches(axis: Any) -> Any:
 
 
 def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], height: float, size: float = 8) -> None:
-    """Words at the right of a panel of about ``height`` inches: (where the line ends, what it is, its colour).
+    """Labels at the right of a panel of about ``height`` inches: (end of the line, text, colour).
 
-    Labels that would lie on each other are moved apart, and joined to their lines.
+    Overlapping labels are moved apart and connected to their lines.
     """
     low, high = axis.get_ylim()
     step = size * 1.3 / 72 / height
@@ -200,7 +200,7 @@ def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], height: float,
 
 
 def with_perplexity(axis: Any, *, vertical: bool) -> Any:
-    """A second axis beside one of losses, on the other side: the same as perplexities."""
+    """A second axis on the other side of a loss axis: the same values as perplexities."""
     low, high = axis.get_ylim() if vertical else axis.get_xlim()
     second = (axis.secondary_yaxis if vertical else axis.secondary_xaxis)(
         "right" if vertical else "top", functions=(_same, _same)
@@ -220,7 +220,7 @@ def _same(value: Any) -> Any:
 
 
 def _round_perplexities(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two perplexities, evenly on a logarithmic scale as far as they can be."""
+    """Round numbers between two perplexities, as evenly spaced on a logarithmic scale as possible."""
     if high < 2.5 * low:
         return [value for value in MaxNLocator(most).tick_values(low, high) if low <= value <= high]
     for steps in (
@@ -240,13 +240,13 @@ def _round_perplexities(low: float, high: float, most: int) -> list[float]:
 
 
 def panels(count: int, stacked: bool, *, most: int = 3) -> tuple[int, int]:
-    """Rows and columns for ``count`` small panels, the rows as even as they can be."""
+    """Rows and columns for ``count`` small panels, with rows as even as possible."""
     rows = count if stacked else math.ceil(count / most)
     return rows, math.ceil(count / rows)
 
 
 def by_tokens(axis: Any, tokens: Iterable[float]) -> None:
-    """A logarithmic axis of budgets, each with its own tick and name."""
+    """A logarithmic axis with one labelled tick per budget."""
     ticks = sorted(set(tokens))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -258,7 +258,7 @@ def by_tokens(axis: Any, tokens: Iterable[float]) -> None:
 
 
 def name_lowest(axes: Any, shown: int, columns: int, text: str) -> None:
-    """``text`` below the panels that have none below them, and those without content taken away."""
+    """Put ``text`` below the lowest panel of each column and remove empty panels."""
     for number, axis in enumerate(axes):
         axis.set_visible(number < shown)
         if shown - columns <= number < shown:

@@ -1,7 +1,6 @@
-"""The figures at the largest budget: the gaps that the conclusion rests on, the losses, and what these cost.
+"""The figures at the largest budget: the gaps behind the conclusion, and the final losses.
 
-Blue is pruned and filled, orange from scratch and hollow; the marker of scratch says in which setting it was trained.
-A grey gap is one that is not told apart.
+Pruned is blue and filled, scratch orange and hollow; the scratch marker shows its setting. Grey: not told apart.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from megatron_prune.study.report.tabular import MINUS, interval, perplexity, sig
 
 @dataclass(frozen=True)
 class PlotLine:
-    """One row of the figure of gaps: a comparison, or the mean of several. ``group`` stands at the first of a group."""
+    """One row of the figure of gaps: a comparison or a mean of several. ``group`` is set on a group's first row."""
 
     group: str
     name: str
@@ -56,7 +55,7 @@ class PlotLine:
 
 
 def gaps(results: Results) -> Drawing | None:
-    """Scratch minus pruned with its interval: a panel for each setting, in it all comparisons by granularity."""
+    """Scratch minus pruned with its interval: one panel per setting with all comparisons by granularity."""
     panels: dict[str, list[PlotLine]] = {}
     names = short_labels([verdict for headline in results.headlines for verdict in headline.verdicts])
     for headline in results.headlines:
@@ -79,20 +78,20 @@ def gaps(results: Results) -> Drawing | None:
 
 
 def common_tail(results: Results) -> str:
-    """What the labels of all comparisons end with, where all remove the same share: ``, 50% removed``."""
+    """The common end of all labels if all comparisons remove the same share: ``, 50% removed``."""
     ratios = {item.comparison.pruning.subject[2] for item in results.compared}
     ratio = next(iter(ratios), None)
     return f", {100 * ratio:g}% removed" if len(ratios) == 1 and ratio is not None else ""
 
 
 def short_labels(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """Labels without what all of them say of the ratio: ``removed`` says it once."""
+    """Labels without the ratio that they share, which ``removed`` shows once."""
     ratios = {verdict.ratio for verdict in verdicts}
     return {v.label: label(v.method, v.pattern, None if len(ratios) == 1 else v.ratio) for v in verdicts}
 
 
 def removed(results: Results) -> str:
-    """``, 50% of the blocks' linear weights removed``, where that is the same for all."""
+    """``, 50% of the blocks' linear weights removed``, if that is the same for all."""
     ratios = {verdict.ratio for verdict in results.verdicts}
     ratio = next(iter(ratios), None)
     if len(ratios) != 1 or ratio is None:
@@ -102,7 +101,7 @@ def removed(results: Results) -> str:
 
 
 def _lines(headline: Headline, names: Mapping[str, str]) -> list[PlotLine]:
-    """The mean of a granularity's comparisons, where there are several, and each of them."""
+    """The mean of a granularity's comparisons, if there are several, and each of them."""
     against = ""
     if headline.sparse:
         against = "\nvs dense scratch" if headline.dense else "\nvs same masks"
@@ -119,7 +118,7 @@ def _lines(headline: Headline, names: Mapping[str, str]) -> list[PlotLine]:
 
 
 def _interval(verdict: Verdict) -> tuple[float | None, float | None, str]:
-    """Over seeds, where there are several; over documents, if there are enough, where not."""
+    """The interval over seeds if there are several, otherwise over documents if there are enough."""
     if verdict.test.low is not None:
         return verdict.test.low, verdict.test.high, "seeds"
     if verdict.documents and verdict.documents.low is not None:
@@ -128,7 +127,7 @@ def _interval(verdict: Verdict) -> tuple[float | None, float | None, str]:
 
 
 def _gaps(panels: Mapping[str, Sequence[PlotLine]], stacked: bool) -> Figure:
-    """Names and numbers are at the sides, on a narrow page above each bar. All in inches, so that nothing is cut."""
+    """Names and numbers are at the sides, or above each bar on a narrow page; laid out in inches so nothing is cut."""
     size = 8.0 if stacked else 8.5
     room = 1.75 if stacked else 2.1
     panels = {
@@ -158,7 +157,7 @@ def _gaps(panels: Mapping[str, Sequence[PlotLine]], stacked: bool) -> Figure:
 
 
 def _rows(lines: Sequence[PlotLine], stacked: bool) -> float:
-    """How many rows a panel has; on a narrow page a group's name has one of its own."""
+    """The number of rows in a panel; on a narrow page a group's name has its own row."""
     return len(lines) + (0.55 * sum(bool(line.group) for line in lines) if stacked else 0)
 
 
@@ -172,7 +171,7 @@ def _panel(axis: Any, lines: Sequence[PlotLine], names_at: float, numbers_at: fl
     place = -1.0
     for line in lines:
         place += 1.55 if stacked and line.group else 1.0
-        if stacked:  # words stand between the bars
+        if stacked:  # text is between the bars
             axis.plot([0, 0], [place + 0.07, place + 0.33], color=INK, linewidth=0.9)
         _gap(axis, place, line, names_at, numbers_at, stacked)
     axis.set_yticks([])
@@ -217,8 +216,8 @@ def _gap(axis: Any, place: float, line: PlotLine, names_at: float, numbers_at: f
 
 
 def final_losses(results: Results) -> Drawing | None:
-    """Test loss of pruned and scratch at the end of training in one panel, a row for each comparison, the parent as a
-    line. Of each comparison the largest budget; the others are in the figures over budgets."""
+    """Final test loss of pruned and scratch in one panel: one row per comparison at its largest budget, the parent as a
+    line. Other budgets are in the figures over budgets."""
     rows: dict[tuple[str, bool], dict[str, Verdict]] = {}
     for headline in results.headlines:
         for verdict in headline.verdicts:
@@ -272,7 +271,7 @@ def _final_losses(results: Results, rows: Mapping[tuple[str, bool], Mapping[str,
             figure.text(at_column, (below + height + 0.1) / total, head, fontsize=8, fontweight="bold", va="bottom",
                         linespacing=1.1)  # fmt: skip
     if parent is not None:
-        for place in range(len(rows)) if stacked else ():  # words stand between the lines
+        for place in range(len(rows)) if stacked else ():  # text is between the lines
             axis.plot([parent, parent], [place + 0.08, place + 0.32], **PARENT | {"linestyle": (0, (2, 1.5))}, zorder=0)
         if not stacked:
             axis.axvline(parent, **PARENT, zorder=0)
@@ -292,7 +291,7 @@ def _final_losses(results: Results, rows: Mapping[tuple[str, bool], Mapping[str,
 def _dumbbell(
     axis: Any, place: int, name: str, own: Mapping[str, Verdict], columns: Mapping[str, float], stacked: bool
 ) -> None:
-    """The pruned run and its scratch runs on one line; the gaps beside it, on a narrow page above it."""
+    """The pruned run and its scratch runs on one line; the gaps next to it, or above it on a narrow page."""
     pruned = next(iter(own.values())).pruned["test"]
     y = place + 0.2 * stacked
     ends = [pruned, *(verdict.scratch["test"] for verdict in own.values())]

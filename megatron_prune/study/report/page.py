@@ -1,7 +1,7 @@
 """The report of a study: ``report/index.html`` in one file, ``results.json``, ``results.csv``, figures and tables.
 
-Every number on the page comes from ``Results``; formatting is all that happens here. The page holds
-its figures and needs no network; it opens with the conclusion and ends with the accounts.
+Every number on the page comes from ``Results``; this module only formats. The page contains its figures and needs no
+network; it opens with the conclusion and ends with the accounts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_prune.study.report import appendix, curves, figures, tables, trend
 from megatron_prune.study.report.drawing import Drawing
 from megatron_prune.study.report.tabular import MINUS, perplexity
 
-MOST_PENDING = 12  # named one by one
+MOST_PENDING = 12  # listed individually
 EXPLAINED = {
     "equal-training": "Scratch was trained on as many tokens as the pruned model was retrained on, the same ones.",
     "equal-total": "Scratch was trained on as many tokens as are behind the pruned model: its parent's, its pruning's "
@@ -120,7 +120,7 @@ TITLES = {
 
 
 def _headlines(found: Results) -> list[dict[str, Any]]:
-    """The conclusion: for each setting its name, what it means, and its headlines."""
+    """The conclusion: name, meaning and headlines of each setting."""
     settings = dict.fromkeys(headline.setting for headline in found.headlines)
     return [
         {
@@ -133,7 +133,7 @@ def _headlines(found: Results) -> list[dict[str, Any]]:
 
 
 def _rests_on(found: Results) -> str:
-    """What the intervals of the conclusion are of, and at which budgets."""
+    """The basis of the conclusion: budgets, and the kind of intervals."""
     if not found.headlines:
         return ""
     budgets = sorted({verdict.tokens for headline in found.headlines for verdict in headline.verdicts})
@@ -153,7 +153,7 @@ def _rests_on(found: Results) -> str:
 
 
 def _unigram(parent: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """Nothing where the texts that were scored are not there any more."""
+    """The unigram losses; None if the scored texts no longer exist."""
     losses = parent["unigram_loss"] if parent else {}
     return None if not losses or None in losses.values() else {name: f"{loss:.3f}" for name, loss in losses.items()}
 
@@ -174,8 +174,7 @@ def _summary(found: Results) -> str:
 
 
 def _remarks(found: Results) -> list[str]:
-    """What is to be known of the files and the parent; what has no verdict, and why; what of the study does not apply
-    as it may seem to."""
+    """Remarks on files and parent, on comparisons without a verdict, and on unexpected effects of study.yaml."""
     remarks = [f"Not believed: {said}." for said in found.disbelieved]
     if found.left_out:
         remarks.append(
@@ -199,7 +198,7 @@ def _remarks(found: Results) -> list[str]:
 
 
 def _stages(found: Results) -> list[str]:
-    """What is behind the parent, where that is more than one training."""
+    """The parent's history, if it has more than one stage."""
     stages = found.parent["stages"] if found.parent else []
     if len(stages) < 2:
         return []
@@ -221,7 +220,7 @@ def _declared(found: Results) -> list[str]:
 
 
 def _recipe(found: Results) -> list[str]:
-    """A recipe of the parent other than the arms': every difference once, over all comparisons."""
+    """Differences between the parent's recipe and the arms', each once over all comparisons."""
     differences = dict.fromkeys(
         f"{line.field.removeprefix('recipe of the parent').lstrip(':, ')} {line.pruned} against {line.scratch}"
         for item in found.compared
@@ -237,7 +236,7 @@ def _recipe(found: Results) -> list[str]:
 
 
 def _differences(found: Results) -> list[str]:
-    """What compared runs were made with, where it was not the same."""
+    """Differences between the environments of compared runs."""
     seen: dict[tuple[str, str, str], list[str]] = {}
     for item in found.compared:
         for line in item.match:

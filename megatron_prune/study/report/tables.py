@@ -1,4 +1,4 @@
-"""The tables in the body of a report, made of ``Results``: verdicts, laws, and what models cost."""
+"""The tables in the body of a report, made of ``Results``: verdicts, laws, and the cost of models."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ SETTINGS = {
 
 
 def setting_name(setting: str | None, against: str | None, sparse: bool) -> str:
-    """A comparison's setting for people; a dense scratch run is the rule where pruning made the shape smaller."""
+    """A comparison's setting as text; scratch runs of a smaller shape are always dense, so that is not mentioned."""
     if setting is None:
         return ""
     return SETTINGS[setting] + ", dense scratch" * (sparse and against == "dense")
 
 
 def in_text(found: Results) -> list[Table]:
-    """The tables of the report's body, those that have something to say."""
+    """The tables of the report's body that are not empty."""
     made = [verdicts(found), laws(found), efficiency(found)]
     return [table for table in made if table.rows]
 
 
 def verdicts(found: Results) -> Table:
-    """Every verdict with its numbers; those of one comparison one below the other."""
+    """Every verdict with its numbers, grouped by comparison."""
     seeds = len(found.study.seeds) > 1
     documents = any(verdict.documents and verdict.documents.low is not None for verdict in found.verdicts)
     several = len({verdict.tokens for verdict in found.verdicts}) > 1
@@ -77,7 +77,7 @@ def verdicts(found: Results) -> Table:
     )
     shown = [_verdict(verdict) for verdict in found.verdicts]
     order = list(dict.fromkeys(row["comparison"] for row in shown))
-    shown.sort(key=lambda row: order.index(row["comparison"]))  # a comparison's budgets one below the other
+    shown.sort(key=lambda row: order.index(row["comparison"]))  # keep a comparison's budgets together
     return Table("verdicts", caption, columns, shown, group="comparison" if several else "")
 
 
@@ -114,7 +114,7 @@ def _p(value: float) -> str:
 
 
 def laws(found: Results) -> Table:
-    """Every comparison over its budgets: who is ahead where, its break-even and its laws."""
+    """Every comparison over its budgets: which arm is ahead where, break-even and laws."""
     columns = [
         words("comparison", "subject", wrap=True), words("who is ahead", "ahead", wrap=True),
         words("S − P", "gaps", wrap=True), words("break-even: scratch catches up", "break_even", wrap=True),
@@ -146,7 +146,7 @@ def _gap(difference: Difference) -> str:
 
 
 def efficiency(found: Results) -> Table:
-    """What each model costs, the parent first: size, FLOPs per token, measured speed of training."""
+    """The cost of each model, parent first: size, FLOPs per token, measured training speed."""
     finished = [row for row in found.rows if row["status"] == "finished" and row["arm"] in ("parent", "pruned")]
     groups: dict[str, list[Row]] = {}
     for row in finished:
@@ -181,7 +181,7 @@ def efficiency(found: Results) -> Table:
 
 
 def _range(head: str, key: str, show: Callable[[Any], str]) -> Column:
-    """One value, or the smallest and the largest where seeds differ."""
+    """One value, or the smallest and largest if seeds differ."""
     low, high = f"{key}_low", f"{key}_high"
 
     def shown(row: Row) -> str:
@@ -201,7 +201,7 @@ def _per_token(row: Row, key: str) -> float | None:
 
 
 def _speed(rows: Sequence[Row]) -> float | None:
-    """Tokens trained on per second by the longest runs, all attempts at them taken together; their median."""
+    """Median of the longest runs' training speed in tokens per second, over all attempts."""
     longest = max((row["tokens_train"] or 0 for row in rows), default=0)
     found = [row["tokens_train"] / row["seconds"] for row in rows if row["seconds"] and row["tokens_train"] == longest]
     return statistics.median(found) if found else None
@@ -213,10 +213,10 @@ def _at_largest_budget(rows: Sequence[Row]) -> float:
 
 
 def subject(row: Row) -> tuple[str, str | None, float | None]:
-    """What a row of ``results.csv`` is about, for ``label``."""
+    """The arguments of ``label`` for a row of ``results.csv``."""
     return row["method"], row["pattern"], row["ratio"]
 
 
 def exp(value: float) -> float:
-    """The perplexity of a loss in nats; infinite where it is beyond floating point."""
+    """The perplexity of a loss in nats; infinite on overflow."""
     return math.exp(value) if value < 700 else math.inf

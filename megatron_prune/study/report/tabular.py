@@ -1,7 +1,7 @@
-"""A table of the report: shown on the page, and kept as CSV (every digit) and as LaTeX (as shown).
+"""A table of the report: shown on the page, and written as CSV (every digit) and LaTeX (as shown).
 
-A row is a mapping of plain values. A ``Column`` says how it is shown, and under which names its values are in the CSV
-file. So the three say the same.
+A row is a mapping of plain values. A ``Column`` defines how it is shown and the names of its values in the CSV file, so
+all three formats agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_prune import artifacts
 DASH = "–"
 MINUS = "\u2212"  # as wide as a plus
 Row = Mapping[str, Any]
-# Of LaTeX, in text: each character by itself, so that none is replaced twice.
+# LaTeX escapes, per character, so that none is replaced twice.
 ESCAPES = str.maketrans({
     **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", MINUS: "$-$", "–": "--", "·": r"\textperiodcentered{}", "₀": "$_0$", "α": r"$\alpha$",
@@ -28,19 +28,18 @@ ESCAPES = str.maketrans({
 class TableCell(NamedTuple):
     head: str  # of its column
     text: str
-    style: str = ""  # classes of the page
+    style: str = ""  # CSS classes
     hover: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """``show`` makes the cell's text of a row. ``data`` are the columns of the CSV file: its names, and the keys of
-    the row that have the values."""
+    """``show`` makes the cell's text from a row. ``data`` maps names of CSV columns to keys of the row."""
 
     head: str
     show: Callable[[Row], str]
     data: Mapping[str, str]
-    text: bool = False  # words, to the left; numbers stand to the right
+    text: bool = False  # text is left-aligned; numbers are right-aligned
     wrap: bool = False
     style: Callable[[Row], str] = lambda row: ""
     hover: Callable[[Row], str] = lambda row: ""
@@ -52,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """``group``: the key of the words that stand above the rows that share them, "" for none."""
+    """``group``: the key of a heading above the rows that share it, "" for none."""
 
     name: str
     caption: str
@@ -62,7 +61,7 @@ class Table:
 
     @property
     def body(self) -> list[dict[str, Any]]:
-        """What the page shows: for each row its ``group``, if it is the first of one, and its ``cells``."""
+        """The page's rows: ``group``, on the first row of a group, and ``cells``."""
         shown, last = [], None
         for row in self.rows:
             group = row[self.group] if self.group else ""
@@ -72,7 +71,7 @@ class Table:
         return shown
 
     def csv(self) -> str:
-        """The values themselves; an unknown one is empty."""
+        """The unformatted values; unknown ones are empty."""
         names = {name: key for column in self.columns for name, key in column.data.items()}
         names = ({self.group: self.group} if self.group else {}) | names
         text = io.StringIO()
@@ -105,7 +104,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def words(head: str, key: str, *, wrap: bool = False, hover: str = "", data: Mapping[str, str] | None = None) -> Column:
-    """A column of words; ``hover`` is the key of what is said when the pointer rests on one."""
+    """A column of text; ``hover`` is the key of its tooltip."""
     return Column(
         head, lambda row: str(row[key] or ""), {key: key} if data is None else data, text=True, wrap=wrap,
         hover=(lambda row: str(row[hover] or "")) if hover else lambda row: "",

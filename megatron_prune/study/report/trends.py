@@ -1,6 +1,6 @@
-"""The figures of one thing against another: loss against parameters and FLOPs; over budgets; the gap over ratios.
+"""Figures of loss against parameters, FLOPs and budgets, and of the gap against budgets and ratios.
 
-Each budget is a run of its own; an intermediate checkpoint is never one.
+Each budget is a separate run, never an intermediate checkpoint.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from megatron_prune.study.report.figures import common_tail
 from megatron_prune.study.report.tables import SETTINGS, exp
 from megatron_prune.study.report.tabular import amount, perplexity, signed
 
-MOST_BUDGETS = 3  # panels of the figure over ratios: the smallest, the middle one and the largest of more
+MOST_BUDGETS = 3  # panels of the figure over ratios; of more budgets the smallest, the middle and the largest
 
 
 def costs(results: Results) -> Drawing | None:
-    """Test loss against parameters that are not zero, and against all FLOPs behind the model."""
+    """Test loss against nonzero parameters, and against all FLOPs behind the model."""
     finished = [row for row in results.rows if row["status"] == "finished" and row["arm"] != "parent"]
     if not results.headlines or not finished:
         return None
@@ -116,7 +116,7 @@ def _costs(results: Results, kinds: Mapping[str, str], largest: int, stacked: bo
 
 
 def _lines_of(points: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The points of one arm over its budgets, where there are several."""
+    """The points of one arm over its budgets, if there are several."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         if point["flops_total"]:
@@ -125,7 +125,7 @@ def _lines_of(points: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _kind_style(kind: str) -> tuple[str, str]:
-    """Colour and marker of a granularity; of several at once, those of the last."""
+    """Colour and marker of a granularity; for a combination, those of the last."""
     place = GRANULARITIES.index(kind.split(" and ")[-1])
     return COLOURS[place], "os^"[place]
 
@@ -142,7 +142,7 @@ def _few_ticks(axis: Any) -> None:
 
 
 def _points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Means over seeds of both arms: loss, parameters, FLOPs. A scratch run that serves several stands once."""
+    """Means over seeds of both arms: loss, parameters, FLOPs. A shared scratch run is included once."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     seen: set[str | None] = set()
     sides = results.rows[len(results.rows) - 2 * len(results.compared) :]
@@ -230,7 +230,7 @@ def _arms(axis: Any, own: Sequence[Verdict], name: str) -> None:
         axis.plot(
             [v.tokens for v in own], [getattr(v, arm)["test"] for v in own], color=ARMS[arm], linewidth=1.2, **style
         )
-        for verdict in own:  # a point each, for the pointer
+        for verdict in own:  # one point each, for the tooltips
             loss = getattr(verdict, arm)["test"]
             (point,) = axis.plot(verdict.tokens, loss, "o", markersize=7, alpha=0)
             what = arm if arm == "pruned" else f"scratch, {SETTINGS[verdict.setting].lower()}"
@@ -285,7 +285,7 @@ def _gaps(results: Results, shown: dict[str, list[Trend]], many: bool, stacked: 
 
 
 def _gap(axis: Any, trend: Trend, verdicts: dict[Any, Any], colour: str, shift: float) -> None:
-    """One comparison; ``shift`` from -0.5 to 0.5 keeps bars at one budget apart."""
+    """One comparison; ``shift`` from -0.5 to 0.5 separates bars at the same budget."""
     found = [verdicts[trend.label, trend.setting, trend.against, tokens] for tokens in trend.arms.tokens]
     step = min(np.diff(np.log(trend.arms.tokens)))
     tokens = np.exp(np.log(trend.arms.tokens) + 0.3 * step * shift)
@@ -311,7 +311,7 @@ def _name(trend: Trend, many: bool) -> str:
 
 
 def gap_by_ratio(results: Results) -> Drawing | None:
-    """Scratch minus pruned on test against the ratio; None where no method has two of them."""
+    """Scratch minus pruned on test against the ratio; None if no method has two ratios."""
     verdicts = [verdict for verdict in results.verdicts if verdict.ratio is not None]
     ratios: dict[str, set[float]] = {}
     for verdict in verdicts:
@@ -345,7 +345,7 @@ def _gap_by_ratio(verdicts: list[Verdict], budgets: list[int], stacked: bool) ->
                 key=lambda v: v.ratio or 0.0,
             )
             reach = [0.0 if v.test.high is None else v.test.high - v.test.mean for v in own]
-            shift = 0.006 * (number - (len(names) - 1) / 2)  # so that bars at one ratio stay apart
+            shift = 0.006 * (number - (len(names) - 1) / 2)  # separates bars at the same ratio
             axis.errorbar(
                 [(v.ratio or 0.0) + shift for v in own], [v.test.mean for v in own], yerr=reach, fmt="o-",
                 color=COLOURS[number % len(COLOURS)], markersize=4, linewidth=1.1,
@@ -371,7 +371,7 @@ def _gap_by_ratio(verdicts: list[Verdict], budgets: list[int], stacked: bool) ->
 
 
 def _family(verdict: Verdict) -> str:
-    """The method and its pattern, where that does not say the ratio itself."""
+    """The method and its pattern, unless the pattern implies the ratio."""
     unstructured = f" {verdict.pattern}" if verdict.pattern == "unstructured" else ""
     kind = " N:M" if verdict.pattern and not unstructured else unstructured
     return f"{verdict.method}{kind}{', dense scratch' * verdict.dense}"
