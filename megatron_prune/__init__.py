@@ -43,9 +43,9 @@ __all__ = [
 _MODULES = {
     "api.checkpoints": ("apply", "export_hf", "import_hf", "plan"),
     "api.models": ("calibrate", "evaluate", "sparsify"),
-    "api.prune": ("prune",),
-    "api.results": ("Calibration", "Evaluation", "Loss", "Model", "Plan", "Pruned"),
-    "api.study": ("Study", "StudyResult"),
+    "api.made": ("Calibration", "Evaluation", "Loss", "Model", "Plan", "Pruned"),
+    "api.prune_checkpoint": ("prune",),
+    "api.studies": ("Study", "StudyResult"),
     "errors": ("MegatronPruneError",),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_prune
 from tests.house.count import ROOT, count
 
 
@@ -67,3 +68,8 @@ def test_text_is_tokenized_without_importing_megatron(module):
     """Importing it takes seconds, longer than tokenizing a small corpus."""
     script = f"import sys, megatron_prune.{module}; sys.exit('megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize("name", megatron_prune.__all__)
+def test_every_public_name_loads(name):
+    assert getattr(megatron_prune, name).__name__ == name
