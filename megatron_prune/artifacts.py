@@ -184,7 +184,10 @@ def check_space(target: Path, needed: int) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise CheckpointError(f"{parent} has {free / 1e9:.2f} GB free, {target.name} needs {needed / 1e9:.2f} GB")
+        raise CheckpointError(
+            f"{parent} has {free / 1e9:.2f} GB free, but {target.name} needs {needed / 1e9:.2f} GB: free some space or "
+            "choose another output"
+        )
 
 
 @contextlib.contextmanager
@@ -216,8 +219,8 @@ def explain_failed_save(save: Path | None) -> Iterator[None]:
         if usage.free > max(16 << 20, usage.total // 1000) and not _is_full_disk(error):
             raise
         raise CheckpointError(
-            f"no space left while saving to {save} ({usage.free / 1e9:.2f} GB free): the saves before it are whole; "
-            "free some space and start the same command again"
+            f"no space left while saving to {save} ({usage.free / 1e9:.2f} GB free): earlier saves are complete; "
+            "free some space and run the same command again"
         ) from error
 
 

@@ -69,7 +69,9 @@ def test_it_says_so_and_leaves_nothing(
     before = files_of(tiny_parent) | files_of(hf)
     work(tmp_path / "whole")
     folder = disk(int(size_of(tmp_path / "whole") * room))
-    expected = "GB free, made needs" if room == 0.5 else "GB free, made needs|no space left while writing .*made"
+    expected = (
+        "GB free, but made needs" if room == 0.5 else "GB free, but made needs|no space left while writing .*made"
+    )
     with pytest.raises(CheckpointError, match=expected):
         work(folder / "made")
     assert os.listdir(folder) == [] and files_of(tiny_parent) | files_of(hf) == before
@@ -101,7 +103,7 @@ def test_sparsify_keeps_its_blocks(
     argv = sparsifying.flags(tiny_parent, folder / "made", "magnitude", "--ratio", 0.5)
     refused = job(argv)
     assert refused.returncode == 2 and "Traceback" not in refused.output
-    assert "GB free, made needs" in refused.output
+    assert "GB free, but made needs" in refused.output
     assert not (folder / "made").exists() and files_of(tiny_parent) == before
     kept = len(list(sparsifying_scratch(folder / "made").glob("*/done.json")))
     disk(8 * size_of(tiny_parent))

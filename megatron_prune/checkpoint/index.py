@@ -109,10 +109,10 @@ def locate(
         expected = (*(() if layer is None else (shape.num_layers,)), rows, *layout.shape[1:])
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{directory}: {key} has shape {list(tensor.shape)}, its stored args say {list(expected)}"
+                f"{directory}: {key} has shape {list(tensor.shape)}, expected {list(expected)} from the stored args"
             )
         if tensor.dtype != stored[keys[0]].dtype:
-            raise CheckpointError(f"{directory}: {' and '.join(keys)} differ in type")
+            raise CheckpointError(f"{directory}: {' and '.join(keys)} have different types")
         for piece in tensor.pieces if layer is None else tensor.by_layer.get(layer, ()):
             offsets, sizes, skip = piece.offsets, piece.sizes, 0
             if layer is not None:
@@ -122,7 +122,7 @@ def locate(
     if not covers(boxes, layout.shape):
         raise CheckpointError(
             f"{directory}: the shards of {layout.name} do not cover {list(layout.shape)} exactly once: "
-            "one is missing or doubled"
+            "one is missing or duplicated"
         )
     return tuple(boxes)
 
@@ -144,7 +144,7 @@ def _keys(
                 return spell(name), layer
     raise CheckpointError(
         f"{directory} lacks {layout.name}, which its stored args "
-        f"(num_layers={shape.num_layers}, tied={shape.tied}) call for"
+        f"(num_layers={shape.num_layers}, tied={shape.tied}) require"
     )
 
 
@@ -185,4 +185,6 @@ def check_files(directory: Path, needed: Mapping[str, int]) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
         if path.stat().st_size < size:
-            raise CheckpointError(f"{path} is truncated: {path.stat().st_size} bytes, the index needs {size}")
+            raise CheckpointError(
+                f"{path} is truncated: it has {path.stat().st_size} bytes, but the index needs {size}"
+            )

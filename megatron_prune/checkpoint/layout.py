@@ -99,10 +99,10 @@ class ModelShape:
             "padded_vocab_size",
         ):
             if getattr(self, name) < 1:
-                raise CheckpointError(f"{name} must be at least 1, found {getattr(self, name)}")
+                raise CheckpointError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
-                f"{self.num_attention_heads} attention heads cannot be shared evenly by "
+                f"{self.num_attention_heads} attention heads cannot be divided evenly among "
                 f"{self.num_query_groups} query groups"
             )
 
@@ -125,7 +125,7 @@ class ModelShape:
             "mtp_num_layers",
         ):
             if args.get(flag):
-                raise CheckpointError(f"checkpoint has {flag}={args[flag]}: only dense GPT models are supported")
+                raise CheckpointError(f"the checkpoint has {flag}={args[flag]}: only dense GPT models are supported")
         missing = [
             k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if args.get(k) is None
         ]
@@ -134,7 +134,9 @@ class ModelShape:
         for name, most in _MOST.items():
             value = args.get(name)
             if value is not None and (type(value) is not int or not 0 <= value <= most):
-                raise CheckpointError(f"the checkpoint's stored args have {name}={value!r}, expected at most {most}")
+                raise CheckpointError(
+                    f"the checkpoint's stored args have {name}={value!r}, expected a number from 0 to {most}"
+                )
         hidden, heads = args["hidden_size"], args["num_attention_heads"]
         if not heads:
             raise CheckpointError("the checkpoint's stored args have num_attention_heads=0")

@@ -56,9 +56,8 @@ class LegacySource:
     def __init__(self, directory: Path) -> None:
         if storage.is_stored(directory):
             raise CheckpointError(
-                f"{directory} holds legacy per-rank files, which are mapped into memory, and which Megatron too reads "
-                "from disks alone: copy it to one, or make a torch_dist checkpoint of it with "
-                "megatron-prune convert rewrite"
+                f"{directory} holds legacy per-rank files, which can only be read from a disk, also by Megatron: copy "
+                "it to a disk, or convert it to a torch_dist checkpoint with `megatron-prune convert rewrite`"
             )
         self._directory = directory
         self._files = {rank: f"{name}/{RANK_FILE}" for rank, name in self._folders().items()}
@@ -90,7 +89,7 @@ class LegacySource:
             match = _RANK.fullmatch(folder.name)
             if match is None:
                 raise CheckpointError(
-                    f"{folder} is not a rank of a dense GPT: only tensor and pipeline ranks are known"
+                    f"{folder} is not a rank of a dense GPT: only tensor and pipeline ranks are supported"
                 )
             rank = (int(match[1]), int(match[2] or 0))
             if rank in found:
@@ -106,7 +105,7 @@ class LegacySource:
         said = f"{self._directory}: its stored args say TP={self._tp}, PP={self._pp}: tensor-parallel rank"
         for tp, stage in self._states:
             if tp >= self._tp or stage >= self._pp:
-                raise CheckpointError(f"{said} {tp} of stage {stage} is too many")
+                raise CheckpointError(f"{said} {tp} of stage {stage} is unexpected")
         for tp, stage in product(range(self._tp), range(self._pp)):
             if (tp, stage) not in self._states:
                 raise CheckpointError(f"{said} {tp} of stage {stage} is missing")
@@ -130,7 +129,7 @@ class LegacySource:
             )
         missing = [name for name in layouts if name not in places]
         if missing:
-            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args call for")
+            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args require")
         return {name: self._boxes(layout, places[name], shape) for name, layout in layouts.items()}
 
     def _places(self, shape: ModelShape) -> dict[str, _Place]:
@@ -150,14 +149,15 @@ class LegacySource:
                 if name.endswith("_extra_state") or last_stage_of_tied:
                     continue
                 if name in places:
-                    raise CheckpointError(f"{self._directory}: {name} is in two places")
+                    raise CheckpointError(f"{self._directory}: {name} is stored twice")
                 places[name] = _Place(stage, chunk, key)
             if layers != set(range(len(layers))):
                 raise CheckpointError(f"{self._directory}: the layers of stage {stage} ({chunk}) have gaps")
             before += len(layers)
         if before != shape.num_layers:
             raise CheckpointError(
-                f"{self._directory} holds {before} layers in all its stages, its stored args say {shape.num_layers}"
+                f"{self._directory} holds {before} layers in all stages, "
+                f"expected {shape.num_layers} from the stored args"
             )
         return places
 
@@ -167,7 +167,7 @@ class LegacySource:
         kinds = {tuple(sorted((key for key in state if _CHUNK.fullmatch(key)), key=_number))
                  for state in self._states.values()}  # fmt: skip
         if len(kinds) != 1 or not (chunks := kinds.pop()):
-            raise CheckpointError(f"{self._directory}: its ranks do not hold the same parts of one model")
+            raise CheckpointError(f"{self._directory}: its ranks do not hold the same model chunks")
         if list(chunks) not in (["model"], [f"model{i}" for i in range(len(chunks))]):
             raise CheckpointError(f"{self._directory}: its ranks hold {', '.join(chunks)}, expected model0, model1, …")
         return [(chunk, stage) for chunk in chunks for stage in range(self._pp)]
@@ -175,9 +175,9 @@ class LegacySource:
     def _state(self, tp: int, stage: int, chunk: str) -> Mapping[str, Any]:
         state = self._states[tp, stage][chunk]
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is not the state of a model")
+            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is not a model state")
         if "language_model" in state:
-            raise CheckpointError(f"{self._directory} was saved by models older than Megatron Core, which are not read")
+            raise CheckpointError(f"{self._directory} holds a model from before Megatron Core, which is not supported")
         return state
 
     def _boxes(self, layout: WeightLayout, place: _Place, shape: ModelShape) -> tuple[Box, ...]:
@@ -195,13 +195,13 @@ class LegacySource:
             if not isinstance(tensor, torch.Tensor) or list(tensor.shape) != expected:
                 found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise CheckpointError(
-                    f"{self._directory / file}: {place.key} is {found}, its stored args say {expected}"
+                    f"{self._directory / file}: {place.key} is {found}, expected {expected} from the stored args"
                 )
             piece = Piece(
                 f"{place.chunk}.{place.key}", tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape), file, 0, 0
             )
             if boxes and boxes[0].piece.dtype != tensor.dtype:
-                raise CheckpointError(f"{self._directory}: the ranks' parts of {layout.name} differ in type")
+                raise CheckpointError(f"{self._directory}: the ranks' shards of {layout.name} have different types")
             boxes += _in_whole(piece, layout, shape, axis, tp)
         return tuple(boxes)
 

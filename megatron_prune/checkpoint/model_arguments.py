@@ -78,10 +78,10 @@ def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping
         value = _plain(stored.get(name, default))
         if value in (default, None) or (effective is not None and _plain(effective.get(name)) == value):
             continue
-        remedy = f"; give --{name.replace('_', '-')} by hand if that is its flag" if effective is not None else ""
+        remedy = f"; pass --{name.replace('_', '-')} if Megatron has that flag" if effective is not None else ""
         raise CheckpointError(
-            f"{origin} was trained with {name}={value!r}, Megatron's default is {default!r}: nothing restores it, and "
-            f"without it this is another model{remedy}"
+            f"{origin} was trained with {name}={value!r}, but Megatron's default is {default!r}. It is not restored "
+            f"automatically, and without it the model computes something else{remedy}"
         )
 
 

@@ -105,7 +105,7 @@ def run(
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise CheckpointError(
-                "a process of --workers died (killed, or out of memory): nothing was kept; try fewer"
+                "a worker process died (killed, or out of memory), and nothing was kept: use fewer --workers"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -249,7 +249,7 @@ def read_part(folder: Path) -> Part:
         raise CheckpointError(f"{folder / PART_FILE} is damaged ({error!r}): delete {folder}") from error
     for name in hashes:
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / PART_FILE} names {name}, which is not a file in it")
+            raise CheckpointError(f"{folder / PART_FILE} names {name}, which is not a file in that folder")
     ends: dict[str, int] = {}
     for piece in pieces:
         ends[piece.file] = max(ends.get(piece.file, 0), piece.start + piece.length)

@@ -126,7 +126,7 @@ class Checkpoint:
         found = read_json(path)
         chain = found.get("chain", []) if isinstance(found, dict) else None
         if not isinstance(chain, list) or not all(isinstance(entry, dict) for entry in chain):
-            raise CheckpointError(f"{path} is damaged: it holds no chain of prunings")
+            raise CheckpointError(f"{path} is damaged: expected a list of prunings in 'chain'")
         return chain
 
     @property
@@ -224,13 +224,13 @@ class Checkpoint:
         found = read_json(path)
         files = found.get("files") if isinstance(found, dict) else None
         if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
-            raise CheckpointError(f"{path} is damaged: it holds no SHA-256 of files")
+            raise CheckpointError(f"{path} is damaged: expected SHA-256 hashes in 'files'")
         if unlisted := sorted(set(needed) - set(files)):
             raise CheckpointError(f"{path} does not list {unlisted[0]}, which holds weights")
         for name, expected in files.items():
             file = self.directory / name
             if Path(name).name != name or not file.is_file():
-                raise CheckpointError(f"{file} is missing, {INTEGRITY_FILE} lists it")
+                raise CheckpointError(f"{file} is missing, but {INTEGRITY_FILE} lists it")
             if sha256_file(file) != expected:
                 raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {INTEGRITY_FILE}")
 

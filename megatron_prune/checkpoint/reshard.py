@@ -92,7 +92,9 @@ class _Save:
         self._objects = {i.fqn: info for i, info in self._metadata.storage_data.items() if i.offset is None}
         torch_dist.vet_objects(self._metadata, self._files, directory)
         if _COMMON not in self._objects:
-            raise CheckpointError(f"{directory} has no common state in its index: an older Megatron saved it")
+            raise CheckpointError(
+                f"{directory} has no common state in its index: it was saved by an older version of Megatron"
+            )
         content = safe_objects.load_common(self._bytes(_COMMON), str(directory)).get("content_metadata") or {}
         self.form = content.get("distrib_optim_sharding_type")
 
@@ -128,7 +130,7 @@ class _Save:
         if key not in self._objects:
             raise CheckpointError(
                 f"{self._directory} does not say where each weight is in its optimizer state: only saves of "
-                "`megatron_prune pretrain` do. Resume at the layout that it was saved at, and save again"
+                "`megatron-prune pretrain` do. Resume at the layout at which it was saved, and save again"
             )
         try:
             (text,) = torch.load(io.BytesIO(self._bytes(key)), map_location="cpu", weights_only=True)
@@ -157,7 +159,7 @@ class _Save:
                     raise CheckpointError(f"{self._directory}: the layouts of {share.key} contradict each other")
         for key, boxes in rectangles.items():
             if not index.covers(boxes, shapes[key]):
-                raise CheckpointError(f"{self._directory}: the optimizer state of {key} is not there exactly once")
+                raise CheckpointError(f"{self._directory}: the optimizer state of {key} is missing or duplicated")
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ class _Save:
                 self._files.fill(out[first - start : last - start], box, 0)
                 filled += last - first
         if filled != length:
-            raise CheckpointError(f"{self._directory}: {flat.key} lacks {length - filled} numbers from {start} on")
+            raise CheckpointError(f"{self._directory}: {flat.key} lacks {length - filled} elements starting at {start}")
         return out
 
     def _new_common(self, name: str) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def _check_tree(value: Any) -> None:
         value, depth = waiting.pop()
         met += 1
         if met > _MOST_VALUES or depth > _DEEPEST:
-            raise ValueError("it contains itself, or is nested without end")
+            raise ValueError("it contains itself, or is too large or too deeply nested")
         if isinstance(value, dict):
             waiting.extend((part, depth + 1) for pair in value.items() for part in pair)
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -290,5 +290,5 @@ def _as_state(value: Any, what: str) -> dict[str, Any]:
         value["args"] = vars(value["args"])
     args = value.get("args")
     if args is not None and not (isinstance(args, dict) and all(isinstance(key, str) for key in args)):
-        raise CheckpointError(f"{what} is refused: its args are no arguments")
+        raise CheckpointError(f"{what} is refused: expected a dictionary of names in its args")
     return value

@@ -145,7 +145,7 @@ class StoredFiles:
             if (record.dtype, torch.Size(record.size).numel()) != (piece.dtype, torch.Size(piece.sizes).numel()):
                 raise CheckpointError(
                     f"{origin} holds {record.dtype} {list(record.size)}, "
-                    f"the index says {piece.dtype} {list(piece.sizes)}"
+                    f"expected {piece.dtype} {list(piece.sizes)} from the index"
                 )
             self._records[place] = record
         return self._records[place]
@@ -237,7 +237,7 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
             refuse_compression(archive)
             entries = {name.split("/", 1)[-1]: entry for name, entry in archive.NameToInfo.items()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-                raise ValueError("its numbers are big-endian")
+                raise ValueError("its data are big-endian")
             (dtype, key, numel), first, size, stride = _TensorUnpickler(
                 io.BytesIO(archive.read(entries["data.pkl"]))
             ).load()
@@ -245,14 +245,14 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
         # The padding before the data is only in the local header.
         header = handle.read(30, start + entry.header_offset)
         if header[:4] != b"PK\x03\x04" or entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its numbers are compressed or missing")
+            raise ValueError("its data are compressed or missing")
         begin = (
             entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         )
         last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) + 1
         empty = 0 in size
         if numel * dtype.itemsize != entry.file_size or begin + entry.file_size > length:
-            raise ValueError("it is shorter than it says")
+            raise ValueError("it is shorter than its header says")
         if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (not empty and last > numel):
             raise ValueError("its view reaches beyond its storage")
     except StorageError:

@@ -80,7 +80,7 @@ def find_iteration(root: str | Path) -> FoundIteration | None:
     tracked = _tracked(root)
     if tracked is not None:
         if not tracked.directory.is_dir():
-            raise CheckpointError(f"{root / TRACKER_FILE} names {tracked.directory.name}, which is not there")
+            raise CheckpointError(f"{root / TRACKER_FILE} names {tracked.directory.name}, which does not exist")
         return tracked
     return _newest_complete(root)
 
@@ -146,8 +146,8 @@ def resolve(path: Path) -> FoundIteration:
         return found
     if not (found.directory / "metadata.json").is_file():
         raise CheckpointError(
-            f"{found.directory} has no metadata.json: its save was not finished, or it is in a format that is not read "
-            "(only torch_dist and torch are)"
+            f"{found.directory} has no metadata.json: its save was not finished, or its format is not supported "
+            "(expected torch_dist or torch)"
         )
     if (backend := _backend(found.directory)) != "torch_dist":
         raise CheckpointError(f"{found.directory} is in the format {backend}, expected torch_dist")
@@ -189,8 +189,8 @@ def _newest_complete(root: Path) -> FoundIteration | None:
 
 
 _WHY_NOT_STORED = (
-    "a new checkpoint is written into a directory of another name, which is renamed when all of it is there, and "
-    "object stores rename no directories: write it to a disk, then copy it with the store's own tool, its tracker last"
+    "a new checkpoint is written to a temporary directory, which is renamed when it is complete, and object stores "
+    "cannot rename directories: write it to a disk, then copy it with the store's own tool, the tracker last"
 )
 
 
@@ -203,8 +203,8 @@ def refuse_foreign(directory: Path) -> None:
     """Raise CheckpointError for a directory that a program other than Megatron wrote."""
     if (directory / "modelopt_state").exists():
         raise CheckpointError(
-            f"{directory} carries ModelOpt's state (modelopt_state): what it says about the weights (quantizers, other "
-            "layers) would be lost; export the model with ModelOpt to Hugging Face, then import that"
+            f"{directory} contains ModelOpt's state (modelopt_state), which would be lost (quantizers, other layers): "
+            "export the model to Hugging Face with ModelOpt, then import that with megatron-prune convert"
         )
     for name in ("run_config.yaml", "train_state.pt", "latest_train_state.pt"):
         if (directory / name).is_file():

@@ -172,7 +172,7 @@ class CheckpointWriter:
             self._entries[key] = entry
         if entry.properties.dtype != dtype:
             raise CheckpointError(
-                f"{layout.name}: layers of one kind must have one type, found {dtype} and {entry.properties.dtype}"
+                f"{layout.name}: all layers must have the same type, got {dtype} and {entry.properties.dtype}"
             )
         entry.chunks.append(dcp.ChunkStorageMetadata(stored_offsets, stored_sizes))
         return dcp.MetadataIndex(key, stored_offsets), stored_sizes

@@ -77,7 +77,7 @@ def args_from_config(
         ("partial_rotary_factor", 1.0),
     ):
         if values.get(key, only) != only:
-            raise CheckpointError(f"config.json has {key}={values[key]}, supported is {only}")
+            raise CheckpointError(f"config.json has {key}={values[key]}, expected {only}")
     positions = _positions(values, max_position_embeddings)
     theta, factor = _read_rope(values)
     heads = values["num_attention_heads"]
@@ -160,7 +160,7 @@ def config_from_args(
     for name, (required, absent) in _REQUIRED.items():
         found = args.get(name)
         if (absent if found is None else found) != required:
-            raise CheckpointError(f"the model has {name}={found}; Hugging Face's Llama only knows {required}")
+            raise CheckpointError(f"the model has {name}={found}, but Hugging Face's Llama only supports {required}")
     for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
         if not _is_number(args.get(name) or 1.0):
             raise CheckpointError(f"the checkpoint's stored args have {name}={args[name]!r:.60}, expected a number")
@@ -226,7 +226,7 @@ def _positions(values: Mapping[str, Any], lowered: int | None) -> int:
     own = values["max_position_embeddings"]
     positions = own if lowered is None else lowered
     if positions > own:
-        raise CheckpointError(f"--max-position-embeddings {positions}: the model has {own}")
+        raise CheckpointError(f"--max-position-embeddings {positions}: expected at most the model's own {own}")
     window = values.get("sliding_window")
     if window is not None and window < positions:
         raise CheckpointError(
@@ -250,15 +250,15 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[int | float, float | None]:
     theta = int(theta) if theta == int(theta) else theta  # --rotary-base takes an integer
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, supported is 1")
+        raise CheckpointError(f"config.json has partial_rotary_factor={rope['partial_rotary_factor']}, expected 1")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"config.json has RoPE scaling of type {kind!r}, supported are default and llama3")
+        raise CheckpointError(f"config.json has RoPE scaling of type {kind!r}, expected default or llama3")
     for key, expected in _LLAMA3_ROPE.items():
         if rope.get(key, expected) != expected:
             raise CheckpointError(
-                f"config.json has RoPE scaling with {key}={rope[key]}, Megatron only knows {expected}"
+                f"config.json has RoPE scaling with {key}={rope[key]}, but Megatron only supports {expected}"
             )
     if "factor" not in rope:
         raise CheckpointError("config.json has RoPE scaling of type llama3 without its factor")

@@ -220,7 +220,7 @@ def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dic
                 raise CheckpointError(f"{source} lacks the tensor {name}")
             if tensors.shape(name) != expected:
                 raise CheckpointError(
-                    f"{source}: {name} has shape {list(tensors.shape(name))}, config.json says {list(expected)}"
+                    f"{source}: {name} has shape {list(tensors.shape(name))}, expected {list(expected)} by config.json"
                 )
         if len({tensors.dtype(name) for name in rows}) != 1:
             raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
@@ -228,7 +228,7 @@ def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dic
     ignored = {"lm_head.weight"} if shape.tied else set()
     left = sorted(n for n in tensors.names - known - ignored if not n.endswith("rotary_emb.inv_freq"))
     if left:
-        raise CheckpointError(f"{source} holds tensors that no Llama has: {', '.join(left[:4])}")
+        raise CheckpointError(f"{source} holds tensors that are not part of a Llama: {', '.join(left[:4])}")
 
 
 def local_directory(hf: str | Path) -> Path:

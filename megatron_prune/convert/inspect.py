@@ -139,7 +139,7 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
     if "full_hash" in found:
         top.add(f"full hash {found['full_hash']}")
     if found["other_tensors"]:
-        top.add(f"{found['other_tensors']} tensors that are no weights (optimizer, random states)")
+        top.add(f"{found['other_tensors']} tensors that are not weights (optimizer, random states)")
     if found["masks"]:
         share = found["masks"]["removed"] / found["parameters_linear"]
         patterns = ", ".join(sorted({entry["pattern"] for entry in found["masks"]["tensors"].values()}))
@@ -162,7 +162,7 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
     console.width = max(console.width, _WIDTH)
     console.print(top)
     # Outside the tree, so that the line can be copied.
-    print("\nflags for unmodified Megatron, beside --use-checkpoint-args:")
+    print("\nflags for unmodified Megatron, besides --use-checkpoint-args:")
     print(" ".join(found["flags"]) or "none")
     for note in notes:
         print(f"warning: {note}")

@@ -97,13 +97,14 @@ def _fused(
             continue
         if len(names) != len(rows) or len({str(patterns.get(name)) for name in names}) != 1 or names[0] not in patterns:
             raise MasksError(
-                f"{path}: {', '.join(rows)} are one matrix in Megatron: all have a mask, of one pattern, or none has"
+                f"{path}: {', '.join(rows)} are one matrix in Megatron: expected masks of one pattern "
+                "for all of them, or for none"
             )
         for name, out in rows.items():
             expected = [out, layout.shape[1]]
             packed = [out, bits.bytes_of(layout.shape[1])]
             if shapes.get(name) != expected:
-                raise MasksError(f"{path}: {name} is said to be {shapes.get(name)}, this model's is {expected}")
+                raise MasksError(f"{path}: {name} has shape {shapes.get(name)} in the header, expected {expected}")
             if stored[name].get_dtype() != "U8" or list(stored[name].get_shape()) != packed:
                 found = f"{stored[name].get_dtype()} {list(stored[name].get_shape())}"
                 raise MasksError(f"{path}: {name} is stored as {found}, expected U8 {packed}")

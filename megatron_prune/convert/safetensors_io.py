@@ -40,7 +40,7 @@ class Tensors:
         for name, keys in self._files().items():
             path = directory / name
             if Path(name).name != name or not path.is_file():
-                raise CheckpointError(f"{path} is missing, {INDEX} lists it")
+                raise CheckpointError(f"{path} is missing, but {INDEX} lists it")
             try:
                 handle = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
             except (safetensors.SafetensorError, OSError) as error:
@@ -78,7 +78,7 @@ class Tensors:
             raise CheckpointError(f"{self._directory} lacks the tensor {name}")
         code = self._slices[name].get_dtype()
         if code not in _TYPES:
-            raise CheckpointError(f"{self._directory}: {name} is stored as {code}, supported are {', '.join(_TYPES)}")
+            raise CheckpointError(f"{self._directory}: {name} is stored as {code}, expected one of {', '.join(_TYPES)}")
         return _TYPES[code]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -155,4 +155,4 @@ def write_file(
             for block in blocks(name):
                 handle.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
             if handle.tell() - start != header[name]["data_offsets"][1]:
-                raise CheckpointError(f"{path}: {name} came out in another size than announced")
+                raise CheckpointError(f"{path}: the size of {name} differs from its header")

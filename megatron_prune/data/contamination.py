@@ -83,7 +83,7 @@ def refuse_shared_documents(training: Iterable[str], held_out: Sequence[str]) ->
                 row, twin = shared[0]
                 raise DataError(
                     f"{len(shared)} document(s) of {held} are in {prefix} too (document {twin} is its document {row}): "
-                    "take them out of one of the two, so that no stage trains on what another is evaluated on"
+                    "remove them from one of the two, so that no stage trains on what another is evaluated on"
                 )
 
 
@@ -234,8 +234,8 @@ def _refuse_two_tokenizers(training: str | Path, held_out: str | Path) -> None:
     prints = {found["tokenizer"]["fingerprint"] for found in described if found}
     if len(prints) > 1:
         raise DataError(
-            f"{training} and {held_out} were tokenized with different tokenizers: the same text has other tokens "
-            "there, so their documents cannot be compared; tokenize both with one"
+            f"{training} and {held_out} were tokenized with different tokenizers, so their documents cannot be "
+            "compared: tokenize both with the same tokenizer"
         )
 
 
@@ -314,7 +314,7 @@ def refuse(report: Mapping[str, Any]) -> None:
     if wrong:
         raise DataError(
             f"{'; '.join(wrong)}: expected at most {report['max_duplicates']:.2%} and "
-            f"{report['max_near_duplicates']:.2%} of the documents; take them out of one of the two, "
+            f"{report['max_near_duplicates']:.2%} of the documents; remove them from one of the two, "
             "so that no stage trains on what another is evaluated on"
         )
 
@@ -329,5 +329,5 @@ def line(found: Mapping[str, Any]) -> str:
     for pair in found["nearest"][:1]:
         text += f" (document {pair['document']} is like its document {pair['is_like']})"
     if found["too_short"]:
-        text += f", {found['too_short']} are too short to judge (below {SHORTEST} tokens)"
+        text += f", {found['too_short']} are too short to compare (below {SHORTEST} tokens)"
     return text

@@ -48,7 +48,7 @@ def open_indexed(prefix: str | Path, mmap_bin_files: bool = True) -> IndexedData
     end = int(pointers[-1]) + int(lengths[-1]) * corpus.index.dtype_size  # int(): lengths are int32 and could overflow
     if found != expected or pointers[0] != 0 or end != expected:
         raise DataError(
-            f"{paths['.bin']} has {found} bytes, {paths['.idx']} describes {expected}: "
+            f"{paths['.bin']} has {found} bytes, but {paths['.idx']} describes {expected}: "
             "one of the two is truncated or comes from another run; make the corpus again"
         )
     return corpus
@@ -68,7 +68,7 @@ def _check_index(path: Path) -> None:
     expected = HEADER.size + sequences * (4 + 8) + documents * 8  # lengths, pointers; document ends
     found = path.stat().st_size
     if found < expected:
-        raise DataError(f"{path} is not a whole Megatron index: {found} bytes, its header says {expected}")
+        raise DataError(f"{path} is a truncated Megatron index: it has {found} bytes, but its header says {expected}")
     if not sequences:
         raise DataError(f"{path} describes a corpus without documents")
 
@@ -94,7 +94,7 @@ def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
         size = int(described["tokenizer"]["vocab_size"])
         if size > vocabulary:
             raise DataError(
-                f"{prefix} was tokenized with a vocabulary of {size}, the model has one of {vocabulary}: "
+                f"{prefix} was tokenized with a vocabulary of {size}, but the model has one of {vocabulary}: "
                 "tokenize the text with the model's own tokenizer"
             )
     corpus = open_indexed(prefix)
@@ -104,7 +104,7 @@ def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
     largest = max(int(ids[start : start + length].max()) for start in starts)
     if largest >= vocabulary:
         raise DataError(
-            f"{prefix} holds token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+            f"{prefix} holds token id {largest}, but the model's vocabulary ends at {vocabulary - 1}: "
             "tokenize the text with the model's own tokenizer"
         )
 

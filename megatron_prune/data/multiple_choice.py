@@ -85,18 +85,18 @@ def _example(line: str, where: str) -> Example:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON: {error}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{where}: a JSON object is expected, found {type(found).__name__}")
+        raise DataError(f"{where}: expected a JSON object, got {type(found).__name__}")
     query, choices, gold = (_value(found, names, where) for names in KEYS)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: choices must be a list of two or more texts, found {choices!r}")
+        raise DataError(f"{where}: choices: expected a list of two or more texts, got {choices!r}")
     for number, choice in enumerate(choices):
         if not choice.strip():
             raise DataError(f"{where}: choice {number} is empty")
     queries = query if isinstance(query, list) else [query] * len(choices)
     if len(queries) != len(choices) or not all(isinstance(q, str) for q in queries):
-        raise DataError(f"{where}: query must be a text, or a list of one text for each of {len(choices)} choices")
+        raise DataError(f"{where}: query: expected a text, or a list of one text for each of {len(choices)} choices")
     if type(gold) is not int or not 0 <= gold < len(choices):
-        raise DataError(f"{where}: gold must be the number of a choice, 0 to {len(choices) - 1}, found {gold!r}")
+        raise DataError(f"{where}: gold: expected the number of a choice, 0 to {len(choices) - 1}, got {gold!r}")
     return Example(tuple(queries), tuple(choices), gold)
 
 
@@ -120,11 +120,13 @@ def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:
             before = tokenizer.encode(context)
             after = tokenizer.encode(query + DELIMITER + choice)[len(before) :]
             if not before:
-                raise DataError(f"{where}: its query has no tokens, so nothing can predict the choice's first")
+                raise DataError(f"{where}: the query has no tokens from which to predict the choice")
             if not after:
                 raise DataError(f"{where}: the choice has no tokens after its query, in the vocabulary of the model")
             if (read_ := len(before) + len(after) - 1) > longest:
-                raise DataError(f"{where}: the model would read {read_} tokens, it takes {longest}: shorten the query")
+                raise DataError(
+                    f"{where}: the model would read {read_} tokens, but it takes at most {longest}: shorten the query"
+                )
             sequences.append(torch.tensor([*before, *after], dtype=torch.int64))
             scored.append(len(after))
     return Requests(task, tuple(sequences), tuple(scored))

@@ -104,8 +104,8 @@ def preprocess(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunError(
-                f"no space left while writing {output_prefix}: the inputs that were finished are kept; free some space "
-                "(the merge needs the corpus's size once more) and run the same command again"
+                f"no space left while writing {output_prefix}: finished inputs are kept; free some space "
+                "(the merge needs as much again as the corpus) and run the same command again"
             ) from error
         manifests = [parts.manifest(key) for key in keys]
         total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
@@ -190,7 +190,7 @@ class Encoder:
             sequences[last] += 1
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             size = self.tokenizer.vocab_size
-            raise DataError(f"{self.tokenizer.model} gave an id outside of its vocabulary of {size}")
+            raise DataError(f"{self.tokenizer.model} returned an id outside its vocabulary of {size}")
         tokens = tokens.astype(self.dtype)
         return RecordBatch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
 

@@ -146,8 +146,8 @@ def _divide(texts: Texts, folder: Path, tokenizer: Tokenizer, wanted: Mapping[st
     if empty := [part for part in parts if not tokens[part]]:
         raise DataError(
             f"{texts.name}: {read - repeated} different documents are too few: none is left for "
-            f"{' and '.join(name.replace('_', '-') for name in empty)}; give more text (one document in {ONE_OF} is "
-            "held out), or with --text-documents paragraph make several of a plain text file"
+            f"{' and '.join(name.replace('_', '-') for name in empty)}; provide more text (one document in {ONE_OF} is "
+            "held out), or split plain text files into documents with --text-documents paragraph"
         )
     return {"parts": parts, "read": read, "repeated": repeated}
 
@@ -181,6 +181,6 @@ def _drop(path: Path, numbers: set[int]) -> None:
     kept = [line for number, line in enumerate(lines) if number not in numbers]
     if not kept:
         raise DataError(
-            f"all {len(lines)} held-out documents are nearly the same as documents of the calibration: give other text"
+            f"all {len(lines)} held-out documents are near duplicates of calibration documents: provide other text"
         )
     artifacts.write_bytes(path, b"".join(kept))

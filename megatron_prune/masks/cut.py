@@ -27,8 +27,8 @@ def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
         columns = axis_indices(layout.axes[1], masks.model, kept)
         if columns is not None and not _whole_groups(columns, pattern):
             raise MasksError(
-                f"{masks.label}: {source} is pruned {pattern}, and the plan takes {layout.axes[1]} channels out of its "
-                f"groups of {pattern.m} inputs: cut depth only, or cut the dense parent first and sparsify the result"
+                f"{masks.label}: {source} is pruned {pattern}, but the plan removes {layout.axes[1]} channels from its "
+                f"groups of {pattern.m} inputs: prune depth only, or prune the dense parent first and then sparsify it"
             )
 
 

@@ -68,7 +68,7 @@ class Masks:
         self.label = label or folder  # name in errors
         self.entries = {name: entries[name] for name in sorted(entries, key=_place)}
         if not entries:
-            raise MasksError(f"{self.label} holds no mask at all")
+            raise MasksError(f"{self.label} holds no masks")
         self._files = StoredFiles(folder)
         metadata = safe.load_metadata(folder)
         torch_dist.vet_objects(metadata, self._files, folder)
@@ -137,7 +137,7 @@ class Masks:
         if self.entries[name].packed:
             return bits.unpack(numbers, west, east)
         if int(numbers.max()) > 1:
-            raise MasksError(f"{self.label}: {name} is damaged: it holds the byte {int(numbers.max())}")
+            raise MasksError(f"{self.label}: {name} is damaged: expected the bytes 0 and 1, got {int(numbers.max())}")
         return numbers[:, west:east].view(torch.bool)
 
 
@@ -145,7 +145,7 @@ def open_masks(path: str | Path) -> Masks:
     """Open a ``masks`` folder. Raises MasksError if it is missing, truncated, malicious, or inconsistent."""
     folder = storage.path(path).absolute()
     if not (folder / MASKS_FILE).is_file():
-        raise MasksError(f"{folder} has no {MASKS_FILE}: no masks, or their writing was not finished")
+        raise MasksError(f"{folder} has no {MASKS_FILE}: it holds no masks, or writing them was interrupted")
     with as_masks_error():
         found = read_json(folder / MASKS_FILE)
         try:
@@ -161,7 +161,7 @@ def open_masks(path: str | Path) -> Masks:
             _check_count(folder, name, entry)
         masks = Masks(folder, model, entries)
     if masks.hash != recorded:
-        raise MasksError(f"{folder / MASKS_FILE} is damaged: its hash is not that of its entries")
+        raise MasksError(f"{folder / MASKS_FILE} is damaged: its hash does not match its entries")
     return masks
 
 
@@ -183,7 +183,7 @@ def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> Non
         raise MasksError(f"{folder}: {name} is not a linear of the model that the masks are for")
     if entry.shape != shapes[match[2]]:
         expected = list(shapes[match[2]])
-        raise MasksError(f"{folder}: the mask of {name} has shape {list(entry.shape)}, its model says {expected}")
+        raise MasksError(f"{folder}: the mask of {name} has shape {list(entry.shape)}, expected {expected}")
     if not Pattern.parse(entry.pattern).divides(entry.shape[1]):
         raise MasksError(f"{folder}: {entry.pattern} does not divide the {entry.shape[1]} inputs of {name}")
 
@@ -192,7 +192,9 @@ def _check_count(folder: Path, name: str, entry: Entry) -> None:
     pattern, size = Pattern.parse(entry.pattern), entry.shape[0] * entry.shape[1]
     exactly = None if pattern.n is None or pattern.m is None else size - size // pattern.m * pattern.n
     if not 0 <= entry.removed <= size or exactly not in (None, entry.removed):
-        raise MasksError(f"{folder}: {name} ({entry.pattern}) is said to lose {entry.removed} of {size} weights")
+        raise MasksError(
+            f"{folder}: {name} ({entry.pattern}) cannot remove {entry.removed} of {size} weights, as its entry says"
+        )
 
 
 def entries_json(masks: Masks) -> dict[str, Any]:
@@ -250,5 +252,5 @@ def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[inde
         raise MasksError(f"{folder}: a record of {stored.key} is truncated")
     boxes = tuple(index.Box(piece, piece.offsets, piece.sizes, 0) for piece in stored.pieces)
     if not index.covers(boxes, expected):
-        raise MasksError(f"{folder}: a shard of {stored.key} is missing or doubled")
+        raise MasksError(f"{folder}: a shard of {stored.key} is missing or duplicated")
     return boxes

@@ -55,7 +55,7 @@ def guarded(masks: Masks, name: str, blocks: Iterable[torch.Tensor], start: int 
                 row, column = (int(i) for i in numpy.argwhere(alive)[0])
                 raise MasksError(
                     f"{masks.label} do not fit these weights: {name}[{start + row}, {column}] is "
-                    f"{float(block[row, column]):g}, and the mask says removed (so for {int(alive.sum())} of "
+                    f"{float(block[row, column]):g}, but the mask removes it (as {int(alive.sum())} of "
                     f"{block.numel()} weights here)"
                 )
         start += len(block)
@@ -74,9 +74,9 @@ def check_bits(masks: Masks, name: str) -> None:
     entry = masks.entries[name]
     removed, digest = measure(masks, name)
     if removed != entry.removed:
-        raise MasksError(f"{masks.label}: {name} removes {removed} weights, its entry says {entry.removed}")
+        raise MasksError(f"{masks.label}: {name} removes {removed} weights, but its entry says {entry.removed}")
     if digest != entry.digest:
-        raise MasksError(f"{masks.label}: {name} is damaged: its bits are not those that were hashed")
+        raise MasksError(f"{masks.label}: {name} is damaged: its bits do not match its hash")
 
 
 def measure(masks: Masks, name: str) -> tuple[int, str]:

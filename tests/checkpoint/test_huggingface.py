@@ -252,7 +252,7 @@ def test_head_size_of_its_own():
         ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 2.0}}, "low_freq_factor=2"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"model_type": "mistral", "sliding_window": 1024}, "pass --max-position-embeddings 1024"),
-        ({"num_key_value_heads": 3}, "cannot be shared evenly"),
+        ({"num_key_value_heads": 3}, "cannot be divided evenly"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )
@@ -318,7 +318,10 @@ def test_pickled_weights_are_not_read(damaged, tmp_path):
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor model.layers.1.mlp.up_proj.weight"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(95)}), r"model.norm.weight has shape \[95\]"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}), "no Llama has.*q_proj.bias"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}),
+            "not part of a Llama.*q_proj.bias",
+        ),
         (lambda t: t.update({"model.norm.weight": torch.zeros(96, dtype=torch.int8)}), "stored as I8"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(192, 96, dtype=torch.float16)}),

@@ -136,9 +136,12 @@ DAMAGES = {
     "code": (_hostile, "is refused: .*system"),
     "weight": (_change(lambda state: state["model"].pop(FC2)), r"linear_fc2.* is NoneType"),
     "shape": (_change(lambda state: state["model"].update({FC2: torch.zeros(3, 3)})), r"linear_fc2.* is \[3, 3\]"),
-    "type": (_change(lambda s: s["model"].update({FC2: s["model"][FC2].bfloat16()})), "linear_fc2.* differ in type"),
-    "parts": (_change(lambda state: state.update(model=7)), "not the state of a model|damaged"),
-    "old": (_change(lambda state: state.update(model0=state.pop("model"))), "do not hold the same parts"),
+    "type": (
+        _change(lambda s: s["model"].update({FC2: s["model"][FC2].bfloat16()})),
+        "linear_fc2.* have different types",
+    ),
+    "parts": (_change(lambda state: state.update(model=7)), "not a model state|damaged"),
+    "old": (_change(lambda state: state.update(model0=state.pop("model"))), "do not hold the same model chunks"),
     "cycle": (_change(lambda state: state["model"].update(loop=state)), "contains itself"),
     "expert": (lambda copy: (copy / "iter_0000000" / "mp_rank_00_000_000").mkdir(), "not a rank of a dense GPT"),
 }
@@ -158,7 +161,7 @@ def test_layers_of_the_first_rank_must_add_up(copy):
         state = torch.load(file, weights_only=False)
         state["args"] = argparse.Namespace(**vars(state["args"]) | {"num_layers": 5})
         torch.save(state, file)
-    with pytest.raises(CheckpointError, match="holds 4 layers in all its stages, its stored args say 5"):
+    with pytest.raises(CheckpointError, match="holds 4 layers in all stages, expected 5 from the stored args"):
         open_checkpoint(copy)
 
 

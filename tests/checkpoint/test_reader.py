@@ -162,8 +162,8 @@ def test_args_that_lie_about_the_weights_are_refused(saved, tmp_path, distribute
 
     real = safe_objects.load_common
     for change, message in (
-        ({"ffn_hidden_size": 44}, r"linear_fc1\.weight has shape .* its stored args say"),
-        ({"num_layers": 3}, "its stored args say"),
+        ({"ffn_hidden_size": 44}, r"linear_fc1\.weight has shape .* from the stored args"),
+        ({"num_layers": 3}, "from the stored args"),
         ({"normalization": "LayerNorm"}, "lacks .*bias"),
         ({"untie_embeddings_and_output_weights": False}, "weights that this package does not know .*output_layer"),
         ({"num_experts": 8}, "num_experts=8"),

@@ -63,7 +63,7 @@ def test_readers_find_it_without_writing(root, text):
 
 def test_a_tracker_that_names_what_is_not_there_is_refused_by_readers(root):
     tracker(root, "50")
-    with pytest.raises(CheckpointError, match="iter_0000050, which is not there"):
+    with pytest.raises(CheckpointError, match="iter_0000050, which does not exist"):
         find_iteration(root)
 
 

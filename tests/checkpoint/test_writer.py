@@ -189,7 +189,7 @@ class Refusals:
         (Refusals.too_few_rows, "expected 128 rows, got 127"),
         (Refusals.twice, "added twice"),
         (Refusals.incomplete, "1 weights were not added, the first is output_layer.weight"),
-        (Refusals.layers_of_two_types, "must have one type"),
+        (Refusals.layers_of_two_types, "must have the same type"),
     ],
 )
 def test_refuses_and_leaves_nothing(tmp_path, wrongly, message):
@@ -211,7 +211,7 @@ def test_a_disk_too_small_is_refused_before_work(tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(CheckpointError, match=r"GB free, made needs"):
+    with pytest.raises(CheckpointError, match=r"GB free, but made needs"):
         small.write(tmp_path / "made")
     assert os.listdir(tmp_path) == []
 

@@ -38,20 +38,20 @@ def test_names_of_keys_and_of_lm_evals_documents(tmp_path: Path) -> None:
     [
         ("{", "line 2: not a line of JSON"),
         ('{"gold": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
-        ("[1]", "line 2: a JSON object is expected, found list"),
+        ("[1]", "line 2: expected a JSON object, got list"),
         ({"choices": ["a", "b"], "gold": 0}, "line 2: the key query or question is missing, found choices, gold"),
         ({"query": "q", "gold": 0}, "line 2: the key choices is missing"),
         ({"query": "q", "choices": ["a", "b"]}, "line 2: the key gold or answer is missing"),
-        (GOOD | {"choices": ["only"]}, "choices must be a list of two or more texts"),
-        (GOOD | {"choices": "ab"}, "choices must be a list of two or more texts"),
-        (GOOD | {"choices": ["a", 1]}, "choices must be a list of two or more texts"),
+        (GOOD | {"choices": ["only"]}, "choices: expected a list of two or more texts"),
+        (GOOD | {"choices": "ab"}, "choices: expected a list of two or more texts"),
+        (GOOD | {"choices": ["a", 1]}, "choices: expected a list of two or more texts"),
         (GOOD | {"choices": ["a", " \n"]}, "line 2: choice 1 is empty"),
-        (GOOD | {"query": ["one"]}, "query must be a text, or a list of one text for each of 2 choices"),
-        (GOOD | {"query": 3}, "query must be a text, or a list"),
-        (GOOD | {"gold": 2}, "gold must be the number of a choice, 0 to 1, found 2"),
-        (GOOD | {"gold": -1}, "gold must be the number of a choice"),
-        (GOOD | {"gold": True}, "gold must be the number of a choice"),
-        (GOOD | {"gold": "A"}, "gold must be the number of a choice, 0 to 1, found 'A'"),
+        (GOOD | {"query": ["one"]}, "query: expected a text, or a list of one text for each of 2 choices"),
+        (GOOD | {"query": 3}, "query: expected a text, or a list"),
+        (GOOD | {"gold": 2}, "gold: expected the number of a choice, 0 to 1, got 2"),
+        (GOOD | {"gold": -1}, "gold: expected the number of a choice"),
+        (GOOD | {"gold": True}, "gold: expected the number of a choice"),
+        (GOOD | {"gold": "A"}, "gold: expected the number of a choice, 0 to 1, got 'A'"),
     ],
 )
 def test_lines_that_are_no_example_are_refused(tmp_path: Path, line: Any, message: str) -> None:
@@ -92,7 +92,7 @@ def test_a_choice_is_the_tokens_that_it_adds(tmp_path: Path, tiny_tokenizer: Pat
 def test_what_no_model_can_score_is_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
     with pytest.raises(DataError, match="example 1, choice 'wax': its query has no tokens"):
         encode(tmp_path, tiny_tokenizer, GOOD | {"query": "  "})
-    with pytest.raises(DataError, match="choice '.*': the model would read [0-9]+ tokens, it takes 9"):
+    with pytest.raises(DataError, match="choice '.*': the model would read [0-9]+ tokens, but it takes at most 9"):
         encode(tmp_path, tiny_tokenizer, GOOD, longest=9)
 
 

@@ -117,7 +117,7 @@ def test_short_documents_are_equal_or_counted_and_every_duplicate_is_named(tmp_p
     assert (found["documents"], found["duplicates"], found["too_short"]) == (35, 30, 5)
     assert found["exact"] == list(range(5, 35)) and report["shortest"] == 8
     assert "30 are in train" in contamination.line(found)
-    assert contamination.line(found).endswith(", 5 are too short to judge (below 8 tokens)")
+    assert contamination.line(found).endswith(", 5 are too short to compare (below 8 tokens)")
     nearly = [np.append(document, 7) for document in random_documents(10, 50)]
     report = contamination.compare_stages({"train": [train], "test": [write_corpus(tmp_path / "near", nearly)]})
     assert sorted(pair["document"] for pair in report["pairs"][0]["nearest"]) == list(range(50))

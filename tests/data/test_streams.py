@@ -289,7 +289,7 @@ def test_broken_corpora_are_refused(tmp_path, corpus):
         Stream.build(corpus, 8, 0)
     with open(corpus + ".idx", "r+b") as handle:
         handle.truncate(100)
-    with pytest.raises(DataError, match="not a whole Megatron index"):
+    with pytest.raises(DataError, match="a truncated Megatron index"):
         Stream.build(corpus, 8, 0)
 
 

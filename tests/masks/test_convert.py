@@ -111,20 +111,23 @@ def _pattern(name, pattern):
     ("change", "message"),
     [
         (lambda tensors, texts: tensors.pop(K), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
-        (_pattern(GATE, "1:4"), "gate_proj.*up_proj.* are one matrix in Megatron: all have a mask, of one pattern"),
+        (_pattern(GATE, "1:4"), "gate_proj.*up_proj.* are one matrix in Megatron: expected masks of one pattern"),
         (_pattern(DOWN, "1:4"), r"linear_fc2\.weight breaks 1:4"),
         (_pattern(DOWN, "5:7"), "5:7 does not divide the 192 inputs"),
         (_pattern(DOWN, {}), "expected .*, got {}"),
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN][:-1]}), r"stored as U8 \[95, 24\], expected U8"),
         (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN].float()}), r"stored as F32"),
-        (lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}), r"said to be \[96, 190\], this model's"),
+        (
+            lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}),
+            r"has shape \[96, 190\] in the header, expected",
+        ),
         (lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()), "a mask for x, which is not a linear weight"),
         (lambda tensors, texts: texts.pop("patterns"), "no readable patterns"),
         (lambda tensors, texts: texts.update(patterns={}), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
         (lambda tensors, texts: texts.update(patterns="[" * 100_000), "no readable patterns"),
         (lambda tensors, texts: texts.update(hash="0" * 64), "is damaged: its masks hash to"),
         (lambda tensors, texts: tensors[DOWN].bitwise_not_(), "do not fit these weights|hash"),
-        (lambda tensors, texts: [tensors.pop(name) for name in list(tensors)], "no mask at all"),
+        (lambda tensors, texts: [tensors.pop(name) for name in list(tensors)], "holds no masks"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_nothing_is_written(change, message, sparse, tmp_path):

@@ -90,9 +90,9 @@ def test_whole_groups_may_go_from_n_to_m_masks(cut, sparse, tmp_path):
     [
         (
             "hidden",
-            r"linear_qkv\.weight is pruned 2:4, and the plan takes hidden channels out of its groups of 4 inputs",
+            r"linear_qkv\.weight is pruned 2:4, but the plan removes hidden channels from its groups of 4 inputs",
         ),
-        ("ffn", r"linear_fc2\.weight is pruned 2:4, and the plan takes ffn channels out of its groups of 4 inputs"),
+        ("ffn", r"linear_fc2\.weight is pruned 2:4, but the plan removes ffn channels from its groups of 4 inputs"),
     ],
 )
 def test_a_cut_through_groups_is_refused(cut, message, sparse, tmp_path):

@@ -86,7 +86,7 @@ def test_a_missing_or_short_file_is_refused_before_anything_is_read(folder):
     file = folder / "__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(MasksError, match=r"__0_0\.distcp is truncated: \d+ bytes, the index needs \d+"):
+    with pytest.raises(MasksError, match=r"__0_0\.distcp is truncated: it has \d+ bytes, but the index needs \d+"):
         open_masks(folder)
     file.unlink()
     with pytest.raises(MasksError, match=r"__0_0\.distcp is missing"):
@@ -106,7 +106,7 @@ def test_a_missing_or_doubled_shard_is_refused(folder, what):
             del metadata.storage_data[index]
 
     replace_metadata(folder, change)
-    with pytest.raises(MasksError, match=r"linear_fc2\.weight (is missing or doubled|has no record)"):
+    with pytest.raises(MasksError, match=r"linear_fc2\.weight (is missing or duplicated|has no record)"):
         open_masks(folder)
 
 
@@ -125,22 +125,22 @@ def test_an_unfinished_folder_is_refused(folder, missing):
         (lambda f: f.pop("masks"), "KeyError"),
         (lambda f: f.update(version=2), "version 2, expected 1"),
         (lambda f: f.update(masks=[]), "AttributeError"),
-        (lambda f: f.update(masks={}), "no mask at all"),
-        (lambda f: f.update(hash="0" * 64), "its hash is not that of its entries"),
+        (lambda f: f.update(masks={}), "holds no masks"),
+        (lambda f: f.update(hash="0" * 64), "its hash does not match its entries"),
         (lambda f: f["model"].update(hidden_size=1 << 40), "hidden_size is 1099511627776"),
         (lambda f: f["model"].update(hidden_size="32"), "hidden_size is '32'"),
         (lambda f: f["model"].update(more=1), "the model's shape has the keys"),
-        (lambda f: f["model"].update(num_query_groups=3), "shared evenly"),
+        (lambda f: f["model"].update(num_query_groups=3), "divided evenly"),
         (
             lambda f: f["model"].update(ffn_hidden_size=40),
-            r"linear_fc1\.weight has shape \[96, 32\], its model says \[80, 32\]",
+            r"linear_fc1\.weight has shape \[96, 32\], expected \[80, 32\]",
         ),
         (lambda f: f["masks"][FC2].update(shape=[32]), "ValueError"),
-        (lambda f: f["masks"][FC2].update(shape=[32, -48]), "its model says"),
+        (lambda f: f["masks"][FC2].update(shape=[32, -48]), "the mask of .* has shape .*, expected"),
         (lambda f: f["masks"][FC2].update(shape=[32.0, 48]), "an entry is"),
         (lambda f: f["masks"][FC2].update(removed=True), "an entry is"),
-        (lambda f: f["masks"][FC2].update(removed=767), "said to lose 767 of 1536"),
-        (lambda f: f["masks"][FC2].update(pattern="unstructured", removed=-1), "said to lose -1 of 1536"),
+        (lambda f: f["masks"][FC2].update(removed=767), "cannot remove 767 of 1536"),
+        (lambda f: f["masks"][FC2].update(pattern="unstructured", removed=-1), "cannot remove -1 of 1536"),
         (lambda f: f["masks"][FC2].update(pattern="2:5"), "2:5 does not divide the 48 inputs"),
         (lambda f: f["masks"][FC2].update(pattern="any"), "expected .*, got any"),
         (lambda f: f["masks"][FC2].update(code="x"), "an entry has the keys"),
@@ -175,7 +175,7 @@ def test_bits_that_were_changed_on_disk_are_found(tmp_path):
     byte = content[at]
     content[at] = byte & 0xF0 | (0b0011 if byte & 0x0F != 0b0011 else 0b1100)
     file.write_bytes(content)
-    with pytest.raises(MasksError, match=r"linear_fc2\.weight is damaged: its bits are not those that were hashed"):
+    with pytest.raises(MasksError, match=r"linear_fc2\.weight is damaged: its bits do not match its hash"):
         verify(open_masks(root / "masks"), open_checkpoint(root))
     content[at] = byte | 0x0F
     file.write_bytes(content)
@@ -191,7 +191,7 @@ def test_a_count_that_is_not_the_bits_is_found(tmp_path):
         seal(found)
 
     change_json(root / "masks", change)
-    with pytest.raises(MasksError, match=r"linear_fc2\.weight removes \d+ weights, its entry says \d+"):
+    with pytest.raises(MasksError, match=r"linear_fc2\.weight removes \d+ weights, but its entry says \d+"):
         verify(open_masks(root / "masks"), open_checkpoint(root))
 
 
@@ -206,7 +206,7 @@ def test_a_byte_that_is_no_bit_is_refused(folder):
     replace_metadata(folder, change)
     replace_record(folder, FC2, saved(stored))
     change_json(folder, lambda found: found["masks"][FC2].update(packed=False))
-    with pytest.raises(MasksError, match=r"linear_fc2\.weight is damaged: it holds the byte 2"):
+    with pytest.raises(MasksError, match=r"linear_fc2\.weight is damaged: expected the bytes 0 and 1, got 2"):
         open_masks(folder).read(FC2)
 
 

@@ -56,7 +56,7 @@ def test_verbs_that_rename_what_they_wrote(disk, job, tmp_path):
     for verb in ("sparsify", "prune"):
         words = ["--load", tmp_path, "--method", "magnitude", "--ratio", "0.5", "--save", disk("run"), ON]
         done = job([verb, *words])
-        assert done.returncode == 2 and "object stores rename no directories" in done.output, done.output
+        assert done.returncode == 2 and "object stores cannot rename directories" in done.output, done.output
 
 
 def test_without_the_client(monkeypatch):

@@ -140,7 +140,7 @@ def test_half_a_save_is_none(disk, tmp_path):
 def test_legacy_files_are_refused(disk, tmp_path):
     folder = tmp_path / "legacy" / "iter_0000001" / "mp_rank_00"
     artifacts.write_bytes(folder / "model_optim_rng.pt", b"x")
-    with pytest.raises(MegatronPruneError, match="legacy per-rank files.*reads from disks alone"):
+    with pytest.raises(MegatronPruneError, match="legacy per-rank files.*only be read from a disk"):
         open_checkpoint(disk.put(tmp_path / "legacy", "legacy") + "/iter_0000001")
 
 
