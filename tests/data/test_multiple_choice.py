@@ -90,7 +90,7 @@ def test_a_choice_is_the_tokens_that_it_adds(tmp_path: Path, tiny_tokenizer: Pat
 
 
 def test_what_no_model_can_score_is_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    with pytest.raises(DataError, match="example 1, choice 'wax': its query has no tokens"):
+    with pytest.raises(DataError, match="example 1, choice 'wax': the query has no tokens"):
         encode(tmp_path, tiny_tokenizer, GOOD | {"query": "  "})
     with pytest.raises(DataError, match="choice '.*': the model would read [0-9]+ tokens, but it takes at most 9"):
         encode(tmp_path, tiny_tokenizer, GOOD, longest=9)
