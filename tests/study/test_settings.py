@@ -215,7 +215,7 @@ def test_a_rate_at_the_end_of_its_grid_is_flagged_in_the_verdict(prefixes) -> No
     assert 0 < seen < 2 * len(made.verdicts)  # some are at an end, some are not
     text = page.render(made, [])
     edge = next(edge for verdict in made.verdicts for edge in verdict.edges)
-    assert f"the {edge.end}: add {edge.add:g}" in text and "is the smallest or the largest that was tried" in text
+    assert f"the {edge.end}: add {edge.add:g}" in text and "is the smallest or largest one tried" in text
     assert [one["edge"] is None for one in data["sweeps"]] == [one.chosen == 2e-3 for one in made.sweeps]
 
 

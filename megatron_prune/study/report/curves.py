@@ -62,7 +62,7 @@ def loss_curves(results: Results, tables: Mapping[str, Path]) -> Drawing | None:
         "loss-curves",
         "Training loss against tokens",
         "Training loss, a running mean over 2% of the longest run, at most 10% of each. Solid: pruned; dashed: from "
-        "scratch. All tokens: the parent, the pruned models that go on from it, and scratch at equal total tokens. "
+        "scratch. All tokens: the parent, the pruned models that continue from it, and scratch at equal total tokens. "
         "This training alone: pruned and scratch on the same samples in the same order. The dotted line is the entropy "
         "of single tokens in the validation text: no model that ignores context can be below it there.",
     )

@@ -31,9 +31,9 @@ from megatron_prune.study.report.tabular import MINUS, perplexity
 MOST_PENDING = 12  # listed individually
 EXPLAINED = {
     "equal-training": "Scratch was trained on as many tokens as the pruned model was retrained on, the same ones.",
-    "equal-total": "Scratch was trained on as many tokens as are behind the pruned model: its parent's, its pruning's "
+    "equal-total": "Scratch was trained on as many tokens as the pruned model in total: its parent's, its pruning's "
     "and its retraining's.",
-    "equal-flops": "Scratch was trained with as many FLOPs as are behind the pruned model: its parent's, its pruning's "
+    "equal-flops": "Scratch was trained with as many FLOPs as the pruned model in total: its parent's, its pruning's "
     "and its retraining's.",
 }
 
@@ -146,7 +146,7 @@ def _rests_on(found: Results) -> str:
     if over_seeds:
         text += f" Intervals are paired t over seeds{', for this one parent' * (not found.study.parent_per_seed)}."
     elif any(headline.interval for headline in found.headlines):
-        text += " There is one seed: intervals are over evaluation documents, and say nothing of other seeds."
+        text += " There is one seed: intervals are over evaluation documents and do not cover other seeds."
     else:
         text += " There is one seed, and too little text for an interval over documents."
     return text

@@ -127,7 +127,7 @@ def laws(found: Results) -> Table:
         gaps = f"{_gap(own[0].test)} at {own[0].tokens:,} tokens, {_gap(own[-1].test)} at {own[-1].tokens:,}"
         shown.append({"subject": trend.subject, "ahead": _ahead([verdict.winner for verdict in own]), "gaps": gaps,
                       "break_even": trend.break_even.words, "laws": trend.laws})  # fmt: skip
-    return Table("laws", "On test losses; each budget is a run of its own.", columns, shown)
+    return Table("laws", "On test losses; each budget is a separate run.", columns, shown)
 
 
 def _ahead(winners: Sequence[str]) -> str:

@@ -180,7 +180,7 @@ def loss_by_budget(results: Results) -> Drawing | None:
         lambda stacked: _losses(results, shown, stacked),
         "loss-by-budget",
         "Test loss against tokens of retraining",
-        "Test loss at the end of training, a run of its own for each budget; on the right as perplexity. Filled and "
+        "Test loss at the end of training, a separate run for each budget; on the right as perplexity. Filled and "
         "solid: pruned and retrained; hollow and dashed: from scratch (dotted: without the masks). The grey line is "
         "the parent. Means over seeds.",
     )

@@ -177,7 +177,7 @@ class CellProgress:
 
     def stopped(self, cell: str) -> None:
         """A cell whose attempt ended early but made progress."""
-        self.console.print(f"{self._clock()}  {'stopped':<7}{cell}  goes on from what it saved", soft_wrap=True)
+        self.console.print(f"{self._clock()}  {'stopped':<7}{cell}  resumes from its last save", soft_wrap=True)
 
     def left(self, cell: str, stage: str) -> None:
         """A stage on which processes of an earlier runner still work."""
