@@ -214,7 +214,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
         ([*DEPTH, "--task-data", task], "--task-data: expected --score-by task with it, got .*"),
         ([*DEPTH, "--task-metric", "acc"], "--task-metric: expected --score-by task with it, got acc"),
         ([*by_task, "--task-data", tmp_path / "no.jsonl"], "cannot read the task"),
-        ([*by_task, "--task-data", bad], "bad.jsonl, line 1: gold must be"),
+        ([*by_task, "--task-data", bad], "bad.jsonl, line 1: gold: expected"),
         (["--method", "shortgpt", "--ratio", "0.5", "--score-by", "task"], "--score-by: expected --method minitron"),
     ):
         words = ["--load", verbs.parent, "--statistics", verbs.statistics, "--output", verbs.plan, *choice]
