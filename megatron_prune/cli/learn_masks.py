@@ -1,6 +1,6 @@
 """``torchrun … -m megatron_prune learn-masks``: Sheared-LLaMA's masks, trained on a parent towards a target shape.
 
-It is ``pretrain`` with a target. ``plan --method sheared-llama`` then chooses what stays, and ``apply`` cuts it out.
+It is ``pretrain`` with a target. ``plan --method sheared-llama`` then makes the plan, and ``apply`` cuts the model.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from megatron_prune.cli.pretrain import RUN
 def parser() -> Parser:
     return Parser(
         "learn-masks",
-        "Trains a checkpoint and masks on its layers, heads and channels together, until what they let through has "
-        "the size that is asked for. Leaves the weights and learned_masks.safetensors, which plan reads. Every flag of "
-        "pretrain works as there.",
+        "Trains a checkpoint together with masks on its layers, heads and channels, until the unmasked part has "
+        "the requested size. Writes the weights and learned_masks.safetensors, which plan reads. Every flag of "
+        "pretrain works too.",
         verbs.LearnMasksSettings,
         mentioned=(
-            (RUN, "--pretrained-checkpoint", "CKPT", "the parent, whose weights are trained along"),
+            (RUN, "--pretrained-checkpoint", "CKPT", "the parent, whose weights are trained too"),
             (RUN, "--use-checkpoint-args", None, "take the model's arguments from that checkpoint"),
             (RUN, "--save", "RUN", "where weights and masks are saved, with an account.json"),
-            (RUN, "--load", "RUN", "the same folder: a run that was stopped goes on from its last save, at any layout"),
+            (RUN, "--load", "RUN", "the same folder: a stopped run resumes from its last save, at any layout"),
             (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
             (RUN, "--seq-length", "S", "tokens per sample"),
             (RUN, "--global-batch-size", "B", "samples per step; the paper has few, and 3,200 steps"),
-            (RUN, "--micro-batch-size", "b", "samples that a rank computes at once, under one draw of the masks"),
-            (RUN, "--lr", "LR", "of the weights, 1e-4 in the paper; --lr-decay-style, --lr-warmup-fraction, --min-lr"),
+            (RUN, "--micro-batch-size", "b", "samples per rank at a time, under one draw of the masks"),
+            (RUN, "--lr", "LR", "weights, 1e-4 in the paper; --lr-decay-style, --lr-warmup-fraction, --min-lr"),
             *mentions.LAYOUT,
         ),
         example="""
