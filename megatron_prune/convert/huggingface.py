@@ -62,7 +62,7 @@ def import_hf(
     )
     shape = ModelShape.from_args(args)
     tensors = safetensors_io.Tensors(source)
-    _check_tensors(tensors, shape, args, source)
+    _check_tensors(tensors, shape, args, source, one_type=dtype is None)
     main = dtype or tensors.dtype("model.embed_tokens.weight")
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
         masks = None
@@ -201,12 +201,14 @@ def _blocks(
             if piece.name is None:
                 held.append(torch.zeros((stop - start, *layout.shape[1:]), dtype=dtype))
             else:
-                held.append(tensors.rows(piece.name, start, stop))
+                held.append(tensors.rows(piece.name, start, stop).to(dtype))
     if held:
         yield torch.cat(held)
 
 
-def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path) -> None:
+def _check_tensors(
+    tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path, *, one_type: bool
+) -> None:
     """Raises CheckpointError if a tensor is missing, has the wrong shape or type, or is unknown."""
     known = set()
     for layout in weights(shape):
@@ -222,7 +224,7 @@ def _check_tensors(tensors: safetensors_io.Tensors, shape: ModelShape, args: dic
                 raise CheckpointError(
                     f"{source}: {name} has shape {list(tensors.shape(name))}, expected {list(expected)} by config.json"
                 )
-        if len({tensors.dtype(name) for name in rows}) != 1:
+        if one_type and len({tensors.dtype(name) for name in rows}) != 1:
             raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
         known |= set(rows)
     ignored = {"lm_head.weight"} if shape.tied else set()

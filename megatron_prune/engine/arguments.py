@@ -223,8 +223,8 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         if name == "load" and args.save is not None and not path.exists():
             continue  # a run that resumes from its own save directory, which does not exist yet
         if not path.exists():
-            flag = f"--{name.replace('_', '-')}"
-            raise CheckpointError(f"{flag}: expected the directory of a checkpoint, got {value}, which does not exist")
+            _refuse_absent(name, value)
+            continue
         if path.name.startswith("iter_") and path.name[5:].isdigit():
             if name == "load":
                 args.ckpt_step = int(path.name[5:])
@@ -241,6 +241,11 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
         _repair(args, root)
     if args.save is not None and storage.path(args.save).is_dir():
         _repair(args, storage.path(args.save))
+
+
+def _refuse_absent(name: str, value: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    raise CheckpointError(f"{flag}: expected the directory of a checkpoint, got {value}, which does not exist")
 
 
 def _repair(args: argparse.Namespace, root: Path) -> None:

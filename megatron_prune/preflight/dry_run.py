@@ -151,6 +151,7 @@ def _parse(verb: Callable[[list[str]], int], argv: list[str]) -> argparse.Namesp
 
     global_vars.set_global_variables = stop  # the last step of `arguments.parse` does
     tokenizers.refuse_absent = lambda *_: True  # it may exist on the cluster only
+    arguments._refuse_absent = lambda *_: None  # so may a checkpoint that `--load` names
     arguments._repair = lambda *_: None  # the job that owns these files may be running
     try:
         verb(argv)

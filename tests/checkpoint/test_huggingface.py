@@ -338,6 +338,17 @@ def test_tensors_that_do_not_fit_are_refused(change, message, damaged, tmp_path)
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_tensors_of_several_types_are_cast_where_a_type_is_given(damaged, tmp_path):
+    content = load_file(damaged / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    content[name] = content[name].half()
+    save_file(content, damaged / "model.safetensors", metadata={"format": "pt"})
+    made = import_hf(damaged, tmp_path / "checkpoint", dtype=torch.bfloat16)
+    fused = made.read("decoder.layers.0.mlp.linear_fc1.weight")
+    gate = content["model.layers.0.mlp.gate_proj.weight"]
+    assert torch.equal(fused, torch.cat([gate.bfloat16(), content[name].bfloat16()]))
+
+
 def test_old_rotary_buffers_and_a_tied_output_layer_are_ignored(tiny_hf, tmp_path):
     source = shutil.copytree(tiny_hf("llama-mha-tied"), tmp_path / "hf")
     content = load_file(source / "model.safetensors")
