@@ -12,7 +12,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.structured import target as targets
 from megatron_prune.training import pretrain
-from megatron_prune.training.learned_masks import Learner, Settings
+from megatron_prune.training.learned_masks import Learner, LearnerSettings
 
 METHOD = "sheared-llama"
 
@@ -33,7 +33,7 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
     if args.rank == 0:
         cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
         print(f"learning masks that keep {cut}", flush=True)
-    return pretrain.run(args, Learner(args, Settings(source, target, own.mask_lr, own.mask_ramp)))
+    return pretrain.run(args, Learner(args, LearnerSettings(source, target, own.mask_lr, own.mask_ramp)))
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:

@@ -35,7 +35,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class State:
+class LearnerState:
     """Masks at a step, with all that going on from there needs."""
 
     source: ModelShape
@@ -75,7 +75,7 @@ def at_step(save: Path, step: int) -> Path:
     return save / FOLDER / f"iter_{step:07d}.safetensors"
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> LearnerState:
     """CheckpointError where there is no such file, or it is damaged."""
     try:
         return _state(storage.path(path).read_bytes())
@@ -85,7 +85,7 @@ def read_state(path: Path) -> State:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
-def _state(payload: bytes) -> State:
+def _state(payload: bytes) -> LearnerState:
     tensors = safetensors.torch.load(payload)
     length = int.from_bytes(payload[:8], "little")
     about = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["about"])
@@ -95,7 +95,7 @@ def _state(payload: bytes) -> State:
     def of(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    return State(
+    return LearnerState(
         source=ModelShape(**about["source"]),
         target=ModelShape(**about["target"]),
         settings=about["settings"],
@@ -110,7 +110,7 @@ def _state(payload: bytes) -> State:
 class LearnedMasks:
     """What a finished run has learned about the weights ``parent``; a plan reads it as it does statistics."""
 
-    state: State
+    state: LearnerState
     parent: str  # fingerprint of the checkpoint that was trained under the masks
     spent: Mapping[str, Any]  # tokens, flops, range, steps, and what else says which run it was
 

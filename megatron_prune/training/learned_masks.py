@@ -37,13 +37,13 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError
 from megatron_prune.methods import sheared_llama
 from megatron_prune.training import learned_file
-from megatron_prune.training.learned_file import FOLDER, State
+from megatron_prune.training.learned_file import FOLDER, LearnerState
 
 _GROUPS = ("masks", "multipliers")
 
 
 @dataclass(frozen=True)
-class Settings:
+class LearnerSettings:
     """What is learned, and how fast: the verb's own flags."""
 
     source: ModelShape
@@ -64,7 +64,7 @@ class _Draw:
 class Learner:
     """The masks of one run: ``attach`` before Megatron's ``pretrain``, ``finish`` after it."""
 
-    def __init__(self, args: argparse.Namespace, settings: Settings):
+    def __init__(self, args: argparse.Namespace, settings: LearnerSettings):
         self.args, self.settings = args, settings
         self.kinds = sheared_llama.kinds(settings.source, settings.target)
         self.log_alpha = {kind.name: torch.nn.Parameter(sheared_llama.start(kind)) for kind in self.kinds}
@@ -301,7 +301,7 @@ class Learner:
 
         return saved
 
-    def state(self) -> State:
+    def state(self) -> LearnerState:
         """All that going on needs, and the history for people."""
         assert self._optimizer is not None
         moments: dict[str, torch.Tensor] = {}
@@ -309,7 +309,7 @@ class Learner:
             for name, parameter in parameters.items():
                 for key, value in self._optimizer.state[parameter].items():
                     moments[f"{group}.{name}.{key}"] = value.detach().float().cpu()
-        return State(
+        return LearnerState(
             source=self.settings.source,
             target=self.settings.target,
             settings={"learning_rate": self.settings.learning_rate, "ramp": self.settings.ramp,

@@ -19,10 +19,10 @@ def test_the_contracts_of_pyproject_are_kept():
     assert done.returncode == 0, done.stdout[done.stdout.find("Broken contracts") :] + done.stderr
 
 
-def test_no_circle_and_no_name_of_a_file_twice():
+def test_no_circle_and_no_name_of_a_file_or_class_twice():
     made = count(ROOT)
     assert not made.module_circles and not made.room_circles
-    assert made.files_twice == ()
+    assert made.files_twice == () and made.classes_twice == ()
 
 
 def checkout(folder: Path, **files: str) -> Path:

@@ -14,7 +14,7 @@ import torch
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.training import learned_file
-from megatron_prune.training.learned_masks import Learner, Settings
+from megatron_prune.training.learned_masks import Learner, LearnerSettings
 from tests.checkpoint import ranks
 from tests.training import sheared
 from tests.training.small import layout, recipe, train_and_record
@@ -63,7 +63,7 @@ def test_a_run_is_the_published_algorithms(learned, tiny_parent, tiny_corpus, tm
     assert losses(again) == losses(learned)  # the record is of the same run
     model = sheared.Model(tiny_parent)
     source, target = file.state.source, file.state.target
-    learner = Learner(SimpleNamespace(seed=7), Settings(source, target, 1.0, 0.2))
+    learner = Learner(SimpleNamespace(seed=7), LearnerSettings(source, target, 1.0, 0.2))
 
     def uniform(step, number):
         return {kind.name: u for kind, u in zip(learner.kinds, learner.uniform(step, number), strict=True)}
