@@ -189,7 +189,7 @@ def test_a_queued_job_of_other_settings_is_not_taken_for_this_one(tmp_path, pref
         cell_json = Path("runs/made-up/cells/calibration-s1/cell.json")
         before = cell_json.read_bytes()
         job = stand_in.submissions().index("calibration-s1") + 1
-        says = f"calibration-s1 with --calibration-sequences 12 in place of 8, .* job {job} .*scancel {job}, or restore"
+        says = f"script of job {job} .*calibration-s1 with --calibration-sequences 12 in place of 8.*scancel {job}., or rest"
         with pytest.raises(UsageError, match=says):
             run(study(prefixes, stand_in, **edited), Path("runs"))
         assert cell_json.read_bytes() == before
