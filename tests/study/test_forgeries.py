@@ -249,7 +249,7 @@ def test_13_better_losses_of_training(places: Places) -> None:
     lines[-1] = lines[-1].replace(lines[-1].split(",")[2], "1.5")
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(
-        AccountError, match=rf"{PRUNED.format(1)}/checkpoint/account.json: final_loss is .*, and 1.5 in"
+        AccountError, match=rf"{PRUNED.format(1)}/checkpoint/account.json: final_loss is .*, but 1.5 in"
     ):
         results.collect(places)
 

@@ -294,7 +294,7 @@ def test_a_parent_of_another_recipe_is_named_at_the_head_of_the_report(prefixes)
         "lr": (2e-3, 1e-3), "adam_beta2": (0.95, "not set"), "bf16": (True, "not set"), "clip_grad": (0.5, "not set"),
         "other arguments": ("recompute_granularity full", "recompute_granularity not set"),
     }  # fmt: skip
-    head = said(found).split("<figure>")[0].split("<h2>")[0]
+    head = said(found).split("<h2>Verdicts")[0]
     for words in ("as its own recipe spent them", "lr 0.002 against 0.001", "adam_beta2 0.95 against not set"):
         assert words in head
 

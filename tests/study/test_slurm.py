@@ -189,7 +189,7 @@ def test_a_queued_job_of_other_settings_is_not_taken_for_this_one(tmp_path, pref
         cell_json = Path("runs/made-up/cells/calibration-s1/cell.json")
         before = cell_json.read_bytes()
         job = stand_in.submissions().index("calibration-s1") + 1
-        says = f"script of job {job} .*calibration-s1 with --calibration-sequences 12 in place of 8.*scancel {job}., or rest"
+        says = f"script of job {job} .*calibration-s1 with --calibration-sequences 12 in place of 8.*scancel {job}"
         with pytest.raises(UsageError, match=says):
             run(study(prefixes, stand_in, **edited), Path("runs"))
         assert cell_json.read_bytes() == before
@@ -346,7 +346,7 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, m
 def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match="there is no squeue on this machine"):
+    with pytest.raises(RunError, match="squeue is not installed on this machine"):
         run(schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH)), Path("runs"))
 
 
