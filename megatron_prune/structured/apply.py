@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import artifacts, methods, verbs
+from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
@@ -194,7 +194,7 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
     """This pruning's entry in the chain of ``pruning.json``."""
     spent = made.calibration or {}
     stages, begun, learned = lineage.of(parent), parent.fingerprint(), None
-    if methods.get(made.method).learned:  # the training that learned the masks is the pruning's own
+    if made.gates is not None:  # the training that learned the masks is the pruning's own
         if not stages or stages[-1]["kind"] != "trained":
             raise PlanError(
                 f"{parent.root}: expected a checkpoint that learn-masks trained, got one without its account"
