@@ -39,6 +39,7 @@ _SEES_ARGUMENTS = ("megatron.core.tokenizers.", "megatron.core.fault_injector")
 _PUT_TOGETHER = ("muon_", "adaptive_muon_")
 _OURS = "ours."
 _TABLES = ("refusals.py", "model_arguments.py")  # of ours, which name flags and read none of them
+_APART = ("api", "cli")  # of ours, which never see Megatron's arguments
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -132,7 +133,7 @@ def reached() -> list[_Piece]:
     files = _files()
     known = set(files)
     module = cache(lambda name: _Module(name, files[name], known))
-    own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES]
+    own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES and path.parent.name not in _APART]
     ours = [_Module(f"{_OURS}{number}", path, known) for number, path in enumerate(own)]
     pieces: list[_Piece] = []
     mentioned: set[str] = set()
