@@ -133,7 +133,9 @@ def reached() -> list[_Piece]:
     files = _files()
     known = set(files)
     module = cache(lambda name: _Module(name, files[name], known))
-    own = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES and path.parent.name not in _APART]
+    own = [
+        path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in _TABLES and path.parent.name not in _APART
+    ]
     ours = [_Module(f"{_OURS}{number}", path, known) for number, path in enumerate(own)]
     pieces: list[_Piece] = []
     mentioned: set[str] = set()
