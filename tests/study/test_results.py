@@ -125,7 +125,7 @@ TAMPERED = {
     "fewer steps": ("equal-training-t1280", {"steps": 9, "range": [160, 232], "tokens": 1152}, OWN.format("range")),
     "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, OWN.format("range")),
     "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, OWN.format("steps")),
-    "a batch alone": ("equal-total-t3968", {"global_batch_size": 4}, "global_batch_size is 4, and 8 among its argum"),
+    "a batch alone": ("equal-total-t3968", {"global_batch_size": 4}, "global_batch_size is 4, but 8 in its arguments"),
     "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, OWN.format("permutation_seed")),
     "another stream": ("equal-total-t3968", {"stream": {"id": "x"}}, "may not be compared: stream.id: "),
     "tokens of the parent": ("parent", {"tokens": 2688}, "account.json: tokens: expected 2,560"),
