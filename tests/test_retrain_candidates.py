@@ -123,7 +123,7 @@ def test_the_best_are_retrained_and_the_best_of_those_is_chosen(files: Files, tm
         (corpus,) = artifacts.read_json(scores)["corpora"].values()
         expected[i] = corpus["loss"]
     found = {i: one.loss for i, c in enumerate(offered) if (one := after.scores[c.selection.key].retrained)}
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-7)  # evaluate has other windows in a batch: fp32 rounding
     assert all(abs(found[i] - losses[i]) > 1e-2 for i in best_two), "training that changes nothing shows nothing"
 
     shown = files.make(*SEARCH, *RETRAIN).ok().output

@@ -22,6 +22,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, fp8, runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.evaluation import tasks
+from megatron_prune.settings import value_of
 
 
 def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any]:
@@ -29,6 +30,12 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
 
     Every rank calls it. Returns what rank 0 writes to ``own.output``.
     """
+    if value_of(words, "--load") is None:
+        raise UsageError("--load", got="nothing", expected="a checkpoint to evaluate")
+    if own.tasks is None and value_of(words, "--data-path") is None:
+        raise UsageError(
+            "--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks in its place"
+        )
     args = runtime.start("evaluate", words, own, complete=_complete)
     from megatron_prune.data.windows import windows
 
@@ -116,15 +123,9 @@ def _refuse_unscaled(args: argparse.Namespace) -> None:
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
-    if not args.load:
-        raise UsageError("--load", got="nothing", expected="a checkpoint to evaluate")
     _refuse_unscaled(args)
     tasks.refuse_unfit(args, argv)
     prefixes = args.data_path or []
-    if not prefixes and not tasks.names(args):
-        raise UsageError(
-            "--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks in its place"
-        )
     if args.labels and (len(args.labels) != len(prefixes) or len(set(args.labels)) != len(args.labels)):
         raise UsageError(
             "--labels", got=" ".join(args.labels), expected="one name per prefix of --data-path, all different"

@@ -113,7 +113,7 @@ CASES = {
         {"gradient_accumulation_fusion", "apply_rope_fusion", "masked_softmax_fusion", "persist_layer_norm"},
     ),
     "local, LayerNorm, Apex": ("apex", LOCAL, {"apply_rope_fusion"}),
-    "local, RMSNorm, Apex": ("apex", [*RMS, *LOCAL], "--transformer-impl: .*uninstall Apex.*RMSNorm"),
+    "local, RMSNorm, Apex": ("apex", [*RMS, *LOCAL], "--transformer-impl: .*RMSNorm.*uninstall Apex"),
     "local, RMSNorm, both": ("te,apex", [*RMS, *LOCAL], {"persist_layer_norm"}),
     "local, TE": (
         "te", [*RMS, *LOCAL], {"gradient_accumulation_fusion", "masked_softmax_fusion", "persist_layer_norm"},

@@ -215,7 +215,7 @@ def test_why_memory_is_not_known_is_said(capsys) -> None:
     """Megatron validates before anything runs: here heads that the ranks cannot share."""
     content = made_up.mapping(NOWHERE, methods=METHODS[:1], launch={"nproc": 3, "tensor_parallel": 3})
     content["recipe"] |= {"global_batch_size": 8, "micro_batch_size": 8}
-    content["parent"]["pretrain"]["arguments"] = {**SHAPE, "padded-vocab-size": 384}
+    content["parent"]["pretrain"]["arguments"] = {**SHAPE, "padded-vocab-size": 384, "max-position-embeddings": 64}
     Path("study.yaml").write_text(yaml.safe_dump(content))
     assert command.main(["plan", "study.yaml", "--corpus-tokens", "12k"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
