@@ -48,7 +48,7 @@ setup(
             "launch/*",
         ]
     },
-    entry_points={"console_scripts": ["megatron-prune = megatron_prune.__main__:main"]},
+    entry_points={"console_scripts": ["megatron-prune = megatron_prune.__main__:console"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.6",

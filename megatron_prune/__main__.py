@@ -92,5 +92,16 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def console() -> int:
+    """``main`` for a shell, where ``| head`` may close the output."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

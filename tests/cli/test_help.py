@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -181,3 +184,14 @@ def test_our_own_flags_are_found_sound_before_megatron_is_asked(line: str, said:
     assert main(line.split()) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert re.search(said, printed[-1]), printed
+
+
+def test_a_reader_that_has_gone_gets_no_traceback() -> None:
+    """As in ``megatron-prune prune --help | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_prune", "prune", "--help"], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert done.returncode == 1 and not done.stderr, done.stderr

@@ -100,6 +100,7 @@ WRONG = [
     ("evaluate --output {new} --load {parent}", "--data-path: expected prefixes of tokenized corpora, .* got nothing"),
     ("preflight --gpus 8", "VERB: expected one of pretrain, .*, after those of preflight, got nothing"),
     ("preflight --gpus 8 --installed cuda pretrain", "--installed: expected none, or some of .*, got cuda"),
+    ("learn-masks --mask-lr 1", "--ratio: expected exactly one of --ratio, --target-params, .* got no target"),
     (f"pretrain {SHAPE} {RECIPE} --mock-data --bf16 --fp16", "--bf16, --fp16: expected at most one of them, got both"),
     (f"pretrain {SHAPE} {RECIPE} --mock-data --tensor-model-parallel-size 2",
      "--tensor-model-parallel-size: expected a size that divides the number of ranks, 1, got 2; start more ranks"),
