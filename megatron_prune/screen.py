@@ -100,7 +100,7 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
     if len(rest) < len(words) or os.environ.get(VERBOSE_VARIABLE, "0") not in ("", "0"):
         yield rest
         return
-    _complain(False)
+    show_missing(False)
     if {"-h", "--help", "--help-megatron"} & set(rest):
         yield rest
         return
@@ -139,7 +139,7 @@ def divert() -> None:
     for one in (1, 2):
         os.dup2(target, one)
     os.close(target)
-    _complain(True)
+    show_missing(True)
     _buffer_lines(True)  # otherwise the log of a killed process would be empty
     _diverted = _Diverted(log, kept[0], kept[1])
 
@@ -167,8 +167,8 @@ def leave() -> None:
     _verb = _diverted = None
 
 
-def _complain(on: bool) -> None:
-    """Show warnings of Megatron and torch about missing packages and GPUs in a log, not on the screen."""
+def show_missing(on: bool) -> None:
+    """Show warnings of Megatron and torch about missing packages and GPUs: in a log, not on the screen."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.NOTSET if on else logging.ERROR)
     warnings.filterwarnings("default" if on else "ignore", category=UserWarning, module=r"megatron\.")
 

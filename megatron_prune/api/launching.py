@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prune import screen
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
 
 _SAID = re.compile(r"^megatron[_-]prune (?P<verb>[\w-]+): (?P<text>.*)$", re.MULTILINE)
@@ -71,9 +72,8 @@ def quiet() -> Iterator[None]:
     """Silence Megatron's warnings that this process is not a rank and has no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
-    logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+        screen.show_missing(False)
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ Each takes its verb's flags by name, with underscores. ``megatron`` are flags of
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,12 +51,7 @@ def calibrate(
         }
     )
     words = _megatron({"load": load}, megatron)
-    if launching.is_launched():
-        from megatron_prune.pruning import calibrate as room
-
-        launching.in_place(lambda: room.calibrate(asked, words))
-    else:
-        _launch("calibrate", [asked], words, nproc, devices, log)
+    _run("calibrate", [asked], words, nproc, devices, log)
     return Calibration.read(output)
 
 
@@ -94,12 +90,7 @@ def sparsify(
         }
     )
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
-    if launching.is_launched():
-        from megatron_prune.pruning import sparsify as room
-
-        launching.in_place(lambda: room.sparsify(asked, words))
-    else:
-        _launch("sparsify", [asked], words, nproc, devices, log)
+    _run("sparsify", [asked], words, nproc, devices, log)
     return Model.of_checkpoint(save)
 
 
@@ -136,12 +127,7 @@ def prune_checkpoint(
         }
     )
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
-    if launching.is_launched():
-        from megatron_prune.pruning import prune as room
-
-        launching.in_place(lambda: room.prune(asked, own, words))
-    else:
-        _launch("prune", [asked, own], words, nproc, devices, log)
+    _run("prune", [asked, own], words, nproc, devices, log)
     return Model.of_checkpoint(save)
 
 
@@ -192,6 +178,22 @@ def evaluate(
 def _megatron(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> list[str]:
     """The command-line words for Megatron's parser."""
     return [*launching.flags(own), *launching.flags(more or {})]
+
+
+def _run(
+    verb: str,
+    asked: Sequence[Settings],
+    words: Sequence[str],
+    nproc: int,
+    devices: Sequence[int] | None,
+    log: Words | None,
+) -> None:
+    """Run a verb of the room ``pruning``: here in a rank of a launch, otherwise as a job."""
+    if launching.is_launched():
+        room = importlib.import_module(f"megatron_prune.pruning.{verb}")
+        launching.in_place(lambda: getattr(room, verb)(*asked, words))
+    else:
+        _launch(verb, asked, words, nproc, devices, log)
 
 
 def _launch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from time import monotonic
 
 from megatron_prune import verbs
@@ -28,7 +27,6 @@ def main(argv: list[str]) -> int:
     if (asked.data_path is None) == (asked.train_data_path is None):
         got = "both" if asked.data_path else "neither"
         raise UsageError("--data-path, --train-data-path", got=got, expected="exactly one of them")
-    warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune.data import coverage
     from megatron_prune.data.contamination import refuse_shared_documents
     from megatron_prune.data.streams import Stream, StreamRange, parse_range, refuse_overlap

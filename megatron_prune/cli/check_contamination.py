@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from megatron_prune import verbs
 from megatron_prune.cli.parser import Parser
 
@@ -23,7 +21,6 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     asked = verbs.CheckContaminationSettings.of(parser().read(argv)[0])
-    warnings.filterwarnings("ignore", module="megatron")
     from megatron_prune import artifacts
     from megatron_prune.data import contamination
 

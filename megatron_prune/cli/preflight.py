@@ -7,7 +7,6 @@ checked. Exit codes: 0 it will run, 1 it will not, 3 look first, 2 wrong use of 
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -53,8 +52,6 @@ def main(argv: list[str]) -> int:
             expected=f"one of {', '.join(VERBS)}, with its flags, after those of preflight",
         )
     asked = verbs.PreflightSettings.of(options)
-    # It would warn that CUDA is missing, which is expected here.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_prune.engine import cpu
 
     if not cpu.is_cpu():  # dry runs never touch this machine's GPUs

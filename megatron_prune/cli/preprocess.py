@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from megatron_prune import verbs
@@ -28,7 +27,6 @@ def main(argv: list[str]) -> int:
     if bool(asked.input) == bool(asked.dataset):
         got = "both" if asked.input else "neither"
         raise UsageError("--input, --dataset", got=got, expected="exactly one of them")
-    warnings.filterwarnings("ignore", module="megatron")  # packages missing for training do not matter here
     from megatron_prune.data.preprocess import preprocess
     from megatron_prune.data.tokenizers import check_fits_checkpoint, load_tokenizer
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import subprocess
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,14 +121,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def _quiet() -> None:
-    """Silence Megatron's warnings that this process is not a rank and has no GPU."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-
-
 def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    _quiet()
     from megatron_prune.api.studies import run_cells
     from megatron_prune.study.run.scheduler import CellsFailed
 
@@ -144,7 +135,6 @@ def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 
 def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    _quiet()
     from megatron_prune.api.studies import write_report
 
     found, written = write_report(study, places)
@@ -161,7 +151,6 @@ def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 
 def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    _quiet()
     from megatron_prune.cli import pretrain
     from megatron_prune.study import jobs, validate
     from megatron_prune.study.estimate import show

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.verbs import DOCUMENTS as DOCUMENTS
+from megatron_prune.verbs import FORMATS as FORMATS
 
 # The standard library's reader (or its backport). ``zstandard``'s treats a truncated file as complete, so half a shard
 # would silently become a corpus; pyarrow's does not read ``zstd --long``.
@@ -29,8 +31,6 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
-FORMATS = ("auto", "jsonl", "parquet", "text")
-DOCUMENTS = ("file", "paragraph", "line")
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE_MAGIC = b"\x50\x2a\x4d\x18"  # to 5f…
 LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, which some published shards need

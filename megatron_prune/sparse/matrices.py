@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
+from megatron_prune.verbs import MODULES as MODULES
 
-MODULES = ("qkv", "proj", "fc1", "fc2")
 ROW_PARALLEL = ("proj", "fc2")  # Megatron's name for linears whose inputs are sharded
 SUFFIXES = dict(zip(MODULES, LINEARS, strict=True))
 # The order numbers them for random draws.
@@ -112,19 +112,6 @@ def _qkv_rows(name: str, shape: ModelShape) -> torch.Tensor:
     rows = torch.arange(shape.axis_size("qkv")).view(shape.num_query_groups, per_group + 2, -1)  # [G, H/G + 2, d]
     heads = {"q": slice(per_group), "k": slice(per_group, per_group + 1), "v": slice(per_group + 1, None)}[name]
     return rows[:, heads].flatten()
-
-
-def shard_pieces(module: str, shape: ModelShape, rank: int, ranks: int) -> list[tuple[slice, tuple[int, int]]]:
-    """A rank's shard as rectangles of the whole weight: (rows of the shard, offsets of their first entry)."""
-    if module in ROW_PARALLEL:
-        return [(slice(None), (0, matrices(module, shape)[0].inputs // ranks * rank))]
-    if module == "qkv":
-        return [(slice(None), (shape.axis_size("qkv") // ranks * rank, 0))]
-    share, pieces = shape.ffn_hidden_size // ranks, []
-    for part in range(2 if shape.gated else 1):
-        rows = slice(part * share, (part + 1) * share)
-        pieces.append((rows, (part * shape.ffn_hidden_size + rank * share, 0)))
-    return pieces
 
 
 def row_counts(rows: int, ranks: int) -> list[int]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,9 +45,6 @@ def retrain_candidates(
     ``shared`` are flags for pretrain and calibrate, ``pretrain`` flags for pretrain alone. ``say`` gets a line for each
     candidate before and after its training or, with ``asked.commands``, the commands to run.
     """
-    # This process is not a rank: hide Megatron's warnings about that.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-
     question, of = candidates.read(asked.candidates)
     found = statistics_file.read(asked.statistics)
     chosen = _asked(question, of, found, asked)

@@ -38,6 +38,7 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.methods import sheared_llama
 from megatron_prune.training import learned_file
 from megatron_prune.training.learned_file import FOLDER, LearnerState
+from megatron_prune.training.zeros import after_gradients
 
 _GROUPS = ("masks", "multipliers")
 
@@ -80,16 +81,7 @@ class Learner:
 
     def attach(self, config: Any, training: Any) -> None:
         """Hang on Megatron: its model config, and what its module ``training`` calls to set up, to log and to save."""
-        from megatron.core.distributed import finalize_model_grads
-
-        finalize = config.transformer.finalize_model_grads_func or finalize_model_grads
-
-        @functools.wraps(finalize)
-        def finalize_all(*positional: Any, **named: Any) -> None:
-            finalize(*positional, **named)
-            self._take_gradients()
-
-        config.transformer.finalize_model_grads_func = finalize_all
+        after_gradients(config, self._take_gradients)
         config.post_wrap_hooks.append(self._take_model)
         training.setup_model_and_optimizer = self._then_begin(training.setup_model_and_optimizer)
         training.save_checkpoint = self._save_before(training.save_checkpoint)

@@ -72,6 +72,20 @@ class Held:
         return torch.count_nonzero((values.detach().reshape(-1) != 0).logical_and_(bits == _REMOVED))  # NaN != 0
 
 
+def after_gradients(config: Any, act: Callable[[], None]) -> None:
+    """Have Megatron call ``act`` in each step once gradients are reduced over ranks, before they are clipped."""
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize = config.transformer.finalize_model_grads_func or finalize_model_grads
+
+    @functools.wraps(finalize)
+    def finalize_and_act(*positional: Any, **named: Any) -> None:
+        finalize(*positional, **named)
+        act()
+
+    config.transformer.finalize_model_grads_func = finalize_and_act
+
+
 class Zeros:
     """The zeros of one run: call ``attach`` before Megatron's ``pretrain``, and ``audit`` to verify."""
 
@@ -88,21 +102,15 @@ class Zeros:
 
     def attach(self, config: Any, training: Any) -> None:
         """Hook into Megatron: its model config, and the set-up and saving that its module ``training`` calls."""
-        from megatron.core.distributed import finalize_model_grads
-
-        finalize = config.transformer.finalize_model_grads_func or finalize_model_grads
-
-        @functools.wraps(finalize)
-        def finalize_and_clear(*positional: Any, **named: Any) -> None:
-            finalize(*positional, **named)
-            for held in self.held:
-                held.clear_gradient()
-
-        config.transformer.finalize_model_grads_func = finalize_and_clear
+        after_gradients(config, self._clear_gradients)
         config.post_wrap_hooks.append(self._take_model)
         training.setup_model_and_optimizer = self._then_audit(training.setup_model_and_optimizer)
         training.save_checkpoint = self._audit_before_save(training.save_checkpoint)
         training.training_log = self._audit_at_interval(training.training_log)
+
+    def _clear_gradients(self) -> None:
+        for held in self.held:
+            held.clear_gradient()
 
     def _take_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """A post-wrap hook: read this rank's masks and zero the initial weights under them."""

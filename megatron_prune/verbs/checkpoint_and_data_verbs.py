@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import FORMATS, TOKENIZERS, IntegritySettings, WorkersSettings
+from megatron_prune.verbs.shared import DTYPES, FORMATS, TOKENIZERS, IntegritySettings, WorkersSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +14,7 @@ class ImportSettings(WorkersSettings):
 
     hf: str = setting(metavar="DIR", help="model directory with safetensors, or a name on the Hub")
     save: str = setting(metavar="CKPT", help="checkpoint to write; must not exist")
-    dtype: str | None = setting(
-        None, choices=("float32", "bfloat16", "float16"), help="cast every weight; by default each keeps its dtype"
-    )
+    dtype: str | None = setting(None, choices=DTYPES, help="cast every weight; by default each keeps its dtype")
     make_vocab_size_divisible_by: int = setting(128, metavar="N", help="pad the vocabulary to a multiple of N x TP")
     tensor_model_parallel_size: int = setting(
         1, metavar="TP", help="tensor-parallel size that must divide the padded vocabulary"

@@ -9,7 +9,6 @@ upper end of the ratio: 1.25.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_prune.engine.launch import start_function  # noqa: E402
+from megatron_prune.engine.launch import start  # noqa: E402
 from tests.benchmarks import ratio  # noqa: E402
 from tests.benchmarks.masked_training import BATCH, FLAGS, SEQUENCE  # noqa: E402
 from tests.benchmarks.pretrain_vs_bare import make_corpus, step_milliseconds  # noqa: E402
@@ -31,19 +30,10 @@ TARGET = [
 ]  # fmt: skip
 
 
-def run(verb: str, argv: list[str]) -> int:
-    """The verb in this rank."""
-    from megatron_prune.__main__ import main
-
-    return main([verb, *argv])
-
-
 def main() -> int:
     parser = ratio.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: 20)")
     args = parser.parse_args()
-    from tests.benchmarks import learned_masks  # under a name by which a rank can import it
-
     threads = str(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -55,8 +45,8 @@ def main() -> int:
             shutil.rmtree(folder / verb, ignore_errors=True)
             log = folder / f"{verb}.log"
             log.unlink(missing_ok=True)
-            work = functools.partial(learned_masks.run, verb, [*flags, "--save", str(folder / verb), *more])
-            return step_milliseconds(start_function(work, log=log, env={"OMP_NUM_THREADS": threads}), log)
+            run = [verb, *flags, "--save", str(folder / verb), *more]
+            return step_milliseconds(start(run, log=log, env={"OMP_NUM_THREADS": threads}), log)
 
         found = ratio.interleaved(
             "step time, learn-masks / pretrain (ms)",

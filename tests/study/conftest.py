@@ -16,6 +16,12 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"))
 
 
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Corpora of a test file's own, which its tests may change."""
+    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
+
+
 @pytest.fixture(scope="session")
 def finished(corpora: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a study of two methods, both settings and three seeds has been run."""
@@ -32,3 +38,9 @@ def finished_copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Places(Path("runs/made-up"))
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's own working directory, for files of its tests that write ``runs/``."""
+    monkeypatch.chdir(tmp_path)

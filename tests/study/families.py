@@ -49,7 +49,7 @@ class Study:
 
 
 def told_apart(comparisons: list[Paired], *, pool: bool = True) -> np.ndarray:
-    """Which of the comparisons Holm's correction leaves with p below 0.05; ``pool`` False: without pooling."""
+    """The comparisons whose p stays below 0.05 after Holm's correction; ``pool`` False: without pooling."""
     shared = inference.shared(comparisons) if pool else [None] * len(comparisons)
     found = [
         inference.paired(np.zeros(len(one.seeds)).tolist(), one.differences.tolist(), scatter)

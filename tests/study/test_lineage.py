@@ -43,9 +43,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made_up.corpora(tmp_path_factory.mktemp("corpora"), train=24_000)
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def train(

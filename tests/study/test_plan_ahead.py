@@ -28,14 +28,7 @@ LOAD = {"load": "/not/here/checkpoint"}
 SHAPE = made_up.SHAPE_FLAGS
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def ahead(corpus_tokens: int | None = 12_000, **changes: Any) -> validate.Outlook:

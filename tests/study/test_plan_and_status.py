@@ -25,14 +25,7 @@ from tests.waiting import wait_for_progress
 LLAMA = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def estimates(study: Any) -> dict[str, Estimate]:

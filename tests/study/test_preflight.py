@@ -24,11 +24,6 @@ from megatron_prune.study.prunings import Places
 from tests.study import made_up
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
 def check(prefixes: dict[str, str], tmp_path: Path, **changes: Any) -> Outlook:
     return validate.check(made_up.study(prefixes, **changes), Places(tmp_path / "runs" / "made-up"))
 

@@ -25,11 +25,6 @@ from megatron_prune.study.run.status import CellProgress
 from tests.study import made_up
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
 def ledger(places: Places) -> dict[str, dict]:
     """Records without the fields that a rerun does not reproduce."""
     records = Ledger(places.root / "ledger.jsonl").read()

@@ -24,14 +24,7 @@ DEPTH_THEN_SPARSE = {"chain": [{"name": "shortgpt", "ratio": 0.5}, {"name": "wan
 RATES = [1e-3, 2e-3]
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def records(places: Places) -> dict[str, dict[str, Any]]:

@@ -33,11 +33,6 @@ NODE = Path(__file__).resolve().parents[2] / "megatron_prune" / "launch" / "node
 LAUNCH = {"launcher": "slurm", "slurm": {"poll_seconds": 0.1, "options": {"partition": "debug", "exclusive": True}}}
 
 
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
 def study(prefixes: dict[str, str], stand_in: slurm_stand_in.StandIn, **changes) -> schema.StudyConfig:
     return schema.from_mapping(mapping(prefixes, stand_in, **changes))
 

@@ -34,11 +34,6 @@ PARENT = "L4h32H4G2d8F64"
 
 
 @pytest.fixture(scope="module")
-def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return made_up.corpora(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(scope="module")
 def places(prefixes: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Places:
     study = made_up.study(prefixes, methods=METHODS)
     return made_up.run(study, tmp_path_factory.mktemp("runs"), made_up.FakeLauncher())
