@@ -32,7 +32,7 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     """
     if value_of(words, "--load") is None:
         raise UsageError("--load", got="nothing", expected="a checkpoint to evaluate")
-    if own.tasks is None and value_of(words, "--data-path") is None:
+    if not tasks.names(own) and value_of(words, "--data-path") is None:
         raise UsageError(
             "--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks in its place"
         )

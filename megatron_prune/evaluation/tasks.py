@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import artifacts, screen
+from megatron_prune import artifacts, screen, verbs
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import runtime
 from megatron_prune.engine.from_checkpoint import given
@@ -32,7 +32,7 @@ KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
 
 
-def names(args: argparse.Namespace) -> list[str]:
+def names(args: argparse.Namespace | verbs.EvaluateSettings) -> list[str]:
     return list(dict.fromkeys(name for name in (args.tasks or "").split(",") if name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_prune import methods, verbs
+from megatron_prune import methods, screen, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
@@ -30,9 +30,8 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
             expected=f"{source.hidden_size}, for a parent with LayerNorm",
             why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
         )
-    if args.rank == 0:
-        cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
-        print(f"learning masks that keep {cut}", flush=True)
+    cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
+    screen.say(f"learning masks that keep {cut}")
     return pretrain.run(args, Learner(args, LearnerSettings(source, target, own.mask_lr, own.mask_ramp)))
 
 

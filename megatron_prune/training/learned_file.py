@@ -1,4 +1,4 @@
-"""The files of learned masks: the state at a save of the run that learns them, and at its end what ``plan`` reads.
+"""The files of learned masks: the state at each save of the run that learns them, and the final one for ``plan``.
 
 Both are safetensors with the same tensors, fp32 (L layers, G groups, H heads, F FFN channels, h hidden channels):
 
@@ -7,8 +7,8 @@ Both are safetensors with the same tensors, fp32 (L layers, G groups, H heads, F
     moments.{group}.{kind}.…     AdamW's moments and step, of the groups ``masks`` and ``multipliers``
     history                      fp64 [steps, kinds, 4]: expected and target sparsity, λ₁, λ₂, before every step
 
-and, in their header, source and target shape and the settings. What ``plan`` reads has a JSON beside it that ties it to
-the weights which were trained under the masks, and says what learning them took.
+and, in their header, the source and target shapes and the settings. The final file has a JSON file next to it, with the
+fingerprint of the weights that were trained under the masks, and the tokens and FLOPs that learning took.
 """
 
 from __future__ import annotations

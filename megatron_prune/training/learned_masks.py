@@ -1,21 +1,21 @@
 """Learns masks while Megatron trains the model that they are on (``methods/sheared_llama.py``, ``gates.py``).
 
-Every rank holds log α of the whole model: two numbers in a thousand of the weights' count would be many. With them it
-holds the Lagrange multipliers and AdamW's moments of both, and all ranks do the same with them, so that no layout can
-make masks differ, and a run goes on at any other. What ranks need not agree on is the gradient of the loss: each has it
-of its own layers, heads, channels and samples. ``finalize_model_grads_func`` is where Megatron's own gradients are
-summed, and there these are, in one all-reduce; the Lagrangian's gradient, the same everywhere, is added after it.
+Every rank holds log α of the whole model, which is small next to the weights, with the Lagrange multipliers and AdamW's
+moments of both. All ranks update them in the same way, so the layout does not change the masks, and a run can resume at
+another layout. Gradients of the loss differ: each rank has those of its own layers, heads, channels and samples. One
+all-reduce sums them where Megatron sums its own (``zeros.after_gradients``). The Lagrangian's gradient, which is the
+same on every rank, is then added.
 
-A micro-batch has one draw of u, for all its sequences. It is a function of ``--seed``, the step and the micro-batch's
-number in the step over all replicas, so that sharing a batch out otherwise draws the same.
+A micro-batch has one draw of u for all its sequences. The draw is a function of ``--seed``, the step and the
+micro-batch's number within the step over all replicas, so it does not depend on how a batch is divided.
 
-Megatron's optimizer is left alone but for two things: its gradient norm counts the masks' and the multipliers'
-gradients too, as the paper clips all of them together, and after its step the masks' own AdamW makes one, without
-decay, at a learning rate that follows Megatron's schedule from ``--mask-lr``. The multipliers ascend.
+Megatron's optimizer changes in two ways. Its gradient norm includes the gradients of masks and multipliers, since the
+paper clips all of them together. After its step, the masks' own AdamW takes one, without decay, at a learning rate that
+follows Megatron's schedule from ``--mask-lr``. The multipliers ascend.
 
-Before every save of Megatron's the masks' state is written beside it, ``learned_masks/iter_0000010.safetensors`` in the
-save directory: all of it in one file, whatever the layout. At the end ``learned_masks.safetensors`` is what ``plan``
-reads (``learned_file.py``).
+Before each of Megatron's saves the masks' state is written next to it, in one file whatever the layout:
+``learned_masks/iter_0000010.safetensors`` in the save directory. At the end of the run ``learned_masks.safetensors`` is
+written for ``plan`` (``learned_file.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError
 from megatron_prune.methods import sheared_llama
@@ -268,7 +268,7 @@ class Learner:
             found = training_log(*positional, **named)
             step = signature.bind(*positional, **named).arguments["iteration"]
             if step % self.args.log_interval == 0 and self.args.rank == self.args.world_size - 1 and self.history:
-                print(f"masks at step {step}: {self._words()}", flush=True)
+                screen.say(f"masks at step {step}: {self._words()}", everywhere=True)
             return found
 
         return logged
@@ -339,12 +339,12 @@ class Learner:
         self.history = [[tuple(row) for row in rows] for rows in found.history.tolist()]
 
     def finish(self, save: Path, fingerprint: str, spent: dict[str, Any]) -> None:
-        """Write what ``plan`` reads, beside the checkpoint that it is for; say which rows have not settled. Rank 0.
+        """Write the file for ``plan`` next to its checkpoint and name the rows that have not settled. Rank 0.
 
-        It is the state of the last save: a run that was killed after that is finished when it is started again.
+        It holds the state of the last save: a run killed after that save is finished when it is started again.
         """
         state = learned_file.read_state(learned_file.at_step(save, self.args.train_iters))
         learned = learned_file.LearnedMasks(state, fingerprint, spent)
         learned.write(save / learned_file.FILE)
         for row in learned.unsettled()[:20]:
-            print(f"not settled: {row}", flush=True)
+            screen.say(f"not settled: {row}")

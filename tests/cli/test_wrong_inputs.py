@@ -98,6 +98,7 @@ WRONG = [
     ("evaluate --seq-length 32 --output {new} --load {new} --data-path {corpus}", "--load: expected .*, got {new}"),
     ("evaluate --use-checkpoint-args --seq-length 32 --output {new} --load {tokenizer} --tasks x", "{tokenizer}"),
     ("evaluate --output {new} --load {parent}", "--data-path: expected prefixes of tokenized corpora, .* got nothing"),
+    ("evaluate --output {new} --load {parent} --tasks ,", "--data-path: expected prefixes of .* got nothing"),
     ("preflight --gpus 8", "VERB: expected one of pretrain, .*, after those of preflight, got nothing"),
     ("preflight --gpus 8 --installed cuda pretrain", "--installed: expected none, or some of .*, got cuda"),
     ("learn-masks --mask-lr 1", "--ratio: expected exactly one of --ratio, --target-params, .* got no target"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import textwrap
@@ -73,3 +74,19 @@ def test_text_is_tokenized_without_importing_megatron(module):
 @pytest.mark.parametrize("name", megatron_prune.__all__)
 def test_every_public_name_loads(name):
     assert getattr(megatron_prune, name).__name__ == name
+
+
+# Rooms whose code runs while the screen is diverted to a log (``screen.divert``).
+DIVERTED = ("calibration", "evaluation", "pruning", "sparse", "structured", "training")
+
+
+@pytest.mark.parametrize("room", DIVERTED)
+def test_what_a_person_is_to_see_goes_through_the_screen(room):
+    """A ``print`` there would end in the log file."""
+    calls = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((ROOT / "megatron_prune" / room).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls
