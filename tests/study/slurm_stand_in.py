@@ -49,11 +49,11 @@ setsid bash -c '
   cd "$0"; jobs=$1; id=$2
   for other in ${{3//:/ }}; do
     until [ -f $jobs/$other/end ]; do sleep 0.02; done
-    [ "$(cat $jobs/$other/end)" = 0 ] || {{ echo dropped > $jobs/$id/end; exit; }}
+    [ "$(cat $jobs/$other/end)" = 0 ] || {{ echo dropped > $jobs/$id/code; mv $jobs/$id/code $jobs/$id/end; exit; }}
   done
   echo RUNNING > $jobs/$id/state
   SLURM_JOB_ID=$id bash $jobs/$id/script > $jobs/$id/output 2>&1
-  echo $? > $jobs/$id/end
+  echo $? > $jobs/$id/code; mv $jobs/$id/code $jobs/$id/end  # never seen empty, which would read as a failure
 ' "$PWD" $jobs $id "$after" < /dev/null > /dev/null 2>&1 &
 echo "$id;cluster"
 """
