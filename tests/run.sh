@@ -67,7 +67,7 @@ on_gpu() ( # folder for the measurements
 
 te_is_built() ( source tools/setup_te.sh; te_wheel_is_there )
 
-TE_TOO=(tests/te tests/calibrate tests/sparsify tests/masks tests/training tests/evaluation)
+TE_TOO=(tests/te tests/calibration tests/sparse tests/masks tests/training tests/evaluation)
 
 case $tier in
     quick)

@@ -15,8 +15,8 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError
 from megatron_prune.structured.apply import apply_plan, rewrite
-from tests.sparsify import small as sparsifying
-from tests.test_apply import make
+from tests.sparse import small as sparsifying
+from tests.structured.test_apply import make
 from tests.test_killed import files_of, sparsifying_scratch
 from tests.training.small import MODEL, recipe
 

@@ -28,8 +28,8 @@ from megatron_prune.engine.launch import start
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.masks import open_masks, verify
 from megatron_prune.structured.apply import apply_plan
-from tests.sparsify import small as sparsifying
-from tests.test_apply import make
+from tests.sparse import small as sparsifying
+from tests.structured.test_apply import make
 from tests.training.small import MODEL, kill_ranks, recipe
 from tests.waiting import GENEROUS
 

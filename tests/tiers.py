@@ -23,8 +23,9 @@ SHORTEST = 0.2  # faster tests are not listed, unless they start ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
 # Their first test takes seconds for a shared fixture: a real model, a site, a whole study.
 SHARED = (
-    "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/report/test_findings.py",
-    "tests/report/test_page.py", "tests/report/test_browser.py", "tests/masks/test_layouts.py", "tests/stores/",
+    "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/study/report/test_findings.py",
+    "tests/study/report/test_page.py", "tests/study/report/test_browser.py", "tests/masks/test_layouts.py",
+    "tests/storage/",
 )  # fmt: skip
 _HERTZ = os.sysconf("SC_CLK_TCK")
 

@@ -19,7 +19,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_prune.study.advise.answer import UNKNOWN  # noqa: E402
-from tests.advise.followers import Losses, Truth, ask, follow, insist  # noqa: E402
+from tests.study.advise.followers import Losses, Truth, ask, follow, insist  # noqa: E402
 
 GAP = 5 * math.sqrt(2)  # five deviations of a paired difference of runs whose own deviation is 1
 NOTHING = {

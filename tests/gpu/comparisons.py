@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.sparsify import oracle as float64
-from tests.sparsify import small
+from tests.sparse import oracle as float64
+from tests.sparse import small
 
 Run = Callable[[Sequence[Any]], Any]
 Figures = dict[str, float]

@@ -76,6 +76,16 @@ def test_every_public_name_loads(name):
     assert getattr(megatron_prune, name).__name__ == name
 
 
+# Folders of tests that belong to no room: the layering, real models, other environments, measurements.
+APART = {"benchmarks", "gpu", "house", "interop", "llama31", "mutation", "smollm2", "te"}
+
+
+def test_folders_of_tests_have_the_names_of_rooms():
+    rooms = {path.stem for path in (ROOT / "megatron_prune").iterdir()}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("*.py"))}
+    assert folders - APART <= rooms and APART <= folders
+
+
 # Rooms whose code runs while the screen is diverted to a log (``screen.divert``).
 DIVERTED = ("calibration", "evaluation", "pruning", "sparse", "structured", "training")
 

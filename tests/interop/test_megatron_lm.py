@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert import inspect
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.structured import apply
-from tests.test_apply import make
+from tests.structured.test_apply import make
 from tests.waiting import GENEROUS
 
 LAUNCHER = Path(__file__).with_name("run_pretrain_gpt.py")

@@ -14,7 +14,7 @@ from megatron_prune.errors import MasksError
 from megatron_prune.masks import open_masks, verify
 from megatron_prune.structured.apply import apply_plan
 from tests.masks.conftest import by_hand
-from tests.test_apply import make, sliced
+from tests.structured.test_apply import make, sliced
 
 CUTS = {
     "depth": ("shortgpt", {"num_layers": 1}),

@@ -18,7 +18,7 @@ from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics
 from tests import reference
-from tests.calibrate.test_calibrate import hf_statistics
+from tests.calibration.test_calibrate import hf_statistics
 from tests.training.small import layout
 
 pytestmark = pytest.mark.slow  # the model of test_import, at up to six ranks

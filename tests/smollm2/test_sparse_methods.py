@@ -16,8 +16,8 @@ from megatron_prune import methods
 from megatron_prune.methods.base import Sparsity
 from megatron_prune.methods.selection import Rows
 from tests import tiny
-from tests.sparse import oracles
-from tests.sparse.test_methods import (
+from tests.methods import oracles
+from tests.methods.test_sparse_methods import (
     assert_close_to_oracle,
     assert_equal_but_for_near_ties,
     check_result,

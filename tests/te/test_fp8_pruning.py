@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_prune.structured.statistics import read
-from tests.sparsify import small
-from tests.sparsify.test_resume import kill
+from tests.sparse import small
+from tests.sparse.test_resume import kill
 from tests.training.small_masked import run_function
 
 FP8 = ["--fp8-preset", "current"]  # the first and the last of four blocks are bf16

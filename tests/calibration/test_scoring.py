@@ -19,7 +19,7 @@ from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.structured import apply, candidates, plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.statistics import Statistics
-from tests.calibrate.verbs import Verbs
+from tests.calibration.verbs import Verbs
 
 SEQUENCES, LENGTH, LAYERS = 5, 64, 4
 TP2 = ["--tensor-model-parallel-size", "2"]

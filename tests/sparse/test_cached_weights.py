@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sparsify import ranks, small
+from tests.sparse import ranks, small
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2pp2"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.sparsify import ranks, small
+from tests.sparse import ranks, small
 
 CASES = {"wanda": ("--ratio", 0.5), "sparsegpt": ("--ratio", 0.5)}
 

@@ -13,7 +13,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start_function
 from megatron_prune.masks import open_masks
 from tests.distributed_work import FunctionCall
-from tests.sparsify import ranks, small
+from tests.sparse import ranks, small
 
 
 def kill(folder: Path, argv: list[Any], nproc: int, where: str) -> str:

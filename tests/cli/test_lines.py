@@ -1,6 +1,6 @@
 """How many lines each verb prints on success without a terminal: a table, made of one chain on the tiny model.
 
-pytest tests/test_lines.py -s      prints the table, as docs/pages/benchmarks.md has it
+pytest tests/cli/test_lines.py -s      prints the table, as docs/pages/benchmarks.md has it
 """
 
 from __future__ import annotations

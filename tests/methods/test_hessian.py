@@ -15,7 +15,7 @@ from megatron_prune.methods.accumulators import SquareSums
 from megatron_prune.methods.hessian import PEAK, Hessian
 from megatron_prune.sparse.solve import _Measure
 from tests.benchmarks.resident import high_water
-from tests.sparse import oracles
+from tests.methods import oracles
 
 
 def sequences(inputs: int, tokens: int = 50, count: int = 3, seed: int = 0) -> list[torch.Tensor]:

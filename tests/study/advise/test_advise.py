@@ -352,7 +352,7 @@ def test_the_shipped_ledger_answers_and_knows_its_limits(capsys: pytest.CaptureF
     asked = ["--ratio", f"{curve.removed_linears:.3f}", "--setting", curve.setting]
     assert main(["advise", *asked, "--tokens", str(curve.arms.tokens[0])]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"  from study {shipped.study}")
-    page = " ".join((Path(__file__).parents[2] / "docs" / "pages" / "reports.md").read_text().split())
+    page = " ".join((Path(__file__).parents[3] / "docs" / "pages" / "reports.md").read_text().split())
     for setting, said in (
         ("equal-training", ["Prune: shortgpt; as good within the seeds: minitron-width", "+1.519 nats"]),
         ("equal-total", ["Don't know", "-0.119 nats", "45 more seeds"]),

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import drawing
-from tests.report import browser
+from tests.study.report import browser
 
 pytestmark = pytest.mark.skipif(
     browser.PROGRAM is None,

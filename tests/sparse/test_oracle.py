@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from tests.reference import window_losses
-from tests.sparsify import oracle, small
+from tests.sparse import oracle, small
 
 # name: (flags, the oracle's arguments, the least share of equal bits)
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], float]] = {

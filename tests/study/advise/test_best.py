@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from megatron_prune.study.advise import best
-from tests.advise.followers import Truth, ask, follow
+from tests.study.advise.followers import Truth, ask, follow
 
 GENERATOR = np.random.default_rng
 

@@ -18,7 +18,7 @@ from megatron_prune.methods.base import InputMethod, Sparsity, WeightMethod
 from megatron_prune.methods.hessian import Factor, Hessian
 from megatron_prune.methods.selection import Rows
 from megatron_prune.sparse.weights_only import choice
-from tests.sparse import oracles
+from tests.methods import oracles
 
 DEAD = [0, 5, 6, 150]
 

@@ -17,7 +17,7 @@ from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.base import Sparsity
 from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
 from megatron_prune.sparse.weights_only import BlockChoice, LowestInGroups, LowestOfAll
-from tests.sparse import oracles
+from tests.methods import oracles
 
 # Few distinct values, zeros, subnormals and the largest float: values that tie or whose bits are special.
 VALUES = st.sampled_from([0.0, 1e-45, 1e-39, 0.5, 1.0, 1.0000001, 1.0000002, 3.0, 3e38]) | st.floats(0, 4, width=32)

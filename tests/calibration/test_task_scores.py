@@ -21,7 +21,7 @@ from megatron_prune.errors import EXIT_NEEDS_SCORES, MegatronPruneError
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.statistics import Statistics
-from tests.calibrate.verbs import Verbs
+from tests.calibration.verbs import Verbs
 
 LAYERS, KEPT = 4, 2
 TP2 = ["--tensor-model-parallel-size", "2"]

@@ -12,7 +12,7 @@ from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
 from tests.study import made_up, simulated
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session")

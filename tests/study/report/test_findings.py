@@ -12,8 +12,8 @@ from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import tables
-from tests.report.test_page import Reader
 from tests.study import simulated
+from tests.study.report.test_page import Reader
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megatron_prune.masks import open_masks
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint
 from tests.checkpoint.test_writer import global_name, shard
-from tests.sparsify import small
+from tests.sparse import small
 
 
 def test_only_what_was_chosen_goes(
@@ -68,7 +68,7 @@ def test_the_error_of_a_matrix_is_that_of_its_outputs(
     """‖X·ΔWᵀ‖² / ‖X·Wᵀ‖² of the first block, from transformers' own activations."""
     import transformers
 
-    from tests.sparsify.oracle import INPUTS, hessians
+    from tests.sparse.oracle import INPUTS, hessians
 
     save = tmp_path / "pruned"
     argv = small.flags(tiny_parent, save, "sparsegpt", "--ratio", 0.5, *small.layout("tp2dp2"), corpus=tiny_corpus)

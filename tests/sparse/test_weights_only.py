@@ -28,7 +28,7 @@ from megatron_prune.sparse.request import SparsifyTask
 from megatron_prune.sparse.resume import Scratch
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint
-from tests.sparsify import oracle, small
+from tests.sparse import oracle, small
 
 SEED = 3
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sparsify import small
+from tests.sparse import small
 
 METHODS = {
     "magnitude": ("magnitude", "--ratio", 0.5),
