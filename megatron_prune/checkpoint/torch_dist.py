@@ -70,6 +70,18 @@ class TorchDistSource:
         """Copy rows of a box, from its row ``first`` on, into ``target`` [rows, ...]."""
         self._files.fill(target, box, first)
 
+    def whole(self, key: str) -> torch.Tensor:
+        """A stored tensor. CheckpointError if one of its shards is missing or duplicated."""
+        stored = self.stored[key]
+        boxes = [Box(piece, piece.offsets, piece.sizes, 0) for piece in stored.pieces]
+        if not index.covers(boxes, stored.shape):
+            raise CheckpointError(f"{self._directory}: a shard of {key} is missing or duplicated")
+        found = torch.empty(stored.shape, dtype=stored.dtype)
+        for box in boxes:
+            place = tuple(slice(first, first + size) for first, size in zip(box.offsets, box.sizes, strict=True))
+            self.fill(found[place], box, 0)
+        return found
+
     def element(self, box: Box, number: int) -> bytes:
         """The bytes of one number of a box, counted in row-major order."""
         record = self._files.record(box.piece)

@@ -55,6 +55,10 @@ class Kind:
         return self.shape[-1]
 
     @property
+    def rows(self) -> int:
+        return torch.Size(self.shape[:-1]).numel()
+
+    @property
     def sparsity(self) -> float:
         """The fraction of a row that is to go."""
         return 1 - self.kept / self.size
@@ -98,20 +102,9 @@ def probability(log_alpha: torch.Tensor) -> torch.Tensor:
     return 1 - torch.sigmoid(TEMPERATURE * _ZERO - log_alpha).clamp(EDGE, 1 - EDGE)
 
 
-def expected_sparsity(log_alpha: torch.Tensor) -> torch.Tensor:
-    """ŝ of every row: the expected fraction of its units that are 0. [rows …]"""
-    return 1 - probability(log_alpha).mean(-1)
-
-
 def ramped(sparsity: float, step: int, ramp: int) -> float:
     """The target at a step, counted from 0: it rises linearly over ``ramp`` steps."""
     return sparsity * min(1.0, step / ramp) if ramp > 0 else sparsity
-
-
-def penalty(log_alpha: torch.Tensor, multipliers: torch.Tensor, target: float) -> torch.Tensor:
-    """The Lagrangian's term of one kind: mean over rows of λ₁(ŝ − t) + λ₂(ŝ − t)². ``multipliers``: λ₁, λ₂."""
-    excess = expected_sparsity(log_alpha) - target
-    return (multipliers[0] * excess + multipliers[1] * excess**2).mean()
 
 
 def factors(log_alpha: torch.Tensor, kept: int) -> torch.Tensor:

@@ -26,13 +26,13 @@ from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
-from megatron_prune.methods.sheared_llama import Kind, factors, of_heads
+from megatron_prune.methods.sheared_llama import Kind, factors
+from megatron_prune.training.mask_shards import REPLICATED, MaskShards
 
 
 @dataclass(frozen=True)
 class Factors:
-    """z of one micro-batch, by kind: fp32, the rows of this rank's layers (``hidden`` has none), TP ranks' slices
-    whole. ``channels``: how many hidden channels are not 0."""
+    """z of one micro-batch, by kind: fp32, this rank's shards. ``channels``: how many hidden channels are not 0."""
 
     z: Mapping[str, torch.Tensor]
     channels: float
@@ -45,16 +45,16 @@ class Factors:
 
 
 class Gated:
-    """This rank's chunks of a model with hooks on what masks multiply. ``layers``: the source's numbers of its own."""
+    """This rank's chunks of a model with hooks on what masks multiply. ``shards``: its part of the masks ``kinds``."""
 
-    def __init__(self, chunks: list[torch.nn.Module], shape: ModelShape):
+    def __init__(self, chunks: list[torch.nn.Module], shape: ModelShape, kinds: Sequence[Kind]):
         self.shape = shape
         self.current: Factors | None = None
-        self._rank = mpu.get_tensor_model_parallel_rank()
-        self._ranks = mpu.get_tensor_model_parallel_world_size()
         self.models: list[Any] = [unwrap_model(chunk) for chunk in chunks]
         blocks = [block for model in self.models for block in model.decoder.layers]
-        self.layers = [block.layer_number - 1 for block in blocks]  # Megatron counts layers of all stages from 1
+        layers = [block.layer_number - 1 for block in blocks]  # Megatron counts layers of all stages from 1
+        rank, ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        self.shards = MaskShards(kinds, layers, rank, ranks)
         for model in self.models:
             if model.pre_process:
                 model.embedding.register_forward_hook(lambda _m, _args, out: self._multiply(out, self._hidden()))
@@ -69,13 +69,18 @@ class Gated:
             for linear in (attention.linear_proj, mlp.linear_fc2):
                 self._after(linear, functools.partial(self._written, row))
 
-    def rows(self, kind: str, values: torch.Tensor) -> torch.Tensor:
-        """Of values of a whole mask those of this rank's layers."""
-        return values if kind == "hidden" else values[self.layers]
+    def evaluation(self, log_alpha: Mapping[str, torch.Tensor]) -> Factors:
+        """What multiplies where nothing is drawn: exactly the target's units, with the factors that they keep.
 
-    def evaluation(self, log_alpha: Mapping[str, torch.Tensor], kinds: Sequence[Kind]) -> Factors:
-        """What multiplies where nothing is drawn: exactly the target's units, with the factors that they keep."""
-        return Factors.of({k.name: self.rows(k.name, factors(log_alpha[k.name].detach(), k.kept)) for k in kinds})
+        Collective over tensor-parallel ranks: which units of a row stay, its other shards decide too."""
+        return Factors.of({kind.name: self._kept(kind, log_alpha[kind.name].detach()) for kind in self.shards.kinds})
+
+    def _kept(self, kind: Kind, log_alpha: torch.Tensor) -> torch.Tensor:
+        if kind.name in REPLICATED:
+            return factors(log_alpha, kind.kept)
+        parts = [torch.empty_like(log_alpha) for _ in range(self.shards.ranks)]
+        torch.distributed.all_gather(parts, log_alpha, group=mpu.get_tensor_model_parallel_group())
+        return self.shards.own(kind, factors(self.shards.rows(kind, parts), kind.kept))
 
     # -- what multiplies ------------------------------------------------------------------------------------------
 
@@ -91,25 +96,25 @@ class Gated:
         hidden, layers = self._hidden(), self._z("layer")
         if layers is None:
             return hidden
-        return layers[row] if hidden is None else layers[row] * hidden
+        layer = layers[self.shards.layers[row]]
+        return layer if hidden is None else layer * hidden
 
     def _heads(self, row: int) -> torch.Tensor | None:
         """[H/TP · d]"""
-        if self.current is None:
-            return None
-        mine = {kind: z[row : row + 1] for kind, z in self.current.z.items() if kind in ("group", "head")}
-        whole = of_heads(self.shape, mine)
-        return None if whole is None else self._share(whole[0]).repeat_interleave(self.shape.kv_channels)
+        groups, heads = self._z("group"), self._z("head")
+        if groups is None:
+            return None if heads is None else heads[row].repeat_interleave(self.shape.kv_channels)
+        whole = groups[row].repeat_interleave(self.shape.heads_per_group)
+        count = self.shape.num_attention_heads // self.shards.ranks
+        if len(whole) > count:  # groups that tensor-parallel ranks share
+            whole = whole[self.shards.rank * count :][:count]
+        whole = whole if heads is None else whole * heads[row]
+        return whole.repeat_interleave(self.shape.kv_channels)
 
     def _ffn(self, row: int) -> torch.Tensor | None:
         """[F/TP]"""
         z = self._z("ffn")
-        return None if z is None else self._share(z[row])
-
-    def _share(self, values: torch.Tensor) -> torch.Tensor:
-        """This rank's consecutive part of heads or FFN channels, as their weights are sharded."""
-        count = len(values) // self._ranks
-        return values[self._rank * count : (self._rank + 1) * count]
+        return None if z is None else z[row]
 
     # -- how ------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
 """The files of learned masks: the state at each save of the run that learns them, and the final one for ``plan``.
 
-Both are safetensors with the same tensors, fp32 (L layers, G groups, H heads, F FFN channels, h hidden channels):
+A state is a directory in Megatron's `torch_dist` format, which every rank writes its shards of, so that a run resumes
+at any layout. The final file is safetensors. Both have the same tensors, fp32 (L layers, G groups, H heads, F FFN
+channels, h hidden channels):
 
     log_alpha.{kind}             layer [L], group [L, G], head [L, G, H/G], ffn [L, F], hidden [h]: those that are cut
     multipliers.{kind}           [2], λ₁ and λ₂
-    moments.{group}.{kind}.…     AdamW's moments and step, of the groups ``masks`` and ``multipliers``
+    moments.{group}.{kind}.…     AdamW's moments and step [1], of the groups ``masks`` and ``multipliers``
     history                      fp64 [steps, kinds, 4]: expected and target sparsity, λ₁, λ₂, before every step
 
-and, in their header, the source and target shapes and the settings. The final file has a JSON file next to it, with the
-fingerprint of the weights that were trained under the masks, and the tokens and FLOPs that learning took.
+(in a state the heads of a layer are one axis) and say the source and target shapes and the settings. The final file has
+a JSON file next to it, with the fingerprint of the weights that were trained under the masks, and the tokens and FLOPs
+that learning took.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ import torch
 
 from megatron_prune import artifacts, storage
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.torch_dist import TorchDistSource
 from megatron_prune.errors import CheckpointError
 from megatron_prune.methods import sheared_llama
 
 FILE = "learned_masks.safetensors"
 FOLDER = "learned_masks"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,53 +59,74 @@ class LearnerState:
             raise CheckpointError("learned masks: expected finite numbers, got others: the run that made them diverged")
 
     def payload(self) -> bytes:
-        """The file's bytes."""
+        """The final file's bytes."""
         tensors = {f"log_alpha.{name}": values for name, values in self.log_alpha.items()}
         tensors |= {f"multipliers.{name}": values for name, values in self.multipliers.items()}
         tensors |= {f"moments.{name}": values for name, values in self.moments.items()}
         tensors["history"] = self.history
-        about = {"version": VERSION, "source": asdict(self.source), "target": asdict(self.target),
-                 "settings": dict(self.settings)}  # fmt: skip
-        header = {"about": json.dumps(about, sort_keys=True)}  # one entry: their order is not said
+        header = {"about": about(self.source, self.target, self.settings)}  # one entry: their order is not said
         return bytes(safetensors.torch.save({name: t.contiguous() for name, t in sorted(tensors.items())}, header))
 
-    def write(self, path: Path) -> None:
-        """Write the file atomically."""
-        artifacts.write_bytes(path, self.payload())
+
+def about(source: ModelShape, target: ModelShape, settings: Mapping[str, Any]) -> str:
+    """What both files say besides tensors: JSON."""
+    said = {"version": VERSION, "source": asdict(source), "target": asdict(target), "settings": dict(settings)}
+    return json.dumps(said, sort_keys=True)
 
 
 def at_step(save: Path, step: int) -> Path:
-    """Where the state at a save lies."""
-    return save / FOLDER / f"iter_{step:07d}.safetensors"
+    """The directory of the state at a save."""
+    return save / FOLDER / f"iter_{step:07d}"
 
 
 def read_state(path: Path) -> LearnerState:
-    """CheckpointError where there is no such file, or it is damaged."""
+    """CheckpointError where there is no such directory, or it is damaged."""
+    folder = storage.path(path)
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(f"{path} is missing: the masks that were learned up to this save; restore it")
+    found = TorchDistSource(folder)
     try:
-        return _state(storage.path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: the masks that were learned up to this save; restore it") from error
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        return _state(found.common["about"], {key: found.whole(key) for key in found.stored})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
-def _state(payload: bytes) -> LearnerState:
-    tensors = safetensors.torch.load(payload)
-    length = int.from_bytes(payload[:8], "little")
-    about = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["about"])
-    if about["version"] != VERSION:
-        raise ValueError(f"version {about['version']}")
+def _read_final(path: Path) -> LearnerState:
+    try:
+        payload = path.read_bytes()
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])["__metadata__"]
+        return _state(header["about"], safetensors.torch.load(payload))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: learn-masks writes it at its end") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _state(said: str, tensors: Mapping[str, torch.Tensor]) -> LearnerState:
+    known = json.loads(said)
+    if known["version"] != VERSION:
+        raise ValueError(f"version {known['version']}")
+    source, target = ModelShape(**known["source"]), ModelShape(**known["target"])
+    shapes = {kind.name: kind.shape for kind in sheared_llama.kinds(source, target)}
 
     def of(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
+    def shaped(name: str, values: torch.Tensor) -> torch.Tensor:
+        """A number of every mask in its kind's shape; all else as it is."""
+        group, _, rest = name.partition(".")
+        if group == "masks" and not name.endswith(".step"):
+            return values.view(shapes[rest.partition(".")[0]])
+        return values
+
     return LearnerState(
-        source=ModelShape(**about["source"]),
-        target=ModelShape(**about["target"]),
-        settings=about["settings"],
-        log_alpha=of("log_alpha."),
+        source=source,
+        target=target,
+        settings=known["settings"],
+        log_alpha={name: values.view(shapes[name]) for name, values in of("log_alpha.").items()},
         multipliers=of("multipliers."),
-        moments=of("moments."),
+        moments={name: shaped(name, values) for name, values in of("moments.").items()},
         history=tensors["history"],
     )  # fmt: skip
 
@@ -171,7 +196,7 @@ def read(path: str | Path) -> LearnedMasks:
     meta = artifacts.read_json(where.with_suffix(".json"))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise CheckpointError(f"{where.with_suffix('.json')} is not the JSON of learned masks of version {VERSION}")
-    state = read_state(where)
+    state = _read_final(where)
     if hashlib.sha256(state.payload()).hexdigest() != meta.get("sha256"):
         raise CheckpointError(f"{where} and its JSON do not belong together: learn-masks writes both")
     return LearnedMasks(state, meta["parent"], meta["spent"])

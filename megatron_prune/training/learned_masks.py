@@ -1,43 +1,41 @@
 """Learns masks while Megatron trains the model that they are on (``methods/sheared_llama.py``, ``gates.py``).
 
-Every rank holds log α of the whole model, which is small next to the weights, with the Lagrange multipliers and AdamW's
-moments of both. All ranks update them in the same way, so the layout does not change the masks, and a run can resume at
-another layout. Gradients of the loss differ: each rank has those of its own layers, heads, channels and samples. One
-all-reduce sums them where Megatron sums its own (``zeros.after_gradients``). The Lagrangian's gradient, which is the
-same on every rank, is then added.
+log α of FFN channels, heads and groups is sharded with the weights that it is on (``mask_shards.py``); that of layers
+and hidden channels, and the Lagrange multipliers, are on every rank. Gradients are summed where Megatron sums its own
+(``zeros.after_gradients``), so that copies stay equal to the bit (``mask_gradients.py``). What is learned does not
+depend on the layout, and a run can resume at another one.
 
-A micro-batch has one draw of u for all its sequences. The draw is a function of ``--seed``, the step and the
-micro-batch's number within the step over all replicas, so it does not depend on how a batch is divided.
+A micro-batch has one draw of u for all its sequences. The draw is a function of ``--seed``, the step, the micro-batch's
+number within the step over all replicas, and the unit's place in the model.
 
 Megatron's optimizer changes in two ways. Its gradient norm includes the gradients of masks and multipliers, since the
 paper clips all of them together. After its step, the masks' own AdamW takes one, without decay, at a learning rate that
 follows Megatron's schedule from ``--mask-lr``. The multipliers ascend.
 
-Before each of Megatron's saves the masks' state is written next to it, in one file whatever the layout:
-``learned_masks/iter_0000010.safetensors`` in the save directory. At the end of the run ``learned_masks.safetensors`` is
-written for ``plan`` (``learned_file.py``).
+Before each of Megatron's saves the masks' state is written next to it, each rank its shards:
+``learned_masks/iter_0000010`` in the save directory. At the end of the run ``learned_masks.safetensors`` is written for
+``plan`` (``learned_file.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from megatron_prune import screen, storage
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError
 from megatron_prune.methods import sheared_llama
-from megatron_prune.training import learned_file
-from megatron_prune.training.learned_file import FOLDER, LearnerState
+from megatron_prune.training import learned_file, mask_gradients
+from megatron_prune.training.learned_file import FOLDER
+from megatron_prune.training.mask_shards import REPLICATED, MaskShards
 from megatron_prune.training.zeros import after_gradients
 
 _GROUPS = ("masks", "multipliers")
@@ -68,10 +66,12 @@ class Learner:
     def __init__(self, args: argparse.Namespace, settings: LearnerSettings):
         self.args, self.settings = args, settings
         self.kinds = sheared_llama.kinds(settings.source, settings.target)
-        self.log_alpha = {kind.name: torch.nn.Parameter(sheared_llama.start(kind)) for kind in self.kinds}
-        self.multipliers = {kind.name: torch.nn.Parameter(torch.zeros(2)) for kind in self.kinds}
+        self.log_alpha: dict[str, torch.nn.Parameter] = {}  # this rank's shards, by kind, once the model is there
+        self.multipliers: dict[str, torch.nn.Parameter] = {}
         self.history: list[list[tuple[float, ...]]] = []  # of every step, by kind: ŝ, t, λ₁, λ₂
         self._gated: Any = None
+        self._ranks = mask_gradients.Ranks()
+        self._square = torch.zeros(())  # of the norm of the gradients of masks and multipliers
         self._draws: list[_Draw] = []
         self._scheduler: Any = None
         self._optimizer: torch.optim.AdamW | None = None
@@ -92,15 +92,22 @@ class Learner:
         from megatron_prune.training.gates import Gated
 
         device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        for parameters in (self.log_alpha, self.multipliers):
-            for parameter in parameters.values():
-                parameter.data = parameter.data.to(device)
-        self._gated = Gated(chunks, self.settings.source)
+        self._gated = Gated(chunks, self.settings.source, self.kinds)
+        self._ranks = mask_gradients.Ranks.of_megatron()
+        for kind in self.kinds:
+            shard = self._shards.cut(kind, sheared_llama.start(kind))
+            self.log_alpha[kind.name] = torch.nn.Parameter(shard.to(device))
+            self.multipliers[kind.name] = torch.nn.Parameter(torch.zeros(2, device=device))
         self._counts = [0] * len(chunks)
         for number, model in enumerate(self._gated.models):
             model.register_forward_pre_hook(functools.partial(self._begin_micro_batch, number))
             model.register_forward_hook(self._in_its_backward_pass)
         return chunks
+
+    @property
+    def _shards(self) -> MaskShards:
+        shards: MaskShards = self._gated.shards
+        return shards
 
     def _then_begin(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's set-up, which loads the checkpoint last; then the masks that were saved with it are read."""
@@ -150,77 +157,45 @@ class Learner:
             out.register_hook(again)  # type: ignore[no-untyped-call]
 
     def _draw(self, step: int, number: int) -> _Draw:
-        from megatron.core import parallel_state as mpu
-
         from megatron_prune.training.gates import Factors
 
-        place = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
+        place = number * self._ranks.replicas + self._ranks.replica
         leaves, slopes = {}, {}
         with torch.no_grad():
-            for kind, u in zip(self.kinds, self.uniform(step, place), strict=True):
-                whole = self.log_alpha[kind.name].detach()
-                log_alpha, u = (self._gated.rows(kind.name, values) for values in (whole, u.to(whole.device)))
-                leaves[kind.name] = sheared_llama.sample(log_alpha, u)
-                slopes[kind.name] = sheared_llama.slope(log_alpha, u)
+            for name, drawn in self._shards.uniform(self.args.seed, step, place).items():
+                log_alpha = self.log_alpha[name].detach()
+                u = drawn.to(log_alpha.device)
+                leaves[name] = sheared_llama.sample(log_alpha, u)
+                slopes[name] = sheared_llama.slope(log_alpha, u)
         for leaf in leaves.values():
             leaf.requires_grad_()
         return _Draw(Factors.of(leaves), leaves, slopes)
 
-    def uniform(self, step: int, micro_batch: int) -> list[torch.Tensor]:
-        """u of every kind, fp32 on the CPU, for a micro-batch of a step: both counted from 0, over all replicas."""
-        sizes = [torch.Size(kind.shape).numel() for kind in self.kinds]
-        key = hashlib.sha256(f"{self.args.seed} {step} {micro_batch}".encode()).digest()[:16]
-        generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(key, "little")))
-        flat = torch.from_numpy(generator.random(sum(sizes), dtype=numpy.float32))
-        return [part.view(kind.shape) for part, kind in zip(torch.split(flat, sizes), self.kinds, strict=True)]
-
     def _evaluation(self) -> Any:
         if self._evaluated is None:
-            self._evaluated = self._gated.evaluation(self.log_alpha, self.kinds)
+            self._evaluated = self._gated.evaluation(self.log_alpha)
         return self._evaluated
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def _take_gradients(self) -> None:
-        """Gradients of masks and multipliers, whole and the same on every rank. Collective."""
-        from megatron.core import parallel_state as mpu
-
-        whole = {name: torch.zeros_like(parameter) for name, parameter in self.log_alpha.items()}
+        """Gradients of masks and multipliers, from the loss and the Lagrangian's terms. Collective."""
+        of_loss = {name: torch.zeros_like(parameter) for name, parameter in self.log_alpha.items()}
         # What tensor-parallel ranks hold in common has the same gradient on each; by tokens, each has a part of it.
-        counts_common = self.args.sequence_parallel or mpu.get_tensor_model_parallel_rank() == 0
+        counts_common = self.args.sequence_parallel or self._ranks.tensor == 0
         for draw in self._draws:
             for name, leaf in draw.leaves.items():
-                if leaf.grad is None or (name in ("hidden", "layer") and not counts_common):
-                    continue
-                gradient = leaf.grad * draw.slopes[name]
-                if name == "hidden":
-                    whole[name] += gradient
-                else:
-                    whole[name][self._gated.layers] += gradient
+                if leaf.grad is not None and (name not in REPLICATED or counts_common):
+                    of_loss[name].addcmul_(leaf.grad, draw.slopes[name])
         self._draws.clear()
         self._counts = [0] * len(self._counts)
         self._gated.current = None
-        flat = torch.cat([part.flatten() for part in whole.values()])
-        torch.distributed.all_reduce(flat)
-        flat /= mpu.get_data_parallel_world_size()
-        sizes = [part.numel() for part in whole.values()]
-        for (name, parameter), part in zip(self.log_alpha.items(), torch.split(flat, sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-            self.multipliers[name].grad = None
-        self._penalty().backward()  # type: ignore[no-untyped-call]
-
-    def _penalty(self) -> torch.Tensor:
         step, ramp = self.args.curr_iteration, round(self.settings.ramp * self.args.train_iters)
-        total, row = torch.zeros((), device=next(iter(self.log_alpha.values())).device), []
-        for kind in self.kinds:
-            log_alpha, multipliers = self.log_alpha[kind.name], self.multipliers[kind.name]
-            target = sheared_llama.ramped(kind.sparsity, step, ramp)
-            total = total + sheared_llama.penalty(log_alpha, multipliers, target)
-            expected = sheared_llama.expected_sparsity(log_alpha.detach()).mean()
-            row.append((float(expected), target, *multipliers.detach().tolist()))
+        targets = [sheared_llama.ramped(kind.sparsity, step, ramp) for kind in self.kinds]
+        found = mask_gradients.take(self._shards, self._ranks, self.log_alpha, self.multipliers, of_loss, targets)
+        self._square = found.square
         del self.history[step:]  # a step that is run again
-        self.history.append(row)
-        return total
+        self.history.append(found.history)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [*self.log_alpha.values(), *self.multipliers.values()]
@@ -228,8 +203,7 @@ class Learner:
     def _with_own_norm(self, norm: Callable[[], float]) -> Callable[[], float]:
         @functools.wraps(norm)
         def joint() -> float:
-            own = sum(float(p.grad.double().square().sum()) for p in self._parameters() if p.grad is not None)
-            return float((float(norm()) ** 2 + own) ** 0.5)
+            return float((float(norm()) ** 2 + float(self._square)) ** 0.5)
 
         return joint
 
@@ -287,56 +261,92 @@ class Learner:
         @functools.wraps(save)
         def saved(*positional: Any, **named: Any) -> Any:
             step = signature.bind(*positional, **named).arguments["iteration"]
-            if self.args.rank == 0:
-                self.state().write(learned_file.at_step(storage.path(self.args.save), step))
+            self._save(learned_file.at_step(storage.path(self.args.save), step))
             return save(*positional, **named)
 
         return saved
 
-    def state(self) -> LearnerState:
-        """All that going on needs, and the history for people."""
+    def _settings(self) -> dict[str, Any]:
+        return {"learning_rate": self.settings.learning_rate, "ramp": self.settings.ramp,
+                "steps": self.args.train_iters, "seed": self.args.seed}  # fmt: skip
+
+    def _save(self, folder: Path) -> None:
+        """Write all that going on needs, and the history for people. Collective."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        settings = self.settings
+        state: dict[str, Any] = {"about": learned_file.about(settings.source, settings.target, self._settings())}
+        history = torch.tensor(self.history, dtype=torch.float64).view(-1, len(self.kinds), 4)
+        whole, shards = {"history": history}, dict[str, tuple[sheared_llama.Kind, torch.Tensor]]()
+        for kind in self.kinds:
+            of_masks = {f"log_alpha.{kind.name}": self.log_alpha[kind.name].detach()}
+            of_masks |= self._moments("masks", kind.name, self.log_alpha[kind.name])
+            whole[f"multipliers.{kind.name}"] = self.multipliers[kind.name].detach()
+            whole |= self._moments("multipliers", kind.name, self.multipliers[kind.name])
+            for key, values in of_masks.items():
+                if kind.name in REPLICATED or key.endswith(".step"):
+                    whole[key] = values
+                else:
+                    shards[key] = kind, values
+        rank = torch.distributed.get_rank()
+        for key, values in whole.items():
+            state[key] = ShardedTensor.from_rank_offsets(key, values, replica_id=rank)
+        for key, (kind, values) in shards.items():
+            state[key] = self._shards.sharded(key, kind, values, self._ranks.replica)
+        if rank == 0:
+            if not storage.is_stored(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".metadata").unlink(missing_ok=True)  # of a run that was killed: what follows replaces it
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, str(folder), async_strategy="mcore")
+
+    def _moments(self, group: str, name: str, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         assert self._optimizer is not None
-        moments: dict[str, torch.Tensor] = {}
-        for group, parameters in zip(_GROUPS, (self.log_alpha, self.multipliers), strict=True):
-            for name, parameter in parameters.items():
-                for key, value in self._optimizer.state[parameter].items():
-                    moments[f"{group}.{name}.{key}"] = value.detach().float().cpu()
-        return LearnerState(
-            source=self.settings.source,
-            target=self.settings.target,
-            settings={"learning_rate": self.settings.learning_rate, "ramp": self.settings.ramp,
-                      "steps": self.args.train_iters, "seed": self.args.seed},
-            log_alpha={name: p.detach().cpu() for name, p in self.log_alpha.items()},
-            multipliers={name: p.detach().cpu() for name, p in self.multipliers.items()},
-            moments=moments,
-            history=torch.tensor(self.history, dtype=torch.float64).view(-1, len(self.kinds), 4),
-        )  # fmt: skip
+        state = self._optimizer.state[parameter]
+        return {
+            f"moments.{group}.{name}.{key}": value.detach().float().view(-1) if value.ndim == 0 else value
+            for key, value in state.items()
+        }
 
     def _resume(self, load: Path, step: int) -> None:
         """Take up what was saved with this iteration; CheckpointError where it is not there, or of another run."""
         path = learned_file.at_step(load, step)
-        found, mine = learned_file.read_state(path), self.state()
+        found, settings = learned_file.read_state(path), self._settings()
         for what, was, now in (
-            ("target", found.target, mine.target), ("source", found.source, mine.source),
-            *((name, found.settings[name], mine.settings[name]) for name in mine.settings),
+            ("target", found.target, self.settings.target), ("source", found.source, self.settings.source),
+            *((name, found.settings[name], settings[name]) for name in settings),
         ):  # fmt: skip
             if was != now:
                 raise CheckpointError(
                     f"{path}: expected masks with {what} {now}, got masks with {what} {was}: go on with the flags that "
                     f"the run began with, or give another --save; {FOLDER} belongs to the run"
                 )
-        assert self._optimizer is not None
-        for group, parameters, held in zip(
-            _GROUPS, (self.log_alpha, self.multipliers), (found.log_alpha, found.multipliers), strict=True
-        ):
-            for name, parameter in parameters.items():
-                parameter.data.copy_(held[name])
-                prefix = f"{group}.{name}."
-                state = {k.removeprefix(prefix): v for k, v in found.moments.items() if k.startswith(prefix)}
-                self._optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device) for key, value in state.items()
-                }
+        for kind in self.kinds:
+            self._take_up("masks", kind, self.log_alpha[kind.name], found.log_alpha[kind.name], found.moments)
+            self._take_up("multipliers", kind, self.multipliers[kind.name], found.multipliers[kind.name], found.moments)
         self.history = [[tuple(row) for row in rows] for rows in found.history.tolist()]
+
+    def _take_up(
+        self,
+        group: str,
+        kind: sheared_llama.Kind,
+        parameter: torch.nn.Parameter,
+        values: torch.Tensor,
+        moments: Mapping[str, torch.Tensor],
+    ) -> None:
+        """A parameter's values and moments, of which this rank takes its shard."""
+        assert self._optimizer is not None
+
+        def here(whole: torch.Tensor) -> torch.Tensor:
+            return (self._shards.cut(kind, whole) if group == "masks" else whole).to(parameter.device)
+
+        parameter.data.copy_(here(values))
+        prefix = f"{group}.{kind.name}."
+        state = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
+        self._optimizer.state[parameter] = {
+            key: value.view(()) if key == "step" else here(value) for key, value in state.items()
+        }
 
     def finish(self, save: Path, fingerprint: str, spent: dict[str, Any]) -> None:
         """Write the file for ``plan`` next to its checkpoint and name the rows that have not settled. Rank 0.

@@ -119,8 +119,9 @@ def masked_logits(load: str, tp: int, pp: int, tokens: torch.Tensor) -> torch.Te
     def mask(model: list[torch.nn.Module]) -> None:
         from megatron_prune.training.gates import Gated
 
-        gated = Gated(model, learned.shape)
-        gated.current = gated.evaluation(learned.state.log_alpha, kinds(learned.shape, learned.target))
+        gated = Gated(model, learned.shape, kinds(learned.shape, learned.target))
+        log_alpha = learned.state.log_alpha
+        gated.current = gated.evaluation({k.name: gated.shards.cut(k, log_alpha[k.name]) for k in gated.shards.kinds})
 
     return logits(load, tp, pp, tokens, mask)
 

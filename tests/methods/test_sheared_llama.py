@@ -52,26 +52,6 @@ def test_the_expected_share_that_is_kept_is_that_of_many_samples(log_alpha):
     )
 
 
-def test_the_penalty_and_its_gradients():
-    """Against the sum written with loops; λ₁ and λ₂ get the mean excess and its square."""
-    log_alpha = numbers(3, 7).requires_grad_()
-    multipliers = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
-    sheared_llama.penalty(log_alpha, multipliers, 0.4).backward()
-
-    other, ours = log_alpha.detach().clone().requires_grad_(), multipliers.detach().clone().requires_grad_()
-    total, excesses = torch.zeros((), dtype=torch.float64), []
-    for layer in range(3):
-        stays = sum(1 - 1 / (1 + torch.exp(other[layer, i] - T * math.log(0.1 / 1.1))) for i in range(7))
-        excess = (1 - stays / 7) - 0.4
-        excesses.append(float(excess))
-        total = total + (ours[0] * excess + ours[1] * excess * excess) / 3
-    total.backward()
-    torch.testing.assert_close(log_alpha.grad, other.grad, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(multipliers.grad, ours.grad, rtol=1e-10, atol=1e-14)
-    assert float(multipliers.grad[0]) == pytest.approx(sum(excesses) / 3)
-    assert float(multipliers.grad[1]) == pytest.approx(sum(e * e for e in excesses) / 3)
-
-
 def test_the_target_ramps_up_linearly():
     assert [sheared_llama.ramped(0.5, step, 4) for step in range(6)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert sheared_llama.ramped(0.5, 0, 0) == 0.5

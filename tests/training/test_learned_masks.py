@@ -6,15 +6,15 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import import_hf
+from megatron_prune.methods import sheared_llama
 from megatron_prune.training import learned_file
-from megatron_prune.training.learned_masks import Learner, LearnerSettings
+from megatron_prune.training.mask_shards import MaskShards
 from tests.checkpoint import ranks
 from tests.training import sheared
 from tests.training.small import layout, recipe, train_and_record
@@ -63,10 +63,12 @@ def test_a_run_is_the_published_algorithms(learned, tiny_parent, tiny_corpus, tm
     assert losses(again) == losses(learned)  # the record is of the same run
     model = sheared.Model(tiny_parent)
     source, target = file.state.source, file.state.target
-    learner = Learner(SimpleNamespace(seed=7), LearnerSettings(source, target, 1.0, 0.2))
+    cut = sheared_llama.kinds(source, target)
+    shards = MaskShards(cut, range(source.num_layers))
 
     def uniform(step, number):
-        return {kind.name: u for kind, u in zip(learner.kinds, learner.uniform(step, number), strict=True)}
+        found = shards.uniform(7, step, number)
+        return {kind.name: found[kind.name].view(kind.shape) for kind in cut}
 
     lines = [json.loads(line) for file in log.glob("*.jsonl") for line in file.read_text().splitlines()]
     batches = [[] for _ in range(STEPS)]
