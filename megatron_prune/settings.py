@@ -28,10 +28,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from decimal import Decimal
 from functools import cache, partial
 from typing import Any, ClassVar, Self
 
@@ -194,13 +196,7 @@ class Settings:
         for key, value in values.items():
             name, called = key.replace("-", "_"), f"{where}.{key}" if where else key
             if name not in known:
-                hint = nearest(name, known)
-                raise UsageError(
-                    called,
-                    got="an unknown key",
-                    expected=f"one of {', '.join(known)}",
-                    why=f"did you mean {hint}?" if hint else "",
-                )
+                raise unknown_key(called, key, known)
             if value is not None:
                 found[name] = known[name].read(value, called)
         return cls._make(found, where)
@@ -280,6 +276,23 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type[Settings]) -> None
             if flag.title not in groups:
                 groups[flag.title] = parser.add_argument_group(flag.title)
             flag.add(groups[flag.title])
+
+
+def count(text: str) -> int:
+    """A whole number above 0: ``163840``, ``160k``, ``1.5M``, ``50B``, ``1e9``. ValueError says what is expected."""
+    found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMBT]?)\s*", text)
+    scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    value = round(Decimal(found[1].replace("_", "")) * scale[found[2]]) if found else 0
+    if value < 1:
+        raise ValueError("a positive number such as 400000, 400k, 1.5M, 50B")
+    return value
+
+
+def unknown_key(called: str, key: str, known: Iterable[str]) -> UsageError:
+    """The error for ``key`` of a mapping, which is none of ``known``."""
+    hint = nearest(key.replace("-", "_"), known := list(known))
+    why = f"did you mean {hint}?" if hint else ""
+    return UsageError(called, got="an unknown key", expected=f"one of {', '.join(known)}", why=why)
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_prune import verbs
-from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
 from megatron_prune.settings import Settings
 
@@ -35,18 +34,9 @@ class Asked:
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Read keywords. UsageError for an unknown one or an invalid value."""
-        common = {flag.name for flag in verbs.PruneHFSettings.flags()}
-        settings = verbs.PruneHFSettings.read({name: value for name, value in values.items() if name in common})
-        rest = {name: value for name, value in values.items() if name not in common and value is not None}
-        method = settings.method
-        mine = {flag.name for flag in options.UNTRAINED.get(method, options.NoOptions).flags()}
-        for name in rest.keys() - mine:
-            for other, theirs in options.UNTRAINED.items():
-                if name in {flag.name for flag in theirs.flags()}:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise UsageError(flag, expected=f"only with --method {other}", got=f"with --method {method}")
-            verbs.PruneHFSettings.read({name: rest[name]})  # the error names the known ones and the nearest
-        return cls(settings, options.STRUCTURED.get(method, options.NoOptions).read(rest))
+        method = str(values.get("method"))
+        settings, own = options.read(verbs.PruneHFSettings, method, values, known=options.UNTRAINED)
+        return cls(settings, own)
 
     @property
     def pruning(self) -> dict[str, Any]:

@@ -89,12 +89,9 @@ def plan(
     from megatron_prune.methods import options
     from megatron_prune.pruning.make_plan import Unscored, make_plan
 
-    names = {flag.name for flag in verbs.PlanSettings.flags()}
     paths = [statistics] if isinstance(statistics, str | Path) else list(statistics)
     given = {"load": load, "method": method, "output": output, "statistics": paths, "ratio": ratio, "seed": seed}
-    asked = verbs.PlanSettings.read({**given, **{name: value for name, value in settings.items() if name in names}})
-    own = options.STRUCTURED.get(method, options.NoOptions)
-    made = make_plan(asked, own.read({name: value for name, value in settings.items() if name not in names}))
+    made = make_plan(*options.read(verbs.PlanSettings, method, given | settings))
     if isinstance(made, Unscored):
         raise PlanError(
             f"{len(made.missing)} candidates must be run before one can be chosen: they are in {made.file}; use prune, "

@@ -115,17 +115,13 @@ def prune_checkpoint(
     ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. Raises
     UsageError, DataError, CheckpointError and RunError.
     """
-    names = {flag.name for flag in verbs.PruneSettings.flags()}
-    own = options.STRUCTURED.get(method, options.NoOptions).read({k: v for k, v in settings.items() if k not in names})
-    asked = verbs.PruneSettings.read(
-        {
-            "method": method,
-            "calibration_data_path": calibration_data_path,
-            "calibration_sequences": calibration_sequences,
-            "calibration_seq_length": calibration_seq_length,
-            **{name: value for name, value in settings.items() if name in names},
-        }
-    )
+    given = {
+        "method": method,
+        "calibration_data_path": calibration_data_path,
+        "calibration_sequences": calibration_sequences,
+        "calibration_seq_length": calibration_seq_length,
+    }
+    asked, own = options.read(verbs.PruneSettings, method, given | settings)
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
     _run("prune", [asked, own], words, nproc, devices, log)
     return Model.of_checkpoint(save)

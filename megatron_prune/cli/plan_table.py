@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_prune import methods, screen
+from megatron_prune.methods import options
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured.candidates import Scored, loss_text
@@ -69,7 +70,8 @@ def show(made: PruningPlan, console: Console | None = None) -> None:
 def _show_candidates(made: PruningPlan, console: Console) -> None:
     """The candidates, best first: by the deciding metric, then by loss. Those without a finite loss are last."""
     method = methods.get(made.method)
-    search, task = method.search(made.settings), method.task(made.settings)
+    own = options.STRUCTURED[made.method].read(made.settings)
+    search, task = method.search(own), method.task(own)
     # Tell the reader that shapes beyond the limit were not considered.
     full = search is not None and not search.shapes and len(made.candidates) == search.max_candidates
     limit = " (as many as --max-candidates allows)" if full else ""

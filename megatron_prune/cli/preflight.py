@@ -66,18 +66,13 @@ def main(argv: list[str]) -> int:
     from megatron_prune.preflight import verdict
     from megatron_prune.preflight.checks import JobQuestion
     from megatron_prune.preflight.cost import Cluster
-    from megatron_prune.study.values import parse_tokens
 
-    try:
-        tokens = None if asked.corpus_tokens is None else parse_tokens(asked.corpus_tokens)
-    except ValueError as error:
-        raise UsageError("--corpus-tokens", got=asked.corpus_tokens, expected=str(error)) from error
     cluster = Cluster(asked.gpus, asked.gpu, asked.gpus_per_node)
     line = elsewhere.resolve(rest, asked.model)
     reserve = int(asked.reserve_gb * 1e9)
     host = None if asked.host_memory_gb is None else int(asked.host_memory_gb * 1e9)
     has = installed.named(asked.installed)
-    question = JobQuestion(verb, line.argv, cluster, asked.mfu, reserve, host, tokens, line.absent, has)
+    question = JobQuestion(verb, line.argv, cluster, asked.mfu, reserve, host, asked.corpus_tokens, line.absent, has)
     found = verdict.answer(question, _main_of(verb))
     if asked.output:
         artifacts.write_json(asked.output, found)

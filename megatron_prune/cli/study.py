@@ -157,7 +157,7 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
     from megatron_prune.study.run import slurm
 
     _refuse_times_of_nothing(options)
-    outlook = validate.check(study, places, planned=True, corpus_tokens=_tokens(options.corpus_tokens))
+    outlook = validate.check(study, places, planned=True, corpus_tokens=options.corpus_tokens)
     console = _console()
     show(
         study,
@@ -177,18 +177,6 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
             jobs.keep(study, places, cell, cells)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
-
-
-def _tokens(given: str | None) -> int | None:
-    from megatron_prune.study.values import parse_tokens
-
-    try:
-        tokens = None if given is None else parse_tokens(given)
-    except ValueError as error:
-        raise UsageError("--corpus-tokens", got=given, expected=str(error)) from error
-    if tokens is not None and tokens < 1:
-        raise UsageError("--corpus-tokens", got=given, expected="a positive number of tokens")
-    return tokens
 
 
 def _refuse_times_of_nothing(options: Any) -> None:

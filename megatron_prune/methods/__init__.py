@@ -28,10 +28,10 @@ def sparse_names() -> list[str]:
     return sorted(SPARSE)
 
 
-def get(name: str) -> Method:
+def get(name: str) -> Method[Any]:
     """The structured method ``name``; UsageError lists the names that exist."""
     if name in STRUCTURED:
-        method: Method = _module(name).METHOD
+        method: Method[Any] = _module(name).METHOD
         return method
     why = f"{name} is sparse: run it with sparsify" if name in SPARSE else ""
     raise UsageError("--method", got=name, expected="one of " + ", ".join(names()), why=why)

@@ -21,6 +21,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.selection import Rows
+from megatron_prune.settings import Settings
 
 DEPTH = ("num_layers",)
 WIDTH = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
@@ -109,18 +110,18 @@ class TaskFile:
 
 
 @dataclass(frozen=True)
-class PruningRequest:
+class PruningRequest[O: Settings]:
     """A request to a method: cut ``source`` to ``target`` using these statistics."""
 
     source: ModelShape
     target: ModelShape
+    settings: O  # the method's own flags
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see structured/statistics.py
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the method's own flags
     seed: int | None = None
 
 
-class Method(ABC):
-    """A structured method. Subclasses are stateless; their file's docstring explains the method.
+class Method[O: Settings](ABC):
+    """A structured method, with its settings ``O``. Stateless; the docstring of its file explains it.
 
     Most rank by statistics alone and are ``RankingMethod``s.
     """
@@ -132,39 +133,39 @@ class Method(ABC):
     #: True where its statistics are masks that were learned for one target (``learn-masks``), not a calibration's.
     learned: bool = False
 
-    def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def free_dimensions(self, settings: O) -> tuple[str, ...]:
         """Dimensions that may be chosen to meet ``--ratio`` or ``--target-params``."""
         return self.dimensions
 
-    def search(self, settings: Mapping[str, Any]) -> Search | None:
+    def search(self, settings: O) -> Search | None:
         """The competing shapes that meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""
         return None
 
-    def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
+    def task(self, settings: O) -> TaskFile | None:
         """The task on which candidates are scored; None: they are scored by the loss on the calibration text."""
         return None
 
-    def needs_scores(self, settings: Mapping[str, Any]) -> bool:
+    def needs_scores(self, settings: O) -> bool:
         """True if the model must be run with every candidate before one can be chosen."""
         return self.search(settings) is not None
 
     @abstractmethod
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: O) -> tuple[str, ...]:
         """Keys of the statistics that ``candidates`` reads; empty where it reads none."""
 
     @abstractmethod
-    def candidates(self, request: PruningRequest) -> list[Selection]:
+    def candidates(self, request: PruningRequest[O]) -> list[Selection]:
         """The selections to choose among, each exactly ``request.target``. Among equal losses the first wins."""
 
 
-class RankingMethod(Method):
+class RankingMethod[O: Settings](Method[O]):
     """A method that chooses by scores alone once the target is known."""
 
-    def candidates(self, request: PruningRequest) -> list[Selection]:
+    def candidates(self, request: PruningRequest[O]) -> list[Selection]:
         return [self.select(request)]
 
     @abstractmethod
-    def select(self, request: PruningRequest) -> Selection:
+    def select(self, request: PruningRequest[O]) -> Selection:
         """Choose what is kept: exactly ``request.target``."""
 
 

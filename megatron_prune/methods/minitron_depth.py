@@ -15,20 +15,17 @@ All candidates are scored in one load of the model, by skipping layers (calibrat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DEPTH, Method, PruningRequest, Selection, TaskFile
-from megatron_prune.methods.options import METRICS
+from megatron_prune.methods.options import METRICS, MinitronDepthOptions
 
 
-class MinitronDepth(Method):
+class MinitronDepth(Method[MinitronDepthOptions]):
     dimensions = DEPTH
 
-    def task(self, settings: Mapping[str, Any]) -> TaskFile | None:
-        path, metric = settings["task_data"], settings["task_metric"]
-        if settings["score_by"] == "task":
+    def task(self, settings: MinitronDepthOptions) -> TaskFile | None:
+        path, metric = settings.task_data, settings.task_metric
+        if settings.score_by == "task":
             if path is None:
                 raise UsageError("--task-data", got="nothing", expected="a file of examples with --score-by task")
             return TaskFile(path, metric or METRICS[0])
@@ -37,13 +34,13 @@ class MinitronDepth(Method):
                 raise UsageError(flag, got=f"{value} alone", expected="--score-by task with it")
         return None
 
-    def needs_scores(self, settings: Mapping[str, Any]) -> bool:
+    def needs_scores(self, settings: MinitronDepthOptions) -> bool:
         return True
 
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: MinitronDepthOptions) -> tuple[str, ...]:
         return ()
 
-    def candidates(self, request: PruningRequest) -> list[Selection]:
+    def candidates(self, request: PruningRequest[MinitronDepthOptions]) -> list[Selection]:
         layers, kept = request.source.num_layers, request.target.num_layers
         removed = layers - kept
         return [Selection((*range(start), *range(start + removed, layers))) for start in range(kept + 1)]

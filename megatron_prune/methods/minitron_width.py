@@ -25,25 +25,24 @@ tokens that pruning itself trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import WIDTH, NearTie, PruningRequest, RankingMethod, Retraining, Search, Selection
-from megatron_prune.methods.options import AXES, MAX_CANDIDATES
+from megatron_prune.methods.options import AXES, MAX_CANDIDATES, MinitronWidthOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 _GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # the sizes in each value of --target-shapes
 _SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
-class MinitronWidth(RankingMethod):
+class MinitronWidth(RankingMethod[MinitronWidthOptions]):
     dimensions = WIDTH
 
-    def search(self, settings: Mapping[str, Any]) -> Search | None:
-        chosen, limit, shapes = settings["search"], settings["max_candidates"], settings["target_shapes"]
+    def search(self, settings: MinitronWidthOptions) -> Search | None:
+        chosen, limit, shapes = settings.search, settings.max_candidates, settings.target_shapes
         if limit is not None and (chosen is None or limit < 1):
             needed = "--search with it" if chosen is None else "an integer of at least 1"
             raise UsageError("--max-candidates", got=limit, expected=needed)
@@ -59,13 +58,13 @@ class MinitronWidth(RankingMethod):
         limit = MAX_CANDIDATES if limit is None else limit
         return Search(axes, limit, _retraining(settings, limit))
 
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: MinitronWidthOptions) -> tuple[str, ...]:
         sites = ["input_layernorm", "pre_mlp_layernorm", "attention", "mlp"]
-        if settings["include_final_norm"]:
+        if settings.include_final_norm:
             sites.append("final_layernorm")
-        return tuple(f"{site}.{_SUMS[settings['aggregation']]}" for site in sites)
+        return tuple(f"{site}.{_SUMS[settings.aggregation]}" for site in sites)
 
-    def select(self, request: PruningRequest) -> Selection:
+    def select(self, request: PruningRequest[MinitronWidthOptions]) -> Selection:
         source, target, settings = request.source, request.target, request.settings
         importance = {key.split(".")[0]: request.statistics[key].sqrt() for key in self.needs(settings)}
         layers = range(source.num_layers)
@@ -74,7 +73,7 @@ class MinitronWidth(RankingMethod):
         hidden = None
         if target.hidden_size < source.hidden_size:
             scores = importance["input_layernorm"].sum(0) + importance["pre_mlp_layernorm"].sum(0)  # [h]
-            if settings["include_final_norm"]:
+            if settings.include_final_norm:
                 scores = scores + importance["final_layernorm"]
             hidden, ties = keep_highest(scores, target.hidden_size, "hidden")
             near += ties
@@ -113,22 +112,20 @@ def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(int, word.split("/"))) for word in words)
 
 
-def _retraining(settings: Mapping[str, Any], limit: int, called: str = "--max-candidates ") -> Retraining | None:
+def _retraining(settings: MinitronWidthOptions, limit: int, called: str = "--max-candidates ") -> Retraining | None:
     """The retraining that ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError if it is impossible."""
-    count, tokens = settings["retrain_candidates"], settings["retrain_tokens"]
+    count, tokens = settings.retrain_candidates, settings.retrain_tokens
     if count is None and tokens is None:
         return None
     if not limit:
         flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
         raise UsageError(flag, got=f"{given} alone", expected="--search or --target-shapes with it")
     if count is None or not 2 <= count <= limit:
-        given = "nothing" if count is None else count
-        raise UsageError("--retrain-candidates", got=given, expected=f"a number from 2 to {called}{limit}")
+        expected = f"a number from 2 to {called}{limit}"
+        raise UsageError("--retrain-candidates", got="nothing" if count is None else count, expected=expected)
     if tokens is None or tokens < 1:
-        given = "nothing" if tokens is None else tokens
-        raise UsageError(
-            "--retrain-tokens", got=given, expected="a positive number of tokens with --retrain-candidates"
-        )
+        expected = "a positive number of tokens with --retrain-candidates"
+        raise UsageError("--retrain-tokens", got="nothing" if tokens is None else tokens, expected=expected)
     return Retraining(count, tokens)
 
 

@@ -5,10 +5,12 @@ Each method's own file explains its settings: ``minitron-width`` is in ``minitro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_prune.settings import Settings, setting
+from megatron_prune.errors import UsageError
+from megatron_prune.settings import Settings, setting, unknown_key
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
 MAX_CANDIDATES = 16
@@ -115,3 +117,38 @@ SPARSE: Mapping[str, type[Settings]] = {
     "sparsegpt": NoOptions,
     "wanda": NoOptions,
 }
+
+
+def read[S: Settings](
+    verb: type[S],
+    method: str,
+    values: Mapping[str, Any],
+    where: str = "",
+    *,
+    known: Mapping[str, type[Settings]] = STRUCTURED,
+) -> tuple[S, Settings]:
+    """The settings of ``verb`` and those of ``method`` from one mapping, which is written at ``where``.
+
+    UsageError for an invalid value, an unknown key, or a setting that only other methods of ``known`` have.
+    """
+    shared, own = ([flag.name for flag in cls.flags()] for cls in (verb, known.get(method, NoOptions)))
+    made = verb.read({key: value for key, value in values.items() if key.replace("-", "_") in shared}, where)
+    rest = {key: value for key, value in values.items() if key.replace("-", "_") not in shared and value is not None}
+    refuse_others(method, rest, where, known=known)
+    for key in rest:
+        if key.replace("-", "_") not in own:
+            raise unknown_key(f"{where}.{key}" if where else key, key, [*shared, *own])
+    return made, STRUCTURED.get(method, NoOptions).read(rest, where)
+
+
+def refuse_others(
+    method: str, given: Iterable[str], where: str = "", *, known: Mapping[str, type[Settings]] = STRUCTURED
+) -> None:
+    """UsageError if one of the settings ``given`` belongs only to other methods."""
+    flags = {name: {flag.name for flag in cls.flags()} for name, cls in known.items()}
+    for key in given:
+        name = key.replace("-", "_")
+        others = [other for other in flags if name in flags[other] - flags.get(method, set())]
+        if others:
+            called = f"{where}.{key}" if where else f"--{name.replace('_', '-')}"
+            raise UsageError(called, got=f"--method {method}", expected=f"--method {' or '.join(others)} with it")

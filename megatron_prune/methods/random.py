@@ -10,9 +10,6 @@ matrix that has its own seed. So a seed makes the same choice on every machine a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy
 import torch
 
@@ -26,27 +23,28 @@ from megatron_prune.methods.base import (
     Selection,
     WeightMethod,
 )
+from megatron_prune.methods.options import RandomOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 
-class Random(RankingMethod):
+class Random(RankingMethod[RandomOptions]):
     dimensions = DIMENSIONS
     random = True
 
-    def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        if settings["axis"] is None:
+    def free_dimensions(self, settings: RandomOptions) -> tuple[str, ...]:
+        if settings.axis is None:
             raise UsageError(
                 "--axis",
                 got="nothing",
                 expected="depth or width",
                 why="random can cut either of them to meet --ratio or --target-params",
             )
-        return DEPTH if settings["axis"] == "depth" else WIDTH
+        return DEPTH if settings.axis == "depth" else WIDTH
 
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: RandomOptions) -> tuple[str, ...]:
         return ()
 
-    def select(self, request: PruningRequest) -> Selection:
+    def select(self, request: PruningRequest[RandomOptions]) -> Selection:
         source, target = request.source, request.target
         generator = numpy.random.Generator(numpy.random.PCG64(request.seed))
 

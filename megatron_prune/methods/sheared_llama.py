@@ -25,12 +25,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.methods.base import DIMENSIONS, WIDTH, Gates, NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.ranking import keep_highest
 
 TEMPERATURE = 2 / 3
@@ -148,19 +148,19 @@ def unsettled(log_alpha: torch.Tensor, kind: Kind) -> list[Unsettled]:
     return found
 
 
-class ShearedLlama(RankingMethod):
+class ShearedLlama(RankingMethod[NoOptions]):
     """Its statistics are the learned log α of every kind that is cut, by the kind's name."""
 
     dimensions = DIMENSIONS
     learned = True
 
-    def free_dimensions(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def free_dimensions(self, settings: NoOptions) -> tuple[str, ...]:
         return WIDTH
 
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: NoOptions) -> tuple[str, ...]:
         return ("layer", "group", "head", "ffn", "hidden")
 
-    def select(self, request: PruningRequest) -> Selection:
+    def select(self, request: PruningRequest[NoOptions]) -> Selection:
         source, target = request.source, request.target
         cut = {kind.name: kind for kind in kinds(source, target)}
         learned = {name: request.statistics[name].double() for name in cut}

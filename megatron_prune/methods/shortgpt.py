@@ -6,20 +6,18 @@ output (residual included). The K layers with the highest stay, in their origina
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from megatron_prune.methods.base import DEPTH, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.ranking import keep_highest
 
 
-class ShortGPT(RankingMethod):
+class ShortGPT(RankingMethod[NoOptions]):
     dimensions = DEPTH
 
-    def needs(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def needs(self, settings: NoOptions) -> tuple[str, ...]:
         return ("block_influence",)
 
-    def select(self, request: PruningRequest) -> Selection:
+    def select(self, request: PruningRequest[NoOptions]) -> Selection:
         # A sum over tokens ranks like their mean.
         layers, near = keep_highest(request.statistics["block_influence"], request.target.num_layers, "layer")
         return Selection(layers, near_ties=tuple(near))

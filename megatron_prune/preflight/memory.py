@@ -24,6 +24,7 @@ import torch
 
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight.dry_run import PipelineStage
 from megatron_prune.structured import target as targets
@@ -77,7 +78,7 @@ def learned(args: argparse.Namespace, shape: ModelShape) -> int:
     if not hasattr(args, "mask_lr"):
         return 0
     asked = verbs.TargetSettings(**{flag.name: getattr(args, flag.name) for flag in verbs.TargetSettings.flags()})
-    target = targets.from_settings(asked).choose(shape, methods.get("sheared-llama"), {})
+    target = targets.from_settings(asked).choose(shape, methods.get("sheared-llama"), NoOptions())
     return 6 * FP32 * sum(math.prod(kind.shape) for kind in kinds(shape, target))
 
 

@@ -9,6 +9,7 @@ from megatron_prune import methods, screen, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
+from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.structured import target as targets
 from megatron_prune.training import pretrain
@@ -22,7 +23,7 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
     wanted = targets.from_settings(own)  # no layout decides the shape
     args = runtime.start("learn-masks", words, own, complete=_complete)
     source = ModelShape.from_args(vars(args))
-    target = wanted.choose(source, methods.get(METHOD), {})
+    target = wanted.choose(source, methods.get(METHOD), NoOptions())
     if source.norm_bias and target.hidden_size < source.hidden_size:
         raise UsageError(
             "--target-hidden-size",

@@ -13,16 +13,18 @@ the question for ``retrain-candidates`` too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import PlanError
+from megatron_prune.errors import PlanError, UsageError
+from megatron_prune.methods import options
 from megatron_prune.methods.base import Method, NearTie, PruningRequest, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
+from megatron_prune.settings import Settings
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
 from megatron_prune.training.learned_file import LearnedMasks
 
@@ -61,7 +63,7 @@ class Question:
     """Which of these shapes, and which of a method's selections for them, is best?"""
 
     method: str
-    settings: Mapping[str, Any]
+    settings: Settings  # the method's own
     source: ModelShape
     targets: tuple[ModelShape, ...]
     parent: str  # fingerprint
@@ -95,7 +97,7 @@ class Question:
         return [
             Candidate(self.source, target, selection)
             for target in self.targets
-            for selection in method.candidates(PruningRequest(self.source, target, tensors, self.settings, self.seed))
+            for selection in method.candidates(PruningRequest(self.source, target, self.settings, tensors, self.seed))
         ]
 
     @property
@@ -150,16 +152,17 @@ def read(path: str | Path) -> tuple[Question, str]:
         raise PlanError(f"{path} is not a list of candidates of version {VERSION}: run plan again")
     try:
         fields = {key: content[key] for key in Question.__dataclass_fields__}
-        shapes = {
+        typed = {
+            "settings": options.STRUCTURED[fields["method"]].read(fields["settings"]),
             "source": ModelShape(**fields["source"]),
             "targets": tuple(ModelShape(**target) for target in fields["targets"]),
         }
-        return Question(**{**fields, **shapes}), content["statistics"]
-    except (KeyError, TypeError) as error:
+        return Question(**{**fields, **typed}), content["statistics"]
+    except (KeyError, TypeError, UsageError) as error:
         raise PlanError(f"{path} is damaged: {error!r}; run plan again") from error
 
 
-def uses_statistics(method: Method, settings: Mapping[str, Any]) -> bool:
+def uses_statistics(method: Method[Any], settings: Settings) -> bool:
     """True if the method reads activations or scores, which are both in the statistics."""
     return bool(method.needs(settings)) or method.needs_scores(settings)
 

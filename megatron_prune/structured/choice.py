@@ -1,8 +1,7 @@
-"""A structured method, its settings and its target, made from settings objects or from a mapping."""
+"""A structured method, its settings and its target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data import multiple_choice
-from megatron_prune.errors import UsageError
-from megatron_prune.methods import options
 from megatron_prune.methods.base import Method, Retraining
+from megatron_prune.methods.options import WidthOptions
 from megatron_prune.settings import Settings
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
@@ -23,11 +21,11 @@ from megatron_prune.training.learned_file import LearnedMasks
 
 @dataclass(frozen=True)
 class Choice:
-    """A method, its settings (as artifacts store them) and its target; not yet checked against a model."""
+    """A method, its own settings and its target; not yet checked against a model."""
 
     name: str
-    method: Method
-    settings: dict[str, Any]
+    method: Method[Any]
+    settings: Settings
     target: targets.Target
     seed: int | None
 
@@ -87,36 +85,6 @@ def choose(
     ``seed`` is dropped if the method draws no random numbers.
     """
     method = methods.get(name)
-    shapes = getattr(own, "target_shapes", None) or ()  # a setting of minitron-width
+    shapes = (own.target_shapes or ()) if isinstance(own, WidthOptions) else ()
     target = targets.from_settings(asked, shapes, tensor_parallel)
-    return Choice(name, method, own.to_json(), target, seed if method.random else None)
-
-
-def read(name: str, values: Mapping[str, Any], *, where: str = "", tensor_parallel: int = 1) -> Choice:
-    """The choice that one mapping describes: the target's settings and the method's own, by name.
-
-    Errors name ``where`` the mapping is written (``methods.0``).
-    """
-    methods.get(name)  # refuse unknown names
-    targeted = {flag.name for flag in verbs.TargetSettings.flags()}
-    target = {key: value for key, value in values.items() if key.replace("-", "_") in targeted}
-    rest = {key: value for key, value in values.items() if key not in target}
-    refuse_others(name, rest, where)
-    return choose(
-        name, verbs.TargetSettings.read(target, where), options.STRUCTURED[name].read(rest, where),
-        tensor_parallel=tensor_parallel,
-    )  # fmt: skip
-
-
-def refuse_others(name: str, given: Iterable[str], where: str = "") -> None:
-    """UsageError if one of the settings ``given`` (flags, without their dashes) belongs to another method."""
-    own = {flag.name for flag in options.STRUCTURED[name].flags()}
-    for key in given:
-        others = [
-            other
-            for other, theirs in options.STRUCTURED.items()
-            if key.replace("-", "_") in {flag.name for flag in theirs.flags()} - own
-        ]
-        if others:
-            called = f"{where}.{key}" if where else f"--{key.replace('_', '-')}"
-            raise UsageError(called, got=f"--method {name}", expected=f"--method {' or '.join(others)} with it")
+    return Choice(name, method, own, target, seed if method.random else None)

@@ -211,7 +211,7 @@ def for_candidate(
     selection = candidate.selection
     return PruningPlan(
         method=question.method,
-        settings=dict(question.settings),
+        settings=question.settings.to_json(),
         seed=question.seed,
         ratio=ratio,
         ratio_of=ratio_of,

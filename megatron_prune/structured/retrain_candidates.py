@@ -28,6 +28,7 @@ from typing import Any
 from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
+from megatron_prune.methods.options import MinitronWidthOptions
 from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Candidate, Question, loss_text
@@ -179,8 +180,9 @@ class _Trial:
         self.pruned, self.retrained = self.folder / "pruned", self.folder / "retrained"
         self.statistics = self.folder / "statistics.safetensors"
         # The number of candidates is not a property of one of them.
-        settings = {**question.settings, "retrain_candidates": None, "retrain_tokens": None}
-        self.plan = plan.for_candidate(replace(question, settings=settings), candidate, found)
+        assert isinstance(question.settings, MinitronWidthOptions)  # no other method retrains candidates
+        own = replace(question.settings, retrain_candidates=None, retrain_tokens=None)
+        self.plan = plan.for_candidate(replace(question, settings=own), candidate, found)
 
     @property
     def stages(self) -> list[tuple[str, list[str], int, Callable[[], bool]]]:

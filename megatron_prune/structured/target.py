@@ -29,6 +29,7 @@ from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DIMENSIONS, Method, Search
+from megatron_prune.settings import Settings
 
 TOLERANCE = 0.02  # of the parameters to keep, if a width is chosen
 
@@ -75,7 +76,7 @@ class Target:
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise UsageError("--tolerance", got=self.tolerance, expected="a number between 0 and 1")
 
-    def choose(self, source: ModelShape, method: Method, settings: Mapping[str, Any]) -> ModelShape:
+    def choose(self, source: ModelShape, method: Method[Any], settings: Settings) -> ModelShape:
         """The shape after pruning; UsageError if the flags cannot be met."""
         if self.sizes:
             shape = _explicit(source, self.sizes, method.dimensions)

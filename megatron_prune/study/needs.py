@@ -15,6 +15,7 @@ from typing import Any
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
+from megatron_prune.methods import options
 from megatron_prune.methods.base import Retraining
 from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request
@@ -132,8 +133,10 @@ def structured(study: StudyConfig, method: MethodSection, ratio: float | None) -
             why=f"{method.name} is sparse",
         )
     values = commands.asked(study, method, ratio)
+    methods.get(method.name)  # refuse unknown names
     where = f"methods.{method.tag}.settings"
-    return choices.read(method.name, values, where=where, tensor_parallel=study.launch.tensor_parallel)
+    target, own = options.read(verbs.TargetSettings, method.name, values, where)
+    return choices.choose(method.name, target, own, tensor_parallel=study.launch.tensor_parallel)
 
 
 def _on_one_rank(choice: choices.Choice) -> choices.Choice:

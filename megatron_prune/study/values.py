@@ -6,7 +6,6 @@ Each is a type that pydantic reads strictly; alternative notations are normalise
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.masks.pattern import Pattern
+from megatron_prune.settings import count
 
 # What both arms share: the samples after pruning, all tokens, or all executed FLOPs.
 Setting = Literal["equal-training", "equal-total", "equal-flops"]
@@ -95,15 +95,7 @@ CHOSEN = ("method", "pattern", "ratio", "ratio-of")
 
 def parse_tokens(value: Any) -> Any:
     """``410_000``, ``"410k"``, ``"1.5M"``, ``"50B"``, ``"1e9"`` → a whole number of tokens."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMBT]?)\s*", value)
-        if not found:
-            raise ValueError("a number of tokens such as 400000, 400k, 1.5M, 50B")
-        scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
-        value = float(found[1].replace("_", "")) * scale
-    if isinstance(value, float):
-        return round(value)
-    return value
+    return count(value) if isinstance(value, str) else round(value) if isinstance(value, float) else value
 
 
 def _flags(value: Any) -> Any:

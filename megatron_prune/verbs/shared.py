@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.settings import Settings, setting
+from megatron_prune.settings import Settings, count, setting
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
 FP8_PRESETS = ("hybrid-delayed", "current", "blockwise")
@@ -58,7 +58,7 @@ class AmountSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSettings(AmountSettings):
+class SizeSettings(AmountSettings):
     """The shape after structured pruning: one of ``ratio``, ``target_params`` and sizes (``structured/target.py``)."""
 
     TITLE = "how much to remove"
@@ -68,12 +68,22 @@ class TargetSettings(AmountSettings):
         choices=("linears", "all"),
         help="of the blocks' linear weights (the default), or of all parameters",
     )
-    target_params: int | None = setting(None, metavar="P", help="total number of parameters to keep")
+    target_params: int | None = setting(
+        None, kind=count, metavar="P", help="total number of parameters to keep, such as 6B"
+    )
     target_num_layers: int | None = setting(None, metavar="N", help="size to keep, like the next four")
     target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
     target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
     target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
     target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings(SizeSettings):
+    """How a shape is chosen that meets an amount, too."""
+
+    TITLE = "how much to remove"
+
     divisible_by: int = setting(64, metavar="N", help="every width that changes is a multiple of N")
     tolerance: float | None = setting(
         None,

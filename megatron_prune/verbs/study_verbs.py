@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import GPUS
+from megatron_prune.settings import Settings, count, setting
+from megatron_prune.verbs.shared import GPUS, SizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class PreflightSettings(Settings):
         metavar="FILE",
         help="file with the model's flags, while the checkpoint is not here (# begins a comment)",
     )
-    corpus_tokens: str | None = setting(
-        None, metavar="N", help="tokens in the corpora, such as 750B, while they are not here"
+    corpus_tokens: int | None = setting(
+        None, kind=count, metavar="N", help="tokens in the corpora, such as 750B, while they are not here"
     )
     output: str | None = setting(None, metavar="FILE.json", help="write the answer as JSON too")
 
@@ -56,8 +56,8 @@ class StudyPlanSettings(StudySettings):
 
     commands: bool = setting(False, help="print the command line of every stage too")
     scripts: bool = setting(False, help="write the Slurm script of every known cell")
-    corpus_tokens: str | None = setting(
-        None, metavar="N", help="tokens in data.train, such as 750B, while the corpora do not exist"
+    corpus_tokens: int | None = setting(
+        None, kind=count, metavar="N", help="tokens in data.train, such as 750B, while the corpora do not exist"
     )
     throughput: str | None = setting(
         None, metavar="T", help="speed of one GPU: tokens per second on the parent's shape, or an MFU such as 40%"
@@ -102,24 +102,14 @@ class AdvisedParentSettings(Settings):
     TITLE = "parent (default: the ledger's)"
 
     parent: str | None = setting(None, metavar="CKPT", help="its checkpoint")
-    parent_params: str | None = setting(None, metavar="N", help="number of parameters, such as 8B")
-    parent_tokens: str | None = setting(None, metavar="N", help="tokens it was trained on, such as 15T")
+    parent_params: int | None = setting(None, kind=count, metavar="N", help="number of parameters, such as 8B")
+    parent_tokens: int | None = setting(None, kind=count, metavar="N", help="tokens it was trained on, such as 15T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvisedAmountSettings(Settings):
-    TITLE = "what to remove (exactly one)"
+class AdvisedAmountSettings(SizeSettings):
+    TITLE = "how much to remove"
 
-    ratio: float | None = setting(None, metavar="R", help="fraction removed")
-    ratio_of: str | None = setting(
-        None, choices=("linears", "all"), help="of the blocks' linear weights (the default), or of all"
-    )
-    target_params: str | None = setting(None, metavar="P", help="total number of parameters to keep")
-    target_num_layers: int | None = setting(None, metavar="N", help="size to keep, like the next four")
-    target_hidden_size: int | None = setting(None, metavar="N", help="channels of the residual stream")
-    target_num_attention_heads: int | None = setting(None, metavar="N", help="query heads")
-    target_num_query_groups: int | None = setting(None, metavar="N", help="key-value heads")
-    target_ffn_hidden_size: int | None = setting(None, metavar="N", help="channels of the MLP")
     pattern: str | None = setting(None, metavar="unstructured|N:M", help="a sparse model; N:M implies its ratio")
     method: str | None = setting(None, metavar="M", help="only this method (default: all measured ones)")
 
@@ -128,7 +118,7 @@ class AdvisedAmountSettings(Settings):
 class AdvisedBudgetSettings(Settings):
     TITLE = "budget: tokens of retraining, or GPU-hours"
 
-    tokens: str | None = setting(None, metavar="N", help="such as 10B")
+    tokens: int | None = setting(None, kind=count, metavar="N", help="such as 10B")
     gpu_hours: float | None = setting(None, metavar="H", help="instead of --tokens")
     gpu_flops: float | None = setting(None, metavar="F", help="FLOP/s that a GPU reaches: its peak times the MFU")
     setting: str = setting(

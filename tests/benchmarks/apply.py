@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_prune import methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.methods.options import RandomOptions
 from megatron_prune.structured import plan
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.target import Target
@@ -109,7 +110,7 @@ def cut_a_tenth(parent: Path) -> plan.PruningPlan:
 
 
 def random_plan(parent: Checkpoint, target: ModelShape) -> plan.PruningPlan:
-    question = Question("random", {"axis": None}, parent.shape, (target,), parent.fingerprint(), seed=0)
+    question = Question("random", RandomOptions(), parent.shape, (target,), parent.fingerprint(), seed=0)
     return plan.make(question, ratio=None, ratio_of="linears")
 
 

@@ -15,7 +15,9 @@ import torch
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import import_hf
+from megatron_prune.methods import options
 from megatron_prune.methods.accumulators import QUANTITIES
+from megatron_prune.settings import Settings
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
@@ -30,8 +32,6 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
-WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
 
 
 def flags(parent: Path, corpus: Path, *more: object) -> list[Any]:
@@ -156,7 +156,7 @@ def test_every_layout_keeps_what_the_oracle_keeps(
     found, expected = calibrated[layout], oracle[0]
     from dataclasses import replace
 
-    def made(name: str, settings: dict[str, Any], **sizes: int) -> plan.PruningPlan:
+    def made(name: str, settings: Settings, **sizes: int) -> plan.PruningPlan:
         target = replace(found.shape, **sizes)  # type: ignore[arg-type]
         question = Question(name, settings, found.shape, (target,), found.parent)
         return plan.make(question, ratio=None, ratio_of="linears", statistics=found)
@@ -164,14 +164,14 @@ def test_every_layout_keeps_what_the_oracle_keeps(
     def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
         return tuple(sorted(np.argsort(-scores, kind="stable")[:count].tolist()))
 
-    depth = made("shortgpt", {}, num_layers=2)
+    depth = made("shortgpt", options.NoOptions(), num_layers=2)
     assert not depth.near_ties and depth.kept_layers == top(expected["block_influence"], 2)
 
     key = "sum_abs_mean_sq" if aggregation == "definition" else "sum_sq"
     score = {site: np.sqrt(expected[f"{site}.{key}"]) for site in ("attention", "mlp")}
     norms = np.sqrt(expected[f"input_layernorm.{key}"]) + np.sqrt(expected[f"pre_mlp_layernorm.{key}"])
     width = made(
-        "minitron-width", {**WIDTH, "aggregation": aggregation},
+        "minitron-width", options.MinitronWidthOptions(aggregation=aggregation),
         hidden_size=40, ffn_hidden_size=64, num_attention_heads=6,
     )  # fmt: skip
     assert not width.near_ties, "choose another seed or size: this cut is for clear decisions"

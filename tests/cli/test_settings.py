@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_prune import methods, verbs
 from megatron_prune.errors import CommandLineError, UsageError
 from megatron_prune.methods import options
-from megatron_prune.settings import Settings, add_flags, nearest, setting, value_of
+from megatron_prune.settings import Settings, add_flags, count, nearest, setting, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,52 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
     assert found == {"METHOD": set(options.STRUCTURED), "SPARSE": set(options.SPARSE)}
     flags = [flag.name for cls in {*options.STRUCTURED.values(), verbs.PruneSettings} for flag in cls.flags()]
     assert len(flags) == len(set(flags))
+
+
+def test_one_mapping_has_a_verbs_settings_and_its_methods() -> None:
+    values = {
+        "ratio": 0.5,
+        "ratio-of": None,
+        "search": "ffn",
+        "max-candidates": 3,
+        "target-params": "1.5k",
+        "axis": None,
+    }
+    target, own = options.read(verbs.TargetSettings, "minitron-width", values, "here")
+    assert target == verbs.TargetSettings(ratio=0.5, target_params=1500)
+    assert own == options.MinitronWidthOptions(search=("ffn",), max_candidates=3)
+    for wrong, said in (
+        ({"axis": "depth"}, "here.axis: expected --method random with it, got --method minitron-width"),
+        (
+            {"serach": "ffn"},
+            r"here.serach: expected one of ratio, .*, aggregation, .*did you mean search\?",
+        ),
+        ({"divisible_by": "x"}, "here.divisible_by: expected a whole number, got x"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            options.read(verbs.TargetSettings, "minitron-width", wrong, "here")
+    # --retrain-tokens is a flag of `prune --hf` itself: there it is not the method's.
+    asked = {"method": "minitron-width", "hf": "x", "out": "y", "retrain_tokens": 5}
+    found = options.read(verbs.PruneHFSettings, "minitron-width", asked, known=options.UNTRAINED)
+    assert found[0].retrain_tokens == 5 and found[1] == options.MinitronWidthOptions()
+    with pytest.raises(UsageError, match="retrain_candidates: expected one of .*, got an unknown key"):
+        options.read(
+            verbs.PruneHFSettings, "minitron-width", asked | {"retrain_candidates": 2}, known=options.UNTRAINED
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("163_840", 163_840), ("160k", 160_000), ("1.5M", 1_500_000), ("50B", 50 * 10**9), ("1e9", 10**9)],
+)
+def test_numbers_have_suffixes(text: str, number: int) -> None:
+    assert count(text) == count(f" {text} ") == number
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "many", "5 apples", "1e-3", "0.4", "k", "", "٣"])
+def test_what_is_not_a_positive_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a positive number such as"):
+        count(text)
 
 
 def test_choices_are_those_of_the_rooms() -> None:

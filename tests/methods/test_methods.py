@@ -17,7 +17,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.base import PruningRequest, Selection
-from megatron_prune.settings import add_flags
+from megatron_prune.settings import Settings, add_flags
 
 GQA = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
 MHA = ModelShape(4, 24, 12, 12, 3, 20, 16, tied=True)
@@ -50,14 +50,14 @@ def sums(activations: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return found
 
 
-def settings(name: str, *flags: str) -> dict[str, Any]:
+def settings(name: str, *flags: str) -> Settings:
     parser = argparse.ArgumentParser()
     add_flags(parser, own := options.STRUCTURED[name])
-    return own.of(parser.parse_args(flags)).to_json()
+    return own.of(parser.parse_args(flags))
 
 
 def select(name: str, source: ModelShape, target: ModelShape, statistics: Any, *flags: str, seed: int = 0) -> Selection:
-    request = PruningRequest(source, target, statistics, settings(name, *flags), seed)
+    request = PruningRequest(source, target, settings(name, *flags), statistics, seed)
     (selection,) = methods.get(name).candidates(request)
     return selection
 

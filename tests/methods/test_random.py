@@ -10,6 +10,7 @@ import pytest
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DEPTH, WIDTH, PruningRequest, Selection
+from megatron_prune.methods.options import RandomOptions
 from megatron_prune.methods.random import METHOD
 
 SOURCE = ModelShape(5, 24, 6, 3, 4, 20, 100, tied=False)
@@ -22,13 +23,14 @@ CUTS = {
 
 
 def select(seed: int, **sizes: int) -> Selection:
-    return METHOD.select(PruningRequest(SOURCE, replace(SOURCE, **sizes), seed=seed))
+    return METHOD.select(PruningRequest(SOURCE, replace(SOURCE, **sizes), RandomOptions(), seed=seed))
 
 
 def test_the_axis_says_what_is_free():
-    assert METHOD.free_dimensions({"axis": "depth"}) == DEPTH and METHOD.free_dimensions({"axis": "width"}) == WIDTH
+    assert METHOD.free_dimensions(RandomOptions(axis="depth")) == DEPTH
+    assert METHOD.free_dimensions(RandomOptions(axis="width")) == WIDTH
     with pytest.raises(UsageError, match="--axis"):
-        METHOD.free_dimensions({"axis": None})
+        METHOD.free_dimensions(RandomOptions())
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -11,6 +11,7 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.methods import sheared_llama
 from megatron_prune.methods.base import PruningRequest
+from megatron_prune.methods.options import NoOptions
 
 SOURCE = ModelShape(
     num_layers=3, hidden_size=10, num_attention_heads=6, num_query_groups=3, kv_channels=4, ffn_hidden_size=7,
@@ -78,7 +79,7 @@ def learned(target: ModelShape, seed: int = 3) -> dict[str, torch.Tensor]:
 def test_the_selection_is_exactly_the_target_and_the_highest_of_every_row():
     target = replace(SOURCE, num_layers=2, hidden_size=6, num_attention_heads=2, num_query_groups=2, ffn_hidden_size=3)
     masks = learned(target)
-    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, masks))
+    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, NoOptions(), masks))
 
     def best(values: torch.Tensor, count: int) -> list[int]:
         listed = values.tolist()
@@ -102,7 +103,7 @@ def test_the_selection_is_exactly_the_target_and_the_highest_of_every_row():
 
 def test_what_is_not_cut_stays_whole_and_has_no_factor():
     target = replace(SOURCE, ffn_hidden_size=4)
-    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, learned(target)))
+    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, NoOptions(), learned(target)))
     assert chosen.layers == (0, 1, 2) and chosen.hidden is None and chosen.heads is None
     assert chosen.gates.layers is None and chosen.gates.hidden is None and chosen.gates.heads is None
 
@@ -110,7 +111,7 @@ def test_what_is_not_cut_stays_whole_and_has_no_factor():
 def test_of_equals_the_lower_index_stays_in_the_cut_and_in_the_evaluation():
     target = replace(SOURCE, hidden_size=8)
     masks = {"hidden": sheared_llama.start(*sheared_llama.kinds(SOURCE, target))}
-    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, masks))
+    chosen = sheared_llama.ShearedLlama().select(PruningRequest(SOURCE, target, NoOptions(), masks))
     assert chosen.hidden == tuple(range(8)) and [tie.unit for tie in chosen.near_ties] == ["hidden"]
     z = sheared_llama.factors(masks["hidden"], 8)
     assert (z > 0).tolist() == [True] * 8 + [False] * 2

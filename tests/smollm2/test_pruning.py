@@ -13,6 +13,8 @@ import torch
 
 from megatron_prune import artifacts
 from megatron_prune.errors import EXIT_NEEDS_SCORES
+from megatron_prune.methods.options import MinitronWidthOptions, NoOptions
+from megatron_prune.settings import Settings
 from megatron_prune.structured import apply, candidates, plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
@@ -25,14 +27,13 @@ pytestmark = pytest.mark.slow  # the model of test_import, at up to six ranks
 
 SEQUENCES, LENGTH = 4, 96
 LAYOUTS = {"tp1": (1, 1, 1), "tp3": (3, 1, 3), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp3pp2": (3, 2, 6)}
-WIDTH = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
-CUTS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-    "3 of 30 layers": ("shortgpt", {}, {"num_layers": 27}),
-    "half the layers": ("shortgpt", {}, {"num_layers": 15}),
-    "a quarter of the FFN": ("minitron-width", WIDTH, {"ffn_hidden_size": 1152}),
+CUTS: dict[str, tuple[str, Settings, dict[str, int]]] = {
+    "3 of 30 layers": ("shortgpt", NoOptions(), {"num_layers": 27}),
+    "half the layers": ("shortgpt", NoOptions(), {"num_layers": 15}),
+    "a quarter of the FFN": ("minitron-width", MinitronWidthOptions(), {"ffn_hidden_size": 1152}),
     "about half in width": (
-        "minitron-width", WIDTH, {"hidden_size": 448, "ffn_hidden_size": 1024, "num_attention_heads": 6},
+        "minitron-width", MinitronWidthOptions(),
+        {"hidden_size": 448, "ffn_hidden_size": 1024, "num_attention_heads": 6},
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError, MegatronPruneError, PlanError
+from megatron_prune.methods import options
 from megatron_prune.structured import apply, plan
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, tensor_shapes
@@ -38,15 +39,10 @@ def statistics(parent: Checkpoint, seed: int = 0) -> Statistics:
     return Statistics(tensors, parent.shape, parent.fingerprint(), 64, 3, 30.0, (run,))
 
 
-WIDTH_SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-WIDTH_SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
-
-
 def make(parent: Checkpoint, method: str, **sizes: int) -> plan.PruningPlan:
-    settings = WIDTH_SETTINGS if method == "minitron-width" else {}
     target = replace(parent.shape, **sizes)  # type: ignore[arg-type]
     seed = 5 if method == "random" else None
-    question = Question(method, settings, parent.shape, (target,), parent.fingerprint(), seed)
+    question = Question(method, options.STRUCTURED[method](), parent.shape, (target,), parent.fingerprint(), seed)
     return plan.make(question, ratio=None, ratio_of="linears", statistics=statistics(parent))
 
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli import plan as plan_command
 from megatron_prune.cli import plan_table
 from megatron_prune.errors import EXIT_NEEDS_SCORES, CommandLineError, PlanError, UsageError
+from megatron_prune.methods import options
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import choice as choices
@@ -30,9 +32,8 @@ from megatron_prune.structured.statistics import Retrained, Statistics, Statisti
 
 SOURCE = ModelShape(4, 24, 12, 3, 3, 20, 16, tied=False)
 TARGET = replace(SOURCE, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8)
-SETTINGS = {"aggregation": "definition", "include_final_norm": False, "search": None, "max_candidates": None}
-SETTINGS |= {"retrain_candidates": None, "retrain_tokens": None, "target_shapes": None}
-DEPTH = {"score_by": "loss", "task_data": None, "task_metric": None}
+SETTINGS = options.MinitronWidthOptions()
+DEPTH = options.MinitronDepthOptions()
 
 
 def statistics(shape: ModelShape = SOURCE, parent: str = "parent", seed: int = 0) -> Statistics:
@@ -125,7 +126,7 @@ def test_statistics_must_be_there_and_of_this_parent() -> None:
 
 
 def test_a_method_without_statistics_records_none() -> None:
-    made = make(name="random", settings={"axis": "width"}, seed=3)
+    made = make(name="random", settings=options.RandomOptions(axis="width"), seed=3)
     assert (made.statistics, made.calibration, made.seed) == (None, None, 3)
 
 
@@ -217,7 +218,7 @@ def test_scores_that_are_not_finite_are_kept(tmp_path: Path) -> None:
 
 def retrained(losses: list[float], after: dict[int, float], best: int = 2) -> plan.PruningPlan:
     """minitron-width's plan where the ``best`` of these FFN sizes were retrained, to the losses ``after``."""
-    settings = SETTINGS | {"search": ["ffn"], "retrain_candidates": best, "retrain_tokens": 7}
+    settings = replace(SETTINGS, search=("ffn",), retrain_candidates=best, retrain_tokens=7)
     shapes = tuple(replace(SOURCE, ffn_hidden_size=19 - i) for i in range(len(losses)))
     question = Question("minitron-width", settings, SOURCE, shapes, "parent")
     found = statistics()
@@ -278,7 +279,7 @@ def test_a_plan_without_scores_is_refused() -> None:
 
 
 def test_a_table_as_long_as_it_may_be_says_so() -> None:
-    settings = SETTINGS | {"search": ["ffn"], "max_candidates": 2}
+    settings = replace(SETTINGS, search=("ffn",), max_candidates=2)
     shapes = tuple(replace(SOURCE, ffn_hidden_size=size) for size in (12, 8))
     question = Question("minitron-width", settings, SOURCE, shapes, "parent")
     found = statistics()
@@ -295,7 +296,8 @@ def test_the_papers_candidates_for_llama_compete() -> None:
     """62.5%: hidden, heads and FFN as they were given; the one that loses least is cut."""
     llama = ModelShape(4, 4096, 32, 8, 128, 14336, 128256, tied=False)  # four of its layers
     words = ["2176/32/7168", "2304/32/6656", "2432/32/6144", "2560/32/6400", "2688/32/5888"]
-    choice = choices.read("minitron-width", {"target-shapes": words})
+    given = options.read(verbs.TargetSettings, "minitron-width", {"target-shapes": words})
+    choice = choices.choose("minitron-width", *given)
     question = Question("minitron-width", choice.settings, llama, choice.shapes(llama), "parent")
     found = statistics(llama)
     scored = candidates.with_scores(found, question.candidates(found), [3.2, 3.1, 2.9, 3.0, 3.3])
@@ -313,7 +315,7 @@ def test_the_papers_candidates_for_llama_compete() -> None:
 
 def by_task(*right: tuple[int, int, int], losses: tuple[float, ...] = (3.0, 2.5, 4.0)) -> plan.PruningPlan:
     """The same by a task of ten examples: (correct, low, high) of the three candidates; the parent has 9."""
-    settings = {"score_by": "task", "task_data": "t.jsonl", "task_metric": None}
+    settings = options.MinitronDepthOptions(score_by="task", task_data="t.jsonl")
     question = Question("minitron-depth", settings, SOURCE, (replace(SOURCE, num_layers=2),), "parent", task="bees")
     found = statistics()
     asked = question.candidates(found)

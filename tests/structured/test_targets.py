@@ -23,13 +23,6 @@ LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 SMALL = ModelShape(6, 96, 12, 6, 8, 192, 384, tied=True)
 MHA = replace(SMALL, num_query_groups=12)
-UNLIMITED = {
-    "search": None,
-    "max_candidates": None,
-    "retrain_candidates": None,
-    "retrain_tokens": None,
-    "target_shapes": None,
-}
 
 
 def read[S: Settings](cls: type[S], *flags: str) -> S:
@@ -40,7 +33,9 @@ def read[S: Settings](cls: type[S], *flags: str) -> S:
 
 def choose(source: ModelShape, method: str, *flags: str, axis: str | None = None, tp: int = 1) -> ModelShape:
     target = targets.from_settings(read(verbs.TargetSettings, *flags), (), tp)
-    return target.choose(source, methods.get(method), {"axis": axis})
+    return target.choose(
+        source, methods.get(method), options.RandomOptions(axis=axis) if method == "random" else options.NoOptions()
+    )
 
 
 def test_depth_by_ratio_is_the_rounded_number_of_layers() -> None:
@@ -158,7 +153,7 @@ def test_random_cuts_depth_and_width_at_once() -> None:
 
 
 def near(source: ModelShape, axes: str, *flags: str, tp: int = 1) -> list[ModelShape]:
-    search = methods.get("minitron-width").search(UNLIMITED | {"search": axes.split()})
+    search = methods.get("minitron-width").search(options.MinitronWidthOptions(search=tuple(axes.split())))
     assert search is not None
     return targets.from_settings(read(verbs.TargetSettings, *flags), (), tp).near(source, search)
 
@@ -289,10 +284,10 @@ def test_search_refuses(source: ModelShape, axes: str, flags: list[str], message
         near(source, axes, *flags)
 
 
-@pytest.mark.parametrize(("limit", "search"), [(4, None), (0, ["ffn"])])
-def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: list[str] | None) -> None:
+@pytest.mark.parametrize(("limit", "search"), [(4, None), (0, ("ffn",))])
+def test_max_candidates_is_a_positive_number_of_searched_shapes(limit: int, search: tuple[str, ...] | None) -> None:
     with pytest.raises(UsageError, match=f"--max-candidates: expected .*, got {limit}"):
-        methods.get("minitron-width").search(UNLIMITED | {"search": search, "max_candidates": limit})
+        methods.get("minitron-width").search(options.MinitronWidthOptions(search=search, max_candidates=limit))
 
 
 def given_shapes(source: ModelShape, *words: str, tp: int = 1) -> tuple[ModelShape, ...]:

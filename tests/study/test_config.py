@@ -52,7 +52,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("parent.pretrain.arguments", {"seed": 3}, r"parent\.pretrain\.arguments\.seed: expected.*set"),
         ("recipe.global_batch_size", 12, r"recipe\.global_batch_size: expected a multiple of .* = 8, got 12"),
         ("launch", {"nproc": 3, "tensor_parallel": 2}, r"launch\.nproc: expected a multiple of .* = 2, got 3"),
-        ("budgets", ["40 apples"], r"budgets\.0: expected a number of tokens.*, got '40 apples'"),
+        ("budgets", ["40 apples"], r"budgets\.0: expected a positive number.*, got '40 apples'"),
         ("budgets", [100, 100], r"budgets: expected different values, got \[100, 100\]"),
         ("budgets", ["400k", 400_030], r"budgets: .*got 400000 and 400030 .*are 3125 steps of 128 tokens: one run"),
         ("budgets", [63], r"budgets: 63 tokens are less than half a global batch"),

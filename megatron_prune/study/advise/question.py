@@ -19,7 +19,6 @@ from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.structured.target import flag_of
-from megatron_prune.study.values import parse_tokens
 from megatron_prune.training import lineage
 
 LETTERS = {"L": "num_layers", "h": "hidden_size", "H": "num_attention_heads", "G": "num_query_groups",
@@ -77,13 +76,13 @@ def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedT
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
     own = Pattern.parse(pattern).ratio if pattern else None
-    params = shape.parameters() if shape else _count("--parent-params", options.parent_params)
+    params = shape.parameters() if shape else options.parent_params
     ratio, ratio_of = _ratio(options, sizes, shape, params or parent_params, own)
     tokens, flops = _budget(options)
     trained = _trained_on(Path(options.parent)) if options.parent else None
     return AdvisedTarget(
         ratio, ratio_of, options.setting, tokens, flops, pattern, options.method, params,
-        _count("--parent-tokens", options.parent_tokens) or trained,
+        options.parent_tokens or trained,
         frozenset(sizes) if sizes else None, shape,
     )  # fmt: skip
 
@@ -111,9 +110,8 @@ def _ratio(
         return options.ratio, options.ratio_of or "linears"
     if options.pattern:
         raise UsageError("--pattern", got=f"{options.pattern} and a smaller shape", expected="--ratio with it")
-    target = _count("--target-params", options.target_params)
-    if target is not None:
-        if not 0 < target < params:
+    if (target := options.target_params) is not None:
+        if target >= params:
             raise UsageError(
                 "--target-params", got=target, expected=f"1 to {params - 1}, less than the parent's {params}"
             )
@@ -141,11 +139,10 @@ def _budget(options: verbs.AdviseSettings) -> tuple[float | None, float | None]:
     if (options.tokens is None) == (options.gpu_hours is None):
         given = "both" if options.tokens is not None else "neither"
         raise UsageError("--tokens, --gpu-hours", got=given, expected="exactly one of them")
-    tokens = _count("--tokens", options.tokens)
-    if tokens is not None:
+    if options.tokens is not None:
         if options.gpu_flops is not None:
             raise UsageError("--gpu-flops", got=f"{options.gpu_flops} alone", expected="--gpu-hours with it")
-        return float(tokens), None
+        return float(options.tokens), None
     if options.gpu_hours is None or options.gpu_flops is None or options.gpu_flops <= 0 or options.gpu_hours <= 0:
         raise UsageError(
             "--gpu-hours",
@@ -161,16 +158,3 @@ def _trained_on(parent: Path) -> int | None:
     """The tokens of all stages behind a parent that was trained here."""
     stages = lineage.of(open_checkpoint(parent))
     return lineage.tokens(stages) if lineage.begins_at_random(stages) else None
-
-
-def _count(flag: str, text: str | None) -> int | None:
-    """``8B``, ``160k``, ``163_840``"""
-    if text is None:
-        return None
-    try:
-        value = parse_tokens(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise UsageError(flag, got=text, expected=str(error)) from error
-    if not isinstance(value, int) or value <= 0:
-        raise UsageError(flag, got=text, expected="a positive number such as 400000, 400k, 1.5M, 50B")
-    return value

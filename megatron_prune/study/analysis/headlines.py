@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_prune import methods
+from megatron_prune.methods import options
 from megatron_prune.methods.base import DEPTH, DIMENSIONS, WIDTH
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.inference import Difference, OverDocuments
@@ -221,8 +222,9 @@ def granularity(pruning: Pruning) -> str:
             continue
         sizes = {name.removeprefix("target-").replace("-", "_") for name in link.method.target}
         if not sizes & set(DIMENSIONS):
-            settings: dict[str, Any] = {"axis": None}
-            settings |= {name.replace("-", "_"): value for name, value in link.method.settings.items()}
-            sizes = set(methods.get(link.method.name).free_dimensions(settings))
+            own = options.STRUCTURED[link.method.name]
+            known = {flag.name for flag in own.flags()}
+            given = {key: value for key, value in link.method.settings.items() if key.replace("-", "_") in known}
+            sizes = set(methods.get(link.method.name).free_dimensions(own.read(given)))
         found |= {kind for kind, own in (("depth", DEPTH), ("width", WIDTH)) if sizes & set(own)}
     return " and ".join(kind for kind in GRANULARITIES if kind in found)
