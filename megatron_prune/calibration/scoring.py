@@ -6,7 +6,9 @@ log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
 * this rank's decoder holds only the selection's layers;
 * removed hidden channels are zero in the residual stream: in the embedding's output and in the outputs of attention
   and MLP. RMSNorm then needs the mean over the kept channels only: with k of h kept,
-  x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and ε are scaled temporarily;
+  x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and ε are scaled temporarily. LayerNorm needs mean and
+  variance over the kept channels: its input gets their mean in the removed ones, which leaves the mean as it is and
+  scales the variance by k/h, and its bias has zeros there;
 * removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2.
 
 A model that is really cut computes the same numbers, up to the order of sums.
@@ -170,12 +172,12 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
                 _mask_output(stack, proj, selection.hidden, shape)
                 _mask_output(stack, fc2, selection.hidden, shape)
                 for norm in spec.norms(block):
-                    _narrow(stack, norm, len(selection.hidden) / shape.hidden_size)
+                    _narrow(stack, norm, selection.hidden, shape.hidden_size)
         if selection.hidden is not None:
             if getattr(model, "embedding", None) is not None and model.pre_process:
                 _mask_output(stack, model.embedding, selection.hidden, shape)
             if decoder.final_layernorm is not None:
-                _narrow(stack, decoder.final_layernorm, len(selection.hidden) / shape.hidden_size)
+                _narrow(stack, decoder.final_layernorm, selection.hidden, shape.hidden_size)
         fp8.cast_weights_again(model)  # the schedule only handles the layers of its first pass
         yield
 
@@ -208,9 +210,21 @@ def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int]
     stack.callback(module.register_forward_hook(hook).remove)
 
 
-def _narrow(stack: contextlib.ExitStack, norm: Any, share: float) -> None:
-    """Normalize an RMSNorm's input over its nonzero channels alone, a fraction ``share`` of them."""
-    gain, offset = spec.gain(norm), spec.gain_offset(norm)
+def _narrow(stack: contextlib.ExitStack, norm: Any, hidden: Sequence[int], size: int) -> None:
+    """Normalize a norm's input [..., size] over the channels ``hidden`` alone; the others are zero there."""
+    gain, offset, bias, share = spec.gain(norm), spec.gain_offset(norm), spec.bias(norm), len(hidden) / size
+    if bias is not None:
+        kept = torch.zeros_like(bias)
+        kept[torch.as_tensor(hidden, device=bias.device)] = 1
+        own = bias.detach().clone()
+        bias.mul_(kept)
+        stack.callback(lambda: bias.copy_(own))
+
+        def fill(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            mean = args[0].sum(-1, keepdim=True) / len(hidden)
+            return args[0] + mean * (1 - kept), *args[1:]
+
+        stack.callback(norm.register_forward_pre_hook(fill).remove)
     whole, eps = gain.detach().clone(), norm.eps
     gain.copy_((whole + offset) * math.sqrt(share) - offset)
     norm.eps = eps * share

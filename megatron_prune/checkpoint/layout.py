@@ -53,7 +53,44 @@ FORGOTTEN = {
     "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
     "vocab_size": ("--vocab-size",),
     "qk_layernorm": ("--qk-layernorm",),
+    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p",),
+    "bias_gelu_fusion": ("--no-bias-gelu-fusion",),  # the fused GELU is the tanh approximation: another function
+    "window_size": ("--window-size",),
+    "window_attn_skip_freq": ("--window-attn-skip-freq",),
+    "no_rope_freq": ("--no-rope-freq",),
+    "rotary_seq_len_interpolation_factor": ("--rotary-seq-len-interpolation-factor",),
+    "rotary_scaling_factor": ("--rotary-scaling-factor",),
+    "mscale": ("--mscale",),
+    "mscale_all_dim": ("--mscale-all-dim",),
+    "yarn_original_max_position_embeddings": ("--yarn-original-max-position-embeddings",),
+    "yarn_beta_fast": ("--yarn-beta-fast",),
+    "yarn_beta_slow": ("--yarn-beta-slow",),
+    "yarn_correction_range_round_to_int": (
+        "--yarn-correction-range-round-to-int",
+        "--no-yarn-correction-range-round-to-int",
+    ),
 }
+
+# Names under which earlier versions of Megatron stored an argument.
+EARLIER_NAMES = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+
+def stored_argument(args: Mapping[str, Any], name: str) -> Any:
+    """A stored argument, under its name or its earlier one; None if there is none."""
+    found = args.get(name)
+    return args.get(EARLIER_NAMES[name]) if found is None and name in EARLIER_NAMES else found
+
+
+# Arguments that hold a pattern over layers, and the value that Megatron's frequency N gives every N-th layer.
+BY_LAYER = {"no_rope_freq": 1, "window_attn_skip_freq": 0}
+
+
+def by_layer(name: str, pattern: Any, layers: int) -> list[int] | None:
+    """The pattern ``name`` of ``BY_LAYER`` as one 0 or 1 per layer; None if there is none."""
+    if not pattern or isinstance(pattern, list):
+        return pattern or None
+    every = BY_LAYER[name]
+    return [every if (layer + 1) % pattern == 0 else 1 - every for layer in range(layers)]
 
 
 # Upper bounds on stored arguments: a larger value is corruption, or an attempt to exhaust memory.

@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     options, _ = parser().read(argv)
     asked = verbs.PlanSettings.of(options)
     own = structured.own_settings(asked.method, options)
+    from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.cli import plan_table
+    from megatron_prune.convert.config import unexportable
     from megatron_prune.pruning.make_plan import Unscored, make_plan, unsettled
 
     made = make_plan(asked, own)
@@ -51,6 +53,8 @@ def main(argv: list[str]) -> int:
         _say_what_to_run(asked, made)
         return EXIT_NEEDS_SCORES
     plan_table.show(made)
+    if (reason := unexportable(open_checkpoint(asked.load), made.target)) is not None:
+        print(f"this shape cannot be exported to Hugging Face: {reason}")
     for row in unsettled(asked)[:LINES]:
         print(f"not settled: {row}")
     print(f"wrote {asked.output}")

@@ -1,14 +1,15 @@
-"""Llama-family models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
+"""Models in Hugging Face format ⇄ Megatron checkpoints, tensor by tensor.
 
-The table in ``llama.py`` maps every Megatron weight to rows of Hugging Face tensors; import and export both use
-it. Both stream blocks of rows, so memory is bounded by a few blocks. Import pads the vocabulary, export removes
-the padding, and every tensor keeps its type, so an import followed by an export is bit-exact.
+``tensors.py`` maps every Megatron weight to rows of Hugging Face tensors; import and export both use it. Both stream
+blocks of rows, so memory is bounded by a few blocks (an export of matrices stored as [in, out] holds one whole). Import
+pads the vocabulary, export removes the padding, and every tensor keeps its type, so an import followed by an export is
+bit-exact.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +25,18 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import is_megatron
 from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
 from megatron_prune.convert import safetensors_io
-from megatron_prune.convert.config import args_from_config, config_from_args
-from megatron_prune.convert.llama import Segment, rows_of_tensors, segments
+from megatron_prune.convert.config import args_from_config, config_from_args, family_of
+from megatron_prune.convert.families import FAMILIES
+from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import_masks
+from megatron_prune.convert.tensors import Segment, is_transposed, rows_of_tensors, segments
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import MASKS, Masks, open_masks
 from megatron_prune.masks.verify import guarded, masks_of
 
 BLOCK_BYTES = 8 << 20
+# Constants that old files hold next to the weights.
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 _DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
@@ -60,15 +65,15 @@ def import_hf(
         tensor_model_parallel_size=tensor_model_parallel_size,
         max_position_embeddings=max_position_embeddings,
     )
-    shape = ModelShape.from_args(args)
-    tensors = safetensors_io.Tensors(source)
-    _check_tensors(tensors, shape, args, source, one_type=dtype is None)
-    main = dtype or tensors.dtype("model.embed_tokens.weight")
+    shape, family = ModelShape.from_args(args), family_of(config)
+    tensors = safetensors_io.Tensors(source, family.other_names)
+    _check_tensors(tensors, shape, args, source, family, one_type=dtype is None)
+    main = dtype or tensors.dtype(family.tensor("embedding.word_embeddings.weight", None))
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
         masks = None
         if (source / HUGGINGFACE_MASKS).is_file():
-            masks = import_masks(source / HUGGINGFACE_MASKS, shape, writer.beside(MASKS)).folder
-        writer.add_all(Imported(source, shape, args["vocab_size"], dtype, masks), workers)
+            masks = import_masks(source / HUGGINGFACE_MASKS, shape, family, writer.beside(MASKS)).folder
+        writer.add_all(Imported(source, shape, family.kind, args["vocab_size"], dtype, masks), workers)
     return open_checkpoint(save)
 
 
@@ -78,13 +83,14 @@ class Imported(Blocks):
 
     source: Path
     shape: ModelShape
+    family: str
     vocabulary_size: int
     cast: torch.dtype | None
     masks: Path | None
 
     @cached_property
     def _tensors(self) -> safetensors_io.Tensors:
-        return safetensors_io.Tensors(self.source)
+        return safetensors_io.Tensors(self.source, FAMILIES[self.family].other_names)
 
     @cached_property
     def _layouts(self) -> dict[str, WeightLayout]:
@@ -95,10 +101,12 @@ class Imported(Blocks):
         return None if self.masks is None else open_masks(self.masks)
 
     def _pieces(self, name: str) -> list[Segment]:
-        return segments(self._layouts[name], self.shape, self.vocabulary_size)
+        return segments(self._layouts[name], self.shape, self.vocabulary_size, FAMILIES[self.family])
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
-        blocks = _blocks(self._layouts[name], self._pieces(name), self._tensors, self.dtype(name))
+        layout = self._layouts[name]
+        read = self._tensors.columns if is_transposed(layout, FAMILIES[self.family]) else self._tensors.rows
+        blocks = _blocks(layout, self._pieces(name), read, self.dtype(name))
         return blocks if self._masks is None else guarded(self._masks, name, blocks)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -116,8 +124,8 @@ def export_hf(
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (new or empty), its masks as
     ``masks.safetensors``. ``workers`` processes share the files. ``files`` are additional files, content by name.
 
-    Raises CheckpointError for a model that Hugging Face's Llama family cannot represent, MasksError for masks that do
-    not fit the weights.
+    Raises CheckpointError for a model that no supported family can represent, MasksError for masks that do not fit the
+    weights.
     """
     checkpoint = open_checkpoint(load)
     refuse_unrestored(checkpoint.args, str(load))
@@ -129,13 +137,14 @@ def export_hf(
         checkpoint.spec("embedding.word_embeddings.weight").dtype,
         read_json(original) if original is not None and original.is_file() else None,
     )
-    exported = Exported(checkpoint.directory, None if masks is None else masks.folder)
+    family = family_of(config)
+    exported = Exported(checkpoint.directory, family.kind, None if masks is None else masks.folder)
     target = Path(hf)
     check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
     with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)
         if masks is not None:
-            export_masks(masks, folder / HUGGINGFACE_MASKS)
+            export_masks(masks, family, folder / HUGGINGFACE_MASKS)
         for name in SIDE_FILES:
             if side is not None and (side / name).is_file():
                 shutil.copyfile(side / name, folder / name)
@@ -150,6 +159,7 @@ class Exported(Blocks):
     """Hugging Face tensors from the checkpoint ``load``, checked against the masks in the folder ``masks``, if any."""
 
     load: Path
+    family: str
     masks: Path | None
 
     @cached_property
@@ -163,15 +173,31 @@ class Exported(Blocks):
     @cached_property
     def _made_of(self) -> dict[str, list[tuple[Segment, str, int]]]:
         shape = self._checkpoint.shape
-        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args))
+        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args), FAMILIES[self.family])
+
+    @cached_property
+    def _transposed(self) -> frozenset[str]:
+        """Megatron weights whose tensors are stored as [in, out]."""
+        layouts = weights(self._checkpoint.shape)
+        return frozenset(layout.name for layout in layouts if is_transposed(layout, FAMILIES[self.family]))
 
     @cached_property
     def entries(self) -> safetensors_io.Entries:
         """Type and shape of every tensor."""
-        specs = {name: self._checkpoint.spec(parts[0][1]) for name, parts in self._made_of.items()}
-        return {name: (spec.dtype, (self._made_of[name][-1][0].stop, *spec.shape[1:])) for name, spec in specs.items()}
+        entries = {}
+        for name, parts in self._made_of.items():
+            spec = self._checkpoint.spec(parts[0][1])
+            shape = (parts[-1][0].stop, *spec.shape[1:])
+            entries[name] = (spec.dtype, shape[::-1] if parts[0][1] in self._transposed else shape)
+        return entries
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
+        if self._made_of[name][0][1] in self._transposed:
+            yield torch.cat(list(self._outputs(name))).T
+        else:
+            yield from self._outputs(name)
+
+    def _outputs(self, name: str) -> Iterator[torch.Tensor]:
         step = _rows_per_block(*self.entries[name])
         for segment, weight, first in self._made_of[name]:
             last = first + segment.stop - segment.start
@@ -187,9 +213,13 @@ def _rows_per_block(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _blocks(
-    layout: WeightLayout, pieces: list[Segment], tensors: safetensors_io.Tensors, dtype: torch.dtype
+    layout: WeightLayout,
+    pieces: list[Segment],
+    read: Callable[[str, int, int], torch.Tensor],
+    dtype: torch.dtype,
 ) -> Iterator[torch.Tensor]:
-    """Rows of a Megatron weight in blocks of about BLOCK_BYTES; short segments are joined."""
+    """Rows of a Megatron weight in blocks of about BLOCK_BYTES; short segments are joined. ``read``: rows of a
+    tensor."""
     step = _rows_per_block(dtype, layout.shape)
     held: list[torch.Tensor] = []
     for piece in pieces:
@@ -201,23 +231,30 @@ def _blocks(
             if piece.name is None:
                 held.append(torch.zeros((stop - start, *layout.shape[1:]), dtype=dtype))
             else:
-                held.append(tensors.rows(piece.name, start, stop).to(dtype))
+                held.append(read(piece.name, start, stop).to(dtype))
     if held:
         yield torch.cat(held)
 
 
 def _check_tensors(
-    tensors: safetensors_io.Tensors, shape: ModelShape, args: dict[str, Any], source: Path, *, one_type: bool
+    tensors: safetensors_io.Tensors,
+    shape: ModelShape,
+    args: dict[str, Any],
+    source: Path,
+    family: ModelFamily,
+    *,
+    one_type: bool,
 ) -> None:
     """Raises CheckpointError if a tensor is missing, has the wrong shape or type, or is unknown."""
     known = set()
     for layout in weights(shape):
         rows: dict[str, int] = {}
-        for segment in segments(layout, shape, args["vocab_size"]):
+        for segment in segments(layout, shape, args["vocab_size"], family):
             if segment.name is not None:
                 rows[segment.name] = max(rows.get(segment.name, 0), segment.stop)
         for name, count in rows.items():
             expected = (count, *layout.shape[1:])
+            expected = expected[::-1] if is_transposed(layout, family) else expected
             if name not in tensors.names:
                 raise CheckpointError(f"{source} lacks the tensor {name}")
             if tensors.shape(name) != expected:
@@ -227,10 +264,12 @@ def _check_tensors(
         if one_type and len({tensors.dtype(name) for name in rows}) != 1:
             raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
         known |= set(rows)
-    ignored = {"lm_head.weight"} if shape.tied else set()
-    left = sorted(n for n in tensors.names - known - ignored if not n.endswith("rotary_emb.inv_freq"))
+    ignored = {family.tensor("output_layer.weight", None)} if shape.tied else set()
+    left = sorted(name for name in tensors.names - known - ignored if not name.endswith(_BUFFERS))
     if left:
-        raise CheckpointError(f"{source} holds tensors that are not part of a Llama: {', '.join(left[:4])}")
+        raise CheckpointError(
+            f"{source} holds tensors that are not part of its model, {family.architecture}: {', '.join(left[:4])}"
+        )
 
 
 def local_directory(hf: str | Path) -> Path:

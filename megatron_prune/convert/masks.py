@@ -1,8 +1,9 @@
 """``masks.safetensors``: the masks of a Hugging Face model, next to its weights and under their names.
 
 One tensor per weight (q, k, v, gate and up separate), uint8 [out, ceil(in / 8)]: bit k of byte j of a row is input
-8·j + k, 1 means kept. The header's metadata has ``patterns`` and ``shapes`` (JSON, by name), ``version`` and ``hash``:
-the hash of the Megatron checkpoint's masks, which an import verifies.
+8·j + k, 1 means kept; also for a family that stores its weights as [in, out]. The header's metadata has ``patterns``
+and ``shapes`` (JSON, by name), ``version`` and ``hash``: the hash of the Megatron checkpoint's masks, which an import
+verifies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.convert import safetensors_io
-from megatron_prune.convert.llama import rows_of_tensors, segments
+from megatron_prune.convert.families.model_family import ModelFamily
+from megatron_prune.convert.tensors import rows_of_tensors, segments
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import BLOCK_BYTES, Masks
@@ -26,10 +28,10 @@ HUGGINGFACE_MASKS = "masks.safetensors"
 VERSION = "1"
 
 
-def export_masks(masks: Masks, path: Path) -> None:
+def export_masks(masks: Masks, family: ModelFamily, path: Path) -> None:
     """Stream ``masks`` to the file ``path``."""
     masked = [layout for layout in weights(masks.model) if layout.name in masks.entries]
-    made_of = rows_of_tensors(masked, masks.model, vocabulary_size=0)  # no linear depends on the vocabulary
+    made_of = rows_of_tensors(masked, masks.model, 0, family)  # no linear depends on the vocabulary
     shapes = {name: (parts[-1][0].stop, masks.entries[parts[0][1]].shape[1]) for name, parts in made_of.items()}
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
@@ -52,7 +54,7 @@ def export_masks(masks: Masks, path: Path) -> None:
     )
 
 
-def import_masks(path: Path, shape: ModelShape, folder: Path) -> Masks:
+def import_masks(path: Path, shape: ModelShape, family: ModelFamily, folder: Path) -> Masks:
     """Stream the masks in the file ``path`` to ``folder``, for a model of this shape.
 
     Raises MasksError, naming what does not fit, for a file that is damaged or not for this model.
@@ -65,7 +67,7 @@ def import_masks(path: Path, shape: ModelShape, folder: Path) -> Masks:
             patterns = _by_name(metadata, "patterns")
             shapes = _by_name(metadata, "shapes")
             stored = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            masks = write_single(folder, shape, _fused(path, shape, stored, patterns, shapes))
+            masks = write_single(folder, shape, _fused(path, shape, family, stored, patterns, shapes))
     except (safetensors.SafetensorError, OSError) as error:
         raise MasksError(f"{path} is truncated or damaged: {error}") from error
     if metadata.get("hash", masks.hash) != masks.hash:
@@ -82,7 +84,12 @@ def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def _fused(
-    path: Path, shape: ModelShape, stored: dict[str, Any], patterns: dict[str, Any], shapes: dict[str, Any]
+    path: Path,
+    shape: ModelShape,
+    family: ModelFamily,
+    stored: dict[str, Any],
+    patterns: dict[str, Any],
+    shapes: dict[str, Any],
 ) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
     """Masks of Megatron's weights: (name, blocks of rows, pattern)."""
     left = set(stored)
@@ -90,7 +97,7 @@ def _fused(
         if not layout.is_linear:
             continue
         rows: dict[str, int] = {}
-        for segment in segments(layout, shape, vocabulary_size=0):
+        for segment in segments(layout, shape, 0, family):
             rows[str(segment.name)] = max(rows.get(str(segment.name), 0), segment.stop)
         names = [name for name in rows if name in stored]
         if not names:
@@ -109,14 +116,16 @@ def _fused(
                 found = f"{stored[name].get_dtype()} {list(stored[name].get_shape())}"
                 raise MasksError(f"{path}: {name} is stored as {found}, expected U8 {packed}")
         left -= set(names)
-        yield layout.name, _blocks(layout, shape, stored), str(patterns[names[0]])
+        yield layout.name, _blocks(layout, shape, family, stored), str(patterns[names[0]])
     if left:
         raise MasksError(f"{path} has a mask for {sorted(left)[0]}, which is not a linear weight of this model")
 
 
-def _blocks(layout: WeightLayout, shape: ModelShape, stored: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _blocks(
+    layout: WeightLayout, shape: ModelShape, family: ModelFamily, stored: dict[str, Any]
+) -> Iterator[torch.Tensor]:
     inputs = layout.shape[1]
     step = max(1, BLOCK_BYTES // inputs)
-    for segment in segments(layout, shape, vocabulary_size=0):
+    for segment in segments(layout, shape, 0, family):
         for start in range(segment.start, segment.stop, step):
             yield bits.unpack(stored[str(segment.name)][start : min(start + step, segment.stop)], 0, inputs)

@@ -29,9 +29,11 @@ Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 class Tensors:
     """The tensors of a Hugging Face directory, in one or more files. Raises CheckpointError for a missing or
-    truncated file, and for an index that names files outside the directory."""
+    truncated file, and for an index that names files outside the directory.
 
-    def __init__(self, directory: Path) -> None:
+    ``other_names``: prefixes of names, and what replaces them."""
+
+    def __init__(self, directory: Path, other_names: Mapping[str, str] | None = None) -> None:
         import safetensors
 
         self._directory = directory
@@ -49,7 +51,9 @@ class Tensors:
             for key in found if keys is None else keys:
                 if key not in found:
                     raise CheckpointError(f"{path} lacks {key}, which {INDEX} lists")
-                self._slices[key] = handle.get_slice(key)
+                prefix = next((prefix for prefix in other_names or {} if key.startswith(prefix)), "")
+                known = (other_names or {}).get(prefix, "") + key.removeprefix(prefix)
+                self._slices[known] = handle.get_slice(key)
         self.names = frozenset(self._slices)
 
     def _files(self) -> dict[str, list[str] | None]:
@@ -85,6 +89,11 @@ class Tensors:
         """Rows [start, stop): [stop - start, ...]."""
         found: torch.Tensor = self._slices[name][start:stop]
         return found
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns [start, stop) of a matrix, as rows: [stop - start, rows of the matrix]."""
+        found: torch.Tensor = self._slices[name][:, start:stop]
+        return found.T.contiguous()
 
 
 def write_sharded(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.checkpoint.layout import FORGOTTEN, stored_argument
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, iteration_directory
@@ -73,7 +73,7 @@ def take(
     if not args.use_checkpoint_args:
         vars(args).update(said)
     for name, options in FORGOTTEN.items():
-        stored = checkpoint.args.get(name)
+        stored = stored_argument(checkpoint.args, name)
         if stored is not None and not given(argv, *options):
             setattr(args, name, stored)
     refuse_unrestored(checkpoint.args, str(checkpoint.root), vars(args))

@@ -213,7 +213,6 @@ def _refuse_for_local_layers(args: argparse.Namespace) -> None:
     for flag, given, asked, why in (
         ("--context-parallel-size", args.context_parallel_size, args.context_parallel_size > 1, unfused),
         ("--sequence-parallel", "on", sequence_parallel and torch_norms, unknown),
-        ("--apply-layernorm-1p", "on", args.layernorm_zero_centered_gamma and torch_norms, unknown),
         ("--tp-comm-overlap", "on", args.tp_comm_overlap, "only Transformer Engine's linears do it"),
         ("--attention-backend", _backend(args), _backend(args) in ("flash", "fused"), unfused),
     ):

@@ -1,4 +1,4 @@
-"""Fixes for Megatron 0.19.2: its data helpers, and resuming its distributed optimizer.
+"""Fixes for Megatron 0.19.2: its data helpers, norms with gains around zero, and resuming its distributed optimizer.
 
 1. Megatron's wheel ships its data helpers compiled, without the Makefile that it calls to compile them.
 2. In fp32 the master weights are views of the parameters. Megatron copies loaded values into them while autograd is
@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 
+from megatron_prune.engine import centered_norms
+
 
 def apply() -> None:
     """Apply all fixes, after ``megatron.training`` is imported. A second call does nothing."""
     keep_prebuilt_helpers()
+    centered_norms.install()
     _fix_distributed_optimizer()
 
 

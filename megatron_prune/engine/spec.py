@@ -35,6 +35,12 @@ def gain(norm: Any) -> torch.nn.Parameter:
     return parameter
 
 
+def bias(norm: Any) -> torch.nn.Parameter | None:
+    """The bias of a module from ``norms``, or of a final norm; None for RMSNorm."""
+    found: torch.nn.Parameter | None = getattr(norm, "layer_norm_bias" if is_fused(norm) else "bias", None)
+    return found
+
+
 def gain_offset(norm: Any) -> int:
     """Added to the gain before it multiplies: 1 if it is stored around zero."""
     return int(bool(getattr(norm, "zero_centered_gamma", False)))

@@ -1,6 +1,6 @@
 """lm-eval's tasks for ``evaluate --tasks``: found, loaded and checked before the model is loaded, then run on it.
 
-lm-eval runs on rank 0 alone (``language_model.py`` explains how the others take part). It is optional and slow to
+lm-eval runs on rank 0 alone (``likelihoods.py`` explains how the others take part). It is optional and slow to
 import, so nothing here imports it before it is needed.
 """
 
@@ -16,23 +16,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 
 from megatron_prune import artifacts, screen, verbs
-from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import runtime
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    from megatron_prune.evaluation.generation import GenerationDefaults
-
 EXTRA = "pip install 'megatron_prune[eval]'"
-KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
+KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
 
 
@@ -66,25 +62,21 @@ class AskedTasks:
     tasks: dict[str, Any]
     tokenizer: Tokenizer
     longest: int
-    defaults: GenerationDefaults
 
 
 def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
     """On rank 0, if tasks are asked for: everything but the model. lm-eval downloads missing data sets.
 
-    UsageError if a name is unknown or a task asks for what cannot be done, DataError if a task cannot be loaded.
+    UsageError if a name is unknown or a task generates text, DataError if a task cannot be loaded.
     """
     if not names(args) or args.rank != 0:
         return None
     tokenizer = runtime.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
-    from megatron_prune.evaluation.generation import GenerationDefaults
-
-    defaults = GenerationDefaults.read(open_checkpoint(runtime.loaded_directory(args)).huggingface, tokenizer)
-    return AskedTasks(_load(args, defaults, longest), tokenizer, longest, defaults)
+    return AskedTasks(_load(args), tokenizer, longest)
 
 
-def _load(args: argparse.Namespace, defaults: GenerationDefaults, longest: int) -> dict[str, Any]:
+def _load(args: argparse.Namespace) -> dict[str, Any]:
     """Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -104,7 +96,7 @@ def _load(args: argparse.Namespace, defaults: GenerationDefaults, longest: int) 
         except Exception as error:  # third-party YAML, code and data sets can raise anything
             raise DataError(f"--tasks {name}: lm-eval cannot load it: {type(error).__name__}: {error}") from error
         for task in found["tasks"].values():
-            _refuse(task, args.num_fewshot, defaults, longest)
+            _refuse(task, args.num_fewshot)
             if args.num_fewshot is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -127,16 +119,13 @@ def _manager(args: argparse.Namespace) -> Any:
     return TaskManager(include_path=args.tasks_path)
 
 
-def _refuse(task: Any, num_fewshot: int | None, defaults: GenerationDefaults, longest: int) -> None:
-    from megatron_prune.evaluation.generation import GenerationSettings
-    from megatron_prune.evaluation.language_model import refusal
+def _refuse(task: Any, num_fewshot: int | None) -> None:
+    from megatron_prune.evaluation.likelihoods import refusal
 
     if task.OUTPUT_TYPE not in KINDS:
         raise refusal(task.task_name, task.OUTPUT_TYPE)
     if getattr(task, "MULTIMODAL", False):
         raise refusal(task.task_name, "multimodal")
-    if task.OUTPUT_TYPE == "generate_until":
-        GenerationSettings.of(task.task_name, task.get_config("generation_kwargs") or {}, defaults, longest)
     if num_fewshot and task.get_config("num_fewshot") == 0:
         raise UsageError(
             "--num-fewshot",
@@ -148,21 +137,19 @@ def _refuse(task: Any, num_fewshot: int | None, defaults: GenerationDefaults, lo
 
 def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
     """Run the tasks and write ``--task-samples``; on rank 0 returns the entries for the scores file. Collective."""
-    from megatron_prune.evaluation.language_model import MegatronLM, RanksModel
+    from megatron_prune.evaluation.likelihoods import Scorer
 
-    everywhere = RanksModel(
-        model,
-        batch=args.micro_batch_size,
-        tokenizer=lambda: runtime.tokenizer(args) if asked is None else asked.tokenizer,
-    )
+    scorer = Scorer(model, batch=args.micro_batch_size)
     if asked is None:
-        everywhere.follow()
+        scorer.follow()
         return {}
     from lm_eval.evaluator import evaluate
 
-    language_model = MegatronLM(asked.tokenizer, asked.longest, everywhere, asked.defaults, seed=args.seed)
+    from megatron_prune.evaluation.likelihoods import MegatronLM
+
+    language_model = MegatronLM(asked.tokenizer, asked.longest, scorer.score)
     found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=args.task_samples is not None)
-    everywhere.finish()
+    scorer.finish()
     shown = results(found)
     screen.say("\n".join(lines(shown)))
     if args.task_samples is not None:

@@ -19,7 +19,16 @@ import numpy
 import torch
 
 from megatron_prune import artifacts, verbs
-from megatron_prune.checkpoint.layout import Kept, ModelShape, WeightLayout, axis_indices, layer_name, weights
+from megatron_prune.checkpoint.layout import (
+    BY_LAYER,
+    Kept,
+    ModelShape,
+    WeightLayout,
+    axis_indices,
+    by_layer,
+    layer_name,
+    weights,
+)
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
@@ -65,7 +74,8 @@ def apply_plan(
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
     chain = [*parent.pruning, provenance(parent, made)]
-    _write(parent, made.target, sources, save, chain, files or {}, workers, folded.factors(made, parent.args))
+    kept = made.kept_layers
+    _write(parent, made.target, kept, sources, save, chain, files or {}, workers, folded.factors(made, parent.args))
 
 
 def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
@@ -79,13 +89,15 @@ def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoi
     all_of_it = [(layout, layout.name, Kept()) for layout in weights(parent.shape)]
     account = parent.root / ACCOUNT
     files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
-    _write(parent, parent.shape, all_of_it, save, parent.pruning, files, workers)
+    layers = range(parent.shape.num_layers)
+    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers)
     return open_checkpoint(save)
 
 
 def _write(
     parent: Checkpoint,
     target: ModelShape,
+    kept_layers: Sequence[int],
     sources: Sequence[Source],
     save: str | Path,
     pruning: Sequence[Mapping[str, Any]],
@@ -96,7 +108,7 @@ def _write(
     masks = masks_of(parent)
     if masks is not None:
         check_cut(masks, sources)
-    args = {**parent.args, **target.to_args()}
+    args = {**parent.args, **target.to_args(), **patterns_of(parent, kept_layers)}
     if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
         args["encoder_num_layers"] = target.num_layers
     with CheckpointWriter(
@@ -113,6 +125,12 @@ def _write(
             folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
         places = {layout.name: (source, kept) for layout, source, kept in sources}
         writer.add_all(Pieces(parent.directory, places, folder, factors or {}), workers)
+
+
+def patterns_of(parent: Checkpoint, kept_layers: Sequence[int]) -> dict[str, list[int]]:
+    """Arguments that say for each layer whether it has RoPE or an attention window, for the kept layers."""
+    whole = {name: by_layer(name, parent.args.get(name), parent.shape.num_layers) for name in BY_LAYER}
+    return {name: [pattern[layer] for layer in kept_layers] for name, pattern in whole.items() if pattern is not None}
 
 
 @dataclass

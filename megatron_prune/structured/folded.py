@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint.layout import weights
+from megatron_prune.checkpoint.layout import stored_argument, weights
 from megatron_prune.structured.plan import PruningPlan
 
 
@@ -49,7 +49,7 @@ def factors(made: PruningPlan, arguments: Mapping[str, Any]) -> dict[str, Fold]:
         return {}
     gates, size = made.gates, made.target.kv_channels
     hidden = None if gates.hidden is None else torch.tensor(gates.hidden)
-    offset = int(bool(arguments.get("apply_layernorm_1p")))
+    offset = int(bool(stored_argument(arguments, "layernorm_zero_centered_gamma")))
     found: dict[str, Fold] = {}
     for weight in weights(made.target):
         layer = weight.layer

@@ -96,8 +96,6 @@ class Target:
 
     def _given(self, source: ModelShape, sizes: Mapping[str, int]) -> ModelShape:
         words = "/".join(map(str, sizes.values()))
-        if source.norm_bias and sizes["hidden_size"] != source.hidden_size:
-            raise _unmasked("--target-shapes", words, f"hidden size {source.hidden_size}")
         try:
             shape = _explicit(source, sizes, tuple(sizes))
             self._check(source, shape)
@@ -115,8 +113,6 @@ class Target:
         """
         if self.sizes:
             raise UsageError("--search", got="an explicit shape", expected="--ratio or --target-params with it")
-        if source.norm_bias and "hidden_size" in search.axes:
-            raise _unmasked("--search", "hidden", "ffn, heads and groups")
         goal, tolerance = self._goal(source), self.tolerance or TOLERANCE
         ranked: list[tuple[tuple[float, ...], ModelShape]] = []
         nearest: tuple[float, ModelShape] | None = None
@@ -309,16 +305,6 @@ class Target:
                 got=groups,
                 expected=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
             )
-
-
-def _unmasked(flag: str, given: str, allowed: str) -> UsageError:
-    """The error if candidates of a parent with LayerNorm would have fewer hidden channels."""
-    return UsageError(
-        flag,
-        got=given,
-        expected=f"{allowed}, for a parent with LayerNorm",
-        why="masked channels count in LayerNorm's mean, so only RMSNorm can be narrowed",
-    )
 
 
 def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:

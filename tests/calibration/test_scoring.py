@@ -282,6 +282,36 @@ def test_bf16_scores_are_those_of_fp32_but_for_rounding(verbs: Verbs, tmp_path: 
         assert found["bf16"][candidate] == pytest.approx(loss, rel=5e-3) and found["bf16"][candidate] != loss
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_layer_norm_is_narrowed_with_its_mean_and_bias(centered: bool) -> None:
+    import contextlib
+
+    from megatron_prune.calibration import scoring
+    from megatron_prune.engine.centered_norms import CenteredLayerNorm
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=torch.float64) + 3
+    kept = [0, 2, 3]
+    norm = (CenteredLayerNorm if centered else torch.nn.LayerNorm)(8, eps=0.1).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(8))
+        norm.bias.copy_(torch.randn(8))
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    zeros = torch.zeros_like(x)
+    zeros[:, kept] = x[:, kept]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        scoring._narrow(stack, norm, kept, 8)
+        found = norm(zeros)
+    gain = before["weight"][kept] + int(centered)
+    expected = torch.nn.functional.layer_norm(x[:, kept], (3,), gain, before["bias"][kept], 0.1)
+    torch.testing.assert_close(found[:, kept], expected)
+    assert not found[:, [1, 4, 5, 6, 7]].any()
+    assert norm.eps == 0.1 and all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+    torch.testing.assert_close(
+        norm(x), torch.nn.functional.layer_norm(x, (8,), before["weight"] + int(centered), before["bias"], 0.1)
+    )
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
     """Scoring under Transformer Engine, where linears hold the gain of the norm before them."""
@@ -298,7 +328,7 @@ def test_a_norm_fused_into_its_linear_is_narrowed(centred: bool) -> None:
     linear = SimpleNamespace(layer_norm_weight=gain - int(centred), eps=0.1, zero_centered_gamma=centred)
     before = linear.layer_norm_weight.clone()
     with contextlib.ExitStack() as stack:
-        scoring._narrow(stack, linear, 0.5)
+        scoring._narrow(stack, linear, kept, 8)
         weight = linear.layer_norm_weight + int(centred)
         found = torch.nn.functional.rms_norm(zeros, (8,), weight, linear.eps)
     expected = torch.nn.functional.rms_norm(x[:, kept], (4,), gain[kept], 0.1)

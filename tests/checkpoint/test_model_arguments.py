@@ -19,9 +19,8 @@ from tests.training.small import any_plan
 
 # Known to change the function: attention spans, positions, activations, norms, multipliers.
 MATTER = (
-    "window_size window_attn_skip_freq no_rope_freq yarn_beta_fast yarn_original_max_position_embeddings quick_geglu "
-    "rotary_seq_len_interpolation_factor mrope_section softmax_type qk_l2_norm attention_output_gate glu_linear_offset "
-    "activation_func_clamp_value layernorm_zero_centered_gamma apply_residual_connection_post_layernorm openai_gelu "
+    "quick_geglu mrope_section softmax_type qk_l2_norm attention_output_gate glu_linear_offset "
+    "activation_func_clamp_value apply_residual_connection_post_layernorm openai_gelu "
     "use_mup mup_output_mult experimental_attention_variant linear_attention_freq spec hybrid_layer_pattern"
 ).split()
 
@@ -70,14 +69,14 @@ def test_the_rest_is_restored_or_does_not_matter():
 
 
 def test_whoever_rewrites_a_model_refuses_it(tmp_path):
-    root = small.write(tmp_path / "windowed", small.ARGS | {"window_size": (4, 0)})
+    root = small.write(tmp_path / "other", small.ARGS | {"softmax_type": "off-by-one"})
     made = any_plan(open_checkpoint(root))
     for make in (
         lambda: rewrite(root, tmp_path / "made"),
         lambda: apply_plan(root, made, tmp_path / "made"),
         lambda: export_hf(root, tmp_path / "made"),
     ):
-        with pytest.raises(CheckpointError, match=r"windowed was trained with window_size=\[4, 0\].*default is None"):
+        with pytest.raises(CheckpointError, match="other was trained with softmax_type='off-by-one'"):
             make()
         assert not (tmp_path / "made").exists()
 
@@ -96,17 +95,17 @@ VERBS = [
 
 
 def test_every_verb_that_builds_a_model_refuses_it(tmp_path, distributed):
-    root = small.write(tmp_path / "windowed", small.ARGS | {"window_size": (4, 0)})
+    root = small.write(tmp_path / "other", small.ARGS | {"softmax_type": "off-by-one"})
     cases = [(words[0], [word.format(root) for word in words[1:]], "") for words in VERBS]
     (ends,) = distributed(plants.run_verbs, 1, cases)
     for (verb, words, _), (code, said) in zip(cases, ends, strict=True):
-        assert code == 2 and "was trained with window_size=[4, 0]" in said, (verb, words, code, said[-500:])
+        assert code == 2 and "was trained with softmax_type='off-by-one'" in said, (verb, words, code, said[-500:])
 
 
 def test_by_hand_it_must_be_given_as_it_is_stored(tmp_path, job, tiny_corpus):
     """Also without --use-checkpoint-args; with it, the model is that of the checkpoint."""
-    changed = {"window_size": (4, 0), "max_position_embeddings": 64, "vocab_size": 379, "padded_vocab_size": 384}
-    root = small.write(tmp_path / "windowed", small.ARGS | changed)
+    changed = {"softmax_type": "off-by-one", "max_position_embeddings": 64, "vocab_size": 379, "padded_vocab_size": 384}
+    root = small.write(tmp_path / "other", small.ARGS | changed)
     words = ["evaluate", "--load", root, "--data-path", tiny_corpus, "--seq-length", "16", "--windows", "1"]
     sizes = (
         "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
@@ -115,6 +114,6 @@ def test_by_hand_it_must_be_given_as_it_is_stored(tmp_path, job, tiny_corpus):
         "--vocab-size 379 --max-position-embeddings 64"
     ).split()
     refused = job([*words, *sizes, "--output", tmp_path / "scores.json"])
-    assert refused.returncode == 2 and "window_size=[4, 0]" in refused.output, refused.output[-2000:]
+    assert refused.returncode == 2 and "softmax_type='off-by-one'" in refused.output, refused.output[-2000:]
     assert not (tmp_path / "scores.json").exists()
-    job([*words, "--use-checkpoint-args", "--window-size", "4,0", "--output", tmp_path / "scores.json"]).ok()
+    job([*words, "--use-checkpoint-args", "--softmax-type", "off-by-one", "--output", tmp_path / "scores.json"]).ok()

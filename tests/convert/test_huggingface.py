@@ -19,6 +19,7 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert import huggingface, safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args
+from megatron_prune.convert.families import FAMILIES
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from megatron_prune.structured import plan
@@ -243,15 +244,32 @@ def test_head_size_of_its_own():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported: expected llama or mistral"),
-        ({"attention_bias": True}, "attention_bias=True"),
+        (
+            {"model_type": "qwen2_moe"},
+            "model_type 'qwen2_moe' is not supported: expected one of llama, mistral, qwen2, ",
+        ),
+        ({"attention_bias": True}, "attention_bias=True and mlp_bias=False, but Megatron has one switch for both"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 2.0}}, "low_freq_factor=2"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "'dynamic', expected default, linear, llama3 or yarn",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, "factor=2.5, .*whole numbers"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn without its factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "YaRN with mscale=0.7"),
+        (
+            {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
+            "low_freq_factor=2",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({"model_type": "mistral", "sliding_window": 1024}, "pass --max-position-embeddings 1024"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding"], "use_sliding_window": True},
+            "layer_types=.*expected 2 of",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers=.*expected 2 zeros and ones"),
+        ({"model_type": "gpt_neox"}, "use_parallel_residual=True"),
         ({"num_key_value_heads": 3}, "cannot be divided evenly"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
@@ -281,11 +299,12 @@ def test_a_sliding_window_is_kept_through_an_import_within_it(tiny_hf, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"add_qkv_bias": True}, "add_qkv_bias=True"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "qk_layernorm=True, .*no other supported family"),
         ({"swiglu": False}, "swiglu=False"),
         ({"normalization": "LayerNorm"}, "normalization=LayerNorm"),
         ({"position_embedding_type": "learned_absolute", "max_position_embeddings": 64}, "position_embedding_type"),
-        ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
+        ({"rotary_percent": 0.5, "qk_layernorm": True}, "=True"),
+        ({"window_size": (4, 2)}, "window_size=.*, expected tokens on the left and 0"),
     ],
 )
 def test_exports_that_no_llama_can_say_are_refused(change, message, tmp_path):
@@ -320,7 +339,7 @@ def test_pickled_weights_are_not_read(damaged, tmp_path):
         (lambda t: t.update({"model.norm.weight": torch.zeros(95)}), r"model.norm.weight has shape \[95\]"),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}),
-            "not part of a Llama.*q_proj.bias",
+            "not part of its model, LlamaForCausalLM: .*q_proj.bias",
         ),
         (lambda t: t.update({"model.norm.weight": torch.zeros(96, dtype=torch.int8)}), "stored as I8"),
         (
@@ -394,7 +413,7 @@ def test_every_weight_comes_from_exactly_the_rows_of_the_model(tiny_hf):
     shape = ModelShape.from_args(args_from_config(read_json(tiny_hf("llama-gqa") / "config.json")))
     covered = {}
     for layout in weights(shape):
-        for segment in huggingface.segments(layout, shape, tiny.VOCABULARY):
+        for segment in huggingface.segments(layout, shape, tiny.VOCABULARY, FAMILIES["llama"]):
             if segment.name is not None:
                 covered.setdefault(segment.name, []).extend(range(segment.start, segment.stop))
     source = tensors(tiny_hf("llama-gqa"))
