@@ -41,6 +41,7 @@ setup(
         "megatron_prune": [
             "py.typed",
             "study/report/*.j2",
+            "evaluation/*.yaml",
             "checkpoint/*.json",
             "engine/*.json",
             "study/advise/*.json",

@@ -41,6 +41,7 @@ VERBS = {
         "build-corpus": "gather English text from this machine",
         "train-tokenizer": "train a SentencePiece tokenizer on text",
         "preprocess": "tokenize text into Megatron's .bin and .idx",
+        "prepare-suite": "fetch and tokenize an evaluation suite's corpora; fetch its tasks",
         "check-contamination": "find documents that corpora share",
         "build-index": "build a token stream's index caches in advance",
     },

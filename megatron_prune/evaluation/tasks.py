@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,21 @@ from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import runtime
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.evaluation import suites
 
 EXTRA = "pip install 'megatron_prune[eval]'"
 KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
 
 
-def names(args: argparse.Namespace | verbs.EvaluateSettings) -> list[str]:
+def named(args: argparse.Namespace | verbs.EvaluateSettings) -> list[str]:
+    """What ``--tasks`` names, each once."""
     return list(dict.fromkeys(name for name in (args.tasks or "").split(",") if name))
+
+
+def names(args: argparse.Namespace | verbs.EvaluateSettings) -> list[str]:
+    """The names that lm-eval knows: suites are replaced by their tasks."""
+    return suites.tasks_of(named(args))
 
 
 def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
@@ -57,9 +64,13 @@ def refuse_unfit(args: argparse.Namespace, argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class AskedTasks:
-    """The tasks that lm-eval loaded (its ``TaskDict``), and the tokenizer: at most ``longest`` tokens are read."""
+    """The tasks that lm-eval loaded (its ``TaskDict``), and the tokenizer: at most ``longest`` tokens are read.
+
+    ``single``: by every name that was asked for, the single tasks that it stands for (a group or a tag has several).
+    """
 
     tasks: dict[str, Any]
+    single: dict[str, list[str]]
     tokenizer: Tokenizer
     longest: int
 
@@ -73,11 +84,14 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
         return None
     tokenizer = runtime.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
-    return AskedTasks(_load(args), tokenizer, longest)
+    return AskedTasks(*load(args), tokenizer, longest)
 
 
-def _load(args: argparse.Namespace) -> dict[str, Any]:
-    """Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same."""
+def load(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """lm-eval's ``TaskDict`` and ``AskedTasks.single``, from ``tasks``, ``tasks_path`` and ``num_fewshot``.
+
+    Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same.
+    """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     manager = _manager(args)
@@ -85,6 +99,7 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
     numpy.random.seed(DEFAULT_OTHER_SEED)
     known = manager.all_tasks
     loaded: list[Any] = []
+    single: dict[str, list[str]] = {}
     for name in names(args):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=5)
@@ -95,6 +110,7 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
             found = manager.load(name)
         except Exception as error:  # third-party YAML, code and data sets can raise anything
             raise DataError(f"--tasks {name}: lm-eval cannot load it: {type(error).__name__}: {error}") from error
+        single[name] = list(found["tasks"])
         for task in found["tasks"].values():
             _refuse(task, args.num_fewshot)
             if args.num_fewshot is not None or task.get_config("num_fewshot") is None:
@@ -105,7 +121,7 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
         tasks: dict[str, Any] = manager.load(loaded)
     except ValueError as error:  # a task and a group that contains it
         raise UsageError("--tasks", got=args.tasks, expected="each task once", why=str(error)) from error
-    return tasks
+    return tasks, single
 
 
 def _manager(args: argparse.Namespace) -> Any:
@@ -148,16 +164,21 @@ def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn
     from megatron_prune.evaluation.likelihoods import MegatronLM
 
     language_model = MegatronLM(asked.tokenizer, asked.longest, scorer.score)
-    found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=args.task_samples is not None)
+    found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=True)
     scorer.finish()
     shown = results(found)
-    screen.say("\n".join(lines(shown)))
+    scores = questions(found["samples"], shown)
+    averages = {name: average(shown, metrics) for name in named(args) if (metrics := suites.metrics_of(name))}
+    screen.say("\n".join([*lines(shown), *(f"{name}: {one['value']:.4f}" for name, one in averages.items())]))
     if args.task_samples is not None:
         samples = ({"task": task, **one} for task, of_task in found["samples"].items() for one in of_task)
         written = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
         artifacts.write_bytes(args.task_samples, written.encode())
     return {
         "results": shown,
+        **({"suites": averages} if averages else {}),
+        "single": asked.single,
+        "questions": scores,
         "lm_eval": importlib.metadata.version("lm_eval"),
         "limit": args.limit,
         "longest": asked.longest,
@@ -194,6 +215,49 @@ def results(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             **({"tasks": found["group_subtasks"][name]} if name in found["group_subtasks"] else {}),
         }
     return shown
+
+
+def questions(samples: dict[str, list[dict[str, Any]]], shown: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The score of every question, by task: what comparisons between models are paired by.
+
+    ``fingerprint`` identifies the questions and their order; ``scores`` has, for every metric that is the mean of its
+    questions' scores (accuracies are, perplexities are not), these scores.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for task, every in samples.items():
+        ordered = sorted(every, key=lambda sample: sample["doc_id"])
+        scores: dict[str, list[float]] = {}
+        for metric, one in shown[task]["metrics"].items():
+            name, _, chosen = metric.partition(",")
+            own = [sample.get(name) for sample in ordered if sample["filter"] == (chosen or "none")]
+            numbers = [float(value) for value in own if isinstance(value, int | float | numpy.number)]
+            if own and len(numbers) == len(own) and one["value"] is not None:
+                if math.isclose(math.fsum(numbers) / len(numbers), one["value"], rel_tol=1e-9, abs_tol=1e-12):
+                    scores[metric] = numbers
+        hashes = dict.fromkeys((sample["doc_id"], sample["doc_hash"]) for sample in ordered)
+        found[task] = {"fingerprint": artifacts.sha256_json([list(one) for one in hashes]), "scores": scores}
+    return found
+
+
+def average(shown: Mapping[str, Any], metrics: Mapping[str, str]) -> dict[str, Any]:
+    """A suite's score: the mean of its tasks' metrics, with the standard error from theirs."""
+    own = [shown[task]["metrics"][metric] for task, metric in metrics.items()]
+    errors = [one["stderr"] for one in own]
+    stderr = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors)) / len(own)
+    return {"value": math.fsum(one["value"] for one in own) / len(own), "stderr": stderr, "metrics": dict(metrics)}
+
+
+def texts(loaded: Mapping[str, Any], limit: int | None = None) -> dict[str, list[str]]:
+    """The text of every question by task, with all its answers, as a model reads it without examples before it."""
+    found: dict[str, list[str]] = {}
+    for name, task in loaded["tasks"].items():
+        task.set_config(key="num_fewshot", value=0)
+        task.build_all_requests(limit=limit)
+        parts: dict[int, list[str]] = {}
+        for request in task.instances:
+            parts.setdefault(request.doc_id, []).append("".join(one for one in request.args if isinstance(one, str)))
+        found[name] = ["\n".join(parts[number]) for number in sorted(parts)]
+    return found
 
 
 def lines(results: dict[str, dict[str, Any]]) -> list[str]:

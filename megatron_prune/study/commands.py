@@ -15,9 +15,8 @@ from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig
-from megatron_prune.study.sections import MethodSection
+from megatron_prune.study.sections import CORPORA, MethodSection
 
-CORPORA = ("validation", "test")
 SAVES_WHEN_TOLD = "--exit-signal-handler"
 LEARNING = ("mask-lr", "mask-ramp", "lr", "weight-decay", "global-batch-size")  # settings of `learn-masks` alone
 
@@ -152,16 +151,26 @@ def recipe(
     )
 
 
+def scored_corpora(study: StudyConfig) -> dict[str, str]:
+    """The corpora that every model is scored on: their prefixes by label."""
+    return {name: getattr(study.data, name) for name in CORPORA} | study.evaluation.corpora
+
+
 def evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path) -> Command:
-    """Validation and test loss on fixed windows, with the model loaded once."""
+    """Losses on fixed windows of all corpora, and tasks, with the model loaded once."""
+    corpora, made = scored_corpora(study), study.evaluation
     words = ["evaluate", *forward(study, checkpoint)]
     words += flags(
         {
-            "data-path": [getattr(study.data, name) for name in CORPORA],
-            "labels": list(CORPORA),
+            "data-path": list(corpora.values()),
+            "labels": list(corpora),
             "seq-length": study.evaluation_seq_length,
-            "micro-batch-size": study.evaluation.micro_batch_size or study.recipe.micro_batch_size,
-            "windows": study.evaluation.windows,
+            "micro-batch-size": made.micro_batch_size or study.recipe.micro_batch_size,
+            "windows": made.windows,
+            "tasks": ",".join(made.lm_eval_tasks) or None,
+            "tasks-path": made.tasks_path,
+            "num-fewshot": made.few_shot,
+            "limit": made.limit,
             "output": str(places.scores(cell)),
         }
     )

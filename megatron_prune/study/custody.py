@@ -64,7 +64,7 @@ def check_account(path: Path) -> None:
 
 
 def check_scores(path: Path, corpora: Sequence[str]) -> None:
-    """AccountError if a loss in the scores is not the mean of its windows."""
+    """AccountError if a loss in the scores is not the mean of its windows, or a task's result not that of its questions."""
     scores = artifacts.read_json(path)
     for name in corpora:
         corpus = scores["corpora"][name]
@@ -74,6 +74,16 @@ def check_scores(path: Path, corpora: Sequence[str]) -> None:
         mean = sum(windows) / len(windows)
         if not math.isclose(mean, corpus["loss"], rel_tol=1e-12):
             raise AccountError(f"{path}: the loss of {name} is {corpus['loss']}, the mean of its windows {mean}")
+    tasks = scores.get("tasks", {})
+    for name, questions in tasks.get("questions", {}).items():
+        result = tasks["results"][name]
+        for metric, own in questions["scores"].items():
+            mean, value = sum(own) / len(own), result["metrics"][metric]["value"]
+            if len(own) != result["samples"] or not math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
+                raise AccountError(
+                    f"{path}: {metric} of {name} is {value} on {result['samples']} questions, the mean of its "
+                    f"{len(own)} questions {mean}"
+                )
 
 
 def check_weights(scores: Path, account: Path | None, checkpoint: Path) -> None:

@@ -29,7 +29,7 @@ from megatron_prune.preflight import dry_run, host
 from megatron_prune.preflight import memory as preflight_memory
 from megatron_prune.preflight.cost import Cluster
 from megatron_prune.study import commands, grid
-from megatron_prune.study.commands import CORPORA, Command
+from megatron_prune.study.commands import Command
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
     Places,
@@ -233,8 +233,8 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
 
 
 def _evaluation(study: StudyConfig, shape: ModelShape | None) -> int:
-    """FLOPs of a cell's evaluation on all corpora; 0 while the shape is not known."""
-    windows = study.evaluation.windows * len(CORPORA)
+    """FLOPs of a cell's evaluation on all corpora, without tasks; 0 while the shape is not known."""
+    windows = study.evaluation.windows * len(commands.scored_corpora(study))
     return windows * shape.forward_flops(study.evaluation_seq_length) if shape else 0
 
 

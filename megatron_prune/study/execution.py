@@ -26,8 +26,8 @@ from megatron_prune.structured import candidates as candidate_file
 from megatron_prune.structured import plan as plan_file
 from megatron_prune.structured import statistics as calibrate
 from megatron_prune.study import custody
-from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.prunings import Places
+from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import learned_file
 
 TAIL_LINES = 15
@@ -80,23 +80,31 @@ def learned(masks: str, **asked: Any) -> bool:
     return trained(**asked) and _readable(learned_file.read, masks)
 
 
-def evaluated(scores: str, windows: int, checkpoint: str, account: str | None = None) -> bool:
-    """True if there are finite scores of both corpora on that many windows, with the text they are for.
+def evaluated(
+    scores: str,
+    windows: int,
+    checkpoint: str,
+    account: str | None = None,
+    corpora: Sequence[str] = CORPORA,
+    tasks: Sequence[str] = (),
+) -> bool:
+    """True if there are finite scores of all corpora on that many windows, with the text they are for, and of the tasks.
 
     AccountError if they are not for the weights at ``checkpoint`` or those that ``account`` says were saved, or if they
     contradict themselves.
     """
     if not Path(scores).is_file():
         return False
-    corpora = artifacts.read_json(scores).get("corpora", {})
+    content = artifacts.read_json(scores)
+    found, answered = content.get("corpora", {}), content.get("tasks", {})
     there = all(
-        corpora.get(name, {}).get("windows") == windows
-        and _is_number(corpora[name].get("loss"))
-        and "fingerprint" in corpora[name]
-        for name in CORPORA
-    )
+        found.get(name, {}).get("windows") == windows
+        and _is_number(found[name].get("loss"))
+        and "fingerprint" in found[name]
+        for name in corpora
+    ) and set(tasks) <= set(answered.get("single", {}))
     if there:
-        custody.check_scores(Path(scores), CORPORA)
+        custody.check_scores(Path(scores), corpora)
         custody.check_weights(Path(scores), Path(account) if account else None, Path(checkpoint))
     return there
 

@@ -278,6 +278,10 @@ def _evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path,
     """``account``: of the training that wrote the checkpoint, if there was one."""
     asked: dict[str, Any] = {"scores": str(places.scores(cell)), "windows": study.evaluation.windows}
     asked |= {"checkpoint": str(checkpoint), "account": None if account is None else str(account)}
+    if study.evaluation.corpora:
+        asked["corpora"] = list(commands.scored_corpora(study))
+    if study.evaluation.tasks:
+        asked["tasks"] = study.evaluation.lm_eval_tasks
     return Stage(commands.evaluation(study, places, cell, checkpoint), Check("evaluated", asked))
 
 

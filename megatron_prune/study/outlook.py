@@ -290,6 +290,7 @@ def absent_corpora(study: StudyConfig) -> list[str]:
     """Prefixes of the study's corpora that do not exist."""
     data = study.data
     prefixes = [*(prefix for _, prefix in data.train), data.calibration, data.validation, data.test]
+    prefixes += study.evaluation.corpora.values()
     return [one for one in prefixes if not all(Path(f"{one}{suffix}").is_file() for suffix in (".bin", ".idx"))]
 
 

@@ -235,6 +235,11 @@ class Places:
         """The report on near-duplicates between the study's corpora, if it is requested."""
         return self.root / "overlap.json"
 
+    @property
+    def quoted(self) -> Path:
+        """The report on questions of tasks in the study's training and calibration text."""
+        return self.root / "quoted-questions.json"
+
     def parent(self, study: StudyConfig, seed: int = 0) -> Path:
         """A seed's parent checkpoint: the study's own, or the one named in study.yaml."""
         return Path(study.parent.load) if study.parent.load else self.checkpoint(parent_cell(study, seed))

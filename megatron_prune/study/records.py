@@ -21,11 +21,11 @@ from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
 from megatron_prune.structured import plan, statistics
-from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.grid import TrainingCell, shape_tag
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
 from megatron_prune.study.sample_ranges import Lay
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
 
@@ -208,13 +208,32 @@ def _run(account: Mapping[str, Any]) -> Record:
 
 
 def _evaluated(scores: Mapping[str, Any]) -> Record:
-    """Losses, with the weights and the text they are for."""
+    """Losses and tasks' results, with the weights and the text they are for."""
     corpora = scores["corpora"]
-    return {
+    record = {
         **{f"{name}_loss": corpora[name]["loss"] for name in CORPORA},
         "fingerprint": scores["checkpoint"]["fingerprint"],
-        "text": {name: {key: corpora[name][key] for key in TEXT} for name in CORPORA},
+        "text": {name: {key: corpus[key] for key in TEXT} for name, corpus in corpora.items()},
     }
+    if more := {name: corpus["loss"] for name, corpus in corpora.items() if name not in CORPORA}:
+        record["corpora"] = more
+    if tasks := scores.get("tasks"):
+        record["tasks"] = tasks["results"]
+        record["text"]["tasks"] = asked_of(tasks)
+    return record
+
+
+def asked_of(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the questions that a model was asked, and how: of the same form as a corpus's ``TEXT``."""
+    results, questions = tasks["results"], tasks["questions"]
+    same = {
+        "questions": {name: own["fingerprint"] for name, own in questions.items()},
+        "versions": {name: [own["version"], own["num_fewshot"]] for name, own in results.items()},
+        **{key: tasks[key] for key in ("lm_eval", "limit", "longest")},
+        "tokenizer": tasks["tokenizer"]["fingerprint"],
+    }
+    number = sum(results[name]["samples"] for name in questions)
+    return {"fingerprint": artifacts.sha256_json(same), "windows": number, "seq_length": tasks["longest"]}
 
 
 def unigram_loss(prefix: str, count: int) -> float:

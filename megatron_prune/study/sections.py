@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
+from megatron_prune.evaluation import suites
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.study.values import (
     CHOSEN,
@@ -18,12 +19,17 @@ from megatron_prune.study.values import (
     Compare,
     Flags,
     Fraction,
+    Label,
+    Names,
     PatternText,
     Positive,
     Rate,
+    Share,
     Tokens,
     finds,
 )
+
+CORPORA = ("validation", "test")  # the keys of ``data`` whose text is held out; test decides
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -318,8 +324,56 @@ class CalibrationSection:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationSection:
-    """Fixed windows of validation and test text that verdicts are based on."""
+    """What every arm, the parent and the starts before retraining are scored on, in one load of each model.
+
+    ``windows`` fixed windows of ``data.validation``, of ``data.test``, on which verdicts are based, and of each of
+    ``corpora``: further tokenized text, by labels. ``tasks``: suites (``paper-zero-shot``, or one of ``suites``), tasks,
+    groups and tags of lm-eval, and those of the YAML files in ``tasks_path``; ``few_shot`` examples before each question
+    (none: the task's own number), and the first ``limit`` questions of each. ``suites``: more suites, each a mapping of
+    tasks to the metric that counts.
+
+    ``max_contaminated``: share of a task's questions that may have 13 tokens in a row in the training or calibration
+    text; `null` looks for none (it takes about 0.1 µs per training token, once).
+    """
 
     windows: Positive = 256
     seq_length: Positive | None = None  # None: data.seq_length
     micro_batch_size: Positive | None = None  # None: the recipe's
+    corpora: dict[Label, str] = dataclasses.field(default_factory=dict)
+    tasks: Names = dataclasses.field(default_factory=list)
+    tasks_path: str | None = None
+    few_shot: Annotated[int, Field(ge=0)] | None = None
+    limit: Positive | None = None
+    suites: dict[Label, dict[str, str]] = dataclasses.field(default_factory=dict)
+    max_contaminated: Share | None = 0.0
+
+    @finds
+    def __post_init__(self) -> None:
+        for label in self.corpora:
+            if label in CORPORA:
+                raise UsageError(
+                    f"evaluation.corpora.{label}", got=label, expected="another label",
+                    why=f"data.{label} is scored already",
+                )  # fmt: skip
+        if not self.tasks:
+            for key in ("tasks_path", "few_shot", "limit", "suites"):
+                if getattr(self, key):
+                    raise UsageError(f"evaluation.{key}", got="it alone", expected="evaluation.tasks with it")
+        for name, metrics in self.suites.items():
+            if not metrics or name in suites.known():
+                raise UsageError(f"evaluation.suites.{name}", got="no tasks" if not metrics else "a name of the package",
+                                 expected="tasks with the metric of each, under a name of its own")  # fmt: skip
+        for name in self.tasks:
+            suite = suites.known().get(name)
+            if suite is None:
+                continue
+            if not suite.tasks:
+                raise UsageError("evaluation.tasks", got=f"{name}, a suite of corpora", expected="suites of tasks",
+                                 do=f"megatron-prune prepare-suite {name}, then name its files in evaluation.corpora")  # fmt: skip
+            if suite.few_shot is not None and self.few_shot not in (None, suite.few_shot):
+                raise UsageError("evaluation.few_shot", got=self.few_shot, expected=f"{suite.few_shot} with {name}")
+
+    @property
+    def lm_eval_tasks(self) -> list[str]:
+        """The names that lm-eval knows, each once."""
+        return suites.tasks_of(self.tasks, self.suites)

@@ -19,7 +19,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import contamination, indexed, windows
 from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
-from megatron_prune.study import commands, needs
+from megatron_prune.study import commands, needs, questions
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
 from megatron_prune.study.prunings import Places, Pruning, learning_samples, links, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
@@ -60,6 +60,8 @@ def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int
         )
     if not planned or not absent:
         _check_data(study, places, outlook)
+        if not planned and study.evaluation.tasks:
+            questions.check(study, places)
         return outlook
     assert corpus_tokens is not None
     data = study.data
@@ -117,23 +119,35 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
         seen[print_] = name
         if outlook.source is not None:
             indexed.check_fits_model(prefix, _words(study, places, outlook.source))
+    for label, prefix in study.evaluation.corpora.items():  # nothing is trained on them: they may be each other's
+        indexed.open_indexed(prefix)
+        if (earlier := seen.get(indexed.fingerprint(prefix))) and earlier != "data.test":
+            raise DataError(
+                f"evaluation.corpora.{label} and {earlier} hold the same tokens: expected text that no run is trained, "
+                "pruned or chosen on"
+            )
+        if outlook.source is not None:
+            indexed.check_fits_model(prefix, _words(study, places, outlook.source))
     windows.windows(
         data.calibration,
         study.calibration_seq_length,
         study.calibration.sequences,
         flag="calibration.sequences",
     )
-    for name in commands.CORPORA:
+    scored = commands.scored_corpora(study)
+    for prefix in scored.values():
         windows.windows(
-            getattr(data, name),
+            prefix,
             study.evaluation_seq_length,
             study.evaluation.windows,
             flag="evaluation.windows",
         )
+    more = list(study.evaluation.corpora.values())
     held_out = [data.calibration, data.validation, data.test]
-    contamination.refuse_shared_documents([prefix for _, prefix in data.train], held_out)
+    contamination.refuse_shared_documents([prefix for _, prefix in data.train], [*held_out, *more])
     for number, earlier in enumerate(held_out):  # no held-out text may be seen in an earlier stage
-        contamination.refuse_shared_documents([earlier], held_out[number + 1 :])
+        later = [*held_out[number + 1 :], *(more if earlier != data.test else [])]
+        contamination.refuse_shared_documents([earlier], later)
     if data.max_near_duplicates is not None:
         _check_near_duplicates(study, data.max_near_duplicates, places)
     check_unseen(study, outlook.stages)
@@ -144,6 +158,7 @@ def _check_near_duplicates(study: StudyConfig, limit: float, places: Places) -> 
     """Refuse corpora that share too much; the report is kept, since it requires reading every training token."""
     data = study.data
     stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
+    stages["test"] += [prefix for prefix in study.evaluation.corpora.values() if prefix != data.test]
     stages["train"] = [prefix for _, prefix in data.train]
     earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
     report = contamination.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
@@ -209,6 +224,7 @@ def _compare(study: StudyConfig, stage: Stage, prefix: str, content: str) -> Non
 
 def _corpora(study: StudyConfig) -> dict[str, list[str]]:
     held: dict[str, Any] = {name: [getattr(study.data, name)] for name in ("calibration", "validation", "test")}
+    held |= {label: [prefix] for label, prefix in study.evaluation.corpora.items()}
     return {"train": [prefix for _, prefix in study.data.train], **held}
 
 

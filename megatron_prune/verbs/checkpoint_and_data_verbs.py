@@ -150,6 +150,19 @@ class PreprocessSettings(DocumentsSettings, TokenizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareSuiteSettings(Settings):
+    TITLE = "files"
+
+    suite: str = setting(positional=True, metavar="SUITE", help="paper-zero-shot, paper-perplexity, or one of --suites")
+    suites: str | None = setting(None, metavar="FILE.yaml", help="a file of more suites, of the package's form")
+    output: str | None = setting(None, metavar="DIR", help="folder for the tokenized corpora, one for each label")
+    tokenizer_type: str | None = setting(None, metavar="TYPE", help=", ".join(TOKENIZERS))
+    tokenizer_model: str | None = setting(None, metavar="PATH", help="as for preprocess")
+    append_eod: bool = setting(False, help="end every document with the end-of-document id")
+    workers: int = setting(1, metavar="N", help="processes; the files do not depend on their number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckContaminationSettings(Settings):
     TITLE = "corpora and limits"
 

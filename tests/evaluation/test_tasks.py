@@ -244,7 +244,7 @@ def test_tasks_that_cannot_run_are_refused(given, says, folder, monkeypatch) -> 
     manager = own_manager(folder)
     monkeypatch.setattr(tasks, "_manager", lambda _: manager)
     with pytest.raises(MegatronPruneError, match=says):
-        tasks._load(flags(**given))
+        tasks.load(flags(**given))
 
 
 @pytest.mark.parametrize(

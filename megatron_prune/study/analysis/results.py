@@ -24,7 +24,6 @@ from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.sweep import Sweep
 from megatron_prune.study.analysis.verdicts import Verdict
-from megatron_prune.study.commands import CORPORA
 from megatron_prune.study.prunings import (
     Places,
     Pruning,
@@ -36,6 +35,7 @@ from megatron_prune.study.prunings import (
 )
 from megatron_prune.study.sample_ranges import Lay, counted
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 

@@ -13,8 +13,8 @@ from typing import Any
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.inference import CONFIDENCE, POWER, Difference, OverDocuments, Scatter
 from megatron_prune.study.grid import Edge, Subject, setting_words
+from megatron_prune.study.sections import CORPORA
 
-CORPORA = ("validation", "test")
 WINNERS = {"pruned": "the pruned model", "scratch": "training from scratch"}
 
 
