@@ -1,4 +1,4 @@
-"""``megatron-prune prepare-suite``: the corpora and tasks of an evaluation suite, where studies and `evaluate` find them."""
+"""``megatron-prune prepare-suite``: fetch the tasks of an evaluation suite, and fetch and tokenize its corpora."""
 
 from __future__ import annotations
 

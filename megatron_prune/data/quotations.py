@@ -20,14 +20,16 @@ from megatron_prune.errors import DataError
 
 RUN = 13  # tokens, as many words as GPT-3's authors looked for (Brown et al. 2020, appendix C)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-BITS = 24  # of the table that excludes most runs before they are looked up
+BITS = 26  # of the table that excludes most runs before they are looked up
 CHUNK = 1 << 20  # tokens of a corpus at a time
 
 
 @dataclass(frozen=True)
 class QuotedTexts:
-    """Of ``texts``, ``too_short`` are not compared, and ``quoted`` are quoted in the ``corpora``; ``example``: the number
-    of one of them."""
+    """Of ``texts``, ``too_short`` are not compared, and ``quoted`` are quoted in the ``corpora``.
+
+    ``example``: the number of one of them.
+    """
 
     texts: int
     too_short: int
@@ -53,13 +55,11 @@ def quoted(texts: Mapping[str, Sequence[str]], corpora: Sequence[str], tokenizer
         found = run_hashes(np.asarray(tokens))
         hashes.append(found)
         owners.append(np.full(len(found), place))
-    table = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-    order = np.argsort(table, kind="stable")
-    table, owner = table[order], np.concatenate(owners)[order] if owners else np.empty(0, np.int64)
+    table, entry = np.unique(np.concatenate(hashes or [np.empty(0, np.uint64)]), return_inverse=True)
     hit = np.zeros(len(table), dtype=bool)
-    for corpus in corpora:
+    for corpus in corpora if len(table) else ():
         _look_up(corpus, table, hit)
-    found_places = set(owner[hit].tolist())
+    found_places = set(np.concatenate(owners)[hit[entry]].tolist()) if len(table) else set()
     result = {}
     for name, own in texts.items():
         numbers = [number for place, (group, number) in enumerate(groups) if group == name and place in found_places]
@@ -90,8 +90,9 @@ def _look_up(corpus: str, table: np.ndarray, hit: np.ndarray) -> None:
     with screen.Bar(len(ids), f"looking for questions in {corpus}", "token", shown=screen.rank() == 0) as bar:
         for first in range(0, max(0, len(ids) - RUN + 1), CHUNK):
             runs = run_hashes(np.asarray(ids[first : first + CHUNK + RUN - 1]))
-            runs = np.unique(runs[maybe[(runs >> shift).astype(np.int64)]])
-            hit |= np.isin(table, runs)
+            runs = runs[maybe[(runs >> shift).astype(np.int64)]]
+            places = np.minimum(np.searchsorted(table, runs), len(table) - 1)
+            hit[places[table[places] == runs]] = True
             bar.reach(min(first + CHUNK, len(ids)))
 
 

@@ -54,7 +54,9 @@ def read(path: str | Path) -> Mapping[str, Suite]:
     if not Path(path).is_file():
         raise UsageError("SUITE", got=path, expected="the YAML file of suites, which exists")
     try:
-        found: Mapping[str, Suite] = TypeAdapter(dict[str, Suite]).validate_python(yaml.safe_load(Path(path).read_text()))
+        found: Mapping[str, Suite] = TypeAdapter(dict[str, Suite]).validate_python(
+            yaml.safe_load(Path(path).read_text())
+        )
     except (yaml.YAMLError, ValidationError) as error:
         raise UsageError("SUITE", got=path, expected="suites by name", why=" ".join(str(error).split())) from error
     return found

@@ -64,7 +64,7 @@ def check_account(path: Path) -> None:
 
 
 def check_scores(path: Path, corpora: Sequence[str]) -> None:
-    """AccountError if a loss in the scores is not the mean of its windows, or a task's result not that of its questions."""
+    """AccountError if a loss is not the mean of its windows, or a task's result not that of its questions."""
     scores = artifacts.read_json(path)
     for name in corpora:
         corpus = scores["corpora"][name]

@@ -88,7 +88,7 @@ def evaluated(
     corpora: Sequence[str] = CORPORA,
     tasks: Sequence[str] = (),
 ) -> bool:
-    """True if there are finite scores of all corpora on that many windows, with the text they are for, and of the tasks.
+    """True if there are scores of all corpora, finite, on that many windows, with the text they are for, and of tasks.
 
     AccountError if they are not for the weights at ``checkpoint`` or those that ``account`` says were saved, or if they
     contradict themselves.

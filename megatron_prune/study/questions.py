@@ -90,6 +90,9 @@ def _tokenizer(study: StudyConfig) -> Tokenizer:
         return load_tokenizer(made.type, made.model)
     described = indexed.sidecar(study.data.train[0][1])
     if described is None:
-        raise UsageError("data.tokenizer", got="nothing", expected="the corpora's tokenizer, to look for the questions "
-                         "of evaluation.tasks in them", do="give it, or set evaluation.max_contaminated: null")  # fmt: skip
+        raise UsageError(
+            "data.tokenizer", got="nothing", expected="the corpora's tokenizer",
+            why="the questions of evaluation.tasks are looked for in them",
+            do="give it, or set evaluation.max_contaminated: null",
+        )  # fmt: skip
     return load_tokenizer(described["tokenizer"]["type"], described["tokenizer"]["model"])

@@ -327,13 +327,13 @@ class EvaluationSection:
     """What every arm, the parent and the starts before retraining are scored on, in one load of each model.
 
     ``windows`` fixed windows of ``data.validation``, of ``data.test``, on which verdicts are based, and of each of
-    ``corpora``: further tokenized text, by labels. ``tasks``: suites (``paper-zero-shot``, or one of ``suites``), tasks,
-    groups and tags of lm-eval, and those of the YAML files in ``tasks_path``; ``few_shot`` examples before each question
-    (none: the task's own number), and the first ``limit`` questions of each. ``suites``: more suites, each a mapping of
-    tasks to the metric that counts.
+    ``corpora``: further tokenized text, by labels. ``tasks``: suites (``paper-zero-shot``, or one of ``suites``),
+    tasks, groups and tags of lm-eval, and those of the YAML files in ``tasks_path``; ``few_shot`` examples before each
+    question (none: the task's own number), and the first ``limit`` questions of each. ``suites``: more suites, each a
+    mapping of tasks to the metric that counts.
 
     ``max_contaminated``: share of a task's questions that may have 13 tokens in a row in the training or calibration
-    text; `null` looks for none (it takes about 0.1 µs per training token, once).
+    text; ``null`` looks for none (it takes about 0.1 µs per training token, once).
     """
 
     windows: Positive = 256
@@ -361,15 +361,19 @@ class EvaluationSection:
                     raise UsageError(f"evaluation.{key}", got="it alone", expected="evaluation.tasks with it")
         for name, metrics in self.suites.items():
             if not metrics or name in suites.known():
-                raise UsageError(f"evaluation.suites.{name}", got="no tasks" if not metrics else "a name of the package",
-                                 expected="tasks with the metric of each, under a name of its own")  # fmt: skip
+                raise UsageError(
+                    f"evaluation.suites.{name}", got="a name of the package" if metrics else "no tasks",
+                    expected="tasks with the metric of each, under a name of its own",
+                )  # fmt: skip
         for name in self.tasks:
             suite = suites.known().get(name)
             if suite is None:
                 continue
             if not suite.tasks:
-                raise UsageError("evaluation.tasks", got=f"{name}, a suite of corpora", expected="suites of tasks",
-                                 do=f"megatron-prune prepare-suite {name}, then name its files in evaluation.corpora")  # fmt: skip
+                raise UsageError(
+                    "evaluation.tasks", got=f"{name}, a suite of corpora", expected="suites of tasks",
+                    do=f"megatron-prune prepare-suite {name}, and name its files in evaluation.corpora",
+                )  # fmt: skip
             if suite.few_shot is not None and self.few_shot not in (None, suite.few_shot):
                 raise UsageError("evaluation.few_shot", got=self.few_shot, expected=f"{suite.few_shot} with {name}")
 

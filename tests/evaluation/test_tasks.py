@@ -173,6 +173,12 @@ def agree(tasks: dict[str, Any], samples: Path, expected: Any, task: str) -> Non
     # HFLM sums in fp32, whose last bit is 1.2e-4 at a thousand.
     assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4, rel=2e-7)
     result = tasks["results"][task]
+    scores = tasks["questions"][task]["scores"]
+    assert set(scores) == ({"acc", "acc_norm"} if "choices" in task else set())  # perplexities are no means
+    for metric, own in scores.items():
+        ordered = sorted(expected["samples"][task], key=lambda sample: sample["doc_id"])
+        assert own == [sample[metric] for sample in ordered]
+    assert tasks["single"][task] == [task]
     assert result["samples"] == expected["n-samples"][task]["effective"]
     assert result["samples_of"] == expected["n-samples"][task]["original"] == 19
     assert result["num_fewshot"] == expected["n-shot"][task]

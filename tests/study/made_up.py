@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Sequence
@@ -37,7 +38,6 @@ from megatron_prune.study.prunings import Places
 from megatron_prune.training import data, lineage
 
 VOCABULARY = 123
-LABELS = ("validation", "test")
 SHAPE_FLAGS = {
     "num-layers": 4,
     "hidden-size": 32,
@@ -55,11 +55,14 @@ SHAPE_FLAGS = {
 }
 
 
-def corpora(folder: Path, train: int = 12_000, vocabulary: int = VOCABULARY) -> dict[str, str]:
-    """Four corpora of random tokens, ``train`` of them for training; their prefixes by name."""
+def corpora(
+    folder: Path, train: int = 12_000, vocabulary: int = VOCABULARY, more: Sequence[str] = ()
+) -> dict[str, str]:
+    """Four corpora of random tokens, ``train`` of them for training, and ``more``; their prefixes by name."""
     generator = np.random.default_rng(0)
     prefixes = {}
-    for name, length in (("train", train), ("calibration", 2_000), ("validation", 2_000), ("test", 2_000)):
+    lengths = {"train": train, **dict.fromkeys(("calibration", "validation", "test", *more), 2_000)}
+    for name, length in lengths.items():
         prefix = folder / name
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
         for _ in range(length // 100):
@@ -228,7 +231,7 @@ class FakeLauncher:
 
     def _evaluate(self, argv: list[str]) -> None:
         given = words(argv)
-        write_scores(given, {name: number(given["load"].split("cells/")[-1], name) for name in LABELS})
+        write_scores(given, {name: number(given["load"].split("cells/")[-1], name) for name in labels_of(given)})
 
 
 def write_losses(save: Path, made: dict[str, Any], losses: Sequence[float]) -> None:
@@ -264,8 +267,16 @@ def weights_of(save: Path) -> dict[str, Any]:
     return {"iteration": held.iteration, "fingerprint": held.fingerprint(), "full_hash": held.full_hash()}
 
 
-def write_scores(given: dict[str, str], losses: dict[str, float]) -> None:
-    """scores.json as ``evaluate`` writes it, with the mean loss of each corpus, and windows around it."""
+def labels_of(given: dict[str, str]) -> list[str]:
+    """The labels of the corpora of ``evaluate``."""
+    return given["labels"].split()
+
+
+def write_scores(given: dict[str, str], losses: dict[str, float], accuracy: float = 0.5) -> None:
+    """scores.json as ``evaluate`` writes it, with the mean loss of each corpus, and windows around it.
+
+    ``accuracy``: of the tasks that are asked for, about.
+    """
     load, prefixes = Path(given["load"]), dict(zip(given["labels"].split(), given["data_path"].split(), strict=True))
     windows, seq_length = int(given["windows"]), int(given["seq_length"])
     corpora = {}
@@ -288,12 +299,39 @@ def write_scores(given: dict[str, str], losses: dict[str, float]) -> None:
         "version": 1,
         "checkpoint": {"path": str(load), **weights_of(load)},
         "corpora": corpora,
+        **({"tasks": answers(given, load.parent.name, accuracy)} if "tasks" in given else {}),
         "parameters": parameters,
         "parameters_nonzero": parameters,
         "masks": masks,
         "versions": artifacts.versions(),
         "device": artifacts.device(),
     })  # fmt: skip
+
+
+QUESTIONS = 80
+
+
+def answers(given: dict[str, str], cell: str, accuracy: float) -> dict[str, Any]:
+    """The entry ``tasks`` of the scores: answers to made-up questions, some harder than others."""
+    names, results, questions = given["tasks"].split(","), {}, {}
+    for task in names:
+        hard = np.random.default_rng(int(1e9 * number(task))).normal(0, 1.5, QUESTIONS)
+        own = np.random.default_rng(int(1e9 * number(task, cell))).normal(0, 1, QUESTIONS)
+        right = (math.log(accuracy / (1 - accuracy)) * 1.9 > hard + own).astype(float)
+        scores = {"acc": right.tolist(), "acc_norm": np.roll(right, 1).tolist()}
+        metrics = {
+            name: {"value": float(np.mean(one)), "stderr": float(np.std(one, ddof=1) / QUESTIONS**0.5),
+                   "higher_is_better": True}
+            for name, one in scores.items()
+        }  # fmt: skip
+        results[task] = {"metrics": metrics, "samples": QUESTIONS, "samples_of": QUESTIONS, "version": 1.0,
+                         "num_fewshot": int(given.get("num_fewshot", 0))}  # fmt: skip
+        questions[task] = {"fingerprint": task, "scores": scores}
+    return {
+        "results": results, "questions": questions, "single": {name: [name] for name in names}, "lm_eval": "0",
+        "limit": int(given["limit"]) if "limit" in given else None, "longest": int(given["seq_length"]), "truncated": 0,
+        "micro_batch_size": 1, "tokenizer": {"model": "m", "fingerprint": "f"},
+    }  # fmt: skip
 
 
 def first_removed(shape: tuple[int, ...], pattern: Pattern, ratio: float, seed: int) -> torch.Tensor:

@@ -131,3 +131,19 @@ def test_scores_of_other_weights(tmp_path: Path, tiny_parent: Path) -> None:
         check(None, held)
     with pytest.raises(AccountError, match=f"scores.json is of weights with fingerprint x, {tiny_parent} has"):
         check(held | {"fingerprint": "x"}, held | {"fingerprint": "x"}, tiny_parent)
+
+
+def test_tasks_that_contradict_their_questions(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+
+    def write(scores: list[float], value: float, samples: int = 4) -> None:
+        results = {"t": {"metrics": {"acc": {"value": value}}, "samples": samples}}
+        tasks = {"results": results, "questions": {"t": {"fingerprint": "f", "scores": {"acc": scores}}}}
+        artifacts.write_json(path, {"corpora": {}, "tasks": tasks})
+
+    write([1.0, 0.0, 1.0, 1.0], 0.75)
+    custody.check_scores(path, [])
+    for scores, value in (([1.0, 0.0, 1.0, 1.0], 0.8), ([1.0, 0.0, 1.0], 2 / 3)):
+        write(scores, value)
+        with pytest.raises(AccountError, match="acc of t is .* on 4 questions, the mean of its . questions"):
+            custody.check_scores(path, [])
