@@ -40,8 +40,9 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
     if asked.seed is not None and asked.seed < 0:
         raise UsageError("--seed", got=asked.seed, expected="0 or more")
     choice = choices.choose(
-        asked.method, asked, own, tensor_parallel=asked.tensor_model_parallel_size, seed=asked.seed or 0
-    )
+        asked.method, asked, own, tensor_parallel=asked.tensor_model_parallel_size, seed=asked.seed or 0,
+        exportable=asked.exportable,
+    )  # fmt: skip
     if asked.statistics and not choice.needs_statistics:
         raise UsageError(
             "--statistics",

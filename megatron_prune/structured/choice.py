@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
+from megatron_prune.convert.config import unexportable
 from megatron_prune.data import multiple_choice
 from megatron_prune.methods.base import Method, Retraining
 from megatron_prune.methods.options import WidthOptions
@@ -28,6 +29,7 @@ class Choice:
     settings: Settings
     target: targets.Target
     seed: int | None
+    exportable: bool = False  # only shapes that a Hugging Face model can have
 
     def make(
         self, question: Question, statistics: statistics_file.Statistics | LearnedMasks | None
@@ -38,7 +40,11 @@ class Choice:
 
     def question(self, parent: Checkpoint) -> Question:
         """The question about ``parent``; UsageError or DataError if the target or task is impossible."""
-        shapes, task = self.shapes(parent.shape), self.task
+        chosen, task = self, self.task
+        if self.exportable:
+            target = replace(self.target, unexportable=lambda shape: unexportable(parent, shape))
+            chosen = replace(self, target=target)
+        shapes = chosen.shapes(parent.shape)
         return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task)
 
     def check(self) -> None:
@@ -78,7 +84,13 @@ class Choice:
 
 
 def choose(
-    name: str, asked: verbs.TargetSettings, own: Settings, *, tensor_parallel: int = 1, seed: int | None = None
+    name: str,
+    asked: verbs.TargetSettings,
+    own: Settings,
+    *,
+    tensor_parallel: int = 1,
+    seed: int | None = None,
+    exportable: bool = False,
 ) -> Choice:
     """The choice that the target ``asked`` and the method's ``own`` settings describe; UsageError if they conflict.
 
@@ -87,4 +99,4 @@ def choose(
     method = methods.get(name)
     shapes = (own.target_shapes or ()) if isinstance(own, WidthOptions) else ()
     target = targets.from_settings(asked, shapes, tensor_parallel)
-    return Choice(name, method, own, target, seed if method.random else None)
+    return Choice(name, method, own, target, seed if method.random else None, exportable)

@@ -21,7 +21,7 @@ most evenly come first, then the nearest, then the larger.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ class Target:
     divisible_by: int = 64
     tolerance: float | None = None  # None: TOLERANCE
     tensor_parallel: int = 1
+    unexportable: Callable[[ModelShape], str | None] | None = None  # with --exportable: why a shape is refused
 
     def __post_init__(self) -> None:
         ways = [
@@ -196,7 +197,8 @@ class Target:
             below = ffn_step * max(1, 1 + math.floor((goal - base) / (one_more - base)))
             sizes = {min(ffn, widest) for ffn in (below, below + ffn_step)} - {0}
             shapes = [replace(source, hidden_size=hidden, ffn_hidden_size=ffn) for ffn in sizes]
-            candidates = [(abs(self._count(s) - goal), -s.ffn_hidden_size, s) for s in shapes if s != source]
+            shapes = [s for s in shapes if s != source and (self.unexportable is None or not self.unexportable(s))]
+            candidates = [(abs(self._count(s) - goal), -s.ffn_hidden_size, s) for s in shapes]
             if not candidates:
                 continue
             distance, _, shape = min(candidates, key=lambda candidate: candidate[:2])
@@ -298,6 +300,11 @@ class Target:
         ):
             if size % tp:
                 yield UsageError(flag, got=size, expected=f"a multiple of --tensor-model-parallel-size {tp}")
+        if self.unexportable is not None and (reason := self.unexportable(shape)) is not None:
+            yield UsageError(
+                "--exportable", got=f"hidden {shape.hidden_size}, {heads}",
+                expected="a shape that a Hugging Face model can have", why=reason,
+            )  # fmt: skip
         groups = shape.num_query_groups
         if groups % tp and tp % groups:
             yield UsageError(

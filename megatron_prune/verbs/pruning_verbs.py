@@ -62,6 +62,7 @@ class PlanSettings(TargetSettings, MethodSettings, PlanFilesSettings):
     tensor_model_parallel_size: int = setting(
         1, metavar="TP", help="refuse shapes that this tensor-parallel size does not divide"
     )
+    exportable: bool = setting(False, help="keep to shapes that can be exported to Hugging Face")
 
 
 @dataclass(frozen=True, kw_only=True)
