@@ -7,6 +7,7 @@ The interface covers ids, vocabulary size, the ids that begin and end a document
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -41,6 +42,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Encode many texts, faster than ``encode``, as int32 arrays."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ``ids``; special tokens are shown by name, or else left out."""
         ...
 
     def fingerprint(self) -> str:
@@ -84,6 +89,15 @@ class SentencePieceTokenizer:
         if self._chunks is None:
             return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(texts, num_threads=1)]
         return [self._chunks.encode(text) for text in self._processor.normalize(texts)]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        parts = []
+        for control, run in itertools.groupby(ids, self._processor.is_control):
+            if not control:
+                parts.append(self._processor.decode(list(run)))
+            elif special:
+                parts += [self._processor.id_to_piece(i) for i in run]
+        return "".join(parts)
 
     def fingerprint(self) -> str:
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
@@ -160,6 +174,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eod = loaded.bos_token_id, loaded.eos_token_id
         self._start = loaded.bos_token or loaded.eos_token
+        self._decode = loaded.decode
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
@@ -175,6 +190,10 @@ class HuggingFaceTokenizer:
             return [self._chunks.encode(text) for text in texts]
         found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int32) for one in found]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        text: str = self._decode(list(ids), skip_special_tokens=not special)
+        return text
 
     def fingerprint(self) -> str:
         return _identity(self._backend.get_vocab(with_added_tokens=True), self.eod)
@@ -246,6 +265,9 @@ class TikTokenizer:
         if self._chunks is not None:
             return [self._chunks.encode(text) for text in texts]
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        return str(self._tokenizer.ids_to_text(list(ids), remove_special_tokens=not special) or "")
 
     def fingerprint(self) -> str:
         vocabulary = self._tokenizer.vocab

@@ -278,13 +278,20 @@ def _forward(
     *others: Any,
     **more: Any,
 ) -> torch.Tensor:
-    """``DotProductAttention.forward``: queries [sq, b, n, d], keys and values [sk, b, g, d] to [sq, b, n·d]."""
-    if module.training or torch.is_grad_enabled() or attention_mask is not None or len(query) != len(key):
+    """``DotProductAttention.forward``: queries [sq, b, n, d], keys and values [sk, b, g, d] to [sq, b, n·d].
+
+    One query with many keys is the last token of a sequence whose earlier keys were cached: it sees all of them.
+    """
+    last = len(query) == 1
+    if module.training or torch.is_grad_enabled() or attention_mask is not None or not (last or len(query) == len(key)):
         output: torch.Tensor = unfused(query, key, value, attention_mask, *others, **more)
         return output
     repeats = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
+    if not last:
+        key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
     scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1.0)
-    context = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    context = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=not last, scale=scale, enable_gqa=last and repeats > 1
+    )
     return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

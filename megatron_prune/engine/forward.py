@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
@@ -125,7 +127,7 @@ def run(
     DataError if a window holds a padding id.
     """
     stacked = (torch.stack(some) for some in itertools.batched(map(checked, windows), batch))  # [B, S + 1] each
-    batches = ((some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in stacked)  # [B, S] each
+    batches = ((some[:, :-1].contiguous(), some[:, 1:].contiguous(), None) for some in stacked)  # [B, S] each
     found = _through_the_pipeline(
         model, batches, lambda losses: [reduce(row).item() for row in losses.double().view(losses.shape[0], -1)]
     )
@@ -151,22 +153,48 @@ def run_logits(
     ``batches`` yields int64 tensors [B, S], as ``windows`` in ``run``. ``read`` gets [B, S, V / TP] on every tensor
     parallel rank of the last stage: this rank's share of the padded vocabulary. Returns None on other stages.
     """
-    return _through_the_pipeline(model, ((batch, None) for batch in batches), read)
+    return _through_the_pipeline(model, ((batch, None, None) for batch in batches), read)
+
+
+def run_cached(
+    model: list[torch.nn.Module],
+    batches: Iterable[tuple[torch.Tensor, StaticInferenceContext]],
+    read: Callable[[torch.Tensor], Any],
+) -> list[Any] | None:
+    """Forward the next tokens of sequences whose earlier tokens are in a cache of keys and values, which grows.
+
+    ``batches`` yields int64 tokens [B, n] and the cache of exactly B sequences (Megatron's own): n is one, unless the
+    cache is empty. ``read`` gets the logits after the last token, [B, 1, V], whole on every tensor parallel rank of the
+    last stage. Returns what ``read`` returned, in order; None on other stages.
+    """
+    with InferenceMode.active():  # only the last token's logits are computed
+        return _through_the_pipeline(model, ((tokens, None, cache) for tokens, cache in batches), read)
+
+
+_Batch = tuple[torch.Tensor, torch.Tensor | None, StaticInferenceContext | None]
 
 
 def _through_the_pipeline(
-    model: list[torch.nn.Module],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
-    read: Callable[[torch.Tensor], Any],
+    model: list[torch.nn.Module], batches: Iterable[_Batch], read: Callable[[torch.Tensor], Any]
 ) -> list[Any] | None:
-    """Run tokens [B, S] and labels (None for logits) through all stages; returns ``read`` of each output."""
+    """Run tokens [B, S], labels (None for logits) and cache through all stages; returns ``read`` of each output."""
     found: list[Any] = []
 
-    def step(iterator: Iterator[tuple[torch.Tensor, torch.Tensor | None]], stage: torch.nn.Module) -> tuple[Any, Any]:
-        tokens, labels = next(iterator)
+    def step(iterator: Iterator[_Batch], stage: torch.nn.Module) -> tuple[Any, Any]:
+        tokens, labels, cache = next(iterator)
         tokens = tokens.cuda()  # [B, S]
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = stage(tokens, positions, None, labels=None if labels is None else labels.cuda())
+        first = 0 if cache is None else cache.sequence_len_offset
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = stage(
+            tokens,
+            positions,
+            None,
+            labels=None if labels is None else labels.cuda(),
+            inference_context=cache,
+            runtime_gather_output=None if cache is None else True,
+        )
+        if cache is not None:
+            cache.increment_sequence_len_offset(tokens.shape[1])
 
         def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             found.append(read(output))

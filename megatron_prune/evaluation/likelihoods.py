@@ -1,13 +1,4 @@
-"""A Megatron checkpoint as an lm-eval language model: text in, log-likelihoods of continuations out.
-
-``MegatronLM`` tokenizes text exactly as lm-eval's own ``HFLM`` would for the exported model. It uses the tokenizer's
-BOS if the tokenizer adds one, puts BOS (or else the end-of-document token) before a text without context, and cuts the
-start of a text that is too long.
-
-``Scorer`` runs the model. Rank 0 runs lm-eval; the other ranks wait in ``follow`` and make the same forward passes:
-
-    rank 0:  score(requests) ─ broadcast ─▶ every rank: its replica's batches ─ all-reduce ─▶ the answers
-    others:  follow() …                                                     until rank 0 calls finish()
+"""Log-likelihoods of continuations.
 
 Requests with the same input are run once: the choices A, B, C, D of a question differ only in their last token.
 """
@@ -15,23 +6,15 @@ Requests with the same input are run once: the choices A, B, C, D of a question 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_prune import screen
-from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import forward
-from megatron_prune.errors import DataError, UsageError
-
-PATIENCE = timedelta(days=7)  # how long ranks wait while lm-eval reads data or bootstraps
 
 
 @dataclass(frozen=True)
@@ -42,66 +25,41 @@ class LikelihoodRequest:
     targets: tuple[int, ...]
 
 
-class Scorer:
-    """Runs the model of ``runtime.load_model`` on all ranks. Its constructor and methods are collective."""
+def score(model: list[torch.nn.Module], requests: Sequence[LikelihoodRequest], batch: int) -> list[tuple[float, bool]]:
+    """Log-likelihood of each request's targets, and whether each target was the likeliest token. Collective."""
+    asking: dict[tuple[int, ...], list[int]] = {}  # each input, run once: the requests that use it
+    for number, request in enumerate(requests):
+        asking.setdefault(request.inputs, []).append(number)
+    # The longest first, so that out-of-memory errors come early; similar lengths share a batch.
+    batches = list(itertools.batched(sorted(asking, key=len, reverse=True), batch))
+    own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    reading = iter(own)
 
-    def __init__(self, model: list[torch.nn.Module], *, batch: int):
-        self.model, self.batch = model, batch
-        # NCCL would time out while rank 0 is busy; the messages need no GPU.
-        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    def padded() -> Iterator[torch.Tensor]:
+        for some in screen.progress(own, len(own), "tasks", "batch"):
+            rows = [torch.tensor(row, dtype=torch.int64) for row in some]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no result reads
 
-    def score(self, requests: Sequence[LikelihoodRequest]) -> list[tuple[float, bool]]:
-        """On rank 0: log-likelihood of each request's targets, and whether each target was the likeliest token."""
-        return self._compute(self._broadcast(list(requests)) or [])
+    def read(logits: torch.Tensor) -> list[tuple[int, float, bool]]:
+        """Number, log-likelihood and greediness of a batch's requests, from logits [B, S, V / TP]."""
+        pieces, numbers = [], []
+        for row, inputs in enumerate(next(reading)):
+            for number in asking[inputs]:
+                numbers.append(number)
+                pieces.append(logits[row, len(inputs) - len(requests[number].targets) : len(inputs)])
+        lengths = [len(piece) for piece in pieces]
+        targets = torch.tensor([t for n in numbers for t in requests[n].targets], device=logits.device)
+        losses, greedy = _compare(torch.cat(pieces), targets)
+        sums = [-part.sum().item() for part in torch.split(losses.double(), lengths)]
+        return list(zip(numbers, sums, [bool(part.all()) for part in torch.split(greedy, lengths)], strict=True))
 
-    def follow(self) -> None:
-        """On the other ranks: take part in every ``score`` until ``finish``."""
-        while (requests := self._broadcast(None)) is not None:
-            self._compute(requests)
-
-    def finish(self) -> None:
-        """On rank 0: release the other ranks from ``follow``."""
-        self._broadcast(None)
-
-    def _broadcast(self, requests: list[LikelihoodRequest] | None) -> list[LikelihoodRequest] | None:
-        box = [requests]
-        torch.distributed.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def _compute(self, requests: list[LikelihoodRequest]) -> list[tuple[float, bool]]:
-        asking: dict[tuple[int, ...], list[int]] = {}  # each input, run once: the requests that use it
-        for number, request in enumerate(requests):
-            asking.setdefault(request.inputs, []).append(number)
-        # The longest first, so that out-of-memory errors come early; similar lengths share a batch.
-        batches = list(itertools.batched(sorted(asking, key=len, reverse=True), self.batch))
-        own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-        reading = iter(own)
-
-        def padded() -> Iterator[torch.Tensor]:
-            for batch in screen.progress(own, len(own), "tasks", "batch"):
-                rows = [torch.tensor(row, dtype=torch.int64) for row in batch]
-                yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no result reads
-
-        def read(logits: torch.Tensor) -> list[tuple[int, float, bool]]:
-            """Number, log-likelihood and greediness of a batch's requests, from logits [B, S, V / TP]."""
-            pieces, numbers = [], []
-            for row, inputs in enumerate(next(reading)):
-                for number in asking[inputs]:
-                    numbers.append(number)
-                    pieces.append(logits[row, len(inputs) - len(requests[number].targets) : len(inputs)])
-            lengths = [len(piece) for piece in pieces]
-            targets = torch.tensor([t for n in numbers for t in requests[n].targets], device=logits.device)
-            losses, greedy = _compare(torch.cat(pieces), targets)
-            sums = [-part.sum().item() for part in torch.split(losses.double(), lengths)]
-            return list(zip(numbers, sums, [bool(part.all()) for part in torch.split(greedy, lengths)], strict=True))
-
-        found = forward.run_logits(self.model, padded(), read)
-        gathered = torch.zeros(len(requests), 2, dtype=torch.float64, device=torch.cuda.current_device())
-        if found is not None and mpu.get_tensor_model_parallel_rank() == 0:
-            for number, likelihood, greedy in itertools.chain.from_iterable(found):
-                gathered[number, 0], gathered[number, 1] = likelihood, greedy
-        torch.distributed.all_reduce(gathered)
-        return [(likelihood, bool(greedy)) for likelihood, greedy in gathered.tolist()]
+    found = forward.run_logits(model, padded(), read)
+    gathered = torch.zeros(len(requests), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    if found is not None and mpu.get_tensor_model_parallel_rank() == 0:
+        for number, likelihood, greedy in itertools.chain.from_iterable(found):
+            gathered[number, 0], gathered[number, 1] = likelihood, greedy
+    torch.distributed.all_reduce(gathered)
+    return [(likelihood, bool(greedy)) for likelihood, greedy in gathered.tolist()]
 
 
 def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,72 +78,3 @@ def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     torch.distributed.all_reduce(likeliest, torch.distributed.ReduceOp.MIN, group=group)
     losses = vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]  # [n, 1, V / TP] and [n, 1]
     return losses, likeliest == targets
-
-
-Score = Callable[[Sequence[LikelihoodRequest]], list[tuple[float, bool]]]
-
-
-class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not type-checked
-    """``score`` runs the model on at most ``longest`` tokens; ``truncated`` counts texts that were cut."""
-
-    def __init__(self, tokenizer: Tokenizer, longest: int, score: Score):
-        super().__init__()
-        start = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
-        if start is None:
-            raise DataError(
-                f"{tokenizer.model} has neither a BOS nor an end-of-document token, and a text without context needs "
-                "one: use a tokenizer that has it"
-            )
-        self._text, self._start, self._longest, self._score = tokenizer, start, longest, score
-        self.truncated = 0
-
-    @property
-    def eot_token_id(self) -> int:
-        return self._start if self._text.eod is None else self._text.eod
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._start
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; TemplateLM asks for no special tokens after a prefix that it adds itself."""
-        return self._text.encode(string) if add_special_tokens is False else self._text.encode_whole(string)
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        return self._score([self._request(*request) for request in requests])
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that predict each token once."""
-        windows: list[LikelihoodRequest] = []
-        ends = []
-        for (text,) in (request.args for request in requests):
-            rolling = get_rolling_token_windows(self.tok_encode(text), self._start, self._longest, context_len=1)
-            windows += [self._request((text, ""), *make_disjoint_window(window)) for window in rolling]
-            ends.append(len(windows))
-        found = [likelihood for likelihood, _ in self._score(windows)]
-        return [sum(found[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        raise refusal(requests[0].task_name, "generate_until")
-
-    def _request(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> LikelihoodRequest:
-        if not continuation:
-            raise DataError(f"the continuation {texts[1]!r} adds no tokens to {texts[0][-80:]!r}")
-        if len(continuation) > self._longest:
-            raise DataError(
-                f"the continuation {texts[1][:80]!r}… has {len(continuation)} tokens, expected at most "
-                f"{self._longest}: increase --seq-length"
-            )
-        whole = [*context, *continuation]
-        self.truncated += len(whole) > self._longest + 1
-        return LikelihoodRequest(tuple(whole[-self._longest - 1 : -1]), tuple(continuation))
-
-
-def refusal(task: str | None, output_type: str) -> UsageError:
-    return UsageError(
-        "--tasks", got=task or output_type, expected="tasks that are scored by likelihoods",
-        why=f"it is of the kind {output_type}, and evaluate generates no text",
-            do="export the checkpoint, and run the task with lm-eval",
-    )  # fmt: skip

@@ -1,6 +1,6 @@
 """lm-eval's tasks for ``evaluate --tasks``: found, loaded and checked before the model is loaded, then run on it.
 
-lm-eval runs on rank 0 alone (``likelihoods.py`` explains how the others take part). It is optional and slow to
+lm-eval runs on rank 0 alone (``language_model.py`` explains how the others take part). It is optional and slow to
 import, so nothing here imports it before it is needed.
 """
 
@@ -13,23 +13,28 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
 from megatron_prune import artifacts, screen, verbs
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.engine import runtime
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.evaluation import suites
 
+if TYPE_CHECKING:
+    from megatron_prune.evaluation.generation import GenerationDefaults
+
 EXTRA = "pip install 'megatron_prune[eval]'"
-KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+KINDS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
 FLAGS = ("--tasks-path", "--num-fewshot", "--limit", "--task-samples")
 
 
@@ -73,24 +78,31 @@ class AskedTasks:
     single: dict[str, list[str]]
     tokenizer: Tokenizer
     longest: int
+    defaults: GenerationDefaults
 
 
 def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
     """On rank 0, if tasks are asked for: everything but the model. lm-eval downloads missing data sets.
 
-    UsageError if a name is unknown or a task generates text, DataError if a task cannot be loaded.
+    UsageError if a name is unknown or a task asks for what cannot be done, DataError if a task cannot be loaded.
     """
     if not names(args) or args.rank != 0:
         return None
     tokenizer = runtime.tokenizer(args)
     longest = args.seq_length if given(argv, "--seq-length") else args.max_position_embeddings
-    return AskedTasks(*load(args), tokenizer, longest)
+    from megatron_prune.evaluation.generation import GenerationDefaults
+
+    defaults = GenerationDefaults.read(open_checkpoint(runtime.loaded_directory(args)).huggingface, tokenizer)
+    return AskedTasks(*load(args, partial(_refuse_generation, defaults, longest)), tokenizer, longest, defaults)
 
 
-def load(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def load(
+    args: argparse.Namespace, check: Callable[[Any], None] | None = None
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """lm-eval's ``TaskDict`` and ``AskedTasks.single``, from ``tasks``, ``tasks_path`` and ``num_fewshot``.
 
-    Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same.
+    Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same. ``check`` may
+    refuse a task.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -113,6 +125,8 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[str]]
         single[name] = list(found["tasks"])
         for task in found["tasks"].values():
             _refuse(task, args.num_fewshot)
+            if check is not None:
+                check(task)
             if args.num_fewshot is not None or task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -135,8 +149,16 @@ def _manager(args: argparse.Namespace) -> Any:
     return TaskManager(include_path=args.tasks_path)
 
 
+def _refuse_generation(defaults: GenerationDefaults, longest: int, task: Any) -> None:
+    """UsageError for a task whose texts cannot be generated as it asks."""
+    from megatron_prune.evaluation.generation import GenerationSettings
+
+    if task.OUTPUT_TYPE == "generate_until":
+        GenerationSettings.of(task.task_name, task.get_config("generation_kwargs") or {}, defaults, longest)
+
+
 def _refuse(task: Any, num_fewshot: int | None) -> None:
-    from megatron_prune.evaluation.likelihoods import refusal
+    from megatron_prune.evaluation.language_model import refusal
 
     if task.OUTPUT_TYPE not in KINDS:
         raise refusal(task.task_name, task.OUTPUT_TYPE)
@@ -153,19 +175,21 @@ def _refuse(task: Any, num_fewshot: int | None) -> None:
 
 def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn.Module]) -> dict[str, Any]:
     """Run the tasks and write ``--task-samples``; on rank 0 returns the entries for the scores file. Collective."""
-    from megatron_prune.evaluation.likelihoods import Scorer
+    from megatron_prune.evaluation.language_model import MegatronLM, RanksModel
 
-    scorer = Scorer(model, batch=args.micro_batch_size)
+    everywhere = RanksModel(
+        model,
+        batch=args.micro_batch_size,
+        tokenizer=lambda: runtime.tokenizer(args) if asked is None else asked.tokenizer,
+    )
     if asked is None:
-        scorer.follow()
+        everywhere.follow()
         return {}
     from lm_eval.evaluator import evaluate
 
-    from megatron_prune.evaluation.likelihoods import MegatronLM
-
-    language_model = MegatronLM(asked.tokenizer, asked.longest, scorer.score)
+    language_model = MegatronLM(asked.tokenizer, asked.longest, everywhere, asked.defaults, seed=args.seed)
     found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=True)
-    scorer.finish()
+    everywhere.finish()
     shown = results(found)
     scores = questions(found["samples"], shown)
     averages = {name: average(shown, metrics) for name in named(args) if (metrics := suites.metrics_of(name))}

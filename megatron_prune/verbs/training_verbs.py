@@ -78,7 +78,7 @@ class TasksSettings(Settings):
     num_fewshot: int | None = setting(None, metavar="N", help="examples before each question (default: the task's)")
     limit: int | None = setting(None, metavar="N", help="only the first N questions of each task")
     task_samples: str | None = setting(
-        None, metavar="FILE.jsonl", help="write every question and its likelihoods to this file"
+        None, metavar="FILE.jsonl", help="write every question and its likelihoods or text to this file"
     )
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from tests.training.small import layout
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron_prune[eval]'")
 
 LONGEST = 128  # tokens, as many as the tiny models have positions for
-LAYOUTS = {"1": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
+SLOW = pytest.mark.slow
+LAYOUTS = [  # TP, PP, DP and sequences per batch: alone, and with others
+    pytest.param((1, 1, 2, 1), (2, 2, 1, 3), id="dp2, tp2pp2"),
+    pytest.param((1, 1, 1, 4), (3, 1, 1, 2), id="1, tp3", marks=SLOW),
+    pytest.param((1, 2, 1, 3), (1, 2, 2, 2), id="pp2, pp2dp2", marks=SLOW),
+]
 ODD = "</s>ö\u0000 \U0001f980\t\n  ﬁ"  # the BOS itself, bytes that the tokenizer never saw, white space
 TASKS: dict[str, dict[str, Any]] = {
     "tiny_choices": {
@@ -40,7 +46,23 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
         "metadata": {"version": 1.0},
     },
-    "tiny_story": {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"},
+    "tiny_story": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{text}}",
+        "generation_kwargs": {"until": ["\n\n", "q"], "max_gen_toks": 24, "do_sample": False},  # more in `folder`
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 2.0},
+    },
+    "tiny_drawn": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{text}}",
+        "generation_kwargs": {"until": ["Z"], "max_tokens": 9, "do_sample": True, "temperature": 0.9, "top_p": 0.8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "repeats": 2,
+        "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": 2}]}],
+    },
     "tiny_bare": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{query}}",
@@ -68,6 +90,17 @@ def documents(texts: list[str]) -> list[dict[str, Any]]:
             for one, text in zip(made, [*texts[: len(made) - 2], ODD, "x"], strict=True)]  # fmt: skip
 
 
+def continued(exported: Path, text: str) -> str:
+    """Three tokens out of the middle of the model's own continuation of ``text``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    before = torch.tensor([tokenizer(text).input_ids])
+    said = model.generate(before, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, before.shape[1] :]
+    return str(tokenizer.decode(said[6:9]))
+
+
 def likely(exported: Path, texts: list[str]) -> dict[str, Any]:
     """A question whose first choice is the model's own prediction, with a token that survives as text."""
     import torch
@@ -92,6 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[str], 
     data = made / "documents.jsonl"
     lines = [*documents(tiny_documents), likely(models[1], tiny_documents)]
     data.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    until = continued(models[1], lines[1]["query"])
     for name, task in TASKS.items():
         files = {
             "dataset_path": "json",
@@ -99,9 +133,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_documents: list[str], 
             "test_split": "test",
             "fewshot_split": "test",
         }
+        if name == "tiny_story":
+            settings = task["generation_kwargs"]
+            task = {**task, "generation_kwargs": {**settings, "until": [*settings["until"], until]}}
         (made / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **files, **task}))
     lost = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(made / "no.jsonl")}}}
     (made / "lost.yaml").write_text(yaml.safe_dump({**TASKS["tiny_bare"], "task": "tiny_lost", **lost}))
+    for name, settings in (("beams", {"num_beams": 2}), ("cold", {"do_sample": True})):
+        story = {**TASKS["tiny_story"], "task": f"tiny_{name}", "generation_kwargs": {"until": ["x"], **settings}}
+        (made / f"{name}.yaml").write_text(yaml.safe_dump({**files, **story}))
     (made / "group.yaml").write_text(yaml.safe_dump(GROUP))
     return made
 
@@ -121,7 +161,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Callable[..., Path
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>").save_pretrained(source)
-    import_hf(source, checkpoint, make_vocab_size_divisible_by=256)
+    import_hf(source, checkpoint, make_vocab_size_divisible_by=768)
     export_hf(checkpoint, exported)
     return checkpoint, exported
 
@@ -142,8 +182,8 @@ def hflm(models: tuple[Path, Path], folder: Path) -> Callable[..., Any]:
     assert model.max_length == LONGEST
     manager = own_manager(folder)
 
-    def results(*tasks: str, longest: int = LONGEST, **settings: Any) -> Any:
-        model._max_length = longest
+    def results(*tasks: str, longest: int = LONGEST, batch: int = 4, **settings: Any) -> Any:
+        model._max_length, model.batch_size_per_gpu = longest, batch
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)  # system information: takes eight seconds
             return lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **settings)
@@ -191,19 +231,47 @@ def agree(tasks: dict[str, Any], samples: Path, expected: Any, task: str) -> Non
             assert one["stderr"] == pytest.approx(expected["results"][task][f"{metric}_stderr,none"])
 
 
-def test_every_layout_says_what_hflm_says_of_the_export(models, folder, hflm, job, tmp_path) -> None:
-    expected = hflm("tiny_choices", "tiny_text")
-    assert {greedy for _, greedy in likelihoods(expected["samples"]["tiny_choices"])} == {True, False}
-    for name, (tp, pp, dp) in LAYOUTS.items():
-        output, samples = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
-        batch = 1 if name == "1" else 3  # alone, and padded
-        flags = [*layout(tp, pp), "--micro-batch-size", batch, "--tasks", "tiny_choices,tiny_text"]
-        evaluate(job, models[0], folder, output, *flags, "--task-samples", samples, nproc=tp * pp * dp).ok()
+def answers(samples: list[dict[str, Any]]) -> list[str]:
+    """The texts that were generated, in the order of the questions."""
+    return [text for sample in sorted(samples, key=lambda sample: sample["doc_id"]) for text in sample["resps"][0]]
+
+
+@pytest.fixture(scope="module")
+def expected(hflm) -> dict[str, Any]:
+    found = hflm("tiny_choices", "tiny_text")
+    assert {greedy for _, greedy in likelihoods(found["samples"]["tiny_choices"])} == {True, False}
+    # One prompt per batch: in a larger one, HFLM looks for a written BOS in the first text only.
+    found |= {"story": answers(hflm("tiny_story", batch=1)["samples"]["tiny_story"])}
+    assert "" not in found["story"] and len({len(text) for text in found["story"]}) > 5, "texts that end early"
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[list[str]]:
+    """Sampled texts of the layouts so far."""
+    return []
+
+
+@pytest.mark.parametrize(("first", "second"), LAYOUTS)
+def test_every_layout_says_what_hflm_says_of_the_export(
+    first, second, models, folder, expected, drawn, job, tmp_path
+) -> None:
+    for tp, pp, dp, batch in (first, second):
+        output, samples = tmp_path / "scores.json", tmp_path / "samples.jsonl"
+        named = "tiny_choices,tiny_text,tiny_story,tiny_drawn"
+        flags = [*layout(tp, pp), "--micro-batch-size", batch, "--tasks", named, "--task-samples", samples]
+        evaluate(job, models[0], folder, output, *flags, nproc=tp * pp * dp).ok()
         tasks = json.loads(output.read_text())["tasks"]
         assert (tasks["longest"], tasks["limit"], tasks["micro_batch_size"]) == (LONGEST, None, batch)
-        assert tasks["truncated"] == 2, "both choices of the long question"
+        assert tasks["truncated"] == 5, "the long question: both choices, the story, and twice the draws"
         for task in ("tiny_choices", "tiny_text"):
             agree(tasks, samples, expected, task)
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert answers([line for line in lines if line["task"] == "tiny_story"]) == expected["story"]
+        drawn.append(answers([line for line in lines if line["task"] == "tiny_drawn"]))
+        assert drawn[-1] == drawn[0]
+    repeats = zip(drawn[0][::2], drawn[0][1::2], strict=True)
+    assert sum(one != other for one, other in repeats) > 15, "each repeat draws for itself"
 
 
 def test_examples_limit_and_length_beside_a_corpus(models, folder, hflm, tiny_corpus, job, tmp_path) -> None:
@@ -237,20 +305,23 @@ def flags(**given: Any) -> argparse.Namespace:
     ("given", "says"),
     [
         ({"tasks": "tiny_choice"}, "expected tiny_choices.*, got tiny_choice"),
-        (
-            {"tasks": "tiny_choices,tiny_story"},
-            "expected tasks that are scored by likelihoods, got tiny_story .*generate_until",
-        ),
+        ({"tasks": "tiny_story", "longest": 24}, "fewer than 24 new tokens, got tiny_story, which generates up to 24"),
+        ({"tasks": "tiny_beams"}, "expected generation_kwargs among until, .*top_k.*, got tiny_beams with num_beams"),
+        ({"tasks": "tiny_cold"}, "expected a positive temperature, got tiny_cold"),
         ({"tasks": "tiny_all,tiny_bare"}, "each task once.*tiny_bare"),
         ({"tasks": "tiny_bare", "num_fewshot": 2}, "--num-fewshot: expected 0 with tiny_bare, got 2"),
         ({"tasks": "tiny_lost"}, "--tasks tiny_lost: lm-eval cannot load it"),
     ],
 )
 def test_tasks_that_cannot_run_are_refused(given, says, folder, monkeypatch) -> None:
+    from megatron_prune.evaluation.generation import GenerationDefaults
+
     manager = own_manager(folder)
     monkeypatch.setattr(tasks, "_manager", lambda _: manager)
+    longest = given.pop("longest", LONGEST)
     with pytest.raises(MegatronPruneError, match=says):
-        tasks.load(flags(**given))
+        check = partial(tasks._refuse_generation, GenerationDefaults(frozenset([0]), {}, "</s>"), longest)
+        tasks.load(flags(**given), check)
 
 
 @pytest.mark.parametrize(
@@ -291,12 +362,9 @@ def test_only_names_of_the_folder_spare_lm_evals_own_list(folder, monkeypatch) -
         assert asked == wanted, named
 
 
-def test_a_task_that_generates_is_refused_before_the_model_is_loaded(models, folder, job, tmp_path) -> None:
-    refused = evaluate(job, models[0], folder, tmp_path / "scores.json", "--tasks", "tiny_story")
-    assert (
-        refused.returncode == 2
-        and "--tasks: expected tasks that are scored by likelihoods, got tiny_story" in refused.output
-    )
+def test_a_task_that_cannot_run_is_refused_before_the_model_is_loaded(models, folder, job, tmp_path) -> None:
+    refused = evaluate(job, models[0], folder, tmp_path / "scores.json", "--tasks", "tiny_beams")
+    assert refused.returncode == 2 and "got tiny_beams with num_beams" in refused.output
     assert "loading distributed checkpoint" not in refused.output and not (tmp_path / "scores.json").exists()
 
 
@@ -310,14 +378,24 @@ class Letters:
 
     encode_whole = encode
 
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        return "".join(map(chr, ids))
+
 
 def test_what_the_model_cannot_score_is_named() -> None:
     from lm_eval.api.instance import Instance
 
-    from megatron_prune.evaluation.likelihoods import MegatronLM
+    from megatron_prune.evaluation.generation import GenerationDefaults
+    from megatron_prune.evaluation.language_model import MegatronLM
 
     asked: list[Any] = []
-    model = MegatronLM(Letters(), 4, lambda requests: asked.extend(requests) or [(-1.0, False)] * len(requests))
+
+    class Runs:
+        def score(self, requests: Any) -> Any:
+            asked.extend(requests)
+            return [(-1.0, False)] * len(requests)
+
+    model = MegatronLM(Letters(), 4, Runs(), GenerationDefaults(frozenset([0]), {}, "\0"))
 
     def request(kind: str, *arguments: Any) -> list[Instance]:
         return [Instance(kind, {}, arguments, 0, metadata=("mixed", 0, 1))]
@@ -330,5 +408,5 @@ def test_what_the_model_cannot_score_is_named() -> None:
         model.loglikelihood(request("loglikelihood", "abc", ""))
     with pytest.raises(DataError, match="has 5 tokens, expected at most 4"):
         model.loglikelihood(request("loglikelihood", "abc", "vwxyz"))
-    with pytest.raises(UsageError, match="got mixed"):
+    with pytest.raises(UsageError, match="fewer than 4 new tokens, got mixed, which generates up to 256"):
         model.generate_until(request("generate_until", "abc", {}))
