@@ -1,8 +1,8 @@
 """How many tokens each run of study.yaml can train on in a given time on this machine.
 
 Times a few steps of SmolLM2's shape from random weights with the study's own recipe, counts the FLOPs of the chosen
-methods (training and everything else), and writes the study with that budget. If the time is short, evaluation and
-calibration use less text.
+methods (training and everything else), and writes the study with that budget. If the time is short, evaluation,
+calibration and the learning of masks use less text.
 
     python examples/smollm2_135m/budget.py --minutes 120 --checkpoint CKPT --output runs/smollm2-data/structured.yaml
 """
@@ -69,6 +69,7 @@ class Work:
 
     runs: int
     training: int  # of all runs, forward and backward
+    learning: int  # of masks, and of as many sequences more for scratch
     evaluation: int
     calibration: int
 
@@ -77,7 +78,7 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
     """The work of the study with a parent of that shape. Width pruning counts like depth pruning by the same ratio."""
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}
-    calibrated = parent.forward_flops(study.data.seq_length)
+    calibrated, learned = parent.forward_flops(study.data.seq_length), 0
     for pruning in prunings.prunings(study):
         method, shape = pruning.method, parent
         if not pruning.sparse and pruning.ratio is not None:
@@ -89,16 +90,21 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
             calibrated += forward
         if method.name == "minitron-depth":
             calibrated += (shape.num_layers + 1) * forward  # a candidate for each layer that the cut may begin at
+        learned += parent.training_flops(study.data.seq_length) if method.tokens else 0
         for _, against in study.compared(method):
             if pruning.sparse:
                 runs[against, None if against == "dense" else pruning.name] = shape
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
-                runs[against, methods.get(method.name).free_dimensions(method.settings), pruning.ratio] = shape
+                cut = methods.get(method.name).free_dimensions(method.settings)
+                more = len(study.recipe.rates) if (against, cut, pruning.ratio, method.tokens) not in runs else 0
+                runs[against, cut, pruning.ratio, method.tokens] = shape
+                learned += more * shape.training_flops(study.data.seq_length) if method.tokens else 0
     trained = [shape for shape in runs.values() for _ in study.recipe.rates]
     evaluated = [parent, *starts, *trained]
     return Work(
         len(trained),
         sum(shape.training_flops(study.data.seq_length) for shape in trained),
+        learned,
         len(CORPORA) * sum(shape.forward_flops(study.evaluation_seq_length) for shape in evaluated),
         calibrated,
     )
@@ -112,19 +118,24 @@ def planned(content: dict, minutes: float, step: float, parent: ModelShape) -> t
     batch = study.recipe.global_batch_size
     speed = parent.training_flops(study.data.seq_length) * batch / step  # FLOPs a second
     windows, sequences = study.evaluation.windows, study.calibration.sequences
+    batches = max((method.tokens or 0 for method in study.methods), default=0) // (batch * study.data.seq_length)
 
     def once() -> float:
-        return (windows * made.evaluation + sequences * made.calibration) / speed + START * made.runs
+        flops = windows * made.evaluation + sequences * made.calibration + batches * batch * made.learning
+        return flops / speed + START * made.runs
 
-    while once() > 60 * minutes / 3 and max(windows, sequences) > LEAST:
+    while once() > 60 * minutes / 3 and max(windows, sequences, batches) > LEAST:
         windows, sequences = max(LEAST, windows // 2), max(LEAST, sequences // 2)
+        batches = max(LEAST, batches // 2) if batches else 0
     each = made.training * batch / speed
     steps = int((60 * minutes - once()) / each)
     if steps < LEAST:
         least = math.ceil((once() + LEAST * each) / 60)
         raise UsageError("--budget", got=f"{minutes:g} minutes", expected=f"at least {least} on this machine")
     tokens = steps * batch * study.data.seq_length
-    changed = {"budgets": [tokens]}
+    changed: dict = {"budgets": [tokens]}
+    masks = batches * batch * study.data.seq_length
+    changed["methods"] = [m | {"tokens": masks} if "tokens" in m else m for m in content["methods"]]
     changed["evaluation"] = content["evaluation"] | {"windows": windows}
     changed["calibration"] = content["calibration"] | {"sequences": sequences}
     return content | changed, steps, (once() + steps * each) / 60

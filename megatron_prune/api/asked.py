@@ -35,7 +35,7 @@ class Asked:
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Read keywords. UsageError for an unknown one or an invalid value."""
         method = str(values.get("method"))
-        settings, own = options.read(verbs.PruneHFSettings, method, values, known=options.UNTRAINED)
+        settings, own = options.read(verbs.PruneHFSettings, method, values, known=options.ONE_LINE)
         return cls(settings, own)
 
     @property
@@ -56,6 +56,11 @@ class Asked:
         else:
             chosen.shapes(shape)
 
+    @property
+    def learning(self) -> options.OneLineLearningOptions | None:
+        """How masks are learned, for a method that learns them."""
+        return self.own if isinstance(self.own, options.OneLineLearningOptions) else None
+
     def choose(self) -> Choice | SparsifyRequest:
         """The request to the structured or sparse method."""
         from megatron_prune.pruning.prune import choose
@@ -68,7 +73,9 @@ class Asked:
         from megatron_prune.sparse.request import SparsifyRequest
 
         chosen = self.choose()
-        return chosen.method.statistic != "none" if isinstance(chosen, SparsifyRequest) else chosen.needs_statistics
+        if isinstance(chosen, SparsifyRequest):
+            return chosen.method.statistic != "none"
+        return chosen.needs_statistics and not chosen.method.learned
 
     @property
     def _verb(self) -> verbs.PruneSettings:

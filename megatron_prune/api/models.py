@@ -112,8 +112,10 @@ def prune_checkpoint(
     """Prune the checkpoint ``load`` and write ``save``: calibrate, plan and apply with the model loaded once,
     or sparsify, depending on ``method``.
 
-    ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. Raises
-    UsageError, DataError, CheckpointError and RunError.
+    ``settings`` are its target (``ratio``, ``target_num_layers``, ``pattern``, …) and its own flags, by name. A method
+    that learns masks trains on ``mask_tokens`` of the corpora ``megatron={"train_data_path": …, "seq_length": …}``, and
+    is refused inside a distributed launch, since Megatron trains once per process. Raises UsageError, DataError,
+    CheckpointError and RunError.
     """
     given = {
         "method": method,
@@ -121,7 +123,9 @@ def prune_checkpoint(
         "calibration_sequences": calibration_sequences,
         "calibration_seq_length": calibration_seq_length,
     }
-    asked, own = options.read(verbs.PruneSettings, method, given | settings)
+    asked, own = options.read(verbs.PruneSettings, method, given | settings, known=options.PRUNED)
+    if isinstance(own, options.LearningOptions):
+        launching.refuse_if_launched("method")
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
     _run("prune", [asked, own], words, nproc, devices, log)
     return Model.of_checkpoint(save)

@@ -6,7 +6,7 @@ Every stage is a verb and writes its artifact atomically to a work folder next t
     OUT.work/parent/                 the imported checkpoint
     OUT.work/text/                   calibration, held-out (and training) text, tokenized (data/split.py)
     OUT.work/before.json             loss of the parent on the held-out text
-    OUT.work/pruned/                 the pruned checkpoint
+    OUT.work/pruned/                 the pruned checkpoint (before that, pruned.learning/ while masks are learned)
     OUT.work/retrained/              the pruned checkpoint after training
     OUT.work/after.json              loss of the checkpoint that will be exported
     OUT.work/logs/                   what each verb printed
@@ -34,6 +34,7 @@ from megatron_prune.api.asked import Asked
 from megatron_prune.api.made import Evaluation, Loss, Model, Pruned, shape_words
 from megatron_prune.data import split
 from megatron_prune.errors import CheckpointError, DataError, UsageError
+from megatron_prune.methods.options import LearningOptions
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.layout import ModelShape
@@ -100,6 +101,12 @@ class _Run:
                 "--retrain-tokens", got=asked.retrain_tokens, expected=f"{least} or more",
                 why=f"a step takes {asked.retrain_batch_size} sequences of {self.seq_length} tokens",
             )  # fmt: skip
+        if (learning := self.chosen.learning) and learning.mask_tokens is not None and self.mask_samples < 1:
+            least = self.seq_length * max(1, learning.mask_batch_size)
+            raise UsageError(
+                "--mask-tokens", got=learning.mask_tokens, expected=f"{least} or more",
+                why=f"a step takes --mask-batch-size {learning.mask_batch_size} sequences of {self.seq_length} tokens",
+            )  # fmt: skip
         ranks = asked.tensor_model_parallel_size * asked.pipeline_model_parallel_size
         if ranks < 1 or asked.nproc % ranks:
             raise UsageError(
@@ -112,6 +119,19 @@ class _Run:
     def steps(self) -> int:
         """Training steps: whole batches only."""
         return (self.asked.retrain_tokens or 0) // (self.seq_length * self.asked.retrain_batch_size)
+
+    @property
+    def mask_samples(self) -> int:
+        """Sequences that masks are learned on, before those of the retraining: whole batches only."""
+        learning = self.chosen.learning
+        if learning is None or learning.mask_tokens is None or learning.mask_batch_size < 1:
+            return 0
+        return learning.mask_tokens // (self.seq_length * learning.mask_batch_size) * learning.mask_batch_size
+
+    @property
+    def train_samples(self) -> int:
+        """Sequences of training text: of the masks' learning, and of the retraining after it."""
+        return self.mask_samples + self.steps * self.asked.retrain_batch_size
 
     def _texts(self) -> split.Texts:
         asked = self.asked
@@ -218,7 +238,7 @@ class _Run:
         wanted = {
             split.CALIBRATION: asked.calibration_sequences * length + 1 if self.chosen.reads_text() else 0,
             split.HELD_OUT: (asked.windows or WINDOWS) * length + 1,
-            split.TRAIN: self.steps * asked.retrain_batch_size * length + 1 if self.steps else 0,
+            split.TRAIN: self.train_samples * length + 1 if self.train_samples else 0,
         }
         begun = time.monotonic()
         with self.during("text"):
@@ -227,7 +247,11 @@ class _Run:
         for part, flag, least in (
             (split.CALIBRATION, "--calibration-sequences", asked.calibration_sequences),
             (split.HELD_OUT, "--windows", asked.windows or 1),
-            (split.TRAIN, "--retrain-tokens", self.steps * asked.retrain_batch_size),
+            (
+                split.TRAIN,
+                "--retrain-tokens, --mask-tokens" if self.mask_samples else "--retrain-tokens",
+                self.train_samples,
+            ),
         ):
             if windows.get(part, least) < least:
                 raise DataError(
@@ -270,9 +294,20 @@ class _Run:
             "calibration_sequences": self.asked.calibration_sequences,
             "calibration_seq_length": self.seq_length,
         }
-        models.prune_checkpoint(
-            parent, self.work / "pruned", **(text if reads else {}), **self.pruning, **self._job("prune")
-        )
+        job, pruning = self._job("prune"), dict(self.pruning)
+        if learning := self.chosen.learning:
+            own = {flag.name for flag in type(learning).flags()} - {flag.name for flag in LearningOptions.flags()}
+            pruning = {name: value for name, value in pruning.items() if name not in own}
+            pruning["mask_tokens"] = self.mask_samples * self.seq_length
+            job["megatron"] |= {
+                "train_data_path": self.work / "text" / split.TRAIN,
+                "data_cache_path": self.work / "cache",
+                "seq_length": self.seq_length,
+                "global_batch_size": learning.mask_batch_size,
+                "lr": learning.mask_weight_lr,
+                "save_interval": max(1, self.mask_samples // learning.mask_batch_size // 10),
+            }
+        models.prune_checkpoint(parent, self.work / "pruned", **(text if reads else {}), **pruning, **job)
 
     def _retrain(self, pruned: Path) -> Path:
         """Retrain the pruned checkpoint with its zeros held. A killed run resumes from its last save."""
@@ -292,7 +327,7 @@ class _Run:
             "masks": pruned / "masks" if (pruned / "masks").is_dir() else None,
             "data_path": self.work / "text" / split.TRAIN,
             "data_cache_path": self.work / "cache",
-            "stream_range": f"0:{self.steps * asked.retrain_batch_size}",
+            "stream_range": f"{self.mask_samples}:{self.train_samples}",
             "seq_length": self.seq_length,
             "global_batch_size": asked.retrain_batch_size,
             "micro_batch_size": 1,
@@ -349,7 +384,7 @@ class _Run:
 
     def _check_space(self) -> None:
         """Space for parent, pruned and exported model; for training, two saves with optimizer (16 bytes per weight)."""
-        trained = 2 * 16 * self.source.shape.parameters() if self.steps else 0
+        trained = 2 * 16 * self.source.shape.parameters() if self.train_samples else 0
         held = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         artifacts.check_space(self.out, max(3 * self.source.nbytes + trained - held, 0))
 

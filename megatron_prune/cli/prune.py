@@ -13,10 +13,11 @@ def parser() -> Parser:
     return Parser(
         "prune",
         "Calibrates a checkpoint, chooses what to keep and writes the pruned checkpoint, loading the model once. A "
-        "sparse method, or random with --pattern, zeroes weights and writes masks. From Hugging Face to Hugging Face: "
+        "sparse method, or random with --pattern, zeroes weights and writes masks. sheared-llama first trains masks on "
+        "--mask-tokens of --train-data-path, and takes the flags of pretrain. From Hugging Face to Hugging Face: "
         "see `megatron-prune prune --hf --help`.",
         verbs.PruneSettings,
-        *methods.STRUCTURED.values(),
+        *methods.PRUNED.values(),
         methods=f"{structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         mentioned=(
             mentions.LOAD, mentions.SAVE, *mentions.LAYOUT, mentions.FP8,
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         return prune_hf.main(argv)
     options, words = parser().read(argv)
     asked = verbs.PruneSettings.of(options)
-    own = structured.own_settings(asked.method, options)
+    own = structured.own_settings(asked.method, options, methods.PRUNED)
     start_engine()
     from megatron_prune.cli import plan_table, sparsify
     from megatron_prune.pruning.prune import prune

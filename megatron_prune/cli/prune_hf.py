@@ -16,7 +16,7 @@ def parser() -> Parser:
         "Imports a Hugging Face model, prunes it, optionally retrains it, and writes a Hugging Face directory. Its "
         "perplexity on held-out text is measured before and after. If killed, run the same command to resume.",
         verbs.PruneHFSettings,
-        *methods.UNTRAINED.values(),
+        *methods.ONE_LINE.values(),
         methods=f"structured: {structured.NAMES}; sparse: {', '.join(methods.SPARSE)}",
         example="megatron-prune prune --hf HuggingFaceTB/SmolLM2-135M --method wanda --pattern 2:4 --out pruned",
     )

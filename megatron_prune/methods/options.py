@@ -102,6 +102,38 @@ class MinitronWidthOptions(WidthOptions):
     retrain_tokens: int | None = setting(None, metavar="T", help="tokens of each of these retrainings")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions(Settings):
+    """How ``sheared-llama`` learns masks: of ``learn-masks``, and of ``prune``, which learns and cuts."""
+
+    TITLE = "learned masks (sheared-llama)"
+
+    mask_tokens: int | None = setting(
+        None,
+        metavar="N",
+        help="tokens that weights and masks are trained on, in whole steps: the stream's next that the model has not "
+        "seen",
+    )
+    mask_lr: float = setting(
+        1.0, metavar="RATE", help="highest learning rate of masks and Lagrange multipliers, on the schedule of --lr"
+    )
+    mask_ramp: float = setting(
+        0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLineLearningOptions(LearningOptions):
+    """The same for ``prune --hf``, which takes no flags of Megatron."""
+
+    TITLE = "learned masks (sheared-llama)"
+
+    mask_weight_lr: float = setting(
+        1e-4, metavar="LR", help="peak learning rate of the weights meanwhile: 10% warm-up, then cosine to a tenth"
+    )
+    mask_batch_size: int = setting(8, metavar="N", help="sequences per step meanwhile")
+
+
 STRUCTURED: Mapping[str, type[Settings]] = {
     "minitron-depth": MinitronDepthOptions,
     "minitron-width": MinitronWidthOptions,
@@ -109,8 +141,14 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
 }
+# For ``prune``, which learns masks itself.
+PRUNED: Mapping[str, type[Settings]] = {**STRUCTURED, "sheared-llama": LearningOptions}
 # For ``prune --hf``, which retrains no candidates: its own --retrain-tokens trains the pruned model.
-UNTRAINED: Mapping[str, type[Settings]] = {**STRUCTURED, "minitron-width": WidthOptions}
+ONE_LINE: Mapping[str, type[Settings]] = {
+    **PRUNED,
+    "minitron-width": WidthOptions,
+    "sheared-llama": OneLineLearningOptions,
+}
 SPARSE: Mapping[str, type[Settings]] = {
     "magnitude": NoOptions,
     "random": NoOptions,
@@ -129,6 +167,8 @@ def read[S: Settings](
 ) -> tuple[S, Settings]:
     """The settings of ``verb`` and those of ``method`` from one mapping, which is written at ``where``.
 
+    ``known`` says which the verb takes; those that leave some out are read as the method's whole settings.
+
     UsageError for an invalid value, an unknown key, or a setting that only other methods of ``known`` have.
     """
     shared, own = ([flag.name for flag in cls.flags()] for cls in (verb, known.get(method, NoOptions)))
@@ -138,7 +178,8 @@ def read[S: Settings](
     for key in rest:
         if key.replace("-", "_") not in own:
             raise unknown_key(f"{where}.{key}" if where else key, key, [*shared, *own])
-    return made, STRUCTURED.get(method, NoOptions).read(rest, where)
+    whole, taken = STRUCTURED.get(method, NoOptions), known.get(method, NoOptions)
+    return made, (whole if issubclass(whole, taken) else taken).read(rest, where)
 
 
 def refuse_others(

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from megatron_prune import methods, screen, verbs
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.structured import target as targets
-from megatron_prune.training import pretrain
+from megatron_prune.training import data, lineage, pretrain
 from megatron_prune.training.learned_masks import Learner, LearnerSettings
 
 METHOD = "sheared-llama"
@@ -37,6 +38,8 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.mask_tokens is not None:
+        args.stream_range = _unseen(args)
     pretrain.complete(args, argv)
     for unfit, flag, got, expected, why in (
         (args.save is None, "--save", "nothing", "a directory", "the masks are written next to the weights"),
@@ -59,3 +62,25 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     ):  # fmt: skip
         if unfit:
             raise UsageError(flag, got=got, expected=f"{expected} with learn-masks", why=why)
+
+
+def _unseen(args: argparse.Namespace) -> str:
+    """The range of ``--mask-tokens``: the samples after the last that the parent was trained on, of this stream."""
+    batch = (args.global_batch_size or 0) * (args.seq_length or 0)
+    for wrong, flag, got, expected in (
+        (args.stream_range is not None, "--stream-range", args.stream_range, "no such flag with --mask-tokens"),
+        (not args.seq_length, "--seq-length", "nothing", "a number with --mask-tokens"),
+        (not args.global_batch_size, "--global-batch-size", "nothing", "a number with --mask-tokens"),
+        (
+            args.mask_tokens < 1 or (batch and args.mask_tokens % batch), "--mask-tokens", args.mask_tokens,
+            f"a multiple of {batch}, the tokens of a step",
+        ),
+        (not (blend := data.train_blend(args)), "--train-data-path", "nothing", "tokenized corpora with --mask-tokens"),
+    ):  # fmt: skip
+        if wrong:
+            raise UsageError(flag, got=got, expected=expected)
+    stream = data.described(blend, args.seq_length, args.stream_seed, args.stream_epochs)["id"]
+    parent = args.pretrained_checkpoint
+    seen = lineage.seen(lineage.of(open_checkpoint(parent))) if parent else []
+    start = max((one["range"][1] for one in seen if one["stream"] and one["stream"]["id"] == stream), default=0)
+    return f"{start}:{start + args.mask_tokens // args.seq_length}"

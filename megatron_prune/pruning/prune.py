@@ -7,7 +7,9 @@ calibration). Each step leaves its file:
     SAVE/pruning/plan.json                 what was kept, and why
     SAVE/pruning/statistics.safetensors    what the plan was made from (with its .json)
 
-A sparse method runs ``sparsify.py``, and so does ``random`` with ``--pattern``.
+A sparse method runs ``sparsify.py``, and so does ``random`` with ``--pattern``. A method whose masks are learned first
+trains them on ``--mask-tokens`` (``learn_masks.py``) in the folder SAVE.learning, from which a killed command resumes;
+``SAVE/pruning`` then holds ``learned_masks.safetensors`` in place of statistics.
 
 All flags are read, and the target is checked against the parent, before the model is loaded. After the statistics are
 gathered, the other ranks exit and rank 0 continues alone, without a process group, so that no collective waits (and
@@ -17,7 +19,10 @@ times out) while a large checkpoint is cut.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +32,10 @@ from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import RunError, UsageError
 from megatron_prune.methods import options
 from megatron_prune.pruning import calibrate
+from megatron_prune.pruning.learn_masks import learn_masks
 from megatron_prune.pruning.sparsify import sparsify
 from megatron_prune.settings import Settings, nearest, value_of
 from megatron_prune.sparse import request as requests
@@ -39,8 +45,20 @@ from megatron_prune.structured.apply import apply_plan
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.choice import Choice
 from megatron_prune.structured.plan import PruningPlan
+from megatron_prune.training import learned_file
 
 FOLDER = "pruning"
+LEARNING = ".learning"  # after the name of --save: the folder of a training under masks
+# Of a training under masks, where the command does not say otherwise: the paper's, but for the batch.
+TRAINING = {
+    "--lr": "1e-4",
+    "--lr-decay-style": "cosine",
+    "--lr-warmup-fraction": "0.1",
+    "--weight-decay": "0",
+    "--adam-beta2": "0.95",
+    "--micro-batch-size": "1",
+    "--global-batch-size": "8",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ def prune(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> Pr
     if isinstance(choose(asked, own), SparsifyRequest):
         table = sparsify(_only(verbs.SparsifySettings, asked), words, "prune")
         return None if table is None else PruneOutcome(Path(value_of(words, "--save") or ""), sparsity=table)
-    return _structured(asked, own, words)
+    return (_learned if methods.get(asked.method).learned else _structured)(asked, own, words)
 
 
 def choose(
@@ -83,15 +101,16 @@ def choose(
         _refuse_given(asked, verbs.TargetSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    if methods.get(asked.method).learned:
-        raise UsageError(
-            "--method",
-            got=asked.method,
-            expected="a method that a pass over text is enough for",
-            why="its masks are learned by training",
-            do="run learn-masks, then plan and apply",
-        )
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method)
+    if methods.get(asked.method).learned:
+        _refuse_given(asked, verbs.CalibrationTextSettings, "a --method that is calibrated", asked.method)
+        if getattr(own, "mask_tokens", None) is None:
+            raise UsageError(
+                "--mask-tokens",
+                got="nothing",
+                expected=f"the tokens that --method {asked.method} learns its masks on",
+            )
+        return choices.choose(asked.method, asked, options.NoOptions())  # no layout decides the shape
     chosen = choices.choose(asked.method, asked, own, tensor_parallel=tensor_parallel, seed=seed)
     chosen.check()
     return chosen
@@ -105,11 +124,7 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
 
     def complete(args: argparse.Namespace, argv: list[str]) -> None:
         nonlocal folder, choice, question, of_task
-        if args.save is None:
-            raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
-        folder = Path(args.save)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
+        folder = _new(args.save)
         layout = args.tensor_model_parallel_size
         choice = choices.choose(asked.method, asked, own, tensor_parallel=layout, seed=args.seed)
         calibrate.complete(args, argv, reads_text=choice.needs_statistics)
@@ -141,6 +156,53 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
     return PruneOutcome(folder, plan=made)
 
 
+def _learned(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) -> PruneOutcome | None:
+    """Train the masks in a folder next to ``--save``, then cut what was trained by them."""
+    folder, load = _new(value_of(words, "--save")), value_of(words, "--load")
+    if load is None:
+        raise UsageError("--load", got="nothing", expected="the checkpoint to prune")
+    work = folder.with_name(folder.name + LEARNING)
+    with contextlib.suppress(SystemExit):  # Megatron's own, at --exit-interval or a signal
+        learn_masks(_only(verbs.LearnMasksSettings, asked, own), _training(words, load, work))
+    if os.environ["RANK"] != "0":
+        return None
+    if not (work / learned_file.FILE).exists():
+        raise RunError(f"{work}: the masks are not learned yet; run the same command again to resume")
+    choice = choices.choose(asked.method, asked, options.NoOptions())
+    made = choice.make(choice.question(open_checkpoint(work)), learned_file.read(work / learned_file.FILE))
+    files = {f"{FOLDER}/plan.json": made.file()}
+    names = (learned_file.FILE, Path(learned_file.FILE).with_suffix(".json").name)
+    files |= {f"{FOLDER}/{name}": (work / name).read_bytes() for name in names}
+    apply_plan(work, made, folder, files)
+    shutil.rmtree(work)
+    return PruneOutcome(folder, plan=made)
+
+
+def _training(words: Sequence[str], load: str, work: Path) -> list[str]:
+    """Megatron's flags of the training under masks: those of ``prune``, from and to other folders, and defaults."""
+    rate = value_of(words, "--lr") or TRAINING["--lr"]
+    lowest = f"{float(rate) / 10:.12g}"
+    found = list(words)
+    for flag in ("--load", "--save"):
+        while (at := next((n for n, word in enumerate(found) if word.partition("=")[0] == flag), None)) is not None:
+            del found[at : at + 1 + (found[at] == flag)]
+    for flag, value in {**TRAINING, "--min-lr": lowest}.items():
+        if value_of(words, flag) is None:
+            found += [flag, value]
+    own = [] if "--use-checkpoint-args" in words else ["--use-checkpoint-args"]
+    return [*found, *own, "--pretrained-checkpoint", load, "--load", str(work), "--save", str(work)]
+
+
+def _new(save: str | None) -> Path:
+    """The directory that is to be written; UsageError if there is none, or something in it."""
+    if save is None:
+        raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
+    folder = Path(save)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
+    return folder
+
+
 def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str) -> None:
     """UsageError if one of ``settings`` was given that ``method`` does not take; all take the amount to remove."""
     for flag in settings.flags():
@@ -148,7 +210,7 @@ def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: 
             raise UsageError(flag.option, got=f"--method {method}", expected=f"{only} with it")
 
 
-def _only[S: Settings](cls: type[S], asked: Settings) -> S:
+def _only[S: Settings](cls: type[S], *asked: Settings) -> S:
     """The settings of ``asked`` that ``cls`` has."""
     names = {field.name for field in dataclasses.fields(cls)}
-    return cls.read({name: getattr(asked, name) for name in names if asked.was_given(name)})
+    return cls.read({name: getattr(one, name) for one in asked for name in names if one.was_given(name)})

@@ -76,7 +76,7 @@ class Pruning:
 
     @property
     def learned(self) -> int:
-        """Tokens that its masks were learned on, and those of the links behind it."""
+        """Tokens that its masks were learned on, and those of the links before it."""
         return sum(link.method.tokens or 0 for link in self.links)
 
     @property
@@ -134,10 +134,12 @@ def links(study: StudyConfig) -> list[Pruning]:
 
 
 def learning_samples(study: StudyConfig, lay: Lay, pruning: Pruning) -> SampleRange:
-    """What masks are learned on: samples after those of the longest retraining, which all prunings share."""
+    """What masks are learned on: samples after those of the longest retraining, which all prunings share, and after
+    what earlier links of a chain learned theirs on."""
     longest = max(lay.retrain(budget, each.trained).end for budget in study.budgets for each in prunings(study))
+    start = longest + (pruning.base.learned if pruning.base else 0) // lay.batch.seq_length
     samples = (pruning.method.tokens or 0) // lay.batch.seq_length
-    return SampleRange(longest, longest + samples, samples // learning_batch(study, pruning.method))
+    return SampleRange(start, start + samples, samples // learning_batch(study, pruning.method))
 
 
 def learning_batch(study: StudyConfig, method: MethodSection) -> int:

@@ -192,7 +192,8 @@ class Recipe:
 class Link:
     """One pruning of a chain: a method and its amount: a ratio, a target or an N:M pattern.
 
-    ``retrain``: tokens that the result is trained on, with the recipe, before the next link.
+    ``tokens``: those that its masks are learned on, if it learns masks. ``retrain``: tokens that the result is trained
+    on, with the recipe, before the next link.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Link:
     settings: Flags = dataclasses.field(default_factory=dict)
     target: Flags = dataclasses.field(default_factory=dict)
     label: str | None = None
+    tokens: Tokens | None = None
     retrain: Tokens | None = None
 
     @finds
@@ -216,7 +218,7 @@ class Link:
 
     def method(self) -> MethodSection:
         """This link as a method."""
-        return MethodSection(self.name, self.pattern, self.settings, self.target, self.label)
+        return MethodSection(self.name, self.pattern, self.settings, self.target, self.label, tokens=self.tokens)
 
     def words(self, *, pattern: bool) -> str:
         """``minitron-depth 25%``, ``sparsegpt 2:4``"""
@@ -256,7 +258,14 @@ class MethodSection:
                              expected="either a name, or a chain of at least two prunings")  # fmt: skip
         if self.chain and (self.pattern or self.settings or self.target or self.tokens):
             raise UsageError(where, got="them beside a chain",
-                             expected="pattern, settings and target in the links of the chain")  # fmt: skip
+                             expected="pattern, settings, target and tokens in the links of the chain")  # fmt: skip
+        sparse = [number for number, link in enumerate(self.chain) if link.pattern]
+        if sparse and any(link.tokens for link in self.chain[sparse[0] + 1 :]):
+            raise UsageError(
+                f"{where}.chain", got=f"masks learned after {self.chain[sparse[0]].tag}",
+                expected="learned masks before sparse ones",
+                why="the training that learns masks would fill the zeros of an earlier link",
+            )  # fmt: skip
         if self.chain and self.chain[-1].retrain:
             raise UsageError(
                 f"{where}.chain.retrain", got=f"{self.chain[-1].retrain} after the last link",

@@ -22,7 +22,7 @@ from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import commands, needs, questions
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
 from megatron_prune.study.prunings import Places, Pruning, learning_samples, links, parent_cell
-from megatron_prune.study.sample_ranges import SampleRange
+from megatron_prune.study.sample_ranges import Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
 from megatron_prune.training import data, lineage
@@ -269,10 +269,20 @@ def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> It
             samples = lay.retrain(retraining.tokens, pruning.trained)
             yield f"methods.{pruning.method.tag}'s candidates", samples, _behind(pruning, outlook, stream, before)
         if pruning.method.tokens:
-            seen = _behind(pruning, outlook, stream, before)
+            seen = _behind(pruning, outlook, stream, before) + _learned(study, lay, pruning.base, stream)
             yield f"methods.{pruning.method.tag}'s masks", learning_samples(study, lay, pruning), seen
     for cell in outlook.estimated_grid(study).cells:
-        yield cell.id, cell.samples, [] if cell.kind == "scratch" else _behind(cell.source, outlook, stream, before)
+        seen = _behind(cell.source, outlook, stream, before) + _learned(study, lay, cell.source, stream)
+        yield cell.id, cell.samples, [] if cell.kind == "scratch" else seen
+
+
+def _learned(study: StudyConfig, lay: Lay, pruning: Pruning | None, stream: Mapping[str, Any]) -> Seen:
+    """The trainings in which the masks of a pruning and of the links before it were learned."""
+    return [
+        {"run": f"{link.cell}'s masks", "stream": stream, "range": list(learning_samples(study, lay, link).samples)}
+        for link in (pruning.links if pruning else ())
+        if link.method.tokens
+    ]
 
 
 def _behind(pruning: Pruning, outlook: Outlook, stream: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> Seen:

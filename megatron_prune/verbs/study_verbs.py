@@ -116,7 +116,7 @@ class AdvisedAmountSettings(SizeSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AdvisedBudgetSettings(Settings):
-    TITLE = "budget: tokens of retraining, or GPU-hours"
+    TITLE = "budget: tokens of retraining (masks that are learned included), or GPU-hours"
 
     tokens: int | None = setting(None, kind=count, metavar="N", help="such as 10B")
     gpu_hours: float | None = setting(None, metavar="H", help="instead of --tokens")

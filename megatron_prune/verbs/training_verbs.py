@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_prune.methods.options import LearningOptions
 from megatron_prune.settings import Settings, setting
 from megatron_prune.verbs.shared import TargetSettings
 
@@ -54,17 +55,8 @@ class PretrainSettings(MasksSettings, StreamSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnMasksSettings(PretrainSettings, TargetSettings):
-    TITLE = "learned masks"
-
-    mask_lr: float = setting(
-        1.0,
-        metavar="RATE",
-        help="highest learning rate of masks and Lagrange multipliers, on the schedule of --lr",
-    )
-    mask_ramp: float = setting(
-        0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"
-    )
+class LearnMasksSettings(PretrainSettings, TargetSettings, LearningOptions):
+    """``learn-masks``; everything else is Megatron's."""
 
 
 @dataclass(frozen=True, kw_only=True)

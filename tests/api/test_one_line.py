@@ -113,6 +113,36 @@ def test_it_is_the_verbs_by_hand(
     np.testing.assert_allclose(made.after.window_losses, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
+def test_masks_are_learned_before_the_cut_as_by_hand(prune, hf, job, tmp_path) -> None:
+    """Ten whole steps of the 1,300 tokens, and the retraining on the samples that follow."""
+    learning = {"mask_tokens": 1300, "mask_batch_size": 4, "mask_weight_lr": 1e-3, "mask_ramp": 0.5}
+    retraining = {"retrain_tokens": 256, "retrain_batch_size": 4}
+    made = prune(tmp_path / "out", "sheared-llama", **WIDTH, **learning, **retraining, keep=True)
+    hand, text, asked = tmp_path / "hand", tmp_path / "out.work" / "text", []
+    for name, size in WIDTH.items():
+        asked += [f"--{name.replace('_', '-')}", size]
+    assert not (tmp_path / "out.work" / "pruned.learning").exists() and not list(text.glob("calibration*"))
+
+    import_hf(hf, hand / "parent")
+    recipe = ["--lr-decay-style", "cosine", "--adam-beta2", 0.95, "--global-batch-size", 4, "--micro-batch-size", 1]
+    recipe += ["--data-path", text / "train", "--seq-length", S, "--use-checkpoint-args"]
+    masked = ["--lr", 1e-3, "--min-lr", 1e-4, "--lr-warmup-fraction", 0.1, "--weight-decay", 0, "--mask-ramp", 0.5]
+    start = ["--pretrained-checkpoint", hand / "parent", "--stream-range", "0:40", "--save", hand / "learned"]
+    job(["learn-masks", *start, *recipe, *masked, *asked]).ok()
+    masks = ["--method", "sheared-llama", "--statistics", hand / "learned" / "learned_masks.safetensors"]
+    job(["plan", "--load", hand / "learned", *masks, *asked, "--output", hand / "plan.json"]).ok()
+    job(["apply", "--load", hand / "learned", "--plan", hand / "plan.json", "--save", hand / "pruned"]).ok()
+    trained = ["--lr", 1e-4, "--min-lr", 1e-5, "--lr-warmup-fraction", 0.05, "--weight-decay", 0.1]
+    start = ["--pretrained-checkpoint", hand / "pruned", "--stream-range", "40:48", "--save", hand / "retrained"]
+    job(["pretrain", *start, *recipe, *trained]).ok()
+    export_hf(hand / "retrained", hand / "out")
+
+    ours, theirs = tensors(made.path), tensors(hand / "out")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert made.record["pruning"][-1]["tokens"] == 1280 and made.retrained_tokens == 256
+
+
 class Killed(BaseException):
     """Raised where a process would be killed."""
 
@@ -186,6 +216,9 @@ def test_without_text_it_says_by_name_what_it_reads(prune, tmp_path) -> None:
     assert made.text.startswith("English text of this machine") and any(made.text in line for line in lines)
 
 
+LEARNED = {"method": "sheared-llama", "pattern": None, **WIDTH}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -207,6 +240,10 @@ def test_without_text_it_says_by_name_what_it_reads(prune, tmp_path) -> None:
         ({"dataset": "some/set"}, "--text, --dataset"),
         ({"dtype": "int8"}, "int8"),
         ({"ratoi": 0.5}, "ratoi"),
+        (LEARNED, "--mask-tokens: expected the tokens .*sheared-llama learns its masks on, got nothing"),
+        (LEARNED | {"mask_tokens": 100}, "--mask-tokens: expected 256 or more, got 100"),
+        (LEARNED | {"mask_tokens": 10**6}, "--retrain-tokens, --mask-tokens: expected 31248 sequences"),
+        ({"mask_tokens": 1000}, "--mask-tokens: expected only with --method sheared-llama"),
     ],
 )
 def test_bad_questions_are_refused_in_one_line(prune, tmp_path, changes: dict[str, Any], says: str) -> None:

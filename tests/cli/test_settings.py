@@ -146,12 +146,10 @@ def test_one_mapping_has_a_verbs_settings_and_its_methods() -> None:
             options.read(verbs.TargetSettings, "minitron-width", wrong, "here")
     # --retrain-tokens is a flag of `prune --hf` itself: there it is not the method's.
     asked = {"method": "minitron-width", "hf": "x", "out": "y", "retrain_tokens": 5}
-    found = options.read(verbs.PruneHFSettings, "minitron-width", asked, known=options.UNTRAINED)
+    found = options.read(verbs.PruneHFSettings, "minitron-width", asked, known=options.ONE_LINE)
     assert found[0].retrain_tokens == 5 and found[1] == options.MinitronWidthOptions()
     with pytest.raises(UsageError, match="retrain_candidates: expected one of .*, got an unknown key"):
-        options.read(
-            verbs.PruneHFSettings, "minitron-width", asked | {"retrain_candidates": 2}, known=options.UNTRAINED
-        )
+        options.read(verbs.PruneHFSettings, "minitron-width", asked | {"retrain_candidates": 2}, known=options.ONE_LINE)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.structured import plan, statistics
+from megatron_prune.training import learned_file
 
 CALIBRATION = ["--calibration-sequences", "5", "--calibration-seq-length", "64"]
 CUTS = {
@@ -114,3 +115,79 @@ def test_existing_result_and_calibration_without_use_are_refused(
     arguments += ["--target-num-layers", "2", "--save", tmp_path / "new", "--calibration-sequences", "3"]
     finished = job(arguments)
     assert finished.returncode != 0 and "got it" in finished.output
+
+
+LEARNED = ["--target-hidden-size", "64", "--target-ffn-hidden-size", "96", "--divisible-by", "4"]
+TRAINING = ["--seq-length", "32", "--global-batch-size", "4", "--lr", "1e-2", "--seed", "7", "--num-workers", "0"]
+
+
+def test_masks_are_learned_planned_and_applied_by_one_command(
+    job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """As by hand with the paper's settings; stopped, and resumed at another layout."""
+    corpus = ["--train-data-path", tiny_corpus]
+    save, work, hand = tmp_path / "save", tmp_path / "save.learning", tmp_path / "hand"
+    asked = ["prune", "--load", tiny_parent, "--method", "sheared-llama", "--save", save, *LEARNED]
+    asked += ["--mask-tokens", "1280", "--mask-lr", "0.5", *corpus, *TRAINING, "--save-interval", "5"]
+    stopped = job([*asked, "--exit-interval", "5"])
+    assert stopped.returncode == 2 and "run the same command again to resume" in stopped.output
+    assert work.is_dir() and not save.exists()
+    finished = job([*asked, "--tensor-model-parallel-size", "2"], nproc=2).ok()
+    assert "near-ties: none" in finished.output and not work.exists()
+
+    recipe = ["--min-lr", "1e-3", "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--weight-decay", "0"]
+    recipe += ["--adam-beta2", "0.95", "--micro-batch-size", "1", "--mask-lr", "0.5", "--mask-ramp", "0.2"]
+    place = ["--save", hand, "--load", hand, "--pretrained-checkpoint", tiny_parent, "--use-checkpoint-args"]
+    job(["learn-masks", *place, *corpus, *TRAINING, *recipe, "--stream-range", "0:40", *LEARNED]).ok()
+    chosen = ["--method", "sheared-llama", "--statistics", hand / learned_file.FILE, *LEARNED]
+    job(["plan", "--load", hand, *chosen, "--output", tmp_path / "p.json"]).ok()
+    job(["apply", "--load", hand, "--plan", tmp_path / "p.json", "--save", tmp_path / "by-hand"]).ok()
+
+    found, by_hand = open_checkpoint(save), open_checkpoint(tmp_path / "by-hand")
+    found.verify(hashes=True)
+    assert all((found.read(n) - by_hand.read(n)).abs().max() < 1e-3 for n in by_hand.names)
+    (entry,), (expected,) = found.pruning, by_hand.pruning
+    assert entry["tokens"] == expected["tokens"] == 1280 and entry["flops"] == expected["flops"]
+    assert entry["learned"]["range"] == [0, 40] and entry["parent"] == expected["parent"] | {
+        "path": entry["parent"]["path"]
+    }
+    masks = learned_file.read(save / "pruning" / learned_file.FILE)
+    assert plan.read(save / "pruning" / "plan.json").statistics == masks.hash
+
+    # What is pruned again learns on the samples that follow.
+    again = ["prune", "--load", save, "--method", "sheared-llama", "--save", tmp_path / "again", *corpus, *TRAINING]
+    job([*again, "--mask-tokens", "256", "--target-ffn-hidden-size", "64", "--divisible-by", "4"]).ok()
+    assert open_checkpoint(tmp_path / "again").pruning[-1]["learned"]["range"] == [40, 48]
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("sheared-llama", [], "--mask-tokens: expected the tokens that .* learns its masks on, got nothing"),
+        ("sheared-llama", ["--mask-tokens", "100"], "--mask-tokens: expected a multiple of 128, .*, got 100"),
+        (
+            "sheared-llama",
+            ["--mask-tokens", "128", "--calibration-sequences", "4"],
+            "--calibration-sequences: expected a --method that is calibrated with it, got --method sheared-llama",
+        ),
+        (
+            "shortgpt",
+            ["--mask-tokens", "128"],
+            "--mask-tokens: expected --method sheared-llama with it, got .*shortgpt",
+        ),
+    ],
+)
+def test_flags_of_learning_that_cannot_be_meant_are_refused(
+    job: Callable[..., Any],
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    method: str,
+    more: list[str],
+    message: str,
+) -> None:
+    words = ["prune", "--load", tiny_parent, "--method", method, "--save", tmp_path / "save", "--ratio", "0.5"]
+    finished = job([*words, "--divisible-by", "8", "--train-data-path", tiny_corpus, *TRAINING, *more])
+    assert finished.returncode == 2
+    assert re.search("megatron-prune prune: " + message, finished.output), finished.output[-3000:]
+    assert list(tmp_path.iterdir()) == []

@@ -54,10 +54,11 @@ def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 
 
-# By hand, at depth's shapes: structured, five pruned models and one from scratch for depth, one for width, at both
-# ratios; sparse, three methods at two ratios and two N:M, dense scratch, SparseGPT's own scratch. All at two rates.
+# By hand, at depth's shapes: structured, six pruned models and one from scratch for depth, one for width, and one for
+# the method that learns masks, at both ratios; sparse, three methods at two ratios and two N:M, dense scratch,
+# SparseGPT's own scratch. All at two rates.
 @pytest.mark.parametrize(("kind", "layers"), [
-    ("structured", 2 * (5 + 2) * [22, 15]), ("sparse", 2 * (3 * (2 + 2) + 1 + (2 + 2)) * [30]),
+    ("structured", 2 * (6 + 3) * [22, 15]), ("sparse", 2 * (3 * (2 + 2) + 1 + (2 + 2)) * [30]),
 ])  # fmt: skip
 @pytest.mark.parametrize("minutes", [60, 120, 1200])
 def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
@@ -70,18 +71,23 @@ def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
     share = 4.0 * steps * training / (60 * minutes)
     assert 0.6 < share < 1 and 60 * (minutes - expected) < 4.0 * training  # another step would be too many
     assert {method.sparse for method in read.methods} == {kind == "sparse"} and read.name == f"smollm2-{kind}"
-    assert study["methods"] == [m for m in whole["methods"] if ("pattern" in m) == (kind == "sparse")]
+    tokens = {method.tokens for method in read.methods if method.name == "sheared-llama"}
+    assert all(0 < found <= 81_920 and found % 2048 == 0 for found in tokens) and len(tokens) == (kind == "structured")
+    own = [m | {"tokens": max(tokens, default=0)} if "tokens" in m else m for m in whole["methods"]]
+    assert study["methods"] == [m for m in own if ("pattern" in m) == (kind == "sparse")]
     varies = ("name", "methods", "budgets", "evaluation", "calibration")
     assert {k: v for k, v in study.items() if k not in varies} == {k: v for k, v in whole.items() if k not in varies}
     if minutes == 1200:
         assert (read.evaluation.windows, read.calibration.sequences) == (16, 32)  # the study's own
+        assert tokens <= {81_920}
 
 
 def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused():
     budget = script("budget")
     content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
-    study, steps, expected = budget.planned(content, 20, 8.0, SMOLLM2)
-    assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 20
+    study, steps, expected = budget.planned(content, 25, 8.0, SMOLLM2)
+    assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 25
+    assert {m["tokens"] for m in study["methods"] if "tokens" in m} == {4 * 4 * 512}
     with pytest.raises(UsageError, match=r"--budget: expected at least \d+ on this.*, got 5 minutes") as why:
         budget.planned(content, 5, 8.0, SMOLLM2)
     least = int(str(why.value).split("at least ")[1].split()[0])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
@@ -31,11 +31,13 @@ from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_single
+from megatron_prune.methods import sheared_llama
 from megatron_prune.structured import candidates, statistics
+from megatron_prune.structured import target as targets
 from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.prunings import Places
-from megatron_prune.training import data, lineage
+from megatron_prune.training import data, learned_file, lineage
 
 VOCABULARY = 123
 SHAPE_FLAGS = {
@@ -228,6 +230,25 @@ class FakeLauncher:
             write_weights(save, source, made["steps"])
         made["final"] = weights_of(save)
         artifacts.write_json(save / "account.json", made)
+
+    def _learn_masks(self, argv: list[str]) -> None:
+        """Weights like any training's, and masks that are drawn."""
+        self._pretrain(argv)
+        given = words(argv)
+        save, known = Path(given["save"]), {flag.name for flag in verbs.TargetSettings.flags()}
+        target = targets.from_settings(verbs.TargetSettings.read({k: v for k, v in given.items() if k in known}))
+        source = open_checkpoint(save).shape
+        wanted = target.choose(source, methods.get("sheared-llama"), {})
+        kinds = sheared_llama.kinds(source, wanted)
+        generator = torch.Generator().manual_seed(int(given["seed"]))
+        state = learned_file.LearnerState(
+            source, wanted, {}, {kind.name: torch.randn(kind.shape, generator=generator) for kind in kinds},
+            {kind.name: torch.zeros(2) for kind in kinds}, {}, torch.zeros(1, len(kinds), 4),
+        )  # fmt: skip
+        made = artifacts.read_json(save / "account.json")
+        spent = {key: made[key] for key in ("range", "steps", "tokens")} | {"flops": made["flops_executed"]}
+        learned = learned_file.LearnedMasks(state, open_checkpoint(save).fingerprint(), spent)
+        learned.write(save / learned_file.FILE)
 
     def _evaluate(self, argv: list[str]) -> None:
         given = words(argv)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
 from megatron_prune.study import jobs, outlook, validate
 from megatron_prune.study.analysis import results
@@ -93,6 +94,54 @@ def test_a_layout_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
     made = made_up.study(made_up.corpora(tmp_path), methods=[method], launch=launch, recipe=recipe, ratios=[0.55])
     with pytest.raises(UsageError, match="a multiple of 4"):
         outlook.look(made, Places(Path("runs/made-up")))
+
+
+LINK = {key: METHOD[key] for key in ("name", "settings")} | {"ratio": 0.25}
+CHAIN = [LINK | {"tokens": 640, "retrain": 256}, LINK | {"tokens": 256}]
+
+
+def test_each_link_of_a_chain_learns_on_samples_of_its_own(tmp_path: Path) -> None:
+    """The parent takes 0:160, the retraining between the links 160:176, the last one 176:256, masks 256:296:312."""
+    launcher = made_up.FakeLauncher()
+    made = study(tmp_path, {"chain": CHAIN}, settings=["equal-training", "equal-total"], ratios=[0.5])
+    with contextlib.chdir(tmp_path):
+        places = made_up.run(made, Path("runs"), launcher)
+        found = results.collect(places)
+    learned = {value(list(c.argv), "--save"): value(list(c.argv), "--stream-range") for c in launcher.commands
+               if c.stage == "learn-masks"}  # fmt: skip
+    first = "pruning-sheared-llama-r25-s1"
+    second = "pruning-sheared-llama-r25-t256-then-sheared-llama-r25-s1"
+    assert learned == {
+        "runs/made-up/cells/pruning-sheared-llama-r50-s1/learned": "256:296",
+        f"runs/made-up/cells/{first}/learned": "256:296",
+        f"runs/made-up/cells/{second}/learned": "296:312",
+    }
+    assert not found.disbelieved and not found.left_out
+    rows = {(row["arm"], row["setting"]): row for row in found.rows if row["ratio"] is None and row["method"]}
+    assert rows["pruned", "equal-training"]["tokens_pruning"] == 640 + 256 + 256
+    assert rows["pruned", "equal-total"]["tokens_total"] == 2560 + 1280 + 640 + 256 + 256
+    assert rows["pruned", "equal-total"]["tokens_learned"] == 640 + 256
+    parent, smaller = (open_checkpoint(tmp_path / places.checkpoint(cell)).shape for cell in ("parent", first))
+    flops = 40 * parent.training_flops(16) + (16 + 16) * smaller.training_flops(16)
+    assert rows["pruned", "equal-total"]["flops_pruning"] == flops  # no calibration is in it
+    assert rows["scratch", "equal-training"]["tokens_train"] == 1280 + 640 + 256
+    lines = {item.comparison.setting: {line.field: line.pruned for line in item.match} for item in found.compared
+             if item.comparison.pruning.base}  # fmt: skip
+    assert lines["equal-training"]["tokens"] == "2,176 = 1,280 retraining + 896 learning masks"
+    assert lines["equal-total"]["lineage"] == ("trained on 2,560 → sheared-llama → trained on 256 → sheared-llama")
+
+
+def test_masks_are_not_learned_on_a_sparse_link(tmp_path: Path) -> None:
+    chain = [{"name": "wanda", "pattern": "2:4"}, LINK | {"tokens": 640}]
+    with pytest.raises(UsageError, match="chain: expected learned masks before sparse ones, got .* after wanda-2-4"):
+        study(tmp_path, {"chain": chain})
+
+
+def test_the_stream_must_hold_what_the_last_link_learns_on(tmp_path: Path) -> None:
+    corpora = made_up.corpora(tmp_path, train=16 * 311 + 1)
+    made = made_up.study(corpora, methods=[{"chain": CHAIN}], settings=["equal-training"])
+    with pytest.raises(Exception, match="masks, samples 296:312"):
+        validate.check_ranges(made, outlook.look(made, Places(Path("runs/made-up"))), outlook.stream_of(made))
 
 
 @pytest.mark.slow

@@ -151,10 +151,10 @@ def _one_ratio(curves: Sequence[Curve]) -> list[Curve]:
 
 def _at_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> Advice:
     """The advice from curves at one ratio."""
-    inside = [curve for curve in curves if curve.holds(target.budget(curve.flops_per_token))]
+    inside = [curve for curve in curves if curve.holds(curve.budget(target))]
     if not inside:
         asked = target.budget(curves[0].flops_per_token)
-        ranges = " and ".join(dict.fromkeys(f"{c.arms.tokens[0]:,} to {c.arms.tokens[-1]:,}" for c in curves))
+        ranges = " and ".join(dict.fromkeys(map(_range, curves)))
         reason = f"{asked:,.0f} tokens are beyond the budgets that were run, {ranges}"
         return Advice(
             UNKNOWN, reasons=(reason,), break_evens=tuple(even for curve in curves if (even := curve.break_even())),
@@ -168,16 +168,27 @@ def _at_ratio(curves: Sequence[Curve], target: AdvisedTarget) -> Advice:
     scratch: list[Arm] = []
     between: dict[str, list[str]] = {}
     for curve in inside:
-        losses = curve.at(target.budget(curve.flops_per_token))
+        losses = curve.at(curve.budget(target))
         own = [curve.arms.seeds.index(seed) for seed in seeds]
         pruned.append(Arm(curve, losses.pruned[own]))
         scratch.append(Arm(curve, losses.scratch[own]))
         between.setdefault(losses.source, []).append(curve.name)
     caveats = [f"{', '.join(between[source])}: {BETWEEN[source]}" for source in BETWEEN if source in between]
+    caveats += [
+        f"{curve.name}: {curve.learned:,.0f} of the tokens learn its masks, {curve.budget(target):,.0f} retrain it"
+        for curve in inside
+        if curve.learned
+    ]
     if all(curve.dense for curve in inside):
         caveats.append("scratch has no masks: it is a dense model with more weights than the sparse one")
     advice = _compare(_different(pruned), _different(scratch), len(seeds), target)
     return replace(advice, caveats=(*caveats, *advice.caveats))
+
+
+def _range(curve: Curve) -> str:
+    """The budgets that were run, with what the curve's masks were learned on."""
+    low, high = (f"{tokens + round(curve.learned):,}" for tokens in (curve.arms.tokens[0], curve.arms.tokens[-1]))
+    return f"{low} to {high}" + (f" ({curve.name}, its masks included)" if curve.learned else "")
 
 
 def _different(arms: Sequence[Arm]) -> list[Arm]:

@@ -172,12 +172,14 @@ def _names(curves: Sequence[Curve]) -> str:
 
 
 def _cost(curves: Sequence[Curve], target: AdvisedTarget, seeds: int) -> str:
-    """The cost of a pruned and a scratch run for every method and seed."""
-    budgets = [(target.budget(curve.flops_per_token), curve) for curve in curves]
+    """The cost of a pruned and a scratch run for every method and seed, and of learning masks."""
+    budgets = [(curve.budget(target), curve) for curve in curves]
     extra = [np.mean(np.subtract(curve.arms.scratch_tokens, curve.arms.tokens)) for curve in curves]
-    tokens = sum(seeds * (2 * budget + more) for (budget, _), more in zip(budgets, extra, strict=True))
+    tokens = sum(
+        seeds * (2 * budget + more + curve.learned) for (budget, curve), more in zip(budgets, extra, strict=True)
+    )
     flops = sum(
-        seeds * (2 * budget + more) * curve.flops_per_token
+        seeds * ((2 * budget + more) * curve.flops_per_token + curve.learned_flops)
         for (budget, curve), more in zip(budgets, extra, strict=True)
     )
     return f"{2 * seeds * len(curves)} runs at most, {tokens:,.0f} tokens, {flops:.2e} FLOPs"

@@ -20,13 +20,14 @@ import numpy as np
 
 from megatron_prune import artifacts
 from megatron_prune.errors import UsageError
+from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis import scaling_laws
 from megatron_prune.study.analysis.scaling_laws import Arms
 from megatron_prune.study.grid import SUBJECT, Subject, label
 
 SHIPPED = Path(__file__).with_name("quickstart.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
-       "shape", "validation_loss", "test_loss", "tokens_declared")  # fmt: skip
+       "shape", "validation_loss", "test_loss", "tokens_declared", "tokens_learned", "flops_pruning")  # fmt: skip
 COMPARISON = (*SUBJECT, "tokens", "seed", "pruned", "scratch", "status")
 SAME_BUDGET = 1.01  # budgets within this factor are the same
 
@@ -49,6 +50,12 @@ class Curve(Subject):
     removed_all: float
     shape: str
     flops_per_token: float  # of retraining
+    learned: float = 0  # tokens that its masks were learned on before that, and the FLOPs of its pruning
+    learned_flops: float = 0
+
+    def budget(self, target: AdvisedTarget) -> float:
+        """The tokens of retraining that are left of the target's."""
+        return target.budget(self.flops_per_token, self.learned, self.learned_flops)
 
     @property
     def name(self) -> str:
@@ -137,6 +144,7 @@ def _curves(comparisons: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping
         arms = scaling_laws.arms(runs, fewest=1)
         assert arms is not None
         pruned = [rows[made["pruned"]] for made in own]
+        learned = _mean(row.get("tokens_learned") or 0 for row in pruned)
         curves.append(
             Curve(
                 **dict(zip(SUBJECT, subject, strict=True)),
@@ -145,6 +153,8 @@ def _curves(comparisons: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping
                 removed_all=_mean(row["removed_all"] for row in pruned),
                 shape=pruned[0]["shape"],
                 flops_per_token=pruned[0]["flops_train"] / pruned[0]["tokens_train"],
+                learned=learned,
+                learned_flops=_mean(row["flops_pruning"] for row in pruned) if learned else 0,
             )
         )
     return tuple(curves)
@@ -156,7 +166,11 @@ def _mean(values: Any) -> float:
 
 def compact(content: Mapping[str, Any]) -> dict[str, Any]:
     """A ``results.json`` without matches, verdicts and other parts that advice does not read."""
-    rows = {row["cell"]: {key: row[key] for key in ROW} for row in content["rows"] if row["status"] == "finished"}
+    rows = {
+        row["cell"]: {key: row[key] for key in ROW if key in row}
+        for row in content["rows"]
+        if row["status"] == "finished"
+    }
     comparisons = [{key: made[key] for key in COMPARISON} for made in content["comparisons"]]
     return {
         "version": content["version"],

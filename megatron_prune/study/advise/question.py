@@ -1,7 +1,7 @@
 """The question: the parent, the amount to remove, and the token budget.
 
-``tokens`` are those of retraining. Scratch gets as many (equal training), or the parent's as well (equal total), as in
-studies.
+``tokens`` are those of training after the parent: of retraining, and before it of learning masks, for a method that
+learns them. Scratch gets as many (equal training), or the parent's as well (equal total), as in studies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_prune import verbs
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
@@ -42,9 +42,12 @@ class AdvisedTarget:
     cuts: frozenset[str] | None = None  # the sizes that an explicit shape cuts
     parent_shape: ModelShape | None = None
 
-    def budget(self, flops_per_token: float) -> float:
-        """Tokens of retraining for a model with this number of FLOPs per token."""
-        return self.tokens if self.tokens is not None else cast(float, self.flops) / flops_per_token
+    def budget(self, flops_per_token: float, learned: float = 0, learned_flops: float = 0) -> float:
+        """Tokens of retraining for a model with this number of FLOPs per token, after its masks were learned on as many
+        tokens and FLOPs."""
+        if self.tokens is not None:
+            return self.tokens - learned
+        return (cast(float, self.flops) - learned_flops) / flops_per_token
 
     def same_cuts(self, shape: str) -> bool:
         """Whether a pruned shape (a tag) is cut in the same sizes as the requested one."""
@@ -74,6 +77,7 @@ def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedT
     if shape is not None and options.parent_params is not None:
         raise UsageError("--parent, --parent-params", got="both", expected="exactly one of them")
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
+    _refuse_another_granularity(options, sizes)
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
     own = Pattern.parse(pattern).ratio if pattern else None
     params = shape.parameters() if shape else options.parent_params
@@ -85,6 +89,22 @@ def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedT
         options.parent_tokens or trained,
         frozenset(sizes) if sizes else None, shape,
     )  # fmt: skip
+
+
+def _refuse_another_granularity(options: verbs.AdviseSettings, sizes: Mapping[str, int]) -> None:
+    """UsageError if ``--method`` is one of ours and cannot cut what is to be cut."""
+    if options.method not in (*methods.names(), *methods.sparse_names()):
+        return  # a label of a study
+    can = methods.get(options.method).dimensions if options.method in methods.names() else ()
+    if options.pattern and options.method not in methods.sparse_names():
+        raise UsageError(
+            "--pattern", got=f"--method {options.method}, which leaves a smaller shape", expected="a sparse method"
+        )
+    if others := [flag_of(field) for field in sizes if field not in can]:
+        raise UsageError(
+            ", ".join(others), got=f"--method {options.method}",
+            expected="a method that cuts it" if not can else f"{', '.join(map(flag_of, can))} with it",
+        )  # fmt: skip
 
 
 def _ratio(

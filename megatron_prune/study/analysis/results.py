@@ -250,7 +250,7 @@ COLUMNS = (
     "tokens_train", "tokens_total", "flops_total", "flops_train", "flops_train_theoretical", "params", "params_nonzero",
     "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
-    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite",
+    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite", "tokens_learned",
 )  # fmt: skip
 
 
@@ -318,6 +318,7 @@ def _behind(
         "tokens_total": trained + counted(tokens, trained) if known else None,
         "tokens_parent": parent.get("tokens"),
         "tokens_pruning": tokens + pruning.trained,
+        "tokens_learned": pruning.learned,
         "tokens_declared": parent.get("declared"),
         "flops_pruning": spent,
         "flops_total": None if None in flops else sum(part for part in flops if part is not None),
@@ -333,8 +334,8 @@ def spent_on(
     spent: list[int | None] = []
     for link in pruning.links:
         own = consumed.get(link.name, 0) - (consumed.get(link.base.name, 0) if link.base else 0)
-        # A sparse pruning reads its text itself, which is in its own FLOPs.
-        statistics = own > 0 and link.method.pattern is None
+        # A sparse pruning reads its text itself, and one that learns masks trains: that is in their own FLOPs.
+        statistics = own > 0 and link.method.pattern is None and not link.method.tokens
         spent.append(flops_of(records, study, link, statistics=statistics))
     return None if None in spent else sum(part for part in spent if part is not None)
 

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_prune import artifacts, verbs
 from megatron_prune.__main__ import main
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli import advise
 from megatron_prune.errors import EXIT_REFUSED, UsageError
 from megatron_prune.study.advise import answer, ledgers, question
@@ -124,6 +125,64 @@ def test_it_does_not_know_beyond_what_was_measured(ask, argv, reason: str, measu
     found = ask(ledger(lead), *argv)
     assert found.answer == answer.UNKNOWN and found.gap is None and found.confidence is None
     assert reason in " ".join(found.reasons) and measurement in " ".join(found.settle)
+
+
+def learning(content: dict[str, Any], method: str, masks: int) -> dict[str, Any]:
+    """Like ``content``, but ``method`` learned its masks on ``masks`` tokens, and scratch has as many more."""
+    for row in content["rows"]:
+        if f"-{method}-" in row["cell"]:
+            pruned = row["arm"] == "pruned"
+            row |= {"tokens_learned": masks, "flops_pruning": 6_000_000 * masks} if pruned else {}
+            row["tokens_train"] += 0 if pruned else masks
+    return content
+
+
+def test_tokens_that_masks_were_learned_on_are_part_of_the_budget(ask) -> None:
+    """Method b retrains on 200,000 of 300,000 tokens; a was run at 200,000 and 400,000, and is read between them."""
+    content = learning(ledger(lead), "b", 100_000)
+    found = ask(content, "--ratio", 0.5, "--tokens", 300_000, "--method", "b")
+    at = ask(ledger(lead), "--ratio", 0.5, "--tokens", 200_000, "--method", "b")
+    assert found.pruned_loss == at.pruned_loss and found.scratch_loss == at.scratch_loss
+    assert "b: 100,000 of the tokens learn its masks, 200,000 retrain it" in found.caveats
+    assert not any(
+        "learn its masks" in caveat for caveat in ask(content, "--ratio", 0.5, "--tokens", 300_000).caveats[2:]
+    )
+    short = ask(content, "--ratio", 0.5, "--tokens", 150_000, "--method", "b")
+    assert "150,000 tokens are beyond the budgets that were run, 200,000 to 1,700,000 (b, its masks" in short.reasons[0]
+    hours = ["--gpu-hours", 1, "--gpu-flops", 1.2e12 / 3600]  # 200,000 tokens at 3e6 FLOPs, and 100,000 at 6e6
+    by_time = ask(content, "--ratio", 0.5, *hours, "--method", "b")
+    assert by_time.pruned_loss == at.pruned_loss
+    alone = learning(ledger(lead, seeds=1), "b", 100_000)
+    (cost,) = ask(alone, "--ratio", 0.5, "--tokens", 300_000, "--method", "b").settle
+    # two seeds of 100,000 for masks and 200,000 for retraining, and of 300,000 for scratch
+    assert "1,200,000 tokens, 4.20e+12 FLOPs" in cost
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["--method", "shortgpt", "--target-ffn-hidden-size", 64],
+            "--target-ffn-hidden-size: expected --target-num-la",
+        ),
+        (["--method", "minitron-width", "--target-num-layers", 2], "--target-num-layers: expected --target-hidden-si"),
+        (["--method", "sheared-llama", "--pattern", "2:4"], "--pattern: expected a sparse method, got .*sheared-llama"),
+        (["--method", "wanda", "--target-num-layers", 2], "--target-num-layers: expected a method that cuts it, got"),
+    ],
+)
+def test_a_method_of_another_granularity_is_refused(ask, argv: list[object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ask(ledger(lead), *argv, "--tokens", 200_000)
+
+
+def test_learned_masks_cut_depth_and_width(ask, tmp_path) -> None:
+    """The question is understood; this ledger has no such method."""
+    parent = made_up.foreign(tmp_path / "parent")
+    sizes = ["--target-num-layers", 2, "--target-ffn-hidden-size", 32]
+    content = ledger(lead) | {}
+    content["rows"][0]["params"] = open_checkpoint(parent).shape.parameters()
+    found = ask(content, "--parent", parent, "--method", "sheared-llama", *sizes, "--tokens", 200_000)
+    assert "with sheared-llama was not measured" in found.reasons[0]
 
 
 def test_one_seed_is_a_lean_and_no_answer(ask) -> None:
