@@ -114,8 +114,9 @@ class LearningOptions(Settings):
         help="tokens that weights and masks are trained on, in whole steps: the stream's next that the model has not "
         "seen",
     )
-    mask_lr: float = setting(
-        1.0, metavar="RATE", help="highest learning rate of masks and Lagrange multipliers, on the schedule of --lr"
+    mask_lr: float = setting(1.0, metavar="RATE", help="highest learning rate of masks, on the schedule of --lr")
+    multiplier_lr: float | None = setting(
+        None, metavar="RATE", help="the same for the Lagrange multipliers (default: that of masks)"
     )
     mask_ramp: float = setting(
         0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"

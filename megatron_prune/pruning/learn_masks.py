@@ -34,7 +34,9 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
         )
     cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
     screen.say(f"learning masks that keep {cut}")
-    return pretrain.run(args, Learner(args, LearnerSettings(source, target, own.mask_lr, own.mask_ramp)))
+    return pretrain.run(
+        args, Learner(args, LearnerSettings(source, target, own.mask_lr, own.mask_ramp, own.multiplier_lr))
+    )
 
 
 def _complete(args: argparse.Namespace, argv: list[str]) -> None:
@@ -57,6 +59,10 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
         ),
         (args.optimizer not in ("adam", "sgd"), "--optimizer", args.optimizer, "adam or sgd", "not proven"),
         (not args.mask_lr > 0, "--mask-lr", args.mask_lr, "a number above 0", ""),
+        (
+            args.multiplier_lr is not None and not args.multiplier_lr > 0,
+            "--multiplier-lr", args.multiplier_lr, "a number above 0", "",
+        ),
         (not 0 <= args.mask_ramp <= 1, "--mask-ramp", args.mask_ramp, "a fraction from 0 to 1", ""),
         (not args.lr, "--lr", args.lr, "a number above 0", "masks follow its schedule"),
     ):  # fmt: skip

@@ -18,7 +18,14 @@ from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA, MethodSection
 
 SAVES_WHEN_TOLD = "--exit-signal-handler"
-LEARNING = ("mask-lr", "mask-ramp", "lr", "weight-decay", "global-batch-size")  # settings of `learn-masks` alone
+LEARNING = (
+    "mask-lr",
+    "mask-ramp",
+    "multiplier-lr",
+    "lr",
+    "weight-decay",
+    "global-batch-size",
+)  # settings of `learn-masks` alone
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,14 @@ class LearnerSettings:
 
     source: ModelShape
     target: ModelShape
-    learning_rate: float  # of masks and multipliers, at its highest
+    learning_rate: float  # of masks, at its highest
     ramp: float  # the target is reached after this fraction of the steps
+    multiplier_rate: float | None = None  # of multipliers, at its highest; None: that of masks
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Of masks and of multipliers."""
+        return self.learning_rate, self.multiplier_rate or self.learning_rate
 
 
 @dataclass
@@ -225,9 +231,8 @@ class Learner:
             for parameter in self._parameters():
                 assert parameter.grad is not None
                 parameter.grad *= clip / (norm + 1e-6)
-        rate = self.settings.learning_rate
-        lowest = rate * self.args.min_lr / self.args.lr
-        for group in self._optimizer.param_groups:
+        for group, rate in zip(self._optimizer.param_groups, self.settings.rates, strict=True):
+            lowest = rate * self.args.min_lr / self.args.lr
             group["lr"] = self._scheduler.get_lr({"max_lr": rate, "min_lr": lowest})
         self._optimizer.step()
         for parameter in self.log_alpha.values():
@@ -268,6 +273,7 @@ class Learner:
 
     def _settings(self) -> dict[str, Any]:
         return {"learning_rate": self.settings.learning_rate, "ramp": self.settings.ramp,
+                "multiplier_rate": self.settings.rates[1],
                 "steps": self.args.train_iters, "seed": self.args.seed}  # fmt: skip
 
     def _save(self, folder: Path) -> None:

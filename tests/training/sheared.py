@@ -103,7 +103,7 @@ def learn(
     targets: Mapping[str, tuple[tuple[int, ...], float]],
     batches: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
     uniform: Callable[[int, int], Mapping[str, torch.Tensor]],
-    rates: Sequence[tuple[float, float]],
+    rates: Sequence[tuple[float, float] | tuple[float, float, float]],
     ramp: int,
     adam: Mapping[str, Any],
     decay: float,
@@ -112,7 +112,7 @@ def learn(
     """log α and multipliers by kind, and every step's loss.
 
     ``targets``: shape of a kind's masks and the fraction to remove; ``batches``: per step, micro-batches of tokens and
-    labels; ``rates``: per step, those of weights and of masks.
+    labels; ``rates``: per step, those of weights, of masks, and of multipliers where they are not the masks'.
     """
     masks = {
         kind: torch.full(shape, 5.0, dtype=torch.float64, requires_grad=True) for kind, (shape, _) in targets.items()
@@ -146,7 +146,8 @@ def learn(
             penalty = penalty + (lambdas[kind][0] * excess + lambdas[kind][1] * excess**2).mean()
         penalty.backward()
         torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
-        for group, rate in zip(optimizer.param_groups, (rates[step][0],) * 2 + (rates[step][1],) * 2, strict=True):
+        own = rates[step]
+        for group, rate in zip(optimizer.param_groups, (own[0], own[0], own[1], own[-1]), strict=True):
             group["lr"] = rate
         optimizer.step()
         losses.append(loss)

@@ -53,14 +53,17 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return {kind: float((a[kind] - b[kind]).abs().max()) for kind in a}
 
 
-def test_a_run_is_the_published_algorithms(learned, tiny_parent, tiny_corpus, tmp_path, distributed):
+@pytest.mark.parametrize("multiplier_lr", [None, 3.0])
+def test_a_run_is_the_published_algorithms(multiplier_lr, learned, tiny_parent, tiny_corpus, tmp_path, distributed):
     """Losses, masks and multipliers of ten steps, with layers, groups, heads, FFN and hidden channels all masked."""
     again, log = tmp_path / "again", tmp_path / "log"
     log.mkdir()
-    argv = [str(word) for word in words(tiny_parent, tiny_corpus, again)]
+    more = ["--multiplier-lr", multiplier_lr] if multiplier_lr else []
+    argv = [str(word) for word in words(tiny_parent, tiny_corpus, again, *more)]
     distributed(train_and_record, 1, argv, str(log), verb="learn-masks")
-    file = learned_file.read(learned / learned_file.FILE)
-    assert losses(again) == losses(learned)  # the record is of the same run
+    file = learned_file.read(again / learned_file.FILE)
+    if multiplier_lr is None:
+        assert losses(again) == losses(learned)  # the record is of the same run
     model = sheared.Model(tiny_parent)
     source, target = file.state.source, file.state.target
     cut = sheared_llama.kinds(source, target)
@@ -76,10 +79,11 @@ def test_a_run_is_the_published_algorithms(learned, tiny_parent, tiny_corpus, tm
         batches[line["step"] - 1].append((torch.tensor(line["tokens"]), torch.tensor(line["labels"])))
     rates = [sheared.cosine(step, STEPS, 0.1 * STEPS, 1e-2, 1e-3) for step in range(STEPS)]
     masks, multipliers, expected = sheared.learn(
-        model, sheared.kinds(source, target), batches, uniform, [(rate, rate / 1e-2) for rate in rates], 2,
+        model, sheared.kinds(source, target), batches, uniform,
+        [(rate, rate / 1e-2, (multiplier_lr or 1) * rate / 1e-2) for rate in rates], 2,
         {"betas": (0.9, 0.95), "eps": 1e-8}, 0.1, 1.0,
     )  # fmt: skip
-    assert losses(learned) == pytest.approx(expected, rel=1e-5)
+    assert losses(again) == pytest.approx(expected, rel=1e-5)
     for kind, values in file.state.log_alpha.items():
         torch.testing.assert_close(values.double(), masks[kind], rtol=0, atol=2e-3)
         torch.testing.assert_close(file.state.multipliers[kind].double(), multipliers[kind], rtol=1e-3, atol=1e-4)
