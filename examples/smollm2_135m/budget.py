@@ -21,13 +21,12 @@ from pathlib import Path
 
 import yaml
 
-from megatron_prune import methods
 from megatron_prune.artifacts import write_bytes
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
-from megatron_prune.study import prunings, schema
+from megatron_prune.study import needs, prunings, schema
 from megatron_prune.study.commands import CORPORA
 
 STUDY = Path(__file__).with_name("study.yaml")
@@ -95,7 +94,8 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
             if pruning.sparse:
                 runs[against, None if against == "dense" else pruning.name] = shape
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
-                cut = methods.get(method.name).free_dimensions(method.settings)
+                choice = needs.structured(study, method, pruning.ratio)
+                cut = choice.method.free_dimensions(choice.settings)
                 more = len(study.recipe.rates) if (against, cut, pruning.ratio, method.tokens) not in runs else 0
                 runs[against, cut, pruning.ratio, method.tokens] = shape
                 learned += more * shape.training_flops(study.data.seq_length) if method.tokens else 0

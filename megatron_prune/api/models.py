@@ -124,7 +124,7 @@ def prune_checkpoint(
         "calibration_seq_length": calibration_seq_length,
     }
     asked, own = options.read(verbs.PruneSettings, method, given | settings, known=options.PRUNED)
-    if isinstance(own, options.LearningOptions):
+    if isinstance(own, verbs.LearningSettings):
         launching.refuse_if_launched("method")
     words = _megatron({"load": load, "save": save, "seed": seed}, megatron)
     _run("prune", [asked, own], words, nproc, devices, log)

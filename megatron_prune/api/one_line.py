@@ -34,7 +34,6 @@ from megatron_prune.api.asked import Asked
 from megatron_prune.api.made import Evaluation, Loss, Model, Pruned, shape_words
 from megatron_prune.data import split
 from megatron_prune.errors import CheckpointError, DataError, UsageError
-from megatron_prune.methods.options import LearningOptions
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.layout import ModelShape
@@ -296,7 +295,9 @@ class _Run:
         }
         job, pruning = self._job("prune"), dict(self.pruning)
         if learning := self.chosen.learning:
-            own = {flag.name for flag in type(learning).flags()} - {flag.name for flag in LearningOptions.flags()}
+            own = {flag.name for flag in type(learning).flags()} - {
+                flag.name for flag in verbs.LearningSettings.flags()
+            }
             pruning = {name: value for name, value in pruning.items() if name not in own}
             pruning["mask_tokens"] = self.mask_samples * self.seq_length
             job["megatron"] |= {

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_prune.errors import UsageError
 from megatron_prune.settings import Settings, setting, unknown_key
+from megatron_prune.verbs.shared import LearningSettings
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
 MAX_CANDIDATES = 16
@@ -103,29 +104,8 @@ class MinitronWidthOptions(WidthOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningOptions(Settings):
-    """How ``sheared-llama`` learns masks: of ``learn-masks``, and of ``prune``, which learns and cuts."""
-
-    TITLE = "learned masks (sheared-llama)"
-
-    mask_tokens: int | None = setting(
-        None,
-        metavar="N",
-        help="tokens that weights and masks are trained on, in whole steps: the stream's next that the model has not "
-        "seen",
-    )
-    mask_lr: float = setting(1.0, metavar="RATE", help="highest learning rate of masks, on the schedule of --lr")
-    multiplier_lr: float | None = setting(
-        None, metavar="RATE", help="the same for the Lagrange multipliers (default: that of masks)"
-    )
-    mask_ramp: float = setting(
-        0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneLineLearningOptions(LearningOptions):
-    """The same for ``prune --hf``, which takes no flags of Megatron."""
+class OneLineLearningOptions(LearningSettings):
+    """How ``prune --hf`` learns masks, which takes no flags of Megatron."""
 
     TITLE = "learned masks (sheared-llama)"
 
@@ -143,7 +123,7 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "shortgpt": NoOptions,
 }
 # For ``prune``, which learns masks itself.
-PRUNED: Mapping[str, type[Settings]] = {**STRUCTURED, "sheared-llama": LearningOptions}
+PRUNED: Mapping[str, type[Settings]] = {**STRUCTURED, "sheared-llama": LearningSettings}
 # For ``prune --hf``, which retrains no candidates: its own --retrain-tokens trains the pruned model.
 ONE_LINE: Mapping[str, type[Settings]] = {
     **PRUNED,

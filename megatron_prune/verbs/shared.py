@@ -124,3 +124,24 @@ class IntegritySettings(Settings):
     TITLE = "work"
 
     verify_integrity: bool = setting(False, help="check the files of --load against integrity.json first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningSettings(Settings):
+    """How ``sheared-llama`` learns masks: of ``learn-masks``, and of ``prune``, which learns and cuts."""
+
+    TITLE = "learned masks (sheared-llama)"
+
+    mask_tokens: int | None = setting(
+        None,
+        metavar="N",
+        help="tokens that weights and masks are trained on, in whole steps: the stream's next that the model has not "
+        "seen",
+    )
+    mask_lr: float = setting(1.0, metavar="RATE", help="highest learning rate of masks, on the schedule of --lr")
+    multiplier_lr: float | None = setting(
+        None, metavar="RATE", help="the same for the Lagrange multipliers (default: that of masks)"
+    )
+    mask_ramp: float = setting(
+        0.2, metavar="F", help="the fraction of the steps after which the target is asked for in full"
+    )

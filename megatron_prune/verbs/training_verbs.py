@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.methods.options import LearningOptions
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import TargetSettings
+from megatron_prune.verbs.shared import LearningSettings, TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class PretrainSettings(MasksSettings, StreamSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnMasksSettings(PretrainSettings, TargetSettings, LearningOptions):
+class LearnMasksSettings(PretrainSettings, TargetSettings, LearningSettings):
     """``learn-masks``; everything else is Megatron's."""
 
 

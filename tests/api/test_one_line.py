@@ -243,7 +243,7 @@ LEARNED = {"method": "sheared-llama", "pattern": None, **WIDTH}
         (LEARNED, "--mask-tokens: expected the tokens .*sheared-llama learns its masks on, got nothing"),
         (LEARNED | {"mask_tokens": 100}, "--mask-tokens: expected 256 or more, got 100"),
         (LEARNED | {"mask_tokens": 10**6}, "--retrain-tokens, --mask-tokens: expected 31248 sequences"),
-        ({"mask_tokens": 1000}, "--mask-tokens: expected only with --method sheared-llama"),
+        ({"mask_tokens": 1000}, "--mask-tokens: expected --method sheared-llama with it, got --method wanda"),
     ],
 )
 def test_bad_questions_are_refused_in_one_line(prune, tmp_path, changes: dict[str, Any], says: str) -> None:

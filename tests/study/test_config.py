@@ -110,7 +110,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("methods.0", {"chain": [{"name": "flap", "ratio": 0.5}, {"name": "wanda", "pattern": "2:4", "ratio": 0.5}]},
          r"methods\.chain\.wanda-2-4: expected .*, got more than one"),
         ("methods.0", {"chain": [{"name": "shortgpt", "ratio": 0.5}] * 2, "settings": {"axis": "depth"}},
-         r"expected pattern, settings and target in the links of the chain, got them beside a chain"),
+         r"expected pattern, settings, target and tokens in the links of the chain, got them beside a chain"),
     ],
 )  # fmt: skip
 def test_refuses(path: str, value: Any, message: str) -> None:
