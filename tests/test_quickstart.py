@@ -16,6 +16,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "examples" / "quickstart" / "study.yaml"
+LEARNED = 16 * 64 * 4  # tokens that masks are learned on, in miniature
 
 
 def test_the_parent_has_at_most_three_million_parameters() -> None:
@@ -39,6 +40,35 @@ def test_the_script_uses_the_vocabulary_and_the_paths_of_the_study() -> None:
     prefixes += [study.data.calibration, study.data.validation, study.data.test]
     assert [Path(prefix).parent for prefix in prefixes] == [data] * 4
     assert [Path(prefix).name for prefix in prefixes] == ["train", "calibration", "validation", "test"]
+
+
+def test_the_study_in_bf16_is_the_same_but_for_its_precision() -> None:
+    study, half = schema.resolved(schema.load(STUDY)), schema.resolved(schema.load(STUDY.with_name("bf16.yaml")))
+    assert "bf16" not in study["recipe"]["arguments"]
+    study["recipe"]["arguments"]["bf16"] = True
+    assert half == study
+
+
+@pytest.mark.parametrize(
+    ("flags", "word", "study"),
+    [
+        ("fpu avx512f avx512_bf16 avx512_vnni", "", "bf16.yaml"),
+        ("fpu avx512f amx_bf16 amx_tile", "", "bf16.yaml"),
+        ("fpu avx2 avx512f", "", "study.yaml"),
+        ("fpu avx512_bf16", "fp32", "study.yaml"),
+        ("fpu avx2", "bf16", "bf16.yaml"),
+    ],
+)
+def test_the_script_takes_the_precision_that_the_processor_has_units_for(
+    tmp_path: Path, flags: str, word: str, study: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    script = (STUDY.parent / "run.sh").read_text()
+    choice = script[script.index("precision=") : script.index("cd ")].replace(
+        "/proc/cpuinfo", str(tmp_path / "cpuinfo")
+    )
+    shell = ["bash", "-c", f'set -euo pipefail\n{choice}\necho "$STUDY"', "run.sh", word]
+    assert subprocess.run(shell, capture_output=True, text=True).stdout.strip() == f"examples/quickstart/{study}"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +104,8 @@ def test_it_runs_in_miniature(tmp_path, corpora, tiny_tokenizer) -> None:
     pretrain["arguments"] |= {"max-position-embeddings": 64, "padded-vocab-size": tiny.VOCABULARY}
     study |= {"budgets": [16 * 64 * 8], "evaluation": {"windows": 16}, "calibration": {"sequences": 4}}
     study["launch"] = {"threads": 1}
+    [learning] = [method for method in study["methods"] if "tokens" in method]
+    learning["tokens"] = LEARNED
     small = tmp_path / "study.yaml"
     small.write_text(yaml.safe_dump(study))
 
@@ -97,6 +129,11 @@ def test_it_runs_in_miniature(tmp_path, corpora, tiny_tokenizer) -> None:
     assert total["tokens_train"] == pretrain["tokens"] + study["budgets"][0] + 16 * 64
     assert pruned["params"] == scratch["params"] == total["params"] < parent["params"]
     assert pruned["loss_initial"] < scratch["loss_initial"]  # it starts from what the parent has learnt
+    learned = {row["arm"]: row for row in others if row["method"] == "sheared-llama"}
+    assert learned["pruned"]["params"] == learned["scratch"]["params"] == pruned["params"]  # by the same rule
+    assert learned["pruned"]["tokens_train"] == study["budgets"][0]
+    assert learned["pruned"]["tokens_pruning"] == LEARNED
+    assert learned["scratch"]["tokens_train"] == study["budgets"][0] + LEARNED
 
     linears = parent["params"] - 2 * 192 * tiny.VOCABULARY - (2 * 4 + 1) * 192  # embedding, output layer and norms
     sparse = [row for row in others if row["pattern"]]

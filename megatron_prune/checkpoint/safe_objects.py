@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import pickle
 import pickletools
@@ -208,11 +209,21 @@ def _storage(content: bytes) -> Opaque:
     return Opaque()
 
 
+_sound: set[bytes] = set()  # digests of payloads that ``refuse_absurd`` has accepted in this process
+
+
 def refuse_absurd(payload: bytes) -> None:
-    """Raise ValueError for huge memo indices: an unpickler allocates for them, so a few bytes could use all memory."""
+    """Raise ValueError for huge memo indices: an unpickler allocates for them, so a few bytes could use all memory.
+
+    The walk takes far longer than unpickling, and a run opens the same index up to nine times.
+    """
+    digest = hashlib.sha256(payload).digest()
+    if digest in _sound:
+        return
     for number, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
             raise ValueError(f"it numbers its {number}th value {argument}")
+    _sound.add(digest)
 
 
 def refuse_compression(archive: zipfile.ZipFile) -> None:

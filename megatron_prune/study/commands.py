@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
@@ -70,12 +71,27 @@ def importing(study: StudyConfig, places: Places) -> Command:
     return Command("import", ("convert", "import", *words))
 
 
-def training(study: StudyConfig, places: Places, cell: TrainingCell, pruning: Pruning) -> Command:
-    """Retraining of a pruned checkpoint, or training of its shape from random weights, optionally under its masks."""
+def training(
+    study: StudyConfig, places: Places, cell: TrainingCell, pruning: Pruning, shape: ModelShape | None = None
+) -> Command:
+    """Retraining of a pruned checkpoint, or training of its shape from random weights, optionally under its masks.
+
+    With ``shape``, the flags say it, and no checkpoint is needed (``needs_no_pruning``).
+    """
+    if shape is not None:
+        sizes = {name.replace("_", "-"): value for name, value in shape.to_args().items()}
+        start = flags(study.parent.flags | sizes)
+        return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
     source = str(places.checkpoint(pruning.cell))
     start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
+
+
+def needs_no_pruning(study: StudyConfig, cell: TrainingCell) -> bool:
+    """True for a scratch run without masks whose model study.yaml describes, except for sizes that follow from the
+    target: it may begin before its parent."""
+    return cell.kind == "scratch" and not cell.masked and study.parent.pretrain is not None
 
 
 def _pretrain(

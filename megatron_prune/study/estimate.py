@@ -205,7 +205,8 @@ def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
     for run in runs:
         if run.id not in between:
             shape = outlook.targets.get(run.source.name)
-            yield training(run.id, run.samples, shape, retained, (run.source.cell,))
+            free = shape is not None and commands.needs_no_pruning(study, run)
+            yield training(run.id, run.samples, shape, retained, () if free else (run.source.cell,))
 
 
 def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:

@@ -7,7 +7,7 @@ parents, then calibrations, prunings, and the training runs of the grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Cell:
     record: Callable[[Seconds], dict[str, Any]]
     after: tuple[str, ...] = ()
     weight: float = 1.0  # relative duration among its kind; longer ones start first
+    alone: bool = False  # nothing can run next to it
     about: Mapping[str, Any] = field(default_factory=dict)  # of a training run: its description and comparisons
 
     def is_done(self) -> bool:
@@ -86,12 +87,14 @@ class Cell:
 
 def all_cells(study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()) -> list[Cell]:
     """Every cell that can be named so far. Scratch runs do not take their shape from a pruning that ``failed``."""
-    return [
-        *parents(study, places, outlook),
+    others = [
         *calibrations(study, places, outlook),
         *(_pruning(study, places, outlook, pruning) for pruning in links(study)),
         *training_cells(study, places, outlook, failed),
     ]
+    found = parents(study, places, outlook)
+    alone = len(found) == 1 and all(cell.after for cell in others)
+    return [*(replace(cell, alone=alone) for cell in found), *others]
 
 
 def parents(study: StudyConfig, places: Places, outlook: Outlook) -> list[Cell]:
@@ -200,17 +203,15 @@ def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pru
 def training_cells(
     study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()
 ) -> list[Cell]:
-    """The compared runs and those between links, longest first, except those whose name depends on an unknown shape."""
+    """The compared runs and those between links, those of most steps first, except those whose name depends on an
+    unknown shape."""
     grid = outlook.grid(study)
     compared = _compared(study, outlook, grid)
-    return sorted(
-        (
-            _training(study, places, cell, _source(places, cell, failed), compared.get(cell.id, []))
-            for cell in grid.cells
-            if cell.kind != "scratch" or cell.masked or cell.source.name in outlook.targets
-        ),
-        key=lambda cell: -cell.weight,
-    )
+    return [
+        _training(study, places, outlook, cell, _source(places, cell, failed), compared.get(cell.id, []))
+        for cell in sorted(grid.cells, key=lambda cell: -cell.samples.steps)
+        if cell.kind != "scratch" or cell.masked or cell.source.name in outlook.targets
+    ]
 
 
 def _compared(study: StudyConfig, outlook: Outlook, grid: Grid) -> dict[str, list[dict[str, Any]]]:
@@ -245,9 +246,18 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
 
 
 def _training(
-    study: StudyConfig, places: Places, cell: TrainingCell, source: Pruning, compared: Sequence[Mapping[str, Any]]
+    study: StudyConfig,
+    places: Places,
+    outlook: Outlook,
+    cell: TrainingCell,
+    source: Pruning,
+    compared: Sequence[Mapping[str, Any]],
 ) -> Cell:
-    command = commands.training(study, places, cell, source)
+    shape = outlook.targets.get(source.name)
+    free = shape is not None and commands.needs_no_pruning(study, cell)
+    command = commands.training(study, places, cell, source, shape if free else None)
+    size = shape or outlook.source
+    flops = 1 if size is None else size.training_flops(outlook.lay.batch.seq_length)
     return Cell(
         cell.id,
         "retraining" if cell.kind == "retrained" else "training",
@@ -256,8 +266,8 @@ def _training(
             _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
-        after=(source.cell,),
-        weight=cell.samples.steps,
+        after=() if free else (source.cell,),
+        weight=cell.samples.steps * flops,
         about={"arm": cell.kind, "seed": cell.seed, "lr": cell.lr, "compared": list(compared)},
     )
 

@@ -211,12 +211,16 @@ class FakeLauncher:
         given = words(argv)
         save = Path(given["save"])
         source = given.get("pretrained_checkpoint") or given.get("shape_from")
+        if source is None and save.parent.name.startswith("scratch"):
+            source = str(save.parent / "flags")
+            _write_parent(Path(source), given)
         shape = open_checkpoint(source).shape if source else _write_parent(save, given)
         save.mkdir(parents=True, exist_ok=True)
         made = account(given, shape)
         known = {name.replace("-", "_"): name for name in SHAPE_FLAGS}
         args = open_checkpoint(source or save).args
-        made["arguments"] |= {name: args.get(name) for name in known}  # of the model, as Megatron resolves them
+        # Of the model, as Megatron resolves them.
+        made["arguments"] |= {name: args.get(name) for name in known} | shape.to_args()
         if "pretrained_checkpoint" in given:
             begins_with(made, source)
         if "masks" in given:

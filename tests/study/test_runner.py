@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,41 @@ def test_parallel_cells_give_the_same_ledger(tmp_path: Path, prefixes, monkeypat
     assert ledger(made_up.run(study, Path("beside"), made_up.FakeLauncher())) == alone
 
 
+class Barrier(made_up.FakeLauncher):
+    """The first command of each of these cells waits for the others."""
+
+    def __init__(self, *cells: str):
+        super().__init__()
+        self.meeting, self.cells, self.env = threading.Barrier(len(cells)), cells, dict[str, dict[str, str]]()
+
+    def __call__(self, command, *, log: Path, env: dict[str, str]) -> int:
+        if command.stage == "pretrain" and log.parent.name in self.cells:
+            self.env[log.parent.name] = env
+            self.meeting.wait(timeout=600)
+        return super().__call__(command, log=log, env=env)
+
+
+def test_scratch_of_a_known_shape_is_trained_next_to_the_parent(tmp_path: Path, prefixes, monkeypatch) -> None:
+    """Each has a share of the cores; a parent that everything waits for has them all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    both = {"launch": {"parallel_cells": 2}}
+    longest = "scratch-L2h32H4G2d8F64-equal-total-t3968-s1"  # not that of most FLOPs per token
+    meeting = Barrier("parent", longest)
+    made_up.run(made_up.study(prefixes, methods=[{"name": "shortgpt"}], **both), Path("runs"), meeting)
+    assert {cell: env["OMP_NUM_THREADS"] for cell, env in meeting.env.items()} == {"parent": "2", longest: "2"}
+    layers = [
+        command.argv[command.argv.index("--num-layers") + 1]
+        for command in meeting.commands
+        if "--num-layers" in command.argv
+    ]
+    assert sorted(layers) == ["2", "2", "4"]
+    sparse = [{"name": "magnitude", "pattern": "2:4", "compare": {"equal-training": ["masked"]}}]
+    alone = made_up.study(prefixes, name="alone", methods=sparse, settings=["equal-training"], **both)
+    made_up.run(alone, Path("runs"), alone_first := Barrier("parent"))
+    assert alone_first.env["parent"]["OMP_NUM_THREADS"] == "4"
+
+
 class Failing(made_up.FakeLauncher):
     """Ends a stage of a cell with a code and without output, a given number of times."""
 
@@ -382,12 +418,20 @@ def test_an_attempt_that_got_further_is_no_failure(tmp_path: Path, prefixes, mon
     assert (state["state"], state["failures"], saves) == ("finished", [], [])
 
 
-def test_what_needs_a_failed_cell_is_blocked_and_a_shared_scratch_run_takes_its_shape_elsewhere(
-    tmp_path: Path, prefixes, monkeypatch
-) -> None:
+@pytest.fixture
+def loaded(prefixes, tmp_path, monkeypatch) -> dict:
+    """Changes that make the parent a checkpoint of a study that has run in ``runs/other``."""
     monkeypatch.chdir(tmp_path)
+    other = made_up.study(prefixes, name="other", settings=["equal-training"])
+    places = made_up.run(other, Path("runs"), made_up.FakeLauncher())
+    return {"parent": {"load": str(places.checkpoint("parent"))}}
+
+
+def test_what_needs_a_failed_cell_is_blocked_and_a_shared_scratch_run_takes_its_shape_elsewhere(
+    prefixes, loaded
+) -> None:
     methods = [{"name": "shortgpt"}, {"name": "random", "settings": {"axis": "depth"}}]
-    study = made_up.study(prefixes, methods=methods, settings=["equal-training"])
+    study = made_up.study(prefixes, methods=methods, settings=["equal-training"], **loaded)
     failing = Failing("pruning-shortgpt-r50-s1", "apply", 9)
     with pytest.raises(RunError, match="pruning-shortgpt-r50-s1: apply ended"):
         made_up.run(study, Path("runs"), failing)

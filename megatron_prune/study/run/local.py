@@ -85,8 +85,8 @@ class Local:
         self.results.put((cell.id, error))
 
     def _stages(self, cell: Cell, devices: str | None) -> None:
-        alone = cell.kind == "parent" and not self.study.parent_per_seed
-        env = environment(self.study, self.study.launch.threads_per_process(1 if alone else self.cells))
+        threads = self.study.launch.threads_per_process(1 if cell.alone else self.cells)
+        env = environment(self.study, threads)
         if devices is not None:
             env["CUDA_VISIBLE_DEVICES"] = devices
         for stage in cell.stages:
