@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
@@ -90,8 +90,11 @@ def training(
 
 def needs_no_pruning(study: StudyConfig, cell: TrainingCell) -> bool:
     """True for a scratch run without masks whose model study.yaml describes, except for sizes that follow from the
-    target: it may begin before its parent."""
-    return cell.kind == "scratch" and not cell.masked and study.parent.pretrain is not None
+    target: it may begin before its parent. Patterns by layer depend on which layers the pruning keeps."""
+    said = {name.replace("-", "_") for name in (*study.parent.flags, *study.recipe.arguments)}
+    return (
+        cell.kind == "scratch" and not cell.masked and study.parent.pretrain is not None and said.isdisjoint(BY_LAYER)
+    )
 
 
 def _pretrain(

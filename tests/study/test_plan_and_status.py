@@ -15,7 +15,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli import study as command
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import estimate, records, validate
+from megatron_prune.study import estimate, jobs, outlook, records, schema, validate
 from megatron_prune.study.estimate import Estimate, Speed
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import status
@@ -49,6 +49,21 @@ def test_the_plan_adds_up_to_what_the_accounts_say(prefixes) -> None:
     assert planned["calibration-s1"].flops and planned["calibration-s1"].tokens == 8 * 16
     assert planned["pruning-shortgpt-r50-s1"].after == ("parent", "calibration-s1")
     assert planned["pruned-shortgpt-r50-s1-t1280"].after == ("pruning-shortgpt-r50-s1",)
+    assert planned["scratch-L2h32H4G2d8F64-equal-total-t3968-s1"].after == ()
+
+
+@pytest.mark.parametrize("where", ["parent", "recipe"])
+def test_scratch_waits_for_the_pruning_where_patterns_go_by_layer(prefixes, where: str) -> None:
+    """Which layers stay says which of them have no RoPE."""
+    content = made_up.mapping(prefixes, methods=[{"name": "shortgpt"}])
+    holder = content["parent"]["pretrain"] if where == "parent" else content["recipe"]
+    holder["arguments"] = {**holder["arguments"], "no-rope-freq": 4}
+    study = schema.from_mapping(content)
+    places = Places(Path("runs/made-up"))
+    found = outlook.look(study, places)
+    scratch = [cell for cell in jobs.all_cells(study, places, found) if cell.id.startswith("scratch")]
+    assert len(scratch) == 2 and {cell.after for cell in scratch} == {("pruning-shortgpt-r50-s1",)}
+    assert all("--shape-from" in cell.stages[0].command.argv for cell in scratch)
 
 
 @pytest.mark.parametrize(
