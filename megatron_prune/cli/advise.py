@@ -12,6 +12,7 @@ from megatron_prune.errors import UsageError
 if TYPE_CHECKING:
     from megatron_prune.study.advise.answer import Advice
     from megatron_prune.study.advise.ledgers import Measurements
+    from megatron_prune.study.advise.lifetime import Served
     from megatron_prune.study.advise.question import AdvisedTarget
     from megatron_prune.study.analysis.inference import Difference
 
@@ -30,17 +31,31 @@ def main(argv: list[str]) -> int:
     """Print the advice; ``--json`` writes it too. "Don't know" is an answer, not an error."""
     options = verbs.AdviseSettings.of(parser().read(argv)[0])
     from megatron_prune import artifacts
-    from megatron_prune.study.advise import answer, ledgers, question
+    from megatron_prune.study.advise import answer, ledgers, lifetime, question
 
     if options.ledger is None and not ledgers.SHIPPED.is_file():
         raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
     ledger = ledgers.read(options.ledger or ledgers.SHIPPED)
     asked = question.from_settings(options, ledger.parent_params)
     advice = answer.advise(ledger, asked)
+    served = lifetime.compare(ledger, asked) if asked.served is not None else None
     if options.json:
-        artifacts.write_json(options.json, to_json(ledger, asked, advice))
+        found = to_json(ledger, asked, advice)
+        if served is not None:
+            found["served"] = {"advised": asdict(served[0]), "rivals": [_rival(served[0], one) for one in served[1]]}
+        artifacts.write_json(options.json, found)
     print("\n".join(words(ledger, asked, advice)))
+    if served is not None:
+        print("\n".join(lifetime.words(*served, served=asked.served or 0.0)))
+    elif asked.served is not None:
+        print("served tokens: the ledger does not reach this target, so nothing is compared")
     return 0
+
+
+def _rival(best: Served, rival: Served) -> dict[str, Any]:
+    from megatron_prune.study.advise.lifetime import break_even
+
+    return {**asdict(rival), "break_even": break_even(best, rival)}
 
 
 def to_json(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> dict[str, Any]:

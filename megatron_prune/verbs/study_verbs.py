@@ -121,6 +121,9 @@ class AdvisedBudgetSettings(Settings):
     tokens: int | None = setting(None, kind=count, metavar="N", help="such as 10B")
     gpu_hours: float | None = setting(None, metavar="H", help="instead of --tokens")
     gpu_flops: float | None = setting(None, metavar="F", help="FLOP/s that a GPU reaches: its peak times the MFU")
+    served_tokens: int | None = setting(
+        None, kind=count, metavar="N", help="tokens to serve: count their FLOPs too, and show where a faster shape pays"
+    )
     setting: str = setting(
         "equal-training",
         choices=("equal-training", "equal-total", "equal-flops"),

@@ -89,6 +89,13 @@ def advise(ledger: Measurements, target: AdvisedTarget) -> Advice:
     return replace(advice, caveats=(*advice.caveats, *_caveats(ledger, target)))
 
 
+def groups(ledger: Measurements, target: AdvisedTarget) -> list[list[Curve]]:
+    """The curves that the advice rests on, by ratio; empty if the ledger has none for the target."""
+    if _another_parent(ledger, target):
+        return []
+    return _by_ratio(_in_scope(ledger, target)[0], target)
+
+
 def _another_parent(ledger: Measurements, target: AdvisedTarget) -> list[str]:
     """Reasons why the ledger's parent is not comparable with the target's."""
     reasons = []

@@ -105,6 +105,8 @@ class Measurements:
     parent_tokens: int | None
     one_parent: bool
     curves: tuple[Curve, ...]
+    parent_loss: float | None = None  # on the test text
+    parent_flops_per_token: float | None = None  # of training
 
 
 def read(path: str | Path) -> Measurements:
@@ -124,9 +126,12 @@ def read(path: str | Path) -> Measurements:
     curves = _curves(content["comparisons"], rows)
     if not parents or not curves:
         raise UsageError("--ledger", got=file, expected="a study in which at least one comparison has finished")
+    parent = parents[0]
+    known = parent.get("flops_train") and parent["tokens_train"]
     return Measurements(
-        content["study"], parents[0]["params"], parents[0]["tokens_train"], content.get("one_parent", True), curves
-    )
+        content["study"], parent["params"], parent["tokens_train"], content.get("one_parent", True), curves,
+        parent.get("test_loss"), parent["flops_train"] / parent["tokens_train"] if known else None,
+    )  # fmt: skip
 
 
 def _curves(comparisons: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]) -> tuple[Curve, ...]:

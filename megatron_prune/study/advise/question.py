@@ -41,6 +41,7 @@ class AdvisedTarget:
     parent_tokens: int | None = None
     cuts: frozenset[str] | None = None  # the sizes that an explicit shape cuts
     parent_shape: ModelShape | None = None
+    served: float | None = None  # tokens that the model will be served for
 
     def budget(self, flops_per_token: float, learned: float = 0, learned_flops: float = 0) -> float:
         """Tokens of retraining for a model with this number of FLOPs per token, after its masks were learned on as many
@@ -68,6 +69,7 @@ class AdvisedTarget:
             "parent_params": self.parent_params,
             "parent_tokens": self.parent_tokens,
             "cuts": None if self.cuts is None else sorted(self.cuts),
+            "served": self.served,
         }
 
 
@@ -87,7 +89,7 @@ def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedT
     return AdvisedTarget(
         ratio, ratio_of, options.setting, tokens, flops, pattern, options.method, params,
         options.parent_tokens or trained,
-        frozenset(sizes) if sizes else None, shape,
+        frozenset(sizes) if sizes else None, shape, options.served_tokens,
     )  # fmt: skip
 
 

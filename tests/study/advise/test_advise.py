@@ -431,3 +431,62 @@ def test_the_ledger_module_shortens_a_report(tmp_path: Path) -> None:
     ledgers.shorten(tmp_path / "results.json", tmp_path / "short.json")
     assert ledgers.read(tmp_path / "short.json").curves[0].label == "a, 50% removed"
     assert len((tmp_path / "short.json").read_text().splitlines()) > 60  # one row per line, so that diffs are readable
+
+
+def test_a_faster_shape_pays_from_a_number_of_served_tokens(tmp_path, capsys) -> None:
+    """By hand: scratch falls by 1 / sqrt(tokens); at 25% removed the same loss needs 3 times fewer tokens."""
+    flops = {0.25: 4_500_000, 0.5: 3_000_000}  # per token of training
+    offset = {0.25: 0.0, 0.5: 0.5}
+    content = ledger(lambda *_: -0.05, noise=0.0, methods=("a",), ratios=(0.25, 0.5))
+    for row in content["rows"]:
+        if row["arm"] != "parent":
+            row["flops_train"] = flops[row["removed_linears"]] * row["tokens_train"]
+            row["test_loss"] += offset[row["removed_linears"]]
+            row["shape"] = f"L{4 * row['removed_linears']:g}h64H4G2d16F128"
+    content["rows"][0] |= {"flops_train": 6_000_000 * PARENT["tokens_train"], "test_loss": 1.9}
+    # At 50% and 800,000 tokens scratch has 2.5 + 8 ** -0.5 = 2.854; at 25% that loss lies between 100,000 tokens (3)
+    # and 200,000 (2.707), on a line in log(tokens).
+    loss, ends = 2.5 + 8**-0.5, (3.0, 2 + 2**-0.5)
+    needed = 100_000 * 2 ** ((ends[0] - loss) / (ends[0] - ends[1]))
+    spent, other = 800_000 * 3_000_000, needed * 4_500_000
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    words = ["advise", "--ledger", str(tmp_path / "results.json"), "--ratio", "0.5", "--tokens", "800k"]
+    assert main([*words, "--served-tokens", "2M", "--json", str(tmp_path / "advice.json")]) == 0
+    printed = capsys.readouterr().out
+    found = artifacts.read_json(tmp_path / "advice.json")["served"]
+    best, rivals = found["advised"], {rival["name"]: rival for rival in found["rivals"]}
+    assert best["name"] == "scratch of shape L2h64H4G2d16F128" and best["loss"] == pytest.approx(loss)
+    assert (best["training"], best["serving"]) == (spent, 1_000_000)
+    slower = rivals["scratch of shape L1h64H4G2d16F128"]
+    assert slower["tokens"] == pytest.approx(needed) and slower["loss"] == pytest.approx(loss)
+    even = (spent - other) / (1_500_000 - 1_000_000)
+    assert slower["break_even"] == pytest.approx(even) and even > 2_000_000
+    assert rivals["the parent as it is"]["break_even"] == pytest.approx(spent / (2_000_000 - 1_000_000))
+    assert f"scratch of shape L2h64H4G2d16F128 costs less from {even:,.0f} served tokens on" in printed
+    assert f"{spent + 2e6 * 1e6:.3g} with 2,000,000 served" in printed
+    total = [rival["training"] + rival["serving"] * 2e6 for rival in found["rivals"]]
+    assert total == sorted(total)
+
+
+def test_served_tokens_at_equal_total_or_beyond_the_ledger(tmp_path, capsys) -> None:
+    content = ledger(lead, setting="equal-total")
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    words = ["advise", "--ledger", str(tmp_path / "results.json"), "--ratio", "0.5", "--served-tokens", "1B"]
+    assert main([*words, "--tokens", "200k", "--setting", "equal-total"]) == EXIT_REFUSED
+    assert "--served-tokens: expected --setting equal-training, got --setting equal-total" in capsys.readouterr().err
+    assert main([*words, "--tokens", "200k"]) == 0
+    assert "the ledger does not reach this target" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "tokens"),
+    [((9.0, 1.0), (3.0, 3.0), 3.0), ((3.0, 3.0), (9.0, 1.0), 3.0), ((1.0, 1.0), (3.0, 3.0), 0.0),
+     ((1.0, 2.0), (3.0, 2.0), None)],
+)  # fmt: skip
+def test_break_even_in_served_tokens(one, other, tokens) -> None:
+    from megatron_prune.study.advise.lifetime import Served, break_even
+
+    made = [Served("x", 2.0, 1.0, training, serving) for training, serving in (one, other)]
+    assert break_even(*made) == tokens
+    if tokens:
+        assert made[0].lifetime(tokens) == made[1].lifetime(tokens)
