@@ -76,6 +76,8 @@ setup(
     ],
     extras_require={
         "datasets": ["datasets>=3.0", "zstandard>=0.23"],  # which datasets needs for shards in zstd
+        "array-record": ["array_record>=0.8"],
+        "fp8-sparse": ["torchao>=0.18"],  # `benchmark` of 2:4 models in FP8, on a GPU
         "eval": ["lm-eval>=0.4.13,<0.5"],
         # The stores' own clients come with its extras: multi-storage-client[boto3], …
         "msc": ["multi-storage-client>=1.3"],
@@ -92,6 +94,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "datasets>=3.0",
+            "array_record>=0.8",
             "gguf>=0.10",
             "lm-eval>=0.4.13,<0.5",
             "multi-storage-client[boto3]>=1.3",

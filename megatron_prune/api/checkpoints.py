@@ -54,9 +54,10 @@ def import_hf(
 def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
     """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
 
-    Masks become ``masks.safetensors``; the imported tokenizer is copied too. Raises
+    Masks become ``masks.safetensors``; the imported tokenizer is copied too, and README.md is a model card. Raises
     CheckpointError for a model that Hugging Face's Llama family cannot represent.
     """
+    from megatron_prune.api import model_card
     from megatron_prune.checkpoint.parallel import keep_freed_memory
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.checkpoint.tracker import refuse_remote
@@ -65,7 +66,7 @@ def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
     keep_freed_memory()
     refuse_remote("--hf", str(hf))
     checkpoint = open_checkpoint(load)
-    made = huggingface.export_hf(load, hf, workers=workers)
+    made = huggingface.export_hf(load, hf, workers=workers, files={model_card.NAME: model_card.card(checkpoint)})
     return Model(made, "Hugging Face directory", checkpoint.shape, tuple(checkpoint.pruning))
 
 

@@ -454,9 +454,12 @@ def _scores(loss: Loss) -> dict[str, Any]:
 
 
 def _export(load: Path, out: Path, record: Mapping[str, Any], workers: int) -> None:
+    from megatron_prune.api import model_card
+    from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.convert import huggingface
 
-    huggingface.export_hf(load, out, workers=workers, files={RECORD: artifacts.json_bytes(record)})
+    files = {RECORD: artifacts.json_bytes(record), model_card.NAME: model_card.card(open_checkpoint(load))}
+    huggingface.export_hf(load, out, workers=workers, files=files)
 
 
 def _on_cpu() -> bool:

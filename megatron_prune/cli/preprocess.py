@@ -1,4 +1,4 @@
-"""``megatron-prune preprocess``: tokenize JSON lines, Parquet or text into Megatron's .bin and .idx."""
+"""``megatron-prune preprocess``: tokenize JSON lines, Parquet, array_record or text into Megatron's .bin and .idx."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
         text_documents=asked.text_documents,
         append_eod=asked.append_eod,
         splitter=splitter,
+        token_ids=asked.input_tokens,
         workers=asked.workers,
     )
     print(f"{asked.output_prefix}: {made}")

@@ -28,7 +28,7 @@ import numpy as np
 from megatron_prune import artifacts, screen
 from megatron_prune.data.chunks import SentenceSplitter
 from megatron_prune.data.indexed import token_type
-from megatron_prune.data.readers import File, RawDocument, RawText, check_inputs, size_of_text, text_of
+from megatron_prune.data.readers import File, RawDocument, RawText, check_inputs, format_of, size_of_text, text_of
 from megatron_prune.data.shards import Parts, PartWriter
 from megatron_prune.data.tokenizers import Tokenizer
 from megatron_prune.errors import DataError, RunError, UsageError
@@ -67,12 +67,14 @@ def preprocess(
     text_documents: str = "file",
     append_eod: bool = False,
     splitter: SentenceSplitter | None = None,
+    token_ids: str | None = None,
     workers: int = 1,
 ) -> Summary:
     """Tokenize files and datasets into ``output_prefix``.bin/.idx/.json; existing files are replaced at the end.
 
     The token type is Megatron's (uint16 for vocabularies below 65500, else int32). With a ``splitter``, each
-    sentence of a document is a sequence. Raises UsageError, DataError and RunError; inputs that were finished
+    sentence of a document is a sequence. ``token_ids``: the records of the (array_record) files are ids of this
+    type. Raises UsageError, DataError and RunError; inputs that were finished
     before an error are kept for the next run.
     """
     paths = [name for name in inputs if isinstance(name, str | Path)]
@@ -88,10 +90,15 @@ def preprocess(
             got=f"{tokenizer.model}, which has none",
             expected="a tokenizer with an end-of-document token",
         )
+    if token_ids is not None:
+        others = [str(path) for path in paths if format_of(Path(path), input_format) != "array_record"]
+        if others or len(paths) < len(inputs) or splitter is not None:
+            got = others[0] if others else "sentences" if splitter is not None else "a data set"
+            raise UsageError("--input-tokens", got=got, expected="whole records of array_record files")
     if workers < 1:
         raise UsageError("--workers", got=workers, expected="at least 1 process")
     begun = monotonic()
-    encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size))
+    encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size), token_ids)
     settings = encoder.describe()
     keys = [artifacts.sha256_json({"part": 1, "input": s.identity(), "settings": settings}) for s in sources]
     with Parts(Path(output_prefix).absolute()) as parts:
@@ -159,6 +166,7 @@ class Encoder:
     append_eod: bool
     splitter: SentenceSplitter | None
     dtype: str
+    token_ids: str | None = None  # type of the ids that records consist of, little-endian; None for text
 
     def describe(self) -> dict[str, Any]:
         """Identity of the settings (JSON): encoders with equal descriptions give equal tokens."""
@@ -167,13 +175,17 @@ class Encoder:
             "append_eod": self.append_eod,
             "sentences": self.splitter and self.splitter.digest(),
             "dtype": self.dtype,
+            **({} if self.token_ids is None else {"token_ids": self.token_ids}),
         }
 
     def __call__(self, batch: list[RawDocument]) -> RecordBatch:
         """Tokenize a batch of records, dropping sentences and records without tokens. Raises DataError."""
-        texts = [text_of(record) for record in batch]
+        texts = [text_of(record) for record in batch] if self.token_ids is None else []
         raw_bytes = sum(len(record.payload) for record in batch)
-        if self.splitter is None:
+        if self.token_ids is not None:
+            ids = [found for record in batch if len(found := _ids_of(record, self.token_ids))]
+            documents = np.ones(len(ids), dtype=np.int64)
+        elif self.splitter is None:
             ids = [found for found in self.tokenizer.encode_batch(texts) if len(found)]
             documents = np.ones(len(ids), dtype=np.int64)
         else:
@@ -190,9 +202,24 @@ class Encoder:
             sequences[last] += 1
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             size = self.tokenizer.vocab_size
-            raise DataError(f"{self.tokenizer.model} returned an id outside its vocabulary of {size}")
+            made = (
+                f"{self.tokenizer.model} returned"
+                if self.token_ids is None
+                else f"the input holds, as {self.token_ids},"
+            )
+            raise DataError(f"{made} an id outside the tokenizer's vocabulary of {size}")
         tokens = tokens.astype(self.dtype)
         return RecordBatch(tokens, sequences, documents, len(batch) - len(documents), raw_bytes)
+
+
+def _ids_of(record: RawDocument, kind: str) -> np.ndarray:
+    """The ids of a record; DataError if it does not consist of whole ones."""
+    dtype = np.dtype(kind).newbyteorder("<")
+    if len(record.payload) % dtype.itemsize:
+        raise DataError(
+            f"{record.origin} has {len(record.payload)} bytes, expected whole ids of type {kind}: see --input-tokens"
+        )
+    return np.frombuffer(record.payload, dtype)
 
 
 def _tokenize(parts: Parts, todo: dict[str, RawText], encoder: Encoder, workers: int) -> None:

@@ -1,6 +1,6 @@
-"""Raw text as records: JSON lines, Parquet and plain text, compressed or not, streamed in order.
+"""Raw text as records: JSON lines, Parquet, array_record and plain text, compressed or not, streamed in order.
 
-A record is the bytes of one document: a JSON line, a value of a Parquet column, or a piece of a text
+A record is the bytes of one document: a JSON line, a value of a Parquet column, a record, or a piece of a text
 file. ``text_of`` turns it into text, which is expensive and left to the worker processes. Files are
 never held in memory as a whole, except a plain text file that is one document.
 """
@@ -29,12 +29,14 @@ else:
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+ARRAY_RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE_MAGIC = b"\x50\x2a\x4d\x18"  # to 5f…
 LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, which some published shards need
 PARQUET_ROWS = 256  # decoded at a time
+RECORDS = 256  # of an array_record file, read at a time
 
 
 class RawDocument(NamedTuple):
@@ -101,10 +103,15 @@ def format_of(path: Path, input_format: str = "auto") -> str:
         if name.endswith(suffix):
             name = name.removesuffix(suffix)
             break
-    for kind, suffixes in (("jsonl", JSONL_SUFFIXES), ("parquet", PARQUET_SUFFIXES), ("text", TEXT_SUFFIXES)):
+    for kind, suffixes in (
+        ("jsonl", JSONL_SUFFIXES),
+        ("parquet", PARQUET_SUFFIXES),
+        ("array_record", ARRAY_RECORD_SUFFIXES),
+        ("text", TEXT_SUFFIXES),
+    ):
         if name.endswith(suffixes):
             return kind
-    known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *TEXT_SUFFIXES))
+    known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *ARRAY_RECORD_SUFFIXES, *TEXT_SUFFIXES))
     raise UsageError(
         "--input-format", got=f"auto for {path}", expected=f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}",
         why=f"auto goes by the ending, {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
@@ -113,7 +120,7 @@ def format_of(path: Path, input_format: str = "auto") -> str:
 
 def size_of_text(source: RawText) -> int | None:
     """Bytes of the records of a source; None if unknown without reading it (compressed, Parquet, from the Hub)."""
-    if not isinstance(source, File) or format_of(source.path, source.input_format) == "parquet":
+    if not isinstance(source, File) or format_of(source.path, source.input_format) in ("parquet", "array_record"):
         return None
     with _open(source.path) as handle:
         return source.path.stat().st_size if isinstance(handle, io.BufferedReader) else None
@@ -148,6 +155,9 @@ def records(
         kind = format_of(path, input_format)
         if kind == "parquet":
             yield from _parquet(path, json_key)
+            continue
+        if kind == "array_record":
+            yield from _array_record(path)
             continue
         try:
             with _open(path) as handle:
@@ -199,6 +209,26 @@ def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
                     yield RawDocument(value or b"", f"{path}:{row}", None)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} to its end: {error}") from error
+
+
+def _array_record(path: Path) -> Iterator[RawDocument]:
+    """Every record of an array_record file: the bytes of a text, or of token ids. Messages count from 1."""
+    try:
+        from array_record.python.array_record_module import ArrayRecordReader
+    except ImportError as error:
+        raise UsageError(
+            "--input", got=path, expected="no array_record files without their library, which is not installed",
+            do="pip install 'megatron_prune[array-record]'",
+        ) from error  # fmt: skip
+    reader = ArrayRecordReader(str(path))
+    try:
+        count = reader.num_records()
+        for first in range(0, count, RECORDS):
+            for number, payload in enumerate(reader.read(first, min(first + RECORDS, count)), start=first + 1):
+                yield RawDocument(payload, f"{path}:{number}", None)
+        reader.close()  # raises what was wrong, if anything was
+    except (RuntimeError, IndexError) as error:
+        raise DataError(f"cannot read {path} to its end: {' '.join(str(error).split())}") from error
 
 
 def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes]]:

@@ -34,6 +34,7 @@ from megatron_prune.study.values import (
     Settings,
     Tokens,
     finds,
+    steps_in_tokens,
 )
 
 # Sections of study.yaml about where runs execute and report.
@@ -250,6 +251,10 @@ class StudyConfig:
         if self.parent.pretrain and self.parent.pretrain.lr is None and len(self.recipe.rates) > 1:
             raise UsageError("parent.pretrain.lr", got="nothing", expected="one learning rate",
                              why="recipe.lr lists several for the runs that are compared")  # fmt: skip
+        if self.evaluation.efficiency and self.launch.launcher == "slurm":
+            raise UsageError("evaluation.efficiency", got="true with launcher: slurm", expected="false",
+                             why="nothing measures on the machine that submits the jobs",
+                             do="run `megatron-prune benchmark` on a node and write efficiency.json")  # fmt: skip
         if self.parent_per_seed and self.parent.pretrain is None:
             raise UsageError("parent_per_seed", got="true with another parent", expected="parent.pretrain with it",
                              why="a parent from elsewhere cannot be trained again")  # fmt: skip
@@ -378,7 +383,7 @@ def _study(source: Written) -> StudyConfig:
         kind = "nothing" if source.content is None else f"a {type(source.content).__name__}"
         raise UsageError(source.file, got=kind, expected="a mapping of keys to values")
     try:
-        made = TypeAdapter(StudyConfig).validate_python(source.content)
+        made = TypeAdapter(StudyConfig).validate_python(steps_in_tokens(source.content))
     except ValidationError as error:
         problems = list(problems_of(error, source, StudyConfig))
         raise problems[0] if len(problems) == 1 else WrongStudy(problems) from error

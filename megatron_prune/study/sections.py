@@ -343,6 +343,9 @@ class EvaluationSection:
 
     ``max_contaminated``: share of a task's questions that may have 13 tokens in a row in the training or calibration
     text; ``null`` looks for none (it takes about 0.1 µs per training token, once).
+
+    ``efficiency``: measure the latency of the parent and of one model of each pruning once all cells are finished, on
+    the machine that runs the study.
     """
 
     windows: Positive = 256
@@ -355,6 +358,7 @@ class EvaluationSection:
     limit: Positive | None = None
     suites: dict[Label, dict[str, str]] = dataclasses.field(default_factory=dict)
     max_contaminated: Share | None = 0.0
+    efficiency: bool = False
 
     @finds
     def __post_init__(self) -> None:

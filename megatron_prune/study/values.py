@@ -6,6 +6,7 @@ Each is a type that pydantic reads strictly; alternative notations are normalise
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,33 @@ CHOSEN = ("method", "pattern", "ratio", "ratio-of")
 def parse_tokens(value: Any) -> Any:
     """``410_000``, ``"410k"``, ``"1.5M"``, ``"50B"``, ``"1e9"`` → a whole number of tokens."""
     return count(value) if isinstance(value, str) else round(value) if isinstance(value, float) else value
+
+
+_STEPS = re.compile(r"\s*([0-9][0-9_]*) steps?\s*")
+
+
+def steps_in_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    """A study.yaml in which budgets like ``12_500 steps`` are tokens: steps times the recipe's batch in tokens.
+
+    Without a valid batch they stay as they are, since that is the error to report.
+    """
+
+    def number(section: str, key: str) -> int:
+        value = (found if isinstance(found := content.get(section), dict) else {}).get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+    batch = number("recipe", "global_batch_size") * number("data", "seq_length")
+
+    def tokens(section: Any) -> Any:
+        if not batch or not isinstance(section, dict) or not isinstance(section.get("budgets"), list):
+            return section
+        found = [_STEPS.fullmatch(one) if isinstance(one, str) else None for one in section["budgets"]]
+        budgets = [int(step[1].replace("_", "")) * batch if step else one
+                   for step, one in zip(found, section["budgets"], strict=True)]  # fmt: skip
+        return {**section, "budgets": budgets}
+
+    made: dict[str, Any] = tokens(content)
+    return {**made, "family": tokens(made["family"])} if "family" in made else made
 
 
 def _flags(value: Any) -> Any:

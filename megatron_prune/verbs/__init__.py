@@ -41,6 +41,7 @@ from megatron_prune.verbs.shared import (
     FP8_PRESETS,
     GPUS,
     MODULES,
+    TOKEN_TYPES,
     TOKENIZERS,
     AmountSettings,
     CalibrationTextSettings,
@@ -64,6 +65,7 @@ from megatron_prune.verbs.study_verbs import (
     StudyStatusSettings,
 )
 from megatron_prune.verbs.training_verbs import (
+    BenchmarkSettings,
     EvaluateSettings,
     LearnMasksSettings,
     MasksSettings,
@@ -80,6 +82,7 @@ __all__ = [
     "AdvisedParentSettings",
     "AmountSettings",
     "ApplySettings",
+    "BenchmarkSettings",
     "BuildCorpusSettings",
     "BuildIndexSettings",
     "CalibrateSettings",
@@ -126,6 +129,7 @@ __all__ = [
     "StudyStageSettings",
     "StudyStatusSettings",
     "TOKENIZERS",
+    "TOKEN_TYPES",
     "TargetSettings",
     "TasksSettings",
     "TextSettings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import DTYPES, FORMATS, TOKENIZERS, IntegritySettings, WorkersSettings
+from megatron_prune.verbs.shared import DTYPES, FORMATS, TOKEN_TYPES, TOKENIZERS, IntegritySettings, WorkersSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,9 @@ class DocumentsSettings(Settings):
     append_eod: bool = setting(False, help="end every document with the end-of-document id")
     json_keys: str = setting("text", metavar="KEY", help="the JSON key or the column that holds the text")
     input_format: str = setting("auto", choices=FORMATS, help="auto goes by the endings")
+    input_tokens: str | None = setting(
+        None, choices=TOKEN_TYPES, help="records of array_record files are token ids of this type, not text"
+    )
     text_documents: str = setting(
         "file", choices=("file", "paragraph", "line"), help="what a document in a text file is"
     )

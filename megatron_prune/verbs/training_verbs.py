@@ -84,3 +84,17 @@ class EvaluateSettings(TasksSettings):
     labels: tuple[str, ...] | None = setting(
         None, metavar="NAME", help="names for the corpora of --data-path, in order"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(Settings):
+    TITLE = "what is measured"
+
+    checkpoints: tuple[str, ...] = setting(positional=True, metavar="CKPT", help="checkpoints to compare")
+    output: str | None = setting(None, metavar="FILE", help="write the numbers as JSON too")
+    batch: int = setting(1, metavar="B", help="prompts that are read together")
+    prompt: int = setting(512, metavar="S", help="tokens of a prompt")
+    new: int = setting(64, metavar="N", help="tokens generated after each prompt, one at a time")
+    repeats: int = setting(5, metavar="R", help="measurements, of which the median is shown")
+    warmup: int = setting(1, metavar="W", help="measurements before those, which do not count")
+    static: bool = setting(False, help="measure nothing: only what follows from shapes and masks")

@@ -57,6 +57,11 @@ def test_functions_are_their_verbs_in_any_order_and_leave_the_process_clean(
         parent.path, tiny_corpus, seq_length=S, windows=6, labels=["text"], output=tmp_path / "scores.json", nproc=2
     )
     out = mp.export_hf(cut.path, tmp_path / "out")
+    mp.export_hf(sparse.path, tmp_path / "sparse-out")
+    card = (tmp_path / "sparse-out" / "README.md").read_text()
+    removed = sparse.shape.linear_parameters() // 2
+    assert f"{removed:,} of {2 * removed:,} weights of the linears are removed\n(2:4)" in card
+    assert "1. pruned by wanda with masks; read 160 tokens" in card
     assert (torch.cuda.current_device, torch.Tensor.cuda, torch.compile) == stand_ins
     changed = {name for name in {*environment, *os.environ} if environment.get(name) != os.environ.get(name)}
     assert changed <= {"TORCHINDUCTOR_CACHE_DIR"}  # torch's own, when its compiler is imported

@@ -53,6 +53,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("recipe.global_batch_size", 12, r"recipe\.global_batch_size: expected a multiple of .* = 8, got 12"),
         ("launch", {"nproc": 3, "tensor_parallel": 2}, r"launch\.nproc: expected a multiple of .* = 2, got 3"),
         ("budgets", ["40 apples"], r"budgets\.0: expected a positive number.*, got '40 apples'"),
+        ("budgets", ["0 steps"], r"budgets\.0: expected greater than 0, got 0"),
+        ("budgets", ["1.5 steps"], r"budgets\.0: expected a positive number.*, got '1.5 steps'"),
+        ("budgets", ["3_125 steps", "400k"], r"budgets: expected different values, got \[400000, 400000\]"),
         ("budgets", [100, 100], r"budgets: expected different values, got \[100, 100\]"),
         ("budgets", ["400k", 400_030], r"budgets: .*got 400000 and 400030 .*are 3125 steps of 128 tokens: one run"),
         ("budgets", [63], r"budgets: 63 tokens are less than half a global batch"),
@@ -227,3 +230,14 @@ STUDIES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path.name 
 def test_every_shipped_study_is_valid(path: Path) -> None:
     study = schema.load(path)
     assert schema.from_mapping(yaml.safe_load(yaml.safe_dump(schema.resolved(study)))) == study
+
+
+def test_budgets_in_steps_are_exactly_those_steps() -> None:
+    """12,500 steps of the paper's batch are 52,428,800,000 tokens: no rounding on the way."""
+    content = changed("budgets", ["12_500 steps", "1 step"])
+    content["recipe"] |= {"global_batch_size": 1024}
+    content["data"] |= {"seq_length": 4096}
+    content["family"] = {"budgets": ["12_500 steps"]}
+    found = schema.from_mapping(content)
+    assert found.budgets == [52_428_800_000, 4_194_304] and found.family.budgets == [52_428_800_000]
+    assert schema.from_mapping(schema.resolved(found)) == found
