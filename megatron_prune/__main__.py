@@ -25,6 +25,7 @@ VERBS = {
         "pretrain": "Megatron's training loop, with an account",
         "learn-masks": "pretrain that learns which layers, heads and channels can go (sheared-llama)",
         "evaluate": "loss and perplexity on fixed windows; lm-eval's tasks",
+        "benchmark": "parameters, FLOPs, memory, latency and throughput of checkpoints",
     },
     "studies": {
         "study": "run|plan|status|report a token-matched comparison",

@@ -96,7 +96,7 @@ class Flag:
     def shown(self) -> str:
         """The option with its metavar, for usage lines."""
         if self.positional or self.type is bool:
-            return self.option
+            return f"{self.option} …" if self.many else self.option
         value = self.metavar or ("|".join(self.choices) if self.choices else self.name.upper())
         return f"{self.option} {value}{' …' if self.many and not self.repeated else ''}"
 
@@ -158,7 +158,7 @@ class Flag:
             more["metavar"] = self.metavar
         more["type"] = partial(_convert, self)
         if self.positional:
-            group.add_argument(self.name, nargs="?", **more)  # `_make` reports a missing one
+            group.add_argument(self.name, nargs="*" if self.many else "?", **more)  # `_make` reports a missing one
             return
         if self.repeated:
             more["action"] = "append"

@@ -70,6 +70,7 @@ def _run(study: schema.StudyConfig, runs_dir: Path) -> StudyResult:
 
     places = Places(runs_dir / study.name)
     run_cells(study, places)
+    measure_efficiency(study, places)
     found, report = write_report(study, places)
     verdicts = tuple(f"{verdict.subject}: {verdict.words}" for verdict in found.verdicts)
     return StudyResult(study.name, report, verdicts, found.rows)
@@ -85,6 +86,28 @@ def run_cells(study: schema.StudyConfig, places: Places) -> None:
     with CellProgress() as progress:
         launcher = (Queue if study.launch.launcher == "slurm" else Local)(study, places, progress)
         scheduler.run(study, places, launcher=launcher, progress=progress)
+
+
+def measure_efficiency(study: schema.StudyConfig, places: Places) -> None:
+    """Measure what the models cost to run, if the study asks for it and that was not done: the parent, and one model of
+    each pruning, of the first seed. Training does not change how long a model takes."""
+    from megatron_prune import artifacts, verbs
+    from megatron_prune.api import benchmarks
+    from megatron_prune.checkpoint.reader import open_checkpoint
+    from megatron_prune.study.analysis.serving import MEASURED
+    from megatron_prune.study.prunings import prunings
+
+    if not study.evaluation.efficiency:
+        return
+    first = study.seeds[0]
+    paths = [places.parent(study, first), *(places.checkpoint(p.cell) for p in prunings(study) if p.seed == first)]
+    output = places.root / MEASURED
+    known = {model["fingerprint"] for model in artifacts.read_json(output)["models"]} if output.is_file() else set()
+    if {open_checkpoint(path).fingerprint() for path in paths} <= known:
+        return
+    words = tuple(dict.fromkeys(map(str, paths)))
+    prompt = min(512, study.data.seq_length)
+    benchmarks.run(verbs.BenchmarkSettings(checkpoints=words, output=str(output), prompt=prompt))
 
 
 def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Path]:

@@ -122,7 +122,7 @@ def _console() -> Console:
 
 
 def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    from megatron_prune.api.studies import run_cells
+    from megatron_prune.api.studies import measure_efficiency, run_cells
     from megatron_prune.study.run.scheduler import CellsFailed
 
     try:
@@ -131,6 +131,7 @@ def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
         if (places.root / "study.json").is_file():  # report the cells that did finish
             _report(study, places, options)
         raise
+    measure_efficiency(study, places)
     return _report(study, places, options)
 
 

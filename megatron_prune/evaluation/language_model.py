@@ -51,7 +51,7 @@ class RanksModel:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """On rank 0: the new tokens of each request."""
-        return self._generate(self._broadcast(list(requests)) or [])
+        return self._generate(self._broadcast(list(requests)) or []) if requests else []
 
     def follow(self) -> None:
         """On the other ranks: take part in everything until ``finish``."""
@@ -66,8 +66,6 @@ class RanksModel:
         self._broadcast(None)
 
     def _generate(self, requests: list[GenerationRequest]) -> list[list[int]]:
-        if not requests:
-            return []
         own = generation.generate(self.model, requests, self.batch, self._tokenizer())
         speaks = mpu.get_tensor_model_parallel_rank() == mpu.get_pipeline_model_parallel_rank() == 0
         found: list[Any] | None = [None] * torch.distributed.get_world_size() if self._is_first() else None

@@ -19,11 +19,12 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, headlines, sweep
+from megatron_prune.study.analysis import conclusions, headlines, serving, sweep
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.sweep import Sweep
 from megatron_prune.study.analysis.verdicts import Verdict
+from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
     Places,
     Pruning,
@@ -89,13 +90,43 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
     matching = _Matching(study, places, lay, records, consumed)
     compared = tuple(matching.compare(comparison) for comparison in judged)
     found = [row for item in compared for row in of_comparison(study, item, records, consumed)]
+    parents = list(of_parents(study, records))
+    _add_costs(study, places, outlook, records, compared, [*parents, *found])
     windows = conclusions.DocumentWindows(study, places)
     verdicts = tuple(conclusions.judge(study, places, compared, records, held.compared, windows))
     return Results(
-        study, lay, _parent(study, records), records, compared, (*of_parents(study, records), *found),
+        study, lay, _parent(study, records), records, compared, (*parents, *found),
         verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
         pair.words(matching.ran(records)), headlines.conclude(verdicts, compared, records, windows.interval),
     )  # fmt: skip
+
+
+def _add_costs(
+    study: schema.StudyConfig,
+    places: Places,
+    outlook: Outlook,
+    records: Mapping[str, Record],
+    compared: Iterable[Compared],
+    rows: Iterable[dict[str, Any]],
+) -> None:
+    """Add to every row what its model costs to run."""
+    prunings = {cell: item.comparison.pruning for item in compared
+                for cell in (item.comparison.pruned, item.comparison.scratch) if cell is not None}  # fmt: skip
+    measured = serving.times(places)
+    for row in rows:
+        record, pruning = records.get(row["cell"] or ""), prunings.get(row["cell"] or "")
+        made = {} if pruning is None else records.get(pruning.cell, {})
+        row |= serving.costs(
+            study,
+            outlook.targets.get(pruning.name) if pruning is not None else outlook.source,
+            record,
+            source=outlook.source,
+            removed_linears=row["removed_linears"],
+            pattern=row["pattern"],
+        )
+        marks = [record["fingerprint"]] if record else []
+        marks += [made["fingerprint"]] if made and row["arm"] == "pruned" else []  # of the same shape and masks
+        row |= next((measured[mark] for mark in marks if mark in measured), {})
 
 
 def _parent(study: schema.StudyConfig, records: Mapping[str, Record]) -> Record | None:
@@ -250,7 +281,8 @@ COLUMNS = (
     "tokens_train", "tokens_total", "flops_total", "flops_train", "flops_train_theoretical", "params", "params_nonzero",
     "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
-    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite", "tokens_learned",
+    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite", "tokens_learned", *serving.COSTS,
+    *serving.TIMES,
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from megatron_prune.study.grid import label
 from megatron_prune.study.match import NAMED
 from megatron_prune.study.pair import DIFFERS
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import appendix, curves, figures, tables, trends
+from megatron_prune.study.report import appendix, curves, figures, pareto, tables, trends
 from megatron_prune.study.report.drawing import Drawing
 from megatron_prune.study.report.tabular import MINUS, perplexity
 
@@ -45,7 +45,8 @@ def write(found: Results, places: Places) -> Path:
     if found.study.parent.load:
         losses["parent"] = places.beside_parent(found.study) / "losses.csv"
     made = (
-        figures.gaps(found), figures.final_losses(found), trends.costs(found), trends.loss_by_budget(found),
+        figures.gaps(found), figures.final_losses(found), trends.costs(found), pareto.serving_costs(found),
+        trends.loss_by_budget(found),
         trends.gap_by_budget(found), trends.gap_by_ratio(found), curves.loss_curves(found, losses),
     )  # fmt: skip
     drawings = [figure for figure in made if figure]

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_prune.study.analysis.inference import Difference
 from megatron_prune.study.analysis.results import Results
+from megatron_prune.study.analysis.serving import COSTS, TIMES
 from megatron_prune.study.analysis.verdicts import Verdict, p_value
 from megatron_prune.study.grid import SUBJECT, label
 from megatron_prune.study.report.tabular import (
@@ -43,7 +44,7 @@ def setting_name(setting: str | None, against: str | None, sparse: bool) -> str:
 
 def in_text(found: Results) -> list[Table]:
     """The tables of the report's body that are not empty."""
-    made = [verdicts(found), laws(found), efficiency(found)]
+    made = [verdicts(found), laws(found), efficiency(found), serving(found)]
     return [table for table in made if table.rows]
 
 
@@ -147,12 +148,8 @@ def _gap(difference: Difference) -> str:
 
 def efficiency(found: Results) -> Table:
     """The cost of each model, parent first: size, FLOPs per token, measured training speed."""
-    finished = [row for row in found.rows if row["status"] == "finished" and row["arm"] in ("parent", "pruned")]
-    groups: dict[str, list[Row]] = {}
-    for row in finished:
-        groups.setdefault("parent" if row["arm"] == "parent" else label(*subject(row)), []).append(row)
     shown = []
-    for name, own in groups.items():
+    for name, own in models(found).items():
         values: dict[str, list[float | None]] = {
             key: [row[key] for row in own] for key in ("params", "params_nonzero", "removed_linears", "removed_all")
         }
@@ -178,6 +175,56 @@ def efficiency(found: Results) -> Table:
         "loss: pruned and retrained at the largest budget, mean over seeds."
     )
     return Table("efficiency", caption, columns, shown)
+
+
+def models(found: Results) -> dict[str, list[Row]]:
+    """The finished rows of every model by its label, parent first."""
+    groups: dict[str, list[Row]] = {}
+    for row in found.rows:
+        if row["status"] == "finished" and row["arm"] in ("parent", "pruned"):
+            groups.setdefault("parent" if row["arm"] == "parent" else label(*subject(row)), []).append(row)
+    return groups
+
+
+def serving(found: Results) -> Table:
+    """What each model costs to run: FLOPs and memory from its shape and masks, times if they were measured."""
+    shown, measured = [], False
+    for name, own in models(found).items():
+        row: dict[str, Any] = {"model": name}
+        for key in COSTS:
+            row[f"{key}_low"], row[f"{key}_high"] = _ends([one[key] for one in own])
+        for key in TIMES:
+            known = [one[key] for one in own if one[key] is not None]
+            row[key] = statistics.median(known) if known else None
+            measured = measured or bool(known)
+        shown.append({**row, "test_loss": _at_largest_budget(own)})
+    kept = any(row["weight_bytes_packed_low"] is not None for row in shown)
+    columns = [
+        words("model", "model"), _range("FLOPs, 2,048 tokens", "flops_forward", flops),
+        _range("of kept weights", "flops_forward_kept", flops), _range("weights, MB", "weight_bytes", _mega),
+        *([_range("packed 2:4, MB (theoretical, not measured)", "weight_bytes_packed", _mega)] if kept else []),
+        _range("cache per token, kB", "cache_bytes_per_token", lambda value: f"{value / 1e3:,.2f}"),
+        *([number("prefill, ms", "prefill_seconds", _milli), number("decode, ms per token", "decode_seconds", _milli),
+           number("decode, tokens per second", "decode_tokens_per_second", lambda value: f"{value:,.0f}")]
+          if measured else []),
+        number("test loss", "test_loss", loss),
+    ]  # fmt: skip
+    caption = (
+        "What a model costs to run. FLOPs of one forward pass: dense matrix products, and the same without the removed "
+        "weights, which only sparse kernels save. Weights in the type of the recipe; the cache holds keys and values. "
+        + ("Times are of dense kernels in transformers on the machine that measured them (efficiency.json); a sparse "
+           "model is as fast as a dense one of its shape there. " if measured else "No times were measured. ")
+        + "Test loss as above."
+    )  # fmt: skip
+    return Table("serving", caption, columns, shown)
+
+
+def _mega(value: float) -> str:
+    return f"{value / 1e6:,.2f}"
+
+
+def _milli(value: float) -> str:
+    return f"{value * 1e3:,.2f}"
 
 
 def _range(head: str, key: str, show: Callable[[Any], str]) -> Column:

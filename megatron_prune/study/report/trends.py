@@ -18,6 +18,7 @@ from megatron_prune.study.analysis import scaling_laws
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.headlines import GRANULARITIES
 from megatron_prune.study.analysis.results import Results
+from megatron_prune.study.analysis.serving import COSTS, TIMES
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.grid import label
 from megatron_prune.study.report.drawing import (
@@ -70,18 +71,18 @@ def costs(results: Results) -> Drawing | None:
 def _costs(results: Results, kinds: Mapping[str, str], largest: int, stacked: bool) -> Figure:
     figure = Figure(figsize=(NARROW, 5.6) if stacked else (WIDE, 3.3), layout="constrained")
     axes = figure.subplots(*((2, 1) if stacked else (1, 2)), sharey=True)
-    points = _points(results, kinds)
+    shown = points(results, kinds)
     parent = results.parent
     for axis, key, words in ((axes[0], "params_nonzero", "parameters that are not zero"),
                              (axes[1], "flops_total", "FLOPs behind the model")):  # fmt: skip
-        for line in _lines_of(points) if key == "flops_total" else ():
+        for line in _lines_of(shown) if key == "flops_total" else ():
             dashes: Any = "-" if line[0]["arm"] == "pruned" else DASHED
             axis.plot([point[key] for point in line], [point["loss"] for point in line], linestyle=dashes, zorder=1,
-                      color=_kind_style(line[0]["kind"])[0], linewidth=0.7, alpha=0.6)  # fmt: skip
-        for point in points:
+                      color=kind_style(line[0]["kind"])[0], linewidth=0.7, alpha=0.6)  # fmt: skip
+        for point in shown:
             if point[key] and (key == "flops_total" or point["tokens"] == largest):
                 style: dict[str, Any] = HOLLOW if point["arm"] == "scratch" else {}
-                colour, marker = _kind_style(point["kind"])
+                colour, marker = kind_style(point["kind"])
                 (mark,) = axis.plot(point[key], point["loss"], marker, color=colour, markersize=6.5, alpha=0.9, **style)
                 tip(mark, f"{point['name']}: {point['loss']:.4f} nats, perplexity {perplexity(exp(point['loss']))}, "
                           f"{amount(point[key])} {words.split(' ')[0]}")  # fmt: skip
@@ -104,8 +105,8 @@ def _costs(results: Results, kinds: Mapping[str, str], largest: int, stacked: bo
         axis.set_ylabel("test loss, nats per token", fontsize=8.5)
     for axis in axes if stacked else axes[1:]:
         with_perplexity(axis, vertical=True)
-    names = dict.fromkeys(point["kind"] for point in points)
-    styles = {kind: _kind_style(kind) for kind in names}
+    names = dict.fromkeys(point["kind"] for point in shown)
+    styles = {kind: kind_style(kind) for kind in names}
     handles = [
         Line2D([], [], marker=styles[kind][1], linestyle="", color=styles[kind][0], label=kind) for kind in names
     ]
@@ -124,7 +125,7 @@ def _lines_of(points: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [sorted(line, key=lambda point: point["tokens"]) for line in lines.values() if len(line) > 1]
 
 
-def _kind_style(kind: str) -> tuple[str, str]:
+def kind_style(kind: str) -> tuple[str, str]:
     """Colour and marker of a granularity; for a combination, those of the last."""
     place = GRANULARITIES.index(kind.split(" and ")[-1])
     return COLOURS[place], "os^"[place]
@@ -141,7 +142,7 @@ def _few_ticks(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
+def points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     """Means over seeds of both arms: loss, parameters, FLOPs. A shared scratch run is included once."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     seen: set[str | None] = set()
@@ -159,7 +160,7 @@ def _points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
             "arm": arm, "kind": kinds[name], "tokens": tokens,
             "loss": statistics.fmean(row["test_loss"] for row in own),
             "name": f"{name}, {arm}" + (f", {SETTINGS[setting].lower()}, {against}" if setting else ""),
-            **{value: own[0][value] for value in ("params_nonzero", "flops_total")},
+            **{value: own[0][value] for value in ("params_nonzero", "flops_total", *COSTS, *TIMES)},
         }
         for (name, arm, setting, against, tokens), own in groups.items()
     ]  # fmt: skip

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import types
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from scipy import optimize
 
 from megatron_prune.study.analysis import results
@@ -74,6 +78,72 @@ def test_the_first_words_count_who_is_ahead(found: Results) -> None:
             number = sum(verdict.winner == winner for verdict in own)
             assert (f"{words} {number}" in said["ahead"]) == bool(number)
         assert said["ahead"].endswith("of 5 budgets")
+
+
+def test_costs_of_running_are_those_of_the_shapes(simulated_study: Places, found: Results) -> None:
+    """Bytes by hand from the account and the plan; fp32, since the recipe names no other type."""
+    table = tables.serving(found)
+    heads = [column.head for column in table.columns]
+    shown = {row["cells"][0].text: dict(zip(heads, (cell.text for cell in row["cells"]), strict=True))
+             for row in table.body}  # fmt: skip
+    assert list(shown) == ["parent", "shortgpt, 25% removed", "shortgpt, 50% removed"]
+    (cell,) = {row["cell"] for row in found.rows if row["arm"] == "pruned" and row["ratio"] == 0.5
+               and row["seed"] == 1 and row["tokens_train"] == 40960}  # fmt: skip
+    (row, *_) = (row for row in found.rows if row["cell"] == cell)
+    account = json.loads(simulated_study.account(cell).read_text())
+    assert row["weight_bytes"] == 4 * account["parameters"] and row["weight_bytes_packed"] is None
+    assert shown["shortgpt, 50% removed"]["weights, MB"] == f"{4 * account['parameters'] / 1e6:.2f}"
+    assert row["flops_forward"] == row["flops_forward_kept"] > 2 * 2048 * account["parameters"] / 2
+    (parent,) = (row for row in found.rows if row["arm"] == "parent")
+    assert row["cache_bytes_per_token"] * 2 == parent["cache_bytes_per_token"], "half of the layers"
+    assert "decode, ms per token" not in heads and "No times were measured" in table.caption
+
+
+def test_measured_times_are_those_of_the_weights(simulated_study: Places, tmp_path) -> None:
+    from megatron_prune.study.analysis import serving
+
+    one = {"seconds": 0.5, "least": 0.4, "most": 0.6, "tokens_per_second": 8.0}
+    models = [
+        {"fingerprint": "a", "measured": {"dense": {"prefill": one, "decode": {**one, "seconds": 0.25}}}},
+        {"fingerprint": "b", "measured": {"dense": {"why": "not measured: a reason"}}},
+        {"fingerprint": "c"},
+    ]
+    (tmp_path / "efficiency.json").write_text(json.dumps({"models": models}))
+    assert serving.times(Places(tmp_path)) == {
+        "a": {"prefill_seconds": 0.5, "decode_seconds": 0.25, "decode_tokens_per_second": 8.0}
+    }
+    assert serving.times(simulated_study) == {}
+
+
+def test_masks_count_where_a_run_was_trained_under_them() -> None:
+    from megatron_prune.checkpoint.layout import ModelShape
+    from megatron_prune.study.analysis import serving
+
+    source = ModelShape(4, 8, 2, 2, 4, 16, 40, tied=True)
+    shape = dataclasses.replace(source, num_layers=3)  # a chain: a layer, then 2:4 of the others
+    left = shape.linear_parameters() // 2
+    share = 1 - left / source.linear_parameters()
+    study = types.SimpleNamespace(recipe=types.SimpleNamespace(arguments={"bf16": True}))
+    masked, dense = {"flops": 60, "flops_theoretical": 40}, {"flops": 60, "flops_theoretical": 60}
+    asked = {"source": source, "removed_linears": share, "pattern": "2:4"}
+    found = serving.costs(study, shape, masked, **asked)
+    assert found["flops_forward"] - found["flops_forward_kept"] == 2 * 2048 * left
+    assert found["weight_bytes"] - found["weight_bytes_packed"] == left * 2 - 2 * left / 8
+    found = serving.costs(study, shape, dense, **asked)
+    assert found["flops_forward"] == found["flops_forward_kept"] and found["weight_bytes_packed"] is None
+    assert serving.costs(study, shape, masked, **{**asked, "pattern": "unstructured"})["weight_bytes_packed"] is None
+    assert serving.costs(study, None, masked) == serving.costs(study, shape, None) == {}
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12),
+)
+def test_the_front_is_what_nothing_beats(places: list[tuple[int, int]]) -> None:
+    from megatron_prune.study.report.pareto import front
+
+    found = [places[n] for n in front([cost for cost, _ in places], [loss for _, loss in places])]
+    unbeaten = {(c, v) for c, v in places if not any((a <= c and b < v) or (a < c and b <= v) for a, b in places)}
+    assert set(found) == unbeaten and found == sorted(found) and len(found) == len(unbeaten)
 
 
 def test_efficiency_is_the_accounts(simulated_study: Places, found: Results) -> None:

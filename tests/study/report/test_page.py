@@ -193,7 +193,7 @@ def test_figures_read_on_light_and_dark(places: Places) -> None:
     assert drawing.INK not in text and "currentColor" in text  # the page's own ink
     folder = places.root / "report" / "figures"
     assert sorted(path.name for path in folder.iterdir()) == [
-        f"{name}.{kind}" for name in ("cost", "final-loss", "gaps", "loss-curves") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("cost", "final-loss", "gaps", "loss-curves", "serving") for kind in ("png", "svg")
     ]
     for path in folder.glob("*.svg"):
         root = xml.etree.ElementTree.fromstring(path.read_text())

@@ -1,0 +1,53 @@
+"""Models with windows, layers without RoPE, YaRN or learned positions are decoded from their cache as transformers
+decodes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.convert import family_models
+from tests.training.small import layout
+
+PROMPTS = [(5, 17, 300, 41), tuple(range(40, 75)), (7,), (9, 9, 9, 120, 6)]  # shorter and longer than the window
+NEW = 40
+
+
+def generated(checkpoint: str, stages: int) -> dict[int, list[int]]:
+    """In a rank: greedy continuations, in batches of two."""
+    from megatron_prune import verbs
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron_prune.engine import runtime
+    from megatron_prune.evaluation import evaluate
+
+    words = ["--load", checkpoint, "--seq-length", "128", *layout(1, stages)]
+    args = runtime.start("evaluate", words, verbs.EvaluateSettings(output="none"), complete=evaluate._complete)
+    runtime.initialize(args)
+    model = runtime.load_model(args)
+    cpu.fuse(model)
+    from megatron_prune.evaluation import generation
+
+    asked = [generation.GenerationRequest(prompt, NEW, (), frozenset()) for prompt in PROMPTS]
+    return generation.generate(model, asked, 2, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral-window", "llama-yarn", "smollm3", "gpt2", "nemotron"])
+def test_greedy_texts_are_those_of_transformers(name: str, distributed, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    from megatron_prune.convert.huggingface import import_hf
+
+    source = family_models.write(tmp_path / "hf", name)
+    checkpoint = import_hf(source, tmp_path / "checkpoint").root
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+        for prompt in PROMPTS
+    ]
+    for found in distributed(generated, 2, str(checkpoint), 2):
+        assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
