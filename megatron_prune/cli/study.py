@@ -152,7 +152,7 @@ def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 
 def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    from megatron_prune.cli import pretrain
+    from megatron_prune.cli import learn_masks, pretrain
     from megatron_prune.study import jobs, validate
     from megatron_prune.study.estimate import show
     from megatron_prune.study.run import slurm
@@ -164,7 +164,7 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
         study,
         places,
         outlook,
-        pretrain.main,
+        {"pretrain": pretrain.main, "learn-masks": learn_masks.main},
         console,
         options.throughput,
         options.gpus,

@@ -271,7 +271,7 @@ def refuse_unusable(verb: str, argv: Sequence[str]) -> None:
             "--enable-msc", got="none", expected="the Multi-Storage Client to be installed for it", do=storage.EXTRA
         )
     for flag, value in _checkpoints(argv):
-        if flag == "--save" and verb != "pretrain":
+        if flag == "--save" and verb not in ("pretrain", "learn-masks"):
             refuse_remote(flag, value)
         storage.refuse_unusable(flag, value)
 

@@ -30,7 +30,7 @@ DIMENSIONS = DEPTH + WIDTH
 
 @dataclass(frozen=True)
 class NearTie:
-    """The cut runs between two units whose scores differ by at most 1e-5 relative.
+    """The cut runs between two units whose scores differ by at most 1e-5 relative, or whose learned log α by 2e-3.
 
     Rounding under another layout may choose differently among ``kept``, ``removed`` and ``others`` (further units in
     the same band). ``layer`` and ``group`` are source numbers; None if the choice is not made per layer or group.

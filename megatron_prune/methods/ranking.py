@@ -27,10 +27,12 @@ def keep_highest(
     layer: int | None = None,
     group: int | None = None,
     first: int = 0,
+    within: float = 0,
 ) -> tuple[tuple[int, ...], list[NearTie]]:
     """Indices of the ``count`` highest of ``scores`` [n], ascending, and the near-tie at the cut, if any.
 
-    ``first`` is added to every returned index (for example the number of a group's first head).
+    ``first`` is added to every returned index (for example the number of a group's first head). Scores are near that
+    differ by ``NEAR`` relative, or by ``within``.
     """
     order = torch.sort(scores, descending=True, stable=True).indices  # stable: the lower index stays
     kept = tuple(sorted(first + i for i in order[:count].tolist()))
@@ -38,9 +40,10 @@ def keep_highest(
         return kept, []
     last, out = int(order[count - 1]), int(order[count])
     low, high = float(scores[out]), float(scores[last])
-    if high - low > NEAR * max(abs(high), abs(low)):
+    if high - low > max(within, NEAR * max(abs(high), abs(low))):
         return kept, []
-    band = (scores >= low - NEAR * abs(low)) & (scores <= high + NEAR * abs(high))
+    below, above = max(within, NEAR * abs(low)), max(within, NEAR * abs(high))
+    band = (scores >= low - below) & (scores <= high + above)
     others = tuple(first + i for i in band.nonzero().flatten().tolist() if i not in (last, out))
     return kept, [NearTie(unit, first + last, first + out, high, low, others, layer, group)]
 

@@ -39,6 +39,7 @@ EDGE = 1e-6  # how near P and u may come to 0 and 1
 BOUNDS = (math.log(1e-2), math.log(1e2))  # of log α
 SHARPNESS = 0.8  # of the factor that a unit keeps
 SETTLED = 0.01  # ŝ of a row may miss the target by this
+NEAR = 2e-3  # of log α: what rounding at another layout changes in a short run is below half of it
 _ZERO = math.log(-LOW / HIGH)  # the logit of what stretches to 0
 
 
@@ -115,6 +116,11 @@ def factors(log_alpha: torch.Tensor, kept: int) -> torch.Tensor:
     return torch.sigmoid(log_alpha * SHARPNESS / TEMPERATURE) * stays
 
 
+def keep(log_alpha: torch.Tensor, kind: Kind, **place: int) -> tuple[tuple[int, ...], list[NearTie]]:
+    """The units of one row that stay, ascending, and the near-tie at the cut, if any. ``place``: its layer, group."""
+    return keep_highest(log_alpha, kind.kept, kind.name, within=NEAR, **place)
+
+
 @dataclass(frozen=True)
 class Unsettled:
     """A row of a mask that says something else than its cut: its expected size is off, or units are undecided."""
@@ -171,7 +177,7 @@ class ShearedLlama(RankingMethod[NoOptions]):
             """The units of a row that stay; all of them where the kind is not cut."""
             if name not in cut:
                 return tuple(range(whole[name]))
-            kept, ties = keep_highest(learned[name][row], cut[name].kept, name, **place)
+            kept, ties = keep(learned[name][row], cut[name], **place)
             near.extend(ties)
             return kept
 

@@ -16,7 +16,6 @@ Sizes are bytes. T is a micro-batch's tokens per rank (before sequence paralleli
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -28,6 +27,7 @@ from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight.dry_run import PipelineStage
 from megatron_prune.structured import target as targets
+from megatron_prune.training.mask_shards import MaskShards
 
 FP32, FP64 = 4, 8
 MARGIN = 0.1  # of a GPU's memory: 8.6 GB of an H100's
@@ -64,7 +64,8 @@ def training(
                 * (FP32 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize),
                 optimizer=_optimizer(args, stage),
                 # A byte per weight (training/zeros.py), or numbers that are learned.
-                masks=(stage.linears if getattr(args, "masks", None) else 0) + learned(args, shape),
+                masks=(stage.linears if getattr(args, "masks", None) else 0)
+                + learned(args, shape, stage, _most_flying(args, stage, number, len(stages), microbatches)),
                 activations=kept,
                 working=once,
             )
@@ -72,14 +73,20 @@ def training(
     return found
 
 
-def learned(args: argparse.Namespace, shape: ModelShape) -> int:
-    """Bytes of the masks that ``learn-masks`` learns, which every rank has whole: log α, its gradient, two moments, and
-    the gradients twice more while ranks add them up."""
+def learned(args: argparse.Namespace, shape: ModelShape, stage: PipelineStage, flying: int) -> int:
+    """Bytes of the masks that ``learn-masks`` learns on a rank: log α, its gradient, two moments, and a copy of the
+    gradient while ranks add them up; for each micro-batch that is ``flying``, factor, slope and gradient."""
     if not hasattr(args, "mask_lr"):
         return 0
     asked = verbs.TargetSettings(**{flag.name: getattr(args, flag.name) for flag in verbs.TargetSettings.flags()})
     target = targets.from_settings(asked).choose(shape, methods.get("sheared-llama"), NoOptions())
-    return 6 * FP32 * sum(math.prod(kind.shape) for kind in kinds(shape, target))
+    shards = MaskShards(kinds(shape, target), range(stage.layers), 0, args.tensor_model_parallel_size)
+    return (5 + 3 * flying) * FP32 * sum(shards.count(kind) for kind in shards.kinds)
+
+
+def _most_flying(args: argparse.Namespace, stage: PipelineStage, number: int, stages: int, microbatches: int) -> int:
+    """Micro-batches at most between their forward and backward pass, of all virtual stages."""
+    return max(sum(held) for held in _in_flight(args, stage, number, stages, microbatches))
 
 
 def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> list[Memory]:

@@ -25,6 +25,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, installed
 from megatron_prune.errors import MegatronPruneError, UsageError
+from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight import dry_run, host
 from megatron_prune.preflight import memory as preflight_memory
 from megatron_prune.preflight.cost import Cluster
@@ -36,6 +37,7 @@ from megatron_prune.study.prunings import (
     Pruning,
     calibration_cell,
     calibration_tokens,
+    learning_samples,
     links,
     parent_cells,
     prunings,
@@ -50,13 +52,14 @@ def show(
     study: StudyConfig,
     places: Places,
     outlook: Outlook,
-    pretrain: Verb,
+    trainers: Mapping[str, Verb],
     console: Console,
     throughput: str | None,
     gpus: int | None,
     peak_tflops: float,
 ) -> None:
-    """Print the plan: memory by dry runs of the verb ``pretrain``, times if a ``throughput`` is set (``Speed``)."""
+    """Print the plan: memory by dry runs of the verbs that train, ``trainers`` by name, times if a ``throughput`` is
+    set (``Speed``)."""
     launch = study.launch
     gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
     if gpus < launch.nproc:
@@ -66,7 +69,7 @@ def show(
         speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
     laid = outlook.estimated_grid(study)
     title = f"study {study.name}: {len(laid.cells)} training runs, {launch.nproc} process(es) each"
-    sizes, unknown = memory(study, places, outlook, pretrain)
+    sizes, unknown = memory(study, places, outlook, trainers)
     estimates = [replace(one, memory=sizes.get(one.cell)) for one in of_study(study, outlook)]
     console.print(_table(title, estimates, speed, launch.nproc))
     for note in [*grid.notes(study), *outlook.assumed, *left_to_know(study, outlook), *unknown]:
@@ -252,39 +255,48 @@ def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:
     return missing
 
 
-def memory(study: StudyConfig, places: Places, outlook: Outlook, pretrain: Verb) -> tuple[dict[str, int], list[str]]:
-    """Bytes of the fullest rank of every training cell with a known shape, and why others are unknown.
+def memory(
+    study: StudyConfig, places: Places, outlook: Outlook, trainers: Mapping[str, Verb]
+) -> tuple[dict[str, int], list[str]]:
+    """Bytes of the fullest rank of every cell that trains a known shape, and why others are unknown.
 
-    From ``preflight`` of the cells' command lines on H100s without a reserve: a dry run of one cell per shape, with and
-    without masks.
+    From ``preflight`` of the cells' command lines on H100s without a reserve: a dry run of one cell per shape and kind
+    of masks.
     """
-    runs: dict[tuple[ModelShape, bool], tuple[list[str], Command]] = {}
-    for cell, shape, masked, command in _trainings(study, places, outlook):
-        runs.setdefault((shape, masked), ([], command))[0].append(cell)
+    runs: dict[tuple[ModelShape, str], tuple[list[str], Command]] = {}
+    for cell, shape, masks, command in _trainings(study, places, outlook):
+        runs.setdefault((shape, masks), ([], command))[0].append(cell)
     lines = [(shape, command) for (shape, _), (_, command) in runs.items()]
     with tempfile.TemporaryDirectory() as folder:
-        found = dry_run.in_child(functools.partial(_dry_runs, study, lines, Path(folder), pretrain))
+        found = dry_run.in_child(functools.partial(_dry_runs, study, lines, Path(folder), trainers))
     sizes = {cell: size for (cells, _), size in zip(runs.values(), found, strict=True) for cell in cells
               if isinstance(size, int)}  # fmt: skip
     refused = dict.fromkeys(size for size in found if isinstance(size, str))
     return sizes, [f"memory is not known, since preflight refuses: {why}" for why in refused]
 
 
-def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, bool, Command]]:
-    """Every training cell of known shape: its name, shape, whether it holds masks, and its command."""
+def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, str, Command]]:
+    """Every cell that trains a known shape: its name, shape, which masks it has, and its command."""
     lay = outlook.lay
     if study.parent.pretrain is not None and outlook.source is not None:
         samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
         for cell, seed in parent_cells(study):
-            yield cell, outlook.source, False, commands.parent_training(study, places, samples, seed)
+            yield cell, outlook.source, "none", commands.parent_training(study, places, samples, seed)
     for run in outlook.estimated_grid(study).cells:
         if run.source.name in outlook.targets:
             command = commands.training(study, places, run, run.source)
-            yield run.id, outlook.targets[run.source.name], run.masked, command
+            yield run.id, outlook.targets[run.source.name], "held" if run.masked else "none", command
+    for link in links(study):
+        before = outlook.targets.get(link.base.name) if link.base else outlook.source
+        target = outlook.targets.get(link.name)
+        if outlook.needs[link.name].learning and before is not None and target is not None:
+            learned = " ".join(kind.name for kind in kinds(before, target))
+            command = commands.learning(study, places, link, learning_samples(study, lay, link))
+            yield link.cell, before, learned, command
 
 
 def _dry_runs(
-    study: StudyConfig, lines: Sequence[tuple[ModelShape, Command]], folder: Path, pretrain: Verb
+    study: StudyConfig, lines: Sequence[tuple[ModelShape, Command]], folder: Path, trainers: Mapping[str, Verb]
 ) -> list[int | str]:
     """Bytes of the fullest rank for each command line, or why it would not start. Run in a process without a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -297,7 +309,7 @@ def _dry_runs(
         model.write_text(shlex.join(commands.flags(_base_flags(study) | model_flags(shape))))
         try:
             made = dry_run.rehearse(
-                pretrain, host.resolve([*command.argv[1:]], str(model)).argv, gpus=cluster.gpus,
+                trainers[command.argv[0]], host.resolve([*command.argv[1:]], str(model)).argv, gpus=cluster.gpus,
                 per_node=cluster.local_ranks, capability=cluster.gpu.capability, has=has,
             )  # fmt: skip
         except (dry_run.MegatronRefused, MegatronPruneError) as error:

@@ -57,15 +57,6 @@ class LearnerSettings:
         return self.learning_rate, self.multiplier_rate or self.learning_rate
 
 
-@dataclass
-class _Draw:
-    """One micro-batch: its factors, the leaves that its gradients end in, and dz/d(log α) of these."""
-
-    factors: Any  # gates.Factors
-    leaves: dict[str, torch.Tensor]
-    slopes: dict[str, torch.Tensor]
-
-
 class Learner:
     """The masks of one run: ``attach`` before Megatron's ``pretrain``, ``finish`` after it."""
 
@@ -78,7 +69,8 @@ class Learner:
         self._gated: Any = None
         self._ranks = mask_gradients.Ranks()
         self._square = torch.zeros(())  # of the norm of the gradients of masks and multipliers
-        self._draws: list[_Draw] = []
+        self._factors: dict[int, Any] = {}  # of micro-batches that a virtual stage has yet to begin
+        self._of_loss: dict[str, torch.Tensor] = {}  # the loss's gradients of this step, by kind
         self._scheduler: Any = None
         self._optimizer: torch.optim.AdamW | None = None
         self._evaluated: Any = None  # the factors of an evaluation, until the next step
@@ -103,6 +95,7 @@ class Learner:
         for kind in self.kinds:
             shard = self._shards.cut(kind, sheared_llama.start(kind))
             self.log_alpha[kind.name] = torch.nn.Parameter(shard.to(device))
+            self._of_loss[kind.name] = torch.zeros_like(self.log_alpha[kind.name].data)
             self.multipliers[kind.name] = torch.nn.Parameter(torch.zeros(2, device=device))
         self._counts = [0] * len(chunks)
         for number, model in enumerate(self._gated.models):
@@ -147,10 +140,15 @@ class Learner:
             self._gated.current = self._evaluation()
             return
         number = self._counts[chunk]
+        if not any(self._counts):
+            for gradient in self._of_loss.values():
+                gradient.zero_()
         self._counts[chunk] += 1
-        if number == len(self._draws):
-            self._draws.append(self._draw(self.args.curr_iteration, number))
-        self._gated.current = self._draws[number].factors
+        if number not in self._factors:
+            self._factors[number] = self._draw(self.args.curr_iteration, number)
+        self._gated.current = self._factors[number]
+        if min(self._counts) > number:  # what its backward pass needs, autograd holds, and no longer than that
+            del self._factors[number]
 
     def _in_its_backward_pass(self, model: Any, _args: Any, out: Any) -> None:
         """Other micro-batches come between this one's forward and backward pass."""
@@ -162,20 +160,23 @@ class Learner:
 
             out.register_hook(again)  # type: ignore[no-untyped-call]
 
-    def _draw(self, step: int, number: int) -> _Draw:
+    def _draw(self, step: int, number: int) -> Any:
+        """A micro-batch's factors; their gradients are added to those of log α in its backward pass."""
         from megatron_prune.training.gates import Factors
 
         place = number * self._ranks.replicas + self._ranks.replica
-        leaves, slopes = {}, {}
-        with torch.no_grad():
-            for name, drawn in self._shards.uniform(self.args.seed, step, place).items():
-                log_alpha = self.log_alpha[name].detach()
-                u = drawn.to(log_alpha.device)
-                leaves[name] = sheared_llama.sample(log_alpha, u)
-                slopes[name] = sheared_llama.slope(log_alpha, u)
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        return _Draw(Factors.of(leaves), leaves, slopes)
+        # What tensor-parallel ranks hold in common has the same gradient on each; by tokens, each has a part of it.
+        counts_common = self.args.sequence_parallel or self._ranks.tensor == 0
+        leaves = {}
+        for name, drawn in self._shards.uniform(self.args.seed, step, place).items():
+            log_alpha = self.log_alpha[name].detach()
+            u = drawn.to(log_alpha.device)
+            leaves[name] = leaf = sheared_llama.sample(log_alpha, u).requires_grad_()
+            if name not in REPLICATED or counts_common:
+                slope = sheared_llama.slope(log_alpha, u)
+                add = functools.partial(_add, self._of_loss[name], slope)
+                leaf.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+        return Factors.of(leaves)
 
     def _evaluation(self) -> Any:
         if self._evaluated is None:
@@ -186,19 +187,11 @@ class Learner:
 
     def _take_gradients(self) -> None:
         """Gradients of masks and multipliers, from the loss and the Lagrangian's terms. Collective."""
-        of_loss = {name: torch.zeros_like(parameter) for name, parameter in self.log_alpha.items()}
-        # What tensor-parallel ranks hold in common has the same gradient on each; by tokens, each has a part of it.
-        counts_common = self.args.sequence_parallel or self._ranks.tensor == 0
-        for draw in self._draws:
-            for name, leaf in draw.leaves.items():
-                if leaf.grad is not None and (name not in REPLICATED or counts_common):
-                    of_loss[name].addcmul_(leaf.grad, draw.slopes[name])
-        self._draws.clear()
         self._counts = [0] * len(self._counts)
         self._gated.current = None
         step, ramp = self.args.curr_iteration, round(self.settings.ramp * self.args.train_iters)
         targets = [sheared_llama.ramped(kind.sparsity, step, ramp) for kind in self.kinds]
-        found = mask_gradients.take(self._shards, self._ranks, self.log_alpha, self.multipliers, of_loss, targets)
+        found = mask_gradients.take(self._shards, self._ranks, self.log_alpha, self.multipliers, self._of_loss, targets)
         self._square = found.square
         del self.history[step:]  # a step that is run again
         self.history.append(found.history)
@@ -364,3 +357,10 @@ class Learner:
         learned.write(save / learned_file.FILE)
         for row in learned.unsettled()[:20]:
             screen.say(f"not settled: {row}")
+
+
+def _add(gradient: torch.Tensor, slope: torch.Tensor, leaf: torch.Tensor) -> None:
+    """Add the gradient of a leaf, times its slope, and forget it: recomputation may add to it again."""
+    assert leaf.grad is not None
+    gradient.addcmul_(leaf.grad, slope)
+    leaf.grad = None

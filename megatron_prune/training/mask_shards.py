@@ -84,7 +84,7 @@ class MaskShards:
         key = int.from_bytes(hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()[:16], "little")
         ranges = [span for kind, first in self._firsts() for span in self._spans(kind, first)]
         drawn = torch.from_numpy(numpy.concatenate([_random(key, *run) for run in _joined(ranges)]))
-        sizes = [self._count(kind) for kind in self.kinds]
+        sizes = [self.count(kind) for kind in self.kinds]
         return {
             kind.name: values if kind.name in REPLICATED else values.view(len(self.layers), -1)
             for kind, values in zip(self.kinds, torch.split(drawn, sizes), strict=True)
@@ -103,7 +103,8 @@ class MaskShards:
         for layer in [0] if kind.name in REPLICATED else self.layers:
             yield first + layer * units + part.start, first + layer * units + part.stop
 
-    def _count(self, kind: Kind) -> int:
+    def count(self, kind: Kind) -> int:
+        """How many units are here."""
         part = self.part(kind)
         return int(part.stop - part.start) * (1 if kind.name in REPLICATED else len(self.layers))
 

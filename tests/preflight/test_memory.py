@@ -253,9 +253,12 @@ def test_a_save_takes_fourteen_bytes_a_parameter() -> None:
     assert cost.checkpoint_bytes(arguments(no_save_optim=True), LLAMA) == 2 * LLAMA.parameters()
 
 
-def test_learned_masks_are_counted_whole_on_every_rank() -> None:
-    """Six fp32 numbers for each of 32 x 14336 FFN channels and 4096 hidden channels; nothing for other verbs."""
+@pytest.mark.parametrize(("tensor", "layers"), [(1, 32), (8, 4)])
+def test_learned_masks_are_counted_on_the_rank_that_has_them(tensor: int, layers: int) -> None:
+    """Five fp32 numbers for each of the rank's FFN channels and all 4096 hidden channels, three more for each of two
+    micro-batches; nothing for other verbs."""
     asked = verbs.LearnMasksSettings(target_hidden_size=3072, target_ffn_hidden_size=9216)
-    args = argparse.Namespace(**asked.to_json())
-    assert memory.learned(args, LLAMA) == 6 * 4 * (32 * 14336 + 4096)
-    assert memory.learned(argparse.Namespace(**verbs.PretrainSettings().to_json()), LLAMA) == 0
+    args = argparse.Namespace(**asked.to_json(), tensor_model_parallel_size=tensor)
+    stage = PipelineStage(layers, 0, 0, 0, (layers,), {})
+    assert memory.learned(args, LLAMA, stage, 2) == 11 * 4 * (layers * 14336 // tensor + 4096)
+    assert memory.learned(argparse.Namespace(**verbs.PretrainSettings().to_json()), LLAMA, stage, 2) == 0

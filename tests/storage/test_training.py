@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start
 from megatron_prune.masks import open_masks
 from megatron_prune.structured.apply import apply_plan
+from megatron_prune.training import learned_file
 from tests.training.small import MODEL, any_plan, kill_ranks, layout, recipe, train_and_record
 from tests.training.small_masked import ADAM, assert_zero_in_checkpoint, losses, run_function, start_from
 
@@ -160,6 +162,21 @@ def test_random_masks_are_written_by_all_ranks(tiny_pruned, tiny_corpus, s3, tmp
              *recipe(tiny_corpus, SHORT, save, *more)], nproc=2).ok()  # fmt: skip
         hashes.append(open_masks(f"{save}/masks").hash)
     assert hashes[0] == hashes[1] != open_masks(pruned.masks).hash
+
+
+def test_masks_are_learned_in_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job):
+    """Stopped and resumed from the shards there, on two ranks: the masks of the run on a disk."""
+    words = ["--use-checkpoint-args", "--pretrained-checkpoint", tiny_parent, "--target-hidden-size", 64,
+             "--target-ffn-hidden-size", 96, "--divisible-by", 4, "--save-interval", 3, *layout(2)]  # fmt: skip
+    here = tmp_path / "here"
+    job(["learn-masks", *recipe(tiny_corpus, RANGE, here), *words], nproc=2).ok()
+    argv = ["learn-masks", *recipe(tiny_corpus, RANGE, s3("run")), *words, "--enable-msc"]
+    job([*argv, "--exit-interval", "3"], nproc=2).ok()
+    job(argv, nproc=2).ok()
+    learned, found = (learned_file.read(run / learned_file.FILE) for run in (here, s3.path("run")))
+    for kind, values in learned.state.log_alpha.items():
+        assert torch.equal(found.state.log_alpha[kind], values) and len(values.unique()) > 10
+    assert not (Path.cwd() / "msc:").exists()
 
 
 def test_hostile_checkpoints_there_start_nothing(reference, tiny_corpus, disk, tmp_path, job):

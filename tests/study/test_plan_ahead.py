@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prune.cli import pretrain
+from megatron_prune.cli import learn_masks, pretrain
 from megatron_prune.cli import study as command
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import commands, estimate, jobs, validate
@@ -186,7 +186,7 @@ def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, mo
                                                                               "shape": shape}}  # fmt: skip
     study, places = made_up.study(NOWHERE, methods=METHODS, **changes), Places(tmp_path / "x")
     outlook = ahead(20_000, **changes)
-    found, why = estimate.memory(study, places, outlook, pretrain.main)
+    found, why = estimate.memory(study, places, outlook, {"pretrain": pretrain.main})
     assert not why and len(found) == len([one for one in estimates(outlook, **changes) if one.steps])
     lines = {}
     made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
@@ -202,6 +202,36 @@ def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, mo
         stages = preflight.finding(answer, "memory")["facts"]["stages"]
         assert found[cell] == max(stage["total"] for stage in stages), cell
     assert found["pruned-wanda-2-4-r50-s1-t1280"] > found["parent"] > found["pruned-shortgpt-r50-s1-t1280"]
+
+
+def test_memory_of_learning_masks_is_what_preflight_says(distributed, tmp_path) -> None:
+    """With the masks that it has on a rank: their number at TP 2 is known from the shape."""
+    settings = {"divisible-by": 8, "tolerance": 0.2, "global-batch-size": 4}
+    shape = {**SHAPE, "max-position-embeddings": 64}
+    changes: dict[str, Any] = {
+        "parent": {"pretrain": {"tokens": 5120}, "shape": shape},
+        "methods": [{"name": "sheared-llama", "tokens": 640, "settings": settings}],
+        "launch": {"nproc": 2, "tensor_parallel": 2},
+    }
+    study, places = made_up.study(NOWHERE, **changes), Places(tmp_path / "x")
+    outlook, cell = ahead(20_000, **changes), "pruning-sheared-llama-r50-s1"
+    found, _ = estimate.memory(study, places, outlook, {"pretrain": pretrain.main, "learn-masks": learn_masks.main})
+    made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
+    model = tmp_path / "model.flags"
+    model.write_text(shlex.join(commands.flags(shape)))
+    line = ["--gpus", "2", "--model", str(model), "--corpus-tokens", "1M", "--reserve-gb", "0",
+            *made[cell].stages[0].command.argv]  # fmt: skip
+    [[answer]] = distributed(preflight.answers, 1, [line])
+    [stage] = preflight.finding(answer, "memory")["facts"]["stages"]
+    assert found[cell] == stage["total"]
+    source, target = outlook.source, outlook.targets["sheared-llama-r50-s1"]
+    channels = source.hidden_size if target.hidden_size < source.hidden_size else 0
+    per_layer = source.ffn_hidden_size // 2 if target.ffn_hidden_size < source.ffn_hidden_size else 0
+    if target.num_query_groups < source.num_query_groups:
+        per_layer += source.num_query_groups // 2
+    if target.heads_per_group < source.heads_per_group:
+        per_layer += source.num_attention_heads // 2
+    assert stage["masks"] == 8 * 4 * (channels + source.num_layers * per_layer) > 0
 
 
 def test_why_memory_is_not_known_is_said(capsys) -> None:

@@ -1,5 +1,7 @@
 """The published algorithm for a model that fits in one process: plain torch in float64, with autograd.
 
+It shares no code with ours but the reader of checkpoints.
+
 Multi-head or grouped attention, no parallelism, no hooks: a forward pass with the factors written where the paper's
 code multiplies them, norms over an explicit list of the remaining channels, one AdamW with groups for weights,
 masks and multipliers, which ascend, and one clip of all gradients together. The caller passes the random numbers.
@@ -7,11 +9,13 @@ masks and multipliers, which ascend, and one clip of all gradients together. The
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
@@ -108,8 +112,8 @@ def learn(
     adam: Mapping[str, Any],
     decay: float,
     clip: float,
-) -> tuple[Masks, Masks, list[float]]:
-    """log α and multipliers by kind, and every step's loss.
+) -> tuple[list[Masks], list[Masks], list[float]]:
+    """log α and multipliers by kind after every step, and every step's loss.
 
     ``targets``: shape of a kind's masks and the fraction to remove; ``batches``: per step, micro-batches of tokens and
     labels; ``rates``: per step, those of weights, of masks, and of multipliers where they are not the masks'.
@@ -126,7 +130,9 @@ def learn(
         {"params": list(lambdas.values()), "weight_decay": 0.0, "maximize": True},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, **adam)
-    losses = []
+    losses: list[float] = []
+    learned: list[Masks] = []
+    multiplied: list[Masks] = []
     for step, micro_batches in enumerate(batches):
         with torch.no_grad():
             for log_alpha in masks.values():
@@ -151,14 +157,23 @@ def learn(
             group["lr"] = rate
         optimizer.step()
         losses.append(loss)
-    with torch.no_grad():
-        for log_alpha in masks.values():
-            log_alpha.clamp_(math.log(1e-2), math.log(1e2))
-    return (
-        {kind: value.detach() for kind, value in masks.items()},
-        {kind: value.detach() for kind, value in lambdas.items()},
-        losses,
-    )
+        learned.append({kind: v.detach().clamp(math.log(1e-2), math.log(1e2)) for kind, v in masks.items()})
+        multiplied.append({kind: value.detach().clone() for kind, value in lambdas.items()})
+    return learned, multiplied, losses
+
+
+def noise(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[int, int], Masks]:
+    """u for a step and a micro-batch of it: one sequence of Philox for all units, kind after kind."""
+
+    def uniform(step: int, micro_batch: int) -> Masks:
+        key = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()[:16]
+        generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(key, "little")))
+        return {
+            kind: torch.from_numpy(generator.random(math.prod(shape), dtype=numpy.float32)).view(shape)
+            for kind, shape in shapes.items()
+        }
+
+    return uniform
 
 
 def kinds(source: ModelShape, target: ModelShape) -> dict[str, tuple[tuple[int, ...], float]]:
