@@ -72,6 +72,7 @@ WRONG = [
     ("convert export --load {new} --hf {folder}/out", "{new}"),
     ("convert export --load {tokenizer} --hf {folder}/out", "{tokenizer}"),
     ("inspect {new}", "{new}"),
+    ("prepare-suite paper-one-shot", "SUITE: expected paper-zero-shot or paper-perplexity, got paper-one-shot"),
     ("benchmark {parent} {new}", "{new}"),
     ("benchmark --static", "CKPT … is required"),
     ("benchmark {parent} --batch 0", "--batch: expected at least 1, got 0"),
