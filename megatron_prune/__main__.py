@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 
-from megatron_prune import screen
+from megatron_prune import screen, untrusted
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 from megatron_prune.settings import nearest
 
@@ -63,15 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron-prune: there is no verb '{verb}': {end}", file=sys.stderr)
         return EXIT_REFUSED
     try:
-        with screen.quiet(verb, rest) as rest:
+        with screen.escaping(), screen.quiet(verb, rest) as rest:
             code: int = importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}").main(rest)
         return code
     except MegatronPruneError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Rank 0 prints the same error. The launcher kills all ranks once one exits, so wait for rank 0.
-            time.sleep(3)
-        print(f"megatron-prune {verb}: {error}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        text = screen.printable(str(error), lines=error.lines)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or not untrusted.is_explained(error):
+            raise
+        text = screen.printable(untrusted.explain(error, error.filename or "a file", "read or written"), lines=False)
+    if os.environ.get("RANK", "0") != "0":
+        # Rank 0 prints the same error. The launcher kills all ranks once one exits, so wait for rank 0.
+        time.sleep(3)
+    print(f"megatron-prune {verb}: {text}", file=sys.stderr, flush=True)
+    return EXIT_REFUSED
 
 
 def overview() -> str:
@@ -94,8 +100,29 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+class Signalled(KeyboardInterrupt):
+    """A signal that ends the process, as an exception, so that what is half-written is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, frame: object) -> None:
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)  # the cleaning up takes seconds at most
+    raise Signalled(number)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def console() -> int:
-    """``main`` for a shell, where ``| head`` may close the output."""
+    """``main`` for a shell, where ``| head`` may close the output, and signals end the process."""
+    if "RANK" not in os.environ:  # a launcher ends its ranks, quickly
+        for one in SIGNALS:
+            if signal.getsignal(one) != signal.SIG_IGN:  # nohup
+                signal.signal(one, _end)
     try:
         code = main()
         sys.stdout.flush()
@@ -103,6 +130,11 @@ def console() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+    except KeyboardInterrupt as error:
+        number = signal.Signals(getattr(error, "number", signal.SIGINT))
+        words = " ".join(sys.argv[1:2])
+        print(f"megatron-prune {words}: ended by {number.name}; what was half-written is removed", file=sys.stderr)
+        return 128 + number
 
 
 if __name__ == "__main__":

@@ -17,13 +17,18 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.errors import CheckpointError, MegatronPruneError
+from megatron_prune.claims import claim
+from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError
+from megatron_prune.untrusted import explain, refuse_link_outside
+from megatron_prune.untrusted import read_json as read_json
 
 PARTIAL = ".partial-"
 
@@ -62,7 +67,7 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
             handle.write(payload)
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -70,48 +75,97 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
     _sync(path.parent)
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises MegatronPruneError, with the path, if the file is missing or invalid."""
-    try:
-        return json.loads(storage.path(path).read_text())
-    except FileNotFoundError as error:
-        raise MegatronPruneError(f"{path} does not exist") from error
-    except (ValueError, RecursionError) as error:  # ValueError includes UnicodeDecodeError
-        raise MegatronPruneError(f"{path} is not valid JSON: {error}") from error
-
-
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a scratch directory next to ``path`` and rename it to ``path`` when the block succeeds.
 
     Raises MegatronPruneError if ``path`` exists and is not empty, unless ``replace`` is set. Leftovers of
-    killed runs for the same ``path`` are removed first.
+    killed runs for the same ``path`` are removed first. Raises ClaimedError if another process is writing to ``path``.
     """
     path = Path(path).absolute()
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise MegatronPruneError(f"{path} already exists: remove it or choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}{PARTIAL}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
-    os.chmod(scratch, 0o755)
+    with claim(path.with_name(f".{path.name}.lock"), path):
+        for left_over in _left_overs(path):
+            shutil.rmtree(left_over, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+        share_directory(scratch)
+        try:
+            yield scratch
+            for folder, _, files in os.walk(scratch):
+                for name in files:
+                    _sync(Path(folder) / name)
+                _sync(Path(folder))
+            if path.exists():
+                retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+                os.rename(path, retired / "old")
+                os.rename(scratch, path)
+                shutil.rmtree(retired)
+            else:
+                os.rename(scratch, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+def _left_overs(path: Path) -> list[Path]:
+    """Scratch directories of killed runs for ``path``, and for no other path."""
+    name = re.compile(re.escape(f".{path.name}{PARTIAL}") + "[a-z0-9_]{8}")  # the ending is ``tempfile``'s
+    return [found for found in path.parent.iterdir() if name.fullmatch(found.name)]
+
+
+def share_directory(path: Path) -> None:
+    """Give a directory of ``tempfile``, which only its owner may read, the permissions of any new one."""
+    os.chmod(path, 0o777 & ~_UMASK | os.stat(path).st_mode & stat.S_ISGID)
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def refuse_unwritable(flag: str, path: str | Path) -> None:
+    """Raise UsageError, naming ``flag``, if the file ``path`` could not be written. For a verb that works for hours
+    before it writes."""
+    where = storage.path(path)
+    if storage.is_stored(where):
+        return
     try:
-        yield scratch
-        for folder, _, files in os.walk(scratch):
-            for name in files:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
-            os.rename(path, retired / "old")
-            os.rename(scratch, path)
-            shutil.rmtree(retired)
-        else:
-            os.rename(scratch, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        if where.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in where.absolute().parents if os.path.lexists(parent))
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PARTIAL)
+        os.close(descriptor)
+        os.unlink(temporary)
+    except OSError as error:
+        raise UsageError(
+            flag, got=path, expected="a file that can be written", why=explain(error, path, "written")
+        ) from error
+
+
+TRIES, BETWEEN_TRIES = 4, 10.0  # of writing results, and seconds: a network file system may come back
+
+
+def write_results(path: str | Path, payload: bytes) -> None:
+    """``write_bytes`` for results that took long: if it fails, it is tried again, and in the end they are written to
+    the folder for temporary files. Raises MegatronPruneError, which says where they are."""
+    for number in range(TRIES):
+        try:
+            write_bytes(path, payload)
+            return
+        except (OSError, StorageError) as error:
+            failed: Exception = error
+            if number < TRIES - 1:
+                time.sleep(BETWEEN_TRIES)
+    why = explain(failed, path, "written")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="megatron-prune-"))
+        (folder / Path(path).name).write_bytes(payload)
+    except OSError as error:
+        lost = explain(error, tempfile.gettempdir(), "written")
+        raise MegatronPruneError(f"{why}; the results are lost: {lost}") from error
+    raise MegatronPruneError(f"{why}; the results are in {folder / Path(path).name}") from failed
 
 
 def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
@@ -124,6 +178,9 @@ def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
         if storage.is_stored(source):
             storage.copy_files(source, scratch)
         else:
+            for folder, _, files in os.walk(source):
+                for name in files:
+                    refuse_link_outside(Path(folder, name), source)
             shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 

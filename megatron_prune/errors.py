@@ -11,7 +11,9 @@ EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` 
 
 
 class MegatronPruneError(Exception):
-    """A problem that the user can fix; the message says how."""
+    """A problem that the user can fix; the message says how, on one line unless ``lines`` is set."""
+
+    lines = False  # the message may have several lines; otherwise a line break in it is part of a name
 
 
 class UsageError(MegatronPruneError):
@@ -58,3 +60,5 @@ class AccountError(MegatronPruneError):
 
 class RunError(MegatronPruneError):
     """A launched job that ended without a record of its success."""
+
+    lines = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 VERBOSE = "--verbose"
 VERBOSE_VARIABLE = "MEGATRON_PRUNE_VERBOSE"
@@ -41,6 +42,50 @@ class _Diverted:
     out: IO[str]
     errors: IO[str]
     named: bool = False
+
+
+# Control characters, marks that change the direction of text, line ends of other scripts, and halves of characters.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """``text`` with its control characters escaped; a name can otherwise move the cursor, or hide what follows it.
+
+    Without ``lines``, line breaks are escaped too."""
+    text = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if lines else text.replace("\n", "\\n")
+
+
+class Printable:
+    """A text stream that escapes control characters, except for the colours of a terminal."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if _CONTROLS.search(text):
+            parts = _STYLE.split(text) if self._stream.isatty() else [text]
+            text = "".join(part if number % 2 else printable(part) for number, part in enumerate(parts))
+        return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def escaping() -> Iterator[None]:
+    """Escape control characters in all that Python prints on standard output in the block."""
+    kept = sys.stdout
+    sys.stdout = Printable(kept)
+    try:
+        yield
+    finally:
+        sys.stdout = kept
 
 
 _verb: str | None = None  # inside `quiet`
@@ -79,7 +124,7 @@ def _out() -> IO[str]:
     if rank() == 0 and not _diverted.named:
         _diverted.named = True
         print(f"log: {_diverted.log} ({VERBOSE} shows it here)", file=_diverted.out, flush=True)
-    return _diverted.out
+    return cast(IO[str], Printable(_diverted.out))
 
 
 def _errors() -> IO[str]:
@@ -116,7 +161,7 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
     except BaseException as error:
         from megatron_prune.errors import MegatronPruneError
 
-        if (log := restore()) is not None and not isinstance(error, MegatronPruneError):
+        if (log := restore()) is not None and not isinstance(error, MegatronPruneError | KeyboardInterrupt | OSError):
             print(f"rank {rank()} failed; the rest of its output is in {log}", file=sys.stderr, flush=True)
         raise
     finally:
@@ -220,7 +265,7 @@ class Bar:
     """
 
     def __init__(self, total: int | None, what: str, unit: str, *, shown: bool | None = None):
-        self.total, self.what, self.unit = total, what, unit
+        self.total, self.what, self.unit = total, printable(what, lines=False), unit
         self.done = 0
         self._shown = (rank() == 0 if shown is None else shown) and total != 0
         self._everywhere = bool(shown)

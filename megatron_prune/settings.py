@@ -280,7 +280,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type[Settings]) -> None
 
 def count(text: str) -> int:
     """A whole number above 0: ``163840``, ``160k``, ``1.5M``, ``50B``, ``1e9``. ValueError says what is expected."""
-    found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMBT]?)\s*", text)
+    found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([kMBT]?)\s*", text)
     scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
     value = round(Decimal(found[1].replace("_", "")) * scale[found[2]]) if found else 0
     if value < 1:

@@ -10,12 +10,14 @@ directory in a store is only a key prefix, and a put is atomic, so replacing a f
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import importlib.util
 import io
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -201,7 +203,9 @@ class LocalBytes:
     """An open local file, read by position. Thread-safe."""
 
     def __init__(self, where: Path) -> None:
-        self._descriptor = os.open(where, os.O_RDONLY)
+        self._descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(where))
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # ``os`` may be gone at interpreter shutdown
         if hasattr(self, "_descriptor"):

@@ -33,6 +33,7 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers", "which tests run")
     group.addoption("--quick", action="store_true", help="only tests that take less than half a second")
+    group.addoption("--fuzz-minutes", type=float, default=0.0, help="go on for so long with each reader of tests/fuzz")
     group.addoption("--measure", metavar="FILE", help="write what every test takes into FILE, where it is listed")
 
 

@@ -22,12 +22,14 @@ def import_hf(
     tensor_model_parallel_size: int = 1,
     max_position_embeddings: int | None = None,
     workers: int = 1,
+    allow_non_finite: bool = False,
 ) -> Model:
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the Megatron checkpoint ``save``.
 
     ``dtype`` (float32, bfloat16 or float16) casts every weight; by default each keeps its dtype. The vocabulary is
     padded to a multiple of ``make_vocab_size_divisible_by`` × ``tensor_model_parallel_size``. Weights are streamed:
-    memory does not grow with the model. Raises CheckpointError for a model that cannot be represented.
+    memory does not grow with the model. Raises CheckpointError for a model that cannot be represented, and for NaN and
+    infinities among the weights, unless ``allow_non_finite``.
     """
     import torch
 
@@ -47,15 +49,17 @@ def import_hf(
         tensor_model_parallel_size=tensor_model_parallel_size,
         max_position_embeddings=max_position_embeddings,
         workers=workers,
+        allow_non_finite=allow_non_finite,
     )
     return Model.of_checkpoint(made.root)
 
 
-def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
+def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: bool = False) -> Model:
     """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
 
     Masks become ``masks.safetensors``; the imported tokenizer is copied too, and README.md is a model card. Raises
-    CheckpointError for a model that Hugging Face's Llama family cannot represent.
+    CheckpointError for a model that no supported family can represent, and for NaN and infinities among the weights,
+    unless ``allow_non_finite``.
     """
     from megatron_prune.api import model_card
     from megatron_prune.checkpoint.parallel import keep_freed_memory
@@ -66,7 +70,8 @@ def export_hf(load: Place, hf: Place, *, workers: int = 1) -> Model:
     keep_freed_memory()
     refuse_remote("--hf", str(hf))
     checkpoint = open_checkpoint(load)
-    made = huggingface.export_hf(load, hf, workers=workers, files={model_card.NAME: model_card.card(checkpoint)})
+    card = {model_card.NAME: model_card.card(checkpoint)}
+    made = huggingface.export_hf(load, hf, workers=workers, files=card, allow_non_finite=allow_non_finite)
     return Model(made, "Hugging Face directory", checkpoint.shape, tuple(checkpoint.pruning))
 
 
@@ -101,14 +106,15 @@ def plan(
     return Plan(Path(output), made)
 
 
-def apply(load: Place, plan: Plan | Place, save: Place, *, workers: int = 1) -> Model:
+def apply(load: Place, plan: Plan | Place, save: Place, *, workers: int = 1, allow_non_finite: bool = False) -> Model:
     """Cut the checkpoint ``load`` according to ``plan`` (an object or a file) and write ``save``.
 
-    Masks next to the parent are cut too. Raises PlanError if the plan is for another parent.
+    Masks next to the parent are cut too. Raises PlanError if the plan is for another parent, CheckpointError for NaN
+    and infinities among the weights, unless ``allow_non_finite``.
     """
     from megatron_prune.structured import plan as plans
     from megatron_prune.structured.apply import apply_plan
 
     made = plan.content if isinstance(plan, Plan) else plans.read(plan)
-    apply_plan(load, made, save, workers=workers)
+    apply_plan(load, made, save, workers=workers, allow_non_finite=allow_non_finite)
     return Model.of_checkpoint(save)

@@ -7,10 +7,12 @@ gate and up. It checks shape, type, and that the shards cover the weight exactly
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name
 from megatron_prune.errors import CheckpointError
 
+_MOST_RECTANGLES = 50_000  # of one kind of weight: layers times shards of a layer
 # Prefixes of what Megatron stores besides the weights; every other key must be in the layout table.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
@@ -50,6 +53,8 @@ class StoredTensor:
     def by_layer(self) -> dict[int, list[Piece]]:
         """The pieces of a stacked tensor that hold each layer."""
         layers: dict[int, list[Piece]] = defaultdict(list)
+        if (count := sum(piece.sizes[0] for piece in self.pieces)) > _MOST_RECTANGLES + 4 * len(self.pieces):
+            raise CheckpointError(f"{self.key} is stored as {len(self.pieces):,} shards, {count:,} of single layers")
         for piece in self.pieces:
             for layer in range(piece.offsets[0], piece.offsets[0] + piece.sizes[0]):
                 layers[layer].append(piece)
@@ -81,6 +86,9 @@ def stored_tensors(metadata: Metadata, directory: Path) -> dict[str, StoredTenso
             continue
         dtype = entry.properties.dtype
         pieces = []
+        places = {tuple(chunk.offsets) for chunk in entry.chunks}
+        if is_weight(key) and len(places) < len(entry.chunks):
+            raise CheckpointError(f"{directory}: a shard of {key} is missing or duplicated")
         for chunk in entry.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             info = records[key].get(offsets)
@@ -116,7 +124,7 @@ def locate(
         for piece in tensor.pieces if layer is None else tensor.by_layer.get(layer, ()):
             offsets, sizes, skip = piece.offsets, piece.sizes, 0
             if layer is not None:
-                skip = (layer - offsets[0]) * torch.Size(sizes[1:]).numel()
+                skip = (layer - offsets[0]) * math.prod(sizes[1:])
                 offsets, sizes = offsets[1:], sizes[1:]
             boxes.append(Box(piece, (offsets[0] + number * rows, *offsets[1:]), sizes, skip))
     if not covers(boxes, layout.shape):
@@ -159,23 +167,18 @@ def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], director
 
 
 def covers(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """True if the boxes cover a tensor of ``shape``, each element exactly once."""
-    volume = sum(torch.Size(box.sizes).numel() for box in boxes)
-    inside = all(o + s <= extent for box in boxes for o, s, extent in zip(box.offsets, box.sizes, shape, strict=True))
-    return inside and volume == torch.Size(shape).numel() and not _overlap(boxes)
+    """True if the boxes cover a tensor of ``shape``, each element exactly once, in linear time.
 
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """True if two boxes share an element (sweep along the rows)."""
-    open_boxes: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets):
-        open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > box.offsets[0]]
-        for other in open_boxes:
-            sides = zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
-            if all(x < y + t and y < x + s for x, s, y, t in sides):
-                return True
-        open_boxes.append(box)
-    return False
+    The number of boxes that hold an element, as a function of its position, is determined by its mixed differences:
+    +1 and -1, alternating, at the corners of every box. They must be those of the whole tensor.
+    """
+    corners: dict[tuple[int, ...], int] = defaultdict(int)
+    for offsets, sizes, sign in (*((box.offsets, box.sizes, 1) for box in boxes), ((0,) * len(shape), shape, -1)):
+        if 0 in sizes:
+            continue
+        for corner in product(*(((o, 1), (o + s, -1)) for o, s in zip(offsets, sizes, strict=True))):
+            corners[tuple(place for place, _ in corner)] += sign * math.prod(step for _, step in corner)
+    return not any(corners.values())
 
 
 def check_files(directory: Path, needed: Mapping[str, int]) -> None:

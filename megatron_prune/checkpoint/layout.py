@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 Axis = Literal["hidden", "qkv", "heads", "fc1", "ffn", "head_dim", "vocab", "position"]
 
@@ -97,13 +98,20 @@ def by_layer(name: str, pattern: Any, layers: int) -> list[int] | None:
 _MOST = {
     "num_layers": 10_000,
     "hidden_size": 1 << 24,
-    "num_attention_heads": 1 << 24,
-    "num_query_groups": 1 << 24,
-    "kv_channels": 1 << 24,
+    "num_attention_heads": 1 << 14,
+    "num_query_groups": 1 << 14,
+    "kv_channels": 1 << 16,
     "ffn_hidden_size": 1 << 24,
     "padded_vocab_size": 1 << 31,
     "max_position_embeddings": 1 << 31,
 }
+
+
+_SWITCHES = ("tied", "gated", "linear_bias", "qkv_bias", "norm_bias", "qk_norm")
+_STORED_SWITCHES = (
+    "untie_embeddings_and_output_weights", "swiglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+    "group_query_attention", "use_rope_scaling",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,17 +134,14 @@ class ModelShape:
     positions: int = 0  # learned position embeddings; 0 for RoPE
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "ffn_hidden_size",
-            "padded_vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            name = "positions" if name == "max_position_embeddings" else name
+            size = getattr(self, name)
+            if type(size) is not int or not (name != "positions") <= size <= most:
+                raise CheckpointError(f"{name}: expected at least 1 and at most {most}, got {show(size)}")
+        for name in _SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise CheckpointError(f"{name}: expected true or false, got {show(getattr(self, name))}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
                 f"{self.num_attention_heads} attention heads cannot be divided evenly among "
@@ -162,7 +167,9 @@ class ModelShape:
             "mtp_num_layers",
         ):
             if args.get(flag):
-                raise CheckpointError(f"the checkpoint has {flag}={args[flag]}: only dense GPT models are supported")
+                raise CheckpointError(
+                    f"the checkpoint has {flag}={show(args[flag])}: only dense GPT models are supported"
+                )
         missing = [
             k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if args.get(k) is None
         ]
@@ -172,7 +179,12 @@ class ModelShape:
             value = args.get(name)
             if value is not None and (type(value) is not int or not 0 <= value <= most):
                 raise CheckpointError(
-                    f"the checkpoint's stored args have {name}={value!r}, expected a number from 0 to {most}"
+                    f"the checkpoint's stored args have {name}={show(value)}, expected a number from 0 to {most}"
+                )
+        for name in _STORED_SWITCHES:  # "false" would count as true
+            if type(args.get(name)) not in (bool, type(None)):
+                raise CheckpointError(
+                    f"the checkpoint's stored args have {name}={show(args[name])}, expected true or false"
                 )
         hidden, heads = args["hidden_size"], args["num_attention_heads"]
         if not heads:

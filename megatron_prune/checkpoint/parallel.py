@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -19,8 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy
 import torch
 
 from megatron_prune import screen
@@ -42,12 +45,43 @@ class Blocks:
         """Consecutive blocks of rows of the weight ``name``, of its ``dtype``."""
         raise NotImplementedError
 
+    allow_non_finite = False
+
     def dtype(self, name: str) -> torch.dtype:
         """The type in which the weight is stored."""
         raise NotImplementedError
 
+    def allowing(self, non_finite: bool) -> Self:
+        """These blocks; with ``non_finite``, NaN and infinities in them are not refused."""
+        self.allow_non_finite = non_finite
+        return self
+
+    def checked_rows(self, name: str) -> Iterator[torch.Tensor]:
+        """``rows``. Raises CheckpointError at the first number that is not finite, unless they are allowed."""
+        return self.rows(name) if self.allow_non_finite else finite(name, self.rows(name))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        state = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {**state, "allow_non_finite": self.allow_non_finite}
+
+
+def finite(name: str, blocks: Iterable[torch.Tensor], row: int = 0) -> Iterator[torch.Tensor]:
+    """Yield the consecutive ``blocks`` of the weight ``name``, from ``row`` on. Raises CheckpointError, with the place,
+    at the first NaN or infinity."""
+    for block in blocks:
+        # A sum is not finite if one of its numbers is not: one pass, and no copy.
+        if block.numel() and not math.isfinite(float(block.sum(dtype=torch.float32))):
+            odd = torch.isfinite(block).logical_not_().view(-1)
+            if bool(odd.any()):
+                first = int(odd.to(torch.uint8).argmax())
+                place = [int(i) for i in numpy.unravel_index(first, tuple(block.shape))]
+                raise CheckpointError(
+                    f"{name}[{', '.join(map(str, [row + place[0], *place[1:]]))}] is {float(block.view(-1)[first])}: "
+                    "expected finite weights; the training that made them diverged, or a file is damaged "
+                    "(--allow-non-finite lets them pass)"
+                )
+        row += len(block)
+        yield block
 
 
 def check_workers(workers: int) -> int:
@@ -122,6 +156,8 @@ def _bytes_in(folder: Path) -> int:
 
 def _prepare(watched: Connection, environment: dict[str, str]) -> None:
     os.environ.update(environment)  # the fork server has the environment of its start
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)  # the caller's to handle
     threading.Thread(target=_die_with_caller, args=(watched,), daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -137,7 +173,7 @@ def _write_share(folder: Path, names: list[str], blocks: Blocks) -> None:
     def shards() -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
         for name in names:
             row = 0
-            for block in blocks.rows(name):
+            for block in blocks.checked_rows(name):
                 yield name, (row, *(0 for _ in block.shape[1:])), block.to(blocks.dtype(name))
                 row += len(block)
 

@@ -27,6 +27,7 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.legacy import LegacySource, is_legacy
 from megatron_prune.checkpoint.torch_dist import TorchDistSource
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 PRUNING_FILE = "pruning.json"
 INTEGRITY_FILE = "integrity.json"
@@ -138,17 +139,14 @@ class Checkpoint:
 
     @property
     def huggingface(self) -> Path | None:
-        """The folder with the model's tokenizer files and Hugging Face config, if any.
+        """The folder with the model's tokenizer files and Hugging Face config, next to the tracker, if any.
 
-        A run that continues training an imported model has no such folder: its stored args name it.
+        The path in the stored args is not followed: it is from another machine, or from a stranger.
         """
         own = self.root / HUGGINGFACE_FOLDER
-        named = self.args.get("tokenizer_model")
-        if storage.is_stored(own) and own.is_dir():
-            return storage.fetched(own)  # tokenizer libraries read local files only
-        if not own.is_dir() and self.args.get("tokenizer_type") == "HuggingFaceTokenizer" and isinstance(named, str):
-            own = Path(named)
-        return own if own.is_dir() else None
+        if not own.is_dir():
+            return None
+        return storage.fetched(own) if storage.is_stored(own) else own  # tokenizer libraries read local files only
 
     def fingerprint(self) -> str:
         """Identity of the weights: SHA-256 over name, shape, type and evenly spaced elements of every logical
@@ -237,8 +235,8 @@ class Checkpoint:
 
 def _iteration(common: dict[str, Any], directory: Path) -> int:
     found = common.get("iteration", 0)
-    if type(found) is not int or found < 0:
-        raise CheckpointError(f"{directory} is damaged: its iteration is {found!r}")
+    if type(found) is not int or not 0 <= found < 1 << 62:
+        raise CheckpointError(f"{directory} is damaged: its iteration is {show(found)}")
     return found
 
 

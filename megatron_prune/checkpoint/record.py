@@ -191,7 +191,7 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._handle = os.open(path, flags, 0o644)
+        self._handle = os.open(path, flags, 0o666)
         self._buffer = numpy.frombuffer(mmap.mmap(-1, BUFFER_BYTES), numpy.uint8)  # page-aligned
         self._filled = 0
         self._set_direct(True)

@@ -18,8 +18,10 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_prune.checkpoint.safe_objects import Opaque, refuse_absurd
-from megatron_prune.errors import CheckpointError, StorageError
+from megatron_prune.checkpoint.pickle_limits import MOST_OPCODES, refuse_absurd
+from megatron_prune.checkpoint.safe_objects import Opaque
+from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError
+from megatron_prune.untrusted import read_bytes, reason, show
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
@@ -57,6 +59,11 @@ PLANNING = {
 }
 
 
+_MOST_BYTES = 1 << 30  # of an index
+_BYTES_PER_OPCODE = 256  # of a checkpoint's files; a record of a tensor has 600 bytes at least, and about 20 opcodes
+_MOST_AXES = 8
+
+
 class AsksForCode(CheckpointError):
     """A malicious rather than damaged index: readers must not fall back to an older checkpoint."""
 
@@ -89,19 +96,20 @@ def load_metadata(directory: Path) -> dcp.Metadata:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: not a (complete) torch_dist checkpoint")
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path, _MOST_BYTES)
     except StorageError:
         raise
-    except OSError as error:
+    except (OSError, MegatronPruneError) as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
-    metadata = read_metadata(payload, str(path))
+    metadata = read_metadata(payload, str(path), most_opcodes=_most_opcodes(directory, payload))
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{path} is refused: it holds no checkpoint index")
     try:
         for key, entry in metadata.state_dict_metadata.items():
-            _check(isinstance(key, str), f"a key is {key!r}")
+            _check(isinstance(key, str), "a key is {}", key)
             if isinstance(entry, dcp.TensorStorageMetadata):
-                _check(isinstance(entry.properties.dtype, torch.dtype), f"{key} has no dtype")
+                _check(isinstance(entry.properties.dtype, torch.dtype), "{} has no dtype", key)
+                _check(isinstance(entry.chunks, list), "{} has no shards", key)
                 _check_sizes(entry.size, key)
                 for chunk in entry.chunks:
                     _check_sizes(chunk.offsets, key)
@@ -109,40 +117,62 @@ def load_metadata(directory: Path) -> dcp.Metadata:
                     sides = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
                     _check(
                         all(offset + size <= extent for offset, size, extent in sides),
-                        f"{key} has a shard outside of it",
+                        "{} has a shard outside of it",
+                        key,
                     )
         for index, info in metadata.storage_data.items():
             _check(isinstance(index, dcp.MetadataIndex) and isinstance(index.fqn, str), "a record has no name")
+            if index.offset is not None:
+                _check_sizes(index.offset, index.fqn)
             _check_sizes((info.offset, info.length), index.fqn)
             name = info.relative_path
             _check(
                 isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name,
-                f"{index.fqn} names the file {name!r}, which is not inside the checkpoint",
+                "{} names the file {}, which is not inside the checkpoint",
+                index.fqn,
+                name,
             )
-            _check(not getattr(info, "transform_descriptors", None), f"{index.fqn} is stored compressed")
+            _check(not getattr(info, "transform_descriptors", None), "{} is stored compressed", index.fqn)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     return metadata
 
 
-def read_metadata(payload: bytes, origin: str, planning: Mapping[tuple[str, str], Any] | None = None) -> Any:
+def _most_opcodes(directory: Path, payload: bytes) -> int:
+    """A large index is one of large files: without them it is made to cost time."""
+    if len(payload) <= MOST_OPCODES:
+        return MOST_OPCODES
+    return (
+        MOST_OPCODES + sum(file.stat().st_size for file in directory.iterdir() if file.is_file()) // _BYTES_PER_OPCODE
+    )
+
+
+def read_metadata(
+    payload: bytes,
+    origin: str,
+    planning: Mapping[tuple[str, str], Any] | None = None,
+    *,
+    most_opcodes: int = MOST_OPCODES,
+) -> Any:
     """Unpickle an index through the allow-list. Classes of save plans come from ``planning``, else are ``Opaque``.
 
     Raises CheckpointError if it is broken or asks for code. Nothing else is validated.
     """
     try:
-        refuse_absurd(payload)
+        refuse_absurd(payload, most_opcodes)
         return _MetadataUnpickler(payload, planning or {}).load()
     except _Code as error:
         raise AsksForCode(f"{origin} is refused: {error}") from error
     except Exception as error:  # a broken pickle can raise anything
-        raise CheckpointError(f"{origin} is refused: {error}") from error
+        raise CheckpointError(f"{origin} is refused: {reason(error)}") from error
 
 
-def _check(holds: bool, problem: str) -> None:
+def _check(holds: bool, problem: str, *values: Any) -> None:
+    """Raise ValueError with the values in ``problem``; their text is made only then, and is short."""
     if not holds:
-        raise ValueError(problem)
+        raise ValueError(problem.format(*(value if isinstance(value, str) else show(value) for value in values)))
 
 
 def _check_sizes(values: Any, key: str) -> None:
-    _check(all(isinstance(v, int) and 0 <= v < 1 << 62 for v in values), f"{key} has sizes {values}")
+    _check(isinstance(values, (tuple, list)) and len(values) <= _MOST_AXES, "{} has sizes {}", key, values)
+    _check(all(isinstance(v, int) and 0 <= v < 1 << 62 for v in values), "{} has sizes {}", key, values)

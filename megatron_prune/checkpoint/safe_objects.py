@@ -12,24 +12,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
+import math
 import pickle
-import pickletools
 import reprlib
 import threading
 import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from megatron_prune.checkpoint.pickle_limits import refuse_absurd
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import reason, show_text
 
 _ALLOWING = threading.Lock()
 _MOST_VALUES, _DEEPEST = 1_000_000, 64  # limits on the values and the depth of a loaded object
+_MOST_ENTRIES = 100_000  # of an archive: torch.save writes one per tensor, and a few
+MOST_PICKLE_BYTES = 64 << 20  # of the part of a stored object that is not tensors
+_ENTRY_BYTES = 512  # of an archive's directory, per entry
+MOST_OBJECT_BYTES = 1 << 30  # of a stored object that is read whole
 
 
 class Opaque:
@@ -189,7 +194,7 @@ def _vet_pickle(tensor: torch.Tensor, what: str) -> None:
         refuse_absurd(content)
         _ModuleStateUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a broken pickle can raise anything
-        raise CheckpointError(f"{what} is refused: {error}") from error
+        raise CheckpointError(f"{what} is refused: {reason(error)}") from error
 
 
 class _ModuleStateUnpickler(pickle.Unpickler):
@@ -209,28 +214,31 @@ def _storage(content: bytes) -> Opaque:
     return Opaque()
 
 
-_sound: set[bytes] = set()  # digests of payloads that ``refuse_absurd`` has accepted in this process
+@contextlib.contextmanager
+def open_archive(source: IO[bytes], most_entries: int = _MOST_ENTRIES) -> Iterator[zipfile.ZipFile]:
+    """The archive that ``torch.save`` wrote. Raises ValueError for one with too many entries or two of one name, and
+    for a compressed entry: ``torch.save`` never compresses, and small files could expand hugely."""
+    end = zipfile._EndRecData(source)  # type: ignore[attr-defined]  # before ZipFile reads a directory of any size
+    if end is None:
+        raise ValueError("it is not an archive")
+    size, entries = end[zipfile._ECD_SIZE], end[zipfile._ECD_ENTRIES_TOTAL]  # type: ignore[attr-defined]
+    if entries > most_entries or size > _ENTRY_BYTES * (entries + 1):
+        raise ValueError(f"its directory has {size:,} bytes and {entries:,} entries")
+    with zipfile.ZipFile(source) as archive:
+        if len(archive.NameToInfo) != len(archive.filelist):
+            raise ValueError("it has two entries of one name")
+        for entry in archive.filelist:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise ValueError(f"{entry.filename} in it is compressed")
+        yield archive
 
 
-def refuse_absurd(payload: bytes) -> None:
-    """Raise ValueError for huge memo indices: an unpickler allocates for them, so a few bytes could use all memory.
-
-    The walk takes far longer than unpickling, and a run opens the same index up to nine times.
-    """
-    digest = hashlib.sha256(payload).digest()
-    if digest in _sound:
-        return
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number:
-            raise ValueError(f"it numbers its {number}th value {argument}")
-    _sound.add(digest)
-
-
-def refuse_compression(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError for a compressed entry: ``torch.save`` never compresses, and small files could expand hugely."""
-    for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise ValueError(f"{entry.filename} in it is compressed")
+def _refuse_absurd_pickles(archive: zipfile.ZipFile) -> None:
+    for entry in archive.filelist:
+        if entry.filename.endswith(".pkl"):
+            if entry.file_size > MOST_PICKLE_BYTES:
+                raise ValueError(f"{entry.filename} in it has {entry.file_size:,} bytes")
+            refuse_absurd(archive.read(entry))
 
 
 def _load(source: Path | io.BytesIO, what: str) -> Any:
@@ -241,8 +249,9 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
         *((Opaque, name) for name in _COMMON_IGNORED),
     ]
     try:
-        with zipfile.ZipFile(source) as archive:
-            refuse_compression(archive)
+        with open(source, "rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
+            with open_archive(stream) as archive:
+                _refuse_absurd_pickles(archive)
         if isinstance(source, io.BytesIO):
             source.seek(0)
         with _only_allowing(allowed):
@@ -253,9 +262,11 @@ def _load(source: Path | io.BytesIO, what: str) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # refused globals, broken archives
-        reason = str(error).strip().splitlines() or ["unreadable"]
-        detail = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
-        raise CheckpointError(f"{what} is refused: {detail}") from error
+        # torch's own advice, to load it without ``weights_only``, is not passed on.
+        lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Weights only load failed")]
+        named = (line for line in lines if "GLOBAL" in line or "Unpickler" in line)
+        detail = next(named, next(filter(None, lines), type(error).__name__))
+        raise CheckpointError(f"{what} is refused: {show_text(detail, 200)}") from error
     return value
 
 
@@ -290,6 +301,9 @@ def _check_tree(value: Any) -> None:
             waiting.extend((part, depth + 1) for part in value)
         elif isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
             waiting.append((vars(value), depth + 1))
+        elif isinstance(value, torch.Tensor):
+            if math.prod(value.shape) * value.itemsize > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {list(value.shape)} in it shows the same numbers again and again")
 
 
 def _as_state(value: Any, what: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Opening a checkpoint vets every object in it, including those not used here, bec
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ from megatron_prune import storage
 from megatron_prune.checkpoint import index, safe, safe_objects
 from megatron_prune.checkpoint.index import Box, Piece
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout
-from megatron_prune.checkpoint.safe_objects import refuse_compression
+from megatron_prune.checkpoint.pickle_limits import refuse_absurd
+from megatron_prune.checkpoint.safe_objects import MOST_OBJECT_BYTES, open_archive
 from megatron_prune.errors import CheckpointError, StorageError
+from megatron_prune.untrusted import read_bytes, reason
 
 _COMMON = "common_state/shard_0_1"  # the only one that Megatron reads
+_MOST_ENTRIES, _MOST_PICKLE = 64, 1 << 14  # of the record of one tensor
 
 
 class TorchDistSource:
@@ -42,7 +46,7 @@ class TorchDistSource:
     def _load_common(self, metadata: Metadata) -> dict[str, Any]:
         older = self._directory / "common.pt"
         if older.is_file():
-            return safe_objects.load_common(older.read_bytes(), str(older))
+            return safe_objects.load_common(read_bytes(older, MOST_OBJECT_BYTES), str(older))
         for entry, info in metadata.storage_data.items():
             if entry.fqn == _COMMON:
                 payload = _content(info, self._files, self._directory)
@@ -115,6 +119,11 @@ def vet_objects(metadata: Metadata, files: StoredFiles, directory: Path) -> None
 
 def _content(info: Any, files: StoredFiles, directory: Path) -> bytes:
     index.check_files(directory, {info.relative_path: info.offset + info.length})
+    if info.length > MOST_OBJECT_BYTES:
+        raise CheckpointError(
+            f"{directory / info.relative_path}: expected objects of at most {MOST_OBJECT_BYTES:,} bytes, "
+            f"got one of {info.length:,}"
+        )
     return files.read_bytes(info.relative_path, info.offset, info.length)
 
 
@@ -154,7 +163,7 @@ class StoredFiles:
         if place not in self._records:
             origin = f"{self._directory / piece.file} (the shard of {piece.key} at {list(piece.offsets)})"
             record = locate(self._open(piece.file), piece.start, piece.length, origin)
-            if (record.dtype, torch.Size(record.size).numel()) != (piece.dtype, torch.Size(piece.sizes).numel()):
+            if (record.dtype, math.prod(record.size)) != (piece.dtype, math.prod(piece.sizes)):
                 raise CheckpointError(
                     f"{origin} holds {record.dtype} {list(record.size)}, "
                     f"expected {piece.dtype} {list(piece.sizes)} from the index"
@@ -245,14 +254,16 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
     compressed, big-endian, or not a single plain tensor.
     """
     try:
-        with zipfile.ZipFile(io.BufferedReader(storage.Window(handle, start, length))) as archive:
-            refuse_compression(archive)
+        window = io.BufferedReader(storage.Window(handle, start, length))
+        with open_archive(window, _MOST_ENTRIES) as archive:
             entries = {name.split("/", 1)[-1]: entry for name, entry in archive.NameToInfo.items()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise ValueError("its data are big-endian")
-            (dtype, key, numel), first, size, stride = _TensorUnpickler(
-                io.BytesIO(archive.read(entries["data.pkl"]))
-            ).load()
+            if entries["data.pkl"].file_size > _MOST_PICKLE:
+                raise ValueError("it is more than one tensor")
+            pickled = archive.read(entries["data.pkl"])
+            refuse_absurd(pickled, _MOST_PICKLE)
+            (dtype, key, numel), first, size, stride = _TensorUnpickler(io.BytesIO(pickled)).load()
             entry = entries[f"data/{key}"]
         # The padding before the data is only in the local header.
         header = handle.read(30, start + entry.header_offset)
@@ -261,14 +272,18 @@ def locate(handle: storage.LocalBytes | storage.StoredBytes, start: int, length:
         begin = (
             entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         )
+        if not all(isinstance(v, int) and 0 <= v < 1 << 62 for v in (numel, first, *size, *stride)):
+            raise ValueError("its sizes are not numbers")
         last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) + 1
         empty = 0 in size
         if numel * dtype.itemsize != entry.file_size or begin + entry.file_size > length:
             raise ValueError("it is shorter than its header says")
-        if not all(isinstance(v, int) and v >= 0 for v in (first, *size, *stride)) or (not empty and last > numel):
+        if not empty and last > numel:
             raise ValueError("its view reaches beyond its storage")
+        if math.prod(size) > numel:
+            raise ValueError("it shows the same numbers again and again")
     except StorageError:
         raise
     except Exception as error:  # a damaged archive can raise anything
-        raise CheckpointError(f"{origin} is truncated or damaged: {error}") from error
+        raise CheckpointError(f"{origin} is truncated or damaged: {reason(error)}") from error
     return StoredRecord(start + begin + first * dtype.itemsize, dtype, size, stride)

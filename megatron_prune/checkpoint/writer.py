@@ -29,6 +29,7 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE,
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE, refuse_remote
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import refuse_link_outside
 
 # Files of a Hugging Face model that are copied along with its weights.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -145,7 +146,7 @@ class CheckpointWriter:
             sizes = (layout.numel * blocks.dtype(layout.name).itemsize for layout in self._layouts.values())
             with screen.Bar(sum(sizes), f"writing {self.root}", "B") as bar:
                 for layout in self._layouts.values():
-                    rows = bar.over(blocks.rows(layout.name), None)
+                    rows = bar.over(blocks.checked_rows(layout.name), None)
                     self.add(layout.name, layout.shape, rows, dtype=blocks.dtype(layout.name))
             return
         folder = self._root_scratch / ".shares"
@@ -252,9 +253,7 @@ class CheckpointWriter:
         """Copy tokenizer and config, and make the stored args name the copy."""
         folder = self._root_scratch / HUGGINGFACE_FOLDER
         folder.mkdir()
-        for name in SIDE_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_side_files(source, folder)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             self.args |= {
                 "tokenizer_type": "HuggingFaceTokenizer",
@@ -270,6 +269,14 @@ class CheckpointWriter:
         for key in extra[1:]:
             self._storage[dcp.MetadataIndex(key)] = self._storage[dcp.MetadataIndex(extra[0])]
         self._objects = (common.fqn, *extra)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer and config of a Hugging Face model. MegatronPruneError for links that lead out of ``source``."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            refuse_link_outside(source / name, source)
+            shutil.copyfile(source / name, target / name)
 
 
 def _link(source: Path, target: Path) -> None:

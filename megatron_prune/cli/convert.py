@@ -73,6 +73,7 @@ def _import(asked: verbs.ImportSettings) -> str:
         tensor_model_parallel_size=asked.tensor_model_parallel_size,
         max_position_embeddings=asked.max_position_embeddings,
         workers=asked.workers,
+        allow_non_finite=asked.allow_non_finite,
     )
     return f"{made.path}: {made.parameters:,} parameters"
 
@@ -81,7 +82,7 @@ def _export(asked: verbs.ExportSettings) -> str:
     from megatron_prune.api.checkpoints import export_hf
 
     _verify(asked)
-    return str(export_hf(asked.load, asked.hf, workers=asked.workers).path)
+    return str(export_hf(asked.load, asked.hf, workers=asked.workers, allow_non_finite=asked.allow_non_finite).path)
 
 
 def _rewrite(asked: verbs.RewriteSettings) -> str:
@@ -90,7 +91,7 @@ def _rewrite(asked: verbs.RewriteSettings) -> str:
 
     keep_freed_memory()
     _verify(asked)
-    made = rewrite(asked.load, asked.save, workers=asked.workers)
+    made = rewrite(asked.load, asked.save, workers=asked.workers, allow_non_finite=asked.allow_non_finite)
     return f"{made.root}: {made.shape.parameters():,} parameters"
 
 

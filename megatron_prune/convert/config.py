@@ -6,7 +6,6 @@ raises CheckpointError.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_prune.convert.families import FAMILIES, REFUSED
 from megatron_prune.convert.families.model_family import LLAMA, ModelFamily
 from megatron_prune.convert.families.rope import is_number, read_rope, rope_entries
 from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.untrusted import read_json, show
 
 _LARGEST = 1 << 31
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -35,7 +35,7 @@ def family_of(config: Any) -> ModelFamily:
             f"model_type {kind!r} is not supported: Megatron has no option for it, because {REFUSED[kind]}"
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"model_type {kind!r} is not supported: expected one of {', '.join(FAMILIES)}")
+        raise CheckpointError(f"model_type {show(kind)} is not supported: expected one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -116,15 +116,20 @@ def _values(config: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
         found = values.get(key)
         if found is not None and (type(found) is not int or not 1 <= found <= _LARGEST):
             name = family.keys.get(key, key)
-            raise CheckpointError(f"config.json has {name}={found!r:.60}, expected a number from 1 to {_LARGEST}")
+            raise CheckpointError(f"config.json has {name}={show(found)}, expected a number from 1 to {_LARGEST}")
     for key in ("rms_norm_eps", "initializer_range", "rope_theta"):
-        if not is_number(values.get(key, 1.0)):
+        found = values.get(key, 1.0)
+        if not is_number(found) or (key == "rope_theta" and not found):
             name = family.keys.get(key, key)
-            raise CheckpointError(f"config.json has {name}={values[key]!r:.60}, expected a number")
+            raise CheckpointError(f"config.json has {name}={show(found)}, expected a positive number")
+    if type(values.get("tie_word_embeddings", False)) is not bool:  # "false" would count as true
+        raise CheckpointError(
+            f"config.json has tie_word_embeddings={show(values['tie_word_embeddings'])}, expected true or false"
+        )
     activation = {"hidden_act": "silu"} if family.gated else {}
     for key, only in {"quantization_config": None, **activation, **family.only}.items():
         if values.get(key, only) != only:
-            raise CheckpointError(f"config.json has {family.keys.get(key, key)}={values[key]}, expected {only}")
+            raise CheckpointError(f"config.json has {family.keys.get(key, key)}={show(values[key])}, expected {only}")
     return values
 
 
@@ -143,10 +148,7 @@ def find_config(hf: str | Path) -> dict[str, Any] | None:
         path = Path(cached) if isinstance(cached, str) else path
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    config = read_json(path)
     return config if isinstance(config, dict) else {}
 
 
@@ -161,7 +163,9 @@ def config_from_args(
     """
     for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
         if not is_number(args.get(name) or 1.0):
-            raise CheckpointError(f"the checkpoint's stored args have {name}={args[name]!r:.60}, expected a number")
+            raise CheckpointError(
+                f"the checkpoint's stored args have {name}={show(args[name])}, expected a positive number"
+            )
     # A tokenizer's folder may hold the config of another model family, which does not apply.
     base = dict(original) if original is not None and original.get("model_type") in FAMILIES else {}
     family = exported_as(args, base.get("model_type"))

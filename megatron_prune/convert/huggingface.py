@@ -8,7 +8,6 @@ bit-exact.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +22,13 @@ from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import is_megatron
-from megatron_prune.checkpoint.writer import SIDE_FILES, CheckpointWriter
+from megatron_prune.checkpoint.writer import CheckpointWriter, copy_side_files
 from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args, family_of
 from megatron_prune.convert.families import FAMILIES
 from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import_masks
-from megatron_prune.convert.tensors import Segment, is_transposed, rows_of_tensors, segments
+from megatron_prune.convert.tensors import Segment, is_transposed, rows_of_tensors, rows_of_weight, segments
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import MASKS, Masks, open_masks
 from megatron_prune.masks.verify import guarded, masks_of
@@ -49,13 +48,14 @@ def import_hf(
     tensor_model_parallel_size: int = 1,
     max_position_embeddings: int | None = None,
     workers: int = 1,
+    allow_non_finite: bool = False,
 ) -> Checkpoint:
     """Write the Hugging Face model ``hf`` (a directory, or a name on the Hub) as the checkpoint ``save``.
 
     ``dtype`` casts every tensor; by default each keeps its type. ``workers`` processes share the work. Tokenizer files
     and config are copied to ``save/huggingface``; a ``masks.safetensors`` becomes ``save/masks``. Raises
-    CheckpointError, before writing, for a model that cannot be represented or whose files are missing or truncated,
-    and MasksError for masks that do not fit the model.
+    CheckpointError, before writing, for a model that cannot be represented or whose files are missing or truncated; for
+    weights that are not finite, unless ``allow_non_finite``; and MasksError for masks that do not fit the model.
     """
     source = local_directory(hf)
     config = read_json(source / "config.json")
@@ -73,7 +73,8 @@ def import_hf(
         masks = None
         if (source / HUGGINGFACE_MASKS).is_file():
             masks = import_masks(source / HUGGINGFACE_MASKS, shape, family, writer.beside(MASKS)).folder
-        writer.add_all(Imported(source, shape, family.kind, args["vocab_size"], dtype, masks), workers)
+        imported = Imported(source, shape, family.kind, args["vocab_size"], dtype, masks)
+        writer.add_all(imported.allowing(allow_non_finite), workers)
     return open_checkpoint(save)
 
 
@@ -120,12 +121,13 @@ def export_hf(
     max_shard_bytes: int = 5 << 30,
     workers: int = 1,
     files: Mapping[str, bytes] | None = None,
+    allow_non_finite: bool = False,
 ) -> Path:
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (new or empty), its masks as
     ``masks.safetensors``. ``workers`` processes share the files. ``files`` are additional files, content by name.
 
-    Raises CheckpointError for a model that no supported family can represent, MasksError for masks that do not fit the
-    weights.
+    Raises CheckpointError for a model that no supported family can represent and for weights that are not finite
+    (unless ``allow_non_finite``), MasksError for masks that do not fit the weights.
     """
     checkpoint = open_checkpoint(load)
     refuse_unrestored(checkpoint.args, str(load))
@@ -139,15 +141,15 @@ def export_hf(
     )
     family = family_of(config)
     exported = Exported(checkpoint.directory, family.kind, None if masks is None else masks.folder)
+    exported.allowing(allow_non_finite)
     target = Path(hf)
     check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
     with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)
         if masks is not None:
             export_masks(masks, family, folder / HUGGINGFACE_MASKS)
-        for name in SIDE_FILES:
-            if side is not None and (side / name).is_file():
-                shutil.copyfile(side / name, folder / name)
+        if side is not None:
+            copy_side_files(side, folder)
         for name, payload in (files or {}).items():
             (folder / name).write_bytes(payload)
         write_json(folder / "config.json", config)
@@ -248,10 +250,7 @@ def _check_tensors(
     """Raises CheckpointError if a tensor is missing, has the wrong shape or type, or is unknown."""
     known = set()
     for layout in weights(shape):
-        rows: dict[str, int] = {}
-        for segment in segments(layout, shape, args["vocab_size"], family):
-            if segment.name is not None:
-                rows[segment.name] = max(rows.get(segment.name, 0), segment.stop)
+        rows = rows_of_weight(layout, shape, args["vocab_size"], family)
         for name, count in rows.items():
             expected = (count, *layout.shape[1:])
             expected = expected[::-1] if is_transposed(layout, family) else expected
@@ -261,7 +260,8 @@ def _check_tensors(
                 raise CheckpointError(
                     f"{source}: {name} has shape {list(tensors.shape(name))}, expected {list(expected)} by config.json"
                 )
-        if one_type and len({tensors.dtype(name) for name in rows}) != 1:
+        types = {tensors.dtype(name) for name in rows}
+        if one_type and len(types) != 1:
             raise CheckpointError(f"{source}: {', '.join(rows)} differ in type; pass --dtype")
         known |= set(rows)
     ignored = {family.tensor("output_layer.weight", None)} if shape.tied else set()

@@ -158,7 +158,7 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
     shown = {key: found["args"][key] for key in _SHOWN if found["args"].get(key) is not None}
     stored.add(escape(", ".join(f"{key} {value}" for key, value in shown.items())))
     stored.add(f"and {len(found['args']) - len(shown)} more: inspect --json")
-    console = Console(highlight=False)
+    console = Console(highlight=False)  # on standard output, where control characters are escaped
     console.width = max(console.width, _WIDTH)
     console.print(top)
     # Outside the tree, so that the line can be copied.

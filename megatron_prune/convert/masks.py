@@ -18,11 +18,12 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.families.model_family import ModelFamily
-from megatron_prune.convert.tensors import rows_of_tensors, segments
+from megatron_prune.convert.tensors import rows_of_tensors, rows_of_weight, segments
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import BLOCK_BYTES, Masks
 from megatron_prune.masks.mask_writer import write_single
+from megatron_prune.untrusted import parse_json, show
 
 HUGGINGFACE_MASKS = "masks.safetensors"
 VERSION = "1"
@@ -77,9 +78,9 @@ def import_masks(path: Path, shape: ModelShape, family: ModelFamily, folder: Pat
 
 def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        found = json.loads(metadata[key])
+        found = parse_json(metadata[key].encode(), f"{key} in the header of {HUGGINGFACE_MASKS}")
         return {str(name): value for name, value in found.items()}
-    except (KeyError, ValueError, RecursionError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise MasksError(f"the header of {HUGGINGFACE_MASKS} has no readable {key}: {error!r}") from error
 
 
@@ -96,9 +97,7 @@ def _fused(
     for layout in weights(shape):
         if not layout.is_linear:
             continue
-        rows: dict[str, int] = {}
-        for segment in segments(layout, shape, 0, family):
-            rows[str(segment.name)] = max(rows.get(str(segment.name), 0), segment.stop)
+        rows = rows_of_weight(layout, shape, 0, family)
         names = [name for name in rows if name in stored]
         if not names:
             continue
@@ -111,7 +110,9 @@ def _fused(
             expected = [out, layout.shape[1]]
             packed = [out, bits.bytes_of(layout.shape[1])]
             if shapes.get(name) != expected:
-                raise MasksError(f"{path}: {name} has shape {shapes.get(name)} in the header, expected {expected}")
+                raise MasksError(
+                    f"{path}: {name} has shape {show(shapes.get(name))} in the header, expected {expected}"
+                )
             if stored[name].get_dtype() != "U8" or list(stored[name].get_shape()) != packed:
                 found = f"{stored[name].get_dtype()} {list(stored[name].get_shape())}"
                 raise MasksError(f"{path}: {name} is stored as {found}, expected U8 {packed}")

@@ -117,12 +117,12 @@ def write_sharded(
     total = sum(map(_nbytes, entries.values()))
     with screen.Bar(total, f"writing {directory}", "B") as bar:
         if len(shards) == 1:
-            write_file(directory / SINGLE, shards[0], lambda name: bar.over(blocks.rows(name), None))
+            write_file(directory / SINGLE, shards[0], lambda name: bar.over(blocks.checked_rows(name), None))
             return
         files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
         if check_workers(workers) == 1:
             for name, shard in files.items():
-                write_file(directory / name, shard, lambda key: bar.over(blocks.rows(key), None))
+                write_file(directory / name, shard, lambda key: bar.over(blocks.checked_rows(key), None))
     if workers > 1:
         work = [(directory / name, shard, blocks) for name, shard in files.items()]
         run(_write_one, work, workers, writing=directory, size=total)
@@ -132,7 +132,7 @@ def write_sharded(
 
 
 def _write_one(path: Path, shard: Entries, blocks: Blocks) -> None:
-    write_file(path, shard, blocks.rows)
+    write_file(path, shard, blocks.checked_rows)
 
 
 def _nbytes(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:

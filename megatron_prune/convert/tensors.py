@@ -55,6 +55,24 @@ def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int, fami
     return [Segment(name, 0, rows)]
 
 
+def rows_of_weight(
+    layout: WeightLayout, shape: ModelShape, vocabulary_size: int, family: ModelFamily
+) -> dict[str, int]:
+    """The Hugging Face tensors that a Megatron weight is made of, with the rows that it takes of each: where the last
+    of its ``segments`` ends, without making them. There is one per head, and a configuration can claim millions."""
+    kind = layout.suffix.rsplit(".", 1)[-1]
+    if layout.axes[0] == "qkv":
+        names = [f"{name.format(layout.layer)}.{kind}" for name in family.qkv]
+        groups = shape.num_query_groups * shape.kv_channels
+        separate = [shape.num_attention_heads * shape.kv_channels, groups, groups]
+        return dict(zip(names, separate if len(names) == 3 else [layout.shape[0]], strict=True))
+    if layout.axes[0] == "fc1":
+        each = layout.shape[0] // len(family.fc1)
+        return {f"{name.format(layout.layer)}.{kind}": each for name in family.fc1}
+    rows = vocabulary_size if layout.axes[0] == "vocab" else layout.shape[0]
+    return {family.tensor(layout.suffix, layout.layer): rows}
+
+
 def rows_of_tensors(
     layouts: Iterable[WeightLayout], shape: ModelShape, vocabulary_size: int, family: ModelFamily
 ) -> dict[str, list[tuple[Segment, str, int]]]:

@@ -16,7 +16,6 @@ added. Sequences are neither padded nor truncated.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_prune.artifacts import sha256_json
-from megatron_prune.errors import DataError
+from megatron_prune.errors import DataError, MegatronPruneError
+from megatron_prune.untrusted import parse_json, read_bytes, show, show_text
 
 if TYPE_CHECKING:
     from megatron_prune.data.tokenizers import Tokenizer
 
+_MOST_BYTES = 64 << 20  # of a file of examples
 DELIMITER = " "  # between query and choice
 KEYS = (("query", "question"), ("choices",), ("gold", "answer"))
 
@@ -70,8 +71,8 @@ class Requests:
 def read(path: str | Path) -> Task:
     """Read a file of examples. Raises DataError naming the first invalid line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, _MOST_BYTES).decode().split("\n")
+    except (OSError, UnicodeDecodeError, MegatronPruneError) as error:
         raise DataError(f"cannot read the task {path}: {error}") from error
     examples = tuple(_example(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip())
     if not examples:
@@ -81,14 +82,14 @@ def read(path: str | Path) -> Task:
 
 def _example(line: str, where: str) -> Example:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a line of JSON: {error}") from error
+        found = parse_json(line.encode(), where)
+    except MegatronPruneError as error:
+        raise DataError(f"{where}: not a line of JSON: {str(error).removeprefix(where).lstrip(': ')}") from error
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(found).__name__}")
     query, choices, gold = (_value(found, names, where) for names in KEYS)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: choices: expected a list of two or more texts, got {choices!r}")
+        raise DataError(f"{where}: choices: expected a list of two or more texts, got {show(choices)}")
     for number, choice in enumerate(choices):
         if not choice.strip():
             raise DataError(f"{where}: choice {number} is empty")
@@ -96,7 +97,7 @@ def _example(line: str, where: str) -> Example:
     if len(queries) != len(choices) or not all(isinstance(q, str) for q in queries):
         raise DataError(f"{where}: query: expected a text, or a list of one text for each of {len(choices)} choices")
     if type(gold) is not int or not 0 <= gold < len(choices):
-        raise DataError(f"{where}: gold: expected the number of a choice, 0 to {len(choices) - 1}, got {gold!r}")
+        raise DataError(f"{where}: gold: expected the number of a choice, 0 to {len(choices) - 1}, got {show(gold)}")
     return Example(tuple(queries), tuple(choices), gold)
 
 
@@ -104,7 +105,8 @@ def _value(found: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
     for name in names:
         if name in found:
             return found[name]
-    raise DataError(f"{where}: the key {' or '.join(names)} is missing, found {', '.join(found) or 'none'}")
+    keys = ", ".join(map(show_text, list(found)[:8])) or "none"
+    raise DataError(f"{where}: the key {' or '.join(names)} is missing, found {keys}")
 
 
 def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:

@@ -11,12 +11,14 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.untrusted import refuse_irregular, show_text
 from megatron_prune.verbs import DOCUMENTS as DOCUMENTS
 from megatron_prune.verbs import FORMATS as FORMATS
 
@@ -37,6 +39,9 @@ SKIPPABLE_MAGIC = b"\x50\x2a\x4d\x18"  # to 5f…
 LARGEST_WINDOW_LOG = 31  # `zstd --long=31`, which some published shards need
 PARQUET_ROWS = 256  # decoded at a time
 RECORDS = 256  # of an array_record file, read at a time
+MOST_DOCUMENT_BYTES = 128 << 20
+_MOST_FILE_BYTES = 1 << 50
+_MOST_EXPANSION, _ANY_EXPANSION = 100, 4 << 20  # of compressed text, and what is never refused
 
 
 class RawDocument(NamedTuple):
@@ -123,7 +128,7 @@ def size_of_text(source: RawText) -> int | None:
     if not isinstance(source, File) or format_of(source.path, source.input_format) in ("parquet", "array_record"):
         return None
     with _open(source.path) as handle:
-        return source.path.stat().st_size if isinstance(handle, io.BufferedReader) else None
+        return None if isinstance(handle, _Decoded) else source.path.stat().st_size
 
 
 def check_inputs(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Path]:
@@ -162,27 +167,78 @@ def records(
         try:
             with _open(path) as handle:
                 if kind == "jsonl":
-                    for number, line in enumerate(handle, start=1):
+                    for number, line in enumerate(_lines(handle, path), start=1):
                         if line.strip():
                             yield RawDocument(line, f"{path}:{number}", json_key)
                 else:
-                    for number, piece in _pieces(handle, text_documents):
+                    for number, piece in _pieces(handle, path, text_documents):
                         yield RawDocument(piece, f"{path}:{number}", None)
-        except (EOFError, gzip.BadGzipFile, zstd.ZstdError, OSError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError, OSError) as error:
             raise DataError(f"cannot read {path} to its end: {error}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
     """Open a file; its magic number, not its name, says whether it is compressed."""
+    refuse_irregular(path, _MOST_FILE_BYTES)
     with open(path, "rb") as handle:
         magic = handle.read(4)
     if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return _Decoded(path, lambda stored: gzip.GzipFile(fileobj=stored, mode="rb"))
     # pzstd files start with a skippable frame, whose magic number varies in the low four bits of its first byte.
     if magic == ZSTD_MAGIC or (magic[1:] == SKIPPABLE_MAGIC[1:] and magic[0] >> 4 == SKIPPABLE_MAGIC[0] >> 4):
         options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
-        return zstd.open(path, "rb", options=options)  # type: ignore[return-value]
+        return _Decoded(path, lambda stored: zstd.open(stored, "rb", options=options))
     return open(path, "rb")
+
+
+class _Decoded(io.BufferedReader):
+    """A compressed file as its decoded bytes. Raises DataError for one that decodes to absurdly many: a file of 13 MB
+    could hold 13 GB of one letter."""
+
+    def __init__(self, path: Path, decode: Callable[[IO[bytes]], Any]) -> None:
+        self._stored = open(path, "rb")
+        super().__init__(_Counted(path, self._stored, decode(self._stored)), 1 << 18)
+
+    def close(self) -> None:
+        super().close()
+        self._stored.close()
+
+
+class _Counted(io.RawIOBase):
+    def __init__(self, path: Path, stored: IO[bytes], decoded: Any) -> None:
+        self._path, self._stored, self._decoded, self._count = path, stored, decoded, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got: int = self._decoded.readinto(buffer)
+        self._count += got
+        if self._count > _MOST_EXPANSION * self._stored.tell() + _ANY_EXPANSION:
+            raise DataError(
+                f"{self._path}: expected text, which compresses to a tenth or so; its first {self._stored.tell():,} "
+                f"bytes decode to {self._count:,}"
+            )
+        return got
+
+    def close(self) -> None:
+        self._decoded.close()
+        super().close()
+
+
+def _lines(handle: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file. Raises DataError for one that is longer than any document."""
+    while line := handle.readline(MOST_DOCUMENT_BYTES + 1):
+        _refuse_long(len(line), path)
+        yield line
+
+
+def _refuse_long(size: int, path: Path) -> None:
+    if size > MOST_DOCUMENT_BYTES:
+        raise DataError(
+            f"{path}: expected documents of at most {MOST_DOCUMENT_BYTES >> 20} MB, got a longer one: split it "
+            "(--text-documents line or paragraph splits plain text)"
+        )
 
 
 def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
@@ -202,6 +258,14 @@ def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
             # A column of nulls only has the type null.
             if not any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_null)):
                 raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                sizes = [group.column(place) for place in range(group.num_columns)]
+                decoded = sum(
+                    one.total_uncompressed_size for one in sizes if one.path_in_schema.split(".")[0] == column
+                )
+                if decoded > _MOST_EXPANSION * path.stat().st_size + _ANY_EXPANSION:
+                    raise DataError(f"{path}: row group {number} decodes to {decoded:,} bytes, which no text does")
             row = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
@@ -231,20 +295,27 @@ def _array_record(path: Path) -> Iterator[RawDocument]:
         raise DataError(f"cannot read {path} to its end: {' '.join(str(error).split())}") from error
 
 
-def _pieces(handle: IO[bytes], text_documents: str) -> Iterator[tuple[int, bytes]]:
-    if text_documents == "file":
-        yield 1, handle.read()
-        return
+def _pieces(handle: IO[bytes], path: Path, text_documents: str) -> Iterator[tuple[int, bytes]]:
     collected: list[bytes] = []
+    size = 0
+    if text_documents == "file":
+        while block := handle.read(1 << 20):
+            collected.append(block)
+            size += len(block)
+            _refuse_long(size, path)
+        yield 1, b"".join(collected)
+        return
     start = 1
-    for number, line in enumerate(handle, start=1):
+    for number, line in enumerate(_lines(handle, path), start=1):
         if text_documents == "line":
             if line.strip():
                 yield number, line.rstrip(b"\r\n")
         elif line.strip():
             if not collected:
-                start = number
+                start, size = number, 0
             collected.append(line)
+            size += len(line)
+            _refuse_long(size, path)
         elif collected:
             yield start, b"".join(collected)
             collected = []
@@ -266,7 +337,8 @@ def text_of(record: RawDocument) -> str:
     if text is None and isinstance(value, dict) and record.json_key in value:
         return ""  # null, which some datasets use for empty text
     if not isinstance(text, str):
-        found = f"its keys: {', '.join(sorted(value))}" if isinstance(value, dict) else "it is not an object"
+        names = ", ".join(show_text(key) for key in sorted(value)[:8]) if isinstance(value, dict) else ""
+        found = f"its keys: {names}" if isinstance(value, dict) else "it is not an object"
         raise DataError(f"{record.origin} has no text under '{record.json_key}' ({found}): see --json-keys")
     if b"\\u" in record.payload:  # only escapes can encode half a surrogate pair, which tokenizers reject
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

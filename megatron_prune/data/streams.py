@@ -13,6 +13,7 @@ depend on the number of samples requested; ``BlendedDataset`` interleaves them. 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -149,14 +150,14 @@ class Stream:
         """Build in a scratch directory and rename it; of concurrent builds, the first to finish wins."""
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in cache.parent.glob(f".{cache.name}{artifacts.PARTIAL}*"):
+            for left_over in cache.parent.glob(f".{glob.escape(cache.name)}{artifacts.PARTIAL}*"):
                 if time.time() - left_over.stat().st_mtime > ABANDONED:
                     shutil.rmtree(left_over, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f".{cache.name}{artifacts.PARTIAL}"))
         except OSError as error:
             raise DataError(f"cannot write index caches: {error}; choose a --data-cache-path") from error
         try:
-            os.chmod(scratch, 0o755)
+            artifacts.share_directory(scratch)
             self._open(scratch, flags)
             artifacts.write_json(scratch / "stream.json", self.describe())
             os.rename(scratch, cache)

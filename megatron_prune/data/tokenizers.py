@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from megatron_prune.artifacts import sha256_file, sha256_json
 from megatron_prune.data import chunks
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.untrusted import read_json, refuse_irregular
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.reader import Checkpoint
@@ -70,9 +70,10 @@ class SentencePieceTokenizer:
         if not path.is_file():
             raise DataError(f"{path} does not exist: --tokenizer-model takes a SentencePiece .model file")
         self.model = str(path)
+        refuse_irregular(path, _MOST_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=self.model)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
         self._chunks = chunks.of_sentencepiece(self._processor)
@@ -107,6 +108,8 @@ class SentencePieceTokenizer:
         return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
 
+_MOST_BYTES = 256 << 20  # of a file of a tokenizer
+_MOST_PARTS = 3_000_000  # a vocabulary of 262,144 tokens has 600,000
 HUB_SECONDS = 10.0  # timeout for asking the Hub whether it has a model
 _OF_A_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -146,6 +149,16 @@ def refuse_absent(model: str) -> bool:
     )  # fmt: skip
 
 
+def _refuse_many_values(file: Path) -> None:
+    """Raise DataError for a JSON file of more lists and objects than merges and tokens: the libraries read it whole."""
+    if file.suffix != ".json" or not file.is_file() or file.stat().st_size < _MOST_PARTS:
+        return
+    with open(file, "rb") as handle:
+        parts = sum(block.count(b"[") + block.count(b"{") for block in iter(lambda: handle.read(1 << 20), b""))
+    if parts > _MOST_PARTS:
+        raise DataError(f"{file}: expected at most {_MOST_PARTS:,} lists and objects, got {parts:,}")
+
+
 class HuggingFaceTokenizer:
     """The fast tokenizer of a Hugging Face directory (or Hub name), loaded without running its code."""
 
@@ -158,12 +171,20 @@ class HuggingFaceTokenizer:
 
         self.model = str(model)
         here = refuse_absent(self.model)
+        if Path(self.model).is_dir():
+            for file in Path(self.model).iterdir():
+                if file.suffix in (".json", ".model", ".txt", ".jinja"):
+                    refuse_irregular(file, _MOST_BYTES)
+                    _refuse_many_values(file)
         try:
             loaded = AutoTokenizer.from_pretrained(
                 self.model, use_fast=True, trust_remote_code=False, local_files_only=here
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"cannot load a Hugging Face tokenizer from {self.model}: {error}") from error
+        except BaseException as error:  # the libraries raise anything for a damaged file, Rust's panics too
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"cannot load a Hugging Face tokenizer from {self.model}: {why}") from error
         if not loaded.is_fast:
             raise DataError(f"{self.model} has no fast tokenizer: save it with a tokenizer.json first")
         self._backend = loaded.backend_tokenizer
@@ -171,7 +192,7 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         self._chunks = chunks.of_hugging_face(self._backend)
         # The largest id, not the number of entries: a vocabulary can have gaps.
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
         self.bos, self.eod = loaded.bos_token_id, loaded.eos_token_id
         self._start = loaded.bos_token or loaded.eos_token
         self._decode = loaded.decode
@@ -238,7 +259,7 @@ class TikTokenizer:
             self._tokenizer = megatron.TikTokenTokenizer(
                 self.model, chosen, num_special_tokens, pattern=pattern or "v2", vocab_size=self.vocab_size
             )
-        except (AssertionError, ValueError, KeyError) as error:
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"cannot make a tiktoken tokenizer of {model} with {num_special_tokens} special tokens "
                 f"and pattern {pattern or 'v2'}: {error or 'its entries or the special tokens do not fit'}"
@@ -281,12 +302,14 @@ def _tiktoken_ranks(path: Path) -> int:
     """Number of tokens in a file of Megatron's tiktoken format. Raises DataError for any other file."""
     if not path.is_file():
         raise DataError(f"{path} does not exist: --tokenizer-model takes a tiktoken vocabulary, a .json file")
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    entries = read_json(path)
     wanted = {"rank", "token_bytes", "token_str"}
-    if path.suffix != ".json" or not isinstance(entries, list) or any(set(e) != wanted for e in entries[:1000]):
+    if (
+        path.suffix != ".json"
+        or not isinstance(entries, list)
+        or any(not isinstance(entry, dict) or set(entry) != wanted for entry in entries)
+        or any(entry["rank"] != rank or not isinstance(entry["token_bytes"], str) for rank, entry in enumerate(entries))
+    ):
         raise DataError(
             f"{path} is not a tiktoken vocabulary as Megatron reads it: a .json file with a list of "
             '{"rank", "token_bytes" (base64), "token_str"} in the order of the ranks'

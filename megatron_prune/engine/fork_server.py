@@ -40,6 +40,7 @@ from typing import Any, NoReturn
 from megatron_prune.errors import EXIT_REFUSED
 
 READY, GPU = b"R", b"G"
+LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
 # Everything that a training run imports, found by comparing sys.modules; our own modules load in milliseconds.
@@ -183,10 +184,7 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     pids = list(ranks)
     code = -signal.SIGTERM
     try:
-        # Only now, since the store has a thread and threads do not survive a fork.
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
-
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = _local_store()  # only now, since the store has a thread and threads do not survive a fork
         for start_write in starts:
             os.write(start_write, struct.pack("<H", store.port))
             os.close(start_write)
@@ -200,6 +198,15 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     with contextlib.suppress(OSError):
         send(connection, {"returncode": code})
     os._exit(0)  # exit handlers that the imports registered are for the ranks
+
+
+def _local_store() -> Any:
+    """A rendezvous store that only this machine reaches; by itself, torch's listens on every address."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+    listening = socket.create_server((LOOPBACK, 0), backlog=128)
+    port = listening.getsockname()[1]
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
@@ -261,7 +268,7 @@ def _rank(request: dict[str, Any], rank: int, start: int) -> int:
         GROUP_RANK="0",
         WORLD_SIZE=str(nproc),
         LOCAL_WORLD_SIZE=str(nproc),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=LOOPBACK,
         MASTER_PORT=str(struct.unpack("<H", port_bytes)[0]),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the supervisor's store; no rank opens a port
         TORCHELASTIC_RESTART_COUNT="0",

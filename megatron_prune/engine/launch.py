@@ -277,6 +277,8 @@ def _be_torchrun() -> None:
     orphaned ranks would hold their GPUs for hours. On SIGTERM torchrun ends its ranks, after its own grace period.
     """
     fork_server.die_with(int(sys.argv.pop(1)), signal.SIGTERM)
+    if "lo" in (name for _, name in socket.if_nameindex()):  # all ranks are on this machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from torch.distributed import run  # takes seconds: the caller may have exited by then
 
     run.main()

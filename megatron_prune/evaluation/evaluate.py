@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_prune import screen, verbs
-from megatron_prune.artifacts import device, versions, write_json
+from megatron_prune.artifacts import device, json_bytes, refuse_unwritable, versions, write_results
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, fp8, runtime
@@ -36,7 +36,10 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
         raise UsageError(
             "--data-path", got="nothing", expected="prefixes of tokenized corpora, or --tasks in its place"
         )
+    if screen.rank() == 0:
+        refuse_unwritable("--output", own.output)
     args = runtime.start("evaluate", words, own, complete=_complete)
+    from megatron_prune.data.indexed import check_fits_model
     from megatron_prune.data.windows import windows
 
     prefixes = args.data_path or []
@@ -44,6 +47,8 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
         label: windows(prefix, args.seq_length, args.windows)
         for label, prefix in zip(args.labels or prefixes, prefixes, strict=True)
     }
+    for prefix in prefixes:
+        check_fits_model(prefix, args.vocab_size)
     asked = tasks.prepare(args, words)
     runtime.initialize(args)
     from megatron_prune.data.indexed import fingerprint
@@ -84,7 +89,7 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     if args.rank == 0:
         for corpus in scores.values():
             corpus["fingerprint"] = fingerprint(corpus["prefix"])
-        write_json(own.output, found)
+        write_results(own.output, json_bytes(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return found

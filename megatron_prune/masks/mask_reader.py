@@ -7,6 +7,8 @@ inconsistent. The bits are read only on request (``verify.py`` reads them all).
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.errors import MasksError, MegatronPruneError
 from megatron_prune.masks import bits
 from megatron_prune.masks.pattern import Pattern
+from megatron_prune.untrusted import show
 
 MASKS = "masks"  # the folder next to a checkpoint's tracker
 MASKS_FILE = "masks.json"
@@ -150,7 +153,7 @@ def open_masks(path: str | Path) -> Masks:
         found = read_json(folder / MASKS_FILE)
         try:
             if found["version"] != VERSION:
-                raise ValueError(f"version {found['version']!r}, expected {VERSION}")
+                raise ValueError(f"version {show(found['version'])}, expected {VERSION}")
             model = _model(found["model"])
             entries = {str(name): _parse(entry) for name, entry in found["masks"].items()}
             recorded = str(found["hash"])
@@ -166,11 +169,18 @@ def open_masks(path: str | Path) -> Masks:
 
 
 def find_masks(root: str | Path) -> Path | None:
-    """The masks folder of the checkpoint ``root`` (a root, or one of its iterations), if it has one."""
+    """The masks folder of the checkpoint ``root`` (a root, or one of its iterations), if it has one.
+
+    Raises MasksError for a link that leads nowhere: the model would be taken for a dense one."""
     root = storage.path(root)
     for folder in (root, *([root.parent] if (root / "metadata.json").is_file() else [])):
         if (folder / MASKS).is_dir():
             return folder / MASKS
+        if not storage.is_stored(folder) and os.path.lexists(folder / MASKS):
+            raise MasksError(
+                f"{folder / MASKS} is a file, or a link that leads nowhere: expected the folder of the model's masks; "
+                "restore it, or remove it if the model is dense"
+            )
     return None
 
 
@@ -226,7 +236,7 @@ def _model(found: Any) -> ModelShape:
         raise ValueError(f"the model's shape has the keys {sorted(found)}")
     for key, value in found.items():
         if type(value) not in (int, bool) or not 0 <= value < 1 << 31:
-            raise ValueError(f"the model's {key} is {value!r}")
+            raise ValueError(f"the model's {key} is {show(value)}")
     return ModelShape(**found)
 
 
@@ -236,8 +246,10 @@ def _parse(found: Any) -> Entry:
     if set(found) != {field.name for field in fields(Entry)}:
         raise ValueError(f"an entry has the keys {sorted(found)}")
     if any(type(n) is not int for n in numbers) or any(type(t) is not str for t in texts):
-        raise ValueError(f"an entry is {found}")
-    return Entry((out, inputs), found["pattern"], found["removed"], found["digest"], bool(found["packed"]))
+        raise ValueError("an entry has other types than it should")
+    if type(found["packed"]) is not bool:
+        raise ValueError(f"packed is {show(found['packed'])}")
+    return Entry((out, inputs), found["pattern"], found["removed"], found["digest"], found["packed"])
 
 
 def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[index.Box, ...]:
@@ -248,7 +260,7 @@ def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[inde
         raise MasksError(
             f"{folder}: {stored.key} is stored as {stored.dtype} {list(stored.shape)}, expected uint8 {list(expected)}"
         )
-    if any(piece.length < torch.Size(piece.sizes).numel() for piece in stored.pieces):
+    if any(piece.length < math.prod(piece.sizes) for piece in stored.pieces):
         raise MasksError(f"{folder}: a record of {stored.key} is truncated")
     boxes = tuple(index.Box(piece, piece.offsets, piece.sizes, 0) for piece in stored.pieces)
     if not index.covers(boxes, expected):

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune import methods, verbs
+from megatron_prune import methods, screen, verbs
+from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import fp8, runtime
 from megatron_prune.engine.from_checkpoint import given
@@ -76,6 +77,8 @@ def _output(own: verbs.CalibrateSettings) -> Path:
     output = own.output or own.statistics
     if output is None or Path(output).suffix != ".safetensors":
         raise UsageError("--output", got=output or "nothing", expected="a file name that ends in .safetensors")
+    if screen.rank() == 0:
+        refuse_unwritable("--output", output)
     return Path(output)
 
 

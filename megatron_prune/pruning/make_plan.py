@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune import methods, verbs
+from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
 from megatron_prune.settings import Settings
@@ -56,6 +57,7 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
             expected=f"a file of statistics, which --method {asked.method} reads",
             do=f"make one with {'learn-masks' if method.learned else 'calibrate'}",
         )
+    refuse_unwritable("--output", asked.output)
     parent = open_checkpoint(asked.load)
     if asked.verify_integrity:
         parent.verify(hashes=True)

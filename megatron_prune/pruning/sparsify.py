@@ -15,18 +15,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune import verbs
 from megatron_prune.artifacts import check_space
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.parallel import finite
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.claims import writing
 from megatron_prune.engine import fp8, runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.pruning import calibrate
 from megatron_prune.sparse import request as requests
 from megatron_prune.sparse.resume import Scratch
+
+if TYPE_CHECKING:
+    from megatron_prune.sparse.request import SparsifyTask
 
 
 def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "sparsify") -> dict[str, Any] | None:
@@ -51,7 +56,6 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
 
     args = runtime.start(verb, words, own, complete=complete)
     from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
-    from megatron_prune.sparse import driver, result, weights_only
     from megatron_prune.sparse.request import SparsifyTask
 
     calibration.refuse_virtual_stages(args)
@@ -71,6 +75,16 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
         "fp8": fp8.describe(args) if reads_text else None,
     }
     task = SparsifyTask(parent, request, windows, question, save)
+    with writing(save, "pruning", args.rank):
+        return _sparsify(own, args, task, read)
+
+
+def _sparsify(
+    own: verbs.SparsifySettings, args: argparse.Namespace, task: SparsifyTask, read: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    from megatron_prune.sparse import driver, result, weights_only
+
+    parent, save, question, reads_text = task.parent, task.save, task.question, task.windows is not None
     if result.is_finished(task):
         if args.rank == 0:
             Scratch(save).remove()
@@ -82,6 +96,8 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
         task.check_held_masks()
+        if not own.allow_non_finite:
+            _refuse_non_finite(parent)
     if reads_text:
         driver.run(args, task)
     else:
@@ -89,6 +105,13 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
             runtime.refuse_unfit_checkpoint(args, args.load, "--load")
         weights_only.run(task, args.params_dtype, args.rank, args.world_size)
     return result.write(task, read) if args.rank == 0 else None
+
+
+def _refuse_non_finite(parent: Checkpoint) -> None:
+    """CheckpointError for NaN and infinities, found now and not after hours of pruning."""
+    for name in parent.names:
+        for _ in finite(name, parent.row_blocks(name)):
+            pass
 
 
 def _bytes(parent: Checkpoint) -> int:

@@ -51,7 +51,7 @@ def apply(asked: verbs.ApplySettings) -> plan.PruningPlan:
     keep_freed_memory()
     if asked.verify_integrity:
         open_checkpoint(asked.load).verify(hashes=True)
-    apply_plan(asked.load, made, asked.save, workers=asked.workers)
+    apply_plan(asked.load, made, asked.save, workers=asked.workers, allow_non_finite=asked.allow_non_finite)
     return made
 
 
@@ -62,27 +62,30 @@ def apply_plan(
     files: Mapping[str, bytes] | None = None,
     *,
     workers: int = 1,
+    allow_non_finite: bool = False,
 ) -> None:
     """Write to ``save`` what the plan ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
 
     ``files`` are small files to store next to the weights, by their path under ``save``. ``workers`` processes share
     the work. Masks next to the parent are cut too. Raises PlanError if the plan is for another parent, MasksError if
-    the cut would split the groups of N:M masks, CheckpointError from reading and writing.
+    the cut would split the groups of N:M masks, CheckpointError from reading and writing, and for weights that are not
+    finite, unless ``allow_non_finite``.
     """
     parent = open_checkpoint(load)
     refuse_unrestored(parent.args, str(load))
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
     chain = [*parent.pruning, provenance(parent, made)]
-    kept = made.kept_layers
-    _write(parent, made.target, kept, sources, save, chain, files or {}, workers, folded.factors(made, parent.args))
+    kept, factors = made.kept_layers, folded.factors(made, parent.args)
+    _write(parent, made.target, kept, sources, save, chain, files or {}, workers, factors, allow_non_finite)
 
 
-def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoint:
+def rewrite(load: str | Path, save: str | Path, *, workers: int = 1, allow_non_finite: bool = False) -> Checkpoint:
     """Write the weights of any readable checkpoint ``load``, its masks, account and provenance, to ``save``, as a
     release of iteration 0 in `torch_dist` format, without optimizer state.
 
-    Raises MasksError for masks that do not fit; CheckpointError from reading and writing.
+    Raises MasksError for masks that do not fit; CheckpointError from reading and writing, and for weights that are not
+    finite, unless ``allow_non_finite``.
     """
     parent = open_checkpoint(load)
     refuse_unrestored(parent.args, str(load))
@@ -90,7 +93,7 @@ def rewrite(load: str | Path, save: str | Path, *, workers: int = 1) -> Checkpoi
     account = parent.root / ACCOUNT
     files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
     layers = range(parent.shape.num_layers)
-    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers)
+    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers, None, allow_non_finite)
     return open_checkpoint(save)
 
 
@@ -103,7 +106,8 @@ def _write(
     pruning: Sequence[Mapping[str, Any]],
     files: Mapping[str, bytes],
     workers: int,
-    factors: Mapping[str, Fold] | None = None,
+    factors: Mapping[str, Fold] | None,
+    allow_non_finite: bool,
 ) -> None:
     masks = masks_of(parent)
     if masks is not None:
@@ -124,7 +128,8 @@ def _write(
         if masks is not None:
             folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
         places = {layout.name: (source, kept) for layout, source, kept in sources}
-        writer.add_all(Pieces(parent.directory, places, folder, factors or {}), workers)
+        pieces = Pieces(parent.directory, places, folder, factors or {})
+        writer.add_all(pieces.allowing(allow_non_finite), workers)
 
 
 def patterns_of(parent: Checkpoint, kept_layers: Sequence[int]) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import PlanError, UsageError
+from megatron_prune.errors import CheckpointError, PlanError, UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.base import Method, NearTie, PruningRequest, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
@@ -157,9 +157,12 @@ def read(path: str | Path) -> tuple[Question, str]:
             "source": ModelShape(**fields["source"]),
             "targets": tuple(ModelShape(**target) for target in fields["targets"]),
         }
+        if not isinstance(content["statistics"], str):
+            raise TypeError("statistics")
         return Question(**{**fields, **typed}), content["statistics"]
-    except (KeyError, TypeError, UsageError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}; run plan again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, CheckpointError, UsageError) as error:
+        why = str(error) if isinstance(error, CheckpointError) else repr(error)
+        raise PlanError(f"{path} is damaged: {why}; run plan again") from error
 
 
 def uses_statistics(method: Method[Any], settings: Settings) -> bool:

@@ -12,15 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import Kept, ModelShape
-from megatron_prune.errors import PlanError
+from megatron_prune.errors import CheckpointError, PlanError
 from megatron_prune.methods.base import Gates, NearTie
 from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
 from megatron_prune.structured.statistics import Statistics
 from megatron_prune.training.learned_file import LearnedMasks
+from megatron_prune.untrusted import check
 
 VERSION = 1
 
@@ -145,11 +146,61 @@ class PruningPlan:
         artifacts.write_bytes(path, self.file())
 
 
+class _PlanFile(TypedDict):
+    """Types of a plan's JSON; ``PruningPlan`` checks what the values say."""
+
+    method: str
+    settings: dict[str, Any]
+    seed: int | None
+    ratio: float | None
+    ratio_of: str
+    source: dict[str, Any]
+    target: dict[str, Any]
+    parent: str
+    kept_layers: list[int]
+    kept_hidden: list[int] | None
+    kept_heads: list[list[int]] | None
+    kept_ffn: list[list[int]] | None
+    near_ties: list[_NearTieRow]
+    statistics: str | None
+    calibration: dict[str, Any] | None
+    candidates: list[_ScoredRow]
+    chosen: int | None
+    gates: NotRequired[_GatesRow]
+
+
+class _NearTieRow(TypedDict):
+    unit: str
+    kept: int
+    removed: int
+    kept_score: float
+    removed_score: float
+    others: list[int]
+    layer: int | None
+    group: int | None
+
+
+class _ScoredRow(TypedDict):
+    candidate: str
+    parameters: int
+    loss: float | None
+    accuracy: NotRequired[float | None]
+    retrained_loss: NotRequired[float | None]
+
+
+class _GatesRow(TypedDict):
+    layers: list[float] | None
+    hidden: list[float] | None
+    heads: list[list[float]] | None
+    ffn: list[list[float]] | None
+
+
 def read(path: str | Path) -> PruningPlan:
     """Read and validate a plan; PlanError says what is wrong with it."""
     content = artifacts.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise PlanError(f"{path} is not a pruning plan of version {VERSION}: give the plan.json that plan wrote")
+    check(_PlanFile, content, str(path), PlanError)
     try:
         fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key != "gates"}
         gates = content.get("gates")
@@ -167,8 +218,9 @@ def read(path: str | Path) -> PruningPlan:
                 "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
             }
         )
-    except (KeyError, TypeError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}; run plan again") from error
+    except (KeyError, TypeError, CheckpointError) as error:
+        why = str(error) if isinstance(error, CheckpointError) else repr(error)
+        raise PlanError(f"{path} is damaged: {why}; run plan again") from error
     if plan.hash != content.get("hash"):
         raise PlanError(f"{path} was changed after it was written (its hash does not match): run plan again")
     return plan

@@ -24,19 +24,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.errors import MegatronPruneError
+from megatron_prune.errors import CheckpointError, MegatronPruneError
 from megatron_prune.methods.accumulators import QUANTITIES
 from megatron_prune.methods.ranking import Accuracy
+from megatron_prune.untrusted import check, read_bytes
 
 VERSION = 1
+_MOST_HEADER_BYTES = 1 << 20  # of the tensor file
 
 
 class StatisticsError(MegatronPruneError):
@@ -176,8 +179,8 @@ class Statistics:
     def write(self, path: str | Path) -> None:
         """Write ``path`` and, after it, ``path`` with the suffix ``.json``; each atomically."""
         payload, meta = self.files()
-        artifacts.write_bytes(path, payload)
-        artifacts.write_bytes(json_path(path), meta)
+        artifacts.write_results(path, payload)
+        artifacts.write_results(json_path(path), meta)
 
     def provenance(self) -> dict[str, Any]:
         """The source of the numbers, for plans and pruned checkpoints."""
@@ -196,6 +199,49 @@ def json_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".json")
 
 
+class _Calibration(TypedDict):
+    prefix: str
+    corpus: str
+    windows: list[int]
+
+
+class _AccuracyRow(TypedDict):
+    examples: PositiveInt
+    correct: NonNegativeInt
+    low: NonNegativeInt
+    high: NonNegativeInt
+
+
+class _TaskRow(TypedDict):
+    accuracies: dict[str, _AccuracyRow]
+    flops: int
+
+
+class _RetrainedRow(TypedDict):
+    loss: float | None
+    tokens: int
+    flops: int
+    recipe: str
+
+
+class _ScoreRow(TypedDict):
+    candidate: str
+    loss: float | None
+    tasks: NotRequired[dict[str, _TaskRow]]
+    retrained: NotRequired[_RetrainedRow | None]
+
+
+class _StatisticsFile(TypedDict):
+    sha256: str
+    parent: str
+    shape: dict[str, Any]
+    loss_sum: float
+    sequences: PositiveInt
+    seq_length: PositiveInt
+    calibrations: Annotated[list[_Calibration], Field(min_length=1)]
+    scores: dict[str, _ScoreRow]
+
+
 def read(path: str | Path) -> Statistics:
     """Read a statistics file with its JSON; StatisticsError if they are damaged or do not match."""
     meta = artifacts.read_json(json_path(path))
@@ -203,16 +249,19 @@ def read(path: str | Path) -> Statistics:
         raise StatisticsError(
             f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}: run calibrate again"
         )
+    check(_StatisticsFile, meta, str(json_path(path)), StatisticsError)
     try:
-        payload = Path(path).read_bytes()
-    except OSError as error:
+        shape = ModelShape(**meta["shape"])
+        numbers = sum(math.prod(size) for size in tensor_shapes(shape).values())
+        payload = read_bytes(path, 8 * numbers + _MOST_HEADER_BYTES)
+    except (OSError, TypeError, CheckpointError) as error:
         raise StatisticsError(f"cannot read statistics {path}: {error}") from error
     if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
         raise StatisticsError(f"{path} and {json_path(path)} do not belong together: run calibrate again")
     try:
         return Statistics(
             tensors=safetensors.torch.load(payload),
-            shape=ModelShape(**meta["shape"]),
+            shape=shape,
             parent=meta["parent"],
             seq_length=meta["seq_length"],
             sequences=meta["sequences"],
@@ -220,7 +269,7 @@ def read(path: str | Path) -> Statistics:
             calibrations=tuple(meta["calibrations"]),
             scores={key: Score.from_json(score) for key, score in meta["scores"].items()},
         )
-    except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
         raise StatisticsError(f"{path} or its JSON is damaged ({error!r}): run calibrate again") from error
 
 

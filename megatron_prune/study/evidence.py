@@ -68,7 +68,7 @@ class Ledger:
         whole, torn = self._split()
         line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if torn:
                 os.ftruncate(descriptor, len(whole))

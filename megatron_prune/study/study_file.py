@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +25,13 @@ from pydantic import ValidationError
 
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.study.values import ValueProblem
+from megatron_prune.untrusted import read_bytes
 
 Location = tuple[Any, ...]
 INCLUDE = "include"
 MOST_VALUES = 100_000  # per file, with every alias expanded
+MOST_BYTES = 128 << 10  # of a file: PyYAML reads 100 kB a second at worst
+_LONG_NUMBER = re.compile(r"[0-9_:]{1000}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Position:
 
 class WrongStudy(UsageError):
     """All errors in a study.yaml, one per line."""
+
+    lines = True
 
     def __init__(self, problems: Sequence[Exception]):
         self.problems = tuple(problems)
@@ -166,7 +172,8 @@ class _Tree:
         self.path = path
         self.positions: dict[Location, Position] = {}
         try:
-            self.loader = yaml.SafeLoader(path.read_text())
+            self.loader = yaml.SafeLoader(read_bytes(path, MOST_BYTES).decode())
+            self._refuse_long()
             node = self.loader.get_single_node()
             if node is not None:
                 self._refuse_what_multiplies(node)
@@ -176,9 +183,21 @@ class _Tree:
             raise self._no_yaml(error) from error
         except RecursionError as error:
             raise UsageError("STUDY.yaml", got=path, expected="values that are not nested as deeply") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UsageError:
+            raise
+        except MegatronPruneError as error:  # of the file itself
+            raise UsageError("STUDY.yaml", got=path, expected="a small text file", why=str(error)) from error
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date or number that is none
             why = " ".join(str(error).split())
             raise UsageError("STUDY.yaml", got=path, expected="valid YAML", why=why) from error
+
+    def _refuse_long(self) -> None:
+        """UsageError for a word that YAML would take for a number in base 60: reading it takes quadratic time."""
+        for number, line in enumerate(self.loader.buffer.split("\n"), start=1):
+            if _LONG_NUMBER.search(line):
+                raise UsageError(
+                    f"{Position(str(self.path), number)}", got="a number of thousands of digits", expected="a value"
+                )
 
     def _no_yaml(self, error: yaml.MarkedYAMLError) -> UsageError:
         mark = error.problem_mark or error.context_mark
@@ -244,6 +263,8 @@ class _Tree:
 
     def _value(self, node: yaml.Node, at: Location) -> Any:
         """The value of a node; the lines of its keys are added to ``positions``."""
+        if not isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("seq", "map"):
+            raise UsageError(f"{self._line(node)}", got=f"the tag {node.tag}", expected="a list or keys without a tag")
         if isinstance(node, yaml.SequenceNode):
             values = []
             for number, one in enumerate(node.value):

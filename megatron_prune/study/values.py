@@ -6,6 +6,7 @@ Each is a type that pydantic reads strictly; alternative notations are normalise
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -96,6 +97,8 @@ CHOSEN = ("method", "pattern", "ratio", "ratio-of")
 
 def parse_tokens(value: Any) -> Any:
     """``410_000``, ``"410k"``, ``"1.5M"``, ``"50B"``, ``"1e9"`` → a whole number of tokens."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a finite number of tokens")
     return count(value) if isinstance(value, str) else round(value) if isinstance(value, float) else value
 
 

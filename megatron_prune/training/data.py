@@ -196,6 +196,8 @@ def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> 
     """A stream with the run's sequence length and masking flags; collective if there is a process group."""
     from megatron.training import get_tokenizer
 
+    for _, prefix in parse_blend(blend):
+        indexed.limit(prefix, vocabulary(vars(args)))
     resets = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
     return Stream.build(
         blend,
@@ -276,5 +278,15 @@ def _megatron_datasets(args: argparse.Namespace, num_samples: list[int], vp_stag
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+
+    class Vetted(GPTDataset):  # type: ignore[misc]
+        """Refuses token ids outside the vocabulary, in everything that is read."""
+
+        @staticmethod
+        def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
+            indexed.limit(dataset_path, vocabulary(vars(args)))
+            return indexed.vetted(GPTDataset.build_low_level_dataset(dataset_path, config), dataset_path)
+
+    Vetted.__name__ = GPTDataset.__name__  # which is part of the names of Megatron's caches
+    kind = MockGPTDataset if args.mock_data else Vetted
     return BlendedMegatronDatasetBuilder(kind, num_samples, partial(needs_data, vp_stage), config).build()

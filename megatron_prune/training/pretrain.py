@@ -12,6 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from megatron_prune.artifacts import copy_directory, explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError, UsageError
@@ -62,6 +64,11 @@ def train(own: verbs.PretrainSettings, words: Sequence[str]) -> int:
 def run(args: argparse.Namespace, learner: Learner | None = None) -> int:
     """The same for parsed arguments; ``learner`` learns masks as it goes on."""
     save = storage.path(args.save) if args.save else None
+    with nullcontext() if save is None else writing(save, "training", args.rank):
+        return _run(args, save, learner)
+
+
+def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -> int:
     if save is not None:
         refuse_other_run(save, _identity(args))
     chosen = choose(args)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import DTYPES, FORMATS, TOKEN_TYPES, TOKENIZERS, IntegritySettings, WorkersSettings
+from megatron_prune.verbs.shared import (
+    DTYPES,
+    FORMATS,
+    TOKEN_TYPES,
+    TOKENIZERS,
+    IntegritySettings,
+    NonFiniteSettings,
+    WorkersSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportSettings(WorkersSettings):
+class ImportSettings(NonFiniteSettings, WorkersSettings):
     TITLE = "files"
 
     hf: str = setting(metavar="DIR", help="model directory with safetensors, or a name on the Hub")
@@ -25,7 +33,7 @@ class ImportSettings(WorkersSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(WorkersSettings, IntegritySettings):
+class ExportSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
@@ -33,7 +41,7 @@ class ExportSettings(WorkersSettings, IntegritySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteSettings(WorkersSettings, IntegritySettings):
+class RewriteSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")

@@ -10,6 +10,7 @@ from megatron_prune.verbs.shared import (
     DTYPES,
     CalibrationTextSettings,
     IntegritySettings,
+    NonFiniteSettings,
     SparsitySettings,
     TargetSettings,
     WorkersSettings,
@@ -66,7 +67,7 @@ class PlanSettings(TargetSettings, MethodSettings, PlanFilesSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplySettings(WorkersSettings, IntegritySettings):
+class ApplySettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent that the plan was made for")
@@ -82,12 +83,12 @@ class PrunedBySettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparsifySettings(CalibrationTextSettings, SparsitySettings, PrunedBySettings):
+class SparsifySettings(NonFiniteSettings, CalibrationTextSettings, SparsitySettings, PrunedBySettings):
     """``sparsify``; --load, --save and --seed are Megatron's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(CalibrationTextSettings, SparsitySettings, TargetSettings, PrunedBySettings):
+class PruneSettings(NonFiniteSettings, CalibrationTextSettings, SparsitySettings, TargetSettings, PrunedBySettings):
     """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
 
 

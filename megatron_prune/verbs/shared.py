@@ -121,6 +121,13 @@ class WorkersSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NonFiniteSettings(Settings):
+    TITLE = "work"
+
+    allow_non_finite: bool = setting(False, help="let NaN and infinities among the weights pass")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntegritySettings(Settings):
     TITLE = "work"
 

@@ -76,8 +76,8 @@ def test_every_public_name_loads(name):
     assert getattr(megatron_prune, name).__name__ == name
 
 
-# Folders of tests that belong to no room: the layering, real models, other environments, measurements.
-APART = {"benchmarks", "gpu", "house", "interop", "llama31", "mutation", "smollm2", "te"}
+# Folders of tests that belong to no room: the layering, bad inputs, real models, other environments, measurements.
+APART = {"benchmarks", "fuzz", "gpu", "house", "interop", "llama31", "mutation", "smollm2", "te"}
 
 
 def test_folders_of_tests_have_the_names_of_rooms():

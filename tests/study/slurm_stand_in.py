@@ -30,7 +30,7 @@ Verb = Callable[[Sequence[str], Path], int]  # the words after ``python -m megat
 
 SBATCH = """#!/bin/bash
 jobs={jobs}; after=
-limit={limit}; [ ! -f $limit ] || [ $(squeue --me --noheader '--format=%i|%j|%T' | wc -l) -lt $(cat $limit) ] || {{
+limit={limit}; [ ! -f $limit ] || [ $(squeue --me --noheader '--format=%i %T %j' | wc -l) -lt $(cat $limit) ] || {{
   echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }}
 for word in "$@"; do
   case $word in
@@ -58,10 +58,10 @@ setsid bash -c '
 echo "$id;cluster"
 """
 SQUEUE = """#!/bin/bash
-[ "$*" = "--me --noheader --format=%i|%j|%T" ] || {{ echo "squeue: unknown $*" >&2; exit 1; }}
+[ "$*" = "--me --noheader --format=%i %T %j" ] || {{ echo "squeue: unknown $*" >&2; exit 1; }}
 for job in {jobs}/*/; do
   job=${{job%/}}
-  [ -f $job/state ] && [ ! -f $job/end ] && echo "${{job##*/}}|$(cat $job/name)|$(cat $job/state)"
+  [ -f $job/state ] && [ ! -f $job/end ] && echo "${{job##*/}} $(cat $job/state) $(cat $job/name)"
 done
 exit 0
 """

@@ -381,3 +381,13 @@ def test_a_lock_that_cannot_be_had(tmp_path, prefixes, monkeypatch, code: int, e
     job = ["bash", slurm.write_script(made, places, parent)]
     done = subprocess.run(job, env=environment, capture_output=True, text=True)
     assert done.returncode == ends and says in done.stdout + done.stderr
+
+
+def test_a_name_in_the_queue_may_hold_any_character(monkeypatch) -> None:
+    """Other jobs of this user are in the answer too, and are called what they like."""
+    answer = "12 RUNNING a|b|c\n13_4 PENDING two words\n14 COMPLETING \n\n15 PENDING study@abc/cell\n"
+    monkeypatch.setattr(slurm, "_ask", lambda words: answer)
+    assert slurm._queue() == [
+        ("12", "a|b|c", "RUNNING"), ("13_4", "two words", "PENDING"), ("14", "", "COMPLETING"),
+        ("15", "study@abc/cell", "PENDING"),
+    ]  # fmt: skip

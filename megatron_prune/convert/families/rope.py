@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 # Fixed in Megatron's Llama 3 scaling, which only lets the factor be chosen.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -28,11 +29,14 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
     """
     given = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(part, Mapping) for part in given):
-        raise CheckpointError(f"config.json has RoPE parameters {given!r:.60}, expected an object")
+        raise CheckpointError(f"config.json has RoPE parameters {show(given)}, expected an object")
     rope: dict[str, Any] = {key: value for part in given for key, value in part.items()}
     for key in ("rope_theta", "factor", "partial_rotary_factor", "beta_fast", "beta_slow"):
-        if not is_number(rope.get(key, 1.0)):
-            raise CheckpointError(f"config.json has RoPE parameters with {key}={rope[key]!r:.60}, expected a number")
+        found = rope.get(key, 1.0)
+        if not is_number(found) or not found:
+            raise CheckpointError(
+                f"config.json has RoPE parameters with {key}={show(found)}, expected a positive number"
+            )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     percent = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if not is_number(percent) or not 0 < percent <= 1 or (percent != 1 and not partial):
@@ -50,8 +54,8 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
     }
     if kind == "default":
         return read
-    if kind not in ("linear", "llama3", "yarn"):
-        raise CheckpointError(f"config.json has RoPE scaling of type {kind!r}, expected {KINDS}")
+    if not isinstance(kind, str) or kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(f"config.json has RoPE scaling of type {show(kind)}, expected {KINDS}")
     if "factor" not in rope:
         raise CheckpointError(f"config.json has RoPE scaling of type {kind} without its factor")
     factor = rope["factor"]
@@ -65,12 +69,12 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
         for key, expected in _LLAMA3.items():
             if rope.get(key, expected) != expected:
                 raise CheckpointError(
-                    f"config.json has RoPE scaling with {key}={rope[key]}, but Megatron only supports {expected}"
+                    f"config.json has RoPE scaling with {key}={show(rope[key])}, but Megatron only supports {expected}"
                 )
         return read | {"rope_scaling_factor": float(factor)}
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
-            raise CheckpointError(f"config.json has YaRN with {key}={rope[key]}, expected it to be left out")
+            raise CheckpointError(f"config.json has YaRN with {key}={show(rope[key])}, expected it to be left out")
     return read | {
         "position_embedding_type": "yarn",
         "rotary_scaling_factor": float(factor),

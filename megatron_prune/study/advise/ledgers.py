@@ -14,16 +14,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from pydantic import Field, PositiveInt
 
 from megatron_prune import artifacts
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis import scaling_laws
 from megatron_prune.study.analysis.scaling_laws import Arms
 from megatron_prune.study.grid import SUBJECT, Subject, label
+from megatron_prune.untrusted import check, show
 
 SHIPPED = Path(__file__).with_name("quickstart.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
@@ -109,6 +111,41 @@ class Measurements:
     parent_flops_per_token: float | None = None  # of training
 
 
+class _Row(TypedDict):
+    cell: str
+    arm: str
+    status: str
+
+
+class _FinishedRow(_Row):
+    seed: int
+    tokens_train: PositiveInt
+    flops_train: PositiveInt
+    params: PositiveInt
+    removed_linears: float
+    removed_all: float
+    shape: str
+    test_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Compared(TypedDict):
+    method: str
+    pattern: str | None
+    ratio: float | None
+    setting: str
+    tokens: PositiveInt
+    seed: int
+    pruned: str
+    scratch: str
+    status: str
+
+
+class _Report(TypedDict):
+    study: str
+    rows: list[_Row]
+    comparisons: list[dict[str, Any]]
+
+
 def read(path: str | Path) -> Measurements:
     """A study's folder, its ``results.json``, or a compact one. UsageError where there is nothing to read."""
     path = Path(path)
@@ -118,10 +155,18 @@ def read(path: str | Path) -> Measurements:
     content = artifacts.read_json(file)
     if not isinstance(content, dict) or not {"study", "rows", "comparisons"} <= set(content):
         raise UsageError("--ledger", got=file, expected="the results.json of a study's report")
+    check(_Report, content, str(file))
     if any(key not in made for made in content["comparisons"] for key in COMPARISON):
         raise UsageError("--ledger", got=f"{file}, of another version", expected="a report written by this one: "
                          "`study report` writes it again")  # fmt: skip
     rows = {row["cell"]: row for row in content["rows"] if row["status"] == "finished"}
+    for number, made in enumerate(content["comparisons"]):
+        check(_Compared, made, f"{file}: comparison {number}")
+        for cell in (made["pruned"], made["scratch"]) if made["status"] == "finished" else ():
+            if cell not in rows:
+                raise MegatronPruneError(f"{file} is damaged: comparison {number} is of {show(cell)}, expected a row "
+                                         "that has finished")  # fmt: skip
+            check(_FinishedRow, rows[cell], f"{file}: row {show(cell)}")
     parents = [row for row in content["rows"] if row["arm"] == "parent"]
     curves = _curves(content["comparisons"], rows)
     if not parents or not curves:

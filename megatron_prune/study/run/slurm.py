@@ -180,14 +180,15 @@ def _queue(*, strict: bool = False) -> list[tuple[str, str, str]]:
     """This user's jobs: id, name, state. If the queue does not answer, retry later, unless ``strict``."""
     while True:
         try:
-            lines = _ask(["squeue", "--me", "--noheader", "--format=%i|%j|%T"]).splitlines()
+            lines = _ask(["squeue", "--me", "--noheader", "--format=%i %T %j"]).splitlines()
         except RunError:
             if strict:
                 raise
             time.sleep(5)
             continue
-        job_lines = [line.strip().split("|") for line in lines if line.strip()]
-        return [(job, name, state) for job, name, state in job_lines]
+        # The name comes last: it can hold any character, job numbers and states hold no space.
+        found = [line.strip().split(" ", 2) for line in lines]
+        return [(words[0], words[2] if len(words) > 2 else "", words[1]) for words in found if len(words) > 1]
 
 
 def _ask(words: Sequence[str]) -> str:
