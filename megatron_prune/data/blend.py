@@ -84,6 +84,48 @@ def samples_per_epoch(corpora: Sequence[Corpus], seq_length: int) -> int:
     return sum(lengths) if weights is None else blend_length(weights, lengths)
 
 
+def member_of(corpora: Sequence[Corpus], seq_length: int, samples: int) -> np.ndarray:
+    """The corpus that each of the first ``samples`` samples of an epoch comes from, int16, from token counts alone."""
+    weights = shares(corpora)
+    lengths = [(indexed.tokens(indexed.open_indexed(c.prefix)) - 1) // seq_length for c in corpora]
+    if len(corpora) == 1 or not samples:
+        return np.zeros(samples, dtype=np.int16)
+    size = samples if weights is not None else sum(lengths)
+    member, taken = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+    if weights is not None:
+        helpers.build_blending_indices(member, taken, list(weights), len(weights), size, False)
+    else:
+        helpers.build_exhaustive_blending_indices(member, taken, np.array(lengths, dtype=np.int64), len(lengths))
+    return member[:samples]
+
+
+def ranges(corpora: Sequence[Corpus], seq_length: int, start: int, end: int) -> list[list[int]]:
+    """By corpus, which of its own samples the samples [start, end) of an epoch are: [first, end) of each."""
+    member = member_of(corpora, seq_length, end)
+    until, before = (np.bincount(part, minlength=len(corpora)) for part in (member, member[:start]))
+    return [list(pair) for pair in zip(before.tolist(), until.tolist(), strict=True)]
+
+
+def after(corpora: Sequence[Corpus], seq_length: int, ends: Sequence[int]) -> int:
+    """The first sample of an epoch from which on no corpus gives a sample before its ``ends``."""
+    samples = samples_per_epoch(corpora, seq_length)
+    member = member_of(corpora, seq_length, samples)
+    found = 0
+    for number, end in enumerate(ends):
+        places = np.flatnonzero(member == number)
+        if end:
+            found = max(found, int(places[end - 1]) + 1 if end <= len(places) else samples)
+    return found
+
+
+def intersecting(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
+    """(corpus, first, end) of samples that are in both lists of ranges by corpus; None if there are none."""
+    for corpus, ((a, b), (c, d)) in enumerate(zip(one, other, strict=True)):
+        if max(a, c) < min(b, d):
+            return corpus, max(a, c), min(b, d)
+    return None
+
+
 def shares(corpora: Sequence[Corpus]) -> list[float] | None:
     """Weights that sum to one; None for a single member, or if members are drawn in proportion to their length."""
     weights = [c.weight for c in corpora]

@@ -198,6 +198,12 @@ class Stream:
         return BlendedDataset(datasets, self._weights, artifacts.read_json(path)["samples"], config)
 
     @property
+    def members(self) -> list[GPTDataset]:
+        """The corpora of a stream of one epoch, each with its own samples in its own order."""
+        (part,) = self.parts
+        return list(part.datasets) if isinstance(part, BlendedDataset) else [part]
+
+    @property
     def samples_per_epoch(self) -> int:
         """Samples per epoch, the same for all epochs: it depends on token counts, not on their order."""
         return len(self.parts[0])
@@ -211,6 +217,14 @@ class Stream:
         epoch, position = divmod(int(sample), self.samples_per_epoch)
         found: dict[str, Any] = self.parts[epoch][position]
         return found
+
+    def ranges(self, start: int, end: int) -> list[list[int]] | None:
+        """By corpus, which of its own samples the samples [start, end) are; None for one corpus or several epochs."""
+        part = self.parts[0]
+        if self.epochs > 1 or not isinstance(part, BlendedDataset):
+            return None
+        until, before = (np.bincount(part.dataset_index[:n], minlength=len(self.corpora)) for n in (end, start))
+        return [list(pair) for pair in zip(before.tolist(), until.tolist(), strict=True)]
 
     def describe(self) -> dict[str, Any]:
         """The description of the stream in an account (JSON); includes ``samples`` once the stream is built."""

@@ -36,6 +36,7 @@ from megatron_prune.settings import Settings, add_flags, nearest
 _POSITIVE = (
     "seed", "global_batch_size", "micro_batch_size", "seq_length", "stream_epochs", "save_interval", "eval_interval",
     "log_interval", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "dynamic_batch_every", "domain_samples",
 )  # fmt: skip
 _NOT_NEGATIVE = ("eval_iters", "stream_permutation_seed", "random_masks")
 _SEEDS = ("seed", "stream_permutation_seed")  # NumPy's have 32 bits

@@ -108,11 +108,17 @@ def ramped(sparsity: float, step: int, ramp: int) -> float:
     return sparsity * min(1.0, step / ramp) if ramp > 0 else sparsity
 
 
-def factors(log_alpha: torch.Tensor, kept: int) -> torch.Tensor:
+def expected_size(log_alpha: torch.Tensor) -> torch.Tensor:
+    """How many units of every row are expected to stay, int64 [rows …]."""
+    return probability(log_alpha).sum(-1).round().long()
+
+
+def factors(log_alpha: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
     """z without drawing, as a model is evaluated and cut: of every row the ``kept`` highest keep σ(0.8·log α/T), the
-    others are 0. Between equals the lower index stays."""
-    order = log_alpha.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-    stays = torch.zeros_like(log_alpha).scatter(-1, order, 1)
+    others are 0. Between equals the lower index stays. ``kept``: one number, or one for each row, [rows …]."""
+    order = log_alpha.sort(dim=-1, descending=True, stable=True).indices
+    place = order.argsort(dim=-1)  # of every unit in its row's order
+    stays = place < (kept if isinstance(kept, int) else kept[..., None])
     return torch.sigmoid(log_alpha * SHARPNESS / TEMPERATURE) * stays
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
+from megatron_prune.data import schedule
 from megatron_prune.study.grid import TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
@@ -19,14 +20,10 @@ from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA, MethodSection
 
 SAVES_WHEN_TOLD = "--exit-signal-handler"
-LEARNING = (
-    "mask-lr",
-    "mask-ramp",
-    "multiplier-lr",
-    "lr",
-    "weight-decay",
-    "global-batch-size",
-)  # settings of `learn-masks` alone
+DYNAMIC = ("dynamic-batch-every", "domain-validation", "reference-losses", "domain-samples")
+LEARNING = (  # settings of `learn-masks` alone
+    "mask-lr", "mask-ramp", "multiplier-lr", "lr", "weight-decay", *DYNAMIC, "global-batch-size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,12 @@ def training(
     """
     if shape is not None:
         sizes = {name.replace("_", "-"): value for name, value in shape.to_args().items()}
-        start = flags(study.parent.flags | sizes)
+        start = flags(study.parent.flags | sizes) + batches(study, places, cell)
         return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
     source = str(places.checkpoint(pruning.cell))
     start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []
+    start += batches(study, places, cell)
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
 
 
@@ -95,6 +93,16 @@ def needs_no_pruning(study: StudyConfig, cell: TrainingCell) -> bool:
     return (
         cell.kind == "scratch" and not cell.masked and study.parent.pretrain is not None and said.isdisjoint(BY_LAYER)
     )
+
+
+def batches(study: StudyConfig, places: Places, cell: TrainingCell) -> list[str]:
+    """Flags of dynamic batch loading, for the runs that are compared."""
+    dynamic = study.recipe.dynamic_batch
+    if dynamic is None or cell.kind == "retrained":
+        return []
+    if cell.follows is not None:
+        return flags({"batch-schedule": str(places.checkpoint(cell.follows) / schedule.FILE)})
+    return flags(dynamic.flags)
 
 
 def _pretrain(

@@ -24,6 +24,7 @@ import numpy as np
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.data.schedule import FILE, Schedule
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ALLOWED
 
@@ -50,6 +51,7 @@ def check_account(path: Path) -> None:
                 f"{path}: {name}: expected {follows:,} by its {account['steps']} steps of "
                 f"{account['global_batch_size']} x {length}, got {found:,}"
             )
+    _check_schedule(path, account)
     losses = path.parent / "losses.csv"
     rows = _rows(losses)
     expected = [(step, step * account["global_batch_size"]) for step in range(1, account["steps"] + 1)]
@@ -61,6 +63,20 @@ def check_account(path: Path) -> None:
         loss = float(row["loss"])
         if (loss if math.isfinite(loss) else None) != account[name]:
             raise AccountError(f"{path}: {name} is {account[name]}, but {loss} in {losses.name}")
+
+
+def _check_schedule(path: Path, account: Mapping[str, Any]) -> None:
+    """AccountError if a schedule of batches in an account is not the one in the file next to it."""
+    if (said := account.get("schedule")) is None:
+        return
+    held = Schedule.read(path.parent / FILE)
+    for name, found, follows in (
+        ("schedule", said["hash"], held.hash),
+        ("blocks of the schedule", said["blocks"], held.to_json()["blocks"]),
+        ("domains", account["domains"], held.domains),
+    ):
+        if found != follows:
+            raise AccountError(f"{path}: {name}: expected {follows}, by the {FILE} next to it, got {found}")
 
 
 def check_scores(path: Path, corpora: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ from megatron_prune.study.prunings import (
     Pruning,
     calibration_cell,
     calibration_tokens,
+    learning_batch,
     learning_samples,
     links,
     parent_cells,
@@ -44,6 +45,7 @@ from megatron_prune.study.prunings import (
     source_cell,
 )
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.training import batch_flags
 
 Verb = Callable[[list[str]], int]  # a verb of the command line
 
@@ -209,7 +211,9 @@ def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
         if run.id not in between:
             shape = outlook.targets.get(run.source.name)
             free = shape is not None and commands.needs_no_pruning(study, run)
-            yield training(run.id, run.samples, shape, retained, () if free else (run.source.cell,))
+            needed = (*([] if free else [run.source.cell]), *([] if run.follows is None else [run.follows]))
+            made = training(run.id, run.samples, shape, retained, needed)
+            yield replace(made, evaluation=made.evaluation + _measuring(study, run, shape))
 
 
 def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
@@ -230,8 +234,14 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
     elif needs.scores:
         flops = None  # the number of candidates is not known yet
     parameters = None if shape is None else shape.parameters()
+    every: Any = link.method.settings.get("dynamic-batch-every")
+    evaluation = _evaluation(study, shape)
+    if every is not None and before is not None:
+        steps = needs.learning // study.data.seq_length // learning_batch(study, link.method)
+        samples: Any = link.method.settings.get("domain-samples", batch_flags.DEFAULT_SAMPLES)
+        evaluation += _measured(study, steps, int(every), int(samples), before)
     return Estimate(
-        link.cell, tokens=own, flops=flops, evaluation=_evaluation(study, shape), parameters=parameters,
+        link.cell, tokens=own, flops=flops, evaluation=evaluation, parameters=parameters,
         storage=stored, after=tuple(after),
     )  # fmt: skip
 
@@ -240,6 +250,19 @@ def _evaluation(study: StudyConfig, shape: ModelShape | None) -> int:
     """FLOPs of a cell's evaluation on all corpora, without tasks; 0 while the shape is not known."""
     windows = study.evaluation.windows * len(commands.scored_corpora(study))
     return windows * shape.forward_flops(study.evaluation_seq_length) if shape else 0
+
+
+def _measuring(study: StudyConfig, run: grid.TrainingCell, shape: ModelShape | None) -> int:
+    """FLOPs of the losses that a run measures for dynamic batch loading."""
+    dynamic = study.recipe.dynamic_batch
+    if dynamic is None or run.follows is not None or shape is None:
+        return 0
+    return _measured(study, run.samples.steps, dynamic.every, dynamic.samples, shape)
+
+
+def _measured(study: StudyConfig, steps: int, every: int, samples: int, shape: ModelShape) -> int:
+    """FLOPs of the losses on every corpus, after each ``every`` steps but the last."""
+    return (steps - 1) // every * samples * len(study.data.train) * shape.forward_flops(study.data.seq_length)
 
 
 def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:

@@ -35,7 +35,8 @@ class TrainingCell:
 
     ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``: its
     masks too. ``others`` are prunings of the same shape that share a scratch run. ``retrained`` marks runs between
-    links: they are not compared, and the next link starts from them.
+    links: they are not compared, and the next link starts from them. ``follows``: the cell whose schedule of batches a
+    scratch run follows.
     """
 
     id: str
@@ -46,6 +47,7 @@ class TrainingCell:
     lr: float
     masked: bool = False
     others: tuple[Pruning, ...] = ()
+    follows: str | None = None
 
 
 # Comparisons that agree in these are one; a verdict on one budget also has its tokens.
@@ -186,17 +188,27 @@ def expand(
                         samples = _samples(lay, setting, retrain, pruning, shapes, consumed, spent or {})
                     scratch: dict[float, str] = {}
                     if samples is not None:
-                        what = f"{_scratch_tag(pruning, against, shape)}-{setting}-t{samples.steps * lay.batch.tokens}"
+                        tag = _scratch_tag(pruning, against, shape)
+                        if follows(study, setting):  # its samples are those of one pruned run
+                            tag += f"-follows-{pruning.name.rsplit('-s', 1)[0]}-t{retrain.steps * lay.batch.tokens}"
+                        what = f"{tag}-{setting}-t{samples.steps * lay.batch.tokens}"
                         scratch = _swept(study, f"scratch-{what}-s{pruning.seed}")
                     for rate, name in scratch.items():
                         assert samples is not None
-                        masked = against == "masked"
-                        _add(cells, TrainingCell(name, "scratch", pruning, samples, pruning.seed, rate, masked))
+                        masked, leader = against == "masked", pruned[rate] if follows(study, setting) else None
+                        cell = TrainingCell(name, "scratch", pruning, samples, pruning.seed, rate, masked, (), leader)
+                        _add(cells, cell)
                     swept = tuple((rate, name, scratch.get(rate)) for rate, name in pruned.items())
                     first = swept[0]
                     made = Comparison(pruning, setting, against, budget, pruning.seed, first[1], first[2], reason)
                     comparisons.append(replace(made, swept=swept) if len(swept) > 1 else made)
     return Grid(tuple(cells.values()), tuple(comparisons))
+
+
+def follows(study: StudyConfig, setting: Setting) -> bool:
+    """Whether a setting's scratch runs follow the schedule of batches of their pruned run."""
+    dynamic = study.recipe.dynamic_batch
+    return dynamic is not None and dynamic.scratch == "follow" and setting == "equal-training"
 
 
 def between(study: StudyConfig, lay: Lay) -> Iterator[TrainingCell]:

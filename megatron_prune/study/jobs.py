@@ -266,7 +266,7 @@ def _training(
             _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
-        after=() if free else (source.cell,),
+        after=(*([] if free else [source.cell]), *([] if cell.follows is None else [cell.follows])),
         weight=cell.samples.steps * flops,
         about={"arm": cell.kind, "seed": cell.seed, "lr": cell.lr, "compared": list(compared)},
     )

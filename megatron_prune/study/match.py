@@ -2,7 +2,8 @@
 
 *Equal training*: the same samples of the same stream in the same order, the same batch, length and
 steps, the same shape, and every resolved argument equal outside ``ALLOWED``. (Where masks were learned by training,
-scratch has as many steps more, from the same first sample on.) *Equal total*: the same
+scratch has as many steps more, from the same first sample on. Where batches are loaded dynamically, scratch has
+followed the pruned run's schedule, or the study asks that each has its own, by the same rule.) *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
 step or 0.1%. *Equal FLOPs*: the same with executed FLOPs instead of tokens. In all settings a sparse model is retrained
@@ -27,6 +28,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Line, Runs
 from megatron_prune.study.sample_ranges import counted
@@ -108,7 +110,7 @@ def _refuse_another_sum(runs: Runs, setting: str, unit: str, known: int, declare
 def _common(runs: Runs, setting: str) -> list[Line]:
     return [
         runs.began(setting), *runs.held(setting), *unseen(runs, setting), behind(runs, setting),
-        runs.text(setting), *runs.rates(setting), *runs.environments(),
+        *runs.schedules(setting), runs.text(setting), *runs.rates(setting), *runs.environments(),
     ]  # fmt: skip
 
 
@@ -154,6 +156,15 @@ def unseen(runs: Runs, setting: str) -> list[Line]:
             ours, theirs = (", ".join(prefix for _, prefix in one["blend"]) for one in (own, stream))
             verdict = "other corpora: a study whose corpora share documents with them is refused"
             lines.append(Line(f"text of {who}", ours, theirs, verdict))
+        elif stage.get("batching") or runs.pruned.get("batching"):
+            ours_of, theirs_of = runs.pruned.get("domains"), stage.get("domains")
+            if ours_of is None or theirs_of is None:
+                raise runs.refuse(setting, "domains", "an account does not say which samples of each corpus it read")
+            if shared := intersecting(ours_of, theirs_of):
+                corpus, first, end = shared
+                why = f"{runs.pruned_name} retrains on samples of which {who} saw {first}:{end} of corpus {corpus + 1}"
+                raise runs.refuse(setting, "domains", why)
+            lines.append(Line(field.replace("range", "ranges"), _ranges(ours_of), _ranges(theirs_of), "disjoint"))
         else:
             first, end = stage["range"]
             if max(first, start) < min(end, stop):
@@ -163,6 +174,11 @@ def unseen(runs: Runs, setting: str) -> list[Line]:
                 )
             lines.append(Line(field, f"{start}:{stop}", f"{first}:{end}", "disjoint"))
     return lines
+
+
+def _ranges(domains: list[list[int]]) -> str:
+    """Of every corpus."""
+    return ", ".join(f"{first}:{end}" for first, end in domains)
 
 
 def behind(runs: Runs, setting: str) -> Line:

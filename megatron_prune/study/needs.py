@@ -23,7 +23,7 @@ from megatron_prune.structured import choice as choices
 from megatron_prune.study import commands
 from megatron_prune.study.prunings import learning_batch
 from megatron_prune.study.schema import StudyConfig
-from megatron_prune.study.sections import MethodSection
+from megatron_prune.study.sections import MethodSection, check_domains
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,15 @@ def _learning(study: StudyConfig, method: MethodSection, ratio: float | None, ba
             expected=f"the tokens that its masks are learned on, a multiple of the {batch} of a global batch",
         )
     structured(study, method, ratio)
+    own_batches = {name: method.settings[name] for name in commands.DYNAMIC if name in method.settings}
+    where = f"methods.{method.tag}.settings"
+    verbs.BatchScheduleSettings.read(own_batches, where)
+    if own_batches:
+        names = ("domain-validation", "reference-losses")
+        check_domains(study.data, where, **{name: own_batches.get(name) for name in names})
     for name in commands.LEARNING:
+        if name in commands.DYNAMIC:
+            continue
         value: Any = method.settings.get(name, 1)
         kind = int if name == "global-batch-size" else float
         try:

@@ -16,7 +16,7 @@ from megatron_prune import artifacts, storage
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.config import args_from_config, find_config
-from megatron_prune.data import indexed
+from megatron_prune.data import blend, indexed
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.structured import plan
 from megatron_prune.study import records
@@ -305,7 +305,15 @@ def end_on_stream(study: StudyConfig, stages: Sequence[Stage], *, planned: bool 
     if planned and absent_corpora(study):
         return max(int(stage["range"][1]) for stage in trainings)
     own = stream_of(study)["id"]
-    return max((stage["range"][1] for stage in trainings if stage["stream"]["id"] == own), default=0)
+    return max((_end_of(study, stage) for stage in trainings if stage["stream"]["id"] == own), default=0)
+
+
+def _end_of(study: StudyConfig, stage: Stage) -> int:
+    """The first sample of the stream after those of a stage; under dynamic batch loading, after those of any corpus."""
+    if not stage.get("batching"):
+        return int(stage["range"][1])
+    corpora = blend.members(blend.parse_blend(study.data.blend))
+    return blend.after(corpora, study.data.seq_length, [end for _, end in stage["domains"]])
 
 
 def stream_of(study: StudyConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ arguments, and those must be equal.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ ALLOWED: dict[str, str] = {
     # Set by pretrain if a run continues at another number of ranks (engine/optimizer_layout.py).
     "ddp_bucket_size": "how gradients are packed to be sent",
     "masks": "a path; which masks they are is compared by their hash",
+    **dict.fromkeys(
+        ("dynamic_batch_every", "domain_validation", "reference_losses", "domain_samples", "batch_schedule"),
+        "how batches are scheduled, which is compared by what came of it",
+    ),
     # Counters that Megatron keeps among its arguments. The range says what was consumed.
     "iteration": "progress at the last start",
     "curr_iteration": "progress at the last start",
@@ -94,7 +99,8 @@ class Runs:
     from elsewhere. ``between``: samples of the retrainings between links. ``texts``: the evaluation text of every run
     whose loss is shown. ``warmup``: the recipe's warm-up steps for a number of steps. ``masks``: hash of the pruning's
     masks, or None; ``dense``: the scratch run has no masks. ``swept``: both arms' accounts at every learning rate of a
-    sweep. ``scored``: the evaluation environment of each.
+    sweep. ``scored``: the evaluation environment of each. ``follows``: the scratch run has followed the pruned one's
+    schedule of batches.
     """
 
     pruned_name: str
@@ -110,6 +116,7 @@ class Runs:
     dense: bool = True
     swept: Mapping[float, tuple[Account, Account]] | None = None
     scored: tuple[Environment, Environment] = ({}, {})
+    follows: bool = False
 
     def refuse(self, setting: str, field: str, why: str) -> AccountError:
         return AccountError(
@@ -201,6 +208,30 @@ class Runs:
         )
         return Line("evaluation text", shown, shown)
 
+    def schedules(self, setting: str) -> list[Line]:
+        """How batches were drawn from the corpora: not at all dynamically, by one schedule, or by one rule."""
+        field = "schedule of batches"
+        ours, theirs = self.pruned.get("schedule"), self.scratch.get("schedule")
+        if ours is None and theirs is None:
+            return []
+        if ours is None or theirs is None:
+            fixed, dynamic = (self.pruned_name, self.scratch_name)[:: 1 if ours is None else -1]
+            raise self.refuse(setting, field, f"{fixed} has fixed proportions, those of {dynamic} changed")
+        if not self.follows:
+            if ours["settings"] != theirs["settings"]:
+                raise self.refuse(setting, field, f"{ours['settings']} against {theirs['settings']}")
+            return [Line(field, ours["hash"], theirs["hash"], "may differ: each arm has its own, by the same rule")]
+        for what, a, b in (
+            ("first samples of the corpora", ours["begins"], theirs["begins"]),
+            *((f"block of step {block['step']}", _drawn(block), _drawn(other))
+              for block, other in itertools.zip_longest(ours["blocks"], theirs["blocks"][: len(ours["blocks"])])),
+        ):  # fmt: skip
+            if a != b:
+                raise self.refuse(setting, field, f"{what}: {a} against {b}")
+        longer = len(theirs["blocks"]) > len(ours["blocks"])
+        verdict = f"equal in the {self.pruned['steps']:,} steps that both have" if longer else "equal"
+        return [Line(field, ours["hash"], theirs["hash"], verdict)]
+
     def environments(self) -> list[Line]:
         """Versions, devices and precision of both runs; differences are allowed."""
         trained = differences(of_account(self.pruned), of_account(self.scratch))
@@ -240,6 +271,11 @@ class Runs:
             else:
                 raise self.refuse(setting, f"arguments.{key}", f"{a} against {b}")
         return [*lines, Line("all other resolved arguments", same, same)]
+
+
+def _drawn(block: Mapping[str, Any] | None) -> Any:
+    """A block's first step, and how many samples of each corpus it has."""
+    return None if block is None else [block["step"], block["counts"]]
 
 
 def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str | None:

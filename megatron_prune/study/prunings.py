@@ -135,8 +135,15 @@ def links(study: StudyConfig) -> list[Pruning]:
 
 def learning_samples(study: StudyConfig, lay: Lay, pruning: Pruning) -> SampleRange:
     """What masks are learned on: samples after those of the longest retraining, which all prunings share, and after
-    what earlier links of a chain learned theirs on."""
-    longest = max(lay.retrain(budget, each.trained).end for budget in study.budgets for each in prunings(study))
+    what earlier links of a chain learned theirs on.
+
+    Under dynamic batch loading nobody knows how much of a corpus a retraining will read. There they come first, and the
+    retraining takes of every corpus the samples after these.
+    """
+    if study.recipe.dynamic_batch is not None:
+        longest = max(lay.parent_end + each.trained // lay.batch.seq_length for each in prunings(study))
+    else:
+        longest = max(lay.retrain(budget, each.trained).end for budget in study.budgets for each in prunings(study))
     start = longest + (pruning.base.learned if pruning.base else 0) // lay.batch.seq_length
     samples = (pruning.method.tokens or 0) // lay.batch.seq_length
     return SampleRange(start, start + samples, samples // learning_batch(study, pruning.method))

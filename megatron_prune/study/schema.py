@@ -235,6 +235,8 @@ class StudyConfig:
                 got=self.recipe.global_batch_size,
                 expected=f"a multiple of micro_batch_size x data parallel size = {batch}",
             )
+        if self.recipe.dynamic_batch is not None:
+            self.recipe.dynamic_batch.check(self.data, len(self.recipe.rates))
         for where, flags in (
             ("recipe.arguments", self.recipe.arguments),
             ("parent.pretrain.arguments", self.parent.pretrain.arguments if self.parent.pretrain else {}),

@@ -159,6 +159,61 @@ class Parent:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DynamicBatch:
+    """Dynamic batch loading (Sheared-LLaMA) in the compared runs, over the corpora of ``data.train``: every ``every``
+    steps their proportions change by the loss on ``validation`` over ``references``, one of each for every corpus.
+
+    ``references``: numbers, or a file as for ``pretrain --reference-losses``. ``samples``: of each validation corpus.
+    ``scratch: follow``: at equal training the scratch run reads what the pruned one has read, step by step; ``own``: it
+    has its own proportions, by its own losses, as it always has in other settings.
+    """
+
+    every: Positive
+    validation: list[str]
+    references: list[Annotated[float, Field(ge=0)]] | str
+    samples: Positive = 500
+    scratch: Literal["follow", "own"] = "follow"
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """For ``pretrain``."""
+        return {
+            "dynamic-batch-every": self.every,
+            "domain-validation": self.validation,
+            "reference-losses": self.references,
+            "domain-samples": self.samples,
+        }
+
+    def check(self, data: Data, rates: int) -> None:
+        """UsageError if the study's corpora or rates do not fit."""
+        where = "recipe.dynamic_batch"
+        check_domains(data, where, validation=self.validation, references=self.references)
+        if rates > 1 and self.scratch == "follow":
+            raise UsageError(
+                f"{where}.scratch", got="follow with several recipe.lr", expected="own",
+                why="each arm chooses its own rate, and the schedule to follow would be another run's",
+            )  # fmt: skip
+
+
+def check_domains(data: Data, where: str, **entries: Any) -> None:
+    """UsageError unless there are several corpora to train on, and each of ``entries`` has a value for each of them.
+    References may be the name of a file."""
+    corpora = len(data.train)
+    if corpora < 2 or data.epochs > 1:
+        raise UsageError(
+            where, got=f"{corpora} corpora in data.train and data.epochs {data.epochs}",
+            expected="it with at least two corpora and one epoch",
+            why="it changes their proportions, and reads every sample once",
+        )  # fmt: skip
+    for key, value in entries.items():
+        count = len(value) if isinstance(value, list) else 0
+        if count != corpora and not (isinstance(value, str) and key.startswith("reference")):
+            raise UsageError(
+                f"{where}.{key}", got=count, expected=f"{corpora} entries, one for each corpus of data.train"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """One training recipe for every arm. Warm-up and cosine horizon are fractions of each run's own steps; the warm-up
     has at most ``warmup_at_most`` steps.
@@ -175,6 +230,7 @@ class Recipe:
     warmup_at_most: Positive | None = None  # steps
     save_interval: Positive | None = None  # steps; None: at the end only
     arguments: Flags = dataclasses.field(default_factory=dict)
+    dynamic_batch: DynamicBatch | None = None
 
     def warmup_iters(self, steps: int) -> int:
         """Warm-up steps given to a run of ``steps``; 0 if it is given the fraction."""

@@ -25,7 +25,7 @@ from megatron_prune.study.prunings import Places, Pruning, learning_samples, lin
 from megatron_prune.study.sample_ranges import Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
-from megatron_prune.training import data, lineage
+from megatron_prune.training import batch_flags, data, lineage
 from megatron_prune.training.lineage import Stage
 
 Seen = list[dict[str, Any]]
@@ -51,6 +51,7 @@ def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int
     if study.parent.pretrain is not None:
         refusals.refuse_names(study.parent.pretrain.arguments, "parent.pretrain.arguments")
     outlook = look(study, places, planned=planned)
+    _check_dynamic(study, outlook)
     _check_masked(study, places, outlook)
     absent = absent_corpora(study)
     if planned and absent and corpus_tokens is None:
@@ -89,6 +90,19 @@ def _check_masked(study: StudyConfig, places: Places, outlook: Outlook) -> None:
                 expected="a seed other than the parent's for scratch runs under masks",
                 why="with the parent's seed they would begin with the weights that the masks were made from",
             )
+
+
+def _check_dynamic(study: StudyConfig, outlook: Outlook) -> None:
+    """UsageError for a run that would end before its proportions change for the first time."""
+    dynamic = study.recipe.dynamic_batch
+    if dynamic is None:
+        return
+    for cell in outlook.estimated_grid(study).cells:
+        if cell.kind != "retrained" and cell.follows is None and cell.samples.steps <= dynamic.every:
+            raise UsageError(
+                "recipe.dynamic_batch.every", got=dynamic.every, why="its proportions would never change",
+                expected=f"less than the {cell.samples.steps} steps of {cell.id}",
+            )  # fmt: skip
 
 
 def _first_seed(stages: Sequence[Stage]) -> int | None:
@@ -143,7 +157,7 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
             flag="evaluation.windows",
         )
     more = list(study.evaluation.corpora.values())
-    held_out = [data.calibration, data.validation, data.test]
+    held_out = [data.calibration, data.validation, data.test, *_domain_validation(study)]
     contamination.refuse_shared_documents([prefix for _, prefix in data.train], [*held_out, *more])
     for number, earlier in enumerate(held_out):  # no held-out text may be seen in an earlier stage
         later = [*held_out[number + 1 :], *(more if earlier != data.test else [])]
@@ -154,11 +168,27 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
     check_ranges(study, outlook, stream_of(study))
 
 
+def _domain_validation(study: StudyConfig) -> list[str]:
+    """The corpora that steer dynamic batch loading, each once; UsageError if one is too short."""
+    found: dict[str, None] = {}
+    asked = [("recipe.dynamic_batch", study.recipe.dynamic_batch.flags)] if study.recipe.dynamic_batch else []
+    asked += [(f"methods.{method.tag}.settings", method.settings) for method in study.methods]
+    for where, flags in asked:
+        prefixes: Any = flags.get("domain-validation", [])
+        count: Any = flags.get("domain-samples", batch_flags.DEFAULT_SAMPLES)
+        for prefix in prefixes:
+            windows.windows(prefix, study.data.seq_length, int(count), flag=f"{where}: the samples of each corpus")
+            found[prefix] = None
+    return list(found)
+
+
 def _check_near_duplicates(study: StudyConfig, limit: float, places: Places) -> None:
     """Refuse corpora that share too much; the report is kept, since it requires reading every training token."""
     data = study.data
     stages = {name: [getattr(data, name)] for name in ("calibration", "validation", "test")}
     stages["test"] += [prefix for prefix in study.evaluation.corpora.values() if prefix != data.test]
+    if steering := _domain_validation(study):
+        stages["domain validation"] = steering
     stages["train"] = [prefix for _, prefix in data.train]
     earlier = artifacts.read_json(places.overlap) if places.overlap.is_file() else None
     report = contamination.compare_stages(stages, max_near_duplicates=limit, earlier=earlier)
@@ -217,15 +247,16 @@ def _compare(study: StudyConfig, stage: Stage, prefix: str, content: str) -> Non
             if shared := contamination.shared_documents(prefix, own):
                 row, twin = shared[0]
                 raise DataError(
-                    f"{len(shared)} document(s) of data.{name} {own} are in {prefix}, which {stage['run']}, a training "
-                    f"behind the parent, read (document {twin} is its document {row}): take them out of data.{name}"
+                    f"{len(shared)} document(s) of {name} {own} are in {prefix}, which {stage['run']}, a training "
+                    f"behind the parent, read (document {twin} is its document {row}): take them out of {name}"
                 )
 
 
 def _corpora(study: StudyConfig) -> dict[str, list[str]]:
-    held: dict[str, Any] = {name: [getattr(study.data, name)] for name in ("calibration", "validation", "test")}
-    held |= {label: [prefix] for label, prefix in study.evaluation.corpora.items()}
-    return {"train": [prefix for _, prefix in study.data.train], **held}
+    found = {f"data.{name}": [getattr(study.data, name)] for name in ("calibration", "validation", "test")}
+    found |= {f"evaluation.corpora.{label}": [prefix] for label, prefix in study.evaluation.corpora.items()}
+    found["data.train"] = [prefix for _, prefix in study.data.train]
+    return found | {"domain validation": _domain_validation(study)}
 
 
 def _need_a_word(study: StudyConfig, stage: Stage, why: str) -> None:
@@ -272,8 +303,12 @@ def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> It
             seen = _behind(pruning, outlook, stream, before) + _learned(study, lay, pruning.base, stream)
             yield f"methods.{pruning.method.tag}'s masks", learning_samples(study, lay, pruning), seen
     for cell in outlook.estimated_grid(study).cells:
-        seen = _behind(cell.source, outlook, stream, before) + _learned(study, lay, cell.source, stream)
-        yield cell.id, cell.samples, [] if cell.kind == "scratch" else seen
+        samples, seen = cell.samples, _behind(cell.source, outlook, stream, before)
+        if study.recipe.dynamic_batch is not None and cell.kind == "pruned":  # it reads what masks have left
+            samples = replace(samples, end=samples.end + cell.source.learned // lay.batch.seq_length)
+        else:
+            seen += _learned(study, lay, cell.source, stream)
+        yield cell.id, samples, [] if cell.kind == "scratch" else seen
 
 
 def _learned(study: StudyConfig, lay: Lay, pruning: Pruning | None, stream: Mapping[str, Any]) -> Seen:

@@ -28,7 +28,9 @@ LOSSES = "losses.csv"
 COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
 
 # What must stay the same when a run resumes; all but the last two follow from the flags.
-_IDENTITY = ("range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "masks", "stream")
+_IDENTITY = (
+    "range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "batching", "masks", "stream",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,6 +54,9 @@ class Account:
     initial: dict[str, Any] | None
     lineage: list[dict[str, Any]]  # stages before this run, oldest first (training/lineage.py); none: random weights
     masks: str | None = None
+    domains: list[list[int]] | None = None  # of a blend: the samples of each corpus, in its own order, [first, end)
+    batching: dict[str, Any] | None = None  # what the flags say about a schedule of batches
+    schedule: dict[str, Any] | None = None  # and what came of it (training/scheduled_batches.py)
     complete: bool = False
     tokens: int = 0
     tokens_computed: int = 0  # including replayed steps once more

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.data import indexed
-from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
+from megatron_prune.data.blend import after, intersecting, members, parse_blend, ranges, samples_per_epoch
+from megatron_prune.data.schedule import ScheduledRange
 from megatron_prune.data.streams import Stream, StreamRange, parse_range, refuse_overlap
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import UsageError
+from megatron_prune.training import batch_flags
+from megatron_prune.training.scheduled_batches import ScheduledBatches
 
 
 def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
     """Derive the number of steps from the range and refuse flags that would contradict it."""
     if args.stream_range is None:
-        for flag in ("--stream-epochs", "--stream-permutation-seed", "--stream-seed", "--stream-allow-seen"):
+        for flag in (
+            "--stream-epochs", "--stream-permutation-seed", "--stream-seed", "--stream-allow-seen",
+            batch_flags.EVERY, batch_flags.FOLLOWS,
+        ):  # fmt: skip
             if given(argv, flag):
                 raise UsageError(flag, got="none", expected="--stream-range START:END with it")
         return
@@ -77,20 +84,30 @@ def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
         if given(argv, "--eval-iters") and args.eval_iters:
             raise UsageError("--eval-iters", got=args.eval_iters, expected="--valid-data-path with it, or 0")
         args.eval_iters = 0
+    prefixes = [prefix for _, prefix in parse_blend(train_blend(args))]
+    batch_flags.complete_arguments(args, prefixes, functools.partial(given, argv))
 
 
-def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> None:
+def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> list[int] | None:
     """Refuse a range beyond the stream's end, or one whose samples the start was already trained on.
 
     Runs before anything starts and needs only the corpora's sizes and ids, which must be in the model's vocabulary.
-    ``seen`` are the trainings in the lineage of the starting checkpoint. Raises UsageError and DataError.
+    ``seen`` are the trainings in the lineage of the starting checkpoint. A run under a schedule of batches begins after
+    what they read: the first sample of every corpus is returned. Raises UsageError and DataError.
     """
     if args.stream_range is None:
-        return
+        return None
     for _, prefix in parse_blend(train_blend(args)):
         indexed.check_fits_model(prefix, vocabulary(vars(args)))  # a dry run has no tokenizer yet
     stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
-    refuse_unfit(stream, parse_range(args.stream_range), [] if args.stream_allow_seen else seen)
+    seen = [] if args.stream_allow_seen else seen
+    if batch_flags.asked(args):
+        for earlier in seen:
+            if earlier["stream"] is not None and earlier["stream"]["id"] != stream["id"]:
+                refuse_unfit(stream, parse_range(args.stream_range), [earlier])
+        return batch_flags.begins(args, train_blend(args), seen)
+    refuse_unfit(stream, parse_range(args.stream_range), seen)
+    return None
 
 
 DEFAULT_SPLIT = "969, 30, 1"  # from Megatron's validate_args
@@ -153,9 +170,26 @@ def refuse_unfit(
             do="give more text, or declare more epochs with --stream-epochs",
         )
     for earlier in seen:
-        if earlier["stream"] is not None:
+        if earlier["stream"] is None:
+            continue
+        if earlier.get("batching") and earlier["stream"]["id"] == stream["id"]:
+            _refuse_read_dynamically(stream, samples, earlier, name)
+        else:
             own = {"stream": stream, "range": [start, end]}
             refuse_overlap(earlier, own, (f"the run {earlier['run']}, which {name} starts from,", name))
+
+
+def _refuse_read_dynamically(
+    stream: Mapping[str, Any], samples: tuple[int, int], earlier: Mapping[str, Any], name: str
+) -> None:
+    """UsageError if a run under a schedule of batches has read some of the samples; says from where on it has not."""
+    corpora = members([(weight, prefix) for weight, prefix in stream["blend"]])
+    if intersecting(earlier["domains"], ranges(corpora, stream["seq_length"], *samples)):
+        free = after(corpora, stream["seq_length"], [last for _, last in earlier["domains"]])
+        raise UsageError(
+            "--stream-range", got=f"{samples[0]}:{samples[1]}", expected=f"samples from {free} on",
+            why=f"{name} starts from {earlier['run']}, which loaded its batches dynamically and read some of these",
+        )  # fmt: skip
 
 
 def train_blend(args: argparse.Namespace) -> list[str]:
@@ -218,9 +252,9 @@ class Provider:
 
     is_distributed = True  # Megatron calls it on every rank
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.train: StreamRange | None = None
+    def __init__(self, args: argparse.Namespace, batches: ScheduledBatches | None = None):
+        self.args, self.batches = args, batches
+        self.train: StreamRange | ScheduledRange | None = None
         self._valid: StreamRange | None = None
 
     def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -233,11 +267,21 @@ class Provider:
             self._build(num_samples[1])
         return (self.train, self._valid, None) if needs_data(vp_stage) else (None, None, None)
 
+    def domains(self) -> list[list[int]] | None:
+        """By corpus, its samples that the run reads, so far under a schedule; None for one corpus or several epochs."""
+        if self.batches is not None and self.batches.schedule is not None:
+            return self.batches.schedule.domains
+        train = self.train
+        return train.stream.ranges(train.start, train.end) if isinstance(train, StreamRange) else None
+
     def _build(self, validation_samples: int | None) -> None:
         args = self.args
         start, end = parse_range(args.stream_range)
         stream = build_stream(args, train_blend(args), epochs=args.stream_epochs)
-        self.train = StreamRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
+        if self.batches is not None:
+            self.train = self.batches.begin(stream, functools.partial(build_stream, args, epochs=1))
+        else:
+            self.train = StreamRange(stream, start, end, args.stream_permutation_seed, args.global_batch_size)
         if args.valid_data_path and args.eval_iters:
             # For monitoring only (results come from `evaluate`), so it may repeat.
             one = build_stream(args, args.valid_data_path, epochs=1)

@@ -26,7 +26,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
-from megatron_prune.methods.sheared_llama import Kind, factors
+from megatron_prune.methods.sheared_llama import Kind, expected_size, factors
 from megatron_prune.training.mask_shards import REPLICATED, MaskShards
 
 
@@ -69,18 +69,21 @@ class Gated:
             for linear in (attention.linear_proj, mlp.linear_fc2):
                 self._after(linear, functools.partial(self._written, row))
 
-    def evaluation(self, log_alpha: Mapping[str, torch.Tensor]) -> Factors:
-        """What multiplies where nothing is drawn: exactly the target's units, with the factors that they keep.
+    def evaluation(self, log_alpha: Mapping[str, torch.Tensor], *, present: bool = False) -> Factors:
+        """What multiplies where nothing is drawn: exactly the target's units, with the factors that they keep; or, if
+        ``present``, as many units as are expected to stay now.
 
         Collective over tensor-parallel ranks: which units of a row stay, its other shards decide too."""
-        return Factors.of({kind.name: self._kept(kind, log_alpha[kind.name].detach()) for kind in self.shards.kinds})
+        kinds = self.shards.kinds
+        return Factors.of({kind.name: self._kept(kind, log_alpha[kind.name].detach(), present) for kind in kinds})
 
-    def _kept(self, kind: Kind, log_alpha: torch.Tensor) -> torch.Tensor:
+    def _kept(self, kind: Kind, log_alpha: torch.Tensor, present: bool) -> torch.Tensor:
         if kind.name in REPLICATED:
-            return factors(log_alpha, kind.kept)
+            return factors(log_alpha, expected_size(log_alpha) if present else kind.kept)
         parts = [torch.empty_like(log_alpha) for _ in range(self.shards.ranks)]
         torch.distributed.all_gather(parts, log_alpha, group=mpu.get_tensor_model_parallel_group())
-        return self.shards.own(kind, factors(self.shards.rows(kind, parts), kind.kept))
+        rows = self.shards.rows(kind, parts)
+        return self.shards.own(kind, factors(rows, expected_size(rows) if present else kind.kept))
 
     # -- what multiplies ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Learner:
         self._scheduler: Any = None
         self._optimizer: torch.optim.AdamW | None = None
         self._evaluated: Any = None  # the factors of an evaluation, until the next step
+        self._present = False
 
     # -- on Megatron ----------------------------------------------------------------------------------------------
 
@@ -180,8 +182,17 @@ class Learner:
 
     def _evaluation(self) -> Any:
         if self._evaluated is None:
-            self._evaluated = self._gated.evaluation(self.log_alpha)
+            self._evaluated = self._gated.evaluation(self.log_alpha, present=self._present)
         return self._evaluated
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Evaluate with as many units as are expected to stay now: the target's say little before they are reached."""
+        self._present, self._evaluated = True, None
+        try:
+            yield
+        finally:
+            self._present, self._evaluated = False, None
 
     # -- a step ---------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from, a list of stages, so that one file is enough when the earlier checkpoints 
     run          where it was written
     start, end   fingerprints of the weights before and after it; no start: random weights
     tokens       trained on, or read for pruning;   flops: executed
-    trained:     stream, range, steps, global_batch_size, seq_length, seed, and its recipe (``recipe_of``)
+    trained:     stream, range, steps, global_batch_size, seq_length, seed, and its recipe (``recipe_of``); over a blend
+                 the range of every corpus (``domains``), and how batches were scheduled (``batching``)
     pruned:      method, source (the shape before it), masks; learned: the training that learned what to cut, whose
                  tokens and flops are the stage's
 
@@ -49,7 +50,7 @@ _NOT_OF_THE_RECIPE = re.compile(
     r"|error_injection|rerun|msc|enable_msc|fim_|sft|let_zeros|use_checkpoint_args|fp32$|finetune|no_load"
     r"|verify_integrity|num_layers|hidden_size|num_attention_heads|num_query_groups|ffn_hidden_size|kv_channels"
     r"|encoder_|decoder_|start_eval|phase_transition|run_workload|data_parallel_size|max_tokens_to_oom|output_bert"
-    r"|use_legacy|enable_ft"
+    r"|use_legacy|enable_ft|domain_|batch_schedule"
 )
 
 
@@ -119,6 +120,7 @@ def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
         "tokens": account["tokens"],
         "flops": account["flops_executed"],
         "masks": account["masks"],
+        **{key: account[key] for key in ("domains", "batching") if account.get(key)},
         "recipe": recipe_of(account["arguments"]),
     }
 

@@ -27,7 +27,7 @@ from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError, UsageError
-from megatron_prune.training import lineage
+from megatron_prune.training import batch_flags, lineage
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
@@ -51,6 +51,7 @@ from megatron_prune.training.masked import (
     refuse_zeros_that_fill,
     say_that_masks_know_the_start,
 )
+from megatron_prune.training.scheduled_batches import ScheduledBatches
 
 if TYPE_CHECKING:
     from megatron_prune.training.learned_masks import Learner
@@ -82,17 +83,18 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
                 learner.finish(save, open_checkpoint(save).fingerprint(), _spent(args))
             screen.say(f"{save}: the run is complete at step {args.train_iters}; nothing to do")
         return 0
-    initial = _initial(args)
+    initial, first = _initial(args), None
     if args.rank == 0:
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
-        refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
+        first = refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
+    batches = ScheduledBatches(args, first, learner) if batch_flags.asked(args) else None
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone
-    return _train(args, save, initial, chosen, unique, learner)
+    return _train(args, save, initial, chosen, unique, learner, batches)
 
 
 def complete(args: argparse.Namespace, argv: list[str]) -> None:
@@ -118,6 +120,7 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
         "seq_length": args.seq_length,
         "steps": args.train_iters,
         "seed": args.seed,
+        "batching": batch_flags.identity(args),
     }
 
 
@@ -156,6 +159,7 @@ def _train(
     chosen: MaskChoice | None,
     unique: int,
     learner: Learner | None,
+    batches: ScheduledBatches | None,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
@@ -167,13 +171,15 @@ def _train(
     from megatron_prune.training.zeros import Zeros
 
     optimizer_layout.install(args)
-    provider = Provider(args)
+    provider = Provider(args, batches)
     config = runtime.model_config(args)
     zeros = None if chosen is None else Zeros(args, chosen)
     if zeros is not None:
         zeros.attach(config, training)
     if learner is not None:
         learner.attach(config, training)
+    if batches is not None:
+        batches.attach(training)
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
@@ -199,6 +205,7 @@ def _train(
         nonzero = count_nonzero(unwrap_model(model))
         final = _saved(save, args.train_iters) if recorder.last_step == args.train_iters else None
         if recorder.recorder is not None:
+            recorder.take_schedule()
             recorder.recorder.finish(final=final, parameters_nonzero=nonzero)
         if learner is not None and final is not None and args.rank == 0:
             learner.finish(save, final["fingerprint"], _spent(args))
@@ -285,9 +292,19 @@ class _OnFirstStep:
         def settled(*positional: Any, **named: Any) -> Any:
             if self.recorder is not None:
                 self.recorder.settle()
+                if self.take_schedule():
+                    self.recorder.account.write(self.recorder.save)
             return save(*positional, **named)
 
         return settled
+
+    def take_schedule(self) -> bool:
+        """Bring the account up to the schedule of batches, if there is one."""
+        if self.recorder is None or self.provider.batches is None:
+            return False
+        self.recorder.account.schedule = self.provider.batches.described()
+        self.recorder.account.domains = self.provider.domains()
+        return True
 
     def _open(self) -> AccountRecorder:
         assert self.save is not None
@@ -313,6 +330,8 @@ class _OnFirstStep:
             initial=None if self.initial is None else {k: self.initial[k] for k in ("path", "fingerprint", "pruning")},
             lineage=[] if self.initial is None else self.initial["lineage"],
             masks=self.zeros.hash if self.zeros is not None else None,
+            domains=self.provider.domains(),
+            schedule=None if self.provider.batches is None else self.provider.batches.described(),
         )
         account.adopt(self.save)
         _carry_tokenizer(args, self.save)

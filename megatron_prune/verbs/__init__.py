@@ -66,6 +66,7 @@ from megatron_prune.verbs.study_verbs import (
     StudyStatusSettings,
 )
 from megatron_prune.verbs.training_verbs import (
+    BatchScheduleSettings,
     BenchmarkSettings,
     EvaluateSettings,
     LearnMasksSettings,
@@ -83,6 +84,7 @@ __all__ = [
     "AdvisedParentSettings",
     "AmountSettings",
     "ApplySettings",
+    "BatchScheduleSettings",
     "BenchmarkSettings",
     "BuildCorpusSettings",
     "BuildIndexSettings",

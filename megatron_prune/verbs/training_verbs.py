@@ -49,7 +49,30 @@ class StreamSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(MasksSettings, StreamSettings):
+class BatchScheduleSettings(Settings):
+    """``training/batch_flags.py``"""
+
+    TITLE = "dynamic batch loading (Sheared-LLaMA), over the corpora of --data-path"
+
+    dynamic_batch_every: int | None = setting(
+        None,
+        metavar="STEPS",
+        help="every STEPS steps, change what each corpus gives to a batch by its loss over its reference",
+    )
+    domain_validation: tuple[str, ...] = setting(
+        (), metavar="PREFIX", help="with it: text to measure the losses on, a corpus for each of --data-path, in order"
+    )
+    reference_losses: tuple[str, ...] = setting(
+        (), metavar="LOSS", help="with it: the loss to reach on each, or a FILE: scores.json, or {PREFIX: loss}"
+    )
+    domain_samples: int | None = setting(None, metavar="N", help="samples to measure each loss on (default: 500)")
+    batch_schedule: str | None = setting(
+        None, metavar="FILE", help="follow the batch_schedule.json of another run: the same samples at the same steps"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(BatchScheduleSettings, MasksSettings, StreamSettings):
     """``pretrain``; everything else is Megatron's."""
 
 

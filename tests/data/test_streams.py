@@ -227,6 +227,8 @@ def test_a_range_may_end_with_the_stream_and_not_one_sample_later(corpus):
         stream_epochs=2,
         stream_seed=3,
         stream_allow_seen=False,
+        dynamic_batch_every=None,
+        batch_schedule=None,
         vocab_size=None,
         padded_vocab_size=1 << 16,
     )

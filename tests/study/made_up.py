@@ -58,10 +58,10 @@ SHAPE_FLAGS = {
 
 
 def corpora(
-    folder: Path, train: int = 12_000, vocabulary: int = VOCABULARY, more: Sequence[str] = ()
+    folder: Path, train: int = 12_000, vocabulary: int = VOCABULARY, more: Sequence[str] = (), seed: int = 0
 ) -> dict[str, str]:
     """Four corpora of random tokens, ``train`` of them for training, and ``more``; their prefixes by name."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     prefixes = {}
     lengths = {"train": train, **dict.fromkeys(("calibration", "validation", "test", *more), 2_000)}
     for name, length in lengths.items():

@@ -183,6 +183,7 @@ class _Matching:
             dense=made.against == "dense",
             swept=swept or None,
             scored=(self._scored(made.pruned), self._scored(made.scratch)),
+            follows=grid.follows(self.study, made.setting),
         )
         return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
 
