@@ -98,6 +98,9 @@ def test_a_permutation_stays_inside_each_block(seed):
     for first, end in ((0, 32), (32, 64), (64, 80)):
         assert sorted(plain[first:end]) == sorted(permuted[first:end])
     assert permuted == read(whole(permutation=seed)) != read(whole(permutation=seed + 1))
+    alike = new(permutation=seed)
+    first, second = ([alike.extend((0.5, 0.25, 0.25)), alike.order(number)][1] for number in range(2))
+    assert first[0].tolist() != second[0].tolist()  # every block has its own
 
 
 def test_what_is_not_known_yet_cannot_be_read():
