@@ -161,6 +161,8 @@ def _learned(asked: verbs.PruneSettings, own: Settings, words: Sequence[str]) ->
     folder, load = _new(value_of(words, "--save")), value_of(words, "--load")
     if load is None:
         raise UsageError("--load", got="nothing", expected="the checkpoint to prune")
+    if (step := value_of(words, "--ckpt-step")) is not None:  # it would choose a save of the training under masks
+        raise UsageError("--ckpt-step", got=step, expected=f"no such flag with --method {asked.method}")
     work = folder.with_name(folder.name + LEARNING)
     with contextlib.suppress(SystemExit):  # Megatron's own, at --exit-interval or a signal
         learn_masks(_only(verbs.LearnMasksSettings, asked, own), _training(words, load, work))

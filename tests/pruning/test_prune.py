@@ -170,6 +170,7 @@ def test_masks_are_learned_planned_and_applied_by_one_command(
             ["--mask-tokens", "128", "--calibration-sequences", "4"],
             "--calibration-sequences: expected a --method that is calibrated with it, got --method sheared-llama",
         ),
+        ("sheared-llama", ["--mask-tokens", "128", "--ckpt-step", "3"], "--ckpt-step: expected no such flag .*, got 3"),
         (
             "shortgpt",
             ["--mask-tokens", "128"],
