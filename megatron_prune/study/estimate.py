@@ -275,6 +275,8 @@ def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:
     flops = any(setting == "equal-flops" for entry in study.methods for setting, _ in study.compared(entry))
     if flops and len(outlook.spent) < len(prunings(study)):
         missing.append("scratch runs at equal FLOPs are estimates until the prunings' FLOPs are known")
+    if study.evaluation.tasks:
+        missing.append("the tasks of the evaluation are not in these FLOPs and times")
     return missing
 
 

@@ -26,6 +26,7 @@ from megatron_prune.study.values import (
     STRICT,
     Flags,
     Fraction,
+    Granularity,
     Positive,
     Retention,
     Scratch,
@@ -190,15 +191,66 @@ class Family:
             )
         )
 
-    def check(self, **known: Iterable[Any]) -> None:
+    def check(self, where: str = "family", **known: Iterable[Any]) -> None:
         """UsageError for a value that the study does not have."""
         for key, there in known.items():
             values = list(dict.fromkeys(there))
             for value in getattr(self, key) or ():
                 if value not in values:
                     raise UsageError(
-                        f"family.{key}", got=value, expected=f"one that the study has: {', '.join(map(str, values))}"
+                        f"{where}.{key}", got=value, expected=f"one that the study has: {', '.join(map(str, values))}"
                     )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Selection(Family):
+    """Comparisons of a pruned arm with its scratch arm, by any of these keys. Without ``budgets`` they are those at the
+    largest budget (in a trend in tokens, those at every budget). ``against``: the kind of scratch run that sparse
+    methods are compared with.
+    """
+
+    granularities: list[Granularity] | None = None
+    against: Scratch | None = None
+
+    def words(self) -> str:
+        """``depth at 50%``; ``sparsegpt 2:4``"""
+        parts = [" and ".join(self.methods or self.granularities or [])]
+        parts += [" and ".join(self.patterns)] if self.patterns else []
+        parts += ["at " + " and ".join(f"{100 * ratio:g}%" for ratio in self.ratios)] if self.ratios else []
+        parts += ["after " + " and ".join(f"{tokens:,} tokens" for tokens in self.budgets)] if self.budgets else []
+        return " ".join(filter(None, parts)) or "all comparisons"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Contrast:
+    """A question between comparisons. A gap is the advantage of pruning over its scratch run.
+
+    ``larger``: is the gap of ``of`` larger than that of ``than``? A difference of differences, seed by seed.
+    ``vanishes``: is the gap of ``of`` within ``margin`` (nats, or a share for accuracies)? Two one-sided tests.
+    ``trend``: does the gap of ``of`` change ``along`` the ratio removed, or along the tokens of retraining? A slope per
+    10% of the linears, or per doubling of the tokens, the mean over the methods.
+
+    Several comparisons are averaged. ``measure``: ``test`` for the test loss, the label of another corpus, a suite or a
+    task. The question is asked in every setting in which its comparisons are.
+    """
+
+    kind: Literal["larger", "vanishes", "trend"]
+    of: Selection
+    than: Selection | None = None
+    along: Literal["ratio", "tokens"] | None = None
+    margin: Annotated[float, Field(gt=0)] | None = None
+    measure: str = "test"
+    label: str | None = None  # its name in the report
+
+    @finds
+    def __post_init__(self) -> None:
+        needed = {"larger": "than", "vanishes": "margin", "trend": "along"}
+        for kind, key in needed.items():
+            if (getattr(self, key) is not None) != (kind == self.kind):
+                raise UsageError(
+                    f"compare.{key}", got="nothing" if kind == self.kind else f"it with kind {self.kind}",
+                    expected=f"it with kind {kind}, and with no other",
+                )  # fmt: skip
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -224,6 +276,7 @@ class StudyConfig:
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
     retention: Retention = "all"  # of checkpoints of the compared runs
     family: Family = dataclasses.field(default_factory=Family)  # the comparisons under Holm's correction
+    compare: list[Contrast] = dataclasses.field(default_factory=list)  # questions between comparisons
     parent_per_seed: bool = False  # train one parent per seed, so that intervals are not conditional on one
 
     @finds
@@ -274,13 +327,23 @@ class StudyConfig:
         names = [(method.title, method.last_pattern) for method in self.methods]
         if len(set(names)) < len(names):
             raise UsageError("methods", got="two with the same name and pattern", expected="a label for each of them")
-        self.family.check(
-            methods=(method.title for method in self.methods),
-            patterns=(method.last_pattern for method in self.methods),
-            ratios=[*self.ratios, *(method.own_ratio for method in self.methods)],
-            settings=(setting for method in self.methods for setting, _ in self.compared(method)),
-            budgets=self.budgets,
-        )
+        known: dict[str, list[Any]] = {
+            "methods": [method.title for method in self.methods],
+            "patterns": [method.last_pattern for method in self.methods],
+            "ratios": [*self.ratios, *(method.own_ratio for method in self.methods)],
+            "settings": [setting for method in self.methods for setting, _ in self.compared(method)],
+            "budgets": self.budgets,
+        }
+        self.family.check(**known)
+        measures = ["test", *self.evaluation.corpora, *self.evaluation.tasks, *self.evaluation.lm_eval_tasks]
+        for number, contrast in enumerate(self.compare):
+            contrast.of.check(f"compare.{number}.of", **known)
+            if contrast.than is not None:
+                contrast.than.check(f"compare.{number}.than", **known)
+            if contrast.measure not in measures:
+                raise UsageError(
+                    f"compare.{number}.measure", got=contrast.measure, expected=" or ".join(dict.fromkeys(measures))
+                )
         if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
             raise UsageError(
                 "ratios", got="none", expected="at least one ratio, or for every method a target or an N:M pattern"

@@ -20,6 +20,7 @@ from megatron_prune.data import contamination, indexed, windows
 from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import commands, needs, questions
+from megatron_prune.study.granularity import selects
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
 from megatron_prune.study.prunings import Places, Pruning, learning_samples, links, parent_cell
 from megatron_prune.study.sample_ranges import Lay, SampleRange
@@ -53,6 +54,7 @@ def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int
     outlook = look(study, places, planned=planned)
     _check_dynamic(study, outlook)
     _check_masked(study, places, outlook)
+    _check_questions(study, outlook)
     absent = absent_corpora(study)
     if planned and absent and corpus_tokens is None:
         raise DataError(
@@ -103,6 +105,18 @@ def _check_dynamic(study: StudyConfig, outlook: Outlook) -> None:
                 "recipe.dynamic_batch.every", got=dynamic.every, why="its proportions would never change",
                 expected=f"less than the {cell.samples.steps} steps of {cell.id}",
             )  # fmt: skip
+
+
+def _check_questions(study: StudyConfig, outlook: Outlook) -> None:
+    """UsageError for a side of a question that has no comparison."""
+    comparisons = outlook.grid(study).comparisons
+    for number, asked in enumerate(study.compare):
+        for side, selection in (("of", asked.of), ("than", asked.than)):
+            every = asked.along == "tokens"
+            if selection and not any(selects(study, selection, made, every_budget=every) for made in comparisons):
+                raise UsageError(
+                    f"compare.{number}.{side}", got=selection.words(), expected="comparisons that the study has"
+                )
 
 
 def _first_seed(stages: Sequence[Stage]) -> int | None:

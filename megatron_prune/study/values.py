@@ -23,6 +23,9 @@ Setting = Literal["equal-training", "equal-total", "equal-flops"]
 Scratch = Literal["dense", "masked"]
 # Checkpoints kept after a run: every save, its last one, or (once its line is in the ledger) none.
 Retention = Literal["all", "final", "none"]
+# What a pruning removes: layers, channels and heads, or single weights.
+Granularity = Literal["depth", "width", "sparse"]
+GRANULARITIES: tuple[Granularity, ...] = ("depth", "width", "sparse")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 

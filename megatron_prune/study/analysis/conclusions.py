@@ -20,9 +20,10 @@ from megatron_prune import artifacts
 from megatron_prune.data.indexed import document_tokens, fingerprint
 from megatron_prune.errors import AccountError
 from megatron_prune.study.analysis import inference, scaling_laws, verdicts
-from megatron_prune.study.analysis.inference import OverDocuments, Paired
+from megatron_prune.study.analysis.inference import OverDocuments, Paired, Scatter
 from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arms, BreakEven, Fit
 from megatron_prune.study.analysis.verdicts import Verdict
+from megatron_prune.study.commands import scored_corpora
 from megatron_prune.study.grid import GROUP, SUBJECT, Subject
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.schema import StudyConfig
@@ -45,10 +46,9 @@ def judge(
     family, now or then, count in the correction, shown or not.
     """
     windows = windows or DocumentWindows(study, places)
-    groups = _groups(compared, lambda item: tuple(item.group.values()))
+    groups = finished_groups(compared)
     for items in groups.values():
         _refuse_repeated_seeds(items)
-    scatters = inference.shared([_paired(items, records) for items in groups.values()])
     found = [
         verdicts.judge(
             **items[0].group,
@@ -62,15 +62,25 @@ def judge(
                 [item.comparison.pruned for item in items], [item.comparison.scratch for item in items]
             ),
         )
-        for items, scatter in zip(groups.values(), scatters, strict=True)
+        for items, scatter in zip(groups.values(), scatters(groups, records), strict=True)
     ]
+    planned = in_family(study, compared, before)
+    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
+
+
+def in_family(study: StudyConfig, compared: Sequence[Any], before: Sequence[Record] = ()) -> int:
+    """How many comparisons the study's family has, finished or not, those ``before`` included."""
     meant = {tuple(item.group.values()): item.group | {"budget": item.comparison.budget} for item in compared}
     family = {key for key, comparison in meant.items() if study.family.holds(comparison)}
     for group in before:
         if group["in_family"] or study.family.holds(group):
             family.add(tuple(group[part] for part in GROUP))
-    planned = len(family)
-    return verdicts.corrected(found, lambda verdict: study.family.holds(vars(verdict)), planned)
+    return len(family)
+
+
+def scatters(groups: Groups, records: Mapping[str, Record]) -> list[Scatter | None]:
+    """The variance of test losses that each group of comparisons shares with others."""
+    return inference.shared([_paired(items, records) for items in groups.values()])
 
 
 def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
@@ -113,6 +123,11 @@ def follow(compared: Sequence[Any], records: Mapping[str, Record]) -> list[Trend
     return found
 
 
+def finished_groups(compared: Sequence[Any]) -> Groups:
+    """Finished comparisons by what their seeds share (``results.Compared.group``), in the study's order."""
+    return _groups(compared, lambda item: tuple(item.group.values()))
+
+
 def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> Groups:
     """Finished comparisons by ``key``, in the study's order."""
     groups: Groups = {}
@@ -123,31 +138,35 @@ def _groups(compared: Sequence[Any], key: Callable[[Any], tuple[Any, ...]]) -> G
 
 
 class DocumentWindows:
-    """The test losses of every window, read once per run, and the document of each window.
+    """The losses of every window of a corpus, read once per run, and the document of each window.
 
     Losses on another text than the current one have no documents.
     """
 
-    def __init__(self, study: StudyConfig, places: Places):
-        self.places = places
-        self.documents = of_windows(study.data.test, study.evaluation.windows, study.evaluation_seq_length)
-        self.text = None if self.documents is None else fingerprint(study.data.test)
+    def __init__(self, study: StudyConfig, places: Places, label: str = "test"):
+        self.places, self.label = places, label
+        prefix = scored_corpora(study)[label]
+        self.documents = of_windows(prefix, study.evaluation.windows, study.evaluation_seq_length)
+        self.text = None if self.documents is None else fingerprint(prefix)
         self._read: dict[str, np.ndarray | None] = {}
 
     def interval(self, pruned: Sequence[str], scratch: Sequence[str]) -> OverDocuments | None:
         if self.documents is None:
             return None
-        losses = [[self._of(cell) for cell in cells] for cells in (pruned, scratch)]
-        if any(run is None or run.shape != self.documents.shape for arm in losses for run in arm):
+        losses = [[self.of(cell) for cell in cells] for cells in (pruned, scratch)]
+        if any(run is None for arm in losses for run in arm):
             return None
         return inference.over_documents(np.array(losses[0]), np.array(losses[1]), self.documents)
 
-    def _of(self, cell: str) -> np.ndarray | None:
+    def of(self, cell: str) -> np.ndarray | None:
+        """The losses of a run [windows]; None if they are not there, or those of another text."""
         if cell not in self._read:
             path = self.places.scores(cell)
-            test = artifacts.read_json(path)["corpora"]["test"] if path.is_file() else {}
-            there = test.get("fingerprint") == self.text and "window_losses" in test
-            self._read[cell] = np.array(test["window_losses"]) if there else None
+            own = artifacts.read_json(path)["corpora"].get(self.label, {}) if path.is_file() else {}
+            there = own.get("fingerprint") == self.text and "window_losses" in own
+            found = np.array(own["window_losses"]) if there else None
+            fits = found is not None and self.documents is not None and found.shape == self.documents.shape
+            self._read[cell] = found if fits else None
         return self._read[cell]
 
 

@@ -13,16 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_prune import methods
-from megatron_prune.methods import options
-from megatron_prune.methods.base import DEPTH, DIMENSIONS, WIDTH
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.inference import Difference, OverDocuments
 from megatron_prune.study.analysis.verdicts import Verdict
+from megatron_prune.study.granularity import granularity
 from megatron_prune.study.grid import SUBJECT, setting_words
-from megatron_prune.study.prunings import Pruning
+from megatron_prune.study.values import GRANULARITIES
 
-GRANULARITIES = ("depth", "width", "sparse")
 SETTINGS = ("equal-training", "equal-total", "equal-flops")
 ARMS = {"pruned": "Pruned", "scratch": "Scratch"}
 Record = Mapping[str, Any]
@@ -210,21 +207,3 @@ def _pairs(verdict: Verdict, compared: Sequence[Any]) -> dict[int, tuple[str, st
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def granularity(pruning: Pruning) -> str:
-    """What is removed: ``depth`` (layers), ``width`` (channels, heads), ``sparse`` (single weights), or ``depth and
-    width``."""
-    found: set[str] = set()
-    for link in pruning.links:
-        if link.method.pattern is not None:
-            found.add("sparse")
-            continue
-        sizes = {name.removeprefix("target-").replace("-", "_") for name in link.method.target}
-        if not sizes & set(DIMENSIONS):
-            own = options.STRUCTURED[link.method.name]
-            known = {flag.name for flag in own.flags()}
-            given = {key: value for key, value in link.method.settings.items() if key.replace("-", "_") in known}
-            sizes = set(methods.get(link.method.name).free_dimensions(own.read(given)))
-        found |= {kind for kind, own in (("depth", DEPTH), ("width", WIDTH)) if sizes & set(own)}
-    return " and ".join(kind for kind in GRANULARITIES if kind in found)

@@ -107,11 +107,12 @@ def paired(pruned: Sequence[float], scratch: Sequence[float], scatter: Scatter |
     error = deviation / math.sqrt(seeds)
     reach = t_quantile(freedom) * error
     p = 2 * float(special.stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
-    return Difference(seeds, mean, mean - reach, mean + reach, p, _effect(mean, deviation, freedom), freedom,
+    return Difference(seeds, mean, mean - reach, mean + reach, p, effect_of(mean, deviation, freedom), freedom,
                       scatter.comparisons if scatter else 1)  # fmt: skip
 
 
-def _effect(mean: float, deviation: float, freedom: float) -> float | None:
+def effect_of(mean: float, deviation: float, freedom: float) -> float | None:
+    """The mean in standard deviations, with Hedges' correction; None below two degrees of freedom."""
     if freedom < 2 or not deviation:
         return None
     correction = math.exp(special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2)) / math.sqrt(freedom / 2)
@@ -143,6 +144,11 @@ def holm(p: Sequence[float]) -> list[float]:
     corrected = np.empty_like(values)
     corrected[order] = np.minimum(stepped, 1.0)
     return corrected.tolist()
+
+
+def holm_of_planned(p: Sequence[float], planned: int) -> list[float]:
+    """Corrected p values of those that are known, in a family of ``planned``: the others count with p = 1."""
+    return holm([*p, *[1.0] * max(0, planned - len(p))])[: len(p)]
 
 
 def over_documents(pruned: np.ndarray, scratch: np.ndarray, documents: np.ndarray) -> OverDocuments | None:

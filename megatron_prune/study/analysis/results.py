@@ -19,9 +19,11 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, headlines, serving, sweep
+from megatron_prune.study.analysis import conclusions, contrasts, headlines, measures, serving, sweep
 from megatron_prune.study.analysis.conclusions import Trend
+from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.headlines import Headline
+from megatron_prune.study.analysis.measures import MeasureVerdict
 from megatron_prune.study.analysis.sweep import Sweep
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.outlook import Outlook
@@ -75,6 +77,8 @@ class Results:
     left_out: tuple[evidence.LeftOut, ...] = ()  # runs in the folder that the study does not ask for
     ran: str = ""  # environment of the trainings
     headlines: tuple[Headline, ...] = ()
+    measured: tuple[MeasureVerdict, ...] = ()  # on further corpora, tasks and suites
+    contrasts: tuple[ContrastResult, ...] = ()  # answers to study.yaml's ``compare``
 
 
 def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
@@ -94,10 +98,15 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
     _add_costs(study, places, outlook, records, compared, [*parents, *found])
     windows = conclusions.DocumentWindows(study, places)
     verdicts = tuple(conclusions.judge(study, places, compared, records, held.compared, windows))
+    groups, answers = conclusions.finished_groups(compared), measures.Answers(study, places, windows)
+    measured = measures.judge(answers, groups, records, conclusions.in_family(study, compared, held.compared))
+    scatters = conclusions.scatters(groups, records)
+    contrasted = contrasts.answer(study, compared, groups, scatters, answers, records)
     return Results(
         study, lay, _parent(study, records), records, compared, (*parents, *found),
         verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
         pair.words(matching.ran(records)), headlines.conclude(verdicts, compared, records, windows.interval),
+        measured, contrasted,
     )  # fmt: skip
 
 
@@ -239,6 +248,8 @@ def to_json(results: Results) -> dict[str, Any]:
         "columns": list(COLUMNS),
         "rows": list(results.rows),
         "conclusions": [headline.to_json() for headline in results.headlines],
+        "compare": [contrast.to_json() for contrast in results.contrasts],
+        "measures": [measured.to_json() for measured in results.measured],
         "verdicts": [
             asdict(verdict)
             | {

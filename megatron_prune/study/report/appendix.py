@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_prune.study.analysis.measures import Measure
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import label
-from megatron_prune.study.report.tables import SETTINGS, exp, setting_name, subject
+from megatron_prune.study.report.tables import SETTINGS, exp, measured, of_measures, setting_name, subject
 from megatron_prune.study.report.tabular import (
     DASH,
     Column,
@@ -34,6 +35,8 @@ def every(found: Results) -> list[Table]:
         rows(found),
         sweeps(found),
         prunings(found),
+        tasks(found),
+        scores(found),
         accounts(found),
         matches(found),
         seconds(found),
@@ -199,6 +202,41 @@ def prunings(found: Results) -> Table:
         "The losses are of the pruned checkpoint before any retraining, on the same windows; the perplexity is of test."
     )
     return Table("prunings", caption, columns, shown)
+
+
+def tasks(found: Results) -> Table:
+    """Every comparison on the single tasks of suites."""
+    shown = {row["measure"] for row in measured(found).rows}
+    return of_measures("tasks", [one for one in found.measured if one.measure.title not in shown])
+
+
+def scores(found: Results) -> Table:
+    """Every evaluated model on further corpora and tasks: the parent, starts before retraining, and trained runs."""
+    short = short_names(found)
+    measures = list({(one.measure.kind, one.measure.name): one.measure for one in found.measured}.values())
+    shown = []
+    for cell, record in found.records.items():
+        if "corpora" in record or "tasks" in record:
+            before = " before retraining" * (record["kind"] == "pruning")
+            values = {f"{one.kind}:{one.name}": measured_value(one, record) for one in measures}
+            shown.append({"cell": cell, "run": short[cell] + before, **values})
+    columns = [words("model", "run", wrap=True, hover="cell", data={"cell": "cell"})]
+    for one in measures:
+        head = f"{one.name}{', perplexity' if one.kind == 'corpus' else ''}"
+        columns.append(number(head, f"{one.kind}:{one.name}", perplexity if one.kind == "corpus" else accuracy))
+    caption = "Perplexities, and accuracies in percent of the questions, of every model that was evaluated."
+    return Table("scores", caption, columns, shown)
+
+
+def measured_value(measure: Measure, record: Mapping[str, Any]) -> float:
+    """A perplexity, or an accuracy."""
+    if measure.kind == "corpus":
+        return exp(record["corpora"][measure.name])
+    return measure.accuracy(record)
+
+
+def accuracy(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def left_out(found: Results) -> Table:

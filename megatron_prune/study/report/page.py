@@ -19,6 +19,7 @@ import yaml
 from megatron_prune import artifacts
 from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
+from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import label
 from megatron_prune.study.match import NAMED
@@ -85,6 +86,7 @@ def render(found: Results, drawings: list[Drawing]) -> str:
         name=found.study.name,
         summary=_summary(found),
         headlines=_headlines(found),
+        contrasts=_contrasts(found),
         rests_on=_rests_on(found),
         verdicts=found.verdicts,
         remarks=_remarks(found),
@@ -113,6 +115,8 @@ TITLES = {
     "rows": "Every run",
     "sweeps": "Learning rates",
     "prunings": "Prunings",
+    "tasks": "Tasks of the suites",
+    "scores": "Every model on tasks and other corpora",
     "account": "Tokens and FLOPs",
     "matches": "What was compared with what",
     "seconds": "Time",
@@ -131,6 +135,15 @@ def _headlines(found: Results) -> list[dict[str, Any]]:
         }
         for setting in settings
     ]
+
+
+def _contrasts(found: Results) -> dict[str, list[ContrastResult]]:
+    """The answers to ``compare`` by setting."""
+    made = {
+        grid.setting_words(setting): [one for one in found.contrasts if one.setting == setting]
+        for setting in tables.SETTINGS
+    }
+    return {setting: lines for setting, lines in made.items() if lines}
 
 
 def _rests_on(found: Results) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_prune.study.analysis.inference import Difference
+from megatron_prune.study.analysis.measures import MeasureVerdict
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.analysis.serving import COSTS, TIMES
 from megatron_prune.study.analysis.verdicts import Verdict, p_value
-from megatron_prune.study.grid import SUBJECT, label
+from megatron_prune.study.grid import SUBJECT, Subject, label
 from megatron_prune.study.report.tabular import (
     DASH,
     Column,
@@ -44,7 +45,9 @@ def setting_name(setting: str | None, against: str | None, sparse: bool) -> str:
 
 def in_text(found: Results) -> list[Table]:
     """The tables of the report's body that are not empty."""
-    made = [verdicts(found), laws(found), efficiency(found), serving(found)]
+    made = [
+        verdicts(found), compared(found), measured(found), laws(found), efficiency(found), serving(found),
+    ]  # fmt: skip
     return [table for table in made if table.rows]
 
 
@@ -87,10 +90,9 @@ VERDICTS = {"pruned": "pruned ends lower", "scratch": "scratch ends lower", "nei
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     test, documents = verdict.test, verdict.documents
-    setting = setting_name(verdict.setting, verdict.against, verdict.sparse)
     losses = {arm: getattr(verdict, arm)["test"] for arm in ("pruned", "scratch")}
     return {
-        "comparison": f"{verdict.label}: {setting[0].lower()}{setting[1:]}",
+        "comparison": _comparison(verdict),
         "tokens": verdict.tokens,
         **losses,
         **{f"{arm}_perplexity": exp(value) for arm, value in losses.items()},
@@ -112,6 +114,97 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _p(value: float) -> str:
     return p_value(value).removeprefix("= ")
+
+
+ENDS = ("low", "high", "inner_low", "inner_high", "margin")
+
+
+def compared(found: Results) -> Table:
+    """The answers to the questions of ``compare``."""
+    shown = [
+        {
+            "question": one.subject, "setting": SETTINGS[one.setting], "measure": one.measure.title,
+            "answer": one.outcome, "value": one.gap.mean, "low": one.gap.low, "high": one.gap.high,
+            "inner_low": one.inner and one.inner[0], "inner_high": one.inner and one.inner[1], "p": one.p,
+            "corrected_p": one.corrected, "detectable": one.detectable, "comparisons": one.comparisons,
+            "margin": one.asked.margin, "shown": one.shown_interval,
+            "documents_low": one.documents.low if one.documents else None,
+            "documents_high": one.documents.high if one.documents else None,
+        }
+        for one in sorted(found.contrasts, key=lambda one: list(SETTINGS).index(one.setting))
+    ]  # fmt: skip
+    columns = [
+        words("question", "question", wrap=True), words("measure", "measure", wrap=True),
+        Column("value", lambda row: signed(row["value"], 4), {"value": "value", "comparisons": "comparisons"}),
+        Column("interval", _shown_interval, {name: name for name in ENDS}),
+        *([span("95% over documents", "documents_low", "documents_high", 4)]
+          if any(row["documents_low"] is not None for row in shown) else []),
+        number("p", "p", _p), number("corrected p", "corrected_p", _p),
+        number("detectable", "detectable", lambda value: f"{value:.4f}"), words("answer", "answer"),
+    ]  # fmt: skip
+    caption = (
+        "A gap is the advantage of pruning over its scratch run: scratch minus pruned in nats, or pruned minus scratch "
+        "as a share of the questions. Values: a difference of two gaps, a slope of the gap per 10% of the linears "
+        "removed or per doubling of the tokens, or a gap against its margin (two one-sided tests at 5%: the 90% "
+        "interval is inside). Detectable: what such a study tells from zero in four cases of five."
+    )
+    return Table("compare", caption, columns, shown, group="setting")
+
+
+def _shown_interval(row: Row) -> str:
+    if row["shown"] is None:
+        return DASH
+    share, (low, high) = row["shown"]
+    return f"{interval(low, high, 4)} ({share:.0%})"
+
+
+def measured(found: Results) -> Table:
+    """Every comparison on suites, further corpora, and tasks of no suite."""
+    parts = {task for one in found.measured if one.measure.kind == "suite" for task in one.measure.metrics}
+    own = [one for one in found.measured if one.measure.kind != "task" or one.measure.name not in parts]
+    return of_measures("measures", own)
+
+
+def of_measures(name: str, made: Sequence[MeasureVerdict]) -> Table:
+    """A table of verdicts on measures, grouped by measure."""
+    shown = [
+        {
+            "measure": one.measure.title, "comparison": _comparison(one), "tokens": one.tokens, "pruned": one.pruned,
+            "scratch": one.scratch, "gap": one.gap.mean, "low": one.gap.low, "high": one.gap.high, "p": one.gap.p,
+            "corrected_p": one.corrected, "questions": one.questions, "winner": one.winner,
+            "documents_low": one.documents.low if one.documents else None,
+            "documents_high": one.documents.high if one.documents else None,
+        }
+        for one in made
+    ]  # fmt: skip
+    several = len({one.tokens for one in made}) > 1
+    columns = [
+        words("comparison", "comparison", wrap=True),
+        *([number("tokens of retraining", "tokens", count)] if several else []),
+        number("pruned", "pruned", loss), number("scratch", "scratch", loss),
+        Column("gap", lambda row: signed(row["gap"], 4), {"gap": "gap"}, style=lambda row: f"gap {row['winner']}"),
+        span("95%", "low", "high"),
+        *([span("95% over documents", "documents_low", "documents_high")]
+          if any(row["documents_low"] is not None for row in shown) else []),
+        *([number("questions", "questions", count)] if any(row["questions"] for row in shown) else []),
+        number("p", "p", _p), number("corrected p", "corrected_p", _p),
+        Column("ahead", lambda row: AHEAD[row["winner"]], {"winner": "winner"}, text=True,
+               style=lambda row: f"gap {row['winner']}"),
+    ]  # fmt: skip
+    caption = (
+        "Losses in nats per token, accuracies as shares of the questions, means over seeds. The gap is positive where "
+        "pruning is ahead. Intervals of losses are over seeds, those of accuracies over seeds and questions, paired by "
+        "question; p is corrected by Holm over the family, separately for suites, tasks and corpora."
+    )
+    return Table(name, caption, columns, shown, group="measure")
+
+
+AHEAD = {"pruned": "pruned", "scratch": "scratch", "neither": "neither"}
+
+
+def _comparison(made: Subject) -> str:
+    setting = setting_name(made.setting, made.against, made.sparse)
+    return f"{made.label}: {setting[0].lower()}{setting[1:]}"
 
 
 def laws(found: Results) -> Table:

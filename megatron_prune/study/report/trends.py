@@ -16,7 +16,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from megatron_prune.study.analysis import scaling_laws
 from megatron_prune.study.analysis.conclusions import Trend
-from megatron_prune.study.analysis.headlines import GRANULARITIES
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.analysis.serving import COSTS, TIMES
 from megatron_prune.study.analysis.verdicts import Verdict
@@ -46,6 +45,7 @@ from megatron_prune.study.report.drawing import (
 from megatron_prune.study.report.figures import common_tail
 from megatron_prune.study.report.tables import SETTINGS, exp
 from megatron_prune.study.report.tabular import amount, perplexity, signed
+from megatron_prune.study.values import GRANULARITIES
 
 MOST_BUDGETS = 3  # panels of the figure over ratios; of more budgets the smallest, the middle and the largest
 
