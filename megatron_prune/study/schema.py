@@ -334,7 +334,7 @@ class StudyConfig:
             "settings": [setting for method in self.methods for setting, _ in self.compared(method)],
             "budgets": self.budgets,
         }
-        self.family.check(**known)
+        self.family.check("family", **known)
         measures = ["test", *self.evaluation.corpora, *self.evaluation.tasks, *self.evaluation.lm_eval_tasks]
         for number, contrast in enumerate(self.compare):
             contrast.of.check(f"compare.{number}.of", **known)

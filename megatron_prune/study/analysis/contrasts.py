@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -271,8 +271,9 @@ def _slopes(
         series.setdefault(key, []).append((at, one))
     lines = [line for line in series.values() if len({at for at, _ in line}) > 1]
     for line in lines:
-        at = np.array([place for place, _ in line])
-        weights = (at - at.mean()) / ((at - at.mean()) ** 2).sum() * STEP[asked.along or "ratio"] / len(lines)
+        places = np.array([place for place, _ in line])
+        centred = places - places.mean()
+        weights = centred / (centred**2).sum() * STEP[asked.along or "ratio"] / len(lines)
         yield from zip(weights.tolist(), (one for _, one in line), strict=True)
 
 
@@ -323,11 +324,11 @@ def shared(weighted: Sequence[Weighted], seed: int) -> Scatter | None:
     if any(scatter is None for scatter in scatters):
         return None
     least = min((scatter for scatter in scatters if scatter is not None), key=lambda scatter: scatter.weight)
-    runs: Counter[str] = Counter()
+    runs: dict[str, float] = defaultdict(float)
     for one in weighted:
         pruned, scratch = one.runs[seed]
-        runs[pruned] -= one.weight  # type: ignore[assignment]
-        runs[scratch] += one.weight  # type: ignore[assignment]
+        runs[pruned] -= one.weight
+        runs[scratch] += one.weight
     squares = math.fsum(value * value for value in runs.values())
     return least if alone else replace(least, variance=least.variance * squares / 2, weight=least.weight * TRUSTED)
 
