@@ -7,7 +7,7 @@ from megatron_prune.methods import options
 from megatron_prune.methods.base import DEPTH, DIMENSIONS, WIDTH
 from megatron_prune.study.grid import Comparison
 from megatron_prune.study.prunings import Pruning
-from megatron_prune.study.schema import Selection, StudyConfig
+from megatron_prune.study.schema import GapSelection, StudyConfig
 from megatron_prune.study.values import GRANULARITIES
 
 
@@ -29,7 +29,7 @@ def granularity(pruning: Pruning) -> str:
     return " and ".join(kind for kind in GRANULARITIES if kind in found)
 
 
-def selects(study: StudyConfig, selection: Selection, made: Comparison, *, every_budget: bool = False) -> bool:
+def selects(study: StudyConfig, selection: GapSelection, made: Comparison, *, every_budget: bool = False) -> bool:
     """Whether a selection of ``compare`` has a comparison."""
     if not selection.holds(made.group(0) | {"budget": made.budget}):
         return False

@@ -203,7 +203,7 @@ class Family:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Selection(Family):
+class GapSelection(Family):
     """Comparisons of a pruned arm with its scratch arm, by any of these keys. Without ``budgets`` they are those at the
     largest budget (in a trend in tokens, those at every budget). ``against``: the kind of scratch run that sparse
     methods are compared with.
@@ -235,8 +235,8 @@ class Contrast:
     """
 
     kind: Literal["larger", "vanishes", "trend"]
-    of: Selection
-    than: Selection | None = None
+    of: GapSelection
+    than: GapSelection | None = None
     along: Literal["ratio", "tokens"] | None = None
     margin: Annotated[float, Field(gt=0)] | None = None
     measure: str = "test"
