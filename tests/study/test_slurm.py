@@ -120,14 +120,14 @@ def test_a_failing_job_is_retried_then_marked_and_the_rest_goes_on(tmp_path, pre
     finished = records(Places(Path("runs/made-up")))
     assert sorted(finished) == [
         "calibration-s1", "parent", "pruned-minitron-width-r50-s1-t1280", "pruning-minitron-width-r50-s1",
-        "scratch-L4h24H4G2d8F32-equal-training-t1280-s1",
+        "scratch-L2h32H4G2d8F64-equal-training-t1280-s1", "scratch-L4h24H4G2d8F32-equal-training-t1280-s1",
     ]  # fmt: skip
     command.main(["status", "study.yaml"])
     printed = capsys.readouterr().out
     rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert "failed after 2 attempts" in rows["pruning-shortgpt-r50-s1"]
     assert "blocked, needs pruning-shortgpt-r50-s1" in rows["pruned-shortgpt-r50-s1-t1280"]
-    assert "5 finished, 1 failed, 2 blocked; no runner is at work" in printed
+    assert "6 finished, 1 failed, 1 blocked; no runner is at work" in printed
 
 
 def test_scripts_are_plain_and_can_be_submitted_by_hand(tmp_path, prefixes, monkeypatch) -> None:
