@@ -261,7 +261,7 @@ def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch,
         "pruned-minitron-width-r50-s1-t1280",
         "160:240",
         "megatron_prune pretrain --pretrained-checkpoint runs/made-up/cells/pruning-shortgpt-r50-s1/checkpoint",
-        "megatron_prune pretrain --num-layers 2 --hidden-size 32 --num-attention-heads 4",  # scratch
+        "--num-layers 2",  # scratch of half of the layers
         "--stream-range 0:248",
         "--lr-decay-style cosine --lr-warmup-fraction 0.05",
         "together",
