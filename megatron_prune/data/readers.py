@@ -41,7 +41,7 @@ PARQUET_ROWS = 256  # decoded at a time
 RECORDS = 256  # of an array_record file, read at a time
 MOST_DOCUMENT_BYTES = 128 << 20
 _MOST_FILE_BYTES = 1 << 50
-_MOST_EXPANSION, _ANY_EXPANSION = 100, 4 << 20  # of compressed text, and what is never refused
+_MOST_EXPANSION, _ANY_EXPANSION = 100, 1 << 20  # of compressed text, and what is never refused
 
 
 class RawDocument(NamedTuple):
