@@ -18,7 +18,7 @@ from megatron_prune.convert.families import FAMILIES, REFUSED
 from megatron_prune.convert.families.model_family import LLAMA, ModelFamily
 from megatron_prune.convert.families.rope import is_number, read_rope, rope_entries
 from megatron_prune.errors import CheckpointError, UsageError
-from megatron_prune.untrusted import read_json, show
+from megatron_prune.untrusted import read_json, show, show_text
 
 _LARGEST = 1 << 31
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -129,7 +129,9 @@ def _values(config: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
     activation = {"hidden_act": "silu"} if family.gated else {}
     for key, only in {"quantization_config": None, **activation, **family.only}.items():
         if values.get(key, only) != only:
-            raise CheckpointError(f"config.json has {family.keys.get(key, key)}={show(values[key])}, expected {only}")
+            name, found = family.keys.get(key, key), values[key]
+            said = show_text(found) if isinstance(found, str) else show(found)
+            raise CheckpointError(f"config.json has {name}={said}, expected {only}")
     return values
 
 
