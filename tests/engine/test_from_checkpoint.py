@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prune.checkpoint.layout import FORGOTTEN
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError
@@ -96,3 +97,52 @@ def test_a_megatron_checkpoint_is_not_imported(tiny_parent: Path, tiny_hf: Any, 
     with pytest.raises(CheckpointError, match="is a Hugging Face model .*convert import"):
         export_hf(tiny_hf("llama-gqa", layers=4), tmp_path / "made")
     assert not list(tmp_path.iterdir())
+
+
+LLAMA_LIKE = {
+    "use_rope_scaling": True, "rope_scaling_factor": 3.0, "layernorm_epsilon": 0.25, "init_method_std": 0.5,
+    "embedding_init_method_std": 0.3, "make_vocab_size_divisible_by": 3, "vocab_size": 101, "qk_layernorm": True,
+    "window_size": (4, 0), "window_attn_skip_freq": [1, 0, 1, 0], "no_rope_freq": [0, 1, 0, 1],
+    "rotary_seq_len_interpolation_factor": 2, "rotary_percent": 0.5, "rotary_base": 77, "add_qkv_bias": True,
+    "rotary_interleaved": True,
+}  # fmt: skip
+YARN = {
+    "position_embedding_type": "yarn", "rotary_scaling_factor": 3.0, "mscale": 0.7, "mscale_all_dim": 0.2,
+    "yarn_original_max_position_embeddings": 48, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0,
+    "yarn_correction_range_round_to_int": False,
+}  # fmt: skip
+GPT_LIKE = {
+    "swiglu": False, "normalization": "LayerNorm", "bias_gelu_fusion": True, "layernorm_zero_centered_gamma": True,
+    "add_bias_linear": True, "add_qkv_bias": True, "position_embedding_type": "learned_absolute",
+}  # fmt: skip
+SQUARED = {"swiglu": False, "squared_relu": True, "bias_gelu_fusion": False, "apply_layernorm_1p": True}
+MODELS = [LLAMA_LIKE, YARN, GPT_LIKE, SQUARED]
+
+
+def restored(roots: list[str], names: list[list[str]]) -> list[dict[str, Any]]:
+    """In a rank: the named arguments of the model that each checkpoint alone gives."""
+    from megatron_prune.engine import runtime
+    from megatron_prune.preflight.dry_run import in_child
+
+    def work(root: str, wanted: list[str]) -> dict[str, Any]:
+        args = runtime.start("pretrain", [*RECIPE, "--seq-length", "16", "--shape-from", root])
+        return {name: getattr(args, name) for name in wanted}
+
+    return [
+        in_child(lambda root=root, wanted=wanted: work(root, wanted)) for root, wanted in zip(roots, names, strict=True)
+    ]
+
+
+def test_what_changes_a_model_is_restored_from_its_checkpoint(distributed, tmp_path) -> None:
+    """Every argument of ``FORGOTTEN``; the others are refused, which tests/checkpoint/test_model_arguments.py holds."""
+    assert set(FORGOTTEN) <= {name for model in MODELS for name in model}
+    fitting = {"max_position_embeddings": 64}
+    roots = [str(small.write(tmp_path / str(i), small.ARGS | fitting | model)) for i, model in enumerate(MODELS)]
+    wanted = [sorted(set(model) - {"apply_layernorm_1p"}) for model in MODELS]
+    wanted[3].append("layernorm_zero_centered_gamma")  # the earlier name of the same argument
+    (found,) = distributed(restored, 1, roots, wanted)
+    for model, got in zip([*MODELS[:3], SQUARED | {"layernorm_zero_centered_gamma": True}], found, strict=True):
+        for name, value in got.items():
+            assert (tuple(value) if isinstance(value, tuple | list) else value) == (
+                tuple(model[name]) if isinstance(model[name], tuple | list) else model[name]
+            ), name
