@@ -204,7 +204,13 @@ class FakeLauncher:
             seq_length=int(given["calibration_seq_length"]),
             sequences=int(given["calibration_sequences"]),
             loss_sum=1.0,
-            calibrations=(),
+            calibrations=(
+                {
+                    "prefix": given["calibration_data_path"],
+                    "corpus": indexed.fingerprint(given["calibration_data_path"]),
+                    "windows": list(range(int(given["calibration_sequences"]))),
+                },
+            ),
         ).write(given["output"])
 
     def _pretrain(self, argv: list[str]) -> None:
