@@ -84,7 +84,7 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
     """
     path = Path(path).absolute()
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise MegatronPruneError(f"{path} already exists: remove it or choose another output")
+        raise MegatronPruneError(f"{path} already exists, expected a free path: remove it or choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path.with_name(f".{path.name}.lock"), path):
         for left_over in _left_overs(path):
@@ -242,8 +242,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(
-            f"{parent} has {free / 1e9:.2f} GB free, but {target.name} needs {needed / 1e9:.2f} GB: free some space or "
-            "choose another output"
+            f"{parent}: expected {needed / 1e9:.2f} GB free, which {target.name} needs, got {free / 1e9:.2f} GB; free "
+            "some space or choose another output"
         )
 
 

@@ -142,7 +142,10 @@ class StorePath(PurePosixPath):
         except Exception as error:
             if isinstance(error.__cause__, NotADirectoryError):  # a profile on a disk, and a key below a file
                 raise FileNotFoundError(str(self)) from error
-            raise StorageError(f"{self}: {type(error).__name__}: {error}") from error
+            raise StorageError(
+                f"{self}: the object store refused ({type(error).__name__}: {error}): check the profile in MSC_CONFIG "
+                "and its rights"
+            ) from error
 
 
 def path(where: str | Path) -> Path:

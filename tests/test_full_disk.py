@@ -70,7 +70,9 @@ def test_it_says_so_and_leaves_nothing(
     work(tmp_path / "whole")
     folder = disk(int(size_of(tmp_path / "whole") * room))
     expected = (
-        "GB free, but made needs" if room == 0.5 else "GB free, but made needs|no space left while writing .*made"
+        "GB free, which made needs, got"
+        if room == 0.5
+        else "GB free, which made needs, got|no space left while writing .*made"
     )
     with pytest.raises(CheckpointError, match=expected):
         work(folder / "made")
@@ -103,7 +105,7 @@ def test_sparsify_keeps_its_blocks(
     argv = sparsifying.flags(tiny_parent, folder / "made", "magnitude", "--ratio", 0.5)
     refused = job(argv)
     assert refused.returncode == 2 and "Traceback" not in refused.output
-    assert "GB free, but made needs" in refused.output
+    assert "GB free, which made needs, got" in refused.output
     assert not (folder / "made").exists() and files_of(tiny_parent) == before
     kept = len(list(sparsifying_scratch(folder / "made").glob("*/done.json")))
     disk(8 * size_of(tiny_parent))

@@ -100,8 +100,8 @@ def plan(
     made = make_plan(*options.read(verbs.PlanSettings, method, given | settings))
     if isinstance(made, Unscored):
         raise PlanError(
-            f"{len(made.missing)} candidates must be run before one can be chosen: they are in {made.file}; use prune, "
-            "or calibrate --score and plan again"
+            f"expected scores for all candidates, got none for {len(made.missing)} (in {made.file}): use prune, or "
+            "calibrate --score and plan again"
         )
     return Plan(Path(output), made)
 

@@ -93,7 +93,10 @@ def stored_tensors(metadata: Metadata, directory: Path) -> dict[str, StoredTenso
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             info = records[key].get(offsets)
             if info is None:
-                raise CheckpointError(f"{directory}: {key} has no record for its shard at {list(offsets)}")
+                raise CheckpointError(
+                    f"{directory}: expected a record for the shard of {key} at {list(offsets)}, got none; copy the "
+                    "checkpoint again"
+                )
             pieces.append(Piece(key, dtype, offsets, sizes, info.relative_path, info.offset, info.length))
         stored[key] = StoredTensor(key, tuple(entry.size), dtype, tuple(pieces))
     return stored
@@ -117,10 +120,12 @@ def locate(
         expected = (*(() if layer is None else (shape.num_layers,)), rows, *layout.shape[1:])
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{directory}: {key} has shape {list(tensor.shape)}, expected {list(expected)} from the stored args"
+                f"{directory}: {key}: expected shape {list(expected)} from the stored args, got {list(tensor.shape)}"
             )
         if tensor.dtype != stored[keys[0]].dtype:
-            raise CheckpointError(f"{directory}: {' and '.join(keys)} have different types")
+            raise CheckpointError(
+                f"{directory}: {' and '.join(keys)}: expected one type, got {tensor.dtype} and {stored[keys[0]].dtype}"
+            )
         for piece in tensor.pieces if layer is None else tensor.by_layer.get(layer, ()):
             offsets, sizes, skip = piece.offsets, piece.sizes, 0
             if layer is not None:
@@ -129,8 +134,9 @@ def locate(
             boxes.append(Box(piece, (offsets[0] + number * rows, *offsets[1:]), sizes, skip))
     if not covers(boxes, layout.shape):
         raise CheckpointError(
-            f"{directory}: the shards of {layout.name} do not cover {list(layout.shape)} exactly once: "
-            "one is missing or duplicated"
+            f"{directory}: the shards of {layout.name}: expected {list(layout.shape)} covered exactly once, got one "
+            "shard "
+            "too few or too many; copy the checkpoint again"
         )
     return tuple(boxes)
 
@@ -151,8 +157,9 @@ def _keys(
             if all(key in stored for key in spell(name)):
                 return spell(name), layer
     raise CheckpointError(
-        f"{directory} lacks {layout.name}, which its stored args "
-        f"(num_layers={shape.num_layers}, tied={shape.tied}) require"
+        f"{directory}: expected {layout.name}, which its stored args (num_layers={shape.num_layers}, "
+        f"tied={shape.tied}) "
+        "require, got a checkpoint without it"
     )
 
 
@@ -161,8 +168,8 @@ def refuse_unknown(stored: Mapping[str, StoredTensor], known: set[str], director
     unknown = sorted(key for key in stored if is_weight(key) and key not in known)
     if unknown:
         raise CheckpointError(
-            f"{directory} holds weights that this package does not know "
-            f"({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}): only dense GPT models are supported"
+            f"{directory}: expected the weights of a dense GPT, got others too: {', '.join(unknown[:3])}"
+            f"{', …' if len(unknown) > 3 else ''}"
         )
 
 
@@ -186,8 +193,8 @@ def check_files(directory: Path, needed: Mapping[str, int]) -> None:
     for name, size in needed.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+            raise CheckpointError(f"{path} is missing, so the checkpoint is incomplete: copy it again")
         if path.stat().st_size < size:
             raise CheckpointError(
-                f"{path} is truncated: it has {path.stat().st_size} bytes, but the index needs {size}"
+                f"{path} is truncated: expected {size} bytes, got {path.stat().st_size}; copy the checkpoint again"
             )

@@ -144,8 +144,8 @@ class ModelShape:
                 raise CheckpointError(f"{name}: expected true or false, got {show(getattr(self, name))}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(
-                f"{self.num_attention_heads} attention heads cannot be divided evenly among "
-                f"{self.num_query_groups} query groups"
+                f"num_attention_heads: expected a multiple of the {self.num_query_groups} query groups, got "
+                f"{self.num_attention_heads}"
             )
 
     @property
@@ -168,18 +168,18 @@ class ModelShape:
         ):
             if args.get(flag):
                 raise CheckpointError(
-                    f"the checkpoint has {flag}={show(args[flag])}: only dense GPT models are supported"
+                    f"the checkpoint's stored args: expected those of a dense GPT, got {flag}={show(args[flag])}"
                 )
         missing = [
             k for k in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if args.get(k) is None
         ]
         if missing:
-            raise CheckpointError(f"the checkpoint's stored args lack {', '.join(missing)}")
+            raise CheckpointError(f"the checkpoint's stored args: expected {', '.join(missing)}, got args without")
         for name, most in _MOST.items():
             value = args.get(name)
             if value is not None and (type(value) is not int or not 0 <= value <= most):
                 raise CheckpointError(
-                    f"the checkpoint's stored args have {name}={show(value)}, expected a number from 0 to {most}"
+                    f"the checkpoint's stored args: {name}: expected a number from 0 to {most}, got {show(value)}"
                 )
         for name in _STORED_SWITCHES:  # "false" would count as true
             if type(args.get(name)) not in (bool, type(None)):
@@ -188,7 +188,7 @@ class ModelShape:
                 )
         hidden, heads = args["hidden_size"], args["num_attention_heads"]
         if not heads:
-            raise CheckpointError("the checkpoint's stored args have num_attention_heads=0")
+            raise CheckpointError("the checkpoint's stored args: num_attention_heads: expected at least 1, got 0")
         # `num_query_groups` only counts with group_query_attention: Megatron stores 1 otherwise.
         groups = args.get("num_query_groups") if args.get("group_query_attention") else None
         learned = args.get("position_embedding_type", "learned_absolute") == "learned_absolute"

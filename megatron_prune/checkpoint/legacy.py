@@ -65,7 +65,9 @@ class LegacySource:
         self.refuse_damaged()
         first = self._states.get((0, 0))
         if first is None:
-            raise CheckpointError(f"{directory} has no rank (0, 0): the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{directory}: expected the folder of rank (0, 0), got none; copy the checkpoint again"
+            )
         self.common: dict[str, Any] = first
         args = first.get("args") or {}
         self._tp, self._pp = (
@@ -89,26 +91,29 @@ class LegacySource:
             match = _RANK.fullmatch(folder.name)
             if match is None:
                 raise CheckpointError(
-                    f"{folder} is not a rank of a dense GPT: only tensor and pipeline ranks are supported"
+                    f"{folder}: expected mp_rank_TT or mp_rank_TT_PPP, of a tensor and pipeline rank, got another name"
                 )
             rank = (int(match[1]), int(match[2] or 0))
             if rank in found:
-                raise CheckpointError(f"{self._directory}: {found[rank]} and {folder.name} are the same rank")
+                raise CheckpointError(
+                    f"{self._directory}: expected one folder per rank, got {found[rank]} and {folder.name}; remove "
+                    "one of them"
+                )
             found[rank] = folder.name
         return found
 
     def _refuse_missing_ranks(self) -> None:
         if not all(type(size) is int and 1 <= size <= 10_000 for size in (self._tp, self._pp)):
             raise CheckpointError(
-                f"{self._directory} was saved at TP={self._tp}, PP={self._pp} according to its stored args"
+                f"{self._directory}: its stored args: expected sizes from 1 to 10000, got TP={self._tp}, PP={self._pp}"
             )
-        said = f"{self._directory}: its stored args say TP={self._tp}, PP={self._pp}: tensor-parallel rank"
+        said = f"{self._directory}: expected the ranks of TP={self._tp}, PP={self._pp}, as its stored args say, got"
         for tp, stage in self._states:
             if tp >= self._tp or stage >= self._pp:
-                raise CheckpointError(f"{said} {tp} of stage {stage} is unexpected")
+                raise CheckpointError(f"{said} tensor-parallel rank {tp} of stage {stage} too")
         for tp, stage in product(range(self._tp), range(self._pp)):
             if (tp, stage) not in self._states:
-                raise CheckpointError(f"{said} {tp} of stage {stage} is missing")
+                raise CheckpointError(f"{said} none for tensor-parallel rank {tp} of stage {stage}")
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -124,12 +129,14 @@ class LegacySource:
         unknown = sorted(places.keys() - layouts.keys())
         if unknown:
             raise CheckpointError(
-                f"{self._directory} holds weights that this package does not know ({', '.join(unknown[:3])}"
-                f"{', …' if len(unknown) > 3 else ''}): only dense GPT models of Megatron Core are supported"
+                f"{self._directory}: expected the weights of a dense GPT of Megatron Core, got others too: "
+                f"{', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}"
             )
         missing = [name for name in layouts if name not in places]
         if missing:
-            raise CheckpointError(f"{self._directory} lacks {missing[0]}, which its stored args require")
+            raise CheckpointError(
+                f"{self._directory}: expected {missing[0]}, which its stored args require, got a checkpoint without it"
+            )
         return {name: self._boxes(layout, places[name], shape) for name, layout in layouts.items()}
 
     def _places(self, shape: ModelShape) -> dict[str, _Place]:
@@ -149,15 +156,19 @@ class LegacySource:
                 if name.endswith("_extra_state") or last_stage_of_tied:
                     continue
                 if name in places:
-                    raise CheckpointError(f"{self._directory}: {name} is stored twice")
+                    raise CheckpointError(
+                        f"{self._directory}: expected {name} in one place, got it in two; copy the checkpoint again"
+                    )
                 places[name] = _Place(stage, chunk, key)
             if layers != set(range(len(layers))):
-                raise CheckpointError(f"{self._directory}: the layers of stage {stage} ({chunk}) have gaps")
+                raise CheckpointError(
+                    f"{self._directory}: stage {stage} ({chunk}): expected layers 0, 1, …, got {sorted(layers)}"
+                )
             before += len(layers)
         if before != shape.num_layers:
             raise CheckpointError(
-                f"{self._directory} holds {before} layers in all stages, "
-                f"expected {shape.num_layers} from the stored args"
+                f"{self._directory}: expected {shape.num_layers} layers in all stages, as its stored args say, "
+                f"got {before}"
             )
         return places
 
@@ -167,17 +178,25 @@ class LegacySource:
         kinds = {tuple(sorted((key for key in state if _CHUNK.fullmatch(key)), key=_number))
                  for state in self._states.values()}  # fmt: skip
         if len(kinds) != 1 or not (chunks := kinds.pop()):
-            raise CheckpointError(f"{self._directory}: its ranks do not hold the same model chunks")
+            raise CheckpointError(
+                f"{self._directory}: expected the same model chunks in every rank, got different ones or none"
+            )
         if list(chunks) not in (["model"], [f"model{i}" for i in range(len(chunks))]):
-            raise CheckpointError(f"{self._directory}: its ranks hold {', '.join(chunks)}, expected model0, model1, …")
+            raise CheckpointError(
+                f"{self._directory}: expected the model chunks model0, model1, …, got {', '.join(chunks)}"
+            )
         return [(chunk, stage) for chunk in chunks for stage in range(self._pp)]
 
     def _state(self, tp: int, stage: int, chunk: str) -> Mapping[str, Any]:
         state = self._states[tp, stage][chunk]
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise CheckpointError(f"{self._directory}: {chunk} of rank ({tp}, {stage}) is not a model state")
+            raise CheckpointError(
+                f"{self._directory}: {chunk} of rank ({tp}, {stage}): expected tensors by name, got something else"
+            )
         if "language_model" in state:
-            raise CheckpointError(f"{self._directory} holds a model from before Megatron Core, which is not supported")
+            raise CheckpointError(
+                f"{self._directory}: expected a model of Megatron Core, got one from before it (language_model)"
+            )
         return state
 
     def _boxes(self, layout: WeightLayout, place: _Place, shape: ModelShape) -> tuple[Box, ...]:
@@ -186,7 +205,9 @@ class LegacySource:
         expected = list(layout.shape)
         if axis is not None:
             if layout.shape[axis] % self._tp:
-                raise CheckpointError(f"{self._directory}: {self._tp} ranks cannot share {layout.name} {expected}")
+                raise CheckpointError(
+                    f"{self._directory}: {layout.name}: expected a size that {self._tp} ranks divide, got {expected}"
+                )
             expected[axis] //= self._tp
         boxes: list[Box] = []
         for tp in ranks:
@@ -195,13 +216,16 @@ class LegacySource:
             if not isinstance(tensor, torch.Tensor) or list(tensor.shape) != expected:
                 found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise CheckpointError(
-                    f"{self._directory / file}: {place.key} is {found}, expected {expected} from the stored args"
+                    f"{self._directory / file}: {place.key}: expected {expected} from the stored args, got {found}"
                 )
             piece = Piece(
                 f"{place.chunk}.{place.key}", tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape), file, 0, 0
             )
             if boxes and boxes[0].piece.dtype != tensor.dtype:
-                raise CheckpointError(f"{self._directory}: the ranks' shards of {layout.name} have different types")
+                raise CheckpointError(
+                    f"{self._directory}: {layout.name}: expected one type, got {boxes[0].piece.dtype} and "
+                    f"{tensor.dtype}"
+                )
             boxes += _in_whole(piece, layout, shape, axis, tp)
         return tuple(boxes)
 

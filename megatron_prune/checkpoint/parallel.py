@@ -285,7 +285,9 @@ def read_part(folder: Path) -> Part:
         raise CheckpointError(f"{folder / PART_FILE} is damaged ({error!r}): delete {folder}") from error
     for name in hashes:
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / PART_FILE} names {name}, which is not a file in that folder")
+            raise CheckpointError(
+                f"{folder / PART_FILE}: expected names of files in that folder, got {name}; delete {folder}"
+            )
     ends: dict[str, int] = {}
     for piece in pieces:
         ends[piece.file] = max(ends.get(piece.file, 0), piece.start + piece.length)

@@ -68,7 +68,10 @@ class Checkpoint:
         common = self._source.common
         self.args: dict[str, Any] = common.get("args") or {}
         if not self.args:
-            raise CheckpointError(f"{directory} stores no Megatron args: the shape of its model is unknown")
+            raise CheckpointError(
+                f"{directory}: expected Megatron's args in it, which say the model's shape, got none; save with "
+                "Megatron's trainer"
+            )
         self.iteration = _iteration(common, directory) if iteration is None else iteration
         self.shape = ModelShape.from_args(self.args)
         self.stored = self._source.stored
@@ -127,7 +130,9 @@ class Checkpoint:
         found = read_json(path)
         chain = found.get("chain", []) if isinstance(found, dict) else None
         if not isinstance(chain, list) or not all(isinstance(entry, dict) for entry in chain):
-            raise CheckpointError(f"{path} is damaged: expected a list of prunings in 'chain'")
+            raise CheckpointError(
+                f"{path}: expected a list of prunings in 'chain', got something else; restore the file"
+            )
         return chain
 
     @property
@@ -218,19 +223,25 @@ class Checkpoint:
 
     def _verify_hashes(self, path: Path, needed: Iterable[str]) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist: this checkpoint was saved without hashes")
+            raise CheckpointError(
+                f"{path}: expected the hashes of the checkpoint's files, got no such file; omit --verify-integrity"
+            )
         found = read_json(path)
         files = found.get("files") if isinstance(found, dict) else None
         if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
-            raise CheckpointError(f"{path} is damaged: expected SHA-256 hashes in 'files'")
+            raise CheckpointError(f"{path}: expected SHA-256 hashes in 'files', got something else; restore the file")
         if unlisted := sorted(set(needed) - set(files)):
-            raise CheckpointError(f"{path} does not list {unlisted[0]}, which holds weights")
+            raise CheckpointError(
+                f"{path}: expected the hash of {unlisted[0]}, which holds weights, got none; restore the file"
+            )
         for name, expected in files.items():
             file = self.directory / name
             if Path(name).name != name or not file.is_file():
-                raise CheckpointError(f"{file} is missing, but {INTEGRITY_FILE} lists it")
+                raise CheckpointError(f"{file} is missing, but {INTEGRITY_FILE} lists it: copy the checkpoint again")
             if sha256_file(file) != expected:
-                raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {INTEGRITY_FILE}")
+                raise CheckpointError(
+                    f"{file} is damaged: its SHA-256 is not the one in {INTEGRITY_FILE}; copy the checkpoint again"
+                )
 
 
 def _iteration(common: dict[str, Any], directory: Path) -> int:

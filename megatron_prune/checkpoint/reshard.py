@@ -93,7 +93,8 @@ class _Save:
         torch_dist.vet_objects(self._metadata, self._files, directory)
         if _COMMON not in self._objects:
             raise CheckpointError(
-                f"{directory} has no common state in its index: it was saved by an older version of Megatron"
+                f"{directory}: expected the common state in its index, got a save of an older Megatron; resume from "
+                "it and save again"
             )
         content = safe_objects.load_common(self._bytes(_COMMON), str(directory)).get("content_metadata") or {}
         self.form = content.get("distrib_optim_sharding_type")
@@ -142,13 +143,15 @@ class _Save:
                 for bucket, of in buckets.items()
             }
         except Exception as error:  # a damaged record can raise anything
-            raise CheckpointError(f"{self._directory}: {key} is damaged ({error!r})") from error
+            raise CheckpointError(f"{self._directory}: {key} is damaged ({error!r}): copy the save again") from error
 
     def _check_buckets(self, shares: Mapping[str, list[Share]]) -> None:
         """Raises CheckpointError unless every bucket has a layout and every weight's state is covered exactly once."""
         unknown = [key for key in self._stored if _SET.match(key) and key.rsplit(".", 1)[0] not in shares]
         if unknown:
-            raise CheckpointError(f"{self._directory}: no layout is stored for {unknown[0]}")
+            raise CheckpointError(
+                f"{self._directory}: expected a stored layout for {unknown[0]}, got none; copy the save again"
+            )
         rectangles: dict[str, list[Box]] = defaultdict(list)
         shapes: dict[str, tuple[int, ...]] = {}
         for bucket, of in shares.items():
@@ -156,10 +159,15 @@ class _Save:
                 piece = Piece(share.key, torch.float32, share.offsets, share.sizes, bucket, share.start, 0)
                 rectangles[share.key].append(Box(piece, share.offsets, share.sizes, 0))
                 if shapes.setdefault(share.key, share.shape) != share.shape:
-                    raise CheckpointError(f"{self._directory}: the layouts of {share.key} contradict each other")
+                    raise CheckpointError(
+                        f"{self._directory}: {share.key}: expected one shape, got {share.shape} and {shapes[share.key]}"
+                    )
         for key, boxes in rectangles.items():
             if not index.covers(boxes, shapes[key]):
-                raise CheckpointError(f"{self._directory}: the optimizer state of {key} is missing or duplicated")
+                raise CheckpointError(
+                    f"{self._directory}: the optimizer state of {key}: expected it exactly once, got parts too few or "
+                    "too many"
+                )
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -213,7 +221,10 @@ class _Save:
                 self._files.fill(out[first - start : last - start], box, 0)
                 filled += last - first
         if filled != length:
-            raise CheckpointError(f"{self._directory}: {flat.key} lacks {length - filled} elements starting at {start}")
+            raise CheckpointError(
+                f"{self._directory}: {flat.key}: expected {length} elements from {start} on, got {filled}; copy the "
+                "save again"
+            )
         return out
 
     def _new_common(self, name: str) -> dict[str, Any]:

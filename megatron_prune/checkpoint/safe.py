@@ -94,7 +94,9 @@ def load_metadata(directory: Path) -> dcp.Metadata:
     """
     path = directory / ".metadata"
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: not a (complete) torch_dist checkpoint")
+        raise CheckpointError(
+            f"{path}: expected the index of a torch_dist checkpoint, got no such file; copy the checkpoint again"
+        )
     try:
         payload = read_bytes(path, _MOST_BYTES)
     except StorageError:
@@ -103,7 +105,7 @@ def load_metadata(directory: Path) -> dcp.Metadata:
         raise CheckpointError(f"{path} is refused: {error}") from error
     metadata = read_metadata(payload, str(path), most_opcodes=_most_opcodes(directory, payload))
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is refused: it holds no checkpoint index")
+        raise CheckpointError(f"{path} is refused: expected the index of a checkpoint, got another object")
     try:
         for key, entry in metadata.state_dict_metadata.items():
             _check(isinstance(key, str), "a key is {}", key)

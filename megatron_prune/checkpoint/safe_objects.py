@@ -147,7 +147,7 @@ def load_legacy(path: Path) -> dict[str, Any]:
     Raises CheckpointError if it is missing or truncated, asks for code, or is not a dictionary.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+        raise CheckpointError(f"{path} is missing, so the checkpoint is incomplete: copy it again")
     return _as_state(_load(path, str(path)), str(path))
 
 
@@ -310,10 +310,10 @@ def _as_state(value: Any, what: str) -> dict[str, Any]:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is a {type(value).__name__}, expected a dictionary")
+        raise CheckpointError(f"{what}: expected a dictionary, got a {type(value).__name__}")
     if isinstance(value.get("args"), (argparse.Namespace, types.SimpleNamespace)):
         value["args"] = vars(value["args"])
     args = value.get("args")
     if args is not None and not (isinstance(args, dict) and all(isinstance(key, str) for key in args)):
-        raise CheckpointError(f"{what} is refused: expected a dictionary of names in its args")
+        raise CheckpointError(f"{what} is refused: args: expected a dictionary of names, got something else")
     return value

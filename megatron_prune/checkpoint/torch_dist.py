@@ -52,7 +52,7 @@ class TorchDistSource:
                 payload = _content(info, self._files, self._directory)
                 return safe_objects.load_common(payload, str(self._directory / info.relative_path))
         raise CheckpointError(
-            f"{self._directory} holds neither common_state nor common.pt: it was not saved by Megatron"
+            f"{self._directory}: expected common_state or common.pt, which Megatron saves, got neither"
         )
 
     def refuse_damaged(self) -> None:
@@ -165,8 +165,8 @@ class StoredFiles:
             record = locate(self._open(piece.file), piece.start, piece.length, origin)
             if (record.dtype, math.prod(record.size)) != (piece.dtype, math.prod(piece.sizes)):
                 raise CheckpointError(
-                    f"{origin} holds {record.dtype} {list(record.size)}, "
-                    f"expected {piece.dtype} {list(piece.sizes)} from the index"
+                    f"{origin}: expected {piece.dtype} {list(piece.sizes)} from the index, got "
+                    f"{record.dtype} {list(record.size)}"
                 )
             self._records[place] = record
         return self._records[place]
@@ -175,7 +175,10 @@ class StoredFiles:
         """Bytes [start, start + length) of a file. Raises CheckpointError if the file is shorter."""
         found = self._open(name).read(length, start)
         if len(found) < length:
-            raise CheckpointError(f"{self._directory / name} is truncated: it ends before {start + length}")
+            raise CheckpointError(
+                f"{self._directory / name} is truncated: expected at least {start + length} bytes; copy the "
+                "checkpoint again"
+            )
         return found
 
     def _open(self, name: str) -> storage.LocalBytes | storage.StoredBytes:
@@ -196,7 +199,8 @@ class StoredFiles:
             got = handle.read_into(view[done:], start + done)
             if got == 0:
                 raise CheckpointError(
-                    f"{self._directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}"
+                    f"{self._directory / name} is truncated: {len(view) - done} bytes are missing at {start + done}; "
+                    "copy the checkpoint again"
                 )
             done += got
 

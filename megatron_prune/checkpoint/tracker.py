@@ -80,7 +80,10 @@ def find_iteration(root: str | Path) -> FoundIteration | None:
     tracked = _tracked(root)
     if tracked is not None:
         if not tracked.directory.is_dir():
-            raise CheckpointError(f"{root / TRACKER_FILE} names {tracked.directory.name}, which does not exist")
+            raise CheckpointError(
+                f"{root / TRACKER_FILE}: expected the name of a save, got {tracked.directory.name}, which does not "
+                "exist; restore it"
+            )
         return tracked
     return _newest_complete(root)
 
@@ -128,7 +131,7 @@ def resolve(path: Path) -> FoundIteration:
 
     path = path.absolute()
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: expected a Megatron checkpoint")
+        raise CheckpointError(f"{path}: expected the directory of a Megatron checkpoint, got none there")
     if (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path):
         match = _ITERATION.fullmatch(path.name)
         found = FoundIteration(path.parent, path, int(match[1]) if match else None, path.name == "release")
@@ -150,7 +153,7 @@ def resolve(path: Path) -> FoundIteration:
             "(expected torch_dist or torch)"
         )
     if (backend := _backend(found.directory)) != "torch_dist":
-        raise CheckpointError(f"{found.directory} is in the format {backend}, expected torch_dist")
+        raise CheckpointError(f"{found.directory}: expected the format torch_dist, got {backend}")
     return found
 
 

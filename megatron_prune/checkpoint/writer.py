@@ -122,18 +122,20 @@ class CheckpointWriter:
         """
         layout = self._layouts.get(name)
         if layout is None:
-            raise CheckpointError(f"{name} is not a weight of the model that the stored args describe")
+            raise CheckpointError(f"{name}: expected a weight of the model that the stored args describe, got another")
         if tuple(shape) != layout.shape:
             raise CheckpointError(f"{name}: expected {list(layout.shape)} as the stored args say, got {list(shape)}")
         if name in self._added:
-            raise CheckpointError(f"{name} was added twice")
+            raise CheckpointError(f"{name}: expected each weight once, got it twice")
         self._added.add(name)
         dtype = dtype or self.dtype
         most = max(1, RECORD_BYTES // max(1, torch.Size(layout.shape[1:]).numel() * dtype.itemsize))
         row = 0
         for block in blocks:
             if tuple(block.shape[1:]) != layout.shape[1:]:
-                raise CheckpointError(f"{name} {list(layout.shape)}: a block has shape {list(block.shape)}")
+                raise CheckpointError(
+                    f"{name}: expected blocks of rows of {list(layout.shape)}, got one of {list(block.shape)}"
+                )
             for part in torch.split(block.detach().to(device="cpu", dtype=dtype), most):
                 self._submit(layout, row, part)
                 row += len(part)
@@ -189,7 +191,9 @@ class CheckpointWriter:
         for piece in part.pieces:
             layout = self._layouts.get(piece.name)
             if layout is None:
-                raise CheckpointError(f"{part.folder} holds {piece.name}, which is not a weight of this model")
+                raise CheckpointError(
+                    f"{part.folder}: expected weights of this model, got {piece.name}; delete the folder"
+                )
             index, _ = self._enter(layout, piece.offsets, piece.sizes, piece.dtype)
             self._storage[index] = _StorageInfo(names[piece.file], piece.start, piece.length)
             self._added.add(piece.name)
@@ -212,7 +216,9 @@ class CheckpointWriter:
     def _finish(self) -> None:
         missing = [name for name in self._layouts if name not in self._added]
         if missing:
-            raise CheckpointError(f"{len(missing)} weights were not added, the first is {missing[0]}")
+            raise CheckpointError(
+                f"expected every weight of the model, got none for {missing[0]} and {len(missing) - 1} more"
+            )
         if self._huggingface is not None:
             self._carry_along(self._huggingface)
         self._write_objects()

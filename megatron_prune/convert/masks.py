@@ -70,9 +70,11 @@ def import_masks(path: Path, shape: ModelShape, family: ModelFamily, folder: Pat
             stored = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             masks = write_single(folder, shape, _fused(path, shape, family, stored, patterns, shapes))
     except (safetensors.SafetensorError, OSError) as error:
-        raise MasksError(f"{path} is truncated or damaged: {error}") from error
+        raise MasksError(f"{path} is truncated or damaged ({error}): copy it again") from error
     if metadata.get("hash", masks.hash) != masks.hash:
-        raise MasksError(f"{path} is damaged: its masks hash to {masks.hash}, its header says {metadata['hash']}")
+        raise MasksError(
+            f"{path} is damaged: expected masks with the hash {metadata['hash']} of its header, got {masks.hash}"
+        )
     return masks
 
 
@@ -81,7 +83,9 @@ def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
         found = parse_json(metadata[key].encode(), f"{key} in the header of {HUGGINGFACE_MASKS}")
         return {str(name): value for name, value in found.items()}
     except (KeyError, AttributeError) as error:
-        raise MasksError(f"the header of {HUGGINGFACE_MASKS} has no readable {key}: {error!r}") from error
+        raise MasksError(
+            f"{HUGGINGFACE_MASKS}: expected {key} in its header, got none that is readable ({error!r})"
+        ) from error
 
 
 def _fused(
@@ -103,23 +107,23 @@ def _fused(
             continue
         if len(names) != len(rows) or len({str(patterns.get(name)) for name in names}) != 1 or names[0] not in patterns:
             raise MasksError(
-                f"{path}: {', '.join(rows)} are one matrix in Megatron: expected masks of one pattern "
-                "for all of them, or for none"
+                f"{path}: {', '.join(rows)}, one matrix in Megatron: expected masks of one pattern for all, or for "
+                "none, got others"
             )
         for name, out in rows.items():
             expected = [out, layout.shape[1]]
             packed = [out, bits.bytes_of(layout.shape[1])]
             if shapes.get(name) != expected:
                 raise MasksError(
-                    f"{path}: {name} has shape {show(shapes.get(name))} in the header, expected {expected}"
+                    f"{path}: {name}: expected shape {expected} in the header, got {show(shapes.get(name))}"
                 )
             if stored[name].get_dtype() != "U8" or list(stored[name].get_shape()) != packed:
                 found = f"{stored[name].get_dtype()} {list(stored[name].get_shape())}"
-                raise MasksError(f"{path}: {name} is stored as {found}, expected U8 {packed}")
+                raise MasksError(f"{path}: {name}: expected U8 {packed}, got {found}")
         left -= set(names)
         yield layout.name, _blocks(layout, shape, family, stored), str(patterns[names[0]])
     if left:
-        raise MasksError(f"{path} has a mask for {sorted(left)[0]}, which is not a linear weight of this model")
+        raise MasksError(f"{path}: expected masks of this model's linear weights, got one of {sorted(left)[0]}")
 
 
 def _blocks(

@@ -57,7 +57,7 @@ def members(pairs: Sequence[tuple[float | None, str]]) -> list[Corpus]:
     for earlier, later in itertools.combinations(found, 2):
         if earlier.fingerprint == later.fingerprint:
             raise DataError(
-                f"{earlier.prefix} and {later.prefix} hold the same tokens: "
+                f"expected different corpora, got the same tokens in {earlier.prefix} and {later.prefix}: "
                 "name a corpus once, with the sum of its weights"
             )
     return found

@@ -234,8 +234,8 @@ def _refuse_two_tokenizers(training: str | Path, held_out: str | Path) -> None:
     prints = {found["tokenizer"]["fingerprint"] for found in described if found}
     if len(prints) > 1:
         raise DataError(
-            f"{training} and {held_out} were tokenized with different tokenizers, so their documents cannot be "
-            "compared: tokenize both with the same tokenizer"
+            f"{training} and {held_out}: expected the same tokenizer, so that documents can be compared, got two: "
+            "tokenize both with one"
         )
 
 

@@ -35,7 +35,7 @@ class RemoteShard:
                 text = found[self.column]
                 text = "" if text is None else text
                 if not isinstance(text, str):
-                    raise DataError(f"{place}:{row} has no text under '{self.column}': see --json-keys")
+                    raise DataError(f"{place}:{row}: expected text under '{self.column}', got none; see --json-keys")
                 yield RawDocument(text.encode("utf-8", "replace"), f"{place}:{row}", None)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {place} to its end: {error}") from error
@@ -74,7 +74,7 @@ def shards(dataset: str, split: str = "train", column: str = "text") -> list[Rem
         ) from error
     names = data.column_names or list(next(iter(data), {}))
     if column not in names:
-        raise DataError(f"{dataset} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
+        raise DataError(f"{dataset}: expected the column '{column}' of --json-keys, got {', '.join(names)}")
     data = data.select_columns([column])
     version = str(builder.hash or builder.config_id)
     return [RemoteShard(dataset, split, column, version, i, data.num_shards, data) for i in range(data.num_shards)]

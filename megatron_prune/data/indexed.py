@@ -85,8 +85,8 @@ def _refuse_ids(prefix: str | Path, smallest: int, largest: int, vocabulary: int
         )
     if vocabulary is not None and largest >= vocabulary:
         raise DataError(
-            f"{prefix} holds token id {largest}, but the model's vocabulary ends at {vocabulary - 1}: it was made with "
-            "another tokenizer; tokenize the text with the model's own tokenizer"
+            f"{prefix}: expected token ids up to {vocabulary - 1}, the model's vocabulary, got {largest}: it was made "
+            "with another tokenizer; tokenize the text with the model's own tokenizer"
         )
 
 
@@ -98,7 +98,7 @@ def _check_files(tokens_file: Path, path: Path, stamps: tuple[Any, ...]) -> None
     dtype, sequences, ends = _header(path)
     found = tokens_file.stat().st_size
     if not sequences:
-        raise DataError(f"{path} describes a corpus without documents")
+        raise DataError(f"{path}: expected a corpus with documents, got none; give text to megatron-prune preprocess")
     lengths = np.memmap(path, np.int32, "r", HEADER.size, sequences)
     pointers = np.memmap(path, np.int64, "r", HEADER.size + 4 * sequences, sequences)
     bounds = np.memmap(path, np.int64, "r", HEADER.size + 12 * sequences, ends)
@@ -117,7 +117,7 @@ def _check_files(tokens_file: Path, path: Path, stamps: tuple[Any, ...]) -> None
         raise DataError(f"{str(path).removesuffix('.idx')} holds no tokens")
     if found != expected:
         raise DataError(
-            f"{tokens_file} has {found} bytes, but {path} describes {expected}: "
+            f"{tokens_file}: expected {expected} bytes, as {path} describes, got {found}: "
             "one of the two is truncated or comes from another run; make the corpus again"
         )
     last = 0
@@ -144,7 +144,9 @@ def _header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with _open(path) as handle:
         header = handle.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{path} is not a Megatron index")
+        raise DataError(
+            f"{path}: expected a Megatron index, got another file; make the corpus with megatron-prune preprocess"
+        )
     _, version, code, sequences, ends = HEADER.unpack(header)
     names = {number: name for name, number in TOKEN_TYPES.items()}
     if version != 1 or code not in names:
@@ -155,7 +157,9 @@ def _header(path: Path) -> tuple[np.dtype[Any], int, int]:
     expected = HEADER.size + sequences * (4 + 8) + ends * 8  # lengths, pointers; document ends
     found = path.stat().st_size
     if found < expected:
-        raise DataError(f"{path} is a truncated Megatron index: it has {found} bytes, but its header says {expected}")
+        raise DataError(
+            f"{path} is a truncated Megatron index: expected {expected} bytes, got {found}; make the corpus again"
+        )
     return np.dtype(names[code]), sequences, ends
 
 
@@ -191,7 +195,7 @@ def check_fits_model(prefix: str | Path, vocabulary: int) -> None:
         size = described["tokenizer"].get("vocab_size", vocabulary)
         if size > vocabulary:
             raise DataError(
-                f"{prefix} was tokenized with a vocabulary of {size}, but the model has one of {vocabulary}: "
+                f"{prefix}: expected at most the model's vocabulary of {vocabulary} tokens, got {size}: "
                 "tokenize the text with the model's own tokenizer"
             )
     corpus = open_indexed(prefix)

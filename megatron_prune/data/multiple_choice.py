@@ -76,7 +76,7 @@ def read(path: str | Path) -> Task:
         raise DataError(f"cannot read the task {path}: {error}") from error
     examples = tuple(_example(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip())
     if not examples:
-        raise DataError(f"{path} holds no example: a task is a file of JSON lines")
+        raise DataError(f"{path}: expected examples, one JSON object per line, got none")
     return Task(str(path), examples)
 
 
@@ -84,7 +84,9 @@ def _example(line: str, where: str) -> Example:
     try:
         found = parse_json(line.encode(), where)
     except MegatronPruneError as error:
-        raise DataError(f"{where}: not a line of JSON: {str(error).removeprefix(where).lstrip(': ')}") from error
+        raise DataError(
+            f"{where}: expected a line of JSON, got something else: {str(error).removeprefix(where).lstrip(': ')}"
+        ) from error
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(found).__name__}")
     query, choices, gold = (_value(found, names, where) for names in KEYS)
@@ -92,10 +94,13 @@ def _example(line: str, where: str) -> Example:
         raise DataError(f"{where}: choices: expected a list of two or more texts, got {show(choices)}")
     for number, choice in enumerate(choices):
         if not choice.strip():
-            raise DataError(f"{where}: choice {number} is empty")
+            raise DataError(f"{where}: choice {number}: expected a text, got none")
     queries = query if isinstance(query, list) else [query] * len(choices)
     if len(queries) != len(choices) or not all(isinstance(q, str) for q in queries):
-        raise DataError(f"{where}: query: expected a text, or a list of one text for each of {len(choices)} choices")
+        raise DataError(
+            f"{where}: query: expected a text, or a list of one text for each of {len(choices)} choices, got "
+            f"{query!r:.60}"
+        )
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise DataError(f"{where}: gold: expected the number of a choice, 0 to {len(choices) - 1}, got {show(gold)}")
     return Example(tuple(queries), tuple(choices), gold)
@@ -106,7 +111,7 @@ def _value(found: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
         if name in found:
             return found[name]
     keys = ", ".join(map(show_text, list(found)[:8])) or "none"
-    raise DataError(f"{where}: the key {' or '.join(names)} is missing, found {keys}")
+    raise DataError(f"{where}: expected the key {' or '.join(names)}, got {keys}")
 
 
 def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:
@@ -122,12 +127,14 @@ def encode(task: Task, tokenizer: Tokenizer, longest: int) -> Requests:
             before = tokenizer.encode(context)
             after = tokenizer.encode(query + DELIMITER + choice)[len(before) :]
             if not before:
-                raise DataError(f"{where}: the query has no tokens from which to predict the choice")
+                raise DataError(f"{where}: expected a query with tokens, from which the choice is predicted, got none")
             if not after:
-                raise DataError(f"{where}: the choice has no tokens after its query, in the vocabulary of the model")
+                raise DataError(
+                    f"{where}: expected a choice that adds tokens to its query, got none in the vocabulary of the model"
+                )
             if (read_ := len(before) + len(after) - 1) > longest:
                 raise DataError(
-                    f"{where}: the model would read {read_} tokens, but it takes at most {longest}: shorten the query"
+                    f"{where}: expected at most {longest} tokens, which the model takes, got {read_}; shorten the query"
                 )
             sequences.append(torch.tensor([*before, *after], dtype=torch.int64))
             scored.append(len(after))

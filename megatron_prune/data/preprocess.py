@@ -301,7 +301,9 @@ def _encode_all(
             while waiting:
                 yield _finished(*waiting.popleft())
         except BrokenProcessPool as error:
-            raise RunError("a worker process died (out of memory?): try fewer --workers") from error
+            raise RunError(
+                "a worker process died, possibly for lack of memory: run the same command again with fewer --workers"
+            ) from error
         finally:
             for _, future in waiting:
                 if future is not None:

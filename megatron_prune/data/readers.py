@@ -252,12 +252,12 @@ def _parquet(path: Path, column: str) -> Iterator[RawDocument]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise DataError(f"{path} has no column '{column}' (its columns: {', '.join(names)}): see --json-keys")
+                raise DataError(f"{path}: expected the column '{column}' of --json-keys, got {', '.join(names)}")
             kind = file.schema_arrow.field(column).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
             # A column of nulls only has the type null.
             if not any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_null)):
-                raise DataError(f"{path} holds {kind} in column '{column}', not strings: see --json-keys")
+                raise DataError(f"{path}: column '{column}': expected strings, got {kind}; see --json-keys")
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 sizes = [group.column(place) for place in range(group.num_columns)]
@@ -330,16 +330,16 @@ def text_of(record: RawDocument) -> str:
             return record.payload.decode()
         value = json.loads(record.payload)
     except UnicodeDecodeError as error:
-        raise DataError(f"{record.origin} is not UTF-8: {error}") from error
+        raise DataError(f"{record.origin}: expected UTF-8, got other bytes: {error}") from error
     except (ValueError, RecursionError) as error:  # also numbers with too many digits, or too deep nesting
-        raise DataError(f"{record.origin} is not JSON: {error}") from error
+        raise DataError(f"{record.origin}: expected JSON, got something else: {error}") from error
     text = value.get(record.json_key) if isinstance(value, dict) else None
     if text is None and isinstance(value, dict) and record.json_key in value:
         return ""  # null, which some datasets use for empty text
     if not isinstance(text, str):
         names = ", ".join(show_text(key) for key in sorted(value)[:8]) if isinstance(value, dict) else ""
-        found = f"its keys: {names}" if isinstance(value, dict) else "it is not an object"
-        raise DataError(f"{record.origin} has no text under '{record.json_key}' ({found}): see --json-keys")
+        found = f"the keys {names}" if isinstance(value, dict) else "something that is not an object"
+        raise DataError(f"{record.origin}: expected text under '{record.json_key}', got {found}; see --json-keys")
     if b"\\u" in record.payload:  # only escapes can encode half a surrogate pair, which tokenizers reject
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

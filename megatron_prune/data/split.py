@@ -181,6 +181,7 @@ def _drop(path: Path, numbers: set[int]) -> None:
     kept = [line for number, line in enumerate(lines) if number not in numbers]
     if not kept:
         raise DataError(
-            f"all {len(lines)} held-out documents are near duplicates of calibration documents: provide other text"
+            f"expected held-out documents that are not in the calibration text, got near duplicates of it in all "
+            f"{len(lines)}: provide other text"
         )
     artifacts.write_bytes(path, b"".join(kept))

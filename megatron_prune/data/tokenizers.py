@@ -68,13 +68,15 @@ class SentencePieceTokenizer:
         path = Path(model)
         path = path / "tokenizer.model" if path.is_dir() else path
         if not path.is_file():
-            raise DataError(f"{path} does not exist: --tokenizer-model takes a SentencePiece .model file")
+            raise DataError(
+                f"--tokenizer-model: expected a SentencePiece .model file, got {path}, which does not exist"
+            )
         self.model = str(path)
         refuse_irregular(path, _MOST_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=self.model)
         except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+            raise DataError(f"{path}: expected a SentencePiece model, got something else: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
         self._chunks = chunks.of_sentencepiece(self._processor)
         self.eod = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
@@ -186,7 +188,7 @@ class HuggingFaceTokenizer:
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"cannot load a Hugging Face tokenizer from {self.model}: {why}") from error
         if not loaded.is_fast:
-            raise DataError(f"{self.model} has no fast tokenizer: save it with a tokenizer.json first")
+            raise DataError(f"{self.model}: expected a fast tokenizer, got none: save it with a tokenizer.json first")
         self._backend = loaded.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -301,7 +303,9 @@ class TikTokenizer:
 def _tiktoken_ranks(path: Path) -> int:
     """Number of tokens in a file of Megatron's tiktoken format. Raises DataError for any other file."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist: --tokenizer-model takes a tiktoken vocabulary, a .json file")
+        raise DataError(
+            f"--tokenizer-model: expected a tiktoken vocabulary, a .json file, got {path}, which does not exist"
+        )
     entries = read_json(path)
     wanted = {"rank", "token_bytes", "token_str"}
     if (
@@ -346,7 +350,7 @@ def check_fits(tokenizer: Tokenizer, vocabulary: int) -> None:
     """Raise DataError if a tokenizer has ids outside a model's ``vocabulary`` (size without padding)."""
     if tokenizer.vocab_size > vocabulary:
         raise DataError(
-            f"{tokenizer.model} has a vocabulary of {tokenizer.vocab_size}, the checkpoint one of {vocabulary}: use "
+            f"{tokenizer.model}: expected the checkpoint's vocabulary of {vocabulary}, got {tokenizer.vocab_size}: use "
             "the tokenizer that the checkpoint was trained with"
         )
 

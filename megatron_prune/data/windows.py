@@ -67,7 +67,7 @@ def windows(
     available = (length - 1) // seq_length
     if not available:
         raise DataError(
-            f"{prefix} holds {length} tokens, one window needs {seq_length + 1}: "
+            f"{prefix}: expected at least the {seq_length + 1} tokens of one window, got {length}: "
             "give more text or a shorter --seq-length"
         )
     count = available if count is None else count

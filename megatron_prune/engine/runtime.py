@@ -169,19 +169,19 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
     for weight in weights(wanted):
         if weight.name not in held:
             raise CheckpointError(
-                f"{flag} {path}: the checkpoint lacks {weight.name}, which this model needs: "
+                f"{flag} {path}: expected {weight.name}, which this model needs, got a checkpoint without it: "
                 "check the flags that give the model's shape"
             )
         found = tuple(checkpoint.spec(weight.name).shape)
         if found != weight.shape:
             raise CheckpointError(
-                f"{flag} {path}: {weight.name} has shape {list(found)}, this model needs {list(weight.shape)}: "
+                f"{flag} {path}: {weight.name}: expected shape {list(weight.shape)} for this model, got {list(found)}: "
                 "omit the flags that give the model's size, and it is taken from the checkpoint"
             )
     if checkpoint.shape.num_layers != wanted.num_layers:
         raise CheckpointError(
-            f"{flag} {path}: the checkpoint has {checkpoint.shape.num_layers} layers, expected "
-            f"{wanted.num_layers} for this model: omit --num-layers"
+            f"{flag} {path}: expected {wanted.num_layers} layers for this model, got "
+            f"{checkpoint.shape.num_layers}: omit --num-layers"
         )
 
 

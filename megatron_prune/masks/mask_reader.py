@@ -71,14 +71,17 @@ class Masks:
         self.label = label or folder  # name in errors
         self.entries = {name: entries[name] for name in sorted(entries, key=_place)}
         if not entries:
-            raise MasksError(f"{self.label} holds no masks")
+            raise MasksError(f"{self.label}: expected masks, got none")
         self._files = StoredFiles(folder)
         metadata = safe.load_metadata(folder)
         torch_dist.vet_objects(metadata, self._files, folder)
         stored = index.stored_tensors(metadata, folder)
         if stored.keys() != self.entries.keys():
             odd = sorted(stored.keys() ^ self.entries.keys())[0]
-            raise MasksError(f"{folder}: {odd} is in only one of {MASKS_FILE} and the index")
+            raise MasksError(
+                f"{folder}: expected the same weights in {MASKS_FILE} and in the index, got {odd} in only one; "
+                "restore them"
+            )
         self._boxes = {name: _boxes(folder, entry, stored[name]) for name, entry in self.entries.items()}
         needed: dict[str, int] = defaultdict(int)
         for boxes in self._boxes.values():
@@ -122,11 +125,13 @@ class Masks:
         differs = [field for field in _OF_LINEARS if getattr(self.model, field) != getattr(shape, field)]
         if differs:
             pairs = (f"{field} is {getattr(self.model, field)} there and {getattr(shape, field)}" for field in differs)
-            raise MasksError(f"{self.label} are masks of another model: {', '.join(pairs)} in {whose}")
+            raise MasksError(
+                f"{self.label}: expected masks of this model, got those of another: {', '.join(pairs)} in {whose}"
+            )
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise MasksError(f"{self.label} has no mask for {name}")
+            raise MasksError(f"{self.label}: expected a mask for {name}, got none")
         return self.entries[name]
 
     def _per_byte(self, name: str) -> int:
@@ -148,7 +153,10 @@ def open_masks(path: str | Path) -> Masks:
     """Open a ``masks`` folder. Raises MasksError if it is missing, truncated, malicious, or inconsistent."""
     folder = storage.path(path).absolute()
     if not (folder / MASKS_FILE).is_file():
-        raise MasksError(f"{folder} has no {MASKS_FILE}: it holds no masks, or writing them was interrupted")
+        raise MasksError(
+            f"{folder}: expected masks with a {MASKS_FILE}, got none: they are elsewhere, or writing them was "
+            "interrupted"
+        )
     with as_masks_error():
         found = read_json(folder / MASKS_FILE)
         try:
@@ -158,13 +166,17 @@ def open_masks(path: str | Path) -> Masks:
             entries = {str(name): _parse(entry) for name, entry in found["masks"].items()}
             recorded = str(found["hash"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MasksError(f"{folder / MASKS_FILE} is damaged: {type(error).__name__}: {error}") from error
+            raise MasksError(
+                f"{folder / MASKS_FILE} is damaged ({type(error).__name__}: {error}): restore the file"
+            ) from error
         for name, entry in entries.items():
             check_shape(folder, model, name, entry)
             _check_count(folder, name, entry)
         masks = Masks(folder, model, entries)
     if masks.hash != recorded:
-        raise MasksError(f"{folder / MASKS_FILE} is damaged: its hash does not match its entries")
+        raise MasksError(
+            f"{folder / MASKS_FILE} is damaged: expected the hash of its entries, got another; restore the file"
+        )
     return masks
 
 
@@ -190,12 +202,14 @@ def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> Non
     shapes = {w.suffix: w.shape for w in weights(replace(model, num_layers=1)) if w.is_linear}
     match = _NAME.fullmatch(name)
     if match is None or match[2] not in shapes or int(match[1]) >= model.num_layers:
-        raise MasksError(f"{folder}: {name} is not a linear of the model that the masks are for")
+        raise MasksError(f"{folder}: expected masks of the model's linears, got one of {name}")
     if entry.shape != shapes[match[2]]:
         expected = list(shapes[match[2]])
-        raise MasksError(f"{folder}: the mask of {name} has shape {list(entry.shape)}, expected {expected}")
+        raise MasksError(f"{folder}: the mask of {name}: expected shape {expected}, got {list(entry.shape)}")
     if not Pattern.parse(entry.pattern).divides(entry.shape[1]):
-        raise MasksError(f"{folder}: {entry.pattern} does not divide the {entry.shape[1]} inputs of {name}")
+        raise MasksError(
+            f"{folder}: {name}: expected a pattern that divides its {entry.shape[1]} inputs, got {entry.pattern}"
+        )
 
 
 def _check_count(folder: Path, name: str, entry: Entry) -> None:
@@ -203,7 +217,8 @@ def _check_count(folder: Path, name: str, entry: Entry) -> None:
     exactly = None if pattern.n is None or pattern.m is None else size - size // pattern.m * pattern.n
     if not 0 <= entry.removed <= size or exactly not in (None, entry.removed):
         raise MasksError(
-            f"{folder}: {name} ({entry.pattern}) cannot remove {entry.removed} of {size} weights, as its entry says"
+            f"{folder}: {name}: its entry says {entry.removed} of {size} weights removed, which {entry.pattern} "
+            "cannot be"
         )
 
 
@@ -258,11 +273,13 @@ def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[inde
     expected = (entry.shape[0], width)
     if (stored.shape, stored.dtype) != (expected, torch.uint8):
         raise MasksError(
-            f"{folder}: {stored.key} is stored as {stored.dtype} {list(stored.shape)}, expected uint8 {list(expected)}"
+            f"{folder}: {stored.key}: expected uint8 {list(expected)}, got {stored.dtype} {list(stored.shape)}"
         )
     if any(piece.length < math.prod(piece.sizes) for piece in stored.pieces):
-        raise MasksError(f"{folder}: a record of {stored.key} is truncated")
+        raise MasksError(f"{folder}: a record of {stored.key} is truncated: copy the masks again")
     boxes = tuple(index.Box(piece, piece.offsets, piece.sizes, 0) for piece in stored.pieces)
     if not index.covers(boxes, expected):
-        raise MasksError(f"{folder}: a shard of {stored.key} is missing or duplicated")
+        raise MasksError(
+            f"{folder}: the shards of {stored.key}: expected the mask exactly once, got one too few or too many"
+        )
     return boxes

@@ -53,7 +53,7 @@ def write_single(
             for name, kept, pattern in masks:
                 if name not in linears or name in entries:
                     raise MasksError(
-                        f"{folder}: {name} is {'given twice' if name in entries else 'not a linear weight'}"
+                        f"{folder}: expected linear weights, each once, got {name}{' twice' if name in entries else ''}"
                     )
                 out, inputs = linears[name]
                 entries[name] = unmeasured((out, inputs), pattern, packed=True)

@@ -85,7 +85,9 @@ def local(model_chunks: Sequence[torch.nn.Module], masks: Masks) -> list[tuple[s
 def _read(masks: Masks, piece: Any) -> torch.Tensor:
     if piece.global_shape != masks.entries[piece.key].shape:
         shape = list(masks.entries[piece.key].shape)
-        raise MasksError(f"{masks.label}: {piece.key} is {shape} there and {list(piece.global_shape)} in this model")
+        raise MasksError(
+            f"{masks.label}: {piece.key}: expected shape {list(piece.global_shape)}, that of this model, got {shape}"
+        )
     rows, columns = piece.global_slice()
     return masks.read(piece.key, rows, columns)
 

@@ -74,9 +74,9 @@ def check_bits(masks: Masks, name: str) -> None:
     entry = masks.entries[name]
     removed, digest = measure(masks, name)
     if removed != entry.removed:
-        raise MasksError(f"{masks.label}: {name} removes {removed} weights, but its entry says {entry.removed}")
+        raise MasksError(f"{masks.label}: {name}: expected {entry.removed} removed weights by its entry, got {removed}")
     if digest != entry.digest:
-        raise MasksError(f"{masks.label}: {name} is damaged: its bits do not match its hash")
+        raise MasksError(f"{masks.label}: {name} is damaged: its bits do not match its hash; restore the masks")
 
 
 def measure(masks: Masks, name: str) -> tuple[int, str]:

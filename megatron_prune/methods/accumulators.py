@@ -128,6 +128,6 @@ class SquareSums:
         """Mean over sequences of ‖X_j‖², float64 [in]; CheckpointError if inputs were not finite."""
         if not bool(self.total.isfinite().all()):
             raise CheckpointError(
-                "the inputs of a linear are not finite: use another calibration text, or bf16 or fp32 in place of fp16"
+                "a linear's inputs are not finite, expected finite ones: use another calibration text, or bf16 or fp32"
             )
         return self.total / self.count

@@ -72,7 +72,9 @@ class Hessian:
         scale = 2 / self.count
         diagonal = self.total.diagonal().flip(0) * scale
         if not bool(diagonal.isfinite().all()):  # |h_ij| cannot exceed the larger of h_ii and h_jj
-            raise CheckpointError("the inputs of a linear are not finite: the model cannot be pruned by them")
+            raise CheckpointError(
+                "a linear's inputs are not finite, expected finite ones: use another calibration text, or bf16 or fp32"
+            )
         dead = diagonal == 0
         diagonal[dead] = 1
         mean, damping = diagonal.mean(), DAMPING
@@ -89,7 +91,10 @@ class Hessian:
                 break
             damping *= 2
             if damping > 1:
-                raise CheckpointError("the inputs of a linear have no positive definite Hessian, however damped")
+                raise CheckpointError(
+                    "expected inputs of a linear whose damped Hessian can be factored, got others: use more "
+                    "calibration text"
+                )
         return Factor(self._reversed_inverse(h), dead.flip(0), damping)
 
     def _reversed_inverse(self, lower: torch.Tensor) -> torch.Tensor:

@@ -306,4 +306,4 @@ def _infinite(dtype: torch.dtype) -> int:
 
 
 def _refuse() -> None:
-    raise CheckpointError("its weights are not finite, so they cannot be ranked: check the parent checkpoint")
+    raise CheckpointError("its weights are not finite, expected ones that can be ranked: check the parent checkpoint")

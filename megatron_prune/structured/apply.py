@@ -171,13 +171,13 @@ def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
     """Refuse a plan that was made for another checkpoint."""
     if parent.shape != made.source:
         raise PlanError(
-            f"the plan is for another parent: its source is {made.source}, {parent.root} is {parent.shape}; plan for "
+            f"the plan is for another parent: expected {made.source}, got {parent.shape} in {parent.root}; plan for "
             "this checkpoint, or --load the one that the plan is for"
         )
     if parent.fingerprint() != made.parent:
         raise PlanError(
-            f"the plan is for another parent: it names the weights {made.parent}, {parent.root} holds "
-            f"{parent.fingerprint()}; plan for this checkpoint, or --load the one that the plan is for"
+            f"the plan is for another parent: expected the weights {made.parent}, got {parent.fingerprint()} in "
+            f"{parent.root}; plan for this checkpoint, or --load the one that the plan is for"
         )
 
 

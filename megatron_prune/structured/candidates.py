@@ -79,11 +79,13 @@ class Question:
         method = methods.get(self.method)
         if statistics is None and uses_statistics(method, self.settings):
             made_by = "learn-masks" if method.learned else "calibrate"
-            raise StatisticsError(f"{self.method} needs statistics: run {made_by} and give its file as --statistics")
+            raise StatisticsError(
+                f"--statistics: expected a file, which {self.method} reads, got none; make it with {made_by}"
+            )
         if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
             raise StatisticsError(
-                f"the statistics are of another parent: their fingerprint is {statistics.parent}, expected "
-                f"{self.parent}; run calibrate on this parent"
+                f"the statistics are of another parent: expected the fingerprint {self.parent}, got "
+                f"{statistics.parent}; run calibrate on this parent"
             )
         if isinstance(statistics, LearnedMasks):
             if statistics.target not in self.targets:
@@ -149,7 +151,7 @@ def read(path: str | Path) -> tuple[Question, str]:
     """A ``candidates.json`` and the hash of the statistics that it is about; PlanError if it is damaged."""
     content = artifacts.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise PlanError(f"{path} is not a list of candidates of version {VERSION}: run plan again")
+        raise PlanError(f"{path}: expected candidates of version {VERSION}, got another file: run plan again")
     try:
         fields = {key: content[key] for key in Question.__dataclass_fields__}
         typed = {
@@ -232,9 +234,14 @@ def judge(
     PlanError if no loss is finite.
     """
     if missing := question.unscored(statistics):
-        raise StatisticsError(f"{question.method}: {len(missing)} of {len(found)} candidates have no score yet")
+        raise StatisticsError(
+            f"{question.method}: expected scores for all {len(found)} candidates, got none for {len(missing)}: run "
+            "calibrate --score"
+        )
     if waiting := question.unretrained(statistics):
-        raise StatisticsError(f"{question.method}: {len(waiting)} candidates have not been retrained yet")
+        raise StatisticsError(
+            f"{question.method}: expected retrained candidates, got {len(waiting)} that are not: run retrain-candidates"
+        )
     scores = [statistics.scores[c.selection.key] for c in found]
     table = [Scored(c.label, c.target.parameters(), s.loss) for c, s in zip(found, scores, strict=True)]
     usable = _finite([row.loss for row in table], f"{question.method}: no candidate")
@@ -253,7 +260,9 @@ def judge(
     assert question.retraining is not None
     _, cut = lowest_losses([table[i].loss for i in usable], question.retraining.candidates, "finalist")
     if len({one.recipe for one in after.values()}) > 1:
-        raise StatisticsError("the candidates were not all retrained by the same recipe: run retrain-candidates again")
+        raise StatisticsError(
+            "expected one recipe for all retrained candidates, got several: run retrain-candidates again"
+        )
     table = [replace(row, retrained_loss=after[i].loss if i in after else None) for i, row in enumerate(table)]
     trained = _finite([after[i].loss for i in tried], f"{question.method}: no candidate that was retrained")
     trained = [tried[i] for i in trained]
@@ -272,8 +281,9 @@ def _finite(losses: Sequence[float], nobody: str) -> list[int]:
     if places := [i for i, loss in enumerate(losses) if math.isfinite(loss)]:
         return places
     raise PlanError(
-        f"{nobody} has a finite loss on the calibration text: none can be chosen "
-        "(try bf16 or fp32 in place of fp16, or a lower --lr if they were retrained)"
+        f"{nobody} has a finite loss on the calibration text, expected at least one: use bf16 or fp32 in place of "
+        "fp16, "
+        "or a lower --lr if they were retrained"
     )
 
 

@@ -62,29 +62,28 @@ class PruningPlan:
                 continue
             if len(sets) != len(self.kept_layers):
                 raise PlanError(
-                    f"plan: {name} has {len(sets)} entries, expected one per kept layer: {len(self.kept_layers)}"
+                    f"plan: {name}: expected one entry for each of {len(self.kept_layers)} kept layers, got {len(sets)}"
                 )
             for layer, kept in zip(self.kept_layers, sets, strict=True):
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
         if self.gates is not None:
             self._check_gates(self.gates)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
-            raise PlanError(
-                f"plan: the chosen candidate is {self.chosen}, expected a number below {len(self.candidates)}"
-            )
+            raise PlanError(f"plan: chosen: expected a number below {len(self.candidates)}, got {self.chosen}")
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
             groups = {h // source.heads_per_group for h in heads}
             counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
             if len(groups) != target.num_query_groups or len(counts) != 1:
                 raise PlanError(
-                    f"plan: the kept heads of layer {layer} must be in {target.num_query_groups} query "
-                    f"groups, the same number in each; got {len(groups)} groups with {sorted(counts)} heads"
+                    f"plan: the kept heads of layer {layer}: expected {target.num_query_groups} query groups with the "
+                    "same "
+                    f"number in each, got {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
         if reached != target:
-            raise PlanError(f"plan: the kept indices give {reached}, expected the target {target}")
+            raise PlanError(f"plan: expected kept indices that give {target}, got those of {reached}")
         if reached == source:
-            raise PlanError("plan: it removes nothing, expected a plan that makes the model smaller")
+            raise PlanError("plan: expected a plan that makes the model smaller, got one that removes nothing")
 
     def _check_gates(self, gates: Gates) -> None:
         """One finite factor for all that is kept, of no other kind."""
@@ -95,9 +94,9 @@ class PruningPlan:
             ("ffn", gates.ffn, self.kept_ffn),
         ):
             if _sizes(factors) != _sizes(kept):
-                raise PlanError(f"plan: gates.{name} must be a number for each of what is kept")
+                raise PlanError(f"plan: gates.{name}: expected a number for each index that is kept, got others")
             if factors is not None and not all(map(math.isfinite, _flat(factors))):
-                raise PlanError(f"plan: gates.{name} must be finite numbers")
+                raise PlanError(f"plan: gates.{name}: expected finite numbers, got others")
 
     def kept(self, position: int) -> Kept:
         """What is kept in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
@@ -199,7 +198,10 @@ def read(path: str | Path) -> PruningPlan:
     """Read and validate a plan; PlanError says what is wrong with it."""
     content = artifacts.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise PlanError(f"{path} is not a pruning plan of version {VERSION}: give the plan.json that plan wrote")
+        raise PlanError(
+            f"{path}: expected a pruning plan of version {VERSION}, got another file: give the plan.json that plan "
+            "wrote"
+        )
     check(_PlanFile, content, str(path), PlanError)
     try:
         fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key != "gates"}
@@ -222,7 +224,10 @@ def read(path: str | Path) -> PruningPlan:
         why = str(error) if isinstance(error, CheckpointError) else repr(error)
         raise PlanError(f"{path} is damaged: {why}; run plan again") from error
     if plan.hash != content.get("hash"):
-        raise PlanError(f"{path} was changed after it was written (its hash does not match): run plan again")
+        raise PlanError(
+            f"{path}: expected the content that its hash says, got another, changed after it was written: run plan "
+            "again"
+        )
     return plan
 
 
@@ -283,13 +288,13 @@ def for_candidate(
 
 def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None:
     if any(type(i) is not int for i in indices):
-        raise PlanError(f"plan: {name} must be integers")
+        raise PlanError(f"plan: {name}: expected integers, got others")
     if len(indices) != size:
-        raise PlanError(f"plan: {name} has {len(indices)} indices, expected the target's {size}")
+        raise PlanError(f"plan: {name}: expected the target's {size} indices, got {len(indices)}")
     if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
-        raise PlanError(f"plan: {name} must be ascending, without repetitions")
+        raise PlanError(f"plan: {name}: expected ascending indices without repetitions, got others")
     if indices[0] < 0 or indices[-1] >= limit:
-        raise PlanError(f"plan: {name} must be in 0…{limit - 1}, got {indices[0]}…{indices[-1]}")
+        raise PlanError(f"plan: {name}: expected indices in 0…{limit - 1}, got {indices[0]}…{indices[-1]}")
 
 
 def _flat(values: Sequence[Any]) -> list[float]:

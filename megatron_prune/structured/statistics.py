@@ -125,7 +125,9 @@ class Statistics:
         expected = tensor_shapes(self.shape)
         if set(self.tensors) != set(expected):
             odd = sorted(set(self.tensors) ^ set(expected))
-            raise StatisticsError(f"statistics must hold exactly the tensors of their shape; these differ: {odd}")
+            raise StatisticsError(
+                f"statistics: expected exactly the tensors of their shape, got too many or too few of {odd}"
+            )
         for name, size in expected.items():
             found = self.tensors[name]
             if found.dtype != torch.float64 or tuple(found.shape) != size:
@@ -134,15 +136,16 @@ class Statistics:
                 )
             if not torch.isfinite(found).all():
                 raise StatisticsError(
-                    f"statistics tensor {name} is not finite: the parent overflows on the calibration text "
-                    "(use bf16 or fp32 in place of fp16)"
+                    f"statistics tensor {name}: expected finite numbers, got others: the parent overflows on the "
+                    "calibration "
+                    "text; use bf16 or fp32 in place of fp16"
                 )
         if not math.isfinite(self.loss_sum):
             raise StatisticsError(
-                "the parent's loss on the calibration text is not finite (use bf16 or fp32 in place of fp16)"
+                "the parent's loss on the calibration text is not finite: use bf16 or fp32 in place of fp16"
             )
         if self.sequences < 1 or self.seq_length < 1:
-            raise StatisticsError("statistics must cover at least one sequence of one token")
+            raise StatisticsError("statistics: expected at least one sequence of one token, got none")
 
     @property
     def tokens(self) -> int:
@@ -247,7 +250,8 @@ def read(path: str | Path) -> Statistics:
     meta = artifacts.read_json(json_path(path))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise StatisticsError(
-            f"{json_path(path)} is not the JSON of a statistics file of version {VERSION}: run calibrate again"
+            f"{json_path(path)}: expected the JSON of a statistics file of version {VERSION}, got another: run "
+            "calibrate again"
         )
     check(_StatisticsFile, meta, str(json_path(path)), StatisticsError)
     try:
@@ -255,9 +259,13 @@ def read(path: str | Path) -> Statistics:
         numbers = sum(math.prod(size) for size in tensor_shapes(shape).values())
         payload = read_bytes(path, 8 * numbers + _MOST_HEADER_BYTES)
     except (OSError, TypeError, CheckpointError) as error:
-        raise StatisticsError(f"cannot read statistics {path}: {error}") from error
+        raise StatisticsError(
+            f"{path}: expected statistics from calibrate, got a file that cannot be read: {error}"
+        ) from error
     if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
-        raise StatisticsError(f"{path} and {json_path(path)} do not belong together: run calibrate again")
+        raise StatisticsError(
+            f"{path} and {json_path(path)}: expected two files of one run, got those of two: run calibrate again"
+        )
     try:
         return Statistics(
             tensors=safetensors.torch.load(payload),

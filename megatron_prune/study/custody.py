@@ -39,7 +39,9 @@ def check_account(path: Path) -> None:
     for name in TWICE:
         given = account["arguments"].get(name)
         if given not in (None, account[name]):
-            raise AccountError(f"{path}: {name} is {account[name]}, but {given} in its arguments")
+            raise AccountError(
+                f"{path}: {name}: expected {given}, as in its arguments, got {account[name]}; restore the file"
+            )
     first, end = account["range"]
     samples, length = account["steps"] * account["global_batch_size"], account["seq_length"]
     for name, found, follows in (
@@ -62,7 +64,9 @@ def check_account(path: Path) -> None:
     for name, row in (("initial_loss", rows[0]), ("final_loss", rows[-1])):
         loss = float(row["loss"])
         if (loss if math.isfinite(loss) else None) != account[name]:
-            raise AccountError(f"{path}: {name} is {account[name]}, but {loss} in {losses.name}")
+            raise AccountError(
+                f"{path}: {name}: expected {loss}, as in {losses.name}, got {account[name]}; restore the file"
+            )
 
 
 def _check_schedule(path: Path, account: Mapping[str, Any]) -> None:
@@ -86,10 +90,16 @@ def check_scores(path: Path, corpora: Sequence[str]) -> None:
         corpus = scores["corpora"][name]
         windows = corpus.get("window_losses") or []
         if len(windows) != corpus["windows"]:
-            raise AccountError(f"{path}: {name} has losses of {len(windows)} windows, but declares {corpus['windows']}")
+            raise AccountError(
+                f"{path}: {name}: expected the losses of {corpus['windows']} windows, got {len(windows)}; restore the "
+                "file"
+            )
         mean = sum(windows) / len(windows)
         if not math.isclose(mean, corpus["loss"], rel_tol=1e-12):
-            raise AccountError(f"{path}: the loss of {name} is {corpus['loss']}, the mean of its windows {mean}")
+            raise AccountError(
+                f"{path}: the loss of {name}: expected {mean}, the mean of its windows, got {corpus['loss']}; restore "
+                "the file"
+            )
     tasks = scores.get("tasks", {})
     for name, questions in tasks.get("questions", {}).items():
         result = tasks["results"][name]
@@ -109,7 +119,10 @@ def check_weights(scores: Path, account: Path | None, checkpoint: Path) -> None:
     if account is not None:
         saved = artifacts.read_json(account).get("final")
         if not saved:
-            raise AccountError(f"{account} does not say which weights were saved: train again, or restore it")
+            raise AccountError(
+                f"{account}: expected the fingerprint of the weights that were saved, got none: restore it, or train "
+                "again"
+            )
         _same(scores, scored, account, saved, WEIGHTS)
     if checkpoint.is_dir() and find_iteration(checkpoint) is not None or (checkpoint / ".metadata").is_file():
         held = {"fingerprint": open_checkpoint(checkpoint).fingerprint()}

@@ -274,7 +274,7 @@ def described(directory: Path, stage: str) -> tuple[dict[str, Any], Check]:
         if known["stage"] == stage:
             arguments = dict(known["done"])
             return known, Check(arguments.pop("check"), arguments)
-    raise RunError(f"{directory / 'cell.json'} has no stage {stage}")
+    raise RunError(f"{directory / 'cell.json'}: expected a stage called {stage}, got none")
 
 
 def _tail(log: Path) -> str:

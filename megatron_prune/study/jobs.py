@@ -150,7 +150,7 @@ def _pruning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Prun
         found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
         if expected is not None and found["target"] != vars(expected):
-            raise RunError(f"{pruning.cell}: got the pruned shape {found['target']}, expected {vars(expected)}")
+            raise RunError(f"{pruning.cell}: expected the pruned shape {vars(expected)}, got {found['target']}")
         return found
 
     after = [source_cell(study, pruning)]

@@ -49,8 +49,9 @@ class Batch:
         steps = (2 * tokens + self.tokens) // (2 * self.tokens)  # round half up, in integers
         if steps == 0:
             raise DataError(
-                f"{what}: {tokens:,} tokens are less than half a global batch of {self.samples} x "
-                f"{self.seq_length} = {self.tokens:,}; give more tokens or a smaller batch"
+                f"{what}: expected at least half a global batch of {self.samples} x {self.seq_length} = "
+                f"{self.tokens:,} "
+                f"tokens, got {tokens:,}; give more tokens or a smaller batch"
             )
         return steps
 
@@ -97,7 +98,10 @@ class Lay:
         """
         total = self.pruned_total(retrain_tokens, consumed)
         if total is None:
-            raise DataError("the parent's tokens are unknown: give parent.declared_tokens in study.yaml")
+            raise DataError(
+                "parent.declared_tokens: expected the parent's tokens, which nothing else says, got nothing; give it "
+                "in study.yaml"
+            )
         return self.batch.range(0, self.batch.steps_up(total))
 
     def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int, between: int = 0) -> SampleRange | None:

@@ -142,7 +142,9 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
         indexed.open_indexed(prefix)
         if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
             raise DataError(
-                f"{name} and {earlier} hold the same tokens: no stage may train on what another is evaluated on"
+                f"{name} and {earlier}: expected different text, got the same tokens: no stage may train on what "
+                "another is "
+                "evaluated on"
             )
         seen[print_] = name
         if outlook.source is not None:

@@ -203,9 +203,13 @@ def read(path: str | Path) -> LearnedMasks:
     where = storage.path(path)
     meta = artifacts.read_json(where.with_suffix(".json"))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        raise CheckpointError(f"{where.with_suffix('.json')} is not the JSON of learned masks of version {VERSION}")
+        raise CheckpointError(
+            f"{where.with_suffix('.json')}: expected the JSON of learned masks of version {VERSION}, got another file"
+        )
     check(_LearnedFile, meta, str(where.with_suffix(".json")), CheckpointError)
     state = _read_final(where)
     if hashlib.sha256(state.payload()).hexdigest() != meta.get("sha256"):
-        raise CheckpointError(f"{where} and its JSON do not belong together: learn-masks writes both")
+        raise CheckpointError(
+            f"{where} and its JSON: expected two files of one run of learn-masks, got those of two; restore both"
+        )
     return LearnedMasks(state, meta["parent"], meta["spent"])

@@ -88,13 +88,18 @@ def choose(args: argparse.Namespace) -> MaskChoice | None:
             "--masks", got=folder, expected="no such flag, or another --save", why=f"{args.save} holds a dense run"
         )  # fmt: skip
     if account is not None and account["masks"] is not None and not own:
-        raise MasksError(f"{args.save} holds a run under masks, and its {MASKS} are gone: restore them from a copy")
+        raise MasksError(
+            f"{args.save}: expected the masks that the run there was trained under, got no {MASKS}: restore them from "
+            "a copy"
+        )
     if folder is None:
         return None
     masks = open_masks(folder)
     masks.check_model(ModelShape.from_args(vars(args)), "the model to train")
     if account is not None and masks.hash != account["masks"]:
-        raise MasksError(f"{folder} are not the masks that the run there was trained under: restore the original masks")
+        raise MasksError(
+            f"{folder}: expected the masks that the run there was trained under, got others: restore the original masks"
+        )
     if args.masks is not None:
         given = open_masks(args.masks)
         given = given if args.random_masks is None else RandomMasks(given, args.random_masks)

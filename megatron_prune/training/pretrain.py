@@ -232,7 +232,10 @@ def _saved(save: Path, steps: int) -> dict[str, Any]:
     """Which weights are in ``save`` now that training has returned: Megatron has ended asynchronous saves by then."""
     final = runtime.identity(save)
     if final["iteration"] != steps:
-        raise CheckpointError(f"{save} holds the weights of step {final['iteration']}, the run ended at step {steps}")
+        raise CheckpointError(
+            f"{save}: expected the weights of step {steps}, at which the run ended, got those of step "
+            f"{final['iteration']}"
+        )
     return final
 
 

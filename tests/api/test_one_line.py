@@ -256,7 +256,9 @@ def test_bad_questions_are_refused_in_one_line(prune, tmp_path, changes: dict[st
 
 def test_a_directory_that_is_no_model_and_a_family_that_is_not_known_are_refused(prune, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(mp.MegatronPruneError, match="empty has no config.json"):
+    with pytest.raises(
+        mp.MegatronPruneError, match="empty: expected a Hugging Face model directory, got one without config.json"
+    ):
         prune(tmp_path / "out", "wanda", pattern="2:4", hf=tmp_path / "empty")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')

@@ -227,7 +227,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
 
     prune = ["prune", *verbs.load, *verbs.text, "--save", tmp_path / "cut"]
     refused(verbs.job([*prune, *by_task]), "--task-data: expected .*, got nothing")
-    refused(verbs.job([*prune, *by_task, "--task-data", long]), "long.jsonl, example 1, choice 'a': the model would")
+    refused(verbs.job([*prune, *by_task, "--task-data", long]), "long.jsonl, example 1, choice 'a': expected at most")
     unasked = "--task-data: expected no such flag where candidates are scored by their loss, got .*"
     alone = ["calibrate", *verbs.load, *verbs.text, "--output", tmp_path / "x.safetensors", "--task-data", task]
     refused(verbs.job(alone), unasked)

@@ -44,7 +44,7 @@ def test_a_checkpoint_adopts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for weight in weights(ModelShape.from_args(small.ARGS)):
             if weight.name not in (FC2, QKV):
                 writer.add(weight.name, weight.shape, [tensors[weight.name]])
-        with pytest.raises(CheckpointError, match="was added twice"):
+        with pytest.raises(CheckpointError, match="expected each weight once"):
             writer.add(FC2, tensors[FC2].shape, [tensors[FC2]])
     checkpoint = open_checkpoint(tmp_path / "made")
     checkpoint.verify(hashes=True)
@@ -69,14 +69,16 @@ def test_refuses_parts_that_do_not_make_a_checkpoint(tmp_path: Path) -> None:
     one, _ = (read_part(folder) for folder in write(tmp_path, tensors))
     rest = [w for w in weights(ModelShape.from_args(small.ARGS)) if w.name not in (FC2, QKV)]
     with (
-        pytest.raises(CheckpointError, match=r"shards of .* do not cover"),
+        pytest.raises(CheckpointError, match=r"shards of .*: expected .* covered exactly once"),
         CheckpointWriter(tmp_path / "half", args=small.ARGS, dtype=torch.float32, parts=[one]) as writer,
     ):
         for weight in rest:
             writer.add(weight.name, weight.shape, [tensors[weight.name]])
     write_part(tmp_path / "odd", [("decoder.layers.9.mlp.linear_fc2.weight", (0, 0), torch.zeros(2, 2))])
     with (
-        pytest.raises(CheckpointError, match="decoder.layers.9.mlp.linear_fc2.weight, which is not a weight"),
+        pytest.raises(
+            CheckpointError, match="expected weights of this model, got decoder.layers.9.mlp.linear_fc2.weight"
+        ),
         CheckpointWriter(
             tmp_path / "odd-made", args=small.ARGS, dtype=torch.float32, parts=[read_part(tmp_path / "odd")]
         ),

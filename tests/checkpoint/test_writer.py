@@ -183,12 +183,12 @@ class Refusals:
 @pytest.mark.parametrize(
     ("wrongly", "message"),
     [
-        (Refusals.unknown_weight, "not a weight of the model"),
+        (Refusals.unknown_weight, "expected a weight of the model"),
         (Refusals.wrong_shape, r"expected \[32\] as the stored args say, got \[31\]"),
-        (Refusals.wrong_block, "a block has shape"),
+        (Refusals.wrong_block, "expected blocks of rows of"),
         (Refusals.too_few_rows, "expected 128 rows, got 127"),
-        (Refusals.twice, "added twice"),
-        (Refusals.incomplete, "1 weights were not added, the first is output_layer.weight"),
+        (Refusals.twice, "expected each weight once"),
+        (Refusals.incomplete, "got none for output_layer.weight and 0 more"),
         (Refusals.layers_of_two_types, "must have the same type"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_disk_too_small_is_refused_before_work(tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(CheckpointError, match=r"GB free, but made needs"):
+    with pytest.raises(CheckpointError, match=r"GB free, which made needs, got"):
         small.write(tmp_path / "made")
     assert os.listdir(tmp_path) == []
 

@@ -68,7 +68,7 @@ WRONG = [
     ("study report {study} --runs-dir {folder}/runs", "study report: expected the folder of a study that has begun"),
     ("advise --ledger {new} --ratio 0.5 --tokens 1M", "--ledger: expected the folder of a study that has a report"),
     ("convert import --hf {new} --save {folder}/out", "{new}"),
-    ("convert import --hf {tokenizer} --save {folder}/out", "has no config.json|config.json"),
+    ("convert import --hf {tokenizer} --save {folder}/out", "without config.json|config.json"),
     ("convert export --load {new} --hf {folder}/out", "{new}"),
     ("convert export --load {tokenizer} --hf {folder}/out", "{tokenizer}"),
     ("inspect {new}", "{new}"),

@@ -270,7 +270,7 @@ def test_head_size_of_its_own():
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers=.*expected 2 zeros and ones"),
         ({"model_type": "gpt_neox"}, "use_parallel_residual=True"),
-        ({"num_key_value_heads": 3}, "cannot be divided evenly"),
+        ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )

@@ -116,4 +116,4 @@ def test_flags_are_megatrons(tiny_hf, tmp_path):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, tool):
     code, out, err = tool(tmp_path / "nothing")
-    assert code == 2 and out == "" and "is not a directory" in err
+    assert code == 2 and out == "" and "expected the directory of a Megatron checkpoint" in err

@@ -93,7 +93,9 @@ def test_masks_that_do_not_fit_the_weights_are_not_exported(sparse, tmp_path):
     shutil.rmtree(root / "masks")
     other = type(shape)(**{**vars(shape), "num_layers": 3})
     write_single(root / "masks", other, ((n, k, "2:4") for n, k in kept.items()))
-    with pytest.raises(MasksError, match="masks of another model: num_layers is 3 there and 2"):
+    with pytest.raises(
+        MasksError, match="expected masks of this model, got those of another: num_layers is 3 there and 2"
+    ):
         export_hf(root, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -110,24 +112,30 @@ def _pattern(name, pattern):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, texts: tensors.pop(K), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
-        (_pattern(GATE, "1:4"), "gate_proj.*up_proj.* are one matrix in Megatron: expected masks of one pattern"),
+        (lambda tensors, texts: tensors.pop(K), "q_proj.*k_proj.*v_proj.* one matrix in Megatron"),
+        (_pattern(GATE, "1:4"), "gate_proj.*up_proj.* one matrix in Megatron: expected masks of one pattern"),
         (_pattern(DOWN, "1:4"), r"linear_fc2\.weight breaks 1:4"),
-        (_pattern(DOWN, "5:7"), "5:7 does not divide the 192 inputs"),
+        (_pattern(DOWN, "5:7"), "expected a pattern that divides its 192 inputs, got 5:7"),
         (_pattern(DOWN, {}), "expected .*, got {}"),
-        (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN][:-1]}), r"stored as U8 \[95, 24\], expected U8"),
-        (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN].float()}), r"stored as F32"),
+        (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN][:-1]}), r"expected U8 .*, got U8 \[95, 24\]"),
+        (lambda tensors, texts: tensors.update({DOWN: tensors[DOWN].float()}), r"expected U8 .*, got F32"),
         (
             lambda tensors, texts: texts["shapes"].update({DOWN: [96, 190]}),
-            r"has shape \[96, 190\] in the header, expected",
+            r"expected shape .* in the header, got \[96, 190\]",
         ),
-        (lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()), "a mask for x, which is not a linear weight"),
-        (lambda tensors, texts: texts.pop("patterns"), "no readable patterns"),
-        (lambda tensors, texts: texts.update(patterns={}), "q_proj.*k_proj.*v_proj.* are one matrix in Megatron"),
-        (lambda tensors, texts: texts.update(patterns="[" * 100_000), "no readable patterns"),
-        (lambda tensors, texts: texts.update(hash="0" * 64), "is damaged: its masks hash to"),
+        (
+            lambda tensors, texts: tensors.update(x=tensors[DOWN].clone()),
+            "expected masks of this model's linear weights, got one of x",
+        ),
+        (lambda tensors, texts: texts.pop("patterns"), "expected patterns in its header, got none that is readable"),
+        (lambda tensors, texts: texts.update(patterns={}), "q_proj.*k_proj.*v_proj.* one matrix in Megatron"),
+        (
+            lambda tensors, texts: texts.update(patterns="[" * 100_000),
+            "expected patterns in its header, got none that is readable",
+        ),
+        (lambda tensors, texts: texts.update(hash="0" * 64), "is damaged: expected masks with the hash"),
         (lambda tensors, texts: tensors[DOWN].bitwise_not_(), "do not fit these weights|hash"),
-        (lambda tensors, texts: [tensors.pop(name) for name in list(tensors)], "holds no masks"),
+        (lambda tensors, texts: [tensors.pop(name) for name in list(tensors)], "expected masks, got none"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_nothing_is_written(change, message, sparse, tmp_path):
@@ -173,4 +181,4 @@ def test_the_tools(sparse, tmp_path, capsys):
     assert code == 0 and hashed in out and "2:4 mask, 50.00% removed" in out
     os.remove(tmp_path / "back" / "masks" / "masks.json")
     code, _, err = tool("inspect", tmp_path / "back")
-    assert code == 2 and "has no masks.json" in err
+    assert code == 2 and "expected masks with a masks.json" in err

@@ -132,7 +132,7 @@ def test_what_cannot_be_compared_is_refused(stages):
         contamination.compare_stages({stage: [prefix] for stage, prefix in stages.items()}, max_near_duplicates=3)
     for number, stage in enumerate(("train", "test")):
         artifacts.write_json(f"{stages[stage]}.json", {"tokenizer": {"fingerprint": str(number)}})
-    with pytest.raises(DataError, match="different tokenizers"):
+    with pytest.raises(DataError, match="expected the same tokenizer"):
         near_duplicates(stages["train"], stages["test"])
 
 

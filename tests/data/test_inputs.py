@@ -136,9 +136,9 @@ def test_broken_files_are_named(tmp_path, tokenizer):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=says):
             preprocess([tmp_path / name], tmp_path / "P", tokenizer)
-    with pytest.raises(DataError, match=r"has no column 'body' \(its columns: id, text\): see --json-keys"):
+    with pytest.raises(DataError, match=r"expected the column 'body' of --json-keys, got id, text"):
         preprocess([tmp_path / "good.parquet"], tmp_path / "P", tokenizer, json_key="body")
-    with pytest.raises(DataError, match="holds int64 in column 'id', not strings"):
+    with pytest.raises(DataError, match="column 'id': expected strings, got int64"):
         preprocess([tmp_path / "good.parquet"], tmp_path / "P", tokenizer, json_key="id")
     assert not list(tmp_path.glob("P*")) and not list(tmp_path.glob(".P*"))
 
@@ -218,7 +218,7 @@ def test_tiktoken_ids_are_megatrons(tiktoken_file, tiny_documents, pattern):
 def test_a_tiktoken_file_that_does_not_fit_is_refused(tiktoken_file, tmp_path):
     with pytest.raises(UsageError, match=r"--vocab-size: expected at most 1[67]\d\d, got 131072 \(the default\)"):
         load_tokenizer("TikTokenizer", tiktoken_file)
-    with pytest.raises(DataError, match="absent.json does not exist"):
+    with pytest.raises(DataError, match="absent.json, which does not exist"):
         load_tokenizer("TikTokenizer", tmp_path / "absent.json")
     (tmp_path / "t.json").write_text('[{"rank": 0}]')
     with pytest.raises(DataError, match="is not a tiktoken vocabulary as Megatron reads it"):
@@ -323,7 +323,7 @@ def test_null_in_a_data_set_is_an_empty_document(tmp_path, tokenizer):
 
 def test_data_sets_that_cannot_be_had_are_refused(dataset, monkeypatch):
     folder, _ = dataset
-    with pytest.raises(DataError, match=r"has no column 'body' \(its columns: id, text\)"):
+    with pytest.raises(DataError, match=r"expected the column 'body' of --json-keys, got id, text"):
         hub.shards(str(folder), column="body")
     with pytest.raises(UsageError, match="--dataset, --dataset-split: expected .*, got .*, dev .*train"):
         hub.shards(str(folder), split="dev")

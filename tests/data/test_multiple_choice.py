@@ -36,16 +36,16 @@ def test_names_of_keys_and_of_lm_evals_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not a line of JSON"),
-        ('{"gold": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
+        ("{", "line 2: expected a line of JSON"),
+        ('{"gold": ' + "1" * 5000 + "}", "line 2: expected a line of JSON"),
         ("[1]", "line 2: expected a JSON object, got list"),
-        ({"choices": ["a", "b"], "gold": 0}, "line 2: the key query or question is missing, found choices, gold"),
-        ({"query": "q", "gold": 0}, "line 2: the key choices is missing"),
-        ({"query": "q", "choices": ["a", "b"]}, "line 2: the key gold or answer is missing"),
+        ({"choices": ["a", "b"], "gold": 0}, "line 2: expected the key query or question, got choices, gold"),
+        ({"query": "q", "gold": 0}, "line 2: expected the key choices, got"),
+        ({"query": "q", "choices": ["a", "b"]}, "line 2: expected the key gold or answer, got"),
         (GOOD | {"choices": ["only"]}, "choices: expected a list of two or more texts"),
         (GOOD | {"choices": "ab"}, "choices: expected a list of two or more texts"),
         (GOOD | {"choices": ["a", 1]}, "choices: expected a list of two or more texts"),
-        (GOOD | {"choices": ["a", " \n"]}, "line 2: choice 1 is empty"),
+        (GOOD | {"choices": ["a", " \n"]}, "line 2: choice 1: expected a text, got none"),
         (GOOD | {"query": ["one"]}, "query: expected a text, or a list of one text for each of 2 choices"),
         (GOOD | {"query": 3}, "query: expected a text, or a list"),
         (GOOD | {"gold": 2}, "gold: expected the number of a choice, 0 to 1, got 2"),
@@ -62,7 +62,7 @@ def test_lines_that_are_no_example_are_refused(tmp_path: Path, line: Any, messag
 def test_files_without_examples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read the task .*nowhere"):
         multiple_choice.read(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="holds no example"):
+    with pytest.raises(DataError, match="expected examples"):
         multiple_choice.read(write(tmp_path / "empty.jsonl", "", " "))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot read the task"):
@@ -90,9 +90,9 @@ def test_a_choice_is_the_tokens_that_it_adds(tmp_path: Path, tiny_tokenizer: Pat
 
 
 def test_what_no_model_can_score_is_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    with pytest.raises(DataError, match="example 1, choice 'wax': the query has no tokens"):
+    with pytest.raises(DataError, match="example 1, choice 'wax': expected a query with tokens"):
         encode(tmp_path, tiny_tokenizer, GOOD | {"query": "  "})
-    with pytest.raises(DataError, match="choice '.*': the model would read [0-9]+ tokens, but it takes at most 9"):
+    with pytest.raises(DataError, match="choice '.*': expected at most 9 tokens, which the model takes, got [0-9]+"):
         encode(tmp_path, tiny_tokenizer, GOOD, longest=9)
 
 
@@ -104,7 +104,7 @@ def test_a_choice_without_tokens_is_refused(tmp_path: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.normalizer = normalizers.Replace("!", "")
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "words")
-    with pytest.raises(DataError, match="choice '!!': the choice has no tokens after its query"):
+    with pytest.raises(DataError, match="choice '!!': expected a choice that adds tokens to its query"):
         encode(tmp_path, tmp_path / "words", {"query": "bees", "choices": ["wax", "!!"], "gold": 0})
 
 

@@ -161,12 +161,12 @@ def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": 3}', r"x.jsonl:2 has no text under 'text' \(its keys: text\)"),
-        ('{"content": "a"}', r"x.jsonl:2 has no text under 'text' \(its keys: content\).*--json-keys"),
-        ("[1]", "x.jsonl:2 .* not an object"),
-        ("{broken", "x.jsonl:2 is not JSON"),
-        ('{"n": ' + "1" * 5000 + "}", "x.jsonl:2 is not JSON"),
-        ("[" * 100_000, "x.jsonl:2 is not JSON"),
+        ('{"text": 3}', r"x.jsonl:2: expected text under 'text', got the keys text"),
+        ('{"content": "a"}', r"x.jsonl:2: expected text under 'text', got the keys content; see --json-keys"),
+        ("[1]", "x.jsonl:2: .*not an object"),
+        ("{broken", "x.jsonl:2: expected JSON"),
+        ('{"n": ' + "1" * 5000 + "}", "x.jsonl:2: expected JSON"),
+        ("[" * 100_000, "x.jsonl:2: expected JSON"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
@@ -197,7 +197,7 @@ def test_truncated_gzip_and_foreign_encodings_are_refused(tmp_path, model):
     with pytest.raises(DataError, match="cannot read .*x.txt.gz to its end"):
         preprocess([path], tmp_path / "P", tokenizer)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(DataError, match="latin.txt:1 is not UTF-8"):
+    with pytest.raises(DataError, match="latin.txt:1: expected UTF-8"):
         preprocess([tmp_path / "latin.txt"], tmp_path / "P", tokenizer)
     with pytest.raises(UsageError, match="--input: expected .*, got .*absent"):
         preprocess([tmp_path / "absent.txt"], tmp_path / "P", tokenizer)
@@ -222,7 +222,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_refused(model, hf_folde
     small, own = load_tokenizer("SentencePieceTokenizer", model), load_tokenizer("HuggingFaceTokenizer", hf_folder)
     check_fits_checkpoint(own, Checkpoint(hf_folder), 500)
     check_fits(small, 400)
-    with pytest.raises(DataError, match="t.model has a vocabulary of 400, the checkpoint one of 399"):
+    with pytest.raises(DataError, match="t.model: expected the checkpoint's vocabulary of 399, got 400"):
         check_fits_checkpoint(small, Checkpoint(), 399)
     with pytest.raises(DataError, match="is not the tokenizer of checkpoint /checkpoints/parent"):
         check_fits_checkpoint(small, Checkpoint(hf_folder), 500)  # small enough, but its ids stand for other text
@@ -232,8 +232,8 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_refused(model, hf_folde
     ("kind", "path", "error", "says"),
     [
         ("GPT2BPETokenizer", "x", UsageError, "--tokenizer-type: expected .*, got GPT2BPETokenizer"),
-        ("SentencePieceTokenizer", "absent.model", DataError, "absent.model does not exist"),
-        ("SentencePieceTokenizer", __file__, DataError, "is not a SentencePiece model"),
+        ("SentencePieceTokenizer", "absent.model", DataError, "absent.model, which does not exist"),
+        ("SentencePieceTokenizer", __file__, DataError, "expected a SentencePiece model"),
         ("HuggingFaceTokenizer", str(ROOT / "tests" / "data"), DataError, "cannot load a Hugging Face tokenizer"),
     ],
 )
@@ -327,7 +327,7 @@ def test_the_checkpoint_flag_knows_its_own_tokenizer(tmp_path, tiny_parent, tiny
     assert accepted.returncode == 0, accepted.stderr
     refused = tool("SentencePieceTokenizer", model)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert f"t.model has a vocabulary of 400, the checkpoint one of {tiny.VOCABULARY}" in refused.stderr
+    assert f"t.model: expected the checkpoint's vocabulary of {tiny.VOCABULARY}, got 400" in refused.stderr
     assert not list(tmp_path.glob("SentencePieceTokenizer*"))
 
 

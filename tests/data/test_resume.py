@@ -133,7 +133,7 @@ def test_only_what_is_unchanged_is_kept(tmp_path, inputs, tokenizer, tiny_docume
 def test_a_broken_input_does_not_cost_the_others(tmp_path, inputs, tokenizer):
     good = inputs[4].read_bytes()
     inputs[4].write_bytes(good + b"{broken\n")
-    with pytest.raises(DataError, match="4.jsonl:21 is not JSON"):
+    with pytest.raises(DataError, match="4.jsonl:21: expected JSON"):
         preprocess(inputs, tmp_path / "P", tokenizer, workers=2)
     assert not list(tmp_path.glob("P.*"))
     inputs[4].write_bytes(good)

@@ -287,7 +287,7 @@ def test_broken_corpora_are_refused(tmp_path, corpus):
         Stream.build(corpus, 8, 0, eod_mask_loss=True)
     with open(corpus + ".bin", "r+b") as handle:
         handle.truncate(100)
-    with pytest.raises(DataError, match="100 bytes.*truncated"):
+    with pytest.raises(DataError, match="got 100: .*truncated"):
         Stream.build(corpus, 8, 0)
     with open(corpus + ".idx", "r+b") as handle:
         handle.truncate(100)
@@ -306,7 +306,7 @@ def test_masks_at_document_ends_follow_the_flags(tmp_path):
 def test_corpus_that_does_not_fit_the_model_is_refused(tmp_path):
     prefix = write_corpus(tmp_path / "c", [np.array([1, 2, 999, 3])])
     indexed.check_fits_model(prefix, 1000)
-    with pytest.raises(DataError, match="token id 999"):
+    with pytest.raises(DataError, match="got 999"):
         indexed.check_fits_model(prefix, 999)
 
 

@@ -25,7 +25,7 @@ def test_window_k_is_a_slice_of_the_joined_documents(tmp_path_factory, lengths, 
     joined = np.concatenate(documents)
     expected = (len(joined) - 1) // seq_length
     if not expected:
-        with pytest.raises(DataError, match=f"one window needs {seq_length + 1}"):
+        with pytest.raises(DataError, match=f"expected at least the {seq_length + 1} tokens of one window"):
             windows(prefix, seq_length)
         return
     found = windows(prefix, seq_length)

@@ -92,7 +92,10 @@ def test_a_command_line_without_a_model_is_refused(distributed, tiny_hf, tmp_pat
 
 def test_a_megatron_checkpoint_is_not_imported(tiny_parent: Path, tiny_hf: Any, tmp_path: Path) -> None:
     for folder in (tiny_parent, tiny_parent / "release"):
-        with pytest.raises(CheckpointError, match=f"{folder} is a Megatron .*convert export --load {folder} --hf"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"{folder}: expected .* got a Megatron .*convert export --load {folder} --hf",
+        ):
             import_hf(folder, tmp_path / "made")
     with pytest.raises(CheckpointError, match="is a Hugging Face model .*convert import"):
         export_hf(tiny_hf("llama-gqa", layers=4), tmp_path / "made")

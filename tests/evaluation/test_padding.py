@@ -162,5 +162,5 @@ def test_a_tokenizer_says_how_many_words_there_are(tiny_tokenizer, tiny_corpus, 
         and f"got {VOCABULARY}" in refused.output
     )
     refused = job(["pretrain", *MODEL, "--vocab-size", 100, *small])
-    assert refused.returncode == 2 and f"a vocabulary of {VOCABULARY}, but the model has one of 100" in refused.output
+    assert refused.returncode == 2 and f"vocabulary of 100 tokens, got {VOCABULARY}" in refused.output
     assert not (tmp_path / "small").exists()

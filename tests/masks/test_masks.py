@@ -47,7 +47,7 @@ def test_rectangles_and_blocks(pattern, tmp_path, monkeypatch):
             r0, r1 = sorted(torch.randint(out + 1, (2,), generator=generator).tolist())
             c0, c1 = sorted(torch.randint(inputs + 1, (2,), generator=generator).tolist())
             assert torch.equal(masks.read(name, slice(r0, r1), slice(c0, c1)), kept[r0:r1, c0:c1])
-    with pytest.raises(MasksError, match=r"no mask for decoder\.layers\.1\.mlp\.linear_fc1\.weight"):
+    with pytest.raises(MasksError, match=r"a mask for decoder\.layers\.1\.mlp\.linear_fc1\.weight"):
         masks.read("decoder.layers.1.mlp.linear_fc1.weight")
 
 
@@ -103,12 +103,12 @@ def test_the_hash_is_over_names_shapes_patterns_and_bits(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda k: ("decoder.layers.9.mlp.linear_fc2.weight", k, "2:4"), "is not a linear weight"),
-        (lambda k: ("embedding.word_embeddings.weight", k, "2:4"), "is not a linear weight"),
+        (lambda k: ("decoder.layers.9.mlp.linear_fc2.weight", k, "2:4"), "expected linear weights, each once"),
+        (lambda k: ("embedding.word_embeddings.weight", k, "2:4"), "expected linear weights, each once"),
         (lambda k: (small.FC2, k[:, :-4], "2:4"), r"expected bool \[32, 48\], got torch.bool \[32, 44\]"),
         (lambda k: (small.FC2, k[:-1], "2:4"), "expected 32 rows, got 31"),
         (lambda k: (small.FC2, k.float(), "2:4"), "got torch.float32"),
-        (lambda k: (small.FC2, k, "3:5"), "3:5 does not divide the 48 inputs"),
+        (lambda k: (small.FC2, k, "3:5"), "expected a pattern that divides its 48 inputs, got 3:5"),
         (lambda k: (small.FC2, k, "1:4"), r"breaks 1:4: row 0, inputs 0 to 3 are \["),
         (lambda k: (small.FC2, k, "half"), "--pattern: expected .*, got half"),
     ],
@@ -121,10 +121,10 @@ def test_masks_that_do_not_fit_are_not_written(given, message, tmp_path):
 
 
 def test_no_masks_and_the_same_mask_twice_are_refused(tmp_path):
-    with pytest.raises(MasksError, match="holds no masks"):
+    with pytest.raises(MasksError, match="expected masks, got none"):
         write_single(tmp_path / "masks", small.SHAPE, [])
     kept = random_masks("2:4", shape=small.SHAPE)[small.FC2]
-    with pytest.raises(MasksError, match="given twice"):
+    with pytest.raises(MasksError, match="linear_fc2.weight twice"):
         write_single(tmp_path / "masks", small.SHAPE, [(small.FC2, kept, "2:4")] * 2)
     small.write_masks(tmp_path / "masks")
     with pytest.raises(MegatronPruneError, match="already exists"):
@@ -214,7 +214,9 @@ def test_masks_of_another_model_are_refused_by_what_differs(tmp_path):
         ({"gated": False}, "gated is True there and False"),
     ):
         other = ModelShape(**{**vars(small.SHAPE), **changes})
-        with pytest.raises(MasksError, match=f"masks of another model: {message}.* in that one"):
+        with pytest.raises(
+            MasksError, match=f"expected masks of this model, got those of another: {message}.* in that one"
+        ):
             masks.check_model(other, "that one")
     masks.check_model(ModelShape(**{**vars(small.SHAPE), "padded_vocab_size": 256, "tied": True}), "that one")
 

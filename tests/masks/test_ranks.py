@@ -44,4 +44,4 @@ def test_masks_of_another_model_are_refused_by_ranks(distributed, tmp_path):
     whole = ranks.random_masks(shape=other)
     write_single(tmp_path / "masks", other, ((n, k, "unstructured") for n, k in whole.items()))
     [error] = distributed(ranks.read_of_another_model, 1, str(tmp_path / "masks"))
-    assert "masks of another model: num_layers is 5 there and 4 in this one" in error
+    assert "expected masks of this model, got those of another: num_layers is 5 there and 4 in this one" in error

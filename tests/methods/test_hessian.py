@@ -121,7 +121,7 @@ def test_damping_is_doubled_where_it_was_too_little_and_says_so() -> None:
     product = (factor.upper.t() @ factor.upper).double()
     assert torch.allclose(product, torch.tensor([[1.64, 1.5], [1.5, 1.64]]).double().inverse(), atol=1e-5)
     hessian.total[0, 1] = 3
-    with pytest.raises(CheckpointError, match="no positive definite Hessian"):
+    with pytest.raises(CheckpointError, match="whose damped Hessian can be factored"):
         hessian.factor()
 
 

@@ -247,9 +247,9 @@ def test_a_plan_for_another_parent_is_refused(
 ) -> None:
     import_hf(tiny_hf("llama-gqa", layers=LAYERS, seed=1), tmp_path / "other")
     made = make(open_checkpoint(parents("llama-gqa")), "shortgpt", num_layers=2)
-    with pytest.raises(PlanError, match="for another parent: it names the weights"):
+    with pytest.raises(PlanError, match="for another parent: expected the weights"):
         apply.apply_plan(tmp_path / "other", made, tmp_path / "pruned")
-    with pytest.raises(PlanError, match="for another parent: its source is"):
+    with pytest.raises(PlanError, match="for another parent: expected ModelShape"):
         apply.apply_plan(parents("llama-mha-tied"), made, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
 

@@ -76,14 +76,14 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["parent"] = "another"
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match="was changed after it was written"):
+    with pytest.raises(PlanError, match="changed after it was written"):
         plan.read(path)
     del content["kept_layers"]
     path.write_text(json.dumps(content))
     with pytest.raises(PlanError, match="damaged: kept_layers: expected this key, got nothing"):
         plan.read(path)
     path.write_text("{}")
-    with pytest.raises(PlanError, match="not a pruning plan of version 1"):
+    with pytest.raises(PlanError, match="expected a pruning plan of version 1"):
         plan.read(path)
 
 
@@ -93,22 +93,25 @@ HEADS = ((0, 1, 4, 5),) * 4
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kept_layers": (0, 1, 2)}, "kept_layers has 3 indices, expected the target's 4"),
-        ({"kept_layers": (0, 1, 2, 4)}, r"kept_layers must be in 0…3"),
-        ({"kept_layers": (0, 2, 1, 3)}, "kept_layers must be ascending"),
-        ({"kept_layers": (0, 1, 1, 3)}, "kept_layers must be ascending, without repetitions"),
-        ({"kept_layers": (0, 1, 2, 3.0)}, "kept_layers must be integers"),
-        ({"kept_hidden": tuple(range(15))}, "kept_hidden has 15 indices"),
-        ({"kept_hidden": (-1, *range(15))}, "kept_hidden must be in"),
-        ({"kept_hidden": None}, "the kept indices give"),
-        ({"kept_ffn": ((0, 1, 2, 3, 4, 5, 6, 7),) * 3}, "kept_ffn has 3 entries, expected one per kept layer: 4"),
-        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 4))}, r"layer 3 must be in 2 query groups.*got 2 groups"),
+        ({"kept_layers": (0, 1, 2)}, "kept_layers: expected the target's 4 indices, got 3"),
+        ({"kept_layers": (0, 1, 2, 4)}, r"kept_layers: expected indices in 0…3"),
+        ({"kept_layers": (0, 2, 1, 3)}, "kept_layers: expected ascending"),
+        ({"kept_layers": (0, 1, 1, 3)}, "kept_layers: expected ascending indices without repetitions"),
+        ({"kept_layers": (0, 1, 2, 3.0)}, "kept_layers: expected integers"),
+        ({"kept_hidden": tuple(range(15))}, "kept_hidden: expected the target's 16 indices, got 15"),
+        ({"kept_hidden": (-1, *range(15))}, "kept_hidden: expected indices in"),
+        ({"kept_hidden": None}, "expected kept indices that give"),
+        (
+            {"kept_ffn": ((0, 1, 2, 3, 4, 5, 6, 7),) * 3},
+            "kept_ffn: expected one entry for each of 4 kept layers, got 3",
+        ),
+        ({"kept_heads": (*HEADS[:3], (0, 1, 2, 4))}, r"layer 3: expected 2 query groups.*got 2 groups"),
         ({"kept_heads": (*HEADS[:3], (0, 1, 2, 3))}, "got 1 groups"),
         ({"target": replace(TARGET, ffn_hidden_size=9)}, "expected the target's 9"),
-        ({"target": replace(TARGET, kv_channels=4)}, "the kept indices give"),
+        ({"target": replace(TARGET, kv_channels=4)}, "expected kept indices that give"),
         (
             {"target": SOURCE, "kept_hidden": None, "kept_heads": None, "kept_ffn": None},
-            "it removes nothing",
+            "got one that removes nothing",
         ),
     ],
 )
@@ -119,9 +122,9 @@ def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
 
 
 def test_statistics_must_be_there_and_of_this_parent() -> None:
-    with pytest.raises(StatisticsError, match="minitron-width needs statistics"):
+    with pytest.raises(StatisticsError, match="which minitron-width reads"):
         make(statistics=None)
-    with pytest.raises(StatisticsError, match="of another parent: their fingerprint is other"):
+    with pytest.raises(StatisticsError, match="of another parent: expected the fingerprint parent, got other"):
         make(statistics=statistics(parent="other"))
 
 
@@ -268,13 +271,13 @@ def test_scoring_counts_in_the_plan() -> None:
 
 def test_a_plan_without_scores_is_refused() -> None:
     question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
-    with pytest.raises(StatisticsError, match="minitron-depth: 3 of 3 candidates have no score"):
+    with pytest.raises(StatisticsError, match="minitron-depth: expected scores for all 3 candidates, got none for 3"):
         plan.make(question, ratio=0.5, ratio_of="linears", statistics=statistics())
-    with pytest.raises(StatisticsError, match="minitron-depth needs statistics"):
+    with pytest.raises(StatisticsError, match="which minitron-depth reads"):
         plan.make(question, ratio=0.5, ratio_of="linears")
-    with pytest.raises(PlanError, match="the chosen candidate is 3, expected a number below 3"):
+    with pytest.raises(PlanError, match="chosen: expected a number below 3, got 3"):
         replace(depth(3.0, 2.5, 4.0), chosen=3)
-    with pytest.raises(PlanError, match="the chosen candidate is None, expected a number below 3"):
+    with pytest.raises(PlanError, match="chosen: expected a number below 3, got None"):
         replace(depth(3.0, 2.5, 4.0), chosen=None)
 
 
@@ -378,7 +381,7 @@ def test_a_question_survives_its_file(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "c.json").read_text())
     assert [row["key"] for row in content["candidates"]] == [c.selection.key for c in question.unscored(found)]
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(PlanError, match="not a list of candidates of version 1"):
+    with pytest.raises(PlanError, match="expected candidates of version 1"):
         candidates.read(tmp_path / "c.json")
 
 

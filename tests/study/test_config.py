@@ -58,7 +58,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("budgets", ["3_125 steps", "400k"], r"budgets: expected different values, got \[400000, 400000\]"),
         ("budgets", [100, 100], r"budgets: expected different values, got \[100, 100\]"),
         ("budgets", ["400k", 400_030], r"budgets: .*got 400000 and 400030 .*are 3125 steps of 128 tokens: one run"),
-        ("budgets", [63], r"budgets: 63 tokens are less than half a global batch"),
+        ("budgets", [63], r"budgets: expected at least half a global batch"),
         ("evaluation", {"corpora": {"test": "x"}}, r"evaluation\.corpora\.test: expected another label"),
         ("evaluation", {"corpora": {"c 4": "x"}}, r"evaluation\.corpora.*c 4"),
         ("evaluation", {"limit": 5}, r"evaluation\.limit: expected evaluation\.tasks with it, got it alone"),

@@ -69,9 +69,9 @@ def account(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, "seed is 2, but 1 in its arguments"),
-        ({"final_loss": 6.9}, r"final_loss is 6.9, but 7.0 in losses.csv"),
-        ({"initial_loss": 8.0}, r"initial_loss is 8.0, but 9.0 in losses.csv"),
+        ({"seed": 2}, "seed: expected 1, as in its arguments, got 2"),
+        ({"final_loss": 6.9}, r"final_loss: expected 7.0, as in losses.csv, got 6.9"),
+        ({"initial_loss": 8.0}, r"initial_loss: expected 9.0, as in losses.csv, got 8.0"),
         ({"steps": 4}, "range: expected 64 by its 4 steps of 16 x 32, got 48"),
         ({"global_batch_size": 8}, "range: expected 24 by its 3 steps of 8 x 32, got 48"),
         ({"tokens": 1600}, "tokens: expected 1,536 by its 3 steps of 16 x 32, got 1,600"),
@@ -98,9 +98,9 @@ def test_an_account_without_its_losses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": 2.1}, "the loss of test is 2.1, the mean of its windows 2.5"),
-        ({"windows": 3}, "losses of 2 windows, but declares 3"),
-        ({"window_losses": []}, "losses of 0 windows, but declares 2"),
+        ({"loss": 2.1}, "the loss of test: expected 2.5, the mean of its windows, got 2.1"),
+        ({"windows": 3}, "expected the losses of 3 windows, got 2"),
+        ({"window_losses": []}, "expected the losses of 2 windows, got 0"),
     ],
 )
 def test_scores_that_contradict_themselves(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -127,7 +127,7 @@ def test_scores_of_other_weights(tmp_path: Path, tiny_parent: Path) -> None:
     for key in custody.WEIGHTS:
         with pytest.raises(AccountError, match=f"scores.json is of weights with {key} x, .*account.json has"):
             check(held, held | {key: "x"})
-    with pytest.raises(AccountError, match="does not say which weights were saved"):
+    with pytest.raises(AccountError, match="expected the fingerprint of the weights that were saved, got none"):
         check(None, held)
     with pytest.raises(AccountError, match=f"scores.json is of weights with fingerprint x, {tiny_parent} has"):
         check(held | {"fingerprint": "x"}, held | {"fingerprint": "x"}, tiny_parent)

@@ -195,7 +195,7 @@ def test_7_losses_lowered_in_the_ledger(places: Places, honest: results.Results)
 def test_8_a_loss_lowered_in_the_scores(places: Places) -> None:
     shift_scores(places, PRUNED.format(1), -0.4, windows=False)
     with pytest.raises(
-        AccountError, match=rf"{PRUNED.format(1)}/scores.json: the loss of validation is .*, the mean of"
+        AccountError, match=rf"{PRUNED.format(1)}/scores.json: the loss of validation: expected .*, the mean of"
     ):
         results.collect(places)
 
@@ -249,7 +249,7 @@ def test_13_better_losses_of_training(places: Places) -> None:
     lines[-1] = lines[-1].replace(lines[-1].split(",")[2], "1.5")
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(
-        AccountError, match=rf"{PRUNED.format(1)}/checkpoint/account.json: final_loss is .*, but 1.5 in"
+        AccountError, match=rf"{PRUNED.format(1)}/checkpoint/account.json: final_loss: expected 1.5, as in"
     ):
         results.collect(places)
 

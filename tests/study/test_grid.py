@@ -26,7 +26,7 @@ SHAPE = {
 def test_ranges(batch: Batch, parent_steps: int, retrain: int, consumed: int) -> None:
     lay = Lay(batch, parent_steps * batch.samples, parent_steps * batch.tokens)
     if 2 * retrain < batch.tokens:
-        with pytest.raises(DataError, match="less than half a global batch"):
+        with pytest.raises(DataError, match="at least half a global batch"):
             lay.retrain(retrain)
         return
     range_ = lay.retrain(retrain)

@@ -103,7 +103,9 @@ def test_verdicts_are_paired_over_seeds(places: Places) -> None:
 def test_a_seed_counts_once(places: Places) -> None:
     found = results.collect(places)
     again = [*found.compared, found.compared[0]]
-    with pytest.raises(AccountError, match=r"pruned-shortgpt-r50-s1-t1280 and .* more than once under seed 1"):
+    with pytest.raises(
+        AccountError, match=r"expected one comparison of pruned-shortgpt-r50-s1-t1280 and .* under seed 1, got two"
+    ):
         conclusions.judge(found.study, places, again, found.records)
 
 
@@ -125,7 +127,11 @@ TAMPERED = {
     "fewer steps": ("equal-training-t1280", {"steps": 9, "range": [160, 232], "tokens": 1152}, OWN.format("range")),
     "fewer steps in all": ("equal-total-t3968", {"steps": 20, "range": [0, 160], "tokens": 2560}, OWN.format("range")),
     "a batch in all": ("equal-total-t3968", {"global_batch_size": 4, "steps": 62}, OWN.format("steps")),
-    "a batch alone": ("equal-total-t3968", {"global_batch_size": 4}, "global_batch_size is 4, but 8 in its arguments"),
+    "a batch alone": (
+        "equal-total-t3968",
+        {"global_batch_size": 4},
+        "global_batch_size: expected 8, as in its arguments, got 4",
+    ),
     "an order in all": ("equal-total-t3968", {"permutation_seed": 9}, OWN.format("permutation_seed")),
     "another stream": ("equal-total-t3968", {"stream": {"id": "x"}}, "may not be compared: stream.id: "),
     "tokens of the parent": ("parent", {"tokens": 2688}, "account.json: tokens: expected 2,560"),

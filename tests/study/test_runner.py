@@ -260,7 +260,7 @@ def test_only_one_runner_at_a_time(tmp_path: Path, prefixes, monkeypatch) -> Non
         handle.write("4711")
         handle.flush()
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another runner .process 4711."):
+        with pytest.raises(RunError, match="expected no other runner, got process 4711"):
             made_up.run(study, Path("runs"), made_up.FakeLauncher())
     made_up.run(study, Path("runs"), made_up.FakeLauncher())
 

@@ -341,7 +341,7 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(tmp_path, prefixes, m
 def test_without_slurm_it_says_so(prefixes, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match="squeue is not installed on this machine"):
+    with pytest.raises(RunError, match="expected squeue on this machine, got none"):
         run(schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH)), Path("runs"))
 
 

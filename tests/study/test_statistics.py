@@ -150,7 +150,7 @@ def test_windows_belong_to_the_document_of_most_of_their_tokens(tmp_path: Path) 
     with pytest.raises(DataError, match="is truncated"):
         indexed.document_tokens(tmp_path / "text.idx")
     (tmp_path / "text.idx").write_bytes(b"not an index" * 9)
-    with pytest.raises(DataError, match="not an index"):
+    with pytest.raises(DataError, match="expected a Megatron index"):
         indexed.document_tokens(tmp_path / "text.idx")
 
 

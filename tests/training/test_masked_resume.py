@@ -86,10 +86,16 @@ def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpu
     own = save / "masks"
     own.rename(tmp_path / "away")
     refused = job(resume)
-    assert refused.returncode == 2 and "masks are gone" in refused.output, refused.output[-2000:]
+    assert (
+        refused.returncode == 2
+        and "expected the masks that the run there was trained under, got no masks" in refused.output
+    ), refused.output[-2000:]
     shutil.copytree(others, own)
     refused = job(resume)
-    assert refused.returncode == 2 and "not the masks that the run there was trained under" in refused.output
+    assert (
+        refused.returncode == 2
+        and "expected the masks that the run there was trained under, got others" in refused.output
+    )
     shutil.rmtree(own)
     (tmp_path / "away").rename(own)
 

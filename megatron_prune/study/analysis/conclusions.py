@@ -100,7 +100,8 @@ def _refuse_repeated_seeds(items: Sequence[Any]) -> None:
         if seeds.count(item.comparison.seed) > 1:
             made = item.comparison
             raise AccountError(
-                f"{made.setting}: {made.pruned} and {made.scratch} are compared more than once under seed {made.seed}"
+                f"{made.setting}: expected one comparison of {made.pruned} and {made.scratch} under seed {made.seed}, "
+                "got two"
             )
 
 

@@ -261,7 +261,9 @@ def _locked(root: Path) -> Iterator[None]:
                 raise RunError(f"{root / 'study.lock'} cannot be locked ({error.strerror}): {NO_LOCKS}") from error
         else:
             handle.seek(0)
-            raise RunError(f"another runner (process {handle.read().strip()}) is at work on {root}")
+            raise RunError(
+                f"{root}: expected no other runner, got process {handle.read().strip()} at work: wait for it or stop it"
+            )
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {socket.gethostname()}")
         handle.flush()

@@ -195,7 +195,9 @@ def _ask(words: Sequence[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise RunError(f"launcher slurm: {words[0]} is not installed on this machine") from error
+        raise RunError(
+            f"launcher slurm: expected {words[0]} on this machine, got none: run the study on a login node"
+        ) from error
     if done.returncode:
         wrong = re.search("invalid|unrecognized", done.stderr, re.IGNORECASE)  # a wrong option: waiting does not help
         kind = RunError if wrong else NoAnswer
