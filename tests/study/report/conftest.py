@@ -32,6 +32,9 @@ def quickstart_like(tmp_path_factory: pytest.TempPathFactory) -> Places:
     for method in methods:
         if "divisible-by" in method.get("settings", {}):
             method["settings"]["divisible-by"] = 8  # the made-up parent is narrower
+        if "tokens" in method:  # and its text is shorter
+            method["tokens"] = 1280
+            method["settings"]["tolerance"] = 0.2
     study = made_up.study(made_up.corpora(folder), methods=methods, name="quickstart")
     places = made_up.run(study, folder / "runs", made_up.FakeLauncher())
     page.write(results.collect(places), places)
