@@ -128,13 +128,17 @@ def test_the_tokenizer_is_found_by_later_stages(tiny_hf, tmp_path):
     assert AutoTokenizer.from_pretrained(checkpoint.huggingface)("hello")["input_ids"]
 
 
-def test_a_retrained_model_still_finds_its_tokenizer(tiny_hf, tmp_path):
-    """Its save directory holds iterations only; the stored args name the parent's folder."""
+def test_a_tokenizer_is_found_in_the_save_and_nowhere_else(tiny_hf, tmp_path):
+    """Training copies the folder to its save; a path in the stored arguments is not followed."""
     parent = import_hf(tiny_hf("mistral-gqa"), tmp_path / "parent")
+    assert parent.args["tokenizer_model"] == str(tmp_path / "parent" / "huggingface")
     (tmp_path / "run").mkdir()
-    (parent.directory).rename(tmp_path / "run" / "iter_0000007")
-    retrained = open_checkpoint(tmp_path / "run")
-    assert retrained.huggingface == tmp_path / "parent" / "huggingface"
+    parent.directory.rename(tmp_path / "run" / "iter_0000007")
+    assert open_checkpoint(tmp_path / "run").huggingface is None
+    export_hf(tmp_path / "run", tmp_path / "bare")
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
+    assert read_json(tmp_path / "bare" / "config.json")["model_type"] == "llama"
+    shutil.copytree(tmp_path / "parent" / "huggingface", tmp_path / "run" / "huggingface")
     export_hf(tmp_path / "run", tmp_path / "hf")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert read_json(tmp_path / "hf" / "config.json")["model_type"] == "mistral"

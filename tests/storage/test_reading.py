@@ -64,7 +64,7 @@ def test_sparsify_and_apply_make_here_what_they_read_there(there, tiny_parent, t
 
 def test_rewrite_and_export_with_masks(s3, tiny_pruned, tmp_path):
     pruned = tiny_pruned("2:4").path
-    there, convert = s3.put(pruned, "pruned"), tool("convert")
+    there, convert = s3.put(pruned, pruned.name), tool("convert")  # its card has the name
     for load, name in ((str(pruned), "here"), (there, "there")):
         more = ["--load", load, "--workers", "2"]
         assert convert(["rewrite", *more, "--save", str(tmp_path / name), "--verify-integrity"]) == 0
