@@ -19,7 +19,7 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.tensors import rows_of_tensors, rows_of_weight, segments
-from megatron_prune.errors import MasksError
+from megatron_prune.errors import MasksError, MegatronPruneError
 from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import BLOCK_BYTES, Masks
 from megatron_prune.masks.mask_writer import write_single
@@ -82,9 +82,9 @@ def _by_name(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         found = parse_json(metadata[key].encode(), f"{key} in the header of {HUGGINGFACE_MASKS}")
         return {str(name): value for name, value in found.items()}
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, MegatronPruneError) as error:
         raise MasksError(
-            f"{HUGGINGFACE_MASKS}: expected {key} in its header, got none that is readable ({error!r})"
+            f"{HUGGINGFACE_MASKS}: expected {key} in its header, got none that is readable ({error})"
         ) from error
 
 

@@ -108,7 +108,8 @@ def test_the_format_can_be_said_where_the_name_does_not(tmp_path, tokenizer):
 def test_a_name_that_says_no_format_is_refused_before_anything_is_read(tmp_path, tokenizer, name):
     for found in ("good.jsonl", name):
         (tmp_path / found).write_bytes(json_lines(["one", "two"]))
-    says = rf"--input-format: expected jsonl, parquet or text.*, got auto for .*/{name} .*\.jsonl.*\.txt.*\.zstd"
+    formats = "jsonl, parquet, array_record or text"
+    says = rf"--input-format: expected {formats}, got auto for .*/{name} .*\.jsonl.*\.txt.*\.zstd"
     with pytest.raises(UsageError, match=says):
         preprocess([tmp_path / "good.jsonl", tmp_path / name], tmp_path / "P", tokenizer)
     with pytest.raises(UsageError, match=says):

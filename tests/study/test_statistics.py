@@ -147,7 +147,7 @@ def test_windows_belong_to_the_document_of_most_of_their_tokens(tmp_path: Path) 
         assert counts[document] == counts.max()
     assert conclusions.of_windows(tmp_path / "missing", 6, 16) is None
     (tmp_path / "text.idx").write_bytes((tmp_path / "text.idx").read_bytes()[:60])
-    with pytest.raises(DataError, match="is truncated"):
+    with pytest.raises(DataError, match="is a truncated Megatron index: expected .* bytes, got 60"):
         indexed.document_tokens(tmp_path / "text.idx")
     (tmp_path / "text.idx").write_bytes(b"not an index" * 9)
     with pytest.raises(DataError, match="expected a Megatron index"):

@@ -102,5 +102,5 @@ def _draw(shown: Sequence[dict[str, Any]], axes: Sequence[tuple[str, float, str]
     handles += [Line2D([], [], marker="o", linestyle="", color=INK, label="filled: pruned"),
                 Line2D([], [], marker="o", linestyle="", color=INK, label="hollow: scratch", **HOLLOW),
                 Line2D([], [], linestyle=DASHED, color=INK, label="none is better in both")]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=3 if stacked else len(handles), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if stacked else min(len(handles), 5), fontsize=8)
     return figure

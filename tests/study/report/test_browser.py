@@ -121,7 +121,7 @@ def test_figures_are_seen_in_the_pages_own_ink(
         (luminance(paper) < 0.1 and luminance(ink) > 0.7) if dark else (luminance(paper) > 0.9 > 0.2 > luminance(ink))
     )
     shown = chromium.value(FIGURES)
-    assert len(shown) == len(list((report.parent / "figures").glob("*.svg"))) == 7
+    assert len(shown) == len(list((report.parent / "figures").glob("*.svg"))) == 8
     for figure in shown:
         assert figure["shown"] == 1 and figure["stacked"] == (width < 640)
         assert 0 <= figure["left"] < figure["right"] <= width and figure["height"] > 100
