@@ -72,6 +72,9 @@ FORGOTTEN = {
     ),
 }
 
+OF_YARN = frozenset(
+    {"rotary_scaling_factor", "mscale", "mscale_all_dim", *(n for n in FORGOTTEN if n.startswith("yarn_"))}
+)
 # Names under which earlier versions of Megatron stored an argument.
 EARLIER_NAMES = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
 

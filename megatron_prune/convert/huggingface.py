@@ -278,11 +278,11 @@ def local_directory(hf: str | Path) -> Path:
     if Path(hf).is_dir():
         if is_megatron(Path(hf)):
             raise CheckpointError(
-                f"{hf} is a Megatron checkpoint, expected a Hugging Face model directory: export it with "
+                f"{hf}: expected a Hugging Face model directory, got a Megatron checkpoint; export it with "
                 f"`megatron-prune convert export --load {hf} --hf HF_DIR`"
             )
         if not (Path(hf) / "config.json").is_file():
-            raise CheckpointError(f"{hf} has no config.json: expected a Hugging Face model directory")
+            raise CheckpointError(f"{hf}: expected a Hugging Face model directory, got one without config.json")
         return Path(hf)
     if str(hf).count("/") != 1 or str(hf).startswith((".", "/", "~")):
         raise CheckpointError(f"{hf} is neither a directory nor a name on the Hugging Face Hub (owner/model)")

@@ -6,6 +6,7 @@ exact zeros (one streaming pass). The tree shows identical consecutive layers on
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import groupby
@@ -15,7 +16,7 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.index import is_weight
-from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.checkpoint.layout import FORGOTTEN, OF_YARN, stored_argument
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.masks import find_masks, open_masks
 
@@ -104,12 +105,19 @@ def flags(checkpoint: Checkpoint) -> list[str]:
     """
     args, dtype = checkpoint.args, checkpoint.spec(checkpoint.names[0]).dtype
     words = [flag for flag, kind in (("--bf16", torch.bfloat16), ("--fp16", torch.float16)) if dtype == kind]
+    yarn, gelu = args.get("position_embedding_type") == "yarn", not args.get("swiglu") and not args.get("squared_relu")
     for name, options in FORGOTTEN.items():
-        value = args.get(name)
-        if value is True:
-            words.append(options[0])
-        elif value not in (None, False) and not (name.startswith("rope_") and not args.get("use_rope_scaling")):
-            words.append(f"{options[0]} {value}")
+        value = stored_argument(args, name)
+        if name.startswith("rope_") and not args.get("use_rope_scaling") or name in OF_YARN and not yarn:
+            continue
+        if name == "bias_gelu_fusion":  # on by default
+            words += [options[0]] if value is False and gelu else []
+        elif isinstance(value, bool):
+            words += [options[0]] if value else list(options[1:])
+        elif isinstance(value, tuple):
+            words.append(f"{options[0]} {','.join(map(str, value))}")
+        elif value is not None:
+            words.append(shlex.join([options[0], str(value)]))
     return words
 
 

@@ -46,7 +46,7 @@ class MinitronDepthOptions(Settings):
     score_by: str = setting(
         "loss",
         choices=("loss", "task"),
-        help="what decides which go: the calibration loss (the default), or accuracy on --task-data",
+        help="what decides: the calibration loss (default), or accuracy on --task-data",
     )
     task_data: str | None = setting(
         None,
@@ -77,7 +77,7 @@ class WidthOptions(Settings):
         choices=tuple(AXES),
         metavar="AXIS",
         help="let the model's loss decide between all shapes near the target that differ in these sizes (hidden, ffn, "
-        "heads inside their query groups, whole groups); without it a rule gives the shape",
+        "heads in their query groups, whole groups), not a rule",
     )
     target_shapes: tuple[str, ...] | None = setting(
         None,

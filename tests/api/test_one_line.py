@@ -275,7 +275,7 @@ def test_a_disk_that_is_too_small_is_refused_first(prune, tmp_path, monkeypatch)
         return shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(mp.MegatronPruneError, match="0.00 GB free"):
+    with pytest.raises(mp.MegatronPruneError, match="expected .* GB free, .*got 0.00 GB"):
         prune(tmp_path / "out", "wanda", pattern="2:4")
     assert not (tmp_path / "out.work" / "parent").exists()
 

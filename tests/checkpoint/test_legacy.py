@@ -134,8 +134,8 @@ DAMAGES = {
     "truncated": (lambda copy: os.truncate(_one(copy), _one(copy).stat().st_size - 200), "is refused"),
     "empty": (lambda copy: _one(copy).write_bytes(b""), "is refused"),
     "code": (_hostile, "is refused: .*system"),
-    "weight": (_change(lambda state: state["model"].pop(FC2)), r"linear_fc2.* is NoneType"),
-    "shape": (_change(lambda state: state["model"].update({FC2: torch.zeros(3, 3)})), r"linear_fc2.* is \[3, 3\]"),
+    "weight": (_change(lambda state: state["model"].pop(FC2)), r"linear_fc2.*, got NoneType"),
+    "shape": (_change(lambda state: state["model"].update({FC2: torch.zeros(3, 3)})), r"linear_fc2.*, got \[3, 3\]"),
     "type": (
         _change(lambda s: s["model"].update({FC2: s["model"][FC2].bfloat16()})),
         "linear_fc2.*: expected one type",

@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import open_masks
 from tests.checkpoint import plants
 from tests.checkpoint.test_safe import Touches, replace_record, saved
+from tests.data.corpora import write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +196,9 @@ def test_megatron_itself_does_not_run_it(whole, tmp_path, distributed):
 
 
 @pytest.mark.parametrize("key", ["decoder.final_layernorm.weight", "embedding.word_embeddings.weight"])
-def test_a_tensors_record_is_named_when_it_is_loaded(copy, tmp_path, job, tiny_corpus, key):
+def test_a_tensors_record_is_named_when_it_is_loaded(copy, tmp_path, job, key):
     replace_record(copy, key, saved(Touches(tmp_path / "executed")))
-    words = ["evaluate", "--load", copy.parent, "--data-path", tiny_corpus]
+    words = ["evaluate", "--load", copy.parent, "--data-path", write_corpus(tmp_path / "text", [np.arange(100)])]
     done = job([*words, "--output", tmp_path / "scores.json", "--seq-length", "16", "--windows", "1"])
     assert done.returncode == 2, done.output[-2000:]
     assert f"the shard of {key}" in done.output and "posix.system" in done.output

@@ -164,7 +164,7 @@ def test_args_that_lie_about_the_weights_are_refused(saved, tmp_path, distribute
     for change, message in (
         ({"ffn_hidden_size": 44}, r"linear_fc1\.weight: expected shape .* from the stored args"),
         ({"num_layers": 3}, "from the stored args"),
-        ({"normalization": "LayerNorm"}, "lacks .*bias"),
+        ({"normalization": "LayerNorm"}, "expected .*bias.*, got a checkpoint without it"),
         (
             {"untie_embeddings_and_output_weights": False},
             "expected the weights of a dense GPT, got others too: .*output_layer",

@@ -116,7 +116,7 @@ def test_the_settings_of_all_methods_are_in_the_help(verb: str) -> None:
             "plan --load a --output b --method shortgpt --axis depth",
             "--axis: expected --method random with it, got --method shortgpt",
         ),
-        ("preprocess --input-format jsonlines", "one of auto, jsonl, parquet, text"),
+        ("preprocess --input-format jsonlines", "one of auto, jsonl, parquet, array_record, text"),
         ("inspect", "CKPT is required"),
     ],
 )
