@@ -101,7 +101,7 @@ def refuse_link_outside(path: Path, folder: Path) -> None:
     """Raise MegatronPruneError if ``path`` in ``folder`` is a link to a file outside of it, which must not be copied:
     the folder may be a stranger's. The Hugging Face Hub's cache links to its own files, which is allowed."""
     within = folder.resolve()
-    within = within.parents[1] if within.parent.name == "snapshots" else within
+    within = within.parent.parent if within.parent.name == "snapshots" else within
     if not path.resolve().is_relative_to(within):
         raise MegatronPruneError(
             f"{path} is a link to {path.resolve()}, outside of {folder}: put the file itself there, or remove the link"

@@ -18,6 +18,7 @@ import pickle
 import reprlib
 import threading
 import types
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,7 +281,8 @@ def _only_allowing(allowed: list[Any]) -> Iterator[None]:
         registered = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
-            with torch.serialization.safe_globals(allowed):
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # it asks users to file an issue
                 yield
         finally:
             torch.serialization.clear_safe_globals()

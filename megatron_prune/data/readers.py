@@ -196,12 +196,19 @@ class _Decoded(io.BufferedReader):
     could hold 13 GB of one letter."""
 
     def __init__(self, path: Path, decode: Callable[[IO[bytes]], Any]) -> None:
-        self._stored = open(path, "rb")
+        self._stored = _InPieces(path, "rb")
         super().__init__(_Counted(path, self._stored, decode(self._stored)), 1 << 18)
 
     def close(self) -> None:
         super().close()
         self._stored.close()
+
+
+class _InPieces(io.FileIO):
+    """A file that is read 16 kB at a time: what a longer piece decodes to would be in memory before it is counted."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(size, 1 << 14) if size is not None and size > 0 else size) or b""
 
 
 class _Counted(io.RawIOBase):

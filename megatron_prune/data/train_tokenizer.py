@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_prune import artifacts
 from megatron_prune.data.readers import check_inputs, records, text_of
-from megatron_prune.errors import DataError, UsageError
+from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 
 MODEL_TYPES = ("bpe", "unigram")
 SMALLEST_VOCABULARY = 4 + 256 + 1  # special ids, bytes, and something to learn
@@ -41,10 +41,10 @@ def train_tokenizer(
         raise UsageError("--vocab-size", got=vocab_size, expected=f"at least {SMALLEST_VOCABULARY}")
     if model_type not in MODEL_TYPES:
         raise UsageError("--model-type", got=model_type, expected="one of " + ", ".join(MODEL_TYPES))
-    model = io.BytesIO()
+    model, refused = io.BytesIO(), list[MegatronPruneError]()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(paths, json_key, input_format, max_bytes),
+            sentence_iterator=_kept(_lines(paths, json_key, input_format, max_bytes), refused),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -63,8 +63,19 @@ def train_tokenizer(
             minloglevel=1,
         )
     except RuntimeError as error:
+        if refused:  # SentencePiece wraps it into its own error, with a traceback in the text
+            raise refused[0] from error
         raise DataError(f"SentencePiece cannot learn {vocab_size} pieces from this text: {error}") from error
     artifacts.write_bytes(output, model.getvalue())
+
+
+def _kept(lines: Iterator[str], refused: list[MegatronPruneError]) -> Iterator[str]:
+    """``lines``; an error of reading goes to ``refused`` on its way."""
+    try:
+        yield from lines
+    except MegatronPruneError as error:
+        refused.append(error)
+        raise
 
 
 def _lines(paths: list[Path], json_key: str, input_format: str, max_bytes: int | None) -> Iterator[str]:

@@ -135,7 +135,10 @@ CASES = {
     ),
     "Lion": ("te,apex", ["--optimizer", "lion"], "--optimizer: expected adam or sgd, got lion .*Emerging-Optimizers"),
     "overlap, local": ("te", ["--tp-comm-overlap", *LOCAL], "--tp-comm-overlap: .*Transformer Engine's linears do it"),
-    "zero-centered, local": ("te", ["--apply-layernorm-1p", *LOCAL], {"persist_layer_norm"}),
+    "zero-centered, local": (
+        "te", ["--apply-layernorm-1p", *LOCAL],
+        {"gradient_accumulation_fusion", "masked_softmax_fusion", "persist_layer_norm"},
+    ),
 }  # fmt: skip
 
 

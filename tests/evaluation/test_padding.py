@@ -92,7 +92,7 @@ def test_a_checkpoint_that_does_not_know_its_vocabulary_says_so(tiny_hf, tiny_co
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", 1025)
     assert refused.returncode == 2 and "--vocab-size: expected" in refused.output and "got 1025" in refused.output
     refused = evaluate(job, checkpoint, tiny_corpus, tmp_path / "none", "--vocab-size", int(tokens.max()))
-    assert refused.returncode == 2 and f"the text holds token {tokens.max()}" in refused.output
+    assert refused.returncode == 2 and f"vocabulary of {tokens.max()} tokens, got {VOCABULARY}" in refused.output
     assert not (tmp_path / "none").exists()
 
 
