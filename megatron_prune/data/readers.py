@@ -41,7 +41,7 @@ PARQUET_ROWS = 256  # decoded at a time
 RECORDS = 256  # of an array_record file, read at a time
 MOST_DOCUMENT_BYTES = 128 << 20
 _MOST_FILE_BYTES = 1 << 50
-_MOST_EXPANSION, _ANY_EXPANSION = 100, 1 << 20  # of compressed text, and what is never refused
+_MOST_EXPANSION, _ANY_EXPANSION = 50, 1 << 20  # of compressed text, and what is never refused
 
 
 class RawDocument(NamedTuple):
@@ -196,19 +196,12 @@ class _Decoded(io.BufferedReader):
     could hold 13 GB of one letter."""
 
     def __init__(self, path: Path, decode: Callable[[IO[bytes]], Any]) -> None:
-        self._stored = _InPieces(path, "rb")
+        self._stored = open(path, "rb")
         super().__init__(_Counted(path, self._stored, decode(self._stored)), 1 << 18)
 
     def close(self) -> None:
         super().close()
         self._stored.close()
-
-
-class _InPieces(io.FileIO):
-    """A file that is read 16 kB at a time: what a longer piece decodes to would be in memory before it is counted."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        return super().read(min(size, 1 << 14) if size is not None and size > 0 else size) or b""
 
 
 class _Counted(io.RawIOBase):
