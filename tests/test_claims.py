@@ -39,6 +39,7 @@ def start(code: str, *words: Any) -> subprocess.Popen[str]:
     running = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )  # fmt: skip
     assert running.stdout is not None
     assert running.stdout.readline()
