@@ -135,8 +135,7 @@ def locate(
     if not covers(boxes, layout.shape):
         raise CheckpointError(
             f"{directory}: the shards of {layout.name}: expected {list(layout.shape)} covered exactly once, got one "
-            "shard "
-            "too few or too many; copy the checkpoint again"
+            "shard too few or too many; copy the checkpoint again"
         )
     return tuple(boxes)
 
@@ -158,8 +157,7 @@ def _keys(
                 return spell(name), layer
     raise CheckpointError(
         f"{directory}: expected {layout.name}, which its stored args (num_layers={shape.num_layers}, "
-        f"tied={shape.tied}) "
-        "require, got a checkpoint without it"
+        f"tied={shape.tied}) require, got a checkpoint without it"
     )
 
 

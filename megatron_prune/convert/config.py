@@ -183,7 +183,8 @@ def config_from_args(
     if base and not family.learned_positions:
         # An import may have lowered it; the weights still support the original's positions.
         known = {**family.defaults, **base}
-        positions = max(positions, known.get("max_position_embeddings", positions))
+        own = known.get("max_position_embeddings")
+        positions = max(positions, own) if type(own) is int else positions
     entries = {
         "hidden_act": "silu",
         "hidden_size": shape.hidden_size,

@@ -282,8 +282,7 @@ def _finite(losses: Sequence[float], nobody: str) -> list[int]:
         return places
     raise PlanError(
         f"{nobody} has a finite loss on the calibration text, expected at least one: use bf16 or fp32 in place of "
-        "fp16, "
-        "or a lower --lr if they were retrained"
+        "fp16, or a lower --lr if they were retrained"
     )
 
 

@@ -76,8 +76,7 @@ class PruningPlan:
             if len(groups) != target.num_query_groups or len(counts) != 1:
                 raise PlanError(
                     f"plan: the kept heads of layer {layer}: expected {target.num_query_groups} query groups with the "
-                    "same "
-                    f"number in each, got {len(groups)} groups with {sorted(counts)} heads"
+                    f"same number in each, got {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
         if reached != target:

@@ -137,8 +137,7 @@ class Statistics:
             if not torch.isfinite(found).all():
                 raise StatisticsError(
                     f"statistics tensor {name}: expected finite numbers, got others: the parent overflows on the "
-                    "calibration "
-                    "text; use bf16 or fp32 in place of fp16"
+                    "calibration text; use bf16 or fp32 in place of fp16"
                 )
         if not math.isfinite(self.loss_sum):
             raise StatisticsError(

@@ -50,8 +50,7 @@ class Batch:
         if steps == 0:
             raise DataError(
                 f"{what}: expected at least half a global batch of {self.samples} x {self.seq_length} = "
-                f"{self.tokens:,} "
-                f"tokens, got {tokens:,}; give more tokens or a smaller batch"
+                f"{self.tokens:,} tokens, got {tokens:,}; give more tokens or a smaller batch"
             )
         return steps
 

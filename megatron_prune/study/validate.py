@@ -143,8 +143,7 @@ def _check_data(study: StudyConfig, places: Places, outlook: Outlook) -> None:
         if earlier := seen.get(print_ := indexed.fingerprint(prefix)):
             raise DataError(
                 f"{name} and {earlier}: expected different text, got the same tokens: no stage may train on what "
-                "another is "
-                "evaluated on"
+                "another is evaluated on"
             )
         seen[print_] = name
         if outlook.source is not None:

@@ -274,6 +274,16 @@ def test_head_size_of_its_own():
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers=.*expected 2 zeros and ones"),
         ({"model_type": "gpt_neox"}, "use_parallel_residual=True"),
+        # What a stranger could write there.
+        ({"model_type": "qwen2", "layer_types": [[1], {}], "use_sliding_window": True}, "layer_types=.*expected 2 of"),
+        ({"model_type": "qwen3", "max_window_layers": "2", "use_sliding_window": True}, "max_window_layers='2', exp"),
+        ({"model_type": "smollm3", "no_rope_layers": [[], 1]}, "no_rope_layers=.*expected 2 zeros and ones"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0, expected a whole number"),
+        ({"model_type": "starcoder2", "hidden_act": ["gelu"]}, r"the activation \['gelu'\], expected"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": "long"}},
+            "original_max_position_embeddings='long', expected a",
+        ),
         ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_prune.checkpoint.layout import ModelShape, by_layer, stored_argument
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 Config = Mapping[str, Any]  # config.json, with transformers' defaults, under Llama's names
 Args = Mapping[str, Any]  # Megatron's arguments
@@ -148,22 +149,34 @@ class ModelFamily:
         return f"{self.names[stem].format(layer)}.{kind}"
 
 
+def count(values: Config, key: str, default: int, *, least: int) -> int:
+    """The entry ``key``, a whole number of at least ``least``."""
+    found = values.get(key, default)
+    if type(found) is not int or found < least:
+        raise CheckpointError(f"config.json has {key}={show(found)}, expected a whole number of at least {least}")
+    return found
+
+
 _TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True, "gelu_fast": True}
 
 
 def gelu(values: Config) -> dict[str, Any]:
     """Megatron's argument for a GELU: its fused kernel computes the tanh approximation, and torch's the exact one."""
     activation = values["hidden_act"]
-    if activation not in _TANH:
-        raise CheckpointError(f"config.json has the activation {activation!r:.60}, expected {' or '.join(_TANH)}")
+    if not isinstance(activation, str) or activation not in _TANH:
+        raise CheckpointError(f"config.json has the activation {show(activation)}, expected {' or '.join(_TANH)}")
     return {"bias_gelu_fusion": _TANH[activation]}
 
 
-def gelu_entry(args: Args, preferred: str) -> str:
-    """The inverse of ``gelu``: ``preferred`` if it is the same function."""
+def gelu_entry(args: Args, preferred: Any) -> str:
+    """The inverse of ``gelu``: ``preferred``, the original's activation, if it is the same function."""
     tanh = args.get("bias_gelu_fusion")
     tanh = MEGATRON_DEFAULTS["bias_gelu_fusion"] if tanh is None else bool(tanh)
-    return preferred if _TANH.get(preferred) == tanh else ("gelu_pytorch_tanh" if tanh else "gelu")
+    return (
+        preferred
+        if isinstance(preferred, str) and _TANH.get(preferred) == tanh
+        else ("gelu_pytorch_tanh" if tanh else "gelu")
+    )
 
 
 def windows(values: Config) -> dict[str, Any]:
@@ -174,18 +187,21 @@ def windows(values: Config) -> dict[str, Any]:
     """
     window, layers = values.get("sliding_window"), values["num_hidden_layers"]
     types = values.get("layer_types") or ["sliding_attention"] * layers
-    known = {"sliding_attention", "full_attention"}
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= known:
-        raise CheckpointError(
-            f"config.json has layer_types={types!r:.80}, expected {layers} of {' and '.join(sorted(known))}"
-        )
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
+        raise CheckpointError(f"config.json has layer_types={show(types)}, expected {layers} of {' and '.join(known)}")
     sliding = [int(kind == "sliding_attention") for kind in types]
     if window is None or window >= values["max_position_embeddings"] or not any(sliding):
         return {"window_size": None, "window_attn_skip_freq": None}
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": None if all(sliding) else sliding}
 
 
-def window_entries(args: Args, original: Config) -> dict[str, Any]:
+def window_in_all_layers(values: Config) -> dict[str, Any]:
+    """``windows`` for a family without ``layer_types``."""
+    return {**windows(values), "window_attn_skip_freq": None}
+
+
+def window_entries(args: Args, shape: ModelShape, original: Config) -> dict[str, Any]:
     """The inverse of ``windows``: ``sliding_window`` (and ``layer_types``). A window of the ``original`` configuration
     that had no effect stays."""
     window = args.get("window_size")
@@ -194,6 +210,6 @@ def window_entries(args: Args, original: Config) -> dict[str, Any]:
     if window[1] != 0 or window[0] < 0:
         raise CheckpointError(f"the model has window_size={tuple(window)}, expected tokens on the left and 0: (W, 0)")
     entries: dict[str, Any] = {"sliding_window": window[0] + 1}
-    if (skip := by_layer("window_attn_skip_freq", args.get("window_attn_skip_freq"), args["num_layers"])) is not None:
+    if (skip := by_layer("window_attn_skip_freq", args.get("window_attn_skip_freq"), shape.num_layers)) is not None:
         entries["layer_types"] = ["sliding_attention" if one else "full_attention" for one in skip]
     return entries

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.convert.families.model_family import Args, Config, ModelFamily
+from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.families.qwen2 import read_windows, written_windows
-
-
-def _entries(args: Args, shape: ModelShape, original: Config) -> dict[str, Any]:
-    return written_windows(args, original)
-
 
 FAMILY = ModelFamily(
     kind="qwen3",
@@ -19,7 +11,7 @@ FAMILY = ModelFamily(
     fixed={"qk_layernorm": True},
     chosen=frozenset({"window_size", "window_attn_skip_freq"}),
     arguments=read_windows,
-    entries=_entries,
+    entries=written_windows,
     only={"attention_bias": False},
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
 )

@@ -75,13 +75,17 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
             raise CheckpointError(f"config.json has YaRN with {key}={show(rope[key])}, expected it to be left out")
+    original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    if not is_number(original):
+        raise CheckpointError(
+            f"config.json has YaRN with original_max_position_embeddings={show(original)}, expected a positive number"
+        )
     return read | {
         "position_embedding_type": "yarn",
         "rotary_scaling_factor": float(factor),
         "mscale": 1.0,
         "mscale_all_dim": 0.0,
-        "yarn_original_max_position_embeddings": rope.get("original_max_position_embeddings")
-        or values["max_position_embeddings"],
+        "yarn_original_max_position_embeddings": original,
         "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
         **{name: float(rope.get(key, default)) for key, (default, name) in _YARN.items()},
     }

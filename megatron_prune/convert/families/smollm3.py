@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prune.checkpoint.layout import ModelShape, by_layer
-from megatron_prune.convert.families.model_family import Args, Config, ModelFamily
+from megatron_prune.convert.families.model_family import Args, Config, ModelFamily, count
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 
 def _arguments(values: Config) -> dict[str, Any]:
     layers = values["num_hidden_layers"]
-    every = values.get("no_rope_layer_interval", 4)
+    every = count(values, "no_rope_layer_interval", 4, least=1)
     rotated = values.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
-    if not isinstance(rotated, list) or len(rotated) != layers or not set(rotated) <= {0, 1}:
-        raise CheckpointError(f"config.json has no_rope_layers={rotated!r:.80}, expected {layers} zeros and ones")
+    if not isinstance(rotated, list) or len(rotated) != layers or any(one not in (0, 1) for one in rotated):
+        raise CheckpointError(f"config.json has no_rope_layers={show(rotated)}, expected {layers} zeros and ones")
     return {"no_rope_freq": None if all(rotated) else [1 - one for one in rotated]}  # Megatron's 1: no RoPE
 
 

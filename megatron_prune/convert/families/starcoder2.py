@@ -13,17 +13,17 @@ from megatron_prune.convert.families.model_family import (
     gelu,
     gelu_entry,
     window_entries,
-    windows,
+    window_in_all_layers,
 )
 
 
 def _arguments(values: Config) -> dict[str, Any]:
-    return {**windows(values), "window_attn_skip_freq": None, **gelu(values)}
+    return {**window_in_all_layers(values), **gelu(values)}
 
 
 def _entries(args: Args, shape: ModelShape, original: Config) -> dict[str, Any]:
     activation = gelu_entry(args, original.get("hidden_act", "gelu_pytorch_tanh"))
-    return {**window_entries(args, original), "hidden_act": activation}
+    return {**window_entries(args, shape, original), "hidden_act": activation}
 
 
 FAMILY = ModelFamily(
