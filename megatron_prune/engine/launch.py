@@ -252,6 +252,8 @@ class _ForkServer:
 
     def stop(self) -> None:
         if self.owner == os.getpid():
+            with contextlib.suppress(OSError):  # the server may have ended
+                self.control.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold a copy, which stays open
             self.control.close()
             self.process.wait()
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,3 +256,23 @@ def test_only_this_machine_reaches_the_store() -> None:
                 reached.append(address)
         os._exit(len(reached))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_of_the_caller_does_not_keep_the_server() -> None:
+    """A worker that the caller has forked holds a copy of its connection to the server."""
+    server = launch._ForkServer()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping.start()
+    stopping.join(LONGEST)
+    stopped = not stopping.is_alive()
+    os.close(write)
+    os.waitpid(child, 0)
+    stopping.join(GENEROUS)
+    os.close(read)
+    assert stopped

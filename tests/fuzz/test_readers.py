@@ -8,6 +8,7 @@ Every reader runs in a process of its own (``limits.Reader``): a hang, a crash a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -213,10 +214,9 @@ def test_the_harness_finds_what_it_is_for() -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
     for function, says in ((bomb, "MemoryError"), (crash, "ended by -11"), (hang, "ended by -26"), (len, "")):
-        made = Reader(function)
-        if function is len:
-            assert made.read(b"x")
-            continue
-        with pytest.raises(AssertionError, match=says):
-            made.read(b"x")
-        made.close()
+        with contextlib.closing(Reader(function)) as made:
+            if function is len:
+                assert made.read(b"x")
+                continue
+            with pytest.raises(AssertionError, match=says):
+                made.read(b"x")
