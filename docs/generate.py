@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import re
 import types
@@ -27,18 +26,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> str:
     """The help of every verb, in the order of the overview; a verb that is several has a section for each."""
-    from megatron_prune.__main__ import VERBS
-    from megatron_prune.cli import convert, prune_hf, study
+    from megatron_prune.__main__ import VERBS, command
+    from megatron_prune.cli.checkpoint_commands import CONVERT_PARTS
+    from megatron_prune.cli.pruning_commands import prune_hf_parser
+    from megatron_prune.cli.study_commands import STUDY_PARTS
 
-    parts = {"convert": convert, "study": study}
+    parts = {"convert": CONVERT_PARTS, "study": STUDY_PARTS}
     sections = []
     for title, group in VERBS.items():
         sections.append(f"## {title[0].upper()}{title[1:]}")
         for verb in group:
-            module = parts.get(verb) or importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}")
-            helps = {verb: module.group() if verb in parts else module.parser()}
-            helps |= {f"{verb} {part}": module.parser(part) for part in (module.PARTS if verb in parts else ())}
-            helps |= {"prune --hf": prune_hf.parser()} if verb == "prune" else {}
+            parser = command(verb, "parser")
+            helps = {verb: command(verb, "group")() if verb in parts else parser()}
+            helps |= {f"{verb} {part}": parser(part) for part in parts.get(verb, ())}
+            helps |= {"prune --hf": prune_hf_parser()} if verb == "prune" else {}
             sections += [f"### {name}\n\n```text\n{one.format_help()}\n```" for name, one in helps.items()]
     return "\n\n".join(sections)
 

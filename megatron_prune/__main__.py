@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from megatron_prune import screen, untrusted
 from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError
 from megatron_prune.settings import nearest
 
-# Grouped by purpose. The file of the same name in cli/ defines each verb's `main(argv) -> exit code`.
+# Grouped by purpose, like the files of cli/.
 VERBS = {
     "pruning": {
         "prune": "calibrate, plan and apply, or sparsify, in one command",
@@ -48,6 +50,13 @@ VERBS = {
         "build-index": "build a token stream's index caches in advance",
     },
 }
+FILES = {
+    "pruning": "pruning_commands",
+    "training and evaluation": "training_commands",
+    "studies": "study_commands",
+    "checkpoints": "checkpoint_commands",
+    "data": "data_commands",
+}
 NAMES = [name for group in VERBS.values() for name in group]
 
 
@@ -65,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_REFUSED
     try:
         with screen.escaping(), screen.quiet(verb, rest) as rest:
-            code: int = importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}").main(rest)
+            code: int = command(verb, "main")(rest)
         return code
     except MegatronPruneError as error:
         text = screen.printable(str(error), lines=error.lines)
@@ -78,6 +87,18 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(3)
     print(f"megatron-prune {verb}: {text}", file=sys.stderr, flush=True)
     return EXIT_REFUSED
+
+
+def command(verb: str, part: str) -> Callable[..., Any]:
+    """The function ``VERB_PART`` of a verb: ``main(argv) -> exit code`` or ``parser()``.
+
+    The parser of a verb with subcommands takes the subcommand, and ``group()`` makes that of the verb itself.
+    """
+    file = next(FILES[title] for title, group in VERBS.items() if verb in group)
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"megatron_prune.cli.{file}"), f"{verb.replace('-', '_')}_{part}"
+    )
+    return found
 
 
 def overview() -> str:

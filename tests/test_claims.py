@@ -139,13 +139,13 @@ ENDLESS = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
 from megatron_prune import __main__, artifacts
-from megatron_prune.cli import inspect
+from megatron_prune.cli import checkpoint_commands
 def main(words):
     with artifacts.atomic_directory(words[0]) as scratch:
         (scratch / "file").write_text("half")
         print("writing", flush=True)
         time.sleep(600)
-inspect.main = main
+checkpoint_commands.inspect_main = main
 sys.argv = ["megatron-prune", "inspect", sys.argv[1]]
 sys.exit(__main__.console())
 """
@@ -177,12 +177,12 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: Any, mon
 
 
 def test_an_error_of_the_disk_anywhere_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_prune.cli import inspect
+    from megatron_prune.cli import checkpoint_commands
 
     def fail(words: Any) -> int:
         raise OSError(5, "Input/output error", "/mnt/data\x1b[31m/a\nb")
 
-    monkeypatch.setattr(inspect, "main", fail)
+    monkeypatch.setattr(checkpoint_commands, "inspect_main", fail)
     assert main(["inspect", "x"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
@@ -192,12 +192,12 @@ def test_an_error_of_the_disk_anywhere_is_one_line(capsys: Any, monkeypatch: pyt
 
 
 def test_an_error_that_is_no_disks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_prune.cli import inspect
+    from megatron_prune.cli import checkpoint_commands
 
     def fail(words: Any) -> int:
         raise OSError("a bug")
 
-    monkeypatch.setattr(inspect, "main", fail)
+    monkeypatch.setattr(checkpoint_commands, "inspect_main", fail)
     with pytest.raises(OSError, match="a bug"):
         main(["inspect", "x"])
 

@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
 def _preflight() -> int:
     """Check every layout in this process, so that Megatron is imported once."""
     from megatron_prune import artifacts
-    from megatron_prune.cli import preflight
+    from megatron_prune.cli.study_commands import preflight_main
     from megatron_prune.engine import cpu
 
     cpu.prepare()
@@ -186,7 +186,7 @@ def _preflight() -> int:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answer.json"
         for which in everything():
-            preflight.main(["--output", str(output), *preflight_line(*which, Path(folder) / "model.flags")])
+            preflight_main(["--output", str(output), *preflight_line(*which, Path(folder) / "model.flags")])
             answers[which] = artifacts.read_json(output)
     (HERE / "LAYOUTS.md").write_text(table(answers))
     return 0 if all(answer["verdict"] == "yes" for answer in answers.values()) else 1

@@ -1,4 +1,4 @@
-"""The whole answer of preflight: a dry run of a command line for a cluster, and every check of it."""
+"""The whole answer of preflight: a dry run of a command line for a cluster, every check of it, and a table."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from megatron_prune import artifacts
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_prune import artifacts, screen
 from megatron_prune.preflight import checks, dry_run
 from megatron_prune.preflight.checks import JobQuestion
+
+_SUMMARIES = {
+    "yes": "it will run",
+    "look": "it may or may not run: look first",
+    "no": "it will not run",
+}
+_STYLES = {"yes": "green", "look": "yellow", "no": "red", "not checked": "cyan"}
 
 
 def answer(question: JobQuestion, verb: Callable[[list[str]], int]) -> dict[str, Any]:
@@ -35,3 +45,19 @@ def answer(question: JobQuestion, verb: Callable[[list[str]], int]) -> dict[str,
         "findings": [asdict(finding) for finding in findings],
         "versions": artifacts.versions(),
     }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the answer as a table."""
+    console = screen.console(highlight=False)
+    if not console.is_terminal:
+        console = screen.console(highlight=False, width=140)
+    size = f", {found['parameters'] / 1e9:.3f}B parameters" if found["parameters"] else ""
+    table = Table(title=f"{found['command'][0]} on {found['cluster']['gpus']} x {found['cluster']['kind']}{size}")
+    for column in ("check", "verdict", "reason"):
+        table.add_column(column, overflow="fold", no_wrap=column != "reason")
+    for finding in found["findings"]:
+        style = _STYLES[finding["verdict"]]
+        table.add_row(finding["check"], f"[{style}]{finding['verdict']}[/{style}]", escape(finding["reason"]))
+    console.print(table)
+    console.print(_SUMMARIES[found["verdict"]], style="bold")

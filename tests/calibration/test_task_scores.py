@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import plan as plan_command
+from megatron_prune.cli.pruning_commands import plan_main
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, MegatronPruneError
 from megatron_prune.structured import plan
@@ -219,7 +219,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     ):
         words = ["--load", verbs.parent, "--statistics", verbs.statistics, "--output", verbs.plan, *choice]
         with pytest.raises(MegatronPruneError, match=message):
-            plan_command.main([str(word) for word in words])
+            plan_main([str(word) for word in words])
 
     def refused(finished: Any, message: str) -> None:
         assert finished.returncode == 2 and re.search(message, finished.output), finished.output[-2000:]

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 
 from megatron_prune.__main__ import NAMES
-from megatron_prune.cli import convert, study
+from megatron_prune.cli.checkpoint_commands import CONVERT_PARTS
+from megatron_prune.cli.study_commands import STUDY_PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "pages" / "benchmarks.md"
 BEGIN, END = "<!-- help: begin -->", "<!-- help: end -->"
-PARTS = {"convert": convert.PARTS, "study": study.PARTS}
+PARTS = {"convert": CONVERT_PARTS, "study": STUDY_PARTS}
 REPEATS = 5
 
 # As a user runs it, and then what was imported on the way: the last line of stderr.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -12,8 +11,7 @@ import sys
 import pytest
 
 from megatron_prune import verbs
-from megatron_prune.__main__ import NAMES, VERBS, main
-from megatron_prune.cli import convert, study
+from megatron_prune.__main__ import NAMES, VERBS, command, main
 from megatron_prune.cli.parser import HELP_MEGATRON, Parser
 from megatron_prune.errors import CommandLineError
 from megatron_prune.methods import options
@@ -26,8 +24,8 @@ IN_PROCESS = [words for words in helps.commands() if words]
 
 def parser_of(words: tuple[str, ...]) -> Parser | None:
     if words[0] in helps.PARTS:
-        return {"convert": convert.parser, "study": study.parser}[words[0]](words[1]) if len(words) > 1 else None
-    made: Parser = importlib.import_module(f"megatron_prune.cli.{words[0].replace('-', '_')}").parser()
+        return command(words[0], "parser")(words[1]) if len(words) > 1 else None
+    made: Parser = command(words[0], "parser")()
     return made
 
 
@@ -57,14 +55,14 @@ def test_help_fits_a_screen(words: tuple[str, ...], capsys) -> None:
     assert (HELP_MEGATRON in text) == parser.megatron
 
 
-def test_the_overview_names_every_verb_and_each_has_a_file(capsys) -> None:
+def test_the_overview_names_every_verb_and_each_can_be_called(capsys) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= MOST_LINES
     for group in VERBS.values():
         for verb, about in group.items():
             assert re.search(rf"^  {verb} +{re.escape(about)}$", text, re.MULTILINE)
-            assert callable(importlib.import_module(f"megatron_prune.cli.{verb.replace('-', '_')}").main)
+            assert callable(command(verb, "main"))
 
 
 @pytest.mark.parametrize("words", [words for words in IN_PROCESS if parser_of(words)], ids=" ".join)

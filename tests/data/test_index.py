@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prune.cli import build_index
+from megatron_prune.cli.data_commands import build_index_main
 from megatron_prune.data import blend, coverage
 from megatron_prune.data.streams import Stream
 from megatron_prune.errors import DataError, UsageError
@@ -27,7 +27,7 @@ def corpora(tmp_path):
 def test_index_builds_the_caches_that_a_run_finds(corpora, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "cache"
     flags = ["--seq-length", "16", "--stream-seed", "7", "--stream-epochs", "2", "--data-cache-path", str(cache)]
-    assert build_index.main(["--data-path", *corpora, *flags, "--stream-range", "0:20", "--stream-range", "20:40"]) == 0
+    assert build_index_main(["--data-path", *corpora, *flags, "--stream-range", "0:20", "--stream-range", "20:40"]) == 0
     printed = json.loads(capsys.readouterr().out)
     monkeypatch.setattr(Stream, "_build_cache", None)  # a run that had to build would fail
     stream = Stream.build(corpora, 16, 7, 2, cache)
@@ -42,7 +42,7 @@ def test_index_counts_what_a_run_over_two_epochs_asks_for(corpora, tmp_path, cap
     flags = ["--seq-length", "16", "--stream-seed", "7", "--stream-epochs", "2", "--data-cache-path", str(cache)]
     size = len(Stream.build(corpora, 16, 7, 2, cache)) // 2
     reach = f"{size - 10}:{size + 20}"
-    assert build_index.main(["--data-path", *corpora, *flags, "--stream-range", reach]) == 0
+    assert build_index_main(["--data-path", *corpora, *flags, "--stream-range", reach]) == 0
     [printed] = json.loads(capsys.readouterr().out)["ranges"]
     assert 20 * 16 <= printed["unique_tokens"] < 30 * 16
     monkeypatch.setattr(coverage, "unique_tokens", None)  # a run that had to count would fail
@@ -56,11 +56,11 @@ def test_index_counts_what_a_run_over_two_epochs_asks_for(corpora, tmp_path, cap
 def test_ranges_are_checked(corpora, tmp_path):
     flags = ["--data-path", *corpora, "--seq-length", "16", "--data-cache-path", str(tmp_path / "cache")]
     with pytest.raises(DataError, match="both would see 10:20"):
-        build_index.main([*flags, "--stream-range", "0:20", "--stream-range", "10:30"])
+        build_index_main([*flags, "--stream-range", "0:20", "--stream-range", "10:30"])
     with pytest.raises(UsageError, match="does not wrap"):
-        build_index.main([*flags, "--stream-range", "0:100000"])
+        build_index_main([*flags, "--stream-range", "0:100000"])
     with pytest.raises(UsageError, match="--data-path"):
-        build_index.main(["--seq-length", "16"])
+        build_index_main(["--seq-length", "16"])
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune.cli import build_index
+from megatron_prune.cli.data_commands import build_index_main
 from megatron_prune.data import contamination
 from megatron_prune.data import contamination as documents_module
 from megatron_prune.errors import DataError
@@ -61,7 +61,7 @@ def test_the_verb_refuses_a_stream_that_holds_held_out_documents(tmp_path, capsy
     train, clean = write_corpus(tmp_path / "train", texts[:30]), write_corpus(tmp_path / "clean", texts[30:])
     leaky = write_corpus(tmp_path / "leaky", [*texts[30:], texts[17]])
     flags = ["--data-path", train, "--seq-length", "16", "--data-cache-path", str(tmp_path / "cache"), "--held-out"]
-    assert build_index.main([*flags, clean]) == 0
+    assert build_index_main([*flags, clean]) == 0
     says = r"1 document\(s\) of .*leaky are in .*train too .document 10 is its document 17"
     with pytest.raises(DataError, match=says):
-        build_index.main([*flags, clean, leaky])
+        build_index_main([*flags, clean, leaky])

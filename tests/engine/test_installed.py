@@ -88,7 +88,7 @@ def targets(asked: list[tuple[str, list[str]]]) -> list[Any]:
 
 def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     """A dry run for such machines, with stand-ins for Apex and TE here, which it must ignore."""
-    from megatron_prune.cli import pretrain
+    from megatron_prune.cli.training_commands import pretrain_main
     from megatron_prune.preflight.dry_run import MegatronRefused, rehearse
 
     stand_in("te,apex,flash-attn")
@@ -96,7 +96,7 @@ def rehearsed(asked: list[tuple[str, list[str]]]) -> list[Any]:
     for words, argv in asked:
         has = installed.named(words or "none")
         try:
-            args = rehearse(pretrain.main, argv, gpus=1, per_node=1, capability=(9, 0), has=has).args
+            args = rehearse(pretrain_main, argv, gpus=1, per_node=1, capability=(9, 0), has=has).args
             found.append({name: getattr(args, name) for name in DECIDED})
         except MegatronRefused as refused:
             found.append(str(refused))

@@ -4,8 +4,7 @@
 
 A room is a folder of the package, a module at the top, or a folder of ``study``. Room A is above room B if a
 module of A imports one of B; rooms that import each other in a circle share a floor. All imports count:
-at the top of a file, in a function, under ``TYPE_CHECKING``. Files in ``cli`` are named after verbs, and their
-names are not compared.
+at the top of a file, in a function, under ``TYPE_CHECKING``.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def count(root: Path) -> Count:
     room = {name: _room(name, path) for name, path in modules.items()}
     rooms = networkx.DiGraph((room[a], room[b]) for a, b in imports.edges if room[a] != room[b])
     rooms.add_nodes_from(room.values())
-    named = (path for path in modules.values() if path.name != "__init__.py" and path.parent.name != "cli")
+    named = (path for path in modules.values() if path.name != "__init__.py")
     files = Counter(path.name for path in named)
     classes = Counter(
         node.name

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.data.indexed import write_index
 from megatron_prune.errors import DataError
 from megatron_prune.study import schema
@@ -60,7 +60,7 @@ def plan(name: str, folder: Path, *words: str) -> str:
     """The output of `study plan --commands` for a study, in a folder to start from."""
     output = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(output):
-        assert command.main(["plan", str(EXAMPLE / f"{name}.yaml"), "--commands", *SPEED, *words]) == 0
+        assert study_main(["plan", str(EXAMPLE / f"{name}.yaml"), "--commands", *SPEED, *words]) == 0
     return output.getvalue()
 
 
@@ -92,12 +92,12 @@ def test_a_corpus_that_is_too_short_is_refused_before_it_is_there(tmp_path) -> N
         words = ["plan", str(EXAMPLE / "token_scaling.yaml"), "--corpus-tokens", enough]
         with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
             if enough == "735B":
-                assert command.main(words) == 0
+                assert study_main(words) == 0
                 continue
             with pytest.raises(DataError, match="data.train is not enough for pruned-.*expected an end of at most"):
-                command.main(words)
+                study_main(words)
             with pytest.raises(DataError, match="common.yaml, line 14: .*--corpus-tokens|--corpus-tokens"):
-                command.main(words[:2])
+                study_main(words[:2])
 
 
 def test_shapes_recipe_and_data_are_those_of_the_launch_lines() -> None:

@@ -28,13 +28,13 @@ def train(layout: str, *more: str, model: str = LLAMA) -> list[str]:
 
 def answers(lines: list[list[str]]) -> list[dict[str, Any]]:
     """The answer of preflight to each, with its exit code under ``code``."""
-    from megatron_prune.cli import preflight
+    from megatron_prune.cli.study_commands import preflight_main
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answer.json"
         for line in lines:
-            code = preflight.main(["--output", str(output), *line])
+            code = preflight_main(["--output", str(output), *line])
             found.append(json.loads(output.read_text()) | {"code": code})
     return found
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import preflight
+from megatron_prune.cli.study_commands import preflight_main, split_preflight
 from megatron_prune.errors import CommandLineError, UsageError
 from tests.preflight import commands
 from tests.preflight.commands import FP8, LLAMA, finding, reasons, train
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -
 
 def test_a_launcher_before_the_verb_is_skipped() -> None:
     words = "--gpus 16 torchrun --nnodes 2 -m megatron_prune pretrain --lr 1".split()
-    assert preflight.split(words) == (["--gpus", "16"], "pretrain", ["--lr", "1"])
+    assert split_preflight(words) == (["--gpus", "16"], "pretrain", ["--lr", "1"])
 
 
 @pytest.mark.parametrize(
@@ -258,4 +258,4 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
 )
 def test_what_preflight_itself_refuses(line, names) -> None:
     with pytest.raises((UsageError, CommandLineError), match=names):
-        preflight.main(line.split())
+        preflight_main(line.split())

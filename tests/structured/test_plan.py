@@ -19,8 +19,8 @@ from rich.console import Console
 from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import plan as plan_command
-from megatron_prune.cli import plan_table
+from megatron_prune.cli.pruning_commands import plan_main
+from megatron_prune.cli.pruning_tables import show_plan
 from megatron_prune.errors import EXIT_NEEDS_SCORES, CommandLineError, PlanError, UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.ranking import Accuracy
@@ -137,7 +137,7 @@ def test_table_says_what_changes_and_lists_near_ties() -> None:
     same = statistics()
     same.tensors["mlp.sum_abs_mean_sq"][2] = 1.0
     shown = io.StringIO()
-    plan_table.show(make(statistics=same), Console(file=shown, width=110))
+    show_plan(make(statistics=same), Console(file=shown, width=110))
     text = shown.getvalue()
     assert f"{SOURCE.parameters():,}" in text and f"{TARGET.parameters():,}" in text
     assert f"{SOURCE.forward_flops(2048):,}" in text and f"{TARGET.forward_flops(2048):,}" in text
@@ -169,7 +169,7 @@ def test_the_lowest_loss_is_chosen_and_the_table_kept(tmp_path: Path) -> None:
     made.write(tmp_path / "plan.json")
     assert plan.read(tmp_path / "plan.json") == made
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     assert "removed layers: 1, 2" in shown.getvalue()
     (row,) = (line for line in shown.getvalue().splitlines() if "without layers 2-3" in line)
     assert "4.00000" in row and "1.50000" in row
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_comes_last(tmp_path: Path) -> None:
     assert plan.read(tmp_path / "plan.json") == made
     assert json.loads((tmp_path / "plan.json").read_text())["candidates"][0]["loss"] is None
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     rows = [line for line in shown.getvalue().splitlines() if "without layers" in line]
     assert ["without layers 1-2" in row for row in rows] == [True, False, False]
     assert ["not finite" in row for row in rows] == [False, True, True] and "0.00000" in rows[0]
@@ -240,7 +240,7 @@ def test_a_retraining_that_diverged_comes_last(tmp_path: Path) -> None:
     made.write(tmp_path / "plan.json")
     assert plan.read(tmp_path / "plan.json") == made
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     rows = [line for line in shown.getvalue().splitlines() if "in 3 groups" in line]
     assert [row.split("FFN ")[1].split()[0] for row in rows] == ["18", "17", "16", "19"]
     assert "not finite" in rows[1] and "2.00000" in rows[1] and "not finite" in rows[3]
@@ -290,7 +290,7 @@ def test_a_table_as_long_as_it_may_be_says_so() -> None:
     made = plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
     assert made.target == shapes[1] and made.chosen == 1
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     assert "candidates: 2 (as many as --max-candidates allows)" in shown.getvalue()
     assert "hidden 24, 12 heads in 3 groups, FFN 8" in shown.getvalue()
 
@@ -312,7 +312,7 @@ def test_the_papers_candidates_for_llama_compete() -> None:
         "hidden {}, {} heads in 8 groups, FFN {}".format(*word.split("/")) for word in words
     ]
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     assert "candidates: 5, by the loss" in shown.getvalue() and "asked for" not in shown.getvalue()
 
 
@@ -361,7 +361,7 @@ def test_a_task_cannot_choose_what_has_no_finite_loss() -> None:
 def test_a_task_is_in_the_table_and_in_the_account(tmp_path: Path) -> None:
     made = by_task((5, 5, 5), (6, 6, 6), (7, 7, 7))
     shown = io.StringIO()
-    plan_table.show(made, Console(file=shown, width=110))
+    show_plan(made, Console(file=shown, width=110))
     lines = shown.getvalue().splitlines()
     first = next(i for i, line in enumerate(lines) if "without layers 2-3" in line)
     assert "chosen" in lines[first] and "0.7000" in lines[first] and "0.6000" in lines[first + 1]
@@ -403,7 +403,7 @@ def verb(tiny_parent: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def run(*flags: object) -> Path:
         output = tmp_path / "plan.json"
-        assert plan_command.main(["--load", str(tiny_parent), "--output", str(output), *map(str, flags)]) == 0
+        assert plan_main(["--load", str(tiny_parent), "--output", str(output), *map(str, flags)]) == 0
         return output
 
     return run
@@ -436,7 +436,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
 ) -> None:
     flags = ["--load", str(tiny_parent), "--output", str(tmp_path / "plan.json"), "--method", "minitron-depth"]
     flags += ["--ratio", "0.5", "--statistics", str(parent_statistics)]
-    assert plan_command.main(flags) == EXIT_NEEDS_SCORES
+    assert plan_main(flags) == EXIT_NEEDS_SCORES
     assert f"calibrate --load {tiny_parent} --score" in capsys.readouterr().out
     assert not (tmp_path / "plan.json").exists()
     parent = open_checkpoint(tiny_parent)
@@ -444,7 +444,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
     other = replace(other, calibrations=({**other.calibrations[0], "windows": [7, 8, 9]},))
     other.write(tmp_path / "o.safetensors")
     with pytest.raises(UsageError, match="--statistics: expected one file until its candidates are scored, got"):
-        plan_command.main([*flags, str(tmp_path / "o.safetensors")])
+        plan_main([*flags, str(tmp_path / "o.safetensors")])
     # Scores of the same candidates in both files: their mean decides.
     question, _ = candidates.read(tmp_path / "candidates.json")
     for path, losses in ((parent_statistics, (3.0, 2.0, 2.9)), (tmp_path / "o.safetensors", (3.0, 4.0, 2.9))):
@@ -453,7 +453,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
         scored.write(tmp_path / f"scored-{path.name}")
         assert statistics_file.read(tmp_path / f"scored-{path.name}").scores == scored.scores
     two = [str(tmp_path / f"scored-{name}") for name in (parent_statistics.name, "o.safetensors")]
-    assert plan_command.main([*flags[:-1], *two]) == 0
+    assert plan_main([*flags[:-1], *two]) == 0
     made = plan.read(tmp_path / "plan.json")
     assert [row.loss for row in made.candidates] == pytest.approx([3.0, 3.0, 2.9]) and made.chosen == 2
 

@@ -17,8 +17,7 @@ import pytest
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import plan as plan_command
-from megatron_prune.cli import retrain_candidates
+from megatron_prune.cli.pruning_commands import plan_main, retrain_candidates_main
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, EXIT_REFUSED, MegatronPruneError
 from megatron_prune.structured import apply, candidates, plan
@@ -71,7 +70,7 @@ class Files:
 
     def make(self, *choice: object, output: Path | None = None) -> Called:
         files = ["--statistics", self.statistics, "--output", output or self.plan]
-        return call(plan_command.main, ["--load", self.parent, *files, *choice])
+        return call(plan_main, ["--load", self.parent, *files, *choice])
 
     def training(self, first: int = 0) -> list[Any]:
         return [*RECIPE, "--data-path", self.text, "--stream-range", f"{first}:{first + BATCH * STEPS}"]
@@ -80,7 +79,7 @@ class Files:
         words = ["--load", self.parent, "--candidates", self.folder / "candidates.json"]
         words += ["--statistics", self.statistics, "--scratch", self.folder / "scratch", "--nproc", nproc, *more]
         return call(
-            retrain_candidates.main, [*words, "--pretrain", *(self.training() if pretrain is None else pretrain)]
+            retrain_candidates_main, [*words, "--pretrain", *(self.training() if pretrain is None else pretrain)]
         )
 
 

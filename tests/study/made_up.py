@@ -26,7 +26,7 @@ from megatron_prune import artifacts, methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.cli import apply, plan
+from megatron_prune.cli.pruning_commands import apply_main, plan_main
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_NEEDS_SCORES
@@ -127,10 +127,10 @@ class FakeLauncher:
         import_hf(given["hf"], given["save"])
 
     def _plan(self, argv: list[str]) -> None:
-        plan.main(argv)
+        plan_main(argv)
 
     def _candidates(self, argv: list[str]) -> None:
-        assert plan.main(argv) == EXIT_NEEDS_SCORES
+        assert plan_main(argv) == EXIT_NEEDS_SCORES
 
     def _score(self, argv: list[str]) -> None:
         given = words(argv)
@@ -155,7 +155,7 @@ class FakeLauncher:
         replace(found, scores=scores).write(own["statistics"])
 
     def _apply(self, argv: list[str]) -> None:
-        apply.main(argv)
+        apply_main(argv)
 
     def _sparsify(self, argv: list[str]) -> None:
         given = words(argv)

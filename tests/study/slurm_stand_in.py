@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.cli import study
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import MegatronPruneError
 from megatron_prune.study.commands import Command
 from tests.study import made_up
@@ -143,7 +143,7 @@ def _run(argv: Sequence[str], verb: Verb) -> tuple[int, str]:
     assert list(argv[:2]) == ["-m", "megatron_prune"], argv
     try:
         if argv[2:4] == ["study", "stage"]:
-            return study.main(list(argv[3:])), ""
+            return study_main(list(argv[3:])), ""
         with tempfile.NamedTemporaryFile() as log:
             return verb(argv[2:], Path(log.name)), Path(log.name).read_text()
     except MegatronPruneError as error:

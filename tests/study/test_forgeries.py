@@ -20,7 +20,7 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import weights
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.cli import study
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.study import custody
 from megatron_prune.study.analysis import results
@@ -305,7 +305,7 @@ def report(corpora: dict[str, str], **changes: Any) -> results.Results:
     """`study report` with another study.yaml than the one that was run."""
     asked = {"seeds": [1, 2, 3]} | changes
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(corpora, **asked)))
-    assert study.main(["report", "study.yaml"]) == 0
+    assert study_main(["report", "study.yaml"]) == 0
     return results.collect(Places(Path("runs/made-up")), made_up.study(corpora, **asked))
 
 

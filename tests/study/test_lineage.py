@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, DataError, UsageError
 from megatron_prune.structured import apply
@@ -78,12 +78,11 @@ def train(
 
 def prune(parent: Path, save: str) -> Path:
     """Half of the layers of ``parent``, without any text."""
-    from megatron_prune.cli import apply as apply_verb
-    from megatron_prune.cli import plan
+    from megatron_prune.cli.pruning_commands import apply_main, plan_main
 
-    plan.main(["--load", str(parent), "--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "1",
+    plan_main(["--load", str(parent), "--method", "random", "--axis", "depth", "--ratio", "0.5", "--seed", "1",
                        "--output", f"{save}.json"])  # fmt: skip
-    apply_verb.main(["--load", str(parent), "--plan", f"{save}.json", "--save", save])
+    apply_main(["--load", str(parent), "--plan", f"{save}.json", "--save", save])
     return Path(save)
 
 
@@ -494,7 +493,7 @@ def test_the_plan_of_a_chain_shows_and_prices_its_retrainings(prefixes, capsys) 
         assert all(order.index(name) < order.index(cell) for name in one.after), cell
     content = made_up.mapping(prefixes, methods=[CHAIN], launch={"launcher": "slurm"})
     Path("study.yaml").write_text(yaml.safe_dump(content))
-    command.main(["plan", "study.yaml", "--scripts", "--commands"])
+    study_main(["plan", "study.yaml", "--scripts", "--commands"])
     printed = capsys.readouterr().out
     assert "--stream-range 160:200" in printed and "--stream-range 200:216" in printed and FIRST in printed
     script = Path(f"runs/made-up/cells/{FIRST}/job.sh").read_text()

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prune.cli import learn_masks, pretrain
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
+from megatron_prune.cli.training_commands import learn_masks_main, pretrain_main
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import commands, estimate, jobs, validate
 from megatron_prune.study.prunings import Places
@@ -75,7 +75,7 @@ def test_without_the_flag_the_error_says_that_there_is_one() -> None:
 def test_what_is_no_number_of_tokens_is_refused(given: str) -> None:
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(NOWHERE)))
     with pytest.raises(UsageError, match="--corpus-tokens"):
-        command.main(["plan", "study.yaml", f"--corpus-tokens={given}"])
+        study_main(["plan", "study.yaml", f"--corpus-tokens={given}"])
 
 
 def test_a_parent_that_another_study_is_to_train_is_as_if_trained_here() -> None:
@@ -189,7 +189,7 @@ def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, mo
                                                                               "shape": shape}}  # fmt: skip
     study, places = made_up.study(NOWHERE, methods=METHODS, **changes), Places(tmp_path / "x")
     outlook = ahead(20_000, **changes)
-    found, why = estimate.memory(study, places, outlook, {"pretrain": pretrain.main})
+    found, why = estimate.memory(study, places, outlook, {"pretrain": pretrain_main})
     assert not why and len(found) == len([one for one in estimates(outlook, **changes) if one.steps])
     lines = {}
     made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
@@ -218,7 +218,7 @@ def test_memory_of_learning_masks_is_what_preflight_says(distributed, tmp_path) 
     }
     study, places = made_up.study(NOWHERE, **changes), Places(tmp_path / "x")
     outlook, cell = ahead(20_000, **changes), "pruning-sheared-llama-r50-s1"
-    found, _ = estimate.memory(study, places, outlook, {"pretrain": pretrain.main, "learn-masks": learn_masks.main})
+    found, _ = estimate.memory(study, places, outlook, {"pretrain": pretrain_main, "learn-masks": learn_masks_main})
     made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
     model = tmp_path / "model.flags"
     model.write_text(shlex.join(commands.flags(shape)))
@@ -243,7 +243,7 @@ def test_why_memory_is_not_known_is_said(capsys) -> None:
     content["recipe"] |= {"global_batch_size": 8, "micro_batch_size": 8}
     content["parent"]["pretrain"]["arguments"] = {**SHAPE, "padded-vocab-size": 384, "max-position-embeddings": 64}
     Path("study.yaml").write_text(yaml.safe_dump(content))
-    assert command.main(["plan", "study.yaml", "--corpus-tokens", "12k"]) == 0
+    assert study_main(["plan", "study.yaml", "--corpus-tokens", "12k"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "memory is not known, since preflight refuses: " in printed and printed.count("preflight refuses") == 1
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import estimate, jobs, outlook, records, schema, validate
 from megatron_prune.study.estimate import Estimate, Speed
@@ -100,7 +100,7 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": settings}]
     content = made_up.mapping(prefixes, methods=methods, settings=["equal-training", "equal-flops"])
     Path("study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "4"])
+    study_main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "4"])
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if " pruned-shortgpt-r50-s1-t1280 " in line)
     assert "160:240" in row and "26,784" in row and row.rstrip().endswith("s │")
@@ -109,7 +109,7 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
     assert "scratch runs at equal FLOPs are estimates until the prunings' FLOPs are known" in printed
     assert "scratch-L2h32H4G2d8F64-equal-flops-t" in printed
     with pytest.raises(UsageError, match="--gpus: expected .*, got 0"):
-        command.main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])
+        study_main(["plan", "study.yaml", "--throughput", "1000", "--gpus", "0"])
     for flags, refused in (
         (["--gpus", "8"], "--gpus: expected --throughput with it, got 8 alone"),
         (["--peak-tflops", "300"], "--peak-tflops: expected an MFU with it.*, got 300"),
@@ -117,10 +117,10 @@ def test_plan_prints_times_and_what_is_not_known_yet(prefixes, capsys) -> None:
         (["--peak-tflops", "-1", "--throughput", "40%"], "--peak-tflops: expected a positive number, got -1"),
     ):
         with pytest.raises(UsageError, match=refused):
-            command.main(["plan", "study.yaml", *flags])
+            study_main(["plan", "study.yaml", *flags])
     capsys.readouterr()
     for peak in ("300", "600"):
-        command.main(["plan", "study.yaml", "--throughput", "40%", "--peak-tflops", peak])
+        study_main(["plan", "study.yaml", "--throughput", "40%", "--peak-tflops", peak])
     slow, fast = capsys.readouterr().out.split("study made-up:")[1:]
     assert slow != fast
     too_long = made_up.study(prefixes, settings=["equal-flops"], budgets=[9000], methods=[{"name": "shortgpt"}])

@@ -14,7 +14,7 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune import artifacts
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.data import contamination, indexed
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import validate
@@ -232,14 +232,14 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
     methods = [{"name": "shortgpt"}, {"name": "minitron-width", "settings": {"divisible-by": 8}}]
     study = made_up.study(prefixes, parent=parent, methods=methods)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes, parent=parent, methods=methods)))
-    command.main(["plan", "study.yaml"])  # its config says the shape
+    study_main(["plan", "study.yaml"])  # its config says the shape
     printed = capsys.readouterr().out
     assert "scratch-L2h96H12G6d12F192-equal-training-t1280-s1" in printed
     assert "the parent is not there yet: its shape is what the config of" in printed
     assert "not run: equal-total for pruned-shortgpt-r50-s1-t1280" in printed
     elsewhere = made_up.mapping(prefixes, parent=parent | {"import_hf": "not/here"}, methods=methods)
     Path("elsewhere.yaml").write_text(yaml.safe_dump(elsewhere))
-    command.main(["plan", "elsewhere.yaml"])
+    study_main(["plan", "elsewhere.yaml"])
     printed = capsys.readouterr().out
     assert "not known yet" in printed and "scratch-as-shortgpt-r50-equal-training" in printed
     assert "the parent's shape will be known after its import" in printed
@@ -254,7 +254,7 @@ def test_an_imported_parent_has_a_shape_once_it_is_imported(
 def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes)))
-    assert command.main(["plan", "study.yaml", "--commands"]) == 0
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
     printed = capsys.readouterr().out
     assert not Path("runs").exists()
     for words in (
@@ -267,12 +267,12 @@ def test_plan_and_status_print_every_cell(prefixes, tmp_path: Path, monkeypatch,
         "together",
     ):
         assert words in printed, words
-    command.main(["status", "study.yaml"])
+    study_main(["status", "study.yaml"])
     assert "nothing has been run" in capsys.readouterr().out
     study = made_up.study(prefixes)
     with pytest.raises(made_up.Killed):
         made_up.run(study, Path("runs"), made_up.FakeLauncher(kill_at=10))
-    command.main(["status", "study.yaml"])
+    study_main(["status", "study.yaml"])
     printed = capsys.readouterr().out
     rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert "finished" in rows["parent"]
@@ -284,4 +284,4 @@ def test_command_refuses(prefixes, tmp_path: Path, monkeypatch, argv: list[str])
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(prefixes)))
     with pytest.raises(MegatronPruneError, match="study that has begun|nowhere.yaml"):
-        command.main(argv)
+        study_main(argv)

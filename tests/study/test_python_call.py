@@ -12,7 +12,7 @@ import megatron_prune as mp
 from megatron_prune import artifacts
 from megatron_prune.api import benchmarks, studies
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import study as verb
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.study import schema
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import local
@@ -27,7 +27,7 @@ def test_a_study_runs_from_python_as_from_the_command_line(tmp_path: Path, monke
     assert "shortgpt, minitron-width" in repr(study) and "1,280 tokens" in repr(study)
     found = study.run(runs_dir="from-python")
     capsys.readouterr()
-    assert verb.main(["run", "study.yaml", "--runs-dir", "from-shell"]) == 0
+    assert study_main(["run", "study.yaml", "--runs-dir", "from-shell"]) == 0
     said = capsys.readouterr().out
     assert found.verdicts and all(line in said for line in found.verdicts)
     assert found.report == Path("from-python/made-up/report/index.html") and found.report.is_file()

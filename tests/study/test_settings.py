@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.study import grid, prunings, schema, validate
@@ -282,24 +282,24 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     studies = schema.load_all(path)
     assert [study.name for study in studies] == ["made-up.short", "made-up.long"]
-    assert command.main(["plan", "study.yaml"]) == 0
+    assert study_main(["plan", "study.yaml"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("study made-up.short") < printed.index("0:160") < printed.index("study made-up.long")
-    command.main(["plan", "study.yaml", "--parent", "long"])
+    study_main(["plan", "study.yaml", "--parent", "long"])
     assert "made-up.short" not in capsys.readouterr().out
     for study in studies:
         made_up.run(study, Path("runs"), made_up.FakeLauncher())
-    command.main(["report", "study.yaml"])
+    study_main(["report", "study.yaml"])
     assert Path("runs/made-up.long/report/index.html").is_file() and "1,280 of retraining" in capsys.readouterr().out
     # A failed one does not prevent the report of the other.
     Path("runs/made-up.short/study.json").unlink()
     with pytest.raises(RunError, match="made-up.short: study report: expected .*, got runs/made-up.short"):
-        command.main(["report", "study.yaml"])
+        study_main(["report", "study.yaml"])
     assert "wrote runs/made-up.long/report/index.html" in capsys.readouterr().out
     with pytest.raises(
         UsageError, match="--parent: expected a label that stands under parents in .*study.yaml, got wide"
     ):
-        command.main(["status", "study.yaml", "--parent", "wide"])
+        study_main(["status", "study.yaml", "--parent", "wide"])
     with pytest.raises(UsageError, match="expected a study with one parent, got .*study.yaml with 2"):
         schema.load(path)
     path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError, UsageError
 from megatron_prune.study import jobs, outlook, schema
@@ -122,7 +122,7 @@ def test_a_failing_job_is_retried_then_marked_and_the_rest_goes_on(tmp_path, pre
         "calibration-s1", "parent", "pruned-minitron-width-r50-s1-t1280", "pruning-minitron-width-r50-s1",
         "scratch-L2h32H4G2d8F64-equal-training-t1280-s1", "scratch-L4h24H4G2d8F32-equal-training-t1280-s1",
     ]  # fmt: skip
-    command.main(["status", "study.yaml"])
+    study_main(["status", "study.yaml"])
     printed = capsys.readouterr().out
     rows = {words[1]: line for line in printed.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert "failed after 2 attempts" in rows["pruning-shortgpt-r50-s1"]
@@ -134,7 +134,7 @@ def test_scripts_are_plain_and_can_be_submitted_by_hand(tmp_path, prefixes, monk
     monkeypatch.chdir(tmp_path)
     with slurm_stand_in.installed(tmp_path / "slurm", slurm_stand_in.made_up_verbs, monkeypatch) as stand_in:
         Path("study.yaml").write_text(yaml.safe_dump(mapping(prefixes, stand_in), sort_keys=False))
-        command.main(["plan", "study.yaml", "--scripts"])
+        study_main(["plan", "study.yaml", "--scripts"])
         places = Places(Path("runs/made-up"))
         assert len(list(places.root.glob("cells/*/job.sh"))) == 8 and not stand_in.submissions()
         script = places.cell("parent") / "job.sh"
@@ -153,7 +153,7 @@ def test_several_nodes_meet_at_the_first(prefixes, tmp_path, monkeypatch) -> Non
     content = made_up.mapping(prefixes, launch=launching, recipe={"lr": 1e-3, "global_batch_size": 8,
                                                                   "micro_batch_size": 1})  # fmt: skip
     Path("study.yaml").write_text(yaml.safe_dump(content))
-    command.main(["plan", "study.yaml", "--scripts"])
+    study_main(["plan", "study.yaml", "--scripts"])
     script = Path("runs/made-up/cells/parent/job.sh")
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
@@ -202,10 +202,10 @@ def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monke
     words = ["false", *parent.stages[0].command.argv]
     stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
     with pytest.raises(RunError, match="without saying that it succeeded"):
-        command.main([*stage, *words])
+        study_main([*stage, *words])
     words[words.index("--lr") + 1] = "0.5"
     with pytest.raises(UsageError, match="expected the command line in cell.json, got another one"):
-        command.main([*stage, *words])
+        study_main([*stage, *words])
 
 
 def test_studies_of_one_name_in_two_folders_have_jobs_of_their_own(tmp_path, prefixes, monkeypatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.cli import study as command
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.masks import open_masks
@@ -94,7 +94,7 @@ def test_commands_of_the_cells(prefixes, tmp_path: Path, monkeypatch, capsys) ->
     monkeypatch.chdir(tmp_path)
     content = made_up.mapping(prefixes, methods=METHODS, ratios=[0.25], launch={"nproc": 2, "tensor_parallel": 2})
     Path("study.yaml").write_text(json.dumps(content))
-    assert command.main(["plan", "study.yaml", "--commands"]) == 0
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
     printed = capsys.readouterr().out
     pruning = "runs/made-up/cells/pruning-wanda-2-4-r50-s1/checkpoint"
     sparsify = next(line for line in printed.splitlines() if " sparsify " in line and pruning in line)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_prune import artifacts
-from megatron_prune.cli import prepare_suite
+from megatron_prune.cli.data_commands import prepare_suite_main
 from megatron_prune.errors import AccountError, DataError, UsageError
 from megatron_prune.evaluation import suites
 from megatron_prune.study import evidence, questions, validate
@@ -189,9 +189,9 @@ def test_prepare_suite_tokenizes_local_text(
     (tmp_path / "suites.yaml").write_text(yaml.safe_dump(own))
     words = ["tiny", "--suites", str(tmp_path / "suites.yaml"), "--output", str(tmp_path / "out"), "--append-eod"]
     with pytest.raises(UsageError, match="--tokenizer-type, --tokenizer-model: expected a folder and a tokenizer"):
-        prepare_suite.main(words)
+        prepare_suite_main(words)
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tiny_tokenizer)]
-    assert prepare_suite.main([*words, *tokenizer]) == 0
+    assert prepare_suite_main([*words, *tokenizer]) == 0
     sidecars = {name: artifacts.read_json(tmp_path / "out" / f"{name}.json") for name in corpora}
     assert sidecars["hub"]["documents"] == 5 and sidecars["file"]["documents"] == len(tiny_documents)
     printed = capsys.readouterr().out
@@ -202,4 +202,4 @@ def test_prepare_suite_tokenizes_local_text(
         "corpora": {name: str(tmp_path / "out" / name) for name in corpora},
     }
     with pytest.raises(UsageError, match="expected tiny, got other"):
-        prepare_suite.main(["other", "--suites", str(tmp_path / "suites.yaml")])
+        prepare_suite_main(["other", "--suites", str(tmp_path / "suites.yaml")])

@@ -9,7 +9,8 @@ seeds and asks again. No claim is made beyond the ledger's parent, ratios and bu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from megatron_prune.study.advise.best import LOOKS
 from megatron_prune.study.advise.ledgers import Curve, Measurements
 from megatron_prune.study.advise.question import AdvisedTarget
 from megatron_prune.study.analysis.inference import Difference
+from megatron_prune.study.grid import setting_words
 
 SAME_SIZE = 0.1  # relative difference allowed between a parent and the ledger's, in parameters and tokens
 SAME_RATIO = 0.02
@@ -294,3 +296,67 @@ def _caveats(ledger: Measurements, target: AdvisedTarget) -> list[str]:
         caveats.append("the parent's tokens were not given, and are taken to be the ledger's")
     caveats.append("by test loss on the study's own text, with its recipe: not by tasks, and not on other text")
     return caveats
+
+
+def to_json(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> dict[str, Any]:
+    """The advice with its question and its source."""
+    return {
+        "version": 1,
+        "target": asked.to_json(),
+        "ledger": {
+            "study": ledger.study,
+            "parent_params": ledger.parent_params,
+            "parent_tokens": ledger.parent_tokens,
+        },
+        **asdict(advice),
+        "words": words(ledger, asked, advice),
+    }
+
+
+def words(ledger: Measurements, asked: AdvisedTarget, advice: Advice) -> list[str]:
+    """Text lines: the answer, then the evidence, then the measurements that would settle open questions."""
+    lines = [_headline(advice)]
+    lines += [f"  because {reason}" for reason in advice.reasons]
+    if advice.gap is not None:
+        lines.append(f"  {_numbers(advice)}")
+    if advice.confidence is not None and advice.gap is not None:
+        lines.append(f"  confidence {_percent(advice.confidence)} ({_how(advice, advice.gap)})")
+    lines += [f"  {even.rstrip('.')}" for even in advice.break_evens]
+    lines += [f"  note: {caveat}" for caveat in advice.caveats]
+    lines += [f"  would settle it: {measurement}" for measurement in advice.settle]
+    lines.append(f"  from study {ledger.study}, {setting_words(asked.setting)}")
+    return lines
+
+
+def _headline(advice: Advice) -> str:
+    if advice.answer == UNKNOWN:
+        lean = f" (the means lean to: {advice.lean})" if advice.lean else ""
+        return f"Don't know{lean}."
+    good = f"; as good within the seeds: {', '.join(advice.as_good)}" * bool(advice.as_good)
+    if advice.answer == "prune":
+        return f"Prune: {advice.method}{good}."
+    return f"Train from scratch: shape {advice.scratch_shape}{good}."
+
+
+def _numbers(advice: Advice) -> str:
+    assert advice.gap is not None
+    text = (
+        f"test loss: {advice.method} {advice.pruned_loss:.3f}, best scratch ({advice.scratch_shape}) "
+        f"{advice.scratch_loss:.3f}; scratch minus pruned {advice.gap.mean:+.3f} nats"
+    )
+    if advice.gap.low is None or advice.gap.high is None:
+        return text
+    return f"{text}, 95% interval {advice.gap.low:+.3f} to {advice.gap.high:+.3f}"
+
+
+def _how(advice: Advice, gap: Difference) -> str:
+    """The corrections in the confidence and the interval."""
+    picked = f", for picking the best of {advice.picked_from} arms" * ((advice.picked_from or 1) > 1)
+    return (
+        f"paired over {gap.seeds} seeds, {gap.freedom:.3g} degrees of freedom; corrected for asking again with more "
+        f"seeds, look {advice.look} of {len(LOOKS)}{picked}"
+    )
+
+
+def _percent(confidence: float) -> str:
+    return "above 99.9%" if confidence > 0.999 else f"{100 * confidence:.1f}%"

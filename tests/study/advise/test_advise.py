@@ -14,7 +14,7 @@ import pytest
 from megatron_prune import artifacts, verbs
 from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli import advise
+from megatron_prune.cli.study_commands import advise_parser
 from megatron_prune.errors import EXIT_REFUSED, UsageError
 from megatron_prune.study.advise import answer, ledgers, question
 from megatron_prune.study.advise.answer import Advice
@@ -72,7 +72,7 @@ def ask(tmp_path: Path) -> Callable[..., Advice]:
     def get(content: dict[str, Any], *argv: object) -> Advice:
         (tmp_path / "results.json").write_text(json.dumps(content))
         read = ledgers.read(tmp_path / "results.json")
-        options = verbs.AdviseSettings.of(advise.parser().read(["--ledger", "read above", *map(str, argv)])[0])
+        options = verbs.AdviseSettings.of(advise_parser().read(["--ledger", "read above", *map(str, argv)])[0])
         return answer.advise(read, question.from_settings(options, read.parent_params))
 
     return get

@@ -1,8 +1,10 @@
-"""A plan as a printed table: shapes, parameters and FLOPs before and after, candidates, near-ties."""
+"""What a pruning removes, as printed tables: of a plan (shapes, FLOPs, candidates, near-ties) and of masks."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +19,7 @@ from megatron_prune.structured.plan import PruningPlan
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
 
 
-def show(made: PruningPlan, console: Console | None = None) -> None:
+def show_plan(made: PruningPlan, console: Console | None = None) -> None:
     """Print the plan as a table: shape, parameters and FLOPs before and after, and near-ties."""
     console = console or screen.console(width=110, highlight=False)
     source, target = made.source, made.target
@@ -104,3 +106,20 @@ def _show_candidates(made: PruningPlan, console: Console) -> None:
         losses = loss_text(row.loss), f"{row.loss - best:.5f}" if math.isfinite(row.loss) else "–"
         table.add_row(mark, row.candidate, f"{row.parameters:,}", *decided, *losses)
     console.print(table)
+
+
+def show_sparsity(table: dict[str, Any]) -> None:
+    """Print what was removed, summed over layers."""
+    sums: dict[str, list[Any]] = defaultdict(lambda: [0, 0, []])
+    for row in table["matrices"]:
+        found = sums[row["matrix"]]
+        found[0] += row["removed"]
+        found[1] += row["rows"] * row["inputs"]
+        found[2] += [row["error"]] if row["error"] is not None else []
+    printed = Table(title=f"{table['method']}, {table['pattern']}")
+    for column in ("matrix", "weights", "removed", "relative error (mean, most)"):
+        printed.add_column(column, justify="left" if column == "matrix" else "right")
+    for name, (removed, size, errors) in sums.items():
+        error = f"{sum(errors) / len(errors):.4f}, {max(errors):.4f}" if errors else "–"
+        printed.add_row(name, f"{size:,}", f"{removed / size:.2%}", error)
+    screen.console(width=110, highlight=False).print(printed)

@@ -1,30 +1,35 @@
-"""``megatron-prune study run|plan|status|report STUDY.yaml``, and ``study stage``, which Slurm jobs call."""
+"""The verbs for studies: ``study``, what one needs before it (``preflight``, ``launch-files``), and ``advise``."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune import screen, verbs
-from megatron_prune.cli.parser import Parser, Verbs
+from megatron_prune.cli.parser import Parser, Verbs, start_engine
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from megatron_prune.study import schema
+    from megatron_prune.study.advise.lifetime import Served
     from megatron_prune.study.commands import Command
     from megatron_prune.study.prunings import Places
+
 
 MOST_NAMED = 12  # excluded runs; the report names all
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 SXM
 
 
-PARTS = {
+STUDY_PARTS = {
     "run": "run every unfinished cell, then write the report",
     "plan": "print every cell with its tokens, FLOPs, memory, storage and time; run nothing",
     "status": "print the progress of every cell",
@@ -33,16 +38,16 @@ PARTS = {
 }
 
 
-def group() -> Verbs:
+def study_group() -> Verbs:
     return Verbs(
         "study",
         "A study compares pruned models with models trained from scratch, on the same tokens. STUDY.yaml says which.",
-        PARTS,
+        STUDY_PARTS,
     )
 
 
-def parser(part: str) -> Parser:
-    """The parser of ``study run`` and the others."""
+def study_parser(part: str) -> Parser:
+    """The study_parser of ``study run`` and the others."""
     if part == "stage":
         return Parser(
             "study stage",
@@ -75,14 +80,14 @@ SETTINGS: dict[str, type[verbs.StudySettings]] = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Run the verb; returns the exit code."""
-    part, words = group().read(argv)
+def study_main(argv: list[str]) -> int:
+    """``study run|plan|status|report STUDY.yaml``, and ``study stage``, which Slurm jobs call."""
+    part, words = study_group().read(argv)
     if part == "stage":
         cut = words.index("--") if "--" in words else len(words)
-        asked = verbs.StudyStageSettings.of(parser(part).read(words[:cut])[0])
+        asked = verbs.StudyStageSettings.of(study_parser(part).read(words[:cut])[0])
         return _stage(Path(asked.cell), asked.stage, words[cut + 1 :])
-    options = SETTINGS[part].of(parser(part).read(words)[0])
+    options = SETTINGS[part].of(study_parser(part).read(words)[0])
     from megatron_prune.study import schema
 
     studies = schema.load_all(options.study)
@@ -152,7 +157,7 @@ def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 
 def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
-    from megatron_prune.cli import learn_masks, pretrain
+    from megatron_prune.cli import training_commands
     from megatron_prune.study import jobs, validate
     from megatron_prune.study.estimate import show
     from megatron_prune.study.run import slurm
@@ -164,7 +169,7 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
         study,
         places,
         outlook,
-        {"pretrain": pretrain.main, "learn-masks": learn_masks.main},
+        {"pretrain": training_commands.pretrain_main, "learn-masks": training_commands.learn_masks_main},
         console,
         options.throughput,
         options.gpus,
@@ -235,4 +240,154 @@ def _stage(cell: Path, stage: str, command: list[str]) -> int:
 
     execute(cell, stage, done, run)
     print(f"{cell.name}: {stage} is done", flush=True)
+    return 0
+
+
+CHECKED = ("pretrain", "learn-masks", "calibrate", "sparsify", "evaluate")
+EXIT_CODES = {"yes": 0, "no": 1, "look": 3}  # 2 is a usage error (errors.py)
+
+
+def preflight_parser() -> Parser:
+    return Parser(
+        "preflight",
+        f"Says whether a command line of {', '.join(CHECKED)} will run on a cluster of any size, and what it needs, in "
+        "seconds and without the cluster. Exit codes: 0 it will run, 1 it will not, 3 look first.",
+        verbs.PreflightSettings,
+        after=" VERB …",
+        example="""
+megatron-prune preflight --gpus 64 --gpu h100 pretrain --load runs/a --save runs/a --shape-from checkpoints/parent \\
+    --data-path data/train --seq-length 2048 --global-batch-size 256 --micro-batch-size 4 --train-iters 1000 \\
+    --lr 3e-4 --bf16""",
+    )
+
+
+def preflight_main(argv: list[str]) -> int:
+    """Will a command line run on a cluster, and what will it need?
+
+    Takes the exact command line of a verb in ``CHECKED`` (a leading ``torchrun … -m megatron_prune`` is skipped).
+    Corpora and checkpoints on this machine are checked; missing ones are reported as not checked. Exit codes: 0 it will
+    run, 1 it will not, 3 look first, 2 wrong use of preflight itself.
+    """
+    own, verb, rest = split_preflight(argv)
+    options = preflight_parser().read(own)[0]
+    if verb is None:
+        raise UsageError(
+            "VERB",
+            got="nothing",
+            expected=f"one of {', '.join(CHECKED)}, with its flags, after those of preflight",
+        )
+    asked = verbs.PreflightSettings.of(options)
+    from megatron_prune.engine import cpu
+
+    if not cpu.is_cpu():  # dry runs never touch this machine's GPUs
+        command = [sys.executable, "-m", "megatron_prune", "preflight", *argv]
+        return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
+    if not 0 < asked.mfu <= 1:
+        raise UsageError("--mfu", got=asked.mfu, expected="a fraction between 0 and 1")
+    start_engine()
+    from megatron_prune import artifacts
+    from megatron_prune.engine import installed
+    from megatron_prune.preflight import host as elsewhere
+    from megatron_prune.preflight import verdict
+    from megatron_prune.preflight.checks import JobQuestion
+    from megatron_prune.preflight.cost import Cluster
+
+    cluster = Cluster(asked.gpus, asked.gpu, asked.gpus_per_node)
+    line = elsewhere.resolve(rest, asked.model)
+    reserve = int(asked.reserve_gb * 1e9)
+    host = None if asked.host_memory_gb is None else int(asked.host_memory_gb * 1e9)
+    has = installed.named(asked.installed)
+    question = JobQuestion(verb, line.argv, cluster, asked.mfu, reserve, host, asked.corpus_tokens, line.absent, has)
+    found = verdict.answer(question, _main_of(verb))
+    if asked.output:
+        artifacts.write_json(asked.output, found)
+    verdict.show(found)
+    return EXIT_CODES[found["verdict"]]
+
+
+def _main_of(verb: str) -> Callable[[list[str]], int]:
+    from megatron_prune.cli import pruning_commands, training_commands
+
+    mains = {
+        "pretrain": training_commands.pretrain_main,
+        "learn-masks": training_commands.learn_masks_main,
+        "calibrate": pruning_commands.calibrate_main,
+        "sparsify": pruning_commands.sparsify_main,
+        "evaluate": training_commands.evaluate_main,
+    }
+    return mains[verb]
+
+
+def split_preflight(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """Split into preflight's own flags, the verb, and the verb's flags."""
+    for place, word in enumerate(argv):
+        if word in ("torchrun", "python", "srun") and "megatron_prune" in argv[place:]:
+            after = argv[argv.index("megatron_prune", place) + 1 :]
+            return argv[:place], after[0] if after and after[0] in CHECKED else None, after[1:]
+        if word in CHECKED:
+            return argv[:place], word, argv[place + 1 :]
+    return argv, None, []
+
+
+def advise_parser() -> Parser:
+    return Parser(
+        "advise",
+        "Says whether to prune or to train from scratch for a budget of tokens, as far as a ledger of measured "
+        'comparisons can say. "Don\'t know" is an answer, with what would settle it.',
+        verbs.AdviseSettings,
+        example="megatron-prune advise --ratio 0.5 --tokens 400k",
+    )
+
+
+def advise_main(argv: list[str]) -> int:
+    """Print the advice; ``--json`` writes it too. "Don't know" is an answer, not an error."""
+    options = verbs.AdviseSettings.of(advise_parser().read(argv)[0])
+    from megatron_prune import artifacts
+    from megatron_prune.study.advise import answer, ledgers, lifetime, question
+
+    if options.ledger is None and not ledgers.SHIPPED.is_file():
+        raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
+    ledger = ledgers.read(options.ledger or ledgers.SHIPPED)
+    asked = question.from_settings(options, ledger.parent_params)
+    advice = answer.advise(ledger, asked)
+    served = lifetime.compare(ledger, asked) if asked.served is not None else None
+    if options.json:
+        found = answer.to_json(ledger, asked, advice)
+        if served is not None:
+            found["served"] = {"advised": asdict(served[0]), "rivals": [_rival(served[0], one) for one in served[1]]}
+        artifacts.write_json(options.json, found)
+    print("\n".join(answer.words(ledger, asked, advice)))
+    if served is not None:
+        print("\n".join(lifetime.words(*served, served=asked.served or 0.0)))
+    elif asked.served is not None:
+        print("served tokens: the ledger does not reach this target, so nothing is compared")
+    return 0
+
+
+def _rival(best: Served, rival: Served) -> dict[str, Any]:
+    from megatron_prune.study.advise.lifetime import break_even
+
+    return {**asdict(rival), "break_even": break_even(best, rival)}
+
+
+LAUNCH_FILES = Path(__file__).parents[1] / "launch"
+
+
+def launch_files_parser() -> Parser:
+    return Parser(
+        "launch-files",
+        "Writes the scripts and files that start runs on clusters (Slurm, Kubernetes, torchrun on every node, Docker), "
+        "to read and adapt. Studies write their own Slurm scripts and need none of these.",
+        verbs.LaunchFilesSettings,
+        example="megatron-prune launch-files launch",
+    )
+
+
+def launch_files_main(argv: list[str]) -> int:
+    """Write scripts that start runs on clusters, to read and adapt."""
+    folder = Path(verbs.LaunchFilesSettings.of(launch_files_parser().read(argv)[0]).folder)
+    if folder.exists():
+        raise UsageError("DIR", got=folder, expected="a directory that does not exist")
+    shutil.copytree(LAUNCH_FILES, folder)
+    print(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
