@@ -22,6 +22,7 @@ from megatron_prune import storage
 from megatron_prune.artifacts import device, read_json, versions, write_bytes, write_json
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import UsageError
+from megatron_prune.training.objective import LM
 
 ACCOUNT = "account.json"
 LOSSES = "losses.csv"
@@ -29,7 +30,8 @@ COLUMNS = ("step", "samples", "loss", "learning_rate", "grad_norm")
 
 # What must stay the same when a run resumes; all but the last two follow from the flags.
 _IDENTITY = (
-    "range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "batching", "masks", "stream",
+    "range", "permutation_seed", "global_batch_size", "seq_length", "steps", "seed", "batching", "objective", "masks",
+    "stream",
 )  # fmt: skip
 
 
@@ -57,6 +59,8 @@ class Account:
     domains: list[list[int]] | None = None  # of a blend: the samples of each corpus, in its own order, [first, end)
     batching: dict[str, Any] | None = None  # what the flags say about a schedule of batches
     schedule: dict[str, Any] | None = None  # and what came of it (training/scheduled_batches.py)
+    objective: dict[str, Any] = field(default_factory=lambda: dict(LM))  # training/objective.py
+    flops_teacher: int = 0  # the teacher's forward pass over the run's samples: in the run, or earlier for a cache
     complete: bool = False
     tokens: int = 0
     tokens_computed: int = 0  # including replayed steps once more

@@ -5,9 +5,10 @@ from, a list of stages, so that one file is enough when the earlier checkpoints 
     kind         trained | pruned
     run          where it was written
     start, end   fingerprints of the weights before and after it; no start: random weights
-    tokens       trained on, or read for pruning;   flops: executed
+    tokens       trained on, or read for pruning;   flops: executed, those of a teacher included
     trained:     stream, range, steps, global_batch_size, seq_length, seed, and its recipe (``recipe_of``); over a blend
-                 the range of every corpus (``domains``), and how batches were scheduled (``batching``)
+                 the range of every corpus (``domains``), and how batches were scheduled (``batching``); if it was
+                 distilled, its ``objective``
     pruned:      method, source (the shape before it), masks; learned: the training that learned what to cut, whose
                  tokens and flops are the stage's
 
@@ -24,6 +25,7 @@ from typing import Any
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import PRUNING_FILE, Checkpoint
 from megatron_prune.errors import AccountError
+from megatron_prune.training import objective
 from megatron_prune.training.account import ACCOUNT
 
 Stage = dict[str, Any]
@@ -50,7 +52,7 @@ _NOT_OF_THE_RECIPE = re.compile(
     r"|error_injection|rerun|msc|enable_msc|fim_|sft|let_zeros|use_checkpoint_args|fp32$|finetune|no_load"
     r"|verify_integrity|num_layers|hidden_size|num_attention_heads|num_query_groups|ffn_hidden_size|kv_channels"
     r"|encoder_|decoder_|start_eval|phase_transition|run_workload|data_parallel_size|max_tokens_to_oom|output_bert"
-    r"|use_legacy|enable_ft|domain_|batch_schedule"
+    r"|use_legacy|enable_ft|domain_|batch_schedule|distill_|teacher|objective$"
 )
 
 
@@ -118,9 +120,10 @@ def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
         "complete": account["complete"],
         **{key: account[key] for key in ("stream", "range", "steps", "global_batch_size", "seq_length", "seed")},
         "tokens": account["tokens"],
-        "flops": account["flops_executed"],
+        "flops": account["flops_executed"] + account.get("flops_teacher", 0),
         "masks": account["masks"],
         **{key: account[key] for key in ("domains", "batching") if account.get(key)},
+        **({"objective": asked} if (asked := objective.of(account)) != objective.LM else {}),
         "recipe": recipe_of(account["arguments"]),
     }
 

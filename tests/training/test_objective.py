@@ -1,0 +1,68 @@
+"""What an account says about an objective: which settings are compared, and that a cache is paid for once."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_prune.errors import UsageError
+from megatron_prune.training import lineage, objective
+from megatron_prune.training.account import ACCOUNT, Account
+
+CACHE = {"id": "c1", "range": [100, 300], "bytes": 12_345, "flops": 2_000, "path": "runs/cache"}
+GIVEN = {"alpha": [1.0, 0.5], "temperature": 2.0, "kl": "forward", "teacher": "weights of the parent"}
+
+
+def account(**fields: object) -> Account:
+    given: dict[str, object] = {
+        "start": "random", "stream": None, "range": [0, 16], "permutation_seed": 1, "global_batch_size": 4,
+        "micro_batch_size": 4, "seq_length": 8, "steps": 4, "seed": 1, "parameters": 10, "flops_executed": 700,
+        "flops_theoretical": 700, "unique_tokens": 128, "arguments": {}, "initial": None, "lineage": [],
+    }  # fmt: skip
+    return Account(**given | fields)  # type: ignore[arg-type]
+
+
+def test_a_run_whose_account_says_nothing_else_learns_from_the_text_alone():
+    assert objective.of({}) == objective.of(vars(account())) == {"name": "lm"}
+    assert objective.words(objective.LM) == "lm" and account().flops_teacher == 0
+
+
+def test_the_cache_that_was_read_is_no_setting_but_its_k_is():
+    online, cached = objective.distill(**GIVEN), objective.distill(**GIVEN, top_k=64, cache=CACHE)
+    other = objective.distill(**GIVEN, top_k=64, cache=CACHE | {"id": "c2", "range": [0, 300]})
+    assert objective.settings(cached) == objective.settings(other)
+    assert objective.settings(cached) != objective.settings(online)
+    assert objective.settings(cached) != objective.settings(objective.distill(**GIVEN, top_k=128, cache=CACHE))
+    assert objective.settings(online) != objective.settings(objective.distill(**GIVEN | {"kl": "reverse"}))
+    assert objective.words(cached) == "distill: alpha 1 to 0.5, temperature 2, forward KL, cache of the top 64"
+    assert objective.words(online) == "distill: alpha 1 to 0.5, temperature 2, forward KL, online"
+
+
+def test_a_cache_that_does_not_say_what_it_cost_is_refused():
+    with pytest.raises(KeyError, match="flops"):
+        objective.distill(**GIVEN, top_k=64, cache={name: CACHE[name] for name in ("id", "range", "bytes")})
+
+
+def test_a_cache_is_paid_for_once_and_an_online_teacher_per_run():
+    cached = {"objective": objective.distill(**GIVEN, top_k=64, cache=CACHE), "flops_teacher": 160}
+    online = {"objective": objective.distill(**GIVEN), "flops_teacher": 160}
+    assert objective.flops_in_cache(CACHE, 16) == 160
+    assert objective.paid([cached, cached]) == 2_000
+    assert objective.paid([online, online]) == 320
+    assert objective.paid([cached, online, cached, {}]) == 2_160
+
+
+def test_a_distilled_stage_counts_its_teacher_and_says_so():
+    asked = objective.distill(**GIVEN)
+    made = vars(account(objective=asked, flops_teacher=160))
+    stage = lineage.trained(made, run="here", end="w")
+    assert stage["flops"] == 860 and stage["objective"] == asked
+    plain = lineage.trained(vars(account()), run="here", end="w")
+    assert plain["flops"] == 700 and "objective" not in plain
+
+
+def test_a_run_resumes_only_with_its_own_objective(tmp_path):
+    account(objective=objective.distill(**GIVEN)).write(tmp_path)
+    account(objective=objective.distill(**GIVEN)).adopt(tmp_path)
+    with pytest.raises(UsageError, match="holds a run with objective") as refused:
+        account().adopt(tmp_path)
+    assert "lm" in str(refused.value) and (tmp_path / ACCOUNT).exists()
