@@ -8,7 +8,7 @@ The account of a run says so under ``objective``, as JSON:
     teacher      fingerprint of the teacher's weights
     online       true: the teacher ran in the same job; false: its probabilities came from ``cache``
     top_k        probabilities per token in the cache; null: the whole vocabulary
-    cache        of a cache: its id, range of samples, bytes, and the FLOPs of writing it
+    cache        of a cache: its hash, range of samples, dtype, bytes, and the FLOPs of writing it
 An objective may have further settings; two runs are compared only if all but ``cache`` are equal.
 
 The teacher's forward pass costs the same per sample in either form. ``flops_teacher`` of an account is that of the
@@ -24,7 +24,7 @@ from typing import Any
 Objective = Mapping[str, Any]
 
 LM: dict[str, Any] = {"name": "lm"}
-CACHE = ("id", "range", "bytes", "flops")
+CACHE = ("hash", "range", "bytes", "flops")
 
 
 def distill(
@@ -55,8 +55,9 @@ def of(account: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(objective: Objective) -> dict[str, Any]:
-    """What must be equal in two runs that are compared: everything except which cache was read."""
-    return {name: value for name, value in objective.items() if name != "cache"}
+    """What must be equal in two runs that are compared: everything except which cache was read, but not its type."""
+    held = {name: value for name, value in objective.items() if name != "cache"}
+    return held | ({"dtype": cache.get("dtype")} if (cache := objective.get("cache")) else {})
 
 
 def flops_in_cache(cache: Mapping[str, Any], samples: int) -> int:
@@ -74,7 +75,7 @@ def paid(accounts: Iterable[Mapping[str, Any]]) -> int:
         if cache is None:
             online += int(account.get("flops_teacher", 0))
         else:
-            caches[cache["id"]] = int(cache["flops"])
+            caches[cache["hash"]] = int(cache["flops"])
     return online + sum(caches.values())
 
 

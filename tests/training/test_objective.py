@@ -8,7 +8,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.training import lineage, objective
 from megatron_prune.training.account import ACCOUNT, Account
 
-CACHE = {"id": "c1", "range": [100, 300], "bytes": 12_345, "flops": 2_000, "path": "runs/cache"}
+CACHE = {"hash": "c1", "range": [100, 300], "dtype": "float16", "bytes": 12_345, "flops": 2_000}
 GIVEN = {"alpha": [1.0, 0.5], "temperature": 2.0, "kl": "forward", "teacher": "weights of the parent"}
 
 
@@ -28,9 +28,11 @@ def test_a_run_whose_account_says_nothing_else_learns_from_the_text_alone():
 
 def test_the_cache_that_was_read_is_no_setting_but_its_k_is():
     online, cached = objective.distill(**GIVEN), objective.distill(**GIVEN, top_k=64, cache=CACHE)
-    other = objective.distill(**GIVEN, top_k=64, cache=CACHE | {"id": "c2", "range": [0, 300]})
+    other = objective.distill(**GIVEN, top_k=64, cache=CACHE | {"hash": "c2", "range": [0, 300]})
     assert objective.settings(cached) == objective.settings(other)
     assert objective.settings(cached) != objective.settings(online)
+    wider = objective.distill(**GIVEN, top_k=64, cache=CACHE | {"dtype": "float32"})
+    assert objective.settings(cached) != objective.settings(wider)
     assert objective.settings(cached) != objective.settings(objective.distill(**GIVEN, top_k=128, cache=CACHE))
     assert objective.settings(online) != objective.settings(objective.distill(**GIVEN | {"kl": "reverse"}))
     assert objective.words(cached) == "distill: alpha 1 to 0.5, temperature 2, forward KL, cache of the top 64"
@@ -39,7 +41,7 @@ def test_the_cache_that_was_read_is_no_setting_but_its_k_is():
 
 def test_a_cache_that_does_not_say_what_it_cost_is_refused():
     with pytest.raises(KeyError, match="flops"):
-        objective.distill(**GIVEN, top_k=64, cache={name: CACHE[name] for name in ("id", "range", "bytes")})
+        objective.distill(**GIVEN, top_k=64, cache={name: CACHE[name] for name in ("hash", "range", "bytes")})
 
 
 def test_a_cache_is_paid_for_once_and_an_online_teacher_per_run():
