@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from megatron_prune.api.benchmarks import benchmark
-    from megatron_prune.api.checkpoints import apply, export_hf, import_hf, plan
+    from megatron_prune.api.checkpoints import apply, benchmark, export_hf, import_hf, plan
     from megatron_prune.api.made import Calibration, Evaluation, Loss, Model, Plan, Pruned
     from megatron_prune.api.models import calibrate, evaluate, sparsify
     from megatron_prune.api.prune_checkpoint import prune
@@ -43,8 +42,7 @@ __all__ = [
     "sparsify",
 ]
 _MODULES = {
-    "api.benchmarks": ("benchmark",),
-    "api.checkpoints": ("apply", "export_hf", "import_hf", "plan"),
+    "api.checkpoints": ("apply", "benchmark", "export_hf", "import_hf", "plan"),
     "api.models": ("calibrate", "evaluate", "sparsify"),
     "api.made": ("Calibration", "Evaluation", "Loss", "Model", "Plan", "Pruned"),
     "api.prune_checkpoint": ("prune",),

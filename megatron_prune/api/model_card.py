@@ -7,7 +7,7 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import AccountError
-from megatron_prune.masks.verify import masks_of
+from megatron_prune.masks.with_weights import masks_of
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
 

@@ -92,7 +92,7 @@ def measure_efficiency(study: schema.StudyConfig, places: Places) -> None:
     """Measure what the models cost to run, if the study asks for it and that was not done: the parent, and one model of
     each pruning, of the first seed. Training does not change how long a model takes."""
     from megatron_prune import artifacts, verbs
-    from megatron_prune.api import benchmarks
+    from megatron_prune.api import checkpoints
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.study.analysis.serving import MEASURED
     from megatron_prune.study.prunings import prunings
@@ -107,7 +107,7 @@ def measure_efficiency(study: schema.StudyConfig, places: Places) -> None:
         return
     words = tuple(dict.fromkeys(map(str, paths)))
     prompt = min(512, study.data.seq_length)
-    benchmarks.run(verbs.BenchmarkSettings(checkpoints=words, output=str(output), prompt=prompt))
+    checkpoints.run_benchmark(verbs.BenchmarkSettings(checkpoints=words, output=str(output), prompt=prompt))
 
 
 def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Path]:

@@ -138,9 +138,9 @@ def benchmark_main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_prune.api.benchmarks import run
+    from megatron_prune.api.checkpoints import run_benchmark
 
-    found = run(asked)
+    found = run_benchmark(asked)
     table = Table(title="FLOPs of a forward pass over 2,048 tokens; latency: median (least to most)")
     for head in ("", *(model["path"] for model in found["models"])):
         table.add_column(head, justify="right" if head else "left")

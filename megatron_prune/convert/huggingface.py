@@ -31,7 +31,7 @@ from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import
 from megatron_prune.convert.tensors import Segment, is_transposed, rows_of_tensors, rows_of_weight, segments
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import MASKS, Masks, open_masks
-from megatron_prune.masks.verify import guarded, masks_of
+from megatron_prune.masks.with_weights import guarded, masks_of
 
 BLOCK_BYTES = 8 << 20
 # Constants that old files hold next to the weights.

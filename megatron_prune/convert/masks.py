@@ -20,9 +20,9 @@ from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.tensors import rows_of_tensors, rows_of_weight, segments
 from megatron_prune.errors import MasksError, MegatronPruneError
-from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import BLOCK_BYTES, Masks
 from megatron_prune.masks.mask_writer import write_single
+from megatron_prune.masks.pattern import bytes_of, pack, unpack
 from megatron_prune.untrusted import parse_json, show
 
 HUGGINGFACE_MASKS = "masks.safetensors"
@@ -40,11 +40,11 @@ def export_masks(masks: Masks, family: ModelFamily, path: Path) -> None:
         for segment, weight, first in made_of[name]:
             last = first + segment.stop - segment.start
             for start in range(first, last, step):
-                yield bits.pack(masks.read(weight, slice(start, min(start + step, last))))
+                yield pack(masks.read(weight, slice(start, min(start + step, last))))
 
     safetensors_io.write_file(
         path,
-        {name: (torch.uint8, (out, bits.bytes_of(inputs))) for name, (out, inputs) in shapes.items()},
+        {name: (torch.uint8, (out, bytes_of(inputs))) for name, (out, inputs) in shapes.items()},
         blocks,
         {
             "version": VERSION,
@@ -112,7 +112,7 @@ def _fused(
             )
         for name, out in rows.items():
             expected = [out, layout.shape[1]]
-            packed = [out, bits.bytes_of(layout.shape[1])]
+            packed = [out, bytes_of(layout.shape[1])]
             if shapes.get(name) != expected:
                 raise MasksError(
                     f"{path}: {name}: expected shape {expected} in the header, got {show(shapes.get(name))}"
@@ -133,4 +133,4 @@ def _blocks(
     step = max(1, BLOCK_BYTES // inputs)
     for segment in segments(layout, shape, 0, family):
         for start in range(segment.start, segment.stop, step):
-            yield bits.unpack(stored[str(segment.name)][start : min(start + step, segment.stop)], 0, inputs)
+            yield unpack(stored[str(segment.name)][start : min(start + step, segment.stop)], 0, inputs)

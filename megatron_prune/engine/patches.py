@@ -8,6 +8,8 @@
    assertion); the steps are stored as if they were sharded like moments, and are read back wrong or not at all; and
    afterwards all parameters share one step tensor, which torch then increments once per parameter instead of once per
    step.
+4. ``WrappedTorchNorm``, which Megatron uses without Transformer Engine and Apex, refuses norms whose gains are stored
+   around zero (``--apply-layernorm-1p``).
 """
 
 from __future__ import annotations
@@ -19,13 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron_prune.engine import centered_norms
-
 
 def apply() -> None:
     """Apply all fixes, after ``megatron.training`` is imported. A second call does nothing."""
     keep_prebuilt_helpers()
-    centered_norms.install()
+    _install_centered_norms()
     _fix_distributed_optimizer()
 
 
@@ -84,3 +84,47 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+class CenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm that multiplies by 1 + weight. Its weight starts at zero."""
+
+    zero_centered_gamma = True
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class CenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight. Its weight starts at zero."""
+
+    zero_centered_gamma = True
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
+def _install_centered_norms() -> None:
+    """Let Megatron's ``WrappedTorchNorm`` make norms whose gains are stored around zero. A second call does nothing."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    plain = WrappedTorchNorm.__new__
+    if getattr(plain, "centered", False):
+        return
+
+    def make(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **others: Any) -> torch.nn.Module:
+        if not config.layernorm_zero_centered_gamma:
+            made: torch.nn.Module = plain(cls, config, hidden_size, eps, **others)
+            return made
+        kind = CenteredRMSNorm if config.normalization == "RMSNorm" else CenteredLayerNorm
+        return kind(hidden_size, eps=eps)
+
+    make.centered = True  # type: ignore[attr-defined]
+    WrappedTorchNorm.__new__ = make

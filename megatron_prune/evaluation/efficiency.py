@@ -1,16 +1,31 @@
-"""What a model costs to run: FLOPs, memory of weights and of cached keys and values, from its shape and masks.
+"""What a model costs to run, from its shape and masks, and as measured on this device.
 
-These numbers are theoretical and exact. ``speed.py`` measures times.
+FLOPs and memory of weights and of cached keys and values are theoretical and exact.
+
+Latency and throughput are measured: a prompt read at once, then one token at a time. The model runs in transformers, on
+the checkpoint's export, so that dense models of any shape and 2:4 models run the same code but for their matrix
+products. Nothing is compiled. Where 2:4 cannot be measured, ``why`` says so. The sparse kernels need an NVIDIA GPU.
+That part of this file was never run on one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_prune import screen
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.masks.verify import masks_of
+from megatron_prune.convert import huggingface
+from megatron_prune.masks.with_weights import masks_of
 
 SEQUENCE = 2048  # tokens of the forward pass whose FLOPs are shown
 PACKED = "2:4"
@@ -70,3 +85,146 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "weight_bytes_packed": None if packed is None else packed + stored - found.weight_bytes,
         "cache_bytes": found.cache_bytes,
     }
+
+
+THEORETICAL = "theoretical, not measured"
+DENSE, SPARSE, SPARSE_FP8 = "dense", "2:4", "fp8 2:4"
+_LEAST = {SPARSE: (8, 0), SPARSE_FP8: (9, 0)}  # compute capability
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``batch`` prompts of ``prompt`` tokens, continued by ``new`` tokens; ``repeats`` count after ``warmup``."""
+
+    batch: int = 1
+    prompt: int = 512
+    new: int = 64
+    repeats: int = 5
+    warmup: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one phase: median, least and most over the repeats; ``tokens_per_second`` at the median."""
+
+    seconds: float
+    least: float
+    most: float
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], tokens: int) -> Timing:
+        """``tokens`` are those that are processed in each of ``seconds``."""
+        middle = statistics.median(seconds)
+        return cls(middle, min(seconds), max(seconds), tokens / middle)
+
+
+def measure(load: str | Path, pattern: str | None, work: Workload) -> dict[str, Any]:
+    """Timings of the checkpoint ``load`` by kind of kernels: ``prefill`` and ``decode`` (one step), or ``why`` there
+    are none. CheckpointError for a model that cannot be exported."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="megatron-prune-") as folder:
+        exported = huggingface.export_hf(load, Path(folder) / "exported")
+        for kind in (DENSE, *((SPARSE, SPARSE_FP8) if pattern == PACKED else ())):
+            if why := _cannot(kind):
+                found[kind] = {"why": f"{THEORETICAL}: {why}"}
+                continue
+            model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").to(_device()).eval()
+            try:
+                if kind != DENSE:
+                    _pack(model, kind)
+                found[kind] = time_model(model, work)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                if kind == DENSE:
+                    raise
+                found[kind] = {"why": f"{THEORETICAL}: {' '.join(str(error).split())[:200]}"}
+            del model
+    return found
+
+
+def time_model(model: Any, work: Workload) -> dict[str, Any]:
+    """Prefill and decode of a model of transformers on its device. Prompts are random, and the same for every model of
+    the same vocabulary."""
+    vocabulary, device = model.config.vocab_size, next(model.parameters()).device
+    draw = torch.Generator().manual_seed(1234)
+    prompts = torch.randint(vocabulary, (work.batch, work.prompt), generator=draw).to(device)
+    prefills: list[float] = []
+    decodes: list[float] = []
+    with torch.inference_mode():
+        rounds = range(work.warmup + work.repeats)
+        for number in screen.progress(rounds, len(rounds), "measuring", "repeat"):
+            seconds, out = _timed(partial(model, prompts, use_cache=True, logits_to_keep=1))
+            steps = []
+            for _ in range(work.new):
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                cache = out.past_key_values
+                taken, out = _timed(partial(model, token, past_key_values=cache))
+                steps.append(taken)
+            if number >= work.warmup:
+                prefills.append(seconds)
+                decodes.append(statistics.fmean(steps))
+    return {
+        "prefill": asdict(Timing.of(prefills, work.batch * work.prompt)),
+        "decode": asdict(Timing.of(decodes, work.batch)),
+    }
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    _wait()
+    begun = time.perf_counter()
+    out = run()
+    _wait()
+    return time.perf_counter() - begun, out
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cannot(kind: str) -> str | None:
+    """Why ``kind`` cannot run on this device."""
+    if kind == DENSE:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability() < _LEAST[kind]:
+        return f"{torch.cuda.get_device_name()} has no such kernels"
+    if kind == SPARSE_FP8:
+        try:
+            import torchao  # noqa: F401
+        except ImportError:
+            return "torchao is not installed"
+    return None
+
+
+def _pack(model: torch.nn.Module, kind: str) -> None:
+    """Replace the 2:4 weights of ``model`` by packed ones; ValueError if there are none."""
+    linears = [one for _, one in model.named_modules() if isinstance(one, torch.nn.Linear) and is_packable(one.weight)]
+    if not linears:
+        raise ValueError("no matrix has two zeros in every four consecutive inputs")
+    if kind == SPARSE:
+        for linear in linears:
+            packed = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
+            linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+        return
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    chosen = set(map(id, linears))
+    packed = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), packing_format="sparse_2d_data_2d_metadata"
+    )
+    quantize_(model, packed, lambda one, _: id(one) in chosen)
+
+
+def is_packable(weight: torch.Tensor) -> bool:
+    """Whether at most two of every four consecutive inputs of ``weight`` [out, in] are not zero."""
+    if weight.shape[1] % 4:
+        return False
+    return int((weight.detach().view(-1, 4) != 0).sum(1).max()) <= 2

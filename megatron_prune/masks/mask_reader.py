@@ -1,7 +1,7 @@
 """Read any rectangle of any mask by byte range, whatever its layout. Needs no Megatron and no process group.
 
 ``open_masks`` reads ``masks.json`` and the index, and raises MasksError if something is missing, damaged or
-inconsistent. The bits are read only on request (``verify.py`` reads them all).
+inconsistent. The bits are read only on request (``with_weights.py`` reads them all).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from megatron_prune.checkpoint import index, safe, torch_dist
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights
 from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.errors import MasksError, MegatronPruneError
-from megatron_prune.masks import bits
-from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.pattern import Pattern, bytes_of, unpack
 from megatron_prune.untrusted import show
 
 MASKS = "masks"  # the folder next to a checkpoint's tracker
@@ -143,7 +142,7 @@ class Masks:
         with as_masks_error():
             self._files.fill(numbers, box, top - box.offsets[0])
         if self.entries[name].packed:
-            return bits.unpack(numbers, west, east)
+            return unpack(numbers, west, east)
         if int(numbers.max()) > 1:
             raise MasksError(f"{self.label}: {name} is damaged: expected the bytes 0 and 1, got {int(numbers.max())}")
         return numbers[:, west:east].view(torch.bool)
@@ -269,7 +268,7 @@ def _parse(found: Any) -> Entry:
 
 def _boxes(folder: Path, entry: Entry, stored: index.StoredTensor) -> tuple[index.Box, ...]:
     """The rectangles of a stored mask, in bytes. Raises MasksError if they do not cover it exactly."""
-    width = bits.bytes_of(entry.shape[1]) if entry.packed else entry.shape[1]
+    width = bytes_of(entry.shape[1]) if entry.packed else entry.shape[1]
     expected = (entry.shape[0], width)
     if (stored.shape, stored.dtype) != (expected, torch.uint8):
         raise MasksError(

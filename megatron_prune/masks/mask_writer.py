@@ -16,7 +16,6 @@ from megatron_prune.artifacts import atomic_directory, explain_full_disk, write_
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.record import RecordFiles, object_record, tensor_record
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import (
     MASKS_FILE,
     Entry,
@@ -26,8 +25,8 @@ from megatron_prune.masks.mask_reader import (
     entries_json,
     open_masks,
 )
-from megatron_prune.masks.pattern import Pattern
-from megatron_prune.masks.verify import measure
+from megatron_prune.masks.pattern import Pattern, bytes_of, pack
+from megatron_prune.masks.with_weights import measure
 
 _RECORD_BYTES = 16 << 20  # of packed rows
 
@@ -104,7 +103,7 @@ class _Records:
             row += len(part)
         if row != shape[0]:
             raise MasksError(f"the mask of {name}: expected {shape[0]} rows, got {row}")
-        size = torch.Size((shape[0], bits.bytes_of(shape[1])))
+        size = torch.Size((shape[0], bytes_of(shape[1])))
         self._entries[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.uint8), size, chunks)
 
     def finish(self) -> None:
@@ -120,12 +119,12 @@ class _Records:
 
 def _gathered(name: str, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """``blocks`` of rows, packed and joined to parts of about ``_RECORD_BYTES``."""
-    most = max(1, _RECORD_BYTES // bits.bytes_of(shape[1]))
+    most = max(1, _RECORD_BYTES // bytes_of(shape[1]))
     held: list[torch.Tensor] = []
     for block in blocks:
         if block.dtype != torch.bool or block.shape[1:] != shape[1:]:
             raise MasksError(f"the mask of {name}: expected bool {list(shape)}, got {block.dtype} {list(block.shape)}")
-        for part in torch.split(bits.pack(block), most):
+        for part in torch.split(pack(block), most):
             if held and sum(map(len, held)) + len(part) > most:
                 yield torch.cat(held)
                 held = []

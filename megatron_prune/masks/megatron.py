@@ -27,9 +27,9 @@ from megatron_prune import storage
 from megatron_prune.artifacts import atomic_directory, check_space
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import Entry, Masks
 from megatron_prune.masks.mask_writer import finish, unmeasured
+from megatron_prune.masks.pattern import bytes_of, pack
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def save(
     torch.distributed.all_gather_object(everywhere, entries)
     together = {name: entry for of_rank in everywhere for name, entry in of_rank.items()}
     target = storage.path(folder).absolute()
-    needed = sum(e.shape[0] * (bits.bytes_of(e.shape[1]) if e.packed else e.shape[1]) for e in together.values())
+    needed = sum(e.shape[0] * (bytes_of(e.shape[1]) if e.packed else e.shape[1]) for e in together.values())
     _on_first_rank(lambda: check_space(target, needed))
     with _atomic_together(target) as scratch:
         _save(state, scratch, target)
@@ -134,14 +134,14 @@ def _stored(shard: MaskShard, kept: torch.Tensor, pattern: str) -> tuple[list[An
         out, inputs = piece.global_shape
         columns = piece.local_shape[1]
         packed = columns == inputs or columns % 8 == 0
-        data = bits.pack(piece.data) if packed else piece.data.to("cpu", torch.uint8)
+        data = pack(piece.data) if packed else piece.data.to("cpu", torch.uint8)
         stored.append(
             ShardedTensor(
                 piece.key,
                 data.contiguous(),
                 torch.uint8,
                 tuple(data.shape),
-                (out, bits.bytes_of(inputs) if packed else inputs),
+                (out, bytes_of(inputs) if packed else inputs),
                 (piece.global_offset[0], piece.global_offset[1] // 8 if packed else piece.global_offset[1]),
                 piece.axis_fragmentations,
                 piece.replica_id,

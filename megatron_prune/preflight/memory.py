@@ -103,7 +103,7 @@ def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Pipeli
 
 
 def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
-    """Peak bytes for pruning one block, in addition to its weights (``sparse/solve.py``).
+    """Peak bytes for pruning one block, in addition to its weights (``sparse/block.py``).
 
     Counts the statistics of all its linears, and masks. Also, for one linear at a time, an fp32 copy of this rank's
     rows, and the larger of two peaks: factoring its Hessian, or the factor, the sum in fp32 and one matrix's buffers
@@ -112,7 +112,7 @@ def pruning(args: argparse.Namespace, shape: ModelShape) -> int:
     name = getattr(args, "method", None)
     if name not in methods.sparse_names():
         return 0
-    from megatron_prune.methods.hessian import PEAK
+    from megatron_prune.methods.sparsegpt import PEAK
 
     t, h, f = args.tensor_model_parallel_size, shape.hidden_size, shape.ffn_hidden_size
     q, kv = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups

@@ -6,7 +6,7 @@
 
 ``magnitude`` and ``random`` read the weights alone, streamed in blocks of rows (``sparse/weights_only.py``): no model
 is built, and no model flags are needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
-(``sparse/driver.py``). The finished blocks of a killed run are stored next to SAVE (``sparse/resume.py``): the same
+(``sparse/driver.py``). The finished blocks of a killed run are stored next to SAVE (``sparse/result.py``): the same
 command continues from there, at any layout.
 """
 
@@ -28,7 +28,7 @@ from megatron_prune.engine import fp8, runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.pruning import calibrate
 from megatron_prune.sparse import request as requests
-from megatron_prune.sparse.resume import Scratch
+from megatron_prune.sparse.result import Scratch
 
 if TYPE_CHECKING:
     from megatron_prune.sparse.request import SparsifyTask

@@ -25,11 +25,10 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
-from megatron_prune.sparse.inputs import Inputs, linears
+from megatron_prune.sparse.block import Inputs, linears, prune_block
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
-from megatron_prune.sparse.resume import Progress, Pruned, Scratch
-from megatron_prune.sparse.solve import prune_block
+from megatron_prune.sparse.result import Progress, Pruned, Scratch
 
 
 def run(args: argparse.Namespace, task: SparsifyTask) -> None:

@@ -29,7 +29,7 @@ from megatron_prune import screen, storage
 from megatron_prune.artifacts import copy_directory, explain_full_disk
 from megatron_prune.errors import MasksError
 from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
-from megatron_prune.masks.verify import check_bits
+from megatron_prune.masks.with_weights import check_bits
 from megatron_prune.training.masked import MaskChoice
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a gradient's element

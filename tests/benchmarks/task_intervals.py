@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_prune.study.analysis.over_questions import over_questions  # noqa: E402
+from megatron_prune.study.analysis.inference import over_questions  # noqa: E402
 from tests.study.answers_made_up import differences  # noqa: E402
 
 TASKS = {

@@ -287,7 +287,7 @@ def test_a_layer_norm_is_narrowed_with_its_mean_and_bias(centered: bool) -> None
     import contextlib
 
     from megatron_prune.calibration import scoring
-    from megatron_prune.engine.centered_norms import CenteredLayerNorm
+    from megatron_prune.engine.patches import CenteredLayerNorm
 
     torch.manual_seed(0)
     x = torch.randn(5, 8, dtype=torch.float64) + 3

@@ -12,7 +12,7 @@ from megatron_prune import artifacts
 from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.evaluation import efficiency, speed
+from megatron_prune.evaluation import efficiency
 from tests.tiny import PADDING, VOCABULARY
 
 SHAPE = ModelShape(
@@ -76,9 +76,9 @@ def test_checkpoints_are_compared(tiny_parent, sparse, tmp_path, capsys) -> None
 
 
 def test_static_numbers_need_no_run(tiny_parent, monkeypatch) -> None:
-    from megatron_prune.api.benchmarks import benchmark
+    from megatron_prune.api.checkpoints import benchmark
 
-    monkeypatch.setattr(speed, "measure", None)
+    monkeypatch.setattr(efficiency, "measure", None)
     found = benchmark(tiny_parent, static=True)
     assert found["workload"] is None and "measured" not in found["models"][0]
     json.dumps(found)
@@ -104,8 +104,8 @@ class Clock:
 
 def test_times_are_medians_of_the_repeats_after_the_warm_up(monkeypatch) -> None:
     model = Clock(3)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: model.now)
-    found = speed.time_model(model, speed.Workload(batch=3, prompt=7, new=2, repeats=3, warmup=1))
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: model.now)
+    found = efficiency.time_model(model, efficiency.Workload(batch=3, prompt=7, new=2, repeats=3, warmup=1))
     assert model.calls == [(3, 7), (3, 1), (3, 1)] * 4
     # Repeats 2, 3 and 4 take as many seconds more per call.
     assert found["prefill"] == {"seconds": 10.0, "least": 9.0, "most": 11.0, "tokens_per_second": 3 * 7 / 10}
@@ -114,10 +114,10 @@ def test_times_are_medians_of_the_repeats_after_the_warm_up(monkeypatch) -> None
 
 def test_a_matrix_is_packable_if_no_four_inputs_hold_three() -> None:
     weight = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 4], [0, 0, 0, 0, 1, 0, 0, 0]])
-    assert speed.is_packable(weight)
+    assert efficiency.is_packable(weight)
     weight[1, 4:7] = 1.0
-    assert not speed.is_packable(weight)
-    assert not speed.is_packable(torch.zeros(2, 6))
+    assert not efficiency.is_packable(weight)
+    assert not efficiency.is_packable(torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("words", [["--batch", "0"], ["--repeats", "0"], ["--warmup", "-1"]])

@@ -14,7 +14,7 @@ from megatron_prune.errors import CheckpointError, MasksError, MegatronPruneErro
 from megatron_prune.masks import Masks, Pattern, find_masks, open_masks, verify, write_single
 from megatron_prune.masks import mask_reader as reader_module
 from megatron_prune.masks import mask_writer as writer_module
-from megatron_prune.masks.verify import guarded
+from megatron_prune.masks.with_weights import guarded
 from tests.checkpoint.small import disk_with
 from tests.masks import small
 from tests.masks.ranks import random_masks

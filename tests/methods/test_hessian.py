@@ -12,8 +12,8 @@ import torch
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.methods.accumulators import SquareSums
-from megatron_prune.methods.hessian import PEAK, Hessian
-from megatron_prune.sparse.solve import _Measure
+from megatron_prune.methods.sparsegpt import PEAK, Hessian
+from megatron_prune.sparse.block import _Measure
 from tests.benchmarks.resident import high_water
 from tests.methods import oracles
 

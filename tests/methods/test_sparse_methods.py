@@ -15,8 +15,8 @@ from megatron_prune import methods
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.methods.accumulators import SquareSums
 from megatron_prune.methods.base import InputMethod, Sparsity, WeightMethod
-from megatron_prune.methods.hessian import Factor, Hessian
 from megatron_prune.methods.selection import Rows
+from megatron_prune.methods.sparsegpt import Factor, Hessian
 from megatron_prune.sparse.weights_only import choice
 from tests.methods import oracles
 

@@ -68,9 +68,9 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
     from megatron_prune.methods import get_sparse
     from megatron_prune.methods.accumulators import SquareSums
     from megatron_prune.methods.base import Sparsity
-    from megatron_prune.methods.hessian import Hessian
+    from megatron_prune.methods.sparsegpt import Hessian
+    from megatron_prune.sparse.block import prune_block
     from megatron_prune.sparse.request import SparsifyRequest
-    from megatron_prune.sparse.solve import prune_block
     from tests.benchmarks.resident import give_back_at_once, high_water
 
     flags = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --kv-channels {hidden // 6} --num-layers 2 --bf16".split()

@@ -95,7 +95,7 @@ def killed(argv: list[str], where: str) -> None:
 
     cpu.prepare()
     from megatron_prune.checkpoint.writer import CheckpointWriter
-    from megatron_prune.sparse.resume import Scratch
+    from megatron_prune.sparse.result import Scratch
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -104,16 +104,16 @@ def killed(argv: list[str], where: str) -> None:
         finish = Scratch.finish
         Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
     elif where == "full":
-        from megatron_prune.sparse import resume
+        from megatron_prune.sparse import result
 
-        write_part = resume.write_part
+        write_part = result.write_part
 
         def fill_up(folder: Path, shards: Any) -> None:
             write_part(folder, shards)
             if folder.parent.name == "block-0002":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        resume.write_part = fill_up
+        result.write_part = fill_up
     elif where == "result":
         add = CheckpointWriter.add
         CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from scipy import stats
 from megatron_prune import artifacts
 from megatron_prune.errors import UsageError
 from megatron_prune.study import questions, schema, validate
-from megatron_prune.study.analysis import contrasts, inference, over_questions, results
+from megatron_prune.study.analysis import contrasts, inference, results
 from megatron_prune.study.analysis.contrasts import ContrastResult, Weighted
 from megatron_prune.study.analysis.inference import Difference, Scatter
 from megatron_prune.study.analysis.results import Results
@@ -184,7 +184,7 @@ def test_measures_are_paired_by_question(found: Results, study_folder: Places) -
         ]  # fmt: skip
         tables.append(np.array([np.subtract(*pair) for pair in scores]))
     assert [table.shape for table in tables] == [(3, 80)] * 2
-    assert own.gap == over_questions.over_questions(tables)
+    assert own.gap == inference.over_questions(tables)
     assert own.gap.mean == pytest.approx(own.pruned - own.scratch) and own.questions == 160
     suites = [o for o in found.measured if o.measure.kind == "suite"]
     assert {o.family for o in suites} == {16} and {o.family for o in found.measured if o.measure.kind == "task"} == {48}
@@ -247,7 +247,7 @@ def test_intervals_of_accuracies_cover_the_truth() -> None:
     """The figures of tests/benchmarks/task_intervals.py, in small."""
     for seeds, tasks, deviation in ((1, [60], 0.0), (3, [60], 0.1), (3, [40, 90], 0.1), (3, [60], 0.0)):
         drawn, truth = differences(np.random.default_rng(seeds), 400, seeds, tasks, seed=deviation)
-        made = [over_questions.over_questions([table[study] for table in drawn]) for study in range(400)]
+        made = [inference.over_questions([table[study] for table in drawn]) for study in range(400)]
         covered = np.mean([m.low <= truth <= m.high for m in made if m.low is not None and m.high is not None])
         assert 0.92 <= covered <= 0.99, (seeds, tasks, deviation)
         assert all((m.p < 0.05) == (m.winner != "neither") for m in made if m.p is not None)
@@ -255,18 +255,18 @@ def test_intervals_of_accuracies_cover_the_truth() -> None:
 
 def test_one_seed_and_one_task_is_the_paired_t_over_questions() -> None:
     table = np.random.default_rng(0).integers(-1, 2, (1, 200)).astype(float) + 0.1
-    own = over_questions.over_questions([table])
+    own = inference.over_questions([table])
     expected = stats.ttest_1samp(table[0], 0)
     interval = expected.confidence_interval(0.95)
     assert (own.low, own.high, own.p) == pytest.approx((interval.low, interval.high, expected.pvalue))
-    assert over_questions.over_questions([table[:, :29]]) == Difference(1, float(table[0, :29].mean()))
+    assert inference.over_questions([table[:, :29]]) == Difference(1, float(table[0, :29].mean()))
 
 
 def test_many_questions_leave_the_t_interval_over_seeds() -> None:
     """Where questions contribute nothing, seeds alone do."""
     seeds = np.array([0.1, -0.05, 0.2, 0.02])
     table = np.tile(seeds[:, None], (1, 500))
-    own = over_questions.over_questions([table])
+    own = inference.over_questions([table])
     interval = stats.ttest_1samp(seeds, 0).confidence_interval(0.95)
     assert (own.low, own.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
     assert own.freedom == pytest.approx(3, rel=1e-3)

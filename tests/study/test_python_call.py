@@ -10,7 +10,7 @@ import yaml
 
 import megatron_prune as mp
 from megatron_prune import artifacts
-from megatron_prune.api import benchmarks, studies
+from megatron_prune.api import checkpoints, studies
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.study import schema
@@ -55,7 +55,7 @@ def test_a_study_that_asks_for_it_measures_its_models_once(tmp_path: Path, monke
                    "decode": times}}} for path in settings.checkpoints]  # fmt: skip
         artifacts.write_json(settings.output, {"models": models})
 
-    monkeypatch.setattr(benchmarks, "run", measure)
+    monkeypatch.setattr(checkpoints, "run_benchmark", measure)
     content = made_up.mapping(corpora)
     content["evaluation"] = {**content.get("evaluation", {}), "efficiency": True}
     Path("study.yaml").write_text(yaml.safe_dump(content))

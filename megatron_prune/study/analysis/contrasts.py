@@ -27,9 +27,15 @@ from scipy import special
 
 from megatron_prune.study import schema
 from megatron_prune.study.analysis import inference
-from megatron_prune.study.analysis.inference import CONFIDENCE, POWER, Difference, OverDocuments, Scatter
+from megatron_prune.study.analysis.inference import (
+    CONFIDENCE,
+    POWER,
+    Difference,
+    OverDocuments,
+    Scatter,
+    over_questions,
+)
 from megatron_prune.study.analysis.measures import TEST, Answers, Measure
-from megatron_prune.study.analysis.over_questions import over_questions
 from megatron_prune.study.analysis.verdicts import p_value
 from megatron_prune.study.granularity import selects
 from megatron_prune.study.grid import setting_words

@@ -18,8 +18,13 @@ from megatron_prune import artifacts
 from megatron_prune.evaluation import suites
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.conclusions import DocumentWindows
-from megatron_prune.study.analysis.inference import CONFIDENCE, Difference, OverDocuments
-from megatron_prune.study.analysis.over_questions import FEWEST_QUESTIONS, over_questions
+from megatron_prune.study.analysis.inference import (
+    CONFIDENCE,
+    FEWEST_QUESTIONS,
+    Difference,
+    OverDocuments,
+    over_questions,
+)
 from megatron_prune.study.analysis.verdicts import p_value
 from megatron_prune.study.grid import Subject, setting_words
 from megatron_prune.study.prunings import Places

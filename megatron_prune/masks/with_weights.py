@@ -1,22 +1,26 @@
-"""Check masks against weights in one streaming pass: no non-zero weight where the mask removes, patterns, counts, hash.
+"""Masks together with their weights: checked against them, and cut like them.
 
-Memory is bounded by a few blocks of rows. Errors name the first offending tensor in the order of the forward pass,
-and the position in it.
+The check is one streaming pass: no non-zero weight where the mask removes, patterns, counts, hash. Memory is bounded by
+a few blocks of rows. Errors name the first offending tensor in the order of the forward pass, and the position in it.
+
+A checkpoint that loses layers or channels keeps masks, if their patterns stay valid. Removing layers is always
+possible, removing channels only with unstructured masks or whole groups of M inputs. So rows can be removed, and heads
+if M divides their size, but removing scattered hidden or FFN channels breaks N:M groups.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy
 import torch
 
+from megatron_prune.checkpoint.layout import Axis, Kept, WeightLayout, axis_indices
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import bits
 from megatron_prune.masks.mask_reader import Masks, find_masks, open_masks
-from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.pattern import Pattern, pack
 
 
 def masks_of(checkpoint: Checkpoint) -> Masks | None:
@@ -96,6 +100,53 @@ def measure(masks: Masks, name: str) -> tuple[int, str]:
                 f"{(group + 1) * len(inside) - 1} are {inside}"
             )
         removed += kept.numel() - int(numpy.count_nonzero(kept.numpy()))
-        digest.update(bits.pack(kept).numpy())
+        digest.update(pack(kept).numpy())
         start += len(kept)
     return removed, digest.hexdigest()
+
+
+Source = tuple[WeightLayout, str, Kept]  # a weight of the smaller model, its source weight, and what is kept of that
+
+
+def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
+    """Raises MasksError if the cut would split the groups of an N:M mask."""
+    for layout, source, kept in sources:
+        if source not in masks.entries:
+            continue
+        pattern = Pattern.parse(masks.entries[source].pattern)
+        columns = axis_indices(layout.axes[1], masks.model, kept)
+        if columns is not None and not _whole_groups(columns, pattern):
+            raise MasksError(
+                f"{masks.label}: {source} is pruned {pattern}, but the plan removes {layout.axes[1]} channels from its "
+                f"groups of {pattern.m} inputs: prune depth only, or prune the dense parent first and then sparsify it"
+            )
+
+
+def cut_masks(masks: Masks, sources: Iterable[Source]) -> Iterator[tuple[str, Iterator[torch.Tensor], str]]:
+    """The masks of the smaller model as (name, blocks of rows, pattern), the input of ``write_single``."""
+    for layout, source, kept in sources:
+        if source in masks.entries:
+            yield layout.name, _blocks(masks, source, layout.axes, kept), masks.entries[source].pattern
+
+
+def _whole_groups(columns: torch.Tensor, pattern: Pattern) -> bool:
+    """True if the kept ``columns`` (ascending) consist of whole groups."""
+    if pattern.m is None:
+        return True
+    if len(columns) % pattern.m:
+        return False
+    groups = columns.view(-1, pattern.m)
+    return bool((groups == groups[:, :1] // pattern.m * pattern.m + torch.arange(pattern.m)).all())
+
+
+def _blocks(masks: Masks, source: str, axes: Sequence[Axis], kept: Kept) -> Iterator[torch.Tensor]:
+    rows, columns = (axis_indices(axis, masks.model, kept) for axis in axes)
+    start = 0
+    for block in masks.row_blocks(source):
+        stop = start + len(block)
+        if rows is not None:
+            block = block[rows[torch.searchsorted(rows, start) : torch.searchsorted(rows, stop)] - start]
+        if columns is not None:
+            block = block[:, columns]
+        yield block
+        start = stop
