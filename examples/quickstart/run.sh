@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a tokenizer and corpora from text on this machine, trains a small parent, prunes it by half, retrains it,
-# and compares with training from scratch. Needs no GPU and downloads nothing but packages; eight to ten minutes
-# on two cores after installation. Run it again to continue where it stopped.
+# and compares with training from scratch. Needs no GPU and downloads nothing but packages; about seven
+# minutes on two cores in bf16, ten to twelve in fp32, after installation. Run it again to continue where it stopped.
 #
 #   bash examples/quickstart/run.sh            in bf16 if the processor has units for it, otherwise in fp32
 #   bash examples/quickstart/run.sh fp32       in that precision, fp32 or bf16
