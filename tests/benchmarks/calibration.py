@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
     runtime.initialize(args)
     model = runtime.load_model(args)
 
-    from megatron_prune.calibration.hooks import ActivationRecorder
+    from megatron_prune.calibration.run import ActivationRecorder
     from megatron_prune.engine import forward
 
     shape = ModelShape.from_args(vars(args))

@@ -165,7 +165,7 @@ def test_questions_in_the_training_text_are_refused(
     report = artifacts.read_json(places.quoted)
     assert report["found"]["train"]["own_task"]["quoted"] == 3
     assert report["found"]["calibration"]["own_task"]["quoted"] == 0
-    monkeypatch.setattr(questions.quotations, "quoted", lambda *_: 1 / 0)  # the report is there
+    monkeypatch.setattr(questions, "quoted", lambda *_: 1 / 0)  # the report is there
     questions.check(asked(max_contaminated=0.3), places)
     with pytest.raises(UsageError, match=r"evaluation.suites.own.own_task: expected acc, got acc_norm"):
         questions.check(asked(suites={"own": {"own_task": "acc_norm"}}), places)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_prune.data import quotations
-from megatron_prune.data.quotations import RUN
+from megatron_prune.study import questions as searched
+from megatron_prune.study.questions import RUN, quoted
 
 
 class Words:
@@ -46,7 +46,7 @@ def naive(question: list[int], documents: list[list[int]]) -> bool:
 
 @pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
 def test_found_are_those_that_a_plain_search_finds(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quotations, "CHUNK", chunk)
+    monkeypatch.setattr(searched, "CHUNK", chunk)
     draw = np.random.default_rng(chunk)
     documents = [draw.integers(0, 50_000, size).tolist() for size in (5, 40, 90, 131)]
     other = [1] + draw.integers(0, 50_000, 30).tolist()
@@ -60,10 +60,10 @@ def test_found_are_those_that_a_plain_search_finds(tmp_path: Path, chunk: int, m
     ]
     tokenizer: Any = Words()
     prefixes = [corpus(tmp_path / "a", documents), corpus(tmp_path / "b", [other])]
-    found = quotations.quoted({"t": [text(one) for one in questions], "none": []}, prefixes, tokenizer)
+    found = quoted({"t": [text(one) for one in questions], "none": []}, prefixes, tokenizer)
     expected = [number for number, one in enumerate(questions) if naive(one, documents) or naive(one, [other])]
     assert expected == [0, 2, 3]
     assert (found["t"].texts, found["t"].too_short, found["t"].quoted, found["t"].example) == (6, 1, 3, 0)
     assert (found["none"].texts, found["none"].quoted) == (0, 0)
-    only = quotations.quoted({"t": [text(one) for one in questions]}, prefixes[:1], tokenizer)
+    only = quoted({"t": [text(one) for one in questions]}, prefixes[:1], tokenizer)
     assert only["t"].quoted == 2
