@@ -26,6 +26,7 @@ VERBS = {
     },
     "training and evaluation": {
         "pretrain": "Megatron's training loop, with an account",
+        "teach": "write what a teacher says on a range of a stream, for runs that distil",
         "learn-masks": "pretrain that learns which layers, heads and channels can go (sheared-llama)",
         "evaluate": "loss and perplexity on fixed windows; lm-eval's tasks",
         "benchmark": "parameters, FLOPs, memory, latency and throughput of checkpoints",

@@ -74,6 +74,7 @@ from megatron_prune.verbs.training_verbs import (
     PretrainSettings,
     StreamSettings,
     TasksSettings,
+    TeachSettings,
 )
 
 __all__ = [
@@ -136,6 +137,7 @@ __all__ = [
     "TOKEN_TYPES",
     "TargetSettings",
     "TasksSettings",
+    "TeachSettings",
     "TextSettings",
     "TokenizerSettings",
     "TrainTokenizerSettings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import LearningSettings, TargetSettings
+from megatron_prune.verbs.shared import DTYPES, LearningSettings, TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,21 @@ class BatchScheduleSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(BatchScheduleSettings, MasksSettings, StreamSettings):
     """``pretrain``; everything else is Megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachSettings(Settings):
+    """``teach``: a teacher's most probable next tokens on a range of a stream."""
+
+    TITLE = "what is written, and on which samples"
+
+    output: str = setting(metavar="DIR", help="folder of the cache; that of a stopped attempt is continued")
+    stream_range: str = setting(metavar="START:END", help="samples of the stream; a run needs a range within it")
+    top_k: int = setting(metavar="K", help="number of words per token; of all others, the sum of their probabilities")
+    dtype: str = setting("float16", choices=DTYPES, help="type of the log-probabilities")
+    shard_samples: int | None = setting(None, metavar="N", help="samples per file (default: as many as take 64 MiB)")
+    stream_seed: int = setting(1234, metavar="SEED", help="pretrain's")
+    stream_epochs: int = setting(1, metavar="N", help="pretrain's")
 
 
 @dataclass(frozen=True, kw_only=True)
