@@ -1,4 +1,4 @@
-"""The verbs that train and measure: ``pretrain``, ``learn-masks``, ``evaluate``, ``benchmark``."""
+"""The verbs that train and measure: ``pretrain``, ``teach``, ``learn-masks``, ``evaluate``, ``benchmark``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,39 @@ def pretrain_main(argv: list[str]) -> int:
     from megatron_prune.training.pretrain import train
 
     return train(own, words)
+
+
+def teach_parser() -> Parser:
+    return Parser(
+        "teach",
+        "Runs a teacher once over a range of a token stream and writes its most probable next tokens to a cache, which "
+        "every pretrain --teacher-cache on that range reads. A stopped run goes on with the same command.",
+        verbs.TeachSettings,
+        mentioned=(
+            LOAD,
+            (MODEL, "--train-data-path", "PREFIX …", "the corpora of the stream, as for pretrain"),
+            (MODEL, "--seq-length", "S", "tokens per sample, as for pretrain"),
+            (MODEL, "--micro-batch-size", "B", "samples per rank at a time (default: 1)"),
+            *LAYOUT, FP8,
+        ),
+        example="""
+torchrun --nproc-per-node 8 -m megatron_prune teach --load checkpoints/parent --train-data-path data/train \\
+    --seq-length 2048 --stream-range 0:256000 --top-k 64 --output caches/parent""",
+    )  # fmt: skip
+
+
+def teach_main(argv: list[str]) -> int:
+    """Write what a teacher says on a range of a stream, for every run that distils."""
+    options, words = teach_parser().read(argv)
+    own = verbs.TeachSettings.of(options)
+    start_engine()
+    from megatron_prune.training.teach import teach
+
+    made = teach(own, words)
+    if made.tokens:
+        say(f"taught {made.tokens:,} tokens in {made.seconds:.1f} s, {made.tokens / made.seconds:,.0f} tokens/s")
+        say(f"wrote {made.folder}")
+    return 0
 
 
 def learn_masks_parser() -> Parser:

@@ -29,6 +29,7 @@ from megatron_prune.errors import DataError
 
 _SPIKE_FACTOR = 10  # with --check-for-spiky-loss, a loss this many times the largest so far is reported
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+TEACHER = "teacher_"  # how names of what a data set adds to a sample for the loss begin
 
 
 def needs_data(vp_stage: int | None = None) -> bool:
@@ -36,15 +37,23 @@ def needs_data(vp_stage: int | None = None) -> bool:
     return bool(is_first_or_last_pipeline_stage(vp_stage)) and mpu.get_tensor_model_parallel_rank() == 0
 
 
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """True where losses are computed."""
+    return bool(mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage))
+
+
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> dict[str, Any]:
-    """This rank's share of the next micro-batch; every value None on middle pipeline stages."""
+    """This rank's share of the next micro-batch; every value None on middle pipeline stages. What the data set adds
+    (``TEACHER``) is there on the first tensor-parallel rank alone."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
     args = get_args()
     batch: dict[str, Any] = {}
+    added: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key in _BATCH_KEYS}
+        added = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key.startswith(TEACHER)}
     if args.tensor_model_parallel_size > 1:  # a single rank would broadcast to itself
         batch = get_batch_on_this_tp_rank(
             batch,
@@ -62,9 +71,10 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         )
+    batch |= added
     if args.context_parallel_size > 1:
         batch = get_batch_on_this_cp_rank(batch, False, cp_group=mpu.get_context_parallel_group())
-    return {key: batch.get(key) for key in _BATCH_KEYS}
+    return {key: batch.get(key) for key in (*_BATCH_KEYS, *added)}
 
 
 def loss_function(

@@ -16,7 +16,9 @@ from megatron_prune.data.streams import Stream, StreamRange, parse_range, refuse
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import UsageError
 from megatron_prune.training import batch_flags
+from megatron_prune.training.cached_targets import WithTargets
 from megatron_prune.training.scheduled_batches import ScheduledBatches
+from megatron_prune.training.teacher_cache import TeacherCache
 
 
 def complete_arguments(args: argparse.Namespace, argv: list[str]) -> None:
@@ -108,6 +110,14 @@ def refuse_unfit_range(args: argparse.Namespace, seen: list[dict[str, Any]]) -> 
         return batch_flags.begins(args, train_blend(args), seen)
     refuse_unfit(stream, parse_range(args.stream_range), seen)
     return None
+
+
+def refuse_unfit_cache(args: argparse.Namespace, cache: TeacherCache, teacher: str | None = None) -> None:
+    """UsageError unless a teacher's cache is of the samples that the run trains on, in the student's vocabulary; and of
+    the ``teacher`` with this fingerprint, if it is given. Runs before anything starts."""
+    stream = described(train_blend(args), args.seq_length, args.stream_seed, args.stream_epochs)
+    prefixes = [prefix for _, prefix in parse_blend(train_blend(args))]
+    cache.refuse_other_use(stream, parse_range(args.stream_range), vocabulary(vars(args)), prefixes, teacher)
 
 
 DEFAULT_SPLIT = "969, 30, 1"  # from Megatron's validate_args
@@ -248,24 +258,32 @@ def build_stream(args: argparse.Namespace, blend: list[str], *, epochs: int) -> 
 
 
 class Provider:
-    """Gives Megatron's loop its training and validation data; keeps the stream for the account."""
+    """Gives Megatron's loop its training and validation data; keeps the stream for the account.
+
+    With a teacher's ``cache``, training samples have its targets where the loss is computed.
+    """
 
     is_distributed = True  # Megatron calls it on every rank
 
-    def __init__(self, args: argparse.Namespace, batches: ScheduledBatches | None = None):
-        self.args, self.batches = args, batches
+    def __init__(
+        self, args: argparse.Namespace, batches: ScheduledBatches | None = None, cache: TeacherCache | None = None
+    ):
+        self.args, self.batches, self.cache = args, batches, cache
         self.train: StreamRange | ScheduledRange | None = None
         self._valid: StreamRange | None = None
 
     def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-        from megatron_prune.engine.forward import needs_data
+        from megatron_prune.engine.forward import is_last_stage, needs_data
 
         if self.args.stream_range is None:
             datasets: tuple[Any, Any, Any] = _megatron_datasets(self.args, num_samples, vp_stage)
             return datasets
         if self.train is None:  # once, although every virtual stage calls it
             self._build(num_samples[1])
-        return (self.train, self._valid, None) if needs_data(vp_stage) else (None, None, None)
+        if not needs_data(vp_stage):
+            return None, None, None
+        reads_cache = self.cache is not None and is_last_stage(vp_stage)
+        return WithTargets(self.train, self.cache) if reads_cache else self.train, self._valid, None
 
     def domains(self) -> list[list[int]] | None:
         """By corpus, its samples that the run reads, so far under a schedule; None for one corpus or several epochs."""

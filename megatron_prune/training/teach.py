@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_prune import claims, screen, storage, verbs
-from megatron_prune.artifacts import check_space, explain_full_disk, sha256_file
+from megatron_prune.artifacts import PARTIAL, check_space, explain_full_disk, sha256_file
 from megatron_prune.checkpoint.layout import ModelShape, vocabulary
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
@@ -80,6 +80,8 @@ def _teach(args: argparse.Namespace, folder: Path) -> Lesson:
     runtime.initialize(args)
     if args.rank == 0:  # after all have looked
         teacher_cache.write_manifest(folder, taught)
+        for left_over in folder.glob(f".*{PARTIAL}*"):
+            left_over.unlink()
     shared: list[Any] = [missing]  # a file system could show some ranks an older folder
     torch.distributed.broadcast_object_list(shared)
     seconds = _write(args, taught, folder, shared[0])
@@ -228,7 +230,8 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
     ``shard.group``.
     """
     rows = max(1, _KEY_BYTES // 8 // logits.shape[-1])
-    parts = [_top_k(part, k, shard) for part in logits.flatten(0, 1).split(rows)]
+    flat = logits.flatten(0, 1)
+    parts = [_top_k(flat[first : first + rows], k, shard) for first in range(0, len(flat), rows)]
     ids, logs, rest = (torch.cat(each) for each in zip(*parts, strict=True))
     whole = logits.shape[:2]
     return TopKTargets(ids.view(*whole, k), logs.view(*whole, k), rest.view(whole))

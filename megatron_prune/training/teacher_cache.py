@@ -109,11 +109,10 @@ class Taught:
         return self.to_json() | {"teacher": teacher, "stream": self.stream["id"]}
 
     def described(self) -> dict[str, Any]:
-        """For accounts: the teacher, what is stored, its bytes, and FLOPs that all runs with the cache share."""
+        """The cache in an account's objective (``objective.py``); ``flops`` are shared by all runs that read it."""
         return {
-            "hash": sha256_json(self.identity()), "teacher": self.teacher, "range": list(self.range), "k": self.k,
-            "dtype": self.dtype, "bytes_per_token": self.bytes_per_token,
-            "bytes": self.tokens * self.bytes_per_token, "flops": self.flops,
+            "id": sha256_json(self.identity()), "range": list(self.range), "dtype": self.dtype,
+            "bytes_per_token": self.bytes_per_token, "bytes": self.tokens * self.bytes_per_token, "flops": self.flops,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -218,9 +217,10 @@ def read_manifest(folder: Path, flag: str) -> tuple[Taught, list[ShardFile] | No
 
 
 def write_shard(folder: Path, taught: Taught, shard: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a shard atomically, from tensors by name whose numbers fit the shard's types."""
-    wanted = taught.tensors(shard)
-    payload = {name: tensors[name].to(dtype).cpu().view(shape) for name, (dtype, shape) in wanted.items()}
+    """Write a shard atomically, from tensors by name. Log-probabilities below what float16 holds become its least."""
+    least = torch.finfo(DTYPES[taught.dtype]).min
+    fit = {**tensors, LOG_PROBABILITIES: tensors[LOG_PROBABILITIES].clamp(min=least)}
+    payload = {name: fit[name].to(dtype).cpu().view(shape) for name, (dtype, shape) in taught.tensors(shard).items()}
     write_bytes(shard_path(folder, shard), safetensors.torch.save(payload))
 
 
@@ -228,7 +228,7 @@ def open_shard(folder: Path, taught: Taught, shard: int) -> dict[str, Any]:
     """The slices of a shard by name, mapped into memory; DataError if the file is damaged or not of this cache."""
     path = shard_path(folder, shard)
     try:
-        handle = safetensors.safe_open(path, framework="pt")
+        handle: Any = safetensors.safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in NAMES}
     except (safetensors.SafetensorError, OSError) as error:
         raise DataError(f"{path} is missing, truncated or damaged: {reason(error)}; {_AGAIN}") from error
@@ -375,18 +375,3 @@ def open_cache(path: str | Path, flag: str = FLAG) -> TeacherCache:
                 f"{file} is damaged: expected a file of {entry['bytes']:,} bytes, got {status.st_size:,}; {_AGAIN}"
             )
     return TeacherCache(folder, taught)
-
-
-class WithTargets(torch.utils.data.Dataset[dict[str, Any]]):
-    """The samples of a range, and what the teacher says on each: the tensors of ``TeacherCache.read``, with
-    ``teacher_`` before their names."""
-
-    def __init__(self, samples: Any, cache: TeacherCache):
-        self.samples, self.cache = samples, cache
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        targets = self.cache.read(self.samples.sample(int(position)))
-        return {**self.samples[position], **{f"teacher_{name}": tensor for name, tensor in targets.items()}}

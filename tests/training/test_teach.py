@@ -1,4 +1,4 @@
-"""``teach``: the same cache at every layout and after a kill, against Hugging Face in float64; the best of a vocabulary."""
+"""``teach``: the same cache at every layout and after a kill, against Hugging Face in float64."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine.launch import start_function
 from megatron_prune.training.teacher_cache import open_cache
-from tests import tiny
 from tests.distributed_work import FunctionCall
 from tests.training.small import SEQ_LENGTH, layout
 
@@ -34,6 +34,43 @@ def flags(parent: Path, corpus: Path, output: Path, *more: object) -> list[str]:
 
 def files(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
+
+
+def ties(words: int, width: int) -> torch.Tensor:
+    """Logits [2, 3, width] of few different values, so that most words have equals; zeros of both signs; padding."""
+    draws = torch.Generator().manual_seed(words)
+    logits = torch.randint(-4, 4, (2, 3, width), generator=draws).float() / 2
+    logits[logits == 0] *= torch.randint(0, 2, (int((logits == 0).sum()),), generator=draws) * 2.0 - 1
+    logits[..., words:] = torch.finfo(torch.float32).min
+    return logits
+
+
+def best_of_shards(words: int, width: int, k: int) -> list[torch.Tensor]:
+    """``top_k`` of this rank's share of ``ties``."""
+    from megatron_prune.training import teach
+    from megatron_prune.training.distillation_loss import Shard
+
+    teach._KEY_BYTES = 100  # so that there are several parts
+    torch.distributed.init_process_group("gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shard = Shard(words, rank, torch.distributed.group.WORLD)
+    found = teach.top_k(ties(words, width).chunk(ranks, -1)[rank], k, shard)
+    return [found.ids, found.log_probabilities, found.log_rest]
+
+
+@pytest.mark.parametrize(("words", "width", "k"), [(13, 18, 4), (5, 18, 5), (17, 18, 8)])
+def test_the_best_of_shards_are_the_best_of_all_and_of_equals_the_lowest_id(distributed, words, width, k):
+    """Three ranks of six embeddings: some have words and padding, or padding alone, or fewer words than k."""
+    logits = ties(words, width)[..., :words].double().numpy()
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rest = np.copy(logs)
+    np.put_along_axis(rest, order, -np.inf, -1)
+    for ids, log_probabilities, log_rest in distributed(best_of_shards, 3, words, width, k):
+        assert np.array_equal(ids, order)
+        np.testing.assert_allclose(log_probabilities, np.take_along_axis(logs, order, -1), rtol=1e-6, atol=1e-6)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(log_rest, np.log(np.exp(rest).sum(-1)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
