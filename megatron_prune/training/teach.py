@@ -240,7 +240,7 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
 def _top_k(logits: torch.Tensor, k: int, shard: Shard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same of rows [n, V / TP]: ids and log-probabilities [n, k], and the log of the rest [n]."""
     width = logits.shape[-1]
-    logs = log_probabilities(logits.float(), shard)  # [n, V / TP]; padding has -inf
+    logs = log_probabilities(logits.unsqueeze(1), shard).squeeze(1).float()  # [n, V / TP]; padding has -inf
     keys = _keys(logs, shard.first(width))
     best = keys.topk(min(k, width), dim=-1).values  # [n, k or V / TP]
     if shard.group is not None:

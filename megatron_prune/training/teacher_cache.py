@@ -111,7 +111,7 @@ class Taught:
     def described(self) -> dict[str, Any]:
         """The cache in an account's objective (``objective.py``); ``flops`` are shared by all runs that read it."""
         return {
-            "id": sha256_json(self.identity()), "range": list(self.range), "dtype": self.dtype,
+            "hash": sha256_json(self.identity()), "range": list(self.range), "dtype": self.dtype,
             "bytes_per_token": self.bytes_per_token, "bytes": self.tokens * self.bytes_per_token, "flops": self.flops,
         }  # fmt: skip
 
