@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.checkpoint.layout import FORGOTTEN, stored_argument
 from megatron_prune.errors import CheckpointError
 
 # Restored by Megatron's load_args_from_checkpoint or derived from what it restores.
@@ -86,10 +86,23 @@ def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping
 
 
 @cache
+def known() -> dict[str, Any]:
+    """Every argument of Megatron's model, with its parser default."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("megatron_arguments.json").read_text())
+    return found
+
+
+@cache
 def compared() -> dict[str, Any]:
     """The model arguments that must have their default, and that default."""
-    known = json.loads(Path(__file__).with_name("megatron_arguments.json").read_text())
-    return {name: default for name, default in known.items() if not _excused(name)}
+    return {name: default for name, default in known().items() if not _excused(name)}
+
+
+def restored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say what the model of ``stored`` computes: as stored, or else Megatron's default."""
+    found = {name: known()[name] for name in (*compared(), *sorted(_RESTORED)) if name in known()}
+    said = {name: stored_argument(stored, name) for name in (*found, *_RESTORED)}
+    return found | {name: value for name, value in said.items() if value is not None}
 
 
 def _excused(name: str) -> bool:

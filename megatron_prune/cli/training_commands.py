@@ -87,7 +87,7 @@ def learn_masks_parser() -> Parser:
         "learn-masks",
         "Trains a checkpoint together with masks on its layers, heads and channels, until the unmasked part has "
         "the requested size. Writes the weights and learned_masks.safetensors, which plan reads. Every flag of "
-        "pretrain works too.",
+        "pretrain but those of its objective works too.",
         verbs.LearnMasksSettings,
         mentioned=(
             (RUN, "--pretrained-checkpoint", "CKPT", "the parent, whose weights are trained too"),

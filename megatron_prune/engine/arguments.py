@@ -261,7 +261,7 @@ def _latest(root: Path) -> str | None:
 
 
 _CONVERTED = "--ckpt-convert-save"
-_FLAGS = ("--load", "--save", "--pretrained-checkpoint", "--shape-from", "--masks", _CONVERTED)
+_FLAGS = ("--load", "--save", "--pretrained-checkpoint", "--shape-from", "--teacher", "--masks", _CONVERTED)
 
 
 def refuse_unusable(verb: str, argv: Sequence[str]) -> None:

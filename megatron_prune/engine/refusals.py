@@ -31,7 +31,8 @@ _UNREAD = "nothing that runs here reads it, so it would have no effect"
 _CANNOT_RESUME = "its checkpoints are in a format that is not read here, so the run could not resume"
 # destination: the reason, for flags whose values other than the default would be accepted without effect
 _ELSEWHERE = {
-    "logits_load_dir": "the loss on these logits is in pretrain_gpt.py, so the run would train without it",
+    "logits_load_dir": "the loss on these logits is in pretrain_gpt.py, so the run would train without it; here, teach "
+    "writes a cache and pretrain --objective distill --teacher-cache reads it",
     "sft": "its data set is made by pretrain_gpt.py, so the run would train on plain text",
     "hybrid_context_parallel": "its batches are cut by pretrain_gpt.py's forward step",
     "inprocess_restart": "pretrain_gpt.py does it; here the launcher starts a failed run again",

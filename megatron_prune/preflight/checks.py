@@ -77,7 +77,7 @@ def all_findings(question: JobQuestion, rehearsal: Rehearsal) -> list[Finding]:
     found += data(question, args)
     found += start(question, rehearsal)
     if question.trains:
-        spent = cost.time(args, shape, question.cluster, question.mfu)
+        spent = cost.time(args, shape, question.cluster, question.mfu, _teacher(args))
         found.append(Finding(
             "time", "yes",
             f"{spent.step_seconds:.2f} s a step and {spent.gpu_hours:,.0f} GPU-hours for {spent.tokens / 1e9:,.2f}B "
@@ -224,7 +224,8 @@ def memory_of_ranks(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
     if args.use_torch_fsdp2:
         return Finding("memory", "not checked", "memory under FSDP is not estimated")
     if question.trains:
-        ranks = memory.training(args, shape, rehearsal.stages, rehearsal.microbatches)
+        parent = _teacher(args)
+        ranks = memory.training(args, shape, rehearsal.stages, rehearsal.microbatches, parent)
     else:
         ranks = memory.forward(args, shape, rehearsal.stages)
     totals = [rank.total + question.reserve for rank in ranks]
@@ -266,7 +267,16 @@ _REMEDIES = {
     "--recompute-modules mlp or full, or more tensor parallelism",
     "working": "more tensor parallelism, a shorter --seq-length or a smaller --micro-batch-size",
     "pruning": "another method, or fewer --modules at a time",
+    "teacher": "--teacher-cache, or more tensor or pipeline parallelism",
 }
+
+
+def _teacher(args: argparse.Namespace) -> ModelShape | None:
+    """The shape of the online teacher, if it is on this machine."""
+    from megatron_prune.checkpoint.reader import open_checkpoint
+
+    path = getattr(args, "teacher", None)
+    return None if path is None or not places.path(path).exists() else open_checkpoint(path).shape
 
 
 def memory_of_nodes(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
@@ -397,6 +407,21 @@ def start(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
             yield Finding("start", "no", str(error))
     if getattr(args, "masks", None):
         yield _masks(args)
+    if getattr(args, "teacher", None):
+        yield _taught(args)
+
+
+def _taught(args: argparse.Namespace) -> Finding:
+    from megatron_prune.training import teacher
+
+    if not places.path(args.teacher).exists():
+        return Finding("teacher", "not checked", f"{teacher.FLAG} {args.teacher} is not on this machine")
+    try:
+        found = teacher.arguments(args)
+    except MegatronPruneError as error:
+        return Finding("teacher", "no", str(error))
+    reason = f"{args.teacher}: {found.num_layers} layers of {found.hidden_size}, with the student's vocabulary"
+    return Finding("teacher", "yes", reason)
 
 
 def _masks(args: argparse.Namespace) -> Finding:

@@ -16,7 +16,8 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Time:
-    """``flops`` per step are the model's: dense GEMMs forward and backward, no recomputation."""
+    """``flops`` per step are the model's: dense GEMMs forward and backward, no recomputation; and an online teacher's
+    forward."""
 
     flops: float
     step_seconds: float
@@ -25,9 +26,12 @@ class Time:
     tokens: int
 
 
-def time(args: argparse.Namespace, shape: ModelShape, cluster: Cluster, mfu: float) -> Time:
+def time(
+    args: argparse.Namespace, shape: ModelShape, cluster: Cluster, mfu: float, teacher: ModelShape | None = None
+) -> Time:
     """Time of a training run that reaches ``mfu`` of the GPUs' dense bf16 FLOPs, with FP8 or without."""
-    flops = float(shape.training_flops(args.seq_length)) * args.global_batch_size
+    taught = 0 if teacher is None else teacher.forward_flops(args.seq_length)
+    flops = float(shape.training_flops(args.seq_length) + taught) * args.global_batch_size
     seconds = flops / (cluster.gpus * cluster.gpu.flops * mfu)
     steps = args.train_iters or math.ceil((args.train_samples or 0) / args.global_batch_size)
     tokens = steps * args.global_batch_size * args.seq_length

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from megatron_prune import methods, verbs
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight.dry_run import PipelineStage
@@ -44,6 +44,7 @@ class Memory:
     activations: int = 0  # kept from forward to backward, of all micro-batches in flight
     working: int = 0  # temporary tensors of one block's passes or of the loss
     pruning: int = 0  # the statistics of a pruning method
+    teacher: int = 0  # an online teacher: weights, a block's working tensors, what is kept of its outputs
 
     @property
     def total(self) -> int:
@@ -51,10 +52,15 @@ class Memory:
 
 
 def training(
-    args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage], microbatches: int
+    args: argparse.Namespace,
+    shape: ModelShape,
+    stages: Sequence[PipelineStage],
+    microbatches: int,
+    parent: ModelShape | None = None,
 ) -> list[Memory]:
-    """Memory of a training step, per stage."""
+    """Memory of a training step, per stage; ``parent``: the shape of the online teacher, if there is one."""
     found = []
+    taught = [0] * len(stages) if parent is None else teacher(args, parent, len(stages), microbatches)
     for number, stage in enumerate(stages):
         kept, once = activations(args, shape, stage, number, len(stages), microbatches)
         found.append(
@@ -68,8 +74,33 @@ def training(
                 + learned(args, shape, stage, _most_flying(args, stage, number, len(stages), microbatches)),
                 activations=kept,
                 working=once,
+                teacher=taught[number],
             )
         )
+    return found
+
+
+def teacher(args: argparse.Namespace, shape: ModelShape, stages: int, microbatches: int) -> list[int]:
+    """Bytes per rank of each stage that an online teacher takes (``training/teacher.py``).
+
+    Its weights in the model's type, what one of its blocks computes, on the last stage its logits for the micro-batch
+    whose loss is being computed, and on several stages the final hidden states of all micro-batches of a step.
+    """
+    t, e = args.tensor_model_parallel_size, args.params_dtype.itemsize
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    elements = [0] * stages
+    for weight in weights(shape):
+        at = 0 if weight.name.startswith("embedding.") else stages - 1
+        if weight.layer is not None:
+            at = weight.layer * stages // shape.num_layers
+        here = weight.numel // (1 if weight.tp_axis is None else t)
+        elements[at] += here
+        if shape.tied and stages > 1 and weight.name == "embedding.word_embeddings.weight":
+            elements[-1] += here
+    found = [e * each + int(tokens * _block(args, shape).full) for each in elements]
+    found[-1] += tokens * e * shape.padded_vocab_size // t
+    if stages > 1:
+        found[-1] += microbatches * tokens * e * shape.hidden_size // (t if args.sequence_parallel else 1)
     return found
 
 

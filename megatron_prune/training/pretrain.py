@@ -1,7 +1,8 @@
 """Megatron's own training loop on a range of a token stream, with an account.
 
 All of Megatron's flags work as in Megatron. Ours say which samples are trained on (``--stream-range`` and the other
-stream flags), where a from-scratch run takes its shape (``--shape-from``), and which zeros are held (``--masks``).
+stream flags), where a from-scratch run takes its shape (``--shape-from``), which zeros are held (``--masks``), and
+whether a teacher is learned from (``--objective``).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
-from megatron_prune.engine import optimizer_layout, runtime
+from megatron_prune.engine import from_checkpoint, optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError, UsageError
-from megatron_prune.training import batch_flags, lineage
+from megatron_prune.training import batch_flags, distillation, lineage
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
@@ -52,6 +53,7 @@ from megatron_prune.training.masked import (
     say_that_masks_know_the_start,
 )
 from megatron_prune.training.scheduled_batches import ScheduledBatches
+from megatron_prune.training.teacher import OnlineTeacher
 
 if TYPE_CHECKING:
     from megatron_prune.training.learned_masks import Learner
@@ -70,8 +72,9 @@ def run(args: argparse.Namespace, learner: Learner | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -> int:
+    objective = distillation.stated(args) if _speaks(args) else None
     if save is not None:
-        refuse_other_run(save, _identity(args))
+        refuse_other_run(save, _identity(args) | ({} if objective is None else {"objective": objective}))
     chosen = choose(args)
     if chosen is None:
         refuse_zeros_that_fill(args)
@@ -89,12 +92,15 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
         first = refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
     batches = ScheduledBatches(args, first, learner) if batch_flags.asked(args) else None
+    teacher = OnlineTeacher(args) if distillation.asked(args) else None
+    if args.rank == 0 and teacher is not None:
+        runtime.refuse_unfit_checkpoint(teacher.args, args.teacher, distillation.TEACHER)
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone
-    return _train(args, save, initial, chosen, unique, learner, batches)
+    return _train(args, save, initial, chosen, unique, learner, batches, objective, teacher)
 
 
 def complete(args: argparse.Namespace, argv: list[str]) -> None:
@@ -103,6 +109,7 @@ def complete(args: argparse.Namespace, argv: list[str]) -> None:
     if args.rank == 0:
         refuse_empty_parts(args)
     refuse_unfit_arguments(args)
+    distillation.complete_arguments(args, functools.partial(from_checkpoint.given, argv))
     begin_with_checkpoint(args)
     optimizer_layout.prepare(args)
     if args.save is not None and args.save_interval is None:
@@ -132,12 +139,17 @@ def _already_finished(args: argparse.Namespace, save: Path) -> bool:
     return found is not None and found.iteration == args.train_iters and (save / ACCOUNT).exists()
 
 
+def _speaks(args: argparse.Namespace) -> bool:
+    """Whether this rank refuses (the first) or keeps the account (the last)."""
+    return args.rank in (0, args.world_size - 1)
+
+
 def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     """Where the weights come from: the run's own checkpoint, a pretrained one, or nowhere."""
     from megatron_prune.checkpoint.tracker import find_iteration
 
     own = args.load is not None and storage.path(args.load).is_dir() and find_iteration(args.load) is not None
-    if args.rank not in (0, args.world_size - 1):  # who refuses, and who keeps the account
+    if not _speaks(args):
         return None
     flag, path = ("--load", args.load) if own else ("--pretrained-checkpoint", args.pretrained_checkpoint)
     if path is None:
@@ -160,6 +172,8 @@ def _train(
     unique: int,
     learner: Learner | None,
     batches: ScheduledBatches | None,
+    objective: dict[str, Any] | None,
+    teacher: OnlineTeacher | None,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
@@ -180,7 +194,11 @@ def _train(
         learner.attach(config, training)
     if batches is not None:
         batches.attach(training)
-    recorder = _OnFirstStep(args, save, initial, provider, zeros, unique)
+    step = forward_step
+    if teacher is not None:
+        teacher.attach(training)
+        step = distillation.Distillation(args, teacher).forward_step
+    recorder = _OnFirstStep(args, save, initial, provider, zeros, unique, objective)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
     training.print_rank_last = _on_the_screen_too(training.print_rank_last)
@@ -197,7 +215,7 @@ def _train(
 
     config.post_wrap_hooks += [keep, without_padding]
     with explain_failed_save(save):
-        pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
+        pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, step)
 
     if zeros is not None:
         zeros.audit("at the end")
@@ -260,9 +278,10 @@ class _OnFirstStep:
         provider: Provider,
         zeros: Any,
         unique: int,
+        objective: dict[str, Any] | None,
     ):
         self.args, self.save, self.initial, self.provider, self.zeros = args, save, initial, provider, zeros
-        self.unique = unique
+        self.unique, self.objective = unique, objective
         self.recorder: AccountRecorder | None = None
         self.last_step = 0
 
@@ -324,6 +343,8 @@ class _OnFirstStep:
             start=start,
             stream=train.stream.describe() if train is not None else None,
             **_identity(args),
+            objective=self.objective or {},
+            flops_teacher=distillation.teacher_flops(args),
             micro_batch_size=args.micro_batch_size,
             parameters=shape.parameters(),
             flops_executed=shape.training_flops(args.seq_length) * samples,

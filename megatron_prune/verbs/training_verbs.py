@@ -72,7 +72,35 @@ class BatchScheduleSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(BatchScheduleSettings, MasksSettings, StreamSettings):
+class DistillationSettings(Settings):
+    """``training/distillation.py``"""
+
+    TITLE = "objective"
+
+    objective: str = setting(
+        "lm", choices=("lm", "distill"), help="learn from the text alone, or from a teacher's probabilities as well"
+    )
+    teacher: str | None = setting(
+        None, metavar="CKPT", help="with distill: the teacher, run in the same job; usually the unpruned parent"
+    )
+    distill_alpha: str = setting(
+        "1", metavar="A[:B]", help="share of T² · KL in the loss, of which cross entropy has the rest; or from A to B"
+    )
+    distill_temperature: str = setting(
+        "1", metavar="T[:U]", help="temperature T of both distributions; or from T to U over the run"
+    )
+    distill_kl: str = setting(
+        "forward", choices=("forward", "reverse"), help="KL(teacher ‖ student), or KL(student ‖ teacher)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(BatchScheduleSettings, MasksSettings, StreamSettings):
+    """Of every training run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(DistillationSettings, RunSettings):
     """``pretrain``; everything else is Megatron's."""
 
 
@@ -92,7 +120,7 @@ class TeachSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnMasksSettings(PretrainSettings, TargetSettings, LearningSettings):
+class LearnMasksSettings(RunSettings, TargetSettings, LearningSettings):
     """``learn-masks``; everything else is Megatron's."""
 
 

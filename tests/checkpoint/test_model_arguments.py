@@ -117,3 +117,13 @@ def test_by_hand_it_must_be_given_as_it_is_stored(tmp_path, job, tiny_corpus):
     assert refused.returncode == 2 and "softmax_type='off-by-one'" in refused.output, refused.output[-2000:]
     assert not (tmp_path / "scores.json").exists()
     job([*words, "--use-checkpoint-args", "--softmax-type", "off-by-one", "--output", tmp_path / "scores.json"]).ok()
+
+
+def test_a_models_arguments_are_as_stored_or_megatrons_default():
+    """So a second model can be built from the arguments of a first one, which may have other values."""
+    stored = {"window_size": (8, 0), "rotary_base": 700, "bias_gelu_fusion": False, "apply_layernorm_1p": True, "lr": 1}
+    found = model_arguments.restored(stored)
+    assert found["window_size"] == (8, 0) and found["rotary_base"] == 700 and found["bias_gelu_fusion"] is False
+    assert found["layernorm_zero_centered_gamma"] is True  # stored under its earlier name
+    assert found["qk_layernorm"] is False and found["swiglu"] is False and "lr" not in found
+    assert set(found) >= set(compared())

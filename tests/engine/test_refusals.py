@@ -103,6 +103,24 @@ def test_what_has_its_effect_or_is_the_default_passes(parser, argv):
     refusals.refuse_without_effect(parser, parser.parse_args(argv), argv)
 
 
+# Of Megatron's own distillation: its library writes the caches, and only pretrain_gpt.py's loss reads them.
+WRITTEN = {"logits_save_dir", "logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dtype"}
+READ_BY_PRETRAIN_GPT = {
+    "logits_load_dir", "logits_load_kd_loss_alpha", "logits_load_decode_threads", "logits_load_prefetch_factor",
+    "logits_load_msc_prefetch_depth", "logits_load_ignore_errors",
+}  # fmt: skip
+
+
+def test_every_flag_of_megatrons_distillation_is_honoured_or_refused(parser):
+    """If this fails, Megatron has a new one: find what reads it."""
+    (group,) = [group for group in parser._action_groups if group.title == "Logits Distillation"]
+    assert {action.dest for action in group._group_actions} == WRITTEN | READ_BY_PRETRAIN_GPT
+    refused = {action.dest for action, _ in refusals._refused(parser)}
+    assert refused >= READ_BY_PRETRAIN_GPT and not refused & WRITTEN
+    argv = ["--logits-save-dir", "logits", "--logits-save-top-k", "4", "--logits-save-dtype", "fp32"]
+    refusals.refuse_without_effect(parser, parser.parse_args(argv), argv)
+
+
 def test_a_run_that_would_not_distill_ends_before_it_starts(job, tmp_path):
     from tests.training.small import MODEL
 

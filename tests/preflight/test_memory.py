@@ -262,3 +262,30 @@ def test_learned_masks_are_counted_on_the_rank_that_has_them(tensor: int, layers
     stage = PipelineStage(layers, 0, 0, 0, (layers,), {})
     assert memory.learned(args, LLAMA, stage, 2) == 11 * 4 * (layers * 14336 // tensor + 4096)
     assert memory.learned(argparse.Namespace(**verbs.PretrainSettings().to_json()), LLAMA, stage, 2) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_teacher_is_its_weights_a_block_its_logits_and_hidden_states(tied: bool) -> None:
+    """By hand: LLAMA at TP 2 in bf16, sequences of 8192; all of it on one stage, or over four."""
+    shape, args = dataclasses.replace(LLAMA, tied=tied), arguments()
+    block = 2 * 8192 * memory._block(args, shape).full / 2
+    logits = 8192 * 2 * 128256 // 2
+    norms = 65 * 4096  # on every rank
+    split = (shape.parameters() - norms) // 2
+    [one] = memory.teacher(args, shape, 1, 16)
+    assert one == 2 * (split + norms) + block + logits
+    four = memory.teacher(args, shape, 4, 16)
+    hidden = 16 * 8192 * 2 * 4096 // 2  # of 16 micro-batches, divided by sequence parallelism
+    copy = 2 * 128256 * 4096 // 2 if tied else 0
+    assert sum(four) == one + 3 * block + hidden + copy
+    assert four[1] == four[2] < four[0] < four[3]
+    stage = whole(2)
+    with_teacher, without = (memory.training(args, LLAMA, [stage], 16, parent)[0] for parent in (shape, None))
+    assert with_teacher.total - without.total == one and without.teacher == 0
+
+
+def test_a_teachers_forward_pass_takes_a_third_of_training_it() -> None:
+    cluster = Cluster(64)
+    alone, taught = (cost.time(arguments(), LLAMA, cluster, 0.4, parent) for parent in (None, LLAMA))
+    assert taught.flops / alone.flops == pytest.approx(4 / 3)
+    assert taught.gpu_hours / alone.gpu_hours == pytest.approx(4 / 3)
