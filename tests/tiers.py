@@ -25,7 +25,9 @@ RANKS = {"job", "distributed"}  # fixtures that start ranks
 SHARED = (
     "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/study/report/test_findings.py",
     "tests/study/report/test_page.py", "tests/study/report/test_browser.py", "tests/masks/test_layouts.py",
-    "tests/storage/",
+    "tests/storage/", "tests/fuzz/", "tests/study/test_contrasts.py", "tests/study/report/test_headlines.py",
+    "tests/preflight/test_verdicts.py", "tests/llama31/test_launch.py", "tests/llama31/test_studies.py",
+    "tests/cli/test_wrong_inputs.py", "tests/engine/test_installed.py",
 )  # fmt: skip
 _HERTZ = os.sysconf("SC_CLK_TCK")
 

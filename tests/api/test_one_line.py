@@ -53,7 +53,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         ("wanda", {"pattern": "2:4"}, 1, 0),
         pytest.param("minitron-width", WIDTH, 2, 0, marks=pytest.mark.slow),
         pytest.param("shortgpt", {"ratio": 0.5}, 1, 512, marks=pytest.mark.slow),
-        ("sparsegpt", {"ratio": 0.5}, 2, 256),
+        pytest.param("sparsegpt", {"ratio": 0.5}, 2, 256, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_the_verbs_by_hand(

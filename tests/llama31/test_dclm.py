@@ -41,6 +41,7 @@ def dclm(tmp_path, tiny_tokenizer):
     return run
 
 
+@pytest.mark.slow
 def test_from_download_to_stream(dclm, tmp_path) -> None:
     out: Path = tmp_path / "out"
     assert "2 shards: tokenize 0 to 1" in dclm("shards").stdout

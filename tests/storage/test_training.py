@@ -154,6 +154,7 @@ def test_masks_go_along_and_are_found_again(tiny_pruned, tiny_corpus, disk, tmp_
     assert refused.returncode == 2 and "masks.json" in refused.output and "Traceback" not in refused.output
 
 
+@pytest.mark.slow
 def test_random_masks_are_written_by_all_ranks(tiny_pruned, tiny_corpus, s3, tmp_path, job):
     pruned = tiny_pruned("unstructured")
     hashes = []
@@ -164,6 +165,7 @@ def test_random_masks_are_written_by_all_ranks(tiny_pruned, tiny_corpus, s3, tmp
     assert hashes[0] == hashes[1] != open_masks(pruned.masks).hash
 
 
+@pytest.mark.slow
 def test_masks_are_learned_in_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job):
     """Stopped and resumed from the shards there, on two ranks: the masks of the run on a disk."""
     words = ["--use-checkpoint-args", "--pretrained-checkpoint", tiny_parent, "--target-hidden-size", 64,

@@ -250,6 +250,7 @@ def test_the_applied_model_computes_what_the_masked_one_did(
     assert (masked[..., :379] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_expected_sizes_reach_their_target(tiny_parent, tiny_corpus, tmp_path, job):
     """Within a hundredth, after 160 steps; the masks then remove the target."""
     save, target = tmp_path / "run", {"target-hidden-size": 64, "target-ffn-hidden-size": 96, "divisible-by": 4}

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_prune.checkpoint.reshard import reshard
 from megatron_prune.data.blend import members, parse_blend, samples_per_epoch
@@ -27,6 +28,7 @@ STEPS = 6
 RANGE = "64:112"
 
 
+@pytest.mark.slow
 def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus, tmp_path):
     """DP=2 with accumulation, bf16, everything overlapped; then TP=2 and PP=2 from its save."""
     pruned, save = tiny_pruned("unstructured"), tmp_path / "run"
