@@ -82,7 +82,7 @@ def prepare_megatron() -> None:
 
     tp_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    if not isinstance(training.initialize_megatron, functools.partial):
+    if not getattr(training.initialize_megatron, "is_guarded", False):  # network.guard comes after this
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # nothing is compiled, nothing to warm up
     _keep_write_results_in_process()

@@ -9,9 +9,9 @@ without a GPU, ``engine/launch.py`` therefore starts this server once and sends 
 * The fork server has one thread, no process group and no Megatron globals, and has run no tensor operation. A
   fork of it is therefore like a new interpreter with the imports done. It exits when the control socket closes,
   that is, when its caller is gone, however the caller ended.
-* A supervisor does what torchrun's agent does. It hosts the rendezvous store (so that no port is ever chosen
-  twice), waits for its ranks, and ends all of them when one fails, or when the caller hangs up or is gone. Ranks
-  die with their supervisor.
+* A supervisor does what torchrun's agent does. It gives its ranks a file to meet in (``engine/network.py``), waits
+  for them, and ends all of them when one fails, or when the caller hangs up or is gone. Ranks die with their
+  supervisor.
 
 Why not ``multiprocessing``'s forkserver: its children hold the pipe by whose end the server learns that its caller is
 gone, so when a caller is killed, server and ranks run on. It also imports the caller's main module again in each
@@ -33,14 +33,14 @@ import socket
 import struct
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_prune import screen
+from megatron_prune.engine import network
 from megatron_prune.errors import EXIT_REFUSED
 
 READY, GPU = b"R", b"G"
-LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.01
 # Everything that a training run imports, found by comparing sys.modules; our own modules load in milliseconds.
@@ -131,8 +131,8 @@ def _run_and_exit(run: Callable[[], int]) -> NoReturn:
         code = run()
     except SystemExit as exiting:
         code = _exit_code(exiting)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        screen.print_traceback(type(error), error, error.__traceback__)
     with contextlib.suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
@@ -164,30 +164,22 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
             os.close(descriptor)
     nproc = request["nproc"]
     me = os.getpid()
-    starts: list[int] = []
+    meeting = network.anonymous_file()
     ranks: dict[int, int] = {}
     for rank in range(nproc):
-        start_read, start_write = os.pipe()
         child = os.fork()
         if child == 0:
             connection.close()
-            for descriptor in (start_write, *starts):
-                os.close(descriptor)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setpgid(0, 0)
             die_with(me, signal.SIGKILL)
-            _run_and_exit(functools.partial(_rank, request, rank, start_read))
-        os.setpgid(child, child)
-        os.close(start_read)
-        starts.append(start_write)
+            _run_and_exit(functools.partial(_rank, request, rank, meeting))
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has ended by now
+            os.setpgid(child, child)
         ranks[child] = rank
     pids = list(ranks)
     code = -signal.SIGTERM
     try:
-        store = _local_store()  # only now, since the store has a thread and threads do not survive a fork
-        for start_write in starts:
-            os.write(start_write, struct.pack("<H", store.port))
-            os.close(start_write)
         send(connection, {"supervisor": me, "ranks": pids})
         code = _watch(connection, ranks)
     finally:
@@ -198,15 +190,6 @@ def _supervise(connection: socket.socket, out: int, err: int) -> NoReturn:
     with contextlib.suppress(OSError):
         send(connection, {"returncode": code})
     os._exit(0)  # exit handlers that the imports registered are for the ranks
-
-
-def _local_store() -> Any:
-    """A rendezvous store that only this machine reaches; by itself, torch's listens on every address."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
-
-    listening = socket.create_server((LOOPBACK, 0), backlog=128)
-    port = listening.getsockname()[1]
-    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _watch(connection: socket.socket, ranks: dict[int, int]) -> int:
@@ -253,12 +236,8 @@ def _kill_groups(pids: list[int]) -> None:
 # --------------------------------------------------------------------------- rank
 
 
-def _rank(request: dict[str, Any], rank: int, start: int) -> int:
+def _rank(request: dict[str, Any], rank: int, meeting: int) -> int:
     """Become rank ``rank`` of the job: environment, directory and arguments as torchrun would give."""
-    port_bytes = os.read(start, 2)
-    os.close(start)
-    if len(port_bytes) < 2:
-        return 1
     nproc = request["nproc"]
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -268,15 +247,14 @@ def _rank(request: dict[str, Any], rank: int, start: int) -> int:
         GROUP_RANK="0",
         WORLD_SIZE=str(nproc),
         LOCAL_WORLD_SIZE=str(nproc),
-        MASTER_ADDR=LOOPBACK,
-        MASTER_PORT=str(struct.unpack("<H", port_bytes)[0]),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the supervisor's store; no rank opens a port
+        MASTER_ADDR=network.LOOPBACK,  # for libraries that ask; the ranks do not meet there
+        MASTER_PORT="0",
         TORCHELASTIC_RESTART_COUNT="0",
         TORCHELASTIC_MAX_RESTARTS="0",
         TORCHELASTIC_RUN_ID="none",
     )
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    network.use_loopback()
+    network.meet_in(meeting)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if nproc > 1 else str(len(os.sched_getaffinity(0))))
     os.chdir(request["directory"])
     sys.argv = list(request["argv"])

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_prune import screen
-from megatron_prune.engine import fork_server
+from megatron_prune.engine import fork_server, network
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
@@ -138,7 +138,7 @@ class _ForkedJob(Job):
 
 class _TorchrunJob(Job):
     def __init__(self, argv: list[str], nproc: int, out: int, err: int, env: Mapping[str, str] | None):
-        command = [sys.executable, "-m", __name__, str(os.getpid()), "--standalone"]
+        command = [sys.executable, "-m", __name__, str(os.getpid())]
         command += ["--nproc-per-node", str(nproc), "-m", "megatron_prune", *argv]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
@@ -279,11 +279,10 @@ def _be_torchrun() -> None:
     orphaned ranks would hold their GPUs for hours. On SIGTERM torchrun ends its ranks, after its own grace period.
     """
     fork_server.die_with(int(sys.argv.pop(1)), signal.SIGTERM)
-    if "lo" in (name for _, name in socket.if_nameindex()):  # all ranks are on this machine
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from torch.distributed import run  # takes seconds: the caller may have exited by then
 
-    run.main()
+    store = network.store_of_this_machine()
+    run.main(["--master-addr", store.host, "--master-port", str(store.port), *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import cpu, from_checkpoint, patches, safe_loading
+from megatron_prune.engine import cpu, from_checkpoint, network, patches, safe_loading
 from megatron_prune.engine.arguments import Complete, parse
 from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
@@ -42,9 +42,11 @@ def start(
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
-    import megatron.training  # noqa: F401
+    import megatron.training
 
+    network.make_private()
     cpu.prepare_megatron()
+    network.guard(megatron.training.training)
     patches.apply()
     safe_loading.install()
     args = parse(verb, words, own, complete=complete)

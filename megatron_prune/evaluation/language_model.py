@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_prune import screen
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import forward
+from megatron_prune.engine import forward, network
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.evaluation import generation
 from megatron_prune.evaluation.generation import GenerationRequest
@@ -115,6 +115,7 @@ class RanksModel:
         self._tokenizer = functools.cache(tokenizer)
         # NCCL would time out while rank 0 is busy; the messages need no GPU.
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        network.refuse_strangers()
 
     def score(self, requests: Sequence[LikelihoodRequest]) -> list[tuple[float, bool]]:
         """On rank 0: log-likelihood of each request's targets, and whether each target was the likeliest token."""

@@ -21,6 +21,7 @@ import torch
 
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.checkpoint.parallel import keep_freed_memory
+from megatron_prune.engine import network
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import write_single
 from megatron_prune.methods.base import Sparsity, WeightMethod
@@ -65,6 +66,7 @@ def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int
 def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first rank's value, on all ranks. When it arrives, the scratch folder is open."""
     torch.distributed.init_process_group("gloo")
+    network.refuse_strangers()
     held = [done]
     torch.distributed.broadcast_object_list(held, src=0)
     torch.distributed.barrier()  # a first rank without work might otherwise return before the others have the value
