@@ -145,6 +145,7 @@ def console() -> int:
         for one in SIGNALS:
             if signal.getsignal(one) != signal.SIG_IGN:  # nohup
                 signal.signal(one, _end)
+    sys.excepthook = screen.print_traceback
     try:
         code = main()
         sys.stdout.flush()

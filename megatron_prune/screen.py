@@ -16,9 +16,11 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -79,13 +81,30 @@ class Printable:
 
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
-    """Escape control characters in all that Python prints on standard output in the block."""
-    kept = sys.stdout
-    sys.stdout = Printable(kept)
+    """Escape control characters in all that Python prints on standard output in the block, in warnings, and in what
+    libraries log. Standard error itself stays as it is: their bars of progress move the cursor."""
+    kept = sys.stdout, warnings.formatwarning, logging.getLogRecordFactory()
+
+    def escaped(*what: Any, **named: Any) -> str:
+        return printable(kept[1](*what, **named))
+
+    sys.stdout, warnings.formatwarning = Printable(kept[0]), escaped
+    logging.setLogRecordFactory(_PrintableRecord)
     try:
         yield
     finally:
-        sys.stdout = kept
+        sys.stdout, warnings.formatwarning, factory = kept
+        logging.setLogRecordFactory(factory)
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody handles, escaped: its message may hold a name from a file."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 _verb: str | None = None  # inside `quiet`
@@ -156,7 +175,7 @@ def quiet(verb: str, words: list[str]) -> Iterator[list[str]]:
         if leaving.code and (log := restore()) is not None:
             with contextlib.suppress(OSError):
                 lines = log.read_text(errors="replace").splitlines()
-                print(f"the end of {log}:", *lines[-1:], sep="\n", file=sys.stderr, flush=True)
+                print(f"the end of {log}:", *map(printable, lines[-1:]), sep="\n", file=sys.stderr, flush=True)
         raise
     except BaseException as error:
         from megatron_prune.errors import MegatronPruneError
@@ -176,7 +195,7 @@ def divert() -> None:
         return
     try:
         log = _new_log(_verb)
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError:
         return  # no space for a log: keep everything on the screen
     _flush()
@@ -244,7 +263,8 @@ def _folder() -> Path:
         return folder
     folder = Path(tempfile.gettempdir()) / f"megatron-prune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # another user's folder in a shared directory
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or stat.S_ISLNK(found.st_mode):  # another user's, in a shared directory
         return Path(tempfile.mkdtemp(prefix="megatron-prune-"))
     return folder
 

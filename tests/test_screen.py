@@ -128,6 +128,19 @@ def test_in_a_slurm_job_logs_are_where_it_was_submitted(monkeypatch: pytest.Monk
     assert screen._folder() == tmp_path / "megatron-prune-logs"
 
 
+def test_logs_do_not_follow_a_link_that_another_user_could_have_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the folder for temporary files anybody can make a link to a folder of this user."""
+    for name in (screen.LOGS_VARIABLE, "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / f"megatron-prune-{os.getuid()}").symlink_to("precious")
+    monkeypatch.setattr(screen.tempfile, "tempdir", str(tmp_path))
+    found = screen._folder()
+    assert found.resolve() == found and found.parent == tmp_path and found.name != "precious"
+
+
 # -- progress ---------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
 
+from megatron_prune import screen
 from megatron_prune.checkpoint.index import Box, Piece, covers
 from megatron_prune.checkpoint.pickle_limits import DEEPEST, refuse_absurd
 from megatron_prune.errors import MegatronPruneError
@@ -251,6 +253,37 @@ def test_only_a_terminal_gets_colours(terminal: bool, colour: str) -> None:
     stream = Stream()
     print("\x1b[1mbold\x1b[2J", file=Printable(stream))  # type: ignore[arg-type]
     assert stream.getvalue() == f"{colour}bold\\x1b[2J\n"
+
+
+LIBRARY = r"""
+import logging, sys, warnings
+from megatron_prune import screen
+bad = "no\x1b[2Jwhere\x07"
+with screen.escaping():
+    logger = logging.getLogger("with_a_handler")
+    logger.addHandler(logging.StreamHandler())
+    logger.warning("%s is odd", bad)
+    logging.getLogger("without").error(f"{bad} is wrong")
+    warnings.warn(bad)
+    print(bad)
+logging.getLogger("without").error(bad)
+"""
+
+
+def test_what_libraries_say_is_escaped() -> None:
+    """Their warnings and their loggers, both those that have a handler and those that have none."""
+    said = subprocess.run([sys.executable, "-c", LIBRARY], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, check=True)
+    assert said.stdout.count(rb"no\x1b[2Jwhere\x07") == 4
+    assert said.stdout.endswith(b"no\x1b[2Jwhere\x07\n") and said.stdout.count(b"\x1b") == 1  # Python's own, afterwards
+
+
+def test_the_traceback_of_a_bug_is_escaped(capsys: Any) -> None:
+    try:
+        raise ValueError("no\x1b[2Jwhere")
+    except ValueError as error:
+        screen.print_traceback(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "ValueError: no\\x1b[2Jwhere\n" in said and "\x1b" not in said
 
 
 def test_a_bad_name_is_escaped_in_every_error(capsys: Any) -> None:
