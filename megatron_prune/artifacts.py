@@ -20,9 +20,9 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_prune import storage
 from megatron_prune.claims import claim
@@ -125,22 +125,27 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
-def refuse_unwritable(flag: str, path: str | Path) -> None:
-    """Raise UsageError, naming ``flag``, if the file ``path`` could not be written. For a verb that works for hours
-    before it writes."""
+def refuse_unwritable(
+    flag: str, path: str | Path, *, kind: Literal["file", "directory"] = "file", appended: bool = False
+) -> None:
+    """Raise UsageError, naming ``flag``, if ``path`` could not be written, or ``appended`` to. For a verb that works
+    for hours before it writes."""
     where = storage.path(path)
     if storage.is_stored(where):
         return
     try:
-        if where.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if where.exists() and where.is_dir() != (kind == "directory"):
+            number = errno.EISDIR if kind == "file" else errno.ENOTDIR
+            raise OSError(number, os.strerror(number))
         folder = next(parent for parent in where.absolute().parents if os.path.lexists(parent))
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PARTIAL)
         os.close(descriptor)
         os.unlink(temporary)
+        if appended and where.exists():
+            os.close(os.open(where, os.O_WRONLY | os.O_APPEND))
     except OSError as error:
         raise UsageError(
-            flag, got=path, expected="a file that can be written", why=explain(error, path, "written")
+            flag, got=path, expected=f"a {kind} that can be written", why=explain(error, path, "written")
         ) from error
 
 
@@ -150,14 +155,9 @@ TRIES, BETWEEN_TRIES = 4, 10.0  # of writing results, and seconds: a network fil
 def write_results(path: str | Path, payload: bytes) -> None:
     """``write_bytes`` for results that took long: if it fails, it is tried again, and in the end they are written to
     the folder for temporary files. Raises MegatronPruneError, which says where they are."""
-    for number in range(TRIES):
-        try:
-            write_bytes(path, payload)
-            return
-        except (OSError, StorageError) as error:
-            failed: Exception = error
-            if number < TRIES - 1:
-                time.sleep(BETWEEN_TRIES)
+    failed = failure(lambda: write_bytes(path, payload))
+    if failed is None:
+        return
     why = explain(failed, path, "written")
     try:
         folder = Path(tempfile.mkdtemp(prefix="megatron-prune-"))
@@ -166,6 +166,19 @@ def write_results(path: str | Path, payload: bytes) -> None:
         lost = explain(error, tempfile.gettempdir(), "written")
         raise MegatronPruneError(f"{why}; the results are lost: {lost}") from error
     raise MegatronPruneError(f"{why}; the results are in {folder / Path(path).name}") from failed
+
+
+def failure(write: Callable[[], None]) -> OSError | StorageError | None:
+    """Call ``write``, ``TRIES`` times if the disk or the store refuses; what it refused the last time, if it did."""
+    for number in range(TRIES):
+        try:
+            write()
+            return None
+        except (OSError, StorageError) as error:
+            failed = error
+            if number < TRIES - 1:
+                time.sleep(BETWEEN_TRIES)
+    return failed
 
 
 def copy_directory(source: Path, target: Path, *, last: str = "") -> None:

@@ -117,10 +117,11 @@ _REMEDIES = {
     errno.EIO: "the disk or the network file system failed: try again, and look at the system's log",
     errno.ESTALE: "the network file system lost the file: try again",
     errno.ENOENT: "it may have been moved or deleted meanwhile: check the path",
+    errno.EEXIST: "something else has this name: choose another place",
     errno.ENOTDIR: "a part of the path is a file: check the path",
     errno.EISDIR: "it is a directory: name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle",
+    errno.ELOOP: "it is a link where none is followed, or its links lead in a circle",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
@@ -229,8 +230,22 @@ def check[T](schema: type[T], value: Any, origin: str, kind: type[MegatronPruneE
         message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         got = "nothing" if first["type"] == "missing" else show(first["input"])
         expected = "this key" if first["type"] == "missing" else message
+        if first["type"] in ("too_long", "too_short"):
+            most = first["ctx"].get("max_length")
+            expected = f"at least {first['ctx']['min_length']} values" if most is None else f"at most {most} values"
         raise kind(f"{origin} is damaged: {place + ': ' if place else ''}expected {expected}, got {got}") from error
     return value  # type: ignore[no-any-return]
+
+
+class Keys(dict[str, Any]):
+    """The content of a file: a key that it lacks is an error of type ``kind``, in one line with the file's name."""
+
+    def __init__(self, content: Mapping[str, Any], origin: str, kind: type[MegatronPruneError]) -> None:
+        super().__init__(content)
+        self._origin, self._kind = origin, kind
+
+    def __missing__(self, key: str) -> Any:
+        raise self._kind(f"{self._origin} is damaged: {show_text(key)}: expected this key, got nothing")
 
 
 # -- messages ---------------------------------------------------------------------------------------

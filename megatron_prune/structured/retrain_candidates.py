@@ -23,7 +23,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -33,6 +32,7 @@ from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Candidate, Question, loss_text
 from megatron_prune.structured.statistics import Retrained, Statistics
+from megatron_prune.training.account import read_account
 
 OWN = ("--load", "--save", "--pretrained-checkpoint", "--use-checkpoint-args", "--shape-from", "--masks")
 PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
@@ -46,6 +46,8 @@ def retrain_candidates(
     ``shared`` are flags for pretrain and calibrate, ``pretrain`` flags for pretrain alone. ``say`` gets a line for each
     candidate before and after its training or, with ``asked.commands``, the commands to run.
     """
+    if not asked.commands:
+        artifacts.refuse_unwritable("--output" if asked.output else "--statistics", asked.output or asked.statistics)
     question, of = candidates.read(asked.candidates)
     found = statistics_file.read(asked.statistics)
     chosen = _asked(question, of, found, asked)
@@ -237,7 +239,7 @@ class _Trial:
             if not done():
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                 raise RunError(f"{name} of {self.candidate.label} ended with {code}. The end of {log}:\n{tail}")
-        account = artifacts.read_json(self.retrained / "account.json")
+        account = read_account(self.retrained / "account.json")
         if self._diverged:
             return Retrained(math.inf, account["tokens"], account["flops_executed"], self.recipe.id)
         after = statistics_file.read(self.statistics)
@@ -247,7 +249,7 @@ class _Trial:
     @property
     def _diverged(self) -> bool:
         """True if the training ended with a loss that is not finite: such a model has no statistics."""
-        return self._is_trained() and artifacts.read_json(self.retrained / "account.json")["final_loss"] is None
+        return self._is_trained() and read_account(self.retrained / "account.json")["final_loss"] is None
 
     def _is_applied(self) -> bool:
         return self.pruned.is_dir() and open_checkpoint(self.pruned).pruning[-1].get("plan") == self.plan.hash
@@ -256,7 +258,7 @@ class _Trial:
         path = self.retrained / "account.json"
         if not path.is_file():
             return False
-        account: dict[str, Any] = artifacts.read_json(path)
+        account = read_account(path)
         wanted = (True, list(self.recipe.samples), self.recipe.tokens)
         return (account["complete"], account["range"], account["tokens"]) == wanted
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -27,21 +27,74 @@ from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.data.schedule import FILE, Schedule
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ALLOWED
+from megatron_prune.training.account import COLUMNS, read_account
+from megatron_prune.untrusted import Keys, check, reason
 
 WEIGHTS = ("fingerprint", "full_hash")
 TWICE = ("seed", "global_batch_size", "micro_batch_size", "seq_length")  # in an account and among its arguments
 CLOSE = 1e-6  # nats per window between two runs; different seeds differ by thousands of times as much
 
 
+class _Corpus(TypedDict):
+    windows: int
+    loss: float
+    seq_length: NotRequired[int]
+    fingerprint: NotRequired[str]
+    window_losses: NotRequired[list[float]]
+
+
+class _Metric(TypedDict):
+    value: float
+
+
+class _TaskResult(TypedDict):
+    metrics: dict[str, _Metric]
+    samples: int
+
+
+class _Questions(TypedDict):
+    fingerprint: str
+    scores: dict[str, list[float]]
+
+
+class _Answers(TypedDict):
+    results: dict[str, _TaskResult]
+    questions: dict[str, _Questions]
+
+
+class _Scored(TypedDict, total=False):
+    fingerprint: str
+    full_hash: str
+
+
+class _ScoresFile(TypedDict, total=False):
+    checkpoint: _Scored
+    corpora: dict[str, _Corpus]
+    tasks: _Answers
+    parameters: int
+    parameters_nonzero: int
+    masks: str | None
+    versions: dict[str, str]
+    device: dict[str, Any]
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The content of a ``scores.json``. AccountError, with file and key, for a value of another type; the same for a
+    key that is looked up and is not there."""
+    return Keys(check(_ScoresFile, artifacts.read_json(path), str(path), AccountError), str(path), AccountError)
+
+
 def check_account(path: Path) -> None:
     """AccountError if a complete account contradicts itself or the losses next to it."""
-    account = artifacts.read_json(path)
+    account = read_account(path)
     for name in TWICE:
         given = account["arguments"].get(name)
         if given not in (None, account[name]):
             raise AccountError(
                 f"{path}: {name}: expected {given}, as in its arguments, got {account[name]}; restore the file"
             )
+    if account["range"] is None:
+        raise AccountError(f"{path}: range: expected the first and the last sample, got none: the run read no stream")
     first, end = account["range"]
     samples, length = account["steps"] * account["global_batch_size"], account["seq_length"]
     for name, found, follows in (
@@ -55,9 +108,11 @@ def check_account(path: Path) -> None:
             )
     _check_schedule(path, account)
     losses = path.parent / "losses.csv"
-    rows = _rows(losses)
-    expected = [(step, step * account["global_batch_size"]) for step in range(1, account["steps"] + 1)]
-    if [(int(row["step"]), int(row["samples"])) for row in rows] != expected:
+    rows = read_losses(losses)
+    batch = account["global_batch_size"]
+    if len(rows) != account["steps"] or any(
+        (row["step"], row["samples"]) != (str(step), str(step * batch)) for step, row in enumerate(rows, 1)
+    ):
         raise AccountError(
             f"{losses}: expected a row for each of the {account['steps']} steps of {path.name}, got {len(rows)} rows"
         )
@@ -85,7 +140,7 @@ def _check_schedule(path: Path, account: Mapping[str, Any]) -> None:
 
 def check_scores(path: Path, corpora: Sequence[str]) -> None:
     """AccountError if a loss is not the mean of its windows, or a task's result not that of its questions."""
-    scores = artifacts.read_json(path)
+    scores = read_scores(path)
     for name in corpora:
         corpus = scores["corpora"][name]
         windows = corpus.get("window_losses") or []
@@ -104,7 +159,7 @@ def check_scores(path: Path, corpora: Sequence[str]) -> None:
     for name, questions in tasks.get("questions", {}).items():
         result = tasks["results"][name]
         for metric, own in questions["scores"].items():
-            mean, value = sum(own) / len(own), result["metrics"][metric]["value"]
+            mean, value = sum(own) / max(len(own), 1), result["metrics"][metric]["value"]
             if len(own) != result["samples"] or not math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
                 raise AccountError(
                     f"{path}: {metric} of {name} is {value} on {result['samples']} questions, the mean of its "
@@ -115,9 +170,9 @@ def check_scores(path: Path, corpora: Sequence[str]) -> None:
 def check_weights(scores: Path, account: Path | None, checkpoint: Path) -> None:
     """AccountError if scores are not for the weights that training saved (``account``; None if nothing was trained), or
     not for those on disk (if ``retention`` kept any)."""
-    scored = artifacts.read_json(scores).get("checkpoint", {})
+    scored = read_scores(scores).get("checkpoint", {})
     if account is not None:
-        saved = artifacts.read_json(account).get("final")
+        saved = read_account(account).get("final")
         if not saved:
             raise AccountError(
                 f"{account}: expected the fingerprint of the weights that were saved, got none: restore it, or train "
@@ -150,8 +205,8 @@ class TrainedRun:
     @staticmethod
     def read(cell: str, account: Path, scores: Path) -> TrainedRun:
         """Read a cell's files; ``losses.csv`` is next to the account."""
-        losses = tuple(row["loss"] for row in _rows(account.parent / "losses.csv"))
-        return TrainedRun(cell, artifacts.read_json(account), artifacts.read_json(scores), losses)
+        losses = tuple(row["loss"] for row in read_losses(account.parent / "losses.csv"))
+        return TrainedRun(cell, read_account(account), read_scores(scores), losses)
 
     @property
     def training(self) -> dict[str, Any]:
@@ -204,8 +259,17 @@ def _refuse_pair(one: TrainedRun, other: TrainedRun, what: str) -> None:
             )
 
 
-def _rows(losses: Path) -> list[dict[str, str]]:
+def read_losses(losses: Path) -> list[dict[str, str]]:
+    """The rows of a ``losses.csv``; AccountError if it is missing, or is no table of steps and losses."""
     if not losses.is_file():
         raise AccountError(f"{losses} is missing: expected the losses next to their account")
-    with open(losses, newline="") as handle:
-        return list(csv.DictReader(handle))
+    try:
+        with open(losses, newline="", encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+        for row in rows:
+            _ = int(row["step"]), int(row["samples"]), float(row["loss"])
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise AccountError(
+            f"{losses} is damaged: expected {','.join(COLUMNS[:3])} in every row: {reason(error)}; restore the file"
+        ) from error
+    return rows

@@ -13,22 +13,40 @@ that p values are corrected over.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError
 from megatron_prune.study import custody, jobs
-from megatron_prune.study.execution import Check, States
+from megatron_prune.study.execution import Check, States, read_cell
 from megatron_prune.study.grid import GROUP
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.outlook import Outlook, look
 from megatron_prune.study.prunings import Places, of_method, prunings
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.untrusted import check, explain, parse_json
+
+
+class _Line(TypedDict, total=False):
+    """A line of the ledger: what ``records`` makes of a cell, and ``line`` adds."""
+
+    cell: Required[str]
+    kind: str
+    seconds: dict[str, float]
+    about: dict[str, Any]
+    artifacts: dict[str, str]
+    validation_loss: float
+    test_loss: float
+    tokens: int | None  # of a parent from elsewhere they are unknown
+    flops: int | None
+    parameters: int
+    parameters_nonzero: int | None
 
 
 class Ledger:
@@ -51,31 +69,35 @@ class Ledger:
         """All whole records, in the order in which they were appended; a torn last line is left out."""
         whole, _ = self._split()
         records: list[dict[str, Any]] = []
-        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                record = json.loads(line)
-                _ = record["cell"]
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                origin = f"{self.path}, line {number}"
+                records.append(dict(check(_Line, parse_json(line, origin), origin)))
+            except MegatronPruneError as error:
                 raise RunError(
-                    f"{self.path}, line {number}: expected a record of a cell; the file was changed by hand: "
-                    "remove it, and it is rebuilt from the cells"
+                    f"{error}; expected a record of a cell; the file was changed by hand: remove it, and it is rebuilt "
+                    "from the cells"
                 ) from error
-            records.append(record)
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a cell's record; a torn last line is removed first."""
-        whole, torn = self._split()
+        """Add a cell's record; a torn last line is removed first. What the disk refuses is tried again."""
         line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
+        if failed := artifacts.failure(lambda: self._append(line)):
+            raise RunError(
+                f"{explain(failed, self.path, 'written')}; the record of {record['cell']} is in its own files: run the "
+                "study again, and it is added"
+            ) from failed
+
+    def _append(self, line: bytes) -> None:
+        whole, torn = self._split()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if torn:
                 os.ftruncate(descriptor, len(whole))
             if os.write(descriptor, line) != len(line):
-                raise RunError(
-                    f"{self.path}: the disk is full, and only part of a line was written; free some space and run again"
-                )
+                raise OSError(errno.ENOSPC, "only part of a line was written", str(self.path))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -193,7 +215,7 @@ def _since(changed: Sequence[str]) -> str:
 def _described(places: Places) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every cell in the folder with its cell.json."""
     for path in sorted(places.root.glob("cells/*/cell.json")):
-        yield path.parent.name, artifacts.read_json(path)
+        yield path.parent.name, read_cell(path)
 
 
 def _left_out(
@@ -231,7 +253,7 @@ def _is_trained(places: Places, name: str, described: Mapping[str, Any]) -> bool
 
 def _losses(places: Places, cell: str) -> Record:
     try:
-        corpora = artifacts.read_json(places.scores(cell))["corpora"]
+        corpora = custody.read_scores(places.scores(cell))["corpora"]
         return {f"{name}_loss": corpora[name]["loss"] for name in ("validation", "test")}
     except (MegatronPruneError, KeyError, TypeError):
         return {}

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from pydantic import Field
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -29,6 +31,8 @@ from megatron_prune.study import custody
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import learned_file
+from megatron_prune.training.account import read_account
+from megatron_prune.untrusted import check
 
 TAIL_LINES = 15
 # Why a lock that no other process holds cannot be taken.
@@ -56,7 +60,7 @@ def trained(account: str, start: int, end: int, steps: int, seed: int, permutati
     """
     if not Path(account).is_file():
         return False
-    found = artifacts.read_json(account)
+    found = read_account(Path(account))
     if found.get("complete") is not True:
         return False
     for name, asked, given in (
@@ -95,7 +99,7 @@ def evaluated(
     """
     if not Path(scores).is_file():
         return False
-    content = artifacts.read_json(scores)
+    content = custody.read_scores(Path(scores))
     found, answered = content.get("corpora", {}), content.get("tasks", {})
     there = all(
         found.get(name, {}).get("windows") == windows
@@ -217,6 +221,13 @@ class State:
     queue: str | None = None  # Slurm's word for the state of that job
 
 
+class _StateFile(TypedDict):
+    state: Literal["waiting", "begun", "finished", "failed", "blocked"]
+    failures: NotRequired[list[str]]
+    job: NotRequired[str | None]
+    queue: NotRequired[str | None]
+
+
 class States:
     """The files with the progress of cells."""
 
@@ -228,7 +239,10 @@ class States:
 
     def read(self, cell: str) -> State | None:
         path = self.places.cell(cell) / "state.json"
-        return State(**artifacts.read_json(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = check(_StateFile, artifacts.read_json(path), str(path))
+        return State(**{name: value for name, value in found.items() if name in _StateFile.__annotations__})  # type: ignore[arg-type]
 
     def seconds(self, cell: str) -> dict[str, float]:
         return seconds_of(self.places.cell(cell))
@@ -237,7 +251,7 @@ class States:
 def seconds_of(directory: Path) -> dict[str, float]:
     """Seconds of a cell's completed stages. Killed attempts are not counted, since nothing timed them."""
     path = directory / "stages.json"
-    return artifacts.read_json(path) if path.is_file() else {}
+    return check(dict[str, float], artifacts.read_json(path), str(path)) if path.is_file() else {}
 
 
 def reached(directory: Path) -> tuple[int, int]:
@@ -268,9 +282,28 @@ def unfinished(directory: Path, stage: str, code: int | None = None) -> RunError
     return kind(f"{directory.name}: {stage} {ended} without saying that it succeeded. The end of {log}:\n{_tail(log)}")
 
 
+class _StageFile(TypedDict):
+    stage: str
+    nproc: int
+    argv: list[str]
+    done: dict[str, Any]
+
+
+class _CellFile(TypedDict):
+    cell: str
+    about: dict[str, Any]
+    stages: Annotated[list[_StageFile], Field(min_length=1)]
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    """The content of a ``cell.json``. MegatronPruneError, with file and key, for one that is not as ``Cell.to_json``
+    writes it."""
+    return dict(check(_CellFile, artifacts.read_json(path), str(path)))
+
+
 def described(directory: Path, stage: str) -> tuple[dict[str, Any], Check]:
     """A stage from a cell's ``cell.json``, and the check whether it is done."""
-    for known in artifacts.read_json(directory / "cell.json")["stages"]:
+    for known in read_cell(directory / "cell.json")["stages"]:
         if known["stage"] == stage:
             arguments = dict(known["done"])
             return known, Check(arguments.pop("check"), arguments)

@@ -15,7 +15,7 @@ from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import commands, records
 from megatron_prune.study.commands import Command
-from megatron_prune.study.execution import Check
+from megatron_prune.study.execution import Check, read_cell
 from megatron_prune.study.grid import Grid, TrainingCell
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -238,7 +238,7 @@ def _source(places: Places, cell: TrainingCell, failed: frozenset[str]) -> Pruni
     candidates = (cell.source, *cell.others)
     directory = places.cell(cell.id)
     if len(candidates) > 1 and has_begun(directory):
-        words = artifacts.read_json(directory / "cell.json")["stages"][0]["argv"]
+        words = read_cell(directory / "cell.json")["stages"][0]["argv"]
         for pruning in candidates:
             if str(places.checkpoint(pruning.cell)) in words:
                 return pruning
@@ -315,7 +315,7 @@ def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) 
     """
     path, content = places.cell(cell.id) / "cell.json", cell.to_json()
     refuse_other_commands(study, places, cell, cells)
-    earlier = artifacts.read_json(path) if path.is_file() else None
+    earlier = read_cell(path) if path.is_file() else None
     if earlier is not None and has_begun(path.parent):
         content["about"] = _with_earlier(earlier.get("about", {}), content["about"])
         if earlier["stages"] != content["stages"] and _was_done(cell):
@@ -329,7 +329,7 @@ def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells:
     path = places.cell(cell.id) / "cell.json"
     if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
         return
-    if changed := _first_difference(artifacts.read_json(path), cell.to_json()):
+    if changed := _first_difference(read_cell(path), cell.to_json()):
         raise UsageError(
             f"study {study.name}",
             got=f"{cell.id} with {changed}",

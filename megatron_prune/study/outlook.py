@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import artifacts, storage
+from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.config import args_from_config, find_config
@@ -35,7 +35,7 @@ from megatron_prune.study.sample_ranges import Batch, Lay
 from megatron_prune.study.schema import StudyConfig, written
 from megatron_prune.study.study_file import placed
 from megatron_prune.training import data, lineage
-from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.account import ACCOUNT, read_account
 from megatron_prune.training.lineage import Stage
 
 
@@ -175,7 +175,7 @@ def _parent(study: StudyConfig, places: Places, planned: bool) -> tuple[ModelSha
         checkpoint = open_checkpoint(parent.load)
         checkpoint.verify()
         path = checkpoint.root / ACCOUNT
-        steps = artifacts.read_json(path)["steps"] if path.is_file() else None
+        steps = read_account(path)["steps"] if path.is_file() else None
         if steps is not None and not checkpoint.release and steps != checkpoint.iteration:
             raise UsageError("parent.load", got=f"iteration {checkpoint.iteration} of {checkpoint.root}",
                              expected=f"iteration {steps}, which its account describes")  # fmt: skip

@@ -5,7 +5,6 @@ A record holds numbers that a rerun reproduces; the others are separate, under `
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +20,14 @@ from megatron_prune.data import indexed
 from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
 from megatron_prune.structured import plan, statistics
+from megatron_prune.study import custody
 from megatron_prune.study.grid import TrainingCell, shape_tag
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
 from megatron_prune.study.sample_ranges import Lay
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import lineage
-from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.account import ACCOUNT, read_account
 
 Record = dict[str, Any]
 SHOWN_OF_A_STAGE = ("kind", "method", "tokens", "flops", "range", "start", "end")
@@ -37,16 +37,16 @@ TEXT = ("fingerprint", "windows", "seq_length")  # of a corpus: they identify th
 def parent(study: StudyConfig, places: Places, seed: int, lay: Lay, seconds: Mapping[str, float]) -> Record:
     """A parent with the history of all its stages: trained here or elsewhere, or only declared."""
     cell = parent_cell(study, seed)
-    scores = artifacts.read_json(places.scores(cell))
+    scores = custody.read_scores(places.scores(cell))
     record: Record = {"cell": cell, "kind": "parent", **_evaluated(scores), "seconds": dict(seconds)}
     if study.parent.pretrain is not None:
         record["anomalies"] = count(places.losses(cell))
-        record["seconds"] |= _training_seconds(artifacts.read_json(places.account(cell)))
+        record["seconds"] |= _training_seconds(read_account(places.account(cell)))
     checkpoint = open_checkpoint(places.parent(study, seed))
     stages = lineage.of(checkpoint)
     account = checkpoint.root / ACCOUNT
     if account.is_file():
-        record |= _run(artifacts.read_json(account))
+        record |= _run(read_account(account))
     else:
         record |= {"parameters": scores["parameters"], "parameters_nonzero": scores["parameters_nonzero"]}
         record |= {"loss_initial": None}
@@ -145,7 +145,7 @@ def _pruning(places: Places, chosen: Pruning, target: Record, seconds: Mapping[s
         "seed": chosen.seed,
         "target": target,
         "shape": shape_tag(target),
-        **_evaluated(artifacts.read_json(places.scores(chosen.cell))),
+        **_evaluated(custody.read_scores(places.scores(chosen.cell))),
         "seconds": dict(seconds),
     }
 
@@ -168,8 +168,8 @@ def _chained(places: Places, chosen: Pruning) -> Record:
 
 def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -> Record:
     """A trained and evaluated run."""
-    account = artifacts.read_json(places.account(cell.id))
-    scores = artifacts.read_json(places.scores(cell.id))
+    account = read_account(places.account(cell.id))
+    scores = custody.read_scores(places.scores(cell.id))
     if scores["masks"] != account["masks"]:
         held = f"under masks {account['masks'] or 'none'}", f"with masks {scores['masks'] or 'none'}"
         raise AccountError(f"{cell.id}: it was trained {held[0]}, but evaluated {held[1]}")
@@ -265,8 +265,7 @@ def count(losses: Path) -> dict[str, int]:
     A spike is a loss above the median of the ``WINDOW`` steps before it by ``DEVIATIONS`` times their median absolute
     deviation, and by at least ``LEAST`` nats. None are counted in the first quarter of a window.
     """
-    with open(losses, newline="") as handle:
-        values = np.array([float(row["loss"]) for row in csv.DictReader(handle)])
+    values = np.array([float(row["loss"]) for row in custody.read_losses(losses)])
     finite = np.where(np.isfinite(values), values, np.nan)
     padded = np.concatenate([np.full(WINDOW, np.nan), finite])
     spikes = 0

@@ -14,15 +14,17 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 import torch
+from pydantic import Field
 
 from megatron_prune import storage
 from megatron_prune.artifacts import device, read_json, versions, write_bytes, write_json
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.training.objective import LM
+from megatron_prune.untrusted import Keys, check
 
 ACCOUNT = "account.json"
 LOSSES = "losses.csv"
@@ -86,7 +88,7 @@ class Account:
         path = save / ACCOUNT
         if not path.exists():
             return
-        earlier = read_json(path)
+        earlier = read_account(path)
         refuse_other_run(save, {name: getattr(self, name) for name in _IDENTITY})
         for name in ("start", "initial", "lineage", "attempts", "replayed"):
             setattr(self, name, earlier[name])
@@ -96,12 +98,52 @@ class Account:
         write_json(save / ACCOUNT, asdict(self))
 
 
+_Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class _Weights(TypedDict, total=False):
+    iteration: int | None
+    fingerprint: str
+    full_hash: str
+
+
+class _Attempt(TypedDict, total=False):
+    began: float
+    seconds: float
+    from_step: int
+    world_size: int | None
+    device: dict[str, Any]
+    versions: dict[str, str]
+
+
+# The types of ``account.json``: those of the fields above, and more precisely where readers look inside.
+_AccountFile = TypedDict(
+    "_AccountFile",
+    {
+        **get_type_hints(Account),  # type: ignore[misc]  # mypy wants the fields spelled out again
+        "range": _Span | None,
+        "replayed": list[_Span],
+        "initial": _Weights | None,
+        "final": _Weights | None,
+        "attempts": list[_Attempt],
+    },
+    total=False,
+)
+
+
+def read_account(path: Path) -> dict[str, Any]:
+    """The content of an ``account.json``. AccountError, with file and key, for a value of another type; the same for a
+    key that is looked up and is not there."""
+    content = check(_AccountFile, read_json(path), str(path), AccountError)
+    return Keys(content, str(path), AccountError)
+
+
 def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
     """Raise UsageError if ``save`` holds the account of a run in which one of ``wanted`` differs."""
     path = save / ACCOUNT
     if not path.exists():
         return
-    held = read_json(path)
+    held = read_account(path)
     for name, value in wanted.items():
         if held.get(name) != value:
             raise UsageError(
@@ -112,7 +154,7 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
 
 def is_complete(save: Path) -> bool:
     """True if the account in ``save`` marks its run as complete."""
-    return (save / ACCOUNT).exists() and bool(read_json(save / ACCOUNT).get("complete"))
+    return (save / ACCOUNT).exists() and bool(read_account(save / ACCOUNT).get("complete"))
 
 
 def close(save: Path, checkpoint: Checkpoint) -> None:
@@ -120,7 +162,7 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
 
     ``checkpoint`` is that last save; its weights are streamed to count the nonzero ones and to compute their hash.
     """
-    account = Account(**read_json(save / ACCOUNT))
+    account = Account(**read_account(save / ACCOUNT))
     recorder = AccountRecorder(account, save)
     rows = _complete_rows(save / LOSSES)
     account.initial_loss, account.final_loss = (_finite(float(row[2])) for row in (rows[0], rows[-1]))

@@ -26,7 +26,7 @@ from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import PRUNING_FILE, Checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.training import objective
-from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.account import ACCOUNT, read_account
 
 Stage = dict[str, Any]
 # A flag that only our `pretrain` has: a checkpoint whose stored arguments include it was trained here, or made from
@@ -66,7 +66,8 @@ def of(checkpoint: Checkpoint) -> list[Stage]:
     if path.exists() or checkpoint.pruning:
         path = path if path.exists() else checkpoint.directory / PRUNING_FILE
         try:
-            stages = _read(checkpoint, read_json(path), path.name == ACCOUNT)
+            is_account = path.name == ACCOUNT
+            stages = _read(checkpoint, read_account(path) if is_account else read_json(path), is_account)
         except (KeyError, TypeError, AttributeError) as error:  # the file can hold anything
             raise AccountError(
                 f"{path} does not say what was done to these weights before: {error!r}; restore the file, or use "

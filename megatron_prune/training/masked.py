@@ -16,13 +16,12 @@ import numpy
 import torch
 
 from megatron_prune import screen, storage
-from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import MasksError, UsageError
 from megatron_prune.masks import MASKS, MASKS_FILE, Masks, Pattern, find_masks, open_masks
-from megatron_prune.training.account import ACCOUNT
+from megatron_prune.training.account import ACCOUNT, read_account
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def choose(args: argparse.Namespace) -> MaskChoice | None:
     folder = _where(args)
     own = _own(args) is not None
     save = storage.path(args.save) if args.save else None
-    account = read_json(save / ACCOUNT) if save is not None and (save / ACCOUNT).exists() else None
+    account = read_account(save / ACCOUNT) if save is not None and (save / ACCOUNT).exists() else None
     if account is not None and account["masks"] is None and folder is not None:
         raise UsageError(
             "--masks", got=folder, expected="no such flag, or another --save", why=f"{args.save} holds a dense run"

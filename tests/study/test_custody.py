@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_prune import artifacts
-from megatron_prune.errors import AccountError
-from megatron_prune.study import custody
+from megatron_prune.errors import AccountError, MegatronPruneError
+from megatron_prune.study import custody, execution
+from megatron_prune.study.prunings import Places
 from tests.study import made_up
 from tests.study.test_match import EQUAL_TRAINING, PRUNED
 
@@ -81,6 +82,111 @@ def test_an_account_that_contradicts_itself(tmp_path: Path, changes: dict[str, A
     custody.check_account(account(tmp_path))
     with pytest.raises(AccountError, match=message):
         custody.check_account(account(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "3"}, "steps: expected a valid integer, got '3'"),
+        ({"steps": True}, "steps: expected a valid integer, got True"),
+        ({"range": [0, 48, 96]}, "range: expected at most 2 values, got .0, 48, 96."),
+        ({"range": [0]}, "range: expected at least 2 values, got .0."),
+        ({"range": [0, 48.5]}, r"range.1: expected a valid integer, got 48.5"),
+        ({"range": None}, "range: expected the first and the last sample, got none"),
+        ({"final_loss": "7"}, "final_loss: expected a valid number, got '7'"),
+        ({"arguments": []}, r"arguments: expected a valid dictionary, got \[\]"),
+        ({"final": {"fingerprint": 7}}, "final.fingerprint: expected a valid string, got 7"),
+        ({"lineage": [7]}, "lineage.0: expected a valid dictionary, got 7"),
+        ({"complete": "yes"}, "complete: expected a valid boolean, got 'yes'"),
+        ({"attempts": [{"seconds": "long"}]}, "attempts.0.seconds: expected a valid number, got 'long'"),
+        ({"masks": 7}, "masks: expected a valid string, got 7"),
+    ],
+)
+def test_a_value_of_another_type_in_an_account(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = account(tmp_path, **changes)
+    with pytest.raises(AccountError, match=message) as refused:
+        custody.check_account(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["steps", "range", "arguments", "global_batch_size", "final_loss", "tokens"])
+def test_an_account_without_a_key(tmp_path: Path, key: str) -> None:
+    path = account(tmp_path)
+    content = artifacts.read_json(path)
+    del content[key]
+    artifacts.write_json(path, content)
+    with pytest.raises(AccountError, match=f"account.json is damaged: {key}: expected this key, got nothing"):
+        custody.check_account(path)
+
+
+def test_an_account_of_more_steps_than_fit_the_memory(tmp_path: Path) -> None:
+    steps = 10**15
+    path = account(tmp_path, steps=steps, range=[0, 16 * steps], tokens=16 * 32 * steps)
+    with pytest.raises(AccountError, match="expected a row for each of the 1000000000000000 steps"):
+        custody.check_account(path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"step,loss\n1,2\n", b"step,samples,loss\n1,16\n", b"step,samples,loss\nx,16,2\n", b"\xff\xfe\n1\n",
+             b"step,samples,loss\n1,16,\0\n", b"step,samples,loss\n1,16,a loss\n"],
+)  # fmt: skip
+def test_losses_that_are_no_table(tmp_path: Path, text: bytes) -> None:
+    path = account(tmp_path)
+    (tmp_path / "losses.csv").write_bytes(text)
+    with pytest.raises(AccountError, match="losses.csv") as refused:
+        custody.check_account(path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"corpora": {"test": {"windows": 2, "loss": "2.5"}}}, "corpora.test.loss: expected a valid number, got '2.5'"),
+        ({"corpora": {"test": {"loss": 2.5}}}, "corpora.test.windows: expected this key, got nothing"),
+        (
+            {"corpora": {"test": {"loss": 2.5, "windows": 1, "window_losses": ["x"]}}},
+            "window_losses.0: expected a valid n",
+        ),
+        ({"corpora": []}, "corpora: expected a valid dictionary"),
+        ({"checkpoint": {"fingerprint": 7}}, "checkpoint.fingerprint: expected a valid string, got 7"),
+        (
+            {"tasks": {"results": {}, "questions": {"t": {"fingerprint": "f", "scores": {"acc": [None]}}}}},
+            "scores.acc.0",
+        ),
+        ({"parameters": 1.5}, "parameters: expected a valid integer"),
+        ([], "expected a valid dictionary"),
+        ({}, "scores.json is damaged: corpora: expected this key, got nothing"),
+    ],
+)
+def test_a_value_of_another_type_in_scores(tmp_path: Path, content: Any, message: str) -> None:
+    artifacts.write_json(tmp_path / "scores.json", content)
+    with pytest.raises(AccountError, match=message) as refused:
+        custody.check_scores(tmp_path / "scores.json", ["test"])
+    assert "scores.json" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_cell_files_of_other_types(tmp_path: Path) -> None:
+    stage = {"stage": "evaluate", "nproc": 1, "argv": ["evaluate"], "done": {"check": "calibrated"}}
+    good = {"cell": "c", "about": {}, "stages": [stage]}
+    artifacts.write_json(tmp_path / "cell.json", good)
+    assert execution.read_cell(tmp_path / "cell.json") == good
+    for wrong, place in (
+        ({"stages": []}, "stages"), ({"stages": [stage | {"argv": "evaluate"}]}, "stages.0.argv"),
+        ({"stages": [stage | {"nproc": "1"}]}, "stages.0.nproc"), ({"stages": [7]}, "stages.0"),
+        ({"about": 7}, "about"),
+    ):  # fmt: skip
+        artifacts.write_json(tmp_path / "cell.json", good | wrong)
+        with pytest.raises(MegatronPruneError, match=f"cell.json is damaged: {place}: "):
+            execution.read_cell(tmp_path / "cell.json")
+    artifacts.write_json(tmp_path / "stages.json", {"evaluate": "long"})
+    with pytest.raises(MegatronPruneError, match="stages.json is damaged: evaluate: expected a valid number"):
+        execution.seconds_of(tmp_path)
+    places = Places(tmp_path)
+    artifacts.write_json(places.cell("c") / "state.json", {"state": "begun", "failures": [], "more": 1})
+    assert execution.States(places).read("c") == execution.State("begun", failures=[])
+    artifacts.write_json(places.cell("c") / "state.json", {"state": "gone"})
+    with pytest.raises(MegatronPruneError, match="state.json is damaged: state: expected 'waiting', 'begun'"):
+        execution.States(places).read("c")
 
 
 def test_an_account_without_its_losses(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def _not_finished(first: Path, second: Path) -> None:
         (_no_account, r"second: its stored arguments say that it was trained here .*account\.json is missing"),
         (
             _no_lineage,
-            r"account\.json does not say what was done to these weights before: KeyError\('lineage'\)",
+            r"account\.json is damaged: lineage: expected this key, got nothing",
         ),
         (_a_stage_without_tokens, r"does not say what was done .*tokens None"),
         (_not_finished, r"parent\.load: expected a run whose account is complete, got second"),

@@ -162,5 +162,6 @@ def test_spikes_are_counted_against_the_steps_before(tmp_path: Path) -> None:
     losses[5] += 2.0  # too early to tell
     losses[70] = float("nan")
     path = tmp_path / "losses.csv"
-    path.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, start=1)))
+    rows = (f"{step},{8 * step},{loss}\n" for step, loss in enumerate(losses, start=1))
+    path.write_text("step,samples,loss\n" + "".join(rows))
     assert records.count(path) == {"not_finite": 1, "spikes": 1}

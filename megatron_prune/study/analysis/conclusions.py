@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from megatron_prune import artifacts
 from megatron_prune.data.indexed import document_tokens, fingerprint
 from megatron_prune.errors import AccountError
+from megatron_prune.study import custody
 from megatron_prune.study.analysis import inference, scaling_laws, verdicts
 from megatron_prune.study.analysis.inference import OverDocuments, Paired, Scatter
 from megatron_prune.study.analysis.scaling_laws import FEWEST_BUDGETS, POOR, Arms, BreakEven, Fit
@@ -163,7 +163,7 @@ class DocumentWindows:
         """The losses of a run [windows]; None if they are not there, or those of another text."""
         if cell not in self._read:
             path = self.places.scores(cell)
-            own = artifacts.read_json(path)["corpora"].get(self.label, {}) if path.is_file() else {}
+            own = custody.read_scores(path)["corpora"].get(self.label, {}) if path.is_file() else {}
             there = own.get("fingerprint") == self.text and "window_losses" in own
             found = np.array(own["window_losses"]) if there else None
             fits = found is not None and self.documents is not None and found.shape == self.documents.shape

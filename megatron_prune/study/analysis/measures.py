@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_prune import artifacts
 from megatron_prune.evaluation import suites
+from megatron_prune.study import custody
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.conclusions import DocumentWindows
 from megatron_prune.study.analysis.inference import (
@@ -76,7 +76,7 @@ class Answers:
         """The entry ``tasks`` of a run's scores; empty if there is none."""
         if cell not in self._tasks:
             path = self.places.scores(cell)
-            self._tasks[cell] = artifacts.read_json(path).get("tasks", {}) if path.is_file() else {}
+            self._tasks[cell] = custody.read_scores(path).get("tasks", {}) if path.is_file() else {}
         return self._tasks[cell]
 
     def measures(self, cells: Sequence[str]) -> list[Measure]:

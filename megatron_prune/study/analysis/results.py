@@ -18,7 +18,7 @@ from typing import Any
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
-from megatron_prune.study import evidence, grid, match, pair, schema
+from megatron_prune.study import custody, evidence, grid, match, pair, schema
 from megatron_prune.study.analysis import conclusions, contrasts, headlines, measures, serving, sweep
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.contrasts import ContrastResult
@@ -40,6 +40,7 @@ from megatron_prune.study.sample_ranges import Lay, counted
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import lineage
+from megatron_prune.training.account import read_account
 from megatron_prune.training.lineage import Stage
 
 Record = Mapping[str, Any]
@@ -222,18 +223,16 @@ class _Matching:
         return self._behind[path]
 
     def _scored(self, cell: str) -> dict[str, str]:
-        return pair.of_scores(self._read(self.places.scores(cell)))
+        return pair.of_scores(custody.read_scores(self.places.scores(cell)))
 
     def ran(self, cells: Iterable[str]) -> list[dict[str, str]]:
         """The environments that these cells were trained in."""
         return [pair.of_account(self._account(cell)) for cell in cells if self.places.account(cell).is_file()]
 
     def _account(self, cell: str) -> Any:
-        return self._read(self.places.account(cell))
-
-    def _read(self, path: Path) -> Any:
+        path = self.places.account(cell)
         if path not in self._accounts:
-            self._accounts[path] = artifacts.read_json(path)
+            self._accounts[path] = read_account(path)
         return self._accounts[path]
 
 

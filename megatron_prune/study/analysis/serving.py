@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.evaluation import efficiency
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.schema import StudyConfig
+from megatron_prune.untrusted import check
 
 MEASURED = "efficiency.json"  # in the study's folder: what `benchmark` wrote
 COSTS = ("flops_forward", "flops_forward_kept", "weight_bytes", "weight_bytes_packed", "cache_bytes_per_token")
@@ -42,15 +43,34 @@ def costs(
     return dict(zip(COSTS, values, strict=True))
 
 
+class _Times(TypedDict):
+    seconds: float
+    tokens_per_second: float
+
+
+class _Measured(TypedDict, total=False):
+    prefill: _Times
+    decode: _Times
+
+
+class _MeasuredModel(TypedDict):
+    fingerprint: str
+    measured: NotRequired[dict[str, _Measured]]
+
+
+class _Efficiency(TypedDict):
+    models: list[_MeasuredModel]
+
+
 def times(places: Places) -> dict[str, dict[str, Any]]:
     """The columns ``TIMES`` of the models that were measured, by the fingerprint of their weights."""
     path = places.root / MEASURED
     if not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = {}
-    for model in artifacts.read_json(path)["models"]:
+    for model in check(_Efficiency, artifacts.read_json(path), str(path))["models"]:
         dense = model.get("measured", {}).get("dense", {})
-        if "prefill" in dense:
+        if "prefill" in dense and "decode" in dense:
             values = (dense["prefill"]["seconds"], dense["decode"]["seconds"], dense["decode"]["tokens_per_second"])
             found[model["fingerprint"]] = dict(zip(TIMES, values, strict=True))
     return found

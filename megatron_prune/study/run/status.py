@@ -19,9 +19,9 @@ from rich.progress import Progress as Bars
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_prune import artifacts
+from megatron_prune.study import custody
 from megatron_prune.study.evidence import Ledger
-from megatron_prune.study.execution import States
+from megatron_prune.study.execution import States, read_cell
 from megatron_prune.study.prunings import Places
 
 COLUMNS = "cell state validation test seconds"
@@ -83,7 +83,7 @@ def at_work(places: Places) -> bool:
 def _state(places: Places, states: States, cell: str, running: bool) -> tuple[str, str]:
     """A word for the state of an unfinished cell, and a text with details."""
     state, done = states.read(cell), states.seconds(cell)
-    stages = [stage["stage"] for stage in artifacts.read_json(places.cell(cell) / "cell.json")["stages"]]
+    stages = [stage["stage"] for stage in read_cell(places.cell(cell) / "cell.json")["stages"]]
     of_stages = f"{len(done)} of {len(stages)} stages" if done else ""
     if state is None or state.state == "waiting":
         return "waiting", _joined("waiting", of_stages, f"attempt {len(state.failures) + 1}" if state else "")
@@ -101,7 +101,7 @@ def _state(places: Places, states: States, cell: str, running: bool) -> tuple[st
 def _losses(places: Places, cell: str) -> list[str]:
     """Validation and test loss from a cell's scores, not from the ledger; empty if it has none."""
     path = places.scores(cell)
-    corpora = artifacts.read_json(path)["corpora"] if path.is_file() else {}
+    corpora = custody.read_scores(path)["corpora"] if path.is_file() else {}
     return [f"{corpora[name]['loss']:.4f}" if name in corpora else "" for name in ("validation", "test")]
 
 
