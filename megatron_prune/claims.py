@@ -62,22 +62,22 @@ def writing(place: Path, what: str, rank: int) -> contextlib.AbstractContextMana
 
 def _take(lock: Path, place: Path) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
         try:
             held = os.pread(descriptor, _MOST_BYTES, 0)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise ClaimedError(_refusal(place, lock, held, sure=True)) from error
+                    raise ClaimedError(refusal(place, lock, held, sure=True)) from error
                 if error.errno not in _WITHOUT_LOCKS:
                     raise
                 if held and not _has_ended(held):
-                    raise ClaimedError(_refusal(place, lock, held, sure=False)) from error
+                    raise ClaimedError(refusal(place, lock, held, sure=False)) from error
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:  # else its last holder has removed it
                     os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, _own(), 0)
+                    os.pwrite(descriptor, owner(), 0)
                     return descriptor
         except BaseException:
             os.close(descriptor)
@@ -85,7 +85,8 @@ def _take(lock: Path, place: Path) -> int:
         os.close(descriptor)
 
 
-def _own() -> bytes:
+def owner() -> bytes:
+    """What a lock file says of the process that holds it."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a name for this user
@@ -123,7 +124,8 @@ def _has_ended(held: bytes) -> bool:
     )
 
 
-def _refusal(place: Path, lock: Path, held: bytes, *, sure: bool) -> str:
+def refusal(place: Path, lock: Path, held: bytes, *, sure: bool) -> str:
+    """Who writes to ``place``, by the content ``held`` of its lock file, and what to do."""
     found = _read(held)
     who = (
         f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"

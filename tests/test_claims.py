@@ -114,8 +114,22 @@ def test_a_lock_of_words_is_no_reason_to_fail(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
+    """In a folder of several users anybody can make one, to any file of this user."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").symlink_to("precious")
+    with (
+        pytest.raises(MegatronPruneError, match="lock could not be written: .*link"),
+        claim(tmp_path / "lock", tmp_path),
+    ):
+        raise AssertionError("it must not start")
+    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "lock").is_symlink()
+
+
 @pytest.mark.parametrize("umask", [0o077, 0o002, 0o022])
 def test_files_have_the_permissions_of_any_other(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        os.chown(tmp_path, -1, 4321)  # a project's group, which is not this process's
     tmp_path.chmod(0o2770)
     monkeypatch.setattr(artifacts, "_UMASK", umask)
     before = os.umask(umask)
@@ -131,6 +145,8 @@ def test_files_have_the_permissions_of_any_other(tmp_path: Path, umask: int, mon
     wrong = {path: oct(path.stat().st_mode) for path in found
              if stat.S_IMODE(path.stat().st_mode) != (folder if path.is_dir() else file)}  # fmt: skip
     assert not wrong, (oct(folder), oct(file), wrong)
+    group = tmp_path.stat().st_gid
+    assert [path for path in found if path.stat().st_gid != group] == []
 
 
 # -- signals and disk errors -----------------------------------------------------------------------

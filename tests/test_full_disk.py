@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf, import_hf
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.structured.apply import apply_plan, rewrite
 from tests.sparse import small as sparsifying
 from tests.structured.test_apply import make
@@ -56,6 +57,19 @@ def works(parent: Path, hf: Path) -> dict[str, Callable[[Path], Any]]:
         "rewrite": lambda save: rewrite(parent, save, workers=2),
         "export": lambda save: export_hf(parent, save),
     }
+
+
+def test_a_read_only_disk_is_found_before_the_work(tmp_path: Path, disk: Callable[[int], Path]) -> None:
+    folder = disk(1 << 20)
+    (folder / "there.json").touch()
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    for name in ("there.json", "new.json", "new/new.json"):
+        with pytest.raises(UsageError, match="^--output: expected a file .*Read-only .*choose another place"):
+            refuse_unwritable("--output", folder / name)
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+    for name in ("there.json", "new.json", "new/new.json"):
+        refuse_unwritable("--output", folder / name, appended=True)
+    assert os.listdir(folder) == ["there.json"]
 
 
 @pytest.mark.parametrize("verb", ["import", "apply", "rewrite", "export"])

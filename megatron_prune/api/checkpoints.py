@@ -160,6 +160,8 @@ def run_benchmark(asked: verbs.BenchmarkSettings) -> dict[str, Any]:
             raise UsageError(f"--{name}", got=getattr(asked, name), expected=f"at least {least}")
     if not asked.checkpoints:
         raise UsageError("CKPT", got="nothing", expected="one or more checkpoints")
+    if asked.output is not None:
+        artifacts.refuse_unwritable("--output", asked.output)
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.errors import CheckpointError
     from megatron_prune.evaluation import efficiency
@@ -188,5 +190,5 @@ def run_benchmark(asked: verbs.BenchmarkSettings) -> dict[str, Any]:
         "device": artifacts.device(),
     }
     if asked.output is not None:
-        artifacts.write_json(asked.output, found)
+        artifacts.write_results(asked.output, artifacts.json_bytes(found))
     return found

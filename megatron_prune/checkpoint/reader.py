@@ -27,7 +27,7 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, weights
 from megatron_prune.checkpoint.legacy import LegacySource, is_legacy
 from megatron_prune.checkpoint.torch_dist import TorchDistSource
 from megatron_prune.errors import CheckpointError
-from megatron_prune.untrusted import show
+from megatron_prune.untrusted import MOST_JSON_BYTES, refuse_irregular, show
 
 PRUNING_FILE = "pruning.json"
 INTEGRITY_FILE = "integrity.json"
@@ -238,6 +238,8 @@ class Checkpoint:
             file = self.directory / name
             if Path(name).name != name or not file.is_file():
                 raise CheckpointError(f"{file} is missing, but {INTEGRITY_FILE} lists it: copy the checkpoint again")
+            if file.suffix == ".json":
+                refuse_irregular(file, MOST_JSON_BYTES)  # it would be hashed for long, and is never read
             if sha256_file(file) != expected:
                 raise CheckpointError(
                     f"{file} is damaged: its SHA-256 is not the one in {INTEGRITY_FILE}; copy the checkpoint again"

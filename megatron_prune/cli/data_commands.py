@@ -228,6 +228,8 @@ def check_contamination_main(argv: list[str]) -> int:
     from megatron_prune import artifacts
     from megatron_prune.data import contamination
 
+    if asked.json:
+        artifacts.refuse_unwritable("--json", asked.json)
     report = contamination.compare_stages(
         {stage: list(getattr(asked, stage)) for stage in STAGES if getattr(asked, stage)},
         similarity=asked.similarity,

@@ -284,8 +284,11 @@ def preflight_main(argv: list[str]) -> int:
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     if not 0 < asked.mfu <= 1:
         raise UsageError("--mfu", got=asked.mfu, expected="a fraction between 0 and 1")
-    start_engine()
     from megatron_prune import artifacts
+
+    if asked.output:
+        artifacts.refuse_unwritable("--output", asked.output)
+    start_engine()
     from megatron_prune.engine import installed
     from megatron_prune.preflight import host as elsewhere
     from megatron_prune.preflight import verdict
@@ -347,6 +350,8 @@ def advise_main(argv: list[str]) -> int:
 
     if options.ledger is None and not ledgers.SHIPPED.is_file():
         raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
+    if options.json:
+        artifacts.refuse_unwritable("--json", options.json)
     ledger = ledgers.read(options.ledger or ledgers.SHIPPED)
     asked = question.from_settings(options, ledger.parent_params)
     advice = answer.advise(ledger, asked)

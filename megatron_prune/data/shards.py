@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune import artifacts
+from megatron_prune.claims import owner, refusal
 from megatron_prune.data.indexed import write_index
 from megatron_prune.errors import DataError
 
@@ -41,14 +42,19 @@ class Parts:
 
     def __enter__(self) -> Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "a+b")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock.seek(0)
+                held = self._lock.read(1 << 12)
                 self._lock.close()
-                raise DataError(f"another process is writing {self.prefix}: wait for it or stop it") from error
+                raise DataError(refusal(self.prefix, self.folder / "lock", held, sure=True)) from error
             # Without file locks, it is up to the user not to run two processes with one prefix.
+        self._lock.truncate(0)
+        self._lock.write(owner())
+        self._lock.flush()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,6 +41,7 @@ def train_tokenizer(
         raise UsageError("--vocab-size", got=vocab_size, expected=f"at least {SMALLEST_VOCABULARY}")
     if model_type not in MODEL_TYPES:
         raise UsageError("--model-type", got=model_type, expected="one of " + ", ".join(MODEL_TYPES))
+    artifacts.refuse_unwritable("--output", output)
     model, refused = io.BytesIO(), list[MegatronPruneError]()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_prune import methods, screen, verbs
+from megatron_prune import methods, screen, storage, verbs
+from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import runtime
@@ -14,6 +15,7 @@ from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.structured import target as targets
 from megatron_prune.training import data, lineage, pretrain
+from megatron_prune.training.account import ACCOUNT
 from megatron_prune.training.learned_masks import Learner, LearnerSettings
 
 METHOD = "sheared-llama"
@@ -23,6 +25,8 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
     """Train; 0 when the run is complete, also when it was so before. ``words`` are Megatron's flags."""
     wanted = targets.from_settings(own)  # no layout decides the shape
     args = runtime.start("learn-masks", words, own, complete=_complete)
+    if args.rank == 0:
+        refuse_unwritable("--save", storage.path(args.save) / ACCOUNT)
     source = ModelShape.from_args(vars(args))
     target = wanted.choose(source, methods.get(METHOD), NoOptions())
     if source.norm_bias and target.hidden_size < source.hidden_size:

@@ -96,6 +96,20 @@ VERBS: dict[str, dict[str, str]] = {
         "train-tokenizer": "train-tokenizer --input {text} --output {out}/made.model --vocab-size 300",
     },
     "tokenizer": {"preprocess": f"preprocess --input {{text}} {TOKENIZE}"},
+    "output": {verb: line for verb, line in _OF_A_CHECKPOINT.items() if verb not in ("inspect", "pretrain")}
+    | {
+        "pretrain": _OF_A_CHECKPOINT["pretrain"] + " --save {out}/made",
+        "learn-masks": _OF_A_CHECKPOINT["pretrain"].replace("pretrain ", "learn-masks ", 1)
+        + " --ratio 0.5 --divisible-by 8 --save {out}/made",
+        "convert import": "convert import --hf {hf} --save {out}/made",
+        "preprocess": f"preprocess --input {{text}} {TOKENIZE}",
+        "train-tokenizer": "train-tokenizer --input {text} --output {out}/made.model --vocab-size 300",
+        "benchmark": "benchmark {ckpt} --static --output {out}/made.json",
+        "advise": "advise --ledger {ledger} --ratio 0.5 --tokens 20480 --json {out}/made.json",
+        "check-contamination": "check-contamination --train {corpus} --test {other} --json {out}/made.json",
+        "study run": "study run {study} --runs-dir {out}/made",
+        "preflight": "preflight --output {out}/made.json --gpus 1 " + _OF_A_CHECKPOINT["pretrain"],
+    },
 }
 
 
@@ -812,6 +826,15 @@ TOKENIZERS: dict[str, Attack] = {
 }
 
 
+# Where a verb is told to write. The rest of it is good.
+OUTPUTS: dict[str, tuple[str, Attack]] = {
+    "a file in place of the folder": ("plan.json", lambda folder: None),
+    "a link that leads nowhere in place of the folder": ("gone", lambda folder: _link(folder / "gone", "/gone/gone")),
+    "a link in a circle in place of the folder": ("circle", lambda folder: _link(folder / "circle", folder / "circle")),
+    "a device in place of the folder": ("null", lambda folder: _link(folder / "null", "/dev/null")),
+}
+
+
 def _all() -> Iterator[Input]:
     yield from _json_inputs()
     yield from _pickle_inputs()
@@ -825,6 +848,9 @@ def _all() -> Iterator[Input]:
     for name, (file, content) in TEXTS.items():
         attack, places = _text(file, content)
         yield Input("text", name, attack, places)
+
+    for name, (file, attack) in OUTPUTS.items():
+        yield Input("output", name, attack, (("out", file),))
 
 
 INPUTS = list(_all())

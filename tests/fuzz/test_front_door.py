@@ -127,6 +127,9 @@ _MODEL_VERBS = {"evaluate", "calibrate", "prune", "pretrain", "sparsify"}
 def test_every_bad_input_is_refused(distributed: Callable[..., Any], whole: Path) -> None:
     numbers = []
     for number, given in enumerate(INPUTS):
+        if given.of == "output":  # cheap to refuse, and every verb has code of its own
+            numbers += [(number, verb) for verb in VERBS["output"]]
+            continue
         verbs = [verb for verb in VERBS[given.of] if verb not in _MODEL_VERBS] or list(VERBS[given.of])
         numbers.append((number, verbs[number % len(verbs)]))
     assert len(numbers) >= 300

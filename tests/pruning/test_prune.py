@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.errors import UsageError
 from megatron_prune.structured import plan, statistics
 from megatron_prune.training import learned_file
 
@@ -115,6 +116,16 @@ def test_existing_result_and_calibration_without_use_are_refused(
     arguments += ["--target-num-layers", "2", "--save", tmp_path / "new", "--calibration-sequences", "3"]
     finished = job(arguments)
     assert finished.returncode != 0 and "got it" in finished.output
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_text_is_read(tmp_path: Path) -> None:
+    from megatron_prune.pruning.prune import _new
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="^--save: expected a directory that can be written, got .*Not a directory"):
+        _new(str(tmp_path / "file" / "made"))
+    assert _new(str(tmp_path / "new" / "made")) == tmp_path / "new" / "made"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 LEARNED = ["--target-hidden-size", "64", "--target-ffn-hidden-size", "96", "--divisible-by", "4"]

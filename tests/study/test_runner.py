@@ -64,6 +64,21 @@ def test_killed_before_any_command_ends_with_the_same_ledger(tmp_path: Path, pre
     assert not again.commands
 
 
+@pytest.mark.parametrize("name", ["", "cells", "report", "ledger.jsonl"])
+def test_a_place_that_cannot_be_written_is_found_before_any_command(
+    tmp_path: Path, prefixes, monkeypatch, name: str
+) -> None:
+    """A file in place of a folder, or the reverse: what another user's permissions do, to root too."""
+    monkeypatch.chdir(tmp_path)
+    study, launcher = made_up.study(prefixes), made_up.FakeLauncher()
+    place = Path("runs") / study.name / name
+    place.parent.mkdir(parents=True)
+    place.mkdir() if name.endswith("jsonl") else place.touch()
+    with pytest.raises(UsageError, match="^--runs-dir: expected .* that can be written, got "):
+        made_up.run(study, Path("runs"), launcher)
+    assert not launcher.commands and not (Path("runs") / study.name / "study.json").exists()
+
+
 def test_seconds_of_a_training_are_those_of_all_its_attempts(tmp_path: Path, prefixes, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     places = made_up.run(made_up.study(prefixes), Path("runs"), made_up.FakeLauncher())

@@ -65,6 +65,9 @@ class Launcher(Protocol):
 def run(study: schema.StudyConfig, places: Places, *, launcher: Launcher, progress: CellProgress) -> None:
     """Run all unfinished cells. Once the others are done, CellsFailed names those that failed."""
     with _locked(places.root):
+        for written in (places.cell("parent") / "cell.json", places.root / "report" / "index.html"):
+            artifacts.refuse_unwritable("--runs-dir", written)
+        artifacts.refuse_unwritable("--runs-dir", places.ledger, appended=True)
         outlook = validate.check(study, places)
         artifacts.write_json(places.root / "study.json", schema.resolved(study))
         _Runner(study, places, outlook, launcher, progress).run()
@@ -249,6 +252,7 @@ def _done(cell: Cell) -> bool:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Hold the study's lock; RunError if another runner does. It is released when the process ends."""
+    artifacts.refuse_unwritable("--runs-dir", root / "study.lock", appended=True)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "study.lock", "a+") as handle:
         for _ in range(LOOKS):
