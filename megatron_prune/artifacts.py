@@ -184,6 +184,10 @@ def failure(write: Callable[[], None]) -> OSError | StorageError | None:
 def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
     """Copy the directory ``source`` to ``target``, which must not exist. On a disk the copy is atomic. In an object
     store a kill can leave an incomplete copy; the file named ``last`` is written after all others."""
+    if not storage.is_stored(source):
+        for folder, folders, files in os.walk(source):
+            for name in (*folders, *files):
+                refuse_link_outside(Path(folder, name), source)
     if storage.is_stored(target):
         storage.copy_files(source, target, last)
         return
@@ -191,9 +195,6 @@ def copy_directory(source: Path, target: Path, *, last: str = "") -> None:
         if storage.is_stored(source):
             storage.copy_files(source, scratch)
         else:
-            for folder, _, files in os.walk(source):
-                for name in files:
-                    refuse_link_outside(Path(folder, name), source)
             shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 

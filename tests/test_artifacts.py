@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,22 @@ def test_a_folder_is_copied_whole_and_over_nothing(tmp_path: Path) -> None:
     with pytest.raises(MegatronPruneError, match="already exists"):
         artifacts.copy_directory(source, tmp_path / "copy")
     assert sorted(os.listdir(tmp_path)) == ["copy", "source"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("link", ["file", "folder", "sub/folder"])
+def test_what_is_outside_of_a_folder_is_not_copied_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, stored: bool
+) -> None:
+    """Neither to a disk nor to a store: the folder may be a stranger's, and the links lead to this user's files."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("secret")
+    source, target = tmp_path / "source", tmp_path / "copy"
+    (source / link).parent.mkdir(parents=True)
+    (source / link).symlink_to(tmp_path / "secret" / "key" if link == "file" else tmp_path / "secret")
+    if stored:
+        monkeypatch.setattr(artifacts.storage, "is_stored", lambda path: path == target)
+        monkeypatch.setattr(artifacts.storage, "copy_files", shutil.copytree)
+    with pytest.raises(MegatronPruneError, match="is a link to .*, outside of"):
+        artifacts.copy_directory(source, target)
+    assert not target.exists()

@@ -25,7 +25,13 @@ from megatron_prune import screen
 from megatron_prune.artifacts import atomic_directory, check_space, explain_full_disk, sha256_file, versions, write_json
 from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
 from megatron_prune.checkpoint.parallel import RECORD_BYTES, Blocks, Part, check_workers, write_shares
-from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, INTEGRITY_FILE, PRUNING_FILE, open_checkpoint
+from megatron_prune.checkpoint.reader import (
+    HUGGINGFACE_FOLDER,
+    INTEGRITY_FILE,
+    PRUNING_FILE,
+    Checkpoint,
+    open_checkpoint,
+)
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
 from megatron_prune.checkpoint.tracker import TRACKER_FILE, refuse_remote
 from megatron_prune.errors import CheckpointError
@@ -279,10 +285,23 @@ class CheckpointWriter:
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer and config of a Hugging Face model. MegatronPruneError for links that lead out of ``source``."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            refuse_link_outside(source / name, source)
-            shutil.copyfile(source / name, target / name)
+    for file in _side_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def _side_files(source: Path) -> list[Path]:
+    found = [source / name for name in SIDE_FILES if (source / name).is_file()]
+    for file in found:
+        refuse_link_outside(file, source)
+    return found
+
+
+def refuse_uncarried(parent: Checkpoint) -> None:
+    """Read what a checkpoint that is made from ``parent`` takes over from it in the end, after hours of work: the chain
+    of prunings and the files of Hugging Face. MegatronPruneError for what cannot be read, or must not be copied."""
+    _ = parent.pruning
+    if parent.huggingface is not None:
+        _side_files(parent.huggingface)
 
 
 def _link(source: Path, target: Path) -> None:

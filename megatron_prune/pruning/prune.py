@@ -31,6 +31,7 @@ from typing import Any
 from megatron_prune import methods, verbs
 from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.writer import refuse_uncarried
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
 from megatron_prune.errors import RunError, UsageError
@@ -141,6 +142,8 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
         of_task = calibrate.task_requests(args, question) if question.task else None
 
     args = runtime.start("prune", words, asked, complete=complete)
+    if args.rank == 0:
+        refuse_uncarried(open_checkpoint(runtime.loaded_directory(args)))
     statistics = None
     if choice.needs_statistics:
         from megatron_prune.calibration import run  # imports Megatron, which must be started first

@@ -23,6 +23,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import finite
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.writer import refuse_uncarried
 from megatron_prune.claims import writing
 from megatron_prune.engine import fp8, runtime
 from megatron_prune.errors import UsageError
@@ -95,6 +96,7 @@ def _sparsify(
     scratch.refuse_another(question)
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
+        refuse_uncarried(parent)
         task.check_held_masks()
         if not own.allow_non_finite:
             _refuse_non_finite(parent)

@@ -42,7 +42,7 @@ from megatron_prune.checkpoint.layout import (
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.checkpoint.writer import CheckpointWriter
+from megatron_prune.checkpoint.writer import CheckpointWriter, refuse_uncarried
 from megatron_prune.errors import PlanError
 from megatron_prune.masks import MASKS, Masks, open_masks, write_single
 from megatron_prune.masks.with_weights import Source, check_cut, cut_masks, guarded, masks_of
@@ -171,6 +171,7 @@ def _write(
     factors: Mapping[str, Fold] | None,
     allow_non_finite: bool,
 ) -> None:
+    refuse_uncarried(parent)
     masks = masks_of(parent)
     if masks is not None:
         check_cut(masks, sources)

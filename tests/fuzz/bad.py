@@ -71,7 +71,10 @@ VERBS: dict[str, dict[str, str]] = {
     "checkpoint": _OF_A_CHECKPOINT,
     "weights": {verb: _OF_A_CHECKPOINT[verb] for verb in ("convert export", "convert rewrite", "apply", "sparsify")},
     "integrity": {"inspect": _OF_A_CHECKPOINT["inspect"]},
-    "provenance": {verb: _OF_A_CHECKPOINT[verb] for verb in ("inspect", "apply", "convert rewrite", "sparsify")},
+    "provenance": {
+        verb: _OF_A_CHECKPOINT[verb] for verb in ("inspect", "apply", "convert rewrite", "sparsify", "prune")
+    },
+    "carried": {verb: _OF_A_CHECKPOINT[verb] for verb in ("apply", "convert rewrite", "sparsify", "prune")},
     "legacy": {
         verb: line.replace("{ckpt}", "{legacy}").replace(" --verify-integrity", "")
         for verb, line in _OF_A_CHECKPOINT.items()
@@ -826,6 +829,22 @@ TOKENIZERS: dict[str, Attack] = {
 }
 
 
+def _carries(link: str, target: str) -> Attack:
+    def attack(folder: Path) -> None:
+        carried = folder / "ckpt" / "huggingface"
+        (carried / link).parent.mkdir(parents=True)
+        (folder / "secret").write_text("{}")
+        (carried / link).symlink_to(target)
+
+    return attack
+
+
+# What a checkpoint that is made from another takes over as it is.
+CARRIED: dict[str, Attack] = {
+    "a link to a file outside": _carries("tokenizer.json", "../../secret"),
+    "a link to a file of the system": _carries("tokenizer.json", "/etc/passwd"),
+    "a link to a device": _carries("tokenizer.json", "/dev/zero"),
+}
 # Where a verb is told to write. The rest of it is good.
 OUTPUTS: dict[str, tuple[str, Attack]] = {
     "a file in place of the folder": ("plan.json", lambda folder: None),
@@ -841,7 +860,7 @@ def _all() -> Iterator[Input]:
     for of, attacks in (
         ("checkpoint", CHECKPOINTS), ("weights", WEIGHTS), ("hf", HF), ("masks", MASKS), ("plan", PLANS),
         ("statistics", STATISTICS), ("learned", LEARNED), ("ledger", LEDGERS), ("study", STUDIES), ("index", INDICES),
-        ("tokens", TOKENS), ("tokenizer", TOKENIZERS),
+        ("tokens", TOKENS), ("tokenizer", TOKENIZERS), ("carried", CARRIED),
     ):  # fmt: skip
         for name, attack in attacks.items():
             yield Input(of, name, attack)
