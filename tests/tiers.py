@@ -1,7 +1,7 @@
 """Which tests run when, by measured duration: ``durations.txt``, processor seconds of a test and of all processes that
 it started.
 
-``--quick`` leaves out tests that took half a second or more, tests marked ``slow`` or ``gpu``, and files with fixtures
+``--quick`` leaves out tests that took 0.4 seconds or more, tests marked ``slow`` or ``gpu``, and files with fixtures
 that take seconds. A test without a measurement is quick unless it starts ranks. Under xdist, the longest files run
 first, so that all workers end together.
 
@@ -18,14 +18,13 @@ from pathlib import Path
 import pytest
 
 DURATIONS = Path(__file__).with_name("durations.txt")
-QUICK = 0.5  # processor seconds
+QUICK = 0.4  # processor seconds
 SHORTEST = 0.2  # faster tests are not listed, unless they start ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
 # Their first test takes seconds for a shared fixture: a real model, a site, a whole study.
 SHARED = (
-    "tests/smollm2/", "tests/test_quickstart.py", "tests/test_docs.py", "tests/study/report/test_findings.py",
-    "tests/study/report/test_page.py", "tests/study/report/test_browser.py", "tests/masks/test_layouts.py",
-    "tests/storage/", "tests/fuzz/", "tests/study/test_contrasts.py", "tests/study/report/test_headlines.py",
+    "tests/smollm2/", "tests/storage/", "tests/fuzz/", "tests/study/report/", "tests/test_quickstart.py",
+    "tests/test_docs.py", "tests/masks/test_layouts.py", "tests/study/test_contrasts.py", "tests/study/test_results.py",
     "tests/preflight/test_verdicts.py", "tests/llama31/test_launch.py", "tests/llama31/test_studies.py",
     "tests/cli/test_wrong_inputs.py", "tests/engine/test_installed.py",
 )  # fmt: skip
@@ -34,7 +33,7 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers", "which tests run")
-    group.addoption("--quick", action="store_true", help="only tests that take less than half a second")
+    group.addoption("--quick", action="store_true", help="only tests that take less than 0.4 seconds")
     group.addoption("--fuzz-minutes", type=float, default=0.0, help="go on for so long with each reader of tests/fuzz")
     group.addoption("--measure", metavar="FILE", help="write what every test takes into FILE, where it is listed")
 
