@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 
-def window_losses(model: Any, corpus: Path, seq_length: int, count: int) -> list[float]:
+def window_losses(model: Any, corpus: Path, seq_length: int, count: int, width: Any = np.uint16) -> list[float]:
     """Mean loss of window k: tokens k·S+1 … (k+1)·S from the S before, cut out of the .bin by hand."""
-    tokens = np.fromfile(f"{corpus}.bin", dtype=np.uint16).astype(np.int64)
+    tokens = np.fromfile(f"{corpus}.bin", dtype=width).astype(np.int64)
     losses = []
     for k in range(count):
         window = torch.from_numpy(tokens[k * seq_length : (k + 1) * seq_length + 1])[None]

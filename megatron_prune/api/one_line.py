@@ -475,13 +475,15 @@ def _read_source(asked: verbs.PruneHFSettings) -> _Source:
     """Read the model without its weights. CheckpointError if there is none or its family is not supported."""
     from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.convert import huggingface, safetensors_io
-    from megatron_prune.convert.config import args_from_config
+    from megatron_prune.convert.config import args_from_config, family_of
 
     folder = huggingface.local_directory(asked.hf)
     config = artifacts.read_json(folder / "config.json")
     args = args_from_config(config, tensor_model_parallel_size=asked.tensor_model_parallel_size)
-    tensors = safetensors_io.Tensors(folder)
-    dtype = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+    family = family_of(config)
+    tensors = safetensors_io.Tensors(folder, family.other_names)
+    embeddings = family.tensor("embedding.word_embeddings.weight", None)
+    dtype = str(tensors.dtype(embeddings)).removeprefix("torch.")
     if (asked.dtype or dtype) not in PRECISION:
         raise CheckpointError(
             f"{folder} holds {dtype} weights, expected {', '.join(PRECISION)}: convert them with --dtype"

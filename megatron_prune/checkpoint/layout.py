@@ -54,6 +54,7 @@ FORGOTTEN = {
     "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
     "vocab_size": ("--vocab-size",),
     "qk_layernorm": ("--qk-layernorm",),
+    "parallel_residual": ("--parallel-residual",),  # of this package: engine/parallel_residual.py
     "layernorm_zero_centered_gamma": ("--apply-layernorm-1p",),
     "bias_gelu_fusion": ("--no-bias-gelu-fusion",),  # the fused GELU is the tanh approximation: another function
     "window_size": ("--window-size",),
@@ -110,6 +111,12 @@ _MOST = {
 }
 
 
+# Arguments of models with other weights, or other layers, than a dense GPT's.
+OTHER_MODELS = (
+    "num_experts", "multi_latent_attention", "is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern",
+    "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json", "experimental_attention_variant",
+    "attention_output_gate", "mtp_num_layers",
+)  # fmt: skip
 _SWITCHES = ("tied", "gated", "linear_bias", "qkv_bias", "norm_bias", "qk_norm")
 _STORED_SWITCHES = (
     "untie_embeddings_and_output_weights", "swiglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
@@ -162,13 +169,7 @@ class ModelShape:
         Raises CheckpointError, naming the argument, if one is missing or out of range, or belongs to a kind of
         model (experts, latent attention, state-space layers) that this package does not support.
         """
-        for flag in (
-            "num_experts",
-            "multi_latent_attention",
-            "is_hybrid_model",
-            "heterogeneous_layers_config_path",
-            "mtp_num_layers",
-        ):
+        for flag in OTHER_MODELS:
             if args.get(flag):
                 raise CheckpointError(
                     f"the checkpoint's stored args: expected those of a dense GPT, got {flag}={show(args[flag])}"

@@ -174,6 +174,6 @@ LAYOUT: tuple[Mention, ...] = (
 SHAPE_FROM, FP8 = (
     (MODEL, flag.option, flag.shown.partition(" ")[2], flag.help)
     for flag in verbs.ModelSettings.flags()
-    if flag.name != "fp32"
+    if flag.name in ("shape_from", "fp8_preset")
 )
 SEED: Mention = (MODEL, "--seed", "N", "seed of random windows and of the method random (default: 1234)")

@@ -87,7 +87,7 @@ def study_main(argv: list[str]) -> int:
         cut = words.index("--") if "--" in words else len(words)
         asked = verbs.StudyStageSettings.of(study_parser(part).read(words[:cut])[0])
         return _stage(Path(asked.cell), asked.stage, words[cut + 1 :])
-    options = SETTINGS[part].of(study_parser(part).read(words)[0])
+    options: Any = SETTINGS[part].of(study_parser(part).read(words)[0])
     from megatron_prune.study import schema
 
     studies = schema.load_all(options.study)
@@ -97,6 +97,12 @@ def study_main(argv: list[str]) -> int:
             raise UsageError(
                 "--parent", got=options.parent, expected=f"a label that stands under parents in {options.study}"
             )
+    if part == "plan" and options.hf is not None:
+        if len(studies) > 1:
+            raise UsageError(
+                "--hf", got=f"{len(studies)} parents in {options.study}", expected="one study: choose it with --parent"
+            )
+        studies = [schema.of_hf(studies[0], options.hf)]
     return _each(studies, part, options)
 
 
@@ -296,7 +302,7 @@ def preflight_main(argv: list[str]) -> int:
     from megatron_prune.preflight.cost import Cluster
 
     cluster = Cluster(asked.gpus, asked.gpu, asked.gpus_per_node)
-    line = elsewhere.resolve(rest, asked.model)
+    line = elsewhere.resolve(rest, asked.model, asked.hf)
     reserve = int(asked.reserve_gb * 1e9)
     host = None if asked.host_memory_gb is None else int(asked.host_memory_gb * 1e9)
     has = installed.named(asked.installed)

@@ -154,6 +154,20 @@ def find_config(hf: str | Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else {}
 
 
+def args_of(hf: str) -> dict[str, Any]:
+    """Megatron arguments of the model that ``--hf`` names, from its ``config.json`` alone: no weights are needed.
+
+    UsageError if there is no such file here, CheckpointError for what cannot be imported.
+    """
+    config = find_config(hf)
+    if config is None:
+        raise UsageError(
+            "--hf", got=hf, expected="a config.json, its directory, or a model whose config is in the local cache",
+            why="nothing is downloaded",
+        )  # fmt: skip
+    return args_from_config(config)
+
+
 def config_from_args(
     args: Mapping[str, Any], dtype: torch.dtype, original: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def flags(checkpoint: Checkpoint) -> list[str]:
         value = stored_argument(args, name)
         if name.startswith("rope_") and not args.get("use_rope_scaling") or name in OF_YARN and not yarn:
             continue
+        if name == "parallel_residual":  # no flag of unmodified Megatron
+            continue
         if name == "bias_gelu_fusion":  # on by default
             words += [options[0]] if value is False and gelu else []
         elif isinstance(value, bool):
@@ -126,6 +128,8 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
     factor = checkpoint.args.get("rope_scaling_factor")
     if checkpoint.args.get("use_rope_scaling") and factor not in (None, 8, 8.0):
         return [f"unmodified Megatron 0.19 ignores --rope-scaling-factor {factor} and uses 8: wrong RoPE"]
+    if checkpoint.args.get("parallel_residual"):
+        return ["unmodified Megatron 0.19 has no parallel residual: its MLP would read attention's result"]
     return []
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_prune import storage, verbs
+from megatron_prune.checkpoint.layout import OTHER_MODELS
 from megatron_prune.checkpoint.tracker import (
     find_iteration,
     is_sound,
@@ -28,7 +29,7 @@ from megatron_prune.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_prune.data import tokenizers
-from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, refusals, vocabulary
+from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, parallel_residual, refusals, vocabulary
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
@@ -85,7 +86,9 @@ def parse(
         # Keep the command line's tokenizer: a stored one is a path on the machine that made the checkpoint.
         args.use_tokenizer_model_from_checkpoint_args = False
 
+    _refuse_other_models(args, argv)
     from_checkpoint.take(args, parsers[0], argv, load_args_from_checkpoint)
+    parallel_residual.refuse_unfit(args)
     from_checkpoint.take_tokenizer(args)
     if args.tokenizer_type is None:
         args.tokenizer_type = "NullTokenizer"  # data is tokenized already
@@ -152,6 +155,16 @@ def _refuse_unfit_numbers(args: argparse.Namespace) -> None:
         if value is not None and (value < least or name in _SEEDS and value >= 1 << 32):
             allowed = f"a number from {least} to {(1 << 32) - 1}" if name in _SEEDS else f"at least {least}"
             raise UsageError(f"--{name.replace('_', '-')}", got=value, expected=allowed)
+
+
+def _refuse_other_models(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Refuse at the start a model whose checkpoint nothing here could read at the end."""
+    for name in OTHER_MODELS:
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(args, name, None) and from_checkpoint.given(argv, flag):
+            raise UsageError(
+                flag, got=getattr(args, name), expected="no such flag here", why="only dense GPT models are supported"
+            )
 
 
 def _refuse_unfit_ranks(args: argparse.Namespace) -> None:

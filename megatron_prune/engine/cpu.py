@@ -86,6 +86,30 @@ def prepare_megatron() -> None:
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # nothing is compiled, nothing to warm up
     _keep_write_results_in_process()
+    _draw_seeds_of_workers_apart()
+
+
+def _draw_seeds_of_workers_apart() -> None:
+    """A data loader draws the seed of its workers from the CPU's random numbers, with which dropout is computed here.
+
+    Only the first tensor-parallel rank has a loader. Its dropout would differ from that of the others, and the weights
+    that they share would drift apart; and a run that resumes would draw once more than one that was not interrupted.
+    """
+    from megatron.training import get_args, training
+
+    build = training.build_pretraining_data_loader
+    if getattr(build, "apart", False):
+        return
+
+    @functools.wraps(build)
+    def build_apart(*positional: Any, **named: Any) -> Any:
+        loader = build(*positional, **named)
+        if isinstance(loader, torch.utils.data.DataLoader):
+            loader.generator = torch.Generator().manual_seed(get_args().seed)
+        return loader
+
+    build_apart.apart = True  # type: ignore[attr-defined]
+    training.build_pretraining_data_loader = build_apart
 
 
 def _keep_write_results_in_process() -> None:

@@ -64,6 +64,7 @@ def take(
     said = {
         action.dest: getattr(args, action.dest) for action in parser._actions if given(argv, *action.option_strings)
     }
+    _ = checkpoint.shape  # refuses another kind of model, before Megatron fails on it
     own_load, own_step = args.load, args.ckpt_step
     args.load = str(checkpoint.root)
     args.ckpt_step = None if checkpoint.release else checkpoint.iteration

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DIMENSIONS, WIDTH, Gates, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.ranking import keep_highest
@@ -76,6 +77,17 @@ def kinds(source: ModelShape, target: ModelShape) -> tuple[Kind, ...]:
         Kind("hidden", (source.hidden_size,), target.hidden_size),
     )
     return tuple(kind for kind in found if kind.kept < kind.size)
+
+
+def refuse_unfit(source: ModelShape, target: ModelShape) -> None:
+    """UsageError for a target whose masks a model of this kind cannot have."""
+    if source.norm_bias and target.hidden_size < source.hidden_size:
+        raise UsageError(
+            "--target-hidden-size",
+            got=target.hidden_size,
+            expected=f"{source.hidden_size}, for a parent with LayerNorm",
+            why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
+        )
 
 
 def start(kind: Kind) -> torch.Tensor:

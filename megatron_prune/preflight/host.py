@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.convert.config import args_of
 from megatron_prune.engine import arguments
 from megatron_prune.errors import UsageError
 from megatron_prune.preflight.dry_run import PipelineStage
@@ -112,11 +114,13 @@ class CommandLine:
     absent: dict[str, str]
 
 
-def resolve(argv: list[str], model: str | None) -> CommandLine:
+def resolve(argv: list[str], model: str | None, hf: str | None = None) -> CommandLine:
     """Omit flags whose checkpoints are elsewhere, or in a store that this machine cannot reach.
 
-    UsageError if the model's arguments are in one of them and no ``model`` gives them; UsageError or StorageError if
-    the store of ``--load`` or ``--save`` cannot be reached."""
+    UsageError if the model's arguments are in one of them and neither ``model`` nor ``hf`` gives them; UsageError or
+    StorageError if the store of ``--load`` or ``--save`` cannot be reached."""
+    if model is not None and hf is not None:
+        raise UsageError("--model, --hf", got="both", expected="at most one of them")
     arguments.refuse_malformed(argv)
     for flag in ("--load", "--save"):  # the dry run reads them
         if (value := _value(argv, flag)) is not None and storage.is_stored(value):
@@ -131,12 +135,14 @@ def resolve(argv: list[str], model: str | None) -> CommandLine:
     if _is_absent(source):
         left_out.add("--use-checkpoint-args")
     model_elsewhere = "--shape-from" in absent or (source is not None and scratch is None and _is_absent(source))
-    if model is None and model_elsewhere and _value(argv, "--num-layers") is None:
+    if model is None and hf is None and model_elsewhere and _value(argv, "--num-layers") is None:
         raise UsageError(
-            "--model", got="nothing", expected="a file with the model's flags",
+            "--model, --hf", got="neither", expected="a file with the model's flags, or its Hugging Face config",
             why=f"they are in {absent.get('--shape-from', source)}, which is not on this machine",
         )  # fmt: skip
-    described = read_flags(model) if model is not None and left_out else []
+    described: list[str] = []
+    if left_out or (source is None and scratch is None):
+        described = read_flags(model) if model is not None else [] if hf is None else flags_of(args_of(hf))
     return CommandLine([*described, *_without(argv, left_out)], absent)
 
 
@@ -158,6 +164,19 @@ def read_flags(path: str | Path) -> list[str]:
     if not Path(path).is_file():
         raise UsageError("--model", got=path, expected="a file with the model's flags")
     return shlex.split(Path(path).read_text(), comments=True)
+
+
+def flags_of(args: Mapping[str, Any]) -> list[str]:
+    """Megatron's flags for model arguments, where they differ from its defaults."""
+    words: list[str] = []
+    for action in arguments.megatron_parser()._actions:
+        value = args.get(action.dest)
+        if value is None or value == action.default or (action.nargs == 0 and action.const != value):
+            continue
+        words.append(action.option_strings[0])
+        if action.nargs != 0:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return words
 
 
 def _is_absent(path: str | None) -> bool:

@@ -12,7 +12,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.options import NoOptions
-from megatron_prune.methods.sheared_llama import kinds
+from megatron_prune.methods.sheared_llama import kinds, refuse_unfit
 from megatron_prune.structured import target as targets
 from megatron_prune.training import data, lineage, pretrain
 from megatron_prune.training.account import ACCOUNT
@@ -29,13 +29,7 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
         refuse_unwritable("--save", storage.path(args.save) / ACCOUNT)
     source = ModelShape.from_args(vars(args))
     target = wanted.choose(source, methods.get(METHOD), NoOptions())
-    if source.norm_bias and target.hidden_size < source.hidden_size:
-        raise UsageError(
-            "--target-hidden-size",
-            got=target.hidden_size,
-            expected=f"{source.hidden_size}, for a parent with LayerNorm",
-            why="masked channels count in LayerNorm's mean; only RMSNorm can be narrowed",
-        )
+    refuse_unfit(source, target)
     cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))
     screen.say(f"learning masks that keep {cut}")
     return pretrain.run(

@@ -17,6 +17,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.base import Retraining
+from megatron_prune.methods.sheared_llama import refuse_unfit
 from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request
 from megatron_prune.structured import choice as choices
@@ -126,6 +127,8 @@ def shapes_of(
                 why="masks are learned for a shape, whatever the layout",
                 do=f"set settings.divisible-by to a multiple of {study.launch.tensor_parallel}, or give a target",
             )
+        for target in found.shapes(source) if method.tokens is not None else ():
+            refuse_unfit(source, target)
         return found.shapes(source)
     sparse(study, method, ratio).check(source)
     return (source,)

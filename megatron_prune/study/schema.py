@@ -430,6 +430,18 @@ def from_mapping(content: Any, where: str = "study") -> StudyConfig:
     return _study(Written(content, where))
 
 
+def of_hf(study: StudyConfig, hf: str) -> StudyConfig:
+    """The same study of another parent: the Hugging Face model ``hf``, of which ``config.json`` is enough to plan.
+
+    Its name is NAME.MODEL, so that a folder of the study itself is not taken for its own.
+    """
+    place = Path(hf).parent if Path(hf).name == "config.json" else Path(hf)
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", place.resolve().name if place.exists() else place.name)
+    made = dataclasses.replace(study, name=f"{study.name}.{label}", parent=Parent(import_hf=hf, shape=hf))
+    object.__setattr__(made, "_written", written(study))
+    return made
+
+
 def resolved(study: StudyConfig) -> dict[str, Any]:
     """The study with every default filled in, as JSON values."""
     values: dict[str, Any] = TypeAdapter(StudyConfig).dump_python(study, mode="json")

@@ -27,6 +27,9 @@ class ModelSettings(Settings):
         metavar="CKPT",
         help="take the model's arguments from this checkpoint, but no weights: training from scratch in the same shape",
     )
+    parallel_residual: bool = setting(
+        False, help="attention and MLP read the same input, as in Pythia (default: as the checkpoint)"
+    )
     fp32: bool = setting(False, help="compute in fp32 (default: as the checkpoint)")
     fp8_preset: str | None = setting(
         None,

@@ -33,6 +33,12 @@ class PreflightSettings(Settings):
         metavar="FILE",
         help="file with the model's flags, while the checkpoint is not here (# begins a comment)",
     )
+    hf: str | None = setting(
+        None,
+        metavar="HF",
+        help="the model of a Hugging Face config.json, while the checkpoint is not here: the file, its directory, or "
+        "the name of a model whose config is in the local cache",
+    )
     corpus_tokens: int | None = setting(
         None, kind=count, metavar="N", help="tokens in the corpora, such as 750B, while they are not here"
     )
@@ -54,6 +60,11 @@ class StudySettings(Settings):
 class StudyPlanSettings(StudySettings):
     TITLE = "what is shown"
 
+    hf: str | None = setting(
+        None,
+        metavar="HF",
+        help="plan with this Hugging Face model as the parent: config.json, its directory, or a cached model's name",
+    )
     commands: bool = setting(False, help="print the command line of every stage too")
     scripts: bool = setting(False, help="write the Slurm script of every known cell")
     corpus_tokens: int | None = setting(
@@ -102,6 +113,9 @@ class AdvisedParentSettings(Settings):
     TITLE = "parent (default: the ledger's)"
 
     parent: str | None = setting(None, metavar="CKPT", help="its checkpoint")
+    hf: str | None = setting(
+        None, metavar="HF", help="its Hugging Face config.json: the file, its directory, or a name in the local cache"
+    )
     parent_params: int | None = setting(None, kind=count, metavar="N", help="number of parameters, such as 8B")
     parent_tokens: int | None = setting(None, kind=count, metavar="N", help="tokens it was trained on, such as 15T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -16,10 +17,13 @@ import safetensors.torch
 import torch
 
 import megatron_prune as mp
+from megatron_prune import verbs
+from megatron_prune.api.one_line import _read_source
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.data.preprocess import preprocess
 from megatron_prune.data.tokenizers import load_tokenizer
 from tests import reference, tiny
+from tests.convert import family_models
 
 S, SEQUENCES, WINDOWS = 32, 5, 7
 SIZES = {"seq_length": S, "calibration_sequences": SEQUENCES, "windows": WINDOWS}
@@ -40,6 +44,27 @@ def prune(hf: Path, tiny_jsonl: Path) -> Callable[..., mp.Pruned]:
         return mp.prune(out=out, method=method, **given)
 
     return run
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "phi3"])
+def test_a_model_of_any_family_is_read(name: str, tmp_path: Path) -> None:
+    """Embeddings have other names in GPT-2 and GPT-NeoX."""
+    folder = family_models.write(tmp_path / "hf", name)
+    asked = verbs.PruneHFSettings.of(argparse.Namespace(hf=str(folder), out="x", method="magnitude"))
+    source = _read_source(asked)
+    assert source.shape == import_hf(folder, tmp_path / "parent").shape and source.dtype == "float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "nemotron", "qwen3"])
+def test_a_model_of_another_family_is_pruned_in_one_line(
+    name: str, tiny_tokenizer: Path, tiny_jsonl: Path, tmp_path: Path
+) -> None:
+    folder = family_models.write(tmp_path / "hf", name)
+    for file in tiny_tokenizer.iterdir():
+        shutil.copy(file, folder)
+    made = mp.prune(hf=folder, text=tiny_jsonl, out=tmp_path / "out", method="shortgpt", ratio=0.5, tell=print, **SIZES)
+    assert made.removed_linears == pytest.approx(0.5) and (tmp_path / "out" / "config.json").is_file()
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

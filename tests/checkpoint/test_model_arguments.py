@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from megatron_prune.checkpoint import model_arguments
 from megatron_prune.checkpoint.layout import FORGOTTEN
-from megatron_prune.checkpoint.model_arguments import compared, refuse_unrestored
+from megatron_prune.checkpoint.model_arguments import compared, known, refuse_unrestored
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf
 from megatron_prune.errors import CheckpointError
@@ -23,10 +20,6 @@ MATTER = (
     "activation_func_clamp_value apply_residual_connection_post_layernorm openai_gelu "
     "use_mup mup_output_mult experimental_attention_variant linear_attention_freq spec hybrid_layer_pattern"
 ).split()
-
-
-def known():
-    return json.loads(Path(model_arguments.__file__).with_name("megatron_arguments.json").read_text())
 
 
 def test_the_table_is_megatrons():

@@ -5,6 +5,7 @@ Sizes differ from one another, and gains and biases are random, so that a swappe
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,52 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": PARTIAL | {"partial_rotary_factor": 0.25},
         },
     ),
+    "pythia": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": True, "layer_norm_eps": 3e-4, "tie_word_embeddings": False,
+            "num_attention_heads": 6, "num_key_value_heads": None, "head_dim": None,
+            "rope_parameters": PARTIAL | {"partial_rotary_factor": 0.25},
+        },
+    ),
 }  # fmt: skip
+
+
+# config.json of published models, and the number of their parameters. The vocabulary is padded to a multiple of 128.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Qwen3-8B": (
+        {
+            "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+            "head_dim": 128, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "rope_theta": 1000000, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36,
+        },
+        8_190_735_360,
+    ),
+    "gpt2": (
+        {
+            "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+            "n_ctx": 1024, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        },
+        124_439_808 + 47 * 768,
+    ),
+    "Minitron-4B": (
+        {
+            "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 9216,
+            "head_dim": 128, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+            "max_position_embeddings": 4096, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "hidden_act": "relu2",
+            "rope_theta": 10000.0, "tie_word_embeddings": False,
+        },
+        4_190_509_056,
+    ),
+}  # fmt: skip
+
+
+def write_published(folder: Path, name: str) -> Path:
+    """A directory with nothing but the config.json of a published model."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name][0]))
+    return folder
 
 
 def write(folder: Path, name: str, **changes: Any) -> Path:

@@ -33,7 +33,7 @@ def structured(shape: ModelShape) -> dict[str, list[str]]:
     return {
         "depth": ["--method", "shortgpt", "--target-num-layers", "2"],
         "width": ["--method", "minitron-width", *width],
-        "random": ["--method", "random", "--random-granularity", "depth", "--target-num-layers", "3"],
+        "random": ["--method", "random", "--target-num-layers", "3"],
     }
 
 

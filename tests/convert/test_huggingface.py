@@ -273,7 +273,7 @@ def test_head_size_of_its_own():
             "layer_types=.*expected 2 of",
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers=.*expected 2 zeros and ones"),
-        ({"model_type": "gpt_neox"}, "use_parallel_residual=True"),
+        ({"model_type": "gpt_neox", "use_parallel_residual": "yes"}, "use_parallel_residual=.yes"),
         # What a stranger could write there.
         ({"model_type": "qwen2", "layer_types": [[1], {}], "use_sliding_window": True}, "layer_types=.*expected 2 of"),
         ({"model_type": "qwen3", "max_window_layers": "2", "use_sliding_window": True}, "max_window_layers='2', exp"),

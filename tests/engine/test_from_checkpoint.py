@@ -117,6 +117,7 @@ YARN = {
 GPT_LIKE = {
     "swiglu": False, "normalization": "LayerNorm", "bias_gelu_fusion": True, "layernorm_zero_centered_gamma": True,
     "add_bias_linear": True, "add_qkv_bias": True, "position_embedding_type": "learned_absolute",
+    "parallel_residual": True,
 }  # fmt: skip
 SQUARED = {"swiglu": False, "squared_relu": True, "bias_gelu_fusion": False, "apply_layernorm_1p": True}
 MODELS = [LLAMA_LIKE, YARN, GPT_LIKE, SQUARED]

@@ -9,6 +9,7 @@ import pytest
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli.study_commands import preflight_main, split_preflight
 from megatron_prune.errors import CommandLineError, UsageError
+from tests.convert import family_models
 from tests.preflight import commands
 from tests.preflight.commands import FP8, LLAMA, finding, reasons, train
 
@@ -236,6 +237,24 @@ def test_a_checkpoint_that_is_not_here_may_be_described(distributed, tmp_path) -
     assert held == [3_489_660_928, 0]  # one byte for each weight of half the linears
 
 
+def test_the_config_of_a_published_model_is_enough(distributed, tmp_path) -> None:
+    """Before a checkpoint that is not here, and for a run from random weights."""
+    recipe = train("", "--seq-length 1024", model="")[1:]
+    hf = {name: str(family_models.write_published(tmp_path / name, name)) for name in family_models.PUBLISHED}
+    lines = [
+        ["--gpus", "64", "--hf", hf["Qwen3-8B"], "pretrain", *recipe, "--pretrained-checkpoint", "/not/here"],
+        ["--gpus", "64", "--hf", hf["Minitron-4B"], "evaluate", "--load", "/not/here", "--data-path", "/not/here",
+         "--output", "x", "--bf16"],
+        ["--gpus", "8", "--hf", f"{hf['gpt2']}/config.json", "pretrain", *recipe],
+    ]  # fmt: skip
+    [found] = distributed(commands.answers, 1, lines)
+    assert [answer["verdict"] for answer in found] == ["yes"] * 3, found
+    assert [one["parameters"] for one in found] == [
+        family_models.PUBLISHED[name][1] for name in ("Qwen3-8B", "Minitron-4B", "gpt2")
+    ]
+    assert "--pretrained-checkpoint /not/here" in reasons(found[0], "not checked")
+
+
 def test_a_launcher_before_the_verb_is_skipped() -> None:
     words = "--gpus 16 torchrun --nnodes 2 -m megatron_prune pretrain --lr 1".split()
     assert split_preflight(words) == (["--gpus", "16"], "pretrain", ["--lr", "1"])
@@ -251,6 +270,8 @@ def test_a_launcher_before_the_verb_is_skipped() -> None:
         ("--gpus 8 pretrain --shape-from /not/here", "--model.*not/here"),
         ("--gpus 8 calibrate --load /not/here", "--model.*not/here"),
         ("--gpus 8 --model /no/file pretrain --shape-from /not/here", "--model"),
+        ("--gpus 8 --hf no/model pretrain --shape-from /not/here", "--hf: expected a config.json.*got no/model"),
+        ("--gpus 8 --hf x --model y pretrain --shape-from /not/here", "--model, --hf: expected at most one"),
         ("--gpus 8 --mfu 40 pretrain --lr 1", "--mfu"),
         ("--gpus 8 --corpus-tokens many pretrain --lr 1", "--corpus-tokens"),
         ("--gpus 8 --installed te,cuda pretrain --lr 1", "--installed: expected .*, got cuda"),

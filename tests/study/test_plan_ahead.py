@@ -19,6 +19,7 @@ from megatron_prune.cli.training_commands import learn_masks_main, pretrain_main
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import commands, estimate, jobs, validate
 from megatron_prune.study.prunings import Places
+from tests.convert import family_models
 from tests.preflight import commands as preflight
 from tests.study import made_up
 
@@ -122,6 +123,27 @@ def test_the_shape_is_that_of_a_hugging_face_config(how: str, tiny_hf, tmp_path:
     heads = config["num_attention_heads"], config["num_key_value_heads"]
     assert (found.num_attention_heads, found.num_query_groups) == heads
     assert found.tied == config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("name", family_models.PUBLISHED)
+def test_a_study_is_planned_for_a_published_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its config.json alone, in place of the parent of study.yaml."""
+    folder = family_models.write_published(Path(name), name)
+    Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(NOWHERE, methods=METHODS)))
+    words = ["plan", "study.yaml", "--corpus-tokens", "10M", "--hf", str(folder), "--gpus", "64"]
+    assert command.main([*words, "--throughput", "40%"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{family_models.PUBLISHED[name][1]:,}" in shown and "together on 64 GPUs" in shown
+    assert f".{name}: " in shown and f"its shape is what the config of {folder} says" in shown
+
+
+def test_masks_of_a_model_with_layer_norm_are_planned_without_its_hidden_size() -> None:
+    family_models.write_published(Path("gpt2"), "gpt2")
+    learned = {"name": "sheared-llama", "tokens": 1280, "target": {"ffn-hidden-size": 1024}}
+    assert ahead(parent={"import_hf": "gpt2"}, methods=[learned]).source is not None
+    learned["target"] = {"hidden-size": 512}
+    with pytest.raises(UsageError, match="target-hidden-size: expected 768, for a parent with LayerNorm"):
+        ahead(parent={"import_hf": "gpt2"}, methods=[learned])
 
 
 @pytest.mark.parametrize(

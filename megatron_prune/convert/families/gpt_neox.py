@@ -1,7 +1,7 @@
-"""GPT-NeoX with its two residual branches in sequence: LayerNorm, biases, exact GELU, part of each head rotated.
+"""GPT-NeoX and Pythia: LayerNorm, biases, exact GELU, part of each head rotated.
 
-Pythia and GPT-NeoX-20B add attention and MLP to the same input (``use_parallel_residual``), which Megatron-LM 0.19
-cannot express: they are refused.
+Pythia and GPT-NeoX-20B add attention and MLP to the same input (``use_parallel_residual``): this package's
+``parallel_residual``, which Megatron itself does not have.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from typing import Any
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.convert.families.model_family import Args, Config, ModelFamily, gelu, gelu_entry
 from megatron_prune.errors import CheckpointError
+from megatron_prune.untrusted import show
 
 
 def _arguments(values: Config) -> dict[str, Any]:
-    if values.get("use_parallel_residual", True):
-        raise CheckpointError(
-            "config.json has use_parallel_residual=True, as in Pythia: attention and MLP read the same input, and "
-            "Megatron has no such layer"
-        )
-    return gelu(values)
+    parallel = values.get("use_parallel_residual", True)
+    if type(parallel) is not bool:
+        raise CheckpointError(f"config.json has use_parallel_residual={show(parallel)}, expected true or false")
+    return {"parallel_residual": parallel, **gelu(values)}
 
 
 def _entries(args: Args, shape: ModelShape, original: Config) -> dict[str, Any]:
     return {
         "hidden_act": gelu_entry(args, original.get("hidden_act", "gelu")),
-        "use_parallel_residual": False,
+        "use_parallel_residual": bool(args.get("parallel_residual")),
     }
 
 
@@ -33,7 +32,7 @@ FAMILY = ModelFamily(
     kind="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     fixed={"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True},
-    chosen=frozenset({"rotary_percent", "bias_gelu_fusion"}),
+    chosen=frozenset({"rotary_percent", "bias_gelu_fusion", "parallel_residual"}),
     arguments=_arguments,
     entries=_entries,
     names={

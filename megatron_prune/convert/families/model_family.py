@@ -128,6 +128,8 @@ class ModelFamily:
                 continue  # part of add_bias_linear, and Megatron sets it then
             if (MEGATRON_DEFAULTS[name] if found is None else found) != value:
                 return f"the model has {name}={found}, but {self.architecture} only supports {value}"
+        if args.get("parallel_residual") and "parallel_residual" not in self.chosen:
+            return f"attention and MLP of the model read the same input, but those of {self.architecture} do not"
         divided = shape.hidden_size % shape.num_attention_heads == 0
         if not divided and not self.not_divided:
             return (

@@ -162,7 +162,7 @@ def own_study(target: AdvisedTarget) -> str:
     tokens = f"{target.tokens:,.0f}" if target.tokens is not None else "the tokens that the GPU-hours pay"
     kind = f" {target.pattern}" if target.pattern else ""
     return (
-        f"a study: `study run` with that parent's checkpoint as parent.load, {100 * target.ratio:.3g}%{kind} "
+        f"a study: `study run` with that parent (parent.load or parent.import_hf), {100 * target.ratio:.3g}%{kind} "
         f"removed, budgets up to {tokens} (five of them for a break-even), seeds [1, 2, 3], settings [{target.setting}]"
     )
 

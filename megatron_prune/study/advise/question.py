@@ -15,6 +15,7 @@ from typing import Any, cast
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.config import args_of
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.base import DIMENSIONS
@@ -75,9 +76,12 @@ class AdvisedTarget:
 
 def from_settings(options: verbs.AdviseSettings, parent_params: int) -> AdvisedTarget:
     """The target that settings describe; ``parent_params`` are the ledger's parent's."""
+    said = {"--parent": options.parent, "--hf": options.hf, "--parent-params": options.parent_params}
+    if len(given := [flag for flag, value in said.items() if value is not None]) > 1:
+        raise UsageError(", ".join(given), got=" and ".join(given), expected="at most one of them")
     shape = open_checkpoint(options.parent).shape if options.parent else None
-    if shape is not None and options.parent_params is not None:
-        raise UsageError("--parent, --parent-params", got="both", expected="exactly one of them")
+    if options.hf is not None:
+        shape = ModelShape.from_args(args_of(options.hf))
     sizes = {field: size for field in DIMENSIONS if (size := getattr(options, "target_" + field)) is not None}
     _refuse_another_granularity(options, sizes)
     pattern = str(Pattern.parse(options.pattern)) if options.pattern else None
@@ -142,7 +146,7 @@ def _ratio(
         raise UsageError(
             ", ".join(flag_of(field) for field in sizes),
             got="none",
-            expected="--parent CKPT with it",
+            expected="--parent CKPT or --hf HF with it",
             why="how much they remove depends on its shape",
         )
     for field, size in sizes.items():

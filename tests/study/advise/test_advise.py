@@ -18,6 +18,7 @@ from megatron_prune.cli.study_commands import advise_parser
 from megatron_prune.errors import EXIT_REFUSED, UsageError
 from megatron_prune.study.advise import answer, ledgers, question
 from megatron_prune.study.advise.answer import Advice
+from tests.convert import family_models
 from tests.study import made_up
 
 BUDGETS = (100_000, 200_000, 400_000, 800_000, 1_600_000)
@@ -331,6 +332,19 @@ def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_pa
             ask(content, *argv, "--target-num-layers", wrong)
 
 
+@pytest.mark.parametrize("name", family_models.PUBLISHED)
+def test_the_parent_may_be_a_config_alone(ask, name: str, tmp_path: Path) -> None:
+    """Half of the layers of a published model are half of the blocks' linear weights."""
+    folder = family_models.write_published(tmp_path / name, name)
+    config, parameters = family_models.PUBLISHED[name]
+    half = config.get("num_hidden_layers", config.get("n_layer")) // 2
+    found = ask(ledger(lead), "--hf", folder, "--target-num-layers", half, "--tokens", "200k")
+    assert found.answer == "don't know" and f"the parent has {parameters:,} parameters" in found.reasons[0]
+    assert "50% removed" in found.settle[0]
+    with pytest.raises(UsageError, match="--hf, --parent-params: expected at most one"):
+        ask(ledger(lead), "--hf", folder, "--parent-params", 5, "--ratio", 0.5, "--tokens", "200k")
+
+
 @pytest.mark.parametrize(
     ("argv", "flag"),
     [
@@ -344,7 +358,10 @@ def test_an_explicit_shape_is_a_ratio_of_its_parent_and_what_it_cuts(ask, tmp_pa
         (["--ratio", 0.5, "--tokens", "1M", "--gpu-hours", 3], "--tokens, --gpu-hours: expected .*, got both"),
         (["--ratio", 0.5, "--gpu-hours", 3], "--gpu-hours: expected .*, got 3.0"),
         (["--ratio", 0.5, "--tokens", "1M", "--gpu-flops", 3], "--gpu-flops: expected .*, got 3.0"),
-        (["--target-num-layers", 2, "--tokens", "1M"], "--target-num-layers: expected --parent CKPT with it, got none"),
+        (
+            ["--target-num-layers", 2, "--tokens", "1M"],
+            "--target-num-layers: expected --parent CKPT or --hf HF with it, got none",
+        ),
         (["--target-params", "2M", "--tokens", "1M"], "--target-params: expected 1 to 999999.*, got 2000000"),
         (["--target-params", 1000, "--ratio-of", "all", "--tokens", "1M"], "--ratio-of: expected .*, got all"),
         (["--pattern", "4:2", "--tokens", "1M"], "--pattern: expected .*, got 4:2"),
