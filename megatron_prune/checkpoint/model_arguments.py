@@ -102,6 +102,7 @@ def restored(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that say what the model of ``stored`` computes: as stored, or else Megatron's default."""
     found = {name: known()[name] for name in (*compared(), *sorted(_RESTORED)) if name in known()}
     said = {name: stored_argument(stored, name) for name in (*found, *_RESTORED)}
+    found["parallel_residual"] = False  # of this package
     return found | {name: value for name, value in said.items() if value is not None}
 
 

@@ -244,7 +244,7 @@ def test_the_config_of_a_published_model_is_enough(distributed, tmp_path) -> Non
     lines = [
         ["--gpus", "64", "--hf", hf["Qwen3-8B"], "pretrain", *recipe, "--pretrained-checkpoint", "/not/here"],
         ["--gpus", "64", "--hf", hf["Minitron-4B"], "evaluate", "--load", "/not/here", "--data-path", "/not/here",
-         "--output", "x", "--bf16"],
+         "--output", str(tmp_path / "scores.json"), "--seq-length", "4096", "--bf16"],
         ["--gpus", "8", "--hf", f"{hf['gpt2']}/config.json", "pretrain", *recipe],
     ]  # fmt: skip
     [found] = distributed(commands.answers, 1, lines)

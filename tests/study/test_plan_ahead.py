@@ -131,7 +131,7 @@ def test_a_study_is_planned_for_a_published_model(name: str, capsys: pytest.Capt
     folder = family_models.write_published(Path(name), name)
     Path("study.yaml").write_text(yaml.safe_dump(made_up.mapping(NOWHERE, methods=METHODS)))
     words = ["plan", "study.yaml", "--corpus-tokens", "10M", "--hf", str(folder), "--gpus", "64"]
-    assert command.main([*words, "--throughput", "40%"]) == 0
+    assert study_main([*words, "--throughput", "40%"]) == 0
     shown = capsys.readouterr().out
     assert f"{family_models.PUBLISHED[name][1]:,}" in shown and "together on 64 GPUs" in shown
     assert f".{name}: " in shown and f"its shape is what the config of {folder} says" in shown
