@@ -273,12 +273,19 @@ def _fork_server() -> _ForkServer:
 
 
 def _be_torchrun() -> None:
-    """What ``_TorchrunJob`` runs: ``python -m megatron_prune.engine.launch CALLER <words of torchrun>``.
+    """What ``_TorchrunJob`` runs: ``python -m megatron_prune.engine.launch CALLER <words of torchrun>``. A CALLER of
+    ``-`` is nobody (``launch/node.sh``).
 
-    A torchrun that ends its ranks when the process CALLER dies. A caller that is killed cannot end them itself, and
+    A torchrun for one machine, which nobody else reaches: its store listens on the loopback address alone. The
+    rendezvous that ``--standalone`` and ``c10d`` choose would listen on all, and unpickle what it reads there.
+
+    And a torchrun that ends its ranks when the process CALLER dies. A caller that is killed cannot end them itself, and
     orphaned ranks would hold their GPUs for hours. On SIGTERM torchrun ends its ranks, after its own grace period.
     """
-    fork_server.die_with(int(sys.argv.pop(1)), signal.SIGTERM)
+    if (caller := sys.argv.pop(1)) != "-":
+        fork_server.die_with(int(caller), signal.SIGTERM)
+    for name in ("STANDALONE", "RDZV_BACKEND", "RDZV_ENDPOINT"):
+        os.environ.pop(f"PET_{name}", None)
     from torch.distributed import run  # takes seconds: the caller may have exited by then
 
     store = network.store_of_this_machine()

@@ -26,6 +26,11 @@ export PET_NNODES="${PET_NNODES:-1}" PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-g
 export PET_RDZV_BACKEND="${PET_RDZV_BACKEND:-c10d}" PET_RDZV_ENDPOINT="${PET_RDZV_ENDPOINT:-localhost:29500}"
 export PET_RDZV_ID="${PET_RDZV_ID:-megatron-prune}" PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 
+# On one machine: torchrun, but nobody else reaches its store. That of c10d listens on all addresses, and the agent
+# unpickles what is in it.
+run=(-m torch.distributed.run)
+if [ "$PET_NNODES" = 1 ]; then run=(-m megatron_prune.engine.launch -); fi
+
 agent=
 tell_ranks() {
     [ -n "$agent" ] || return 0
@@ -38,10 +43,10 @@ case " $* " in
 *" --exit-signal-handler "*)
     # Slurm signals every process of a step. The agent must not end its ranks while they save.
     export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT}"
-    (trap '' TERM USR1; exec "${PYTHON:-python}" -m torch.distributed.run -m megatron_prune "$@") &
+    (trap '' TERM USR1; exec "${PYTHON:-python}" "${run[@]}" -m megatron_prune "$@") &
     ;;
 *)
-    "${PYTHON:-python}" -m torch.distributed.run -m megatron_prune "$@" &
+    "${PYTHON:-python}" "${run[@]}" -m megatron_prune "$@" &
     ;;
 esac
 agent=$!

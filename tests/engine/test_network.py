@@ -214,12 +214,13 @@ os.write(1, (" ".join(map(str, line)) + "\\n").encode())  # at once: the other r
 
 
 def test_ranks_of_our_torchrun_meet_among_themselves(tmp_path) -> None:
+    """Whatever the environment says of rendezvous, as ``launch/node.sh`` sets it for several nodes."""
     script = tmp_path / "script.py"
     script.write_text(UNDER_TORCHRUN)
-    command = [sys.executable, "-m", "megatron_prune.engine.launch", str(os.getpid()), "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    )
+    command = [sys.executable, "-m", "megatron_prune.engine.launch", "-", "--nproc-per-node", "2", script]
+    chosen = {"PET_STANDALONE": "1", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "localhost:29500"}
+    search = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **chosen, **search})
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert lines == [f"rank {rank} [0, 1] True 1 True /memfd:megatron_prune_rendezvous (deleted)" for rank in (0, 1)], (
         done.stderr

@@ -49,6 +49,8 @@ _OF_A_CHECKPOINT = {
     "calibrate": f"calibrate --load {{ckpt}} {CALIBRATION} --output {{out}}/made.safetensors",
     "prune": f"prune --load {{ckpt}} --method shortgpt --ratio 0.5 --save {{out}}/made {CALIBRATION}",
     "evaluate": "evaluate --load {ckpt} --data-path {corpus} --seq-length 16 --output {out}/made.json",
+    "teach": "teach --load {ckpt} --train-data-path {corpus} --seq-length 16 --stream-range 0:2 --top-k 4 "
+    "--output {out}/made",
     "pretrain": f"pretrain --use-checkpoint-args --pretrained-checkpoint {{ckpt}} {RECIPE} --mock-data",
 }
 _OF_MASKS = {
@@ -60,6 +62,7 @@ _OF_MASKS = {
 _OF_A_CORPUS = {
     "calibrate": _OF_A_CHECKPOINT["calibrate"],
     "evaluate": _OF_A_CHECKPOINT["evaluate"],
+    "teach": _OF_A_CHECKPOINT["teach"],
     "pretrain": f"pretrain --use-checkpoint-args --pretrained-checkpoint {{ckpt}} {RECIPE} "
     "--train-data-path {corpus} --stream-range 0:2",
 }

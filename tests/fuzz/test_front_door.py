@@ -121,7 +121,7 @@ def _meet_good(whole: str) -> list[Row]:
     return [_meet(Path(whole), nothing[of], verb) for of, verb in sorted(lines)]
 
 
-_MODEL_VERBS = {"evaluate", "calibrate", "prune", "pretrain", "sparsify"}
+_MODEL_VERBS = {"evaluate", "calibrate", "prune", "pretrain", "sparsify", "teach", "learn-masks"}
 
 
 def test_every_bad_input_is_refused(distributed: Callable[..., Any], whole: Path) -> None:

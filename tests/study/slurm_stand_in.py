@@ -140,6 +140,8 @@ def _run(argv: Sequence[str], verb: Verb) -> tuple[int, str]:
     """A call of ``python``, or of torchrun through it: its exit code and output."""
     if list(argv[:2]) == ["-m", "torch.distributed.run"]:
         argv = argv[2:]
+    if list(argv[:3]) == ["-m", "megatron_prune.engine.launch", "-"]:  # the same on one machine
+        argv = argv[3:]
     assert list(argv[:2]) == ["-m", "megatron_prune"], argv
     try:
         if argv[2:4] == ["study", "stage"]:

@@ -297,7 +297,7 @@ words, saved = sys.argv[1:], pathlib.Path("runs/made-up/cells/parent/checkpoint/
 if "stage" in words:
     subprocess.call(words[words.index("--") + 1 :])
     sys.exit(0 if os.path.exists("done") else 1)
-if "torch.distributed.run" in words:
+if "megatron_prune.engine.launch" in words:
     sys.exit(subprocess.call([sys.argv[0], "rank"]))
 if words == ["rank"] and not saved.exists():
     def save(*_):
