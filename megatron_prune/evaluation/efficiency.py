@@ -29,6 +29,7 @@ from megatron_prune.masks.with_weights import masks_of
 
 SEQUENCE = 2048  # tokens of the forward pass whose FLOPs are shown
 PACKED = "2:4"
+THEORETICAL = "theoretical, not measured"  # what is shown in place of the times of kernels that did not run
 # Of four weights two values stay; each has an index of two bits (NVIDIA's sparse tensor cores, 16-bit types and
 # smaller), so a packed weight takes half a value and one bit.
 INDEX_BYTES = 1 / 8
@@ -87,7 +88,6 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-THEORETICAL = "theoretical, not measured"
 DENSE, SPARSE, SPARSE_FP8 = "dense", "2:4", "fp8 2:4"
 _LEAST = {SPARSE: (8, 0), SPARSE_FP8: (9, 0)}  # compute capability
 

@@ -14,7 +14,14 @@ from megatron_prune.untrusted import check
 
 MEASURED = "efficiency.json"  # in the study's folder: what `benchmark` wrote
 COSTS = ("flops_forward", "flops_forward_kept", "weight_bytes", "weight_bytes_packed", "cache_bytes_per_token")
-TIMES = ("prefill_seconds", "decode_seconds", "decode_tokens_per_second")
+TIMES = (
+    "prefill_seconds",
+    "decode_seconds",
+    "decode_tokens_per_second",
+    "decode_seconds_2_4",
+    "decode_seconds_fp8_2_4",
+)
+_SPARSE = {"decode_seconds_2_4": "2:4", "decode_seconds_fp8_2_4": "fp8 2:4"}  # kinds of kernels in what was measured
 
 
 def costs(
@@ -63,14 +70,18 @@ class _Efficiency(TypedDict):
 
 
 def times(places: Places) -> dict[str, dict[str, Any]]:
-    """The columns ``TIMES`` of the models that were measured, by the fingerprint of their weights."""
+    """The columns ``TIMES`` of the models that were measured, by the fingerprint of their weights; without those of
+    sparse kernels that did not run."""
     path = places.root / MEASURED
     if not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = {}
     for model in check(_Efficiency, artifacts.read_json(path), str(path))["models"]:
-        dense = model.get("measured", {}).get("dense", {})
+        measured = model.get("measured", {})
+        dense = measured.get("dense", {})
         if "prefill" in dense and "decode" in dense:
             values = (dense["prefill"]["seconds"], dense["decode"]["seconds"], dense["decode"]["tokens_per_second"])
-            found[model["fingerprint"]] = dict(zip(TIMES, values, strict=True))
+            own = {key: measured.get(kind, {}).get("decode") for key, kind in _SPARSE.items()}
+            sparse = {key: times["seconds"] for key, times in own.items() if times is not None}
+            found[model["fingerprint"]] = dict(zip(TIMES, values, strict=False)) | sparse
     return found

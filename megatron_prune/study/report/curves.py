@@ -85,14 +85,12 @@ def _loss_curves(results: Results, curves: Curves, own: Panels, many: bool, stac
         if with_parent and setting == "equal-total":
             for parent in parents:
                 _line(axis, curves[parent], 0, {"color": INK, "linewidth": 1.3}, parent)
-            if named:
-                half = curves[parents[0]].shape[1] // 3
-                axis.annotate("parent", curves[parents[0]][:, half], xytext=(-6, -6), textcoords="offset points",
-                              ha="right", va="top", fontsize=8)  # fmt: skip
         drawn: set[str] = set()
         for made in compared:
             colour = palette[_variant(made.pruning) if many else label(*made.pruning.subject)]
             _pair(axis, results, curves, made, colour, drawn)
+        if named and with_parent and setting == "equal-total":
+            _name_parent(axis, curves[parents[0]])
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("tokens", fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(5 if columns == 1 or len(own) < 3 else 4))
@@ -110,6 +108,15 @@ def _loss_curves(results: Results, curves: Curves, own: Panels, many: bool, stac
     handles = [Line2D([], [], label=name, **style) for name, style in keys.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=8)
     return figure
+
+
+def _name_parent(axis: Any, curve: np.ndarray) -> None:
+    """The parent's name below its line, or right of it where that is at the left edge."""
+    at = curve[:, curve.shape[1] // 3]
+    low, high = axis.get_xlim()
+    edge = at[0] - low < 0.25 * (high - low)
+    shift, ha, va = ((6, 4), "left", "bottom") if edge else ((-6, -6), "right", "top")
+    axis.annotate("parent", at, xytext=shift, textcoords="offset points", ha=ha, va=va, fontsize=8)
 
 
 def _ends(

@@ -46,7 +46,7 @@ def write(found: Results, places: Places) -> Path:
     if found.study.parent.load:
         losses["parent"] = places.beside_parent(found.study) / "losses.csv"
     made = (
-        figures.gaps(found), figures.final_losses(found), trends.costs(found), pareto.serving_costs(found),
+        figures.gaps(found), figures.final_losses(found), trends.costs(found), *pareto.serving_costs(found),
         trends.loss_by_budget(found),
         trends.gap_by_budget(found), trends.gap_by_ratio(found), curves.loss_curves(found, losses),
     )  # fmt: skip

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from megatron_prune.evaluation.efficiency import THEORETICAL
 from megatron_prune.study.analysis.inference import Difference
-from megatron_prune.study.analysis.measures import MeasureVerdict
+from megatron_prune.study.analysis.measures import Measure, MeasureVerdict
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.analysis.serving import COSTS, TIMES
 from megatron_prune.study.analysis.verdicts import Verdict, p_value
@@ -248,10 +249,11 @@ def efficiency(found: Results) -> Table:
         }
         values |= {key: [_per_token(row, key) for row in own] for key in ("flops_train", "flops_train_theoretical")}
         best = _at_largest_budget(own)
-        both = {key: _ends(found) for key, found in values.items()}
+        both = {key: _ends(every) for key, every in values.items()}
         shown.append({
             "model": name, "test_loss": best, "perplexity": exp(best), "tokens_per_second": _speed(own),
             **{f"{key}_{end}": ends[place] for key, ends in both.items() for place, end in enumerate(("low", "high"))},
+            **_accuracies(found, own),
         })  # fmt: skip
     columns = [
         words("model", "model"), _range("parameters", "params", count), _range("not zero", "params_nonzero", count),
@@ -260,12 +262,13 @@ def efficiency(found: Results) -> Table:
         _range("FLOPs per token", "flops_train", flops), _range("of kept weights", "flops_train_theoretical", flops),
         number("tokens per second", "tokens_per_second", lambda value: f"{value:,.0f}"),
         number("test loss", "test_loss", loss), number("perplexity", "perplexity", perplexity),
+        *_accuracy_columns(found),
     ]  # fmt: skip
     caption = (
         "What a model costs. FLOPs of training per token: dense matrix products that are executed; of kept weights: "
         "without the removed ones. Speed: of the longest runs on the machine that ran the study, tokens trained on "
         "over the time of all attempts, their median; steps that were run again after a kill count as time alone. Test "
-        "loss: pruned and retrained at the largest budget, mean over seeds."
+        f"loss{' and accuracy' * bool(accuracies(found))}: pruned and retrained at the largest budget, mean over seeds."
     )
     return Table("efficiency", caption, columns, shown)
 
@@ -290,7 +293,7 @@ def serving(found: Results) -> Table:
             known = [one[key] for one in own if one[key] is not None]
             row[key] = statistics.median(known) if known else None
             measured = measured or bool(known)
-        shown.append({**row, "test_loss": _at_largest_budget(own)})
+        shown.append({**row, "test_loss": _at_largest_budget(own), **_accuracies(found, own)})
     kept = any(row["weight_bytes_packed_low"] is not None for row in shown)
     columns = [
         words("model", "model"), _range("FLOPs, 2,048 tokens", "flops_forward", flops),
@@ -300,16 +303,30 @@ def serving(found: Results) -> Table:
         *([number("prefill, ms", "prefill_seconds", _milli), number("decode, ms per token", "decode_seconds", _milli),
            number("decode, tokens per second", "decode_tokens_per_second", lambda value: f"{value:,.0f}")]
           if measured else []),
-        number("test loss", "test_loss", loss),
+        *([_sparse("decode with 2:4 kernels, ms per token", "decode_seconds_2_4")] if kept else []),
+        *([_sparse("with FP8 and 2:4, ms per token", "decode_seconds_fp8_2_4")]
+          if any(row["decode_seconds_fp8_2_4"] for row in shown) else []),
+        number("test loss", "test_loss", loss), *_accuracy_columns(found),
     ]  # fmt: skip
     caption = (
         "What a model costs to run. FLOPs of one forward pass: dense matrix products, and the same without the removed "
         "weights, which only sparse kernels save. Weights in the type of the recipe; the cache holds keys and values. "
-        + ("Times are of dense kernels in transformers on the machine that measured them (efficiency.json); a sparse "
-           "model is as fast as a dense one of its shape there. " if measured else "No times were measured. ")
-        + "Test loss as above."
+        + ("Times are of transformers on the machine that measured them (efficiency.json); with dense kernels a sparse "
+           "model is as fast as a dense one of its shape. " if measured else "No times were measured. ")
+        + f"Test loss{' and accuracy' * bool(accuracies(found))} as above."
     )  # fmt: skip
     return Table("serving", caption, columns, shown)
+
+
+def _sparse(head: str, key: str) -> Column:
+    """A time of sparse kernels, which only models under 2:4 masks can have."""
+
+    def shown(row: Row) -> str:
+        if row["weight_bytes_packed_low"] is None:
+            return DASH
+        return THEORETICAL if row[key] is None else _milli(row[key])
+
+    return Column(head, shown, {key: key}, wrap=True)
 
 
 def _mega(value: float) -> str:
@@ -348,8 +365,34 @@ def _speed(rows: Sequence[Row]) -> float | None:
 
 
 def _at_largest_budget(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row["test_loss"] for row in _largest(rows))
+
+
+def _largest(rows: Sequence[Row]) -> list[Row]:
     longest = max((row["tokens_train"] or 0 for row in rows), default=0)
-    return statistics.fmean(row["test_loss"] for row in rows if (row["tokens_train"] or 0) == longest)
+    return [row for row in rows if (row["tokens_train"] or 0) == longest]
+
+
+def accuracies(found: Results) -> list[Measure]:
+    """The suites that the models are scored on; without one, the first task."""
+    own = {one.measure.name: one.measure for one in found.measured if one.measure.kind == "suite"}
+    tasks = [one.measure for one in found.measured if one.measure.kind == "task"]
+    return [*own.values()] or tasks[:1]
+
+
+def accuracy_of(found: Results, measure: Measure, cells: Iterable[str]) -> float | None:
+    """The mean over these runs; None if one of them was asked no questions."""
+    records = [found.records[cell] for cell in cells]
+    return statistics.fmean(map(measure.accuracy, records)) if all("tasks" in one for one in records) else None
+
+
+def _accuracies(found: Results, rows: Sequence[Row]) -> dict[str, float | None]:
+    cells = dict.fromkeys(row["cell"] for row in _largest(rows))
+    return {f"accuracy of {one.name}": accuracy_of(found, one, cells) for one in accuracies(found)}
+
+
+def _accuracy_columns(found: Results) -> list[Column]:
+    return [number(f"accuracy, {one.name}", f"accuracy of {one.name}", "{:.1%}".format) for one in accuracies(found)]
 
 
 def subject(row: Row) -> tuple[str, str | None, float | None]:

@@ -143,7 +143,8 @@ def _few_ticks(axis: Any) -> None:
 
 
 def points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Means over seeds of both arms: loss, parameters, FLOPs. A shared scratch run is included once."""
+    """Means over seeds of both arms: loss, parameters, FLOPs, and their ``cells``. A shared scratch run is included
+    once."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     seen: set[str | None] = set()
     sides = results.rows[len(results.rows) - 2 * len(results.compared) :]
@@ -157,7 +158,7 @@ def points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
         groups.setdefault((name, row["arm"], setting, item.comparison.against, item.tokens), []).append(row)
     return [
         {
-            "arm": arm, "kind": kinds[name], "tokens": tokens,
+            "arm": arm, "kind": kinds[name], "tokens": tokens, "cells": [row["cell"] for row in own],
             "loss": statistics.fmean(row["test_loss"] for row in own),
             "name": f"{name}, {arm}" + (f", {SETTINGS[setting].lower()}, {against}" if setting else ""),
             **{value: own[0][value] for value in ("params_nonzero", "flops_total", *COSTS, *TIMES)},

@@ -81,7 +81,7 @@ COVERED = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("study", ["quickstart_like", "simulated_study"])
+@pytest.mark.parametrize("study", ["quickstart_like", "simulated_study", "scored_study"])
 def test_nothing_is_cut_or_covered_at_any_width(
     study: str, chromium: browser.Browser, request: pytest.FixtureRequest
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import types
 
 import hypothesis
@@ -107,11 +108,16 @@ def test_measured_times_are_those_of_the_weights(simulated_study: Places, tmp_pa
         {"fingerprint": "a", "measured": {"dense": {"prefill": one, "decode": {**one, "seconds": 0.25}}}},
         {"fingerprint": "b", "measured": {"dense": {"why": "not measured: a reason"}}},
         {"fingerprint": "c"},
-    ]
+        {"fingerprint": "d", "measured": {"dense": {"prefill": one, "decode": one},
+                                          "2:4": {"prefill": one, "decode": {**one, "seconds": 0.1}},
+                                          "fp8 2:4": {"why": "theoretical, not measured: a reason"}}},
+    ]  # fmt: skip
     (tmp_path / "efficiency.json").write_text(json.dumps({"models": models}))
     assert serving.times(Places(tmp_path)) == {
-        "a": {"prefill_seconds": 0.5, "decode_seconds": 0.25, "decode_tokens_per_second": 8.0}
-    }
+        "a": {"prefill_seconds": 0.5, "decode_seconds": 0.25, "decode_tokens_per_second": 8.0},
+        "d": {"prefill_seconds": 0.5, "decode_seconds": 0.5, "decode_tokens_per_second": 8.0,
+              "decode_seconds_2_4": 0.1},
+    }  # fmt: skip
     assert serving.times(simulated_study) == {}
 
 
@@ -144,6 +150,50 @@ def test_the_front_is_what_nothing_beats(places: list[tuple[int, int]]) -> None:
     found = [places[n] for n in front([cost for cost, _ in places], [loss for _, loss in places])]
     unbeaten = {(c, v) for c, v in places if not any((a <= c and b < v) or (a < c and b <= v) for a, b in places)}
     assert set(found) == unbeaten and found == sorted(found) and len(found) == len(unbeaten)
+
+
+def test_accuracies_are_shown_against_costs_with_their_front(scored_study: Places) -> None:
+    """Accuracies by hand from the scores of the runs; the front by comparing every pair of points."""
+    from megatron_prune.study.report import pareto
+
+    found = results.collect(scored_study)
+
+    def by_hand(cells: list[str]) -> float:
+        own = [json.loads(scored_study.scores(cell).read_text())["tasks"]["results"] for cell in cells]
+        return statistics.fmean(one[task]["metrics"]["acc"]["value"] for one in own for task in ("one", "two"))
+
+    cut = by_hand([f"pruned-shortgpt-r50-s{seed}-t20480" for seed in (1, 2, 3)])
+    for table in (tables.efficiency(found), tables.serving(found)):
+        (row,) = (row for row in table.rows if row["model"] == "shortgpt, 50% removed")
+        assert row["accuracy of mine"] == pytest.approx(cut)
+        assert [column.head for column in table.columns][-1] == "accuracy, mine"
+    loss, accuracy = pareto.serving_costs(found)
+    assert (loss.name, accuracy.name) == ("serving", "serving-accuracy") and accuracy.title.endswith("model: mine")
+    assert f"shortgpt, 50% removed, pruned: {cut:.1%}, " in accuracy.svg
+    parent = by_hand(["parent"])
+    assert f"parent: {parent:.1%}, " in accuracy.svg and f"{100 * cut:.1f}%" not in loss.svg
+
+
+def test_times_of_sparse_kernels_are_theoretical_where_they_did_not_run(scored_study: Places) -> None:
+    heads = [column.head for column in tables.serving(results.collect(scored_study)).columns]
+    (head,) = (head for head in heads if head.startswith("decode with 2:4 kernels"))
+    reader = Reader()
+    reader.feed((scored_study.root / "report" / "index.html").read_text())
+    shown = {row[0]: row[heads.index(head)] for row in reader.tables["serving"] if row}
+    assert shown["magnitude 2:4, 50% removed"] == "theoretical, not measured"
+    assert shown["parent"] == shown["shortgpt, 50% removed"] == "–"
+
+
+def test_more_accuracy_is_better() -> None:
+    from megatron_prune.study.report import pareto
+
+    places = [(1, 0.3), (2, 0.2), (3, 0.6), (4, 0.5), (5, 0.9)]
+    shown = [{"arm": "pruned", "kind": "depth", "name": "x", "weight_bytes": 1e6 * cost, "value": value}
+             for cost, value in places]  # fmt: skip
+    for sign, front in ((-1, [(1, 0.3), (3, 0.6), (5, 0.9)]), (1, [(1, 0.3), (2, 0.2)])):
+        quality = pareto.Quality("value", "value", str, sign)
+        figure = pareto.draw(shown, [axis for axis in pareto.AXES if axis[0] == "weight_bytes"], quality, False)
+        assert list(zip(*figure.axes[0].lines[0].get_data(), strict=True)) == front
 
 
 def test_efficiency_is_the_accounts(simulated_study: Places, found: Results) -> None:
