@@ -146,12 +146,14 @@ def test_what_a_sum_shares_is_the_variance_of_its_runs() -> None:
     halves = [Weighted(0.5, {1: ("p", "s")}, scatter), Weighted(0.5, {1: ("q", "t")}, scatter)]
     assert contrasts.shared(halves, 1) is None  # a seed's effect on all runs would not cancel
     assert contrasts.shared([pairs[0], Weighted(-1.0, {1: ("q", "t")}, None)], 1) is None
+    other = Weighted(-1.0, {1: ("q", "t")}, Scatter(2.0, 1.49, 20.0, 8))
+    assert contrasts.shared([pairs[0], other], 1) is None  # comparisons scatter too differently
 
 
 def test_sums_of_gaps_keep_their_size_and_cover_the_truth() -> None:
     """The figures of tests/benchmarks/contrasts.py, in small."""
     generator = np.random.default_rng(0)
-    for study in (Study(), Study(dense=True), Study(seed=2.0)):
+    for study in (Study(), Study(dense=True), Study(seed=2.0), Study(spread=1.0)):
         drawn = [answers(study, generator, gap) for gap in (0.0, 5.0) for _ in range(150)]
         for question in QUESTIONS:
             held = [one.low <= truth <= one.high for one, truth in (found[question] for found in drawn)]

@@ -8,9 +8,9 @@ Each is a weighted sum of gaps, computed for every seed on its own, so that what
 
 Losses have a t interval over the seeds' sums. Where weights add up to zero, or there is one comparison, their variance
 is combined with that of the study's other comparisons (``inference.shared``), which is that of one pair of runs: a sum
-with coefficients ``c`` of runs has ``sum(c**2) / 2`` times as much. Sums of several trust it by half. Accuracies have
-their interval over seeds and questions (``over_questions``). p values are corrected by Holm over all questions of the
-study, those without one included.
+with coefficients ``c`` of runs has ``sum(c**2) / 2`` times as much. Sums of several trust it by half, and where
+comparisons scatter too differently (``ALIKE``) none is shared. Accuracies have their interval over seeds and questions
+(``over_questions``). p values are corrected by Holm over all questions of the study, those without one included.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ STEPS = {"ratio": "per 10% of the linears removed", "tokens": "per doubling of t
 # Of the weight of the shared variance, for sums of several comparisons. With all of it, tests at three seeds find
 # something in 8% of studies without it where variances differ (log-normal, 0.5); tests/benchmarks/contrasts.py.
 TRUSTED = 0.5
+# The least weight of the shared variance (degrees of freedom) with which it counts. Where comparisons scatter so
+# differently that it is worth less (log-normal, 1), tests at three seeds would find something in 6 to 8% of studies
+# without it; a sum then has its own variance alone.
+ALIKE = 1.5
 ONE_SIDED = 2 * CONFIDENCE - 1  # two one-sided tests at 5% are a two-sided 90% interval
 
 
@@ -330,6 +334,8 @@ def shared(weighted: Sequence[Weighted], seed: int) -> Scatter | None:
     if any(scatter is None for scatter in scatters):
         return None
     least = min((scatter for scatter in scatters if scatter is not None), key=lambda scatter: scatter.weight)
+    if least.weight < ALIKE:
+        return None
     runs: dict[str, float] = defaultdict(float)
     for one in weighted:
         pruned, scratch = one.runs[seed]
