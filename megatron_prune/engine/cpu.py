@@ -18,11 +18,12 @@ Megatron's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,17 +273,22 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 
 
 def fuse(model: Iterable[torch.nn.Module]) -> None:
-    """Use fused attention for the causal attention of these models in forward passes without gradients.
+    """Use fused attention for the causal attention of these models in forward passes without gradients, and cache keys
+    rotated.
 
     Does nothing on a GPU, where Transformer Engine's is fused, and does not touch attention that is not plainly causal.
     """
     if not is_cpu():
         return
+    from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
     for chunk in model:
         for module in chunk.modules():
+            if isinstance(module, Attention):
+                cached = module._adjust_key_value_for_inference
+                module._adjust_key_value_for_inference = functools.partial(_cache_rotated, module, cached)
             if (
                 isinstance(module, DotProductAttention)
                 and module.attn_mask_type == AttnMaskType.causal
@@ -290,6 +296,49 @@ def fuse(model: Iterable[torch.nn.Module]) -> None:
                 and module.scale_mask_softmax.window_size is None
             ):
                 module.forward = functools.partial(_forward, module, module.forward)
+
+
+def _cache_rotated(
+    module: Any, adjust: Any, context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Any,
+    *others: Any, **more: Any,
+) -> Any:  # fmt: skip
+    """``Attention._adjust_key_value_for_inference``, with keys that are rotated before they are cached.
+
+    Megatron rotates all cached keys at every token, which for a long text takes longer than the matrix products.
+    """
+    if rotary is None or context is None or not context.is_static_batching():
+        return adjust(context, query, key, value, rotary, *others, **more)
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import apply_rotary_pos_emb
+
+    start = context.sequence_len_offset
+    key = apply_rotary_pos_emb(
+        key, rotary[1][start : start + len(key)], config=module.config, mscale=module._yarn_concentration_factor,
+        cp_group=module.pg_collection.cp,
+    )  # fmt: skip
+    query, key, value, (of_query, _), *rest = adjust(context, query, key, value, rotary, *others, **more)
+    return query, key, value, (of_query, None), *rest
+
+
+def pads(model: Iterable[torch.nn.Module]) -> bool:
+    """Whether all attention of these models was fused, so that it skips what ``padded`` names."""
+    from megatron.core.transformer.attention import Attention
+
+    inner = [module.core_attention for chunk in model for module in chunk.modules() if isinstance(module, Attention)]
+    return all(getattr(one.forward, "func", None) is _forward for one in inner)
+
+
+_padding: torch.Tensor | None = None
+
+
+@contextlib.contextmanager
+def padded(padding: torch.Tensor | None) -> Iterator[None]:
+    """Within this, sequence b begins with ``padding[b]`` tokens that no other token sees."""
+    global _padding
+    _padding = padding
+    try:
+        yield
+    finally:
+        _padding = None
 
 
 def _forward(
@@ -311,11 +360,21 @@ def _forward(
         output: torch.Tensor = unfused(query, key, value, attention_mask, *others, **more)
         return output
     repeats = query.shape[2] // key.shape[2]
-    if not last:
-        key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
+    grouped = last and repeats > 1  # as it is: many queries are faster with repeated keys
+    if not last and repeats > 1:
+        key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
     scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1.0)
+    seen = None if _padding is None else _seen(_padding, len(query), len(key))
     context = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=not last, scale=scale, enable_gqa=last and repeats > 1
+        q, k, v, attn_mask=seen, is_causal=not last and seen is None, scale=scale, enable_gqa=grouped
     )
     return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+
+def _seen(padding: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    """Which of ``keys`` tokens the last ``queries`` of them see, bool [b, 1, queries, keys]: the earlier ones and
+    themselves, without padding. Padding sees itself, so that nothing is divided by zero."""
+    key = torch.arange(keys)
+    query = key[keys - queries :, None]
+    return (((key <= query) & (key >= padding[:, None, None])) | (key == query))[:, None]

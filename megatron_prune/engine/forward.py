@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +23,12 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    unwrap_model,
 )
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_prune.engine import cpu
 from megatron_prune.errors import DataError
 
 _SPIKE_FACTOR = 10  # with --check-for-spiky-loss, a loss this many times the largest so far is reported
@@ -137,7 +141,7 @@ def run(
     DataError if a window holds a padding id.
     """
     stacked = (torch.stack(some) for some in itertools.batched(map(checked, windows), batch))  # [B, S + 1] each
-    batches = ((some[:, :-1].contiguous(), some[:, 1:].contiguous(), None) for some in stacked)  # [B, S] each
+    batches = (_Batch(some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in stacked)  # [B, S] each
     found = _through_the_pipeline(
         model, batches, lambda losses: [reduce(row).item() for row in losses.double().view(losses.shape[0], -1)]
     )
@@ -163,51 +167,78 @@ def run_logits(
     ``batches`` yields int64 tensors [B, S], as ``windows`` in ``run``. ``read`` gets [B, S, V / TP] on every tensor
     parallel rank of the last stage: this rank's share of the padded vocabulary. Returns None on other stages.
     """
-    return _through_the_pipeline(model, ((batch, None, None) for batch in batches), read)
+    return _through_the_pipeline(model, map(_Batch, batches), read)
+
+
+def run_logits_at(
+    model: list[torch.nn.Module],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    read: Callable[[torch.Tensor], Any],
+) -> list[Any] | None:
+    """The same where logits are wanted at some places only, which is where the output layer is run.
+
+    ``batches`` yields the tokens and n places, int64 [n]: ``b * S + s`` is that after token s of sequence b. ``read``
+    gets [n, V / TP].
+    """
+    return _through_the_pipeline(model, (_Batch(tokens, places=places) for tokens, places in batches), read)
 
 
 def run_cached(
     model: list[torch.nn.Module],
-    batches: Iterable[tuple[torch.Tensor, StaticInferenceContext]],
+    batches: Iterable[tuple[torch.Tensor, StaticInferenceContext, torch.Tensor | None]],
     read: Callable[[torch.Tensor], Any],
 ) -> list[Any] | None:
     """Forward the next tokens of sequences whose earlier tokens are in a cache of keys and values, which grows.
 
     ``batches`` yields int64 tokens [B, n] and the cache of exactly B sequences (Megatron's own): n is one, unless the
-    cache is empty. ``read`` gets the logits after the last token, [B, 1, V], whole on every tensor parallel rank of the
-    last stage. Returns what ``read`` returned, in order; None on other stages.
+    cache is empty; and how many tokens of padding each sequence begins with, int64 [B], which needs ``cpu.pads``; None
+    for none. ``read`` gets the logits after the last token, [B, 1, V], whole on every tensor parallel rank of the last
+    stage. Returns what ``read`` returned, in order; None on other stages.
     """
     with InferenceMode.active():  # only the last token's logits are computed
-        return _through_the_pipeline(model, ((tokens, None, cache) for tokens, cache in batches), read)
+        made = (_Batch(tokens, cache=cache, padding=padding) for tokens, cache, padding in batches)
+        return _through_the_pipeline(model, made, read)
 
 
-_Batch = tuple[torch.Tensor, torch.Tensor | None, StaticInferenceContext | None]
+@dataclass(frozen=True)
+class _Batch:
+    """Tokens [B, S]; labels [B, S], None for logits; and what ``run_logits_at`` and ``run_cached`` are given."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor | None = None
+    cache: StaticInferenceContext | None = None
+    padding: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
 
 def _through_the_pipeline(
     model: list[torch.nn.Module], batches: Iterable[_Batch], read: Callable[[torch.Tensor], Any]
 ) -> list[Any] | None:
-    """Run tokens [B, S], labels (None for logits) and cache through all stages; returns ``read`` of each output."""
+    """Run batches through all stages; returns ``read`` of each output."""
     found: list[Any] = []
 
     def step(iterator: Iterator[_Batch], stage: torch.nn.Module) -> tuple[Any, Any]:
-        tokens, labels, cache = next(iterator)
-        tokens = tokens.cuda()  # [B, S]
+        batch = next(iterator)
+        cache, padding = batch.cache, batch.padding
+        tokens = batch.tokens.cuda()  # [B, S]
         first = 0 if cache is None else cache.sequence_len_offset
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = stage(
-            tokens,
-            positions,
-            None,
-            labels=None if labels is None else labels.cuda(),
-            inference_context=cache,
-            runtime_gather_output=None if cache is None else True,
-        )
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+        with cpu.padded(padding), _only_at(stage, batch.places):
+            output = stage(
+                tokens,
+                positions,
+                None,
+                labels=None if batch.labels is None else batch.labels.cuda(),
+                inference_context=cache,
+                runtime_gather_output=None if cache is None else True,
+            )
         if cache is not None:
             cache.increment_sequence_len_offset(tokens.shape[1])
 
         def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            found.append(read(output))
+            found.append(read(output if batch.places is None else output[0]))
             # The schedule's own reduction of losses is not used here.
             return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
 
@@ -216,10 +247,10 @@ def _through_the_pipeline(
     schedule = get_forward_backward_func()
     in_flight = 4 * mpu.get_pipeline_model_parallel_world_size()  # enough to keep every stage busy
     # A pipeline sends one shape at a time.
-    alike = (same for _, same in itertools.groupby(batches, key=lambda batch: batch[0].shape))
+    alike = (same for _, same in itertools.groupby(batches, key=lambda batch: batch.tokens.shape))
     with torch.no_grad():
         for group in itertools.chain.from_iterable(itertools.batched(same, in_flight) for same in alike):
-            size, length = group[0][0].shape
+            size, length = group[0].tokens.shape
             schedule(
                 forward_step_func=step,
                 data_iterator=iter(group),
@@ -230,6 +261,26 @@ def _through_the_pipeline(
                 forward_only=True,
             )
     return found if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+@contextlib.contextmanager
+def _only_at(stage: torch.nn.Module, places: torch.Tensor | None) -> Iterator[None]:
+    """The output layer of ``stage``, if it has one, reads only these places of ``run_logits_at``: [n, 1, H]."""
+    whole: Any = unwrap_model(stage)
+    if places is None or not whole.post_process:
+        yield
+        return
+
+    def select(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *others = given
+        rows = hidden.transpose(0, 1).flatten(0, 1)  # [B * S, H]
+        return rows[places.to(rows.device)][:, None], *others
+
+    hook = whole.output_layer.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def count_nonzero(model: list[torch.nn.Module]) -> int:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from megatron_prune import screen, verbs
-from megatron_prune.artifacts import device, json_bytes, refuse_unwritable, versions, write_results
+from megatron_prune import screen, storage, verbs
+from megatron_prune.artifacts import device, json_bytes, read_json, refuse_unwritable, versions, write_results
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, fp8, runtime
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.evaluation import tasks
 from megatron_prune.settings import value_of
 
@@ -49,7 +49,8 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     }
     for prefix in prefixes:
         check_fits_model(prefix, args.vocab_size)
-    asked = tasks.prepare(args, words)
+    held = _held(own, args)
+    asked = tasks.prepare(args, words, held.get("tasks", {}))
     runtime.initialize(args)
     from megatron_prune.data.indexed import fingerprint
     from megatron_prune.engine import forward
@@ -57,9 +58,13 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
 
     model = runtime.load_model(args)
     masks = check_loaded(model, runtime.loaded_directory(args))
+    scored = runtime.identity(runtime.loaded_directory(args))
+    kept = _kept(held, corpora, scored) if own.extend else {}
     scores: dict[str, Any] = {}
     cpu.fuse(model)
     for label, selected in corpora.items():
+        if label in kept:
+            continue
         losses = score(model, selected, args.micro_batch_size)
         loss = sum(losses) / len(losses)
         scores[label] = {
@@ -71,9 +76,8 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
             "perplexity": math.exp(min(loss, 700.0)),
             "window_losses": losses,
         }
-    answers = tasks.run(asked, args, model) if tasks.names(args) else {}
+    answers = tasks.run(asked, args, model) if tasks.names(args) else held.get("tasks", {})
     nonzero = forward.count_nonzero(model)
-    scored = runtime.identity(runtime.loaded_directory(args))
     found: dict[str, Any] = {
         "version": 1,
         "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
@@ -89,10 +93,45 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     if args.rank == 0:
         for corpus in scores.values():
             corpus["fingerprint"] = fingerprint(corpus["prefix"])
+    found["corpora"] = {label: {**kept, **scores}[label] for label in dict.fromkeys([*corpora, *kept])}
+    if args.rank == 0:
         write_results(own.output, json_bytes(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return found
+
+
+def _held(own: verbs.EvaluateSettings, args: argparse.Namespace) -> dict[str, Any]:
+    """On rank 0, with ``--extend``: the file to extend, if its fingerprint is that of these weights; else nothing."""
+    if not own.extend or args.rank != 0 or not storage.path(own.output).is_file():
+        return {}
+    found: dict[str, Any] = read_json(own.output)
+    checkpoint = open_checkpoint(runtime.loaded_directory(args))
+    return found if found.get("checkpoint", {}).get("fingerprint") == checkpoint.fingerprint() else {}
+
+
+def _kept(held: Mapping[str, Any], corpora: Mapping[str, Any], scored: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores in ``held``, rank 0's, that stay: those of other labels, and of the same windows of the same text.
+
+    Collective. CheckpointError if the file is of other weights, ``scored`` being these.
+    """
+    from megatron_prune.data.indexed import fingerprint
+
+    kept = dict(held.get("corpora", {}))
+    for label, selected in corpora.items():
+        if label in kept:
+            asked = {"windows": len(selected), "seq_length": selected.seq_length}
+            asked["fingerprint"] = fingerprint(selected.prefix)
+            if any(kept[label][key] != value for key, value in asked.items()):
+                del kept[label]
+    box = [(kept, held.get("checkpoint", scored)["full_hash"])]
+    torch.distributed.broadcast_object_list(box, src=0)
+    kept, full_hash = box[0]
+    if full_hash != scored["full_hash"]:
+        raise CheckpointError(
+            f"--output is of weights with full_hash {full_hash}, --load has {scored['full_hash']}: remove the file"
+        )
+    return kept
 
 
 def score(model: list[torch.nn.Module], selected: Any, batch: int = 1) -> list[float]:

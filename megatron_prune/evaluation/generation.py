@@ -1,8 +1,9 @@
 """Continuations of texts, decoded greedily or by sampling, with a cache of keys and values (Megatron's own static one).
 
-A batch reads the shortest of its prompts at once and then one token per step; where a longer prompt has a next token,
-that is read instead of the model's choice, so no row is padded. Every stage of a pipeline keeps the cache of its own
-layers, and a pipeline of P stages decodes P batches at a time:
+Without a GPU, the prompts of a batch are padded to one length on the left and read at once, if the model's attention
+can skip padding (``cpu.pads``). Otherwise a batch reads the shortest of its prompts at once, then one token per step;
+where a longer prompt has a next token, that is read instead of the model's choice. Every stage of a pipeline keeps the
+cache of its own layers, and a pipeline of P stages decodes P batches at a time:
 
     every stage: next tokens ─ run_cached ─▶ last stage: logits ─ choose ─▶ tokens ─ broadcast in the pipeline ─▶ again
 
@@ -25,7 +26,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_prune import screen
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import forward
+from megatron_prune.engine import cpu, forward
 from megatron_prune.errors import UsageError
 
 # Of lm-eval's ``generation_kwargs``, besides the fields of ``Sampling``; the last three are other names of the second.
@@ -91,11 +92,14 @@ def generate(
         for numbers in itertools.batched(same, batch)
     ]
     own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
+    agreed = torch.tensor(int(cpu.pads(model)), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)  # stages may have other kinds of attention
+    pads = bool(agreed)
     together = mpu.get_pipeline_model_parallel_world_size()
     found: dict[int, list[int]] = {}
     flights = list(itertools.batched(own, together))
     for flight in screen.progress(flights, len(flights), "generating", "batch"):
-        decoding = [_Batch([requests[n] for n in numbers], tokenizer) for numbers in flight]
+        decoding = [_Batch([requests[n] for n in numbers], tokenizer, pads=pads) for numbers in flight]
         while active := [one for one in decoding if not one.done]:
             _step(model, active)
         for numbers, one in zip(flight, decoding, strict=True):
@@ -108,7 +112,7 @@ def _step(model: list[torch.nn.Module], batches: Sequence[_Batch]) -> None:
     reading = iter(batches)
     chosen = forward.run_cached(
         model,
-        ((batch.unread, batch.cache) for batch in batches),
+        ((batch.unread, batch.cache, batch.padding) for batch in batches),
         lambda logits: next(reading).choose(logits[:, -1]),
     )
     device, sizes = torch.cuda.current_device(), [len(batch.requests) for batch in batches]
@@ -124,22 +128,30 @@ def _step(model: list[torch.nn.Module], batches: Sequence[_Batch]) -> None:
 
 
 class _Batch:
-    """Sequences that are decoded together. ``unread``, int64 [B, n], is what the model reads next."""
+    """Sequences that are decoded together. ``unread``, int64 [B, n], is what the model reads next.
 
-    def __init__(self, requests: Sequence[GenerationRequest], tokenizer: Tokenizer):
+    ``pads``: the model can skip ``padding``, int64 [B], the number of tokens before each prompt; None for none.
+    """
+
+    def __init__(self, requests: Sequence[GenerationRequest], tokenizer: Tokenizer, *, pads: bool = False):
         self.requests = requests
-        lengths = [len(request.inputs) for request in requests]
-        longest = max(len(request.inputs) + request.most for request in requests)
+        self._processors = requests[0].sampling.processors()
+        lengths = torch.tensor([len(request.inputs) for request in requests])
+        before = torch.zeros_like(lengths)
+        if pads and requests[0].sampling.repetition_penalty == 1.0:  # which would count padding
+            before = lengths.max() - lengths
+        self._ends = (before + lengths).tolist()  # of the prompts
+        self.padding = before if before.any() else None
+        longest = max(end + request.most for end, request in zip(self._ends, requests, strict=True))
         self.cache = StaticInferenceContext(len(requests), longest)
         self.ids = torch.zeros(len(requests), longest, dtype=torch.int64)  # prompts, then also what was made
-        for row, request in zip(self.ids, requests, strict=True):
-            row[: len(request.inputs)] = torch.tensor(request.inputs)
+        for row, start, end, request in zip(self.ids, before.tolist(), self._ends, requests, strict=True):
+            row[start:end] = torch.tensor(request.inputs)
         self.made: list[list[int]] = [[] for _ in requests]
-        self._read, self.unread = 0, self.ids[:, : min(lengths)]
+        self._read, self.unread = 0, self.ids[:, : min(self._ends)]
         self._ended = [request.most < 1 for request in requests]
         self._stops = [TextEnd(request, tokenizer) for request in requests]
         self._draws = [numpy.random.default_rng(request.draw) for request in requests]
-        self._processors = requests[0].sampling.processors()
 
     @property
     def done(self) -> bool:
@@ -153,18 +165,15 @@ class _Batch:
         if not self.requests[0].sampling.do_sample:
             return scores.argmax(-1)
         shares = scores.double().softmax(-1).cumsum(-1)  # [B, V], of float64 so that all layouts draw the same
-        quantiles = [
-            draw.random() if read >= len(request.inputs) else 0.0
-            for draw, request in zip(self._draws, self.requests, strict=True)
-        ]
+        quantiles = [draw.random() if read >= end else 0.0 for draw, end in zip(self._draws, self._ends, strict=True)]
         wanted = torch.tensor(quantiles, dtype=torch.float64, device=shares.device)[:, None] * shares[:, -1:]
         return torch.searchsorted(shares, wanted, right=True)[:, 0].clamp(max=shares.shape[1] - 1)
 
     def add(self, chosen: torch.Tensor) -> None:
         """Add ``chosen`` [B] where the prompt has no next token, and note which rows have ended."""
         self._read += self.unread.shape[1]
-        for row, request in enumerate(self.requests):
-            if self._read >= len(request.inputs) and not self._ended[row]:
+        for row, end in enumerate(self._ends):
+            if self._read >= end and not self._ended[row]:
                 token = int(chosen[row])
                 self.ids[row, self._read] = token
                 self.made[row].append(token)

@@ -10,7 +10,7 @@ start of a text that is too long.
     others:  follow() …                                                   until rank 0 calls finish()
 
 Requests for log-likelihoods with the same input are run once: the choices A, B, C, D of a question differ only in their
-last token.
+last token. The output layer is run only where a target is.
 """
 
 from __future__ import annotations
@@ -56,25 +56,27 @@ def score(model: list[torch.nn.Module], requests: Sequence[LikelihoodRequest], b
     own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
     reading = iter(own)
 
-    def padded() -> Iterator[torch.Tensor]:
+    def padded() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for some in screen.progress(own, len(own), "tasks", "batch"):
             rows = [torch.tensor(row, dtype=torch.int64) for row in some]
-            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no result reads
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no result reads
+            places = [
+                torch.arange(len(inputs) - len(requests[number].targets), len(inputs)) + row * tokens.shape[1]
+                for row, inputs in enumerate(some)
+                for number in asking[inputs]
+            ]
+            yield tokens, torch.cat(places)
 
     def read(logits: torch.Tensor) -> list[tuple[int, float, bool]]:
-        """Number, log-likelihood and greediness of a batch's requests, from logits [B, S, V / TP]."""
-        pieces, numbers = [], []
-        for row, inputs in enumerate(next(reading)):
-            for number in asking[inputs]:
-                numbers.append(number)
-                pieces.append(logits[row, len(inputs) - len(requests[number].targets) : len(inputs)])
-        lengths = [len(piece) for piece in pieces]
+        """Number, log-likelihood and greediness of a batch's requests, from logits [n, V / TP] at their targets."""
+        numbers = [number for inputs in next(reading) for number in asking[inputs]]
+        lengths = [len(requests[number].targets) for number in numbers]
         targets = torch.tensor([t for n in numbers for t in requests[n].targets], device=logits.device)
-        losses, greedy = _compare(torch.cat(pieces), targets)
+        losses, greedy = _compare(logits, targets)
         sums = [-part.sum().item() for part in torch.split(losses.double(), lengths)]
         return list(zip(numbers, sums, [bool(part.all()) for part in torch.split(greedy, lengths)], strict=True))
 
-    found = forward.run_logits(model, padded(), read)
+    found = forward.run_logits_at(model, padded(), read)
     gathered = torch.zeros(len(requests), 2, dtype=torch.float64, device=torch.cuda.current_device())
     if found is not None and mpu.get_tensor_model_parallel_rank() == 0:
         for number, likelihood, greedy in itertools.chain.from_iterable(found):
@@ -220,15 +222,17 @@ class MegatronLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not type-check
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continuations of texts, without the string that ended them."""
         asked: list[GenerationRequest] = []
-        times: Counter[tuple[int, ...]] = Counter()
-        for context, given in (request.args for request in requests):
+        times: Counter[tuple[Any, ...]] = Counter()
+        for request in requests:
+            context, given = request.args
             settings = generation.GenerationSettings.of(requests[0].task_name, given, self._defaults, self._longest)
             ids = self.tok_encode(context) or [self._start]
             room = self._longest - settings.most
             self.truncated += len(ids) > room
             inputs = tuple(ids[-room:])
-            draw = (self._seed, times[inputs], *inputs)  # what else is asked, and in which order, does not matter
-            times[inputs] += 1
+            repeats = (request.task_name, *inputs)
+            draw = (self._seed, times[repeats], *inputs)  # what else is asked, and in which order, does not matter
+            times[repeats] += 1
             asked.append(
                 GenerationRequest(inputs, settings.most, settings.until, self._defaults.ends, settings.sampling, draw)
             )

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,7 @@ class AskedTasks:
     """The tasks that lm-eval loaded (its ``TaskDict``), and the tokenizer: at most ``longest`` tokens are read.
 
     ``single``: by every name that was asked for, the single tasks that it stands for (a group or a tag has several).
+    ``answered``: entries of the scores file that stay; their tasks are not in ``tasks``.
     """
 
     tasks: dict[str, Any]
@@ -79,11 +81,13 @@ class AskedTasks:
     tokenizer: Tokenizer
     longest: int
     defaults: GenerationDefaults
+    answered: Mapping[str, Any]
 
 
-def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
+def prepare(args: argparse.Namespace, argv: Sequence[str], answered: Mapping[str, Any]) -> AskedTasks | None:
     """On rank 0, if tasks are asked for: everything but the model. lm-eval downloads missing data sets.
 
+    ``answered``: the entry of a scores file; its tasks are not run again if they were asked in the same way.
     UsageError if a name is unknown or a task asks for what cannot be done, DataError if a task cannot be loaded.
     """
     if not names(args) or args.rank != 0:
@@ -93,26 +97,42 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> AskedTasks | None:
     from megatron_prune.evaluation.generation import GenerationDefaults
 
     defaults = GenerationDefaults.read(open_checkpoint(runtime.loaded_directory(args)).huggingface, tokenizer)
-    return AskedTasks(*load(args, partial(_refuse_generation, defaults, longest)), tokenizer, longest, defaults)
+    how = _how(args, tokenizer, longest)
+    kept = answered if all(answered.get(key) == value for key, value in how.items()) else {}
+    left = [name for name in names(args) if name not in kept.get("single", {})]
+    loaded = load(args, partial(_refuse_generation, defaults, longest), left) if left else ({}, {})
+    return AskedTasks(*loaded, tokenizer, longest, defaults, kept)
+
+
+def _how(args: argparse.Namespace, tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
+    """How tasks are asked: answers to some are comparable with answers to others if this is the same."""
+    return {
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "longest": longest,
+        "micro_batch_size": args.micro_batch_size,
+        "tokenizer": {"model": tokenizer.model, "fingerprint": tokenizer.fingerprint()},
+    }
 
 
 def load(
-    args: argparse.Namespace, check: Callable[[Any], None] | None = None
+    args: argparse.Namespace, check: Callable[[Any], None] | None = None, wanted: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """lm-eval's ``TaskDict`` and ``AskedTasks.single``, from ``tasks``, ``tasks_path`` and ``num_fewshot``.
 
-    Seeds and few-shot settings are those of lm-eval's command line, so that questions are the same. ``check`` may
-    refuse a task.
+    Seeds and few-shot settings are those of lm-eval's command line for each name alone, so that questions are the same
+    and do not depend on the other names. ``check`` may refuse a task; ``wanted``: some of the names.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     manager = _manager(args)
-    random.seed(DEFAULT_RANDOM_SEED)
-    numpy.random.seed(DEFAULT_OTHER_SEED)
     known = manager.all_tasks
     loaded: list[Any] = []
     single: dict[str, list[str]] = {}
-    for name in names(args):
+    for name in names(args) if wanted is None else wanted:
+        random.seed(DEFAULT_RANDOM_SEED)
+        numpy.random.seed(DEFAULT_OTHER_SEED)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=5)
             raise UsageError(
@@ -188,10 +208,15 @@ def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn
     from lm_eval.evaluator import evaluate
 
     language_model = MegatronLM(asked.tokenizer, asked.longest, everywhere, asked.defaults, seed=args.seed)
-    found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=True)
+    earlier = asked.answered
+    found: dict[str, Any] = {"samples": {}}
+    shown = dict(earlier.get("results", {}))
+    scores = dict(earlier.get("questions", {}))
+    if asked.tasks:
+        found = evaluate(language_model, asked.tasks, limit=args.limit, log_samples=True)
+        shown |= results(found)
+        scores |= questions(found["samples"], shown)
     everywhere.finish()
-    shown = results(found)
-    scores = questions(found["samples"], shown)
     averages = {name: average(shown, metrics) for name in named(args) if (metrics := suites.metrics_of(name))}
     screen.say("\n".join([*lines(shown), *(f"{name}: {one['value']:.4f}" for name, one in averages.items())]))
     if args.task_samples is not None:
@@ -201,14 +226,10 @@ def run(asked: AskedTasks | None, args: argparse.Namespace, model: list[torch.nn
     return {
         "results": shown,
         **({"suites": averages} if averages else {}),
-        "single": asked.single,
+        "single": {**earlier.get("single", {}), **asked.single},
         "questions": scores,
-        "lm_eval": importlib.metadata.version("lm_eval"),
-        "limit": args.limit,
-        "longest": asked.longest,
-        "truncated": language_model.truncated,  # longer texts that lost their beginning
-        "micro_batch_size": args.micro_batch_size,
-        "tokenizer": {"model": asked.tokenizer.model, "fingerprint": asked.tokenizer.fingerprint()},
+        "truncated": earlier.get("truncated", 0) + language_model.truncated,  # longer texts that lost their beginning
+        **_how(args, asked.tokenizer, asked.longest),
     }
 
 
@@ -281,6 +302,27 @@ def texts(loaded: Mapping[str, Any], limit: int | None = None) -> dict[str, list
         for request in task.instances:
             parts.setdefault(request.doc_id, []).append("".join(one for one in request.args if isinstance(one, str)))
         found[name] = ["\n".join(parts[number]) for number in sorted(parts)]
+    return found
+
+
+def lengths(loaded: Mapping[str, Any], limit: int | None, tokenizer: Tokenizer, longest: int) -> Counter[int]:
+    """How many sequences of each length the model reads for these tasks; of generated texts, their longest."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    found: Counter[int] = Counter()
+    for task in loaded["tasks"].values():
+        task.build_all_requests(limit=limit)
+        inputs: set[tuple[int, ...]] = set()  # each is run once
+        for request in task.instances:
+            ids = tokenizer.encode_whole("".join(one for one in request.args if isinstance(one, str)))
+            if request.request_type == "loglikelihood_rolling":
+                found.update([longest] * (len(ids) // longest) + [len(ids) % longest] * (len(ids) % longest > 0))
+            elif request.request_type == "generate_until":
+                new: Any = normalize_gen_kwargs(dict(request.args[1]))["max_gen_toks"]
+                found[min(len(ids) + new, longest)] += 1
+            else:
+                inputs.add(tuple(ids[:-1][-longest:]))
+        found.update(max(1, len(one)) for one in inputs)
     return found
 
 

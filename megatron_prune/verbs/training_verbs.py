@@ -150,6 +150,9 @@ class EvaluateSettings(TasksSettings):
     labels: tuple[str, ...] | None = setting(
         None, metavar="NAME", help="names for the corpora of --data-path, in order"
     )
+    extend: bool = setting(
+        False, help="keep what FILE already says of these weights, and score only the corpora and tasks that it lacks"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """The time of lm-eval's requests: ours, by Megatron's model, over lm-eval's own ``hf`` model on the export.
 
-One process, the same requests and batch: choices scored by likelihood, and texts continued greedily. The model is a
-random Llama, large enough that its matrix products are most of the time. Seconds are of the processor, so that what
-else the machine does matters little. Limit of the upper end of each ratio: 1.
+One process, the same requests and batch: choices scored by likelihood, and texts continued greedily from prompts of
+uneven length. The model is a random Llama, large enough that its matrix products are most of the time. Seconds are of
+the processor, so that what else the machine does matters little. Limit of the upper end of each ratio: 1.
 
-    python tests/benchmarks/task_throughput.py [--pairs 10] [--batch 8] [--json figures.json]
+    python tests/benchmarks/task_throughput.py [--pairs 10] [--batch 8] [--vocabulary 8192] [--json figures.json]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = {
     "hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     "max_position_embeddings": 512,
 }  # fmt: skip
-LAYERS = 8
+LAYERS = 4
 LIMIT = 1.0
 
 
@@ -86,9 +86,10 @@ def main() -> int:
 
     parser = ratio.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=8, help="sequences per batch (default: 8)")
-    parser.add_argument("--questions", type=int, default=8, help="questions of four choices (default: 8)")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="words of the model (default: 8192)")
+    parser.add_argument("--questions", type=int, default=4, help="questions of four choices (default: 4)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to continue (default: 8)")
-    parser.add_argument("--new", type=int, default=32, help="tokens of each continuation (default: 32)")
+    parser.add_argument("--new", type=int, default=16, help="tokens of each continuation (default: 16)")
     args = parser.parse_args()
     cpu.prepare()
     import torch
@@ -98,7 +99,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         home, texts = Path(name), tiny.documents(100)
-        tiny.write_hf_model(home / "hf", "llama-gqa", layers=LAYERS, eos_token_id=0, **SIZES)
+        sizes = {**SIZES, "vocab_size": args.vocabulary}
+        tiny.write_hf_model(home / "hf", "llama-gqa", layers=LAYERS, eos_token_id=0, **sizes)
         tiny.write_tokenizer(home / "hf", texts)
         import_hf(home / "hf", home / "checkpoint")
         export_hf(home / "checkpoint", home / "exported")
@@ -120,7 +122,8 @@ def main() -> int:
                 ("continuations", lambda model: model.generate_until(continued, disable_tqdm=True)),
             )
         ]  # fmt: skip
-    return ratio.finish(found, args, batch=args.batch, threads=torch.get_num_threads(), equal_texts=equal)
+    facts = {"batch": args.batch, "vocabulary": args.vocabulary, "threads": torch.get_num_threads()}
+    return ratio.finish(found, args, **facts, equal_texts=equal)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,30 @@ def test_several_corpora_in_one_load(tiny_parent, tiny_corpus, tmp_path, job):
     assert corpora["a"]["window_losses"] == corpora["b"]["window_losses"] and list(corpora) == ["a", "b"]
 
 
+def test_scores_are_extended_by_what_they_lack(tiny_parent, tiny_corpus, tmp_path, job):
+    """The file says what was kept: a loss that no model gives."""
+    output, flags = tmp_path / "s", ["--load", tiny_parent, "--seq-length", S, "--windows", 4]
+    argv = ["evaluate", *flags, "--data-path", tiny_corpus, "--labels", "a", "--output", output]
+    job([*argv, "--extend"]).ok()
+    whole = artifacts.read_json(output)
+    kept = {**whole["corpora"]["a"], "loss": -1.0}
+    artifacts.write_json(output, whole | {"corpora": {"a": kept, "other": {**kept, "loss": 2.0}}})
+    more = ["evaluate", *flags, "--data-path", tiny_corpus, tiny_corpus, "--labels", "b", "a", "--output", output]
+    job([*more, "--extend"], nproc=2).ok()  # every rank knows what is kept
+    found = artifacts.read_json(output)["corpora"]
+    assert list(found) == ["b", "a", "other"] and found["a"] == kept and found["other"]["loss"] == 2.0
+    np.testing.assert_allclose(found["b"]["window_losses"], whole["corpora"]["a"]["window_losses"], rtol=1e-6)
+    job([*argv, "--extend", "--windows", 5]).ok()  # of other windows nothing is kept
+    assert artifacts.read_json(output)["corpora"]["a"]["windows"] == 5
+    job(more).ok()
+    assert artifacts.read_json(output)["corpora"]["a"]["loss"] == pytest.approx(whole["corpora"]["a"]["loss"])
+    other = whole | {"checkpoint": whole["checkpoint"] | {"full_hash": "0" * 64}}
+    artifacts.write_json(output, other)
+    refused = job([*more, "--extend"])
+    assert refused.returncode != 0 and "--output is of weights with full_hash 000" in refused.output
+    assert artifacts.read_json(output) == other
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

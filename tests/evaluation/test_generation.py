@@ -84,6 +84,31 @@ def test_a_batch_reads_longer_prompts_as_given() -> None:
     assert batch.made == [[43], [51, 52, 53]]
 
 
+def test_prompts_are_padded_on_the_left_where_padding_can_be_skipped() -> None:
+    from megatron_prune.evaluation.generation import Sampling, _Batch
+
+    asked = [request(inputs=(7, 8, 9, 10), most=1), request(inputs=(3, 1), most=3)]
+    batch = _Batch(asked, Letters(), pads=True)
+    seen = []
+    assert batch.padding is not None and batch.padding.tolist() == [0, 2]
+    while not batch.done:
+        seen.append(batch.unread.tolist())
+        batch.add(torch.tensor([40 + len(seen), 50 + len(seen)]))
+    assert seen == [[[7, 8, 9, 10], [0, 0, 3, 1]], [[41], [51]], [[0], [52]]]
+    assert batch.made == [[41], [51, 52, 53]]
+    assert _Batch([asked[1]] * 2, Letters(), pads=True).padding is None, "one length"
+    counting = [request(inputs=one.inputs, sampling=Sampling(repetition_penalty=1.2)) for one in asked]
+    assert _Batch(counting, Letters(), pads=True).padding is None, "it would count padding as what was said"
+
+
+def test_what_padding_hides() -> None:
+    from megatron_prune.engine.cpu import _seen
+
+    seen = _seen(torch.tensor([0, 2]), 2, 4)  # the last two of four tokens; two of the second sequence are padding
+    assert seen.int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]], [[[0, 0, 1, 0], [0, 0, 1, 1]]]]
+    assert _seen(torch.tensor([2]), 3, 3).int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]], "padding sees itself"
+
+
 @pytest.mark.parametrize(
     ("until", "ends", "made", "ended"),
     [

@@ -274,6 +274,25 @@ def test_every_layout_says_what_hflm_says_of_the_export(
     assert sum(one != other for one, other in repeats) > 15, "each repeat draws for itself"
 
 
+@SLOW
+def test_answers_do_not_depend_on_what_was_asked_before(models, folder, job, tmp_path) -> None:
+    """Tasks that are added to a file of scores: as if all had been asked at once, sampled texts too."""
+    names = "tiny_choices,tiny_story,tiny_drawn"  # the story's prompts are those of the drawn one
+
+    def asked(tasks: str, scores: str, *more: object) -> tuple[Any, dict[str, list[Any]]]:
+        evaluate(job, models[0], folder, tmp_path / scores, "--tasks", tasks, "--task-samples", tmp_path / "s", *more)
+        lines = [json.loads(line) for line in (tmp_path / "s").read_text().splitlines()]
+        texts = {name: [line["resps"] for line in lines if line["task"] == name] for name in names.split(",")}
+        return json.loads((tmp_path / scores).read_text())["tasks"], texts
+
+    once, texts = asked(names, "once")
+    _, first = asked("tiny_drawn,tiny_choices", "twice")
+    twice, added = asked(names, "twice", "--extend")
+    assert once == twice and once["truncated"] > 3
+    assert added == {"tiny_choices": [], "tiny_story": texts["tiny_story"], "tiny_drawn": []}, "asked once"
+    assert first["tiny_drawn"] == texts["tiny_drawn"] and first["tiny_choices"] == texts["tiny_choices"]
+
+
 def test_examples_limit_and_length_beside_a_corpus(models, folder, hflm, tiny_corpus, job, tmp_path) -> None:
     expected = hflm("tiny_choices", longest=64, num_fewshot=2, limit=5)
     output, samples = tmp_path / "scores.json", tmp_path / "samples.jsonl"
@@ -410,3 +429,30 @@ def test_what_the_model_cannot_score_is_named() -> None:
         model.loglikelihood(request("loglikelihood", "abc", "vwxyz"))
     with pytest.raises(UsageError, match="fewer than 4 new tokens, got mixed, which generates up to 256"):
         model.generate_until(request("generate_until", "abc", {}))
+
+
+def test_a_sampled_text_is_drawn_as_if_its_task_were_alone() -> None:
+    from lm_eval.api.instance import Instance
+
+    from megatron_prune.evaluation.generation import GenerationDefaults
+    from megatron_prune.evaluation.language_model import MegatronLM
+
+    asked: list[Any] = []
+
+    class Runs:
+        def generate(self, requests: Any) -> Any:
+            asked.extend(requests)
+            return [[ord("z")]] * len(requests)
+
+    def requests(task: str) -> list[Instance]:
+        settings = {"until": ["\n"], "max_gen_toks": 2, "do_sample": True, "temperature": 1.0}
+        return [Instance("generate_until", {}, (text, settings), 0, metadata=(task, number, 2))
+                for number, text in enumerate(("ab", "ab", "c"))]  # fmt: skip
+
+    model = MegatronLM(Letters(), 9, Runs(), GenerationDefaults(frozenset([0]), {}, "\0"), seed=5)
+    model.generate_until(requests("one"))
+    alone = [one.draw for one in asked]
+    assert alone == [(5, 0, 97, 98), (5, 1, 97, 98), (5, 0, 99)], "by seed, repeat and prompt"
+    asked.clear()
+    model.generate_until([*requests("two"), *requests("one")])
+    assert [one.draw for one in asked] == alone * 2
