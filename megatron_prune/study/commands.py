@@ -206,6 +206,7 @@ def evaluation(study: StudyConfig, places: Places, cell: str, checkpoint: Path) 
             "num-fewshot": made.few_shot,
             "limit": made.limit,
             "output": str(places.scores(cell)),
+            "extend": True,  # corpora and tasks may be added to a study that has begun
         }
     )
     return Command("evaluate", tuple(words), study.launch.nproc)

@@ -29,7 +29,7 @@ from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight import dry_run, host
 from megatron_prune.preflight import memory as preflight_memory
 from megatron_prune.preflight.cost import Cluster
-from megatron_prune.study import commands, grid
+from megatron_prune.study import commands, grid, questions
 from megatron_prune.study.commands import Command
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -69,12 +69,14 @@ def show(
     speed = None
     if throughput is not None:
         speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
+    outlook, uncounted = with_questions(study, outlook)
     laid = outlook.estimated_grid(study)
     title = f"study {study.name}: {len(laid.cells)} training runs, {launch.nproc} process(es) each"
     sizes, unknown = memory(study, places, outlook, trainers)
     estimates = [replace(one, memory=sizes.get(one.cell)) for one in of_study(study, outlook)]
     console.print(_table(title, estimates, speed, launch.nproc))
-    for note in [*grid.notes(study), *outlook.assumed, *left_to_know(study, outlook), *unknown]:
+    priced = _price_of_evaluation(study, outlook, estimates)
+    for note in [*grid.notes(study), *outlook.assumed, *left_to_know(study, outlook), *uncounted, priced, *unknown]:
         console.print(note)
     for comparison in laid.comparisons:
         if comparison.not_run:
@@ -183,7 +185,7 @@ def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
         flops = shape.training_flops(seq_length) * samples.steps * lay.batch.samples
         stored = kept * saves * shape.parameters() * (14 if _half(study) else 12)
         return Estimate(
-            cell, str(samples), samples.steps, tokens, flops, _evaluation(study, shape), shape.parameters(),
+            cell, str(samples), samples.steps, tokens, flops, _evaluation(study, outlook, shape), shape.parameters(),
             storage=stored, after=after,
         )  # fmt: skip
 
@@ -235,7 +237,7 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
         flops = None  # the number of candidates is not known yet
     parameters = None if shape is None else shape.parameters()
     every: Any = link.method.settings.get("dynamic-batch-every")
-    evaluation = _evaluation(study, shape)
+    evaluation = _evaluation(study, outlook, shape)
     if every is not None and before is not None:
         steps = needs.learning // study.data.seq_length // learning_batch(study, link.method)
         samples: Any = link.method.settings.get("domain-samples", batch_flags.DEFAULT_SAMPLES)
@@ -246,10 +248,13 @@ def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
     )  # fmt: skip
 
 
-def _evaluation(study: StudyConfig, shape: ModelShape | None) -> int:
-    """FLOPs of a cell's evaluation on all corpora, without tasks; 0 while the shape is not known."""
+def _evaluation(study: StudyConfig, outlook: Outlook, shape: ModelShape | None) -> int:
+    """FLOPs of a cell's evaluation on all corpora and tasks; 0 while the shape is not known."""
+    if shape is None:
+        return 0
     windows = study.evaluation.windows * len(commands.scored_corpora(study))
-    return windows * shape.forward_flops(study.evaluation_seq_length) if shape else 0
+    tasks = sum(number * shape.forward_flops(length) for length, number in outlook.questions.items())
+    return windows * shape.forward_flops(study.evaluation_seq_length) + tasks
 
 
 def _measuring(study: StudyConfig, run: grid.TrainingCell, shape: ModelShape | None) -> int:
@@ -275,9 +280,26 @@ def left_to_know(study: StudyConfig, outlook: Outlook) -> list[str]:
     flops = any(setting == "equal-flops" for entry in study.methods for setting, _ in study.compared(entry))
     if flops and len(outlook.spent) < len(prunings(study)):
         missing.append("scratch runs at equal FLOPs are estimates until the prunings' FLOPs are known")
-    if study.evaluation.tasks:
-        missing.append("the tasks of the evaluation are not in these FLOPs and times")
     return missing
+
+
+def with_questions(study: StudyConfig, outlook: Outlook) -> tuple[Outlook, list[str]]:
+    """The outlook with the questions of the evaluation's tasks, or why they are not counted."""
+    if not study.evaluation.tasks:
+        return outlook, []
+    try:
+        return replace(outlook, questions=questions.lengths(study)), []
+    except MegatronPruneError as error:
+        return outlook, [f"the tasks of the evaluation are not in these FLOPs and times: {error}"]
+
+
+def _price_of_evaluation(study: StudyConfig, outlook: Outlook, estimates: Sequence[Estimate]) -> str:
+    """What evaluation costs next to training, over all cells."""
+    whole = sum(one.evaluation for one in estimates)
+    scored = f"{len(commands.scored_corpora(study))} corpora of {study.evaluation.windows:,} windows"
+    if outlook.questions:
+        scored += f", and {sum(outlook.questions.values()):,} sequences of the tasks"
+    return f"evaluation: {whole:.3e} FLOPs, in the times, not in the column FLOPs: every model on {scored}"
 
 
 def memory(

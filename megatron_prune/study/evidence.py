@@ -6,9 +6,9 @@ writes, only the last line can be incomplete: one that does not end in a newline
 the next line is appended. Any other line that is not a record is an error, since nothing else writes to the file.
 
 The ledger is a log, not the source. A report shows the artifacts of the cells and names every cell whose ledger line
-differs. A cell that was run again has several lines; the last one counts, and the others remain as a trace. Runs in the
-folder that study.yaml no longer asks for are listed with the reason, and comparisons between them stay in the family
-that p values are corrected over.
+differs. A cell that was run again, or scored on further corpora or tasks, has several lines; the last one counts, and
+the others remain as a trace. Runs in the folder that study.yaml no longer asks for are listed with the reason, and
+comparisons between them stay in the family that p values are corrected over.
 """
 
 from __future__ import annotations
@@ -194,6 +194,8 @@ def _disbelieved(
     for cell, said in lines.items():
         if cell not in cells:
             continue
+        if cell not in records and _lacks_scores(places, cells[cell], said):
+            continue
         if cell not in records:
             yield f"{cell}: the ledger has a line for it, but its artifacts are missing or incomplete"
             continue
@@ -206,6 +208,14 @@ def _disbelieved(
             yield f"{cell}: the ledger says {'; '.join(differing)}" + _since(changed)
         elif changed:
             yield f"{cell}: its numbers are those of the ledger{_since(changed)}"
+
+
+def _lacks_scores(places: Places, cell: Cell, said: Record) -> bool:
+    """Whether a cell is as its line says, and is not scored yet on what study.yaml has added since."""
+    *others, last = cell.stages
+    if last.done.name != "evaluated" or last.done() or hashes(places, cell.id) != said.get("artifacts"):
+        return False
+    return all(stage.done() for stage in others)
 
 
 def _since(changed: Sequence[str]) -> str:
@@ -230,7 +240,20 @@ def _left_out(
             gone = "" if finished or why else "; its artifacts are gone, or not finished"
             yield LeftOut(name, _reason(study, about) + why + gone, _losses(places, name) or lines.get(name, {}))
     for replaced in ledger.replaced():
-        yield LeftOut(replaced["cell"], "this cell was made again since", replaced)
+        if not grown(replaced, lines[replaced["cell"]]):
+            yield LeftOut(replaced["cell"], "this cell was made again since", replaced)
+
+
+def grown(earlier: Record, now: Record) -> bool:
+    """Whether a later record of a cell says all that an earlier one says, and was scored on more."""
+    return earlier.get("text") != now.get("text") and _says(now, earlier)
+
+
+def _says(now: Any, earlier: Any) -> bool:
+    if not isinstance(earlier, Mapping) or not isinstance(now, Mapping):
+        return bool(earlier == now)
+    apart = {*NOT_COMPARED, *(("tasks",) if "validation" in earlier else ())}  # ``text`` has all questions as one
+    return all(key in apart or (key in now and _says(now[key], value)) for key, value in earlier.items())
 
 
 def _finished(directory: Path, described: Mapping[str, Any]) -> tuple[bool, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts
+from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.study import commands, records
 from megatron_prune.study.commands import Command
@@ -325,17 +326,33 @@ def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) 
 
 
 def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """UsageError for a cell that has begun with commands that differ in flags that are not ``FREE``."""
+    """UsageError for a cell that has begun with commands that differ in flags that are not ``FREE``, except for corpora
+    and tasks that its evaluation gets in addition."""
     path = places.cell(cell.id) / "cell.json"
     if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
         return
-    if changed := _first_difference(read_cell(path), cell.to_json()):
+    earlier, now = read_cell(path), cell.to_json()
+    if changed := _first_difference(earlier, now):
         raise UsageError(
             f"study {study.name}",
             got=f"{cell.id} with {changed}",
             expected="the commands that it was begun with",
             do=f"rename the study, or remove {path.parent}{_begun_after(places, cell, cells)}",
         )
+    if cell.kind == "training" and earlier["stages"] != now["stages"] and not _was_done(cell) and _lost(places, cell):
+        raise UsageError(
+            "evaluation",
+            got=f"corpora or tasks that {cell.id} was not scored on",
+            expected="those that it was scored on",
+            why=f"its weights in {places.checkpoint(cell.id)} were removed (retention: none)",
+            do="take them out again, or give the study another name",
+        )
+
+
+def _lost(places: Places, cell: Cell) -> bool:
+    """Whether a run was trained and scored, and its weights are gone since."""
+    trained = cell.stages[0].done()
+    return trained and places.scores(cell.id).is_file() and find_iteration(places.checkpoint(cell.id)) is None
 
 
 def _was_done(cell: Cell) -> bool:
@@ -378,6 +395,10 @@ def _first_difference(earlier: Any, now: Any) -> str:
     """The first difference between the commands of two cell.json, ignoring ``FREE`` flags; empty if there is none."""
     for old, new in zip(earlier["stages"], now["stages"], strict=False):
         words, others = _fixed(old["argv"]), _fixed(new["argv"])
+        if old["stage"] == new["stage"] == "evaluate":
+            if _adds(words, others):
+                continue
+            return _first_other_flag(words, others)
         if (old["stage"], words) != (new["stage"], others):
             return first_other_word(words, others) or f"another command line for {new['stage']}"
     return "other stages" if len(earlier["stages"]) != len(now["stages"]) else ""
@@ -393,6 +414,34 @@ def _fixed(argv: Sequence[str]) -> list[str]:
     first, *others = flags
     kept = sorted((words for words in others if words[0] not in FREE), key=lambda words: words[0])
     return [*first, *(word for words in kept for word in words)]
+
+
+def _adds(earlier: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether two command lines of ``evaluate`` differ only in corpora and tasks that the later one has in addition."""
+    before, after = _by_flag(earlier), _by_flag(now)
+    corpora, more = ([*zip(one["--labels"], one["--data-path"], strict=True)] for one in (before, after))
+    tasks, others = (set(one.get("--tasks", [""])[0].split(",")) - {""} for one in (before, after))
+    grown = {"--labels", "--data-path", "--tasks", *(() if tasks else ("--tasks-path", "--num-fewshot", "--limit"))}
+    same = all(before.get(flag) == after.get(flag) for flag in {*before, *after} - grown)
+    return same and corpora == [pair for pair in more if pair in corpora] and tasks <= others
+
+
+def _first_other_flag(earlier: Sequence[str], now: Sequence[str]) -> str:
+    """``--limit 80 in place of 79``; ``no --limit in place of 79``"""
+    before, after = _by_flag(earlier), _by_flag(now)
+    flag = next(flag for flag in sorted({*before, *after}) if before.get(flag) != after.get(flag))
+    words = f"{flag} {' '.join(after[flag])}".strip() if flag in after else f"no {flag}"
+    return f"{words} in place of {' '.join(before[flag])}".strip() if flag in before else words
+
+
+def _by_flag(words: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        elif found:
+            found[[*found][-1]].append(word)
+    return found
 
 
 def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:

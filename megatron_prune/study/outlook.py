@@ -46,7 +46,8 @@ class Outlook:
     ``source`` and ``targets`` are missing while the parent's shape is unknown (before an import); the target of a
     search, until its plan is made. ``needs``: each pruning's inputs; ``spent``: its FLOPs and those of what it starts
     from, once finished; ``retrained``: tokens of its candidates' retraining, once there is a plan. ``assumed``: what
-    ``study plan`` assumes about missing files.
+    ``study plan`` assumes about missing files. ``questions``: how many sequences of each length the evaluation's tasks
+    make a model read, where ``study plan`` counted them.
     """
 
     lay: Lay
@@ -57,6 +58,7 @@ class Outlook:
     stages: Sequence[Stage] = field(default=(), repr=False)  # of a loaded parent's history
     retrained: Mapping[str, int] = field(default_factory=dict)
     assumed: Sequence[str] = ()
+    questions: Mapping[int, int] = field(default_factory=dict)
 
     def grid(self, study: StudyConfig) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -115,18 +116,34 @@ def _refuse_other_tokenizers(corpora: Sequence[str], tokenizer: Tokenizer) -> No
             )
 
 
-def check(study: StudyConfig, places: Places) -> None:
-    """DataError if more questions than ``evaluation.max_contaminated`` are quoted; UsageError for unknown tasks."""
+def lengths(study: StudyConfig) -> Counter[int]:
+    """How many sequences of each length, in tokens, a model reads for the study's tasks. UsageError and DataError for
+    tasks that cannot be loaded."""
+    from megatron_prune.evaluation import tasks
+
+    loaded, _ = _load(study)
+    return tasks.lengths(loaded, study.evaluation.limit, _tokenizer(study), study.evaluation_seq_length)
+
+
+def _load(study: StudyConfig) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The study's tasks, as ``tasks.load`` returns them."""
     asked = study.evaluation
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("evaluation.tasks", got=", ".join(asked.tasks), expected="no tasks without lm-eval",
                          do="pip install 'megatron_prune[eval]'")  # fmt: skip
     from megatron_prune.evaluation import tasks
 
-    named = argparse.Namespace(
-        tasks=",".join(asked.lm_eval_tasks), tasks_path=asked.tasks_path, num_fewshot=asked.few_shot
+    return tasks.load(
+        argparse.Namespace(tasks=",".join(asked.lm_eval_tasks), tasks_path=asked.tasks_path, num_fewshot=asked.few_shot)
     )
-    loaded, single = tasks.load(named)
+
+
+def check(study: StudyConfig, places: Places) -> None:
+    """DataError if more questions than ``evaluation.max_contaminated`` are quoted; UsageError for unknown tasks."""
+    from megatron_prune.evaluation import tasks
+
+    asked = study.evaluation
+    loaded, single = _load(study)
     _refuse_unknown_metrics(study, loaded["tasks"], single)
     if asked.max_contaminated is None:
         return

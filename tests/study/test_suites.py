@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import yaml
 
 from megatron_prune import artifacts
 from megatron_prune.cli.data_commands import prepare_suite_main
+from megatron_prune.data import indexed
+from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.errors import AccountError, DataError, UsageError
 from megatron_prune.evaluation import suites
-from megatron_prune.study import evidence, questions, validate
+from megatron_prune.study import estimate, evidence, outlook, questions, validate
 from megatron_prune.study.analysis import results
 from megatron_prune.study.prunings import Places
 from tests.study import made_up
@@ -108,6 +111,78 @@ def test_a_cell_without_an_answer_to_every_task_is_not_finished(prefixes: dict[s
     assert cell not in results.collect(places).records
 
 
+NONE = {"tasks": [], "few_shot": None, "limit": None, "suites": {}}
+
+
+def smaller(prefixes: dict[str, str], **changes: Any) -> Any:
+    """The study before corpora and tasks were added."""
+    own = {**NONE, "corpora": {"c4": prefixes["c4"]}}
+    return study(prefixes, evaluation={**own, **changes.pop("evaluation", {})}, **changes)
+
+
+def test_corpora_and_tasks_are_added_to_a_study_that_has_run(prefixes: dict[str, str], tmp_path: Path) -> None:
+    places = made_up.run(smaller(prefixes), tmp_path / "runs", made_up.FakeLauncher())
+    ledger = evidence.Ledger(places.ledger)
+    before, accounts = ledger.lines(), {path: path.read_bytes() for path in places.root.rglob("account.json")}
+    assert len(accounts) == 4
+    asked = results.collect(places, study(prefixes))
+    assert not asked.disbelieved and not asked.left_out and not asked.verdicts  # not scored on them yet
+    launcher = made_up.FakeLauncher()
+    made_up.run(study(prefixes), tmp_path / "runs", launcher)
+    assert {command.stage for command in launcher.commands} == {"evaluate"} and len(launcher.commands) == 5
+    assert all("--extend" in command.argv for command in launcher.commands)
+    assert {path: path.read_bytes() for path in places.root.rglob("account.json")} == accounts
+    lines = ledger.lines()
+    assert lines[: len(before)] == before and len(lines) == len(before) + 5
+    earlier = {line["cell"]: line for line in before}
+    for line in lines[len(before) :]:
+        old = earlier[line["cell"]]
+        assert all(line[key] == old[key] for key in ("validation_loss", "test_loss", "fingerprint"))
+        assert line["corpora"]["c4"] == old["corpora"]["c4"] and {*line["corpora"]} == {"c4", "wikitext"}
+        assert {*line["tasks"]} == {"first", "second", "third"} and "tasks" not in old
+    found = results.collect(places)
+    assert not found.disbelieved and not found.left_out and found.verdicts
+    assert {one.measure.name for one in found.measured} >= {"mine", "third", "c4", "wikitext"}
+    # A runner that is killed between the scores and the line: the next one writes the line, and evaluates nothing.
+    text = places.ledger.read_text().splitlines(keepends=True)
+    places.ledger.write_text("".join(text[:-1]))
+    launcher = made_up.FakeLauncher()
+    made_up.run(study(prefixes), tmp_path / "runs", launcher)
+    assert not launcher.commands and places.ledger.read_text().splitlines(keepends=True)[-1] == text[-1]
+
+
+def test_what_was_scored_may_not_change(prefixes: dict[str, str], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"tasks": ["mine"], "few_shot": 2, "limit": 80, "suites": OWN}
+    places = made_up.run(smaller(prefixes, evaluation=asked), tmp_path / "runs", made_up.FakeLauncher())
+    held = {path: path.read_bytes() for path in places.root.rglob("cell.json")}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"corpora": {}}, "--data-path"),
+        ({"corpora": {"c4": prefixes["wikitext"]}}, "wikitext"),
+        ({"corpora": {"c5": prefixes["c4"]}}, "c5"),
+        ({"windows": 17}, "--windows 17 in place of 16"),
+        (NONE, "no --limit in place of 80"),
+        ({"tasks": ["mine"], "few_shot": 3}, "--num-fewshot 3 in place of 2"),
+        ({"tasks": ["third", "mine"], "limit": 79}, "--limit 79 in place of 80"),
+    ]
+    for change, says in changes:
+        other = smaller(prefixes, evaluation=asked | change)
+        with pytest.raises(UsageError, match=r"expected the commands that it was begun with, got parent with") as why:
+            made_up.run(other, places.root.parent, made_up.FakeLauncher())
+        assert says in str(why.value)
+    with pytest.raises(UsageError, match="got parent with"):
+        results.collect(places, other)
+    assert {path: path.read_bytes() for path in places.root.rglob("cell.json")} == held
+
+
+def test_weights_that_were_removed_cannot_be_scored_on_more(prefixes: dict[str, str], tmp_path: Path) -> None:
+    places = made_up.run(smaller(prefixes, retention="none"), tmp_path / "runs", made_up.FakeLauncher())
+    with pytest.raises(UsageError, match=r"that it was scored on, got corpora or tasks that .* \(retention: none\)"):
+        made_up.run(study(prefixes, retention="none"), tmp_path / "runs", made_up.FakeLauncher())
+    launcher = made_up.FakeLauncher()
+    made_up.run(smaller(prefixes, retention="none"), tmp_path / "runs", launcher)
+    assert not launcher.commands and not results.collect(places).disbelieved
+
+
 def test_further_corpora_are_no_stage_s_text(prefixes: dict[str, str], tmp_path: Path) -> None:
     for name in ("train", "calibration", "validation"):
         corpora = {"c4": prefixes["c4"], "again": prefixes[name]}
@@ -169,6 +244,33 @@ def test_questions_in_the_training_text_are_refused(
     questions.check(asked(max_contaminated=0.3), places)
     with pytest.raises(UsageError, match=r"evaluation.suites.own.own_task: expected acc, got acc_norm"):
         questions.check(asked(suites={"own": {"own_task": "acc_norm"}}), places)
+
+
+def test_the_plan_prices_the_tasks(
+    tiny_corpus: Path, tiny_documents: list[str], prefixes: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Lengths by hand: both choices of a question without their last token, and no more than the model reads."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [one for one in tiny_documents if len(one) > 200][:5]
+    write_task(tmp_path, [*texts, texts[0]])  # the same question twice is run once
+    own = {"tasks": ["own_task"], "suites": {}, "tasks_path": str(tmp_path), "limit": None, "few_shot": None}
+    asked = study(prefixes | {"train": str(tiny_corpus)}, evaluation={**own, "seq_length": 40})
+    seen = outlook.look(asked, Places(tmp_path))
+    counted, why = estimate.with_questions(asked, seen)
+    sidecar = indexed.sidecar(tiny_corpus)
+    assert sidecar is not None and not why
+    tokenizer = load_tokenizer(sidecar["tokenizer"]["type"], sidecar["tokenizer"]["model"])
+    lengths = [min(40, len(tokenizer.encode(one[:60] + choice)) - 1) for one in texts for choice in (one[60:], "no")]
+    assert counted.questions == Counter(lengths) and {40} < set(lengths)
+    before, after = ({one.cell: one for one in estimate.of_study(asked, known)} for known in (seen, counted))
+    (cell,) = (cell for cell in after if cell.startswith("pruned"))
+    shape = next(iter(seen.targets.values()))
+    assert after[cell].evaluation - before[cell].evaluation == sum(map(shape.forward_flops, lengths))
+    assert before[cell].evaluation == 4 * 16 * shape.forward_flops(40), "validation, test and two more corpora"
+    lost = study(prefixes | {"train": str(tiny_corpus)}, evaluation={**own, "tasks": ["no_such_task"]})
+    same, why = estimate.with_questions(lost, seen)
+    assert same is seen and "the tasks of the evaluation are not in these FLOPs and times" in why[0]
 
 
 def test_prepare_suite_tokenizes_local_text(

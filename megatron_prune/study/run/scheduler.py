@@ -117,13 +117,16 @@ class _Runner:
         for cell in cells:
             if cell.id not in self.begun and cell.id not in self.lines:
                 self.launcher.check(cell)
+        for cell in cells:  # all, before any is changed
+            jobs.refuse_other_commands(self.study, self.places, cell, cells)
         for cell in cells:
             if cell.id in self.begun:
                 continue
             jobs.keep(self.study, self.places, cell, cells)
-            if cell.id in self.lines and cell.id not in self.cells:
-                self._look_at(cell)
+            known = cell.id in self.cells
             self.cells[cell.id] = cell
+            if cell.id in self.lines and not known:
+                self._look_at(cell)
 
     def _look_at(self, cell: Cell) -> None:
         """A cell in the ledger is finished if its artifacts say so; if they contradict it, it is not run again."""
@@ -134,7 +137,9 @@ class _Runner:
             self.states.write(cell.id, State("failed", failures=[str(wrong)]))
             self.progress.failed(cell.id, 1, again=False)
             return
-        if record is not None:
+        if record is not None and evidence.grown(self.lines[cell.id], record):
+            self._finish(cell)  # an earlier runner was killed before it wrote what was scored in addition
+        elif record is not None:
             self.finished[cell.id] = record
             self.progress.skipped(cell.id)
             apply(self.study, self.places, cell)
