@@ -229,8 +229,8 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
 
 def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
     """``--load DIR/iter_N`` means ``--load DIR --ckpt-step N``; broken trackers are repaired first."""
-    for name in ("load", "pretrained_checkpoint", "shape_from"):
-        value = getattr(args, name)
+    for name in ("load", "pretrained_checkpoint", "shape_from", "teacher"):
+        value = getattr(args, name, None)
         if value is None:
             continue
         path = storage.path(value)
@@ -247,8 +247,8 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
                     "--pretrained-checkpoint", got=value, expected=f"the latest iteration of {path.parent}",
                     why="Megatron loads only the latest iteration of a pretrained checkpoint",
                 )  # fmt: skip
-            setattr(args, name, value if name == "shape_from" else str(path.parent))
-        elif path.name == "release" and name != "shape_from":
+            setattr(args, name, value if name in ("shape_from", "teacher") else str(path.parent))
+        elif path.name == "release" and name not in ("shape_from", "teacher"):
             setattr(args, name, str(path.parent))
         root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
         refuse_foreign(root)

@@ -1,8 +1,9 @@
 """``--objective distill``: a run that also learns from a teacher's probabilities of the next token.
 
 The loss of a micro-batch is (1 - α) · CE + α · T² · KL (``distillation_loss.py``), summed over its tokens with their
-number, so that Megatron weighs it as it weighs cross entropy. "lm loss" stays the cross entropy in Megatron's log, in
-``losses.csv`` and in validation, which has nothing else; T² · KL is next to it as "distillation loss".
+number, so that Megatron weighs it as it weighs cross entropy; ``hidden_states.py`` may add a term. "lm loss" stays the
+cross entropy in Megatron's log, in ``losses.csv`` and in validation, which has nothing else; T² · KL is next to it as
+"distillation loss".
 
 The teacher runs in the same job (``teacher.py``), or its probabilities are read (``TargetProvider``).
 """
@@ -20,7 +21,7 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
-from megatron_prune.training import objective
+from megatron_prune.training import hidden_states, objective
 from megatron_prune.training.distillation_loss import Mixture, Shard, TargetProvider, TokenLosses, losses
 
 OBJECTIVE, TEACHER, ALPHA, TEMPERATURE, KL = (
@@ -36,7 +37,7 @@ def asked(args: argparse.Namespace) -> bool:
 def complete_arguments(args: argparse.Namespace, given: Callable[[str], bool]) -> None:
     """Refuse (UsageError) flags of distillation that contradict each other; before Megatron validates."""
     if not asked(args):
-        for flag in (TEACHER, ALPHA, TEMPERATURE, KL):
+        for flag in (TEACHER, ALPHA, TEMPERATURE, KL, hidden_states.FLAG, hidden_states.WEIGHT):
             if given(flag):
                 raise UsageError(flag, got="it alone", expected=f"{OBJECTIVE} distill with it")
         return
@@ -44,6 +45,10 @@ def complete_arguments(args: argparse.Namespace, given: Callable[[str], bool]) -
         raise UsageError(OBJECTIVE, got="distill alone", expected=f"{TEACHER} CHECKPOINT with it")
     ends(ALPHA, args.distill_alpha)
     ends(TEMPERATURE, args.distill_temperature)
+    if args.distill_hidden_states:
+        hidden_states.refuse_unfit(args)
+    elif given(hidden_states.WEIGHT):
+        raise UsageError(hidden_states.WEIGHT, got="it alone", expected=f"{hidden_states.FLAG} with it")
     for unfit, flag, got, expected, why in (
         (
             args.cuda_graph_impl == "full_iteration", "--cuda-graph-impl", args.cuda_graph_impl, "another",
@@ -88,8 +93,11 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         first if first == last else [first, last]
         for first, last in (ends(ALPHA, args.distill_alpha), ends(TEMPERATURE, args.distill_temperature))
     )
-    teacher = open_checkpoint(args.teacher)
-    return objective.distill(alpha=alpha, temperature=temperature, kl=args.distill_kl, teacher=teacher.fingerprint())
+    further: dict[str, Any] = {}
+    if args.distill_hidden_states:
+        further = {"hidden_states": list(args.distill_hidden_states), "hidden_weight": args.distill_hidden_weight}
+    teacher = open_checkpoint(args.teacher).fingerprint()
+    return objective.distill(alpha=alpha, temperature=temperature, kl=args.distill_kl, teacher=teacher, **further)
 
 
 def teacher_flops(args: argparse.Namespace) -> int:
@@ -103,8 +111,10 @@ def teacher_flops(args: argparse.Namespace) -> int:
 class Distillation:
     """The objective of one run: ``forward_step`` is for Megatron's ``pretrain``."""
 
-    def __init__(self, args: argparse.Namespace, provider: TargetProvider):
-        self.args, self.provider = args, provider
+    def __init__(
+        self, args: argparse.Namespace, provider: TargetProvider, hidden: hidden_states.HiddenStates | None = None
+    ):
+        self.args, self.provider, self.hidden = args, provider, hidden
         self._alpha = ends(ALPHA, args.distill_alpha)
         self._temperature = ends(TEMPERATURE, args.distill_temperature)
         self._micro_batches = 0  # in training so far, of this rank
@@ -133,6 +143,7 @@ class Distillation:
         self._micro_batches += 1
         targets = self.provider.targets(batch, step, number)
         found: list[TokenLosses] = []
+        apart: list[torch.Tensor] = []  # distance of hidden states
 
         def process(
             *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, labels: torch.Tensor,
@@ -141,7 +152,11 @@ class Distillation:
             logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])  # [s, b, V / TP]
             shard = Shard.of_megatron(self.args.vocab_size)
             found.append(losses(logits, labels, targets, self.mixture(step), shard))
-            return found[0].mixed
+            if self.hidden is None:
+                return found[0].mixed
+            apart.append(self.hidden.loss())
+            mixed: torch.Tensor = found[0].mixed + self.hidden.weight * apart[0]
+            return mixed
 
         output = model(
             batch["tokens"],
@@ -151,18 +166,21 @@ class Distillation:
             loss_mask=batch["loss_mask"],
             output_processor=process,
         )
-        return output, functools.partial(self._loss, batch["loss_mask"], found[0])
+        report = {"lm loss": found[0].lm, "distillation loss": found[0].distillation}
+        if apart:
+            report["hidden states loss"] = apart[0].detach()
+        return output, functools.partial(self._loss, batch["loss_mask"], report)
 
     @staticmethod
     def _loss(
-        loss_mask: torch.Tensor, found: TokenLosses, output: torch.Tensor
+        loss_mask: torch.Tensor, tokens_losses: dict[str, torch.Tensor], output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the mixed token losses, the number of tokens, and the pairs for Megatron's log."""
         from megatron_prune.engine import forward
 
         loss, tokens, _ = forward.loss_function(loss_mask, output)
         report = {
-            name: torch.cat([torch.sum(each.view(-1) * loss_mask.view(-1)).view(1), tokens.view(1)])
-            for name, each in (("lm loss", found.lm), ("distillation loss", found.distillation))
+            name: torch.cat([torch.sum(each.reshape(-1) * loss_mask.view(-1)).view(1), tokens.view(1)])
+            for name, each in tokens_losses.items()
         }
         return loss, tokens, report

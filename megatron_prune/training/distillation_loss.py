@@ -15,21 +15,24 @@ There are two kinds of targets, and whoever has them is a ``TargetProvider``:
   is smaller than over the whole vocabulary by the teacher's mass of the rest times the KL within the rest, and it is
   zero only if the student gives the rest as much. At k = vocabulary the full form is computed, from the same numbers.
 
-KL = Σ p · d with d = log p - log q loses all digits where p is close to q. Since Σ p = Σ q, it is also
-Σ p · (d + exp(-d) - 1), of which no term is negative, and an error in d of a constant cancels. That sum is computed.
-A student equal to its teacher has a KL and gradients of exactly zero.
+KL = Σ p · d with d = log p - log q loses its digits where p is close to q, since d has the rounding of two sums of
+exponentials. Σ (p · d - p + q) is the same, because p and q sum to one, and such an error cancels in it. A student
+equal to its teacher has a KL and gradients of exactly zero.
+
+The gradient of every token's loss is computed with the loss, a part of the tokens at a time, and is what is kept for
+the backward pass, in the type of the logits: neither model's logits are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # elements of logits in fp32 at a time
+_PART = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of logits in fp32 at a time: in a cache, or enough for a GPU
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,18 @@ class Shard:
         return min(max(self.words - self.first(width), 0), width)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Summed over ranks, in place."""
-        if self.group is not None:
-            torch.distributed.all_reduce(values, group=self.group)
-        return values
+        """Summed over ranks; ``values`` may be overwritten."""
+        return self._reduced(values, torch.distributed.ReduceOp.SUM)
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest over ranks, in place."""
-        if self.group is not None:
-            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        """The largest over ranks; ``values`` may be overwritten."""
+        return self._reduced(values, torch.distributed.ReduceOp.MAX)
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        if self.group is None:
+            return values
+        values = values.contiguous()  # memory is what is reduced, and a sum over no word may have other strides
+        torch.distributed.all_reduce(values, op=how, group=self.group)
         return values
 
     def log_sum_exp(self, values: Tensor) -> Tensor:
@@ -134,12 +140,13 @@ def losses(logits: Tensor, labels: Tensor, targets: Targets, mixture: Mixture, s
     if isinstance(targets, TopKTargets) and targets.ids.shape[-1] == shard.words:
         targets = _dense(targets, logits, shard)
     if isinstance(targets, FullTargets):
-        # [b, s, ·] -> [s, b, ·]: views, of which a chunk at a time is copied
-        found = _Full.apply(logits, labels.t(), targets.logits.transpose(0, 1), targets.normalized, mixture, shard)
+        # [b, s, ·] -> [s, b, ·]: views, of which a part at a time is copied
+        work: _Full | _TopK = _Full(labels.t(), targets.logits.transpose(0, 1), targets.normalized, mixture, shard)
     else:
         rest = targets.log_rest.unsqueeze(-1)
         teacher = torch.cat([targets.log_probabilities.to(rest.dtype), rest], dim=-1)  # [b, s, k + 1]
-        found = _TopK.apply(logits, labels.t(), targets.ids.transpose(0, 1), teacher.transpose(0, 1), mixture, shard)
+        work = _TopK(labels.t(), targets.ids.transpose(0, 1), teacher.transpose(0, 1), mixture, shard)
+    found = _WithSlopes.apply(logits, work)
     return TokenLosses(*(each.t().contiguous() for each in found))
 
 
@@ -150,10 +157,10 @@ def log_probabilities(logits: Tensor, shard: Shard) -> Tensor:
     Padding has -inf. Collective over ``shard.group``.
     """
     width = logits.shape[-1]
-    count = shard.count(width)
-    (scale,) = _scales([logits], count, shard)
-    found = _soft(logits, scale, slice(None), count, 1)
-    return torch.nn.functional.pad(found, (0, width - count), value=-torch.inf)
+    found = torch.full(logits.shape, -torch.inf, dtype=_wide(logits[:0]).dtype, device=logits.device)
+    for part in _parts(logits):
+        found[part, :, : shard.count(width)] = _normalized(logits[part], shard)
+    return found
 
 
 def _dense(targets: TopKTargets, logits: Tensor, shard: Shard) -> FullTargets:
@@ -176,72 +183,47 @@ def _log_sum_exp(values: Tensor) -> Tensor:
     return values.logsumexp(-1) if values.shape[-1] else values.new_full(values.shape[:-1], -torch.inf)
 
 
-class _Scale(NamedTuple):
-    """What makes logits log-probabilities: logits - largest - log_sum; softened: those / T - softened. All [s, b].
+def _normalized(logits: Tensor, shard: Shard) -> Tensor:
+    """Log-probabilities of this rank's words, a new tensor. Collective.
 
-    The largest is taken away first: then words of high probability keep all their digits.
+    Student and teacher take the same way, so that equal logits give equal bits. The largest logit is taken away first:
+    then words of high probability keep all their digits.
     """
+    z = logits[..., : shard.count(logits.shape[-1])]
+    lost = z.shape[:-1]
+    largest = _wide(z.amax(-1)) if z.shape[-1] else _wide(z.new_full(lost, -torch.inf))
+    z = _wide(z) - shard.largest(largest).unsqueeze(-1)
+    return z.sub_(shard.sum(z.exp().sum(-1)).log_().unsqueeze(-1))
 
-    largest: Tensor
-    log_sum: Tensor
-    softened: Tensor | None = None
 
-
-def _scales(
-    sides: Sequence[Tensor], count: int, shard: Shard, temperature: float = 1, normalized: bool = False
-) -> list[_Scale]:
-    """Of the student's and the teacher's logits [s, b, V / TP]; ``normalized``: the last ones need none. Collective."""
-    few = sides[:-1] if normalized else sides
-    largest = _wide(sides[0].new_zeros(len(few), *sides[0].shape[:-1]))  # [sides, s, b]
-    for part in _parts(sides[0]):
-        for number, logits in enumerate(few):
-            z = logits[part, :, :count]
-            largest[number, part] = _wide(z.amax(-1)) if count else -torch.inf
-    shard.largest(largest)
-    sums = torch.empty_like(largest)
-    for part in _parts(sides[0]):
-        for number, logits in enumerate(few):
-            z = _wide(logits[part, :, :count])
-            sums[number, part] = (z - largest[number, part].unsqueeze(-1)).exp_().sum(-1)
-    sums = shard.sum(sums).log_()
-    found = [_Scale(*each) for each in zip(largest, sums, strict=True)]
-    if normalized:
-        found.append(_Scale(torch.zeros_like(largest[0]), torch.zeros_like(largest[0])))
+def _softened(log_probabilities: Tensor, temperature: float, shard: Shard) -> Tensor:
+    """The same at another temperature; the same tensor at one. Collective."""
     if temperature == 1:
-        return found
-    softened = torch.empty(len(sides), *largest.shape[1:], dtype=largest.dtype, device=largest.device)
-    for part in _parts(sides[0]):
-        for number, (logits, scale) in enumerate(zip(sides, found, strict=True)):
-            softened[number, part] = _log_sum_exp(_soft(logits, scale, part, count, temperature))
-    softened = shard.log_sum_exp(softened)
-    return [_Scale(*scale[:2], each) for scale, each in zip(found, softened, strict=True)]
-
-
-def _soft(logits: Tensor, scale: _Scale, part: slice, count: int, temperature: float) -> Tensor:
-    """Log-probabilities of a part, softened; not normalized again if ``scale`` has no sum for that.
-
-    Student and teacher take the same way, so that equal logits give equal bits.
-    """
-    found = _wide(logits[part, :, :count]) - scale.largest[part].unsqueeze(-1)
-    found -= scale.log_sum[part].unsqueeze(-1)
-    if temperature != 1:
-        found /= temperature
-    return found if scale.softened is None else found.sub_(scale.softened[part].unsqueeze(-1))
+        return log_probabilities
+    found = log_probabilities / temperature
+    return found.sub_(shard.log_sum_exp(_log_sum_exp(found)).unsqueeze(-1))
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension, such that an fp32 copy of one has at most ``_CHUNK`` elements."""
-    length = max(1, _CHUNK // max(1, logits[0].numel()))
+    """Slices of the first dimension of [s, b, V / TP], such that one has at most ``_PART`` elements."""
+    length = max(1, _PART.get(logits.device.type, 1 << 24) // max(1, logits[0].numel()))
     for first in range(0, logits.shape[0], length):
         yield slice(first, first + length)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The terms of KL(p ‖ q), none negative; see the head of this file."""
-    difference = log_p - log_q
-    p = log_p.exp()
-    # Where d is far below 0, exp(-d) may overflow, and p · exp(-d) = q does not.
-    return torch.where(difference > -1, p * (difference + torch.expm1(-difference)), p * (difference - 1) + log_q.exp())
+def _divergence(log_q: Tensor, log_p: Tensor, mixture: Mixture, shard: Shard) -> tuple[Tensor, Tensor]:
+    """KL of a part [s, b], and its slope by the student's softened logits, [s, b, ·], times T.
+
+    ``log_q`` is the student's, ``log_p`` the teacher's. Collective over ``shard.group``.
+    """
+    q, p = log_q.exp(), log_p.exp()
+    excess = q - p
+    if not mixture.reverse:
+        terms = torch.addcmul(excess, p, log_p - log_q)
+        return shard.sum(terms.sum(-1)), excess
+    slope = (log_q - log_p).mul_(q)
+    found = shard.sum((slope - excess).sum(-1))
+    return found, slope.addcmul_(q, found.unsqueeze(-1), value=-1)
 
 
 def _places(ids: Tensor, width: int, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -251,121 +233,102 @@ def _places(ids: Tensor, width: int, count: int, shard: Shard) -> tuple[Tensor, 
     return torch.where(here, columns, count), here
 
 
-def _at(values: Tensor, columns: Tensor, here: Tensor, less: Tensor | None = None) -> Tensor:
-    """``values`` [..., n] at ``columns`` [..., m], ``less`` [...] if given; 0 where the word is on another rank."""
+def _at(values: Tensor, columns: Tensor, here: Tensor) -> Tensor:
+    """``values`` [..., n] at ``columns`` [..., m], and 0 where the word is on another rank."""
     if not values.shape[-1]:
-        return _wide(values.new_zeros(columns.shape))
-    found = _wide(values.gather(-1, columns.clamp(max=values.shape[-1] - 1)))
-    if less is not None:
-        found = found - less.unsqueeze(-1)
-    return torch.where(here, found, 0)
+        return values.new_zeros(columns.shape)
+    return torch.where(here, values.gather(-1, columns.clamp(max=values.shape[-1] - 1)), 0)
 
 
-class _Full(torch.autograd.Function):
-    """With the teacher's whole distribution. Returns mixed, CE and T² · KL, all [s, b]."""
+class _WithSlopes(torch.autograd.Function):
+    """Mixed, CE and T² · KL of every token, all [s, b]; keeps the gradient of mixed by the logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, teacher: Tensor, normalized: bool, mixture: Mixture, shard: Shard
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        temperature = mixture.temperature
-        count = shard.count(logits.shape[-1])
-        own, others = _scales([logits, teacher], count, shard, temperature, normalized)
-        columns, here = _places(labels.unsqueeze(-1), logits.shape[-1], count, shard)
-        found = torch.empty_like(own.log_sum).unsqueeze(0).repeat(2, 1, 1)  # the label's logit, and KL
+    def forward(ctx: Any, logits: Tensor, work: _Full | _TopK) -> tuple[Tensor, Tensor, Tensor]:
+        mixture, count = work.mixture, work.shard.count(logits.shape[-1])
+        lm, divergence = _wide(logits.new_empty(2, *logits.shape[:-1]))
+        slopes = torch.zeros_like(logits) if count < logits.shape[-1] else torch.empty_like(logits)
         for part in _parts(logits):
-            found[0, part] = _at(logits[part, :, :count], columns[part], here[part], own.largest[part]).squeeze(-1)
-            log_q = _soft(logits, own, part, count, temperature)
-            log_p = _soft(teacher, others, part, count, temperature)
-            found[1, part] = _divergence(*(log_q, log_p) if mixture.reverse else (log_p, log_q)).sum(-1)
-        predicted, divergence = shard.sum(found)
-        lm = own.log_sum - predicted
-        distillation = temperature**2 * divergence
-        ctx.mixture, ctx.shard, ctx.scales, ctx.divergence = mixture, shard, (own, others), divergence
-        ctx.save_for_backward(logits, teacher, columns)
+            lm[part], divergence[part], slopes[part, :, :count] = work.of(logits, part)
+        distillation = divergence.mul_(mixture.temperature**2)
+        ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(lm, distillation)
-        return _mixed(lm, distillation, mixture), lm, distillation
+        return (1 - mixture.alpha) * lm + mixture.alpha * distillation, lm, distillation
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, teacher, columns = ctx.saved_tensors
-        mixture: Mixture = ctx.mixture
-        (own, others), temperature = ctx.scales, mixture.temperature
-        count = ctx.shard.count(logits.shape[-1])
-        found = torch.zeros_like(logits) if count < logits.shape[-1] else torch.empty_like(logits)
-        for part in _parts(logits):
-            log_q = _soft(logits, own, part, count, temperature)
-            log_p = _soft(teacher, others, part, count, temperature)
-            if mixture.reverse:
-                slope = log_q.exp() * (log_q - log_p - ctx.divergence[part].unsqueeze(-1))
-            else:
-                slope = log_q.exp() - log_p.exp()
-            slope *= mixture.alpha * temperature
-            if mixture.alpha != 1:
-                slope += (1 - mixture.alpha) * _soft(logits, own._replace(softened=None), part, count, 1).exp()
-            slope = _minus(slope, columns[part], 1 - mixture.alpha)
-            found[part, :, :count] = slope * gradients[0][part].unsqueeze(-1)
-        return found, None, None, None, None, None
+        (slopes,) = ctx.saved_tensors
+        for part in _parts(slopes):
+            slopes[part] = slopes[part] * gradients[0][part].unsqueeze(-1)
+        return slopes, None
 
 
-class _TopK(torch.autograd.Function):
-    """With k words and the rest. Returns mixed, CE and T² · KL, all [s, b]."""
+@dataclass(frozen=True)
+class _Full:
+    """With the teacher's whole distribution."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, ids: Tensor, teacher: Tensor, mixture: Mixture, shard: Shard
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        width = logits.shape[-1]
-        count = shard.count(width)
-        (own,) = _scales([logits], count, shard)
-        columns, here = _places(torch.cat([ids, labels.unsqueeze(-1)], dim=-1), width, count, shard)  # [s, b, k + 1]
-        rest = torch.empty_like(own.log_sum)
-        known = own.log_sum.new_empty(columns.shape)
-        for part in _parts(logits):
-            z = _soft(logits, own, part, count, 1)
-            known[part] = _at(z, columns[part], here[part])
-            rest[part] = _log_sum_exp(_others(z, columns[part, :, :-1]))
-        rest, known = shard.log_sum_exp(rest), shard.sum(known)
-        lm = -known[..., -1]
-        # From here on every tensor-parallel rank computes the same.
-        temperature = mixture.temperature
-        events = torch.cat([known[..., :-1], rest.unsqueeze(-1)], dim=-1)  # [s, b, k + 1]
-        least = torch.finfo(events.dtype).min / 4  # of an event that cannot be: finite, so that differences are
-        log_q = (events.clamp(min=least) / temperature).log_softmax(-1)
-        log_p = (teacher.to(events.dtype).clamp(min=least) / temperature).log_softmax(-1)
-        divergence = _divergence(*(log_q, log_p) if mixture.reverse else (log_p, log_q)).sum(-1)
-        if mixture.reverse:
-            slopes = log_q.exp() * (log_q - log_p - divergence.unsqueeze(-1))
+    labels: Tensor  # [s, b]
+    teacher: Tensor  # [s, b, V / TP]
+    normalized: bool
+    mixture: Mixture
+    shard: Shard
+
+    def of(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """CE and KL of a part, and the slopes of its mixed loss by this rank's logits of words. Collective."""
+        alpha, temperature = self.mixture.alpha, self.mixture.temperature
+        count = self.shard.count(logits.shape[-1])
+        columns, here = _places(self.labels[part].unsqueeze(-1), logits.shape[-1], count, self.shard)
+        plain = _normalized(logits[part], self.shard)
+        lm = -self.shard.sum(_at(plain, columns, here).squeeze(-1))
+        if self.normalized:
+            teacher = _wide(self.teacher[part, :, :count])
         else:
-            slopes = log_q.exp() - log_p.exp()
-        slopes *= mixture.alpha * temperature
-        distillation = temperature**2 * divergence
-        ctx.mixture, ctx.shard, ctx.scale = mixture, shard, own
-        ctx.rest, ctx.slopes = rest.clamp(min=least), slopes
-        ctx.save_for_backward(logits, columns)
-        ctx.mark_non_differentiable(lm, distillation)
-        return _mixed(lm, distillation, mixture), lm, distillation
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, columns = ctx.saved_tensors
-        mixture: Mixture = ctx.mixture
-        count = ctx.shard.count(logits.shape[-1])
-        found = torch.zeros_like(logits) if count < logits.shape[-1] else torch.empty_like(logits)
-        for part in _parts(logits):
-            z, top = _soft(logits, ctx.scale, part, count, 1), columns[part, :, :-1]
-            # A word of the rest has its share of the rest's slope; the k words have their own.
-            slope = (_others(z, top) - ctx.rest[part].unsqueeze(-1)).exp_() * ctx.slopes[part, :, -1:]
-            if mixture.alpha != 1:
-                slope += (1 - mixture.alpha) * z.exp()
-            slope = torch.nn.functional.pad(slope, (0, 1)).scatter_add_(-1, top, ctx.slopes[part, :, :-1])
-            slope = _minus(slope[..., :-1], columns[part, :, -1:], 1 - mixture.alpha)
-            found[part, :, :count] = slope * gradients[0][part].unsqueeze(-1)
-        return found, None, None, None, None, None
+            teacher = _normalized(self.teacher[part], self.shard)
+        log_q = _softened(plain, temperature, self.shard)
+        log_p = _softened(teacher, temperature, self.shard)
+        divergence, slope = _divergence(log_q, log_p, self.mixture, self.shard)
+        slope *= alpha * temperature
+        if alpha != 1:
+            slope.add_(plain.exp_(), alpha=1 - alpha)
+        return lm, divergence, _minus(slope, columns, 1 - alpha)
 
 
-def _mixed(lm: Tensor, distillation: Tensor, mixture: Mixture) -> Tensor:
-    return (1 - mixture.alpha) * lm + mixture.alpha * distillation
+@dataclass(frozen=True)
+class _TopK:
+    """With k words and the rest."""
+
+    labels: Tensor  # [s, b]
+    ids: Tensor  # [s, b, k]
+    teacher: Tensor  # [s, b, k + 1], log-probabilities
+    mixture: Mixture
+    shard: Shard
+
+    def of(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """As that of ``_Full``."""
+        alpha, temperature = self.mixture.alpha, self.mixture.temperature
+        count = self.shard.count(logits.shape[-1])
+        wanted = torch.cat([self.ids[part], self.labels[part].unsqueeze(-1)], dim=-1)  # [s, b, k + 1]
+        columns, here = _places(wanted, logits.shape[-1], count, self.shard)
+        top = columns[..., :-1]
+        plain = _normalized(logits[part], self.shard)
+        known = self.shard.sum(_at(plain, columns, here))
+        others = _others(plain, top)
+        rest = self.shard.log_sum_exp(_log_sum_exp(others)).unsqueeze(-1)
+        # What follows, up to the slopes of events, is the same on every tensor-parallel rank.
+        events = torch.cat([known[..., :-1], rest], dim=-1)  # [s, b, k + 1]
+        least = torch.finfo(events.dtype).min / 4  # of an event that cannot be: finite, so that differences are
+        log_q, log_p = (
+            (each.to(events.dtype).clamp(min=least) / temperature).log_softmax(-1)
+            for each in (events, self.teacher[part])
+        )
+        divergence, slopes = _divergence(log_q, log_p, self.mixture, Shard(self.shard.words))
+        slopes *= alpha * temperature
+        # A word of the rest has its share of the rest's slope; the k words have their own.
+        slope = others.sub_(rest.clamp(min=least)).exp_().mul_(slopes[..., -1:])
+        if alpha != 1:
+            slope.add_(plain.exp_(), alpha=1 - alpha)
+        slope = torch.nn.functional.pad(slope, (0, 1)).scatter_add_(-1, top, slopes[..., :-1])[..., :-1]
+        return -known[..., -1], divergence, _minus(slope, columns[..., -1:], 1 - alpha)
 
 
 def _others(z: Tensor, columns: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from megatron_prune.training.data import (
     refuse_unfit_range,
     unique_tokens,
 )
+from megatron_prune.training.hidden_states import HiddenStates
 from megatron_prune.training.learned_file import FILE as LEARNED
 from megatron_prune.training.masked import (
     MaskChoice,
@@ -197,7 +198,10 @@ def _train(
     step = forward_step
     if teacher is not None:
         teacher.attach(training)
-        step = distillation.Distillation(args, teacher).forward_step
+        hidden = HiddenStates(args, teacher.args) if args.distill_hidden_states else None
+        if hidden is not None:
+            hidden.attach(config, training, lambda: teacher.model)
+        step = distillation.Distillation(args, teacher, hidden).forward_step
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique, objective)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)

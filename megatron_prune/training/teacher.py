@@ -125,7 +125,7 @@ class OnlineTeacher:
     def __init__(self, args: argparse.Namespace):
         self.args = arguments(args)
         self._stages = args.pipeline_model_parallel_size
-        self._model: Any = None  # this rank's stage
+        self.model: Any = None  # this rank's stage, once Megatron has set up
         self._hidden: deque[torch.Tensor] = deque()  # of the step's micro-batches that are still to come
 
     def attach(self, training: Any) -> None:
@@ -138,14 +138,14 @@ class OnlineTeacher:
         """The teacher's logits for a micro-batch; see ``TargetProvider``."""
         with torch.no_grad():
             hidden = self._hidden.popleft() if self._stages > 1 else self._forward(batch)
-            model = self._model
+            model = self.model
             tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
             logits = model._scale_logits(model.output_layer(hidden, weight=tied)[0])
         return FullTargets(logits.transpose(0, 1))  # [s, b, V / TP] -> [b, s, V / TP]
 
     def _forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """This stage's output: hidden states [s, b, h], final ones on the last stage."""
-        found: torch.Tensor = self._model(
+        found: torch.Tensor = self.model(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], output_processor=_hidden_states
         )
         return found
@@ -169,8 +169,8 @@ class OnlineTeacher:
         with _as_megatrons(self.args), _same_random_numbers():
             model = runtime.build_model(self.args)
             load_checkpoint(model, None, None)
-        (self._model,) = unwrap_model(model)
-        self._model.eval().requires_grad_(False)
+        (self.model,) = unwrap_model(model)
+        self.model.eval().requires_grad_(False)
         if torch.distributed.get_rank() == 0:
             screen.say(f"teacher: {self.args.teacher}, {self.args.num_layers} layers of {self.args.hidden_size}")
 
@@ -217,7 +217,7 @@ class OnlineTeacher:
             forward_backward_pipelining_without_interleaving(
                 forward_step_func=step,
                 data_iterator=None if samples is None else iter(samples),
-                model=self._model,
+                model=self.model,
                 num_microbatches=count,
                 seq_length=length,
                 micro_batch_size=size,

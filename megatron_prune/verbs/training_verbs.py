@@ -92,6 +92,10 @@ class DistillationSettings(Settings):
     distill_kl: str = setting(
         "forward", choices=("forward", "reverse"), help="KL(teacher ‖ student), or KL(student ‖ teacher)"
     )
+    distill_hidden_states: tuple[str, ...] = setting(
+        (), metavar="S:T", help="also match the output of the student's block S with that of the teacher's block T"
+    )
+    distill_hidden_weight: float = setting(1.0, metavar="W", help="weight of their squared distance in the loss")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ RANGE = f"64:{64 + STEPS * GLOBAL_BATCH}"
 ALPHA, TEMPERATURE = (0.2, 0.8), (1.0, 2.5)  # at the first and the last step
 DISTILL = "--objective distill --distill-alpha 0.2:0.8 --distill-temperature 1:2.5 --distill-kl reverse".split()
 CLIP = 0.5
+HIDDEN = {"distill_hidden_states": ("1:2",)}
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +169,21 @@ def test_a_student_that_starts_as_its_teacher_does_not_move(more, nproc, tiny_pa
         assert torch.equal(before.read(name).to(dtype), after.read(name).to(dtype)), name
 
 
+def test_a_teacher_that_is_not_there_is_refused(tiny_parent, tiny_corpus, tmp_path, job):
+    argv = ["--shape-from", tiny_parent, "--teacher", tmp_path / "none", *DISTILL]
+    done = job(["pretrain", *argv, *recipe(tiny_corpus, RANGE, None)])
+    assert done.returncode == 2 and "Traceback" not in done.output
+    assert "--teacher: expected the directory of a checkpoint, got" in done.output
+
+
 def asked(**changes) -> argparse.Namespace:
     """Arguments of a run that distils, before Megatron validates them."""
     given = {
         "objective": "distill", "teacher": "/parent", "distill_alpha": "1", "distill_temperature": "1",
         "distill_kl": "forward", "cuda_graph_impl": "none", "num_layers_per_virtual_pipeline_stage": None,
         "num_virtual_stages_per_pipeline_rank": None, "pipeline_model_parallel_layout": None,
+        "distill_hidden_states": (), "distill_hidden_weight": 1.0, "pipeline_model_parallel_size": 1,
+        "recompute_granularity": None, "fp16": False, "calculate_per_token_loss": False, "use_torch_fsdp2": False,
     }  # fmt: skip
     return argparse.Namespace(**given | changes)
 
@@ -185,6 +195,15 @@ def asked(**changes) -> argparse.Namespace:
         ({"objective": "lm"}, "--distill-alpha", "--distill-alpha: expected --objective distill with it"),
         ({"objective": "lm"}, "--distill-temperature", "--distill-temperature: expected --objective distill"),
         ({"objective": "lm"}, "--distill-kl", "--distill-kl: expected --objective distill with it"),
+        ({"objective": "lm"}, "--distill-hidden-states", "--distill-hidden-states: expected --objective distill"),
+        ({}, "--distill-hidden-weight", "--distill-hidden-weight: expected --distill-hidden-states with it"),
+        ({"distill_hidden_states": ("3",)}, "", "--distill-hidden-states: expected STUDENT:TEACHER"),
+        (HIDDEN | {"distill_hidden_weight": 0.0}, "", "--distill-hidden-weight: expected a number above 0"),
+        (HIDDEN | {"pipeline_model_parallel_size": 2}, "", "--pipeline-model-parallel-size: expected 1"),
+        (HIDDEN | {"recompute_granularity": "full"}, "", "--recompute-granularity: expected selective"),
+        (HIDDEN | {"fp16": True}, "", "--fp16: expected --bf16 or neither"),
+        (HIDDEN | {"calculate_per_token_loss": True}, "", "--calculate-per-token-loss: expected off"),
+        (HIDDEN | {"use_torch_fsdp2": True}, "", "--use-torch-fsdp2: expected off"),
         ({"teacher": None}, "", "--objective: expected --teacher CHECKPOINT with it, got distill alone"),
         ({"distill_alpha": "1.5"}, "", "--distill-alpha: expected a share from 0 to 1"),
         ({"distill_alpha": "0:x"}, "", "--distill-alpha: expected a share from 0 to 1"),
@@ -202,7 +221,8 @@ def test_flags_that_contradict_each_other_are_refused(changes, given, said):
 
 
 def test_flags_that_agree_pass():
-    distillation.complete_arguments(asked(distill_alpha="0:1", distill_temperature="2.5"), lambda flag: True)
+    changes = {"distill_alpha": "0:1", "distill_temperature": "2.5"} | HIDDEN
+    distillation.complete_arguments(asked(**changes), lambda flag: True)
     distillation.complete_arguments(asked(objective="lm"), lambda flag: False)
 
 
