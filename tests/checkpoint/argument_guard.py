@@ -190,8 +190,8 @@ def _examine(name: str, default: Any, action: argparse.Action | None, corpus: st
     ranks = 2 if name in ON_TWO_RANKS else 1
     ended, said, losses = in_forks(lambda: _train(training, corpus), ranks)
     if ended != 0:
-        kind = "needs a GPU" if _GPU.search(said) else ("not trained" if ended == 2 else "FAILED")
-        return Found(name, shown, kind, _plain(said, folder))
+        why = _plain(said, folder)
+        return Found(name, shown, _kind(why) if ended == 2 else "FAILED", why)
     ended, said, _ = in_forks(lambda: _run(_evaluation(save, corpus, scores)))
     loss = sum(losses) / len(losses)
     if ended != 0:
@@ -201,6 +201,11 @@ def _examine(name: str, default: Any, action: argparse.Action | None, corpus: st
     close = 2e-3 if name in ("bf16", "fp16") else 2e-5 if ranks > 1 else 2e-6  # evaluation fuses attention
     same = all(math.isclose(a, b, rel_tol=close) for a, b in zip(losses, alone, strict=True))
     return Found(name, shown, "equal" if same else "DIFFERENT", "", loss, sum(alone) / len(alone))
+
+
+def _kind(why: str) -> str:
+    """Whether a refusal to train is about this machine; names of flags do not count."""
+    return "needs a GPU" if _GPU.search(re.sub(r"--[a-z0-9-]+", "", why)) else "not trained"
 
 
 def _evaluation(save: str, corpus: str, scores: str) -> list[str]:
