@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
 from megatron_prune.data import schedule
-from megatron_prune.study.grid import TrainingCell
+from megatron_prune.study.grid import Teaching, TrainingCell
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig
@@ -77,12 +77,12 @@ def training(
     """
     if shape is not None:
         sizes = {name.replace("_", "-"): value for name, value in shape.to_args().items()}
-        start = flags(study.parent.flags | sizes) + batches(study, places, cell)
+        start = flags(study.parent.flags | sizes) + batches(study, places, cell) + learns_from(study, places, cell)
         return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
     source = str(places.checkpoint(pruning.cell))
     start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
     start += ["--masks", str(places.masks(pruning))] if cell.masked else []
-    start += batches(study, places, cell)
+    start += batches(study, places, cell) + learns_from(study, places, cell)
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
 
 
@@ -103,6 +103,37 @@ def batches(study: StudyConfig, places: Places, cell: TrainingCell) -> list[str]
     if cell.follows is not None:
         return flags({"batch-schedule": str(places.checkpoint(cell.follows) / schedule.FILE)})
     return flags(dynamic.flags)
+
+
+def learns_from(study: StudyConfig, places: Places, cell: TrainingCell) -> list[str]:
+    """Flags of the objective, if it is not Megatron's own: how a run is distilled, and from what."""
+    if cell.objective == "lm":
+        return []
+    if cell.taught is not None:
+        source = {"teacher-cache": str(places.taught(cell.taught))}
+    else:
+        source = {"teacher": str(places.parent(study, cell.seed))}
+    return flags(study.distillation.flags | source)
+
+
+def teaching(study: StudyConfig, places: Places, made: Teaching) -> Command:
+    """What the parent says on a range of the stream."""
+    data, settings = study.data, study.distillation
+    words = ["teach", *forward(study, places.parent(study, made.seed))]
+    words += flags(
+        {
+            "data-path": data.blend,
+            "stream-seed": data.stream_seed,
+            "stream-epochs": data.epochs,
+            "stream-range": str(made.samples),
+            "seq-length": data.seq_length,
+            "micro-batch-size": study.recipe.micro_batch_size,
+            "top-k": settings.top_k,
+            "dtype": settings.dtype,
+            "output": str(places.taught(made.id)),
+        }
+    )
+    return Command("teach", tuple(words), study.launch.nproc)
 
 
 def _pretrain(

@@ -27,6 +27,7 @@ from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.data.schedule import FILE, Schedule
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ALLOWED
+from megatron_prune.training import objective
 from megatron_prune.training.account import COLUMNS, read_account
 from megatron_prune.untrusted import Keys, check, reason
 
@@ -215,7 +216,8 @@ class TrainedRun:
         keys = ("start", "stream", "range", "permutation_seed", "seed", "steps", "seq_length", "parameters", "masks")
         arguments = {name: value for name, value in account["arguments"].items() if name not in ALLOWED}
         initial = (account["initial"] or {}).get("fingerprint")
-        return {key: account[key] for key in keys} | {"initial": initial} | arguments
+        asked = {"initial": initial, "objective": objective.settings(objective.of(account))}
+        return {key: account[key] for key in keys} | asked | arguments
 
 
 def refuse_copies(runs: Sequence[TrainedRun], untrained: Mapping[str, str]) -> None:

@@ -308,6 +308,10 @@ def _reason(study: StudyConfig, about: Mapping[str, Any]) -> str:
     checks = (
         (about["seed"] in study.seeds, f"seed {about['seed']}"),
         (any(group["budget"] in study.budgets for group in groups), f"budget {groups[0]['budget']:,}"),
+        (
+            any(group["objective"] in study.learned_from(group["budget"]) for group in groups),
+            f"objective {groups[0]['objective']} at that budget",
+        ),
         (about["lr"] in study.recipe.rates, f"learning rate {about['lr']:g}"),
     )
     missing = subject + [what for there, what in checks if not there]

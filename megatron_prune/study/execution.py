@@ -30,7 +30,8 @@ from megatron_prune.structured import statistics as calibrate
 from megatron_prune.study import custody
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.sections import CORPORA
-from megatron_prune.training import learned_file
+from megatron_prune.training import learned_file, teacher_cache
+from megatron_prune.training import objective as objectives
 from megatron_prune.training.account import read_account
 from megatron_prune.untrusted import check
 
@@ -53,7 +54,16 @@ class Check:
         return CHECKS[self.name](**self.arguments)
 
 
-def trained(account: str, start: int, end: int, steps: int, seed: int, permutation_seed: int | None, lr: float) -> bool:
+def trained(
+    account: str,
+    start: int,
+    end: int,
+    steps: int,
+    seed: int,
+    permutation_seed: int | None,
+    lr: float,
+    objective: str = "lm",
+) -> bool:
     """True if an account says that its run is complete.
 
     AccountError if it is another run than expected, or if the account contradicts itself or the losses next to it.
@@ -69,6 +79,7 @@ def trained(account: str, start: int, end: int, steps: int, seed: int, permutati
         ("seed", seed, found.get("seed")),
         ("permutation_seed", permutation_seed, found.get("permutation_seed")),
         ("lr", lr, found.get("arguments", {}).get("lr")),
+        ("objective", objective, objectives.of(found)["name"]),
     ):
         if given != asked:
             raise AccountError(
@@ -170,6 +181,20 @@ def sparsified(checkpoint: str, method: str, pattern: str) -> bool:
         return False
 
 
+def taught(cache: str, samples: Sequence[int]) -> bool:
+    """True if a complete cache of what a teacher says on these samples exists.
+
+    AccountError if it is of other samples.
+    """
+    found = teacher_cache.read_manifest(Path(cache), teacher_cache.FLAG)
+    if found is None or found[1] is None:  # its shards are still to come
+        return False
+    if list(found[0].range) != list(samples):
+        asked, got = (":".join(map(str, each)) for each in (samples, found[0].range))
+        raise AccountError(f"{cache}: expected what a teacher says on samples {asked}, got {got}: remove it")
+    return True
+
+
 def imported(checkpoint: str) -> bool:
     """True if a complete checkpoint exists."""
     return _readable(lambda path: open_checkpoint(path).verify(), checkpoint)
@@ -202,6 +227,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
         planned,
         applied,
         sparsified,
+        taught,
         imported,
     )
 }

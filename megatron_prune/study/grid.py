@@ -11,7 +11,8 @@ initialised weights (``masked``), or without masks (``dense``: a study's sparse 
 retrain between two links, on the samples after the parent's; the compared runs begin after those samples.
 ``prunings`` (``prunings.py``) are known from study.yaml alone. The training cells need the shapes that the plans chose,
 so ``expand`` takes them; before they are known, ``expand(study, lay, {}, {})`` names a scratch cell after its pruning.
-Equal FLOPs also need the FLOPs of the prunings. Nothing here reads files.
+Equal FLOPs also need the FLOPs of the prunings. With several objectives every compared run is made once for each;
+those that distil learn from the parent of their seed. Nothing here reads files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.study.objectives import ObjectiveName
 from megatron_prune.study.prunings import Pruning, links, of_method
 from megatron_prune.study.sample_ranges import Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig
@@ -36,7 +38,7 @@ class TrainingCell:
     ``source`` is the pruning whose checkpoint gives the weights (pruned) or only the shape (scratch); ``masked``: its
     masks too. ``others`` are prunings of the same shape that share a scratch run. ``retrained`` marks runs between
     links: they are not compared, and the next link starts from them. ``follows``: the cell whose schedule of batches a
-    scratch run follows.
+    scratch run follows. ``taught``: the cell that writes what its teacher says, if that is in a cache.
     """
 
     id: str
@@ -48,10 +50,21 @@ class TrainingCell:
     masked: bool = False
     others: tuple[Pruning, ...] = ()
     follows: str | None = None
+    objective: ObjectiveName = "lm"
+    taught: str | None = None
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A run of ``teach``: the parent of ``seed`` on ``samples``, for all distilled runs inside them."""
+
+    id: str
+    seed: int
+    samples: SampleRange
 
 
 # Comparisons that agree in these are one; a verdict on one budget also has its tokens.
-SUBJECT = ("method", "pattern", "ratio", "setting", "against", "sparse")
+SUBJECT = ("method", "pattern", "ratio", "setting", "against", "sparse", "objective")
 GROUP = (*SUBJECT, "tokens")
 
 
@@ -69,10 +82,11 @@ class Subject:
     setting: str
     against: str  # masked or dense
     sparse: bool
+    objective: str = "lm"
 
     @property
     def label(self) -> str:
-        return label(self.method, self.pattern, self.ratio)
+        return label(self.method, self.pattern, self.ratio, self.objective)
 
     @property
     def dense(self) -> bool:
@@ -90,10 +104,11 @@ def setting_words(setting: str) -> str:
     return "equal FLOPs" if setting == "equal-flops" else f"{setting.replace('-', ' ')} tokens"
 
 
-def label(method: str, pattern: str | None, ratio: float | None) -> str:
-    """``shortgpt, 50% removed``; ``wanda 2:4, 50% removed``"""
+def label(method: str, pattern: str | None, ratio: float | None, objective: str = "lm") -> str:
+    """``shortgpt, 50% removed``; ``wanda 2:4, 50% removed, distilled``"""
     name = method if pattern is None else f"{method} {pattern}"
-    return name if ratio is None else f"{name}, {100 * ratio:g}% removed"
+    name = name if ratio is None else f"{name}, {100 * ratio:g}% removed"
+    return name + ", distilled" * (objective == "distill")
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,12 @@ class Comparison:
     swept: tuple[tuple[float, str, str | None], ...] = ()
     chosen: bool = True
     edges: tuple[Edge, ...] = ()
+    objective: ObjectiveName = "lm"
+
+    @property
+    def subject(self) -> tuple[str, str | None, float | None, str]:
+        """The arguments of ``label``."""
+        return (*self.pruning.subject, self.objective)
 
     @property
     def runs(self) -> list[tuple[float | None, str, str | None]]:
@@ -147,16 +168,18 @@ class Comparison:
             "setting": self.setting,
             "against": self.against,
             "sparse": self.pruning.sparse,
+            "objective": self.objective,
             "tokens": tokens,
         }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All training cells, each once, and all comparisons between them."""
+    """All training cells, each once, all comparisons between them, and what teachers write for them."""
 
     cells: tuple[TrainingCell, ...]
     comparisons: tuple[Comparison, ...]
+    teachings: tuple[Teaching, ...] = ()
 
 
 def expand(
@@ -165,44 +188,82 @@ def expand(
     shapes: Mapping[str, Shape],
     consumed: Mapping[str, int],
     spent: Mapping[str, int] | None = None,
+    teacher: int | None = None,
 ) -> Grid:
     """The training cells and comparisons.
 
     ``shapes`` maps a pruning's name to its target shape, ``consumed`` to the tokens that pruning read, ``spent`` to
-    its FLOPs. Prunings of one shape share their dense scratch runs if those consume the same samples.
+    its FLOPs. ``teacher``: FLOPs of the parent's forward pass over a sequence. Prunings of one shape share their dense
+    scratch runs if those consume the same samples.
     """
     cells: dict[str, TrainingCell] = {cell.id: cell for cell in between(study, lay)}
     comparisons = []
+    by_flops: set[str] = set()
     for entry in study.methods:
         for pruning in of_method(study, entry):
-            for budget in study.budgets:
+            for budget, objective in ((one, what) for one in study.budgets for what in study.learned_from(one)):
                 retrain = lay.retrain(budget, pruning.trained)
-                pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}")
+                distilled = "-distill" * (objective == "distill")
+                pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}{distilled}")
                 for rate, name in pruned.items():
-                    _add(cells, TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse))
+                    cell = TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse)
+                    _add(cells, replace(cell, objective=objective))
                 for setting, against in study.compared(entry):
                     reason = _not_run(study, lay, setting)
                     shape = shapes.get(pruning.name)
                     samples = None
                     if not reason:
-                        samples = _samples(lay, setting, retrain, pruning, shapes, consumed, spent or {})
+                        each = (teacher if distilled else 0) if setting == "equal-flops" else 0
+                        samples = _samples(lay, setting, retrain, pruning, shapes, consumed, spent or {}, each)
                     scratch: dict[float, str] = {}
                     if samples is not None:
                         tag = _scratch_tag(pruning, against, shape)
                         if follows(study, setting):  # its samples are those of one pruned run
                             tag += f"-follows-{pruning.name.rsplit('-s', 1)[0]}-t{retrain.steps * lay.batch.tokens}"
-                        what = f"{tag}-{setting}-t{samples.steps * lay.batch.tokens}"
+                        what = f"{tag}-{setting}-t{samples.steps * lay.batch.tokens}{distilled}"
                         scratch = _swept(study, f"scratch-{what}-s{pruning.seed}")
                     for rate, name in scratch.items():
                         assert samples is not None
                         masked, leader = against == "masked", pruned[rate] if follows(study, setting) else None
                         cell = TrainingCell(name, "scratch", pruning, samples, pruning.seed, rate, masked, (), leader)
-                        _add(cells, cell)
+                        _add(cells, replace(cell, objective=objective))
+                        by_flops |= {name} if setting == "equal-flops" else set()
                     swept = tuple((rate, name, scratch.get(rate)) for rate, name in pruned.items())
                     first = swept[0]
                     made = Comparison(pruning, setting, against, budget, pruning.seed, first[1], first[2], reason)
+                    made = replace(made, objective=objective)
                     comparisons.append(replace(made, swept=swept) if len(swept) > 1 else made)
-    return Grid(tuple(cells.values()), tuple(comparisons))
+    if study.distillation.cached:
+        teachings = _teachings(study, lay, cells, by_flops)
+    else:
+        teachings = []
+    return Grid(tuple(cells.values()), tuple(comparisons), tuple(teachings))
+
+
+def _teachings(study: StudyConfig, lay: Lay, cells: dict[str, TrainingCell], by_flops: set[str]) -> list[Teaching]:
+    """What `teach` writes for the distilled ``cells``, each of which is told its own: as few ranges as are known early.
+
+    Runs of one parent that begin with the same sample share the longest of their ranges. The length of one ``by_flops``
+    is known only once others have finished, so that it has a range of its own.
+    """
+    own = {name: cell for name, cell in cells.items() if cell.objective == "distill"}
+
+    def parent_of(cell: TrainingCell) -> int:
+        return cell.seed if study.parent_per_seed else 0
+
+    ends: dict[tuple[int, int], int] = {}
+    for name, cell in own.items():
+        if name not in by_flops:
+            key = parent_of(cell), cell.samples.start
+            ends[key] = max(ends.get(key, 0), cell.samples.end)
+    found: dict[str, Teaching] = {}
+    for name, cell in own.items():
+        seed, start = parent_of(cell), cell.samples.start
+        end = cell.samples.end if name in by_flops else ends[seed, start]
+        tag = f"teach-{start}-{end}" + f"-s{seed}" * study.parent_per_seed
+        found.setdefault(tag, Teaching(tag, seed, SampleRange(start, end, (end - start) // lay.batch.samples)))
+        cells[name] = replace(cell, taught=tag)
+    return list(found.values())
 
 
 def follows(study: StudyConfig, setting: Setting) -> bool:
@@ -252,16 +313,17 @@ def _samples(
     shapes: Mapping[str, Shape],
     consumed: Mapping[str, int],
     spent: Mapping[str, int],
+    teacher: int | None,
 ) -> SampleRange | None:
-    """The samples of a setting's scratch run; None while they are not known."""
+    """The samples of a setting's scratch run; None while they are not known. ``teacher``: its FLOPs per sequence."""
     if setting == "equal-training":  # what masks were learned on is training too
         return lay.batch.range(retrain.start, retrain.steps + pruning.learned // lay.batch.tokens)
     if setting == "equal-total":
         return lay.scratch_total(retrain.steps * lay.batch.tokens + pruning.trained, consumed.get(pruning.name, 0))
     shape, trained = shapes.get(pruning.name), between_flops(pruning, shapes, lay.batch.seq_length)
-    if shape is None or trained is None or pruning.name not in spent:
+    if shape is None or trained is None or teacher is None or pruning.name not in spent:
         return None
-    sequence = ModelShape(**shape).training_flops(lay.batch.seq_length)
+    sequence = ModelShape(**shape).training_flops(lay.batch.seq_length) + teacher
     return lay.scratch_flops(retrain, spent[pruning.name], sequence, trained)
 
 

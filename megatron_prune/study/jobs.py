@@ -1,7 +1,7 @@
 """The cells of a study as jobs: commands, the check that they are done, dependencies, and the record.
 
 A ``Cell`` has one or more ``Stage``s; the runner sees nothing else. The functions here make the cells of a study:
-parents, then calibrations, prunings, and the training runs of the grid.
+parents, then calibrations, prunings, what teachers say, and the training runs of the grid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_prune.errors import AccountError, MegatronPruneError, RunError, Us
 from megatron_prune.study import commands, records
 from megatron_prune.study.commands import Command
 from megatron_prune.study.execution import Check, read_cell
-from megatron_prune.study.grid import Grid, TrainingCell
+from megatron_prune.study.grid import Grid, Teaching, TrainingCell
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
     Places,
@@ -25,6 +25,7 @@ from megatron_prune.study.prunings import (
     calibration_cell,
     learning_samples,
     links,
+    parent_cell,
     parent_cells,
     source_cell,
 )
@@ -49,7 +50,7 @@ class Cell:
     """Stages in order, the record once all are done, and the cells that must finish first."""
 
     id: str
-    kind: str  # parent, calibration, pruning, retraining, training: the order of starting
+    kind: str  # parent, calibration, pruning, retraining, teaching, training: the order of starting
     stages: tuple[Stage, ...]
     record: Callable[[Seconds], dict[str, Any]]
     after: tuple[str, ...] = ()
@@ -91,6 +92,7 @@ def all_cells(study: StudyConfig, places: Places, outlook: Outlook, failed: froz
     others = [
         *calibrations(study, places, outlook),
         *(_pruning(study, places, outlook, pruning) for pruning in links(study)),
+        *(_teaching(study, places, made) for made in outlook.grid(study).teachings),
         *training_cells(study, places, outlook, failed),
     ]
     found = parents(study, places, outlook)
@@ -201,6 +203,19 @@ def _planning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Pru
     yield Stage(commands.application(study, places, pruning), applied)
 
 
+def _teaching(study: StudyConfig, places: Places, made: Teaching) -> Cell:
+    """The parent's most probable words on a range of the stream, for all runs that learn from them there."""
+    check = Check("taught", {"cache": str(places.taught(made.id)), "samples": list(made.samples.samples)})
+    return Cell(
+        made.id,
+        "teaching",
+        (Stage(commands.teaching(study, places, made), check),),
+        lambda seconds: records.teaching(places, made, seconds),
+        after=(parent_cell(study, made.seed if study.parent_per_seed else 0),),
+        weight=made.samples.steps,
+    )
+
+
 def training_cells(
     study: StudyConfig, places: Places, outlook: Outlook, failed: frozenset[str] = frozenset()
 ) -> list[Cell]:
@@ -263,20 +278,38 @@ def _training(
         cell.id,
         "retraining" if cell.kind == "retrained" else "training",
         (
-            _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command),
+            _trained(places, cell.id, cell.samples, cell.seed, cell.lr, command, objective=cell.objective),
             _evaluation(study, places, cell.id, places.checkpoint(cell.id), places.account(cell.id)),
         ),
         lambda seconds: records.training(places, cell, seconds),
-        after=(*([] if free else [source.cell]), *([] if cell.follows is None else [cell.follows])),
+        after=needed(study, cell, source, free=free),
         weight=cell.samples.steps * flops,
         about={"arm": cell.kind, "seed": cell.seed, "lr": cell.lr, "compared": list(compared)},
     )
 
 
+def needed(study: StudyConfig, cell: TrainingCell, source: Pruning, *, free: bool) -> tuple[str, ...]:
+    """The cells that a run starts after; ``free``: it needs no pruning (``commands.needs_no_pruning``)."""
+    found = [] if free else [source.cell]
+    found += [] if cell.follows is None else [cell.follows]
+    if cell.objective == "distill":
+        found.append(cell.taught or parent_cell(study, cell.seed))
+    return tuple(found)
+
+
 def _trained(
-    places: Places, cell: str, samples: SampleRange, seed: int, lr: float, command: Command, *, permuted: bool = True
+    places: Places,
+    cell: str,
+    samples: SampleRange,
+    seed: int,
+    lr: float,
+    command: Command,
+    *,
+    permuted: bool = True,
+    objective: str = "lm",
 ) -> Stage:
-    return Stage(command, Check("trained", _asked(places.account(cell), samples, seed, lr, permuted=permuted)))
+    asked = _asked(places.account(cell), samples, seed, lr, permuted=permuted)
+    return Stage(command, Check("trained", asked | ({} if objective == "lm" else {"objective": objective})))
 
 
 def _asked(account: Path, samples: SampleRange, seed: int, lr: float, *, permuted: bool) -> dict[str, Any]:

@@ -6,10 +6,11 @@ scratch has as many steps more, from the same first sample on. Where batches are
 followed the pruned run's schedule, or the study asks that each has its own, by the same rule.) *Equal total*: the same
 stream and batch, every argument equal outside ``ALLOWED`` and what follows from the number of steps
 (``OWN_STEPS``), and tokens(scratch) = tokens(parent) + tokens(retraining) + tokens(pruning) within one
-step or 0.1%. *Equal FLOPs*: the same with executed FLOPs instead of tokens. In all settings a sparse model is retrained
-under its pruning's masks, and the scratch run is trained under the same masks, or without masks if it is dense;
-retraining begins with the pruned weights, and every loss shown is for the same text. If the study sweeps the learning
-rate, both arms have the same rates.
+step or 0.1%. *Equal FLOPs*: the same with executed FLOPs instead of tokens, those of a teacher's forward pass over the
+run's samples included, whether the run executed them itself or read a cache. In all settings both runs have the same
+objective; a sparse model is retrained under its pruning's masks, and the scratch run is trained under the same masks,
+or without masks if it is dense; retraining begins with the pruned weights, and every loss shown is for the same text.
+If the study sweeps the learning rate, both arms have the same rates.
 
 The history of the pruned arm is the lineage in its account (``training/lineage``): the parent's stages as they are now,
 then the study's prunings and the retrainings between them, each begun from the result of the one before. The parent's
@@ -24,13 +25,14 @@ runs and the field.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
-from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Line, Runs
+from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Account, Line, Runs
 from megatron_prune.study.sample_ranges import counted
 from megatron_prune.training import lineage
 from megatron_prune.training.lineage import Stage
@@ -95,8 +97,8 @@ def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0)
     runs.whole(setting)
     _refuse_another_sum(runs, setting, "FLOPs", parent_flops, declared)
     lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
-    step = runs.scratch["flops_executed"] // runs.scratch["steps"]
-    lines.append(_total(runs, setting, "flops_executed", parent_flops, spent, step, declared))
+    step = _flops(runs.scratch) // runs.scratch["steps"]
+    lines.append(_total(runs, setting, "FLOPs", parent_flops, spent, step, declared))
     return [*lines, *recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
 
@@ -116,7 +118,8 @@ def _common(runs: Runs, setting: str) -> list[Line]:
 
 def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: int) -> Line:
     """Scratch must have as many tokens or FLOPs as the whole pruned arm, within one step or 0.1%."""
-    retrained, found = runs.pruned[unit], runs.scratch[unit]
+    amount = _flops if unit == "FLOPs" else operator.itemgetter("tokens")
+    retrained, found = amount(runs.pruned), amount(runs.scratch)
     own = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
     between = (lineage.tokens if unit == "tokens" else lineage.flops)(own)
     pruning = counted(spent, parent + retrained + between)
@@ -124,7 +127,7 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
     terms = f"{parent:,} parent + {retrained:,} retraining + {pruning:,} pruning"
     terms += f" + {between:,} retraining between prunings" if between else ""
     difference = abs(found - total)
-    name = {"tokens": "total tokens", "flops_executed": "total FLOPs"}[unit]
+    name = f"total {unit}"
     if difference > max(step, TOLERANCE * total):
         raise runs.refuse(
             setting,
@@ -135,6 +138,11 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
     return Line(name, f"{total:,} = {terms}{marked}", f"{found:,}", verdict)
+
+
+def _flops(account: Account) -> int:
+    """FLOPs of a training and of its teacher's forward pass over the same samples."""
+    return int(account["flops_executed"]) + int(account.get("flops_teacher", 0))
 
 
 def unseen(runs: Runs, setting: str) -> list[Line]:

@@ -62,12 +62,17 @@ class Outlook:
 
     def grid(self, study: StudyConfig) -> Grid:
         """All training cells, as far as shapes and FLOPs are known."""
-        return expand(study, self.lay, self.shapes, self.consumed(study), self.spent)
+        return expand(study, self.lay, self.shapes, self.consumed(study), self.spent, self.teacher)
 
     def estimated_grid(self, study: StudyConfig) -> Grid:
         """The same, counting unknown FLOPs of prunings as zero."""
         spent = dict.fromkeys(self.targets, 0) | dict(self.spent)
-        return expand(study, self.lay, self.shapes, self.consumed(study), spent)
+        return expand(study, self.lay, self.shapes, self.consumed(study), spent, self.teacher)
+
+    @property
+    def teacher(self) -> int | None:
+        """FLOPs of the parent's forward pass over a sequence; None while its shape is not known."""
+        return None if self.source is None else self.source.forward_flops(self.lay.batch.seq_length)
 
     @property
     def shapes(self) -> dict[str, Mapping[str, Any]]:

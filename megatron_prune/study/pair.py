@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import AccountError
+from megatron_prune.training import objective
 from megatron_prune.training.lineage import Stage
 
 Account = Mapping[str, Any]
@@ -40,6 +41,8 @@ ALLOWED: dict[str, str] = {
     # Set by pretrain if a run continues at another number of ranks (engine/optimizer_layout.py).
     "ddp_bucket_size": "how gradients are packed to be sent",
     "masks": "a path; which masks they are is compared by their hash",
+    "teacher": "a path; which weights they are is compared by their fingerprint",
+    "teacher_cache": "a path; what it holds is compared with the objective",
     **dict.fromkeys(
         ("dynamic_batch_every", "domain_validation", "reference_losses", "domain_samples", "batch_schedule"),
         "how batches are scheduled, which is compared by what came of it",
@@ -169,7 +172,26 @@ class Runs:
             self.equal(setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key))
             for key in STREAM
         ]
-        return lines + [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
+        lines += [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
+        return lines + self.objective(setting)
+
+    def objective(self, setting: str) -> list[Line]:
+        """Both runs learned from the same: the text, or the same teacher in the same way. None for text alone."""
+        ours, theirs = (objective.of(account) for account in (self.pruned, self.scratch))
+        wanted, found = objective.settings(ours), objective.settings(theirs)
+        for key in dict.fromkeys([*wanted, *found]):
+            if wanted.get(key) != found.get(key):
+                raise self.refuse(setting, f"objective: {key}", f"{wanted.get(key)} against {found.get(key)}")
+        if ours == objective.LM:
+            return []
+        lines = [
+            Line("objective", objective.words(ours), objective.words(theirs)),
+            Line("teacher", ours["teacher"], theirs["teacher"]),
+        ]
+        if setting != "equal-training":
+            counted = "its training counts as the parent's", "its training is not counted"
+            lines.append(Line("the teacher's training", *counted, "may differ: start"))
+        return lines
 
     def held(self, setting: str) -> list[Line]:
         """The masks that each run held."""

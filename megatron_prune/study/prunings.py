@@ -231,6 +231,10 @@ class Places:
         """The checkpoint that was trained under the masks of a pruning which learns them."""
         return self.cell(pruning.cell) / "learned"
 
+    def taught(self, cell: str) -> Path:
+        """What a teacher says, as `teach` writes it."""
+        return self.cell(cell) / "taught"
+
     @property
     def cache(self) -> Path:
         return self.root / "cache"

@@ -21,12 +21,12 @@ from megatron_prune.errors import AccountError
 from megatron_prune.masks import open_masks
 from megatron_prune.structured import plan, statistics
 from megatron_prune.study import custody
-from megatron_prune.study.grid import TrainingCell, shape_tag
+from megatron_prune.study.grid import Teaching, TrainingCell, shape_tag
 from megatron_prune.study.prunings import Places, Pruning, calibration_cell, parent_cell
 from megatron_prune.study.sample_ranges import Lay
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA
-from megatron_prune.training import lineage
+from megatron_prune.training import lineage, objective, teacher_cache
 from megatron_prune.training.account import ACCOUNT, read_account
 
 Record = dict[str, Any]
@@ -166,6 +166,21 @@ def _chained(places: Places, chosen: Pruning) -> Record:
     }
 
 
+def teaching(places: Places, made: Teaching, seconds: Mapping[str, float]) -> Record:
+    """What a teacher says, and what it cost once for all runs that read it."""
+    found = teacher_cache.read_manifest(places.taught(made.id), teacher_cache.FLAG)
+    assert found is not None  # the cell is done
+    taught = found[0].described()
+    return {
+        "cell": made.id,
+        "kind": "teaching",
+        "made_of": taught["teacher"]["fingerprint"],
+        "tokens": found[0].tokens,
+        **{key: taught[key] for key in ("range", "hash", "k", "dtype", "bytes_per_token", "bytes", "flops")},
+        "seconds": dict(seconds),
+    }
+
+
 def training(places: Places, cell: TrainingCell, seconds: Mapping[str, float]) -> Record:
     """A trained and evaluated run."""
     account = read_account(places.account(cell.id))
@@ -192,7 +207,11 @@ def _training_seconds(account: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run(account: Mapping[str, Any]) -> Record:
+    asked = objective.of(account)
     return {
+        "objective": objective.words(asked),
+        "teacher": asked.get("teacher"),
+        "flops_teacher": account.get("flops_teacher", 0),
         "start": account["start"],
         "range": account["range"],
         "steps": account["steps"],

@@ -106,8 +106,8 @@ class Lay:
     def scratch_flops(self, retrain: SampleRange, spent: int, sequence: int, between: int = 0) -> SampleRange | None:
         """The range of a scratch run with as many FLOPs as the whole pruned arm, rounded up to a batch.
 
-        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, equal for both arms;
-        ``between``: of retraining between links.
+        ``spent``: FLOPs of the pruning; ``sequence``: of training on one sequence, that of its teacher included, equal
+        for both arms; ``between``: of retraining between links.
         """
         if self.parent_flops is None:
             return None

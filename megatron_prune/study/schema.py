@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prune.errors import UsageError
+from megatron_prune.study.objectives import Distill, ObjectiveName, Objectives
 from megatron_prune.study.sample_ranges import Batch
 from megatron_prune.study.sections import CalibrationSection, Data, EvaluationSection, MethodSection, Parent, Recipe
 from megatron_prune.study.study_file import Location, Written, WrongStudy, problems_of, read
@@ -177,9 +178,10 @@ class Family:
     ratios: list[Fraction] | None = None
     settings: list[Setting] | None = None
     budgets: list[Tokens] | None = None
+    objectives: list[ObjectiveName] | None = None
 
     def holds(self, comparison: Mapping[str, Any]) -> bool:
-        """Whether a comparison (``method``, ``pattern``, ``ratio``, ``setting`` and ``budget``) belongs."""
+        """Whether a comparison (``method``, ``pattern``, ``ratio``, ``setting``, ``budget``, ``objective``) belongs."""
         return all(
             allowed is None or comparison[key] in allowed
             for key, allowed in (
@@ -188,6 +190,7 @@ class Family:
                 ("ratio", self.ratios),
                 ("setting", self.settings),
                 ("budget", self.budgets),
+                ("objective", self.objectives),
             )
         )
 
@@ -217,6 +220,7 @@ class GapSelection(Family):
         parts = [" and ".join(self.methods or self.granularities or [])]
         parts += [" and ".join(self.patterns)] if self.patterns else []
         parts += ["at " + " and ".join(f"{100 * ratio:g}%" for ratio in self.ratios)] if self.ratios else []
+        parts += ["with " + " and ".join(self.objectives)] if self.objectives else []
         parts += ["after " + " and ".join(f"{tokens:,} tokens" for tokens in self.budgets)] if self.budgets else []
         return " ".join(filter(None, parts)) or "all comparisons"
 
@@ -269,6 +273,8 @@ class StudyConfig:
     scratch: Scratches = dataclasses.field(
         default_factory=lambda: ["masked"]
     )  # scratch runs that sparse methods are compared with
+    objectives: Objectives = dataclasses.field(default_factory=lambda: ["lm"])  # what the compared runs learn from
+    distill: Distill | None = None  # settings of the objective ``distill``
     seeds: Annotated[list[PositiveInt], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [1])
     launch: Launch = dataclasses.field(default_factory=Launch)
     calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
@@ -318,6 +324,7 @@ class StudyConfig:
             if len(set(values)) != len(values):
                 raise UsageError(what, got=values, expected="different values")
         self._refuse_budgets_of_one_run()
+        self._check_objectives()
         tags = [method.tag for method in self.methods]
         for tag in tags:
             if tags.count(tag) > 1:
@@ -333,6 +340,7 @@ class StudyConfig:
             "ratios": [*self.ratios, *(method.own_ratio for method in self.methods)],
             "settings": [setting for method in self.methods for setting, _ in self.compared(method)],
             "budgets": self.budgets,
+            "objectives": self.objectives,
         }
         self.family.check("family", **known)
         measures = ["test", *self.evaluation.corpora, *self.evaluation.tasks, *self.evaluation.lm_eval_tasks]
@@ -367,6 +375,32 @@ class StudyConfig:
                     why=f"both are {steps} step{'s' * (steps != 1)} of {batch.tokens:,} tokens: one run",
                 )  # fmt: skip
             known[steps] = budget
+
+    def _check_objectives(self) -> None:
+        if "distill" not in self.objectives:
+            if self.distill is not None:
+                raise UsageError("distill", got="it", expected="distill among objectives with it")
+            return
+        for budget in self.distillation.budgets:
+            if budget not in self.budgets:
+                raise UsageError(
+                    "distill.budgets", got=budget, expected=f"those of budgets: {', '.join(map(str, self.budgets))}"
+                )
+        if self.distillation.budgets and "lm" not in self.objectives:
+            raise UsageError("distill.budgets", got=self.distillation.budgets, expected="no such key without lm",
+                             why="the other budgets would have no run")  # fmt: skip
+        if self.distillation.cached and self.recipe.dynamic_batch is not None:
+            raise UsageError("distill.teacher", got="cache with recipe.dynamic_batch", expected="online",
+                             why="which samples a run will read is not known before it has")  # fmt: skip
+
+    @property
+    def distillation(self) -> Distill:
+        """The settings of ``distill``, or their defaults."""
+        return self.distill or Distill()
+
+    def learned_from(self, budget: int) -> list[ObjectiveName]:
+        """The objectives of the runs of a budget."""
+        return [one for one in self.objectives if one == "lm" or self.distillation.at(budget)]
 
     def compared(self, method: MethodSection) -> list[tuple[Setting, Scratch]]:
         """The comparisons of a pruned model of ``method``."""

@@ -76,6 +76,12 @@ RESERVED = (
     "reference-losses",
     "domain-samples",
     "batch-schedule",
+    "objective",
+    "teacher",
+    "teacher-cache",
+    "distill-alpha",
+    "distill-temperature",
+    "distill-kl",
     "seed",
     "seq-length",
     "global-batch-size",
@@ -134,7 +140,7 @@ def steps_in_tokens(content: dict[str, Any]) -> dict[str, Any]:
         return {**section, "budgets": budgets}
 
     made: dict[str, Any] = tokens(content)
-    return {**made, "family": tokens(made["family"])} if "family" in made else made
+    return made | {key: tokens(made[key]) for key in ("family", "distill") if key in made}
 
 
 def _flags(value: Any) -> Any:
@@ -173,10 +179,10 @@ def _rates(value: Any) -> float | list[float]:
         raise ValueError("greater than 0")
     if isinstance(value, list) and len(rates) < 2:
         raise ValueError("at least 2 of them, or a number alone")
-    return _different(rates) if isinstance(value, list) else rates[0]
+    return different(rates) if isinstance(value, list) else rates[0]
 
 
-def _different(values: list[Any]) -> list[Any]:
+def different(values: list[Any]) -> list[Any]:
     if len(set(values)) != len(values):
         raise ValueError("different values")
     return values
@@ -185,7 +191,7 @@ def _different(values: list[Any]) -> list[Any]:
 def _compare(value: Any) -> Any:
     """``[equal-total]`` or ``{equal-total: [masked, dense]}`` → the last form; None means the study's ``scratch``."""
     if isinstance(value, list):
-        return dict.fromkeys(_different(value))
+        return dict.fromkeys(different(value))
     return value
 
 
@@ -199,8 +205,8 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Names = Annotated[list[str], AfterValidator(_different)]
+Names = Annotated[list[str], AfterValidator(different)]
 PatternText = Annotated[str, BeforeValidator(_pattern)]
-Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(_different)]
-Scratches = Annotated[list[Scratch], Field(min_length=1), AfterValidator(_different)]
+Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(different)]
+Scratches = Annotated[list[Scratch], Field(min_length=1), AfterValidator(different)]
 Compare = Annotated[dict[Setting, Scratches | None], BeforeValidator(_compare), Field(min_length=1)]

@@ -37,7 +37,7 @@ from megatron_prune.structured import target as targets
 from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.prunings import Places
-from megatron_prune.training import data, learned_file, lineage
+from megatron_prune.training import data, learned_file, lineage, objective, teacher_cache
 
 VOCABULARY = 123
 SHAPE_FLAGS = {
@@ -229,6 +229,8 @@ class FakeLauncher:
         made["arguments"] |= {name: args.get(name) for name in known} | shape.to_args()
         if "pretrained_checkpoint" in given:
             begins_with(made, source)
+        if given.get("objective", "lm") != "lm":
+            learns_from(made, given)
         if "masks" in given:
             masks = open_masks(given["masks"])
             made["masks"], made["parameters_nonzero"] = masks.hash, shape.parameters() - masks.removed
@@ -240,6 +242,22 @@ class FakeLauncher:
             write_weights(save, source, made["steps"])
         made["final"] = weights_of(save)
         artifacts.write_json(save / "account.json", made)
+
+    def _teach(self, argv: list[str]) -> None:
+        """A manifest whose shards are said to be there."""
+        given = words(argv)
+        teacher, length = open_checkpoint(given["load"]), int(given["seq_length"])
+        start, end = map(int, given["stream_range"].split(":"))
+        stream = data.described([given["data_path"]], length, int(given["stream_seed"]), int(given["stream_epochs"]))
+        taught = teacher_cache.Taught(
+            {"path": given["load"], "fingerprint": teacher.fingerprint()}, stream, (start, end), VOCABULARY, (),
+            int(given["top_k"]), given.get("dtype", "float16"), end - start,
+            (end - start) * teacher.shape.forward_flops(length),
+        )  # fmt: skip
+        folder = Path(given["output"])
+        folder.mkdir(parents=True)
+        teacher_cache.shard_path(folder, 0).write_bytes(b"")
+        teacher_cache.write_manifest(folder, taught, ["0"])
 
     def _learn_masks(self, argv: list[str]) -> None:
         """Weights like any training's, and masks that are drawn."""
@@ -450,6 +468,27 @@ def begins_with(made: dict[str, Any], source: str | Path) -> None:
     made["start"] = "pruned" if checkpoint.pruning else "continued"
     made["initial"] = {"path": str(source), "fingerprint": checkpoint.fingerprint()}
     made["lineage"] = lineage.of(checkpoint)
+
+
+def learns_from(made: dict[str, Any], given: dict[str, str]) -> None:
+    """Record an account's objective and what its teacher cost, as `pretrain` does."""
+    ends = [float(end) for end in given["distill_alpha"].split(":")]
+    asked: dict[str, Any] = {"alpha": ends[0] if len(ends) == 1 else ends, "kl": given["distill_kl"]}
+    asked["temperature"] = float(given["distill_temperature"])
+    samples = made["range"][1] - made["range"][0]
+    if "teacher_cache" in given:
+        found = teacher_cache.read_manifest(Path(given["teacher_cache"]), teacher_cache.FLAG)
+        assert found is not None
+        taught = found[0]
+        assert taught.range[0] <= made["range"][0] and made["range"][1] <= taught.range[1]
+        made["objective"] = objective.distill(
+            **asked, teacher=taught.teacher["fingerprint"], top_k=taught.k, cache=taught.described()
+        )
+        made["flops_teacher"] = objective.flops_in_cache(taught.described(), samples)
+    else:
+        teacher = open_checkpoint(given["teacher"])
+        made["objective"] = objective.distill(**asked, teacher=teacher.fingerprint())
+        made["flops_teacher"] = samples * teacher.shape.forward_flops(made["seq_length"])
 
 
 def _write_parent(save: Path, given: dict[str, str]) -> ModelShape:

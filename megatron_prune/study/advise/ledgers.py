@@ -61,8 +61,8 @@ class Curve(Subject):
 
     @property
     def name(self) -> str:
-        """The method and its pattern."""
-        return label(self.method, self.pattern, None)
+        """The method and its pattern, and whether both arms were distilled."""
+        return label(self.method, self.pattern, None, self.objective)
 
     def removed(self, of: str) -> float:
         return self.removed_linears if of == "linears" else self.removed_all
@@ -133,6 +133,7 @@ class _Compared(TypedDict):
     pattern: str | None
     ratio: float | None
     setting: str
+    objective: str
     tokens: PositiveInt
     seed: int
     pruned: str

@@ -89,7 +89,8 @@ def _paired(items: Sequence[Any], records: Mapping[str, Record]) -> Paired:
     pruned, scratch = (tuple(getattr(item.comparison, arm) for item in items) for arm in ("pruned", "scratch"))
     losses = [np.array([records[cell]["test_loss"] for cell in cells]) for cells in (pruned, scratch)]
     seeds = tuple(item.comparison.seed for item in items)
-    setting = (items[0].comparison.setting, items[0].comparison.against)
+    made = items[0].comparison
+    setting = (made.setting, made.against, made.objective)
     return Paired(setting, seeds, pruned, scratch, losses[1] - losses[0])
 
 

@@ -273,10 +273,10 @@ def _slopes(
         made, tokens = one[0][0].comparison, one[0][0].tokens
         method = made.pruning.method
         if asked.along == "tokens":
-            key: tuple[Any, ...] = (*made.pruning.subject, made.against)
+            key: tuple[Any, ...] = (*made.subject, made.against)
             at = math.log2(tokens)
         else:
-            key = (method.name or method.title, method.last_pattern, made.against, made.budget)
+            key = (method.name or method.title, method.last_pattern, made.objective, made.against, made.budget)
             at = float(np.mean([records[item.comparison.pruning.cell]["removed_linears"] for item in one[0]]))
         series.setdefault(key, []).append((at, one))
     lines = [line for line in series.values() if len({at for at, _ in line}) > 1]

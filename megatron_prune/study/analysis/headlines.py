@@ -44,12 +44,16 @@ class Headline:
     every: tuple[Verdict, ...]
 
     @property
+    def objective(self) -> str:
+        return self.verdicts[0].objective
+
+    @property
     def subject(self) -> str:
-        """``Depth``; ``Sparse, against dense scratch``"""
+        """``Depth``; ``Sparse, against dense scratch``; ``Depth, both distilled``"""
         against = ""
         if self.sparse:
             against = ", against dense scratch" if self.dense else ", against scratch under the same masks"
-        return self.granularity.capitalize() + against
+        return self.granularity.capitalize() + against + ", both distilled" * (self.objective == "distill")
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -145,7 +149,7 @@ class Headline:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{key: getattr(self, key) for key in ("granularity", "setting", "dense", "winner")},
+            **{key: getattr(self, key) for key in ("granularity", "setting", "dense", "objective", "winner")},
             "budget": self.verdicts[0].budget,
             "comparisons": [{key: getattr(verdict, key) for key in SUBJECT} for verdict in self.verdicts],
             "test": asdict(self.test),
@@ -163,11 +167,11 @@ def conclude(
     mean difference between runs, given the names of the pruned ones and of the scratch ones.
     """
     kinds = {tuple(item.group[key] for key in SUBJECT): granularity(item.comparison.pruning) for item in compared}
-    groups: dict[tuple[str, str, bool], list[Verdict]] = {}
+    groups: dict[tuple[str, str, bool, str], list[Verdict]] = {}
     for verdict in found:
         kind = kinds[tuple(getattr(verdict, key) for key in SUBJECT)]
-        groups.setdefault((verdict.setting, kind, verdict.dense), []).append(verdict)
-    order = sorted(groups, key=lambda key: (SETTINGS.index(key[0]), _place(key[1]), not key[2]))
+        groups.setdefault((verdict.setting, kind, verdict.dense, verdict.objective), []).append(verdict)
+    order = sorted(groups, key=lambda key: (SETTINGS.index(key[0]), key[3] != "lm", _place(key[1]), not key[2]))
     return tuple(_headline(key, groups[key], compared, records, over_documents) for key in order)
 
 
@@ -176,10 +180,10 @@ def _place(kind: str) -> tuple[int, ...]:
 
 
 def _headline(
-    key: tuple[str, str, bool], every: Sequence[Verdict], compared: Sequence[Any], records: Mapping[str, Record],
+    key: tuple[str, str, bool, str], every: Sequence[Verdict], compared: Sequence[Any], records: Mapping[str, Record],
     over_documents: Interval,
 ) -> Headline:  # fmt: skip
-    setting, kind, dense = key
+    setting, kind, dense, _ = key
     largest = max(verdict.budget for verdict in every)
     own = tuple(verdict for verdict in every if verdict.budget == largest)
     test, documents = own[0].test, own[0].documents

@@ -173,6 +173,7 @@ class _Matching:
         if made.scratch is None or not finished or not made.chosen or made_again:
             return Compared(made, tokens, "pending")
         refuse_others(self.study, made.pruning, self.records)
+        refuse_other_teachers(made, self.records, parent_cell(self.study, made.seed))
         pruning = self.records[made.pruning.cell]
         swept = {rate: (self._account(a), self._account(b or "")) for rate, a, b in made.swept}
         runs = pair.Runs(
@@ -292,8 +293,8 @@ COLUMNS = (
     "tokens_train", "tokens_total", "flops_total", "flops_train", "flops_train_theoretical", "params", "params_nonzero",
     "loss_initial", "validation_loss", "test_loss", "validation_loss_unretrained", "test_loss_unretrained",
     "tokens_parent", "tokens_pruning", "tokens_declared", "removed_linears", "removed_all", "shape",
-    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite", "tokens_learned", *serving.COSTS,
-    *serving.TIMES,
+    "seconds", "lr", "flops_pruning", "loss_spikes", "losses_not_finite", "tokens_learned", "objective",
+    "flops_teacher", *serving.COSTS, *serving.TIMES,
 )  # fmt: skip
 
 
@@ -334,7 +335,7 @@ def of_comparison(
         row |= {
             "tokens_train": scratch["tokens"],
             "tokens_total": scratch["tokens"],
-            "flops_total": scratch["flops"],
+            "flops_total": scratch["flops"] + scratch["flops_teacher"],
         }
         row |= {"tokens_parent": 0, "tokens_pruning": 0, "flops_pruning": 0, "tokens_declared": False}
     return [*rows, row]
@@ -355,7 +356,7 @@ def _behind(
     cells = [link.retraining_cell for link in pruning.links if link.retraining_cell]
     between = [records.get(cell, {}).get("flops") for cell in cells]
     spent = None if spent is None or None in between else spent + sum(flops for flops in between if flops)
-    flops = [parent.get("flops"), spent, pruned["flops"]]
+    flops = [parent.get("flops"), spent, pruned["flops"] + pruned["flops_teacher"]]
     return {
         "tokens_train": pruned["tokens"],
         "tokens_total": trained + counted(tokens, trained) if known else None,
@@ -391,6 +392,7 @@ def _row(study: StudyConfig, record: Record | None, arm: str, status: str, **kno
     row |= {key: record.get(key) for key in ("loss_initial", "validation_loss", "test_loss", "lr")}
     row |= {"params": record.get("parameters"), "params_nonzero": record.get("parameters_nonzero")}
     row |= {"flops_train": record.get("flops"), "flops_train_theoretical": record.get("flops_theoretical")}
+    row["flops_teacher"] = record.get("flops_teacher")
     happened = record.get("anomalies", {})
     row |= {"loss_spikes": happened.get("spikes"), "losses_not_finite": happened.get("not_finite")}
     return row | known
@@ -411,6 +413,18 @@ def refuse_others(study: StudyConfig, pruning: Pruning, records: Mapping[str, Re
                     f"{own} was made of other {what} than {cell} has now ({made_of} against {found[key]}): "
                     f"remove {own} and what rests on it, with their lines, to have them made again"
                 )
+
+
+def refuse_other_teachers(made: grid.Comparison, records: Mapping[str, Record], parent: str) -> None:
+    """AccountError if a distilled run learned from other weights than those of its ``parent``."""
+    wanted = records[parent]["fingerprint"]
+    found = [cell for _, *cells in made.runs for cell in cells if cell in records] if made.objective != "lm" else []
+    for cell in found:
+        if (teacher := records[cell]["teacher"]) != wanted:
+            raise AccountError(
+                f"{cell} learned from the weights {teacher}, {parent} has {wanted} now: remove {cell}, and the cache "
+                "that it read, to have them made again"
+            )
 
 
 def _rests_on(

@@ -26,6 +26,7 @@ class Sweep:
     setting: str | None  # of a scratch arm; pruned runs serve all settings
     against: str | None
     sparse: bool
+    objective: str
     validation: Mapping[float, float | None]
     chosen: float | None
 
@@ -54,11 +55,12 @@ def choose(
 
 
 def _pruned(made: Comparison) -> tuple[Any, ...]:
-    return ("pruned", *made.pruning.subject, made.budget, None, None, made.pruning.sparse)
+    return ("pruned", *made.pruning.subject, made.budget, None, None, made.pruning.sparse, made.objective)
 
 
 def _scratch(made: Comparison) -> tuple[Any, ...]:
-    return ("scratch", *made.pruning.subject, made.budget, made.setting, made.against, made.pruning.sparse)
+    own = made.budget, made.setting, made.against, made.pruning.sparse, made.objective
+    return ("scratch", *made.pruning.subject, *own)
 
 
 def _left_out(by_rate: Mapping[float, Sequence[str | None]]) -> bool:
@@ -76,8 +78,8 @@ def _chosen(
         means[rate] = sum(losses) / len(losses) if len(losses) == len(set(names)) else None
     known = {rate: mean for rate, mean in means.items() if mean is not None}
     best = min(known, key=lambda rate: known[rate]) if len(known) == len(means) else None
-    arm, method, pattern, ratio, budget, setting, against, sparse = key
-    return Sweep(arm, method, pattern, ratio, budget, setting, against, sparse, means, best)
+    arm, method, pattern, ratio, budget, setting, against, sparse, objective = key
+    return Sweep(arm, method, pattern, ratio, budget, setting, against, sparse, objective, means, best)
 
 
 def _with_choice(made: Comparison, sweeps: Mapping[tuple[Any, ...], Sweep]) -> Comparison:

@@ -47,7 +47,7 @@ def every(found: Results) -> list[Table]:
 
 def rows(found: Results) -> Table:
     """Both sides of every comparison."""
-    sparse = {item.comparison.pruning.subject for item in found.compared if item.comparison.pruning.sparse}
+    sparse = {item.comparison.subject for item in found.compared if item.comparison.pruning.sparse}
     shown = []
     for row, gap in zip(found.rows, gaps(found), strict=True):
         setting = setting_name(row["setting"], row["against"], subject(row) in sparse)
@@ -60,7 +60,7 @@ def rows(found: Results) -> Table:
         })  # fmt: skip
     columns = [
         words("setting", "shown_setting", data={"setting": "setting", "against": "against"}),
-        words("method", "shown_method", data={"method": "method", "pattern": "pattern", "ratio": "ratio"}),
+        words("method", "shown_method", data={name: name for name in ("method", "pattern", "ratio", "objective")}),
         words("arm", "shown_arm", hover="cell", data={"arm": "arm", "status": "status", "cell": "cell"}),
         number("seed", "seed", str), number("parameters", "params", count),
         *([number("not zero", "params_nonzero", count)] if sparse else []),
@@ -106,17 +106,19 @@ def short_names(found: Results) -> dict[str, str]:
 
     for item in found.compared:
         made = item.comparison
-        own = label(*made.pruning.subject).replace("% removed", "%").replace(",", "")
+        pruning = label(*made.pruning.subject).replace("% removed", "%").replace(",", "")
+        distilled = " distilled" * (made.objective == "distill")
+        own = pruning + distilled
         of = f"as {own}"
         if made.pruning.sparse:
-            of = "dense" if made.against == "dense" else f"masks of {own}"
+            of = f"dense{distilled}" if made.against == "dense" else f"masks of {own}"
         setting = SETTINGS[made.setting].replace(" tokens", "").lower()
         for _, pruned, scratch in made.runs:
             names.setdefault(pruned, own + mark(item.tokens, made.seed, found.records.get(pruned, {})))
             if scratch is not None:
                 record = found.records.get(scratch, {})
                 names.setdefault(scratch, f"{of}, {setting}{mark(item.tokens, made.seed, record)}")
-        names.setdefault(made.pruning.cell, own + mark(None, made.seed, {}))
+        names.setdefault(made.pruning.cell, pruning + mark(None, made.seed, {}))
     for cell in found.records:
         names.setdefault(cell, cell)
     # A pruning and its retraining are in separate tables and may share a name.
@@ -139,6 +141,7 @@ def accounts(found: Results) -> Table:
         shown.append({
             **row, "run": short[cell], "first_sample": first, "end_sample": end, "steps": record.get("steps"),
             "tokens_train": record["tokens"], "flops_train": record["flops"],
+            "flops_teacher": record.get("flops_teacher"),
         })  # fmt: skip
 
     def samples(row: Row) -> str:
@@ -150,6 +153,7 @@ def accounts(found: Results) -> Table:
         Column("samples", samples, {"first_sample": "first_sample", "end_sample": "end_sample"}),
         number("steps", "steps", count), number("tokens trained", "tokens_train", count),
         number("tokens behind", "tokens_total", count), number("FLOPs trained", "flops_train", flops),
+        *([number("FLOPs of its teacher", "flops_teacher", flops)] if "distill" in found.study.objectives else []),
         number("FLOPs behind", "flops_total", flops),
         *([number("FLOPs of kept weights", "flops_train_theoretical", flops)] if sparse else []),
         number("loss spikes", "loss_spikes", count), number("losses not finite", "losses_not_finite", count),
@@ -172,7 +176,7 @@ def matches(found: Results) -> Table:
         same = sum(line.verdict == "equal" for line in item.match)
         shown.append({
             "setting": setting_name(made.setting, made.against, made.pruning.sparse), "seed": made.seed,
-            "method": label(*made.pruning.subject), "tokens": item.tokens, "status": item.status, "equal": same,
+            "method": label(*made.subject), "tokens": item.tokens, "status": item.status, "equal": same,
             "allowed": len(item.match) - same, "pruned": made.pruned, "scratch": made.scratch, "lines": item.match,
         })  # fmt: skip
     columns = [
@@ -271,7 +275,7 @@ def sweeps(found: Results) -> Table:
     """Learning rates of every arm, with the chosen one."""
     shown = [
         {
-            "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio)}",
+            "arm": f"{one.arm}, {label(one.method, one.pattern, one.ratio, one.objective)}",
             "setting": setting_name(one.setting, one.against, one.sparse) if one.setting else "all",
             "budget": one.budget,
             "rates": ", ".join(

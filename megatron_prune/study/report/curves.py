@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import Comparison, label
-from megatron_prune.study.prunings import Pruning
 from megatron_prune.study.report.drawing import (
     COLOURS,
     DASHED,
@@ -87,7 +86,7 @@ def _loss_curves(results: Results, curves: Curves, own: Panels, many: bool, stac
                 _line(axis, curves[parent], 0, {"color": INK, "linewidth": 1.3}, parent)
         drawn: set[str] = set()
         for made in compared:
-            colour = palette[_variant(made.pruning) if many else label(*made.pruning.subject)]
+            colour = palette[_variant(made) if many else label(*made.subject)]
             _pair(axis, results, curves, made, colour, drawn)
         if named and with_parent and setting == "equal-total":
             _name_parent(axis, curves[parents[0]])
@@ -127,7 +126,7 @@ def _ends(
     short = {name: name.removesuffix(common_tail(results)) for name in palette}
     for made in compared:
         if made.pruned in curves:
-            last.setdefault(label(*made.pruning.subject), []).append(curves[made.pruned][1, -1])
+            last.setdefault(label(*made.subject), []).append(curves[made.pruned][1, -1])
         if made.scratch is not None and made.scratch in curves:
             last.setdefault("", []).append(curves[made.scratch][1, -1])
     return [
@@ -174,14 +173,13 @@ def _pair(axis: Any, results: Results, curves: Curves, made: Comparison, colour:
 
 def _by_variant(results: Results) -> dict[str, str]:
     """One colour per pattern and ratio, independent of the method."""
-    names = dict.fromkeys(_variant(item.comparison.pruning) for item in results.compared)
+    names = dict.fromkeys(_variant(item.comparison) for item in results.compared)
     return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
 
-def _variant(pruning: Pruning) -> str:
+def _variant(made: Comparison) -> str:
     """``2:4, 50% removed``"""
-    title, pattern, ratio = pruning.subject
-    return label(title, pattern, ratio).removeprefix(title).lstrip(", ") or "target"
+    return label(*made.subject).removeprefix(made.subject[0]).lstrip(", ") or "target"
 
 
 def _curve(results: Results, cell: str, path: Path) -> np.ndarray | None:

@@ -106,7 +106,7 @@ def colours(results: Results) -> dict[str, str]:
 
     If there are more labels than colours, those of one method share one.
     """
-    subjects = list(dict.fromkeys(item.comparison.pruning.subject for item in results.compared))
+    subjects = list(dict.fromkeys(item.comparison.subject for item in results.compared))
     shared = [subject[0] if len(subjects) > len(COLOURS) else label(*subject) for subject in subjects]
     order = list(dict.fromkeys(shared))
     return {

@@ -87,7 +87,7 @@ def common_tail(results: Results) -> str:
 def short_labels(verdicts: Sequence[Verdict]) -> dict[str, str]:
     """Labels without the ratio that they share, which ``removed`` shows once."""
     ratios = {verdict.ratio for verdict in verdicts}
-    return {v.label: label(v.method, v.pattern, None if len(ratios) == 1 else v.ratio) for v in verdicts}
+    return {v.label: label(v.method, v.pattern, None if len(ratios) == 1 else v.ratio, v.objective) for v in verdicts}
 
 
 def removed(results: Results) -> str:
@@ -105,6 +105,7 @@ def _lines(headline: Headline, names: Mapping[str, str]) -> list[PlotLine]:
     against = ""
     if headline.sparse:
         against = "\nvs dense scratch" if headline.dense else "\nvs same masks"
+    against += "\nboth distilled" * (headline.objective == "distill")
     group, lines = headline.granularity.capitalize() + against, []
     if len(headline.verdicts) > 1:
         low, high = headline.interval or (None, None)

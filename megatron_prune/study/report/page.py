@@ -203,7 +203,7 @@ def _remarks(found: Results) -> list[str]:
     for item in found.compared:
         made = item.comparison
         setting = tables.setting_name(made.setting, made.against, made.pruning.sparse)
-        name = f"{setting}, {label(*made.pruning.subject)}, seed {made.seed}"
+        name = f"{setting}, {label(*made.subject)}, seed {made.seed}"
         if made.not_run:
             remarks.append(f"{name}: not run, since {made.not_run}.")
         elif item.status == "pending" and pending <= MOST_PENDING:

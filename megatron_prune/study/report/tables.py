@@ -395,9 +395,9 @@ def _accuracy_columns(found: Results) -> list[Column]:
     return [number(f"accuracy, {one.name}", f"accuracy of {one.name}", "{:.1%}".format) for one in accuracies(found)]
 
 
-def subject(row: Row) -> tuple[str, str | None, float | None]:
+def subject(row: Row) -> tuple[str, str | None, float | None, str]:
     """The arguments of ``label`` for a row of ``results.csv``."""
-    return row["method"], row["pattern"], row["ratio"]
+    return row["method"], row["pattern"], row["ratio"], row["objective"]
 
 
 def exp(value: float) -> float:

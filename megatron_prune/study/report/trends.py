@@ -150,7 +150,7 @@ def points(results: Results, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     sides = results.rows[len(results.rows) - 2 * len(results.compared) :]
     for number, row in enumerate(sides):
         item = results.compared[number // 2]
-        name = label(*item.comparison.pruning.subject)
+        name = label(*item.comparison.subject)
         if row["status"] != "finished" or row["cell"] in seen or name not in kinds:
             continue
         seen.add(row["cell"])
@@ -376,4 +376,5 @@ def _family(verdict: Verdict) -> str:
     """The method and its pattern, unless the pattern implies the ratio."""
     unstructured = f" {verdict.pattern}" if verdict.pattern == "unstructured" else ""
     kind = " N:M" if verdict.pattern and not unstructured else unstructured
-    return f"{verdict.method}{kind}{', dense scratch' * verdict.dense}"
+    distilled = ", distilled" * (verdict.objective == "distill")
+    return f"{verdict.method}{kind}{distilled}{', dense scratch' * verdict.dense}"

@@ -33,7 +33,7 @@ from megatron_prune.study.run.status import CellProgress
 from megatron_prune.study.schema import StudyConfig
 
 LOOKS = 10  # attempts at a held lock, which `study status` holds briefly too
-KINDS = ("parent", "calibration", "pruning", "retraining", "training")
+KINDS = ("parent", "calibration", "pruning", "retraining", "teaching", "training")
 
 
 class CellsFailed(RunError):

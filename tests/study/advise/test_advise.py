@@ -61,6 +61,7 @@ def ledger(
                         )  # fmt: skip
                     comparisons.append(
                         {"method": method, "pattern": pattern, "ratio": ratio, "setting": setting, "against": against,
+                         "objective": "lm",
                          "sparse": pattern is not None, "tokens": budget, "seed": seed, "status": "finished", **cells}
                     )  # fmt: skip
     return {"version": 1, "study": "made-up", "one_parent": True, "rows": rows, "comparisons": comparisons}

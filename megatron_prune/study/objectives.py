@@ -1,0 +1,69 @@
+"""What the compared runs learn from: the text (``lm``), or also the parent's probabilities (``distill``).
+
+With both, every comparison is made twice, so that four arms answer what the pruned start gives, what the teacher gives,
+and whether one needs the other. The teacher of a run is the parent of its seed, in the same job (``online``) or from a
+cache that `teach` writes once per parent and range, and that all runs on samples inside it share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from megatron_prune.errors import UsageError
+from megatron_prune.study.values import STRICT, Positive, Share, Tokens, different, finds
+
+ObjectiveName = Literal["lm", "distill"]
+Objectives = Annotated[list[ObjectiveName], Field(min_length=1), AfterValidator(different)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Distill:
+    """Settings of ``distill``: the loss is (1 − alpha) · CE + alpha · temperature² · KL.
+
+    ``alpha``: a number, or those of the first and the last step. ``kl``: ``forward`` is KL(teacher ‖ student).
+    ``teacher``: ``online``, or ``cache``, which holds the ``top_k`` most probable words of every token, as ``dtype``,
+    and the probability of all others. ``budgets``: only these are distilled (none: all); the others show how many
+    tokens of plain training the teacher is worth.
+    """
+
+    alpha: Share | Annotated[list[Share], Field(min_length=2, max_length=2)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    kl: Literal["forward", "reverse"] = "forward"
+    teacher: Literal["online", "cache"] = "online"
+    top_k: Positive | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    budgets: list[Tokens] = dataclasses.field(default_factory=list)
+
+    @finds
+    def __post_init__(self) -> None:
+        if self.teacher == "cache" and self.top_k is None:
+            raise UsageError("distill.top_k", got="nothing", expected="a number with teacher: cache")
+        for key in ("top_k", "dtype"):
+            if self.teacher == "online" and getattr(self, key) is not None:
+                raise UsageError(
+                    f"distill.{key}", got=getattr(self, key), expected="no such key without teacher: cache",
+                    why="an online teacher gives the whole vocabulary",
+                )  # fmt: skip
+
+    @property
+    def cached(self) -> bool:
+        return self.teacher == "cache"
+
+    def at(self, budget: int) -> bool:
+        """Whether runs of a budget are distilled."""
+        return not self.budgets or budget in self.budgets
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """For ``pretrain``, except for the teacher."""
+        ends = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+        return {
+            "objective": "distill",
+            "distill-alpha": ":".join(f"{end:g}" for end in ends),
+            "distill-temperature": f"{self.temperature:g}",
+            "distill-kl": self.kl,
+        }
