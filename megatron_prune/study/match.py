@@ -34,11 +34,12 @@ from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Account, Line, Runs
 from megatron_prune.study.sample_ranges import counted
-from megatron_prune.training import lineage
+from megatron_prune.training import lineage, objective
 from megatron_prune.training.lineage import Stage
 
 NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
 TOKENIZER = "tokenizer_type"
+TEACHER = re.compile(r"objective$|teacher|distill_")  # arguments of the objective
 OF_ITS_STEPS = ("train_iters", "lr_decay_iters", "lr_warmup_iters")
 # The head of the report names these one by one; all other differences share one line.
 _LEARNS = re.compile(
@@ -138,6 +139,24 @@ def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: i
     marked = " (the parent's are declared)" if declared else ""
     verdict = "equal" if not difference else "within one step" if difference <= step else "within 0.1%"
     return Line(name, f"{total:,} = {terms}{marked}", f"{found:,}", verdict)
+
+
+def equal_but_for_teacher(runs: Runs, *, own_steps: bool) -> list[Line]:
+    """The lines of two runs of one arm, the first distilled and the second not; AccountError if more differs.
+
+    ``own_steps``: their numbers of steps may differ, as those of scratch runs at equal FLOPs do.
+    """
+    setting = "the same run without a teacher"
+    ours, theirs = runs.pruned, runs.scratch
+    for name, account, wanted in ((runs.pruned_name, ours, "distill"), (runs.scratch_name, theirs, "lm")):
+        if (found := objective.of(account)["name"]) != wanted:
+            raise runs.refuse(setting, "objective", f"{name} has {found}, expected {wanted}")
+    fields = () if own_steps else ("range", "steps", "tokens", "unique_tokens")
+    lines = runs.streams(setting) + runs.equal_fields(setting, (*fields, "start", "masks", *ACCOUNTED))
+    start, other = ((account["initial"] or {}).get("fingerprint") for account in (ours, theirs))
+    lines.append(runs.equal(setting, "weights at the start", start, other))
+    taught = {key: "the teacher" for key in (*ours["arguments"], *theirs["arguments"]) if TEACHER.match(key)}
+    return [*lines, *runs.arguments(setting, ALLOWED | taught | (OWN_STEPS if own_steps else {}))]
 
 
 def _flops(account: Account) -> int:

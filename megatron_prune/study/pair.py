@@ -168,12 +168,16 @@ class Runs:
         return Line(field, pruned, scratch)
 
     def accounted(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
-        lines = [
+        return [*self.streams(setting), *self.equal_fields(setting, fields), *self.objective(setting)]
+
+    def streams(self, setting: str) -> list[Line]:
+        return [
             self.equal(setting, f"stream.{key}", self.pruned["stream"].get(key), self.scratch["stream"].get(key))
             for key in STREAM
         ]
-        lines += [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
-        return lines + self.objective(setting)
+
+    def equal_fields(self, setting: str, fields: tuple[str, ...]) -> list[Line]:
+        return [self.equal(setting, key, self.pruned[key], self.scratch[key]) for key in fields]
 
     def objective(self, setting: str) -> list[Line]:
         """Both runs learned from the same: the text, or the same teacher in the same way. None for text alone."""

@@ -170,13 +170,14 @@ def teaching(places: Places, made: Teaching, seconds: Mapping[str, float]) -> Re
     """What a teacher says, and what it cost once for all runs that read it."""
     found = teacher_cache.read_manifest(places.taught(made.id), teacher_cache.FLAG)
     assert found is not None  # the cell is done
-    taught = found[0].described()
+    taught = found[0]
     return {
         "cell": made.id,
         "kind": "teaching",
-        "made_of": taught["teacher"]["fingerprint"],
-        "tokens": found[0].tokens,
-        **{key: taught[key] for key in ("range", "hash", "k", "dtype", "bytes_per_token", "bytes", "flops")},
+        "made_of": taught.teacher["fingerprint"],
+        "tokens": taught.tokens,
+        "top_k": taught.k,
+        **taught.described(),
         "seconds": dict(seconds),
     }
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prune.errors import AccountError
 from megatron_prune.study import match, pair
-from megatron_prune.training import lineage
+from megatron_prune.training import lineage, objective
 
 STREAM = {
     "id": "s", "seed": 1, "seq_length": 32, "epochs": 1, "blend": [[None, "a"]], "corpora": ["text of a"],
@@ -104,6 +104,82 @@ def test_what_matches_is_listed() -> None:
     assert lines["total FLOPs"].verdict == "equal" and lines["total FLOPs"].scratch == "150,000,000"
     assert lines["evaluation text"].pruned == "test test text 16 x 32, validation validation t 16 x 32"
     assert (lines["weights at the start"].pruned, lines["weights at the start"].scratch) == ("w", "random")
+
+
+ONLINE = objective.distill(alpha=0.5, temperature=2.0, kl="forward", teacher="p")
+
+
+def distilled(made: dict, asked: dict = ONLINE, **arguments: Any) -> dict:
+    """The same run, distilled; its teacher's forward pass costs 10**5 FLOPs per step."""
+    own = {"objective": "distill", "distill_alpha": "0.5", "teacher": "parent", **arguments}
+    return made | {
+        "objective": asked, "flops_teacher": made["steps"] * 10**5, "arguments": made["arguments"] | own
+    }  # fmt: skip
+
+
+def test_runs_match_only_with_the_same_objective() -> None:
+    lines = {line.field: line for line in training(distilled(PRUNED), distilled(EQUAL_TRAINING))}
+    assert lines["objective"].pruned == "distill: alpha 0.5, temperature 2, forward KL, online"
+    assert lines["teacher"].verdict == "equal" and "the teacher's training" not in lines
+    assert "objective" not in {line.field for line in training()}
+    for change, field in (
+        ({"alpha": 0.25}, "alpha"), ({"temperature": 1.0}, "temperature"), ({"kl": "reverse"}, "kl"),
+        ({"teacher": "q"}, "teacher"), ({"hidden": 0.1}, "hidden"),
+    ):  # fmt: skip
+        with pytest.raises(AccountError, match=f"objective: {field}: "):
+            training(distilled(PRUNED), distilled(EQUAL_TRAINING, ONLINE | change))
+    for pruned, scratch in ((distilled(PRUNED), EQUAL_TRAINING), (PRUNED, distilled(EQUAL_TRAINING))):
+        with pytest.raises(AccountError, match="objective: name: "):
+            training(pruned, scratch)
+
+
+def test_runs_may_read_different_caches_of_one_teacher() -> None:
+    """Of one k and type: scratch at equal total reads a longer range than the retraining."""
+    cache = {"hash": "a", "range": [1600, 2400], "dtype": "float16", "bytes": 1, "flops": 800}
+    given = {"alpha": 0.5, "temperature": 2.0, "kl": "forward", "teacher": "p"}
+    ours = objective.distill(**given, top_k=8, cache=cache)
+    theirs = objective.distill(**given, top_k=8, cache=cache | {"hash": "b", "range": [0, 2400]})
+    pruned = distilled(PRUNED, ours, teacher_cache="a")
+    lines = {line.field: line for line in total(pruned, distilled(EQUAL_TOTAL, theirs, teacher_cache="b"))}
+    assert lines["objective"].scratch.endswith("cache of the top 8")
+    assert lines["arguments.teacher_cache"].verdict.startswith("may differ")
+    assert lines["the teacher's training"].verdict == "may differ: start"
+    for other in (theirs | {"top_k": 16}, theirs | {"cache": cache | {"dtype": "float32"}}, ONLINE):
+        with pytest.raises(AccountError, match="objective: (top_k|dtype|online): "):
+            total(pruned, distilled(EQUAL_TOTAL, other))
+
+
+def test_equal_flops_counts_the_teachers() -> None:
+    """Of the parent 100 steps of 10, of the pruned arm 50 of 11 tenths, as many as 140.9 steps of scratch."""
+    scratch = account("random", 0, 141 * 16, pretrained_checkpoint=None, finetune=False, shape_from="p")
+    lines = {line.field: line for line in flops(distilled(PRUNED), distilled(scratch))}
+    assert lines["total FLOPs"].scratch == "155,100,000"
+    assert lines["total FLOPs"].pruned == "155,000,000 = 100,000,000 parent + 55,000,000 retraining + 0 pruning"
+    with pytest.raises(AccountError, match="total FLOPs"):  # 150 steps, which are enough without the teacher
+        flops(distilled(PRUNED), distilled(EQUAL_TOTAL))
+
+
+def twins(run: dict, plain: dict, *, own_steps: bool = False) -> list[pair.Line]:
+    return match.equal_but_for_teacher(runs(run, plain), own_steps=own_steps)
+
+
+def test_what_a_teacher_gives_is_the_difference_of_runs_that_differ_in_nothing_else() -> None:
+    lines = {line.field: line for line in twins(distilled(PRUNED), PRUNED)}
+    assert lines["arguments.distill_alpha"].verdict == "may differ: the teacher"
+    assert lines["weights at the start"].pruned == "w"
+    twins(distilled(EQUAL_TRAINING), EQUAL_TRAINING)
+    for run, plain, field in (
+        (distilled(PRUNED), distilled(PRUNED), "objective"),
+        (PRUNED, PRUNED, "objective"),
+        (distilled(tampered(PRUNED, "arguments.lr", 2e-3)), PRUNED, "arguments.lr"),
+        (distilled(PRUNED | {"seed": 2}), PRUNED, "seed"),
+        (distilled(PRUNED | {"masks": "m"}), PRUNED, "masks"),
+        (distilled(PRUNED | {"initial": {"fingerprint": "v"}}), PRUNED, "weights at the start"),
+        (distilled(EQUAL_TOTAL), EQUAL_TRAINING, "range"),
+    ):
+        with pytest.raises(AccountError, match=field):
+            twins(run, plain)
+    twins(distilled(EQUAL_TOTAL), EQUAL_TRAINING, own_steps=True)
 
 
 def test_what_masks_were_learned_on_is_training_too() -> None:

@@ -297,18 +297,7 @@ def _result(
         return None
     documents = None
     if measure.kind == "corpus":
-        values = [
-            math.fsum(
-                one.weight * (loss[1] - loss[0])
-                for one in weighted
-                for loss in [[answers.value(measure, cell, records[cell]) for cell in one.runs[seed]]]
-            )
-            for seed in seeds
-        ]
-        gap = inference.paired(
-            [0.0] * len(values), values, shared(weighted, seeds[0]) if measure.name == TEST else None
-        )
-        documents = _over_documents(measure, weighted, seeds, answers)
+        gap, documents = of_losses(measure, weighted, seeds, answers, records)
     else:
         tables = [
             [one.weight * task for task in answers.gaps(measure, *one.runs[seed])] for one in weighted for seed in seeds
@@ -323,6 +312,27 @@ def _result(
     if asked.kind == "vanishes" and asked.margin is not None:
         p, inner = equivalence(gap, asked.margin)
     return ContrastResult(asked, setting, dense, measure, len(weighted), gap, documents, p, inner)
+
+
+def of_losses(
+    measure: Measure,
+    weighted: Sequence[Weighted],
+    seeds: Sequence[int],
+    answers: Answers,
+    records: Mapping[str, Record],
+) -> tuple[Difference, OverDocuments | None]:
+    """A weighted sum of gaps in the loss on a corpus, over seeds and over documents."""
+    values = [
+        math.fsum(
+            one.weight * (loss[1] - loss[0])
+            for one in weighted
+            for loss in [[answers.value(measure, cell, records[cell]) for cell in one.runs[seed]]]
+        )
+        for seed in seeds
+    ]
+    scatter = shared(weighted, seeds[0]) if measure.name == TEST else None
+    gap = inference.paired([0.0] * len(values), values, scatter)
+    return gap, _over_documents(measure, weighted, seeds, answers)
 
 
 def shared(weighted: Sequence[Weighted], seed: int) -> Scatter | None:

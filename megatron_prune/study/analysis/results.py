@@ -19,12 +19,13 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import custody, evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, contrasts, headlines, measures, serving, sweep
+from megatron_prune.study.analysis import conclusions, contrasts, headlines, measures, serving, sweep, teacher
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.measures import MeasureVerdict
 from megatron_prune.study.analysis.sweep import Sweep
+from megatron_prune.study.analysis.teacher import FourArms
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -80,6 +81,7 @@ class Results:
     headlines: tuple[Headline, ...] = ()
     measured: tuple[MeasureVerdict, ...] = ()  # on further corpora, tasks and suites
     contrasts: tuple[ContrastResult, ...] = ()  # answers to study.yaml's ``compare``
+    four_arms: tuple[FourArms, ...] = ()  # what the start and the teacher give, with several objectives
 
 
 def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
@@ -103,11 +105,12 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
     measured = measures.judge(answers, groups, records, conclusions.in_family(study, compared, held.compared))
     scatters = conclusions.scatters(groups, records)
     contrasted = contrasts.answer(study, compared, groups, scatters, answers, records)
+    taught = teacher.answer(study, compared, groups, scatters, answers, records, matching.twins)
     return Results(
         study, lay, _parent(study, records), records, compared, (*parents, *found),
         verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
         pair.words(matching.ran(records)), headlines.conclude(verdicts, compared, records, windows.interval),
-        measured, contrasted,
+        measured, contrasted, taught,
     )  # fmt: skip
 
 
@@ -198,6 +201,15 @@ class _Matching:
         )
         return Compared(made, tokens, "finished", tuple(self._lines(made, runs)))
 
+    def twins(self, distilled: str, plain: str, setting: str) -> None:
+        """AccountError unless two runs of one arm differ in nothing but the teacher."""
+        runs = pair.Runs(
+            distilled, plain, self._account(distilled), self._account(plain), weights="",
+            texts={cell: self.records[cell]["text"] for cell in (distilled, plain)},
+            warmup=self.study.recipe.warmup_iters, swept={} if len(self.study.recipe.rates) > 1 else None,
+        )  # fmt: skip
+        match.equal_but_for_teacher(runs, own_steps=setting == "equal-flops")
+
     def _texts(self, made: grid.Comparison) -> dict[str, Any]:
         """The evaluation text of every run whose loss is compared or used to choose a learning rate."""
         swept = [name for _, *names in made.swept for name in names]
@@ -249,6 +261,7 @@ def to_json(results: Results) -> dict[str, Any]:
         "rows": list(results.rows),
         "conclusions": [headline.to_json() for headline in results.headlines],
         "compare": [contrast.to_json() for contrast in results.contrasts],
+        "teacher": [one.to_json() for one in results.four_arms],
         "measures": [measured.to_json() for measured in results.measured],
         "verdicts": [
             asdict(verdict)
@@ -418,11 +431,13 @@ def refuse_others(study: StudyConfig, pruning: Pruning, records: Mapping[str, Re
 def refuse_other_teachers(made: grid.Comparison, records: Mapping[str, Record], parent: str) -> None:
     """AccountError if a distilled run learned from other weights than those of its ``parent``."""
     wanted = records[parent]["fingerprint"]
-    found = [cell for _, *cells in made.runs for cell in cells if cell in records] if made.objective != "lm" else []
-    for cell in found:
-        if (teacher := records[cell]["teacher"]) != wanted:
+    cells = [cell for _, *cells in made.runs for cell in cells] if made.objective != "lm" else []
+    for cell in cells:
+        if cell is None or cell not in records:
+            continue
+        if (found := records[cell]["teacher"]) != wanted:
             raise AccountError(
-                f"{cell} learned from the weights {teacher}, {parent} has {wanted} now: remove {cell}, and the cache "
+                f"{cell} learned from the weights {found}, {parent} has {wanted} now: remove {cell}, and the cache "
                 "that it read, to have them made again"
             )
 

@@ -21,13 +21,14 @@ from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.results import Results
+from megatron_prune.study.analysis.teacher import ASKED, FourArms
 from megatron_prune.study.grid import label
 from megatron_prune.study.match import NAMED
 from megatron_prune.study.pair import DIFFERS
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import appendix, curves, figures, pareto, tables, trends
+from megatron_prune.study.report import appendix, curves, figures, four_arms, pareto, tables, trends
 from megatron_prune.study.report.drawing import Drawing
-from megatron_prune.study.report.tabular import MINUS, perplexity
+from megatron_prune.study.report.tabular import MINUS, Table, perplexity
 
 MOST_PENDING = 12  # listed individually
 EXPLAINED = {
@@ -46,14 +47,14 @@ def write(found: Results, places: Places) -> Path:
     if found.study.parent.load:
         losses["parent"] = places.beside_parent(found.study) / "losses.csv"
     made = (
-        figures.gaps(found), figures.final_losses(found), trends.costs(found), *pareto.serving_costs(found),
-        trends.loss_by_budget(found),
+        four_arms.figure(found), figures.gaps(found), figures.final_losses(found), trends.costs(found),
+        *pareto.serving_costs(found), trends.loss_by_budget(found),
         trends.gap_by_budget(found), trends.gap_by_ratio(found), curves.loss_curves(found, losses),
     )  # fmt: skip
     drawings = [figure for figure in made if figure]
     for figure in drawings:
         figure.write(directory / "figures")
-    for one in (*tables.in_text(found), *appendix.every(found)):
+    for one in (*_in_text(found), *appendix.every(found)):
         one.write(directory / "tables")
     artifacts.write_json(directory / "results.json", results.to_json(found))
     artifacts.write_bytes(directory / "results.csv", table(found).encode())
@@ -87,12 +88,13 @@ def render(found: Results, drawings: list[Drawing]) -> str:
         summary=_summary(found),
         headlines=_headlines(found),
         contrasts=_contrasts(found),
+        taught=_taught(found),
         rests_on=_rests_on(found),
         verdicts=found.verdicts,
         remarks=_remarks(found),
         figures=drawings,
         several_seeds=len(found.study.seeds) > 1,
-        tables={one.name: one for one in tables.in_text(found)},
+        tables={one.name: one for one in _in_text(found)},
         appendix=appendix.every(found),
         titles=TITLES,
         matches=[item for item in appendix.matches(found).rows if item["lines"]],
@@ -135,6 +137,32 @@ def _headlines(found: Results) -> list[dict[str, Any]]:
         }
         for setting in settings
     ]
+
+
+def _in_text(found: Results) -> list[Table]:
+    """The tables of the body that are not empty."""
+    made = [*tables.in_text(found), four_arms.table(found), four_arms.worth(found)]
+    return [table for table in made if table.rows]
+
+
+def _taught(found: Results) -> dict[str, list[tuple[str, str, str]]]:
+    """What the start and the teacher give: (subject, claim, the rest of the sentence) by setting."""
+    made: dict[str, list[tuple[str, str, str]]] = {}
+    for one in found.four_arms:
+        lines = made.setdefault(grid.setting_words(one.setting), [])
+        lines += [(f"{one.subject}: {ASKED[e.question][0].lower()}{ASKED[e.question][1:]}", e.claim, e.words)
+                  for e in one.effects]  # fmt: skip
+        lines += [(f"{one.subject}: the teacher in tokens", "", _worth(one))] if one.worth else []
+    return made
+
+
+def _worth(one: FourArms) -> str:
+    """``shortgpt, 50% removed: pruned, distilled on …; scratch, …``"""
+    methods = dict.fromkeys(each.subject.label for each in one.worth)
+    named = {name: [each.words for each in one.worth if each.subject.label == name] for name in methods}
+    sentences = [f"{name}: {'; '.join(own)}" if len(named) > 1 else "; ".join(own) for name, own in named.items()]
+    text = ". ".join(sentences)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _contrasts(found: Results) -> dict[str, list[ContrastResult]]:
