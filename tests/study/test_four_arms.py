@@ -269,16 +269,24 @@ def test_rows_and_totals_count_the_teacher(study_folder: Places, found: Results)
     assert record["tokens"] == TAUGHT and record["bytes"] == TAUGHT * record["bytes_per_token"]
 
 
-def test_a_run_that_learned_from_another_teacher_is_refused(study_folder: Places, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(study_folder.root, tmp_path / "copy")
-    places = Places(tmp_path / "copy")
-    study = results.collect(study_folder).study
-    for cell in ("pruned-shortgpt-r50-s1-t5120-distill",):
-        path = places.account(cell)
-        account = json.loads(path.read_text())
-        account["objective"]["teacher"] = "others"
-        path.write_text(json.dumps(account))
-    with pytest.raises(AccountError, match=r"learned from the weights others, parent has|cell.json|argv|begun"):
-        results.collect(places, study)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": "others"}, "learned from the weights others, parent has .* remove pruned-shortgpt-r50-s1"),
+        ({"kl": "reverse"}, "objective: kl: reverse against forward"),
+        ({"name": "lm"}, "expected a finished run with objective distill, got lm"),
+    ],
+)
+def test_an_account_of_another_objective_is_refused(
+    study_folder: Places, found: Results, change: dict[str, str], message: str
+) -> None:
+    path = study_folder.account("pruned-shortgpt-r50-s1-t5120-distill")
+    before = path.read_text()
+    account = json.loads(before)
+    account["objective"] |= change
+    path.write_text(json.dumps(account))
+    try:
+        with pytest.raises(AccountError, match=message):
+            results.collect(study_folder)
+    finally:
+        path.write_text(before)
