@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prune import storage
+from megatron_prune import storage, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, installed
@@ -29,7 +29,7 @@ from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight import dry_run, host
 from megatron_prune.preflight import memory as preflight_memory
 from megatron_prune.preflight.cost import Cluster
-from megatron_prune.study import commands, grid, questions
+from megatron_prune.study import commands, grid, jobs, questions
 from megatron_prune.study.commands import Command
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -40,12 +40,13 @@ from megatron_prune.study.prunings import (
     learning_batch,
     learning_samples,
     links,
+    parent_cell,
     parent_cells,
     prunings,
     source_cell,
 )
 from megatron_prune.study.schema import StudyConfig
-from megatron_prune.training import batch_flags
+from megatron_prune.training import batch_flags, teacher_cache
 
 Verb = Callable[[list[str]], int]  # a verb of the command line
 
@@ -209,13 +210,37 @@ def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
             after = (source_cell(study, link),)
             yield Estimate(name, tokens=calibration_tokens(study), flops=forward, after=after)
         yield _pruning(study, outlook, link)
+    yield from _teachings(study, outlook)
     for run in runs:
         if run.id not in between:
             shape = outlook.targets.get(run.source.name)
             free = shape is not None and commands.needs_no_pruning(study, run)
-            needed = (*([] if free else [run.source.cell]), *([] if run.follows is None else [run.follows]))
-            made = training(run.id, run.samples, shape, retained, needed)
+            made = training(run.id, run.samples, shape, retained, jobs.needed(study, run, run.source, free=free))
+            if _is_taught_online(run) and made.flops is not None:  # its parent's shape is known too
+                made = replace(made, flops=made.flops + (outlook.teacher or 0) * run.samples.steps * lay.batch.samples)
             yield replace(made, evaluation=made.evaluation + _measuring(study, run, shape))
+
+
+def _is_taught_online(run: grid.TrainingCell) -> bool:
+    return run.objective == "distill" and run.taught is None
+
+
+def _teachings(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
+    """What teachers write: their forward pass once, and the bytes of the caches, which all runs share."""
+    batch = outlook.lay.batch
+    for made in outlook.estimated_grid(study).teachings:
+        samples = made.samples.end - made.samples.start
+        flops, stored = None, None
+        if outlook.source is not None:
+            settings = study.distillation
+            each = teacher_cache.bytes_per_token(
+                settings.top_k or 0, settings.dtype or verbs.TeachSettings.dtype, outlook.source.padded_vocab_size
+            )
+            flops, stored = (outlook.teacher or 0) * samples, float(each * samples * batch.seq_length)
+        after = (parent_cell(study, made.seed if study.parent_per_seed else 0),)
+        yield Estimate(
+            made.id, str(made.samples), tokens=samples * batch.seq_length, flops=flops, storage=stored, after=after
+        )
 
 
 def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:
@@ -307,13 +332,13 @@ def memory(
 ) -> tuple[dict[str, int], list[str]]:
     """Bytes of the fullest rank of every cell that trains a known shape, and why others are unknown.
 
-    From ``preflight`` of the cells' command lines on H100s without a reserve: a dry run of one cell per shape and kind
-    of masks.
+    From ``preflight`` of the cells' command lines on H100s without a reserve: a dry run of one cell per shape, kind of
+    masks and teacher.
     """
-    runs: dict[tuple[ModelShape, str], tuple[list[str], Command]] = {}
-    for cell, shape, masks, command in _trainings(study, places, outlook):
-        runs.setdefault((shape, masks), ([], command))[0].append(cell)
-    lines = [(shape, command) for (shape, _), (_, command) in runs.items()]
+    runs: dict[tuple[ModelShape, str, ModelShape | None], tuple[list[str], Command]] = {}
+    for cell, shape, masks, teacher, command in _trainings(study, places, outlook):
+        runs.setdefault((shape, masks, teacher), ([], command))[0].append(cell)
+    lines = [(shape, teacher, command) for (shape, _, teacher), (_, command) in runs.items()]
     with tempfile.TemporaryDirectory() as folder:
         found = dry_run.in_child(functools.partial(_dry_runs, study, lines, Path(folder), trainers))
     sizes = {cell: size for (cells, _), size in zip(runs.values(), found, strict=True) for cell in cells
@@ -322,36 +347,42 @@ def memory(
     return sizes, [f"memory is not known, since preflight refuses: {why}" for why in refused]
 
 
-def _trainings(study: StudyConfig, places: Places, outlook: Outlook) -> Iterator[tuple[str, ModelShape, str, Command]]:
-    """Every cell that trains a known shape: its name, shape, which masks it has, and its command."""
+def _trainings(
+    study: StudyConfig, places: Places, outlook: Outlook
+) -> Iterator[tuple[str, ModelShape, str, ModelShape | None, Command]]:
+    """Every cell that trains a known shape: its name, shape, which masks it has, the shape of its online teacher, and
+    its command without the objective: the teacher may not be there yet."""
     lay = outlook.lay
     if study.parent.pretrain is not None and outlook.source is not None:
         samples = lay.batch.range(0, lay.parent_end // lay.batch.samples)
         for cell, seed in parent_cells(study):
-            yield cell, outlook.source, "none", commands.parent_training(study, places, samples, seed)
+            yield cell, outlook.source, "none", None, commands.parent_training(study, places, samples, seed)
     for run in outlook.estimated_grid(study).cells:
         if run.source.name in outlook.targets:
-            command = commands.training(study, places, run, run.source)
-            yield run.id, outlook.targets[run.source.name], "held" if run.masked else "none", command
+            command = commands.training(study, places, replace(run, objective="lm"), run.source)
+            teacher = outlook.source if _is_taught_online(run) else None
+            yield run.id, outlook.targets[run.source.name], "held" if run.masked else "none", teacher, command
     for link in links(study):
         before = outlook.targets.get(link.base.name) if link.base else outlook.source
         target = outlook.targets.get(link.name)
         if outlook.needs[link.name].learning and before is not None and target is not None:
             learned = " ".join(kind.name for kind in kinds(before, target))
             command = commands.learning(study, places, link, learning_samples(study, lay, link))
-            yield link.cell, before, learned, command
+            yield link.cell, before, learned, None, command
 
 
 def _dry_runs(
-    study: StudyConfig, lines: Sequence[tuple[ModelShape, Command]], folder: Path, trainers: Mapping[str, Verb]
-) -> list[int | str]:
-    """Bytes of the fullest rank for each command line, or why it would not start. Run in a process without a GPU."""
+    study: StudyConfig, lines: Sequence[tuple[ModelShape, ModelShape | None, Command]], folder: Path,
+    trainers: Mapping[str, Verb],
+) -> list[int | str]:  # fmt: skip
+    """Bytes of the fullest rank for each shape, online teacher and command line, or why it would not start. Run in a
+    process without a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cpu.prepare()
     found: list[int | str] = []
     cluster = Cluster(study.launch.nproc, per_node=study.launch.ranks_per_node)
     has = installed.named("te,apex,flash-attn")  # launch/Dockerfile.ngc, the default of ``preflight``
-    for number, (shape, command) in enumerate(lines):
+    for number, (shape, teacher, command) in enumerate(lines):
         model = folder / f"{number}.flags"
         model.write_text(shlex.join(commands.flags(_base_flags(study) | model_flags(shape))))
         try:
@@ -362,7 +393,7 @@ def _dry_runs(
         except (dry_run.MegatronRefused, MegatronPruneError) as error:
             found.append(str(error))
             continue
-        stages = preflight_memory.training(made.args, made.shape, made.stages, made.microbatches)
+        stages = preflight_memory.training(made.args, made.shape, made.stages, made.microbatches, teacher)
         found.append(max((stage.total for stage in stages), default=0) if made.unbuilt is None else made.unbuilt)
     return found
 

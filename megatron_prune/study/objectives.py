@@ -17,6 +17,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.study.values import STRICT, Positive, Share, Tokens, different, finds
 
 ObjectiveName = Literal["lm", "distill"]
+Warm = Annotated[float, Field(gt=0)]
 Objectives = Annotated[list[ObjectiveName], Field(min_length=1), AfterValidator(different)]
 
 
@@ -24,14 +25,14 @@ Objectives = Annotated[list[ObjectiveName], Field(min_length=1), AfterValidator(
 class Distill:
     """Settings of ``distill``: the loss is (1 − alpha) · CE + alpha · temperature² · KL.
 
-    ``alpha``: a number, or those of the first and the last step. ``kl``: ``forward`` is KL(teacher ‖ student).
-    ``teacher``: ``online``, or ``cache``, which holds the ``top_k`` most probable words of every token, as ``dtype``,
-    and the probability of all others. ``budgets``: only these are distilled (none: all); the others show how many
-    tokens of plain training the teacher is worth.
+    ``alpha`` and ``temperature``: a number, or those of the first and the last step. ``kl``: ``forward`` is that of the
+    teacher from the student. ``teacher``: ``online``, or ``cache``, which holds the ``top_k`` most probable words of
+    every token, as ``dtype``, and the probability of all others. ``budgets``: only these are distilled (none: all); the
+    others show how many tokens of plain training the teacher is worth.
     """
 
     alpha: Share | Annotated[list[Share], Field(min_length=2, max_length=2)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Warm | Annotated[list[Warm], Field(min_length=2, max_length=2)] = 1.0
     kl: Literal["forward", "reverse"] = "forward"
     teacher: Literal["online", "cache"] = "online"
     top_k: Positive | None = None
@@ -60,10 +61,14 @@ class Distill:
     @property
     def flags(self) -> dict[str, Any]:
         """For ``pretrain``, except for the teacher."""
-        ends = self.alpha if isinstance(self.alpha, list) else [self.alpha]
         return {
             "objective": "distill",
-            "distill-alpha": ":".join(f"{end:g}" for end in ends),
-            "distill-temperature": f"{self.temperature:g}",
+            "distill-alpha": _ends(self.alpha),
+            "distill-temperature": _ends(self.temperature),
             "distill-kl": self.kl,
         }
+
+
+def _ends(value: float | list[float]) -> str:
+    """``0.5``; ``1:0.5``"""
+    return ":".join(f"{end:g}" for end in (value if isinstance(value, list) else [value]))

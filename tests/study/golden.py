@@ -30,6 +30,7 @@ SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 STUDIES: dict[str, ModelShape | None] = {
     "quickstart/study": None,
     "quickstart/seeds": None,
+    "quickstart/distill": None,
     "smollm2_135m/study": SMOLLM2,
     "llama3.1_8b/token_scaling": None,
     "llama3.1_8b/ratios": None,

@@ -16,7 +16,7 @@ from scipy import stats
 
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, UsageError
-from megatron_prune.study import jobs, outlook
+from megatron_prune.study import estimate, jobs, outlook
 from megatron_prune.study.analysis import results, teacher
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import Subject
@@ -267,6 +267,52 @@ def test_rows_and_totals_count_the_teacher(study_folder: Places, found: Results)
     record = found.records["teach-160-480"]
     assert objective.paid(accounts) == record["flops"]
     assert record["tokens"] == TAUGHT and record["bytes"] == TAUGHT * record["bytes_per_token"]
+
+
+def test_the_plan_has_the_teachers_price(study_folder: Places, found: Results, tmp_path: Path) -> None:
+    known = outlook.look(found.study, study_folder)
+    planned = {one.cell: one for one in estimate.of_study(found.study, known)}
+    record = found.records["teach-160-480"]
+    cache = planned["teach-160-480"]
+    assert (cache.flops, cache.tokens, cache.storage) == (record["flops"], record["tokens"], record["bytes"])
+    assert cache.after == ("parent",)
+    run = "pruned-shortgpt-r50-s1-t5120-distill"
+    account = artifacts.read_json(study_folder.account(run))
+    assert planned[run].flops == account["flops_executed"] and "teach-160-480" in planned[run].after
+    online = made_up.study(
+        made_up.corpora(tmp_path), methods=[DEPTH], objectives=["distill"], settings=["equal-training", "equal-flops"],
+        budgets=[TAUGHT],
+    )  # fmt: skip
+    [each] = [
+        one for one in estimate.of_study(online, outlook.look(online, Places(tmp_path / "runs")))
+        if one.cell.startswith("pruned-")
+    ]  # fmt: skip
+    assert each.flops == account["flops_executed"] + account["flops_teacher"] and "parent" in each.after
+
+
+def test_scratch_at_equal_flops_has_fewer_steps_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own pass and the teacher's are as many FLOPs as the parent's, and as the retraining's and its teacher's."""
+    monkeypatch.chdir(tmp_path)
+    study = made_up.study(
+        made_up.corpora(tmp_path), methods=[DEPTH], objectives=BOTH, settings=["equal-flops"]
+    )  # fmt: skip
+    places = made_up.run(study, Path("runs"), made_up.FakeLauncher())
+    made = results.collect(places)
+    assert [item.status for item in made.compared] == ["finished"] * 2
+    steps = {}
+    for row in made.rows:
+        if row["arm"] == "scratch":
+            account = artifacts.read_json(places.account(row["cell"]))
+            steps[row["objective"]] = account["steps"]
+            pruned = next(one for one in made.rows if (one["arm"], one["objective"]) == ("pruned", row["objective"]))
+            per_step = row["flops_total"] // account["steps"]
+            counted = pruned["flops_pruning"]
+            total = pruned["flops_total"] - counted
+            total += counted if counted >= 0.001 * total else 0
+            assert 0 <= row["flops_total"] - total < per_step
+    assert steps["distill"] < steps["lm"]
+    [four] = made.four_arms
+    assert {effect.question for effect in four.effects} == {"start", "teacher", "interaction"} and not four.worth
 
 
 @pytest.mark.parametrize(
