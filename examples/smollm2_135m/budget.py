@@ -56,10 +56,16 @@ def seconds_per_step(study: dict, checkpoint: str) -> float:
     return statistics.median(times) / beside
 
 
-def only(study: dict, kind: str) -> dict:
-    """The study with the methods of one kind, under another name."""
+# Every arm twice: on the text alone, and half by what the unpruned model says, which is written once for all of them.
+DISTILL = {"objectives": ["lm", "distill"], "distill": {"teacher": "cache", "top_k": 64, "alpha": 0.5}}
+
+
+def only(study: dict, kind: str, objective: str = "lm") -> dict:
+    """The study with the methods of one kind, under another name; with ``distill`` also with that objective."""
     chosen = [method for method in study["methods"] if ("pattern" in method) == (kind == "sparse")]
-    return study | {"name": f"{study['name']}-{kind}", "methods": chosen}
+    name = f"{study['name']}-{kind}"
+    more = {"name": f"{name}-distill", **DISTILL} if objective == "distill" else {"name": name}
+    return study | {"methods": chosen} | more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Work:
     """Models that the study trains, and forward passes over a sequence: in FLOPs, at one sequence each."""
 
     runs: int
-    training: int  # of all runs, forward and backward
+    training: int  # of all runs, forward and backward, and what a teacher says once for all
     learning: int  # of masks, and of as many sequences more for scratch
     evaluation: int
     calibration: int
@@ -96,14 +102,19 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
                 choice = needs.structured(study, method, pruning.ratio)
                 cut = choice.method.free_dimensions(choice.settings)
-                more = len(study.recipe.rates) if (against, cut, pruning.ratio, method.tokens) not in runs else 0
+                more = (
+                    len(study.recipe.rates) * len(study.objectives)
+                    if (against, cut, pruning.ratio, method.tokens) not in runs
+                    else 0
+                )
                 runs[against, cut, pruning.ratio, method.tokens] = shape
                 learned += more * shape.training_flops(study.data.seq_length) if method.tokens else 0
-    trained = [shape for shape in runs.values() for _ in study.recipe.rates]
+    trained = [shape for shape in runs.values() for _ in study.recipe.rates for _ in study.objectives]
+    teaching = parent.forward_flops(study.data.seq_length) if "distill" in study.objectives else 0
     evaluated = [parent, *starts, *trained]
     return Work(
         len(trained),
-        sum(shape.training_flops(study.data.seq_length) for shape in trained),
+        sum(shape.training_flops(study.data.seq_length) for shape in trained) + teaching,
         learned,
         len(CORPORA) * sum(shape.forward_flops(study.evaluation_seq_length) for shape in evaluated),
         calibrated,
@@ -145,10 +156,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--methods", choices=("structured", "sparse"), default="structured")
+    parser.add_argument("--objective", choices=("lm", "distill"), default="lm")
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="SmolLM2, imported")
     parser.add_argument("--output", type=Path, required=True, metavar="STUDY.yaml")
     options = parser.parse_args()
-    content = only(yaml.safe_load(STUDY.read_text()), options.methods)
+    content = only(yaml.safe_load(STUDY.read_text()), options.methods, options.objective)
     try:
         step = seconds_per_step(content, options.checkpoint)
         study, steps, expected = planned(content, options.minutes, step, open_checkpoint(options.checkpoint).shape)

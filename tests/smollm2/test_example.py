@@ -82,6 +82,20 @@ def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
         assert tokens <= {81_920}
 
 
+def test_with_distillation_every_run_is_made_twice_and_the_teacher_speaks_once():
+    budget, whole = script("budget"), yaml.safe_load((EXAMPLE / "study.yaml").read_text())
+    contents = [budget.only(whole, "sparse", objective) for objective in ("lm", "distill")]
+    plain, both = (
+        schema.from_mapping(budget.planned(content, 600, 4.0, SMOLLM2)[0], where="study") for content in contents
+    )
+    assert (plain.name, both.name) == ("smollm2-sparse", "smollm2-sparse-distill")
+    assert plain.objectives == ["lm"] and both.objectives == ["lm", "distill"] and both.distillation.cached
+    one, two = (budget.work(study, SMOLLM2) for study in (plain, both))
+    assert two.runs == 2 * one.runs and two.calibration == one.calibration
+    assert two.training == 2 * one.training + SMOLLM2.forward_flops(512)
+    assert 0.45 < both.budgets[0] / plain.budgets[0] < 0.5
+
+
 def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused():
     budget = script("budget")
     content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
