@@ -82,6 +82,8 @@ RESERVED = (
     "distill-alpha",
     "distill-temperature",
     "distill-kl",
+    "distill-hidden-states",
+    "distill-hidden-weight",
     "seed",
     "seq-length",
     "global-batch-size",
