@@ -21,9 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_prune.errors import AccountError
+
 Objective = Mapping[str, Any]
 
 LM: dict[str, Any] = {"name": "lm"}
+DISTILL = ("alpha", "temperature", "kl", "teacher", "online", "top_k")
 CACHE = ("hash", "range", "bytes", "flops")
 
 
@@ -50,8 +53,14 @@ def distill(
 
 
 def of(account: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective in an account."""
-    return dict(account.get("objective") or LM)
+    """The objective in an account; AccountError for one that does not say how a run was distilled."""
+    found = dict(account.get("objective") or LM)
+    needed = () if found.get("name") == "lm" else DISTILL
+    if missing := [name for name in ("name", *needed) if name not in found]:
+        raise AccountError(f"objective: expected {', '.join(missing)} in the account of a run, got {sorted(found)}")
+    if missing := [name for name in CACHE if name not in (found.get("cache") or dict.fromkeys(CACHE))]:
+        raise AccountError(f"objective.cache: expected {', '.join(missing)}, got {sorted(found['cache'])}")
+    return found
 
 
 def settings(objective: Objective) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.training import lineage, objective
 from megatron_prune.training.account import ACCOUNT, Account
 
@@ -42,6 +42,21 @@ def test_the_cache_that_was_read_is_no_setting_but_its_k_is():
 def test_a_cache_that_does_not_say_what_it_cost_is_refused():
     with pytest.raises(KeyError, match="flops"):
         objective.distill(**GIVEN, top_k=64, cache={name: CACHE[name] for name in ("hash", "range", "bytes")})
+
+
+def test_an_account_that_does_not_say_how_it_was_distilled_is_refused():
+    stated = objective.distill(**GIVEN, top_k=64, cache=CACHE)
+    for damaged, missing in (
+        ({}, None),
+        ({"alpha": 1.0}, "name"),
+        ({name: value for name, value in stated.items() if name != "kl"}, "kl"),
+        (stated | {"cache": {"hash": "c1"}}, "range, bytes, flops"),
+    ):
+        if missing is None:
+            assert objective.of({"objective": damaged}) == objective.LM
+            continue
+        with pytest.raises(AccountError, match=f"expected .*{missing}"):
+            objective.of({"objective": damaged})
 
 
 def test_a_cache_is_paid_for_once_and_an_online_teacher_per_run():
