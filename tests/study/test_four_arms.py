@@ -17,7 +17,7 @@ from scipy import stats
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.study import estimate, jobs, outlook
-from megatron_prune.study.analysis import results, teacher
+from megatron_prune.study.analysis import effects, results
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import Subject
 from megatron_prune.study.jobs import Cell
@@ -220,7 +220,7 @@ SUBJECT = Subject(method="m", pattern=None, ratio=0.5, setting="equal-training",
 )  # fmt: skip
 def test_worth_is_stated_inside_the_measured_budgets_only(loss: float, status: str, plain: float | None) -> None:
     curves = np.array([[4.0, 3.0, 3.2]])  # text alone on 10, 100 and 1,000 tokens
-    made = teacher.worth(SUBJECT, "pruned", 10, [10, 100, 1000], curves, np.array([loss]))
+    made = effects.worth(SUBJECT, "pruned", 10, [10, 100, 1000], curves, np.array([loss]))
     assert made.status == status and made.low is None
     assert made.plain == (None if plain is None else pytest.approx(plain))
     assert ("worth more than 1,000" in made.words) == (status == "beyond")
@@ -228,9 +228,9 @@ def test_worth_is_stated_inside_the_measured_budgets_only(loss: float, status: s
 
 def test_one_seed_outside_is_enough_to_state_nothing() -> None:
     curves = np.array([[4.0, 3.0], [4.0, 3.5]])
-    made = teacher.worth(SUBJECT, "scratch", 10, [10, 100], curves, np.array([3.2, 3.4]))
+    made = effects.worth(SUBJECT, "scratch", 10, [10, 100], curves, np.array([3.2, 3.4]))
     assert (made.status, made.plain) == ("beyond", None)
-    inside = teacher.worth(SUBJECT, "scratch", 10, [100, 10], curves[:, ::-1], np.array([3.5, 3.75]))
+    inside = effects.worth(SUBJECT, "scratch", 10, [100, 10], curves[:, ::-1], np.array([3.5, 3.75]))
     assert inside.plain == pytest.approx(10**1.5) and list(inside.curve) == [10, 100]
 
 

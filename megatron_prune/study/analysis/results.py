@@ -19,13 +19,13 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import custody, evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, contrasts, headlines, measures, serving, sweep, teacher
+from megatron_prune.study.analysis import conclusions, contrasts, effects, headlines, measures, serving, sweep
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.contrasts import ContrastResult
+from megatron_prune.study.analysis.effects import FourArms
 from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.measures import MeasureVerdict
 from megatron_prune.study.analysis.sweep import Sweep
-from megatron_prune.study.analysis.teacher import FourArms
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -105,7 +105,7 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
     measured = measures.judge(answers, groups, records, conclusions.in_family(study, compared, held.compared))
     scatters = conclusions.scatters(groups, records)
     contrasted = contrasts.answer(study, compared, groups, scatters, answers, records)
-    taught = teacher.answer(study, compared, groups, scatters, answers, records, matching.twins)
+    taught = effects.answer(study, compared, groups, scatters, answers, records, matching.twins)
     return Results(
         study, lay, _parent(study, records), records, compared, (*parents, *found),
         verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_prune.study.analysis.effects import ASKED, NAMES
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.analysis.teacher import ASKED, NAMES
 from megatron_prune.study.report.drawing import (
     ARMS,
     DASHED,

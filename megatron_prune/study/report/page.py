@@ -20,8 +20,8 @@ from megatron_prune import artifacts
 from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
 from megatron_prune.study.analysis.contrasts import ContrastResult
+from megatron_prune.study.analysis.effects import ASKED, FourArms
 from megatron_prune.study.analysis.results import Results
-from megatron_prune.study.analysis.teacher import ASKED, FourArms
 from megatron_prune.study.grid import label
 from megatron_prune.study.match import NAMED
 from megatron_prune.study.pair import DIFFERS
