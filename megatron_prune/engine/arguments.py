@@ -252,6 +252,8 @@ def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:
             setattr(args, name, str(path.parent))
         root = path.parent if path.name == "release" or path.name.startswith("iter_") else path
         refuse_foreign(root)
+        if path == root and (args.save is None or root != storage.path(args.save)):
+            find_iteration(root)  # refuses a tracker that names a save which is gone: its others are other weights
         _repair(args, root)
     if args.save is not None and storage.path(args.save).is_dir():
         _repair(args, storage.path(args.save))
