@@ -28,7 +28,7 @@ from megatron_prune.data.schedule import FILE, Schedule
 from megatron_prune.errors import AccountError
 from megatron_prune.study.pair import ALLOWED
 from megatron_prune.training import objective
-from megatron_prune.training.account import COLUMNS, read_account
+from megatron_prune.training.account import COLUMNS, Device, read_account
 from megatron_prune.untrusted import Keys, check, reason
 
 WEIGHTS = ("fingerprint", "full_hash")
@@ -76,7 +76,7 @@ class _ScoresFile(TypedDict, total=False):
     parameters_nonzero: int
     masks: str | None
     versions: dict[str, str]
-    device: dict[str, Any]
+    device: Device | None
 
 
 def read_scores(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, Required, TypedDict
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError
 from megatron_prune.study import custody, jobs
-from megatron_prune.study.execution import Check, States, read_cell
+from megatron_prune.study.execution import About, Check, States, read_cell
 from megatron_prune.study.grid import GROUP
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.outlook import Outlook, look
@@ -39,7 +39,7 @@ class _Line(TypedDict, total=False):
     cell: Required[str]
     kind: str
     seconds: dict[str, float]
-    about: dict[str, Any]
+    about: About
     artifacts: dict[str, str]
     validation_loss: float
     test_loss: float
@@ -330,6 +330,11 @@ def _compared(
             continue
         for about in (abouts.get(name, {}), lines.get(name, {}).get("about", {})):
             for group in about.get("compared", []):
+                if not {*GROUP, "in_family"} <= group.keys() or "arm" not in about:
+                    raise MegatronPruneError(
+                        f"{places.cell(name) / 'cell.json'} is damaged: expected {', '.join(GROUP)}, in_family and arm "
+                        "of every comparison"
+                    )
                 key = tuple(group[part] for part in GROUP)
                 arms.setdefault(key, set()).add(about["arm"])
                 known = groups.setdefault(key, dict(group))

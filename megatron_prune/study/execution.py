@@ -315,9 +315,19 @@ class _StageFile(TypedDict):
     done: dict[str, Any]
 
 
+class About(TypedDict, total=False):
+    """What a cell is, in its ``cell.json`` and its line in the ledger."""
+
+    kind: str
+    arm: str
+    seed: int
+    lr: float
+    compared: list[dict[str, str | int | float | bool | None]]
+
+
 class _CellFile(TypedDict):
     cell: str
-    about: dict[str, Any]
+    about: About
     stages: Annotated[list[_StageFile], Field(min_length=1)]
 
 

@@ -14,7 +14,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints
 
 import torch
 from pydantic import Field
@@ -101,6 +101,43 @@ class Account:
 _Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
+class Device(TypedDict):
+    """What ``artifacts.device`` says."""
+
+    kind: str
+    name: str
+    capability: str
+
+
+class _AnyStage(TypedDict):
+    run: str
+    start: str | None
+    end: str | None
+    tokens: int
+    flops: int
+
+
+class _TrainedStage(_AnyStage):
+    kind: Literal["trained"]
+    complete: bool
+    stream: dict[str, Any] | None
+    range: _Span | None
+    steps: int
+    global_batch_size: int
+    seq_length: int
+    seed: int
+    masks: str | None
+    recipe: Any
+
+
+class _PrunedStage(_AnyStage):
+    kind: Literal["pruned"]
+    method: str
+    source: dict[str, Any]
+    masks: NotRequired[str | None]
+    learned: NotRequired[dict[str, Any]]
+
+
 class _Weights(TypedDict, total=False):
     iteration: int | None
     fingerprint: str
@@ -112,7 +149,7 @@ class _Attempt(TypedDict, total=False):
     seconds: float
     from_step: int
     world_size: int | None
-    device: dict[str, Any]
+    device: Device | None
     versions: dict[str, str]
 
 
@@ -126,6 +163,7 @@ _AccountFile = TypedDict(
         "initial": _Weights | None,
         "final": _Weights | None,
         "attempts": list[_Attempt],
+        "lineage": list[Annotated[_TrainedStage | _PrunedStage, Field(discriminator="kind")]],
     },
     total=False,
 )
