@@ -196,7 +196,7 @@ class _Decoded(io.BufferedReader):
     could hold 13 GB of one letter."""
 
     def __init__(self, path: Path, decode: Callable[[IO[bytes]], Any]) -> None:
-        self._stored = open(path, "rb")
+        self._stored = _SmallPieces(path)
         super().__init__(_Counted(path, self._stored, decode(self._stored)), 1 << 18)
 
     def close(self) -> None:
@@ -204,8 +204,15 @@ class _Decoded(io.BufferedReader):
         self._stored.close()
 
 
+class _SmallPieces(io.FileIO):
+    """Gives at most 16 kB at a time, however much a decoder asks for: what was read says how much may be decoded."""
+
+    def read(self, size: int | None = -1, /) -> Any:
+        return super().read(size if size is None or size < 0 else min(size, 1 << 14))
+
+
 class _Counted(io.RawIOBase):
-    def __init__(self, path: Path, stored: IO[bytes], decoded: Any) -> None:
+    def __init__(self, path: Path, stored: io.FileIO, decoded: Any) -> None:
         self._path, self._stored, self._decoded, self._count = path, stored, decoded, 0
 
     def readable(self) -> bool:
