@@ -74,7 +74,7 @@ class Asked:
 
         chosen = self.choose()
         if isinstance(chosen, SparsifyRequest):
-            return chosen.method.statistic != "none"
+            return chosen.reads_text
         return chosen.needs_statistics and not chosen.method.learned
 
     @property

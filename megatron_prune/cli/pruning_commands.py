@@ -30,7 +30,7 @@ def own_settings(
     ``known``: the settings that the verb takes, by method.
     """
     methods.refuse_others(method, vars(given), known=known)
-    return known.get(method, methods.NoOptions).of(given)
+    return methods.whole(method, known).of(given)
 
 
 def prune_parser() -> Parser:

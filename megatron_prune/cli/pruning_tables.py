@@ -122,4 +122,18 @@ def show_sparsity(table: dict[str, Any]) -> None:
     for name, (removed, size, errors) in sums.items():
         error = f"{sum(errors) / len(errors):.4f}, {max(errors):.4f}" if errors else "–"
         printed.add_row(name, f"{size:,}", f"{removed / size:.2%}", error)
-    screen.console(width=110, highlight=False).print(printed)
+    console = screen.console(width=110, highlight=False)
+    console.print(printed)
+    if "layer_ratios" in table:
+        _show_layer_ratios(table["layer_ratios"], console)
+
+
+def _show_layer_ratios(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print what each layer's share of outliers made of its ratios."""
+    modules = list(rows[0]["ratios"])
+    printed = Table(title="ratios by layer")
+    for column in ("layer", "outliers", *modules):
+        printed.add_column(column, justify="right")
+    for row in rows:
+        printed.add_row(str(row["layer"]), f"{row['outliers']:.4%}", *(f"{row['ratios'][m]:.2%}" for m in modules))
+    console.print(printed)

@@ -173,7 +173,7 @@ class RankingMethod[O: Settings](Method[O]):
 class Sparsity:
     """How much of a matrix is removed, and in which pattern."""
 
-    ratio: float  # the fraction removed; N:M implies it
+    ratio: float | Fraction  # the fraction removed, exact if it is a Fraction; N:M implies it
     pattern: Pattern
 
     @staticmethod
@@ -197,8 +197,9 @@ class Sparsity:
         return Sparsity(chosen.ratio or ratio, chosen)
 
     def removed(self, count: int) -> int:
-        """⌊count · ratio⌋, with the ratio read as a decimal: 0.29 of 100 is 29, not 28."""
-        return int(Fraction(str(float(self.ratio))) * count)
+        """⌊count · ratio⌋, with a float read as a decimal: 0.29 of 100 is 29, not 28."""
+        exact = self.ratio if isinstance(self.ratio, Fraction) else Fraction(str(float(self.ratio)))
+        return int(exact * count)
 
 
 class SparseMethod(ABC):

@@ -76,12 +76,11 @@ class WidthOptions(Settings):
         None,
         choices=tuple(AXES),
         metavar="AXIS",
-        help="let the model's loss decide between all shapes near the target that differ in these sizes (hidden, ffn, "
-        "heads in their query groups, whole groups), not a rule",
+        help="let the loss choose among all shapes near the target that differ in these sizes",
     )
     target_shapes: tuple[str, ...] | None = setting(
         None,
-        metavar="HIDDEN/HEADS/FFN",
+        metavar="H/HEADS/FFN",
         help="in place of other targets: score these shapes, take the best",
     )
     max_candidates: int | None = setting(
@@ -122,14 +121,14 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
 }
-# For ``prune``, which learns masks itself.
-PRUNED: Mapping[str, type[Settings]] = {**STRUCTURED, "sheared-llama": LearningSettings}
-# For ``prune --hf``, which retrains no candidates: its own --retrain-tokens trains the pruned model.
-ONE_LINE: Mapping[str, type[Settings]] = {
-    **PRUNED,
+# For ``prune``, which learns masks itself, and retrains no candidates.
+PRUNED: Mapping[str, type[Settings]] = {
+    **STRUCTURED,
     "minitron-width": WidthOptions,
-    "sheared-llama": OneLineLearningOptions,
+    "sheared-llama": LearningSettings,
 }
+# For ``prune --hf``, whose own --retrain-tokens trains the pruned model.
+ONE_LINE: Mapping[str, type[Settings]] = {**PRUNED, "sheared-llama": OneLineLearningOptions}
 SPARSE: Mapping[str, type[Settings]] = {
     "magnitude": NoOptions,
     "random": NoOptions,
@@ -159,8 +158,13 @@ def read[S: Settings](
     for key in rest:
         if key.replace("-", "_") not in own:
             raise unknown_key(f"{where}.{key}" if where else key, key, [*shared, *own])
-    whole, taken = STRUCTURED.get(method, NoOptions), known.get(method, NoOptions)
-    return made, (whole if issubclass(whole, taken) else taken).read(rest, where)
+    return made, whole(method, known).read(rest, where)
+
+
+def whole(method: str, known: Mapping[str, type[Settings]]) -> type[Settings]:
+    """The settings of ``method`` that ``known`` lists, or, if these are some of the method's own, all of its own."""
+    own, taken = STRUCTURED.get(method, NoOptions), known.get(method, NoOptions)
+    return own if issubclass(own, taken) else taken
 
 
 def refuse_others(

@@ -66,7 +66,8 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
 def all_findings(question: JobQuestion, rehearsal: Rehearsal) -> list[Finding]:
     """Every check on a command line that Megatron accepts."""
     args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
-    if question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none":
+    alone = question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none"
+    if alone and args.allocation == "uniform":
         return [*layout(question, rehearsal), *weights_alone(args)]
     found = [installed(question, rehearsal), *layout(question, rehearsal), *dimensions(args, shape)]
     if rehearsal.unbuilt is not None:

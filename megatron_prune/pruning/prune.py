@@ -131,14 +131,6 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
         choice = choices.choose(asked.method, asked, own, tensor_parallel=layout, seed=args.seed)
         calibrate.complete(args, argv, reads_text=choice.needs_statistics)
         question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
-        if question.retraining:
-            raise UsageError(
-                "--retrain-candidates",
-                got=question.retraining.candidates,
-                expected="no such flag here",
-                why="prune trains nothing",
-                do="give it to plan, and run retrain-candidates after it",
-            )
         of_task = calibrate.task_requests(args, question) if question.task else None
 
     args = runtime.start("prune", words, asked, complete=complete)

@@ -6,8 +6,8 @@
 
 ``magnitude`` and ``random`` read the weights alone, streamed in blocks of rows (``sparse/weights_only.py``): no model
 is built, and no model flags are needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
-(``sparse/driver.py``). The finished blocks of a killed run are stored next to SAVE (``sparse/result.py``): the same
-command continues from there, at any layout.
+(``sparse/driver.py``), and so does every method with ``--allocation owl``. The finished blocks of a killed run are
+stored next to SAVE (``sparse/result.py``): the same command continues from there, at any layout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
             raise UsageError(
                 "--fp8-param-gather", got="on", expected="off with this verb", why="it would store the weights as FP8"
             )
-        calibrate.complete(args, argv, reads_text=request.method.statistic != "none")
+        calibrate.complete(args, argv, reads_text=request.reads_text)
 
     args = runtime.start(verb, words, own, complete=complete)
     from megatron_prune.calibration import run as calibration  # imports Megatron, which must be started first
@@ -63,7 +63,7 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
     parent = open_checkpoint(runtime.loaded_directory(args))
     refuse_unrestored(parent.args, f"--load {args.load}", vars(args))
     request.check(parent.shape)
-    reads_text = request.method.statistic != "none"
+    reads_text = request.reads_text
     windows = calibration.chosen_windows(args) if reads_text else None
     read = None if windows is None else calibration.provenance(args, windows)
     question = {
@@ -85,7 +85,7 @@ def _sparsify(
 ) -> dict[str, Any] | None:
     from megatron_prune.sparse import driver, result, weights_only
 
-    parent, save, question, reads_text = task.parent, task.save, task.question, task.windows is not None
+    parent, save, question = task.parent, task.save, task.question
     if result.is_finished(task):
         if args.rank == 0:
             Scratch(save).remove()
@@ -100,10 +100,13 @@ def _sparsify(
         task.check_held_masks()
         if not own.allow_non_finite:
             _refuse_non_finite(parent)
-    if reads_text:
+    if task.request.method.statistic != "none":
         driver.run(args, task)
     else:
-        if ModelShape.from_args(vars(args)) != parent.shape:  # the flags give another model: the error names the weight
+        if task.request.owl is not None:
+            task = driver.allocate(args, task)
+        elif ModelShape.from_args(vars(args)) != parent.shape:
+            # The flags give another model: the error names the weight.
             runtime.refuse_unfit_checkpoint(args, args.load, "--load")
         weights_only.run(task, args.params_dtype, args.rank, args.world_size)
     return result.write(task, read) if args.rank == 0 else None

@@ -16,7 +16,7 @@ A pruned weight is rounded to the type that the model computes in and to the typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from megatron.core import parallel_state as mpu
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
 from megatron_prune.methods.accumulators import SquareSums
-from megatron_prune.methods.base import InputMethod
+from megatron_prune.methods.base import InputMethod, SparseMethod, Sparsity
 from megatron_prune.methods.selection import Rows, full_precision
 from megatron_prune.methods.sparsegpt import Factor, Hessian
 from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
@@ -49,10 +49,11 @@ class Inputs:
     """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
 
     ``kind`` is a sparse method's ``statistic``, ``tokens`` the number of tokens over all ranks.
-    Do not read the block's output meanwhile: its last product is skipped.
+    Do not read the block's output meanwhile: unless it is ``advancing``, its last product is skipped.
     """
 
-    def __init__(self, block: Any, modules: Sequence[str], kind: str, tokens: int):
+    def __init__(self, block: Any, modules: Sequence[str], kind: str, tokens: int, *, advancing: bool = False):
+        self._advancing = advancing
         self.of: dict[str, Statistic] = {}
         self._group = mpu.get_tensor_model_parallel_group()
         self._handles = []
@@ -73,13 +74,16 @@ class Inputs:
             self._handles.append(found[module].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
 
     def __enter__(self) -> Inputs:
+        if self._advancing:
+            return self
         hidden, ranks = self._last.config.hidden_size, self._token_ranks
         # (output, bias), as Megatron's do; [s, 1, in/TP] to [s, 1, h] or [s/TP, 1, h]
         self._last.forward = lambda x: (x.new_empty(len(x) // ranks, *x.shape[1:-1], hidden), None)
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._last.forward  # uncovers the class's own
+        if not self._advancing:
+            del self._last.forward  # uncovers the class's own
         for handle in self._handles:
             handle.remove()
 
@@ -121,14 +125,48 @@ class Inputs:
             statistic.count = sequences
 
 
+_SLICE = 1 << 22  # weights whose scores are in memory at a time, in float64
+
+
+@torch.no_grad()
+def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: float) -> int:
+    """How many weights of the modules in ``statistics`` have a score |W_ij|·√a_j above ``threshold`` times the mean of
+    all of them.
+
+    The same on every rank. Collective over the tensor-parallel ranks.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+
+    def scores() -> Iterator[torch.Tensor]:
+        """Of this rank's shards, some rows at a time: float64 [rows, in]."""
+        for module, statistic in statistics.items():
+            assert isinstance(statistic, SquareSums)
+            weight, roots = linears(block)[module].weight, statistic.mean().sqrt()
+            if module in ROW_PARALLEL:
+                roots = roots.chunk(group.size())[group.rank()]
+            for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
+                yield rows.double().abs_().mul_(roots)
+
+    def total(value: torch.Tensor) -> float:
+        if group.size() > 1:
+            torch.distributed.all_reduce(value, group=group)
+        return float(value)
+
+    zero = torch.zeros((), dtype=torch.float64, device=linears(block)["qkv"].weight.device)
+    size = total(zero + sum(linears(block)[module].weight.numel() for module in statistics))
+    limit = threshold * total(sum((some.sum() for some in scores()), zero)) / size
+    return int(total(sum(((some > limit).sum() for some in scores()), zero)))
+
+
 def prune_block(
     block: Any,
     shape: ModelShape,
     request: SparsifyRequest,
+    layer: int,
     statistics: Mapping[str, Statistic],
     stored: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], list[Sums]]:
-    """Prune ``block`` in place as ``request`` says. Collective over the pipeline stage.
+    """Prune ``block``, number ``layer``, in place as ``request`` says. Collective over the pipeline stage.
 
     Returns, on every rank, the masks of its shards (bool, on the weights' device) by module, and the sums.
     """
@@ -141,7 +179,8 @@ def prune_block(
     for number, module in enumerate(request.modules):
         weight = found[module].weight
         if number % replicas == replica:
-            solver = _Solver(module, shape, request, statistics[module], number)
+            sparsity = request.sparsity(layer, module)
+            solver = _Solver(module, shape, request.method, sparsity, statistics[module], number)
             masks[module] = solver.prune(weight, stored)
             for matrix, values in solver.sums.items():
                 sums[all_matrices.index(matrix)] = torch.stack(values)
@@ -164,10 +203,18 @@ def prune_block(
 class _Solver:
     """Prunes the matrices of one module on the ranks of one replica."""
 
-    def __init__(self, module: str, shape: ModelShape, request: SparsifyRequest, statistic: Statistic, number: int):
-        assert isinstance(request.method, InputMethod)
-        self.method = request.method
-        self.module, self.shape, self.request, self.statistic = module, shape, request, statistic
+    def __init__(
+        self,
+        module: str,
+        shape: ModelShape,
+        method: SparseMethod,
+        sparsity: Sparsity,
+        statistic: Statistic,
+        number: int,
+    ):
+        assert isinstance(method, InputMethod)
+        self.method, self.sparsity = method, sparsity
+        self.module, self.shape, self.statistic = module, shape, statistic
         self.group = mpu.get_tensor_model_parallel_group()
         self.maker = number % self.group.size()  # computes the factor
         self.sums: dict[Matrix, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -181,12 +228,11 @@ class _Solver:
         kept = torch.empty(whole.shape, dtype=torch.bool, device=whole.device)
         shared = self._shared_statistic(whole.device)
         measure = _Measure(self.statistic)
-        sparsity = self.request.sparsity(self.module)
         for matrix in matrices(self.module, self.shape):
             local = local_rows(matrix, self.shape, rank, ranks)
             rows = Rows(local.first, matrix.rows, self.group if ranks > 1 else None)
             before = whole[local.places].clone()  # [rows of the matrix here, in]
-            pruned, stays = self.method.prune(before.clone(), shared, sparsity, rows)
+            pruned, stays = self.method.prune(before.clone(), shared, self.sparsity, rows)
             pruned = pruned.to(weight.dtype).to(stored).float()
             whole[local.places], kept[local.places] = pruned, stays
             self.sums[matrix] = ((~stays).sum().double(), *measure(before, pruned))

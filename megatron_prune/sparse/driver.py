@@ -7,6 +7,9 @@
 A stage waits until the previous stage has its windows ready, receives them, and later sends its own to the next
 stage. A block that an earlier attempt finished is read back and only run. Methods that read no inputs take another
 path, without a model (``weights_only.py``).
+
+Where outliers decide a layer's ratio, a pass through the dense model counts them first. Every stage writes its layers'
+counts to the scratch folder, and every rank reads all of them: so all compute the same ratios.
 Import after ``runtime.start``: Megatron must be ready.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +28,10 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
-from megatron_prune.sparse.block import Inputs, linears, prune_block
+from megatron_prune.sparse.block import Inputs, count_outliers, linears, prune_block
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
-from megatron_prune.sparse.result import Progress, Pruned, Scratch
+from megatron_prune.sparse.result import Progress, Pruned, Scratch, allocated
 
 
 def run(args: argparse.Namespace, task: SparsifyTask) -> None:
@@ -36,15 +39,11 @@ def run(args: argparse.Namespace, task: SparsifyTask) -> None:
 
     Destroys the process group before it returns.
     """
-    runtime.initialize(args)
-    model = runtime.load_model(args)
-    cpu.fuse(model)
-    scratch = Scratch(task.save)
-    if args.rank == 0:
-        scratch.open(task.question)
+    model, scratch = _begin(args, task)
     known: list[Any] = [scratch.done(task.layers)] if args.rank == 0 else [None]
     torch.distributed.broadcast_object_list(known, src=0)
-    scratch.refuse_unseen()
+    if task.request.owl is not None:
+        task = _allocate(args, model, task, scratch)
     with Progress(task.request.name, len(task.layers)) as progress:
         for row in known[0]:
             progress.block(row, resumed=True)
@@ -53,6 +52,41 @@ def run(args: argparse.Namespace, task: SparsifyTask) -> None:
         scratch.wait_for_blocks(task.layers, progress.block)
     megatron_masks.save(scratch.masks, model, *stage.masks())
     torch.distributed.destroy_process_group()
+
+
+def allocate(args: argparse.Namespace, task: SparsifyTask) -> SparsifyTask:
+    """``task`` with every layer's ratio, for a method that reads no inputs itself. Collective.
+
+    The process group stays.
+    """
+    model, scratch = _begin(args, task)
+    return _allocate(args, model, task, scratch)
+
+
+def _begin(args: argparse.Namespace, task: SparsifyTask) -> tuple[list[Any], Scratch]:
+    """The loaded model and the opened scratch folder."""
+    runtime.initialize(args)
+    model = runtime.load_model(args)
+    cpu.fuse(model)
+    scratch = Scratch(task.save)
+    if args.rank == 0:
+        scratch.open(task.question)
+    torch.distributed.barrier()
+    scratch.refuse_unseen()
+    return model, scratch
+
+
+def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
+    """``task`` with every layer's ratio. Counts outliers, if an earlier attempt has not."""
+    counted: list[Any] = [scratch.outliers(task.layers) is not None] if args.rank == 0 else [None]
+    if counted == [False]:
+        scratch.forget_outliers()
+    torch.distributed.broadcast_object_list(counted, src=0)
+    if not counted[0]:
+        with Progress("outliers", len(task.layers)) as progress:
+            _Stage(model, task, scratch, [], progress).count_outliers()
+            scratch.wait_for_outliers(task.layers, progress.outliers)
+    return allocated(task, scratch)
 
 
 class _Stage:
@@ -72,24 +106,50 @@ class _Stage:
         self.last = max((layer for layer in task.layers if layer not in self.done), default=-1)
 
     def run(self) -> None:
+        self._walk("pruning", self._visit)
+
+    def count_outliers(self) -> None:
+        self._walk("outliers", self._count)
+
+    def _walk(self, purpose: str, visit: Callable[[int, Any], bool]) -> None:
+        """Carry the stream through the stage. ``visit`` gets every block and its number, and says if it carried it."""
         stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
         numbers = [block.layer_number - 1 for block in self.blocks]  # Megatron counts layers of all stages from 1
         needed = bool(numbers) and numbers[0] <= self.last
         if needed:
             if stage > 0:
-                self.scratch.wait_for_stage(stage - 1)
+                self.scratch.wait_for_stage(stage - 1, purpose)
             self.stream.enter(self.windows.seq_length)
         for layer, block in zip(numbers, self.blocks, strict=True):
-            if layer in self.done:
-                self._read(layer, block)
-            elif layer in self.task.layers:
-                self._prune(layer, block)
-            if layer < self.last:
+            if not visit(layer, block) and layer < self.last:
                 self.stream.advance(block)
         if needed and stage < stages - 1 and numbers[-1] < self.last:
             if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
-                self.scratch.leave(stage)
+                self.scratch.leave(stage, purpose)
             self.stream.leave()
+
+    def _visit(self, layer: int, block: Any) -> bool:
+        if layer in self.done:
+            self._read(layer, block)
+        elif layer in self.task.layers:
+            self._prune(layer, block)
+        return False
+
+    def _count(self, layer: int, block: Any) -> bool:
+        request = self.task.request
+        if layer not in self.task.layers or request.owl is None:
+            return False
+        tokens = len(self.windows) * self.windows.seq_length
+        with Inputs(block, request.modules, "square_sums", tokens, advancing=True) as inputs:
+            self.stream.advance(block)
+        inputs.reduce(len(self.windows))
+        found = count_outliers(block, inputs.of, request.owl.threshold)
+        if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
+            parent = self.task.parent
+            shapes = [parent.spec(layer_name(layer, SUFFIXES[module])).shape for module in request.modules]
+            size = sum(rows * columns for rows, columns in shapes)
+            self.progress.outliers(self.scratch.count_outliers(layer, found, size))
+        return True
 
     def _prune(self, layer: int, block: Any) -> None:
         began = time.monotonic()
@@ -100,7 +160,7 @@ class _Stage:
         inputs.reduce(len(self.windows))
         parent = self.task.parent
         stored = parent.spec(layer_name(layer, next(iter(SUFFIXES.values())))).dtype
-        masks, sums = prune_block(block, parent.shape, request, inputs.of, stored)
+        masks, sums = prune_block(block, parent.shape, request, layer, inputs.of, stored)
         names = {module: layer_name(layer, SUFFIXES[module]) for module in request.modules}
         self.kept |= {names[module]: mask.cpu() for module, mask in masks.items()}
         group = mpu.get_tensor_model_parallel_group()

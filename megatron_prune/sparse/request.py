@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
+from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
+
+# Of OWL; the paper's for models of the LLaMA family.
+THRESHOLD = 5.0
+BOUND = 0.08
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,33 @@ class SparsifyRequest:
     of: Mapping[str, Sparsity]  # by module that is pruned
     layers: tuple[int, ...] | None  # None: all
     seed: int | None
+    owl: OutlierWeighing | None = None  # None: every layer has the same ratio
+    by_layer: Mapping[tuple[int, str], Sparsity] = field(default_factory=dict)  # with ``owl``, once it is known
 
     @property
     def modules(self) -> tuple[str, ...]:
         return tuple(self.of)
 
-    def sparsity(self, module: str) -> Sparsity:
-        return self.of[module]
+    @property
+    def reads_text(self) -> bool:
+        """True if calibration text is read: by the method, or to allocate ratios."""
+        return self.method.statistic != "none" or self.owl is not None
+
+    def sparsity(self, layer: int, module: str) -> Sparsity:
+        """What is removed from a linear. With ``owl`` it must be ``allocated`` first."""
+        return self.of[module] if self.owl is None else self.by_layer[layer, module]
+
+    def allocated(self, shape: ModelShape, outliers: Mapping[int, Fraction]) -> SparsifyRequest:
+        """This request with the ratios of layers whose shares of ``outliers`` these are: all that are pruned."""
+        assert self.owl is not None
+        layers = sorted(outliers)
+        shifts = self.owl.shifts([outliers[layer] for layer in layers])
+        found: dict[tuple[int, str], Sparsity] = {}
+        for module, asked in self.of.items():
+            inputs = matrices(module, shape)[0].inputs
+            for layer, count in zip(layers, whole_inputs(inputs, float(asked.ratio), shifts), strict=True):
+                found[layer, module] = Sparsity(Fraction(count, inputs), asked.pattern)
+        return replace(self, by_layer=found)
 
     def chosen(self, shape: ModelShape) -> tuple[int, ...]:
         """The layers to prune, ascending."""
@@ -53,7 +79,8 @@ class SparsifyRequest:
         return {
             "method": self.name,
             "pattern": str(next(iter(self.of.values())).pattern),
-            "ratios": {module: sparsity.ratio for module, sparsity in self.of.items()},
+            "ratios": {module: float(sparsity.ratio) for module, sparsity in self.of.items()},
+            "allocation": {"name": "uniform"} if self.owl is None else self.owl.describe(),
             "layers": None if self.layers is None else list(self.layers),
             "seed": self.seed,
         }
@@ -75,7 +102,32 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
     }
     if own and asked.ratio is not None:
         Sparsity.parse(asked.ratio, asked.pattern)  # refuse a wrong --ratio even if every module has its own
-    return SparsifyRequest(name, method, of, _layers(asked.layers), seed if method.random else None)
+    layers, seed = _layers(asked.layers), seed if method.random else None
+    return SparsifyRequest(name, method, of, layers, seed, _owl(asked, of, own))
+
+
+def _owl(asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping[str, float]) -> OutlierWeighing | None:
+    """How ratios are allocated. UsageError for a pattern that fixes them, or settings that do not fit."""
+    if asked.allocation == "uniform":
+        for name in ("owl_threshold", "owl_bound"):
+            if asked.was_given(name):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(flag, got="--allocation uniform", expected="--allocation owl with it")
+        return None
+    owl = OutlierWeighing(
+        THRESHOLD if asked.owl_threshold is None else asked.owl_threshold,
+        BOUND if asked.owl_bound is None else asked.owl_bound,
+    )
+    for module, sparsity in of.items():
+        if sparsity.pattern.m is not None:
+            raise UsageError(
+                "--allocation",
+                got="owl",
+                expected="uniform with an N:M --pattern",
+                why=f"{sparsity.pattern} gives every layer the same ratio",
+            )
+        owl.check(float(sparsity.ratio), f"--module-ratio {module}=" if module in own else "--ratio")
+    return owl
 
 
 def _modules(text: str | None) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
     .SAVE.sparsify/question.json          the parent, request and calibration of this work
     .SAVE.sparsify/block-0003/            a folder per rank with weights (``checkpoint/parallel.py``), and packed masks
     .SAVE.sparsify/block-0003/done.json   written last, when the block is complete: its rows of the table
-    .SAVE.sparsify/stage-0.left           the first stage has its activations ready for the second
+    .SAVE.sparsify/outliers-0003.json     the outliers of a layer, where they decide its ratio
+    .SAVE.sparsify/stage-0-pruning.left   the first stage has its activations ready for the second
 
 Ranks also wait for each other through these files: a later stage may wait for hours, longer than the timeout of a
 collective.
@@ -19,7 +20,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -174,22 +176,49 @@ class Scratch:
     def _block(self, layer: int) -> Path:
         return self.folder / f"block-{layer:04d}"
 
+    # -- outliers ---------------------------------------------------------------------------------------
+
+    def count_outliers(self, layer: int, found: int, size: int) -> dict[str, Any]:
+        """Store how many of a layer's ``size`` weights are outliers; returns its row."""
+        row = {"layer": layer, "outliers": found, "weights": size}
+        write_json(self._outliers(layer), row)
+        return row
+
+    def wait_for_outliers(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
+        """Wait until those of all ``layers`` are counted, in order; ``seen`` gets the row of each."""
+        _wait_for(map(self._outliers, layers), seen)
+
+    def outliers(self, layers: Iterable[int]) -> dict[int, Fraction] | None:
+        """The share of outliers in each of ``layers``; None if it is not known of all."""
+        paths = [self._outliers(layer) for layer in layers]
+        if not all(path.exists() for path in paths):
+            return None
+        return {row["layer"]: Fraction(row["outliers"], row["weights"]) for row in map(read_json, paths)}
+
+    def forget_outliers(self) -> None:
+        """Discard those of an attempt that did not finish: all layers' must come from one pass."""
+        for path in self.folder.glob("outliers-*.json"):
+            path.unlink()
+
+    def _outliers(self, layer: int) -> Path:
+        return self.folder / f"outliers-{layer:04d}.json"
+
     # -- waiting ------------------------------------------------------------------------------------
 
-    def leave(self, stage: int) -> None:
-        """Signal that a stage is ready to send."""
-        write_bytes(self.folder / f"stage-{stage}.left", b"")
+    def leave(self, stage: int, purpose: str) -> None:
+        """Signal that a stage is ready to send, in the pass for ``purpose``."""
+        write_bytes(self._left(stage, purpose), b"")
 
-    def wait_for_stage(self, stage: int) -> None:
+    def wait_for_stage(self, stage: int, purpose: str) -> None:
         """Wait until a stage is ready to send."""
-        wait(lambda: (self.folder / f"stage-{stage}.left").exists())
+        wait(self._left(stage, purpose).exists)
+
+    def _left(self, stage: int, purpose: str) -> Path:
+        return self.folder / f"stage-{stage}-{purpose}.left"
 
     def wait_for_blocks(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
         """Wait until all ``layers`` are finished, in order; ``seen`` gets the row of each."""
-        for layer in layers:
-            path = self._block(layer) / "done.json"
-            wait(path.exists)
-            seen(read_json(path))
+        _wait_for((self._block(layer) / "done.json" for layer in layers), seen)
 
 
 def _places(file: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -204,8 +233,14 @@ def wait(ready: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS if time.monotonic() - began < 60 else _PATIENT_SECONDS)
 
 
+def _wait_for(paths: Iterable[Path], seen: Callable[[dict[str, Any]], None]) -> None:
+    for path in paths:
+        wait(path.exists)
+        seen(read_json(path))
+
+
 class Progress(screen.Bar):
-    """Progress of a pruning: counts every block once, and prints one line per block without a terminal."""
+    """Progress of a pass over blocks: counts each once, and prints one line per block without a terminal."""
 
     def __init__(self, name: str, total: int) -> None:
         super().__init__(total, name, "block")
@@ -213,9 +248,16 @@ class Progress(screen.Bar):
 
     def block(self, row: Mapping[str, Any], *, resumed: bool = False) -> None:
         """Count a finished block; ``row`` is its row in the scratch folder."""
-        if row["layer"] not in self._seen:
-            self._seen.add(row["layer"])
-            self.advance(note=f"layer {row['layer']}: " + ("kept from before" if resumed else _says(row)))
+        self._once(row["layer"], "kept from before" if resumed else _says(row))
+
+    def outliers(self, row: Mapping[str, Any]) -> None:
+        """Count a block whose outliers are counted; ``row`` is what the scratch folder has of it."""
+        self._once(row["layer"], f"{row['outliers']:,} outliers in {row['weights']:,} weights")
+
+    def _once(self, layer: int, note: str) -> None:
+        if layer not in self._seen:
+            self._seen.add(layer)
+            self.advance(note=f"layer {layer}: {note}")
 
 
 def _says(row: Mapping[str, Any]) -> str:
@@ -240,11 +282,14 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
     """
     scratch, parent = Scratch(task.save), task.parent
     rows = scratch.done(task.layers)
+    task = allocated(task, scratch)
+    allocation = {} if task.request.owl is None else {"layer_ratios": _layer_ratios(task, scratch)}
     table = {
         "version": 1,
         "question": task.question,
         **task.request.describe(),
         "error": _ERROR[task.request.method.statistic],
+        **allocation,
         "matrices": [{"layer": row["layer"], **matrix} for row in rows for matrix in row["matrices"]],
     }
     pruned = {layer_name(layer, SUFFIXES[module]) for layer in task.layers for module in task.request.modules}
@@ -267,6 +312,28 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
     return table
 
 
+def allocated(task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
+    """``task`` with every layer's ratio, where outliers decide it; they are counted."""
+    if task.request.owl is None:
+        return task
+    outliers = scratch.outliers(task.layers)
+    assert outliers is not None
+    return replace(task, request=task.request.allocated(task.parent.shape, outliers))
+
+
+def _layer_ratios(task: SparsifyTask, scratch: Scratch) -> list[dict[str, Any]]:
+    """What decided each layer's ratios, and these."""
+    outliers, request = scratch.outliers(task.layers) or {}, task.request
+    return [
+        {
+            "layer": layer,
+            "outliers": float(share),
+            "ratios": {module: float(request.sparsity(layer, module).ratio) for module in request.modules},
+        }
+        for layer, share in outliers.items()
+    ]
+
+
 def is_finished(task: SparsifyTask) -> bool:
     """True if ``task.save`` already holds the answer to the same question."""
     path = task.save / TABLE
@@ -286,7 +353,7 @@ def _provenance(
         "parent": {"path": str(parent.root), "iteration": parent.iteration, "fingerprint": parent.fingerprint()},
         "lineage": lineage.of(parent),
         "method": request.name,
-        "settings": {key: described[key] for key in ("pattern", "ratios", "layers")},
+        "settings": {key: described[key] for key in ("pattern", "ratios", "allocation", "layers")},
         "pattern": described["pattern"],
         "seed": request.seed,
         "ratio": asked.pop() if len(asked) == 1 else None,
@@ -314,12 +381,15 @@ def _provenance(
 def flops(shape: ModelShape, request: SparsifyRequest, sequences: int, seq_length: int) -> int:
     """Dense FLOPs of a pruning that reads ``sequences``: each block runs forward once or twice.
 
-    A Hessian adds X·Xᵀ of every module's inputs, in³ to factorize it, and rows·in² to update each matrix.
+    Counting outliers runs each block once more; a method that reads no inputs does no more than that. A Hessian adds
+    X·Xᵀ of every module's inputs, in³ to factorize it, and rows·in² to update each matrix.
     """
     chosen = request.chosen(shape)
     output = 2 * seq_length * shape.hidden_size * shape.padded_vocab_size  # not computed here
     block = (shape.forward_flops(seq_length) - output) // shape.num_layers
-    found = (len(chosen) + max(chosen)) * sequences * block
+    passes = 0 if request.method.statistic == "none" else len(chosen) + max(chosen)
+    passes += 0 if request.owl is None else 1 + max(chosen)
+    found = passes * sequences * block
     if request.method.statistic == "hessian":
         for module in request.modules:
             of_module = matrices(module, shape)

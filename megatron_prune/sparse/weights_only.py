@@ -59,14 +59,15 @@ def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int
             scratch.wait_for_blocks(task.layers, progress.block)
     if rank == 0:
         write_single(scratch.masks, task.parent.shape, _masks(task, scratch))
-    if ranks > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first rank's value, on all ranks. When it arrives, the scratch folder is open."""
-    torch.distributed.init_process_group("gloo")
-    network.refuse_strangers()
+    if not torch.distributed.is_initialized():  # it is where a model was run to allocate ratios
+        torch.distributed.init_process_group("gloo")
+        network.refuse_strangers()
     held = [done]
     torch.distributed.broadcast_object_list(held, src=0)
     torch.distributed.barrier()  # a first rank without work might otherwise return before the others have the value
@@ -92,7 +93,7 @@ class _Linear:
         # Choosing among bf16 or fp16 numbers themselves takes half the memory of fp32 and one count.
         exact = params_dtype == torch.float32 and self._stored.itemsize == 2
         self._dtype = self._stored if exact else params_dtype
-        shape, sparsity = self._parent.shape, task.request.sparsity(module)
+        shape, sparsity = self._parent.shape, task.request.sparsity(layer, module)
         self._runs = runs(module, shape)
         self._matrices = matrices(module, shape)
         self._choices = {matrix: choice(sparsity, matrix.rows * matrix.inputs) for matrix in self._matrices}

@@ -58,7 +58,7 @@ def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> 
         )
     if method.pattern is not None:
         asked = sparse(study, method, ratio)
-        return Needs(text=asked.method.statistic != "none", random=asked.method.random)
+        return Needs(text=asked.reads_text, random=asked.method.random)
     chosen = structured(study, method, ratio)
     retraining = chosen.retraining
     if retraining and retraining.tokens % batch:

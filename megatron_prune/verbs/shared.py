@@ -14,6 +14,7 @@ TOKEN_TYPES = ("uint16", "int32", "uint32", "int64")
 DOCUMENTS = ("file", "paragraph", "line")
 DTYPES = ("float32", "bfloat16", "float16")
 MODULES = ("qkv", "proj", "fc1", "fc2")
+ALLOCATIONS = ("uniform", "owl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class CalibrationTextSettings(Settings):
     calibration_sampling: str = setting(
         "sequential",
         choices=("sequential", "random"),
-        help="the first N windows, or N drawn with --seed",
+        metavar="HOW",
+        help="sequential: the first N windows (default); random: N drawn with --seed",
     )
 
 
@@ -114,6 +116,17 @@ class SparsitySettings(AmountSettings):
     module_ratio: tuple[str, ...] = setting(
         (), metavar="M=R", help="another ratio for some linears, such as fc2=0.3; unstructured only"
     )
+    allocation: str = setting(
+        "uniform",
+        choices=ALLOCATIONS,
+        help="owl: remove less where outliers are many; unstructured only (default: uniform)",
+    )
+    owl_threshold: float | None = setting(
+        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
+    )
+    owl_bound: float | None = setting(
+        None, metavar="L", help="the layers' ratios span twice L around --ratio (default: 0.08)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +159,7 @@ class LearningSettings(Settings):
     mask_tokens: int | None = setting(
         None,
         metavar="N",
-        help="tokens that weights and masks are trained on, in whole steps: the stream's next that the model has not "
-        "seen",
+        help="tokens of the stream, not seen before, that weights and masks are trained on",
     )
     mask_lr: float = setting(1.0, metavar="RATE", help="highest learning rate of masks, on the schedule of --lr")
     multiplier_lr: float | None = setting(

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 
@@ -15,6 +16,7 @@ from megatron_prune.__main__ import NAMES, VERBS, command, main
 from megatron_prune.cli.parser import HELP_MEGATRON, Parser
 from megatron_prune.errors import CommandLineError
 from megatron_prune.methods import options
+from megatron_prune.settings import Settings
 from tests.cli import helps
 
 MOST_LINES = 80
@@ -86,14 +88,14 @@ def test_the_example_is_understood(words: tuple[str, ...]) -> None:
             settings.of(found)  # raises where a required one is missing
 
 
-@pytest.mark.parametrize("verb", ["plan", "prune"])
-def test_the_settings_of_all_methods_are_in_the_help(verb: str) -> None:
+@pytest.mark.parametrize(("verb", "known"), [("plan", options.STRUCTURED), ("prune", options.PRUNED)])
+def test_the_settings_of_all_methods_are_in_the_help(verb: str, known: Mapping[str, type[Settings]]) -> None:
     parser = parser_of((verb,))
     assert parser is not None
     text = parser.format_help()
-    for name, own in options.STRUCTURED.items():
+    for name, own in known.items():
         assert name in text
-        assert not own.flags() or f"--method {name}:\n" in text
+        assert not own.flags() or f"\n{own.TITLE}:\n" in text
         assert all(f"  {flag.option}" in text for flag in own.flags())
 
 

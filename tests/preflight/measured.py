@@ -100,7 +100,7 @@ def pruned_bytes(method: str, hidden: int, ffn: int) -> tuple[float, Any]:
                 statistics[name] = SquareSums(inputs)
                 statistics[name].total.fill_(1)
             statistics[name].count = 1
-        return prune_block(block, shape, request, statistics, torch.bfloat16)
+        return prune_block(block, shape, request, 0, statistics, torch.bfloat16)
 
     give_back_at_once()
     work()  # libraries' pages are touched for the first time

@@ -280,6 +280,8 @@ def sparse(settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, 
         (sparse({"divisible-by": 8}), {}, r"settings\.divisible-by: .*unknown key"),
         (sparse({"layers": "0-9"}), {}, r"--layers: expected layers (from )?0 to 3, got 9"),
         (sparse({"modules": "fc3"}), {}, r"--modules: expected .*, got fc3"),
+        (sparse({"allocation": "owl"}, pattern="2:4"), {}, r"--allocation: expected uniform with an N:M --pattern"),
+        (sparse({"allocation": "owl", "owl-bound": 0.3}), {}, r"--owl-bound: expected .* less than 0\.25, got 0\.3"),
         (sparse({"module-ratio": ["fc2=0.3"]}, pattern="2:4"), {}, r"--module-ratio: .*or 0\.5, got 0\.3"),
         (sparse(), {"optimizer": "muon"}, r"--optimizer: expected adam or sgd.* that holds masks, got muon"),
         (sparse(), {"optimizer": "sgdd"}, r"recipe\.arguments: .*got argument --optimizer: invalid choice: 'sgdd'"),
@@ -327,3 +329,18 @@ def test_what_is_known_beforehand(prefixes, tmp_path: Path) -> None:
     outlook = validate.check(study, Places(tmp_path / "runs" / "made-up"))
     assert all(outlook.targets[p.name] == outlook.source for p in prunings.prunings(study) if p.method.pattern)
     assert list(outlook.consumed(study).values()) == [128, 128, 128, 0, 0]
+
+
+def test_outliers_are_counted_on_calibration_text(prefixes, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Whatever the method reads itself; the settings are words of ``sparsify``, and the text counts as tokens."""
+    monkeypatch.chdir(tmp_path)
+    plain = {"name": "magnitude", "pattern": "unstructured"}
+    owl = plain | {"label": "outliers", "settings": {"allocation": "owl", "owl-bound": 0.1}}
+    content = made_up.mapping(prefixes, methods=[plain, owl])
+    outlook = validate.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+    assert [needs.text for needs in outlook.needs.values()] == [False, True]
+    Path("study.yaml").write_text(json.dumps(content))
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " sparsify " in line]
+    assert ["--calibration-data-path" in line for line in lines] == [False, True]
+    assert "--allocation owl --owl-bound 0.1" in lines[1]
