@@ -30,6 +30,7 @@ def calibrate(
     calibration_sequences: int = 128,
     calibration_seq_length: int = 2048,
     calibration_sampling: str = "sequential",
+    gradients: bool = False,
     megatron: Mapping[str, Any] | None = None,
     nproc: int = 1,
     devices: Sequence[int] | None = None,
@@ -39,7 +40,8 @@ def calibrate(
     (a ``.safetensors`` file), for every structured method and every ratio.
 
     ``calibration_data_path`` is the prefix of a tokenized corpus, of which ``calibration_sequences`` windows of
-    ``calibration_seq_length`` tokens are read. Raises UsageError, DataError, CheckpointError and RunError.
+    ``calibration_seq_length`` tokens are read. ``gradients``: run a backward pass too, for
+    llm-pruner. Raises UsageError, DataError, CheckpointError and RunError.
     """
     asked = verbs.CalibrateSettings.read(
         {
@@ -48,6 +50,7 @@ def calibrate(
             "calibration_sequences": calibration_sequences,
             "calibration_seq_length": calibration_seq_length,
             "calibration_sampling": calibration_sampling,
+            "gradients": gradients,
         }
     )
     words = _megatron({"load": load}, megatron)

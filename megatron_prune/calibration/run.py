@@ -23,6 +23,7 @@ mean over a sequence's tokens needs all of them before it is squared.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_prune import screen
 from megatron_prune.calibration import scoring
+from megatron_prune.calibration.gradients import GradientRecorder
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
@@ -85,7 +87,9 @@ class ActivationRecorder:
             # Megatron calls a layer by keyword and gets (hidden states, context) back.
             self._handles.append(
                 block.register_forward_hook(
-                    lambda _, args, named, out: cosine.add(named.get("hidden_states", *args[:1]), out[0]),
+                    torch.no_grad()(
+                        lambda _, args, named, out: cosine.add(named.get("hidden_states", *args[:1]), out[0])
+                    ),
                     with_kwargs=True,
                 )
             )
@@ -108,10 +112,10 @@ class ActivationRecorder:
         return sums
 
     def _on_output(self, module: Any, add: Callable[[torch.Tensor], None]) -> None:
-        self._handles.append(module.register_forward_hook(lambda _module, _args, out: add(out)))
+        self._handles.append(module.register_forward_hook(torch.no_grad()(lambda _module, _args, out: add(out))))
 
     def _on_input(self, module: Any, add: Callable[[torch.Tensor], None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(lambda _module, args: add(args[0])))
+        self._handles.append(module.register_forward_pre_hook(torch.no_grad()(lambda _module, args: add(args[0]))))
 
     def gather(self, loss_sum: float) -> tuple[dict[str, torch.Tensor], float]:
         """Whole statistics on every rank, and the sum of ``loss_sum`` over ranks. Collective."""
@@ -131,9 +135,16 @@ class ActivationRecorder:
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, float(flat[0])
 
 
-def gather(args: argparse.Namespace, question: Question | None = None, requests: Requests | None = None) -> Statistics:
+def gather(
+    args: argparse.Namespace,
+    question: Question | None = None,
+    requests: Requests | None = None,
+    *,
+    gradients: bool = False,
+) -> Statistics:
     """Run the calibration that ``args`` describe; returns complete statistics on every rank. Collective.
 
+    ``gradients``: with a backward pass, and the saliencies that need one.
     The candidates of ``question`` are scored in the same load of the model, on ``requests`` if a task decides.
     Destroys the process group before it returns, because rank 0 may then work for hours.
     """
@@ -142,11 +153,16 @@ def gather(args: argparse.Namespace, question: Question | None = None, requests:
     chosen = chosen_windows(args)
     model = _load(args)
     own = chosen[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-    with ActivationRecorder(model[0], parent.shape) as recorder:
-        losses = forward.run(model, screen.progress(own, len(own), "calibrating", "window"))
+    read = screen.progress(own, len(own), "calibrating", "window")
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(ActivationRecorder(model[0], parent.shape))
+        of_gradients = stack.enter_context(GradientRecorder(model[0], parent.shape)) if gradients else None
+        losses = forward.run(model, read) if of_gradients is None else forward.run_backward(model, read)
         # Every TP rank of the last stage has the same losses: count one.
         mine = losses if losses is not None and mpu.get_tensor_model_parallel_rank() == 0 else []
         tensors, loss_sum = recorder.gather(sum(mine) * chosen.seq_length)
+        if of_gradients is not None:
+            tensors |= of_gradients.gather(len(chosen))
     found = Statistics(
         tensors=tensors,
         shape=parent.shape,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    get_model_config,
     unwrap_model,
 )
 from megatron.training import get_args, get_timers
@@ -148,6 +149,16 @@ def run(
     return None if found is None else list(itertools.chain.from_iterable(found))
 
 
+def run_backward(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[float] | None:
+    """``run`` with a backward pass of every window's mean loss: returns these losses, in order.
+
+    Gradients accumulate in ``parameter.grad`` of parameters that require them, window after window, each with the
+    scale of its own mean loss.
+    """
+    batches = (_Batch(w[None, :-1].contiguous(), w[None, 1:].contiguous()) for w in map(checked, windows))  # [1, S]
+    return _through_the_pipeline(model, batches, lambda losses: losses.double().mean().item(), backward=True)
+
+
 def checked(window: torch.Tensor) -> torch.Tensor:
     """``window``, int64 [S + 1], if all of its ids are words of the loaded model; else DataError."""
     largest, words = int(window.max()), get_args().vocab_size
@@ -212,10 +223,18 @@ class _Batch:
 
 
 def _through_the_pipeline(
-    model: list[torch.nn.Module], batches: Iterable[_Batch], read: Callable[[torch.Tensor], Any]
+    model: list[torch.nn.Module],
+    batches: Iterable[_Batch],
+    read: Callable[[torch.Tensor], Any],
+    *,
+    backward: bool = False,
 ) -> list[Any] | None:
-    """Run batches through all stages; returns ``read`` of each output."""
+    """Run batches through all stages; returns ``read`` of each output.
+
+    ``backward``: and the mean of every output, which are losses, back.
+    """
     found: list[Any] = []
+    group: Sequence[_Batch] = ()
 
     def step(iterator: Iterator[_Batch], stage: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
@@ -238,17 +257,21 @@ def _through_the_pipeline(
             cache.increment_sequence_len_offset(tokens.shape[1])
 
         def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            found.append(read(output if batch.places is None else output[0]))
+            found.append(read(output.detach() if batch.places is None else output[0]))
+            if backward:  # the schedule divides by the number of micro-batches
+                scale = 1 if config.calculate_per_token_loss else len(group)
+                return output.float().mean() * scale, torch.tensor(1, dtype=torch.int, device=output.device), {}
             # The schedule's own reduction of losses is not used here.
             return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
 
         return output, collect
 
+    config = get_model_config(model[0])
     schedule = get_forward_backward_func()
     in_flight = 4 * mpu.get_pipeline_model_parallel_world_size()  # enough to keep every stage busy
     # A pipeline sends one shape at a time.
     alike = (same for _, same in itertools.groupby(batches, key=lambda batch: batch.tokens.shape))
-    with torch.no_grad():
+    with torch.set_grad_enabled(backward):
         for group in itertools.chain.from_iterable(itertools.batched(same, in_flight) for same in alike):
             size, length = group[0].tokens.shape
             schedule(
@@ -258,7 +281,7 @@ def _through_the_pipeline(
                 num_microbatches=len(group),
                 seq_length=length,
                 micro_batch_size=size,
-                forward_only=True,
+                forward_only=not backward,
             )
     return found if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
 

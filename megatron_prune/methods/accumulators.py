@@ -22,6 +22,8 @@ from megatron_prune.errors import CheckpointError
 
 # The three sums of a channel, in the order of ``ChannelSums.sums``.
 QUANTITIES = ("sum_abs_mean_sq", "sum_sq", "sum")
+# The saliencies of a channel from gradients (``calibration/gradients.py``).
+SALIENCIES = ("vector", "first", "second", "mixed")
 
 _CPU_SLICE_BYTES = 1 << 19  # two float64 slices of this size stay in a core's cache
 _GPU_SLICE_BYTES = 1 << 26  # a GPU is faster with few launches

@@ -114,7 +114,20 @@ class OneLineLearningOptions(LearningSettings):
     mask_batch_size: int = setting(8, metavar="N", help="sequences per step meanwhile")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LLMPrunerOptions(Settings):
+    TITLE = "--method llm-pruner"
+
+    taylor: str = setting(
+        "first",
+        choices=("vector", "first", "second", "mixed"),
+        metavar="T",
+        help="estimate of the loss: vector, first, second or mixed",
+    )
+
+
 STRUCTURED: Mapping[str, type[Settings]] = {
+    "llm-pruner": LLMPrunerOptions,
     "minitron-depth": MinitronDepthOptions,
     "minitron-width": MinitronWidthOptions,
     "random": RandomOptions,
@@ -129,6 +142,8 @@ PRUNED: Mapping[str, type[Settings]] = {
 }
 # For ``prune --hf``, whose own --retrain-tokens trains the pruned model.
 ONE_LINE: Mapping[str, type[Settings]] = {**PRUNED, "sheared-llama": OneLineLearningOptions}
+# Structured methods whose statistics need a backward pass.
+READ_GRADIENTS = ("llm-pruner",)
 SPARSE: Mapping[str, type[Settings]] = {
     "magnitude": NoOptions,
     "random": NoOptions,

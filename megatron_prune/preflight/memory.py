@@ -23,7 +23,7 @@ import torch
 
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape, weights
-from megatron_prune.methods.options import NoOptions
+from megatron_prune.methods.options import READ_GRADIENTS, NoOptions
 from megatron_prune.methods.sheared_llama import kinds
 from megatron_prune.preflight.dry_run import PipelineStage
 from megatron_prune.structured import target as targets
@@ -121,11 +121,17 @@ def _most_flying(args: argparse.Namespace, stage: PipelineStage, number: int, st
 
 
 def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[PipelineStage]) -> list[Memory]:
-    """Memory per stage of the verbs that only run the model, including a sparse method's statistics and solver."""
+    """Memory per stage of the verbs that only run the model, including a sparse method's statistics and solver, and two
+    sums per weight where gradients are read (``calibration/gradients.py``)."""
     tokens = args.seq_length * args.micro_batch_size
     pruned = pruning(args, shape)
     found = []
     for number, stage in enumerate(stages):
+        if getattr(args, "gradients", False) or getattr(args, "method", None) in READ_GRADIENTS:
+            kept, once = activations(args, shape, stage, number, len(stages), 4 * len(stages))
+            sums = 2 * FP32 * stage.linears
+            found.append(Memory(weights=_weights(args, stage), gradients=sums, activations=kept, working=once))
+            continue
         last = number == len(stages) - 1
         working = tokens * _block(args, shape).saved
         working += tokens * _loss(args, shape) if last else 0

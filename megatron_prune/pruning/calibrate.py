@@ -53,14 +53,14 @@ def calibrate(own: verbs.CalibrateSettings, words: Sequence[str]) -> Calibrated:
     def complete_all(args: argparse.Namespace, argv: list[str]) -> None:
         nonlocal asked, requests
         asked = _read_question(args, argv)
-        complete(args, argv)
+        complete(args, argv, gradients=own.gradients)
         requests = task_requests(args, asked[0] if asked else None, own.task_data)
 
     args = runtime.start("calibrate", words, own, complete=complete_all)
     from megatron_prune.calibration import run  # imports Megatron, which must be started first
 
     if asked is None:
-        made = Calibrated(run.gather(args), output, None)
+        made = Calibrated(run.gather(args, gradients=own.gradients), output, None)
     else:
         question, known = asked
         missing = len(question.unscored(known))
@@ -70,10 +70,23 @@ def calibrate(own: verbs.CalibrateSettings, words: Sequence[str]) -> Calibrated:
     return made
 
 
+def _complete_gradients(args: argparse.Namespace) -> None:
+    """Settings of a backward pass without an optimizer; UsageError for a precision that it is not made for."""
+    if args.fp8:
+        raise UsageError("--fp8-format", got=args.fp8, expected="no FP8 with gradients", do="give --bf16")
+    if args.fp16:
+        raise UsageError(
+            "--fp16", got="it", expected="bf16 or fp32 with gradients", why="no loss scale keeps small ones from zero"
+        )
+    args.gradient_accumulation_fusion = False  # it adds to the buffer of an optimizer, which there is none of
+
+
 def _output(own: verbs.CalibrateSettings) -> Path:
     """Where the statistics are written; UsageError if the flags that name files contradict each other."""
     if (own.score is None) != (own.statistics is None):
         raise UsageError("--score, --statistics", got="only one", expected="both or neither")
+    if own.score is not None and own.gradients:
+        raise UsageError("--gradients", got="it", expected="no such flag with --score, which adds no statistics")
     output = own.output or own.statistics
     if output is None or Path(output).suffix != ".safetensors":
         raise UsageError("--output", got=output or "nothing", expected="a file name that ends in .safetensors")
@@ -132,12 +145,14 @@ def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question,
     return question, found
 
 
-def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = True) -> None:
+def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = True, gradients: bool = False) -> None:
     """Fill in settings that follow from the calibration's flags, and refuse flags that contradict each other.
 
     Without ``reads_text`` nothing is calibrated, and the calibration's flags are refused.
     """
     runtime.refuse_layouts(args)
+    if gradients:
+        _complete_gradients(args)
     args.builds_model = reads_text  # if False, packages for Megatron's layers are not required
     if reads_text:
         fp8.refuse_delayed(args)

@@ -129,7 +129,7 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
         folder = _new(args.save)
         layout = args.tensor_model_parallel_size
         choice = choices.choose(asked.method, asked, own, tensor_parallel=layout, seed=args.seed)
-        calibrate.complete(args, argv, reads_text=choice.needs_statistics)
+        calibrate.complete(args, argv, reads_text=choice.needs_statistics, gradients=choice.needs_gradients)
         question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
         of_task = calibrate.task_requests(args, question) if question.task else None
 
@@ -140,7 +140,8 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
     if choice.needs_statistics:
         from megatron_prune.calibration import run  # imports Megatron, which must be started first
 
-        statistics = run.gather(args, question if choice.needs_scores else None, of_task)
+        asked_too = question if choice.needs_scores else None
+        statistics = run.gather(args, asked_too, of_task, gradients=choice.needs_gradients)
     if args.rank != 0:
         return None
     made = choice.make(question, statistics)

@@ -95,7 +95,13 @@ class Question:
                 )
             tensors = statistics.tensors
         else:
-            tensors = {key: statistics.tensors[key] for key in method.needs(self.settings)} if statistics else {}
+            needed = method.needs(self.settings) if statistics else ()
+            if statistics is not None and not statistics.tensors.keys() >= set(needed):
+                raise StatisticsError(
+                    f"--statistics: expected those with gradients, which {self.method} reads, got those without; make "
+                    "them with calibrate --gradients"
+                )
+            tensors = {key: statistics.tensors[key] for key in needed} if statistics else {}
         return [
             Candidate(self.source, target, selection)
             for target in self.targets

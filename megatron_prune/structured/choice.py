@@ -11,7 +11,7 @@ from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.convert.config import unexportable
 from megatron_prune.data import multiple_choice
 from megatron_prune.methods.base import Method, Retraining
-from megatron_prune.methods.options import WidthOptions
+from megatron_prune.methods.options import READ_GRADIENTS, WidthOptions
 from megatron_prune.settings import Settings
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
@@ -77,6 +77,11 @@ class Choice:
     @property
     def needs_statistics(self) -> bool:
         return uses_statistics(self.method, self.settings)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if its statistics need a backward pass."""
+        return self.name in READ_GRADIENTS
 
     @property
     def needs_scores(self) -> bool:

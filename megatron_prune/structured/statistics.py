@@ -11,6 +11,12 @@ with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of 
 ``attention`` [L, H·d] (input of linear_proj), ``mlp`` [L, F] (input of linear_fc2) and
 ``final_layernorm`` [h]. Everything is a plain sum, so two calibrations merge by addition.
 
+With gradients (``calibrate --gradients``) there are also the saliencies of ``calibration/gradients.py``, which are no
+sums over windows, and are not merged:
+
+    {module}.vector, .first, .second, .mixed    of the channels of ``qkv`` [L, its rows], ``proj`` [L, H·d],
+                                                ``fc1`` [L, 2F] (not gated: [L, F]) and ``fc2`` [L, F]
+
 The JSON records the source: parent, shape, sequences, tokens, loss, windows, and the hash of the tensor file, which
 ties the two files together. It also holds the scores of candidates: the mean loss, on the same windows, of the parent
 without what a candidate removes; its accuracy on tasks; and the loss, again on these windows, of a candidate that was
@@ -34,7 +40,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError, MegatronPruneError
-from megatron_prune.methods.accumulators import QUANTITIES
+from megatron_prune.methods.accumulators import QUANTITIES, SALIENCIES
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.untrusted import check, read_bytes
 
@@ -58,10 +64,21 @@ def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(shape: ModelShape, *, gradients: bool = False) -> dict[str, tuple[int, ...]]:
     """The size of every tensor in a statistics file, by name."""
     sites = {f"{site}.{q}": size for site, size in site_shapes(shape).items() for q in QUANTITIES}
-    return {"block_influence": (shape.num_layers,), **sites}
+    return {"block_influence": (shape.num_layers,), **sites, **(saliency_shapes(shape) if gradients else {})}
+
+
+def saliency_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The size of every tensor that needs gradients, by name."""
+    sizes = {
+        "qkv": shape.axis_size("qkv"),
+        "proj": shape.axis_size("heads"),
+        "fc1": shape.axis_size("fc1"),
+        "fc2": shape.ffn_hidden_size,
+    }
+    return {f"{module}.{name}": (shape.num_layers, size) for module, size in sizes.items() for name in SALIENCIES}
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class Statistics:
     scores: Mapping[str, Score] = field(default_factory=dict)  # by a selection's key
 
     def __post_init__(self) -> None:
-        expected = tensor_shapes(self.shape)
+        expected = tensor_shapes(self.shape, gradients=self.gradients)
         if set(self.tensors) != set(expected):
             odd = sorted(set(self.tensors) ^ set(expected))
             raise StatisticsError(
@@ -145,6 +162,11 @@ class Statistics:
             )
         if self.sequences < 1 or self.seq_length < 1:
             raise StatisticsError("statistics: expected at least one sequence of one token, got none")
+
+    @property
+    def gradients(self) -> bool:
+        """True if saliencies from gradients are among them."""
+        return not self.tensors.keys().isdisjoint(saliency_shapes(self.shape))
 
     @property
     def tokens(self) -> int:
@@ -186,11 +208,12 @@ class Statistics:
 
     def provenance(self) -> dict[str, Any]:
         """The source of the numbers, for plans and pruned checkpoints."""
+        one = self.shape.training_flops if self.gradients else self.shape.forward_flops
         return {
             "sequences": self.sequences,
             "seq_length": self.seq_length,
             "tokens": self.tokens,
-            "flops": self.sequences * self.shape.forward_flops(self.seq_length),
+            "flops": self.sequences * one(self.seq_length),
             "loss": self.loss,
             "calibrations": list(self.calibrations),
         }
@@ -255,7 +278,7 @@ def read(path: str | Path) -> Statistics:
     check(_StatisticsFile, meta, str(json_path(path)), StatisticsError)
     try:
         shape = ModelShape(**meta["shape"])
-        numbers = sum(math.prod(size) for size in tensor_shapes(shape).values())
+        numbers = sum(math.prod(size) for size in tensor_shapes(shape, gradients=True).values())
         payload = read_bytes(path, 8 * numbers + _MOST_HEADER_BYTES)
     except (OSError, TypeError, CheckpointError) as error:
         raise StatisticsError(
@@ -287,6 +310,11 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     A retrained candidate's loss is dropped, because its training may differ.
     """
     first = parts[0]
+    if len(parts) > 1 and any(part.gradients for part in parts):
+        raise StatisticsError(
+            "cannot merge statistics with gradients, whose saliencies are no sums over windows: calibrate on all "
+            "windows at once"
+        )
     seen: set[tuple[Any, int]] = set()
     for part in parts:
         for name in ("parent", "shape", "seq_length"):

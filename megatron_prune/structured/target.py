@@ -10,8 +10,9 @@ Exactly one of these is used:
 For a ratio or parameter count the shape is chosen deterministically. Depth: the number of layers whose removal comes
 nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. Each hidden size is paired with the
 FFN size that comes nearest (of two, the larger). Among the pairs within ``--tolerance`` of the goal, the one that
-shrinks hidden and FFN most evenly (relative to the source) is chosen, then the nearest, then the larger hidden size.
-Sizes that change must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
+shrinks hidden and FFN most evenly (relative to the source) is chosen, then the nearest, then the larger hidden size. A
+method that leaves the hidden size alone shrinks query groups and FFN: to the first of the shapes that a search would
+score (below). Sizes that change must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
 
 A method may also ask for all shapes near the target, to score them. ``near`` lists them in order: first the nearest
 FFN size for every combination of the other sizes, then the rest; in both parts, shapes that shrink the searched sizes
@@ -84,9 +85,11 @@ class Target:
             self._check(source, shape)
         elif "num_layers" in (free := method.free_dimensions(settings)):
             shape = self._depth(source)
-        else:
-            assert {"hidden_size", "ffn_hidden_size"} <= set(free)
+        elif "hidden_size" in free:
+            assert "ffn_hidden_size" in free
             shape = self._width(source)
+        else:
+            shape = self.near(source, Search(free, 1))[0]
         return shape
 
     def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:

@@ -14,7 +14,14 @@ from typing import Any
 from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
 from megatron_prune.data import schedule
 from megatron_prune.study.grid import Teaching, TrainingCell
-from megatron_prune.study.prunings import Places, Pruning, calibration_cell, learning_batch, parent_cell
+from megatron_prune.study.prunings import (
+    Places,
+    Pruning,
+    calibration_cell,
+    learning_batch,
+    parent_cell,
+    reads_gradients,
+)
 from megatron_prune.study.sample_ranges import SampleRange
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA, MethodSection
@@ -272,6 +279,7 @@ def calibration(study: StudyConfig, places: Places, pruning: Pruning) -> Command
         {
             "seed": pruning.seed if study.calibration.sampling == "random" else None,
             "output": str(places.statistics(calibration_cell(study, pruning))),
+            "gradients": reads_gradients(pruning),
         }
     )
     return Command("calibrate", tuple(words), study.launch.nproc)

@@ -43,6 +43,7 @@ from megatron_prune.study.prunings import (
     parent_cell,
     parent_cells,
     prunings,
+    reads_gradients,
     source_cell,
 )
 from megatron_prune.study.schema import StudyConfig
@@ -204,11 +205,14 @@ def of_study(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
             yield training(run.id, run.samples, outlook.targets.get(run.source.name), 1, (run.source.cell,))
         name = calibration_cell(study, link)
         before = outlook.targets.get(link.base.name) if link.base else outlook.source
-        forward = before.forward_flops(study.calibration_seq_length) * study.calibration.sequences if before else None
+        flops = None
+        if before is not None:
+            one = before.training_flops if reads_gradients(link) else before.forward_flops
+            flops = one(study.calibration_seq_length) * study.calibration.sequences
         if outlook.needs[link.name].statistics and name not in done:
             done.add(name)
             after = (source_cell(study, link),)
-            yield Estimate(name, tokens=calibration_tokens(study), flops=forward, after=after)
+            yield Estimate(name, tokens=calibration_tokens(study), flops=flops, after=after)
         yield _pruning(study, outlook, link)
     yield from _teachings(study, outlook)
     for run in runs:

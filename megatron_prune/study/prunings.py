@@ -15,6 +15,7 @@ from typing import Any
 from megatron_prune.checkpoint import tracker
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import MASKS
+from megatron_prune.methods import options
 from megatron_prune.structured import candidates
 from megatron_prune.study.sample_ranges import Batch, Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig
@@ -157,10 +158,17 @@ def learning_batch(study: StudyConfig, method: MethodSection) -> int:
 
 def calibration_cell(study: StudyConfig, pruning: Pruning) -> str:
     """The cell with a pruning's statistics: one for all seeds if windows and parent are the same."""
+    kind = "gradients" if reads_gradients(pruning) else "calibration"
     if pruning.base is not None:
-        return f"calibration-{pruning.begins_with}"
+        return f"{kind}-{pruning.begins_with}"
     per_seed = study.calibration.sampling == "random" or study.parent_per_seed
-    return f"calibration-s{pruning.seed}" if per_seed else "calibration"
+    return f"{kind}-s{pruning.seed}" if per_seed else kind
+
+
+def reads_gradients(pruning: Pruning) -> bool:
+    """True if its calibration needs a backward pass: then it is a cell of its own, whose cost only these methods
+    have."""
+    return pruning.method.name in options.READ_GRADIENTS
 
 
 def calibration_tokens(study: StudyConfig) -> int:

@@ -30,6 +30,7 @@ class CalibrateSettings(CalibrationTextSettings):
     statistics: str | None = setting(
         None, metavar="FILE", help="with --score: statistics from calibrate; also the default of --output"
     )
+    gradients: bool = setting(False, help="run a backward pass too: saliencies from gradients, which llm-pruner reads")
     task_data: str | None = setting(
         None, metavar="FILE.jsonl", help="with --score: current path of the plan's --task-data"
     )

@@ -3,7 +3,10 @@
 One process, one model: forward passes with and without the hooks alternate, over the same windows,
 through the same engine. The limit is a ratio of 1.2.
 
-    python tests/benchmarks/calibration.py [--dtype bf16] [--pairs 10] [--load CKPT]
+    python tests/benchmarks/calibration.py [--dtype bf16] [--gradients] [--pairs 10] [--load CKPT]
+
+With ``--gradients``: the calibration with a backward pass, against a training step over the same windows, which is the
+same passes with gradients of every parameter, clipping and torch's AdamW.
 
 Without ``--load`` the model is a random Llama of 18.9 million parameters.
 """
@@ -33,6 +36,7 @@ def main() -> int:
     parser = ratio.arguments(__doc__)
     parser.add_argument("--load", help="measure on this checkpoint")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation")
+    parser.add_argument("--gradients", action="store_true", help="with a backward pass, against a training step")
     parser.add_argument("--sequences", type=int, default=2, help="of a measurement (default: 2)")
     parser.add_argument("--seq-length", type=int, default=2048)
     options = parser.parse_args()
@@ -55,6 +59,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
     runtime.initialize(args)
     model = runtime.load_model(args)
 
+    from megatron_prune.calibration.gradients import GradientRecorder
     from megatron_prune.calibration.run import ActivationRecorder
     from megatron_prune.engine import forward
 
@@ -77,8 +82,33 @@ def measure(options: argparse.Namespace, load: str) -> int:
             recorder.gather(sum(losses))
         return time.perf_counter() - started
 
-    name = f"calibration / plain forward, {options.dtype}"
-    measured = ratio.interleaved(name, calibrating, plain, pairs=options.pairs, limit=LIMIT)
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.0) if options.gradients else None
+
+    def training() -> float:
+        assert optimizer is not None
+        started = time.perf_counter()
+        forward.run_backward(model, windows)
+        torch.nn.utils.clip_grad_norm_(model[0].parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def with_gradients() -> float:
+        started = time.perf_counter()
+        with ActivationRecorder(model[0], shape) as recorder, GradientRecorder(model[0], shape) as of_gradients:
+            losses = forward.run_backward(model, windows)
+            assert losses is not None
+            recorder.gather(sum(losses))
+            of_gradients.gather(len(windows))
+        return time.perf_counter() - started
+
+    if options.gradients:
+        name = f"calibration with gradients / training step, {options.dtype}"
+        measured = ratio.interleaved(name, with_gradients, training, pairs=options.pairs, limit=LIMIT)
+    else:
+        name = f"calibration / plain forward, {options.dtype}"
+        measured = ratio.interleaved(name, calibrating, plain, pairs=options.pairs, limit=LIMIT)
     facts = {"tokens": options.sequences * options.seq_length, "parameters": shape.parameters()}
     code = ratio.finish([measured], options, **facts, threads=torch.get_num_threads())
     torch.distributed.destroy_process_group()

@@ -69,8 +69,8 @@ def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
 
 
 def test_registry_finds_methods_by_their_files() -> None:
-    assert methods.names() == ["minitron-depth", "minitron-width", "random", "sheared-llama", "shortgpt"]
-    with pytest.raises(UsageError, match="--method: expected one of minitron-depth.*, got magic"):
+    assert methods.names() == ["llm-pruner", "minitron-depth", "minitron-width", "random", "sheared-llama", "shortgpt"]
+    with pytest.raises(UsageError, match="--method: expected one of llm-pruner.*, got magic"):
         methods.get("magic")
 
 
@@ -178,3 +178,47 @@ def test_minitron_depth_offers_every_run_of_layers_in_order() -> None:
     assert [selection.layers for selection in found] == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
     assert all(selection.hidden is selection.heads is selection.ffn is None for selection in found)
     assert len({selection.key for selection in found}) == 4
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("taylor", ["vector", "first", "second", "mixed"])
+@pytest.mark.parametrize(("source", "groups", "heads"), [(GQA, 2, 8), (GQA, 2, 4), (GQA, 3, 3), (MHA, 5, 5)])
+def test_llm_pruner_adds_up_what_is_removed_together(
+    source: ModelShape, groups: int, heads: int, taylor: str, seed: int
+) -> None:
+    """Units by loops over rows and columns. A head's rank among its group's depends on its own rows and columns."""
+    random = np.random.default_rng(seed)
+    d, per_group, layers = source.kv_channels, source.heads_per_group, source.num_layers
+    sizes = {"qkv": (source.num_attention_heads + 2 * source.num_query_groups) * d,
+             "proj": source.num_attention_heads * d, "fc1": 2 * source.ffn_hidden_size,
+             "fc2": source.ffn_hidden_size}  # fmt: skip
+    kinds = ("vector", "first", "second", "mixed")
+    made = {f"{m}.{kind}": random.uniform(0, 1, (layers, size)) for m, size in sizes.items() for kind in kinds}
+    target = replace(source, num_query_groups=groups, num_attention_heads=heads, ffn_hidden_size=7)
+    statistics = {key: torch.from_numpy(value) for key, value in made.items()}
+    chosen = select("llm-pruner", source, target, statistics, "--taylor", taylor)
+    assert chosen.hidden is None and chosen.layers == (0, 1, 2, 3)
+    assert chosen.heads is not None and chosen.ffn is not None
+    for layer in range(layers):
+        rows, columns = made[f"qkv.{taylor}"][layer], made[f"proj.{taylor}"][layer]
+        own = np.zeros((source.num_query_groups, per_group))
+        whole = np.zeros(source.num_query_groups)
+        for group in range(source.num_query_groups):
+            first = group * (per_group + 2) * d
+            for head in range(per_group):
+                place = (group * per_group + head) * d
+                own[group, head] = rows[first + head * d :][:d].sum() + columns[place:][:d].sum()
+            whole[group] = own[group].sum() + rows[first + per_group * d : first + (per_group + 2) * d].sum()
+        kept = [g * per_group + h for g in top(whole, groups) for h in top(own[g], heads // groups)]
+        assert chosen.heads[layer] == tuple(kept)
+        gate, up = np.split(made[f"fc1.{taylor}"][layer], 2)
+        assert chosen.ffn[layer] == top(gate + up + made[f"fc2.{taylor}"][layer], 7)
+
+
+def test_what_reads_gradients_is_listed() -> None:
+    """study.yaml and prune ask the list, without torch."""
+    from megatron_prune.structured.statistics import saliency_shapes
+
+    for name in methods.names():
+        needed = set(methods.get(name).needs(options.STRUCTURED[name]()))
+        assert bool(needed & saliency_shapes(GQA).keys()) == (name in options.READ_GRADIENTS)

@@ -186,6 +186,17 @@ def test_what_pruning_a_block_takes_is_what_a_process_grows_by(distributed, meth
     assert memory.pruning(args, ModelShape.from_args(vars(args))) == pytest.approx(grown, rel=0.15)
 
 
+@pytest.mark.parametrize("flags", [{"gradients": True}, {"method": "llm-pruner"}])
+def test_a_calibration_with_gradients_keeps_activations_and_two_sums(flags: dict[str, Any]) -> None:
+    """Of calibrate, and of prune: activations as a training step has them, and 8 bytes per weight of the linears."""
+    args, stage = arguments(**flags), whole(2)
+    (found,) = memory.forward(args, LLAMA, [stage])
+    kept, once = memory.activations(args, LLAMA, stage, 0, 1, 1)
+    assert (found.activations, found.working, found.optimizer) == (kept, once, 0)
+    assert found.gradients == 8 * stage.linears and stage.linears > 3e9
+    assert memory.forward(arguments(), LLAMA, [stage])[0].total < found.total
+
+
 def test_a_nodes_memory_by_hand() -> None:
     """Llama-3.1-8B on 64 GPUs at TP 2: 4.02B parameters per rank, 32 replicas, 8 ranks per node."""
     stage = whole(2)

@@ -420,3 +420,26 @@ REFUSED: list[tuple[str, list[str], dict[str, Any], str]] = [
 def test_refused(method: str, flags: list[str], extra: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose(SMALL, method, *flags, **extra)
+
+
+@pytest.mark.parametrize("source", [SMALL, MHA, SMOLLM2])
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+def test_without_hidden_channels_groups_and_ffn_shrink_together(source: ModelShape, ratio: float) -> None:
+    """llm-pruner's rule by brute force: of the shapes within the tolerance, the most even one."""
+    goal = (1 - ratio) * source.linear_parameters()
+    best: tuple[tuple[float, ...], ModelShape] | None = None
+    for groups in range(1, source.num_query_groups + 1):
+        shapes = [
+            replace(source, num_query_groups=groups, num_attention_heads=groups * source.heads_per_group,
+                    ffn_hidden_size=size)
+            for size in {*range(8, source.ffn_hidden_size, 8), source.ffn_hidden_size}
+        ]  # fmt: skip
+        shape = min(shapes, key=lambda s: (abs(s.linear_parameters() - goal), -s.ffn_hidden_size))
+        error = abs(shape.linear_parameters() / goal - 1)
+        uneven = abs(log(groups / source.num_query_groups) - log(shape.ffn_hidden_size / source.ffn_hidden_size))
+        rank = (round(uneven, 12), round(error, 12), -groups)
+        if error <= 0.05 and (best is None or rank < best[0]):
+            best = (rank, shape)
+    assert best is not None
+    found = choose(source, "llm-pruner", "--ratio", str(ratio), "--divisible-by", "8", "--tolerance", "0.05")
+    assert found == best[1]

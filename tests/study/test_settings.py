@@ -12,7 +12,7 @@ import yaml
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
-from megatron_prune.study import grid, prunings, schema, validate
+from megatron_prune.study import estimate, grid, prunings, schema, validate
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.outlook import look
@@ -305,3 +305,28 @@ def test_several_parents_are_a_study_each(prefixes, capsys) -> None:
     path.write_text(yaml.safe_dump(content | {"parent": {"load": "x"}}))
     with pytest.raises(UsageError, match="parents: expected either parent, or parents by their labels, got both"):
         schema.load_all(path)
+
+
+# ------------------------------------------------------------------ gradients
+
+
+def test_only_a_method_that_reads_gradients_pays_for_them(prefixes, capsys) -> None:
+    """Its calibration is a cell of its own: the others' command, and what they are charged, do not change."""
+    methods = [{"name": "shortgpt"}, {"name": "llm-pruner", "settings": {"taylor": "mixed", "divisible-by": 8}}]
+    content = made_up.mapping(prefixes, methods=methods)
+    Path("study.yaml").write_text(json.dumps(content))
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    calibrations = [line for line in lines if " calibrate " in line]
+    assert [("--gradients" in line, "cells/gradients" in line) for line in calibrations] == [
+        (False, False),
+        (True, True),
+    ]
+    plans = [line for line in lines if " plan " in line and "--method" in line]
+    assert ["cells/gradients" in line for line in plans] == [False, True]
+    assert "--method llm-pruner" in plans[1] and "--taylor mixed" in plans[1]
+    study = schema.from_mapping(content)
+    places = Places(Path("runs/made-up"))
+    flops = {one.cell: one.flops for one in estimate.of_study(study, look(study, places))}
+    (plain,), (dear,) = ([flops[c] for c in flops if c.startswith(kind)] for kind in ("calibration", "gradients"))
+    assert plain and dear == 3 * plain

@@ -1,0 +1,71 @@
+"""LLM-Pruner (2305.11627): remove the query groups and FFN channels whose removal changes the loss least.
+
+Weights that only work together are removed together. A query group is its key and value rows, its heads' query rows and
+their columns of linear_proj (without grouped queries: one head); an FFN channel is its rows of gate and up and its
+column of linear_fc2. A unit's saliency is the sum over its rows and columns of one of four Taylor estimates of the
+change of the loss, with g the gradient and h the diagonal of the Fisher matrix on the calibration text
+(``calibration/gradients.py``):
+
+* ``--taylor vector``: |Σ w·g| of each row or column;
+* ``first`` (default): Σ |w·g|;
+* ``second``: Σ w²·h;
+* ``mixed``: Σ |w·g − ½·w²·h|.
+
+As in the published code, biases and norms do not count, and a row or column is the vector of ``vector``.
+
+All layers keep the same number of groups and channels, ranked per layer. The published scripts exempt the first and
+last layers, and offer one ranking over all layers: both need layers of different shape, which a checkpoint of one shape
+cannot hold.
+A target with fewer heads per group ranks heads inside their group, whose keys and values they share evenly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.methods.base import NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.options import LLMPrunerOptions
+from megatron_prune.methods.ranking import keep_heads, keep_highest
+
+
+class LLMPruner(RankingMethod[LLMPrunerOptions]):
+    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+
+    def free_dimensions(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
+        return "num_query_groups", "ffn_hidden_size"  # whole groups
+
+    def needs(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
+        return tuple(f"{module}.{settings.taylor}" for module in ("qkv", "proj", "fc1", "fc2"))
+
+    def select(self, request: PruningRequest[LLMPrunerOptions]) -> Selection:
+        source, target = request.source, request.target
+        qkv, proj, fc1, fc2 = (request.statistics[key] for key in self.needs(request.settings))
+        layers = range(source.num_layers)
+        near: list[NearTie] = []
+        heads = ffn = None
+        if target.num_attention_heads < source.num_attention_heads:
+            scores = of_heads(source, qkv, proj)
+            chosen = [keep_heads(scores[layer], source, target, layer) for layer in layers]
+            heads = tuple(kept for kept, _ in chosen)
+            near += [tie for _, ties in chosen for tie in ties]
+        if target.ffn_hidden_size < source.ffn_hidden_size:
+            channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2  # [L, F]
+            chosen = [keep_highest(channels[layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers]
+            ffn = tuple(kept for kept, _ in chosen)
+            near += [tie for _, ties in chosen for tie in ties]
+        return Selection(tuple(layers), None, heads, ffn, tuple(near))
+
+
+def of_heads(source: ModelShape, qkv: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
+    """Saliency of every head [L, H], from rows of linear_qkv [L, G·(H/G + 2)·d] and columns of linear_proj [L, H·d].
+
+    A group's keys and values are divided evenly among its heads, so that its heads add up to the group.
+    """
+    layers, groups, per_group = source.num_layers, source.num_query_groups, source.heads_per_group
+    rows = qkv.view(layers, groups, per_group + 2, -1).sum(3)  # [L, G, H/G + 2]
+    shared = rows[:, :, per_group:].sum(2, keepdim=True) / per_group
+    return (rows[:, :, :per_group] + shared).flatten(1) + proj.view(layers, groups * per_group, -1).sum(2)
+
+
+METHOD = LLMPruner()
