@@ -17,8 +17,9 @@ from megatron_prune.errors import UsageError
 def build_corpus_parser() -> Parser:
     return Parser(
         "build-corpus",
-        "Gathers English text from this machine (documentation, licences, manuals) into JSON lines, split into "
-        "training, calibration, validation and test, with no document in two splits. Meant for trying things out.",
+        "Gathers English text from this machine (documentation, licences, manuals), and from packages that are fetched "
+        "for their text, into JSON lines, split into training, calibration, validation and test, with no document in "
+        "two splits. Meant for trying things out.",
         verbs.BuildCorpusSettings,
         example="megatron-prune build-corpus --output data/text --max-bytes 10000000",
     )
@@ -27,14 +28,21 @@ def build_corpus_parser() -> Parser:
 def build_corpus_main(argv: list[str]) -> int:
     """Gather English text from this machine into JSON lines."""
     asked = verbs.BuildCorpusSettings.of(build_corpus_parser().read(argv)[0])
-    from megatron_prune.data import local_text
+    from megatron_prune.data import local_text, text_packages
 
+    if not (asked.debian or asked.pypi) and (asked.packages_only or asked.downloads):
+        raise UsageError("--packages-only, --downloads", got="no packages", expected="--debian or --pypi with them")
+    folder = Path(asked.downloads or f"{asked.output.rstrip('/')}.downloads")
+    fetched = text_packages.fetch(folder, asked.debian, asked.pypi) if asked.debian or asked.pypi else []
     manifest = local_text.build_corpus(
         asked.output,
         max_bytes=asked.max_bytes or None,
         shares=_shares(asked.split),
         longest_held_out=asked.longest_held_out or None,
         workers=asked.workers or min(8, os.cpu_count() or 1),
+        places=local_text.TextPlaces((), (), (), ()) if asked.packages_only else None,
+        more=[text_packages.texts_of(package) for package in fetched],
+        packages=[package.to_json() for package in fetched],
     )
     sizes = ", ".join(
         f"{name} {s['bytes'] / 1e6:.2f} MB of {s['documents']} documents" for name, s in manifest["splits"].items()

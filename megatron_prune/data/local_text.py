@@ -1,9 +1,9 @@
 """A corpus of English text from this machine, for the examples: four JSONL files and a manifest.
 
-``gather`` finds text. It is cleaned (each paragraph is kept once in the whole corpus, so that splits do not
-overlap), filtered (long enough, English) and split by document: in the order of their hashes, the first 94% of
-the bytes are train, then calibration, validation and test. Two runs on a machine give the same bytes. The
-licenses of the packages apply to their text, so do not put it in a repository.
+``gather`` finds text; packages that are named (``text_packages``) add theirs. It is cleaned (each paragraph is kept
+once in the whole corpus, so that splits do not overlap), filtered (long enough, English) and split by document: in the
+order of their hashes, the first 94% of the bytes are train, then calibration, validation and test. Two runs on a
+machine give the same bytes. The licenses of the packages apply to their text, so do not put it in a repository.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,13 +49,16 @@ def build_corpus(
     longest_held_out: int | None = None,
     workers: int = 1,
     places: TextPlaces | None = None,
+    more: Sequence[Iterable[FoundText]] = (),
+    packages: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write ``output``/{train,calibration,validation,test}.jsonl and manifest.json; returns the manifest.
 
     Gathering ends at ``max_bytes`` of text (UTF-8). ``shares`` are the splits' shares of the bytes, met up to the
     document on each border. Documents of calibration, validation and test are cut to ``longest_held_out`` characters;
     the rest is in no split. For resampling, many short documents are better than few long ones. An existing ``output``
-    is replaced. Raises UsageError, and DataError if a split would be empty.
+    is replaced. ``more`` are further kinds of text, and ``packages`` says where they are from (``packages.json``).
+    Raises UsageError, and DataError if a split would be empty.
     """
     if len(shares) != len(SPLITS) or min(shares) <= 0:
         given = ",".join(map(str, shares))
@@ -70,7 +73,7 @@ def build_corpus(
     documents: list[tuple[bytes, FoundText]] = []
     total = 0
     with screen.Bar(max_bytes, "gathering text", "B") as bar:
-        for document in clean(gather(places or TextPlaces(), workers), rejected):
+        for document in clean(gather(places or TextPlaces(), workers, more), rejected):
             payload = document.text.encode()
             size = len(payload)
             documents.append((hashlib.sha256(payload).digest(), document))
@@ -100,6 +103,8 @@ def build_corpus(
                 "sha256": artifacts.sha256_file(scratch / f"{name}.jsonl"),
             }
         artifacts.write_json(scratch / "manifest.json", manifest)
+        if packages:
+            artifacts.write_json(scratch / "packages.json", list(packages))
     return manifest | {"seconds": monotonic() - begun}
 
 
@@ -208,9 +213,10 @@ class FoundText:
     text: str
 
 
-def gather(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
-    """Every text of every kind; ``workers`` processes parse Python files. The order does not depend on ``workers``."""
-    kinds = [topics(places), documentation(places), manuals(places), descriptions(places)]
+def gather(places: TextPlaces, workers: int = 1, more: Sequence[Iterable[FoundText]] = ()) -> Iterator[FoundText]:
+    """Every text of every kind, and of those in ``more``; ``workers`` processes parse Python files. The order does not
+    depend on ``workers``."""
+    kinds = [topics(places), documentation(places), manuals(places), descriptions(places), *map(iter, more)]
     # Parsing comes last, so that no processes start for a reader that stops early.
     waiting = [(0, number, kind) for number, kind in enumerate([*kinds, docstrings(places, workers)])]
     while waiting:
@@ -237,7 +243,8 @@ NOT_TEXT = re.compile(
 TEXT_SUFFIXES = (".txt", ".rst", ".md", ".html", ".htm")
 
 
-def _is_document(path: str) -> bool:
+def is_document(path: str) -> bool:
+    """Whether a file is documentation by its name, and no notice, changelog or list."""
     name = path.rpartition("/")[2].removesuffix(".gz").lower()
     return (name.endswith(TEXT_SUFFIXES) or name.startswith("readme")) and not NOT_TEXT.search(name)
 
@@ -245,7 +252,7 @@ def _is_document(path: str) -> bool:
 def documentation(places: TextPlaces) -> Iterator[FoundText]:
     """Debian's ``/usr/share/doc`` without changelogs and copyright notices."""
     for folder in places.documentation:
-        for name in filter(_is_document, _files(folder)):
+        for name in filter(is_document, _files(folder)):
             text = _read(folder / name)
             if name.removesuffix(".gz").endswith((".html", ".htm")):
                 text = strip_html(text)
@@ -255,7 +262,7 @@ def documentation(places: TextPlaces) -> Iterator[FoundText]:
 def manuals(places: TextPlaces) -> Iterator[FoundText]:
     """English manual pages."""
     for folder in places.manuals:
-        for name in sorted(_files(folder), key=_shuffled):
+        for name in sorted(_files(folder), key=shuffled):
             if re.match("man[1-9]/", name) and not (folder / name).is_symlink():  # a link is an alias
                 yield FoundText("manuals", name, strip_roff(_read(folder / name)))
 
@@ -272,7 +279,7 @@ def descriptions(places: TextPlaces) -> Iterator[FoundText]:
             message = email.message_from_string(_read(path))
             text = message.get_payload() if not message.is_multipart() else ""
             yield FoundText("descriptions", str(path.relative_to(folder)), str(text))
-        for name in filter(_is_document, _files(folder)):
+        for name in filter(is_document, _files(folder)):
             if not {"tests", "licenses"} & set(name.split("/")):
                 yield FoundText("descriptions", name, _read(folder / name))
 
@@ -287,7 +294,7 @@ def docstrings(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
         for name in _files(folder):
             if name.endswith(".py") and not unwanted & set(name.split("/")):
                 found.setdefault(name, folder / name)
-    names = sorted(found, key=_shuffled)
+    names = sorted(found, key=shuffled)
     paths = [found[name] for name in names]
     if workers == 1:
         yield from (FoundText("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
@@ -310,6 +317,12 @@ def docstrings_of(path: Path) -> str:
         source = path.read_bytes()
     except OSError:
         return ""
+    return docstrings_in(source)
+
+
+def docstrings_in(source: bytes | str) -> str:
+    """The same of a file's content."""
+    source = source.encode() if isinstance(source, str) else source
     documented = sum(map(len, TRIPLE.findall(source)))
     if documented < max(LEAST_BYTES, LEAST_SHARE * len(source)):
         return ""
@@ -372,7 +385,8 @@ def _files(folder: Path) -> Iterator[str]:
         yield from sorted(names) if below == "." else (f"{below}/{name}" for name in sorted(names))
 
 
-def _shuffled(name: str) -> bytes:
+def shuffled(name: str) -> bytes:
+    """A key to sort names in an order that has nothing to do with their meaning."""
     return hashlib.sha256(name.encode()).digest()
 
 

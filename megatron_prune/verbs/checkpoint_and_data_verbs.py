@@ -79,6 +79,14 @@ class BuildCorpusSettings(Settings):
     longest_held_out: int = setting(
         0, metavar="CHARACTERS", help="longest document of the last three splits; 0: no limit"
     )
+    debian: tuple[str, ...] = setting((), metavar="NAME", help="also the text of these Debian packages (not installed)")
+    pypi: tuple[str, ...] = setting((), metavar="NAME", help="also the text of these PyPI packages (not installed)")
+    packages_only: bool = setting(False, help="no text of this machine, so that every machine makes the same corpus")
+    downloads: str | None = setting(
+        None,
+        metavar="DIR",
+        help="directory for the packages; those in it are not fetched again (default: OUTPUT.downloads)",
+    )
     workers: int | None = setting(
         None, metavar="N", help="processes; the files do not depend on their number (default: the cores, 8 at most)"
     )

@@ -67,7 +67,7 @@ def test_documents_are_split_without_a_shared_paragraph(machine, tmp_path, monke
     copies = [
         FoundText("k", str(i), f"Document {i}. {PROSE * 3}\n\nshared: {PROSE * 2}\n\nExamples") for i in range(60)
     ]
-    monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(copies + copies))
+    monkeypatch.setattr(local_text, "gather", lambda places, workers, more: iter(copies + copies))
     manifest = local_text.build_corpus(tmp_path / "c", shares=shares, places=machine)
     lines = {name: (tmp_path / "c" / f"{name}.jsonl").read_text().splitlines() for name in local_text.SPLITS}
     texts = {name: [json.loads(line)["text"] for line in found] for name, found in lines.items()}
@@ -83,7 +83,7 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
     """With 400 documents the held-out splits have many short ones, and no split has the ends that were cut."""
     parts = [[f"Part {k} of {i}: {PROSE}".rstrip() for k in range(30)] for i in range(400)]
     made = [FoundText("k", str(i), "\n\n".join(own)) for i, own in enumerate(parts)]
-    monkeypatch.setattr(local_text, "gather", lambda places, workers: iter(made))
+    monkeypatch.setattr(local_text, "gather", lambda places, workers, more: iter(made))
     whole = local_text.build_corpus(tmp_path / "w", places=machine)["splits"]
     short = local_text.build_corpus(tmp_path / "s", places=machine, longest_held_out=600)["splits"]
     assert (tmp_path / "s" / "train.jsonl").read_text() in (tmp_path / "w" / "train.jsonl").read_text()
