@@ -10,13 +10,9 @@ calibration and the learning of masks use less text.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
-import re
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -24,36 +20,14 @@ import yaml
 from megatron_prune.artifacts import write_bytes
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.engine.launch import start
-from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, RunError, UsageError
+from megatron_prune.errors import EXIT_REFUSED, MegatronPruneError, UsageError
 from megatron_prune.study import needs, prunings, schema
 from megatron_prune.study.commands import CORPORA
+from megatron_prune.study.throughput import time_steps
 
 STUDY = Path(__file__).with_name("study.yaml")
-STEPS, WARM_UP = 5, 2
 START = 5.0  # seconds of a run that are neither steps nor evaluation: its start, its save
 LEAST = 4  # steps, and sequences that are evaluated and calibrated on
-
-
-def seconds_per_step(study: dict, checkpoint: str) -> float:
-    """Time that a step of the whole model takes when as many run side by side as the study's cells do, over their
-    number: the median from Megatron's log."""
-    recipe, length, beside = study["recipe"], study["data"]["seq_length"], study["launch"]["parallel_cells"]
-    batch, rate = recipe["global_batch_size"], recipe["lr"][0]
-    argv = ["pretrain", "--shape-from", checkpoint, "--seq-length", str(length), "--global-batch-size", str(batch)]
-    argv += ["--micro-batch-size", str(recipe["micro_batch_size"]), "--lr", str(rate), "--log-interval", "1"]
-    argv += ["--train-data-path", *study["data"]["train"], "--stream-range", f"0:{STEPS * batch}"]
-    argv += ["--bf16"] if recipe["arguments"].get("bf16") else []
-    times: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as jobs:
-        logs = [Path(folder) / f"{run}.txt" for run in range(beside)]
-        running = [jobs.enter_context(start(argv, log=log)) for log in logs]
-        for job, log in zip(running, logs, strict=True):
-            if job.wait():
-                raise RunError(f"the timed run failed:\n{log.read_text()[-3000:]}")
-            found = re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log.read_text())
-            times += [float(time) / 1000 for time in found[WARM_UP:]]
-    return statistics.median(times) / beside
 
 
 # Every arm twice: on the text alone, and half by what the unpruned model says, which is written once for all of them.
@@ -162,7 +136,9 @@ def main() -> int:
     options = parser.parse_args()
     content = only(yaml.safe_load(STUDY.read_text()), options.methods, options.objective)
     try:
-        step = seconds_per_step(content, options.checkpoint)
+        read = schema.from_mapping(content, where=str(STUDY))
+        # As many runs side by side as the study has cells, over their number.
+        step = time_steps(read, ["--shape-from", options.checkpoint]).step / read.launch.parallel_cells
         study, steps, expected = planned(content, options.minutes, step, open_checkpoint(options.checkpoint).shape)
     except MegatronPruneError as error:
         print(f"budget.py: {error}", file=sys.stderr)

@@ -177,9 +177,7 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
         outlook,
         {"pretrain": training_commands.pretrain_main, "learn-masks": training_commands.learn_masks_main},
         console,
-        options.throughput,
-        options.gpus,
-        options.peak_tflops or PEAK_TFLOPS,
+        _prices(study, outlook, options),
     )
     if options.commands:
         _print_commands(jobs.all_commands(jobs.all_cells(study, places, outlook)))
@@ -189,6 +187,22 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
             jobs.keep(study, places, cell, cells)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
+
+
+def _prices(study: schema.StudyConfig, outlook: Any, options: Any) -> Any:
+    """What `plan --throughput` says of times; None without it."""
+    from megatron_prune.study import estimate, throughput
+
+    launch = study.launch
+    gpus = launch.nproc * launch.parallel_cells if options.gpus is None else options.gpus
+    if gpus < launch.nproc:
+        raise UsageError("--gpus", got=gpus, expected=f"at least {launch.nproc}, the processes of launch.nproc")
+    if options.throughput is None:
+        return None
+    if options.throughput == "measured":
+        return throughput.measure(study, outlook, gpus)
+    peak = options.peak_tflops or PEAK_TFLOPS
+    return estimate.Speed.parse(options.throughput, peak, gpus, outlook.source, study.data.seq_length)
 
 
 def _refuse_times_of_nothing(options: Any) -> None:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -52,25 +52,25 @@ from megatron_prune.training import batch_flags, teacher_cache
 Verb = Callable[[list[str]], int]  # a verb of the command line
 
 
+class Prices(Protocol):
+    """Seconds of a cell on one of ``gpus`` processes: ``Speed``, or ``throughput.Measured``."""
+
+    @property
+    def gpus(self) -> int: ...
+
+    def seconds(self, estimate: Estimate, nproc: int) -> float | None: ...
+
+
 def show(
     study: StudyConfig,
     places: Places,
     outlook: Outlook,
     trainers: Mapping[str, Verb],
     console: Console,
-    throughput: str | None,
-    gpus: int | None,
-    peak_tflops: float,
+    speed: Prices | None,
 ) -> None:
-    """Print the plan: memory by dry runs of the verbs that train, ``trainers`` by name, times if a ``throughput`` is
-    set (``Speed``)."""
+    """Print the plan: memory by dry runs of the verbs that train, ``trainers`` by name; times by ``speed``."""
     launch = study.launch
-    gpus = launch.nproc * launch.parallel_cells if gpus is None else gpus
-    if gpus < launch.nproc:
-        raise UsageError("--gpus", got=gpus, expected=f"at least {launch.nproc}, the processes of launch.nproc")
-    speed = None
-    if throughput is not None:
-        speed = Speed.parse(throughput, peak_tflops, gpus, outlook.source, study.data.seq_length)
     outlook, uncounted = with_questions(study, outlook)
     laid = outlook.estimated_grid(study)
     title = f"study {study.name}: {len(laid.cells)} training runs, {launch.nproc} process(es) each"
@@ -85,7 +85,7 @@ def show(
             console.print(f"not run: {comparison.setting} for {comparison.pruned}: {comparison.not_run}")
 
 
-def _table(title: str, cells: Sequence[Estimate], speed: Speed | None, nproc: int) -> Table:
+def _table(title: str, cells: Sequence[Estimate], speed: Prices | None, nproc: int) -> Table:
     table = Table(title=title)
     for column in "cell samples steps tokens FLOPs parameters memory storage time".split():
         table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)

@@ -205,10 +205,11 @@ def expand(
                 retrain = lay.retrain(budget, pruning.trained)
                 distilled = "-distill" * (objective == "distill")
                 pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}{distilled}")
-                for rate, name in pruned.items():
+                asked = study.asked_of(entry, pruning.subject[2], budget, pruning.seed)
+                for rate, name in pruned.items() if asked else ():
                     cell = TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse)
                     _add(cells, replace(cell, objective=objective))
-                for setting, against in study.compared(entry):
+                for setting, against in asked:
                     reason = _not_run(study, lay, setting)
                     shape = shapes.get(pruning.name)
                     samples = None

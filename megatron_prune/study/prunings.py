@@ -95,11 +95,17 @@ class Pruning:
 
 
 def of_method(study: StudyConfig, method: MethodSection) -> list[Pruning]:
-    """A method at every ratio with every seed. A target has no ratio, N:M its own, a chain those of its links."""
+    """A method at every ratio with every seed, without those that ``leave_out`` leaves nothing to compare. A target has
+    no ratio, N:M its own, a chain those of its links."""
     if method.chain:
-        return [_chained(study, method, seed) for seed in study.seeds]
-    ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
-    return [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
+        made = [_chained(study, method, seed) for seed in study.seeds]
+    else:
+        ratios = [None] if method.target else [method.own_ratio] if method.own_ratio else study.ratios
+        made = [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
+    return [
+        one for one in made
+        if any(study.asked_of(method, one.subject[2], budget, one.seed) for budget in study.budgets)
+    ]  # fmt: skip
 
 
 def _chained(study: StudyConfig, method: MethodSection, seed: int) -> Pruning:

@@ -206,6 +206,22 @@ class Family:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Omission(Family):
+    """Comparisons that are not made, by any of these keys, and so the runs that no other comparison needs."""
+
+    seeds: list[PositiveInt] | None = None
+    against: Scratch | None = None  # the kind of scratch run
+
+    def holds(self, comparison: Mapping[str, Any]) -> bool:
+        """The same for a comparison that also has its ``seed`` and ``against``."""
+        return (
+            super().holds(comparison)
+            and (self.seeds is None or comparison["seed"] in self.seeds)
+            and self.against in (None, comparison["against"])
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
 class GapSelection(Family):
     """Comparisons of a pruned arm with its scratch arm, by any of these keys. Without ``budgets`` they are those at the
     largest budget (in a trend in tokens, those at every budget). ``against``: the kind of scratch run that sparse
@@ -229,7 +245,8 @@ class GapSelection(Family):
 class Contrast:
     """A question between comparisons. A gap is the advantage of pruning over its scratch run.
 
-    ``larger``: is the gap of ``of`` larger than that of ``than``? A difference of differences, seed by seed.
+    ``larger``: is the gap of ``of`` larger than that of ``than``? A difference of differences, seed by seed. With
+    ``arm: scratch``: do the scratch runs of ``of`` end lower than those of ``than``?
     ``vanishes``: is the gap of ``of`` within ``margin`` (nats, or a share for accuracies)? Two one-sided tests.
     ``trend``: does the gap of ``of`` change ``along`` the ratio removed, or along the tokens of retraining? A slope per
     10% of the linears, or per doubling of the tokens, the mean over the methods.
@@ -245,9 +262,12 @@ class Contrast:
     margin: Annotated[float, Field(gt=0)] | None = None
     measure: str = "test"
     label: str | None = None  # its name in the report
+    arm: Literal["gap", "scratch"] = "gap"
 
     @finds
     def __post_init__(self) -> None:
+        if self.arm == "scratch" and self.kind != "larger":
+            raise UsageError("compare.arm", got=f"scratch with kind {self.kind}", expected="it with kind larger")
         needed = {"larger": "than", "vanishes": "margin", "trend": "along"}
         for kind, key in needed.items():
             if (getattr(self, key) is not None) != (kind == self.kind):
@@ -281,6 +301,7 @@ class StudyConfig:
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     tracking: Tracking = dataclasses.field(default_factory=Tracking)
     retention: Retention = "all"  # of checkpoints of the compared runs
+    leave_out: list[Omission] = dataclasses.field(default_factory=list)  # comparisons of the grid that are not made
     family: Family = dataclasses.field(default_factory=Family)  # the comparisons under Holm's correction
     compare: list[Contrast] = dataclasses.field(default_factory=list)  # questions between comparisons
     parent_per_seed: bool = False  # train one parent per seed, so that intervals are not conditional on one
@@ -343,14 +364,17 @@ class StudyConfig:
             "objectives": self.objectives,
         }
         self.family.check("family", **known)
+        for number, left in enumerate(self.leave_out):
+            left.check(f"leave_out.{number}", **known, seeds=self.seeds)
         measures = ["test", *self.evaluation.corpora, *self.evaluation.tasks, *self.evaluation.lm_eval_tasks]
         for number, contrast in enumerate(self.compare):
             contrast.of.check(f"compare.{number}.of", **known)
             if contrast.than is not None:
                 contrast.than.check(f"compare.{number}.than", **known)
-            if contrast.measure not in measures:
+            allowed = measures if contrast.arm == "gap" else ["test", *self.evaluation.corpora]
+            if contrast.measure not in allowed:
                 raise UsageError(
-                    f"compare.{number}.measure", got=contrast.measure, expected=" or ".join(dict.fromkeys(measures))
+                    f"compare.{number}.measure", got=contrast.measure, expected=" or ".join(dict.fromkeys(allowed))
                 )
         if not self.ratios and not all(method.target or method.own_ratio or method.chain for method in self.methods):
             raise UsageError(
@@ -407,6 +431,17 @@ class StudyConfig:
         asked = method.compare or dict.fromkeys(self.settings)
         default: list[Scratch] = self.scratch if method.sparse else ["dense"]
         return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
+
+    def asked_of(
+        self, method: MethodSection, ratio: float | None, budget: int, seed: int
+    ) -> list[tuple[Setting, Scratch]]:
+        """Of ``compared``, those at one ratio, budget and seed that ``leave_out`` does not have."""
+        about = {"method": method.title, "pattern": method.last_pattern, "ratio": ratio, "budget": budget, "seed": seed}
+        return [
+            (setting, kind)
+            for setting, kind in self.compared(method)
+            if not any(left.holds(about | {"setting": setting, "against": kind}) for left in self.leave_out)
+        ]
 
     def parent_run(self, replicate: int) -> tuple[int, float]:
         """Seed and learning rate of a parent's training; ``replicate`` is its number in ``parent_cells``."""

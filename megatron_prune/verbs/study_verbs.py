@@ -71,7 +71,10 @@ class StudyPlanSettings(StudySettings):
         None, kind=count, metavar="N", help="tokens in data.train, such as 750B, while the corpora do not exist"
     )
     throughput: str | None = setting(
-        None, metavar="T", help="speed of one GPU: tokens per second on the parent's shape, or an MFU such as 40%"
+        None,
+        metavar="T",
+        help="speed of one GPU: tokens per second on the parent's shape, an MFU such as 40%, or `measured`: time a few "
+        "steps of every shape here",
     )
     gpus: int | None = setting(None, metavar="N", help="number of GPUs (default: launch.nproc x launch.parallel_cells)")
     peak_tflops: float | None = setting(

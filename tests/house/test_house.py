@@ -77,7 +77,7 @@ def test_every_public_name_loads(name):
 
 
 # Folders of tests that belong to no room: the layering, bad inputs, real models, other environments, measurements.
-APART = {"benchmarks", "fuzz", "gpu", "house", "interop", "llama31", "mutation", "smollm2", "te"}
+APART = {"benchmarks", "fuzz", "gpu", "house", "interop", "llama31", "miniature", "mutation", "smollm2", "te"}
 
 
 def test_folders_of_tests_have_the_names_of_rooms():

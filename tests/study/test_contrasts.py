@@ -30,7 +30,9 @@ COMPARE: list[dict[str, Any]] = [
     {"kind": "trend", "of": {"methods": ["shortgpt"]}, "along": "ratio", "label": "Depth as more is removed"},
     {"kind": "trend", "of": {"methods": ["shortgpt"]}, "along": "tokens"},
     {"kind": "larger", "of": {"granularities": ["sparse"]}, "than": {"granularities": ["depth"]}, "measure": "mine"},
-]
+    {"kind": "larger", "arm": "scratch", "of": {"granularities": ["sparse"], "ratios": [0.5]},
+     "than": {"granularities": ["depth"], "ratios": [0.5]}},
+]  # fmt: skip
 SETTINGS = ["equal-training", "equal-total"]
 
 
@@ -74,6 +76,24 @@ def gaps(found: Results, setting: str, method: str, ratio: float, budget: int = 
     return np.array([loss[own[seed].scratch or ""] - loss[own[seed].pruned] for seed in (1, 2, 3)])
 
 
+def test_of_scratch_runs_alone_the_lower_loss_is_the_larger(found: Results) -> None:
+    own = one(found, 5)
+    loss = {cell: record.get("test_loss") for cell, record in found.records.items()}
+    scratch = {
+        (item.comparison.pruning.method.name, item.comparison.seed): loss[item.comparison.scratch or ""]
+        for item in found.compared
+        if item.group.items() >= {"setting": "equal-total", "tokens": 20_480, "ratio": 0.5}.items()
+    }
+    drawn = [scratch["shortgpt", seed] - scratch["magnitude", seed] for seed in (1, 2, 3)]
+    assert own.gap.mean == pytest.approx(np.mean(drawn)) and abs(np.mean(drawn)) > 1e-3
+    words = {"larger": "Scratch ends lower than for depth", "smaller": "Scratch ends higher than for depth"}
+    assert words.get(own.outcome, "Scratch cannot be told from scratch for depth") in own.sentence
+    assert "difference of the losses" in own.sentence
+    pair = Weighted(1.0, {1: ("p", "s")}, Scatter(2.0, 5.0, 20.0, 8), "scratch")
+    both = contrasts.shared([pair, Weighted(-1.0, {1: ("q", "t")}, pair.scatter, "scratch")], 1)
+    assert both is not None and both.variance == pytest.approx(2.0)  # two runs, not four
+
+
 def one(found: Results, number: int, setting: str = "equal-total") -> ContrastResult:
     [own] = [c for c in found.contrasts if c.asked == found.study.compare[number] and c.setting == setting]
     return own
@@ -83,7 +103,7 @@ def test_every_question_is_asked_in_every_setting(found: Results) -> None:
     assert [(c.asked.kind, c.setting) for c in found.contrasts] == [
         (asked["kind"], setting) for asked in COMPARE for setting in SETTINGS
     ]
-    assert {c.family for c in found.contrasts} == {10}
+    assert {c.family for c in found.contrasts} == {12}
     assert [c.corrected for c in found.contrasts] == pytest.approx(inference.holm([c.p or 0 for c in found.contrasts]))
 
 
@@ -221,6 +241,14 @@ def test_the_report_and_its_json_have_the_answers_first(found: Results, study_fo
     [
         ({"kind": "larger", "of": {}}, r"compare\.than: expected it with kind larger"),
         ({"kind": "trend", "of": {}, "along": "ratio", "margin": 1}, r"compare\.margin: .*got it with kind trend"),
+        (
+            {"kind": "trend", "of": {}, "along": "ratio", "arm": "scratch"},
+            r"compare\.arm: expected it with kind larger",
+        ),
+        (
+            {"kind": "larger", "of": {}, "than": {}, "arm": "scratch", "measure": "c4"},
+            r"compare\.0\.measure: expected test",
+        ),
         ({"kind": "vanishes", "of": {"methods": ["x"]}, "margin": 1}, r"compare\.0\.of\.methods: .*got x"),
         ({"kind": "vanishes", "of": {}, "margin": 1, "measure": "c5"}, r"compare\.0\.measure: expected test"),
         ({"kind": "vanishes", "of": {"granularities": ["deep"]}, "margin": 1}, r"granularities"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.errors import DataError
+from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import commands, grid, prunings, schema
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.sample_ranges import Batch, Lay, counted
@@ -99,6 +99,53 @@ def test_every_combination_once() -> None:
             assert scratch.samples == pruned.samples
         else:
             assert scratch.samples.start == 0 and scratch.samples.end == pruned.samples.end
+
+
+def test_what_is_left_out_is_not_made_and_nothing_else_is_missing() -> None:
+    """Against all comparisons, filtered here; and the runs that these need, and no others."""
+    methods = [
+        {"name": "shortgpt"},
+        {"name": "wanda", "pattern": "2:4", "compare": {"equal-training": ["dense", "masked"]}},
+    ]
+    whole = {"methods": methods, "ratios": [0.25, 0.5], "budgets": [12_800, 25_600], "seeds": [1, 2]}
+    left = [
+        {"ratios": [0.25], "budgets": [25_600]}, {"ratios": [0.25], "settings": ["equal-total"]},
+        {"methods": ["shortgpt"], "ratios": [0.5], "seeds": [2]}, {"against": "masked", "budgets": [12_800]},
+    ]  # fmt: skip
+
+    def comparisons(study: schema.StudyConfig) -> dict[tuple[Any, ...], grid.Comparison]:
+        shapes = {p.name: SHAPE | {"num_layers": 3 + 100 * i} for i, p in enumerate(prunings.prunings(study))}
+        made = grid.expand(study, LAY, shapes, {})
+        runs = {run for one in made.comparisons for run in (one.pruned, one.scratch)}
+        assert {cell.id for cell in made.cells} == runs
+        assert {p.name for p in prunings.prunings(study)} == {one.pruning.name for one in made.comparisons}
+        return {
+            (one.pruning.method.name, one.pruning.ratio, one.setting, one.against, one.budget, one.seed): one
+            for one in made.comparisons
+        }
+
+    def stays(method: str, ratio: float, setting: str, against: str, budget: int, seed: int) -> bool:
+        return not (
+            (ratio == 0.25 and (budget == 25_600 or setting == "equal-total"))
+            or (method == "shortgpt" and ratio == 0.5 and seed == 2)
+            or (against == "masked" and budget == 12_800)
+        )
+
+    everything, rest = comparisons(make(**whole)), comparisons(make(**whole, leave_out=left))
+    assert set(rest) == {key for key in everything if stays(*key)} and 0 < len(rest) < len(everything)
+    assert all(rest[key].pruned == everything[key].pruned for key in rest)
+    none = make(**whole, leave_out=[{"methods": ["shortgpt"]}])
+    assert {p.method.name for p in prunings.prunings(none)} == {"wanda"}
+
+
+@pytest.mark.parametrize(("left", "message"), [
+    ({"seeds": [3]}, r"leave_out\.0\.seeds: expected one that the study has: 1, 2, got 3"),
+    ({"methods": ["wanda"]}, r"leave_out\.0\.methods: expected .*shortgpt, got wanda"),
+    ({"against": "sparse"}, r"leave_out\.0\.against: expected"),
+])  # fmt: skip
+def test_only_what_the_study_has_can_be_left_out(left: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make(seeds=[1, 2], leave_out=[left])
 
 
 def test_one_shape_shares_its_scratch_runs_where_they_consume_the_same() -> None:

@@ -2,7 +2,8 @@
 
 Each is a weighted sum of gaps, computed for every seed on its own, so that what a seed does to all arms cancels:
 
-    larger    mean of the gaps of one selection minus that of another (a difference of differences)
+    larger    mean of the gaps of one selection minus that of another (a difference of differences); or of the losses
+              of their scratch runs alone (``arm: scratch``)
     vanishes  mean of the gaps of a selection, against both ends of a margin (two one-sided tests, Schuirmann 1987)
     trend     least-squares slope of the gap in what is removed, or in the logarithm of the tokens, method by method
 
@@ -15,10 +16,9 @@ comparisons scatter too differently (``ALIKE``) none is shared. Accuracies have 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,6 +60,18 @@ class Weighted:
     weight: float
     runs: Mapping[int, tuple[str, str]]
     scatter: Scatter | None
+    arm: str = "gap"
+
+    def signed(self, seed: int) -> list[tuple[int, str]]:
+        """The runs whose losses are added up, with their signs: scratch minus pruned; or scratch alone, where lower is
+        better."""
+        pruned, scratch = self.runs[seed]
+        return [(-1, scratch)] if self.arm == "scratch" else [(-1, pruned), (1, scratch)]
+
+    def gap(self, seed: int, loss: Callable[[str], Any]) -> Any:
+        """The weighted sum of their losses."""
+        pruned, scratch = self.runs[seed]
+        return self.weight * (-loss(scratch) if self.arm == "scratch" else loss(scratch) - loss(pruned))
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,9 @@ class ContrastResult:
         """The first words of the sentence."""
         advantage = "the advantage of pruning"
         than = self.asked.than.words() if self.asked.than else ""
+        if self.asked.arm == "scratch":
+            ends = {"larger": f"ends lower than for {than}", "smaller": f"ends higher than for {than}"}
+            return f"Scratch {ends.get(self.outcome, f'cannot be told from scratch for {than}')}"
         return {
             "larger": f"{advantage[0].upper()}{advantage[1:]} is larger than for {than}",
             "smaller": f"{advantage[0].upper()}{advantage[1:]} is smaller than for {than}",
@@ -144,6 +159,7 @@ class ContrastResult:
     def words(self) -> str:
         """The rest of the sentence: numbers, interval, p value, power."""
         what = {"larger": "difference of the gaps", "trend": "slope of the gap", "vanishes": "gap"}[self.asked.kind]
+        what = "difference of the losses" if self.asked.arm == "scratch" else what
         text = f": {what} {self._amount(self.gap.mean)}"
         text += f" {STEPS[self.asked.along]}" if self.asked.along else ""
         if self.measure.name != TEST:
@@ -251,17 +267,16 @@ def _weighted(
     of = [one for one in own if selects(study, asked.of, one[0][0].comparison, every_budget=every)]
     if asked.kind == "trend":
         return [_weight(weight, *one) for weight, one in _slopes(asked, of, records)]
-    weighted = [_weight(1 / len(of), *one) for one in of]
+    weighted = [_weight(1 / len(of), *one, asked.arm) for one in of]
     if asked.than is not None:
         than = [one for one in own if selects(study, asked.than, one[0][0].comparison)]
-        weighted = [*weighted, *(_weight(-1 / len(than), *one) for one in than)] if of and than else []
+        weighted = [*weighted, *(_weight(-1 / len(than), *one, asked.arm) for one in than)] if of and than else []
     return weighted
 
 
-def _weight(weight: float, items: Sequence[Any], scatter: Scatter | None) -> Weighted:
-    return Weighted(
-        weight, {item.comparison.seed: (item.comparison.pruned, item.comparison.scratch) for item in items}, scatter
-    )
+def _weight(weight: float, items: Sequence[Any], scatter: Scatter | None, arm: str = "gap") -> Weighted:
+    runs = {item.comparison.seed: (item.comparison.pruned, item.comparison.scratch) for item in items}
+    return Weighted(weight, runs, scatter, arm)
 
 
 def _slopes(
@@ -323,11 +338,7 @@ def of_losses(
 ) -> tuple[Difference, OverDocuments | None]:
     """A weighted sum of gaps in the loss on a corpus, over seeds and over documents."""
     values = [
-        math.fsum(
-            one.weight * (loss[1] - loss[0])
-            for one in weighted
-            for loss in [[answers.value(measure, cell, records[cell]) for cell in one.runs[seed]]]
-        )
+        math.fsum(one.gap(seed, lambda cell: answers.value(measure, cell, records[cell])) for one in weighted)
         for seed in seeds
     ]
     scatter = shared(weighted, seeds[0]) if measure.name == TEST else None
@@ -348,9 +359,8 @@ def shared(weighted: Sequence[Weighted], seed: int) -> Scatter | None:
         return None
     runs: dict[str, float] = defaultdict(float)
     for one in weighted:
-        pruned, scratch = one.runs[seed]
-        runs[pruned] -= one.weight
-        runs[scratch] += one.weight
+        for sign, cell in one.signed(seed):
+            runs[cell] += sign * one.weight
     squares = math.fsum(value * value for value in runs.values())
     return least if alone else replace(least, variance=least.variance * squares / 2, weight=least.weight * TRUSTED)
 
@@ -372,12 +382,10 @@ def _over_documents(
 ) -> OverDocuments | None:
     """The bootstrap of the weighted sum over evaluation documents, with the models fixed."""
     windows = answers.windows[measure.name]
-    cells = {cell for one in weighted for cell in itertools.chain.from_iterable(one.runs[seed] for seed in seeds)}
+    cells = {cell for one in weighted for seed in seeds for _, cell in one.signed(seed)}
     losses = {cell: windows.of(cell) for cell in cells}
     if windows.documents is None or any(own is None for own in losses.values()):
         return None
     known: dict[str, np.ndarray] = {cell: own for cell, own in losses.items() if own is not None}
-    summed = np.stack(
-        [sum(one.weight * (known[one.runs[seed][1]] - known[one.runs[seed][0]]) for one in weighted) for seed in seeds]
-    )
+    summed = np.stack([sum(one.gap(seed, known.__getitem__) for one in weighted) for seed in seeds])
     return inference.over_documents(np.zeros_like(summed), summed, windows.documents)
