@@ -846,7 +846,6 @@ def _carries(link: str, target: str) -> Attack:
 CARRIED: dict[str, Attack] = {
     "a link to a file outside": _carries("tokenizer.json", "../../secret"),
     "a link to a file of the system": _carries("tokenizer.json", "/etc/passwd"),
-    "a link to a device": _carries("tokenizer.json", "/dev/zero"),
 }
 # Where a verb is told to write. The rest of it is good.
 OUTPUTS: dict[str, tuple[str, Attack]] = {
