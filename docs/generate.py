@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import is_pydantic_dataclass
 
+# Of a row of model-arguments.json: the title of its section, and what it says.
+OUTCOMES = {
+    "equal": ("The same loss", "The checkpoint alone has the loss that the trained model had in memory."),
+    "refused": ("Refused", "The checkpoint alone is refused, by the argument's name."),
+    "not trained": (
+        "Not trained",
+        "Training with this value alone does not begin, or does not end: this package or Megatron refuses it.",
+    ),
+    "needs a GPU": (
+        "Not on this machine",
+        "The table was made without a GPU, and training with these needs one, or a library that needs one.",
+    ),
+    "not run": ("Not run yet", "The run that made this table did not come to these."),
+}
 MARK = "<!-- study-schema -->"
 COMMANDS = "<!-- cli-reference -->"
 API = "<!-- api -->"
+ARGUMENTS = "<!-- model-arguments -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the mark of a generated page."""
-    for mark, made in ((MARK, study_schema), (COMMANDS, command_line), (API, api)):
+    for mark, made in ((MARK, study_schema), (COMMANDS, command_line), (API, api), (ARGUMENTS, model_arguments)):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown
@@ -42,6 +59,24 @@ def command_line() -> str:
             helps |= {"prune --hf": prune_hf_parser()} if verb == "prune" else {}
             sections += [f"### {name}\n\n```text\n{one.format_help()}\n```" for name, one in helps.items()]
     return "\n\n".join(sections)
+
+
+def model_arguments() -> str:
+    """What became of every argument of Megatron's model: the table that tests/checkpoint/argument_guard.py made."""
+    rows = json.loads(Path(__file__).with_name("model-arguments.json").read_text())
+    sections = []
+    for outcome, (title, about) in OUTCOMES.items():
+        found = [row for row in rows if row["outcome"] == outcome]
+        if not found:
+            continue
+        why = any(row["why"] for row in found)
+        sections.append(f"## {title}: {len(found)} of {len(rows)}\n\n{about}\n")
+        sections.append(f"| argument | flags |{' reason |' * why}\n| --- | --- |{' --- |' * why}")
+        for row in found:
+            cells = [f"`{row['argument']}`", f"`{row['flags']}`", *([row["why"]] if why else [])]
+            sections.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
+        sections.append("")
+    return "\n".join(sections)
 
 
 def api() -> str:

@@ -276,7 +276,7 @@ def _answer(child: int, reader: int) -> tuple[int, str, list[float]]:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if not answer:
-        return 1, f"the process ended with status {status}", []
+        return 2, f"Megatron: the process is ended by signal {status & 127}", []
     ended: tuple[int, str, list[float]] = pickle.loads(answer)
     return ended
 
