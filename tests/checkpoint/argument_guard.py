@@ -126,7 +126,7 @@ OUTCOMES = {
 }
 _GPU = re.compile(
     r"GPU|CUDA|cuda|Transformer Engine|TransformerEngine|transformer_engine|Apex|apex|triton|Triton|kitchen|mamba|"
-    r"flash|TE |te_|fla |NVSHMEM|nvls|cudnn|causal_conv1d"
+    r"flash|TE |\bte_|\bfla |NVSHMEM|nvls|cudnn|causal_conv1d"
 )
 
 
