@@ -35,8 +35,9 @@ from megatron_prune.training.distillation_loss import Shard, TopKTargets, log_pr
 from megatron_prune.training.teacher_cache import IDS, LOG_PROBABILITIES, REST, Taught
 
 OUTPUT = "--output"
-_KEY_BYTES = 256 << 20  # of keys to sort at a time
-_LOW = (1 << 32) - 1
+_CHUNK = 1 << 24  # elements of log-probabilities at a time
+_LOW = (1 << 32) - 1  # more than any word
+_NONE = -1 << 63  # less than any key
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
     Sorted by log-probability, of equals the lowest id first. ``ids`` int64, the others float32. Collective over
     ``shard.group``.
     """
-    rows = max(1, _KEY_BYTES // 8 // logits.shape[-1])
+    rows = max(1, _CHUNK // logits.shape[-1])
     flat = logits.flatten(0, 1)
     parts = [_top_k(flat[first : first + rows], k, shard) for first in range(0, len(flat), rows)]
     ids, logs, rest = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -241,27 +242,43 @@ def _top_k(logits: torch.Tensor, k: int, shard: Shard) -> tuple[torch.Tensor, to
     """The same of rows [n, V / TP]: ids and log-probabilities [n, k], and the log of the rest [n]."""
     width = logits.shape[-1]
     logs = log_probabilities(logits.unsqueeze(1), shard).squeeze(1).float()  # [n, V / TP]; padding has -inf
-    keys = _keys(logs, shard.first(width))
-    best = keys.topk(min(k, width), dim=-1).values  # [n, k or V / TP]
+    words = torch.arange(shard.first(width), shard.first(width) + width, device=logs.device)
+    best = _best(logs, words, min(k, width))
     if shard.group is not None:
         gathered = [torch.empty_like(best) for _ in range(shard.group.size())]
         torch.distributed.all_gather(gathered, best, group=shard.group)
         best = torch.cat(gathered, dim=-1).topk(k, dim=-1).values
+    ids, found = _of_keys(best)
     if k == shard.words:
         rest = logs.new_full(logs.shape[:1], -torch.inf)
     else:
-        others = logs.masked_fill(keys >= best[:, -1:], -torch.inf)
+        least, last = found[:, -1:], ids[:, -1:]
+        others = logs.masked_fill((logs > least) | (logs == least) & (words <= last), -torch.inf)
         rest = shard.log_sum_exp(others.logsumexp(-1)).clamp(max=0)
-    ids, found = _of_keys(best)
     return ids, found.clamp(max=0), rest
 
 
-def _keys(values: torch.Tensor, first: int) -> torch.Tensor:
-    """int64 in the order of float32 ``values`` [n, width], and of equal ones in the order of falling columns; the first
-    column is the word ``first``. No two keys of a row are equal, so that their order is the same on every machine."""
+def _best(values: torch.Tensor, words: torch.Tensor, k: int) -> torch.Tensor:
+    """The keys of the k best of ``values`` [n, width], in falling order: [n, k]."""
+    found = values.topk(k, dim=-1)
+    least = found.values[:, -1:]
+    keys = _keys(found.values, words[found.indices])
+    # Of those equal to the least one, topk takes any: where there are more of them, the lowest words are found.
+    rows = ((values >= least).sum(-1) > k).nonzero().squeeze(-1)
+    if len(rows):
+        wanted = int((found.values[rows] == least[rows]).sum(-1).max())
+        equal = torch.where(values[rows] == least[rows], -words, -_LOW).topk(wanted, dim=-1).values
+        lowest = torch.where(equal > -_LOW, _keys(least[rows], -equal), _NONE)
+        above = torch.where(found.values[rows] > least[rows], keys[rows], _NONE)
+        keys[rows] = torch.cat([above, lowest], dim=-1).topk(k, dim=-1).values
+    return keys.sort(dim=-1, descending=True).values
+
+
+def _keys(values: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """int64 in the order of float32 ``values``, and of equal ones in the order of falling ``words``. No two keys of
+    different words are equal, so that their order is the same on every machine."""
     bits = (values + 0.0).view(torch.int32).long()  # 0.0 for -0.0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    words = torch.arange(first, first + values.shape[-1], device=values.device)
     return (ordered << 32) | (_LOW - words)
 
 
