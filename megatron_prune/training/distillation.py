@@ -21,12 +21,13 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
-from megatron_prune.training import hidden_states, objective
+from megatron_prune.training import batch_flags, hidden_states, objective, teacher_cache
 from megatron_prune.training.distillation_loss import Mixture, Shard, TargetProvider, TokenLosses, losses
 
 OBJECTIVE, TEACHER, ALPHA, TEMPERATURE, KL = (
     "--objective", "--teacher", "--distill-alpha", "--distill-temperature", "--distill-kl",
 )  # fmt: skip
+CACHE = teacher_cache.FLAG
 
 
 def asked(args: argparse.Namespace) -> bool:
@@ -37,12 +38,14 @@ def asked(args: argparse.Namespace) -> bool:
 def complete_arguments(args: argparse.Namespace, given: Callable[[str], bool]) -> None:
     """Refuse (UsageError) flags of distillation that contradict each other; before Megatron validates."""
     if not asked(args):
-        for flag in (TEACHER, ALPHA, TEMPERATURE, KL, hidden_states.FLAG, hidden_states.WEIGHT):
+        for flag in (TEACHER, CACHE, ALPHA, TEMPERATURE, KL, hidden_states.FLAG, hidden_states.WEIGHT):
             if given(flag):
                 raise UsageError(flag, got="it alone", expected=f"{OBJECTIVE} distill with it")
         return
-    if args.teacher is None:
-        raise UsageError(OBJECTIVE, got="distill alone", expected=f"{TEACHER} CHECKPOINT with it")
+    if args.teacher_cache is not None:
+        _refuse_unfit_with_cache(args)
+    elif args.teacher is None:
+        raise UsageError(OBJECTIVE, got="distill alone", expected=f"{TEACHER} CHECKPOINT or {CACHE} DIR with it")
     ends(ALPHA, args.distill_alpha)
     ends(TEMPERATURE, args.distill_temperature)
     if args.distill_hidden_states:
@@ -55,13 +58,39 @@ def complete_arguments(args: argparse.Namespace, given: Callable[[str], bool]) -
             "a captured step would repeat the targets of the first",
         ),
         (
-            _virtual(args) is not None, "--" + str(_virtual(args)).replace("_", "-"), "it",
-            f"no such flag with {TEACHER}",
+            args.teacher_cache is None and _virtual(args) is not None,
+            "--" + str(_virtual(args)).replace("_", "-"), "it", f"no such flag with {TEACHER}",
             "Megatron's schedule of virtual stages runs one model",
         ),
     ):  # fmt: skip
         if unfit:
             raise UsageError(flag, got=got, expected=expected, why=why)
+
+
+def _refuse_unfit_with_cache(args: argparse.Namespace) -> None:
+    """UsageError for flags with which a cache does not say what the teacher would on this run's samples."""
+    plain = "no such flag"
+    for unfit, flag, got, expected, why in (
+        (
+            args.stream_range is None, "--stream-range", "nothing", "START:END",
+            "samples are found by their numbers in the stream",
+        ),
+        (
+            batch_flags.asked(args), batch_flags.FOLLOWS if args.batch_schedule else batch_flags.EVERY, "it", plain,
+            "a schedule of batches reads samples of corpora, which need not be in the stream's range",
+        ),
+        (
+            bool(args.distill_hidden_states), hidden_states.FLAG, " ".join(args.distill_hidden_states), plain,
+            "a cache holds probabilities alone; run the teacher",
+        ),
+        *(
+            (getattr(args, name), f"--{name.replace('_', '-')}", "it", plain,
+             "teach ran the teacher with positions from 0, and with attention across documents")
+            for name in ("reset_position_ids", "reset_attention_mask")
+        ),
+    ):  # fmt: skip
+        if unfit:
+            raise UsageError(flag, got=got, expected=f"{expected} with {CACHE}", why=why)
 
 
 def _virtual(args: argparse.Namespace) -> str | None:
@@ -86,26 +115,34 @@ def ends(flag: str, text: str) -> tuple[float, float]:
 
 
 def stated(args: argparse.Namespace) -> dict[str, Any]:
-    """The objective for the run's account (``objective.py``). Reads the teacher's fingerprint."""
+    """The objective for the run's account (``objective.py``). Reads the teacher's fingerprint, or its cache's."""
     if not asked(args):
         return dict(objective.LM)
     alpha, temperature = (
         first if first == last else [first, last]
         for first, last in (ends(ALPHA, args.distill_alpha), ends(TEMPERATURE, args.distill_temperature))
     )
+    of = {"alpha": alpha, "temperature": temperature, "kl": args.distill_kl}
+    if args.teacher_cache is not None:
+        taught = teacher_cache.open_cache(args.teacher_cache, check_shards=False).taught
+        top_k = None if taught.k == taught.vocabulary else taught.k
+        return objective.distill(**of, teacher=taught.teacher["fingerprint"], top_k=top_k, cache=taught.described())
     further: dict[str, Any] = {}
     if args.distill_hidden_states:
         further = {"hidden_states": list(args.distill_hidden_states), "hidden_weight": args.distill_hidden_weight}
-    teacher = open_checkpoint(args.teacher).fingerprint()
-    return objective.distill(alpha=alpha, temperature=temperature, kl=args.distill_kl, teacher=teacher, **further)
+    return objective.distill(**of, teacher=open_checkpoint(args.teacher).fingerprint(), **further)
 
 
 def teacher_flops(args: argparse.Namespace) -> int:
     """FLOPs of the teacher's forward pass over all samples of the run; 0 without a teacher."""
     if not asked(args):
         return 0
+    samples = int(args.global_batch_size * args.train_iters)
+    if args.teacher_cache is not None:
+        taught = teacher_cache.open_cache(args.teacher_cache, check_shards=False).taught
+        return objective.flops_in_cache(taught.described(), samples)
     shape: ModelShape = open_checkpoint(args.teacher).shape
-    return shape.forward_flops(args.seq_length) * int(args.global_batch_size * args.train_iters)
+    return shape.forward_flops(args.seq_length) * samples
 
 
 class Distillation:

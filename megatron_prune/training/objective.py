@@ -93,7 +93,7 @@ def words(objective: Objective) -> str:
     if objective["name"] == "lm":
         return "lm"
     alpha, temperature = (_ends(objective[name]) for name in ("alpha", "temperature"))
-    form = "online" if objective["online"] else f"cache of the top {objective['top_k']}"
+    form = "online" if objective["online"] else f"cache of the top {objective['top_k'] or 'all'}"
     return f"{objective['name']}: alpha {alpha}, temperature {temperature}, {objective['kl']} KL, {form}"
 
 

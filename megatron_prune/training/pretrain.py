@@ -37,10 +37,12 @@ from megatron_prune.training.account import (
     is_complete,
     refuse_other_run,
 )
+from megatron_prune.training.cached_targets import CachedTargets
 from megatron_prune.training.data import (
     Provider,
     complete_arguments,
     refuse_empty_parts,
+    refuse_unfit_cache,
     refuse_unfit_range,
     unique_tokens,
 )
@@ -55,6 +57,7 @@ from megatron_prune.training.masked import (
 )
 from megatron_prune.training.scheduled_batches import ScheduledBatches
 from megatron_prune.training.teacher import OnlineTeacher
+from megatron_prune.training.teacher_cache import TeacherCache, open_cache
 
 if TYPE_CHECKING:
     from megatron_prune.training.learned_masks import Learner
@@ -93,7 +96,8 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
         first = refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
     batches = ScheduledBatches(args, first, learner) if batch_flags.asked(args) else None
-    teacher = OnlineTeacher(args) if distillation.asked(args) else None
+    cache = _cache(args)
+    teacher = OnlineTeacher(args) if distillation.asked(args) and cache is None else None
     if args.rank == 0 and teacher is not None:
         runtime.refuse_unfit_checkpoint(teacher.args, args.teacher, distillation.TEACHER)
     if args.rank == 0 and initial is not None:
@@ -101,7 +105,7 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
     if args.rank == 0 and chosen is not None:
         say_that_masks_know_the_start(args, chosen)
     unique = unique_tokens(args) if save is not None else 0  # for the account alone
-    return _train(args, save, initial, chosen, unique, learner, batches, objective, teacher)
+    return _train(args, save, initial, chosen, unique, learner, batches, objective, teacher, cache)
 
 
 def complete(args: argparse.Namespace, argv: list[str]) -> None:
@@ -145,6 +149,16 @@ def _speaks(args: argparse.Namespace) -> bool:
     return args.rank in (0, args.world_size - 1)
 
 
+def _cache(args: argparse.Namespace) -> TeacherCache | None:
+    """The teacher's cache that the run reads, if it does; rank 0 refuses one that is not of this run or is damaged."""
+    if not distillation.asked(args) or args.teacher_cache is None:
+        return None
+    found = open_cache(args.teacher_cache, check_shards=args.rank == 0)
+    if args.rank == 0:
+        refuse_unfit_cache(args, found, open_checkpoint(args.teacher).fingerprint() if args.teacher else None)
+    return found
+
+
 def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     """Where the weights come from: the run's own checkpoint, a pretrained one, or nowhere."""
     from megatron_prune.checkpoint.tracker import find_iteration
@@ -175,6 +189,7 @@ def _train(
     batches: ScheduledBatches | None,
     objective: dict[str, Any] | None,
     teacher: OnlineTeacher | None,
+    cache: TeacherCache | None,
 ) -> int:
     from megatron.core.enums import ModelType
     from megatron.core.utils import unwrap_model
@@ -186,7 +201,7 @@ def _train(
     from megatron_prune.training.zeros import Zeros
 
     optimizer_layout.install(args)
-    provider = Provider(args, batches)
+    provider = Provider(args, batches, cache)
     config = runtime.model_config(args)
     zeros = None if chosen is None else Zeros(args, chosen)
     if zeros is not None:
@@ -202,6 +217,8 @@ def _train(
         if hidden is not None:
             hidden.attach(config, training, lambda: teacher.model)
         step = distillation.Distillation(args, teacher, hidden).forward_step
+    elif cache is not None:
+        step = distillation.Distillation(args, CachedTargets(cache)).forward_step
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique, objective)
     training.training_log = recorder.wrap(training.training_log)
     training.save_checkpoint = recorder.settle_before(training.save_checkpoint)

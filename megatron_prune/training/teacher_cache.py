@@ -349,9 +349,9 @@ def _short(hashes: Sequence[str]) -> str:
     return ", ".join(one[:12] for one in hashes)
 
 
-def open_cache(path: str | Path, flag: str = FLAG) -> TeacherCache:
+def open_cache(path: str | Path, flag: str = FLAG, *, check_shards: bool = True) -> TeacherCache:
     """Open a complete cache. UsageError for a folder that is none, or not complete; DataError for a damaged one, and
-    for shards that are missing or truncated. Reads no shard."""
+    (``check_shards``) for shards that are missing or truncated. Reads no shard."""
     storage.refuse_stored(flag, path, "its shards are mapped into memory")
     folder = Path(path).absolute()
     found = read_manifest(folder, flag)
@@ -364,7 +364,7 @@ def open_cache(path: str | Path, flag: str = FLAG) -> TeacherCache:
             flag, got=f"{path}, of which {made} of {taught.shards} shards exist", expected="a complete cache",
             do="run the same teach again, and it continues",
         )  # fmt: skip
-    for shard, entry in enumerate(shards):
+    for shard, entry in enumerate(shards if check_shards else ()):
         file = shard_path(folder, shard)
         try:
             status = file.stat()

@@ -83,6 +83,11 @@ class DistillationSettings(Settings):
     teacher: str | None = setting(
         None, metavar="CKPT", help="with distill: the teacher, run in the same job; usually the unpruned parent"
     )
+    teacher_cache: str | None = setting(
+        None,
+        metavar="DIR",
+        help="with distill: what teach wrote of a teacher on these samples; --teacher is then compared, not run",
+    )
     distill_alpha: str = setting(
         "1", metavar="A[:B]", help="share of T² · KL in the loss, of which cross entropy has the rest; or from A to B"
     )

@@ -179,9 +179,10 @@ def test_a_teacher_that_is_not_there_is_refused(tiny_parent, tiny_corpus, tmp_pa
 def asked(**changes) -> argparse.Namespace:
     """Arguments of a run that distils, before Megatron validates them."""
     given = {
-        "objective": "distill", "teacher": "/parent", "distill_alpha": "1", "distill_temperature": "1",
-        "distill_kl": "forward", "cuda_graph_impl": "none", "num_layers_per_virtual_pipeline_stage": None,
-        "num_virtual_stages_per_pipeline_rank": None, "pipeline_model_parallel_layout": None,
+        "objective": "distill", "teacher": "/parent", "teacher_cache": None, "distill_alpha": "1",
+        "distill_temperature": "1", "distill_kl": "forward", "cuda_graph_impl": "none",
+        "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
+        "pipeline_model_parallel_layout": None,
         "distill_hidden_states": (), "distill_hidden_weight": 1.0, "pipeline_model_parallel_size": 1,
         "recompute_granularity": None, "fp16": False, "calculate_per_token_loss": False, "use_torch_fsdp2": False,
     }  # fmt: skip
@@ -204,7 +205,11 @@ def asked(**changes) -> argparse.Namespace:
         (HIDDEN | {"fp16": True}, "", "--fp16: expected --bf16 or neither"),
         (HIDDEN | {"calculate_per_token_loss": True}, "", "--calculate-per-token-loss: expected off"),
         (HIDDEN | {"use_torch_fsdp2": True}, "", "--use-torch-fsdp2: expected off"),
-        ({"teacher": None}, "", "--objective: expected --teacher CHECKPOINT with it, got distill alone"),
+        (
+            {"teacher": None},
+            "",
+            "--objective: expected --teacher CHECKPOINT or --teacher-cache DIR with it, got distill alone",
+        ),
         ({"distill_alpha": "1.5"}, "", "--distill-alpha: expected a share from 0 to 1"),
         ({"distill_alpha": "0:x"}, "", "--distill-alpha: expected a share from 0 to 1"),
         ({"distill_temperature": "1:0"}, "", "--distill-temperature: expected a number above 0"),
