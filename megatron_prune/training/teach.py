@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_prune import claims, screen, storage, verbs
-from megatron_prune.artifacts import PARTIAL, check_space, explain_full_disk, sha256_file
+from megatron_prune.artifacts import PARTIAL, check_space, explain_full_disk, refuse_unwritable, sha256_file
 from megatron_prune.checkpoint.layout import ModelShape, vocabulary
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
@@ -53,6 +53,8 @@ class Lesson:
 def teach(own: verbs.TeachSettings, words: Sequence[str]) -> Lesson:
     """Write the cache ``own.output``, or what is missing of it; ``words`` are Megatron's flags. Every rank calls it."""
     storage.refuse_stored(OUTPUT, own.output, "its shards are mapped into memory")
+    if screen.rank() == 0:
+        refuse_unwritable(OUTPUT, own.output, kind="directory")
     args = runtime.start("teach", words, own, complete=_complete)
     folder = Path(own.output).absolute()
     with claims.writing(folder, "teaching", args.rank):
