@@ -171,9 +171,9 @@ LAYOUT: tuple[Mention, ...] = (
     (MODEL, "--pipeline-model-parallel-size", "PP", "stages of layers (default: 1)"),
     (MODEL, "--bf16", None, "compute in bf16 (--fp16, --fp32; default: as the checkpoint)"),
 )
-SHAPE_FROM, FP8 = (
+SHAPE_FROM, PARALLEL_RESIDUAL, FP8 = (
     (MODEL, flag.option, flag.shown.partition(" ")[2], flag.help)
     for flag in verbs.ModelSettings.flags()
-    if flag.name in ("shape_from", "fp8_preset")
+    if flag.name in ("shape_from", "parallel_residual", "fp8_preset")
 )
 SEED: Mention = (MODEL, "--seed", "N", "seed of random windows and of the method random (default: 1234)")

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune import verbs
-from megatron_prune.cli.parser import FP8, LAYOUT, LOAD, MODEL, SHAPE_FROM, TOKENIZER, Parser, start_engine
+from megatron_prune.cli.parser import (
+    FP8,
+    LAYOUT,
+    LOAD,
+    MODEL,
+    PARALLEL_RESIDUAL,
+    SHAPE_FROM,
+    TOKENIZER,
+    Parser,
+    start_engine,
+)
 from megatron_prune.screen import say
 
 RUN = "the run (Megatron's flags)"
@@ -30,7 +40,7 @@ def pretrain_parser() -> Parser:
             (RUN, "--train-iters", "N", "steps; follows from --stream-range where that is given"),
             (RUN, "--lr", "LR", "learning rate; --lr-decay-style, --lr-warmup-fraction, --min-lr"),
             (RUN, "--seed", "N", "seed of initial weights and dropout"),
-            *TOKENIZER, *LAYOUT, SHAPE_FROM, FP8,
+            *TOKENIZER, *LAYOUT, SHAPE_FROM, PARALLEL_RESIDUAL, FP8,
         ),
         example="""
 torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint checkpoints/pruned \\
