@@ -211,8 +211,8 @@ def _parts(logits: Tensor) -> Iterator[slice]:
         yield slice(first, first + length)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, mixture: Mixture, shard: Shard) -> tuple[Tensor, Tensor]:
-    """KL of a part [s, b], and its slope by the student's softened logits, [s, b, ·], times T.
+def _divergence(log_q: Tensor, log_p: Tensor, mixture: Mixture, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of a part [s, b], its slope by the student's softened logits, [s, b, ·], times T, and the student's q.
 
     ``log_q`` is the student's, ``log_p`` the teacher's. Collective over ``shard.group``.
     """
@@ -220,10 +220,10 @@ def _divergence(log_q: Tensor, log_p: Tensor, mixture: Mixture, shard: Shard) ->
     excess = q - p
     if not mixture.reverse:
         terms = torch.addcmul(excess, p, log_p - log_q)
-        return shard.sum(terms.sum(-1)), excess
+        return shard.sum(terms.sum(-1)), excess, q
     slope = (log_q - log_p).mul_(q)
     found = shard.sum((slope - excess).sum(-1))
-    return found, slope.addcmul_(q, found.unsqueeze(-1), value=-1)
+    return found, slope.addcmul_(q, found.unsqueeze(-1), value=-1), q
 
 
 def _places(ids: Tensor, width: int, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -286,10 +286,10 @@ class _Full:
             teacher = _normalized(self.teacher[part], self.shard)
         log_q = _softened(plain, temperature, self.shard)
         log_p = _softened(teacher, temperature, self.shard)
-        divergence, slope = _divergence(log_q, log_p, self.mixture, self.shard)
+        divergence, slope, q = _divergence(log_q, log_p, self.mixture, self.shard)
         slope *= alpha * temperature
         if alpha != 1:
-            slope.add_(plain.exp_(), alpha=1 - alpha)
+            slope.add_(q if temperature == 1 else plain.exp_(), alpha=1 - alpha)
         return lm, divergence, _minus(slope, columns, 1 - alpha)
 
 
@@ -321,7 +321,7 @@ class _TopK:
             (each.to(events.dtype).clamp(min=least) / temperature).log_softmax(-1)
             for each in (events, self.teacher[part])
         )
-        divergence, slopes = _divergence(log_q, log_p, self.mixture, Shard(self.shard.words))
+        divergence, slopes, _ = _divergence(log_q, log_p, self.mixture, Shard(self.shard.words))
         slopes *= alpha * temperature
         # A word of the rest has its share of the rest's slope; the k words have their own.
         slope = others.sub_(rest.clamp(min=least)).exp_().mul_(slopes[..., -1:])

@@ -14,9 +14,10 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import UsageError
 from megatron_prune.training import distillation, teacher
+from tests.conftest import WITH_TE
 from tests.training import distillation_oracle as oracle
 from tests.training.small import GLOBAL_BATCH, layout, recipe
-from tests.training.small_masked import losses, run_function
+from tests.training.small_masked import losses, run_function, start_from
 from tests.training.test_masked_oracle import record_batches
 
 STEPS = 4
@@ -24,6 +25,7 @@ RANGE = f"64:{64 + STEPS * GLOBAL_BATCH}"
 ALPHA, TEMPERATURE = (0.2, 0.8), (1.0, 2.5)  # at the first and the last step
 DISTILL = "--objective distill --distill-alpha 0.2:0.8 --distill-temperature 1:2.5 --distill-kl reverse".split()
 CLIP = 0.5
+ON_TE = pytest.mark.skipif(not WITH_TE, reason="Megatron's local RMSNorm cannot do it")
 HIDDEN = {"distill_hidden_states": ("1:2",)}
 
 
@@ -117,6 +119,8 @@ def test_a_run_is_a_plain_loop_in_float64(reference):
         (2, 2, 4, []),
         (1, 1, 2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()),
         pytest.param(3, 1, 3, [], marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, ["--sequence-parallel"], marks=ON_TE),
+        pytest.param(2, 2, 4, ["--sequence-parallel"], marks=ON_TE),
         pytest.param(1, 2, 4, ["--use-distributed-optimizer"], marks=pytest.mark.slow),
         pytest.param(1, 1, 1, ["--micro-batch-size", "8", "--calculate-per-token-loss"], marks=pytest.mark.slow),
     ],
@@ -167,6 +171,24 @@ def test_a_student_that_starts_as_its_teacher_does_not_move(more, nproc, tiny_pa
     dtype = torch.bfloat16 if "--bf16" in more else torch.float32
     for name in before.names:
         assert torch.equal(before.read(name).to(dtype), after.read(name).to(dtype)), name
+
+
+def test_a_sparse_student_keeps_its_zeros_and_is_validated_on_text_alone(
+    tiny_pruned, tiny_parent, tiny_corpus, tmp_path, job
+):
+    pruned, save = tiny_pruned("unstructured"), tmp_path / "run"
+    argv = start_from(pruned, "--teacher", tiny_parent, *DISTILL, *recipe(tiny_corpus, RANGE, save), *layout(2))
+    argv += ["--valid-data-path", tiny_corpus, "--eval-iters", "1", "--eval-interval", "2"]
+    done = job(["pretrain", *argv], nproc=2).ok()
+    trained = open_checkpoint(save)
+    for name, kept in pruned.kept.items():
+        values = trained.read(name)
+        assert not values[~kept].any() and values[kept].any(), name
+    assert all(found > 0 for found in distillation_losses(done.output))
+    validated = [line for line in done.output.splitlines() if "validation loss at" in line]
+    assert validated and all("lm loss value" in line and "distillation" not in line for line in validated)
+    account = json.loads((save / "account.json").read_text())
+    assert account["masks"] and account["objective"]["name"] == "distill"
 
 
 def test_a_teacher_that_is_not_there_is_refused(tiny_parent, tiny_corpus, tmp_path, job):

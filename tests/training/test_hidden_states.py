@@ -11,6 +11,7 @@ import torch
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import UsageError
 from megatron_prune.training import hidden_states
+from tests.conftest import WITH_TE
 from tests.training import distillation_oracle as oracle
 from tests.training.small import GLOBAL_BATCH, layout, recipe
 from tests.training.small_masked import losses, run_function
@@ -102,7 +103,8 @@ def test_a_run_is_a_plain_loop_also_when_resumed_at_another_layout(tiny_hf, tiny
     other = tmp_path / "other"
     stop = ["--exit-interval", "2", "--save-interval", "2"]
     job(["pretrain", *flags(other), *stop, "--micro-batch-size", "1"], nproc=2).ok()
-    job(["pretrain", *flags(other), *layout(2)], nproc=2).ok()
+    split = ["--sequence-parallel"] if WITH_TE else []
+    job(["pretrain", *flags(other), *layout(2), *split], nproc=2).ok()
     check(other, expected)
 
 
