@@ -273,19 +273,24 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 
 
 def fuse(model: Iterable[torch.nn.Module]) -> None:
-    """Use fused attention for the causal attention of these models in forward passes without gradients, and cache keys
-    rotated.
+    """Make forward passes of these models without gradients faster: fused attention where it is plainly causal, gated
+    MLPs without an addition of zero, keys that are cached rotated, and a last layer that, where only the last token's
+    logits are wanted (``forward.run_cached``), computes no other token after its keys and values.
 
-    Does nothing on a GPU, where Transformer Engine's is fused, and does not touch attention that is not plainly causal.
+    Does nothing on a GPU, where Transformer Engine's attention is fused.
     """
     if not is_cpu():
         return
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.utils import unwrap_model
 
     for chunk in model:
         for module in chunk.modules():
+            if type(module) is MLP and _is_plainly_gated(module):
+                module.forward = functools.partial(_gated, module, module.forward)
             if isinstance(module, Attention):
                 cached = module._adjust_key_value_for_inference
                 module._adjust_key_value_for_inference = functools.partial(_cache_rotated, module, cached)
@@ -296,6 +301,43 @@ def fuse(model: Iterable[torch.nn.Module]) -> None:
                 and module.scale_mask_softmax.window_size is None
             ):
                 module.forward = functools.partial(_forward, module, module.forward)
+        for module in chunk.modules():
+            if isinstance(module, Attention) and _is_fused(module):
+                module._allocate_memory = functools.partial(_sequences_apart, module)
+        whole: Any = unwrap_model(chunk)
+        if whole.post_process and len(whole.decoder.layers) and not whole.config.sequence_parallel:
+            layer = whole.decoder.layers[-1]
+            if isinstance(layer.self_attention, Attention) and _is_fused(layer.self_attention):
+                layer.self_attention.core_attention.only_last = True
+                layer.self_attn_bda = functools.partial(_add_to_the_last, layer.self_attn_bda)
+
+
+def _is_plainly_gated(mlp: Any) -> bool:
+    config = mlp.config
+    return bool(
+        config.gated_linear_unit
+        and not config.bias_activation_fusion
+        and not config.use_te_activation_func
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0
+    )
+
+
+def _gated(module: Any, plain: Any, hidden: torch.Tensor, per_token_scale: Any = None, **more: Any) -> Any:
+    """``MLP.forward`` of a gated MLP: Megatron adds its offset of zero to the linear half, a pass over memory."""
+    if module.training or torch.is_grad_enabled() or per_token_scale is not None:
+        return plain(hidden, per_token_scale, **more)
+    both, bias = module.linear_fc1(hidden)
+    if bias is not None:
+        both = both + bias
+    gate, linear = both.chunk(2, dim=-1)
+    return module.linear_fc2(module.config.activation_func(gate).mul_(linear))
+
+
+def _add_to_the_last(made: Any, training: bool, fused: bool) -> Any:
+    """``TransformerLayer.self_attn_bda``, where attention returned the last tokens only."""
+    add = made(training, fused)
+    return lambda output, residual, dropout: add(output, residual[-len(output[0]) :], dropout)
 
 
 def _cache_rotated(
@@ -310,24 +352,55 @@ def _cache_rotated(
         return adjust(context, query, key, value, rotary, *others, **more)
     from megatron.core.models.common.embeddings.rotary_pos_embedding import apply_rotary_pos_emb
 
-    start = context.sequence_len_offset
-    key = apply_rotary_pos_emb(
-        key, rotary[1][start : start + len(key)], config=module.config, mscale=module._yarn_concentration_factor,
-        cp_group=module.pg_collection.cp,
-    )  # fmt: skip
-    query, key, value, (of_query, _), *rest = adjust(context, query, key, value, rotary, *others, **more)
-    return query, key, value, (of_query, None), *rest
+    start, scale = context.sequence_len_offset, module._yarn_concentration_factor
+    angles = [one[start : start + len(key)] for one in rotary]
+    if rotary[0] is rotary[1] and not (module.config.rotary_interleaved or module.config.multi_latent_attention):
+        cos, sin = ((of(angles[0]) * scale).to(key.dtype) for of in (torch.cos, torch.sin))
+        query, key = (_rotated(x, cos, sin) for x in (query, key))
+    else:
+        query, key = (
+            apply_rotary_pos_emb(x, angle, config=module.config, mscale=scale, cp_group=module.pg_collection.cp)
+            for x, angle in zip((query, key), angles, strict=True)
+        )
+    query, key, value, _, *rest = adjust(context, query, key, value, rotary, *others, **more)
+    return query, key, value, (None, None), *rest
+
+
+def _sequences_apart(module: Any, length: int, batch: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """``Attention._allocate_memory``, [s, b, g, d], with the tokens of a head next to each other in memory, which is
+    the order in which attention reads them."""
+    found = torch.empty(batch, module.num_query_groups_per_partition, length, size, dtype=dtype)
+    return found.permute(2, 0, 1, 3)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``x`` [s, b, n, d] by ``cos`` and ``sin`` [s, 1, 1, r] of its first r ≤ d dimensions, whose
+    halves belong together."""
+    size = cos.shape[-1]
+    first, second = x[..., :size].chunk(2, dim=-1)
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(x[..., :size], cos, out=found[..., :size])
+    of_first, of_second = found[..., :size].chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    of_first.addcmul_(second, sin_first, value=-1)
+    of_second.addcmul_(first, sin_second)
+    found[..., size:] = x[..., size:]
+    return found
 
 
 def pads(model: Iterable[torch.nn.Module]) -> bool:
     """Whether all attention of these models was fused, so that it skips what ``padded`` names."""
     from megatron.core.transformer.attention import Attention
 
-    inner = [module.core_attention for chunk in model for module in chunk.modules() if isinstance(module, Attention)]
-    return all(getattr(one.forward, "func", None) is _forward for one in inner)
+    return all(_is_fused(module) for chunk in model for module in chunk.modules() if isinstance(module, Attention))
+
+
+def _is_fused(attention: Any) -> bool:
+    return getattr(attention.core_attention.forward, "func", None) is _forward
 
 
 _padding: torch.Tensor | None = None
+_masks: dict[tuple[int, int], torch.Tensor] = {}  # of `_padding`, by numbers of queries and keys: layers share them
 
 
 @contextlib.contextmanager
@@ -339,6 +412,7 @@ def padded(padding: torch.Tensor | None) -> Iterator[None]:
         yield
     finally:
         _padding = None
+        _masks.clear()
 
 
 def _forward(
@@ -354,21 +428,32 @@ def _forward(
     """``DotProductAttention.forward``: queries [sq, b, n, d], keys and values [sk, b, g, d] to [sq, b, n·d].
 
     One query with many keys is the last token of a sequence whose earlier keys were cached: it sees all of them.
+    The last layer returns only the last token, [1, b, n·d], where only that is wanted.
     """
+    from megatron.core.inference.utils import InferenceMode
+
     last = len(query) == 1
     if module.training or torch.is_grad_enabled() or attention_mask is not None or not (last or len(query) == len(key)):
         output: torch.Tensor = unfused(query, key, value, attention_mask, *others, **more)
         return output
+    if getattr(module, "only_last", False) and InferenceMode.is_active():
+        query, last = query[-1:], True
     repeats = query.shape[2] // key.shape[2]
-    grouped = last and repeats > 1  # as it is: many queries are faster with repeated keys
-    if not last and repeats > 1:
+    if not last and repeats > 1:  # many queries are faster with repeated keys
         key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
+    if last:  # the queries of a group are as many tokens that see the same
+        q = q.reshape(*k.shape[:2], repeats, -1)
     scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1.0)
-    seen = None if _padding is None else _seen(_padding, len(query), len(key))
+    sizes = len(query), len(key)
+    if _padding is not None and sizes not in _masks:
+        _masks[sizes] = _seen(_padding, *sizes)
+    seen = _masks.get(sizes)
     context = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=not last and seen is None, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=seen, is_causal=not last and seen is None, scale=scale
     )
+    if last:
+        return context.reshape(1, len(context), -1)
     return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 

@@ -4,7 +4,8 @@ One process, the same requests and batch: choices scored by likelihood, and text
 uneven length. The model is a random Llama, large enough that its matrix products are most of the time. Seconds are of
 the processor, so that what else the machine does matters little. Limit of the upper end of each ratio: 1.
 
-    python tests/benchmarks/task_throughput.py [--pairs 10] [--batch 8] [--vocabulary 8192] [--json figures.json]
+    python tests/benchmarks/task_throughput.py [--pairs 10] [--batch 8] [--vocabulary 8192] [--layers 4]
+        [--only continuations] [--json figures.json]
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=4, help="questions of four choices (default: 4)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to continue (default: 8)")
     parser.add_argument("--new", type=int, default=16, help="tokens of each continuation (default: 16)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"layers of the model (default: {LAYERS})")
+    parser.add_argument("--only", choices=["choices", "continuations"], help="measure only these (default: both)")
     args = parser.parse_args()
     cpu.prepare()
     import torch
@@ -100,7 +103,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         home, texts = Path(name), tiny.documents(100)
         sizes = {**SIZES, "vocab_size": args.vocabulary}
-        tiny.write_hf_model(home / "hf", "llama-gqa", layers=LAYERS, eos_token_id=0, **sizes)
+        tiny.write_hf_model(home / "hf", "llama-gqa", layers=args.layers, eos_token_id=0, **sizes)
         tiny.write_tokenizer(home / "hf", texts)
         import_hf(home / "hf", home / "checkpoint")
         export_hf(home / "checkpoint", home / "exported")
@@ -121,8 +124,14 @@ def main() -> int:
                 ("choices", lambda model: model.loglikelihood(scored, disable_tqdm=True)),
                 ("continuations", lambda model: model.generate_until(continued, disable_tqdm=True)),
             )
+            if args.only in (None, what)
         ]  # fmt: skip
-    facts = {"batch": args.batch, "vocabulary": args.vocabulary, "threads": torch.get_num_threads()}
+    facts = {
+        "batch": args.batch,
+        "vocabulary": args.vocabulary,
+        "layers": args.layers,
+        "threads": torch.get_num_threads(),
+    }
     return ratio.finish(found, args, **facts, equal_texts=equal)
 
 

@@ -41,13 +41,35 @@ def compare() -> dict[str, Any]:
         causal = torch.ones(50, 50, dtype=torch.bool).triu(1)[None, None]
         found["masked"] = (logits(causal) - plain).abs().max().item()
         found["more calls"] = len(calls) - found["calls"]
+        before = len(calls)
+        found["cached"] = [(made - plain[:, at]).abs().max().item() for made, at in _cached(model, tokens, positions)]
+        found["cached calls"] = len(calls) - before
+        before = len(calls)
     logits().sum().backward()
-    found["with gradients"] = len(calls) - found["calls"]
+    found["with gradients"] = len(calls) - before
     return found
+
+
+def _cached(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Logits [B, V] after 47 tokens that are read at once, and after each of the other three; and at which they are."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+
+    cache, made = StaticInferenceContext(2, 50), []
+    with InferenceMode.active():
+        for start, end in ((0, 47), (47, 48), (48, 49), (49, 50)):
+            read = tokens[:, start:end], positions[:, start:end], None
+            logits = model(*read, inference_context=cache, runtime_gather_output=True)
+            assert logits.shape[1] == 1
+            made.append((logits[:, 0], end - 1))
+            cache.increment_sequence_len_offset(end - start)
+    return made
 
 
 def test_the_numbers_are_megatrons(distributed: Callable[..., Any]) -> None:
     (found,) = distributed(compare, 1)
     assert found["calls"] == 4, "one a layer"
     assert found["fused"] < 1e-5 * max(1.0, found["size"]) and found["masked"] < 1e-5
+    assert found["cached calls"] == 16 and len(found["cached"]) == 4
+    assert max(found["cached"]) < 1e-5 * max(1.0, found["size"])
     assert found["more calls"] == found["with gradients"] == 0
