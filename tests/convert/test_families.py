@@ -169,12 +169,11 @@ def test_what_megatron_cannot_express_is_refused_with_the_reason(kind, tmp_path)
     assert REFUSED[kind] in str(refused.value)
 
 
-def test_the_table_of_models_is_of_these_families():
-    page = (Path(__file__).parents[2] / "docs" / "pages" / "models.md").read_text()
-    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
-    rows = rows[1:]  # without the heading
-    assert [row[0].strip().strip("`") for row in rows] == list(FAMILIES)
+@pytest.mark.parametrize(("page", "of_type", "first"), [("docs/pages/models.md", 0, 3), ("README.md", 1, 2)])
+def test_the_tables_of_models_are_of_these_families(page: str, of_type: int, first: int) -> None:
+    cells = [line.split("|")[1:-1] for line in (Path(__file__).parents[2] / page).read_text().splitlines()]
+    rows = [row for row in cells if len(row) == first + 6 and row[of_type].strip().strip("`") in FAMILIES]
+    assert [row[of_type].strip().strip("`") for row in rows] == list(FAMILIES)
     for row, family in zip(rows, FAMILIES.values(), strict=True):
-        learned = "not hidden" if family.required["normalization"] == "LayerNorm" else "not tested"
-        learned = "yes" if family.kind == "llama" else learned
-        assert [cell.strip() for cell in row[3:]] == ["yes", "yes", "yes", learned, "yes"]
+        learned = "not hidden" if family.required["normalization"] == "LayerNorm" else "yes"
+        assert [cell.strip() for cell in row[first:]] == ["yes", "yes", "yes", learned, "yes", "not run"]
