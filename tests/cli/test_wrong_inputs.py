@@ -106,6 +106,8 @@ WRONG = [
     ("evaluate --output {new} --load {parent} --tasks ,", "--data-path: expected prefixes of .* got nothing"),
     ("preflight --gpus 8", "VERB: expected one of pretrain, .*, after those of preflight, got nothing"),
     ("preflight --gpus 8 --installed cuda pretrain", "--installed: expected none, or some of .*, got cuda"),
+    ("teach --stream-range 0:4 --top-k 4", "--output DIR is required"),
+    ("teach --stream-range 0:4 --top-k 4 --load {new} --output {new}.cache", "--load: expected the directory of a .*"),
     ("learn-masks --ratio 0.5 --mask-tokens 128 --stream-range 0:4", "--stream-range: expected no such flag"),
     ("learn-masks --mask-lr 1", "--ratio: expected exactly one of --ratio, --target-params, .* got no target"),
     (f"pretrain {SHAPE} {RECIPE} --mock-data --bf16 --fp16", "--bf16, --fp16: expected at most one of them, got both"),
