@@ -213,7 +213,7 @@ def _disbelieved(
 def _lacks_scores(places: Places, cell: Cell, said: Record) -> bool:
     """Whether a cell is as its line says, and is not scored yet on what study.yaml has added since."""
     *others, last = cell.stages
-    if last.done.name != "evaluated" or last.done() or hashes(places, cell.id) != said.get("artifacts"):
+    if last.done.name != "evaluated" or hashes(places, cell.id) != said.get("artifacts") or last.done():
         return False
     return all(stage.done() for stage in others)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_prune.engine.forward import TEACHER
 from megatron_prune.training.distillation_loss import TopKTargets
 from megatron_prune.training.teacher_cache import DTYPES, IDS, LOG_PROBABILITIES, REST, TeacherCache
 
@@ -27,6 +26,8 @@ class WithTargets(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        from megatron_prune.engine.forward import TEACHER  # Megatron's modules, which study plan does without
+
         targets = self.cache.read(self.samples.sample(int(position)))
         return {**self.samples[position], **{TEACHER + name: tensor for name, tensor in targets.items()}}
 
@@ -40,6 +41,8 @@ class CachedTargets:
     def targets(self, batch: Mapping[str, Any], step: int, number: int) -> TopKTargets:
         """The targets of this rank's share of a micro-batch. Collective over the tensor-parallel ranks."""
         from megatron.core import parallel_state as mpu
+
+        from megatron_prune.engine.forward import TEACHER
 
         taught, shape = self.cache.taught, tuple(batch["labels"].shape)  # [b, s]
         group, device = mpu.get_tensor_model_parallel_group(), batch["labels"].device
