@@ -36,6 +36,7 @@ from megatron_prune.data.blend import Corpus, blend_length, members, parse_blend
 from megatron_prune.errors import DataError, UsageError
 
 SEEDS = 2**32  # number of seeds of numpy.random.RandomState, with which Megatron shuffles
+TEACHER_PREFIX = "teacher_"  # of the names of what a teacher adds to a sample
 ABANDONED = 24 * 3600  # seconds after which an unfinished cache is no longer in use by another process
 
 

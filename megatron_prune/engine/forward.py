@@ -29,12 +29,12 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_prune.data.streams import TEACHER_PREFIX
 from megatron_prune.engine import cpu
 from megatron_prune.errors import DataError
 
 _SPIKE_FACTOR = 10  # with --check-for-spiky-loss, a loss this many times the largest so far is reported
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-TEACHER = "teacher_"  # how names of what a data set adds to a sample for the loss begin
 
 
 def needs_data(vp_stage: int | None = None) -> bool:
@@ -49,7 +49,7 @@ def is_last_stage(vp_stage: int | None = None) -> bool:
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> dict[str, Any]:
     """This rank's share of the next micro-batch; every value None on middle pipeline stages. What the data set adds
-    (``TEACHER``) is there on the first tensor-parallel rank alone."""
+    (``TEACHER_PREFIX``) is there on the first tensor-parallel rank alone."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
     args = get_args()
@@ -58,7 +58,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key in _BATCH_KEYS}
-        added = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key.startswith(TEACHER)}
+        added = {key: value.cuda(non_blocking=True) for key, value in sample.items() if key.startswith(TEACHER_PREFIX)}
     if args.tensor_model_parallel_size > 1:  # a single rank would broadcast to itself
         batch = get_batch_on_this_tp_rank(
             batch,
@@ -261,8 +261,7 @@ def _through_the_pipeline(
             if backward:  # the schedule divides by the number of micro-batches
                 scale = 1 if config.calculate_per_token_loss else len(group)
                 return output.float().mean() * scale, torch.tensor(1, dtype=torch.int, device=output.device), {}
-            # The schedule's own reduction of losses is not used here.
-            return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
+            return no_loss(output)
 
         return output, collect
 
@@ -284,6 +283,11 @@ def _through_the_pipeline(
                 forward_only=not backward,
             )
     return found if mpu.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+def no_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """A loss function for passes whose outputs alone are wanted: the schedule's reduction of losses is not used."""
+    return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
 
 
 @contextlib.contextmanager

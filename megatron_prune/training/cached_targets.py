@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from megatron_prune.data.streams import TEACHER_PREFIX
 from megatron_prune.training.distillation_loss import TopKTargets
 from megatron_prune.training.teacher_cache import DTYPES, IDS, LOG_PROBABILITIES, REST, TeacherCache
 
 
 class WithTargets(torch.utils.data.Dataset[dict[str, Any]]):
     """The ``samples`` of a range with what the teacher says on each: the tensors of ``TeacherCache.read`` under their
-    names after ``TEACHER``."""
+    names after ``TEACHER_PREFIX``."""
 
     def __init__(self, samples: Any, cache: Any):
         self.samples, self.cache = samples, cache
@@ -26,10 +27,8 @@ class WithTargets(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        from megatron_prune.engine.forward import TEACHER  # Megatron's modules, which study plan does without
-
         targets = self.cache.read(self.samples.sample(int(position)))
-        return {**self.samples[position], **{TEACHER + name: tensor for name, tensor in targets.items()}}
+        return {**self.samples[position], **{TEACHER_PREFIX + name: tensor for name, tensor in targets.items()}}
 
 
 class CachedTargets:
@@ -38,11 +37,9 @@ class CachedTargets:
     def __init__(self, cache: TeacherCache):
         self.cache = cache
 
-    def targets(self, batch: Mapping[str, Any], step: int, number: int) -> TopKTargets:
+    def targets(self, batch: Mapping[str, Any]) -> TopKTargets:
         """The targets of this rank's share of a micro-batch. Collective over the tensor-parallel ranks."""
         from megatron.core import parallel_state as mpu
-
-        from megatron_prune.engine.forward import TEACHER
 
         taught, shape = self.cache.taught, tuple(batch["labels"].shape)  # [b, s]
         group, device = mpu.get_tensor_model_parallel_group(), batch["labels"].device
@@ -52,7 +49,7 @@ class CachedTargets:
             (REST, torch.float32, ()),
         ):  # fmt: skip
             if mpu.get_tensor_model_parallel_rank() == 0:
-                found[name] = batch[TEACHER + name].contiguous()
+                found[name] = batch[TEACHER_PREFIX + name].contiguous()
             else:
                 found[name] = torch.empty(*shape, *last, dtype=dtype, device=device)
             if group.size() > 1:

@@ -21,13 +21,11 @@ import torch
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import UsageError
-from megatron_prune.training import batch_flags, hidden_states, objective, teacher_cache
+from megatron_prune.training import batch_flags, hidden_states, objective, teacher, teacher_cache
 from megatron_prune.training.distillation_loss import Mixture, Shard, TargetProvider, TokenLosses, losses
 
-OBJECTIVE, TEACHER, ALPHA, TEMPERATURE, KL = (
-    "--objective", "--teacher", "--distill-alpha", "--distill-temperature", "--distill-kl",
-)  # fmt: skip
-CACHE = teacher_cache.FLAG
+OBJECTIVE, ALPHA, TEMPERATURE, KL = "--objective", "--distill-alpha", "--distill-temperature", "--distill-kl"
+TEACHER, CACHE = teacher.FLAG, teacher_cache.FLAG
 
 
 def asked(args: argparse.Namespace) -> bool:
@@ -133,14 +131,13 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
     return objective.distill(**of, teacher=open_checkpoint(args.teacher).fingerprint(), **further)
 
 
-def teacher_flops(args: argparse.Namespace) -> int:
-    """FLOPs of the teacher's forward pass over all samples of the run; 0 without a teacher."""
+def teacher_flops(args: argparse.Namespace, said: objective.Objective) -> int:
+    """FLOPs of the teacher's forward pass over all samples of the run, whose objective is ``said``; 0 without one."""
     if not asked(args):
         return 0
     samples = int(args.global_batch_size * args.train_iters)
-    if args.teacher_cache is not None:
-        taught = teacher_cache.open_cache(args.teacher_cache, check_shards=False).taught
-        return objective.flops_in_cache(taught.described(), samples)
+    if "cache" in said:
+        return objective.flops_in_cache(said["cache"], samples)
     shape: ModelShape = open_checkpoint(args.teacher).shape
     return shape.forward_flops(args.seq_length) * samples
 
@@ -154,7 +151,6 @@ class Distillation:
         self.args, self.provider, self.hidden = args, provider, hidden
         self._alpha = ends(ALPHA, args.distill_alpha)
         self._temperature = ends(TEMPERATURE, args.distill_temperature)
-        self._micro_batches = 0  # in training so far, of this rank
 
     def mixture(self, step: int) -> Mixture:
         """The settings of a step, from 0; linear from the first step to the last."""
@@ -164,7 +160,6 @@ class Distillation:
 
     def forward_step(self, data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         """One micro-batch through this stage, as Megatron's schedules call it; without the teacher in validation."""
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.core.utils import get_attr_wrapped_model
         from megatron.training import get_timers
 
@@ -176,9 +171,8 @@ class Distillation:
         timers("batch-generator", log_level=2).start()
         batch = forward.get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
-        step, number = self.args.curr_iteration, self._micro_batches % get_num_microbatches()
-        self._micro_batches += 1
-        targets = self.provider.targets(batch, step, number)
+        mixture = self.mixture(self.args.curr_iteration)
+        targets = self.provider.targets(batch)
         found: list[TokenLosses] = []
         apart: list[torch.Tensor] = []  # distance of hidden states
 
@@ -188,7 +182,7 @@ class Distillation:
         ) -> torch.Tensor:  # fmt: skip
             logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])  # [s, b, V / TP]
             shard = Shard.of_megatron(self.args.vocab_size)
-            found.append(losses(logits, labels, targets, self.mixture(step), shard))
+            found.append(losses(logits, labels, targets, mixture, shard))
             if self.hidden is None:
                 return found[0].mixed
             apart.append(self.hidden.loss())

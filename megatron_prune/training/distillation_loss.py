@@ -61,11 +61,10 @@ Targets = FullTargets | TopKTargets
 class TargetProvider(Protocol):
     """Where a run's targets come from: an online teacher, or a cache."""
 
-    def targets(self, batch: Mapping[str, Any], step: int, number: int) -> Targets:
-        """The targets of this rank's share of a micro-batch in training; on the last stage, every TP and CP rank.
+    def targets(self, batch: Mapping[str, Any]) -> Targets:
+        """The targets of this rank's share of the next training micro-batch; on the last stage, every TP and CP rank.
 
-        ``batch`` is what ``engine/forward.py::get_batch`` returned (the last stage of several has no tokens, but
-        labels), ``step`` is Megatron's, from 0, and ``number`` is the micro-batch's within the step on this replica.
+        ``batch`` is what ``engine/forward.py::get_batch`` returned. The last stage of several has labels, no tokens.
         """
 
 

@@ -350,7 +350,7 @@ class _OnFirstStep:
         return True
 
     def _open(self) -> AccountRecorder:
-        assert self.save is not None
+        assert self.save is not None and self.objective is not None  # of the last rank
         args = self.args
         shape = ModelShape.from_args(vars(args))
         train = self.provider.train
@@ -364,8 +364,8 @@ class _OnFirstStep:
             start=start,
             stream=train.stream.describe() if train is not None else None,
             **_identity(args),
-            objective=self.objective or {},
-            flops_teacher=distillation.teacher_flops(args),
+            objective=self.objective,
+            flops_teacher=distillation.teacher_flops(args, self.objective),
             micro_batch_size=args.micro_batch_size,
             parameters=shape.parameters(),
             flops_executed=shape.training_flops(args.seq_length) * samples,

@@ -134,7 +134,7 @@ class OnlineTeacher:
         if self._stages > 1:
             training.train_step = self._before_step(training.train_step)
 
-    def targets(self, batch: Mapping[str, Any], step: int, number: int) -> FullTargets:
+    def targets(self, batch: Mapping[str, Any]) -> FullTargets:
         """The teacher's logits for a micro-batch; see ``TargetProvider``."""
         with torch.no_grad():
             hidden = self._hidden.popleft() if self._stages > 1 else self._forward(batch)
@@ -207,8 +207,7 @@ class OnlineTeacher:
 
         def keep(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             self._hidden.append(output)
-            # The schedule's own reduction of losses is not used here.
-            return output.new_zeros(()), torch.tensor(1, dtype=torch.int, device=output.device), {}
+            return forward.no_loss(output)
 
         def step(iterator: Iterator[Any], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             return self._forward(forward.get_batch(iterator, None)), keep

@@ -34,3 +34,16 @@ def top_k(student, teacher, ids, labels, alpha, temperature, reverse):
     distillation = full(own, others, torch.zeros_like(labels), 1, temperature, reverse)[2]
     lm = -student.double().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return (1 - alpha) * lm + alpha * distillation, lm, distillation
+
+
+def student_and_teacher(student, teacher):
+    """Hugging Face models in float64, and the student's AdamW, which decays matrices as Megatron does."""
+    import transformers
+
+    model, parent = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        for folder in (student, teacher)
+    )
+    decayed, others = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return model, parent, torch.optim.AdamW(groups, betas=(0.9, 0.999))

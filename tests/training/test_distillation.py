@@ -50,20 +50,8 @@ def distillation_losses(output: str) -> list[float]:
 
 def plain_loop(student_folder, teacher_folder, batches, rates):
     """CE, T² · KL and the norm of the gradient of every step: transformers in float64, torch's AdamW."""
-    import transformers
-
-    model, parent = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-        for folder in (student_folder, teacher_folder)
-    )
+    model, parent, optimizer = oracle.student_and_teacher(student_folder, teacher_folder)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.999),
-    )
     found = []
     for step in range(STEPS):
         share = step / (STEPS - 1)
@@ -101,7 +89,11 @@ def check(save, output, expected):
     lm, divergence, norms = expected
     np.testing.assert_allclose(losses(save), lm, rtol=2e-5)
     np.testing.assert_allclose(losses(save)[0], lm[0], rtol=1e-6)
-    logged = [divergence[0], np.mean(divergence[:2]), *divergence[2:]]  # Megatron begins to count anew at step 2
+    logged = [
+        divergence[0],
+        np.mean(divergence[:2]),
+        *divergence[2:],
+    ]  # step 2 is logged with step 1
     np.testing.assert_allclose(distillation_losses(output), logged, rtol=2e-5)
     np.testing.assert_allclose(distillation_losses(output)[0], divergence[0], rtol=1e-6)  # of which seven digits
     np.testing.assert_allclose(losses(save, "grad_norm"), norms, rtol=1e-4)

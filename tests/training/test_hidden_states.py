@@ -24,20 +24,8 @@ PAIRS = [(1, 1), (2, 3)]
 
 def plain_loop(student, teacher, batches, rates, width):
     """CE and gradient norm of every step: transformers in float64, torch's AdamW, projections with one of their own."""
-    import transformers
-
-    model, parent = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-        for folder in (student, teacher)
-    )
+    model, parent, optimizer = oracle.student_and_teacher(student, teacher)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.999),
-    )
     matrices = [  # one after the other, from the run's seed on
         (torch.randn(96, width, generator=torch.Generator().manual_seed(7 + number)) / width**0.5).double()
         for number in range(len(PAIRS))
