@@ -17,7 +17,6 @@ Import after ``runtime.start``: Megatron must be ready.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.engine import spec
 from megatron_prune.methods.accumulators import SALIENCIES
 from megatron_prune.structured.statistics import saliency_shapes
 
@@ -91,7 +91,7 @@ class GradientRecorder:
                 torch.zeros_like(linear.weight, dtype=torch.float32),
             )
             for block in model.decoder.layers
-            for module, linear in _linears(block)
+            for module, linear in spec.linears(block).items()
         ]
         self._handles = []
         for sums in self._sums:
@@ -135,10 +135,3 @@ class GradientRecorder:
         if module == "fc1" and self.shape.gated:  # gate rows, then up rows, on every rank
             return whole.view(2, ranks, -1)[:, rank].flatten()
         return whole.view(ranks, -1)[rank]
-
-
-def _linears(block: Any) -> Iterator[tuple[str, Any]]:
-    yield "qkv", block.self_attention.linear_qkv
-    yield "proj", block.self_attention.linear_proj
-    yield "fc1", block.mlp.linear_fc1
-    yield "fc2", block.mlp.linear_fc2

@@ -20,6 +20,17 @@ from megatron.core import parallel_state as mpu
 Listener = Callable[[torch.Tensor], None]
 
 
+def linears(block: Any) -> dict[str, Any]:
+    """The linears of a Megatron transformer layer by module name, which both specs have."""
+    attention, mlp = block.self_attention, block.mlp
+    return {
+        "qkv": attention.linear_qkv,
+        "proj": attention.linear_proj,
+        "fc1": mlp.linear_fc1,
+        "fc2": mlp.linear_fc2,
+    }
+
+
 def norms(block: Any) -> Iterator[Any]:
     """The modules that hold the gains of a block's two norms: norms, or the linears that they are fused into."""
     for norm, linear in (

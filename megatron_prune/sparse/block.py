@@ -34,17 +34,6 @@ from megatron_prune.sparse.request import SparsifyRequest, Sums
 Statistic = SquareSums | Hessian
 
 
-def linears(block: Any) -> dict[str, Any]:
-    """The linears of a Megatron transformer layer, by module name."""
-    attention, mlp = block.self_attention, block.mlp
-    return {
-        "qkv": attention.linear_qkv,
-        "proj": attention.linear_proj,
-        "fc1": mlp.linear_fc1,
-        "fc2": mlp.linear_fc2,
-    }
-
-
 class Inputs:
     """Statistics of the inputs of ``modules`` of ``block``: ``with Inputs(…) as inputs: forward; inputs.reduce(n)``.
 
@@ -57,7 +46,7 @@ class Inputs:
         self.of: dict[str, Statistic] = {}
         self._group = mpu.get_tensor_model_parallel_group()
         self._handles = []
-        found = linears(block)
+        found = spec.linears(block)
         self._last = found["fc2"]
         self._token_ranks = spec.sequence_ranks(self._last.config)
         for module in modules:
@@ -129,19 +118,19 @@ _SLICE = 1 << 22  # weights whose scores are in memory at a time, in float64
 
 
 @torch.no_grad()
-def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: float) -> int:
+def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: float) -> tuple[int, int]:
     """How many weights of the modules in ``statistics`` have a score |W_ij|·√a_j above ``threshold`` times the mean of
-    all of them.
+    all of them, and how many weights there are.
 
     The same on every rank. Collective over the tensor-parallel ranks.
     """
-    group = mpu.get_tensor_model_parallel_group()
+    group, found = mpu.get_tensor_model_parallel_group(), spec.linears(block)
 
     def scores() -> Iterator[torch.Tensor]:
         """Of this rank's shards, some rows at a time: float64 [rows, in]."""
         for module, statistic in statistics.items():
             assert isinstance(statistic, SquareSums)
-            weight, roots = linears(block)[module].weight, statistic.mean().sqrt()
+            weight, roots = found[module].weight, statistic.mean().sqrt()
             if module in ROW_PARALLEL:
                 roots = roots.chunk(group.size())[group.rank()]
             for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
@@ -152,10 +141,10 @@ def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: f
             torch.distributed.all_reduce(value, group=group)
         return float(value)
 
-    zero = torch.zeros((), dtype=torch.float64, device=linears(block)["qkv"].weight.device)
-    size = total(zero + sum(linears(block)[module].weight.numel() for module in statistics))
+    zero = torch.zeros((), dtype=torch.float64, device=found["qkv"].weight.device)
+    size = total(zero + sum(found[module].weight.numel() for module in statistics))
     limit = threshold * total(sum((some.sum() for some in scores()), zero)) / size
-    return int(total(sum(((some > limit).sum() for some in scores()), zero)))
+    return int(total(sum(((some > limit).sum() for some in scores()), zero))), int(size)
 
 
 def prune_block(
@@ -170,7 +159,7 @@ def prune_block(
 
     Returns, on every rank, the masks of its shards (bool, on the weights' device) by module, and the sums.
     """
-    found = linears(block)
+    found = spec.linears(block)
     replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     all_matrices = [matrix for module in request.modules for matrix in matrices(module, shape)]
     device = found["qkv"].weight.device

@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
-from megatron_prune.sparse.block import Inputs, count_outliers, linears, prune_block
+from megatron_prune.sparse.block import Inputs, count_outliers, prune_block
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
 from megatron_prune.sparse.result import Progress, Pruned, Scratch, allocated
@@ -143,11 +143,8 @@ class _Stage:
         with Inputs(block, request.modules, "square_sums", tokens, advancing=True) as inputs:
             self.stream.advance(block)
         inputs.reduce(len(self.windows))
-        found = count_outliers(block, inputs.of, request.owl.threshold)
+        found, size = count_outliers(block, inputs.of, request.owl.threshold)
         if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
-            parent = self.task.parent
-            shapes = [parent.spec(layer_name(layer, SUFFIXES[module])).shape for module in request.modules]
-            size = sum(rows * columns for rows, columns in shapes)
             self.progress.outliers(self.scratch.count_outliers(layer, found, size))
         return True
 
@@ -174,7 +171,7 @@ class _Stage:
 
     def _read(self, layer: int, block: Any) -> None:
         """Load a block that an earlier attempt pruned."""
-        found = linears(block)
+        found = spec.linears(block)
         names = {module: layer_name(layer, SUFFIXES[module]) for module in self.task.request.modules}
         for module, name in names.items():
             self.kept[name] = self._filled(name, torch.bool, lambda t: self.scratch.read_masks(layer, t))
