@@ -81,7 +81,7 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     found: dict[str, Any] = {
         "version": 1,
         "checkpoint": {"path": str(runtime.loaded_directory(args)), **scored},
-        "corpora": scores,
+        "corpora": {label: {**kept, **scores}[label] for label in dict.fromkeys([*corpora, *kept])},
         **({"tasks": answers} if answers else {}),
         "vocabulary": {"words": args.vocab_size, "padded": args.padded_vocab_size},
         "parameters": ModelShape.from_args(vars(args)).parameters(),
@@ -93,8 +93,6 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     if args.rank == 0:
         for corpus in scores.values():
             corpus["fingerprint"] = fingerprint(corpus["prefix"])
-    found["corpora"] = {label: {**kept, **scores}[label] for label in dict.fromkeys([*corpora, *kept])}
-    if args.rank == 0:
         write_results(own.output, json_bytes(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
