@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_prune.engine.launch import Job, start_function  # noqa: E402
-from tests.benchmarks import masked_training, ratio  # noqa: E402
+from megatron_prune.engine.launch import Job  # noqa: E402
+from tests.benchmarks import masked_training, ratio, step_seconds  # noqa: E402
 from tests.benchmarks.masked_training import BATCH, SEQUENCE  # noqa: E402
 from tests.benchmarks.pretrain_vs_bare import make_corpus  # noqa: E402
+from tests.benchmarks.step_seconds import WARM_UP_STEPS  # noqa: E402
 
-LIMIT, WARM_UP_STEPS = 1.05, 2
+LIMIT = 1.05
 FLAGS = [*masked_training.FLAGS, "--padded-vocab-size", "12288"]  # 32 times the hidden size, as Llama-3.1-8B's
 
 
@@ -36,25 +35,14 @@ def run(argv: list[str], times: Path) -> int:
     from megatron_prune.__main__ import main
     from megatron_prune.training.teacher import OnlineTeacher
 
-    train_step, targets = training.train_step, OnlineTeacher.targets
-    taught = [0.0]
+    taught: list[float] = []
 
-    @functools.wraps(targets)
-    def timed_targets(*positional: Any, **named: Any) -> Any:
-        began = time.process_time()
-        found = targets(*positional, **named)
-        taught[0] += time.process_time() - began
-        return found
+    def note(seconds: float) -> None:
+        step_seconds.write(times, seconds, sum(taught))
+        taught.clear()
 
-    @functools.wraps(train_step)
-    def timed(*positional: Any, **named: Any) -> Any:
-        taught[0], began = 0.0, time.process_time()
-        found = train_step(*positional, **named)
-        with open(times, "a") as file:
-            print(time.process_time() - began, taught[0], file=file)
-        return found
-
-    training.train_step, OnlineTeacher.targets = timed, timed_targets  # type: ignore[method-assign]
+    training.train_step = step_seconds.timed(training.train_step, note)
+    OnlineTeacher.targets = step_seconds.timed(OnlineTeacher.targets, taught.append)  # type: ignore[method-assign]
     return main(["pretrain", *argv])
 
 
@@ -71,27 +59,19 @@ def main() -> int:
 
         def begin(name: str, count: int, *more: str) -> Job:
             argv = [*flags, "--stream-range", f"0:{count * BATCH}", "--save", str(folder / name), *more]
-            work = functools.partial(distillation.run, argv, folder / f"{name}.times")
-            return start_function(work, log=folder / f"{name}.log", env={"OMP_NUM_THREADS": "1"})
-
-        def end(name: str, job: Job) -> list[tuple[float, float]]:
-            if code := job.wait():
-                raise SystemExit(f"{name} exited with code {code}:\n{(folder / f'{name}.log').read_text()[-4000:]}")
-            lines = (folder / f"{name}.times").read_text().splitlines()
-            step, teacher = zip(*([float(word) for word in line.split()] for line in lines), strict=True)
-            return list(zip(step, teacher, strict=True))[WARM_UP_STEPS:]
+            return step_seconds.begin(folder, name, functools.partial(distillation.run, argv))
 
         with begin("teacher", 1) as job:
-            end("teacher", job)
+            step_seconds.end(folder, "teacher", job)
         distilled = ["--objective", "distill", "--teacher", str(folder / "teacher"), "--distill-alpha", "0.5"]
         with begin("online", steps, *distilled) as online, begin("plain", steps) as plain:
-            a, b = end("online", online), end("plain", plain)
-    expected = [one + teacher for (one, _), (_, teacher) in zip(b, a, strict=True)]
+            a, teacher = zip(*step_seconds.end(folder, "online", online), strict=True)
+            b, _ = zip(*step_seconds.end(folder, "plain", plain), strict=True)
+    expected = [sum(both) for both in zip(b, teacher, strict=True)]
     found = ratio.summarise(
-        "processor time of a step, online teacher / (plain + teacher's forward) (s)", [one for one, _ in a], expected,
-        LIMIT,
-    )  # fmt: skip
-    return ratio.finish([found], args, flags=FLAGS, steps=steps, teacher=[teacher for _, teacher in a])
+        "processor time of a step, online teacher / (plain + teacher's forward) (s)", list(a), expected, LIMIT
+    )
+    return ratio.finish([found], args, flags=FLAGS, steps=steps, teacher=list(teacher))
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_prune.engine.launch import Job, start_function  # noqa: E402
-from tests.benchmarks import ratio  # noqa: E402
+from megatron_prune.engine.launch import Job  # noqa: E402
+from tests.benchmarks import ratio, step_seconds  # noqa: E402
 from tests.benchmarks.masked_training import BATCH, FLAGS, SEQUENCE  # noqa: E402
 from tests.benchmarks.pretrain_vs_bare import make_corpus  # noqa: E402
+from tests.benchmarks.step_seconds import WARM_UP_STEPS  # noqa: E402
 
-LIMIT, WARM_UP_STEPS = 1.25, 2
+LIMIT = 1.25
 TARGET = [
     "--target-num-layers", "4", "--target-hidden-size", "256", "--target-num-attention-heads", "2",
     "--target-num-query-groups", "2", "--target-ffn-hidden-size", "640",
@@ -38,17 +37,7 @@ def run(verb: str, argv: list[str], times: Path) -> int:
 
     from megatron_prune.__main__ import main
 
-    train_step = training.train_step
-
-    @functools.wraps(train_step)
-    def timed(*positional: Any, **named: Any) -> Any:
-        began = time.process_time()
-        found = train_step(*positional, **named)
-        with open(times, "a") as file:
-            print(time.process_time() - began, file=file)
-        return found
-
-    training.train_step = timed
+    training.train_step = step_seconds.timed(training.train_step, functools.partial(step_seconds.write, times))
     return main([verb, *argv])
 
 
@@ -64,21 +53,14 @@ def main() -> int:
         flags += ["--stream-range", f"0:{steps * BATCH}", "--no-save-optim"]
 
         def begin(verb: str, *more: str) -> Job:
-            work = functools.partial(
-                learned_masks.run, verb, [*flags, "--save", str(folder / verb), *more], folder / f"{verb}.times"
-            )
-            return start_function(work, log=folder / f"{verb}.log", env={"OMP_NUM_THREADS": "1"})
-
-        def end(verb: str, job: Job) -> list[float]:
-            if code := job.wait():
-                raise SystemExit(f"{verb} exited with code {code}:\n{(folder / f'{verb}.log').read_text()[-4000:]}")
-            found = [float(line) for line in (folder / f"{verb}.times").read_text().splitlines()]
-            assert len(found) == steps
-            return found[WARM_UP_STEPS:]
+            argv = [*flags, "--save", str(folder / verb), *more]
+            return step_seconds.begin(folder, verb, functools.partial(learned_masks.run, verb, argv))
 
         with begin("learn-masks", *TARGET) as learning, begin("pretrain") as plain:
-            a, b = end("learn-masks", learning), end("pretrain", plain)
-    found = ratio.summarise("processor time of a step, learn-masks / pretrain (s)", a, b, LIMIT)
+            [a] = zip(*step_seconds.end(folder, "learn-masks", learning), strict=True)
+            [b] = zip(*step_seconds.end(folder, "pretrain", plain), strict=True)
+    assert len(a) == len(b) == args.pairs
+    found = ratio.summarise("processor time of a step, learn-masks / pretrain (s)", list(a), list(b), LIMIT)
     return ratio.finish([found], args, flags=FLAGS, target=TARGET, steps=steps)
 
 
