@@ -276,8 +276,13 @@ def _teacher(args: argparse.Namespace) -> ModelShape | None:
     """The shape of the online teacher, if it is on this machine."""
     from megatron_prune.checkpoint.reader import open_checkpoint
 
-    path = getattr(args, "teacher", None)
+    path = _online_teacher(args)
     return None if path is None or not places.path(path).exists() else open_checkpoint(path).shape
+
+
+def _online_teacher(args: argparse.Namespace) -> str | None:
+    """The teacher that runs in the job; --teacher next to a cache is only compared with it."""
+    return None if getattr(args, "teacher_cache", None) else getattr(args, "teacher", None)
 
 
 def memory_of_nodes(question: JobQuestion, rehearsal: Rehearsal) -> Finding:
@@ -408,7 +413,7 @@ def start(question: JobQuestion, rehearsal: Rehearsal) -> Iterator[Finding]:
             yield Finding("start", "no", str(error))
     if getattr(args, "masks", None):
         yield _masks(args)
-    if getattr(args, "teacher", None):
+    if _online_teacher(args):
         yield _taught(args)
 
 

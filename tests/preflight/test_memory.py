@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.preflight import checks, cost, host, memory
 from megatron_prune.preflight.cost import Cluster
 from megatron_prune.preflight.dry_run import PipelineStage
@@ -293,6 +295,20 @@ def test_a_teacher_is_its_weights_a_block_its_logits_and_hidden_states(tied: boo
     stage = whole(2)
     with_teacher, without = (memory.training(args, LLAMA, [stage], 16, parent)[0] for parent in (shape, None))
     assert with_teacher.total - without.total == one and without.teacher == 0
+
+
+@pytest.mark.parametrize("cache", [None, "CACHE"])
+def test_a_teacher_runs_unless_its_cache_is_read(tiny_parent: Path, cache: str | None) -> None:
+    """With a cache, --teacher is only compared with it: no memory, no time, no demands on the layout."""
+    args = argparse.Namespace(
+        load=None, save="save", pretrained_checkpoint=None, masks=None, teacher=str(tiny_parent), teacher_cache=cache,
+        pipeline_model_parallel_size=3,
+    )  # fmt: skip
+    question: Any = SimpleNamespace(absent={})
+    rehearsal: Any = SimpleNamespace(args=args)
+    found = [(one.check, one.verdict) for one in checks.start(question, rehearsal)]
+    assert found == [("start", "yes"), *([] if cache else [("teacher", "no")])]
+    assert checks._teacher(args) == (None if cache else open_checkpoint(tiny_parent).shape)
 
 
 def test_a_teachers_forward_pass_takes_a_third_of_training_it() -> None:
