@@ -20,6 +20,7 @@ import os
 import re
 import sysconfig
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -395,5 +396,5 @@ def _read(path: Path) -> str:
     try:
         payload = path.read_bytes() if path.is_file() else b""
         return (gzip.decompress(payload) if payload[:2] == b"\x1f\x8b" else payload).decode()
-    except (OSError, EOFError, UnicodeDecodeError):
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
         return ""

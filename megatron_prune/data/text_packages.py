@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -203,7 +204,7 @@ def _decoded(payload: bytes) -> str:
         return payload.decode()
     except UnicodeDecodeError:
         return payload.decode("latin-1")
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return ""
 
 

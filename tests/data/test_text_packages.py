@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.cli.data_commands import build_corpus_main
-from megatron_prune.data import text_packages
+from megatron_prune.data import local_text, text_packages
 from megatron_prune.errors import DataError, UsageError
 
 PROSE = "It is the purpose of this text to be long enough, and to read as if a person had written it for others. "
@@ -100,6 +100,14 @@ def test_a_dictionary_in_one_file_is_cut_between_its_entries(monkeypatch) -> Non
     assert all(part.strip().startswith("entry") for part in found)
     assert list(text_packages.parts("x" * 1000)) == ["x" * 1000]
     assert list(text_packages.parts("x" * 1001)) == ["x" * 100] * 9 + ["x" * 101]
+
+
+def test_a_damaged_file_has_no_text(tmp_path) -> None:
+    packed = bytearray(gzip.compress(PARAGRAPHS["Pod"].encode()))
+    packed[20:40] = bytes(20)
+    assert text_packages._decoded(bytes(packed)) == ""
+    (tmp_path / "damaged.gz").write_bytes(packed)
+    assert local_text._read(tmp_path / "damaged.gz") == ""
 
 
 def test_pod_keeps_words_and_loses_commands() -> None:
