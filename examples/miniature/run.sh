@@ -26,13 +26,6 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-stage() { # name command...
-    local name="$1" start=$SECONDS
-    shift
-    "$@"
-    printf '== %-28s %5d s\n' "$name" $((SECONDS - start))
-}
-
 DATA=runs/miniature-data
 VOCABULARY=1024
 EXAMPLE=examples/miniature

@@ -23,13 +23,6 @@ source tools/setup_env.sh
 # Large arrays in huge pages, where the C library and the kernel have them: 4% less time per training step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-stage() { # name command...
-    local name="$1" start=$SECONDS
-    shift
-    "$@"
-    printf '== %-28s %4d s\n' "$name" $((SECONDS - start))
-}
-
 DATA=runs/quickstart-data
 VOCABULARY=2048
 
@@ -53,5 +46,5 @@ mkdir -p "$DATA"
     --input "$DATA/text/train.jsonl" --output "$DATA/tokenizer.model" --vocab-size $VOCABULARY --max-bytes 4000000
 stage "tokenize" tokenize
 stage "study, $precision" python -m megatron_prune study run "$STUDY"
-printf '== %-28s %4d s\n' "all, after set-up" $((SECONDS - begin))
+printf '== %-28s %5d s\n' "all, after set-up" $((SECONDS - begin))
 echo "open runs/quickstart/report/index.html"

@@ -35,13 +35,6 @@ case "$OBJECTIVE" in
     *) echo "run.sh: --objective: expected lm or distill, got $OBJECTIVE" >&2; exit 2 ;;
 esac
 
-stage() { # name command...
-    local name="$1" start=$SECONDS
-    shift
-    "$@"
-    printf '== %-28s %4d s\n' "$name" $((SECONDS - start))
-}
-
 DATA=runs/smollm2-data
 
 tokenize() {
