@@ -292,8 +292,8 @@ def _reason(study: StudyConfig, about: Mapping[str, Any]) -> str:
         (pruning.subject, *compared)
         for entry in study.methods
         for pruning in of_method(study, entry)
-        for budget in study.budgets
-        for compared in study.asked_of(entry, pruning.subject[2], budget, pruning.seed)
+        for training in study.trainings
+        for compared in study.asked_of(entry, pruning.subject[2], *training, pruning.seed)
     }
     named = {(group["method"], group["pattern"], group["ratio"]) for group in groups}
     settings = {((g["method"], g["pattern"], g["ratio"]), g["setting"], g["against"]) for g in groups}

@@ -201,11 +201,11 @@ def expand(
     by_flops: set[str] = set()
     for entry in study.methods:
         for pruning in of_method(study, entry):
-            for budget, objective in ((one, what) for one in study.budgets for what in study.learned_from(one)):
+            for budget, objective in study.trainings:
                 retrain = lay.retrain(budget, pruning.trained)
                 distilled = "-distill" * (objective == "distill")
                 pruned = _swept(study, f"pruned-{pruning.name}-t{retrain.steps * lay.batch.tokens}{distilled}")
-                asked = study.asked_of(entry, pruning.subject[2], budget, pruning.seed)
+                asked = study.asked_of(entry, pruning.subject[2], budget, objective, pruning.seed)
                 for rate, name in pruned.items() if asked else ():
                     cell = TrainingCell(name, "pruned", pruning, retrain, pruning.seed, rate, pruning.sparse)
                     _add(cells, replace(cell, objective=objective))

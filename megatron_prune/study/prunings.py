@@ -104,7 +104,7 @@ def of_method(study: StudyConfig, method: MethodSection) -> list[Pruning]:
         made = [Pruning(method, ratio, seed) for ratio in ratios for seed in study.seeds]
     return [
         one for one in made
-        if any(study.asked_of(method, one.subject[2], budget, one.seed) for budget in study.budgets)
+        if any(study.asked_of(method, one.subject[2], *training, one.seed) for training in study.trainings)
     ]  # fmt: skip
 
 

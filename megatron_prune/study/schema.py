@@ -426,6 +426,11 @@ class StudyConfig:
         """The objectives of the runs of a budget."""
         return [one for one in self.objectives if one == "lm" or self.distillation.at(budget)]
 
+    @property
+    def trainings(self) -> list[tuple[int, ObjectiveName]]:
+        """Every budget with each objective of its runs."""
+        return [(budget, objective) for budget in self.budgets for objective in self.learned_from(budget)]
+
     def compared(self, method: MethodSection) -> list[tuple[Setting, Scratch]]:
         """The comparisons of a pruned model of ``method``."""
         asked = method.compare or dict.fromkeys(self.settings)
@@ -433,10 +438,11 @@ class StudyConfig:
         return [(setting, kind) for setting, kinds in asked.items() for kind in kinds or default]
 
     def asked_of(
-        self, method: MethodSection, ratio: float | None, budget: int, seed: int
+        self, method: MethodSection, ratio: float | None, budget: int, objective: ObjectiveName, seed: int
     ) -> list[tuple[Setting, Scratch]]:
-        """Of ``compared``, those at one ratio, budget and seed that ``leave_out`` does not have."""
-        about = {"method": method.title, "pattern": method.last_pattern, "ratio": ratio, "budget": budget, "seed": seed}
+        """Of ``compared``, those at one ratio, budget, objective and seed that ``leave_out`` does not have."""
+        about: dict[str, Any] = {"method": method.title, "pattern": method.last_pattern, "ratio": ratio}
+        about |= {"budget": budget, "objective": objective, "seed": seed}
         return [
             (setting, kind)
             for setting, kind in self.compared(method)

@@ -138,6 +138,17 @@ def test_what_is_left_out_is_not_made_and_nothing_else_is_missing() -> None:
     assert {p.method.name for p in prunings.prunings(none)} == {"wanda"}
 
 
+def test_an_objective_is_left_out_alone() -> None:
+    study = make(
+        methods=[{"name": "shortgpt"}, {"name": "wanda", "pattern": "2:4"}], objectives=["lm", "distill"],
+        leave_out=[{"methods": ["wanda"], "objectives": ["distill"]}],
+    )  # fmt: skip
+    made = grid.expand(study, LAY, {}, {})
+    found = {(one.pruning.method.name, one.objective) for one in made.comparisons}
+    assert found == {("shortgpt", "lm"), ("shortgpt", "distill"), ("wanda", "lm")}
+    assert {(cell.source.method.name, cell.objective) for cell in made.cells} == found
+
+
 @pytest.mark.parametrize(("left", "message"), [
     ({"seeds": [3]}, r"leave_out\.0\.seeds: expected one that the study has: 1, 2, got 3"),
     ({"methods": ["wanda"]}, r"leave_out\.0\.methods: expected .*shortgpt, got wanda"),

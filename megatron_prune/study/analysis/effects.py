@@ -186,10 +186,8 @@ def answer(
     if len(study.objectives) < 2:
         return ()
     largest = max(budget for budget in study.budgets if study.distillation.at(budget))
-    planned: dict[tuple[str, str, bool], None] = {}
-    for item in compared:
-        if item.comparison.budget == largest:
-            planned[_kind(item)] = None
+    distilled = [one for one in compared if (one.comparison.budget, one.comparison.objective) == (largest, "distill")]
+    planned = dict.fromkeys(map(_kind, distilled))
     pairs: dict[tuple[str, str, bool], list[dict[str, tuple[Sequence[Any], Scatter | None]]]] = {}
     for both in _twins(groups, scatters, largest):
         pairs.setdefault(_kind(both["lm"][0][0]), []).append(both)
