@@ -183,8 +183,9 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
         _print_commands(jobs.all_commands(jobs.all_cells(study, places, outlook)))
     if options.scripts:
         cells = jobs.all_cells(study, places, outlook)
+        jobs.refuse_other_commands(study, places, cells)
         for cell in cells:
-            jobs.keep(study, places, cell, cells)
+            jobs.keep(places, cell)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
 

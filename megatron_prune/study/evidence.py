@@ -149,8 +149,7 @@ def gather(study: StudyConfig, places: Places) -> Evidence:
     outlook, ledger = look(study, places), Ledger(places.ledger)
     known = jobs.parents if outlook.source is None else jobs.all_cells
     cells = {cell.id: cell for cell in known(study, places, outlook)}
-    for cell in cells.values():  # study.yaml must still describe what was run
-        jobs.refuse_other_commands(study, places, cell, list(cells.values()))
+    jobs.refuse_other_commands(study, places, list(cells.values()))  # study.yaml must still describe what was run
     lines, states = ledger.read(), States(places)
     order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
     found = {cell: record(cells[cell], states) for cell in order}

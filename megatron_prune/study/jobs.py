@@ -211,7 +211,7 @@ def _teaching(study: StudyConfig, places: Places, made: Teaching) -> Cell:
         "teaching",
         (Stage(commands.teaching(study, places, made), check),),
         lambda seconds: records.teaching(places, made, seconds),
-        after=(parent_cell(study, made.seed if study.parent_per_seed else 0),),
+        after=(parent_cell(study, made.seed),),
         weight=made.samples.steps,
     )
 
@@ -341,14 +341,13 @@ FREE = (
 )  # fmt: skip
 
 
-def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """Write cell.json; UsageError for a cell that has begun with other commands. ``cells``: all cells of the study.
+def keep(places: Places, cell: Cell) -> None:
+    """Write cell.json, after ``refuse_other_commands``.
 
     Flags in which accounts may differ (save interval, parallel layout, tracking) may change until a cell is finished.
     A finished cell keeps its commands.
     """
     path, content = places.cell(cell.id) / "cell.json", cell.to_json()
-    refuse_other_commands(study, places, cell, cells)
     earlier = read_cell(path) if path.is_file() else None
     if earlier is not None and has_begun(path.parent):
         content["about"] = _with_earlier(earlier.get("about", {}), content["about"])
@@ -358,9 +357,14 @@ def keep(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) 
         artifacts.write_json(path, content)
 
 
-def refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
-    """UsageError for a cell that has begun with commands that differ in flags that are not ``FREE``, except for corpora
-    and tasks that its evaluation gets in addition."""
+def refuse_other_commands(study: StudyConfig, places: Places, cells: Sequence[Cell]) -> None:
+    """UsageError if one of a study's ``cells`` has begun with commands that differ in flags that are not ``FREE``,
+    except for corpora and tasks that its evaluation gets in addition."""
+    for cell in cells:
+        _refuse_other_commands(study, places, cell, cells)
+
+
+def _refuse_other_commands(study: StudyConfig, places: Places, cell: Cell, cells: Sequence[Cell]) -> None:
     path = places.cell(cell.id) / "cell.json"
     if not path.is_file() or not (has_begun(path.parent) or places.scores(cell.id).is_file()):
         return
@@ -439,14 +443,19 @@ def _first_difference(earlier: Any, now: Any) -> str:
 
 def _fixed(argv: Sequence[str]) -> list[str]:
     """A command's words without ``FREE`` flags, sorted, since the order of keys in YAML has no meaning."""
-    flags: list[list[str]] = [[]]
-    for word in argv:
-        if word.startswith("--"):
-            flags.append([])
-        flags[-1].append(word)
-    first, *others = flags
+    first, *others = _split(argv)
     kept = sorted((words for words in others if words[0] not in FREE), key=lambda words: words[0])
     return [*first, *(word for words in kept for word in words)]
+
+
+def _split(argv: Sequence[str]) -> list[list[str]]:
+    """The words before the first flag, then every flag with its values."""
+    found: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(word)
+    return found
 
 
 def _adds(earlier: Sequence[str], now: Sequence[str]) -> bool:
@@ -468,13 +477,7 @@ def _first_other_flag(earlier: Sequence[str], now: Sequence[str]) -> str:
 
 
 def _by_flag(words: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            found[word] = []
-        elif found:
-            found[[*found][-1]].append(word)
-    return found
+    return {flag: values for flag, *values in _split(words)[1:]}
 
 
 def first_other_word(earlier: Sequence[str], now: Sequence[str]) -> str:

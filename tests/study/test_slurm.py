@@ -198,7 +198,7 @@ def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monke
     made = schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
     places = Places(Path("runs/made-up"))
     (parent,) = jobs.parents(made, places, outlook.look(made, places))
-    jobs.keep(made, places, parent, [parent])
+    jobs.keep(places, parent)
     words = ["false", *parent.stages[0].command.argv]
     stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
     with pytest.raises(RunError, match="without saying that it succeeded"):

@@ -55,7 +55,7 @@ class Local:
         self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
     def check(self, cell: Cell) -> None:
-        """Nothing to check: cells begun by an earlier runner have a log, and ``jobs.keep`` compares their commands."""
+        """Nothing to check: an earlier runner's cells have a log, and ``jobs.refuse_other_commands`` looks at those."""
 
     def room(self) -> bool:
         return len(self.running) < self.cells

@@ -117,12 +117,11 @@ class _Runner:
         for cell in cells:
             if cell.id not in self.begun and cell.id not in self.lines:
                 self.launcher.check(cell)
-        for cell in cells:  # all, before any is changed
-            jobs.refuse_other_commands(self.study, self.places, cell, cells)
+        jobs.refuse_other_commands(self.study, self.places, cells)  # all, before any is changed
         for cell in cells:
             if cell.id in self.begun:
                 continue
-            jobs.keep(self.study, self.places, cell, cells)
+            jobs.keep(self.places, cell)
             known = cell.id in self.cells
             self.cells[cell.id] = cell
             if cell.id in self.lines and not known:
