@@ -83,14 +83,18 @@ def training(
     With ``shape``, the flags say it, and no checkpoint is needed (``needs_no_pruning``).
     """
     if shape is not None:
-        sizes = {name.replace("_", "-"): value for name, value in shape.to_args().items()}
-        start = flags(study.parent.flags | sizes) + batches(study, places, cell) + learns_from(study, places, cell)
-        return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
-    source = str(places.checkpoint(pruning.cell))
-    start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
-    start += ["--masks", str(places.masks(pruning))] if cell.masked else []
+        start = flags_of(study, shape)
+    else:
+        source = str(places.checkpoint(pruning.cell))
+        start = ["--shape-from" if cell.kind == "scratch" else "--pretrained-checkpoint", source]
+        start += ["--masks", str(places.masks(pruning))] if cell.masked else []
     start += batches(study, places, cell) + learns_from(study, places, cell)
     return _pretrain(study, places, cell.id, cell.samples, cell.seed, cell.lr, start, permute=True)
+
+
+def flags_of(study: StudyConfig, shape: ModelShape) -> list[str]:
+    """Flags of a shape of a study that trains its own parent."""
+    return flags(study.parent.flags | {name.replace("_", "-"): value for name, value in shape.to_args().items()})
 
 
 def needs_no_pruning(study: StudyConfig, cell: TrainingCell) -> bool:

@@ -241,10 +241,10 @@ def _teachings(study: StudyConfig, outlook: Outlook) -> Iterator[Estimate]:
                 settings.top_k or 0, settings.dtype or verbs.TeachSettings.dtype, outlook.source.padded_vocab_size
             )
             flops, stored = (outlook.teacher or 0) * samples, float(each * samples * batch.seq_length)
-        after = (parent_cell(study, made.seed if study.parent_per_seed else 0),)
         yield Estimate(
-            made.id, str(made.samples), tokens=samples * batch.seq_length, flops=flops, storage=stored, after=after
-        )
+            made.id, str(made.samples), tokens=samples * batch.seq_length, flops=flops, storage=stored,
+            after=(parent_cell(study, made.seed),),
+        )  # fmt: skip
 
 
 def _pruning(study: StudyConfig, outlook: Outlook, link: Pruning) -> Estimate:

@@ -111,6 +111,13 @@ def label(method: str, pattern: str | None, ratio: float | None, objective: str 
     return name + ", distilled" * (objective == "distill")
 
 
+def against_words(*, sparse: bool, dense: bool) -> str:
+    """With which scratch a sparse model is compared; empty for others, which have one."""
+    if not sparse:
+        return ""
+    return ", against dense scratch" if dense else ", against scratch under the same masks"
+
+
 @dataclass(frozen=True)
 class Edge:
     """An arm's best learning rate is at an end of the grid: a better one may lie beyond. ``add`` is the next to try."""
@@ -214,7 +221,7 @@ def expand(
                     shape = shapes.get(pruning.name)
                     samples = None
                     if not reason:
-                        each = (teacher if distilled else 0) if setting == "equal-flops" else 0
+                        each = teacher if distilled else 0
                         samples = _samples(lay, setting, retrain, pruning, shapes, consumed, spent or {}, each)
                     scratch: dict[float, str] = {}
                     if samples is not None:
@@ -234,10 +241,7 @@ def expand(
                     made = Comparison(pruning, setting, against, budget, pruning.seed, first[1], first[2], reason)
                     made = replace(made, objective=objective)
                     comparisons.append(replace(made, swept=swept) if len(swept) > 1 else made)
-    if study.distillation.cached:
-        teachings = _teachings(study, lay, cells, by_flops)
-    else:
-        teachings = []
+    teachings = _teachings(study, lay, cells, by_flops) if study.distillation.cached else []
     return Grid(tuple(cells.values()), tuple(comparisons), tuple(teachings))
 
 

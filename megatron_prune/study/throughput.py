@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine.launch import start
 from megatron_prune.errors import RunError, UsageError
 from megatron_prune.study import commands
@@ -37,7 +36,7 @@ class Steps:
     around: float
 
 
-def time_steps(study: StudyConfig, begin: Sequence[str], steps: int = STEPS) -> Steps:
+def time_steps(study: StudyConfig, begin: Sequence[str]) -> Steps:
     """The study's recipe on ``begin`` (flags of a shape, or ``--shape-from``), ``launch.parallel_cells`` runs at once:
     the median step from Megatron's log. RunError with the end of the log if a run fails."""
     launch = study.launch
@@ -45,7 +44,7 @@ def time_steps(study: StudyConfig, begin: Sequence[str], steps: int = STEPS) -> 
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as jobs:
         places = Places(Path(folder))
-        samples = Batch(study.recipe.global_batch_size, study.data.seq_length).range(0, steps)
+        samples = Batch(study.recipe.global_batch_size, study.data.seq_length).range(0, STEPS)
         argv = ["pretrain", *begin, *commands.layout(study), *commands.tokenizer(study)]
         argv += commands.recipe(study, places, samples, 1, study.recipe.rates[0], permute=True)
         argv += [*commands.flags(study.recipe.arguments), "--log-interval", "1"]
@@ -59,7 +58,7 @@ def time_steps(study: StudyConfig, begin: Sequence[str], steps: int = STEPS) -> 
             times += [float(one) / 1000 for one in found[WARM_UP:]]
         wall = time.monotonic() - began
     step = statistics.median(times)
-    return Steps(step, max(0.0, wall - steps * step))
+    return Steps(step, max(0.0, wall - STEPS * step))
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,7 @@ def measure(study: StudyConfig, outlook: Outlook, gpus: int) -> Measured:
     shapes = dict.fromkeys([outlook.source, *(outlook.targets[one.name] for one in prunings(study)
                                               if one.name in outlook.targets)])  # fmt: skip
     for shape in shapes:
-        timed = time_steps(study, flags_of(study, shape))
+        timed = time_steps(study, commands.flags_of(study, shape))
         found[shape.training_flops(study.data.seq_length) * batch] = timed.step
         around.append(timed.around)
     return Measured(found, statistics.median(around), gpus)
-
-
-def flags_of(study: StudyConfig, shape: ModelShape) -> list[str]:
-    """Flags of a shape of a study that trains its own parent, as its scratch runs have them."""
-    sizes = {name.replace("_", "-"): value for name, value in shape.to_args().items()}
-    return commands.flags(study.parent.flags | sizes)

@@ -275,8 +275,12 @@ def _weighted(
 
 
 def _weight(weight: float, items: Sequence[Any], scatter: Scatter | None, arm: str = "gap") -> Weighted:
-    runs = {item.comparison.seed: (item.comparison.pruned, item.comparison.scratch) for item in items}
-    return Weighted(weight, runs, scatter, arm)
+    return Weighted(weight, runs_by_seed(items), scatter, arm)
+
+
+def runs_by_seed(items: Sequence[Any]) -> dict[int, tuple[str, str]]:
+    """The pruned and the scratch run of every seed of a comparison (``results.Compared``)."""
+    return {item.comparison.seed: (item.comparison.pruned, item.comparison.scratch) for item in items}
 
 
 def _slopes(

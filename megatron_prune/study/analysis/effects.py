@@ -28,7 +28,7 @@ from megatron_prune.study.analysis.inference import CONFIDENCE, Difference, Over
 from megatron_prune.study.analysis.measures import TEST, Answers, Measure
 from megatron_prune.study.analysis.verdicts import p_value
 from megatron_prune.study.granularity import granularity
-from megatron_prune.study.grid import SUBJECT, Subject, setting_words
+from megatron_prune.study.grid import SUBJECT, Subject, against_words, setting_words
 from megatron_prune.study.schema import StudyConfig
 
 Record = Mapping[str, Any]
@@ -119,7 +119,7 @@ class Worth:
 
     @property
     def words(self) -> str:
-        """``the pruned arm, distilled on 163,840 tokens, is where text alone comes to at 301,000 (…): 1.84 of it``"""
+        """``pruned, distilled on 163,840 tokens, is worth 301,000 tokens of text alone, 1.84 times as many (…)``"""
         text = f"{self.arm}, distilled on {self.tokens:,} tokens"
         if self.status == "beyond":
             return f"{text}, is below all that text alone reached: worth more than {max(self.curve):,} tokens of it"
@@ -155,10 +155,7 @@ class FourArms:
 
     @property
     def subject(self) -> str:
-        against = ""
-        if self.sparse:
-            against = ", against dense scratch" if self.dense else ", against scratch under the same masks"
-        return self.granularity.capitalize() + against
+        return self.granularity.capitalize() + against_words(sparse=self.sparse, dense=self.dense)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -220,7 +217,7 @@ def _four(
     groups: Mapping[Any, Sequence[Any]], answers: Answers, records: Mapping[str, Record], match: Match,
 ) -> FourArms | None:  # fmt: skip
     """None while a seed that all four arms share is missing."""
-    by_seed = [{what: _by_seed(items) for what, (items, _) in both.items()} for both in pairs]
+    by_seed = [{what: contrasts.runs_by_seed(items) for what, (items, _) in both.items()} for both in pairs]
     every = [set(own) for both in by_seed for own in both.values()]
     seeds = sorted(set.intersection(*every)) if every else []
     if not seeds:
@@ -270,10 +267,6 @@ def _four(
     return FourArms(of, setting, dense, sparse, items[0].tokens, effects, losses, worth)
 
 
-def _by_seed(items: Sequence[Any]) -> dict[int, tuple[str, str]]:
-    return {item.comparison.seed: (item.comparison.pruned, item.comparison.scratch) for item in items}
-
-
 def _times(factor: float, weighted: Sequence[Weighted]) -> list[Weighted]:
     return [replace(one, weight=factor * one.weight) for one in weighted]
 
@@ -302,11 +295,11 @@ def _worth(distilled: Sequence[Any], groups: Mapping[Any, Sequence[Any]], record
     """Of both arms; none where text alone was trained on one budget, or by other seeds."""
     same = [key for key in SUBJECT if key != "objective"]
     plain = [
-        _by_seed(items)
+        contrasts.runs_by_seed(items)
         for items in groups.values()
         if items[0].comparison.objective == "lm" and all(items[0].group[k] == distilled[0].group[k] for k in same)
     ]
-    own = _by_seed(distilled)
+    own = contrasts.runs_by_seed(distilled)
     seeds = sorted(set.intersection(set(own), *map(set, plain)))
     if len(plain) < 2 or not seeds:
         return []

@@ -17,7 +17,7 @@ from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.inference import Difference, OverDocuments
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.granularity import granularity
-from megatron_prune.study.grid import SUBJECT, setting_words
+from megatron_prune.study.grid import SUBJECT, against_words, setting_words
 from megatron_prune.study.values import GRANULARITIES
 
 SETTINGS = ("equal-training", "equal-total", "equal-flops")
@@ -50,9 +50,7 @@ class Headline:
     @property
     def subject(self) -> str:
         """``Depth``; ``Sparse, against dense scratch``; ``Depth, both distilled``"""
-        against = ""
-        if self.sparse:
-            against = ", against dense scratch" if self.dense else ", against scratch under the same masks"
+        against = against_words(sparse=self.sparse, dense=self.dense)
         return self.granularity.capitalize() + against + ", both distilled" * (self.objective == "distill")
 
     @property

@@ -152,7 +152,7 @@ def _parent(study: schema.StudyConfig, records: Mapping[str, Record]) -> Record 
 
 
 class _Matching:
-    """Compares finished runs by their accounts, each of which is read once."""
+    """Compares finished runs by their accounts and scores, each of which is read once."""
 
     def __init__(
         self,
@@ -164,6 +164,7 @@ class _Matching:
     ):
         self.study, self.places, self.lay, self.records, self.consumed = study, places, lay, records, consumed
         self._accounts: dict[Path, Any] = {}
+        self._scores: dict[str, dict[str, str]] = {}
         self._behind: dict[Path, list[Stage]] = {}
 
     def compare(self, made: grid.Comparison) -> Compared:
@@ -236,7 +237,9 @@ class _Matching:
         return self._behind[path]
 
     def _scored(self, cell: str) -> dict[str, str]:
-        return pair.of_scores(custody.read_scores(self.places.scores(cell)))
+        if cell not in self._scores:
+            self._scores[cell] = pair.of_scores(custody.read_scores(self.places.scores(cell)))
+        return self._scores[cell]
 
     def ran(self, cells: Iterable[str]) -> list[dict[str, str]]:
         """The environments that these cells were trained in."""

@@ -27,7 +27,7 @@ from megatron_prune.study.report.drawing import (
     with_perplexity,
     wrapped,
 )
-from megatron_prune.study.report.tables import SETTINGS, exp, setting_name
+from megatron_prune.study.report.tables import SETTINGS, exp, setting_name, shown_p
 from megatron_prune.study.report.tabular import Column, Table, count, number, perplexity, signed, span, words
 
 Losses = Mapping[tuple[str, str], Sequence[float]]  # by arm and objective, of every seed
@@ -118,15 +118,12 @@ def table(found: Results) -> Table:
                     "high": part.high, "answer": "",
                 })  # fmt: skip
 
-    def p(value: float) -> str:
-        return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
     columns = [
         words("question", "asked", wrap=True), Column("nats", lambda row: signed(row["value"], 4), {"value": "value"}),
         span("95% over seeds", "low", "high", 4),
         *([span("95% over documents", "documents_low", "documents_high", 4)]
           if any(row["documents_low"] is not None for row in shown) else []),
-        number("p", "p", p), number("corrected p", "corrected_p", p), words("answer", "answer"),
+        number("p", "p", shown_p), number("corrected p", "corrected_p", shown_p), words("answer", "answer"),
     ]  # fmt: skip
     caption = (
         "Differences of test losses, positive where the start or the teacher helps. Start: scratch minus pruned, the "

@@ -68,7 +68,7 @@ def verdicts(found: Results) -> Table:
     if seeds:
         columns += [
             span("95% over seeds", "low", "high"), number("df", "freedom", lambda value: f"{value:.3g}"),
-            number("p", "p", _p), number("corrected p", "corrected_p", _p),
+            number("p", "p", shown_p), number("corrected p", "corrected_p", shown_p),
             number("effect", "effect", lambda value: signed(value, 1)),
             number("detectable", "detectable", lambda value: f"{value:.3f}"),
         ]  # fmt: skip
@@ -113,7 +113,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _p(value: float) -> str:
+def shown_p(value: float) -> str:
     return p_value(value).removeprefix("= ")
 
 
@@ -140,7 +140,7 @@ def compared(found: Results) -> Table:
         Column("interval", _shown_interval, {name: name for name in ENDS}),
         *([span("95% over documents", "documents_low", "documents_high", 4)]
           if any(row["documents_low"] is not None for row in shown) else []),
-        number("p", "p", _p), number("corrected p", "corrected_p", _p),
+        number("p", "p", shown_p), number("corrected p", "corrected_p", shown_p),
         number("detectable", "detectable", lambda value: f"{value:.4f}"), words("answer", "answer"),
     ]  # fmt: skip
     caption = (
@@ -188,7 +188,7 @@ def of_measures(name: str, made: Sequence[MeasureVerdict]) -> Table:
         *([span("95% over documents", "documents_low", "documents_high")]
           if any(row["documents_low"] is not None for row in shown) else []),
         *([number("questions", "questions", count)] if any(row["questions"] for row in shown) else []),
-        number("p", "p", _p), number("corrected p", "corrected_p", _p),
+        number("p", "p", shown_p), number("corrected p", "corrected_p", shown_p),
         Column("ahead", lambda row: AHEAD[row["winner"]], {"winner": "winner"}, text=True,
                style=lambda row: f"gap {row['winner']}"),
     ]  # fmt: skip
