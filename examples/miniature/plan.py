@@ -10,7 +10,6 @@ all token counts shrink, and with them the study's name: that is another study, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_prune.artifacts import write_bytes
 from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_REFUSED, DataError, MegatronPruneError, UsageError
 from megatron_prune.study import estimate, outlook, schema, throughput, validate
+from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places, learning_samples, prunings
 
 STUDY = Path(__file__).with_name("study.yaml")
@@ -174,9 +174,9 @@ def fit(content: Content, asked: float | None, prices: estimate.Prices) -> tuple
 
 def best_rate(ledger: Path) -> tuple[float, dict[float, float]]:
     """The rate whose dense scratch run of rate.yaml has the lowest validation loss, and the losses of all rates."""
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    losses = {line["lr"]: line["validation_loss"] for line in lines if line["cell"].startswith("scratch-")}
-    rates: list[float] = yaml.safe_load((STUDY.parent / "rate.yaml").read_text())["recipe"]["lr"]
+    lines = Ledger(ledger).read()
+    losses = {line["lr"]: line["validation_loss"] for cell, line in lines.items() if cell.startswith("scratch-")}
+    rates = schema.load(STUDY.with_name("rate.yaml")).recipe.rates
     if set(losses) != set(rates):
         raise DataError(f"{ledger}: expected scratch runs at {rates}, got {sorted(losses)}: run rate.yaml to its end")
     best = min(losses, key=losses.__getitem__)

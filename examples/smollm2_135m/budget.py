@@ -58,6 +58,7 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
     starts: list[ModelShape] = []
     runs: dict[tuple[object, ...], ModelShape] = {}
     calibrated, learned = parent.forward_flops(study.data.seq_length), 0
+    each = len(study.recipe.rates) * len(study.objectives)  # runs of an arm
     for pruning in prunings.prunings(study):
         method, shape = pruning.method, parent
         if not pruning.sparse and pruning.ratio is not None:
@@ -76,14 +77,10 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
                 choice = needs.structured(study, method, pruning.ratio)
                 cut = choice.method.free_dimensions(choice.settings)
-                more = (
-                    len(study.recipe.rates) * len(study.objectives)
-                    if (against, cut, pruning.ratio, method.tokens) not in runs
-                    else 0
-                )
+                if method.tokens and (against, cut, pruning.ratio, method.tokens) not in runs:
+                    learned += each * shape.training_flops(study.data.seq_length)
                 runs[against, cut, pruning.ratio, method.tokens] = shape
-                learned += more * shape.training_flops(study.data.seq_length) if method.tokens else 0
-    trained = [shape for shape in runs.values() for _ in study.recipe.rates for _ in study.objectives]
+    trained = [shape for shape in runs.values() for _ in range(each)]
     teaching = parent.forward_flops(study.data.seq_length) if "distill" in study.objectives else 0
     evaluated = [parent, *starts, *trained]
     return Work(

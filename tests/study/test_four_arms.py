@@ -54,8 +54,7 @@ def losses(found: Results, arm: str, what: str, budget: int = TAUGHT) -> np.ndar
     rows = {
         row["seed"]: row["test_loss"]
         for row in found.rows
-        if (row["arm"], row["objective"], row["tokens"] if "tokens" in row else row["tokens_train"])
-        == (arm, what, budget)
+        if (row["arm"], row["objective"], row["tokens_train"]) == (arm, what, budget)
     }
     return np.array([rows[seed] for seed in (1, 2, 3)])
 
@@ -146,8 +145,7 @@ def test_ranges_with_another_first_sample_have_a_cache_of_their_own(tmp_path: Pa
     ],
 )  # fmt: skip
 def test_what_an_objective_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
-    prefixes = dict.fromkeys(("train", "calibration", "validation", "test"), "x")
-    prefixes = {name: f"{name}" for name in prefixes}
+    prefixes = {name: name for name in ("train", "calibration", "validation", "test")}
     with pytest.raises(UsageError, match=re.escape(message)):
         made_up.study(prefixes, **changes)
 
