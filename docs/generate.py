@@ -25,7 +25,6 @@ OUTCOMES = {
         "Not on this machine",
         "The table was made without a GPU, and training with these needs one, or a library that needs one.",
     ),
-    "not run": ("Not run yet", "The run that made this table did not come to these."),
 }
 MARK = "<!-- study-schema -->"
 COMMANDS = "<!-- cli-reference -->"

@@ -1,4 +1,5 @@
-"""Fixes for Megatron 0.19.2: its data helpers, norms with gains around zero, and resuming its distributed optimizer.
+"""Fixes for Megatron 0.19.2: its data helpers, norms with gains around zero, recomputed MLPs with biases, and resuming
+its distributed optimizer.
 
 1. Megatron's wheel ships its data helpers compiled, without the Makefile that it calls to compile them.
 2. In fp32 the master weights are views of the parameters. Megatron copies loaded values into them while autograd is
@@ -10,12 +11,16 @@
    step.
 4. ``WrappedTorchNorm``, which Megatron uses without Transformer Engine and Apex, refuses norms whose gains are stored
    around zero (``--apply-layernorm-1p``).
+5. A recomputed MLP (``--recompute-modules mlp``) returns the bias of its second linear for a later addition. Autograd
+   takes it for a result of the recomputation, so that the parameter is no leaf any more, and the backward pass
+   recomputes for ever, in C++, where no signal is heard.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ def apply() -> None:
     """Apply all fixes, after ``megatron.training`` is imported. A second call does nothing."""
     keep_prebuilt_helpers()
     _install_centered_norms()
+    _keep_parameters_leaves()
     _fix_distributed_optimizer()
 
 
@@ -128,3 +134,24 @@ def _install_centered_norms() -> None:
 
     make.centered = True  # type: ignore[attr-defined]
     WrappedTorchNorm.__new__ = make
+
+
+def _keep_parameters_leaves() -> None:
+    """Return views of parameters from what is recomputed, not the parameters. A second call does nothing."""
+    from megatron.core import tensor_parallel
+
+    checkpoint = tensor_parallel.checkpoint
+    if getattr(checkpoint, "of_views", False):
+        return
+
+    def views(made: Any) -> Any:
+        if isinstance(made, tuple):
+            return tuple(map(views, made))
+        return made.view_as(made) if isinstance(made, torch.nn.Parameter) else made
+
+    @functools.wraps(checkpoint)
+    def checkpoint_of_views(function: Callable[..., Any], distribute: bool, *inputs: Any) -> Any:
+        return checkpoint(lambda *given: views(function(*given)), distribute, *inputs)
+
+    checkpoint_of_views.of_views = True  # type: ignore[attr-defined]
+    tensor_parallel.checkpoint = checkpoint_of_views
