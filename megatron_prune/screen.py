@@ -82,7 +82,7 @@ class Printable:
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
     """Escape control characters in all that Python prints on standard output in the block, in warnings, and in what
-    libraries log. Standard error itself stays as it is: their bars of progress move the cursor."""
+    libraries log. Standard error itself stays as it is: their progress bars move the cursor."""
     kept = sys.stdout, warnings.formatwarning, logging.getLogRecordFactory()
 
     def escaped(*what: Any, **named: Any) -> str:

@@ -18,7 +18,6 @@ A killed run resumes after the last finished stage. The work folder is removed o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -32,7 +31,7 @@ from megatron_prune import artifacts, verbs
 from megatron_prune.api import launching, models
 from megatron_prune.api.asked import Asked
 from megatron_prune.api.made import Evaluation, Loss, Model, Pruned, shape_words
-from megatron_prune.claims import ClaimedError, owner, refusal
+from megatron_prune.claims import claim
 from megatron_prune.data import split
 from megatron_prune.errors import CheckpointError, DataError, UsageError
 
@@ -363,17 +362,9 @@ class _Run:
 
     @contextlib.contextmanager
     def _own(self) -> Iterator[None]:
-        """Lock the work folder; UsageError if it has other settings or another process holds it."""
+        """Lock the work folder; UsageError if it has other settings, ClaimedError if another process holds it."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "lock", "a+b") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                handle.seek(0)
-                raise ClaimedError(refusal(self.out, self.work / "lock", handle.read(1 << 12), sure=True)) from error
-            handle.truncate(0)
-            handle.write(owner())
-            handle.flush()
+        with claim(self.work / "lock", self.out):
             path = self.work / QUESTION
             if path.is_file():
                 held = artifacts.read_json(path)

@@ -24,7 +24,7 @@ def convert_group() -> Verbs:
 
 
 def convert_parser(part: str) -> Parser:
-    """The convert_parser of ``convert import`` and the others."""
+    """The parser of ``convert import`` and the others."""
     if part == "import":
         return Parser(
             "convert import",

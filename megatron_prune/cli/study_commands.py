@@ -47,7 +47,7 @@ def study_group() -> Verbs:
 
 
 def study_parser(part: str) -> Parser:
-    """The study_parser of ``study run`` and the others."""
+    """The parser of ``study run`` and the others."""
     if part == "stage":
         return Parser(
             "study stage",

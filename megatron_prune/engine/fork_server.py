@@ -253,7 +253,6 @@ def _rank(request: dict[str, Any], rank: int, meeting: int) -> int:
         TORCHELASTIC_MAX_RESTARTS="0",
         TORCHELASTIC_RUN_ID="none",
     )
-    network.use_loopback()
     network.meet_in(meeting)
     os.environ.setdefault("OMP_NUM_THREADS", "1" if nproc > 1 else str(len(os.sched_getaffinity(0))))
     os.chdir(request["directory"])

@@ -45,7 +45,6 @@ def make_private() -> None:
         return
     ranks, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
     if ranks == "1" or (ranks == local and "TORCHELASTIC_RUN_ID" in os.environ):
-        use_loopback()
         meet_in(anonymous_file() if ranks == "1" else _file_of_first_rank())
     elif KEY_VARIABLE in os.environ:
         key = os.environ[KEY_VARIABLE]
@@ -69,19 +68,18 @@ def store_of_this_machine() -> Any:
     )
 
 
-def use_loopback() -> None:
-    """Have gloo listen on the loopback address, unless an interface is set."""
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
 def meet_in(file: int) -> None:
-    """Have process groups of this process form through the open ``file``, which all ranks have, and sign objects."""
+    """Have process groups of this process form through the open ``file``, which all ranks have, and sign objects.
+
+    gloo listens on the loopback address, unless an interface is set.
+    """
     from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, but not in its __all__
     from torch.distributed.rendezvous import _rendezvous_handlers
 
     global _meeting
     _meeting = file
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
     def meet(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
         yield FileStore(_path(file)), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -140,8 +138,8 @@ def refuse_strangers() -> None:
         if state == _ESTABLISHED and (local, remote) in accepted and user != os.geteuid():
             raise RunError(
                 f"rank {os.environ.get('RANK', '0')}: expected connections of its own job alone, got one of the user "
-                f"with number {user}: the job has stopped before it used anything of it; start it again, and ask that "
-                "user, or the administrator of this machine"
+                f"with number {user}: the job has stopped before it used anything of it; start it again, and if this "
+                "comes back, ask that user or the administrator of this machine"
             )
 
 

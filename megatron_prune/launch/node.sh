@@ -26,8 +26,8 @@ export PET_NNODES="${PET_NNODES:-1}" PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-g
 export PET_RDZV_BACKEND="${PET_RDZV_BACKEND:-c10d}" PET_RDZV_ENDPOINT="${PET_RDZV_ENDPOINT:-localhost:29500}"
 export PET_RDZV_ID="${PET_RDZV_ID:-megatron-prune}" PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 
-# On one machine: torchrun, but nobody else reaches its store. That of c10d listens on all addresses, and the agent
-# unpickles what is in it.
+# On one machine: a torchrun whose store no other machine reaches. The store of c10d listens on all addresses, and the
+# agent unpickles what is in it.
 run=(-m torch.distributed.run)
 if [ "$PET_NNODES" = 1 ]; then run=(-m megatron_prune.engine.launch -); fi
 

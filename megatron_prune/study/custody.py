@@ -81,8 +81,11 @@ class _ScoresFile(TypedDict, total=False):
 
 def read_scores(path: Path) -> dict[str, Any]:
     """The content of a ``scores.json``. AccountError, with file and key, for a value of another type; the same for a
-    key that is looked up and is not there."""
-    return Keys(check(_ScoresFile, artifacts.read_json(path), str(path), AccountError), str(path), AccountError)
+    key that is looked up and is not there, in the file or in one of its corpora."""
+    content: Mapping[str, Any] = check(_ScoresFile, artifacts.read_json(path), str(path), AccountError)
+    corpora = content.get("corpora", {}).items()
+    named = {name: Keys(corpus, f"{path}: {name}", AccountError) for name, corpus in corpora}
+    return Keys({**content, "corpora": named} if named else content, str(path), AccountError)
 
 
 def check_account(path: Path) -> None:
@@ -95,7 +98,10 @@ def check_account(path: Path) -> None:
                 f"{path}: {name}: expected {given}, as in its arguments, got {account[name]}; restore the file"
             )
     if account["range"] is None:
-        raise AccountError(f"{path}: range: expected the first and the last sample, got none: the run read no stream")
+        raise AccountError(
+            f"{path}: range: expected the first and the last sample, got none, as of a run without --stream-range; "
+            "restore the file"
+        )
     first, end = account["range"]
     samples, length = account["steps"] * account["global_batch_size"], account["seq_length"]
     for name, found, follows in (

@@ -28,7 +28,6 @@ from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import CORPORA
 from megatron_prune.training import lineage, objective, teacher_cache
 from megatron_prune.training.account import ACCOUNT, read_account
-from megatron_prune.untrusted import Keys
 
 Record = dict[str, Any]
 SHOWN_OF_A_STAGE = ("kind", "method", "tokens", "flops", "range", "start", "end")
@@ -228,18 +227,13 @@ def _run(account: Mapping[str, Any]) -> Record:
     }
 
 
-def _text(name: str, corpus: Mapping[str, Any]) -> Record:
-    known = Keys(corpus, f"the scores of {name}", AccountError)
-    return {key: known[key] for key in TEXT}
-
-
 def _evaluated(scores: Mapping[str, Any]) -> Record:
     """Losses and tasks' results, with the weights and the text they are for."""
     corpora = scores["corpora"]
     record = {
         **{f"{name}_loss": corpora[name]["loss"] for name in CORPORA},
         "fingerprint": scores["checkpoint"]["fingerprint"],
-        "text": {name: _text(name, corpus) for name, corpus in corpora.items()},
+        "text": {name: {key: corpus[key] for key in TEXT} for name, corpus in corpora.items()},
     }
     if more := {name: corpus["loss"] for name, corpus in corpora.items() if name not in CORPORA}:
         record["corpora"] = more

@@ -18,7 +18,6 @@ import math
 import os
 import pickle
 import re
-import socket
 import sys
 import tempfile
 import traceback
@@ -26,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_prune.engine import network
 
 S, WINDOWS = 16, 3
 # Megatron's defaults but for the sizes. Weights are large enough that another function has another loss.
@@ -248,22 +249,20 @@ def in_forks(work: Callable[[], Any], ranks: int = 1) -> tuple[int, str, list[fl
 
     Megatron's own refusals count as exit code 2.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1] if ranks > 1 else 0
-    children = [_fork(work, rank, ranks, port) for rank in range(ranks)]
+    meeting = network.anonymous_file()  # a new one: in that of earlier ranks are addresses at which nobody answers
+    children = [_fork(work, rank, ranks, meeting) for rank in range(ranks)]
+    os.close(meeting)
     ends = [_answer(*child) for child in children]
     return next((end for end in ends if end[0] != 0), ends[0])
 
 
-def _fork(work: Callable[[], Any], rank: int, ranks: int, port: int) -> tuple[int, int]:
+def _fork(work: Callable[[], Any], rank: int, ranks: int, meeting: int) -> tuple[int, int]:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        network.meet_in(meeting)
         with open(writer, "wb") as pipe:
             pickle.dump(_outcome(work), pipe)
         os._exit(0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +18,9 @@ BUGS = {"DIFFERENT", "FAILED"}
 SAMPLE = {"window_size": "equal", "softmax_type": "refused", "tensor_model_parallel_size": "equal"}
 
 
-def test_a_sample(tmp_path):
-    """In a process of its own, as the whole table is made."""
-    output = tmp_path / "found.json"
-    command = [sys.executable, "-m", "tests.checkpoint.argument_guard", str(output), *SAMPLE]
-    subprocess.run(command, cwd=TABLE.parents[1], capture_output=True, check=True)
-    rows = json.loads(output.read_text())
-    assert {row["argument"]: row["outcome"] for row in rows} == SAMPLE, rows
+def test_a_sample(distributed, tmp_path):
+    [found] = distributed(argument_guard.examine, 1, list(SAMPLE), str(tmp_path))
+    assert {one.argument: one.outcome for one in found} == SAMPLE, found
 
 
 def test_the_table_has_every_argument_and_no_bug():

@@ -165,6 +165,14 @@ def test_a_value_of_another_type_in_scores(tmp_path: Path, content: Any, message
     assert "scores.json" in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_scores_without_the_text_they_are_for(tmp_path: Path) -> None:
+    artifacts.write_json(tmp_path / "scores.json", {"corpora": {"test": {"loss": 2.5, "windows": 1}}})
+    corpus = custody.read_scores(tmp_path / "scores.json")["corpora"]["test"]
+    assert corpus["loss"] == 2.5
+    with pytest.raises(AccountError, match=r"scores\.json: test is damaged: fingerprint: expected this key"):
+        corpus["fingerprint"]
+
+
 def test_cell_files_of_other_types(tmp_path: Path) -> None:
     stage = {"stage": "evaluate", "nproc": 1, "argv": ["evaluate"], "done": {"check": "calibrated"}}
     good = {"cell": "c", "about": {}, "stages": [stage]}
