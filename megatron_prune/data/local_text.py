@@ -114,8 +114,10 @@ def _split(
 ) -> dict[str, list[FoundText]]:
     """Split the documents, in the order of their hashes, by shares of the bytes, with test at the end.
 
-    Each split keeps this order, so that its first windows are a mixture of kinds.
+    Each split keeps this order, so that its first windows are a mixture of kinds. A held-out document whose beginning
+    is that of another is left out: it would be in two splits.
     """
+    begun: set[str] = set()
     rest = [found for _, found in sorted(documents, key=lambda document: document[0])]
     splits: dict[str, list[FoundText]] = {}
     seen, border = 0, 0.0
@@ -127,9 +129,11 @@ def _split(
             size = len(held.text.encode())
             if seen + size / 2 >= border:
                 break
-            chosen.append(held)
             rest.pop()
-            seen += size
+            if held.text not in begun:
+                begun.add(held.text)
+                chosen.append(held)
+                seen += size
         splits[name] = chosen[::-1]
     return {SPLITS[0]: rest} | {name: splits[name] for name in SPLITS[1:]}
 

@@ -18,7 +18,8 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_prune.errors import DataError, UsageError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 LONGEST = 1_000_000  # characters; a longer text (a dictionary in one file) is cut, so that several splits can have it
 PART = 50_000
+FURNITURE = 10, 0.05  # texts of a package, and their share, that have a paragraph: then it is none of their own
 # Translations, and second copies of the same text (sources of Sphinx and of rustdoc).
 UNWANTED = re.compile(
     r"/(?:translations|locale|_sources|_modules|_static|_downloads|src|tests?|licen[cs]es)/"
@@ -150,12 +152,28 @@ def texts_of(package: TextPackage) -> list[FoundText]:
                 formats.setdefault(form, {})[name] = text
     if not formats:
         raise DataError(f"{package.file}: expected documents, got none: leave {package.name} out")
-    texts = max(formats.values(), key=lambda found: sum(map(len, found.values())))
+    texts = without_furniture(max(formats.values(), key=lambda found: sum(map(len, found.values()))))
     return [
         FoundText(package.kind, name if not number else f"{name}#{number}", part)
         for name in sorted(texts, key=local_text.shuffled)
         for number, part in enumerate(parts(texts[name]))
     ]
+
+
+def without_furniture(texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts without the lines that many pages of a manual share: menus, links to the next page, "Light mode".
+
+    A paragraph goes if a twentieth of the texts, and ten at least, have it. Texts of which nothing is left go too.
+    """
+    paragraphs = {name: re.split(r"\n\s*\n", text) for name, text in texts.items()}
+    keys = {name: [" ".join(one.split()) for one in found] for name, found in paragraphs.items()}
+    pages = Counter(key for found in keys.values() for key in set(found))
+    most = max(FURNITURE[0], FURNITURE[1] * len(texts))
+    kept = {
+        name: "\n\n".join(one for one, key in zip(found, keys[name], strict=True) if pages[key] < most)
+        for name, found in paragraphs.items()
+    }
+    return {name: text for name, text in kept.items() if text.strip()}
 
 
 def parts(text: str) -> Iterator[str]:

@@ -105,6 +105,16 @@ def test_held_out_documents_can_be_beginnings_of_many(machine, tmp_path, monkeyp
         local_text.build_corpus(tmp_path / "x", places=machine, longest_held_out=10)
 
 
+def test_beginnings_are_held_out_once(machine, tmp_path, monkeypatch):
+    """Documents that differ only after what is held out of them would be in two splits."""
+    made = [FoundText("k", str(i), f"{f'{i % 2 and i}: {PROSE}' * 8}\n\nPart {i}. {PROSE}") for i in range(200)]
+    monkeypatch.setattr(local_text, "clean", lambda found, rejected: iter(made))
+    local_text.build_corpus(tmp_path / "c", shares=(70, 10, 10, 10), places=machine, longest_held_out=900)
+    held = [json.loads(line)["text"] for split in local_text.SPLITS[1:]
+            for line in (tmp_path / "c" / f"{split}.jsonl").read_text().splitlines()]  # fmt: skip
+    assert sum(text.startswith("0: ") for text in held) == 1 and len(held) == len(set(held)) > 40
+
+
 def test_this_machine_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     places = TextPlaces(documentation=(), manuals=())
     made = [local_text.build_corpus(tmp_path / name, max_bytes=1_800_000, workers=workers, places=places)

@@ -102,6 +102,14 @@ def test_a_dictionary_in_one_file_is_cut_between_its_entries(monkeypatch) -> Non
     assert list(text_packages.parts("x" * 1001)) == ["x" * 100] * 9 + ["x" * 101]
 
 
+def test_menus_that_many_pages_share_are_no_text_of_theirs() -> None:
+    pages = {str(i): f"Home\n\n  The\tKernel \n\nPage {i}\n\n{'rare' if i < 9 else 'own'} {i // 9}" for i in range(40)}
+    left = text_packages.without_furniture(pages | {"menu": "Home\n\nThe Kernel"})
+    assert left == {str(i): f"Page {i}\n\n{'rare' if i < 9 else 'own'} {i // 9}" for i in range(40)}
+    few = {str(i): f"Home\n\nPage {i}" for i in range(9)}
+    assert text_packages.without_furniture(few) == few
+
+
 def test_a_damaged_file_has_no_text(tmp_path) -> None:
     packed = bytearray(gzip.compress(PARAGRAPHS["Pod"].encode()))
     packed[20:40] = bytes(20)
