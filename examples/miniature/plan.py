@@ -2,7 +2,7 @@
 
     python examples/miniature/plan.py --hours 12 --seeds 3 --output runs/miniature-data/plan.yaml
 
-Comparisons are left out in a fixed order (``CUTS``) until the rest fits. All that is left out can be made later: a plan
+``--study small.yaml --scale 0.3`` is the same for a smaller parent. Comparisons are left out in a fixed order (``CUTS``) until the rest fits. All that is left out can be made later: a plan
 with more hours is the same study, grown. Every claim of study.yaml keeps the comparisons that test it. With ``--scale``
 all token counts shrink, and with them the study's name: that is another study, for trying things out.
 """
@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
+from megatron_prune import screen
 from megatron_prune.artifacts import write_bytes
 from megatron_prune.data import indexed
 from megatron_prune.errors import EXIT_REFUSED, DataError, MegatronPruneError, UsageError
-from megatron_prune.study import estimate, outlook, schema, throughput, validate
+from megatron_prune.study import estimate, outlook, schema, study_file, throughput, validate
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places, learning_samples, prunings
 
@@ -57,9 +58,9 @@ CUTS: tuple[tuple[str, list[Content]], ...] = (
 LEAST_SEEDS = 2  # one seed has no interval, and no claim could be tested
 
 
-def read(*, seeds: int, scale: float = 1.0, rate: float | None = None) -> Content:
-    """study.yaml with so many seeds, its token counts scaled to whole batches, and the rate that was chosen."""
-    content: Content = yaml.safe_load(STUDY.read_text())
+def read(*, seeds: int, scale: float = 1.0, rate: float | None = None, study: Path = STUDY) -> Content:
+    """A study with so many seeds, its token counts scaled to whole batches, and the rate that was chosen."""
+    content = study_file.read(study).content
     content["seeds"] = list(range(1, seeds + 1))
     if rate is not None:
         content["recipe"] = content["recipe"] | {"lr": rate}
@@ -172,42 +173,44 @@ def fit(content: Content, asked: float | None, prices: estimate.Prices) -> tuple
     )  # fmt: skip
 
 
-def best_rate(ledger: Path) -> tuple[float, dict[float, float]]:
-    """The rate whose dense scratch run of rate.yaml has the lowest validation loss, and the losses of all rates."""
+def best_rate(ledger: Path, study: Path) -> tuple[float, dict[float, float]]:
+    """The rate whose dense scratch run has the lowest validation loss in the ledger of rate.yaml, and all losses."""
     lines = Ledger(ledger).read()
     losses = {line["lr"]: line["validation_loss"] for cell, line in lines.items() if cell.startswith("scratch-")}
-    rates = schema.load(STUDY.with_name("rate.yaml")).recipe.rates
+    rates = schema.load(study).recipe.rates
     if set(losses) != set(rates):
-        raise DataError(f"{ledger}: expected scratch runs at {rates}, got {sorted(losses)}: run rate.yaml to its end")
+        raise DataError(f"{ledger}: expected scratch runs at {rates}, got {sorted(losses)}: run {study} to its end")
     best = min(losses, key=losses.__getitem__)
     return best, losses
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=STUDY, help="study.yaml by default; or small.yaml")
     parser.add_argument("--hours", type=float, help="that the whole study may take, killed and continued or not")
     parser.add_argument("--seeds", type=int, default=3, help="3 by default")
     parser.add_argument("--scale", type=float, default=1.0, help="of all token counts")
     parser.add_argument("--rate", type=float, help="learning rate, from rate.yaml")
     parser.add_argument("--all", action="store_true", help="print the hours of every step of the cuts for 1 to N seeds")
     parser.add_argument("--output", type=Path, required=True, metavar="STUDY.yaml")
-    parser.add_argument("--choose-rate", type=Path, metavar="LEDGER", help="write the best rate of rate.yaml instead")
+    parser.add_argument("--choose-rate", type=Path, metavar="LEDGER", help="of --study rate.yaml: write the best of its rates instead")
     options = parser.parse_args()
+    screen.show_missing(False)
     try:
         if options.choose_rate is not None:
-            best, losses = best_rate(options.choose_rate)
+            best, losses = best_rate(options.choose_rate, options.study)
             print("validation loss by rate: " + ", ".join(f"{rate:g} {losses[rate]:.4f}" for rate in sorted(losses)))
             if best in (min(losses), max(losses)):
-                print(f"{best:g} is at an end of the rates that were tried: add one to rate.yaml and run it again")
+                print(f"{best:g} is at an end of the rates that were tried: add one to {options.study} and run it again")
             write_bytes(options.output, f"{best:g}\n".encode())
             return 0
         if options.seeds < 1:
             raise UsageError("--seeds", got=options.seeds, expected="at least 1")
-        content = read(seeds=options.seeds, scale=options.scale, rate=options.rate)
+        content = read(seeds=options.seeds, scale=options.scale, rate=options.rate, study=options.study)
         described: Any = indexed.sidecar(content["data"]["train"][0])
         content, told_of_text = with_epochs(content, described["tokens"])
         print(told_of_text)
-        study = schema.from_mapping(content, where=str(STUDY))
+        study = schema.from_mapping(content, where=str(options.study))
         prices = throughput.measure(study, look(study), study.launch.parallel_cells)
         speed = {flops: round(study.recipe.global_batch_size * study.data.seq_length / seconds)
                  for flops, seconds in prices.seconds_of_step.items()}  # fmt: skip

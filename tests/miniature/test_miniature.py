@@ -163,10 +163,10 @@ def test_the_rate_is_that_of_the_best_scratch_run(tmp_path) -> None:
     lines += [{"cell": "pruned-x", "lr": rate, "validation_loss": -1.0} for rate in rates] + [{"cell": "parent"}]
     ledger = tmp_path / "ledger.jsonl"
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plan.best_rate(ledger)[0] == 0.002
+    assert plan.best_rate(ledger, EXAMPLE / "rate.yaml")[0] == 0.002
     ledger.write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(DataError, match="expected scratch runs at .*: run rate.yaml to its end"):
-        plan.best_rate(ledger)
+    with pytest.raises(DataError, match="expected scratch runs at .*: run .*rate.yaml to its end"):
+        plan.best_rate(ledger, EXAMPLE / "rate.yaml")
 
 
 def test_the_rate_is_chosen_for_the_shape_and_the_recipe_of_the_study() -> None:
