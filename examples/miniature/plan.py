@@ -2,9 +2,10 @@
 
     python examples/miniature/plan.py --hours 12 --seeds 3 --output runs/miniature-data/plan.yaml
 
-``--study small.yaml --scale 0.3`` is the same for a smaller parent. Comparisons are left out in a fixed order (``CUTS``) until the rest fits. All that is left out can be made later: a plan
-with more hours is the same study, grown. Every claim of study.yaml keeps the comparisons that test it. With ``--scale``
-all token counts shrink, and with them the study's name: that is another study, for trying things out.
+``--study small.yaml --scale 0.3`` is for a smaller parent. Comparisons are left out in a fixed order (``CUTS``)
+until the rest fits. All that is left out can be made later: a plan with more hours is the same study, grown. Every
+claim of study.yaml keeps the comparisons that test it. With ``--scale`` all token counts shrink, and with them the
+study's name: that is another study.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="learning rate, from rate.yaml")
     parser.add_argument("--all", action="store_true", help="print the hours of every step of the cuts for 1 to N seeds")
     parser.add_argument("--output", type=Path, required=True, metavar="STUDY.yaml")
-    parser.add_argument("--choose-rate", type=Path, metavar="LEDGER", help="of --study rate.yaml: write the best of its rates instead")
+    parser.add_argument("--choose-rate", type=Path, metavar="LEDGER", help="write the best rate of --study rate.yaml")
     options = parser.parse_args()
     screen.show_missing(False)
     try:
@@ -201,7 +202,9 @@ def main() -> int:
             best, losses = best_rate(options.choose_rate, options.study)
             print("validation loss by rate: " + ", ".join(f"{rate:g} {losses[rate]:.4f}" for rate in sorted(losses)))
             if best in (min(losses), max(losses)):
-                print(f"{best:g} is at an end of the rates that were tried: add one to {options.study} and run it again")
+                print(
+                    f"{best:g} is at an end of the rates that were tried: add one to {options.study} and run it again"
+                )
             write_bytes(options.output, f"{best:g}\n".encode())
             return 0
         if options.seeds < 1:
