@@ -143,16 +143,30 @@ def test_a_trial_is_another_study_of_whole_batches_in_the_same_proportions() -> 
     look(study)
 
 
+def test_the_small_one_has_the_proportions_and_claims_of_the_other() -> None:
+    content = plan.read(seeds=3, scale=0.3, study=EXAMPLE / "small.yaml")
+    study, large = schema.from_mapping(content), schema.load(EXAMPLE / "study.yaml")
+    assert study.name == "miniature-small-x0.3" and study.parent.pretrain is not None
+    assert [question.label for question in study.compare] == [question.label for question in large.compare]
+    source, tokens = look(study).source, study.parent.pretrain.tokens
+    assert source is not None and tokens / source.parameters() == pytest.approx(25, rel=0.02)
+    assert [budget / tokens for budget in study.budgets] == pytest.approx([0.05, 0.15, 0.25, 1.25, 2.5], rel=0.02)
+    rate = schema.load(EXAMPLE / "small-rate.yaml")
+    assert look(rate).source == source and rate.budgets[0] / tokens == pytest.approx(0.2, rel=0.01)
+    assert rate.recipe.arguments == study.recipe.arguments
+    assert "--small) NAME=small RATE=small-rate SCALE=0.3;" in (EXAMPLE / "run.sh").read_text()
+
+
 def test_the_parents_text_is_never_repeated_and_the_rest_is_counted(whole) -> None:
     """The last samples are those that masks are learned on: after the parent's and those of the longest retraining."""
     batch = 32 * 256
     parent, longest = -(-19_200_000 // batch) * batch, round(48_000_000 / batch) * batch
-    last = parent + longest + 1_310_720
+    last = parent + longest + 5_242_880
     assert plan.needed(whole) == pytest.approx(last, abs=batch)
     one, told = plan.with_epochs(whole, 80_000_000)
     assert one["data"]["epochs"] == 1 and "seen before" not in told
     two, told = plan.with_epochs(whole, 50_000_000)
-    assert two["data"]["epochs"] == 2 and f"{plan.needed(whole):,}, 1.37 epochs: what follows" in told
+    assert two["data"]["epochs"] == 2 and f"{plan.needed(whole):,}, 1.45 epochs: what follows" in told
     with pytest.raises(UsageError, match="the parent's text is not to be repeated"):
         plan.with_epochs(whole, 19_200_000)
 
