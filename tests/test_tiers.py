@@ -27,6 +27,15 @@ def test_quick_is_what_was_measured_to_be():
     assert [tiers._is_quick(one, taken) for one in quick] == [True, True, True, False, False, False, False]
 
 
+def test_the_fast_loop_has_tests_of_every_room():
+    listed = [ROOT / line for line in tiers.FAST_LOOP.read_text().split()]
+    assert [path for path in listed if not path.exists()] == []
+    rooms = {path.name for path in (ROOT / "megatron_prune").iterdir()} & {
+        path.name for path in (ROOT / "tests").iterdir()
+    }
+    assert rooms - {path.relative_to(ROOT / "tests").parts[0] for path in listed} == set()
+
+
 def test_durations_are_read_by_names_with_spaces(tmp_path):
     (tmp_path / "d.txt").write_text("1.5 tests/a.py::test[a b-c]\n0.2 tests/b.py::test\n")
     assert tiers.durations(tmp_path / "d.txt") == {"tests/a.py::test[a b-c]": 1.5, "tests/b.py::test": 0.2}

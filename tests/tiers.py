@@ -2,7 +2,8 @@
 it started.
 
 ``--quick`` leaves out tests that took 0.4 seconds or more, tests marked ``slow`` or ``gpu``, and files with fixtures
-that take seconds. A test without a measurement is quick unless it starts ranks. Under xdist, the longest files run
+that take seconds. A test without a measurement is quick unless it starts ranks. ``tests/run.sh --quick`` does this with
+the files in ``quick.txt``: some of each room, since all files together take minutes. Under xdist, the longest files run
 first, so that all workers end together.
 
     python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 DURATIONS = Path(__file__).with_name("durations.txt")
+FAST_LOOP = Path(__file__).with_name("quick.txt")
 QUICK = 0.4  # processor seconds
 SHORTEST = 0.2  # faster tests are not listed, unless they start ranks
 RANKS = {"job", "distributed"}  # fixtures that start ranks
