@@ -61,7 +61,7 @@ class Launcher(made_up.FakeLauncher):
         given = made_up.words(argv)
         load = Path(given["load"])
         cell, account = load.parent.name, load / "account.json"
-        if cell == "parent":
+        if cell.split("-")[0] == "parent":
             loss = PARENT
         elif not account.is_file():
             loss = UNRETRAINED
