@@ -15,6 +15,8 @@ check each value in the same place (``Flag.convert``):
 * ``Apply.read({"load": …, "workers": 2}, where="methods.apply")``    a mapping: a YAML entry, keywords of a call
 * ``add_flags(parser, Apply)`` and then ``Apply.of(namespace)``        a command line (``cli/parser.py`` does both)
 
+A bool that is True by default has the flag ``--no-NAME``.
+
 and back: ``words()`` is the command line, ``to_json()`` what an artifact keeps, ``==`` compares.
 ``was_given("workers")`` distinguishes a given flag from a default.
 
@@ -85,8 +87,15 @@ class Flag:
 
     @property
     def option(self) -> str:
-        """``ratio_of`` → ``--ratio-of``; the metavar of a positional word."""
-        return self.metavar or self.name if self.positional else "--" + self.name.replace("_", "-")
+        """``ratio_of`` → ``--ratio-of``; the metavar of a positional word; ``--no-…`` of what is on by default."""
+        if self.positional:
+            return self.metavar or self.name
+        return f"--{'no-' * self.is_on}{self.name.replace('_', '-')}"
+
+    @property
+    def is_on(self) -> bool:
+        """True if the flag switches off what is on without it."""
+        return self.type is bool and self.default is True
 
     @property
     def required(self) -> bool:
@@ -131,10 +140,10 @@ class Flag:
 
     def words(self, value: Any) -> list[str]:
         """The command-line words for ``value``."""
-        if value is None or value is False:
+        if value is None:
             return []
-        if value is True:
-            return [self.option]
+        if self.type is bool:
+            return [self.option] if value is not self.is_on else []
         items = [str(item) for item in value] if self.many else [str(value)]
         if self.positional:
             return items
@@ -145,12 +154,12 @@ class Flag:
     def add(self, group: argparse._ActionsContainer) -> None:
         """Add the flag to argparse. Flags not given stay out of the namespace: ``Settings.of`` adds defaults."""
         text = self.help.replace("%", "%%")
-        if self.default not in (MISSING, None, False, ()) and "default" not in text:
+        if self.default not in (MISSING, None, False, True, ()) and "default" not in text:
             default = " ".join(map(str, self.default)) if self.many else f"{self.default}"
             text += f" (default: {default})".replace("%", "%%")
         more: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if self.type is bool:
-            group.add_argument(self.option, dest=self.name, action="store_true", **more)
+            group.add_argument(self.option, dest=self.name, action=f"store_{not self.is_on}".lower(), **more)
             return
         if self.metavar is None and self.choices is not None:
             more["metavar"] = "{" + ",".join(self.choices) + "}"

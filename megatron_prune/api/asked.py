@@ -11,7 +11,6 @@ from megatron_prune.methods import options
 from megatron_prune.settings import Settings
 
 if TYPE_CHECKING:
-    from megatron_prune.checkpoint.layout import ModelShape
     from megatron_prune.sparse.request import SparsifyRequest
     from megatron_prune.structured.choice import Choice
 
@@ -46,15 +45,18 @@ class Asked:
         found |= {} if self.settings.seed is None else {"seed": self.settings.seed}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
-    def check(self, shape: ModelShape) -> None:
-        """UsageError for a method or a target that does not fit a model of ``shape``."""
+    def check(self, args: Mapping[str, Any], kind: str) -> None:
+        """UsageError for a method or a target that does not fit a model with Megatron's arguments ``args``, or that
+        leaves none of a family that it could be exported as; it is imported from the family ``kind``."""
+        from megatron_prune.checkpoint.layout import ModelShape
         from megatron_prune.sparse.request import SparsifyRequest
 
         chosen = self.choose()
         if isinstance(chosen, SparsifyRequest):
-            chosen.check(shape)
+            chosen.check(ModelShape.from_args(args))
         else:
-            chosen.shapes(shape)
+            chosen.shapes(ModelShape.from_args(args))
+            chosen.refuse_unexportable_biases(args, kind)
 
     @property
     def learning(self) -> options.OneLineLearningOptions | None:

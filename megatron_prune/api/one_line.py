@@ -51,6 +51,8 @@ class _Source:
 
     folder: Path
     shape: ModelShape
+    args: dict[str, Any]  # Megatron's
+    kind: str  # of its family
     positions: int
     dtype: str
     nbytes: int
@@ -112,7 +114,7 @@ class _Run:
                 "--nproc", got=asked.nproc, expected=f"a multiple of {ranks}",
                 why="that is the tensor times the pipeline parallel size",
             )  # fmt: skip
-        self.chosen.check(self.source.shape)
+        self.chosen.check(self.source.args, self.source.kind)
 
     @property
     def steps(self) -> int:
@@ -482,6 +484,8 @@ def _read_source(asked: verbs.PruneHFSettings) -> _Source:
     return _Source(
         folder,
         ModelShape.from_args(args),
+        args,
+        family.kind,
         args["max_position_embeddings"],
         dtype,
         sum(path.stat().st_size for path in folder.glob("*.safetensors")),

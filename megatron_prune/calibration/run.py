@@ -11,7 +11,7 @@ Where each statistic is read (activations are [s, b, n]):
 * ``input_layernorm``, ``pre_mlp_layernorm``: the norms' outputs, which ``linear_qkv`` and
   ``linear_fc1`` multiply (``engine/spec.py``); ``final_layernorm``: its output;
 * ``attention``, ``mlp``: the inputs of ``linear_proj`` and ``linear_fc2``, of which a tensor-parallel
-  rank holds a contiguous slice of channels.
+  rank holds a contiguous slice of channels, with the columns that read them.
 
 Every rank sums over its own layers (PP), sequences (DP) and channels (TP). TP ranks divide the work on activations
 that all of them hold: each sums a slice of the norms' channels and every TP-th layer's cosines. In a sequence-parallel
@@ -42,7 +42,14 @@ from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
 from megatron_prune.engine import forward, fp8, runtime, spec
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.accumulators import QUANTITIES, ChannelSums, CosineDistance, Workspace
+from megatron_prune.methods.accumulators import (
+    COLUMN_SUMS,
+    QUANTITIES,
+    ChannelSums,
+    CosineDistance,
+    Workspace,
+    column_sums,
+)
 from megatron_prune.structured import candidates
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
@@ -58,6 +65,7 @@ class ActivationRecorder:
         # (statistics key, layer or None, first channel) of every accumulator
         self._channels: list[tuple[str, int | None, int, ChannelSums]] = []
         self._cosines: list[tuple[int, CosineDistance]] = []
+        self._columns: list[tuple[str, int, torch.nn.Parameter]] = []  # site, layer, weight [out, channels here]
         self._handles: list[Any] = []
         self._rank = mpu.get_tensor_model_parallel_rank()
         self._ranks = mpu.get_tensor_model_parallel_world_size()
@@ -79,8 +87,9 @@ class ActivationRecorder:
         attention, mlp = block.self_attention, block.mlp
         for site, linear in (("input_layernorm", attention.linear_qkv), ("pre_mlp_layernorm", mlp.linear_fc1)):
             self._on_input(linear, spec.multiplied(linear, self._shared(site, layer)))
-        self._on_input(attention.linear_proj, self._sharded("attention", layer))
-        self._on_input(mlp.linear_fc2, self._sharded("mlp", layer))
+        for site, linear in (("attention", attention.linear_proj), ("mlp", mlp.linear_fc2)):
+            self._on_input(linear, self._sharded(site, layer))
+            self._columns.append((site, layer, linear.weight))
         if spec.sequence_ranks(self._config) > 1 or layer % self._ranks == self._rank:
             cosine = CosineDistance(self._device, self._workspace)
             self._cosines.append((layer, cosine))
@@ -131,6 +140,11 @@ class ActivationRecorder:
             for quantity, values in zip(QUANTITIES, sums.sums, strict=True):
                 place = tensors[f"{site}.{quantity}"]
                 (place if of_layer is None else place[of_layer])[first : first + len(values)] = values
+        if mpu.get_data_parallel_rank() == 0:  # the other replicas have the same weights
+            for site, layer, weight in self._columns:
+                for name, values in zip(COLUMN_SUMS, column_sums(weight.detach()), strict=True):
+                    first = self._rank * len(values)
+                    tensors[f"{site}.{name}"][layer, first : first + len(values)] = values
         torch.distributed.all_reduce(flat)
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, float(flat[0])
 

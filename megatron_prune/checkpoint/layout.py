@@ -158,6 +158,10 @@ class ModelShape:
                 f"{self.num_attention_heads}"
             )
 
+    def with_biases(self) -> ModelShape:
+        """The same model with biases on its linears: on all of them, since Megatron has one switch."""
+        return replace(self, linear_bias=True, qkv_bias=True)
+
     @property
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
@@ -224,7 +228,14 @@ class ModelShape:
             # Always written: after pruning, the head size is no longer hidden/heads.
             "kv_channels": self.kv_channels,
             "ffn_hidden_size": self.ffn_hidden_size,
+            "add_bias_linear": self.linear_bias,
         }
+
+    def to_flags(self) -> dict[str, Any]:
+        """The same as flags of Megatron, by their names without the leading dashes."""
+        found = {name.replace("_", "-"): value for name, value in self.to_args().items()}
+        del found["add-bias-linear"]
+        return {**found, "disable-bias-linear": not self.linear_bias}
 
     def axis_size(self, axis: Axis) -> int:
         """Number of entries along ``axis``."""
@@ -400,3 +411,12 @@ def axis_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor | No
         rows = torch.tensor(slots)[:, None] * d + torch.arange(d)  # [H' + 2G', d]
         return rows.flatten()
     return None
+
+
+def removed_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor:
+    """Indices of ``axis`` that do not remain under ``kept``, ascending, int64."""
+    gone = torch.ones(shape.axis_size(axis), dtype=torch.bool)
+    if (remain := axis_indices(axis, shape, kept)) is None:
+        return torch.zeros(0, dtype=torch.int64)
+    gone[remain] = False
+    return gone.nonzero().flatten()

@@ -229,10 +229,20 @@ def config_from_args(
 
 def unexportable(checkpoint: Checkpoint, target: ModelShape) -> str | None:
     """Why ``checkpoint`` could not be exported once it is cut to the shape ``target``; None if it could."""
+    return why_unexportable({**checkpoint.args, **target.to_args()}, kind_of(checkpoint))
+
+
+def kind_of(checkpoint: Checkpoint) -> str | None:
+    """The ``model_type`` of the model that ``checkpoint`` was imported from, if it was."""
     side = checkpoint.huggingface
     original = None if side is None else find_config(side)
+    return (original or {}).get("model_type")
+
+
+def why_unexportable(args: Mapping[str, Any], preferred: str | None = None) -> str | None:
+    """The reason that ``exported_as`` gives; None if a family has such models."""
     try:
-        exported_as({**checkpoint.args, **target.to_args()}, (original or {}).get("model_type"))
+        exported_as(args, preferred)
     except CheckpointError as error:
         return str(error)
     return None

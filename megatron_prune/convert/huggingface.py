@@ -134,11 +134,16 @@ def export_hf(
     masks = masks_of(checkpoint)
     side = checkpoint.huggingface
     original = side / "config.json" if side is not None else None
-    config = config_from_args(
-        checkpoint.args,
-        checkpoint.spec("embedding.word_embeddings.weight").dtype,
-        read_json(original) if original is not None and original.is_file() else None,
-    )
+    try:
+        config = config_from_args(
+            checkpoint.args,
+            checkpoint.spec("embedding.word_embeddings.weight").dtype,
+            read_json(original) if original is not None and original.is_file() else None,
+        )
+    except CheckpointError as error:
+        if not any(one["settings"].get("compensate") for one in checkpoint.pruning):
+            raise
+        raise CheckpointError(f"{error}; flap added biases: prune with --no-compensate for a model without") from error
     family = family_of(config)
     exported = Exported(checkpoint.directory, family.kind, None if masks is None else masks.folder)
     exported.allowing(allow_non_finite)

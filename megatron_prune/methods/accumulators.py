@@ -9,7 +9,7 @@ Three sums per channel serve every forward-only method at every ratio:
 
 * ``sum_abs_mean_sq``  Σ over sequences of (mean over tokens of |x|)²    minitron-width
 * ``sum_sq``           Σ over tokens of x²                               its "paper" aggregation
-* ``sum``              Σ over tokens of x                                with sum_sq: mean, variance
+* ``sum``              Σ over tokens of x                                with sum_sq: mean, variance (flap)
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from megatron_prune.errors import CheckpointError
 
 # The three sums of a channel, in the order of ``ChannelSums.sums``.
 QUANTITIES = ("sum_abs_mean_sq", "sum_sq", "sum")
+# Of the weights that read a channel, a column of linear_proj or linear_fc2: Σ w² and Σ |w|, no sums over text.
+COLUMN_SUMS = ("weight_sum_sq", "weight_sum_abs")
 # The saliencies of a channel from gradients (``calibration/gradients.py``).
 SALIENCIES = ("vector", "first", "second", "mixed")
 
@@ -78,6 +80,26 @@ class ChannelSums:
                 self.sums[2].addmv_(wide.t(), ones)
                 absolute.addmv_(wide.abs_().t(), ones)
             self.sums[0] += (absolute / tokens).square_()
+
+
+def variance(total: torch.Tensor, squares: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Sample variance of ``tokens`` values from their sum and the sum of their squares, in float64.
+
+    Subtracting loses digits where the mean is far from zero: at 10,000 standard deviations, seven of them are left.
+    Below 0, which rounding can give, it is 0. One token has no variance: 0.
+    """
+    return ((squares - total.square() / tokens) / max(1, tokens - 1)).clamp_(min=0)
+
+
+def column_sums(weight: torch.Tensor) -> torch.Tensor:
+    """``COLUMN_SUMS`` of every column of a matrix [out, in]: float64 [2, in]."""
+    found = torch.zeros(len(COLUMN_SUMS), weight.shape[1], dtype=torch.float64, device=weight.device)
+    rows = max(1, _GPU_SLICE_BYTES // (8 * weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        wide = weight[start : start + rows].double()
+        found[1] += wide.abs().sum(0)
+        found[0] += wide.square_().sum(0)
+    return found
 
 
 class CosineDistance:

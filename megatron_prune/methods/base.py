@@ -61,6 +61,18 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """Mean inputs of what is removed, ascending in source order, one entry per kept layer.
+
+    What the removed columns make of them is added to the biases: ``heads``, of the channels of removed heads, to
+    linear_proj's, and ``ffn`` to linear_fc2's (structured/compensation.py). None: nothing is removed there.
+    """
+
+    heads: tuple[tuple[float, ...], ...] | None = None
+    ffn: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
     """What is kept, in source numbering and ascending; None keeps everything.
 
@@ -73,6 +85,7 @@ class Selection:
     ffn: tuple[tuple[int, ...], ...] | None = None
     near_ties: tuple[NearTie, ...] = ()
     gates: Gates | None = None  # of learned masks
+    compensation: Compensation | None = None
 
     @property
     def key(self) -> str:
@@ -118,6 +131,7 @@ class PruningRequest[O: Settings]:
     settings: O  # the method's own flags
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see structured/statistics.py
     seed: int | None = None
+    tokens: int = 0  # that the sums of ``statistics`` are over
 
 
 class Method[O: Settings](ABC):
@@ -136,6 +150,10 @@ class Method[O: Settings](ABC):
     def free_dimensions(self, settings: O) -> tuple[str, ...]:
         """Dimensions that may be chosen to meet ``--ratio`` or ``--target-params``."""
         return self.dimensions
+
+    def adds_biases(self, settings: O) -> bool:
+        """True if the pruned model has biases on its linears, whether or not the parent has."""
+        return False
 
     def search(self, settings: O) -> Search | None:
         """The competing shapes that meet ``--ratio`` or ``--target-params``; None: a rule gives the shape."""

@@ -24,9 +24,9 @@ from __future__ import annotations
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods.base import NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.base import PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import LLMPrunerOptions
-from megatron_prune.methods.ranking import keep_heads, keep_highest
+from megatron_prune.methods.ranking import keep_units
 
 
 class LLMPruner(RankingMethod[LLMPrunerOptions]):
@@ -39,22 +39,10 @@ class LLMPruner(RankingMethod[LLMPrunerOptions]):
         return tuple(f"{module}.{settings.taylor}" for module in ("qkv", "proj", "fc1", "fc2"))
 
     def select(self, request: PruningRequest[LLMPrunerOptions]) -> Selection:
-        source, target = request.source, request.target
+        source = request.source
         qkv, proj, fc1, fc2 = (request.statistics[key] for key in self.needs(request.settings))
-        layers = range(source.num_layers)
-        near: list[NearTie] = []
-        heads = ffn = None
-        if target.num_attention_heads < source.num_attention_heads:
-            scores = of_heads(source, qkv, proj)
-            chosen = [keep_heads(scores[layer], source, target, layer) for layer in layers]
-            heads = tuple(kept for kept, _ in chosen)
-            near += [tie for _, ties in chosen for tie in ties]
-        if target.ffn_hidden_size < source.ffn_hidden_size:
-            channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2  # [L, F]
-            chosen = [keep_highest(channels[layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers]
-            ffn = tuple(kept for kept, _ in chosen)
-            near += [tie for _, ties in chosen for tie in ties]
-        return Selection(tuple(layers), None, heads, ffn, tuple(near))
+        channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2  # [L, F]
+        return keep_units(source, request.target, of_heads(source, qkv, proj), channels)
 
 
 def of_heads(source: ModelShape, qkv: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from megatron_prune.settings import Settings, setting, unknown_key
 from megatron_prune.verbs.shared import LearningSettings
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
+ONE_METHOD = "settings of one method"  # title of flags whose help begins with the method
 MAX_CANDIDATES = 16
 AXES = {
     "hidden": "hidden_size",
@@ -30,12 +31,12 @@ class NoOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomOptions(Settings):
-    TITLE = "--method random"
+    TITLE = ONE_METHOD
 
     axis: str | None = setting(
         None,
         choices=("depth", "width"),
-        help="what --ratio or --target-params removes: layers, or channels (no default)",
+        help="random: what --ratio or --target-params removes: layers, or channels (no default)",
     )
 
 
@@ -116,23 +117,38 @@ class OneLineLearningOptions(LearningSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LLMPrunerOptions(Settings):
-    TITLE = "--method llm-pruner"
+    TITLE = ONE_METHOD
 
     taylor: str = setting(
         "first",
         choices=("vector", "first", "second", "mixed"),
         metavar="T",
-        help="estimate of the loss: vector, first, second or mixed",
+        help="llm-pruner: estimate of the loss: vector, first, second or mixed",
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlapOptions(Settings):
+    TITLE = ONE_METHOD
+
+    metric: str = setting(
+        "wifv",
+        choices=("wifv", "ifv", "wifn"),
+        metavar="M",
+        help="flap: an input's score: wifv, ifv (no weights) or wifn (no mean)",
+    )
+    compensate: bool = setting(True, help="flap: add no biases for the mean of what is removed")
+
+
 STRUCTURED: Mapping[str, type[Settings]] = {
+    "flap": FlapOptions,
     "llm-pruner": LLMPrunerOptions,
     "minitron-depth": MinitronDepthOptions,
     "minitron-width": MinitronWidthOptions,
     "random": RandomOptions,
     "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
+    "wanda-sp": NoOptions,
 }
 # For ``prune``, which learns masks itself, and retrains no candidates.
 PRUNED: Mapping[str, type[Settings]] = {
@@ -186,10 +202,10 @@ def refuse_others(
     method: str, given: Iterable[str], where: str = "", *, known: Mapping[str, type[Settings]] = STRUCTURED
 ) -> None:
     """UsageError if one of the settings ``given`` belongs only to other methods."""
-    flags = {name: {flag.name for flag in cls.flags()} for name, cls in known.items()}
+    flags = {name: {flag.name: flag.option for flag in cls.flags()} for name, cls in known.items()}
     for key in given:
         name = key.replace("-", "_")
-        others = [other for other in flags if name in flags[other] - flags.get(method, set())]
+        others = [other for other in flags if name in flags[other] and name not in flags.get(method, {})]
         if others:
-            called = f"{where}.{key}" if where else f"--{name.replace('_', '-')}"
+            called = f"{where}.{key}" if where else flags[others[0]][name]
             raise UsageError(called, got=f"--method {method}", expected=f"--method {' or '.join(others)} with it")

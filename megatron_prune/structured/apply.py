@@ -14,12 +14,15 @@ What a factor multiplies in the model (``training/gates.py``) is the input or th
 * layers: the rows of ``linear_proj`` and ``linear_fc2`` and their biases;
 * heads: the columns of ``linear_proj``; FFN channels: those of ``linear_fc2``. (The published code multiplies the value
   and up projections, which is the same function where a head has a value of its own and the MLP is gated.)
+
+A plan with compensation adds to the biases of ``linear_proj`` and ``linear_fc2``. Where the parent has no biases, the
+smaller model has zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ from megatron_prune.errors import PlanError
 from megatron_prune.masks import MASKS, Masks, open_masks, write_single
 from megatron_prune.masks.with_weights import Source, check_cut, cut_masks, guarded, masks_of
 from megatron_prune.structured import plan
+from megatron_prune.structured.compensation import RemovedInputs, removed_inputs
 from megatron_prune.structured.plan import PruningPlan
 from megatron_prune.training import lineage
 from megatron_prune.training.account import ACCOUNT
@@ -72,6 +76,14 @@ class Fold:
                 wide = wide * self.columns
             first += len(block)
             yield (wide - self.offset).to(block.dtype)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is done to what is kept, by the smaller model's weights."""
+
+    factors: Mapping[str, Fold] = field(default_factory=dict)
+    removed: Mapping[str, RemovedInputs] = field(default_factory=dict)
 
 
 def factors_of(made: PruningPlan, arguments: Mapping[str, Any]) -> dict[str, Fold]:
@@ -138,8 +150,8 @@ def apply_plan(
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
     chain = [*parent.pruning, provenance(parent, made)]
-    kept, factors = made.kept_layers, factors_of(made, parent.args)
-    _write(parent, made.target, kept, sources, save, chain, files or {}, workers, factors, allow_non_finite)
+    changes = Changes(factors_of(made, parent.args), removed_inputs(made))
+    _write(parent, made.target, made.kept_layers, sources, save, chain, files or {}, workers, changes, allow_non_finite)
 
 
 def rewrite(load: str | Path, save: str | Path, *, workers: int = 1, allow_non_finite: bool = False) -> Checkpoint:
@@ -155,7 +167,7 @@ def rewrite(load: str | Path, save: str | Path, *, workers: int = 1, allow_non_f
     account = parent.root / ACCOUNT
     files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
     layers = range(parent.shape.num_layers)
-    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers, None, allow_non_finite)
+    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers, Changes(), allow_non_finite)
     return open_checkpoint(save)
 
 
@@ -168,7 +180,7 @@ def _write(
     pruning: Sequence[Mapping[str, Any]],
     files: Mapping[str, bytes],
     workers: int,
-    factors: Mapping[str, Fold] | None,
+    changes: Changes,
     allow_non_finite: bool,
 ) -> None:
     refuse_uncarried(parent)
@@ -190,8 +202,7 @@ def _write(
         folder = None
         if masks is not None:
             folder = write_single(writer.beside(MASKS), target, cut_masks(masks, sources)).folder
-        places = {layout.name: (source, kept) for layout, source, kept in sources}
-        pieces = Pieces(parent.directory, places, folder, factors or {})
+        pieces = Pieces(parent.directory, {one[0].name: one for one in sources}, folder, changes)
         writer.add_all(pieces.allowing(allow_non_finite), workers)
 
 
@@ -203,14 +214,13 @@ def patterns_of(parent: Checkpoint, kept_layers: Sequence[int]) -> dict[str, lis
 
 @dataclass
 class Pieces(Blocks):
-    """The kept blocks of every weight of the checkpoint ``load``: by the name of the smaller weight, the weight that it
-    is cut from and what is kept of it. ``masks`` is the folder of the smaller model's masks, which must fit;
-    ``factors`` multiply what is kept."""
+    """The kept blocks of every weight of the checkpoint ``load``, by the name of the smaller weight. ``masks`` is the
+    folder of the smaller model's masks, which must fit; ``changes`` are made to what is kept."""
 
     load: Path
-    sources: Mapping[str, tuple[str, Kept]]
+    sources: Mapping[str, Source]
     masks: Path | None
-    factors: Mapping[str, Fold]
+    changes: Changes
 
     @cached_property
     def _parent(self) -> Checkpoint:
@@ -221,13 +231,22 @@ class Pieces(Blocks):
         return None if self.masks is None else open_masks(self.masks)
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
-        blocks = cut(self._parent, *self.sources[name])
-        if name in self.factors:
-            blocks = self.factors[name].multiply(blocks)
+        layout, source, kept = self.sources[name]
+        if source in self._parent.names:
+            blocks = cut(self._parent, source, kept)
+        else:  # a bias that the parent does not have
+            blocks = iter([torch.zeros(layout.shape, dtype=self.dtype(name))])
+        if name in self.changes.factors:
+            blocks = self.changes.factors[name].multiply(blocks)
+        if name in self.changes.removed:
+            more = self.changes.removed[name].output(self._parent, BLOCK_BYTES)
+            blocks = iter([(torch.cat(list(blocks)).double() + more).to(self.dtype(name))])
         return blocks if self._masks is None else guarded(self._masks, name, blocks)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._parent.spec(self.sources[name][0]).dtype
+        source = self.sources[name][1]
+        known = source if source in self._parent.names else source.removesuffix("bias") + "weight"
+        return self._parent.spec(known).dtype
 
 
 def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:

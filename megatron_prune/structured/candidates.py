@@ -93,7 +93,7 @@ class Question:
                     f"--statistics: expected masks for {self.targets[0]}, got masks that were learned for "
                     f"{statistics.target}; ask for that target, or learn others"
                 )
-            tensors = statistics.tensors
+            tensors, tokens = statistics.tensors, 0
         else:
             needed = method.needs(self.settings) if statistics else ()
             if statistics is not None and not statistics.tensors.keys() >= set(needed):
@@ -102,10 +102,12 @@ class Question:
                     "them with calibrate --gradients"
                 )
             tensors = {key: statistics.tensors[key] for key in needed} if statistics else {}
+            tokens = statistics.tokens if statistics else 0
+        asked = (PruningRequest(self.source, t, self.settings, tensors, self.seed, tokens) for t in self.targets)
         return [
-            Candidate(self.source, target, selection)
-            for target in self.targets
-            for selection in method.candidates(PruningRequest(self.source, target, self.settings, tensors, self.seed))
+            Candidate(self.source, request.target, selection)
+            for request in asked
+            for selection in method.candidates(request)
         ]
 
     @property

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.convert.config import unexportable
+from megatron_prune.convert.config import kind_of, unexportable, why_unexportable
 from megatron_prune.data import multiple_choice
+from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import Method, Retraining
 from megatron_prune.methods.options import READ_GRADIENTS, WidthOptions
 from megatron_prune.settings import Settings
@@ -42,6 +44,7 @@ class Choice:
         """The question about ``parent``; UsageError or DataError if the target or task is impossible."""
         chosen, task = self, self.task
         if self.exportable:
+            self.refuse_unexportable_biases(parent.args, kind_of(parent))
             target = replace(self.target, unexportable=lambda shape: unexportable(parent, shape))
             chosen = replace(self, target=target)
         shapes = chosen.shapes(parent.shape)
@@ -58,9 +61,23 @@ class Choice:
         UsageError if the target cannot be met.
         """
         search = self.method.search(self.settings)
+        if self.method.adds_biases(self.settings):
+            source = source.with_biases()
         if search is None:
             return (self.target.choose(source, self.method, self.settings),)
         return tuple(self.target.compete(source, search))
+
+    def refuse_unexportable_biases(self, args: Mapping[str, Any], kind: str | None) -> None:
+        """UsageError if a model with Megatron's arguments ``args``, of the family ``kind``, can be exported, but not
+        with the biases that the method adds."""
+        if not self.method.adds_biases(self.settings) or why_unexportable(args, kind) is not None:
+            return
+        why = why_unexportable({**args, "add_bias_linear": True}, kind)
+        if why is not None:
+            raise UsageError(
+                "--method", got=f"{self.name}, which adds biases",
+                expected="a method that leaves a model which can be exported", why=why, do="give --no-compensate",
+            )  # fmt: skip
 
     @property
     def task(self) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from megatron_prune import artifacts, methods
-from megatron_prune.checkpoint.layout import Kept, ModelShape
+from megatron_prune.checkpoint.layout import Axis, Kept, ModelShape, removed_indices
 from megatron_prune.errors import CheckpointError, PlanError
-from megatron_prune.methods.base import Gates, NearTie
+from megatron_prune.methods.base import Compensation, Gates, NearTie
 from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
 from megatron_prune.structured.statistics import Statistics
 from megatron_prune.training.learned_file import LearnedMasks
@@ -48,6 +48,7 @@ class PruningPlan:
     statistics: str | None = None  # hash; None: the method needs none
     calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the calibration runs
     gates: Gates | None = None  # factors of what is kept; None: unchanged
+    compensation: Compensation | None = None  # mean inputs of what is removed, for biases; None: none are added
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
@@ -68,6 +69,8 @@ class PruningPlan:
                 _ascending(f"{name} of layer {layer}", kept, size, limit)
         if self.gates is not None:
             self._check_gates(self.gates)
+        if self.compensation is not None:
+            self._check_compensation(self.compensation)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
             raise PlanError(f"plan: chosen: expected a number below {len(self.candidates)}, got {self.chosen}")
         for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
@@ -79,10 +82,12 @@ class PruningPlan:
                     f"same number in each, got {len(groups)} groups with {sorted(counts)} heads"
                 )
         reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
-        if reached != target:
-            raise PlanError(f"plan: expected kept indices that give {target}, got those of {reached}")
         if reached == source:
             raise PlanError("plan: expected a plan that makes the model smaller, got one that removes nothing")
+        if self.compensation is not None:
+            reached = reached.with_biases()
+        if reached != target:
+            raise PlanError(f"plan: expected kept indices that give {target}, got those of {reached}")
 
     def _check_gates(self, gates: Gates) -> None:
         """One finite factor for all that is kept, of no other kind."""
@@ -96,6 +101,20 @@ class PruningPlan:
                 raise PlanError(f"plan: gates.{name}: expected a number for each index that is kept, got others")
             if factors is not None and not all(map(math.isfinite, _flat(factors))):
                 raise PlanError(f"plan: gates.{name}: expected finite numbers, got others")
+
+    def _check_compensation(self, compensation: Compensation) -> None:
+        """One finite mean for every input that is removed, of no other kind."""
+        layers = range(len(self.kept_layers))
+        heads: Axis = "heads"
+        ffn: Axis = "ffn"
+        for name, means, kept in ((heads, compensation.heads, self.kept_heads), (ffn, compensation.ffn, self.kept_ffn)):
+            sizes = [len(removed_indices(name, self.source, self.kept(layer))) for layer in layers]
+            if (means is None) != (kept is None) or (means is not None and list(map(len, means)) != sizes):
+                raise PlanError(
+                    f"plan: compensation.{name}: expected a number for each input that is removed, got others"
+                )
+            if means is not None and not all(map(math.isfinite, _flat(means))):
+                raise PlanError(f"plan: compensation.{name}: expected finite numbers, got others")
 
     def kept(self, position: int) -> Kept:
         """What is kept in the ``position``-th kept layer (``kept_layers[position]`` of the source)."""
@@ -123,8 +142,9 @@ class PruningPlan:
     def _json(self) -> dict[str, Any]:
         # Through JSON, so that tuples and lists hash alike.
         content = json.loads(json.dumps(asdict(self)))
-        if content["gates"] is None:
-            del content["gates"]
+        for name in ("gates", "compensation"):
+            if content[name] is None:
+                del content[name]
         rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
         return {**content, "candidates": artifacts.with_nulls(list(rows))}
 
@@ -165,6 +185,7 @@ class _PlanFile(TypedDict):
     candidates: list[_ScoredRow]
     chosen: int | None
     gates: NotRequired[_GatesRow]
+    compensation: NotRequired[_CompensationRow]
 
 
 class _NearTieRow(TypedDict):
@@ -186,6 +207,11 @@ class _ScoredRow(TypedDict):
     retrained_loss: NotRequired[float | None]
 
 
+class _CompensationRow(TypedDict):
+    heads: list[list[float]] | None
+    ffn: list[list[float]] | None
+
+
 class _GatesRow(TypedDict):
     layers: list[float] | None
     hidden: list[float] | None
@@ -203,8 +229,11 @@ def read(path: str | Path) -> PruningPlan:
         )
     check(_PlanFile, content, str(path), PlanError)
     try:
-        fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key != "gates"}
-        gates = content.get("gates")
+        optional = {"gates": Gates, "compensation": Compensation}
+        fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key not in optional}
+        for name, made_of in optional.items():
+            if (one := content.get(name)) is not None:
+                fields[name] = made_of(**{key: _tupled(value) for key, value in one.items()})
         plan = PruningPlan(
             **{
                 **fields,
@@ -215,7 +244,6 @@ def read(path: str | Path) -> PruningPlan:
                 "kept_heads": _tuples(fields["kept_heads"]),
                 "kept_ffn": _tuples(fields["kept_ffn"]),
                 "candidates": tuple(Scored(**_no_nulls(row)) for row in fields["candidates"]),
-                "gates": None if gates is None else Gates(**{name: _tupled(value) for name, value in gates.items()}),
                 "near_ties": tuple(NearTie(**{**t, "others": tuple(t["others"])}) for t in fields["near_ties"]),
             }
         )
@@ -282,6 +310,7 @@ def for_candidate(
         statistics=statistics.hash if statistics else None,
         calibration=statistics.provenance() if statistics else None,
         gates=selection.gates,
+        compensation=selection.compensation,
     )
 
 

@@ -9,7 +9,10 @@ H·d attention channels, F FFN channels):
 
 with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of a block's norms),
 ``attention`` [L, H·d] (input of linear_proj), ``mlp`` [L, F] (input of linear_fc2) and
-``final_layernorm`` [h]. Everything is a plain sum, so two calibrations merge by addition.
+``final_layernorm`` [h]. These are plain sums, so two calibrations merge by addition. Of the weights that read the
+channels of ``attention`` and ``mlp``, the columns of linear_proj and linear_fc2, there are
+
+    {site}.weight_sum_sq, {site}.weight_sum_abs           Σ over rows of w², of |w|
 
 With gradients (``calibrate --gradients``) there are also the saliencies of ``calibration/gradients.py``, which are no
 sums over windows, and are not merged:
@@ -40,7 +43,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError, MegatronPruneError
-from megatron_prune.methods.accumulators import QUANTITIES, SALIENCIES
+from megatron_prune.methods.accumulators import COLUMN_SUMS, QUANTITIES, SALIENCIES
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.untrusted import check, read_bytes
 
@@ -67,7 +70,14 @@ def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def tensor_shapes(shape: ModelShape, *, gradients: bool = False) -> dict[str, tuple[int, ...]]:
     """The size of every tensor in a statistics file, by name."""
     sites = {f"{site}.{q}": size for site, size in site_shapes(shape).items() for q in QUANTITIES}
-    return {"block_influence": (shape.num_layers,), **sites, **(saliency_shapes(shape) if gradients else {})}
+    own = saliency_shapes(shape) if gradients else {}
+    return {"block_influence": (shape.num_layers,), **sites, **column_shapes(shape), **own}
+
+
+def column_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The size of every tensor about weights alone, by name."""
+    sites = site_shapes(shape)
+    return {f"{site}.{name}": sites[site] for site in ("attention", "mlp") for name in COLUMN_SUMS}
 
 
 def saliency_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -335,9 +345,13 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                 )
             seen |= windows
     sequences = sum(part.sequences for part in parts)
+    of_weights = column_shapes(first.shape)  # the same in all
     scored = [key for key in first.scores if all(key in part.scores for part in parts)]
     return Statistics(
-        tensors={name: torch.stack([part.tensors[name] for part in parts]).sum(0) for name in first.tensors},
+        tensors={
+            name: tensor if name in of_weights else torch.stack([part.tensors[name] for part in parts]).sum(0)
+            for name, tensor in first.tensors.items()
+        },
         shape=first.shape,
         parent=first.parent,
         seq_length=first.seq_length,

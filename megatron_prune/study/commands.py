@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
 from megatron_prune.data import schedule
+from megatron_prune.methods import options
 from megatron_prune.study.grid import Teaching, TrainingCell
 from megatron_prune.study.prunings import (
     Places,
@@ -94,7 +95,7 @@ def training(
 
 def flags_of(study: StudyConfig, shape: ModelShape) -> list[str]:
     """Flags of a shape of a study that trains its own parent."""
-    return flags(study.parent.flags | {name.replace("_", "-"): value for name, value in shape.to_args().items()})
+    return flags(study.parent.flags | shape.to_flags())
 
 
 def needs_no_pruning(study: StudyConfig, cell: TrainingCell) -> bool:
@@ -291,7 +292,11 @@ def calibration(study: StudyConfig, places: Places, pruning: Pruning) -> Command
 
 def choice(study: StudyConfig, method: MethodSection, ratio: float | None) -> list[str]:
     """A method, its settings and its target as flags of ``plan``, or of ``sparsify`` if it is sparse."""
-    return flags({"method": method.name, **asked(study, method, ratio)})
+    given = asked(study, method, ratio)
+    for flag in options.STRUCTURED.get(method.name, options.NoOptions).flags():
+        if flag.is_on and (name := flag.name.replace("_", "-")) in given:
+            given[flag.option.removeprefix("--")] = given.pop(name) is False
+    return flags({"method": method.name, **given})
 
 
 def asked(study: StudyConfig, method: MethodSection, ratio: float | None) -> dict[str, Any]:

@@ -416,12 +416,11 @@ def _base_flags(study: StudyConfig) -> dict[str, Any]:
 def model_flags(shape: ModelShape) -> dict[str, Any]:
     """Megatron flags for a shape."""
     return {
-        **{name.replace("_", "-"): value for name, value in shape.to_args().items()},
+        **shape.to_flags(),
         "padded-vocab-size": shape.padded_vocab_size,
         "untie-embeddings-and-output-weights": not shape.tied,
         "swiglu": shape.gated,
         "normalization": "LayerNorm" if shape.norm_bias else "RMSNorm",
-        "disable-bias-linear": not shape.linear_bias,
         "add-qkv-bias": shape.qkv_bias and not shape.linear_bias,
         "qk-layernorm": shape.qk_norm,
         "position-embedding-type": "learned_absolute" if shape.positions else "rope",

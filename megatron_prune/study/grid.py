@@ -357,8 +357,8 @@ def _scratch_tag(pruning: Pruning, against: Scratch, shape: Shape | None) -> str
 
 
 def shape_tag(shape: Shape) -> str:
-    """``L4h192H6G3d32F512``: layers, hidden, heads, groups, head size, FFN."""
-    return "".join(
+    """``L4h192H6G3d32F512``: layers, hidden, heads, groups, head size, FFN; with ``b`` for biases on the linears."""
+    sizes = "".join(
         f"{letter}{shape[key]}"
         for letter, key in (
             ("L", "num_layers"),
@@ -369,6 +369,7 @@ def shape_tag(shape: Shape) -> str:
             ("F", "ffn_hidden_size"),
         )
     )
+    return sizes + "b" * bool(shape.get("linear_bias"))
 
 
 def notes(study: StudyConfig) -> list[str]:

@@ -35,7 +35,8 @@ class ModelSettings(Settings):
     fp8_preset: str | None = setting(
         None,
         choices=FP8_PRESETS,
-        help="a named FP8 recipe, instead of Megatron's flags (needs Transformer Engine)",
+        metavar="NAME",
+        help=f"a named FP8 recipe, {', '.join(FP8_PRESETS[:-1])} or {FP8_PRESETS[-1]} (needs Transformer Engine)",
     )
 
 

@@ -93,6 +93,13 @@ def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarr
         found[f"{site}.sum_abs_mean_sq"] = (np.abs(stacked).mean(-2) ** 2).sum(-2)
         found[f"{site}.sum_sq"] = (stacked**2).sum((-3, -2))
         found[f"{site}.sum"] = stacked.sum((-3, -2))
+    for site, readers in (
+        ("attention", [block.self_attn.o_proj for block in model.model.layers]),
+        ("mlp", [block.mlp.down_proj for block in model.model.layers]),
+    ):
+        columns = np.stack([one.weight.detach().numpy() for one in readers])  # [L, out, n]
+        found[f"{site}.weight_sum_sq"] = (columns**2).sum(1)
+        found[f"{site}.weight_sum_abs"] = np.abs(columns).sum(1)
     influence = []
     for i in range(layers):
         x, y = np.stack(seen["in", i]), np.stack(seen["out", i])

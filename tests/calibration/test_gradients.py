@@ -14,6 +14,7 @@ import torch
 
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.methods import options
+from megatron_prune.methods.accumulators import variance
 from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
@@ -121,6 +122,38 @@ def test_saliencies_are_those_of_float64(
         assert error.max() < 1e-5, (key, error.max())
 
 
+@pytest.fixture(scope="module")
+def forward_oracle(folders: dict[str, Path], tiny_corpus: Path) -> Callable[[str], tuple[dict[str, np.ndarray], float]]:
+    return functools.cache(lambda name: hf_statistics(folders[name], corpus_windows(tiny_corpus)))
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_means_fluctuations_and_norms_are_those_of_float64(
+    calibrated: Callable[[str, str], Statistics],
+    forward_oracle: Callable[[str], tuple[dict[str, np.ndarray], float]],
+    name: str,
+    layout: str,
+) -> None:
+    """What flap and wanda-sp read: of the inputs of linear_proj and linear_fc2, and of the columns that read them."""
+    found, expected = calibrated(name, layout), forward_oracle(name)[0]
+    tokens = found.tokens
+    for site in ("attention", "mlp"):
+        own = {key.split(".")[1]: tensor for key, tensor in found.tensors.items() if key.startswith(f"{site}.")}
+        total, squares = expected[f"{site}.sum"], expected[f"{site}.sum_sq"]
+        spread = (squares - total**2 / tokens) / (tokens - 1)
+        errors = {
+            "mean": np.abs(own["sum"].numpy() - total) / tokens / np.sqrt(squares / tokens),
+            "fluctuation": np.abs(variance(own["sum"], own["sum_sq"], tokens).numpy() / spread - 1),
+            "norm": np.abs(own["sum_sq"].numpy() / squares - 1),
+            **{
+                key: np.abs(own[key].numpy() / expected[f"{site}.{key}"] - 1)
+                for key in ("weight_sum_sq", "weight_sum_abs")
+            },
+        }
+        worst = {key: float(error.max()) for key, error in errors.items()}
+        assert max(worst.values()) < 1e-5, (site, worst)
+
+
 def without_gradients(found: Statistics) -> Statistics:
     modules = ("qkv", "proj", "fc1", "fc2")
     kept = {key: tensor for key, tensor in found.tensors.items() if key.split(".")[0] not in modules}
@@ -128,10 +161,11 @@ def without_gradients(found: Statistics) -> Statistics:
 
 
 def test_forward_statistics_are_those_of_transformers_too(
-    calibrated: Callable[[str, str], Statistics], folders: dict[str, Path], tiny_corpus: Path
+    calibrated: Callable[[str, str], Statistics],
+    forward_oracle: Callable[[str], tuple[dict[str, np.ndarray], float]],
 ) -> None:
     found = calibrated("llama-gqa", "dp2")
-    expected, _ = hf_statistics(folders["llama-gqa"], corpus_windows(tiny_corpus))
+    expected = forward_oracle("llama-gqa")[0]
     errors = relative(without_gradients(found).tensors, expected, found.tokens)
     assert errors.keys() == without_gradients(found).tensors.keys() and max(errors.values()) < 2e-5, errors
 

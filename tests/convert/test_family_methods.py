@@ -12,7 +12,10 @@ import torch
 import transformers
 
 from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.config import kind_of, why_unexportable
 from megatron_prune.convert.huggingface import export_hf, import_hf
+from megatron_prune.errors import CheckpointError
 from tests import reference
 from tests.convert import family_models
 from tests.convert.family_models import FAMILY_MODELS
@@ -30,7 +33,11 @@ def structured(shape: ModelShape) -> dict[str, list[str]]:
     """Heads still divide the hidden size and have no size of their own there, so that every family can state them."""
     heads = ["--target-num-attention-heads", str(shape.num_attention_heads // 2)]
     width = ["--target-hidden-size", "48", "--target-ffn-hidden-size", "80", "--divisible-by", "2", *heads]
+    groups = ["--target-num-query-groups", str(shape.num_query_groups // 2)]
+    channels = ["--target-ffn-hidden-size", "80", "--divisible-by", "2", *groups]
     return {
+        "flap": ["--method", "flap", *channels],
+        "wanda-sp": ["--method", "wanda-sp", *channels],
         "depth": ["--method", "shortgpt", "--target-num-layers", "2"],
         "width": ["--method", "minitron-width", *width],
         "random": ["--method", "random", "--target-num-layers", "3"],
@@ -66,6 +73,11 @@ def test_pruned_retrained_and_exported_it_computes_the_same(name, some, job, tin
         ).ok()
     losses = {}
     for model in (*(some or methods), "width-trained", "wanda-trained"):
+        if model in ("flap", "wanda-sp") and (why := unexportable(tmp_path / model)):
+            with pytest.raises(CheckpointError) as refused:
+                export_hf(tmp_path / model, tmp_path / "exported" / model)
+            assert str(refused.value).startswith(why)
+            continue
         expected = exported_losses(tmp_path, model, tiny_corpus)
         scores = tmp_path / f"{model}.json"
         data = ["--data-path", tiny_corpus, "--labels", "text", "--seq-length", S, "--windows", WINDOWS]
@@ -74,6 +86,12 @@ def test_pruned_retrained_and_exported_it_computes_the_same(name, some, job, tin
         np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=model)
         losses[model] = float(np.mean(expected))
     assert len({round(loss, 5) for loss in losses.values()}) == len(losses), losses  # each is another model
+
+
+def unexportable(checkpoint: Path) -> str | None:
+    """Why no family has the model: its biases, or heads that have a size of their own."""
+    found = open_checkpoint(checkpoint)
+    return why_unexportable(found.args, kind_of(found))
 
 
 def exported_losses(folder: Path, model: str, corpus: Path) -> Any:

@@ -69,8 +69,9 @@ def top(scores: np.ndarray, count: int) -> tuple[int, ...]:
 
 
 def test_registry_finds_methods_by_their_files() -> None:
-    assert methods.names() == ["llm-pruner", "minitron-depth", "minitron-width", "random", "sheared-llama", "shortgpt"]
-    with pytest.raises(UsageError, match="--method: expected one of llm-pruner.*, got magic"):
+    structured = "flap llm-pruner minitron-depth minitron-width random sheared-llama shortgpt wanda-sp"
+    assert methods.names() == structured.split()
+    with pytest.raises(UsageError, match="--method: expected one of flap, llm-pruner.*, got magic"):
         methods.get("magic")
 
 

@@ -45,7 +45,8 @@ def test_merging_adds_sums_and_counts() -> None:
     assert (both.sequences, both.tokens, both.loss_sum) == (3, 15, 15.0)
     assert [c["windows"] for c in both.calibrations] == [[0, 1], [5]]
     for name, tensor in both.tensors.items():
-        assert torch.equal(tensor, one.tensors[name] + other.tensors[name])
+        of_weights = name.split(".")[-1].startswith("weight_")  # of the same parent: the same in all
+        assert torch.equal(tensor, one.tensors[name] if of_weights else one.tensors[name] + other.tensors[name])
     assert merge([one]).hash == one.hash
 
 

@@ -31,6 +31,7 @@ STUDIES: dict[str, ModelShape | None] = {
     "quickstart/study": None,
     "quickstart/seeds": None,
     "quickstart/distill": None,
+    "quickstart/all-methods": None,
     "miniature/study": None,
     "miniature/rate": None,
     "smollm2_135m/study": SMOLLM2,

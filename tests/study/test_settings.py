@@ -330,3 +330,31 @@ def test_only_a_method_that_reads_gradients_pays_for_them(prefixes, capsys) -> N
     flops = {one.cell: one.flops for one in estimate.of_study(study, look(study, places))}
     (plain,), (dear,) = ([flops[c] for c in flops if c.startswith(kind)] for kind in ("calibration", "gradients"))
     assert plain and dear == 3 * plain
+
+
+# ------------------------------------------------------------------ biases that a pruning adds
+
+
+def test_scratch_runs_have_the_biases_of_the_pruned_model(prefixes, capsys) -> None:
+    methods = [
+        {"name": "flap", "settings": {"divisible-by": 8, "metric": "ifv"}},
+        {"name": "flap", "label": "plain", "settings": {"divisible-by": 8, "compensate": False}},
+    ]
+    content = made_up.mapping(prefixes, methods=methods)
+    Path("study.yaml").write_text(json.dumps(content))
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    plans = [line for line in lines if " plan " in line and "--method flap" in line]
+    assert ["--no-compensate" in line for line in plans] == [False, True]
+    assert all("--compensate" not in line for line in plans) and "--metric ifv" in plans[0]
+    scratch = [line for line in lines if "cells/scratch-" in line and " pretrain " in line]
+    biased = {line for line in scratch if "F" in line and "b-equal" in line}
+    assert biased and all(("--disable-bias-linear" in line) == (line not in biased) for line in scratch)
+    assert len([line for line in lines if " calibrate " in line]) == 1
+    study = schema.from_mapping(content)
+    targets = look(study, Places(Path("runs/made-up"))).targets
+    with_biases, plain = (targets[name] for name in sorted(targets))
+    assert with_biases == plain.with_biases() != plain
+    with pytest.raises(UsageError, match="settings.compensate: expected true or false, got off"):
+        methods[1]["settings"]["compensate"] = "off"
+        look(schema.from_mapping(made_up.mapping(prefixes, methods=methods)), Places(Path("runs/made-up")))

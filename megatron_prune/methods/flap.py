@@ -1,0 +1,92 @@
+"""FLAP (2312.11983): remove the query groups and FFN channels whose outputs a constant can best replace.
+
+A channel that fluctuates little around its mean is well replaced by the mean, which moves into a bias. With v_j the
+sample variance over calibration tokens of the j-th input of linear_proj or linear_fc2, and W its weight [out, in], the
+score of the input is (``--metric``):
+
+* ``wifv`` (default): v_j · Σ_i W_ij²;
+* ``ifv``: v_j;
+* ``wifn``: ‖X_j‖ · Σ_i |W_ij|, without regard to the mean.
+
+An FFN channel is one input. The score of a head is the sum over its inputs of the score's square, as in the published
+code; that of a query group is the sum of its heads', since they share keys and values (the code is for models without
+grouped queries). All layers keep the same number of groups and channels, ranked per layer. With ``--ratio`` that is
+the paper's UL-UM, and with explicit sizes its UL-MM.
+
+What the removed inputs give on average, W[:, removed] · mean, is added to the biases of linear_proj and linear_fc2. A
+parent without biases gets zeros in the places of Megatron's others. ``--no-compensate`` adds none.
+
+The code leaves the first sequence out of the variance, uses its running mean before and after each sequence for the
+same thing, and divides by sequences in place of tokens, which ranks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_prune.checkpoint.layout import Axis, Kept, removed_indices
+from megatron_prune.methods.accumulators import variance
+from megatron_prune.methods.base import Compensation, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.options import FlapOptions
+from megatron_prune.methods.ranking import keep_units
+
+_NEEDS = {
+    "wifv": ("sum", "sum_sq", "weight_sum_sq"),
+    "ifv": ("sum", "sum_sq"),
+    "wifn": ("sum_sq", "weight_sum_abs"),
+}
+
+
+class Flap(RankingMethod[FlapOptions]):
+    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+
+    def free_dimensions(self, settings: FlapOptions) -> tuple[str, ...]:
+        return "num_query_groups", "ffn_hidden_size"  # whole groups
+
+    def adds_biases(self, settings: FlapOptions) -> bool:
+        return settings.compensate
+
+    def needs(self, settings: FlapOptions) -> tuple[str, ...]:
+        own = {*_NEEDS[settings.metric], *(["sum"] if settings.compensate else [])}
+        return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in sorted(own))
+
+    def select(self, request: PruningRequest[FlapOptions]) -> Selection:
+        source = request.source
+        attention, channels = (scores(request, site) for site in ("attention", "mlp"))
+        heads = attention.square().view(source.num_layers, source.num_attention_heads, -1).sum(2)  # [L, H]
+        kept = keep_units(source, request.target, heads, channels)
+        return kept if not request.settings.compensate else compensated(kept, request)
+
+
+def scores(request: PruningRequest[FlapOptions], site: str) -> torch.Tensor:
+    """Of every input of the linear that reads ``site``: float64 [L, inputs]."""
+    found, metric = request.statistics, request.settings.metric
+    if metric == "wifn":
+        return found[f"{site}.sum_sq"].sqrt() * found[f"{site}.weight_sum_abs"]
+    fluctuation = variance(found[f"{site}.sum"], found[f"{site}.sum_sq"], request.tokens)
+    return fluctuation if metric == "ifv" else fluctuation * found[f"{site}.weight_sum_sq"]
+
+
+def compensated(kept: Selection, request: PruningRequest[FlapOptions]) -> Selection:
+    """``kept`` with the mean inputs of what it removes."""
+    attention, mlp = (request.statistics[f"{site}.sum"] / request.tokens for site in ("attention", "mlp"))
+
+    def removed(axis: Axis, means: torch.Tensor, what: Sequence[Kept]) -> tuple[tuple[float, ...], ...]:
+        """Of ``means`` [L, inputs]."""
+        rows = (means[layer][removed_indices(axis, request.source, one)] for layer, one in enumerate(what))
+        return tuple(tuple(row.tolist()) for row in rows)
+
+    heads, ffn = kept.heads, kept.ffn
+    return replace(
+        kept,
+        compensation=Compensation(
+            None if heads is None else removed("heads", attention, [Kept(heads=one) for one in heads]),
+            None if ffn is None else removed("ffn", mlp, [Kept(ffn=one) for one in ffn]),
+        ),
+    )
+
+
+METHOD = Flap()
