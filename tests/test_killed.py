@@ -2,7 +2,7 @@
 end bit-identical to an undisturbed run.
 
 ``KILLS=30 pytest tests/test_killed.py`` sets the number of kills in each, as ``tests/run.sh --all`` does; by default
-quickly forked processes are killed eight times, whole jobs of Megatron twice. Moments are drawn over the length of an
+quickly forked processes are killed four times, whole jobs of Megatron twice. Moments are drawn over the length of an
 undisturbed run.
 """
 
@@ -33,7 +33,7 @@ from tests.structured.test_apply import make
 from tests.training.small import MODEL, kill_ranks, recipe
 from tests.waiting import GENEROUS
 
-FORKED = int(os.environ.get("KILLS", 8))
+FORKED = int(os.environ.get("KILLS", 4))
 JOBS = int(os.environ.get("KILLS", 2))
 
 

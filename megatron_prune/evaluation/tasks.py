@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +17,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], answered: Mapping[str
     how = _how(args, tokenizer, longest)
     kept = answered if all(answered.get(key) == value for key, value in how.items()) else {}
     left = [name for name in names(args) if name not in kept.get("single", {})]
-    loaded = load(args, partial(_refuse_generation, defaults, longest), left) if left else ({}, {})
+    loaded = load(args, functools.partial(_refuse_generation, defaults, longest), left) if left else ({}, {})
     return AskedTasks(*loaded, tokenizer, longest, defaults, kept)
 
 
@@ -162,11 +162,20 @@ def _manager(args: argparse.Namespace) -> Any:
     """lm-eval's list of tasks. Its own thousands of files are read only if a name may need them."""
     from lm_eval.tasks import TaskManager
 
-    if args.tasks_path is not None:
-        own = TaskManager(include_path=args.tasks_path, include_defaults=False)
-        if set(names(args)) <= set(own.all_subtasks):
-            return own
+    if args.tasks_path is None:
+        return _built_in()
+    own = TaskManager(include_path=args.tasks_path, include_defaults=False)
+    if set(names(args)) <= set(own.all_subtasks):
+        return own
     return TaskManager(include_path=args.tasks_path)
+
+
+@functools.cache
+def _built_in() -> Any:
+    """lm-eval's own list, read once per process: thousands of files, which take ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _refuse_generation(defaults: GenerationDefaults, longest: int, task: Any) -> None:

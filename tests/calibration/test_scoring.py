@@ -59,7 +59,9 @@ def verbs(job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_pat
     return Verbs(job, tiny_parent, tiny_corpus, tmp_path, TEXT, ["--divisible-by", "4"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in ("tp2", "pp2") else []) for name in LAYOUTS]
+)
 def test_depth_scores_are_the_losses_without_those_layers(
     verbs: Verbs, tiny_hf: Callable[..., Path], tiny_corpus: Path, layout: str
 ) -> None:
@@ -233,7 +235,7 @@ def test_masked_width_is_transformers_sliced_model(verbs: Verbs, tiny_corpus: Pa
     assert made.candidates[made.chosen].loss == pytest.approx(hf_loss(model, tiny_corpus), rel=2e-6)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2pp2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp1", marks=pytest.mark.slow), "tp2pp2"])
 @pytest.mark.parametrize(
     "choice", [["--method", "minitron-depth", "--target-num-layers", "3"], [*SEARCH, "--max-candidates", "3"]]
 )

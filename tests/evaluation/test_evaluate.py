@@ -20,7 +20,14 @@ from tests.training.small import layout
 S, WINDOWS = 32, 11
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "llama-gqa-tied-rope", "mistral-mha-tied"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("llama-gqa", marks=pytest.mark.slow),
+        "llama-gqa-tied-rope",
+        pytest.param("mistral-mha-tied", marks=pytest.mark.slow),
+    ],
+)
 def imported(request, tiny_hf, tmp_path_factory):
     """A Hugging Face directory and the checkpoint made of it."""
     from megatron_prune.convert.huggingface import import_hf

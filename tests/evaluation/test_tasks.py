@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import re
@@ -379,6 +380,14 @@ def test_only_names_of_the_folder_spare_lm_evals_own_list(folder, monkeypatch) -
         asked.clear()
         tasks._manager(flags(tasks=named, tasks_path=str(folder)))
         assert asked == wanted, named
+
+
+def test_lm_evals_own_list_is_read_once(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: made.append(1) or object())
+    monkeypatch.setattr(tasks, "_built_in", functools.cache(tasks._built_in.__wrapped__))
+    lists = [tasks._manager(flags(tasks=named, tasks_path=None)) for named in ("piqa", "arc_easy")]
+    assert lists[0] is lists[1] and len(made) == 1
 
 
 def test_a_task_that_cannot_run_is_refused_before_the_model_is_loaded(models, folder, job, tmp_path) -> None:

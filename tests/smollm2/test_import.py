@@ -17,6 +17,7 @@ from tests.training.small import layout
 S, WINDOWS = 256, 3
 
 
+@pytest.mark.slow  # losses are in every run, at the same layouts
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])
 def test_logits_equal_transformers(model, checkpoint, distributed, tp, pp):
     tokens = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(3))

@@ -49,6 +49,7 @@ def kill(argv: list, folder: Path, nproc: int) -> None:
     assert code != 0 and "Traceback" not in output, output[-4000:]
 
 
+@pytest.mark.parametrize("store", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, store, tmp_path, job):
     argv = [*MODEL, *recipe(tiny_corpus, RANGE, store("run"), "--save-interval", "2"), "--enable-msc"]
     kill(argv, tmp_path / "records", 1)
@@ -74,7 +75,7 @@ def test_killed_and_resumed_it_is_the_run_on_a_disk(reference, tiny_corpus, stor
     assert not (Path.cwd() / "msc:").exists()
 
 
-@pytest.mark.parametrize("shown", [".metadata", "metadata.json"])
+@pytest.mark.parametrize("shown", [".metadata", pytest.param("metadata.json", marks=pytest.mark.slow)])
 def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, disk, tmp_path, job, shown):
     """SIGKILL once part of the second save appears; two ranks, so that one can be ahead of the other."""
     argv = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, disk("run"), "--save-interval", "2"), "--enable-msc"]
@@ -102,6 +103,7 @@ def test_ranks_share_a_store_and_another_layout_goes_on(reference, tiny_corpus, 
     open_checkpoint(s3("run")).verify(hashes=True)
 
 
+@pytest.mark.slow
 def test_a_pruned_start_from_a_store(tiny_parent, tiny_corpus, s3, tmp_path, job):
     """``--pretrained-checkpoint`` there and ``--save`` here, the other way round, and both there."""
     local = tmp_path / "pruned"

@@ -103,6 +103,7 @@ def test_a_run_is_the_published_algorithms(multiplier_lr, learned, tiny_parent, 
     assert len({round(float(v), 3) for v in file.state.log_alpha["ffn"].flatten()}) > 100  # they have moved apart
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_multi_head_attention_is_the_published_algorithms(tiny_hf, tiny_corpus, tmp_path, distributed):
     """Forty steps on the attention that the paper knows: the whole way of losses, expected sizes and multipliers, log α
     at four saves, and the masks at the end."""
@@ -141,8 +142,13 @@ VIRTUAL = ["--num-layers-per-virtual-pipeline-stage", "1"]
 
 @pytest.mark.parametrize(
     ("tp", "pp", "dp", "more"),
-    [(3, 1, 1, []), (1, 2, 1, []), (1, 1, 2, OVERLAPPED), (2, 2, 1, []), (1, 2, 1, VIRTUAL)],
-    ids=["TP 3", "PP 2", "DP 2 overlapped", "TP 2 x PP 2", "PP 2 x 2 virtual stages"],
+    [
+        pytest.param(3, 1, 1, [], id="TP 3", marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, [], id="PP 2", marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, OVERLAPPED, id="DP 2 overlapped"),
+        pytest.param(2, 2, 1, [], id="TP 2 x PP 2"),
+        pytest.param(1, 2, 1, VIRTUAL, id="PP 2 x 2 virtual stages"),
+    ],
 )
 def test_every_layout_learns_the_same_masks(tp, pp, dp, more, learned, tiny_parent, tiny_corpus, tmp_path, job):
     """Of layers, groups, heads in groups, FFN and hidden channels; two or four micro-batches accumulate."""
@@ -212,7 +218,7 @@ def test_masks_stay_fp32_beside_a_bf16_model(learned, tiny_parent, tiny_corpus, 
     torch.testing.assert_close(ours[:, :, 0], theirs[:, :, 0], rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-mha-tied"])
+@pytest.mark.parametrize("name", ["llama-gqa", pytest.param("llama-mha-tied", marks=pytest.mark.slow)])
 def test_the_applied_model_computes_what_the_masked_one_did(
     name, learned, tiny_hf, tiny_parent, tiny_corpus, tmp_path, job, distributed
 ):

@@ -42,7 +42,12 @@ def reference(tiny_pruned, tiny_corpus, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("case", FP32 + LOW, ids=lambda case: case[0])
+# Others of the cases have what these have, and more.
+SLOW = ("one process", "DP", "bf16, DP, distributed and overlapped")
+CASES = [pytest.param(c, id=c[0], marks=[pytest.mark.slow] if c[0] in SLOW else []) for c in FP32 + LOW]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_zeros_stay_zero_everywhere(reference, tiny_pruned, tiny_corpus, tmp_path, case):
     name, pattern, nproc, (tp, pp), flags, moments = case
     pruned, save = tiny_pruned(pattern), tmp_path / "run"

@@ -100,7 +100,7 @@ def test_a_sparse_scratch_inherits_nothing(tiny_pruned, tiny_corpus, tmp_path, f
     assert found["flops_executed"] == account(tmp_path / "dense")["flops_executed"]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("pattern", [pytest.param("2:4", marks=pytest.mark.slow), "unstructured"])
 def test_random_masks_are_the_same_at_every_layout(tiny_pruned, tiny_corpus, tmp_path, job, pattern):
     pruned = tiny_pruned(pattern)
     argv = ["--shape-from", pruned.path, "--masks", pruned.masks, "--random-masks"]

@@ -103,7 +103,16 @@ def reference(tiny_corpus, tmp_path_factory, job):
     return save
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp"),
+    [
+        (1, 1, 1),
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, marks=pytest.mark.slow),
+        (1, 1, 2),
+        (2, 2, 1),
+    ],
+)
 def test_every_layout_consumes_the_samples_of_the_range(tiny_corpus, tmp_path, tp, pp, dp):
     argv = [*MODEL, *recipe(tiny_corpus, RANGE, None), *layout(tp, pp)]
     assert _record(tmp_path, argv, tp * pp * dp) == 0
@@ -423,7 +432,15 @@ def test_a_trained_import_is_exported_with_its_tokenizer(tiny_parent, tiny_corpu
     assert model(tokenizer("def f():", return_tensors="pt").input_ids).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("moment", ["directory", "shard", "index", "metadata"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("directory", marks=pytest.mark.slow),
+        "shard",
+        pytest.param("index", marks=pytest.mark.slow),
+        "metadata",
+    ],
+)
 def test_killed_during_a_save_nothing_half_written_is_taken(reference, tiny_corpus, tmp_path, job, moment):
     """SIGKILL once part of the second save appears; two ranks, so that one can be ahead of the other."""
 

@@ -174,8 +174,11 @@ OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 
 @pytest.mark.parametrize(
     ("tp", "pp", "dp", "more"),
-    [(2, 1, 1, []), (1, 2, 1, ["--num-layers-per-virtual-pipeline-stage", "1"]), (1, 1, 2, OVERLAP)],
-    ids=["tensor", "virtual stages", "data, overlapped"],
+    [
+        pytest.param(2, 1, 1, [], id="tensor", marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, ["--num-layers-per-virtual-pipeline-stage", "1"], id="virtual stages"),
+        pytest.param(1, 1, 2, OVERLAP, id="data, overlapped"),
+    ],
 )
 def test_every_layout_reads_the_same_samples(tp, pp, dp, more, reference, corpora, record, tmp_path):
     save = tmp_path / "run"
@@ -185,7 +188,7 @@ def test_every_layout_reads_the_same_samples(tp, pp, dp, more, reference, corpor
     assert account(save)["schedule"]["hash"] == account(reference[0])["schedule"]["hash"]
 
 
-@pytest.mark.parametrize("kill_at", [4, 6])
+@pytest.mark.parametrize("kill_at", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_resumed_at_another_layout_it_reads_the_same_samples(kill_at, reference, corpora, record, tmp_path):
     """Killed before the first save, and after one at whose step the proportions changed. What was measured by then is
     not measured again: the last loss is marked, in a digit that changes no sample."""

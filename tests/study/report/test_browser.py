@@ -44,6 +44,7 @@ def luminance(colour: str) -> float:
 
 
 WIDTHS = (360, 414, 560, 641, 768, 900, 1024, 1152, 1280, 1440, 1920, 2000)
+SOME_WIDTHS = (360, 641, 1280, 1920)
 # Text that overflows the window, its own box, or its figure.
 CUT = """(() => {
   const wide = document.documentElement.clientWidth, found = [];
@@ -81,14 +82,17 @@ COVERED = """(() => {
 })()"""
 
 
+@pytest.mark.parametrize(
+    "widths", [SOME_WIDTHS, pytest.param(WIDTHS, marks=pytest.mark.slow)], ids=["some widths", "all widths"]
+)
 @pytest.mark.parametrize("study", ["quickstart_like", "simulated_study", "scored_study"])
 def test_nothing_is_cut_or_covered_at_any_width(
-    study: str, chromium: browser.Browser, request: pytest.FixtureRequest
+    study: str, widths: tuple[int, ...], chromium: browser.Browser, request: pytest.FixtureRequest
 ) -> None:
     """Nothing scrolls sideways, no text overflows, and no labels overlap in a figure."""
     page = request.getfixturevalue(study).root / "report" / "index.html"
-    chromium.open(page, width=WIDTHS[0])
-    for width in WIDTHS:
+    chromium.open(page, width=widths[0])
+    for width in widths:
         chromium.resize(width)
         assert chromium.value("document.documentElement.scrollWidth") <= width
         assert chromium.value(CUT) == [], width
