@@ -18,45 +18,26 @@ A killed run resumes after the last finished stage. The work folder is removed o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_prune import artifacts, verbs
-from megatron_prune.api import launching, models
+from megatron_prune.api import hf_source, launching, models
 from megatron_prune.api.asked import Asked
+from megatron_prune.api.hf_source import HFSource
 from megatron_prune.api.made import Evaluation, Loss, Model, Pruned, shape_words
 from megatron_prune.claims import claim
 from megatron_prune.data import split
-from megatron_prune.errors import CheckpointError, DataError, UsageError
-
-if TYPE_CHECKING:
-    from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import DataError, UsageError
 
 RECORD = "megatron_prune.json"
 QUESTION = "question.json"
 LONGEST_GPU, LONGEST_CPU = 2048, 512  # tokens per sequence, if the model takes more
 WINDOWS = 64  # of held-out text at most
-PRECISION = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The Hugging Face directory to prune."""
-
-    folder: Path
-    shape: ModelShape
-    args: dict[str, Any]  # Megatron's
-    kind: str  # of its family
-    positions: int
-    dtype: str
-    nbytes: int
-    identity: str
 
 
 During = Callable[[str], contextlib.AbstractContextManager[object]]
@@ -77,7 +58,7 @@ class _Run:
         self.pruning, asked = question.pruning, question.settings
         self.out = Path(asked.out)
         self.work = self.out.with_name(self.out.name + ".work")
-        self.source = _read_source(asked)
+        self.source = HFSource.read(asked)
         longest = LONGEST_CPU if _on_cpu() else LONGEST_GPU
         self.seq_length = asked.seq_length or min(self.source.positions, longest)
         self._check()
@@ -354,7 +335,7 @@ class _Run:
         layout = {"tensor_model_parallel_size": asked.tensor_model_parallel_size,
                   "pipeline_model_parallel_size": asked.pipeline_model_parallel_size}  # fmt: skip
         return {
-            "megatron": {**layout, **PRECISION[asked.dtype or self.source.dtype]},
+            "megatron": {**layout, **hf_source.PRECISION[asked.dtype or self.source.dtype]},
             "nproc": asked.nproc,
             "devices": asked.devices or None,
             "log": self.work / "logs" / f"{name}.txt",
@@ -462,51 +443,6 @@ def _on_cpu() -> bool:
     from megatron_prune.engine import cpu
 
     return cpu.is_cpu()
-
-
-def _read_source(asked: verbs.PruneHFSettings) -> _Source:
-    """Read the model without its weights. CheckpointError if there is none or its family is not supported."""
-    from megatron_prune.checkpoint.layout import ModelShape
-    from megatron_prune.convert import huggingface, safetensors_io
-    from megatron_prune.convert.config import args_from_config, family_of
-
-    folder = huggingface.local_directory(asked.hf)
-    config = artifacts.read_json(folder / "config.json")
-    args = args_from_config(config, tensor_model_parallel_size=asked.tensor_model_parallel_size)
-    family = family_of(config)
-    tensors = safetensors_io.Tensors(folder, family.other_names)
-    embeddings = family.tensor("embedding.word_embeddings.weight", None)
-    dtype = str(tensors.dtype(embeddings)).removeprefix("torch.")
-    if (asked.dtype or dtype) not in PRECISION:
-        raise CheckpointError(
-            f"{folder} holds {dtype} weights, expected {', '.join(PRECISION)}: convert them with --dtype"
-        )
-    return _Source(
-        folder,
-        ModelShape.from_args(args),
-        args,
-        family.kind,
-        args["max_position_embeddings"],
-        dtype,
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        _identity(folder),
-    )
-
-
-def _identity(folder: Path) -> str:
-    """A hash that identifies a model's files: all of config and tokenizer; of weights the header and 64 samples."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as handle:
-                for place in range(64):
-                    handle.seek(place * size // 64)
-                    digest.update(handle.read(4096))
-        elif path.name in ("config.json", "tokenizer.json", "tokenizer.model"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _difference(held: Any, wanted: Mapping[str, Any]) -> str:

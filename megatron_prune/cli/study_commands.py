@@ -164,7 +164,7 @@ def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
 
 def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
     from megatron_prune.cli import training_commands
-    from megatron_prune.study import jobs, validate
+    from megatron_prune.study import begun, jobs, validate
     from megatron_prune.study.estimate import show
     from megatron_prune.study.run import slurm
 
@@ -183,9 +183,9 @@ def _plan(study: schema.StudyConfig, places: Places, options: Any) -> int:
         _print_commands(jobs.all_commands(jobs.all_cells(study, places, outlook)))
     if options.scripts:
         cells = jobs.all_cells(study, places, outlook)
-        jobs.refuse_other_commands(study, places, cells)
+        begun.refuse_other_commands(study, places, cells)
         for cell in cells:
-            jobs.keep(places, cell)
+            begun.keep(places, cell)
             console.print(f"wrote {slurm.write_script(study, places, cell)}", soft_wrap=True)
     return 0
 

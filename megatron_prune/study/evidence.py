@@ -23,8 +23,8 @@ from typing import Any, Required, TypedDict
 
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError
-from megatron_prune.study import custody, jobs
-from megatron_prune.study.execution import About, Check, States, read_cell
+from megatron_prune.study import begun, custody, jobs
+from megatron_prune.study.execution import About, Check, States, has_begun, read_cell
 from megatron_prune.study.grid import GROUP
 from megatron_prune.study.jobs import Cell
 from megatron_prune.study.outlook import Outlook, look
@@ -149,7 +149,7 @@ def gather(study: StudyConfig, places: Places) -> Evidence:
     outlook, ledger = look(study, places), Ledger(places.ledger)
     known = jobs.parents if outlook.source is None else jobs.all_cells
     cells = {cell.id: cell for cell in known(study, places, outlook)}
-    jobs.refuse_other_commands(study, places, list(cells.values()))  # study.yaml must still describe what was run
+    begun.refuse_other_commands(study, places, list(cells.values()))  # study.yaml must still describe what was run
     lines, states = ledger.read(), States(places)
     order = [*(cell for cell in lines if cell in cells), *(cell for cell in cells if cell not in lines)]
     found = {cell: record(cells[cell], states) for cell in order}
@@ -263,7 +263,7 @@ def _finished(directory: Path, described: Mapping[str, Any]) -> tuple[bool, str]
             if not Check(arguments.pop("check"), arguments)():
                 return False, ""
     except (MegatronPruneError, KeyError, TypeError) as error:
-        return False, f"; its files are not whole ({error})" if jobs.has_begun(directory) else ""
+        return False, f"; its files are not whole ({error})" if has_begun(directory) else ""
     return True, ""
 
 

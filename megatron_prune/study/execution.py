@@ -331,6 +331,11 @@ class _CellFile(TypedDict):
     stages: Annotated[list[_StageFile], Field(min_length=1)]
 
 
+def has_begun(directory: Path) -> bool:
+    """True once a stage or the job of a cell has written a log."""
+    return any(directory.glob("*.log"))
+
+
 def read_cell(path: Path) -> dict[str, Any]:
     """The content of a ``cell.json``. MegatronPruneError, with file and key, for one that is not as ``Cell.to_json``
     writes it."""

@@ -14,7 +14,7 @@ import torch
 from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.preflight import checks, cost, host, memory
+from megatron_prune.preflight import checks, cost, files, host, memory
 from megatron_prune.preflight.cost import Cluster
 from megatron_prune.preflight.dry_run import PipelineStage
 from tests.preflight import measured
@@ -306,9 +306,9 @@ def test_a_teacher_runs_unless_its_cache_is_read(tiny_parent: Path, cache: str |
     )  # fmt: skip
     question: Any = SimpleNamespace(absent={})
     rehearsal: Any = SimpleNamespace(args=args)
-    found = [(one.check, one.verdict) for one in checks.start(question, rehearsal)]
+    found = [(one.check, one.verdict) for one in files.start(question, rehearsal)]
     assert found == [("start", "yes"), *([] if cache else [("teacher", "no")])]
-    assert checks._teacher(args) == (None if cache else open_checkpoint(tiny_parent).shape)
+    assert checks.teacher_shape(args) == (None if cache else open_checkpoint(tiny_parent).shape)
 
 
 def test_a_teachers_forward_pass_takes_a_third_of_training_it() -> None:

@@ -17,7 +17,7 @@ import yaml
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.cli.training_commands import learn_masks_main, pretrain_main
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.study import commands, estimate, jobs, validate
+from megatron_prune.study import commands, estimate, jobs, rank_memory, validate
 from megatron_prune.study.prunings import Places
 from tests.convert import family_models
 from tests.preflight import commands as preflight
@@ -211,7 +211,7 @@ def test_memory_is_what_preflight_says_of_the_same_command(launch, arguments, mo
                                                                               "shape": shape}}  # fmt: skip
     study, places = made_up.study(NOWHERE, methods=METHODS, **changes), Places(tmp_path / "x")
     outlook = ahead(20_000, **changes)
-    found, why = estimate.memory(study, places, outlook, {"pretrain": pretrain_main})
+    found, why = rank_memory.memory(study, places, outlook, {"pretrain": pretrain_main})
     assert not why and len(found) == len([one for one in estimates(outlook, **changes) if one.steps])
     lines = {}
     made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
@@ -240,7 +240,7 @@ def test_memory_of_learning_masks_is_what_preflight_says(distributed, tmp_path) 
     }
     study, places = made_up.study(NOWHERE, **changes), Places(tmp_path / "x")
     outlook, cell = ahead(20_000, **changes), "pruning-sheared-llama-r50-s1"
-    found, _ = estimate.memory(study, places, outlook, {"pretrain": pretrain_main, "learn-masks": learn_masks_main})
+    found, _ = rank_memory.memory(study, places, outlook, {"pretrain": pretrain_main, "learn-masks": learn_masks_main})
     made = {cell.id: cell for cell in jobs.all_cells(study, places, outlook)}
     model = tmp_path / "model.flags"
     model.write_text(shlex.join(commands.flags(shape)))

@@ -20,7 +20,7 @@ from rich.console import Console
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.engine.launch import launch
 from megatron_prune.errors import RunError, UsageError
-from megatron_prune.study import jobs, outlook, schema
+from megatron_prune.study import begun, jobs, outlook, schema
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run import scheduler, slurm
@@ -198,7 +198,7 @@ def test_a_job_refuses_a_command_that_is_not_its_cells(tmp_path, prefixes, monke
     made = schema.from_mapping(made_up.mapping(prefixes, launch=LAUNCH))
     places = Places(Path("runs/made-up"))
     (parent,) = jobs.parents(made, places, outlook.look(made, places))
-    jobs.keep(places, parent)
+    begun.keep(places, parent)
     words = ["false", *parent.stages[0].command.argv]
     stage = ["stage", str(places.cell("parent")), "pretrain", "--"]
     with pytest.raises(RunError, match="without saying that it succeeded"):

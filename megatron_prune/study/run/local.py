@@ -55,7 +55,7 @@ class Local:
         self.results: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
 
     def check(self, cell: Cell) -> None:
-        """Nothing to check: an earlier runner's cells have a log, and ``jobs.refuse_other_commands`` looks at those."""
+        """Nothing to check: an earlier runner's cells have a log, which ``begun.refuse_other_commands`` looks at."""
 
     def room(self) -> bool:
         return len(self.running) < self.cells

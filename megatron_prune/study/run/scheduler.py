@@ -23,7 +23,7 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.tracker import TRACKER_FILE
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError, UsageError
 from megatron_prune.masks import MASKS
-from megatron_prune.study import evidence, jobs, schema, validate
+from megatron_prune.study import begun, evidence, jobs, schema, validate
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.execution import NO_LOCKS, CellRefused, State, States, reached, unfinished
 from megatron_prune.study.jobs import Cell
@@ -117,11 +117,11 @@ class _Runner:
         for cell in cells:
             if cell.id not in self.begun and cell.id not in self.lines:
                 self.launcher.check(cell)
-        jobs.refuse_other_commands(self.study, self.places, cells)  # all, before any is changed
+        begun.refuse_other_commands(self.study, self.places, cells)  # all, before any is changed
         for cell in cells:
             if cell.id in self.begun:
                 continue
-            jobs.keep(self.places, cell)
+            begun.keep(self.places, cell)
             known = cell.id in self.cells
             self.cells[cell.id] = cell
             if cell.id in self.lines and not known:

@@ -24,9 +24,10 @@ import jinja2
 
 from megatron_prune import artifacts
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
+from megatron_prune.study.begun import first_other_word
 from megatron_prune.study.commands import SAVES_WHEN_TOLD, Command, environment
-from megatron_prune.study.execution import NO_LOCKS, State, States
-from megatron_prune.study.jobs import Cell, first_other_word, has_begun
+from megatron_prune.study.execution import NO_LOCKS, State, States, has_begun
+from megatron_prune.study.jobs import Cell
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.run.status import CellProgress
 from megatron_prune.study.schema import Slurm, StudyConfig
