@@ -244,9 +244,11 @@ def _unfused_attention(args: argparse.Namespace) -> bool:
 
 
 def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
-    """Bytes per token that the loss saves: the logits in the model's type and the softmax in fp32."""
+    """Bytes per token that the loss saves: the logits in the model's type and the softmax in fp32; of a distilled loss
+    its gradient, which takes the memory of the logits (``training/distillation_loss.py``)."""
     element: int = args.params_dtype.itemsize
-    return (element + FP32) * shape.padded_vocab_size / int(args.tensor_model_parallel_size)
+    softmax = 0 if getattr(args, "objective", "") == "distill" else FP32
+    return (element + softmax) * shape.padded_vocab_size / int(args.tensor_model_parallel_size)
 
 
 def activations(

@@ -20,7 +20,7 @@ exponentials. Σ (p · d - p + q) is the same, because p and q sum to one, and s
 equal to its teacher has a KL and gradients of exactly zero.
 
 The gradient of every token's loss is computed with the loss, a part of the tokens at a time, and is what is kept for
-the backward pass, in the type of the logits: neither model's logits are.
+the backward pass, in the memory and type of the student's logits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_PART = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of logits in fp32 at a time: in a cache, or enough for a GPU
+_PART = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements of logits in fp32 at a time: in a cache, or enough for a GPU
 
 
 @dataclass(frozen=True)
@@ -134,211 +134,233 @@ class TokenLosses(NamedTuple):
 def losses(logits: Tensor, labels: Tensor, targets: Targets, mixture: Mixture, shard: Shard) -> TokenLosses:
     """The loss of each token. Collective over ``shard.group``, forward only.
 
-    ``logits`` [s, b, V / TP] are the student's, as its output layer returns them; ``labels`` [b, s].
+    ``logits`` [s, b, V / TP] are the student's, as its output layer returns them, which are overwritten; ``labels``
+    [b, s].
     """
     if isinstance(targets, TopKTargets) and targets.ids.shape[-1] == shard.words:
         targets = _dense(targets, logits, shard)
+    # [b, s, ·] -> [s · b, ·]: views of what an online teacher returned
     if isinstance(targets, FullTargets):
-        # [b, s, ·] -> [s, b, ·]: views, of which a part at a time is copied
-        work: _Full | _TopK = _Full(labels.t(), targets.logits.transpose(0, 1), targets.normalized, mixture, shard)
+        teacher = targets.logits.transpose(0, 1).flatten(0, 1)
+        work: _Full | _TopK = _Full(labels.t().flatten(), teacher, targets.normalized, mixture, shard)
     else:
         rest = targets.log_rest.unsqueeze(-1)
-        teacher = torch.cat([targets.log_probabilities.to(rest.dtype), rest], dim=-1)  # [b, s, k + 1]
-        work = _TopK(labels.t(), targets.ids.transpose(0, 1), teacher.transpose(0, 1), mixture, shard)
+        events = torch.cat([targets.log_probabilities.to(rest.dtype), rest], dim=-1)  # [b, s, k + 1]
+        ids, events = (each.transpose(0, 1).flatten(0, 1) for each in (targets.ids, events))
+        work = _TopK(labels.t().flatten(), ids, events, logits.shape[-1], mixture, shard)
     found = _WithSlopes.apply(logits, work)
     return TokenLosses(*(each.t().contiguous() for each in found))
 
 
 @torch.no_grad()
 def log_probabilities(logits: Tensor, shard: Shard) -> Tensor:
-    """Log-probabilities of words from logits [s, b, V / TP], as the loss computes them from ``FullTargets``.
+    """Log-probabilities of words from logits [n, V / TP], as the loss computes them from ``FullTargets``.
 
     Padding has -inf. Collective over ``shard.group``.
     """
-    width = logits.shape[-1]
-    found = torch.full(logits.shape, -torch.inf, dtype=_wide(logits[:0]).dtype, device=logits.device)
+    count = shard.count(logits.shape[-1])
+    found = torch.full(logits.shape, -torch.inf, dtype=_wide(logits.dtype), device=logits.device)
     for part in _parts(logits):
-        found[part, :, : shard.count(width)] = _normalized(logits[part], shard)
+        values = logits[part, :count].to(found.dtype, copy=True)
+        _normalize(values, shard, found[part, :count])
     return found
 
 
 def _dense(targets: TopKTargets, logits: Tensor, shard: Shard) -> FullTargets:
     """The log-probabilities of all words in their places, and this rank's shard of them."""
     width = logits.shape[-1]
-    values = _wide(targets.log_probabilities)
-    whole = torch.empty_like(values).scatter_(-1, targets.ids.long(), values)  # [b, s, words]
+    ids = targets.ids.transpose(0, 1).long()  # [s, b, words]
+    values = targets.log_probabilities.transpose(0, 1)
+    values = values.to(_wide(values.dtype)).contiguous()
+    whole = torch.empty_like(values).scatter_(-1, ids, values)
     first = shard.first(width)
     here = whole[..., first : first + shard.count(width)]
-    return FullTargets(torch.nn.functional.pad(here, (0, width - here.shape[-1])), normalized=True)
+    here = torch.nn.functional.pad(here, (0, width - here.shape[-1]))
+    return FullTargets(here.transpose(0, 1), normalized=True)
 
 
-def _wide(values: Tensor) -> Tensor:
-    """In the type of the arithmetic; the same memory if they are already."""
-    return values if values.dtype == torch.float64 else values.float()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
-def _log_sum_exp(values: Tensor) -> Tensor:
+def _amax(values: Tensor) -> Tensor:
     """Over the last dimension; -inf where it is empty."""
-    return values.logsumexp(-1) if values.shape[-1] else values.new_full(values.shape[:-1], -torch.inf)
+    return values.amax(-1) if values.shape[-1] else values.new_full(values.shape[:-1], -torch.inf)
 
 
-def _normalized(logits: Tensor, shard: Shard) -> Tensor:
-    """Log-probabilities of this rank's words, a new tensor. Collective.
+def _normalize(values: Tensor, shard: Shard, out: Tensor) -> Tensor:
+    """Log-probabilities of this rank's words from their logits [n, words], into ``out``; overwrites ``values``.
 
     Student and teacher take the same way, so that equal logits give equal bits. The largest logit is taken away first:
-    then words of high probability keep all their digits.
+    then words of high probability keep all their digits. Collective.
     """
-    z = logits[..., : shard.count(logits.shape[-1])]
-    lost = z.shape[:-1]
-    largest = _wide(z.amax(-1)) if z.shape[-1] else _wide(z.new_full(lost, -torch.inf))
-    z = _wide(z) - shard.largest(largest).unsqueeze(-1)
-    return z.sub_(shard.sum(z.exp().sum(-1)).log_().unsqueeze(-1))
+    if shard.group is None:
+        return torch.log_softmax(values, -1, out=out)
+    values -= shard.largest(_amax(values)).unsqueeze(-1)
+    return torch.sub(values, shard.sum(torch.exp(values, out=out).sum(-1)).log_().unsqueeze(-1), out=out)
 
 
-def _softened(log_probabilities: Tensor, temperature: float, shard: Shard) -> Tensor:
-    """The same at another temperature; the same tensor at one. Collective."""
-    if temperature == 1:
-        return log_probabilities
-    found = log_probabilities / temperature
-    return found.sub_(shard.log_sum_exp(_log_sum_exp(found)).unsqueeze(-1))
-
-
-def _parts(logits: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of [s, b, V / TP], such that one has at most ``_PART`` elements."""
-    length = max(1, _PART.get(logits.device.type, 1 << 24) // max(1, logits[0].numel()))
-    for first in range(0, logits.shape[0], length):
+def _parts(rows: Tensor) -> Iterator[slice]:
+    """Slices of rows [n, V / TP], such that one has at most ``_PART`` elements, or is one row."""
+    length = _part_length(rows)
+    for first in range(0, rows.shape[0], length):
         yield slice(first, first + length)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, mixture: Mixture, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """KL of a part [s, b], its slope by the student's softened logits, [s, b, ·], times T, and the student's q.
+def _part_length(rows: Tensor) -> int:
+    return max(1, _PART.get(rows.device.type, _PART["cuda"]) // max(1, rows.shape[-1]))
 
-    ``log_q`` is the student's, ``log_p`` the teacher's. Collective over ``shard.group``.
+
+def _divergence(
+    log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, mixture: Mixture, shard: Shard
+) -> tuple[Tensor, Tensor]:
+    """KL of rows [n, ·], and its slope by the student's softened logits times T, in the memory of ``log_q``.
+
+    ``log_q`` is the student's and ``log_p`` the teacher's; ``q`` and ``p`` are room for their probabilities, of which
+    the first stays. Collective over ``shard.group``.
     """
-    q, p = log_q.exp(), log_p.exp()
-    excess = q - p
+    torch.exp(log_q, out=q)
+    torch.exp(log_p, out=p)
     if not mixture.reverse:
-        terms = torch.addcmul(excess, p, log_p - log_q)
-        return shard.sum(terms.sum(-1)), excess, q
-    slope = (log_q - log_p).mul_(q)
-    found = shard.sum((slope - excess).sum(-1))
-    return found, slope.addcmul_(q, found.unsqueeze(-1), value=-1), q
+        apart = log_p.sub_(log_q)
+        excess = torch.sub(q, p, out=log_q)
+        return shard.sum(torch.addcmul(excess, p, apart, out=apart).sum(-1)), excess
+    slope = log_q.sub_(log_p).mul_(q)
+    excess = torch.sub(q, p, out=p)
+    found = shard.sum(torch.sub(slope, excess, out=log_p).sum(-1))
+    return found, slope.addcmul_(q, found.unsqueeze(-1), value=-1)
 
 
 def _places(ids: Tensor, width: int, count: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Columns of words in this rank's shard, and which are here; words of other ranks get the column ``count``."""
+    """Columns of words in this rank's shard, and which are here; words of other ranks get the first or last column."""
     columns = ids.long() - shard.first(width)
     here = (columns >= 0) & (columns < count)
-    return torch.where(here, columns, count), here
+    return columns.clamp_(0, max(0, count - 1)), here
 
 
 def _at(values: Tensor, columns: Tensor, here: Tensor) -> Tensor:
-    """``values`` [..., n] at ``columns`` [..., m], and 0 where the word is on another rank."""
-    if not values.shape[-1]:
-        return values.new_zeros(columns.shape)
-    return torch.where(here, values.gather(-1, columns.clamp(max=values.shape[-1] - 1)), 0)
+    """``values`` [n, words] at ``columns`` [n, m], and 0 where the word is on another rank."""
+    return torch.where(here, values.gather(-1, columns), 0) if values.shape[-1] else values.new_zeros(columns.shape)
+
+
+def _add_at(values: Tensor, columns: Tensor, here: Tensor, amounts: Tensor | float) -> None:
+    """Add to ``values`` [n, words] at ``columns`` [n, m], of which no two that are ``here`` are the same in a row."""
+    if values.shape[-1]:
+        values.scatter_add_(-1, columns, torch.where(here, amounts, values.new_zeros(())))
 
 
 class _WithSlopes(torch.autograd.Function):
-    """Mixed, CE and T² · KL of every token, all [s, b]; keeps the gradient of mixed by the logits."""
+    """Mixed, CE and T² · KL of every token, all [s, b]; the gradient of mixed by the logits overwrites these."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, work: _Full | _TopK) -> tuple[Tensor, Tensor, Tensor]:
         mixture, count = work.mixture, work.shard.count(logits.shape[-1])
-        lm, divergence = _wide(logits.new_empty(2, *logits.shape[:-1]))
-        slopes = torch.zeros_like(logits) if count < logits.shape[-1] else torch.empty_like(logits)
-        for part in _parts(logits):
-            lm[part], divergence[part], slopes[part, :, :count] = work.of(logits, part)
+        slopes = logits.detach().flatten(0, 1)  # [s · b, V / TP]
+        room = slopes.new_empty(work.ROOM, _part_length(slopes), count, dtype=_wide(logits.dtype))
+        lm, divergence = room.new_empty(2, len(slopes))
+        for part in _parts(slopes):
+            lm[part], divergence[part], slope = work.of(slopes[part, :count], part, room)
+            slopes[part, :count] = slope
+        slopes[:, count:] = 0
+        lm, divergence = (each.view(logits.shape[:-1]) for each in (lm, divergence))
         distillation = divergence.mul_(mixture.temperature**2)
-        ctx.save_for_backward(slopes)
+        ctx.save_for_backward(slopes.view(logits.shape))
         ctx.mark_non_differentiable(lm, distillation)
         return (1 - mixture.alpha) * lm + mixture.alpha * distillation, lm, distillation
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
+        (found,) = ctx.saved_tensors
+        slopes, gradient = found.flatten(0, 1), gradients[0].flatten()
         for part in _parts(slopes):
-            slopes[part] = slopes[part] * gradients[0][part].unsqueeze(-1)
-        return slopes, None
+            slopes[part] *= gradient[part].unsqueeze(-1)
+        return found, None
 
 
 @dataclass(frozen=True)
 class _Full:
     """With the teacher's whole distribution."""
 
-    labels: Tensor  # [s, b]
-    teacher: Tensor  # [s, b, V / TP]
+    ROOM = 5  # tensors of a part in the type of the arithmetic
+
+    labels: Tensor  # [s · b]
+    teacher: Tensor  # [s · b, V / TP]
     normalized: bool
     mixture: Mixture
     shard: Shard
 
-    def of(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """CE and KL of a part, and the slopes of its mixed loss by this rank's logits of words. Collective."""
+    def of(self, logits: Tensor, part: slice, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CE and KL of a part [n], and the slopes of its mixed loss by the logits [n, words] of this rank's words.
+
+        ``room`` is overwritten: memory that is used again is in a processor's cache. Collective.
+        """
         alpha, temperature = self.mixture.alpha, self.mixture.temperature
-        count = self.shard.count(logits.shape[-1])
-        columns, here = _places(self.labels[part].unsqueeze(-1), logits.shape[-1], count, self.shard)
-        plain = _normalized(logits[part], self.shard)
-        lm = -self.shard.sum(_at(plain, columns, here).squeeze(-1))
+        log_q, log_p, q, p, values = room[:, : len(logits)]
+        width, count = self.teacher.shape[-1], logits.shape[-1]
+        columns, here = _places(self.labels[part].unsqueeze(-1), width, count, self.shard)
+        _normalize(values.copy_(logits), self.shard, log_q)
+        lm = -self.shard.sum(_at(log_q, columns, here).squeeze(-1))
+        teacher = self.teacher[part, :count]
         if self.normalized:
-            teacher = _wide(self.teacher[part, :, :count])
+            log_p.copy_(teacher)
         else:
-            teacher = _normalized(self.teacher[part], self.shard)
-        log_q = _softened(plain, temperature, self.shard)
-        log_p = _softened(teacher, temperature, self.shard)
-        divergence, slope, q = _divergence(log_q, log_p, self.mixture, self.shard)
+            _normalize(values.copy_(teacher), self.shard, log_p)
+        plain = q
+        if temperature != 1:
+            _normalize(torch.div(log_p, temperature, out=p), self.shard, log_p)
+            plain = torch.exp(log_q, out=values)
+            _normalize(torch.div(log_q, temperature, out=p), self.shard, log_q)
+        divergence, slope = _divergence(log_q, log_p, q, p, self.mixture, self.shard)
         slope *= alpha * temperature
         if alpha != 1:
-            slope.add_(q if temperature == 1 else plain.exp_(), alpha=1 - alpha)
-        return lm, divergence, _minus(slope, columns, 1 - alpha)
+            slope.add_(plain, alpha=1 - alpha)
+        _add_at(slope, columns, here, alpha - 1)
+        return lm, divergence, slope
 
 
 @dataclass(frozen=True)
 class _TopK:
     """With k words and the rest."""
 
-    labels: Tensor  # [s, b]
-    ids: Tensor  # [s, b, k]
-    teacher: Tensor  # [s, b, k + 1], log-probabilities
+    ROOM = 1
+
+    labels: Tensor  # [s · b]
+    ids: Tensor  # [s · b, k]
+    teacher: Tensor  # [s · b, k + 1], log-probabilities
+    width: int  # V / TP
     mixture: Mixture
     shard: Shard
 
-    def of(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, logits: Tensor, part: slice, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As that of ``_Full``."""
-        alpha, temperature = self.mixture.alpha, self.mixture.temperature
-        count = self.shard.count(logits.shape[-1])
-        wanted = torch.cat([self.ids[part], self.labels[part].unsqueeze(-1)], dim=-1)  # [s, b, k + 1]
-        columns, here = _places(wanted, logits.shape[-1], count, self.shard)
-        top = columns[..., :-1]
-        plain = _normalized(logits[part], self.shard)
-        known = self.shard.sum(_at(plain, columns, here))
-        others = _others(plain, top)
-        rest = self.shard.log_sum_exp(_log_sum_exp(others)).unsqueeze(-1)
-        # What follows, up to the slopes of events, is the same on every tensor-parallel rank.
-        events = torch.cat([known[..., :-1], rest], dim=-1)  # [s, b, k + 1]
-        least = torch.finfo(events.dtype).min / 4  # of an event that cannot be: finite, so that differences are
+        alpha, temperature, shard = self.mixture.alpha, self.mixture.temperature, self.shard
+        wanted = torch.cat([self.ids[part], self.labels[part].unsqueeze(-1)], dim=-1)  # [n, k + 1]
+        columns, here = _places(wanted, self.width, logits.shape[-1], shard)
+        others = room[0, : len(logits)].copy_(logits)
+        known = shard.sum(_at(others, columns, here))
+        top = columns[:, :-1], here[:, :-1]
+        _add_at(others, *top, -torch.inf)
+        least = torch.finfo(others.dtype).min / 4  # of an event that cannot be: finite, so that differences are
+        largest = shard.largest(_amax(others)).clamp_(min=least).unsqueeze(-1)
+        others.sub_(largest).exp_()  # in the unit exp(largest), and 0 for the k words
+        mass = shard.sum(others.sum(-1)).unsqueeze(-1)
+        # What follows, up to the slopes of events, is the same on every tensor-parallel rank. The largest logit is
+        # taken away first: then words of high probability keep all their digits.
+        whole = torch.maximum(known[:, :-1].amax(-1, keepdim=True), largest)
+        events = torch.cat([known[:, :-1] - whole, largest - whole + mass.log()], dim=-1)  # [n, k + 1]
+        total = events.logsumexp(-1, keepdim=True)
+        events -= total
+        lm = (total - (known[:, -1:] - whole)).squeeze(-1)
         log_q, log_p = (
             (each.to(events.dtype).clamp(min=least) / temperature).log_softmax(-1)
             for each in (events, self.teacher[part])
         )
-        divergence, slopes, _ = _divergence(log_q, log_p, self.mixture, Shard(self.shard.words))
+        room_q, room_p = torch.empty_like(log_q), torch.empty_like(log_p)
+        divergence, slopes = _divergence(log_q, log_p, room_q, room_p, self.mixture, Shard(shard.words))
         slopes *= alpha * temperature
         # A word of the rest has its share of the rest's slope; the k words have their own.
-        slope = others.sub_(rest.clamp(min=least)).exp_().mul_(slopes[..., -1:])
-        if alpha != 1:
-            slope.add_(plain.exp_(), alpha=1 - alpha)
-        slope = torch.nn.functional.pad(slope, (0, 1)).scatter_add_(-1, top, slopes[..., :-1])[..., :-1]
-        return -known[..., -1], divergence, _minus(slope, columns[..., -1:], 1 - alpha)
-
-
-def _others(z: Tensor, columns: Tensor) -> Tensor:
-    """``z`` with -inf at ``columns``; the column past the last is nobody's."""
-    return torch.nn.functional.pad(z, (0, 1)).scatter_(-1, columns, -torch.inf)[..., :-1]
-
-
-def _minus(values: Tensor, columns: Tensor, amount: float) -> Tensor:
-    """``values`` less ``amount`` in one column each; the column past the last is nobody's."""
-    if amount == 0 or not values.shape[-1]:
-        return values
-    last = values.shape[-1] - 1
-    less = values.new_full(columns.shape, -amount).masked_fill_(columns > last, 0)
-    return values.scatter_add_(-1, columns.clamp(max=last), less)
+        share = slopes[:, -1:] / mass.clamp(min=1) + (1 - alpha) * (largest - whole - total).exp()
+        _add_at(others.mul_(share), *top, slopes[:, :-1] + (1 - alpha) * events[:, :-1].exp())
+        _add_at(others, columns[:, -1:], here[:, -1:], alpha - 1)
+        return lm, divergence, others

@@ -243,7 +243,7 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
 def _top_k(logits: torch.Tensor, k: int, shard: Shard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same of rows [n, V / TP]: ids and log-probabilities [n, k], and the log of the rest [n]."""
     width = logits.shape[-1]
-    logs = log_probabilities(logits.unsqueeze(1), shard).squeeze(1).float()  # [n, V / TP]; padding has -inf
+    logs = log_probabilities(logits, shard).float()  # [n, V / TP]; padding has -inf
     words = torch.arange(shard.first(width), shard.first(width) + width, device=logs.device)
     best = _best(logs, words, min(k, width))
     if shard.group is not None:

@@ -1,4 +1,4 @@
-"""A pruned checkpoint in a checkout's own, unmodified ``pretrain_gpt.py``, with the flags that ``inspect`` prints.
+"""A pruned checkpoint, or a distilled one, in a checkout's own, unmodified ``pretrain_gpt.py``, with the flags that ``inspect`` prints.
 
 ``MEGATRON_LM`` names the checkout (Megatron-LM's main branch). Its losses must be those of our ``pretrain`` on the
 installed wheel, step by step, from the same checkpoint on the same data; its saves must be readable here.
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.convert import inspect
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.structured import apply
@@ -66,6 +66,26 @@ def losses(printed: str) -> list[tuple[str, str]]:
     return re.findall(r"lm loss: (\S+) .*?grad norm: (\S+)", printed)
 
 
+def check_it_trains_there_as_here(
+    checkout: Path, job: Callable[..., Any], checkpoint: Checkpoint, corpus: Path, folder: Path, tp: int
+) -> list[str]:
+    """The flags that ``inspect`` prints for the checkpoint, with which both ended with the same weights."""
+    printed_flags = [word for flag in inspect.flags(checkpoint) for word in flag.split()]
+    assert inspect.warnings(checkpoint) == []
+    flags = ["--load", str(checkpoint.root), "--use-checkpoint-args", *printed_flags, "--data-path", str(corpus)]
+    flags += [*RECIPE, "--tensor-model-parallel-size", str(tp)]
+
+    ours = job(["pretrain", *flags, "--save", folder / "ours"], nproc=tp).ok().output
+    theirs = run_theirs(checkout, [*flags, "--save", str(folder / "theirs")], tp, port=29600 + os.getpid() % 1000)
+    assert len(losses(theirs)) == STEPS and losses(theirs) == losses(ours)
+
+    saved = open_checkpoint(folder / "theirs")
+    assert (saved.iteration, saved.shape) == (STEPS, checkpoint.shape)
+    assert saved.full_hash() == open_checkpoint(folder / "ours").full_hash() != checkpoint.full_hash()
+    export_hf(saved.root, folder / "hf")
+    return printed_flags
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_there_as_here(
@@ -74,17 +94,22 @@ def test_it_trains_there_as_here(
     model, sizes, tp = CASES[case]
     parent = import_hf(tiny_hf(model, layers=3, vocab_size=384), tmp_path / "parent")  # unpadded: there padding counts
     apply.apply_plan(parent.root, make(parent, "random", **sizes), tmp_path / "pruned")
-    pruned = open_checkpoint(tmp_path / "pruned")
-    printed_flags = [word for flag in inspect.flags(pruned) for word in flag.split()]
-    assert ("--use-rope-scaling" in printed_flags) == (case == "rope-tp2") and inspect.warnings(pruned) == []
-    flags = ["--load", str(pruned.root), "--use-checkpoint-args", *printed_flags, "--data-path", str(tiny_corpus)]
-    flags += [*RECIPE, "--tensor-model-parallel-size", str(tp)]
+    flags = check_it_trains_there_as_here(
+        checkout, job, open_checkpoint(tmp_path / "pruned"), tiny_corpus, tmp_path, tp
+    )
+    assert ("--use-rope-scaling" in flags) == (case == "rope-tp2")
 
-    ours = job(["pretrain", *flags, "--save", tmp_path / "ours"], nproc=tp).ok().output
-    theirs = run_theirs(checkout, [*flags, "--save", str(tmp_path / "theirs")], tp, port=29600 + os.getpid() % 1000)
-    assert len(losses(theirs)) == STEPS and losses(theirs) == losses(ours)
 
-    saved = open_checkpoint(tmp_path / "theirs")
-    assert (saved.iteration, saved.shape) == (STEPS, pruned.shape)
-    assert saved.full_hash() == open_checkpoint(tmp_path / "ours").full_hash() != pruned.full_hash()
-    export_hf(saved.root, tmp_path / "hf")
+@pytest.mark.slow
+def test_a_distilled_one_does(
+    checkout: Path, job: Callable[..., Any], tiny_hf: Callable[..., Path], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Distilled with matched hidden states, whose projections must not be in the checkpoint."""
+    parent = import_hf(tiny_hf("llama-gqa", layers=3, vocab_size=384), tmp_path / "parent")
+    apply.apply_plan(parent.root, make(parent, "random", **CASES["width"][1]), tmp_path / "pruned")
+    distil = ["--pretrained-checkpoint", tmp_path / "pruned", "--objective", "distill", "--teacher", parent.root]
+    distil += ["--distill-hidden-states", "2:2", "--data-path", tiny_corpus, *RECIPE[1:]]
+    job(["pretrain", *distil, "--save", tmp_path / "distilled"]).ok()
+    distilled = open_checkpoint(tmp_path / "distilled")
+    assert distilled.full_hash() != open_checkpoint(tmp_path / "pruned").full_hash()
+    check_it_trains_there_as_here(checkout, job, distilled, tiny_corpus, tmp_path, 1)

@@ -171,6 +171,12 @@ def test_the_loss_is_gone_when_the_last_blocks_turn_comes() -> None:
     assert 0 < of_block < once / 4
 
 
+def test_a_distilled_loss_keeps_no_softmax() -> None:
+    """Its gradient takes the memory of the logits; small parts of them are in fp32."""
+    _, once = memory.activations(arguments(objective="distill"), LLAMA, chunked(32), 0, 1, 16)
+    assert once == 8192 * 2 * 128256 // 2
+
+
 def test_a_fusion_that_is_missing_costs_a_weights_gradient() -> None:
     """Of the output layer on the last stage; of gate and up on the others."""
     for number, elements in ((0, 2 * 14336 * 4096 // 2), (1, 128256 * 4096 // 2)):
