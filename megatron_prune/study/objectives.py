@@ -18,6 +18,7 @@ from megatron_prune.study.values import STRICT, Positive, Share, Tokens, differe
 
 ObjectiveName = Literal["lm", "distill"]
 Warm = Annotated[float, Field(gt=0)]
+Blocks = Annotated[str, Field(pattern=r"^[1-9][0-9]*:[1-9][0-9]*$")]  # STUDENT:TEACHER
 Objectives = Annotated[list[ObjectiveName], Field(min_length=1), AfterValidator(different)]
 
 
@@ -28,7 +29,8 @@ class Distill:
     ``alpha`` and ``temperature``: a number, or those of the first and the last step. ``kl``: ``forward`` is that of the
     teacher from the student. ``teacher``: ``online``, or ``cache``, which holds the ``top_k`` most probable words of
     every token, as ``dtype``, and the probability of all others. ``budgets``: only these are distilled (none: all); the
-    others show how many tokens of plain training the teacher is worth.
+    others show how many tokens of plain training the teacher is worth. ``hidden_states``: blocks whose outputs are
+    matched, in every student of the study, ``hidden_weight`` times their distance (``training/hidden_states.py``).
     """
 
     alpha: Share | Annotated[list[Share], Field(min_length=2, max_length=2)] = 1.0
@@ -38,9 +40,19 @@ class Distill:
     top_k: Positive | None = None
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     budgets: list[Tokens] = dataclasses.field(default_factory=list)
+    hidden_states: list[Blocks] = dataclasses.field(default_factory=list)
+    hidden_weight: Warm | None = None
 
     @finds
     def __post_init__(self) -> None:
+        if len({pair.split(":")[0] for pair in self.hidden_states}) < len(self.hidden_states):
+            raise UsageError("distill.hidden_states", got=" ".join(self.hidden_states),
+                             expected="each block of the student once")  # fmt: skip
+        if self.hidden_states and self.cached:
+            raise UsageError("distill.hidden_states", got="it with teacher: cache", expected="teacher: online with it",
+                             why="a cache holds probabilities alone")  # fmt: skip
+        if self.hidden_weight is not None and not self.hidden_states:
+            raise UsageError("distill.hidden_weight", got="it alone", expected="hidden_states with it")
         if self.teacher == "cache" and self.top_k is None:
             raise UsageError("distill.top_k", got="nothing", expected="a number with teacher: cache")
         for key in ("top_k", "dtype"):
@@ -61,12 +73,20 @@ class Distill:
     @property
     def flags(self) -> dict[str, Any]:
         """For ``pretrain``, except for the teacher."""
-        return {
+        found = {
             "objective": "distill",
             "distill-alpha": _ends(self.alpha),
             "distill-temperature": _ends(self.temperature),
             "distill-kl": self.kl,
         }
+        if self.hidden_states:
+            found |= {"distill-hidden-states": self.hidden_states, "distill-hidden-weight": self.hidden_weight}
+        return found
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Matched blocks of student and teacher, from 1."""
+        pairs = (pair.split(":") for pair in self.hidden_states)
+        return [(int(student), int(teacher)) for student, teacher in pairs]
 
 
 def _ends(value: float | list[float]) -> str:

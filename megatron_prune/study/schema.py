@@ -413,6 +413,9 @@ class StudyConfig:
         if self.distillation.budgets and "lm" not in self.objectives:
             raise UsageError("distill.budgets", got=self.distillation.budgets, expected="no such key without lm",
                              why="the other budgets would have no run")  # fmt: skip
+        if self.distillation.hidden_states and self.launch.pipeline_parallel > 1:
+            raise UsageError("distill.hidden_states", got="it", why="both blocks must be where the loss is",
+                             expected="no such key with launch.pipeline_parallel above 1")  # fmt: skip
         if self.distillation.cached and self.recipe.dynamic_batch is not None:
             raise UsageError("distill.teacher", got="cache with recipe.dynamic_batch", expected="online",
                              why="which samples a run will read is not known before it has")  # fmt: skip

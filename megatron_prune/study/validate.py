@@ -55,6 +55,7 @@ def _check(study: StudyConfig, places: Places, planned: bool, corpus_tokens: int
     _check_dynamic(study, outlook)
     _check_masked(study, places, outlook)
     _check_questions(study, outlook)
+    _check_matched_blocks(study, outlook)
     absent = absent_corpora(study)
     if planned and absent and corpus_tokens is None:
         raise DataError(
@@ -105,6 +106,19 @@ def _check_dynamic(study: StudyConfig, outlook: Outlook) -> None:
                 "recipe.dynamic_batch.every", got=dynamic.every, why="its proportions would never change",
                 expected=f"less than the {cell.samples.steps} steps of {cell.id}",
             )  # fmt: skip
+
+
+def _check_matched_blocks(study: StudyConfig, outlook: Outlook) -> None:
+    """UsageError for a block that a student or the teacher does not have, as far as their shapes are known."""
+    for student, teacher in study.distillation.blocks():
+        for name, shape in outlook.targets.items():
+            assert outlook.source is not None  # where there is a target
+            if student > shape.num_layers or teacher > outlook.source.num_layers:
+                raise UsageError(
+                    "distill.hidden_states", got=f"{student}:{teacher}",
+                    expected=f"blocks up to {shape.num_layers}:{outlook.source.num_layers}, which {name} and its "
+                    "teacher have",
+                )  # fmt: skip
 
 
 def _check_questions(study: StudyConfig, outlook: Outlook) -> None:

@@ -56,6 +56,10 @@ def complete_arguments(args: argparse.Namespace, given: Callable[[str], bool]) -
             "a captured step would repeat the targets of the first",
         ),
         (
+            args.logits_save_dir is not None, "--logits-save-dir", args.logits_save_dir, "no such flag with it",
+            "Megatron writes a teacher's logits with it, and the student's would be overwritten by their gradient",
+        ),
+        (
             args.teacher_cache is None and _virtual(args) is not None,
             "--" + str(_virtual(args)).replace("_", "-"), "it", f"no such flag with {TEACHER}",
             "Megatron's schedule of virtual stages runs one model",

@@ -1,4 +1,4 @@
-"""A pruned checkpoint, or a distilled one, in a checkout's own, unmodified ``pretrain_gpt.py``, with the flags that ``inspect`` prints.
+"""Pruned and distilled checkpoints in a checkout's own, unmodified ``pretrain_gpt.py``, with flags from ``inspect``.
 
 ``MEGATRON_LM`` names the checkout (Megatron-LM's main branch). Its losses must be those of our ``pretrain`` on the
 installed wheel, step by step, from the same checkpoint on the same data; its saves must be readable here.

@@ -16,7 +16,7 @@ from scipy import stats
 
 from megatron_prune import artifacts
 from megatron_prune.errors import AccountError, UsageError
-from megatron_prune.study import estimate, jobs, outlook
+from megatron_prune.study import estimate, jobs, outlook, validate
 from megatron_prune.study.analysis import effects, results
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import Subject
@@ -115,6 +115,38 @@ def test_an_online_teacher_is_the_parent_of_the_seed(tmp_path: Path) -> None:
         assert made_up.words(argv(cell)[1:])["teacher"] == str(Places(tmp_path / "runs").checkpoint(f"parent-s{seed}"))
 
 
+def test_matched_blocks_are_flags_of_every_distilled_run(tmp_path: Path) -> None:
+    matched = {"hidden_states": ["1:2", "2:4"], "hidden_weight": 0.5}
+    study = made_up.study(
+        made_up.corpora(tmp_path), methods=[DEPTH], objectives=BOTH, settings=["equal-training"], distill=matched
+    )
+    for name, cell in cells(study, Places(tmp_path / "runs")).items():
+        if name.startswith(("pruned-", "scratch-")):
+            given = argv(cell)
+            assert ("--distill-hidden-states" in given) == ("distill" in name), name
+            if "distill" in name:
+                first = given.index("--distill-hidden-states")
+                assert given[first + 1 : first + 3] == ["1:2", "2:4"]
+                assert made_up.words(given[1:])["distill_hidden_weight"] == "0.5"
+
+
+@pytest.mark.parametrize(("pair", "fits"), [("2:4", True), ("3:4", False), ("2:5", False)])
+def test_matched_blocks_are_those_of_every_student(tmp_path: Path, pair: str, fits: bool) -> None:
+    """The parent has four blocks, and its half in depth two."""
+    study = made_up.study(
+        made_up.corpora(tmp_path), methods=[{"name": "minitron-width"}, DEPTH], objectives=["distill"],
+        settings=["equal-training"], distill={"hidden_states": ["1:1", pair]},
+    )  # fmt: skip
+    if fits:
+        validate.check(study, Places(tmp_path / "runs"))
+    else:
+        message = (
+            f"distill.hidden_states: expected blocks up to 2:4, which shortgpt-r50.* and its teacher have, got {pair}"
+        )
+        with pytest.raises(UsageError, match=message):
+            validate.check(study, Places(tmp_path / "runs"))
+
+
 def test_ranges_with_another_first_sample_have_a_cache_of_their_own(tmp_path: Path) -> None:
     """Scratch at equal total begins with sample 0; with two parents there are two of each."""
     common: dict[str, Any] = {"methods": [DEPTH], "objectives": BOTH, "budgets": [1280, 2560]}
@@ -137,6 +169,13 @@ def test_ranges_with_another_first_sample_have_a_cache_of_their_own(tmp_path: Pa
         ({"objectives": BOTH, "distill": {"teacher": "cache"}}, "distill.top_k: expected a number"),
         ({"objectives": BOTH, "distill": {"top_k": 8}}, "distill.top_k: expected no such key"),
         ({"objectives": BOTH, "distill": {"alpha": 1.5}}, "distill.alpha"),
+        ({"objectives": BOTH, "distill": {"hidden_states": ["0:1"]}}, "distill.hidden_states.0"),
+        ({"objectives": BOTH, "distill": {"hidden_states": ["1:1", "1:2"]}}, "each block of the student once"),
+        ({"objectives": BOTH, "distill": {"hidden_weight": 1.0}}, "distill.hidden_weight: expected hidden_states"),
+        ({"objectives": BOTH, "distill": {"teacher": "cache", "top_k": 8, "hidden_states": ["1:1"]}},
+         "distill.hidden_states: expected teacher: online"),
+        ({"objectives": BOTH, "distill": {"hidden_states": ["1:1"]}, "launch": {"nproc": 2, "pipeline_parallel": 2}},
+         "distill.hidden_states: expected no such key with launch.pipeline_parallel"),
         ({"objectives": BOTH, "distill": {"budgets": [7]}}, "distill.budgets: expected those of budgets: 1280"),
         ({"objectives": ["distill"], "distill": {"budgets": [1280]}}, "distill.budgets: expected no such key"),
         ({"objectives": ["lm", "lm"]}, "different values"),

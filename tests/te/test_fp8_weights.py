@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,12 @@ def test_fused_weight_gradients_keep_zeros(more, tiny_pruned, tiny_corpus, tmp_p
         assert_zero_in_checkpoint(save / f"iter_{STEPS:07d}", pruned.kept, moments=ADAM)
     assert json.loads((tmp_path / "fused-seen" / "seen-0.json").read_text()) == [16, 16]
     np.testing.assert_allclose(arms["fused"], arms["plain"], rtol=5e-3)
+
+
+def test_a_teacher_does_not_follow_its_student_into_fp8(tiny_parent, tiny_corpus, tmp_path, job):
+    """Of the same weights, but in bf16: the divergence of the first step is what FP8 rounds away, and not zero."""
+    words = recipe(tiny_corpus, RANGE, tmp_path / "run", "--fp8-preset", "current", *FP8)
+    start = ["--pretrained-checkpoint", tiny_parent, "--objective", "distill", "--teacher", tiny_parent]
+    done = job(["pretrain", *start, *words]).ok()
+    found = [float(each) for each in re.findall(r"distillation loss: ([0-9.E+-]+)", done.output)]
+    assert len(found) == STEPS and 0 < found[0] < 0.1 and all(map(math.isfinite, found))

@@ -196,7 +196,7 @@ def asked(**changes) -> argparse.Namespace:
         "objective": "distill", "teacher": "/parent", "teacher_cache": None, "distill_alpha": "1",
         "distill_temperature": "1", "distill_kl": "forward", "cuda_graph_impl": "none",
         "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
-        "pipeline_model_parallel_layout": None,
+        "pipeline_model_parallel_layout": None, "logits_save_dir": None,
         "distill_hidden_states": (), "distill_hidden_weight": 1.0, "pipeline_model_parallel_size": 1,
         "recompute_granularity": None, "fp16": False, "calculate_per_token_loss": False, "use_torch_fsdp2": False,
     }  # fmt: skip
@@ -229,6 +229,7 @@ def asked(**changes) -> argparse.Namespace:
         ({"distill_temperature": "1:0"}, "", "--distill-temperature: expected a number above 0"),
         ({"distill_temperature": "inf"}, "", "--distill-temperature: expected a number above 0"),
         ({"cuda_graph_impl": "full_iteration"}, "", "--cuda-graph-impl: expected another"),
+        ({"logits_save_dir": "logits"}, "", "--logits-save-dir: expected no such flag with it, got logits"),
         ({"num_virtual_stages_per_pipeline_rank": 2}, "", "--num-virtual-stages-per-pipeline-rank: expected no such"),
         ({"pipeline_model_parallel_layout": "t|t"}, "", "--pipeline-model-parallel-layout: expected no such flag"),
     ],
