@@ -202,13 +202,14 @@ def _normalize(values: Tensor, shard: Shard, out: Tensor) -> Tensor:
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows [n, V / TP], such that one has at most ``_PART`` elements, or is one row."""
-    length = _part_length(rows)
+    """Slices of rows [n, V / TP], as many at a time as ``part_length`` says."""
+    length = part_length(rows)
     for first in range(0, rows.shape[0], length):
         yield slice(first, first + length)
 
 
-def _part_length(rows: Tensor) -> int:
+def part_length(rows: Tensor) -> int:
+    """How many rows [V / TP] are worked on at a time: as many as have at most ``_PART`` elements, or one."""
     return max(1, _PART.get(rows.device.type, _PART["cuda"]) // max(1, rows.shape[-1]))
 
 
@@ -257,7 +258,7 @@ class _WithSlopes(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, work: _Full | _TopK) -> tuple[Tensor, Tensor, Tensor]:
         mixture, count = work.mixture, work.shard.count(logits.shape[-1])
         slopes = logits.detach().flatten(0, 1)  # [s · b, V / TP]
-        room = slopes.new_empty(work.ROOM, _part_length(slopes), count, dtype=_wide(logits.dtype))
+        room = slopes.new_empty(work.ROOM, part_length(slopes), count, dtype=_wide(logits.dtype))
         lm, divergence = room.new_empty(2, len(slopes))
         for part in _parts(slopes):
             lm[part], divergence[part], slope = work.of(slopes[part, :count], part, room)

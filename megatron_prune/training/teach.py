@@ -31,11 +31,10 @@ from megatron_prune.errors import DataError, UsageError
 from megatron_prune.masks import find_masks, open_masks
 from megatron_prune.training import teacher_cache
 from megatron_prune.training.data import build_stream, described, refuse_unfit, train_blend
-from megatron_prune.training.distillation_loss import Shard, TopKTargets, log_probabilities
+from megatron_prune.training.distillation_loss import Shard, TopKTargets, log_probabilities, part_length
 from megatron_prune.training.teacher_cache import IDS, LOG_PROBABILITIES, REST, Taught
 
 OUTPUT = "--output"
-_CHUNK = 1 << 24  # elements of log-probabilities at a time
 _LOW = (1 << 32) - 1  # more than any word
 _NONE = -1 << 63  # less than any key
 
@@ -232,9 +231,8 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
     Sorted by log-probability, of equals the lowest id first. ``ids`` int64, the others float32. Collective over
     ``shard.group``.
     """
-    rows = max(1, _CHUNK // logits.shape[-1])
-    flat = logits.flatten(0, 1)
-    parts = [_top_k(flat[first : first + rows], k, shard) for first in range(0, len(flat), rows)]
+    rows = logits.flatten(0, 1)
+    parts = [_top_k(part, k, shard) for part in rows.split(part_length(rows))]
     ids, logs, rest = (torch.cat(each) for each in zip(*parts, strict=True))
     whole = logits.shape[:2]
     return TopKTargets(ids.view(*whole, k), logs.view(*whole, k), rest.view(whole))
@@ -268,9 +266,13 @@ def _best(values: torch.Tensor, words: torch.Tensor, k: int) -> torch.Tensor:
     # Of those equal to the least one, topk takes any: where there are more of them, the lowest words are found.
     rows = ((values >= least).sum(-1) > k).nonzero().squeeze(-1)
     if len(rows):
-        wanted = int((found.values[rows] == least[rows]).sum(-1).max())
-        equal = torch.where(values[rows] == least[rows], -words, -_LOW).topk(wanted, dim=-1).values
-        lowest = torch.where(equal > -_LOW, _keys(least[rows], -equal), _NONE)
+        place, column = (values[rows] == least[rows]).nonzero(as_tuple=True)  # row after row, in the order of words
+        before = torch.bincount(place, minlength=len(rows)).cumsum(0).roll(1)
+        before[0] = 0
+        number = torch.arange(len(place), device=place.device) - before[place]  # of an equal one in its row
+        lowest = keys.new_full((len(rows), k), _NONE)
+        first = number < k
+        lowest[place[first], number[first]] = _keys(least[rows].squeeze(-1)[place[first]], words[column[first]])
         above = torch.where(found.values[rows] > least[rows], keys[rows], _NONE)
         keys[rows] = torch.cat([above, lowest], dim=-1).topk(k, dim=-1).values
     return keys.sort(dim=-1, descending=True).values

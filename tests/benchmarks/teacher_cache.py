@@ -1,7 +1,9 @@
 """What a teacher's cache costs: bytes per token, tokens per second of ``teach`` and of reading, a step that reads it.
 
-A student of the teacher's shape, bf16, 4,096 tokens per step. The time of a step is the median that Megatron's log
-reports over a run, after the first steps. Limit of the upper end of the ratio of an offline step to a plain one: 1.05.
+The same flags, samples and machine as in ``distillation.py``: 4,096 tokens per step, a teacher of the student's shape.
+A step is Megatron's ``train_step`` in processor seconds of one thread, with ``--num-workers 0``, so that a sample's
+targets are read and checked in it. A run that reads a cache and a plain one go on at the same time; a pair is the same
+step of both. Limit of the upper end of the ratio: 1.05. ``teach`` says its own tokens per second, of one thread too.
 Samples are read in random order from memory-mapped files that this process has not read before; the files are in the
 page cache, since they have just been written.
 
@@ -10,9 +12,8 @@ page cache, since they have just been written.
 
 from __future__ import annotations
 
-import os
+import functools
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -23,22 +24,33 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_prune.engine.launch import launch, start  # noqa: E402
+from megatron_prune.engine.launch import Job, launch  # noqa: E402
 from megatron_prune.training.teacher_cache import open_cache  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.benchmarks import ratio  # noqa: E402
-from tests.benchmarks.masked_training import BATCH, FLAGS, SEQUENCE  # noqa: E402
-from tests.benchmarks.pretrain_vs_bare import make_corpus, step_milliseconds  # noqa: E402
+from tests.benchmarks import ratio, step_seconds  # noqa: E402
+from tests.benchmarks.distillation import FLAGS  # noqa: E402
+from tests.benchmarks.masked_training import BATCH, SEQUENCE  # noqa: E402
+from tests.benchmarks.pretrain_vs_bare import make_corpus  # noqa: E402
+from tests.benchmarks.step_seconds import WARM_UP_STEPS  # noqa: E402
 
 LIMIT = 1.05
 
 
-def measured(argv: list[str], log: Path, threads: str) -> str:
-    """The output of a verb that succeeds."""
-    code = launch(argv, log=log, env={"OMP_NUM_THREADS": threads})
+def run(argv: list[str], times: Path) -> int:
+    """``pretrain`` in this rank, which writes what each step took."""
+    from megatron.training import training
+
+    from megatron_prune.__main__ import main
+
+    training.train_step = step_seconds.timed(training.train_step, functools.partial(step_seconds.write, times))
+    return main(["pretrain", *argv])
+
+
+def teach(argv: list[str], log: Path) -> float:
+    """Write a cache; tokens per second."""
+    code = launch(["teach", *argv], log=log, env={"OMP_NUM_THREADS": "1"})
     if code:
-        raise SystemExit(f"{argv[0]} exited with {code}:\n{log.read_text()[-4000:]}")
-    return log.read_text()
+        raise SystemExit(f"teach exited with {code}:\n{log.read_text()[-4000:]}")
+    return float(re.search(r"([\d,]+) tokens/s", log.read_text())[1].replace(",", ""))  # type: ignore[index]
 
 
 def reading(cache: Path) -> float:
@@ -54,51 +66,42 @@ def reading(cache: Path) -> float:
 
 def main() -> int:
     parser = ratio.arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: 20)")
     parser.add_argument("--top-k", type=int, default=64, help="words per token (default: 64)")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="of the model; the text has 379 (default: 4096)")
     args = parser.parse_args()
-    threads = str(len(os.sched_getaffinity(0)))
+    steps = args.pairs + WARM_UP_STEPS
+    from tests.benchmarks import teacher_cache  # under a name by which a rank can import it
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = make_corpus(folder, args.steps * BATCH * SEQUENCE)
-        where = FLAGS.index(str(tiny.VOCABULARY))
-        flags = [*FLAGS[:where], str(args.vocabulary), *FLAGS[where + 1 :]]
+        corpus = make_corpus(folder, steps * BATCH * SEQUENCE)
         stream = ["--train-data-path", str(corpus), "--data-cache-path", str(folder / "cache")]
-        samples = args.steps * BATCH
-        first = ["pretrain", *flags, *stream, "--stream-range", f"0:{BATCH}", "--save", str(folder / "teacher")]
-        measured(first, folder / "teacher.log", threads)
-        teach = ["teach", "--load", str(folder / "teacher"), *stream, "--seq-length", str(SEQUENCE)]
-        teach += ["--stream-range", f"0:{samples}", "--top-k", str(args.top_k), "--output", str(folder / "taught")]
-        said = measured([*teach, "--micro-batch-size", str(BATCH)], folder / "teach.log", threads)
+        flags = [*FLAGS, *stream, "--no-save-optim", "--num-workers", "0"]
+
+        def begin(name: str, count: int, *more: str) -> Job:
+            argv = [*flags, "--stream-range", f"0:{count * BATCH}", "--save", str(folder / name), *more]
+            return step_seconds.begin(folder, name, functools.partial(teacher_cache.run, argv))
+
+        with begin("teacher", 1) as job:
+            step_seconds.end(folder, "teacher", job)
+        given = ["--load", str(folder / "teacher"), *stream, "--seq-length", str(SEQUENCE), "--top-k", str(args.top_k)]
+        given += ["--stream-range", f"0:{steps * BATCH}", "--micro-batch-size", str(BATCH)]
+        speed = teach([*given, "--output", str(folder / "taught")], folder / "teach.log")
         taught = open_cache(folder / "taught").taught
         stored = sum(path.stat().st_size for path in (folder / "taught").iterdir())
-        speed = float(re.search(r"([\d,]+) tokens/s", said)[1].replace(",", ""))  # type: ignore[index]
         read = reading(folder / "taught")
-
-        def measure(kind: str, *more: str) -> float:
-            shutil.rmtree(folder / kind, ignore_errors=True)
-            log = folder / f"{kind}.log"
-            log.unlink(missing_ok=True)
-            argv = ["pretrain", *flags, *stream, "--stream-range", f"0:{samples}", "--save", str(folder / kind), *more]
-            return step_milliseconds(start(argv, log=log, env={"OMP_NUM_THREADS": threads}), log)
-
-        found = ratio.interleaved(
-            "step time, offline distillation / plain (ms)",
-            lambda: measure("offline", "--objective", "distill", "--teacher-cache", str(folder / "taught")),
-            lambda: measure("plain"),
-            pairs=args.pairs,
-            limit=LIMIT,
-        )
+        distilled = ["--objective", "distill", "--teacher-cache", str(folder / "taught"), "--distill-alpha", "0.5"]
+        with begin("offline", steps, *distilled) as offline, begin("plain", steps) as plain:
+            a, b = (
+                [seconds for (seconds,) in step_seconds.end(folder, name, job)]
+                for name, job in (("offline", offline), ("plain", plain))
+            )
+    found = ratio.summarise("processor time of a step, from a cache / plain (s)", a, b, LIMIT)
     facts = {
         "bytes_per_token": taught.bytes_per_token, "stored_bytes_per_token": stored / taught.tokens,
         "teach_tokens_per_second": speed, "read_tokens_per_second": read,
     }  # fmt: skip
     print(", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in facts.items()))
-    return ratio.finish(
-        [found], args, flags=flags, steps=args.steps, threads=threads, top_k=args.top_k, vocabulary=args.vocabulary,
-        **facts,
-    )  # fmt: skip
+    return ratio.finish([found], args, flags=FLAGS, steps=steps, top_k=args.top_k, **facts)
 
 
 if __name__ == "__main__":

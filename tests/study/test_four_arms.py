@@ -134,7 +134,8 @@ def test_matched_blocks_are_flags_of_every_distilled_run(tmp_path: Path) -> None
 def test_matched_blocks_are_those_of_every_student(tmp_path: Path, pair: str, fits: bool) -> None:
     """The parent has four blocks, and its half in depth two."""
     study = made_up.study(
-        made_up.corpora(tmp_path), methods=[{"name": "minitron-width"}, DEPTH], objectives=["distill"],
+        made_up.corpora(tmp_path), methods=[{"name": "minitron-width", "settings": {"divisible-by": 8}}, DEPTH],
+        objectives=["distill"],
         settings=["equal-training"], distill={"hidden_states": ["1:1", pair]},
     )  # fmt: skip
     if fits:

@@ -47,10 +47,10 @@ def ties(words: int, width: int) -> torch.Tensor:
 
 def best_of_shards(words: int, width: int, k: int) -> list[torch.Tensor]:
     """``top_k`` of this rank's share of ``ties``."""
-    from megatron_prune.training import teach
+    from megatron_prune.training import distillation_loss, teach
     from megatron_prune.training.distillation_loss import Shard
 
-    teach._CHUNK = 12  # so that there are several parts
+    distillation_loss._PART["cpu"] = 12  # so that there are several parts
     torch.distributed.init_process_group("gloo")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shard = Shard(words, rank, torch.distributed.group.WORLD)
