@@ -110,15 +110,16 @@ def _check_dynamic(study: StudyConfig, outlook: Outlook) -> None:
 
 def _check_matched_blocks(study: StudyConfig, outlook: Outlook) -> None:
     """UsageError for a block that a student or the teacher does not have, as far as their shapes are known."""
+    if not outlook.targets or outlook.source is None:
+        return
+    name, least = min(outlook.targets.items(), key=lambda target: target[1].num_layers)
     for student, teacher in study.distillation.blocks():
-        for name, shape in outlook.targets.items():
-            assert outlook.source is not None  # where there is a target
-            if student > shape.num_layers or teacher > outlook.source.num_layers:
-                raise UsageError(
-                    "distill.hidden_states", got=f"{student}:{teacher}",
-                    expected=f"blocks up to {shape.num_layers}:{outlook.source.num_layers}, which {name} and its "
-                    "teacher have",
-                )  # fmt: skip
+        if student > least.num_layers or teacher > outlook.source.num_layers:
+            raise UsageError(
+                "distill.hidden_states", got=f"{student}:{teacher}",
+                expected=f"blocks up to {least.num_layers}:{outlook.source.num_layers}, which {name} and its teacher "
+                "have",
+            )  # fmt: skip
 
 
 def _check_questions(study: StudyConfig, outlook: Outlook) -> None:
