@@ -73,7 +73,7 @@ class Distill:
     @property
     def flags(self) -> dict[str, Any]:
         """For ``pretrain``, except for the teacher."""
-        found = {
+        found: dict[str, Any] = {
             "objective": "distill",
             "distill-alpha": _ends(self.alpha),
             "distill-temperature": _ends(self.temperature),
