@@ -232,7 +232,7 @@ def top_k(logits: torch.Tensor, k: int, shard: Shard) -> TopKTargets:
     ``shard.group``.
     """
     rows = logits.flatten(0, 1)
-    parts = [_top_k(part, k, shard) for part in rows.split(part_length(rows))]
+    parts = [_top_k(part, k, shard) for part in torch.split(rows, part_length(rows))]
     ids, logs, rest = (torch.cat(each) for each in zip(*parts, strict=True))
     whole = logits.shape[:2]
     return TopKTargets(ids.view(*whole, k), logs.view(*whole, k), rest.view(whole))
