@@ -68,6 +68,8 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
         forward = shape.forward_flops(study.data.seq_length)
         if pruning.sparse and method.name in ("wanda", "sparsegpt"):
             calibrated += forward
+        if prunings.reads_gradients(pruning) and pruning.ratio == min(study.ratios):  # once for all ratios
+            calibrated += parent.training_flops(study.data.seq_length)
         if method.name == "minitron-depth":
             calibrated += (shape.num_layers + 1) * forward  # a candidate for each layer that the cut may begin at
         learned += parent.training_flops(study.data.seq_length) if method.tokens else 0
@@ -76,7 +78,7 @@ def work(study: schema.StudyConfig, parent: ModelShape) -> Work:
                 runs[against, None if against == "dense" else pruning.name] = shape
             else:  # methods that cut the same sizes by the same ratio end in one shape, which is trained once
                 choice = needs.structured(study, method, pruning.ratio)
-                cut = choice.method.free_dimensions(choice.settings)
+                cut = (*choice.method.free_dimensions(choice.settings), choice.method.adds_biases(choice.settings))
                 if method.tokens and (against, cut, pruning.ratio, method.tokens) not in runs:
                     learned += each * shape.training_flops(study.data.seq_length)
                 runs[against, cut, pruning.ratio, method.tokens] = shape

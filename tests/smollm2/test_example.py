@@ -54,11 +54,11 @@ def test_equal_total_is_a_comparison_that_says_why_it_was_not_run():
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, tied=True)
 
 
-# By hand, at depth's shapes: structured, six pruned models and one from scratch for depth, one for width, and one for
-# the method that learns masks, at both ratios; sparse, three methods at two ratios and two N:M, dense scratch,
-# SparseGPT's own scratch. All at two rates.
+# By hand, at depth's shapes: structured, nine pruned models and one from scratch for depth, one for width, one for
+# groups and FFN channels, one for these with biases, and one for the method that learns masks, at both ratios; sparse,
+# three methods at two ratios and two N:M, dense scratch, SparseGPT's own scratch. All at two rates.
 @pytest.mark.parametrize(("kind", "layers"), [
-    ("structured", 2 * (6 + 3) * [22, 15]), ("sparse", 2 * (3 * (2 + 2) + 1 + (2 + 2)) * [30]),
+    ("structured", 2 * (9 + 5) * [22, 15]), ("sparse", 2 * (3 * (2 + 2) + 1 + (2 + 2)) * [30]),
 ])  # fmt: skip
 @pytest.mark.parametrize("minutes", [60, 120, 1200])
 def test_the_budget_is_what_the_runs_take(kind, layers, minutes):
@@ -99,8 +99,8 @@ def test_with_distillation_every_run_is_made_twice_and_the_teacher_speaks_once()
 def test_a_short_budget_evaluates_less_and_one_that_is_too_short_is_refused():
     budget = script("budget")
     content = budget.only(yaml.safe_load((EXAMPLE / "study.yaml").read_text()), "structured")
-    study, steps, expected = budget.planned(content, 25, 8.0, SMOLLM2)
-    assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 25
+    study, steps, expected = budget.planned(content, 36, 8.0, SMOLLM2)
+    assert study["evaluation"]["windows"] == study["calibration"]["sequences"] == 4 and steps >= 4 and expected <= 36
     assert {m["tokens"] for m in study["methods"] if "tokens" in m} == {4 * 4 * 512}
     with pytest.raises(UsageError, match=r"--budget: expected at least \d+ on this.*, got 5 minutes") as why:
         budget.planned(content, 5, 8.0, SMOLLM2)
