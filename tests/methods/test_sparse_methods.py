@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_refused(name: str) -> None:
 def test_registry_says_which_verb_runs_a_method() -> None:
     assert methods.sparse_names() == ["magnitude", "random", "sparsegpt", "wanda"]
     assert methods.get("random") is not methods.get_sparse("random")
-    with pytest.raises(UsageError, match="expected one of .*shortgpt, got wanda .*sparse.*sparsify"):
+    with pytest.raises(UsageError, match="expected one of .*shortgpt, wanda-sp, got wanda .*sparse.*sparsify"):
         methods.get("wanda")
     with pytest.raises(UsageError, match="expected one of magnitude, .*, got shortgpt .*structured.*plan and apply"):
         methods.get_sparse("shortgpt")
