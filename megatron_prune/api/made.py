@@ -69,8 +69,8 @@ class Model(_Shown):
 
 def shape_words(shape: ModelShape) -> str:
     """A model's size in words."""
-    heads = f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups"
-    return f"{shape.num_layers} layers, hidden size {shape.hidden_size}, FFN {shape.ffn_hidden_size}, {heads}"
+    heads, groups, ffn = map(shape.range_of, ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
+    return f"{shape.num_layers} layers, hidden size {shape.hidden_size}, FFN {ffn}, {heads} heads in {groups} groups"
 
 
 @dataclass(frozen=True, repr=False)

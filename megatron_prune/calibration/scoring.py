@@ -9,7 +9,8 @@ log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
   x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and ε are scaled temporarily. LayerNorm needs mean and
   variance over the kept channels: its input gets their mean in the removed ones, which leaves the mean as it is and
   scales the variance by k/h, and its bias has zeros there;
-* removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2.
+* removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2, and so are the outputs if a layer
+  loses all of them.
 
 A model that is really cut computes the same numbers, up to the order of sums.
 
@@ -30,7 +31,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune import screen
-from megatron_prune.checkpoint.layout import Kept, ModelShape, axis_indices
+from megatron_prune.checkpoint.kept import Kept, axis_indices
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.data import multiple_choice
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
@@ -168,6 +170,9 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
                 _mask_input(stack, proj, indices, shape.axis_size("heads"))
             if (indices := axis_indices("ffn", shape, kept)) is not None:
                 _mask_input(stack, fc2, indices, shape.ffn_hidden_size)
+            for linear, part in ((proj, heads), (fc2, ffn)):
+                if part == ():  # attention or MLP goes whole, so its bias too
+                    _mask_output(stack, linear, (), shape)
             if selection.hidden is not None:
                 _mask_output(stack, proj, selection.hidden, shape)
                 _mask_output(stack, fc2, selection.hidden, shape)

@@ -4,8 +4,9 @@ Only this module knows Megatron's weight layouts. Reading, slicing, writing, cou
 all use it:
 
 * ``ModelShape``: the sizes of a model, from a checkpoint's stored ``args``;
-* ``weights(shape)``: its logical weights as ``WeightLayout``s, one entry per layer;
-* ``axis_indices(axis, shape, kept)``: the indices of an axis that remain under a ``Kept``.
+* ``weights(shape)``: its logical weights as ``WeightLayout``s, one entry per layer.
+
+If layers differ, ``ModelShape.of_layer`` gives the shape by which the axes of one layer's weights go.
 
 Logical names are per layer (``decoder.layers.3.mlp.linear_fc2.weight``), whether or not the
 checkpoint stacks its layers along a leading axis.
@@ -24,12 +25,11 @@ Axes (``H`` heads, ``G`` query groups, ``d`` head size, ``F`` FFN channels):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
-
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, decode, encode
 from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show
 
@@ -42,61 +42,6 @@ LINEARS = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
-
-# Stored arguments that describe the model but that `--use-checkpoint-args` does not restore,
-# with the flags that set them.
-FORGOTTEN = {
-    "use_rope_scaling": ("--use-rope-scaling",),
-    "rope_scaling_factor": ("--rope-scaling-factor",),
-    "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
-    "init_method_std": ("--init-method-std",),
-    "embedding_init_method_std": ("--embedding-init-method-std",),
-    "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
-    "vocab_size": ("--vocab-size",),
-    "qk_layernorm": ("--qk-layernorm",),
-    "parallel_residual": ("--parallel-residual",),  # of this package: engine/parallel_residual.py
-    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p",),
-    "bias_gelu_fusion": ("--no-bias-gelu-fusion",),  # the fused GELU is the tanh approximation: another function
-    "window_size": ("--window-size",),
-    "window_attn_skip_freq": ("--window-attn-skip-freq",),
-    "no_rope_freq": ("--no-rope-freq",),
-    "rotary_seq_len_interpolation_factor": ("--rotary-seq-len-interpolation-factor",),
-    "rotary_scaling_factor": ("--rotary-scaling-factor",),
-    "mscale": ("--mscale",),
-    "mscale_all_dim": ("--mscale-all-dim",),
-    "yarn_original_max_position_embeddings": ("--yarn-original-max-position-embeddings",),
-    "yarn_beta_fast": ("--yarn-beta-fast",),
-    "yarn_beta_slow": ("--yarn-beta-slow",),
-    "yarn_correction_range_round_to_int": (
-        "--yarn-correction-range-round-to-int",
-        "--no-yarn-correction-range-round-to-int",
-    ),
-}
-
-OF_YARN = frozenset(
-    {"rotary_scaling_factor", "mscale", "mscale_all_dim", *(n for n in FORGOTTEN if n.startswith("yarn_"))}
-)
-# Names under which earlier versions of Megatron stored an argument.
-EARLIER_NAMES = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
-
-
-def stored_argument(args: Mapping[str, Any], name: str) -> Any:
-    """A stored argument, under its name or its earlier one; None if there is none."""
-    found = args.get(name)
-    return args.get(EARLIER_NAMES[name]) if found is None and name in EARLIER_NAMES else found
-
-
-# Arguments that hold a pattern over layers, and the value that Megatron's frequency N gives every N-th layer.
-BY_LAYER = {"no_rope_freq": 1, "window_attn_skip_freq": 0}
-
-
-def by_layer(name: str, pattern: Any, layers: int) -> list[int] | None:
-    """The pattern ``name`` of ``BY_LAYER`` as one 0 or 1 per layer; None if there is none."""
-    if not pattern or isinstance(pattern, list):
-        return pattern or None
-    every = BY_LAYER[name]
-    return [every if (layer + 1) % pattern == 0 else 1 - every for layer in range(layers)]
-
 
 # Upper bounds on stored arguments: a larger value is corruption, or an attempt to exhaust memory.
 _MOST = {
@@ -114,8 +59,7 @@ _MOST = {
 # Arguments of models with other weights, or other layers, than a dense GPT's.
 OTHER_MODELS = (
     "num_experts", "multi_latent_attention", "is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern",
-    "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json", "experimental_attention_variant",
-    "attention_output_gate", "mtp_num_layers",
+    "experimental_attention_variant", "attention_output_gate", "mtp_num_layers",
 )  # fmt: skip
 _SWITCHES = ("tied", "gated", "linear_bias", "qkv_bias", "norm_bias", "qk_norm")
 _STORED_SWITCHES = (
@@ -126,7 +70,10 @@ _STORED_SWITCHES = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a GPT. All are global, independent of any parallel layout."""
+    """The sizes of a GPT. All are global, independent of any parallel layout.
+
+    Its layers have one shape. If they do not, it is a ``HeterogeneousShape``: ``with_layers`` makes one.
+    """
 
     num_layers: int
     hidden_size: int
@@ -166,6 +113,45 @@ class ModelShape:
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
 
+    # -- layers -----------------------------------------------------------------------------------
+
+    def by_layer(self) -> tuple[LayerShape, ...]:
+        """The shape of every layer."""
+        one = LayerShape(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+        return (one,) * self.num_layers
+
+    def with_layers(self, layers: Sequence[LayerShape]) -> ModelShape:
+        """This shape with these ``layers`` in place of its own: uniform if they are all alike and none lacks a part.
+
+        CheckpointError if no layer has attention, or none has an MLP.
+        """
+        sizes = {field.name: getattr(self, field.name) for field in fields(ModelShape)} | largest(layers)
+        if set(layers) == {LayerShape(*(sizes[field.name] for field in fields(LayerShape)))}:
+            return ModelShape(**sizes)
+        return HeterogeneousShape(**sizes, layers=tuple(layers))
+
+    def of_layer(self, layer: int | None) -> ModelShape:
+        """The uniform shape that has the sizes of ``layer``, by which the axes of its weights go; None: outside the
+        layers. Sizes of a part that the layer lacks are those of other layers: it has no such weights."""
+        return self
+
+    def range_of(self, size: str) -> str:
+        """A size in words: a number, or those of the smallest and the largest layer."""
+        found = sorted(getattr(layer, size) for layer in self.by_layer())
+        return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+    # -- JSON and Megatron's arguments --------------------------------------------------------------
+
+    @staticmethod
+    def read(found: Mapping[str, Any]) -> ModelShape:
+        """The shape from JSON, that of ``asdict``. TypeError or CheckpointError for anything else."""
+        if "layers" not in found:
+            return ModelShape(**found)
+        layers = found["layers"]
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, Mapping) for layer in layers):
+            raise TypeError("layers")
+        return HeterogeneousShape(**{**found, "layers": tuple(LayerShape(**layer) for layer in layers)})
+
     @staticmethod
     def from_args(args: Mapping[str, Any]) -> ModelShape:
         """The shape that a checkpoint's stored Megatron ``args`` (as a mapping) describe.
@@ -200,7 +186,7 @@ class ModelShape:
         # `num_query_groups` only counts with group_query_attention: Megatron stores 1 otherwise.
         groups = args.get("num_query_groups") if args.get("group_query_attention") else None
         learned = args.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-        return ModelShape(
+        shape = ModelShape(
             num_layers=args["num_layers"],
             hidden_size=hidden,
             num_attention_heads=heads,
@@ -216,6 +202,12 @@ class ModelShape:
             qk_norm=bool(args.get("qk_layernorm", False)),
             positions=(args.get("max_position_embeddings") or 0) if learned else 0,
         )
+        encoded = args.get(ENCODED)
+        if not encoded and args.get(PATH):
+            raise CheckpointError(f"{PATH}: expected the content of that file in {ENCODED}, got none")
+        return shape if not encoded else shape.with_layers(
+            decode(encoded, heads=heads, hidden=hidden, count=shape.num_layers)
+        )  # fmt: skip
 
     def to_args(self) -> dict[str, Any]:
         """The Megatron ``args`` entries for this shape that pruning can change."""
@@ -266,13 +258,59 @@ class ModelShape:
         kernels compute them) and the output layer. The embedding is a lookup and counts as zero.
         """
         s = sequence_length
-        linears = 2 * s * (self.linear_parameters() - removed)
-        attention = 2 * 2 * s * s * self.num_attention_heads * self.kv_channels * self.num_layers
-        return linears + attention + 2 * s * self.hidden_size * self.padded_vocab_size
+        blocks = sum(self.layer_flops(layer, s) for layer in range(self.num_layers))
+        return blocks - 2 * s * removed + 2 * s * self.hidden_size * self.padded_vocab_size
+
+    def layer_flops(self, layer: int, sequence_length: int) -> int:
+        """The part of ``forward_flops`` that is in one layer."""
+        s, heads = sequence_length, self.by_layer()[layer].num_attention_heads
+        linears = sum(weight.numel for weight in weights_of_layer(self, layer) if weight.is_linear)
+        return 2 * s * linears + 2 * 2 * s * s * heads * self.kv_channels
 
     def training_flops(self, sequence_length: int, removed: int = 0) -> int:
         """FLOPs of a forward and backward pass over one sequence: 3 × ``forward_flops``."""
         return 3 * self.forward_flops(sequence_length, removed)
+
+
+@dataclass(frozen=True)
+class HeterogeneousShape(ModelShape):
+    """The sizes of a GPT whose ``layers`` differ. The sizes that are theirs, of the whole model, are the largest's:
+    heads and groups of the layer with the most heads, and the largest FFN."""
+
+    layers: tuple[LayerShape, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = largest(self.layers)
+        if any(getattr(self, name) != size for name, size in sizes.items()) or len(set(self.layers)) == 1:
+            raise CheckpointError(
+                f"layers: expected {self.num_layers} that differ, the largest of the model's sizes, got others"
+            )
+
+    def by_layer(self) -> tuple[LayerShape, ...]:
+        return self.layers
+
+    def of_layer(self, layer: int | None) -> ModelShape:
+        sizes = {field.name: getattr(self, field.name) for field in fields(ModelShape)}
+        if layer is not None:
+            sizes |= {name: size for name, size in asdict(self.layers[layer]).items() if size}
+        return ModelShape(**sizes)
+
+    def to_args(self) -> dict[str, Any]:
+        whole = {
+            "hidden_act": "silu",
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "tie_word_embeddings": self.tied,
+        }
+        # Megatron reads the file only where its content is not stored, but asks for the name.
+        return {
+            **super().to_args(),
+            "group_query_attention": True,  # Megatron asks for it; a group may have a single head
+            PATH: "heterogeneous_layers.json",
+            ENCODED: encode(self.layers, whole),
+        }
 
 
 @dataclass(frozen=True)
@@ -317,24 +355,43 @@ def stacked_name(suffix: str) -> str:
     return f"{LAYERS}{suffix}"
 
 
+def largest(layers: Sequence[LayerShape]) -> dict[str, int]:
+    """The sizes of a model with these layers: their number, the heads and groups of the layer with the most heads, and
+    the largest FFN. CheckpointError if no layer has attention, or none has an MLP."""
+    heads = max(((layer.num_attention_heads, layer.num_query_groups) for layer in layers), default=(0, 0))
+    ffn = max((layer.ffn_hidden_size for layer in layers), default=0)
+    for part, size in (("attention", heads[0]), ("an MLP", ffn)):
+        if not size:
+            raise CheckpointError(f"the layers: expected {part} in one of them at least, got none")
+    return {"num_layers": len(layers), "num_attention_heads": heads[0], "num_query_groups": heads[1],
+            "ffn_hidden_size": ffn}  # fmt: skip
+
+
 def weights(shape: ModelShape) -> Iterator[WeightLayout]:
     """Every logical weight of a GPT of this shape, in the order of the forward pass."""
 
-    def entry(suffix: str, axes: tuple[Axis, ...], tp_axis: int | None, layer: int | None = None) -> WeightLayout:
-        name = suffix if layer is None else layer_name(layer, suffix)
-        return WeightLayout(name, layer, suffix, axes, tuple(shape.axis_size(a) for a in axes), tp_axis)
+    def entry(suffix: str, axes: tuple[Axis, ...], tp_axis: int | None) -> WeightLayout:
+        return WeightLayout(suffix, None, suffix, axes, tuple(shape.axis_size(a) for a in axes), tp_axis)
 
     yield entry("embedding.word_embeddings.weight", ("vocab", "hidden"), 0)
     if shape.positions:
         yield entry("embedding.position_embeddings.weight", ("position", "hidden"), None)
     for layer in range(shape.num_layers):
-        for suffix, axes, tp_axis in _block(shape):
-            yield entry(suffix, axes, tp_axis, layer)
+        yield from weights_of_layer(shape, layer)
     yield entry("decoder.final_layernorm.weight", ("hidden",), None)
     if shape.norm_bias:
         yield entry("decoder.final_layernorm.bias", ("hidden",), None)
     if not shape.tied:
         yield entry("output_layer.weight", ("vocab", "hidden"), 0)
+
+
+def weights_of_layer(shape: ModelShape, layer: int) -> Iterator[WeightLayout]:
+    """Those weights that are in one layer."""
+    sizes, here = shape.of_layer(layer), shape.by_layer()[layer]
+    for suffix, axes, tp_axis in _block(shape):
+        if here.has(suffix):
+            extents = tuple(sizes.axis_size(a) for a in axes)
+            yield WeightLayout(layer_name(layer, suffix), layer, suffix, axes, extents, tp_axis)
 
 
 def _block(shape: ModelShape) -> list[tuple[str, tuple[Axis, ...], int | None]]:
@@ -357,66 +414,3 @@ def _block(shape: ModelShape) -> list[tuple[str, tuple[Axis, ...], int | None]]:
         ("mlp.linear_fc2.bias", ("hidden",), None, shape.linear_bias),
     ]
     return [(suffix, axes, tp_axis) for suffix, axes, tp_axis, present in table if present]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is kept in one block, as ascending source indices; None keeps everything.
-
-    ``heads`` are query heads. A group is kept if any of its heads is; all kept groups keep the
-    same number of heads.
-    """
-
-    hidden: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    ffn: tuple[int, ...] | None = None
-
-    def groups(self, shape: ModelShape) -> tuple[int, ...]:
-        """Query groups that are kept, ascending."""
-        if self.heads is None:
-            return tuple(range(shape.num_query_groups))
-        return tuple(sorted({h // shape.heads_per_group for h in self.heads}))
-
-    def shrink(self, shape: ModelShape) -> ModelShape:
-        """The shape after pruning, with unchanged depth."""
-        return replace(
-            shape,
-            hidden_size=shape.hidden_size if self.hidden is None else len(self.hidden),
-            num_attention_heads=shape.num_attention_heads if self.heads is None else len(self.heads),
-            num_query_groups=len(self.groups(shape)),
-            ffn_hidden_size=shape.ffn_hidden_size if self.ffn is None else len(self.ffn),
-        )
-
-
-def axis_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor | None:
-    """Indices of ``axis`` that remain under ``kept``, int64; None if all of them do."""
-    d = shape.kv_channels
-    if axis == "hidden" and kept.hidden is not None:
-        return torch.tensor(kept.hidden)
-    if axis == "ffn" and kept.ffn is not None:
-        return torch.tensor(kept.ffn)
-    if axis == "fc1" and kept.ffn is not None:
-        channels = torch.tensor(kept.ffn)  # [F']
-        return torch.cat([channels, channels + shape.ffn_hidden_size]) if shape.gated else channels
-    if axis == "heads" and kept.heads is not None:
-        rows = torch.tensor(kept.heads)[:, None] * d + torch.arange(d)  # [H', d]
-        return rows.flatten()
-    if axis == "qkv" and kept.heads is not None:
-        slots = []  # a group's block holds heads_per_group + 2 slots of d rows
-        for group in kept.groups(shape):
-            first = group * (shape.heads_per_group + 2)
-            inside = [h % shape.heads_per_group for h in kept.heads if h // shape.heads_per_group == group]
-            slots += [first + j for j in inside]
-            slots += [first + shape.heads_per_group, first + shape.heads_per_group + 1]  # key, value
-        rows = torch.tensor(slots)[:, None] * d + torch.arange(d)  # [H' + 2G', d]
-        return rows.flatten()
-    return None
-
-
-def removed_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor:
-    """Indices of ``axis`` that do not remain under ``kept``, ascending, int64."""
-    gone = torch.ones(shape.axis_size(axis), dtype=torch.bool)
-    if (remain := axis_indices(axis, shape, kept)) is None:
-        return torch.zeros(0, dtype=torch.int64)
-    gone[remain] = False
-    return gone.nonzero().flatten()

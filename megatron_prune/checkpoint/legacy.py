@@ -257,7 +257,7 @@ def _in_whole(piece: Piece, layout: WeightLayout, shape: ModelShape, axis: int |
         rows, width = piece.sizes[0] // 2, torch.Size(piece.sizes[1:]).numel()
         sizes, rest = (rows, *piece.sizes[1:]), (0,) * (len(piece.sizes) - 1)
         return [
-            Box(piece, (half * shape.ffn_hidden_size + tp * rows, *rest), sizes, half * rows * width) for half in (0, 1)
+            Box(piece, (half * layout.shape[0] // 2 + tp * rows, *rest), sizes, half * rows * width) for half in (0, 1)
         ]
     offsets = tuple(tp * extent if number == axis else 0 for number, extent in enumerate(piece.sizes))
     return [Box(piece, offsets, piece.sizes, 0)]

@@ -1,6 +1,6 @@
 """Stored arguments that change what a model computes but that are not restored when Megatron builds it again.
 
-``--use-checkpoint-args`` restores some of a model's arguments; this package restores more (``layout.FORGOTTEN``). A
+``--use-checkpoint-args`` restores some of a model's arguments; this package restores more (``FORGOTTEN``). A
 checkpoint trained with any other, such as ``--window-size``, would silently run as a different model.
 ``megatron_arguments.json`` holds every argument of Megatron's model and transformer configuration with its parser
 default. The lists below name those that are restored and those that do not affect the function. All others must have
@@ -15,8 +15,62 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layout import FORGOTTEN, stored_argument
 from megatron_prune.errors import CheckpointError
+
+# Stored arguments that describe the model but that `--use-checkpoint-args` does not restore,
+# with the flags that set them.
+FORGOTTEN = {
+    "use_rope_scaling": ("--use-rope-scaling",),
+    "rope_scaling_factor": ("--rope-scaling-factor",),
+    "layernorm_epsilon": ("--norm-epsilon", "--layernorm-epsilon"),
+    "init_method_std": ("--init-method-std",),
+    "embedding_init_method_std": ("--embedding-init-method-std",),
+    "make_vocab_size_divisible_by": ("--make-vocab-size-divisible-by",),
+    "vocab_size": ("--vocab-size",),
+    "qk_layernorm": ("--qk-layernorm",),
+    "parallel_residual": ("--parallel-residual",),  # of this package: engine/parallel_residual.py
+    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p",),
+    "bias_gelu_fusion": ("--no-bias-gelu-fusion",),  # the fused GELU is the tanh approximation: another function
+    "window_size": ("--window-size",),
+    "window_attn_skip_freq": ("--window-attn-skip-freq",),
+    "no_rope_freq": ("--no-rope-freq",),
+    "rotary_seq_len_interpolation_factor": ("--rotary-seq-len-interpolation-factor",),
+    "rotary_scaling_factor": ("--rotary-scaling-factor",),
+    "mscale": ("--mscale",),
+    "mscale_all_dim": ("--mscale-all-dim",),
+    "yarn_original_max_position_embeddings": ("--yarn-original-max-position-embeddings",),
+    "yarn_beta_fast": ("--yarn-beta-fast",),
+    "yarn_beta_slow": ("--yarn-beta-slow",),
+    "yarn_correction_range_round_to_int": (
+        "--yarn-correction-range-round-to-int",
+        "--no-yarn-correction-range-round-to-int",
+    ),
+}
+
+OF_YARN = frozenset(
+    {"rotary_scaling_factor", "mscale", "mscale_all_dim", *(n for n in FORGOTTEN if n.startswith("yarn_"))}
+)
+# Names under which earlier versions of Megatron stored an argument.
+EARLIER_NAMES = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+
+def stored_argument(args: Mapping[str, Any], name: str) -> Any:
+    """A stored argument, under its name or its earlier one; None if there is none."""
+    found = args.get(name)
+    return args.get(EARLIER_NAMES[name]) if found is None and name in EARLIER_NAMES else found
+
+
+# Arguments that hold a pattern over layers, and the value that Megatron's frequency N gives every N-th layer.
+BY_LAYER = {"no_rope_freq": 1, "window_attn_skip_freq": 0}
+
+
+def by_layer(name: str, pattern: Any, layers: int) -> list[int] | None:
+    """The pattern ``name`` of ``BY_LAYER`` as one 0 or 1 per layer; None if there is none."""
+    if not pattern or isinstance(pattern, list):
+        return pattern or None
+    every = BY_LAYER[name]
+    return [every if (layer + 1) % pattern == 0 else 1 - every for layer in range(layers)]
+
 
 # Restored by Megatron's load_args_from_checkpoint or derived from what it restores.
 _RESTORED = frozenset(
@@ -27,6 +81,7 @@ _RESTORED = frozenset(
         *"use_rotary_position_embeddings rotary_percent rotary_interleaved add_bias_linear add_qkv_bias".split(),
         *"squared_relu swiglu untie_embeddings_and_output_weights normalization encoder_num_layers".split(),
         *"apply_query_key_layer_scaling attention_dropout hidden_dropout".split(),
+        *"heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json".split(),
     )
 )
 # ModelShape refuses models that switch these on; while off, their settings do not matter.
@@ -34,7 +89,6 @@ _OF_OTHER_MODELS = (
     *("num_experts", "moe_", "use_grouped_gemm_for_shared_expert"),  # experts
     *("mtp_",),  # multi-token prediction
     *("is_hybrid_model", "mamba_", "use_mamba_mem_eff_path", "mlp_chunks_for_"),  # state-space layers
-    "heterogeneous_layers_config_path",
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("rotary_scaling_factor", "mscale", "cache_mla_latents", "mla_down_proj_fusion", "rope_type"),
 )

@@ -23,7 +23,15 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune import screen
 from megatron_prune.artifacts import atomic_directory, check_space, explain_full_disk, sha256_file, versions, write_json
-from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, stacked_name, weights
+from megatron_prune.checkpoint.layer_shapes import completed
+from megatron_prune.checkpoint.layout import (
+    HeterogeneousShape,
+    ModelShape,
+    WeightLayout,
+    layer_name,
+    stacked_name,
+    weights,
+)
 from megatron_prune.checkpoint.parallel import RECORD_BYTES, Blocks, Part, check_workers, write_shares
 from megatron_prune.checkpoint.reader import (
     HUGGINGFACE_FOLDER,
@@ -74,7 +82,7 @@ class CheckpointWriter:
         refuse_remote("--save", root)
         self.root = Path(root).absolute()
         self.dtype = dtype
-        self.args = rewrite_args(args, dtype)
+        self.args = completed(rewrite_args(args, dtype))
         self.shape = ModelShape.from_args(self.args)
         self._pruning = [dict(entry) for entry in pruning or ()]
         self._huggingface = huggingface
@@ -170,8 +178,8 @@ class CheckpointWriter:
         self, layout: WeightLayout, offsets: Sequence[int], sizes: Sequence[int], dtype: torch.dtype
     ) -> tuple[dcp.MetadataIndex, torch.Size]:
         """Add a rectangle of a weight to the index; returns its index key and stored size."""
-        layer = () if layout.layer is None else (layout.layer,)
-        key = layout.name if layout.layer is None else stacked_name(layout.suffix)
+        apart = layout.layer is None or isinstance(self.shape, HeterogeneousShape)
+        layer, key = ((), layout.name) if apart else ((layout.layer,), stacked_name(layout.suffix))
         stored_offsets = torch.Size((*layer, *offsets))
         stored_sizes = torch.Size((*(1 for _ in layer), *sizes))
         entry = self._entries.get(key)
@@ -378,6 +386,12 @@ def extra_state_keys(shape: ModelShape) -> list[str]:
     """Keys of every module's `_extra_state` in the index of a checkpoint."""
     norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if shape.qk_norm else ()
     layers = shape.num_layers
+    if isinstance(shape, HeterogeneousShape):
+        here = [(n, module) for n in range(layers) for module in (*_EXTRA_STATE, *norms) if shape.layers[n].has(module)]
+        return [
+            *(f"{layer_name(n, module)}._extra_state/shard_0_1" for n, module in here),
+            "decoder.final_layernorm._extra_state/shard_0_1",
+        ]
     in_blocks = [
         f"{stacked_name(module)}._extra_state/shard_{layer}_{layers}"
         for module in (*_EXTRA_STATE, *norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from typing import Any
@@ -10,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_prune import methods, screen
+from megatron_prune.checkpoint.layout import HeterogeneousShape
 from megatron_prune.methods import options
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
-from megatron_prune.structured.candidates import Scored, loss_text
+from megatron_prune.structured.candidates import Scored, loss_text, numbers_in_words
 from megatron_prune.structured.plan import PruningPlan
 
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
+_IN_LAYERS = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")  # in which layers may differ
 
 
 def show_plan(made: PruningPlan, console: Console | None = None) -> None:
@@ -31,7 +34,12 @@ def show_plan(made: PruningPlan, console: Console | None = None) -> None:
         table.add_row(label, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}" if after != before else "–")
 
     for field in DIMENSIONS:
-        row(field.replace("_", " "), getattr(source, field), getattr(target, field))
+        label, before = field.replace("_", " "), getattr(source, field)
+        if isinstance(target, HeterogeneousShape) and field in _IN_LAYERS:
+            mean = sum(getattr(layer, field) for layer in target.layers) / target.num_layers
+            table.add_row(f"{label}, by layer", f"{before:,}", target.range_of(field), f"{1 - mean / before:.2%}")
+        else:
+            row(label, before, getattr(target, field))
     table.add_section()
     row("linear weights", source.linear_parameters(), target.linear_parameters())
     row("all parameters", source.parameters(), target.parameters())
@@ -41,6 +49,8 @@ def show_plan(made: PruningPlan, console: Console | None = None) -> None:
         target.forward_flops(SEQUENCE_LENGTH),
     )
     console.print(table)
+    if isinstance(target, HeterogeneousShape):
+        _show_layers(made, console)
     if target.num_layers < source.num_layers:
         gone = sorted(set(range(source.num_layers)) - set(made.kept_layers))
         console.print(f"removed layers: {', '.join(map(str, gone))}")
@@ -67,6 +77,18 @@ def show_plan(made: PruningPlan, console: Console | None = None) -> None:
     console.print(ties)
     if len(made.near_ties) > 20:
         console.print(f"… and {len(made.near_ties) - 20} more, all in the plan")
+
+
+def _show_layers(made: PruningPlan, console: Console) -> None:
+    """The sizes of layers that differ; consecutive layers of one shape are one row."""
+    table = Table(title="layers")
+    for column in ("of the parent", *(size.replace("_", " ") for size in _IN_LAYERS)):
+        table.add_column(column, justify="right")
+    layers = list(zip(made.kept_layers, made.target.by_layer(), strict=True))
+    for shape, run in itertools.groupby(layers, key=lambda one: one[1]):
+        numbers = [number for number, _ in run]
+        table.add_row(numbers_in_words(numbers), *(str(getattr(shape, size) or "none") for size in _IN_LAYERS))
+    console.print(table)
 
 
 def _show_candidates(made: PruningPlan, console: Console) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from megatron_prune import storage
 from megatron_prune.checkpoint.index import is_weight
-from megatron_prune.checkpoint.layout import FORGOTTEN, OF_YARN, stored_argument
+from megatron_prune.checkpoint.layer_shapes import unreadable
+from megatron_prune.checkpoint.model_arguments import FORGOTTEN, OF_YARN, stored_argument
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.masks import find_masks, open_masks
 
@@ -128,6 +129,8 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
     factor = checkpoint.args.get("rope_scaling_factor")
     if checkpoint.args.get("use_rope_scaling") and factor not in (None, 8, 8.0):
         return [f"unmodified Megatron 0.19 ignores --rope-scaling-factor {factor} and uses 8: wrong RoPE"]
+    if (layers := unreadable(checkpoint.args)) is not None:
+        return [f"unmodified Megatron 0.19 cannot build {layers}; this package's commands can"]
     if checkpoint.args.get("parallel_residual"):
         return ["unmodified Megatron 0.19 has no parallel residual: its MLP would read attention's result"]
     return []

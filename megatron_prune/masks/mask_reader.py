@@ -12,7 +12,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from megatron_prune import storage
 from megatron_prune.artifacts import read_json, sha256_json
 from megatron_prune.checkpoint import index, safe, torch_dist
-from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights
+from megatron_prune.checkpoint.layout import LINEARS, ModelShape, weights_of_layer
 from megatron_prune.checkpoint.torch_dist import StoredFiles
 from megatron_prune.errors import MasksError, MegatronPruneError
 from megatron_prune.masks.pattern import Pattern, bytes_of, unpack
@@ -119,9 +119,17 @@ class Masks:
         for start in range(0, out, step):
             yield self.read(name, slice(start, min(start + step, out)))
 
+    def shape_of(self, name: str) -> ModelShape:
+        """The shape by which the axes of a mask go."""
+        return self.model.of_layer(_place(name)[0])
+
     def check_model(self, shape: ModelShape, whose: str) -> None:
         """Raises MasksError, naming what differs, for a model of another shape. ``whose`` names that model."""
         differs = [field for field in _OF_LINEARS if getattr(self.model, field) != getattr(shape, field)]
+        if not differs and self.model.by_layer() != shape.by_layer():
+            raise MasksError(
+                f"{self.label}: expected masks of this model, got those of one with other layers in {whose}"
+            )
         if differs:
             pairs = (f"{field} is {getattr(self.model, field)} there and {getattr(shape, field)}" for field in differs)
             raise MasksError(
@@ -198,9 +206,11 @@ def find_masks(root: str | Path) -> Path | None:
 def check_shape(folder: Path, model: ModelShape, name: str, entry: Entry) -> None:
     """Raises MasksError for a mask that is not of a linear of the model, has the wrong shape, or whose pattern does
     not divide its inputs."""
-    shapes = {w.suffix: w.shape for w in weights(replace(model, num_layers=1)) if w.is_linear}
     match = _NAME.fullmatch(name)
-    if match is None or match[2] not in shapes or int(match[1]) >= model.num_layers:
+    shapes = {}
+    if match is not None and int(match[1]) < model.num_layers:
+        shapes = {w.suffix: w.shape for w in weights_of_layer(model, int(match[1])) if w.is_linear}
+    if match is None or match[2] not in shapes:
         raise MasksError(f"{folder}: expected masks of the model's linears, got one of {name}")
     if entry.shape != shapes[match[2]]:
         expected = list(shapes[match[2]])
@@ -246,12 +256,12 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def _model(found: Any) -> ModelShape:
-    if set(found) != {field.name for field in fields(ModelShape)}:
+    if set(found) - {"layers"} != {field.name for field in fields(ModelShape)}:
         raise ValueError(f"the model's shape has the keys {sorted(found)}")
     for key, value in found.items():
-        if type(value) not in (int, bool) or not 0 <= value < 1 << 31:
+        if key != "layers" and (type(value) not in (int, bool) or not 0 <= value < 1 << 31):
             raise ValueError(f"the model's {key} is {show(value)}")
-    return ModelShape(**found)
+    return ModelShape.read(found)
 
 
 def _parse(found: Any) -> Entry:

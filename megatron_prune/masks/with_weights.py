@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import numpy
 import torch
 
-from megatron_prune.checkpoint.layout import Axis, Kept, WeightLayout, axis_indices
+from megatron_prune.checkpoint.kept import Kept, axis_indices
+from megatron_prune.checkpoint.layout import Axis, WeightLayout
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import MasksError
 from megatron_prune.masks.mask_reader import Masks, find_masks, open_masks
@@ -114,7 +115,7 @@ def check_cut(masks: Masks, sources: Iterable[Source]) -> None:
         if source not in masks.entries:
             continue
         pattern = Pattern.parse(masks.entries[source].pattern)
-        columns = axis_indices(layout.axes[1], masks.model, kept)
+        columns = axis_indices(layout.axes[1], masks.shape_of(source), kept)
         if columns is not None and not _whole_groups(columns, pattern):
             raise MasksError(
                 f"{masks.label}: {source} is pruned {pattern}, but the plan removes {layout.axes[1]} channels from its "
@@ -140,7 +141,7 @@ def _whole_groups(columns: torch.Tensor, pattern: Pattern) -> bool:
 
 
 def _blocks(masks: Masks, source: str, axes: Sequence[Axis], kept: Kept) -> Iterator[torch.Tensor]:
-    rows, columns = (axis_indices(axis, masks.model, kept) for axis in axes)
+    rows, columns = (axis_indices(axis, masks.shape_of(source), kept) for axis in axes)
     start = 0
     for block in masks.row_blocks(source):
         stop = start + len(block)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from megatron_prune import artifacts
+from megatron_prune.checkpoint.kept import Kept
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
@@ -76,7 +77,8 @@ class Compensation:
 class Selection:
     """What is kept, in source numbering and ascending; None keeps everything.
 
-    ``heads`` and ``ffn`` have one entry per kept layer, in the order of ``layers``.
+    ``heads`` and ``ffn`` have one entry per kept layer, in the order of ``layers``. Entries may differ in length; an
+    empty one leaves the layer without attention, or without an MLP.
     """
 
     layers: tuple[int, ...]
@@ -91,6 +93,17 @@ class Selection:
     def key(self) -> str:
         """Hex digest of what is kept: the key of its score."""
         return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn])
+
+    def shape(self, source: ModelShape) -> ModelShape:
+        """What is left of a model of the shape ``source``. CheckpointError if all attention or all MLPs go."""
+        given, layers = source.by_layer(), []
+        for place, layer in enumerate(self.layers):
+            heads = None if self.heads is None else self.heads[place]
+            ffn = None if self.ffn is None else self.ffn[place]
+            layers.append(Kept(heads=heads, ffn=ffn).shrink(given[layer]))
+        shape = source.with_layers(layers)
+        shape = shape if self.compensation is None else shape.with_biases()
+        return shape if self.hidden is None else replace(shape, hidden_size=len(self.hidden))
 
 
 @dataclass(frozen=True)
@@ -123,8 +136,37 @@ class TaskFile:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What may be kept where layers may differ: how many parameters, and the sizes that ranks and kernels can take.
+
+    ``parameters`` is the number to keep, ``of`` the blocks' linears or all. FFN sizes are multiples of ``ffn_step``
+    (a layer's own full size may stay), heads' channels of ``head_step``; ``tensor_parallel`` divides heads and FFN
+    sizes, and divides or is divided by the number of groups.
+    """
+
+    parameters: float
+    of: Literal["linears", "all"] = "linears"
+    ffn_step: int = 1
+    head_step: int = 1
+    tensor_parallel: int = 1
+
+    TOLERANCE: ClassVar[float] = 0.005  # of ``parameters``
+
+    def count(self, shape: ModelShape) -> int:
+        """The parameters of ``shape`` that count."""
+        return shape.linear_parameters() if self.of == "linears" else shape.parameters()
+
+    def error(self, shape: ModelShape) -> float:
+        """How far ``shape`` is off the budget, as a fraction of it; negative if it keeps too little."""
+        return self.count(shape) / self.parameters - 1
+
+
+@dataclass(frozen=True)
 class PruningRequest[O: Settings]:
-    """A request to a method: cut ``source`` to ``target`` using these statistics."""
+    """A request to a method: cut ``source`` to ``target`` using these statistics.
+
+    A method whose layers may differ gets a ``budget`` too, which its selection must meet in place of ``target``.
+    """
 
     source: ModelShape
     target: ModelShape
@@ -132,6 +174,7 @@ class PruningRequest[O: Settings]:
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float64, see structured/statistics.py
     seed: int | None = None
     tokens: int = 0  # that the sums of ``statistics`` are over
+    budget: Budget | None = None
 
 
 class Method[O: Settings](ABC):
@@ -163,6 +206,11 @@ class Method[O: Settings](ABC):
         """The task on which candidates are scored; None: they are scored by the loss on the calibration text."""
         return None
 
+    def heterogeneous(self, settings: O) -> bool:
+        """True if layers may come out with different shapes: a selection then meets the request's budget within
+        ``Budget.TOLERANCE``, and need not have the shape of its target."""
+        return False
+
     def needs_scores(self, settings: O) -> bool:
         """True if the model must be run with every candidate before one can be chosen."""
         return self.search(settings) is not None
@@ -173,7 +221,8 @@ class Method[O: Settings](ABC):
 
     @abstractmethod
     def candidates(self, request: PruningRequest[O]) -> list[Selection]:
-        """The selections to choose among, each exactly ``request.target``. Among equal losses the first wins."""
+        """The selections to choose among, each exactly ``request.target`` (or, where layers may differ, on the budget).
+        Among equal losses the first wins."""
 
 
 class RankingMethod[O: Settings](Method[O]):
@@ -184,7 +233,7 @@ class RankingMethod[O: Settings](Method[O]):
 
     @abstractmethod
     def select(self, request: PruningRequest[O]) -> Selection:
-        """Choose what is kept: exactly ``request.target``."""
+        """Choose what is kept: exactly ``request.target``, or, where layers may differ, on the budget."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_prune.checkpoint.layout import Axis, Kept, removed_indices
+from megatron_prune.checkpoint.kept import Kept, removed_indices
+from megatron_prune.checkpoint.layout import Axis
 from megatron_prune.methods.accumulators import variance
 from megatron_prune.methods.base import Compensation, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import FlapOptions

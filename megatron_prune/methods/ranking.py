@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.data.multiple_choice import Task
 from megatron_prune.methods.base import NearTie, Selection
@@ -49,7 +50,7 @@ def keep_highest(
 
 
 def keep_heads(
-    scores: torch.Tensor, source: ModelShape, target: ModelShape, layer: int
+    scores: torch.Tensor, source: ModelShape, target: ModelShape | LayerShape, layer: int
 ) -> tuple[tuple[int, ...], list[NearTie]]:
     """Heads of one layer that survive, by their ``scores`` [H].
 

@@ -31,18 +31,10 @@ import numpy
 import torch
 
 from megatron_prune import artifacts, verbs
-from megatron_prune.checkpoint.layout import (
-    BY_LAYER,
-    Kept,
-    ModelShape,
-    WeightLayout,
-    axis_indices,
-    by_layer,
-    layer_name,
-    stored_argument,
-    weights,
-)
-from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.kept import Kept, axis_indices
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, WeightLayout, layer_name, weights
+from megatron_prune.checkpoint.model_arguments import BY_LAYER, by_layer, refuse_unrestored, stored_argument
 from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter, refuse_uncarried
@@ -188,6 +180,8 @@ def _write(
     if masks is not None:
         check_cut(masks, sources)
     args = {**parent.args, **target.to_args(), **patterns_of(parent, kept_layers)}
+    if isinstance(parent.shape, HeterogeneousShape) and not isinstance(target, HeterogeneousShape):
+        args |= dict.fromkeys((PATH, ENCODED))
     if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
         args["encoder_num_layers"] = target.num_layers
     with CheckpointWriter(
@@ -266,7 +260,8 @@ def check_parent(parent: Checkpoint, made: plan.PruningPlan) -> None:
 def cut(parent: Checkpoint, name: str, kept: Kept) -> Iterator[torch.Tensor]:
     """The kept part ``kept`` of the weight ``name``, as blocks of rows in ascending order."""
     layout = parent.layout(name)
-    rows, columns = (*(axis_indices(axis, parent.shape, kept) for axis in layout.axes), None)[:2]
+    shape = parent.shape.of_layer(layout.layer)
+    rows, columns = (*(axis_indices(axis, shape, kept) for axis in layout.axes), None)[:2]
     start = 0
     for block in parent.row_blocks(name, BLOCK_BYTES):
         stop = start + len(block)

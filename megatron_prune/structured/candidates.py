@@ -22,7 +22,7 @@ from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError, PlanError, UsageError
 from megatron_prune.methods import options
-from megatron_prune.methods.base import Method, NearTie, PruningRequest, Retraining, Selection
+from megatron_prune.methods.base import DIMENSIONS, Budget, Method, NearTie, PruningRequest, Retraining, Selection
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
 from megatron_prune.settings import Settings
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
@@ -47,15 +47,14 @@ class Candidate:
         if shape == self.source:
             return "dense"
         if kept.hidden is None and kept.heads is None and kept.ffn is None:
-            return f"without layers {_ranges(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
-        return (
-            f"hidden {shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups, "
-            f"FFN {shape.ffn_hidden_size}"
-        )
+            return f"without layers {numbers_in_words(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
+        heads, groups, ffn = map(shape.range_of, DIMENSIONS[2:])
+        return f"hidden {shape.hidden_size}, {heads} heads in {groups} groups, FFN {ffn}"
 
     def scoring_flops(self, seq_length: int) -> int:
         """FLOPs of one sequence through it: removed layers are skipped, but channels are only masked."""
-        return replace(self.source, num_layers=self.target.num_layers).forward_flops(seq_length)
+        sizes = self.source.by_layer()
+        return self.source.with_layers([sizes[layer] for layer in self.selection.layers]).forward_flops(seq_length)
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Question:
     parent: str  # fingerprint
     seed: int | None = None
     task: str | None = None  # fingerprint of the task whose accuracy decides; None: the loss decides
+    budget: Budget | None = None  # where layers may differ
 
     def candidates(self, statistics: Statistics | LearnedMasks | None) -> list[Candidate]:
         """The candidates that the method offers, in order; one if nothing competes.
@@ -103,12 +103,13 @@ class Question:
                 )
             tensors = {key: statistics.tensors[key] for key in needed} if statistics else {}
             tokens = statistics.tokens if statistics else 0
-        asked = (PruningRequest(self.source, t, self.settings, tensors, self.seed, tokens) for t in self.targets)
-        return [
-            Candidate(self.source, request.target, selection)
-            for request in asked
-            for selection in method.candidates(request)
-        ]
+        found = []
+        for target in self.targets:
+            request = PruningRequest(self.source, target, self.settings, tensors, self.seed, tokens, self.budget)
+            for selection in method.candidates(request):
+                reached = target if self.budget is None else _on_budget(selection.shape(self.source), self.budget)
+                found.append(Candidate(self.source, reached, selection))
+        return found
 
     @property
     def dense(self) -> Candidate:
@@ -146,9 +147,12 @@ class Question:
 
     def write(self, path: str | Path, statistics: Statistics) -> None:
         """Write ``candidates.json`` atomically."""
+        fields = asdict(self)
+        if self.budget is None:
+            del fields["budget"]
         content = {
             "version": VERSION,
-            **asdict(self),
+            **fields,
             "statistics": statistics.hash,
             "candidates": [{"candidate": c.label, "key": c.selection.key} for c in self.candidates(statistics)],
         }
@@ -161,11 +165,13 @@ def read(path: str | Path) -> tuple[Question, str]:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise PlanError(f"{path}: expected candidates of version {VERSION}, got another file: run plan again")
     try:
-        fields = {key: content[key] for key in Question.__dataclass_fields__}
+        fields = {key: content[key] for key in Question.__dataclass_fields__ if key != "budget"}
+        budget = content.get("budget")
         typed = {
             "settings": options.STRUCTURED[fields["method"]].read(fields["settings"]),
-            "source": ModelShape(**fields["source"]),
-            "targets": tuple(ModelShape(**target) for target in fields["targets"]),
+            "source": ModelShape.read(fields["source"]),
+            "targets": tuple(ModelShape.read(target) for target in fields["targets"]),
+            "budget": None if budget is None else Budget(**budget),
         }
         if not isinstance(content["statistics"], str):
             raise TypeError("statistics")
@@ -173,6 +179,16 @@ def read(path: str | Path) -> tuple[Question, str]:
     except (KeyError, TypeError, ValueError, AttributeError, CheckpointError, UsageError) as error:
         why = str(error) if isinstance(error, CheckpointError) else repr(error)
         raise PlanError(f"{path} is damaged: {why}; run plan again") from error
+
+
+def _on_budget(reached: ModelShape, budget: Budget) -> ModelShape:
+    """``reached``; PlanError if it is off the budget."""
+    if abs(error := budget.error(reached)) > budget.TOLERANCE:
+        raise PlanError(
+            f"expected layers that keep {budget.parameters:.0f} of the parameters ({budget.of}) within "
+            f"{budget.TOLERANCE:.1%}, got layers that keep {budget.count(reached)}, {error:+.2%}"
+        )
+    return reached
 
 
 def uses_statistics(method: Method[Any], settings: Settings) -> bool:
@@ -205,7 +221,7 @@ def with_accuracies(
     return replace(statistics, scores=scores)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def numbers_in_words(numbers: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` → ``0-2, 5``."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prune import methods, verbs
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.convert.config import kind_of, unexportable, why_unexportable
 from megatron_prune.data import multiple_choice
@@ -47,8 +47,16 @@ class Choice:
             self.refuse_unexportable_biases(parent.args, kind_of(parent))
             target = replace(self.target, unexportable=lambda shape: unexportable(parent, shape))
             chosen = replace(self, target=target)
+        if isinstance(parent.shape, HeterogeneousShape):
+            raise UsageError(
+                "--load", got=f"{parent.root}, whose layers differ", expected="a parent whose layers have one shape",
+                why="the methods that cut shapes rank layers, heads and channels of one shape",
+            )  # fmt: skip
         shapes = chosen.shapes(parent.shape)
-        return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task)
+        budget = None
+        if self.heterogeneous:
+            budget = chosen.target.budget(parent.shape, shapes[0])
+        return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task, budget)
 
     def check(self) -> None:
         """UsageError for settings that contradict each other, whatever the parent."""
@@ -90,6 +98,11 @@ class Choice:
         """The retraining of the best candidates before one is chosen."""
         search = self.method.search(self.settings)
         return search.retraining if search else None
+
+    @property
+    def heterogeneous(self) -> bool:
+        """True if layers may come out with different shapes."""
+        return self.method.heterogeneous(self.settings)
 
     @property
     def needs_statistics(self) -> bool:

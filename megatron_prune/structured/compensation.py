@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prune.checkpoint.layout import Axis, axis_indices, layer_name, removed_indices
+from megatron_prune.checkpoint.kept import axis_indices, removed_indices
+from megatron_prune.checkpoint.layout import Axis, layer_name
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.structured.plan import PruningPlan
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from megatron_prune import artifacts, methods
-from megatron_prune.checkpoint.layout import Axis, Kept, ModelShape, removed_indices
+from megatron_prune.checkpoint.kept import Kept, removed_indices
+from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError
-from megatron_prune.methods.base import Compensation, Gates, NearTie
+from megatron_prune.methods.base import Compensation, Gates, NearTie, Selection
 from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
 from megatron_prune.structured.statistics import Statistics
 from megatron_prune.training.learned_file import LearnedMasks
@@ -55,9 +56,10 @@ class PruningPlan:
         _ascending("kept_layers", self.kept_layers, target.num_layers, source.num_layers)
         if self.kept_hidden is not None:
             _ascending("kept_hidden", self.kept_hidden, target.hidden_size, source.hidden_size)
-        for name, sets, size, limit in (
-            ("kept_heads", self.kept_heads, target.num_attention_heads, source.num_attention_heads),
-            ("kept_ffn", self.kept_ffn, target.ffn_hidden_size, source.ffn_hidden_size),
+        wanted, given = target.by_layer(), source.by_layer()
+        for name, sets, size in (
+            ("kept_heads", self.kept_heads, "num_attention_heads"),
+            ("kept_ffn", self.kept_ffn, "ffn_hidden_size"),
         ):
             if sets is None:
                 continue
@@ -65,23 +67,23 @@ class PruningPlan:
                 raise PlanError(
                     f"plan: {name}: expected one entry for each of {len(self.kept_layers)} kept layers, got {len(sets)}"
                 )
-            for layer, kept in zip(self.kept_layers, sets, strict=True):
-                _ascending(f"{name} of layer {layer}", kept, size, limit)
+            for layer, kept, goal in zip(self.kept_layers, sets, wanted, strict=True):
+                _ascending(f"{name} of layer {layer}", kept, getattr(goal, size), getattr(given[layer], size))
         if self.gates is not None:
             self._check_gates(self.gates)
         if self.compensation is not None:
             self._check_compensation(self.compensation)
         if self.chosen not in (range(len(self.candidates)) if self.candidates else (None,)):
             raise PlanError(f"plan: chosen: expected a number below {len(self.candidates)}, got {self.chosen}")
-        for layer, heads in zip(self.kept_layers, self.kept_heads or (), strict=False):
-            groups = {h // source.heads_per_group for h in heads}
-            counts = {sum(h // source.heads_per_group == g for h in heads) for g in groups}
-            if len(groups) != target.num_query_groups or len(counts) != 1:
+        for layer, heads, goal in zip(self.kept_layers, self.kept_heads or (), wanted, strict=False):
+            groups = {h // given[layer].heads_per_group for h in heads}
+            counts = {sum(h // given[layer].heads_per_group == g for h in heads) for g in groups}
+            if len(groups) != goal.num_query_groups or len(counts) > 1:
                 raise PlanError(
-                    f"plan: the kept heads of layer {layer}: expected {target.num_query_groups} query groups with the "
+                    f"plan: the kept heads of layer {layer}: expected {goal.num_query_groups} query groups with the "
                     f"same number in each, got {len(groups)} groups with {sorted(counts)} heads"
                 )
-        reached = replace(self.kept(0).shrink(source), num_layers=len(self.kept_layers))
+        reached = Selection(self.kept_layers, self.kept_hidden, self.kept_heads, self.kept_ffn).shape(source)
         if reached == source:
             raise PlanError("plan: expected a plan that makes the model smaller, got one that removes nothing")
         if self.compensation is not None:
@@ -237,8 +239,8 @@ def read(path: str | Path) -> PruningPlan:
         plan = PruningPlan(
             **{
                 **fields,
-                "source": ModelShape(**fields["source"]),
-                "target": ModelShape(**fields["target"]),
+                "source": ModelShape.read(fields["source"]),
+                "target": ModelShape.read(fields["target"]),
                 "kept_layers": tuple(fields["kept_layers"]),
                 "kept_hidden": None if fields["kept_hidden"] is None else tuple(fields["kept_hidden"]),
                 "kept_heads": _tuples(fields["kept_heads"]),
@@ -321,7 +323,7 @@ def _ascending(name: str, indices: Sequence[int], size: int, limit: int) -> None
         raise PlanError(f"plan: {name}: expected the target's {size} indices, got {len(indices)}")
     if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
         raise PlanError(f"plan: {name}: expected ascending indices without repetitions, got others")
-    if indices[0] < 0 or indices[-1] >= limit:
+    if indices and (indices[0] < 0 or indices[-1] >= limit):
         raise PlanError(f"plan: {name}: expected indices in 0…{limit - 1}, got {indices[0]}…{indices[-1]}")
 
 

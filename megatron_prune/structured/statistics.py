@@ -287,7 +287,7 @@ def read(path: str | Path) -> Statistics:
         )
     check(_StatisticsFile, meta, str(json_path(path)), StatisticsError)
     try:
-        shape = ModelShape(**meta["shape"])
+        shape = ModelShape.read(meta["shape"])
         numbers = sum(math.prod(size) for size in tensor_shapes(shape, gradients=True).values())
         payload = read_bytes(path, 8 * numbers + _MOST_HEADER_BYTES)
     except (OSError, TypeError, CheckpointError) as error:

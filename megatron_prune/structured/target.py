@@ -24,12 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from megatron_prune import verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import DIMENSIONS, Method, Search
+from megatron_prune.methods.base import DIMENSIONS, Budget, Method, Search
 from megatron_prune.settings import Settings
 
 TOLERANCE = 0.02  # of the parameters to keep, if a width is chosen
@@ -91,6 +91,19 @@ class Target:
         else:
             shape = self.near(source, Search(free, 1))[0]
         return shape
+
+    def budget(self, source: ModelShape, shape: ModelShape) -> Budget:
+        """What layers of different shape may keep; ``shape`` is the one that the target makes of all layers alike."""
+        params = self._goal(source) if self.ratio is not None or self.params is not None else None
+        of: Literal["linears", "all"] = "linears" if self.params is None and self.ratio_of == "linears" else "all"
+        step = math.lcm(self.divisible_by, self.tensor_parallel)
+        return Budget(
+            parameters=shape.linear_parameters() if params is None else params,
+            of="linears" if params is None else of,
+            ffn_step=step,
+            head_step=self.divisible_by,
+            tensor_parallel=self.tensor_parallel,
+        )
 
     def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:
         """The competing shapes: those that were given, in order, or the best near the target."""

@@ -109,7 +109,7 @@ def _state(said: str, tensors: Mapping[str, torch.Tensor]) -> LearnerState:
     known = parse_json(said.encode(), "what learned masks say about themselves")
     if known["version"] != VERSION:
         raise ValueError(f"version {known['version']}")
-    source, target = ModelShape(**known["source"]), ModelShape(**known["target"])
+    source, target = ModelShape.read(known["source"]), ModelShape.read(known["target"])
     shapes = {kind.name: kind.shape for kind in sheared_llama.kinds(source, target)}
 
     def of(prefix: str) -> dict[str, torch.Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_prune.checkpoint import model_arguments
-from megatron_prune.checkpoint.layout import FORGOTTEN
-from megatron_prune.checkpoint.model_arguments import compared, known, refuse_unrestored
+from megatron_prune.checkpoint.model_arguments import FORGOTTEN, compared, known, refuse_unrestored
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf
 from megatron_prune.errors import CheckpointError

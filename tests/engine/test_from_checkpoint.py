@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.checkpoint.layout import FORGOTTEN
+from megatron_prune.checkpoint.model_arguments import FORGOTTEN
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import CheckpointError

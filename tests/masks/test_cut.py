@@ -14,6 +14,7 @@ from megatron_prune.errors import MasksError
 from megatron_prune.masks import open_masks, verify
 from megatron_prune.structured.apply import apply_plan
 from tests.masks.conftest import by_hand
+from tests.structured import layered
 from tests.structured.test_apply import make, sliced
 
 CUTS = {
@@ -65,6 +66,20 @@ def test_unstructured_masks_are_cut_as_the_weights(cut, sparse, tmp_path):
     expected = cut_by_hand(kept, made)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+def test_masks_of_layers_that_differ_are_cut_as_the_weights(sparse, tmp_path):
+    root, kept = sparse("unstructured")
+    chosen = layered.selection(((2, 50), (6, 0)))
+    apply_plan(root, layered.plan(open_checkpoint(root), chosen), tmp_path / "small")
+    masks, small = open_masks(tmp_path / "small" / "masks"), open_checkpoint(tmp_path / "small")
+    verify(masks, small)
+    assert masks.model == small.shape and len(masks.model.layers) == 2
+    assert set(masks.entries) == {name for name in kept if not name.startswith("decoder.layers.1.mlp")}
+    fc2, proj = "decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.0.self_attention.linear_proj.weight"
+    assert torch.equal(masks.read(fc2), kept[fc2][:, list(chosen.ffn[0])])
+    channels = [head * 12 + i for head in chosen.heads[0] for i in range(12)]
+    assert torch.equal(masks.read(proj), kept[proj][:, channels])
 
 
 @pytest.mark.parametrize("cut", ["depth", "heads", "groups"])

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_prune.checkpoint.layout import ModelShape, by_layer, stored_argument
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
+from megatron_prune.checkpoint.model_arguments import by_layer, stored_argument
 from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show
 
@@ -79,6 +80,8 @@ class ModelFamily:
     * ``grouped``: several query heads can share keys and values.
     * ``head_size``: the configuration can state a head size other than hidden size / heads.
     * ``not_divided``: it is loaded even if heads do not divide the hidden size.
+    * ``unsaid``: where layers differ, why the family cannot say them (None if it can); None for families whose layers
+      have one shape.
     """
 
     kind: str
@@ -99,6 +102,7 @@ class ModelFamily:
     grouped: bool = True
     head_size: bool = True
     not_divided: bool = True
+    unsaid: Callable[[ModelShape], str | None] | None = None
 
     @property
     def gated(self) -> bool:
@@ -118,6 +122,8 @@ class ModelFamily:
     def unfit(self, args: Args) -> str | None:
         """Why no model of this family has these Megatron arguments; None if one does."""
         shape = ModelShape.from_args(args)
+        if isinstance(shape, HeterogeneousShape) is (self.unsaid is None):
+            return f"its layers {'have one shape' if self.unsaid else 'differ'}, unlike those of {self.architecture}"
         for name, value in self.required.items():
             if name == "bias_gelu_fusion":  # it says nothing without a GELU, and families with one choose
                 continue
@@ -143,7 +149,7 @@ class ModelFamily:
             )
         if not self.grouped and shape.heads_per_group != 1:
             return f"the model has {shape.num_query_groups} query groups, but {self.architecture} has one per head"
-        return None
+        return None if self.unsaid is None else self.unsaid(shape)
 
     def tensor(self, suffix: str, layer: int | None) -> str:
         """The name of the tensor that is the Megatron weight ``suffix``, for weights of one tensor."""

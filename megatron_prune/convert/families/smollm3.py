@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prune.checkpoint.layout import ModelShape, by_layer
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.model_arguments import by_layer
 from megatron_prune.convert.families.model_family import Args, Config, ModelFamily, count
 from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show

@@ -1,0 +1,230 @@
+"""The sizes of layers that differ: from a ranking over all layers, or from any wish, to what a model can have.
+
+Ranks and kernels take only some sizes (``Budget``), and the layers together must keep what the budget says. ``fit``
+rounds a wish to such sizes. ``by_global_ranking`` makes the wish: the lowest scores of all layers go. ``keep`` then
+keeps the highest scores of every layer. Whole query groups go: each that stays keeps all its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_prune.checkpoint.layer_shapes import LayerShape
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods.base import Budget, NearTie, Selection
+from megatron_prune.methods.ranking import keep_heads, keep_highest
+
+
+def fit(
+    source: ModelShape,
+    wanted: Sequence[tuple[float, float]],
+    budget: Budget,
+    *,
+    exempt: Collection[int] = (),
+) -> tuple[LayerShape, ...]:
+    """Sizes of every layer that are near ``wanted``, its (query groups, FFN channels), and together meet the budget.
+
+    A part of a layer goes only where 0 is wanted; layers in ``exempt`` stay whole. Each size is rounded to the nearest
+    that is possible. Then, while that brings the total nearer to the budget, one size moves to the next possible: the
+    one that moves least away from what is wanted, in parameters; among equals the first layer's.
+
+    UsageError if the total is off the budget by more than its tolerance.
+    """
+    sizes = _Sizes(source, budget)
+    layers = [
+        sizes.nearest(number, wish) if number not in exempt else sizes.given[number]
+        for number, wish in enumerate(wanted)
+    ]
+    excess = budget.count(source.with_layers(layers)) - budget.parameters
+    layers, excess = _nearer(sizes, layers, excess, wanted, exempt)
+    if abs(excess) > budget.TOLERANCE * budget.parameters:
+        # Only query groups are left to move, which is too much: move one, and make up for it in FFN channels.
+        further = [
+            _nearer(
+                sizes, [*layers[:number], other, *layers[number + 1 :]], excess + change, wanted, exempt, channels=True
+            )
+            for number, other, change in sizes.moves(layers, exempt)
+            if change * excess < 0
+        ]
+        layers, excess = min([(layers, excess), *further], key=lambda found: abs(found[1]))
+    if abs(excess) > budget.TOLERANCE * budget.parameters:
+        raise UsageError(
+            "--divisible-by", got=budget.ffn_step,
+            expected=f"a step with which the layers keep {budget.parameters:.0f} parameters within "
+            f"{budget.TOLERANCE:.1%}",
+            why=f"the nearest sizes keep {budget.parameters + excess:.0f}", do="give a smaller one",
+        )  # fmt: skip
+    return tuple(layers)
+
+
+def _nearer(
+    sizes: _Sizes,
+    layers: Sequence[LayerShape],
+    excess: float,
+    wanted: Sequence[tuple[float, float]],
+    exempt: Collection[int],
+    channels: bool = False,
+) -> tuple[list[LayerShape], float]:
+    """``layers`` moved size by size while that brings the total, ``excess`` above the budget, nearer to it; with
+    ``channels`` FFN sizes alone."""
+    found = list(layers)
+    while True:
+        moves = [
+            (sizes.distance(number, other, wanted[number]) - sizes.distance(number, found[number], wanted[number]),
+             number, other, change)
+            for number, other, change in sizes.moves(found, exempt)
+            if abs(excess + change) < abs(excess)
+            and not (channels and other.num_query_groups != found[number].num_query_groups)
+        ]  # fmt: skip
+        if not moves:
+            return found, excess
+        _, number, layer, change = min(moves, key=lambda move: move[:2])
+        found[number], excess = layer, excess + change
+
+
+def by_global_ranking(
+    source: ModelShape,
+    groups: torch.Tensor,
+    channels: torch.Tensor,
+    budget: Budget,
+    *,
+    exempt: Collection[int] = (),
+) -> tuple[LayerShape, ...]:
+    """Sizes of every layer if the lowest scores of all layers go until the budget is met.
+
+    ``groups`` are scores of query groups [L, G] and ``channels`` of FFN channels [L, F], which compare with each other.
+    One group and ``budget.ffn_step`` channels of every layer stay, whatever their scores, and all of ``exempt``. Among
+    equal scores, channels go before groups, and later ones before earlier ones.
+    """
+    sizes = _Sizes(source, budget)
+    layers, count, width = source.num_layers, groups.shape[1], channels.shape[1]
+    kept = torch.zeros(layers, count + width, dtype=torch.bool)
+    scores = torch.cat([groups, channels], 1).double()  # [L, G + F]
+    for layer in range(layers):
+        if layer in exempt:
+            kept[layer] = True
+            continue
+        kept[layer, groups[layer].argmax()] = True
+        best = torch.sort(channels[layer], descending=True, stable=True).indices[: budget.ffn_step]
+        kept[layer, count + best] = True
+    costs = torch.empty(layers, count + width, dtype=torch.float64)
+    for layer in range(layers):
+        costs[layer, :count], costs[layer, count:] = sizes.unit_costs(layer)
+    fixed = budget.count(source) - float(costs[~kept].sum())
+    open_ = (~kept).flatten().nonzero().flatten()  # [units], in order of the layers
+    order = open_[torch.sort(scores.flatten()[open_], descending=True, stable=True).indices]
+    spent = fixed + costs.flatten()[order].cumsum(0)
+    kept.view(-1)[order[: int(torch.searchsorted(spent, budget.parameters, right=True))]] = True
+    wanted = [(float(row[:count].sum()), float(row[count:].sum())) for row in kept]
+    return fit(source, wanted, budget, exempt=exempt)
+
+
+def keep(source: ModelShape, layers: Sequence[LayerShape], heads: torch.Tensor, channels: torch.Tensor) -> Selection:
+    """The highest scores of every layer, to the sizes ``layers``: ``heads`` [L, H], of which whole groups are ranked by
+    the sum of their heads, and ``channels`` [L, F]."""
+    kept_heads, kept_ffn, near = [], [], list[NearTie]()
+    for number, layer in enumerate(layers):
+        chosen, ties = keep_heads(heads[number], source, layer, number)
+        kept_heads.append(chosen)
+        near += ties
+        chosen, ties = keep_highest(channels[number], layer.ffn_hidden_size, "ffn", layer=number)
+        kept_ffn.append(chosen)
+        near += ties
+    all_heads = all(layer.num_attention_heads == source.num_attention_heads for layer in layers)
+    all_channels = all(layer.ffn_hidden_size == source.ffn_hidden_size for layer in layers)
+    return Selection(
+        tuple(range(source.num_layers)),
+        heads=None if all_heads else tuple(kept_heads),
+        ffn=None if all_channels else tuple(kept_ffn),
+        near_ties=tuple(near),
+    )
+
+
+class _Sizes:
+    """The possible sizes of a model's layers, and what they cost in parameters, of those that count."""
+
+    def __init__(self, source: ModelShape, budget: Budget) -> None:
+        self.given, self._channels, self._budget = source.by_layer(), source.kv_channels, budget
+        self._groups = [self._possible_groups(full) for full in self.given]
+        self._ffn = [self._possible_ffn(full) for full in self.given]
+        distinct = {full: _Costs.of(source, full, budget) for full in set(self.given)}
+        self._costs = [distinct[full] for full in self.given]
+
+    def _possible_groups(self, full: LayerShape) -> list[int]:
+        tp, all_of_them = self._budget.tensor_parallel, full.num_query_groups
+        found = []
+        for groups in range(1, all_of_them + 1):
+            heads = groups * full.heads_per_group
+            fits = heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+            if fits and (groups == all_of_them or heads * self._channels % self._budget.head_step == 0):
+                found.append(groups)
+        return found or [all_of_them]
+
+    def _possible_ffn(self, full: LayerShape) -> list[int]:
+        step, width = self._budget.ffn_step, full.ffn_hidden_size
+        found = list(range(step, width + 1, step))
+        if width not in found and width % self._budget.tensor_parallel == 0:
+            found.append(width)
+        return found or [width]
+
+    def nearest(self, number: int, wish: tuple[float, float]) -> LayerShape:
+        """The possible sizes of layer ``number`` that are nearest to a wish; of two, the larger."""
+        groups, ffn = (
+            0 if not size else min(possible, key=lambda one: (abs(one - size), -one))
+            for size, possible in zip(wish, (self._groups[number], self._ffn[number]), strict=True)
+        )
+        return LayerShape(groups * self.given[number].heads_per_group, groups, ffn)
+
+    def moves(self, layers: Sequence[LayerShape], exempt: Collection[int]) -> Iterator[tuple[int, LayerShape, float]]:
+        """Every layer with one size moved to the next possible one, and the parameters that this adds."""
+        for number, layer in enumerate(layers):
+            if number in exempt:
+                continue
+            each, cost = self.given[number].heads_per_group, self._costs[number]
+            for groups in _next_to(layer.num_query_groups, self._groups[number]):
+                other = LayerShape(groups * each, groups, layer.ffn_hidden_size)
+                yield number, other, (groups - layer.num_query_groups) * cost.group
+            for ffn in _next_to(layer.ffn_hidden_size, self._ffn[number]):
+                other = replace(layer, ffn_hidden_size=ffn)
+                yield number, other, (ffn - layer.ffn_hidden_size) * cost.channel
+
+    def unit_costs(self, number: int) -> tuple[float, float]:
+        """Parameters of one query group and of one FFN channel of a layer."""
+        return self._costs[number].group, self._costs[number].channel
+
+    def distance(self, number: int, layer: LayerShape, wish: tuple[float, float]) -> float:
+        """How far a layer is from a wish, in parameters."""
+        group, channel = self.unit_costs(number)
+        return abs(layer.num_query_groups - wish[0]) * group + abs(layer.ffn_hidden_size - wish[1]) * channel
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Parameters of one query group and of one FFN channel."""
+
+    group: float
+    channel: float
+
+    @staticmethod
+    def of(source: ModelShape, full: LayerShape, budget: Budget) -> _Costs:
+        """Those of a layer ``full`` of ``source``: counted, by the difference that the last one makes."""
+        one_head = LayerShape(full.heads_per_group, 1, full.ffn_hidden_size)
+
+        def count(layer: LayerShape) -> int:
+            return budget.count(source.with_layers([full, layer]))
+
+        groups, channels = full.num_query_groups - 1, full.ffn_hidden_size - 1
+        group = (count(full) - count(one_head)) / groups if groups else 0.0
+        return _Costs(group, (count(full) - count(replace(full, ffn_hidden_size=1))) / channels if channels else 0.0)
+
+
+def _next_to(size: int, possible: Sequence[int]) -> list[int]:
+    """The possible sizes next to ``size``; none for a part that is gone."""
+    if not size:
+        return []
+    place = possible.index(size)
+    return [*possible[max(0, place - 1) : place], *possible[place + 1 : place + 2]]
