@@ -18,6 +18,8 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show
 
 PATH, ENCODED = "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"
+# Megatron reads a file only if its content is not stored, but wants its name.
+FILE = "heterogeneous_layers.json"
 _MOST_HEADS, _MOST_FFN, _MOST_CHARACTERS = 1 << 14, 1 << 24, 16 << 20
 # What Megatron's check of arguments demands of models whose layers differ.
 _ONLY = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, decode, encode
+from megatron_prune.checkpoint.layer_shapes import ENCODED, FILE, PATH, LayerShape, decode, encode
 from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show
 
@@ -113,8 +113,6 @@ class ModelShape:
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
 
-    # -- layers -----------------------------------------------------------------------------------
-
     def by_layer(self) -> tuple[LayerShape, ...]:
         """The shape of every layer."""
         one = LayerShape(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
@@ -139,8 +137,6 @@ class ModelShape:
         """A size in words: a number, or those of the smallest and the largest layer."""
         found = sorted(getattr(layer, size) for layer in self.by_layer())
         return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
-
-    # -- JSON and Megatron's arguments --------------------------------------------------------------
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> ModelShape:
@@ -304,11 +300,10 @@ class HeterogeneousShape(ModelShape):
             "num_attention_heads": self.num_attention_heads,
             "tie_word_embeddings": self.tied,
         }
-        # Megatron reads the file only where its content is not stored, but asks for the name.
         return {
             **super().to_args(),
             "group_query_attention": True,  # Megatron asks for it; a group may have a single head
-            PATH: "heterogeneous_layers.json",
+            PATH: FILE,
             ENCODED: encode(self.layers, whole),
         }
 

@@ -29,7 +29,7 @@ from megatron_prune.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_prune.data import tokenizers
-from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, parallel_residual, refusals, vocabulary
+from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, layers, parallel_residual, refusals, vocabulary
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
@@ -97,10 +97,13 @@ def parse(
     if complete is not None:
         complete(args, argv)
     from_checkpoint.refuse_shapeless(args)
+    layers.settle(args)
     installed.settle(args)
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
         tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
-    validate_args(args, {})
+    with layers.unseen(args):
+        validate_args(args, {})
+    layers.refuse_unfit(args)
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: they must not be read again
     set_global_variables(args)

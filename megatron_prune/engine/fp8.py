@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from megatron_prune.checkpoint.layer_shapes import LayerShape
+from megatron_prune.engine import layers
 from megatron_prune.errors import UsageError
 
 FLAG = "--fp8-preset"
@@ -159,14 +161,20 @@ def _refuse_counts(args: argparse.Namespace) -> None:
 
 def dimensions(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(flag to change, name, size per rank) of every dimension of the model's FP8 matrix products."""
-    ranks = args.tensor_model_parallel_size
-    heads, channels = args.num_attention_heads, args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else heads
+    ranks, channels = args.tensor_model_parallel_size, args.kv_channels
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    heads = args.num_attention_heads
+    uniform = LayerShape(heads, args.num_query_groups if args.group_query_attention else heads, args.ffn_hidden_size)
+    in_layers = []
+    for layer in dict.fromkeys(layers.sizes(args) if layers.differ(args) else [uniform]):
+        heads, rows = layer.num_attention_heads, layer.num_attention_heads + 2 * layer.num_query_groups
+        in_layers += [
+            ("--ffn-hidden-size", f"an FFN size over {ranks} ranks", layer.ffn_hidden_size // ranks),
+            ("--num-attention-heads", f"attention channels over {ranks} ranks", heads * channels // ranks),
+            ("--num-query-groups", f"q, k and v rows over {ranks} ranks", rows * channels // ranks),
+        ]
     return [
         ("--hidden-size", "a hidden size", args.hidden_size),
-        ("--ffn-hidden-size", f"an FFN size over {ranks} ranks", args.ffn_hidden_size // ranks),
-        ("--num-attention-heads", f"attention channels over {ranks} ranks", heads * channels // ranks),
-        ("--num-query-groups", f"q, k and v rows over {ranks} ranks", (heads + 2 * groups) * channels // ranks),
+        *in_layers,
         ("--seq-length or --micro-batch-size", "tokens of a micro-batch", tokens),
     ]

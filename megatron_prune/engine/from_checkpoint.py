@@ -1,6 +1,6 @@
 """The model's arguments from the checkpoint that the command line names, without ``--use-checkpoint-args``.
 
-``take`` restores what Megatron's ``--use-checkpoint-args`` restores, and what that omits (``layout.FORGOTTEN``): the
+``take`` restores what Megatron's ``--use-checkpoint-args`` restores, and what it omits (``FORGOTTEN``): the
 model's shape, then the sequence length, the precision and the tokenizer. Values on the command line are kept. With an
 explicit ``--use-checkpoint-args``, Megatron's precedence holds: the checkpoint overrides the command line.
 
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.checkpoint.layout import FORGOTTEN, stored_argument
-from megatron_prune.checkpoint.model_arguments import refuse_unrestored
+from megatron_prune.checkpoint.model_arguments import FORGOTTEN, refuse_unrestored, stored_argument
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, iteration_directory
 from megatron_prune.errors import UsageError

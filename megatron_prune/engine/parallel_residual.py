@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_prune.engine.spec import has_mlp
 from megatron_prune.errors import UsageError
 
 FLAG = "--parallel-residual"
@@ -36,7 +37,8 @@ def attach(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """A pre-wrap hook of Megatron's model: the MLP of every block reads the block's input."""
     for chunk in chunks:
         for block in chunk.decoder.layers:  # type: ignore[union-attr]
-            _attach(block)
+            if has_mlp(block):
+                _attach(block)
     return chunks
 
 

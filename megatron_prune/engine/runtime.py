@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import cpu, from_checkpoint, network, parallel_residual, patches, safe_loading
+from megatron_prune.engine import cpu, from_checkpoint, layers, network, parallel_residual, patches, safe_loading
 from megatron_prune.engine.arguments import Complete, parse
 from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
@@ -62,7 +62,11 @@ def model_config(args: argparse.Namespace) -> Any:
     """Megatron's model config from its arguments, with what it omits: RoPE's factor, and parallel residuals."""
     from megatron.training.argument_utils import gpt_config_from_args
 
-    config = gpt_config_from_args(args)
+    if layers.differ(args):
+        config = gpt_config_from_args(args, layers.transformer_config(args))
+        config.transformer_layer_spec = layers.layer_spec
+    else:
+        config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.parallel_residual:
         config.pre_wrap_hooks.append(parallel_residual.attach)
@@ -186,6 +190,11 @@ def refuse_unfit_checkpoint(args: argparse.Namespace, path: str, flag: str) -> N
         raise CheckpointError(
             f"{flag} {path}: expected {wanted.num_layers} layers for this model, got "
             f"{checkpoint.shape.num_layers}: omit --num-layers"
+        )
+    if held - {weight.name for weight in weights(wanted)}:
+        raise CheckpointError(
+            f"{flag} {path}: expected the layers of this model, got some with attention or an MLP that it lacks: omit "
+            f"{layers.FLAG}"
         )
 
 

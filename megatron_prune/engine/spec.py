@@ -21,23 +21,29 @@ Listener = Callable[[torch.Tensor], None]
 
 
 def linears(block: Any) -> dict[str, Any]:
-    """The linears of a Megatron transformer layer by module name, which both specs have."""
+    """The linears of a Megatron transformer layer by module name, which both specs have; those of a part that the
+    layer lacks are left out."""
     attention, mlp = block.self_attention, block.mlp
-    return {
-        "qkv": attention.linear_qkv,
-        "proj": attention.linear_proj,
-        "fc1": mlp.linear_fc1,
-        "fc2": mlp.linear_fc2,
-    }
+    found = {"qkv": attention.linear_qkv, "proj": attention.linear_proj} if has_attention(block) else {}
+    return found | ({"fc1": mlp.linear_fc1, "fc2": mlp.linear_fc2} if has_mlp(block) else {})
+
+
+def has_attention(block: Any) -> bool:
+    """False if a layer was built without attention, and so without the norm before it."""
+    return hasattr(block.self_attention, "linear_qkv")
+
+
+def has_mlp(block: Any) -> bool:
+    """False if a layer was built without an MLP, and so without the norm before it."""
+    return hasattr(block.mlp, "linear_fc1")
 
 
 def norms(block: Any) -> Iterator[Any]:
     """The modules that hold the gains of a block's two norms: norms, or the linears that they are fused into."""
-    for norm, linear in (
-        (block.input_layernorm, block.self_attention.linear_qkv),
-        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
-    ):
-        yield linear if is_fused(linear) else norm
+    found = linears(block)
+    for norm, name in ((block.input_layernorm, "qkv"), (block.pre_mlp_layernorm, "fc1")):
+        if name in found:
+            yield found[name] if is_fused(found[name]) else norm
 
 
 def gain(norm: Any) -> torch.nn.Parameter:

@@ -60,7 +60,7 @@ def cost(shape: ModelShape, itemsize: int, *, removed: int = 0, packable: int = 
         flops_kept=shape.forward_flops(SEQUENCE, removed),
         weight_bytes=parameters * itemsize,
         weight_bytes_packed=round(parameters * itemsize - saved) if packable else None,
-        cache_bytes=2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * itemsize,
+        cache_bytes=2 * sum(layer.num_query_groups for layer in shape.by_layer()) * shape.kv_channels * itemsize,
     )
 
 

@@ -9,7 +9,7 @@ from megatron_prune import methods, screen, storage, verbs
 from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.engine import runtime
+from megatron_prune.engine import layers, runtime
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.options import NoOptions
 from megatron_prune.methods.sheared_llama import kinds, refuse_unfit
@@ -41,6 +41,7 @@ def _complete(args: argparse.Namespace, argv: list[str]) -> None:
     if args.mask_tokens is not None:
         args.stream_range = _unseen(args)
     pretrain.complete(args, argv)
+    layers.refuse(args, "masks are learned for layers of one shape")
     for unfit, flag, got, expected, why in (
         (args.save is None, "--save", "nothing", "a directory", "the masks are written next to the weights"),
         (args.fp16, "--fp16", "on", "--bf16 or neither", "the loss scale is not taken out of the masks' gradients"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import methods, verbs
-from megatron_prune.checkpoint.layout import ModelShape, layer_name
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, layer_name
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
 from megatron_prune.errors import UsageError
@@ -67,6 +67,11 @@ class SparsifyRequest:
 
     def check(self, shape: ModelShape) -> None:
         """UsageError if a model of ``shape`` lacks one of the layers, or M does not divide a matrix's inputs."""
+        if isinstance(shape, HeterogeneousShape):
+            raise UsageError(
+                "--load", got="a model whose layers differ", expected="one whose layers have one shape",
+                why="sparse methods take layers of one shape", do="sparsify the parent first: its masks are cut too",
+            )  # fmt: skip
         beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
         if beyond:
             raise UsageError("--layers", got=beyond[-1], expected=f"layers from 0 to {shape.num_layers - 1}")

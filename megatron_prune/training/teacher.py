@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_prune import screen
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
 from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored, restored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
@@ -67,17 +68,18 @@ def arguments(args: argparse.Namespace) -> argparse.Namespace:
             expected=f"a number of layers that divides by the {stages} pipeline stages",
         )  # fmt: skip
     ranks = args.tensor_model_parallel_size
-    for size, what in ((shape.num_attention_heads, "attention heads"), (shape.ffn_hidden_size, "FFN channels")):
-        if size % ranks:
+    for layer in dict.fromkeys(shape.by_layer()):
+        for size, what in ((layer.num_attention_heads, "attention heads"), (layer.ffn_hidden_size, "FFN channels")):
+            if size % ranks:
+                raise UsageError(
+                    FLAG, got=f"{args.teacher} with {size} {what}",
+                    expected=f"a number of them that divides by --tensor-model-parallel-size {ranks}",
+                )  # fmt: skip
+        if (groups := layer.num_query_groups) and groups % ranks and ranks % groups:
             raise UsageError(
-                FLAG, got=f"{args.teacher} with {size} {what}",
-                expected=f"a number of them that divides by --tensor-model-parallel-size {ranks}",
+                FLAG, got=f"{args.teacher} with {groups} query groups",
+                expected=f"a multiple or a divisor of --tensor-model-parallel-size {ranks}",
             )  # fmt: skip
-    if shape.num_query_groups % ranks and ranks % shape.num_query_groups:
-        raise UsageError(
-            FLAG, got=f"{args.teacher} with {shape.num_query_groups} query groups",
-            expected=f"a multiple or a divisor of --tensor-model-parallel-size {ranks}",
-        )  # fmt: skip
     if shape.positions and shape.positions < args.seq_length:
         raise UsageError(
             FLAG, got=f"{args.teacher} with {shape.positions} positions",
@@ -86,7 +88,8 @@ def arguments(args: argparse.Namespace) -> argparse.Namespace:
     refuse_other_vocabulary(args, checkpoint)
     found = copy.copy(args)
     vars(found).update(restored(checkpoint.args))
-    vars(found).update(shape.to_args(), encoder_num_layers=shape.num_layers, **_OWN_DEFAULTS)
+    vars(found).update({PATH: None, ENCODED: None} | shape.to_args(), encoder_num_layers=shape.num_layers)
+    vars(found).update(_OWN_DEFAULTS)
     found.load = str(checkpoint.root)
     found.ckpt_step = None if checkpoint.release else checkpoint.iteration
     refuse_unrestored(checkpoint.args, f"{FLAG} {args.teacher}", vars(found))

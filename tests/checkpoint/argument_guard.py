@@ -84,6 +84,7 @@ NEEDS |= {
     "distribute_saved_activations": [*TP, "--recompute-granularity", "full", "--recompute-method", "uniform",
                                      "--recompute-num-layers", "1"],
 }  # fmt: skip
+TWO_LAYERS = Path(__file__).with_name("two_layers.json")
 # Other values than those that ``flags`` makes.
 VALUES: dict[str, list[str]] = {
     "hidden_size": ["48"], "num_attention_heads": ["8"], "num_query_groups": ["2"], "kv_channels": ["6"],
@@ -97,7 +98,8 @@ VALUES: dict[str, list[str]] = {
     "num_experts": ["2"], "attention_dropout": ["0.3"], "hidden_dropout": ["0.3"], "init_method_std": ["0.2"],
     "recompute_modules": ["mlp"], "spec": ["local"], "cp_comm_type": ["a2a"], "config_logger_dir": ["{folder}"],
     "yaml_cfg": ["none.yaml"], "te_precision_config_file": ["none.yaml"], "mup_base_hidden_size": ["16"],
-    "heterogeneous_layers_config_path": ["none.json"], "heterogeneous_layers_config_encoded_json": ["{{}}"],
+    "heterogeneous_layers_config_path": ["tests/checkpoint/two_layers.json"],
+    "heterogeneous_layers_config_encoded_json": [TWO_LAYERS.read_text().replace("{", "{{").replace("}", "}}")],
     "hierarchical_context_parallel_sizes": ["1", "2"], "pipeline_model_parallel_layout": ["Et|tL"],
     "offload_modules": ["core_attn"], "cuda_graph_modules": ["attn"], "position_embedding_type": ["none"],
     "layernorm_epsilon": ["0.3"], "embedding_init_method_std": ["0.5"], "cpu_offloading_num_layers": ["1"],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.engine.launch import Job
+from megatron_prune.engine.launch import Job, start_function
+from tests.distributed_work import FunctionCall
 
 GLOBAL_BATCH = 8
 SEQ_LENGTH = 32
@@ -75,6 +78,20 @@ def train_and_record(argv: list[str], folder: str, kill_at: int | None = None, v
     code = main([verb, *argv])
     forward.get_batch = original
     return code
+
+
+def record(folder: Path, argv: list[str], nproc: int, kill_at: int | None = None) -> int:
+    """Run ``train_and_record`` in ranks; the job's exit code."""
+    folder.mkdir(exist_ok=True)
+    call = FunctionCall(
+        file=str(sys.modules[train_and_record.__module__].__file__),
+        module=train_and_record.__module__,
+        function="train_and_record",
+        arguments=pickle.dumps(((argv, str(folder), kill_at), {})),
+        results=str(folder),
+    )
+    with start_function(call, nproc=nproc, log=folder / "log.txt") as job:
+        return job.wait(240)
 
 
 def consumed(folder: Path) -> dict[int, list[list[int]]]:

@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -18,11 +17,10 @@ import pytest
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.reshard import reshard
-from megatron_prune.engine.launch import start, start_function
+from megatron_prune.engine.launch import start
 from megatron_prune.study import match
 from megatron_prune.training import lineage
 from tests.conftest import WITH_TE
-from tests.distributed_work import FunctionCall
 from tests.training.small import (
     GLOBAL_BATCH,
     MODEL,
@@ -31,26 +29,12 @@ from tests.training.small import (
     kill_ranks,
     layout,
     recipe,
-    train_and_record,
 )
+from tests.training.small import record as _record
 from tests.waiting import GENEROUS, content, wait_for_progress
 
 STEPS = 6
 RANGE = f"16:{16 + STEPS * GLOBAL_BATCH}"
-
-
-def _record(folder: Path, argv: list[str], nproc: int, kill_at: int | None = None) -> int:
-    """Run ``train_and_record`` in ranks; the job's exit code."""
-    folder.mkdir(exist_ok=True)
-    call = FunctionCall(
-        file=str(sys.modules[train_and_record.__module__].__file__),
-        module=train_and_record.__module__,
-        function="train_and_record",
-        arguments=pickle.dumps(((argv, str(folder), kill_at), {})),
-        results=str(folder),
-    )
-    with start_function(call, nproc=nproc, log=folder / "log.txt") as job:
-        return job.wait(240)
 
 
 def _expected(corpus: Path) -> dict[int, list[list[int]]]:
