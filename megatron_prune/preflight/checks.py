@@ -96,7 +96,7 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     FP8's requirements are checked with the arguments (``engine.fp8``).
     """
     t = args.tensor_model_parallel_size
-    if bad := [f"{flag} {size}" for flag, size in _divided(shape) if size % t]:
+    if bad := [f"{flag} {size}" for flag, size in dict.fromkeys(_divided(shape)) if size % t]:
         return [Finding("dimensions", "no", f"--tensor-model-parallel-size {t} does not divide {', '.join(bad)}")]
     if args.sequence_parallel and args.seq_length % (t * args.context_parallel_size):
         return [Finding(
@@ -117,16 +117,20 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
 
 
 def _divided(shape: ModelShape) -> list[tuple[str, int]]:
-    return [
-        ("--num-attention-heads", shape.num_attention_heads),
-        ("--num-query-groups", shape.num_query_groups),
-        ("--ffn-hidden-size", shape.ffn_hidden_size),
-        ("--padded-vocab-size", shape.padded_vocab_size),
+    in_layers = [
+        size
+        for layer in shape.by_layer()
+        for size in (
+            ("--num-attention-heads", layer.num_attention_heads),
+            ("--num-query-groups", layer.num_query_groups),
+            ("--ffn-hidden-size", layer.ffn_hidden_size),
+        )
     ]
+    return [*in_layers, ("--padded-vocab-size", shape.padded_vocab_size)]
 
 
 def _gemms(args: argparse.Namespace, shape: ModelShape) -> dict[str, tuple[int, int, int]]:
-    """(tokens, inputs, outputs) of the blocks' GEMMs on a rank."""
+    """(tokens, inputs, outputs) of the blocks' GEMMs on a rank; if layers differ, of the largest."""
     t, d = args.tensor_model_parallel_size, shape.kv_channels
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     heads, groups = shape.num_attention_heads // t, shape.num_query_groups // t

@@ -47,14 +47,26 @@ def bubble(args: argparse.Namespace, microbatches: int) -> float:
 
 def work(shape: ModelShape, stages: Sequence[PipelineStage], seq_length: int) -> list[float]:
     """Forward FLOPs per token of each stage: its blocks, and the output layer on the last."""
-    whole = shape.forward_flops(seq_length) / seq_length
     output = 2 * shape.hidden_size * shape.padded_vocab_size
-    block = (whole - output) / shape.num_layers
-    return [stage.layers * block + (output if stage is stages[-1] else 0) for stage in stages]
+    blocks = [shape.layer_flops(layer, seq_length) / seq_length for layer in range(shape.num_layers)]
+    held = [sum(blocks[layer] for chunk in chunks for layer in chunk) for chunks in layers_of(stages)]
+    return [work + (output if stage is stages[-1] else 0) for work, stage in zip(held, stages, strict=True)]
+
+
+def layers_of(stages: Sequence[PipelineStage]) -> list[list[range]]:
+    """The layers of each stage, by virtual stage: the first virtual stage of all stages comes first."""
+    found: list[list[range]] = [[] for _ in stages]
+    first = 0
+    for virtual in range(len(stages[0].chunks)):
+        for number, stage in enumerate(stages):
+            found[number].append(range(first, first + stage.chunks[virtual]))
+            first += stage.chunks[virtual]
+    return found
 
 
 def even_split(shape: ModelShape, stages: int, seq_length: int) -> list[int]:
-    """Layers per stage such that the slowest has the least work, including the output layer."""
+    """Layers per stage such that the slowest has the least work, including the output layer; if layers differ, as if
+    each had their mean work."""
     whole = shape.forward_flops(seq_length) / seq_length
     output = 2 * shape.hidden_size * shape.padded_vocab_size
     extra = output / ((whole - output) / shape.num_layers)  # in layers

@@ -22,9 +22,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from megatron_prune import methods, verbs
+from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.methods.options import READ_GRADIENTS, NoOptions
 from megatron_prune.methods.sheared_llama import kinds
+from megatron_prune.preflight import cost
 from megatron_prune.preflight.dry_run import PipelineStage
 from megatron_prune.structured import target as targets
 from megatron_prune.training.mask_shards import MaskShards
@@ -60,9 +62,10 @@ def training(
 ) -> list[Memory]:
     """Memory of a training step, per stage; ``parent``: the shape of the online teacher, if there is one."""
     found = []
+    placed = cost.layers_of(stages)
     taught = [0] * len(stages) if parent is None else teacher(args, parent, len(stages), microbatches)
     for number, stage in enumerate(stages):
-        kept, once = activations(args, shape, stage, number, len(stages), microbatches)
+        kept, once = activations(args, shape, stage, number, len(stages), microbatches, placed[number])
         found.append(
             Memory(
                 weights=_weights(args, stage),
@@ -97,7 +100,8 @@ def teacher(args: argparse.Namespace, shape: ModelShape, stages: int, microbatch
         elements[at] += here
         if shape.tied and stages > 1 and weight.name == "embedding.word_embeddings.weight":
             elements[-1] += here
-    found = [e * each + int(tokens * _block(args, shape).full) for each in elements]
+    largest = max(block.full for block in _blocks(args, shape))
+    found = [e * each + int(tokens * largest) for each in elements]
     found[-1] += tokens * e * shape.padded_vocab_size // t
     if stages > 1:
         found[-1] += microbatches * tokens * e * shape.hidden_size // (t if args.sequence_parallel else 1)
@@ -133,7 +137,7 @@ def forward(args: argparse.Namespace, shape: ModelShape, stages: Sequence[Pipeli
             found.append(Memory(weights=_weights(args, stage), gradients=sums, activations=kept, working=once))
             continue
         last = number == len(stages) - 1
-        working = tokens * _block(args, shape).saved
+        working = tokens * max(block.saved for block in _blocks(args, shape))
         working += tokens * _loss(args, shape) if last else 0
         found.append(Memory(weights=_weights(args, stage), working=int(working), pruning=pruned))
     return found
@@ -206,20 +210,25 @@ class _Block:
     backward: float
 
 
-def _block(args: argparse.Namespace, shape: ModelShape) -> _Block:
+def _blocks(args: argparse.Namespace, shape: ModelShape) -> list[_Block]:
+    made = {layer: _block(args, shape, layer) for layer in set(shape.by_layer())}
+    return [made[layer] for layer in shape.by_layer()]
+
+
+def _block(args: argparse.Namespace, shape: ModelShape, layer: LayerShape) -> _Block:
     t = args.tensor_model_parallel_size
     between = t if args.sequence_parallel else 1  # ranks that divide the tensors between attention and MLP
     e = args.params_dtype.itemsize
     operand = 1 if args.fp8 else e  # of what a linear saves for its weight's gradient
-    h, f = shape.hidden_size, shape.ffn_hidden_size
-    q, kv = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups
+    h, f = shape.hidden_size, layer.ffn_hidden_size
+    q, kv = shape.kv_channels * layer.num_attention_heads, shape.kv_channels * layer.num_query_groups
     gates = 2 if shape.gated else 1
     norm = operand * h / between  # a norm's output: the input of qkv or fc1
     entry = e * h / between
     attention = (e * (q + 2 * kv) + e * q + (operand * q if args.fp8 else 0)) / t  # q, k, v; the input of proj
-    softmax = FP32 * shape.num_attention_heads / t  # flash attention's log-sum-exp
+    softmax = FP32 * layer.num_attention_heads / t  # flash attention's log-sum-exp
     if _unfused_attention(args):
-        softmax = shape.num_attention_heads / t * args.seq_length * (FP32 + e)
+        softmax = layer.num_attention_heads / t * args.seq_length * (FP32 + e)
     up = e * gates * f / t  # the input of the activation function
     if shape.gated and not args.bias_swiglu_fusion:
         up += e * f / t
@@ -252,22 +261,31 @@ def _loss(args: argparse.Namespace, shape: ModelShape) -> float:
 
 
 def activations(
-    args: argparse.Namespace, shape: ModelShape, stage: PipelineStage, number: int, stages: int, microbatches: int
+    args: argparse.Namespace,
+    shape: ModelShape,
+    stage: PipelineStage,
+    number: int,
+    stages: int,
+    microbatches: int,
+    layers: Sequence[range] | None = None,
 ) -> tuple[int, int]:
-    """Bytes that stage ``number`` of ``stages`` keeps for backward, and the temporary bytes on top."""
+    """Bytes that stage ``number`` of ``stages`` keeps for backward, and the temporary bytes on top. ``layers`` are the
+    stage's, by virtual stage; by default the model's first."""
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    block = _block(args, shape)
-    kept, once = 0.0, 0.0
-    chunks = [_chunk(args, block, layers) for layers in stage.chunks]
+    blocks = _blocks(args, shape)
+    kept, once, entry = 0.0, 0.0, blocks[0].entry
+    held = [[blocks[layer] for layer in chunk] for chunk in layers or map(range, stage.chunks)]
+    chunks = [_chunk(args, chunk, entry) for chunk in held]
     flights = _in_flight(args, stage, number, stages, microbatches)
     for flying in flights:
         kept = max(kept, sum(count * per_token for count, (per_token, _) in zip(flying, chunks, strict=True)))
-    once = max(block.backward + again for _, again in chunks)
+    backward = [max((block.backward for block in chunk), default=0.0) for chunk in held]
+    once = max(each + again for each, (_, again) in zip(backward, chunks, strict=True))
     if number == stages - 1:
-        kept += 2 * block.entry  # the final norm
+        kept += 2 * entry  # the final norm
         once = max(once, _loss(args, shape))  # freed before the last block's backward pass
     if stages > 1:  # a hidden state and a gradient arrive while others are in use
-        once += (4 if getattr(args, "overlap_p2p_comm", False) else 2) * block.entry
+        once += (4 if getattr(args, "overlap_p2p_comm", False) else 2) * entry
     gradient = 0
     if not args.gradient_accumulation_fusion:  # of one weight, before it is added to the main gradients
         gradient = args.params_dtype.itemsize * _largest_weight(args, shape, number == stages - 1)
@@ -281,16 +299,17 @@ def _largest_weight(args: argparse.Namespace, shape: ModelShape, last: bool) -> 
     return int(rows * shape.hidden_size // args.tensor_model_parallel_size)
 
 
-def _chunk(args: argparse.Namespace, block: _Block, layers: int) -> tuple[float, float]:
-    """Bytes per token that ``layers`` blocks keep, and that recomputing them needs at once."""
+def _chunk(args: argparse.Namespace, blocks: Sequence[_Block], entry: float) -> tuple[float, float]:
+    """Bytes per token that ``blocks`` keep, and that recomputing them needs at once."""
     if args.recompute_granularity != "full":
-        return layers * block.saved, block.full - block.saved if layers else 0.0
+        return sum(block.saved for block in blocks), max((block.full - block.saved for block in blocks), default=0.0)
     share = args.tensor_model_parallel_size if args.distribute_saved_activations else 1
     unit = args.recompute_num_layers or 1
     if args.recompute_method == "block":
-        recomputed = min(unit, layers)
-        return recomputed * block.entry / share + (layers - recomputed) * block.full, block.full
-    return -(-layers // unit) * block.entry / share, min(unit, layers) * block.full
+        again, kept = blocks[:unit], blocks[unit:]
+        return len(again) * entry / share + sum(block.full for block in kept), max(block.full for block in blocks)
+    units = [sum(block.full for block in blocks[first : first + unit]) for first in range(0, len(blocks), unit)]
+    return len(units) * entry / share, max(units, default=0.0)
 
 
 def _in_flight(

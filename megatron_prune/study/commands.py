@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layout import BY_LAYER, ModelShape
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.model_arguments import BY_LAYER
 from megatron_prune.data import schedule
 from megatron_prune.methods import options
 from megatron_prune.study.grid import Teaching, TrainingCell

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.objectives import ObjectiveName
 from megatron_prune.study.prunings import Pruning, links, of_method
@@ -293,7 +294,7 @@ def between_flops(pruning: Pruning, shapes: Mapping[str, Shape], seq_length: int
         if link.base is not None and link.retrained:
             if link.base.name not in shapes:
                 return None
-            one = ModelShape(**shapes[link.base.name]).training_flops(seq_length)
+            one = ModelShape.read(shapes[link.base.name]).training_flops(seq_length)
             total += link.retrained // seq_length * one
     return total
 
@@ -328,7 +329,7 @@ def _samples(
     shape, trained = shapes.get(pruning.name), between_flops(pruning, shapes, lay.batch.seq_length)
     if shape is None or trained is None or teacher is None or pruning.name not in spent:
         return None
-    sequence = ModelShape(**shape).training_flops(lay.batch.seq_length) + teacher
+    sequence = ModelShape.read(shape).training_flops(lay.batch.seq_length) + teacher
     return lay.scratch_flops(retrain, spent[pruning.name], sequence, trained)
 
 
@@ -357,7 +358,9 @@ def _scratch_tag(pruning: Pruning, against: Scratch, shape: Shape | None) -> str
 
 
 def shape_tag(shape: Shape) -> str:
-    """``L4h192H6G3d32F512``: layers, hidden, heads, groups, head size, FFN; with ``b`` for biases on the linears."""
+    """``L4h192H6G3d32F512``: layers, hidden, heads, groups, head size, FFN; with ``b`` for biases on the linears. If
+    layers differ, the sizes are of the largest, and a number after ``v`` (varied) tells such shapes apart."""
+    varied = f"v{int(artifacts.sha256_json(shape['layers'])[:8], 16)}" if "layers" in shape else ""
     sizes = "".join(
         f"{letter}{shape[key]}"
         for letter, key in (
@@ -369,7 +372,7 @@ def shape_tag(shape: Shape) -> str:
             ("F", "ffn_hidden_size"),
         )
     )
-    return sizes + "b" * bool(shape.get("linear_bias"))
+    return sizes + varied + "b" * bool(shape.get("linear_bias"))
 
 
 def notes(study: StudyConfig) -> list[str]:

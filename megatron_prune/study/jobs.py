@@ -7,7 +7,7 @@ parents, then calibrations, prunings, what teachers say, and the training runs o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,8 @@ def _pruning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Prun
     def record(seconds: Seconds) -> dict[str, Any]:
         found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
-        if expected is not None and found["target"] != vars(expected):
-            raise RunError(f"{pruning.cell}: expected the pruned shape {vars(expected)}, got {found['target']}")
+        if expected is not None and found["target"] != asdict(expected):
+            raise RunError(f"{pruning.cell}: expected the pruned shape {asdict(expected)}, got {found['target']}")
         return found
 
     after = [source_cell(study, pruning)]

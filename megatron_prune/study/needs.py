@@ -37,6 +37,7 @@ class Needs:
     random: bool = False  # a seed
     retraining: Retraining | None = None  # of its best candidates
     learning: int = 0  # tokens that its masks are learned on
+    heterogeneous: bool = False  # its layers may differ, so that only its plan says the shape
 
     @property
     def tokens(self) -> bool:
@@ -76,7 +77,10 @@ def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> 
             do="use `retrain-candidates --commands`",
         )
     _ = chosen.task  # refuses a file that is not a task
-    return Needs(chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining)
+    return Needs(
+        chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining,
+        heterogeneous=chosen.heterogeneous,
+    )  # fmt: skip
 
 
 def _learning(study: StudyConfig, method: MethodSection, ratio: float | None, batch: int) -> Needs:

@@ -134,7 +134,8 @@ def _retrained(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -
 def _targets(
     study: StudyConfig, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
 ) -> dict[str, ModelShape]:
-    """The known shapes. One chosen by retraining counts as known only once that retraining has been counted."""
+    """The known shapes. One chosen by retraining counts as known only once that retraining has been counted; layers
+    that differ are known once they are planned."""
     found: dict[str, ModelShape] = {}
     for pruning in links(study):
         before = source if pruning.base is None else found.get(pruning.base.name)
@@ -142,7 +143,8 @@ def _targets(
             continue
         competing = shapes_of(study, pruning.method, pruning.ratio, before)
         made = places.plan(pruning)
-        if len(competing) == 1 and not needs[pruning.name].retraining:
+        asked = needs[pruning.name]
+        if len(competing) == 1 and not asked.retraining and not asked.heterogeneous:
             found[pruning.name] = competing[0]
         elif made.is_file():
             found[pruning.name] = plan.read(made).target
@@ -261,7 +263,7 @@ def _lay(study: StudyConfig, source: ModelShape | None, stages: Sequence[Stage],
     declared = parent.declared_tokens
     if declared is None:
         return Lay(batch, end, None)
-    first = ModelShape(**stages[0]["source"]) if stages and stages[0]["kind"] == "pruned" else source
+    first = ModelShape.read(stages[0]["source"]) if stages and stages[0]["kind"] == "pruned" else source
     before = first.training_flops(batch.seq_length) * declared // batch.seq_length if first else None
     after = None if before is None else before + flops
     return Lay(batch, end, declared + tokens, after, declared, before)

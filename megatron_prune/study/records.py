@@ -157,7 +157,7 @@ def _chained(places: Places, chosen: Pruning) -> Record:
     masks = open_masks(places.masks(chosen)) if chosen.sparse else None
     removed = masks.removed if masks else 0
     first, last = (open_checkpoint(places.checkpoint(link.cell)).pruning[-1] for link in (chosen.links[0], chosen))
-    before, after = ModelShape(**first["source"]), ModelShape(**last["target"])
+    before, after = ModelShape.read(first["source"]), ModelShape.read(last["target"])
     return {
         "base": chosen.base.cell,
         "masks": masks.hash if masks else None,

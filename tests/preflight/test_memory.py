@@ -259,6 +259,27 @@ def test_even_splits_count_the_output_layer() -> None:
     assert sum(cost.work(shape, stages, 8192)) * 8192 == pytest.approx(shape.forward_flops(8192))
 
 
+def test_stages_of_layers_that_differ() -> None:
+    """Work and activations are those of the layers that a stage holds, virtual stages included."""
+    full = LLAMA.by_layer()[0]
+    thin = dataclasses.replace(full, ffn_hidden_size=full.ffn_hidden_size // 2)
+    bare = dataclasses.replace(full, num_attention_heads=0, num_query_groups=0)
+    shape = dataclasses.replace(LLAMA, num_layers=4).with_layers([full, thin, bare, thin])
+    stages = [PipelineStage(2, 0, 0, 0, chunks=(1, 1), shapes={}) for _ in range(2)]
+    assert cost.layers_of(stages) == [[range(0, 1), range(2, 3)], [range(1, 2), range(3, 4)]]
+    work = cost.work(shape, stages, 8192)
+    assert sum(work) * 8192 == pytest.approx(shape.forward_flops(8192))
+    mlp, attention = 2 * 3 * 4096 * 14336, 2 * 4096 * (2 * 4096 + 2 * 1024) + 4 * 8192 * 4096
+    assert work[0] == pytest.approx(2 * mlp + attention)
+    args = arguments()
+    (uniform, _), (varied, _) = (
+        memory.activations(args, one, stages[1], 1, 2, 1, cost.layers_of(stages)[1])
+        for one in (dataclasses.replace(LLAMA, num_layers=4), shape)
+    )
+    # Half the FFN of two layers, in bf16 over TP 2: what enters the activation function, and the input of fc2.
+    assert uniform - varied == 2 * 8192 * 2 * 3 * (14336 // 2) // 2
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [({}, 10), ({"save_interval": 10_000}, 1), ({"save_retain_interval": 5000}, 4), ({"save_interval": None}, 1)],
@@ -287,7 +308,7 @@ def test_learned_masks_are_counted_on_the_rank_that_has_them(tensor: int, layers
 def test_a_teacher_is_its_weights_a_block_its_logits_and_hidden_states(tied: bool) -> None:
     """By hand: LLAMA at TP 2 in bf16, sequences of 8192; all of it on one stage, or over four."""
     shape, args = dataclasses.replace(LLAMA, tied=tied), arguments()
-    block = 2 * 8192 * memory._block(args, shape).full / 2
+    block = 2 * 8192 * memory._blocks(args, shape)[0].full / 2
     logits = 8192 * 2 * 128256 // 2
     norms = 65 * 4096  # on every rank
     split = (shape.parameters() - norms) // 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prune.checkpoint.layer_shapes import LayerShape
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import commands, grid, prunings, schema
 from megatron_prune.study.prunings import Places
@@ -247,3 +252,15 @@ def test_of_several_rates_a_comparison_names_the_first() -> None:
         assert [rate for rate, _, _ in comparison.swept] == [1e-3, 2e-3, 3e-3]
         assert (comparison.pruned, comparison.scratch) == comparison.swept[0][1:]
         assert comparison.pruned.endswith("-lr0.001")
+
+
+def test_shapes_of_layers_that_differ_have_tags_of_their_own() -> None:
+    """As in memory and as read from a record; a uniform shape's tag stays."""
+    uniform = ModelShape(2, 24, 6, 3, 5, 20, 16, tied=False)
+    assert grid.shape_tag(asdict(uniform)) == "L2h24H6G3d5F20"
+    found = []
+    for ffn in (7, 8):
+        shape = uniform.with_layers([uniform.by_layer()[0], LayerShape(4, 2, ffn)])
+        found.append(grid.shape_tag(asdict(shape)))
+        assert grid.shape_tag(json.loads(json.dumps(asdict(shape)))) == found[-1]
+    assert found[0] != found[1] and all(re.fullmatch(r"L2h24H6G3d5F20v\d+", tag) for tag in found)

@@ -55,6 +55,8 @@ class AdvisedTarget:
         """Whether a pruned shape (a tag) is cut in the same sizes as the requested one."""
         if self.cuts is None or self.parent_shape is None:
             return True
+        if "v" in shape:  # its layers differ, which an explicit shape cannot ask for
+            return False
         sizes = {LETTERS[letter]: int(size) for letter, size in re.findall(r"([LhHGdF])(\d+)", shape)}
         return self.cuts == {field for field, size in sizes.items() if size != getattr(self.parent_shape, field)}
 
