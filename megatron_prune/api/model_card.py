@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prune import artifacts
+from megatron_prune.checkpoint.layout import HeterogeneousShape
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.masks.with_weights import masks_of
@@ -20,15 +21,20 @@ TEMPLATE = """\
 # {{ name }}
 
 {{ "{:,}".format(shape.parameters()) }} parameters in {{ dtype }}: {{ shape.num_layers }} layers, hidden size
-{{ shape.hidden_size }}, FFN {{ shape.ffn_hidden_size }}, {{ shape.num_attention_heads }} heads in
-{{ shape.num_query_groups }} groups. Exported from a Megatron checkpoint by megatron_prune {{ version }}. The
+{{ shape.hidden_size }}, FFN {{ ffn }}, {{ heads }} heads in
+{{ groups }} groups. Exported from a Megatron checkpoint by megatron_prune {{ version }}. The
 fingerprint of its weights is `{{ fingerprint }}`.
 
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH"{{ ", trust_remote_code=True" if differ }})
 ```
+{% if differ %}
+
+Its layers have different sizes, which no class of transformers has: `modeling_layered_llama.py` next to the weights is
+the code that loads it.
+{% endif %}
 {% if masks %}
 
 ## Removed weights
@@ -71,6 +77,10 @@ def card(checkpoint: Checkpoint) -> bytes:
         template_str=TEMPLATE,
         name=checkpoint.root.name,
         shape=checkpoint.shape,
+        heads=checkpoint.shape.range_of("num_attention_heads"),
+        groups=checkpoint.shape.range_of("num_query_groups"),
+        ffn=checkpoint.shape.range_of("ffn_hidden_size"),
+        differ=isinstance(checkpoint.shape, HeterogeneousShape),
         dtype=str(checkpoint.spec("embedding.word_embeddings.weight").dtype).removeprefix("torch."),
         version=artifacts.versions().get("megatron-prune", ""),
         fingerprint=checkpoint.fingerprint(),

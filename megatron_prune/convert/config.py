@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint.layout import ModelShape, vocabulary
+from megatron_prune.checkpoint.layer_shapes import ENCODED
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, vocabulary
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.convert.families import FAMILIES, REFUSED
+from megatron_prune.convert.families import ALL_FAMILIES, FAMILIES, REFUSED, layered_llama
 from megatron_prune.convert.families.model_family import LLAMA, ModelFamily
 from megatron_prune.convert.families.rope import is_number, read_rope, rope_entries
 from megatron_prune.errors import CheckpointError, UsageError
@@ -34,9 +35,9 @@ def family_of(config: Any) -> ModelFamily:
         raise CheckpointError(
             f"model_type {kind!r} is not supported: Megatron has no option for it, because {REFUSED[kind]}"
         )
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in ALL_FAMILIES:
         raise CheckpointError(f"model_type {show(kind)} is not supported: expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    return ALL_FAMILIES[kind]
 
 
 def args_from_config(
@@ -76,7 +77,7 @@ def args_from_config(
             got=f"{make_vocab_size_divisible_by}, {tensor_model_parallel_size}",
             expected="two positive numbers",
         )  # fmt: skip
-    return {
+    args = {
         **LLAMA,
         **({} if family.learned_positions else read_rope(values, partial="rotary_percent" in family.chosen)),
         **family.fixed,
@@ -103,6 +104,10 @@ def args_from_config(
         "pipeline_model_parallel_size": 1,
         **family.arguments(values),
     }
+    if family.unsaid is not None:  # its layers say heads, groups and FFN sizes
+        shape = ModelShape.from_args(args)
+        args |= {ENCODED: None, **shape.to_args()}
+    return args
 
 
 def _values(config: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
@@ -183,10 +188,10 @@ def config_from_args(
                 f"the checkpoint's stored args have {name}={show(args[name])}, expected a positive number"
             )
     # A tokenizer's folder may hold the config of another model family, which does not apply.
-    base = dict(original) if original is not None and original.get("model_type") in FAMILIES else {}
+    base = dict(original) if original is not None and original.get("model_type") in ALL_FAMILIES else {}
     family = exported_as(args, base.get("model_type"))
     if family.kind != base.get("model_type", family.kind):
-        names = FAMILIES[base["model_type"]].keys
+        names = ALL_FAMILIES[base["model_type"]].keys
         positions = base.get(names.get("max_position_embeddings", "max_position_embeddings"))
         base = {key: base[key] for key in (*_TOKENS, "initializer_range") if key in base}
         base |= {} if positions is None else {"max_position_embeddings": positions}
@@ -251,11 +256,13 @@ def why_unexportable(args: Mapping[str, Any], preferred: str | None = None) -> s
 def exported_as(args: Mapping[str, Any], preferred: str | None = None) -> ModelFamily:
     """The family that a model with these Megatron arguments is exported as: ``preferred`` if it can express the model,
     otherwise the first that can. Raises CheckpointError with the preferred family's reason if there is none."""
-    first = FAMILIES.get(preferred or "llama", FAMILIES["llama"])
+    first = ALL_FAMILIES.get(preferred or "llama", ALL_FAMILIES["llama"])
     reason = first.unfit(args)
     if reason is None:
         return first
-    for family in FAMILIES.values():
+    for family in ALL_FAMILIES.values():
         if family.unfit(args) is None:
             return family
+    if isinstance(ModelShape.from_args(args), HeterogeneousShape):
+        reason = layered_llama.FAMILY.unfit(args)
     raise CheckpointError(f"{reason}; no other supported family has such models either")

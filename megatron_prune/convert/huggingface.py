@@ -8,6 +8,7 @@ bit-exact.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from megatron_prune.checkpoint.tracker import is_megatron
 from megatron_prune.checkpoint.writer import CheckpointWriter, copy_side_files
 from megatron_prune.convert import safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args, family_of
-from megatron_prune.convert.families import FAMILIES
+from megatron_prune.convert.families import ALL_FAMILIES, layered_llama
 from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import_masks
 from megatron_prune.convert.tensors import Segment, is_transposed, rows_of_tensors, rows_of_weight, segments
@@ -91,7 +92,7 @@ class Imported(Blocks):
 
     @cached_property
     def _tensors(self) -> safetensors_io.Tensors:
-        return safetensors_io.Tensors(self.source, FAMILIES[self.family].other_names)
+        return safetensors_io.Tensors(self.source, ALL_FAMILIES[self.family].other_names)
 
     @cached_property
     def _layouts(self) -> dict[str, WeightLayout]:
@@ -102,11 +103,11 @@ class Imported(Blocks):
         return None if self.masks is None else open_masks(self.masks)
 
     def _pieces(self, name: str) -> list[Segment]:
-        return segments(self._layouts[name], self.shape, self.vocabulary_size, FAMILIES[self.family])
+        return segments(self._layouts[name], self.shape, self.vocabulary_size, ALL_FAMILIES[self.family])
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         layout = self._layouts[name]
-        read = self._tensors.columns if is_transposed(layout, FAMILIES[self.family]) else self._tensors.rows
+        read = self._tensors.columns if is_transposed(layout, ALL_FAMILIES[self.family]) else self._tensors.rows
         blocks = _blocks(layout, self._pieces(name), read, self.dtype(name))
         return blocks if self._masks is None else guarded(self._masks, name, blocks)
 
@@ -155,6 +156,8 @@ def export_hf(
             export_masks(masks, family, folder / HUGGINGFACE_MASKS)
         if side is not None:
             copy_side_files(side, folder)
+        if family.unsaid is not None:
+            shutil.copyfile(layered_llama.MODELING, folder / layered_llama.MODELING.name)
         for name, payload in (files or {}).items():
             (folder / name).write_bytes(payload)
         write_json(folder / "config.json", config)
@@ -180,13 +183,13 @@ class Exported(Blocks):
     @cached_property
     def _made_of(self) -> dict[str, list[tuple[Segment, str, int]]]:
         shape = self._checkpoint.shape
-        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args), FAMILIES[self.family])
+        return rows_of_tensors(weights(shape), shape, vocabulary(self._checkpoint.args), ALL_FAMILIES[self.family])
 
     @cached_property
     def _transposed(self) -> frozenset[str]:
         """Megatron weights whose tensors are stored as [in, out]."""
         layouts = weights(self._checkpoint.shape)
-        return frozenset(layout.name for layout in layouts if is_transposed(layout, FAMILIES[self.family]))
+        return frozenset(layout.name for layout in layouts if is_transposed(layout, ALL_FAMILIES[self.family]))
 
     @cached_property
     def entries(self) -> safetensors_io.Entries:

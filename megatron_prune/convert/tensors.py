@@ -25,6 +25,7 @@ class Segment:
 
 def segments(layout: WeightLayout, shape: ModelShape, vocabulary_size: int, family: ModelFamily) -> list[Segment]:
     """The segments of a Megatron weight, from its first row to its last."""
+    shape = shape.of_layer(layout.layer)
     rows, kind = layout.shape[0], layout.suffix.rsplit(".", 1)[-1]
     if layout.axes[0] == "qkv":
         names = [f"{name.format(layout.layer)}.{kind}" for name in family.qkv]
@@ -63,6 +64,7 @@ def rows_of_weight(
     kind = layout.suffix.rsplit(".", 1)[-1]
     if layout.axes[0] == "qkv":
         names = [f"{name.format(layout.layer)}.{kind}" for name in family.qkv]
+        shape = shape.of_layer(layout.layer)
         groups = shape.num_query_groups * shape.kv_channels
         separate = [shape.num_attention_heads * shape.kv_channels, groups, groups]
         return dict(zip(names, separate if len(names) == 3 else [layout.shape[0]], strict=True))

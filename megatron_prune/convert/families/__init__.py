@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_prune.convert.families import (
     gpt2,
     gpt_neox,
+    layered_llama,
     llama,
     mistral,
     nemotron,
@@ -21,6 +22,8 @@ FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.kind: module.FAMILY
     for module in (llama, mistral, qwen2, qwen3, smollm3, phi3, nemotron, starcoder2, gpt2, gpt_neox)
 }
+# With those whose layers differ, of which the first that can express the model is taken too.
+ALL_FAMILIES = FAMILIES | {family.kind: family for family in (layered_llama.PUBLISHED, layered_llama.FAMILY)}
 # What Megatron-LM 0.19 has no option for.
 REFUSED = {
     "olmo2": "it normalizes the outputs of attention and MLP, and queries and keys over all heads at once",
