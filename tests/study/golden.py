@@ -34,6 +34,8 @@ STUDIES: dict[str, ModelShape | None] = {
     "quickstart/all-methods": None,
     "miniature/study": None,
     "miniature/rate": None,
+    "miniature/small": None,
+    "miniature/small-rate": None,
     "smollm2_135m/study": SMOLLM2,
     "llama3.1_8b/token_scaling": None,
     "llama3.1_8b/ratios": None,
@@ -41,7 +43,7 @@ STUDIES: dict[str, ModelShape | None] = {
     "llama3.1_8b/sparse": None,
     "llama3.1_8b/imported": None,
 }
-ONE_SEED = ("miniature/study",)  # large, and its seeds differ in the seed alone
+ONE_SEED = ("miniature/study", "miniature/small")  # large, and their seeds differ in the seed alone
 Flag = tuple[str, ...]  # its name and its values
 
 
