@@ -99,7 +99,7 @@ VALUES: dict[str, list[str]] = {
     "recompute_modules": ["mlp"], "spec": ["local"], "cp_comm_type": ["a2a"], "config_logger_dir": ["{folder}"],
     "yaml_cfg": ["none.yaml"], "te_precision_config_file": ["none.yaml"], "mup_base_hidden_size": ["16"],
     "heterogeneous_layers_config_path": ["tests/checkpoint/two_layers.json"],
-    "heterogeneous_layers_config_encoded_json": [TWO_LAYERS.read_text().replace("{", "{{").replace("}", "}}")],
+    "heterogeneous_layers_config_encoded_json": [TWO_LAYERS.read_text().strip().replace("{", "{{").replace("}", "}}")],
     "hierarchical_context_parallel_sizes": ["1", "2"], "pipeline_model_parallel_layout": ["Et|tL"],
     "offload_modules": ["core_attn"], "cuda_graph_modules": ["attn"], "position_embedding_type": ["none"],
     "layernorm_epsilon": ["0.3"], "embedding_init_method_std": ["0.5"], "cpu_offloading_num_layers": ["1"],

@@ -58,3 +58,45 @@ def masked(folder: Path, kept: Selection, *, head: int = 12) -> Any:
                 alive[channels] = True
                 matrix.weight[:, ~alive] = 0
     return model
+
+
+def megatron_logits(folder: str, tokens: torch.Tensor, tp: int) -> torch.Tensor | None:
+    """In a rank: logits of a checkpoint whose layers differ, built, checked and loaded by Megatron alone."""
+    from argparse import Namespace
+
+    from megatron_prune.engine import cpu
+
+    cpu.prepare()
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, model_parallel_cuda_manual_seed
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+    from megatron.training.arguments import validate_model_config_args_from_heterogeneous_config
+
+    checkpoint = open_checkpoint(folder)
+    args, shape = Namespace(**checkpoint.args), checkpoint.shape
+    args.use_rotary_position_embeddings = True  # which it asks for, and then ignores
+    validate_model_config_args_from_heterogeneous_config(args)
+    torch.distributed.init_process_group("gloo")
+    mpu.initialize_model_parallel(tp)
+    model_parallel_cuda_manual_seed(1)
+    config = HeterogeneousTransformerConfig(
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups, kv_channels=shape.kv_channels, ffn_hidden_size=shape.ffn_hidden_size,
+        use_cpu_initialization=True, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False, normalization="RMSNorm", layernorm_epsilon=args.layernorm_epsilon,
+        add_bias_linear=False, tensor_model_parallel_size=tp, hidden_dropout=0.0, attention_dropout=0.0,
+        heterogeneous_layers_config_encoded_json=args.heterogeneous_layers_config_encoded_json,
+    )  # fmt: skip
+    model = GPTModel(
+        config, get_gpt_heterogeneous_layer_spec(config), vocab_size=shape.padded_vocab_size, max_sequence_length=128,
+        position_embedding_type="rope", rotary_base=int(args.rotary_base), rope_scaling=True,
+        rope_scaling_factor=args.rope_scaling_factor, share_embeddings_and_output_weights=shape.tied,
+    ).eval()  # fmt: skip
+    wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(True)})}
+    model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint.directory))["model"], strict=True)
+    with torch.no_grad():
+        found = model(tokens, torch.arange(tokens.shape[1])[None].expand_as(tokens), None)
+        return gather_from_tensor_model_parallel_region(found)

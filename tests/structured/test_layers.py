@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from megatron_prune import verbs
-from megatron_prune.checkpoint.layer_shapes import ENCODED, LayerShape
+from megatron_prune.checkpoint.layer_shapes import LayerShape, unreadable
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.cli.pruning_tables import show_plan
-from megatron_prune.convert.inspect import describe
+from megatron_prune.convert.huggingface import import_hf
+from megatron_prune.convert.inspect import describe, warnings
 from megatron_prune.errors import PlanError
 from megatron_prune.methods import llm_pruner, options
 from megatron_prune.methods.base import PruningRequest, Selection
@@ -91,16 +92,29 @@ def test_layers_without_any_attention_left_are_refused(tiny_parent: Path) -> Non
         layered.selection(((0, 50),) * 4).shape(open_checkpoint(tiny_parent).shape)
 
 
-def test_unmodified_megatron_reads_the_layers_it_can(pruned: Path) -> None:
-    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+@pytest.mark.parametrize("tp", [1, 2])
+def test_unmodified_megatron_builds_checks_and_loads_what_its_format_can_say(
+    tiny_hf: Callable[..., Path], distributed: Callable[..., list[Any]], tmp_path: Path, tp: int
+) -> None:
+    """Other FFN sizes, no attention, no MLP; in a model with scaled RoPE, the only one that its check accepts."""
+    sizes, folder = ((6, 50), (0, 192), (6, 64), (6, 0)), tiny_hf("llama-gqa-tied-rope", layers=4)
+    import_hf(folder, tmp_path / "parent")
+    cut = layered.cut(tmp_path / "parent", tmp_path / "cut", sizes)
+    assert unreadable(open_checkpoint(cut).args) is None
+    tokens = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = layered.masked(folder, layered.selection(sizes))(tokens).logits
+    found = distributed(layered.megatron_logits, tp, str(cut), tokens, tp)[-1]
+    assert (found[..., :VOCABULARY] - expected).abs().max() < 1e-4
 
-    encoded = open_checkpoint(pruned).args[ENCODED]
-    config = HeterogeneousTransformerConfig(
-        num_layers=4, hidden_size=96, num_attention_heads=12, num_query_groups=6, kv_channels=12,
-        heterogeneous_layers_config_encoded_json=encoded,
-    )  # fmt: skip
-    assert config.get_config_for_layer(1).ffn_hidden_size == 50
-    assert config.per_block_parameters[1].attention.no_op and config.per_block_parameters[3].mlp.no_op
+
+def test_what_unmodified_megatron_cannot_build_is_said(pruned: Path, tiny_parent: Path, tmp_path: Path) -> None:
+    [said] = warnings(open_checkpoint(pruned))
+    assert "cannot build layers with different numbers of heads" in said
+    same_heads = layered.cut(tiny_parent, tmp_path / "cut", ((6, 50), (0, 192), (6, 64), (6, 0)))
+    [said] = warnings(open_checkpoint(same_heads))
+    assert "use_rope_scaling=False" in said and "it takes True alone" in said
+    assert warnings(open_checkpoint(tiny_parent)) == []
 
 
 def statistics(parent: Checkpoint) -> Statistics:
