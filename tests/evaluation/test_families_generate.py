@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.convert import family_models
+from tests.structured import layered
 from tests.training.small import layout
 
 PROMPTS = [(5, 17, 300, 41), tuple(range(40, 75)), (7,), (9, 9, 9, 120, 6)]  # shorter and longer than the window
@@ -50,4 +51,24 @@ def test_greedy_texts_are_those_of_transformers(name: str, distributed, tmp_path
         for prompt in PROMPTS
     ]
     for found in distributed(generated, 2, str(checkpoint), 2):
+        assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [(0, 60), (2, 0)])
+def test_layers_without_attention_are_decoded_too(last, tiny_hf, distributed, tmp_path: Path) -> None:
+    """The first layer has no attention, nor has the last, or it has no MLP; by the masked parent in transformers."""
+    import torch
+
+    from megatron_prune.convert.huggingface import import_hf
+
+    sizes, source = ((0, 50), (4, 192), (1, 64), last), tiny_hf("llama-gqa", layers=4)
+    import_hf(source, tmp_path / "parent")
+    cut = layered.cut(tmp_path / "parent", tmp_path / "cut", sizes)
+    model = layered.masked(source, layered.selection(sizes))
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+        for prompt in PROMPTS
+    ]
+    for found in distributed(generated, 2, str(cut), 2):
         assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
