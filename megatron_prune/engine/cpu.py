@@ -18,12 +18,11 @@ Megatron's.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import queue
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,8 +273,8 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 
 def fuse(model: Iterable[torch.nn.Module]) -> None:
     """Make forward passes of these models without gradients faster: fused attention where it is plainly causal, gated
-    MLPs without an addition of zero, keys that are cached rotated, and a last layer that, where only the last token's
-    logits are wanted (``forward.run_cached``), computes no other token after its keys and values.
+    MLPs without an addition of zero, and passes with a cache of keys and values (``engine/decoding.py``), which
+    rotates keys before they are cached.
 
     Does nothing on a GPU, where Transformer Engine's attention is fused.
     """
@@ -287,9 +286,11 @@ def fuse(model: Iterable[torch.nn.Module]) -> None:
     from megatron.core.transformer.mlp import MLP
     from megatron.core.utils import unwrap_model
 
+    from megatron_prune.engine import decoding
+
     for chunk in model:
         for module in chunk.modules():
-            if type(module) is MLP and _is_plainly_gated(module):
+            if type(module) is MLP and module.config.gated_linear_unit and decoding.is_plain_mlp(module):
                 module.forward = functools.partial(_gated, module, module.forward)
             if isinstance(module, Attention):
                 cached = module._adjust_key_value_for_inference
@@ -301,26 +302,9 @@ def fuse(model: Iterable[torch.nn.Module]) -> None:
                 and module.scale_mask_softmax.window_size is None
             ):
                 module.forward = functools.partial(_forward, module, module.forward)
-        for module in chunk.modules():
-            if isinstance(module, Attention) and _is_fused(module):
-                module._allocate_memory = functools.partial(_sequences_apart, module)
         whole: Any = unwrap_model(chunk)
-        if whole.post_process and len(whole.decoder.layers) and not whole.config.sequence_parallel:
-            layer = whole.decoder.layers[-1]
-            if isinstance(layer.self_attention, Attention) and _is_fused(layer.self_attention):
-                layer.self_attention.core_attention.only_last = True
-                layer.self_attn_bda = functools.partial(_add_to_the_last, layer.self_attn_bda)
-
-
-def _is_plainly_gated(mlp: Any) -> bool:
-    config = mlp.config
-    return bool(
-        config.gated_linear_unit
-        and not config.bias_activation_fusion
-        and not config.use_te_activation_func
-        and config.activation_func_clamp_value is None
-        and config.glu_linear_offset == 0
-    )
+        layers = whole.decoder.layers
+        decoding.attach(layers, ends=whole.post_process, plain=map(_is_fused, layers))
 
 
 def _gated(module: Any, plain: Any, hidden: torch.Tensor, per_token_scale: Any = None, **more: Any) -> Any:
@@ -332,12 +316,6 @@ def _gated(module: Any, plain: Any, hidden: torch.Tensor, per_token_scale: Any =
         both = both + bias
     gate, linear = both.chunk(2, dim=-1)
     return module.linear_fc2(module.config.activation_func(gate).mul_(linear))
-
-
-def _add_to_the_last(made: Any, training: bool, fused: bool) -> Any:
-    """``TransformerLayer.self_attn_bda``, where attention returned the last tokens only."""
-    add = made(training, fused)
-    return lambda output, residual, dropout: add(output, residual[-len(output[0]) :], dropout)
 
 
 def _cache_rotated(
@@ -366,13 +344,6 @@ def _cache_rotated(
     return query, key, value, (None, None), *rest
 
 
-def _sequences_apart(module: Any, length: int, batch: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """``Attention._allocate_memory``, [s, b, g, d], with the tokens of a head next to each other in memory, which is
-    the order in which attention reads them."""
-    found = torch.empty(batch, module.num_query_groups_per_partition, length, size, dtype=dtype)
-    return found.permute(2, 0, 1, 3)
-
-
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of ``x`` [s, b, n, d] by ``cos`` and ``sin`` [s, 1, 1, r] of its first r ≤ d dimensions, whose
     halves belong together."""
@@ -388,31 +359,9 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return found
 
 
-def pads(model: Iterable[torch.nn.Module]) -> bool:
-    """Whether all attention of these models was fused, so that it skips what ``padded`` names."""
-    from megatron.core.transformer.attention import Attention
-
-    return all(_is_fused(module) for chunk in model for module in chunk.modules() if isinstance(module, Attention))
-
-
-def _is_fused(attention: Any) -> bool:
-    return getattr(attention.core_attention.forward, "func", None) is _forward
-
-
-_padding: torch.Tensor | None = None
-_masks: dict[tuple[int, int], torch.Tensor] = {}  # of `_padding`, by numbers of queries and keys: layers share them
-
-
-@contextlib.contextmanager
-def padded(padding: torch.Tensor | None) -> Iterator[None]:
-    """Within this, sequence b begins with ``padding[b]`` tokens that no other token sees."""
-    global _padding
-    _padding = padding
-    try:
-        yield
-    finally:
-        _padding = None
-        _masks.clear()
+def _is_fused(layer: Any) -> bool:
+    core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+    return getattr(getattr(core, "forward", None), "func", None) is _forward
 
 
 def _forward(
@@ -428,16 +377,11 @@ def _forward(
     """``DotProductAttention.forward``: queries [sq, b, n, d], keys and values [sk, b, g, d] to [sq, b, n·d].
 
     One query with many keys is the last token of a sequence whose earlier keys were cached: it sees all of them.
-    The last layer returns only the last token, [1, b, n·d], where only that is wanted.
     """
-    from megatron.core.inference.utils import InferenceMode
-
     last = len(query) == 1
     if module.training or torch.is_grad_enabled() or attention_mask is not None or not (last or len(query) == len(key)):
         output: torch.Tensor = unfused(query, key, value, attention_mask, *others, **more)
         return output
-    if getattr(module, "only_last", False) and InferenceMode.is_active():
-        query, last = query[-1:], True
     repeats = query.shape[2] // key.shape[2]
     if not last and repeats > 1:  # many queries are faster with repeated keys
         key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
@@ -445,21 +389,7 @@ def _forward(
     if last:  # the queries of a group are as many tokens that see the same
         q = q.reshape(*k.shape[:2], repeats, -1)
     scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1.0)
-    sizes = len(query), len(key)
-    if _padding is not None and sizes not in _masks:
-        _masks[sizes] = _seen(_padding, *sizes)
-    seen = _masks.get(sizes)
-    context = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=not last and seen is None, scale=scale
-    )
+    context = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not last, scale=scale)
     if last:
         return context.reshape(1, len(context), -1)
     return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
-
-
-def _seen(padding: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
-    """Which of ``keys`` tokens the last ``queries`` of them see, bool [b, 1, queries, keys]: the earlier ones and
-    themselves, without padding. Padding sees itself, so that nothing is divided by zero."""
-    key = torch.arange(keys)
-    query = key[keys - queries :, None]
-    return (((key <= query) & (key >= padding[:, None, None])) | (key == query))[:, None]

@@ -30,7 +30,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_prune.data.streams import TEACHER_PREFIX
-from megatron_prune.engine import cpu
+from megatron_prune.engine import decoding
 from megatron_prune.errors import DataError
 
 _SPIKE_FACTOR = 10  # with --check-for-spiky-loss, a loss this many times the largest so far is reported
@@ -196,19 +196,18 @@ def run_logits_at(
 
 def run_cached(
     model: list[torch.nn.Module],
-    batches: Iterable[tuple[torch.Tensor, StaticInferenceContext, torch.Tensor | None]],
+    batches: Iterable[tuple[torch.Tensor, StaticInferenceContext]],
     read: Callable[[torch.Tensor], Any],
 ) -> list[Any] | None:
     """Forward the next tokens of sequences whose earlier tokens are in a cache of keys and values, which grows.
 
-    ``batches`` yields int64 tokens [B, n] and the cache of exactly B sequences (Megatron's own): n is one, unless the
-    cache is empty; and how many tokens of padding each sequence begins with, int64 [B], which needs ``cpu.pads``; None
-    for none. ``read`` gets the logits after the last token, [B, 1, V], whole on every tensor parallel rank of the last
-    stage. Returns what ``read`` returned, in order; None on other stages.
+    ``batches`` yields int64 tokens [B, n] and the cache of exactly B sequences: n is one, unless the cache is empty. An
+    empty ``decoding.Cache``, which needs ``decoding.is_attached``, takes its packed prompts, [1, N]. ``read`` gets the
+    logits after the last token, [B, 1, V], whole on every tensor parallel rank of the last stage. Returns what ``read``
+    returned, in order; None on other stages.
     """
     with InferenceMode.active():  # only the last token's logits are computed
-        made = (_Batch(tokens, cache=cache, padding=padding) for tokens, cache, padding in batches)
-        return _through_the_pipeline(model, made, read)
+        return _through_the_pipeline(model, (_Batch(tokens, cache=cache) for tokens, cache in batches), read)
 
 
 @dataclass(frozen=True)
@@ -218,8 +217,22 @@ class _Batch:
     tokens: torch.Tensor
     labels: torch.Tensor | None = None
     cache: StaticInferenceContext | None = None
-    padding: torch.Tensor | None = None
     places: torch.Tensor | None = None
+
+    def positions(self) -> torch.Tensor:
+        """Of the tokens in their texts, int64 [B, S]."""
+        if isinstance(self.cache, decoding.Cache):
+            return self.cache.positions()
+        first = 0 if self.cache is None else self.cache.sequence_len_offset
+        device = torch.cuda.current_device()
+        return torch.arange(first, first + self.tokens.shape[1], device=device).expand_as(self.tokens)
+
+    def advance(self) -> None:
+        """The tokens have been read, and are in the cache, if there is one."""
+        if isinstance(self.cache, decoding.Cache):
+            self.cache.advance()
+        elif self.cache is not None:
+            self.cache.increment_sequence_len_offset(self.tokens.shape[1])
 
 
 def _through_the_pipeline(
@@ -238,23 +251,16 @@ def _through_the_pipeline(
 
     def step(iterator: Iterator[_Batch], stage: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
-        cache, padding = batch.cache, batch.padding
-        tokens = batch.tokens.cuda()  # [B, S]
-        first = 0 if cache is None else cache.sequence_len_offset
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)
-        with cpu.padded(padding), _only_at(stage, batch.places):
+        with _only_at(stage, batch.places):
             output = stage(
-                tokens,
-                positions,
+                batch.tokens.cuda(),  # [B, S]
+                batch.positions(),
                 None,
                 labels=None if batch.labels is None else batch.labels.cuda(),
-                inference_context=cache,
-                runtime_gather_output=None if cache is None else True,
+                inference_context=batch.cache,
+                runtime_gather_output=None if batch.cache is None else True,
             )
-        if cache is not None:
-            cache.increment_sequence_len_offset(tokens.shape[1])
+        batch.advance()
 
         def collect(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             found.append(read(output.detach() if batch.places is None else output[0]))

@@ -48,5 +48,6 @@ def _attach(block: Any) -> None:
     def keep(_block: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         held[:] = [args[0] if args else named["hidden_states"]]
 
+    block.parallel_residual = True  # for layers that run without these hooks (engine/decoding.py)
     block.register_forward_pre_hook(keep, with_kwargs=True)
     block.pre_mlp_layernorm.register_forward_pre_hook(lambda _norm, args: (held.pop(), *args[1:]))

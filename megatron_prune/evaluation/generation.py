@@ -1,7 +1,7 @@
-"""Continuations of texts, decoded greedily or by sampling, with a cache of keys and values (Megatron's own static one).
+"""Continuations of texts, decoded greedily or by sampling, with a cache of keys and values.
 
-Without a GPU, the prompts of a batch are padded to one length on the left and read at once, if the model's attention
-can skip padding (``cpu.pads``). Otherwise a batch reads the shortest of its prompts at once, then one token per step;
+Without a GPU, the prompts of a batch are read at once, packed, if the model's layers can (``engine/decoding.py``).
+Otherwise, with Megatron's own static cache, a batch reads the shortest of its prompts at once, then one token per step;
 where a longer prompt has a next token, that is read instead of the model's choice. Every stage of a pipeline keeps the
 cache of its own layers, and a pipeline of P stages decodes P batches at a time:
 
@@ -26,7 +26,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_prune import screen
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import cpu, forward
+from megatron_prune.engine import decoding, forward
 from megatron_prune.errors import UsageError
 
 # Of lm-eval's ``generation_kwargs``, besides the fields of ``Sampling``; the last three are other names of the second.
@@ -92,17 +92,17 @@ def generate(
         for numbers in itertools.batched(same, batch)
     ]
     own = batches[mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()]
-    agreed = torch.tensor(int(cpu.pads(model)), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)  # stages may have other kinds of attention
-    pads = bool(agreed)
+    agreed = torch.tensor(int(decoding.is_attached(model)), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)  # stages may have other kinds of layers
+    packs = bool(agreed)
     together = mpu.get_pipeline_model_parallel_world_size()
     found: dict[int, list[int]] = {}
     flights = list(itertools.batched(own, together))
     for flight in screen.progress(flights, len(flights), "generating", "batch"):
-        decoding = [_Batch([requests[n] for n in numbers], tokenizer, pads=pads) for numbers in flight]
-        while active := [one for one in decoding if not one.done]:
+        running = [_Batch([requests[n] for n in numbers], tokenizer, packs=packs) for numbers in flight]
+        while active := [one for one in running if not one.done]:
             _step(model, active)
-        for numbers, one in zip(flight, decoding, strict=True):
+        for numbers, one in zip(flight, running, strict=True):
             found |= dict(zip(numbers, one.made, strict=True))
     return found
 
@@ -112,7 +112,7 @@ def _step(model: list[torch.nn.Module], batches: Sequence[_Batch]) -> None:
     reading = iter(batches)
     chosen = forward.run_cached(
         model,
-        ((batch.unread, batch.cache, batch.padding) for batch in batches),
+        ((batch.unread, batch.cache) for batch in batches),
         lambda logits: next(reading).choose(logits[:, -1]),
     )
     device, sizes = torch.cuda.current_device(), [len(batch.requests) for batch in batches]
@@ -130,25 +130,28 @@ def _step(model: list[torch.nn.Module], batches: Sequence[_Batch]) -> None:
 class _Batch:
     """Sequences that are decoded together. ``unread``, int64 [B, n], is what the model reads next.
 
-    ``pads``: the model can skip ``padding``, int64 [B], the number of tokens before each prompt; None for none.
+    ``packs``: it reads the prompts at once, one after the other, [1, N].
     """
 
-    def __init__(self, requests: Sequence[GenerationRequest], tokenizer: Tokenizer, *, pads: bool = False):
+    def __init__(self, requests: Sequence[GenerationRequest], tokenizer: Tokenizer, *, packs: bool = False):
         self.requests = requests
         self._processors = requests[0].sampling.processors()
-        lengths = torch.tensor([len(request.inputs) for request in requests])
-        before = torch.zeros_like(lengths)
-        if pads and requests[0].sampling.repetition_penalty == 1.0:  # which would count padding
-            before = lengths.max() - lengths
-        self._ends = (before + lengths).tolist()  # of the prompts
-        self.padding = before if before.any() else None
+        lengths = [len(request.inputs) for request in requests]
+        self._ends = [max(lengths)] * len(lengths) if packs else lengths  # of the prompts in `ids`
         longest = max(end + request.most for end, request in zip(self._ends, requests, strict=True))
-        self.cache = StaticInferenceContext(len(requests), longest)
         self.ids = torch.zeros(len(requests), longest, dtype=torch.int64)  # prompts, then also what was made
-        for row, start, end, request in zip(self.ids, before.tolist(), self._ends, requests, strict=True):
-            row[start:end] = torch.tensor(request.inputs)
+        for row, end, request in zip(self.ids, self._ends, requests, strict=True):
+            row[:end] = request.inputs[0]  # before a shorter prompt, where it counts as repeated no more than it is
+            row[end - len(request.inputs) : end] = torch.tensor(request.inputs)
+        self.cache: StaticInferenceContext
+        if packs:
+            self.cache = decoding.Cache(lengths, longest)
+            self.unread = torch.cat([torch.tensor(request.inputs) for request in requests])[None]
+        else:
+            self.cache = StaticInferenceContext(len(requests), longest)
+            self.unread = self.ids[:, : min(lengths)]
         self.made: list[list[int]] = [[] for _ in requests]
-        self._read, self.unread = 0, self.ids[:, : min(self._ends)]
+        self._read = min(self._ends)  # columns of `ids`, after the next pass
         self._ended = [request.most < 1 for request in requests]
         self._stops = [TextEnd(request, tokenizer) for request in requests]
         self._draws = [numpy.random.default_rng(request.draw) for request in requests]
@@ -159,7 +162,7 @@ class _Batch:
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, [B], from its logits [B, V]."""
-        scores, read = logits.float(), self._read + self.unread.shape[1]
+        scores, read = logits.float(), self._read
         for processor in self._processors:
             scores = processor(self.ids[:, :read].to(scores.device), scores)
         if not self.requests[0].sampling.do_sample:
@@ -171,14 +174,13 @@ class _Batch:
 
     def add(self, chosen: torch.Tensor) -> None:
         """Add ``chosen`` [B] where the prompt has no next token, and note which rows have ended."""
-        self._read += self.unread.shape[1]
-        for row, end in enumerate(self._ends):
+        for row, (end, token) in enumerate(zip(self._ends, chosen.tolist(), strict=True)):
             if self._read >= end and not self._ended[row]:
-                token = int(chosen[row])
                 self.ids[row, self._read] = token
                 self.made[row].append(token)
                 self._ended[row] = self._stops[row].reached(self.made[row])
         self.unread = self.ids[:, self._read : self._read + 1]
+        self._read += 1
 
 
 class TextEnd:

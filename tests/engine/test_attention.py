@@ -9,6 +9,8 @@ import torch
 
 from tests.checkpoint import ranks
 
+PROMPTS = [31, 47]  # tokens, of sequences of 50
+
 
 def compare() -> dict[str, Any]:
     """Logits of a small grouped-query model with and without it; which attention ran in each case."""
@@ -45,6 +47,13 @@ def compare() -> dict[str, Any]:
         found["cached"] = [(made - plain[:, at]).abs().max().item() for made, at in _cached(model, tokens, positions)]
         found["cached calls"] = len(calls) - before
         before = len(calls)
+        found["packed"] = [
+            (made[row] - plain[row, length + step - 1]).abs().max().item()
+            for step, made in enumerate(_packed(model, tokens))
+            for row, length in enumerate(PROMPTS)
+        ]
+        found["packed calls"] = len(calls) - before
+        before = len(calls)
     logits().sum().backward()
     found["with gradients"] = len(calls) - before
     return found
@@ -66,10 +75,32 @@ def _cached(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> list[t
     return made
 
 
+def _packed(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Logits [B, V] after prompts of uneven length, read at once, and after each of the next three tokens."""
+    from megatron.core.inference.utils import InferenceMode
+
+    from megatron_prune.engine import decoding
+
+    cache, made = decoding.Cache(PROMPTS, max(PROMPTS) + 3), []
+    with InferenceMode.active():
+        for step in range(4):
+            following = [row[length + step - 1 : length + step] for row, length in zip(tokens, PROMPTS, strict=True)]
+            prompts = [row[:length] for row, length in zip(tokens, PROMPTS, strict=True)]
+            read = torch.stack(following) if step else torch.cat(prompts)[None]
+            logits = model(read, cache.positions(), None, inference_context=cache, runtime_gather_output=True)
+            assert logits.shape[:2] == (len(PROMPTS), 1)
+            made.append(logits[:, 0])
+            cache.advance()
+    return made
+
+
 def test_the_numbers_are_megatrons(distributed: Callable[..., Any]) -> None:
     (found,) = distributed(compare, 1)
     assert found["calls"] == 4, "one a layer"
     assert found["fused"] < 1e-5 * max(1.0, found["size"]) and found["masked"] < 1e-5
     assert found["cached calls"] == 16 and len(found["cached"]) == 4
     assert max(found["cached"]) < 1e-5 * max(1.0, found["size"])
+    assert found["packed calls"] == 3 * len(PROMPTS) + 1 + 3 * 4, "the last layer once"
+    assert len(found["packed"]) == 4 * len(PROMPTS)
+    assert max(found["packed"]) < 1e-5 * max(1.0, found["size"])
     assert found["more calls"] == found["with gradients"] == 0

@@ -1,5 +1,5 @@
-"""Models with windows, layers without RoPE, YaRN or learned positions are decoded from their cache as transformers
-decodes them."""
+"""Models with windows, layers without RoPE, YaRN, learned positions, biases, norms of heads or a parallel residual are
+decoded from their cache as transformers decodes them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tests.training.small import layout
 
 PROMPTS = [(5, 17, 300, 41), tuple(range(40, 75)), (7,), (9, 9, 9, 120, 6)]  # shorter and longer than the window
 NEW = 40
+WINDOWS = "mistral-window"
+PACKED = ["llama-yarn", "llama-biases", "smollm3", "qwen3", "gpt2", "nemotron", "pythia"]  # engine/decoding.py
 
 
-def generated(checkpoint: str, stages: int) -> dict[int, list[int]]:
-    """In a rank: greedy continuations, in batches of two."""
+def generated(checkpoint: str, stages: int) -> tuple[bool, dict[int, list[int]]]:
+    """In a rank: whether its layers read packed prompts; greedy continuations, in batches of two."""
     from megatron_prune import verbs
     from megatron_prune.engine import cpu
 
@@ -29,14 +31,15 @@ def generated(checkpoint: str, stages: int) -> dict[int, list[int]]:
     runtime.initialize(args)
     model = runtime.load_model(args)
     cpu.fuse(model)
+    from megatron_prune.engine import decoding
     from megatron_prune.evaluation import generation
 
     asked = [generation.GenerationRequest(prompt, NEW, (), frozenset()) for prompt in PROMPTS]
-    return generation.generate(model, asked, 2, None)
+    return decoding.is_attached(model), generation.generate(model, asked, 2, None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mistral-window", "llama-yarn", "smollm3", "gpt2", "nemotron"])
+@pytest.mark.parametrize("name", [WINDOWS, *PACKED])
 def test_greedy_texts_are_those_of_transformers(name: str, distributed, tmp_path: Path) -> None:
     import torch
     import transformers
@@ -50,7 +53,8 @@ def test_greedy_texts_are_those_of_transformers(name: str, distributed, tmp_path
         model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, len(prompt) :]
         for prompt in PROMPTS
     ]
-    for found in distributed(generated, 2, str(checkpoint), 2):
+    for packed, found in distributed(generated, 2, str(checkpoint), 2):
+        assert packed == (name in PACKED)
         assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
 
 

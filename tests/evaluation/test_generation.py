@@ -84,29 +84,35 @@ def test_a_batch_reads_longer_prompts_as_given() -> None:
     assert batch.made == [[43], [51, 52, 53]]
 
 
-def test_prompts_are_padded_on_the_left_where_padding_can_be_skipped() -> None:
+def test_prompts_are_packed_where_layers_can_read_them_so() -> None:
     from megatron_prune.evaluation.generation import Sampling, _Batch
 
     asked = [request(inputs=(7, 8, 9, 10), most=1), request(inputs=(3, 1), most=3)]
-    batch = _Batch(asked, Letters(), pads=True)
-    seen = []
-    assert batch.padding is not None and batch.padding.tolist() == [0, 2]
+    batch = _Batch(asked, Letters(), packs=True)
+    seen, positions = [], []
     while not batch.done:
         seen.append(batch.unread.tolist())
+        positions.append(batch.cache.positions().tolist())
+        batch.cache.advance()
         batch.add(torch.tensor([40 + len(seen), 50 + len(seen)]))
-    assert seen == [[[7, 8, 9, 10], [0, 0, 3, 1]], [[41], [51]], [[0], [52]]]
+    assert seen == [[[7, 8, 9, 10, 3, 1]], [[41], [51]], [[0], [52]]]
+    assert positions == [[[0, 1, 2, 3, 0, 1]], [[4], [2]], [[5], [3]]]
     assert batch.made == [[41], [51, 52, 53]]
-    assert _Batch([asked[1]] * 2, Letters(), pads=True).padding is None, "one length"
-    counting = [request(inputs=one.inputs, sampling=Sampling(repetition_penalty=1.2)) for one in asked]
-    assert _Batch(counting, Letters(), pads=True).padding is None, "it would count padding as what was said"
+    penalized = [request(inputs=one.inputs, sampling=Sampling(repetition_penalty=2.0)) for one in asked]
+    logits = torch.zeros(2, 12)
+    logits[0, [7, 1]], logits[1, [0, 5]] = torch.tensor([4.0, 3.0]), torch.tensor([4.0, 3.0])
+    chosen = [_Batch(penalized, Letters(), packs=packs).choose(logits).tolist() for packs in (True, False)]
+    assert chosen == [[1, 0], [1, 0]], "7 was said in the first, 0 in neither"
 
 
-def test_what_padding_hides() -> None:
-    from megatron_prune.engine.cpu import _seen
+def test_what_is_before_a_prompt_is_not_seen() -> None:
+    from megatron_prune.engine.decoding import Cache
 
-    seen = _seen(torch.tensor([0, 2]), 2, 4)  # the last two of four tokens; two of the second sequence are padding
-    assert seen.int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]], [[[0, 0, 1, 0], [0, 0, 1, 1]]]]
-    assert _seen(torch.tensor([2]), 3, 3).int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]], "padding sees itself"
+    cache = Cache([4, 2], 5)
+    hidden = cache.unseen(torch.float32)
+    assert hidden.shape == (2, 1, 1, 5) and cache.starts == [0, 2] and cache.last.tolist() == [3, 5]
+    assert torch.equal(hidden[:, 0, 0] == -torch.inf, torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).bool())
+    assert Cache([3, 3], 5).unseen(torch.float32) is None, "one length"
 
 
 @pytest.mark.parametrize(
