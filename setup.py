@@ -79,6 +79,7 @@ setup(
         "array-record": ["array_record>=0.8"],
         "fp8-sparse": ["torchao>=0.18"],  # `benchmark` of 2:4 models in FP8, on a GPU
         "eval": ["lm-eval>=0.4.13,<0.5"],
+        "gguf": ["gguf>=0.10"],  # `convert export --gguf`
         # The stores' own clients come with its extras: multi-storage-client[boto3], …
         "msc": ["multi-storage-client>=1.3"],
         "te": ["transformer-engine[core_cu13,pytorch]", "nvidia-curand"],

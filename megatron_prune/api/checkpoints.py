@@ -54,10 +54,11 @@ def import_hf(
     return Model.of_checkpoint(made.root)
 
 
-def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: bool = False) -> Model:
+def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: bool = False, gguf: bool = False) -> Model:
     """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
 
-    Masks become ``masks.safetensors``; the imported tokenizer is copied too, and README.md is a model card. Raises
+    Masks become ``masks.safetensors``; the imported tokenizer is copied too, and README.md is a model card. ``gguf``
+    writes ``model.gguf`` too, for plain models of the families in ``convert/gguf_file.py``; else UsageError. Raises
     CheckpointError for a model that no supported family can represent, and for NaN and infinities among the weights,
     unless ``allow_non_finite``.
     """
@@ -71,7 +72,7 @@ def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: boo
     refuse_remote("--hf", str(hf))
     checkpoint = open_checkpoint(load)
     card = {model_card.NAME: model_card.card(checkpoint)}
-    made = huggingface.export_hf(load, hf, workers=workers, files=card, allow_non_finite=allow_non_finite)
+    made = huggingface.export_hf(load, hf, workers=workers, files=card, allow_non_finite=allow_non_finite, gguf=gguf)
     return Model(made, "Hugging Face directory", checkpoint.shape, tuple(checkpoint.pruning))
 
 

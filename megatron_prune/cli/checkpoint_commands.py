@@ -87,7 +87,10 @@ def _export(asked: verbs.ExportSettings) -> str:
     from megatron_prune.api.checkpoints import export_hf
 
     _verify(asked)
-    return str(export_hf(asked.load, asked.hf, workers=asked.workers, allow_non_finite=asked.allow_non_finite).path)
+    made = export_hf(
+        asked.load, asked.hf, workers=asked.workers, allow_non_finite=asked.allow_non_finite, gguf=asked.gguf
+    )
+    return str(made.path)
 
 
 def _rewrite(asked: verbs.RewriteSettings) -> str:

@@ -24,7 +24,7 @@ from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import is_megatron
 from megatron_prune.checkpoint.writer import CheckpointWriter, copy_side_files
-from megatron_prune.convert import safetensors_io
+from megatron_prune.convert import gguf_file, safetensors_io
 from megatron_prune.convert.config import args_from_config, config_from_args, family_of
 from megatron_prune.convert.families import ALL_FAMILIES, layered_llama
 from megatron_prune.convert.families.model_family import ModelFamily
@@ -123,12 +123,15 @@ def export_hf(
     workers: int = 1,
     files: Mapping[str, bytes] | None = None,
     allow_non_finite: bool = False,
+    gguf: bool = False,
 ) -> Path:
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (new or empty), its masks as
     ``masks.safetensors``. ``workers`` processes share the files. ``files`` are additional files, content by name.
+    ``gguf``: write the model a second time, as ``gguf_file.NAME`` in the directory.
 
     Raises CheckpointError for a model that no supported family can represent and for weights that are not finite
-    (unless ``allow_non_finite``), MasksError for masks that do not fit the weights.
+    (unless ``allow_non_finite``), MasksError for masks that do not fit the weights, UsageError for a ``gguf`` that
+    cannot be written.
     """
     checkpoint = open_checkpoint(load)
     refuse_unrestored(checkpoint.args, str(load))
@@ -145,11 +148,13 @@ def export_hf(
         if not any(one["settings"].get("compensate") for one in checkpoint.pruning):
             raise
         raise CheckpointError(f"{error}; flap added biases: prune with --no-compensate for a model without") from error
+    if gguf:
+        gguf_file.refuse(config, side)
     family = family_of(config)
     exported = Exported(checkpoint.directory, family.kind, None if masks is None else masks.folder)
     exported.allowing(allow_non_finite)
     target = Path(hf)
-    check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names))
+    check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names) * (1 + gguf))
     with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)
         if masks is not None:
@@ -161,6 +166,8 @@ def export_hf(
         for name, payload in (files or {}).items():
             (folder / name).write_bytes(payload)
         write_json(folder / "config.json", config)
+        if gguf:
+            gguf_file.write(folder)
     return target
 
 

@@ -290,7 +290,7 @@ def fuse(model: Iterable[torch.nn.Module]) -> None:
 
     for chunk in model:
         for module in chunk.modules():
-            if type(module) is MLP and module.config.gated_linear_unit and decoding.is_plain_mlp(module):
+            if type(module) is MLP and decoding.is_plain_mlp(module, gated=True):
                 module.forward = functools.partial(_gated, module, module.forward)
             if isinstance(module, Attention):
                 cached = module._adjust_key_value_for_inference

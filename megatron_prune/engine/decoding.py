@@ -26,7 +26,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.utils import unwrap_model
 
 
-class Cache(StaticInferenceContext):
+class Cache(StaticInferenceContext):  # type: ignore[misc]  # megatron is not type-checked
     """Keys and values of sequences that are decoded together, and what the layers share in a pass.
 
     ``lengths`` of their prompts; ``longest``: how many tokens the cache has room for in each sequence.
@@ -53,7 +53,7 @@ class Cache(StaticInferenceContext):
         """Of the tokens of this pass in their texts, int64 [1, N] or [B, 1]."""
         if self.reads_prompts:
             return torch.cat([torch.arange(end - start) for start, end in self.spans])[None]
-        return self.sequence_len_offset - torch.tensor(self.starts)[:, None]
+        return int(self.sequence_len_offset) - torch.tensor(self.starts)[:, None]
 
     def advance(self) -> None:
         """The tokens of this pass have been read by all layers of this stage."""
@@ -181,6 +181,7 @@ def _times(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """A linear of Megatron's of ``x`` [n, i], with its bias."""
     if linear.tp_group.size() == 1:
         return torch.nn.functional.linear(x, linear.weight, linear.bias)
+    output: torch.Tensor
     output, bias = linear(x)
     return output if bias is None else output + bias
 
@@ -225,11 +226,13 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def is_plain_mlp(mlp: Any) -> bool:
-    """Whether an MLP of Megatron's is fc2(act(fc1(x))), or fc2(act(gate) · linear) where it is gated."""
+def is_plain_mlp(mlp: Any, *, gated: bool = False) -> bool:
+    """Whether an MLP of Megatron's is fc2(act(fc1(x))), or fc2(act(gate) · linear) where it is gated; ``gated``: only
+    the latter."""
     config = mlp.config
     return bool(
-        not config.bias_activation_fusion
+        (config.gated_linear_unit or not gated)
+        and not config.bias_activation_fusion
         and not config.use_te_activation_func
         and config.activation_func_clamp_value is None
         and config.glu_linear_offset == 0

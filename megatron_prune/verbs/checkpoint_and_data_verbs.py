@@ -38,6 +38,7 @@ class ExportSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
     hf: str = setting(metavar="DIR", help="Hugging Face directory to write; must not exist")
+    gguf: bool = setting(False, help="write DIR/model.gguf too, for llama.cpp")
 
 
 @dataclass(frozen=True, kw_only=True)

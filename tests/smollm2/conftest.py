@@ -15,13 +15,25 @@ PREPARE = Path(__file__).parents[2] / "examples" / "smollm2_135m" / "prepare.py"
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory):
-    """The model as a Hugging Face directory, made as the example makes it."""
+def prepare():
+    """The example's module."""
     spec = importlib.util.spec_from_file_location("prepare", PREPARE)
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def packaged(prepare):
+    """The GGUF file."""
+    return prepare.packaged_gguf()
+
+
+@pytest.fixture(scope="session")
+def source(prepare, packaged, tmp_path_factory):
+    """The model as a Hugging Face directory, made as the example makes it."""
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
-    prepare.prepare(folder, prepare.packaged_gguf())
+    prepare.prepare(folder, packaged)
     return folder
 
 

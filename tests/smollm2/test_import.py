@@ -45,3 +45,24 @@ def test_export_after_import_is_bit_identical(source, checkpoint, tmp_path):
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_its_gguf_says_what_llama_cpps_converter_said(checkpoint, packaged, tmp_path) -> None:
+    """The packaged file was made by llama.cpp: names, shapes, numbers, tokens; and norms, which are not quantised."""
+    from gguf import GGUFReader
+
+    theirs = GGUFReader(packaged)
+    ours = GGUFReader(export_hf(checkpoint, tmp_path / "exported", gguf=True) / "model.gguf")
+    shapes = [{one.name: one.shape.tolist() for one in file.tensors} for file in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    norms = [
+        {one.name: one.data for one in file.tensors if one.name.endswith("norm.weight")} for file in (ours, theirs)
+    ]
+    assert len(norms[0]) == 61 and all(np.array_equal(norms[0][name], norms[1][name]) for name in norms[0])
+    asked = [name for name in theirs.fields if name.startswith(("llama.", "tokenizer."))]
+    assert [name for name in asked if name not in ours.fields] == ["tokenizer.ggml.add_space_prefix"], (
+        "of SentencePiece"
+    )
+    shared = [name for name in asked if name in ours.fields]
+    differ = [name for name in shared if ours.fields[name].contents() != theirs.fields[name].contents()]
+    assert differ == ["tokenizer.ggml.pre"], "transformers reads this rule, smollm, as that of GPT-2"
