@@ -209,6 +209,8 @@ def _pack(model: torch.nn.Module, kind: str) -> None:
     linears = [one for _, one in model.named_modules() if isinstance(one, torch.nn.Linear) and is_packable(one.weight)]
     if not linears:
         raise ValueError("no matrix has two zeros in every four consecutive inputs")
+    if linears[0].weight.dtype == torch.float32:  # torch would drop what does not fit, without a word
+        raise ValueError("in fp32 the kernels keep one of every two inputs, not two of every four")
     if kind == SPARSE:
         for linear in linears:
             packed = torch.sparse.to_sparse_semi_structured(linear.weight.detach())

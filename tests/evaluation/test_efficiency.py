@@ -13,6 +13,7 @@ from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.evaluation import efficiency
+from megatron_prune.methods.selection import lowest_in_groups
 from tests.tiny import PADDING, VOCABULARY
 
 SHAPE = ModelShape(
@@ -118,6 +119,27 @@ def test_a_matrix_is_packable_if_no_four_inputs_hold_three() -> None:
     weight[1, 4:7] = 1.0
     assert not efficiency.is_packable(weight)
     assert not efficiency.is_packable(torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_selected_as_2_4_is_what_torch_packs(dtype: torch.dtype) -> None:
+    """Its conversion for CUTLASS, which is all of it that runs on a CPU; in fp32 it is 1:2, and drops the rest."""
+    from torch.sparse._semi_structured_conversions import (
+        sparse_semi_structured_from_dense_cutlass,
+        sparse_semi_structured_to_dense_cutlass,
+    )
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)).to(dtype)
+    weight[lowest_in_groups(weight.float().abs(), 2, 4)] = 0.0
+    packed, indices = sparse_semi_structured_from_dense_cutlass(weight)
+    assert efficiency.is_packable(weight) and packed.shape == (64, 64)
+    whole = torch.equal(sparse_semi_structured_to_dense_cutlass(packed, indices), weight)
+    assert whole == (dtype != torch.float32)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64, bias=False, dtype=dtype))
+    model[0].weight.data = weight
+    if not whole:
+        with pytest.raises(ValueError, match="one of every two"):
+            efficiency._pack(model, efficiency.SPARSE)
 
 
 @pytest.mark.parametrize("words", [["--batch", "0"], ["--repeats", "0"], ["--warmup", "-1"]])
