@@ -1,7 +1,7 @@
 """Layers that read prompts and extend a cache of keys and values on the CPU, with little work besides the products.
 
 In Megatron's own layers a token costs more in bookkeeping than in small matrix products. ``attach`` gives plain layers
-(attention over all earlier tokens, a plain MLP) another ``forward`` for passes with a ``Cache``; all other passes, and
+(attention over all earlier tokens, an MLP) another ``forward`` for passes with a ``Cache``; all other passes, and
 all other layers, stay Megatron's. It computes the same, with these differences:
 
 * The prompts of a batch are read packed, one after the other as one sequence [1, N], without padding. In the cache
@@ -103,7 +103,7 @@ class _Layer:
         self._parallel = getattr(layer, "parallel_residual", False)  # engine/parallel_residual.py
         attention, mlp = layer.self_attention, layer.mlp
         self._qkv, self._proj = attention.linear_qkv, attention.linear_proj
-        self._fc1, self._fc2, self._gated = mlp.linear_fc1, mlp.linear_fc2, mlp.config.gated_linear_unit
+        self._mlp, self._is_plain_mlp, self._gated = mlp, is_plain_mlp(mlp), mlp.config.gated_linear_unit
         self._activate = mlp.config.activation_func if self._gated else mlp.activation_func
         self._number, self._size = layer.layer_number, attention.hidden_size_per_attention_head
         self._groups = attention.num_query_groups_per_partition
@@ -124,7 +124,7 @@ class _Layer:
         if cache.reads_prompts and self._only_last:
             x = x[cache.last]
         after = attended.add_(x)
-        made = self._mlp(self._norms[1](x if self._parallel else after)).add_(after)
+        made = self._fed_forward(self._norms[1](x if self._parallel else after)).add_(after)
         return made.view(*((1, -1) if len(made) == len(cache.starts) else (-1, 1)), made.shape[-1]), None
 
     def _attention(self, x: torch.Tensor, cache: Cache, rotary: torch.Tensor | None) -> torch.Tensor:
@@ -169,20 +169,27 @@ class _Layer:
         )  # fmt: skip
         return context.reshape(len(query), -1)
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        wide = _times(self._fc1, x)
-        if not self._gated:
-            return _times(self._fc2, self._activate(wide))
-        gate, linear = wide.chunk(2, dim=-1)
-        return _times(self._fc2, self._activate(gate).mul_(linear))
+    def _fed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP's output [n, h] of normalized ``x`` [n, h]."""
+        if not self._is_plain_mlp:
+            return _with_bias(*self._mlp(x))
+        wide = _times(self._mlp.linear_fc1, x)
+        if self._gated:
+            gate, linear = wide.chunk(2, dim=-1)
+            wide = self._activate(gate).mul_(linear)
+        else:
+            wide = self._activate(wide)
+        return _times(self._mlp.linear_fc2, wide)
 
 
 def _times(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """A linear of Megatron's of ``x`` [n, i], with its bias."""
     if linear.tp_group.size() == 1:
         return torch.nn.functional.linear(x, linear.weight, linear.bias)
-    output: torch.Tensor
-    output, bias = linear(x)
+    return _with_bias(*linear(x))
+
+
+def _with_bias(output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return output if bias is None else output + bias
 
 
@@ -217,12 +224,11 @@ def _is_plain(layer: Any) -> bool:
     norms = layer.input_layernorm, layer.pre_mlp_layernorm
     linears = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
     return bool(
-        all(type(norm) in (torch.nn.RMSNorm, torch.nn.LayerNorm) for norm in norms)
+        all(isinstance(norm, torch.nn.RMSNorm | torch.nn.LayerNorm) for norm in norms)
         and all(type(linear) in (ColumnParallelLinear, RowParallelLinear) for linear in linears)
         and not any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
         and config.num_query_groups >= attention.world_size
         and not (config.attention_output_gate or config.rotary_interleaved or config.fp32_residual_connection)
-        and is_plain_mlp(mlp)
     )
 
 
