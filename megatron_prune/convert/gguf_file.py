@@ -43,17 +43,18 @@ def refuse(config: Mapping[str, Any], tokenizer: Path | None) -> None:
         raise UsageError(
             "--gguf", got="no package gguf", expected="it installed", do="pip install 'megatron_prune[gguf]'"
         ) from None
-    family, size = config["model_type"], _head_size(config)
-    rope = config.get("rope_parameters") or {}
-    # transformers reads another size of heads for llama only.
-    usual = {"qwen2": config["hidden_size"] // config["num_attention_heads"], "qwen3": 128}.get(family, size)
-    unlike = {
-        "scaled rotary embeddings": rope.get("rope_type", "default") != "default",
-        "biases": family != "qwen2" and bool(config.get("attention_bias") or config.get("mlp_bias")),
-        "an attention window": bool(config.get("use_sliding_window")),
-        f"heads of {size}": size != usual,
-    }
-    found = [what for what, is_so in unlike.items() if is_so]
+    family, found = config["model_type"], []
+    if family in FAMILIES:
+        size = _head_size(config)
+        # transformers reads another size of heads for llama only.
+        usual = {"qwen2": config["hidden_size"] // config["num_attention_heads"], "qwen3": 128}.get(family, size)
+        unlike = {
+            "scaled rotary embeddings": (config.get("rope_parameters") or {}).get("rope_type", "default") != "default",
+            "biases": family != "qwen2" and bool(config.get("attention_bias") or config.get("mlp_bias")),
+            "an attention window": bool(config.get("use_sliding_window")),
+            f"heads of {size}": size != usual,
+        }
+        found = [what for what, is_so in unlike.items() if is_so]
     if family not in FAMILIES or found:
         raise UsageError(
             "--gguf", got=" with ".join([family, *found[:1]]), expected=f"a plain model of {', '.join(FAMILIES)}",

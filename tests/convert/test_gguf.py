@@ -100,7 +100,7 @@ def test_each_rule_has_llama_cpps_name(tiny_tokenizer: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gpt2"}, "got gpt2"),
+        ({"model_type": "gpt2", "hidden_size": None, "num_attention_heads": None}, "got gpt2"),  # other names
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "llama with scaled rotary embeddings"),
         ({"attention_bias": True}, "llama with biases"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "qwen2 with an attention window"),

@@ -74,5 +74,6 @@ def test_layers_without_attention_are_decoded_too(last, tiny_hf, distributed, tm
         model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, len(prompt) :]
         for prompt in PROMPTS
     ]
-    for found in distributed(generated, 2, str(cut), 2):
+    for packed, found in distributed(generated, 2, str(cut), 2):
+        assert not packed
         assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
