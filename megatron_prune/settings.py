@@ -304,6 +304,18 @@ def unknown_key(called: str, key: str, known: Iterable[str]) -> UsageError:
     return UsageError(called, got="an unknown key", expected=f"one of {', '.join(known)}", why=why)
 
 
+def numbers_of(text: str, flag: str) -> tuple[int, ...]:
+    """The layers that ``0-3,7`` names, ascending. UsageError of ``flag``."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or found & set(range(first, last + 1)):
+            raise UsageError(flag, got=text, expected="numbers and ranges such as 0-3,7, each layer once")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
 def value_of(words: Sequence[str], flag: str) -> str | None:
     """The last value of ``flag`` in a command line."""
     found = None

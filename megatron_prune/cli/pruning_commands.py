@@ -23,13 +23,16 @@ STRUCTURED_NAMES = ", ".join(methods.STRUCTURED)
 
 
 def own_settings(
-    method: str, given: argparse.Namespace, known: Mapping[str, type[Settings]] = methods.STRUCTURED
+    verb: type[Settings],
+    method: str,
+    given: argparse.Namespace,
+    known: Mapping[str, type[Settings]] = methods.STRUCTURED,
 ) -> Settings:
     """The settings of ``method`` among the flags ``given``; UsageError for a flag of another method.
 
-    ``known``: the settings that the verb takes, by method.
+    ``verb``: its own settings, which some methods share; ``known``: the methods' that it takes.
     """
-    methods.refuse_others(method, vars(given), known=known)
+    methods.refuse_others(method, set(vars(given)) - {flag.name for flag in verb.flags()}, known=known)
     return methods.whole(method, known).of(given)
 
 
@@ -56,7 +59,7 @@ def prune_main(argv: list[str]) -> int:
         return prune_hf_main(argv)
     options, words = prune_parser().read(argv)
     asked = verbs.PruneSettings.of(options)
-    own = own_settings(asked.method, options, methods.PRUNED)
+    own = own_settings(verbs.PruneSettings, asked.method, options, methods.PRUNED)
     start_engine()
     from megatron_prune.cli import pruning_tables
     from megatron_prune.pruning.prune import prune
@@ -165,7 +168,7 @@ def plan_main(argv: list[str]) -> int:
     """
     options, _ = plan_parser().read(argv)
     asked = verbs.PlanSettings.of(options)
-    own = own_settings(asked.method, options)
+    own = own_settings(verbs.PlanSettings, asked.method, options)
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.cli import pruning_tables
     from megatron_prune.convert.config import unexportable

@@ -149,6 +149,7 @@ class Budget:
     ffn_step: int = 1
     head_step: int = 1
     tensor_parallel: int = 1
+    apart: bool = False  # explicit sizes: heads and FFN channels each keep their own total
 
     TOLERANCE: ClassVar[float] = 0.005  # of ``parameters``
 

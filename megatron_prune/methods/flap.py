@@ -10,8 +10,9 @@ score of the input is (``--metric``):
 
 An FFN channel is one input. The score of a head is the sum over its inputs of the score's square, as in the published
 code; that of a query group is the sum of its heads', since they share keys and values (the code is for models without
-grouped queries). All layers keep the same number of groups and channels, ranked per layer. With ``--ratio`` that is
-the paper's UL-UM, and with explicit sizes its UL-MM.
+grouped queries). All layers keep the same number of groups and channels, ranked per layer: with ``--ratio`` that is
+the paper's UL-UM, and with explicit sizes its UL-MM. With ``--allocation global`` scores are standardized per layer and
+kind (those of a head's inputs before their mean is taken), and rank over all layers: AL-AM, and AL-MM with sizes.
 
 What the removed inputs give on average, W[:, removed] · mean, is added to the biases of linear_proj and linear_fc2. A
 parent without biases gets zeros in the places of Megatron's others. ``--no-compensate`` adds none.
@@ -30,9 +31,9 @@ import torch
 from megatron_prune.checkpoint.kept import Kept, removed_indices
 from megatron_prune.checkpoint.layout import Axis
 from megatron_prune.methods.accumulators import variance
-from megatron_prune.methods.base import Compensation, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.base import Compensation, PruningRequest, Selection
 from megatron_prune.methods.options import FlapOptions
-from megatron_prune.methods.ranking import keep_units
+from megatron_prune.methods.units import UnitMethod, standardized
 
 _NEEDS = {
     "wifv": ("sum", "sum_sq", "weight_sum_sq"),
@@ -41,12 +42,7 @@ _NEEDS = {
 }
 
 
-class Flap(RankingMethod[FlapOptions]):
-    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-
-    def free_dimensions(self, settings: FlapOptions) -> tuple[str, ...]:
-        return "num_query_groups", "ffn_hidden_size"  # whole groups
-
+class Flap(UnitMethod[FlapOptions]):
     def adds_biases(self, settings: FlapOptions) -> bool:
         return settings.compensate
 
@@ -54,15 +50,21 @@ class Flap(RankingMethod[FlapOptions]):
         own = {*_NEEDS[settings.metric], *(["sum"] if settings.compensate else [])}
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in sorted(own))
 
+    def scores(self, request: PruningRequest[FlapOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, channels = (of_inputs(request, site) for site in ("attention", "mlp"))
+        return attention.square().view(len(attention), request.source.num_attention_heads, -1).sum(2), channels
+
+    def comparable(self, request: PruningRequest[FlapOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, channels = (of_inputs(request, site) for site in ("attention", "mlp"))
+        groups = standardized(attention.square()).view(len(attention), request.source.num_query_groups, -1).mean(2)
+        return groups, standardized(channels)
+
     def select(self, request: PruningRequest[FlapOptions]) -> Selection:
-        source = request.source
-        attention, channels = (scores(request, site) for site in ("attention", "mlp"))
-        heads = attention.square().view(source.num_layers, source.num_attention_heads, -1).sum(2)  # [L, H]
-        kept = keep_units(source, request.target, heads, channels)
-        return kept if not request.settings.compensate else compensated(kept, request)
+        kept = super().select(request)
+        return compensated(kept, request) if request.settings.compensate else kept
 
 
-def scores(request: PruningRequest[FlapOptions], site: str) -> torch.Tensor:
+def of_inputs(request: PruningRequest[FlapOptions], site: str) -> torch.Tensor:
     """Of every input of the linear that reads ``site``: float64 [L, inputs]."""
     found, metric = request.statistics, request.settings.metric
     if metric == "wifn":

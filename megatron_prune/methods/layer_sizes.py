@@ -7,6 +7,7 @@ keeps the highest scores of every layer. Whole query groups go: each that stays 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -123,6 +124,61 @@ def by_global_ranking(
     return fit(source, wanted, budget, exempt=exempt)
 
 
+def by_two_rankings(
+    source: ModelShape,
+    target: ModelShape,
+    groups: torch.Tensor,
+    channels: torch.Tensor,
+    budget: Budget,
+    *,
+    exempt: Collection[int] = (),
+) -> tuple[LayerShape, ...]:
+    """The same if groups and channels are ranked apart: on average, a layer keeps as many of both as ``target``."""
+    wanted = zip(
+        _highest_of_all(groups, target.num_query_groups, 1, exempt),
+        _highest_of_all(channels, target.ffn_hidden_size, budget.ffn_step, exempt),
+        strict=True,
+    )
+    return fit(source, list(wanted), budget, exempt=exempt)
+
+
+def _highest_of_all(scores: torch.Tensor, average: int, least: int, exempt: Collection[int]) -> list[float]:
+    """How many of every layer are among the highest scores [L, n] of all layers, ``average`` of each, if ``least`` of
+    every layer stay, and all of ``exempt``."""
+    layers, width = scores.shape
+    ranked = scores.double().clone()
+    for layer in range(layers):
+        stays = width if layer in exempt else min(least, width)
+        best = torch.sort(scores[layer], descending=True, stable=True).indices[:stays]
+        ranked[layer, best] = torch.inf
+    order = torch.sort(ranked.flatten(), descending=True, stable=True).indices[: layers * average]
+    return torch.bincount(order // width, minlength=layers).double().tolist()
+
+
+def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tuple[LayerShape, ...]:
+    """Sizes of every layer if those in ``exempt`` stay whole and all others shrink alike.
+
+    Their groups and FFN shrink as evenly as the budget allows. All layers are alike in ``source``.
+    UsageError if the exempt layers alone are more than the budget.
+    """
+    sizes, full = _Sizes(source, budget), source.by_layer()[0]
+    group, channel = sizes.unit_costs(0)
+    others = source.num_layers - len(exempt)
+    goes = (budget.count(source) - budget.parameters) / others if others else math.inf  # of each
+    wishes = []
+    for groups in sizes.possible_groups(0):
+        ffn = full.ffn_hidden_size - (goes - (full.num_query_groups - groups) * group) / channel
+        if budget.ffn_step <= ffn <= full.ffn_hidden_size:
+            uneven = abs(math.log(ffn / full.ffn_hidden_size) - math.log(groups / full.num_query_groups))
+            wishes.append((uneven, float(groups), ffn))
+    if not wishes:
+        raise UsageError(
+            "--exempt-layers", got=f"{len(exempt)} of {source.num_layers} layers",
+            expected="fewer", why="without them the others would have to keep less than they can",
+        )  # fmt: skip
+    return fit(source, [min(wishes)[1:]] * source.num_layers, budget, exempt=exempt)
+
+
 def keep(source: ModelShape, layers: Sequence[LayerShape], heads: torch.Tensor, channels: torch.Tensor) -> Selection:
     """The highest scores of every layer, to the sizes ``layers``: ``heads`` [L, H], of which whole groups are ranked by
     the sum of their heads, and ``channels`` [L, F]."""
@@ -170,6 +226,10 @@ class _Sizes:
         if width not in found and width % self._budget.tensor_parallel == 0:
             found.append(width)
         return found or [width]
+
+    def possible_groups(self, number: int) -> list[int]:
+        """Numbers of query groups that layer ``number`` can have, ascending."""
+        return self._groups[number]
 
     def nearest(self, number: int, wish: tuple[float, float]) -> LayerShape:
         """The possible sizes of layer ``number`` that are nearest to a wish; of two, the larger."""

@@ -13,36 +13,45 @@ change of the loss, with g the gradient and h the diagonal of the Fisher matrix 
 
 As in the published code, biases and norms do not count, and a row or column is the vector of ``vector``.
 
-All layers keep the same number of groups and channels, ranked per layer. The published scripts exempt the first and
-last layers, and offer one ranking over all layers: both need layers of different shape, which a checkpoint of one shape
-cannot hold.
+All layers keep the same number of groups and channels, ranked per layer. ``--allocation global`` ranks over all layers
+by saliency per weight. (The published code ranks by saliency: groups, which have hundreds of times a channel's weights,
+then hardly ever go.) ``--exempt-layers`` keeps layers whole, as the published scripts keep the first and last. With
+either, layers differ.
 A target with fewer heads per group ranks heads inside their group, whose keys and values they share evenly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.methods.base import PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.base import PruningRequest
 from megatron_prune.methods.options import LLMPrunerOptions
-from megatron_prune.methods.ranking import keep_units
+from megatron_prune.methods.units import UnitMethod
+from megatron_prune.settings import numbers_of
 
 
-class LLMPruner(RankingMethod[LLMPrunerOptions]):
-    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-
-    def free_dimensions(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
-        return "num_query_groups", "ffn_hidden_size"  # whole groups
+class LLMPruner(UnitMethod[LLMPrunerOptions]):
+    def exempt(self, settings: LLMPrunerOptions) -> Collection[int]:
+        return numbers_of(settings.exempt_layers, "--exempt-layers") if settings.exempt_layers else ()
 
     def needs(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
         return tuple(f"{module}.{settings.taylor}" for module in ("qkv", "proj", "fc1", "fc2"))
 
-    def select(self, request: PruningRequest[LLMPrunerOptions]) -> Selection:
+    def scores(self, request: PruningRequest[LLMPrunerOptions]) -> tuple[torch.Tensor, torch.Tensor]:
         source = request.source
         qkv, proj, fc1, fc2 = (request.statistics[key] for key in self.needs(request.settings))
         channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2  # [L, F]
-        return keep_units(source, request.target, of_heads(source, qkv, proj), channels)
+        return of_heads(source, qkv, proj), channels
+
+    def comparable(self, request: PruningRequest[LLMPrunerOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Saliencies per weight that goes."""
+        source, (heads, channels) = request.source, self.scores(request)
+        group = 2 * (source.heads_per_group + 1) * source.kv_channels  # q, k, v and columns of linear_proj, in rows
+        groups = heads.view(source.num_layers, source.num_query_groups, -1).sum(2)
+        return groups / group, channels / (3 if source.gated else 2)
 
 
 def of_heads(source: ModelShape, qkv: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:

@@ -42,22 +42,22 @@ class RandomOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class MinitronDepthOptions(Settings):
-    TITLE = "--method minitron-depth"
+    TITLE = ONE_METHOD
 
     score_by: str = setting(
         "loss",
         choices=("loss", "task"),
-        help="what decides: the calibration loss (default), or accuracy on --task-data",
+        help="minitron-depth: what decides, the calibration loss (default) or --task-data",
     )
     task_data: str | None = setting(
         None,
         metavar="FILE.jsonl",
-        help='examples, one per line: {"query": text, "choices": [text, …], "gold": number}',
+        help='minitron-depth: lines of {"query": text, "choices": [text, …], "gold": number}',
     )
     task_metric: str | None = setting(
         None,
         choices=METRICS,
-        help="the likeliest choice (acc, the default), or the likeliest per character",
+        help="minitron-depth: the likeliest choice (acc, default), or per character",
     )
 
 
@@ -116,7 +116,26 @@ class OneLineLearningOptions(LearningSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLMPrunerOptions(Settings):
+class UnitOptions(Settings):
+    """Of methods that rank query groups and FFN channels (``units.py``)."""
+
+    TITLE = ONE_METHOD
+
+    allocation: str = setting(
+        "uniform",
+        choices=("uniform", "global"),
+        metavar="HOW",
+        help="flap, llm-pruner, wanda-sp: uniform (default), or global: layers differ",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaSpOptions(UnitOptions):
+    TITLE = ONE_METHOD
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMPrunerOptions(UnitOptions):
     TITLE = ONE_METHOD
 
     taylor: str = setting(
@@ -125,10 +144,13 @@ class LLMPrunerOptions(Settings):
         metavar="T",
         help="llm-pruner: estimate of the loss: vector, first, second or mixed",
     )
+    exempt_layers: str | None = setting(
+        None, metavar="0-3,31", help="llm-pruner: these layers stay whole, so that layers differ"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlapOptions(Settings):
+class FlapOptions(UnitOptions):
     TITLE = ONE_METHOD
 
     metric: str = setting(
@@ -148,7 +170,7 @@ STRUCTURED: Mapping[str, type[Settings]] = {
     "random": RandomOptions,
     "sheared-llama": NoOptions,
     "shortgpt": NoOptions,
-    "wanda-sp": NoOptions,
+    "wanda-sp": WandaSpOptions,
 }
 # For ``prune``, which learns masks itself, and retrains no candidates.
 PRUNED: Mapping[str, type[Settings]] = {
@@ -189,7 +211,8 @@ def read[S: Settings](
     for key in rest:
         if key.replace("-", "_") not in own:
             raise unknown_key(f"{where}.{key}" if where else key, key, [*shared, *own])
-    return made, whole(method, known).read(rest, where)
+    both = {key: value for key, value in values.items() if key.replace("-", "_") in {*shared} & {*own}}
+    return made, whole(method, known).read({**rest, **both}, where)
 
 
 def whole(method: str, known: Mapping[str, type[Settings]]) -> type[Settings]:

@@ -14,7 +14,7 @@ import torch
 from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.data.multiple_choice import Task
-from megatron_prune.methods.base import NearTie, Selection
+from megatron_prune.methods.base import NearTie
 from megatron_prune.methods.options import METRICS
 
 NEAR = 1e-5  # relative
@@ -72,22 +72,6 @@ def keep_heads(
         heads += kept
         near += ties
     return tuple(heads), near
-
-
-def keep_units(source: ModelShape, target: ModelShape, heads: torch.Tensor, channels: torch.Tensor) -> Selection:
-    """Heads and FFN channels of every layer, by the scores [L, H] and [L, F], as many in each as ``target`` has."""
-    layers = range(source.num_layers)
-    near: list[NearTie] = []
-    kept_heads = kept_ffn = None
-    if target.num_attention_heads < source.num_attention_heads:
-        chosen = [keep_heads(heads[layer], source, target, layer) for layer in layers]
-        kept_heads = tuple(kept for kept, _ in chosen)
-        near += [tie for _, ties in chosen for tie in ties]
-    if target.ffn_hidden_size < source.ffn_hidden_size:
-        chosen = [keep_highest(channels[layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers]
-        kept_ffn = tuple(kept for kept, _ in chosen)
-        near += [tie for _, ties in chosen for tie in ties]
-    return Selection(tuple(layers), None, kept_heads, kept_ffn, tuple(near))
 
 
 def lowest_loss(losses: Sequence[float]) -> tuple[int, list[NearTie]]:

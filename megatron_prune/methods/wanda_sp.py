@@ -2,6 +2,7 @@
 
 An input of linear_proj or linear_fc2 with weights W [out, in] scores ‖X_j‖ · Σ_i |W_ij|. An FFN channel is one input; a
 query group is the inputs of its heads, whose scores add up. All layers keep the same number of both, ranked per layer.
+``--allocation global`` ranks over all layers, with scores standardized as FLAP's: the code has no such mode.
 
 The norms are those of the dense model. The published code prunes block after block, with the inputs that the pruned
 blocks before give.
@@ -9,27 +10,32 @@ blocks before give.
 
 from __future__ import annotations
 
-from megatron_prune.methods.base import PruningRequest, RankingMethod, Selection
-from megatron_prune.methods.options import NoOptions
-from megatron_prune.methods.ranking import keep_units
+from collections.abc import Iterator
+
+import torch
+
+from megatron_prune.methods.base import PruningRequest
+from megatron_prune.methods.options import WandaSpOptions
+from megatron_prune.methods.units import UnitMethod, standardized
 
 
-class WandaSp(RankingMethod[NoOptions]):
-    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-
-    def free_dimensions(self, settings: NoOptions) -> tuple[str, ...]:
-        return "num_query_groups", "ffn_hidden_size"  # whole groups
-
-    def needs(self, settings: NoOptions) -> tuple[str, ...]:
+class WandaSp(UnitMethod[WandaSpOptions]):
+    def needs(self, settings: WandaSpOptions) -> tuple[str, ...]:
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in ("sum_sq", "weight_sum_abs"))
 
-    def select(self, request: PruningRequest[NoOptions]) -> Selection:
-        source, found = request.source, request.statistics
-        inputs, channels = (
-            found[f"{site}.sum_sq"].sqrt() * found[f"{site}.weight_sum_abs"] for site in ("attention", "mlp")
-        )
-        heads = inputs.view(source.num_layers, source.num_attention_heads, -1).sum(2)  # [L, H]
-        return keep_units(source, request.target, heads, channels)
+    def scores(self, request: PruningRequest[WandaSpOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, channels = of_inputs(request)
+        return inputs.view(len(inputs), request.source.num_attention_heads, -1).sum(2), channels
+
+    def comparable(self, request: PruningRequest[WandaSpOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, channels = map(standardized, of_inputs(request))
+        return inputs.view(len(inputs), request.source.num_query_groups, -1).mean(2), channels
+
+
+def of_inputs(request: PruningRequest[WandaSpOptions]) -> Iterator[torch.Tensor]:
+    """Scores of the inputs of linear_proj [L, H·d] and of linear_fc2 [L, F]."""
+    for site in ("attention", "mlp"):
+        yield request.statistics[f"{site}.sum_sq"].sqrt() * request.statistics[f"{site}.weight_sum_abs"]
 
 
 METHOD = WandaSp()

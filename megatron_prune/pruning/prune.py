@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,10 @@ def choose(
         _refuse_given(asked, verbs.TargetSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method)
+    both = {flag.name: flag for flag in own.flags() if flag.name == "allocation"}
+    _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method, but=both)
+    for name, flag in both.items():
+        flag.convert(getattr(own, name))  # the verb's flag takes those of sparse methods too
     if methods.get(asked.method).learned:
         _refuse_given(asked, verbs.CalibrationTextSettings, "a --method that is calibrated", asked.method)
         if getattr(own, "mask_tokens", None) is None:
@@ -203,10 +206,11 @@ def _new(save: str | None) -> Path:
     return folder
 
 
-def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str) -> None:
-    """UsageError if one of ``settings`` was given that ``method`` does not take; all take the amount to remove."""
+def _refuse_given(asked: Settings, settings: type[Settings], only: str, method: str, but: Collection[str] = ()) -> None:
+    """UsageError if one of ``settings`` was given that ``method`` does not take; all take the amount to remove, and
+    this one those in ``but``."""
     for flag in settings.flags():
-        if flag not in verbs.AmountSettings.flags() and asked.was_given(flag.name):
+        if flag not in verbs.AmountSettings.flags() and flag.name not in but and asked.was_given(flag.name):
             raise UsageError(flag.option, got=f"--method {method}", expected=f"{only} with it")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -17,6 +16,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
 from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
+from megatron_prune.settings import numbers_of
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
 # Of OWL; the paper's for models of the LLaMA family.
@@ -107,7 +107,8 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
     }
     if own and asked.ratio is not None:
         Sparsity.parse(asked.ratio, asked.pattern)  # refuse a wrong --ratio even if every module has its own
-    layers, seed = _layers(asked.layers), seed if method.random else None
+    layers = None if asked.layers is None else numbers_of(asked.layers, "--layers")
+    seed = seed if method.random else None
     return SparsifyRequest(name, method, of, layers, seed, _owl(asked, of, own))
 
 
@@ -119,6 +120,9 @@ def _owl(asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(flag, got="--allocation uniform", expected="--allocation owl with it")
         return None
+    if asked.allocation not in verbs.ALLOCATIONS:
+        expected = f"{' or '.join(verbs.ALLOCATIONS)} with a sparse --method"
+        raise UsageError("--allocation", got=asked.allocation, expected=expected)
     owl = OutlierWeighing(
         THRESHOLD if asked.owl_threshold is None else asked.owl_threshold,
         BOUND if asked.owl_bound is None else asked.owl_bound,
@@ -157,19 +161,6 @@ def _module_ratios(pairs: Sequence[str], modules: Sequence[str]) -> dict[str, fl
             raise UsageError("--module-ratio", got=pair, expected=f"MODULE=RATIO, each of {','.join(modules)} once")
         found[module] = value
     return found
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last or found & set(range(first, last + 1)):
-            raise UsageError("--layers", got=text, expected="numbers and ranges such as 0-3,7, each layer once")
-        found.update(range(first, last + 1))
-    return tuple(sorted(found))
 
 
 # The work that a request describes, and the record of what it did to each matrix.

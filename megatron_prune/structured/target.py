@@ -103,6 +103,7 @@ class Target:
             ffn_step=step,
             head_step=self.divisible_by,
             tensor_parallel=self.tensor_parallel,
+            apart=params is None,
         )
 
     def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:

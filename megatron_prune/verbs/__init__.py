@@ -35,6 +35,7 @@ from megatron_prune.verbs.pruning_verbs import (
     TextSettings,
 )
 from megatron_prune.verbs.shared import (
+    ALLOCATIONS,
     DOCUMENTS,
     DTYPES,
     FORMATS,
@@ -44,6 +45,7 @@ from megatron_prune.verbs.shared import (
     TOKEN_TYPES,
     TOKENIZERS,
     AmountSettings,
+    AnySparsitySettings,
     CalibrationTextSettings,
     IntegritySettings,
     LearningSettings,
@@ -80,12 +82,14 @@ from megatron_prune.verbs.training_verbs import (
 )
 
 __all__ = [
+    "ALLOCATIONS",
     "AdviseSettings",
     "AdvisedAmountSettings",
     "AdvisedBudgetSettings",
     "AdvisedBySettings",
     "AdvisedParentSettings",
     "AmountSettings",
+    "AnySparsitySettings",
     "ApplySettings",
     "BatchScheduleSettings",
     "BenchmarkSettings",

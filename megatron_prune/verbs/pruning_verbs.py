@@ -8,6 +8,7 @@ from megatron_prune.settings import Settings, setting
 from megatron_prune.verbs.shared import (
     DOCUMENTS,
     DTYPES,
+    AnySparsitySettings,
     CalibrationTextSettings,
     IntegritySettings,
     NonFiniteSettings,
@@ -89,7 +90,7 @@ class SparsifySettings(NonFiniteSettings, CalibrationTextSettings, SparsitySetti
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(NonFiniteSettings, CalibrationTextSettings, SparsitySettings, TargetSettings, PrunedBySettings):
+class PruneSettings(NonFiniteSettings, CalibrationTextSettings, AnySparsitySettings, TargetSettings, PrunedBySettings):
     """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
 
 
@@ -155,7 +156,13 @@ class ProcessesSettings(WorkersSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneHFSettings(
-    ProcessesSettings, RetrainSettings, TextSettings, SparsitySettings, TargetSettings, MethodSettings, SourceSettings
+    ProcessesSettings,
+    RetrainSettings,
+    TextSettings,
+    AnySparsitySettings,
+    TargetSettings,
+    MethodSettings,
+    SourceSettings,
 ):
     """``prune --hf``."""
 

@@ -131,6 +131,20 @@ class SparsitySettings(AmountSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnySparsitySettings(SparsitySettings):
+    """Of a verb that takes structured methods too."""
+
+    TITLE = "how much to remove"
+
+    allocation: str = setting(
+        "uniform",
+        choices=(*ALLOCATIONS, "global"),
+        metavar="HOW",
+        help="uniform (default), owl (unstructured) or global (flap, llm-pruner, wanda-sp)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkersSettings(Settings):
     TITLE = "work"
 

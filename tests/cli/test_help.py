@@ -167,6 +167,17 @@ def test_all_names_are_dashed_files() -> None:
         ),
         ("prune --method shortgpt --load x", "--ratio: expected exactly one of"),
         ("prune --method minitron-width --ratio 0.5 --max-candidates 3", "--max-candidates: "),
+        (
+            "prune --method wanda --ratio 0.5 --allocation global",
+            "--allocation: expected uniform or owl with a sparse --method, got global",
+        ),
+        ("prune --method flap --ratio 0.5 --allocation owl", "--allocation: expected one of uniform, global, got owl"),
+        ("prune --method shortgpt --ratio 0.5 --allocation global", "--allocation: expected a sparse --method with it"),
+        ("prune --method wanda-sp --ratio 0.5 --no-compensate", "--no-compensate: expected --method flap with it, got"),
+        (
+            "plan --load a --output b --method shortgpt --ratio 0.5 --allocation global",
+            "--allocation: expected --method flap or llm-pruner or wanda-sp with it, got --method shortgpt",
+        ),
         ("prune --method magic --ratio 0.5", "--method: expected one of .*, got magic"),
         ("sparsify --method magnitude --ratio 2", "--ratio: expected the fraction to remove"),
         ("sparsify --method shortgpt --ratio 0.5", "--method: expected .*, got shortgpt"),

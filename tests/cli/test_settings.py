@@ -32,6 +32,7 @@ class Example(Base):
     sizes: tuple[int, ...] | None = setting(None, help="several numbers")
     ranges: tuple[str, ...] = setting((), repeated=True, help="one at a time")
     on: bool = setting(False, help="a switch")
+    kept: bool = setting(True, help="switches off what is on")
 
 
 def command_line(cls: type[Settings], words: list[str]) -> Settings:
@@ -49,6 +50,7 @@ EXAMPLES = st.builds(
     sizes=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     ranges=st.lists(st.sampled_from(["0:3", "3:9"]), max_size=3).map(tuple),
     on=st.booleans(),
+    kept=st.booleans(),
 )
 
 
@@ -64,6 +66,8 @@ def test_what_was_written_is_known_even_where_it_is_the_default() -> None:
     assert made == Example(load="x") and made.was_given("count") and not made.was_given("share")
     assert made.words() == ["--load", "x", "--count", "3"] and Example(load="x").words() == ["--load", "x"]
     assert not Example(load="x").was_given("count") and Example(load="x", count=4).was_given("count")
+    assert Example(load="x", kept=False).words() == ["--load", "x", "--no-kept"]
+    assert command_line(Example, ["--load", "x", "--no-kept"]) == Example.read({"load": "x", "kept": False})
 
 
 @pytest.mark.parametrize(
@@ -118,8 +122,20 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
             if hasattr(loaded, kind):
                 names.add(module.name.replace("_", "-"))
     assert found == {"METHOD": set(options.STRUCTURED), "SPARSE": set(options.SPARSE)}
-    flags = [flag.name for cls in {*options.STRUCTURED.values(), verbs.PruneSettings} for flag in cls.flags()]
-    assert len(flags) == len(set(flags))
+    own = [flag for cls in {*options.STRUCTURED.values()} for flag in cls.flags()]
+    alike = {flag.name: flag for flag in own}
+    assert all(flag == alike[flag.name] for flag in own)  # or they have it from one class
+    assert {flag.name for flag in verbs.PruneSettings.flags()} & alike.keys() == {"allocation"}  # of both kinds
+
+
+def test_what_a_verb_shares_with_a_method_both_get() -> None:
+    values = {"method": "flap", "ratio": 0.5, "allocation": "global", "compensate": False}
+    asked, own = options.read(verbs.PruneSettings, "flap", values, known=options.PRUNED)
+    assert asked.allocation == "global" and own == options.FlapOptions(allocation="global", compensate=False)
+    assert own.words() == ["--allocation", "global", "--no-compensate"]
+    asked, own = options.read(verbs.PruneSettings, "wanda", values | {"method": "wanda", "allocation": "owl"}
+                              | {"compensate": None}, known=options.PRUNED)  # fmt: skip
+    assert asked.allocation == "owl" and own == options.NoOptions()
 
 
 def test_one_mapping_has_a_verbs_settings_and_its_methods() -> None:

@@ -147,6 +147,36 @@ def test_logits_are_those_of_the_parent_with_means_in_place_of_what_is_removed(
     assert all(torch.equal(again.read(one), pruned.read(one)) for one in pruned.names)
 
 
+@pytest.mark.parametrize("sizes", [{"ratio": 0.4}, {"target_num_query_groups": 2, "target_ffn_hidden_size": 120}])
+def test_layers_that_differ_have_biases_of_their_own(
+    models: Models, distributed: Callable[..., list[Any]], tmp_path: Path, sizes: dict[str, Any]
+) -> None:
+    hf, checkpoint = models("llama-gqa")
+    parent = open_checkpoint(checkpoint)
+    asked = verbs.TargetSettings(divisible_by=4, **sizes)
+    chosen = choices.choose("flap", asked, FlapOptions(allocation="global"), tensor_parallel=2)
+    made_up = statistics(parent)
+    for site in ("attention", "mlp"):  # few inputs of the last layer stand out, and most of the first
+        made_up.tensors[f"{site}.weight_sum_sq"] **= torch.tensor([0.5, 2, 8])[:, None]
+    made = chosen.make(chosen.question(parent), made_up)
+    assert len(set(made.target.by_layer())) > 1
+    made.write(tmp_path / "plan.json")
+    assert plan.read(tmp_path / "plan.json") == made
+    apply.apply_plan(checkpoint, made, tmp_path / "pruned")
+    expected = logits(reference(hf, made, statistics(parent)))
+    for tp in (1, 2):
+        layout = ["--tensor-model-parallel-size", str(tp)]
+        found = torch.tensor(distributed(logits_of_checkpoint, tp, str(tmp_path / "pruned"), TOKENS, layout)[0])
+        torch.testing.assert_close(found[:, : expected.shape[1]].double(), expected, atol=1e-3, rtol=1e-4)
+    import transformers
+
+    export_hf(tmp_path / "pruned", tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float64, trust_remote_code=True
+    )
+    torch.testing.assert_close(logits(exported.eval()), expected, atol=1e-4, rtol=1e-5)
+
+
 def test_biases_elsewhere_are_zero_and_those_of_the_parent_stay(models: Models, tmp_path: Path) -> None:
     for name in ("llama-gqa", "qwen2"):
         checkpoint = models(name)[1]

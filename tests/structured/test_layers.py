@@ -17,10 +17,8 @@ from megatron_prune.cli.pruning_tables import show_plan
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.convert.inspect import describe, warnings
 from megatron_prune.errors import PlanError
-from megatron_prune.methods import llm_pruner, options
-from megatron_prune.methods.base import PruningRequest, Selection
-from megatron_prune.methods.layer_sizes import by_global_ranking, keep
-from megatron_prune.methods.llm_pruner import LLMPruner, of_heads
+from megatron_prune.methods import options
+from megatron_prune.methods.llm_pruner import LLMPruner
 from megatron_prune.structured import apply, candidates
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured import plan as plans
@@ -128,31 +126,13 @@ def statistics(parent: Checkpoint) -> Statistics:
     return Statistics(tensors, parent.shape, parent.fingerprint(), 64, 3, 30.0, (run,))
 
 
-class Everywhere(LLMPruner):
-    """llm-pruner whose units are ranked over all layers, by their saliency alone."""
-
-    def heterogeneous(self, settings: options.LLMPrunerOptions) -> bool:
-        return True
-
-    def select(self, request: PruningRequest[options.LLMPrunerOptions]) -> Selection:
-        source, budget = request.source, request.budget
-        assert budget is not None
-        qkv, proj, fc1, fc2 = (request.statistics[key] for key in self.needs(request.settings))
-        heads = of_heads(source, qkv, proj)
-        channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2
-        groups = heads.view(source.num_layers, source.num_query_groups, -1).sum(2)
-        layers = by_global_ranking(source, groups / groups.mean(), channels / channels.mean(), budget)
-        return keep(source, layers, heads, channels)
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
     tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tp: int
 ) -> None:
-    monkeypatch.setattr(llm_pruner, "METHOD", Everywhere())
     parent = open_checkpoint(tiny_parent)
     asked = verbs.TargetSettings(ratio=0.4, divisible_by=4)
-    choice = choices.choose("llm-pruner", asked, options.LLMPrunerOptions(), tensor_parallel=tp)
+    choice = choices.choose("llm-pruner", asked, options.LLMPrunerOptions(allocation="global"), tensor_parallel=tp)
     question = choice.question(parent)
     made = choice.make(question, statistics(parent))
     assert abs(made.target.linear_parameters() / (0.6 * parent.shape.linear_parameters()) - 1) <= 0.005
@@ -164,6 +144,6 @@ def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
     show_plan(made)
     shown = capsys.readouterr().out
     assert all(f" {layer.ffn_hidden_size} " in shown for layer in made.target.by_layer()) and "by layer" in shown
-    monkeypatch.setattr(Everywhere, "select", lambda *_: layered.selection())
+    monkeypatch.setattr(LLMPruner, "select", lambda *_: layered.selection())
     with pytest.raises(PlanError, match="expected layers that keep .* within 0.5%, got layers that keep"):
         choice.make(question, statistics(parent))

@@ -1,0 +1,91 @@
+"""Methods that rank query groups and FFN channels: the same number in every layer, or one ranking over all layers.
+
+With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``global`` the lowest
+scores of all layers go until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or
+``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps as many on
+average as its size says. Layers then differ.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+
+import torch
+
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import layer_sizes
+from megatron_prune.methods.base import NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.options import UnitOptions
+from megatron_prune.methods.ranking import keep_heads, keep_highest
+
+
+class UnitMethod[O: UnitOptions](RankingMethod[O]):
+    """A method with scores of heads and FFN channels; the score of a query group is the sum of its heads'."""
+
+    dimensions = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+
+    def free_dimensions(self, settings: O) -> tuple[str, ...]:
+        return "num_query_groups", "ffn_hidden_size"  # whole groups
+
+    def heterogeneous(self, settings: O) -> bool:
+        return settings.allocation == "global" or bool(self.exempt(settings))
+
+    def exempt(self, settings: O) -> Collection[int]:
+        """Layers that stay whole."""
+        return ()
+
+    @abstractmethod
+    def scores(self, request: PruningRequest[O]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of heads [L, H] and FFN channels [L, F], which compare within a layer."""
+
+    @abstractmethod
+    def comparable(self, request: PruningRequest[O]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of query groups [L, G] and FFN channels [L, F], which compare over layers and with each other."""
+
+    def select(self, request: PruningRequest[O]) -> Selection:
+        heads, channels = self.scores(request)
+        source, target, budget = request.source, request.target, request.budget
+        if budget is None:
+            return keep_units(source, target, heads, channels)
+        exempt = self.exempt(request.settings)
+        if beyond := [layer for layer in exempt if layer >= source.num_layers]:
+            raise UsageError(
+                "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
+            )
+        if target.heads_per_group != source.heads_per_group:
+            raise UsageError(
+                "--target-num-attention-heads", got=f"{target.heads_per_group} heads per query group",
+                expected=f"the parent's {source.heads_per_group} where layers may differ", why="whole groups go",
+            )  # fmt: skip
+        counted = source.with_biases() if self.adds_biases(request.settings) else source
+        if request.settings.allocation == "uniform":
+            sizes = layer_sizes.evenly(counted, budget, exempt=exempt)
+        elif budget.apart:
+            sizes = layer_sizes.by_two_rankings(counted, target, *self.comparable(request), budget, exempt=exempt)
+        else:
+            sizes = layer_sizes.by_global_ranking(counted, *self.comparable(request), budget, exempt=exempt)
+        return layer_sizes.keep(source, sizes, heads, channels)
+
+
+def keep_units(source: ModelShape, target: ModelShape, heads: torch.Tensor, channels: torch.Tensor) -> Selection:
+    """Heads and FFN channels of every layer, by the scores [L, H] and [L, F], as many in each as ``target`` has."""
+    layers = range(source.num_layers)
+    near: list[NearTie] = []
+    kept_heads = kept_ffn = None
+    if target.num_attention_heads < source.num_attention_heads:
+        chosen = [keep_heads(heads[layer], source, target, layer) for layer in layers]
+        kept_heads = tuple(kept for kept, _ in chosen)
+        near += [tie for _, ties in chosen for tie in ties]
+    if target.ffn_hidden_size < source.ffn_hidden_size:
+        chosen = [keep_highest(channels[layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers]
+        kept_ffn = tuple(kept for kept, _ in chosen)
+        near += [tie for _, ties in chosen for tie in ties]
+    return Selection(tuple(layers), None, kept_heads, kept_ffn, tuple(near))
+
+
+def standardized(scores: torch.Tensor) -> torch.Tensor:
+    """Every layer's scores [L, n] minus their mean, over their standard deviation."""
+    spread = scores.std(1, keepdim=True)
+    return (scores - scores.mean(1, keepdim=True)) / torch.where(spread > 0, spread, 1.0)

@@ -1,0 +1,185 @@
+"""Query groups and FFN channels ranked over all layers, against loops in numpy written from the definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prune import methods
+from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.errors import UsageError
+from megatron_prune.methods import options
+from megatron_prune.methods.base import Budget, PruningRequest, Selection
+from megatron_prune.structured.statistics import tensor_shapes
+from tests.methods.test_flap import TOKENS, Layer, score
+from tests.methods.test_methods import GQA, MHA, settings, top
+
+NAMES = ("flap", "wanda-sp", "llm-pruner")
+SOURCES = (GQA, MHA, replace(GQA, gated=False))
+
+
+class Made:
+    """Statistics of made-up layers, in which later layers matter more to llm-pruner."""
+
+    def __init__(self, source: ModelShape, seed: int):
+        random = np.random.default_rng(seed)
+        self.source = source
+        self.layers = [Layer(source, random) for _ in range(source.num_layers)]
+        self.tensors = {
+            name: torch.from_numpy(random.uniform(0.1, 1, size) * np.linspace(1, 2, size[0])[:, None])
+            for name, size in tensor_shapes(source, gradients=True).items()
+            if len(size) == 2
+        }
+        for site in ("attention", "mlp"):
+            x, w = (np.stack([getattr(layer, kind)[site] for layer in self.layers]) for kind in "xw")
+            self.tensors[f"{site}.sum"] = torch.from_numpy(x.sum((1, 2)))
+            self.tensors[f"{site}.sum_sq"] = torch.from_numpy((x**2).sum((1, 2)))
+            self.tensors[f"{site}.weight_sum_sq"] = torch.from_numpy((w**2).sum(1))
+            self.tensors[f"{site}.weight_sum_abs"] = torch.from_numpy(np.abs(w).sum(1))
+
+    def select(self, name: str, target: ModelShape, budget: Budget | None, *flags: str) -> Selection:
+        method, own = methods.get(name), settings(name, *flags)
+        needed = {key: self.tensors[key] for key in method.needs(own)}
+        request: Any = PruningRequest(self.source, target, own, needed, None, TOKENS[0] * TOKENS[1], budget)
+        (found,) = method.candidates(request)
+        return found
+
+    def scores(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of groups [L, G] and channels [L, F], which compare everywhere."""
+        source, groups, channels = self.source, [], []
+        for number, layer in enumerate(self.layers):
+            if name == "llm-pruner":
+                qkv, proj, fc1, fc2 = (
+                    self.tensors[f"{m}.first"][number].numpy() for m in ("qkv", "proj", "fc1", "fc2")
+                )
+                rows = qkv.reshape(source.num_query_groups, -1), proj.reshape(source.num_query_groups, -1)
+                weights = (rows[0].shape[1] + rows[1].shape[1]) * source.hidden_size
+                groups.append((rows[0].sum(1) + rows[1].sum(1)) / weights)
+                own = fc1.reshape(-1, source.ffn_hidden_size)
+                channels.append((own.sum(0) + fc2) / ((len(own) + 1) * source.hidden_size))
+                continue
+            metric, power = ("wifv", 2) if name == "flap" else ("wifn", 1)
+            heads, own = score(layer, "attention", metric) ** power, score(layer, "mlp", metric)
+            heads, own = ((one - one.mean()) / one.std(ddof=1) for one in (heads, own))
+            groups.append(heads.reshape(source.num_query_groups, -1).mean(1))
+            channels.append(own)
+        return np.array(groups), np.array(channels)
+
+
+def costs(source: ModelShape) -> tuple[int, int]:
+    """Linear weights of a query group and of a channel."""
+    group = (2 * source.heads_per_group + 2) * source.kv_channels * source.hidden_size
+    return group, (3 if source.gated else 2) * source.hidden_size
+
+
+def kept(source: ModelShape, groups: list[list[int]], channels: list[list[int]]) -> tuple[Any, Any]:
+    """A selection's heads and channels from kept groups and channels of every layer."""
+    each = source.heads_per_group
+    heads = tuple(tuple(g * each + h for g in sorted(own) for h in range(each)) for own in groups)
+    return heads, tuple(tuple(sorted(own)) for own in channels)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: int) -> None:
+    made = Made(source, seed)
+    groups, channels = made.scores(name)
+    units = [(groups[layer, g], layer, "group", g) for layer in range(4) for g in range(source.num_query_groups)]
+    units += [(channels[layer, f], layer, "ffn", f) for layer in range(4) for f in range(source.ffn_hidden_size)]
+    first = {(layer, "group", int(groups[layer].argmax())) for layer in range(4)}
+    first |= {(layer, "ffn", int(channels[layer].argmax())) for layer in range(4)}  # one of each stays
+    units.sort(key=lambda unit: (unit[1:] not in first, -unit[0]))
+    half = units[: len(units) // 2]
+    stay: dict[str, list[list[int]]] = {kind: [[], [], [], []] for kind in ("group", "ffn")}
+    for _, layer, kind, index in half:
+        stay[kind][layer].append(index)
+    group, channel = costs(source)
+    number = {kind: sum(map(len, own)) for kind, own in stay.items()}
+    budget = Budget(number["group"] * group + number["ffn"] * channel)
+    found = made.select(name, replace(source, ffn_hidden_size=9), budget, "--allocation", "global")
+    assert (found.heads, found.ffn) == kept(source, stay["group"], stay["ffn"])
+    assert len({(len(stay["group"][layer]), len(stay["ffn"][layer])) for layer in range(4)}) > 1  # layers differ
+    assert budget.count(found.shape(source)) == budget.parameters
+    assert (found.compensation is not None) == (name == "flap") == found.shape(source).linear_bias
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", NAMES)
+def test_with_sizes_groups_and_channels_are_ranked_apart(name: str, source: ModelShape, seed: int) -> None:
+    made, average = Made(source, seed), (2, 7)
+    each = source.heads_per_group
+    target = replace(
+        source, num_query_groups=average[0], num_attention_heads=average[0] * each, ffn_hidden_size=average[1]
+    )
+    stay = []
+    for scores, many in zip(made.scores(name), average, strict=True):
+        certain = [(layer, int(scores[layer].argmax())) for layer in range(4)]
+        rest = sorted(np.ndindex(*scores.shape), key=lambda unit: -scores[unit])
+        order = [*certain, *(unit for unit in rest if unit not in certain)][: 4 * many]
+        stay.append([[index for layer, index in order if layer == number] for number in range(4)])
+    budget = Budget(target.linear_parameters(), apart=True)
+    found = made.select(name, target, budget, "--allocation", "global")
+    assert (found.heads, found.ffn) == kept(source, *stay)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_added_biases_count(compensate: bool) -> None:
+    """They are 3% of this model: sizes that leave them out of account are off the budget."""
+    wide = replace(GQA, ffn_hidden_size=200)
+    whole = wide.with_biases() if compensate else wide
+    budget = Budget(0.6 * whole.parameters(), of="all")
+    flags = ["--allocation", "global", *([] if compensate else ["--no-compensate"])]
+    found = Made(wide, 0).select("flap", replace(whole, ffn_hidden_size=100), budget, *flags)
+    assert abs(budget.error(found.shape(wide))) <= 0.002
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_exempt_layers_stay_whole_and_the_others_are_alike(step: int) -> None:
+    wide = replace(GQA, num_layers=6, ffn_hidden_size=200)
+    made = Made(wide, 0)
+    budget = Budget(0.6 * wide.linear_parameters(), ffn_step=step)
+    found = made.select("llm-pruner", replace(wide, ffn_hidden_size=80), budget, "--exempt-layers", "0-1,5")
+    layers = found.shape(wide).by_layer()
+    assert abs(budget.error(found.shape(wide))) <= 0.005
+    assert [layer == wide.by_layer()[0] for layer in layers] == [True, True, False, False, False, True]
+    others = [layer.ffn_hidden_size for layer in layers[2:5]]
+    assert max(others) - min(others) <= step and max(others) < 200
+    assert {layer.num_query_groups for layer in layers[2:5]} <= {1, 2}
+    fc1, fc2 = made.tensors["fc1.first"].numpy(), made.tensors["fc2.first"].numpy()
+    for layer in (2, 3, 4):
+        saliency = fc1[layer].reshape(2, -1).sum(0) + fc2[layer]
+        assert found.ffn is not None and found.ffn[layer] == top(saliency, len(found.ffn[layer]))
+    everywhere = made.select(
+        "llm-pruner", replace(wide, ffn_hidden_size=80), budget, "--exempt-layers", "5", "--allocation", "global"
+    )
+    assert everywhere.shape(wide).by_layer()[5] == wide.by_layer()[5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "target", "share", "message"),
+    [
+        (["--exempt-layers", "4"], GQA, 0.5, "--exempt-layers: expected layers below the parent's 4, got 4"),
+        (["--exempt-layers", "0-2"], GQA, 0.5, "--exempt-layers: expected fewer, got 3 of 4 layers"),
+        (["--exempt-layers", "2-1"], GQA, 0.5, "--exempt-layers: expected numbers and ranges such as 0-3,7"),
+        (
+            ["--allocation", "global"], replace(GQA, num_attention_heads=6), 0.5,
+            "--target-num-attention-heads: expected the parent.s 4 where layers may differ, got 2 heads per query",
+        ),
+    ],
+)  # fmt: skip
+def test_refused(flags: list[str], target: ModelShape, share: float, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Made(GQA, 0).select("llm-pruner", target, Budget(share * GQA.linear_parameters()), *flags)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_differ_only_where_that_is_asked_for(name: str) -> None:
+    method = methods.get(name)
+    own = options.STRUCTURED[name]
+    assert not method.heterogeneous(own()) and method.heterogeneous(own.read({"allocation": "global"}))
