@@ -24,9 +24,9 @@ from typing import Any, Literal
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study.objectives import ObjectiveName
-from megatron_prune.study.prunings import Pruning, links, of_method
+from megatron_prune.study.prunings import Pruning, granularity, links, of_method
 from megatron_prune.study.sample_ranges import Lay, SampleRange
-from megatron_prune.study.schema import StudyConfig
+from megatron_prune.study.schema import GapSelection, StudyConfig
 from megatron_prune.study.values import Scratch, Setting
 
 Shape = Mapping[str, Any]  # a ModelShape as JSON: a plan's ``target``
@@ -383,3 +383,14 @@ def notes(study: StudyConfig) -> list[str]:
         for method in study.methods
         if method.own_ratio is not None and study.ratios != [method.own_ratio]
     ]
+
+
+def selects(study: StudyConfig, selection: GapSelection, made: Comparison, *, every_budget: bool = False) -> bool:
+    """Whether a selection of ``compare`` has a comparison."""
+    if not selection.holds(made.group(0) | {"budget": made.budget}):
+        return False
+    if selection.budgets is None and not every_budget and made.budget != max(study.budgets):
+        return False
+    if selection.against is not None and made.pruning.sparse and made.against != selection.against:
+        return False
+    return selection.granularities is None or granularity(made.pruning) in selection.granularities

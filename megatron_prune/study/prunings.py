@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prune import methods
 from megatron_prune.checkpoint import tracker
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import MASKS
 from megatron_prune.methods import options
+from megatron_prune.methods.base import DEPTH, DIMENSIONS, WIDTH
 from megatron_prune.structured import candidates
 from megatron_prune.study.sample_ranges import Batch, Lay, SampleRange
 from megatron_prune.study.schema import StudyConfig
 from megatron_prune.study.sections import MethodSection
+from megatron_prune.study.values import GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -278,3 +281,21 @@ class Places:
     def source(self, study: StudyConfig, pruning: Pruning) -> Path:
         """The checkpoint that a pruning starts from: the parent's, or that of the previous link or retraining."""
         return self.checkpoint(source_cell(study, pruning)) if pruning.base else self.parent(study, pruning.seed)
+
+
+def granularity(pruning: Pruning) -> str:
+    """What is removed: ``depth`` (layers), ``width`` (channels, heads), ``sparse`` (single weights), or ``depth and
+    width``."""
+    found: set[str] = set()
+    for link in pruning.links:
+        if link.method.pattern is not None:
+            found.add("sparse")
+            continue
+        sizes = {name.removeprefix("target-").replace("-", "_") for name in link.method.target}
+        if not sizes & set(DIMENSIONS):
+            own = options.STRUCTURED[link.method.name]
+            known = {flag.name for flag in own.flags()}
+            given = {key: value for key, value in link.method.settings.items() if key.replace("-", "_") in known}
+            sizes = set(methods.get(link.method.name).free_dimensions(own.read(given)))
+        found |= {kind for kind, own in (("depth", DEPTH), ("width", WIDTH)) if sizes & set(own)}
+    return " and ".join(kind for kind in GRANULARITIES if kind in found)

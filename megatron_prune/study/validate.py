@@ -20,7 +20,7 @@ from megatron_prune.data import contamination, indexed, windows
 from megatron_prune.engine import refusals
 from megatron_prune.errors import DataError, MegatronPruneError, UsageError
 from megatron_prune.study import commands, needs, questions
-from megatron_prune.study.granularity import selects
+from megatron_prune.study.grid import selects
 from megatron_prune.study.outlook import Outlook, absent_corpora, look, stream_of
 from megatron_prune.study.prunings import Places, Pruning, learning_samples, links, parent_cell
 from megatron_prune.study.sample_ranges import Lay, SampleRange

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_prune.errors import DataError, UsageError
 from megatron_prune.study import estimate, grid, outlook, schema
-from megatron_prune.study.granularity import granularity, selects
-from megatron_prune.study.prunings import Places, prunings
+from megatron_prune.study.grid import selects
+from megatron_prune.study.prunings import Places, granularity, prunings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "miniature"
 _spec = importlib.util.spec_from_file_location("miniature_plan", EXAMPLE / "plan.py")

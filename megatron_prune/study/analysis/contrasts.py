@@ -37,8 +37,7 @@ from megatron_prune.study.analysis.inference import (
 )
 from megatron_prune.study.analysis.measures import TEST, Answers, Measure
 from megatron_prune.study.analysis.verdicts import p_value
-from megatron_prune.study.granularity import selects
-from megatron_prune.study.grid import setting_words
+from megatron_prune.study.grid import selects, setting_words
 
 Record = Mapping[str, Any]
 STEP = {"ratio": 0.1, "tokens": 1.0}  # of a slope: a tenth of the linears, one doubling

@@ -27,8 +27,8 @@ from megatron_prune.study.analysis.contrasts import Weighted
 from megatron_prune.study.analysis.inference import CONFIDENCE, Difference, OverDocuments, Scatter
 from megatron_prune.study.analysis.measures import TEST, Answers, Measure
 from megatron_prune.study.analysis.verdicts import p_value
-from megatron_prune.study.granularity import granularity
 from megatron_prune.study.grid import SUBJECT, Subject, against_words, setting_words
+from megatron_prune.study.prunings import granularity
 from megatron_prune.study.schema import StudyConfig
 
 Record = Mapping[str, Any]

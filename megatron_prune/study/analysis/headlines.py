@@ -16,8 +16,8 @@ from typing import Any
 from megatron_prune.study.analysis import inference
 from megatron_prune.study.analysis.inference import Difference, OverDocuments
 from megatron_prune.study.analysis.verdicts import Verdict
-from megatron_prune.study.granularity import granularity
 from megatron_prune.study.grid import SUBJECT, against_words, setting_words
+from megatron_prune.study.prunings import granularity
 from megatron_prune.study.values import GRANULARITIES
 
 SETTINGS = ("equal-training", "equal-total", "equal-flops")
