@@ -25,7 +25,13 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import is_megatron
 from megatron_prune.checkpoint.writer import CheckpointWriter, copy_side_files
 from megatron_prune.convert import gguf_file, safetensors_io
-from megatron_prune.convert.config import args_from_config, config_from_args, family_of
+from megatron_prune.convert.config import (
+    args_from_config,
+    config_from_args,
+    family_of,
+    kind_of,
+    why_unexportable,
+)
 from megatron_prune.convert.families import ALL_FAMILIES, layered_llama
 from megatron_prune.convert.families.model_family import ModelFamily
 from megatron_prune.convert.masks import HUGGINGFACE_MASKS, export_masks, import_masks
@@ -145,7 +151,9 @@ def export_hf(
             read_json(original) if original is not None and original.is_file() else None,
         )
     except CheckpointError as error:
-        if not any(one["settings"].get("compensate") for one in checkpoint.pruning):
+        settings = [one.get("settings") for one in checkpoint.pruning]
+        added = any(isinstance(own, dict) and own.get("compensate") for own in settings)
+        if not added or why_unexportable({**checkpoint.args, "add_bias_linear": False}, kind_of(checkpoint)):
             raise
         raise CheckpointError(f"{error}; flap added biases: prune with --no-compensate for a model without") from error
     if gguf:
