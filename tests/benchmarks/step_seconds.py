@@ -42,9 +42,9 @@ def begin(folder: Path, name: str, work: Callable[[Path], int]) -> Job:
     return start_function(run, log=folder / f"{name}.log", env={"OMP_NUM_THREADS": "1"})
 
 
-def end(folder: Path, name: str, job: Job) -> list[list[float]]:
-    """Wait for a run; the lines of its steps after the first ones."""
+def end(folder: Path, name: str, job: Job, skip: int = WARM_UP_STEPS) -> list[list[float]]:
+    """Wait for a run; the lines of its steps after the first ``skip``."""
     if code := job.wait():
         raise SystemExit(f"{name} exited with code {code}:\n{(folder / f'{name}.log').read_text()[-4000:]}")
     lines = (folder / f"{name}.times").read_text().splitlines()
-    return [[float(word) for word in line.split()] for line in lines][WARM_UP_STEPS:]
+    return [[float(word) for word in line.split()] for line in lines][skip:]

@@ -3,9 +3,9 @@
 The same flags, samples and machine as in ``distillation.py``: 4,096 tokens per step, a teacher of the student's shape.
 A step is Megatron's ``train_step`` in processor seconds of one thread, with ``--num-workers 0``, so that a sample's
 targets are read and checked in it. A run that reads a cache and a plain one go on at the same time; a pair is the same
-step of both. Limit of the upper end of the ratio: 1.05. ``teach`` says its own tokens per second, of one thread too.
-Samples are read in random order from memory-mapped files that this process has not read before; the files are in the
-page cache, since they have just been written.
+step of both. Limit of the upper end of the ratio: 1.05. Tokens per second are of one thread's processor time too; those
+of ``teach`` are of its loop, with the loading of the model. Samples are read in random order from memory-mapped files
+that this process has not read before; the files are in the page cache, since they have just been written.
 
     python tests/benchmarks/teacher_cache.py [--pairs 10] [--json figures.json]
 """
@@ -13,7 +13,6 @@ page cache, since they have just been written.
 from __future__ import annotations
 
 import functools
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_prune.engine.launch import Job, launch  # noqa: E402
+from megatron_prune.engine.launch import Job  # noqa: E402
 from megatron_prune.training.teacher_cache import open_cache  # noqa: E402
 from tests.benchmarks import ratio, step_seconds  # noqa: E402
 from tests.benchmarks.distillation import FLAGS  # noqa: E402
@@ -45,12 +44,13 @@ def run(argv: list[str], times: Path) -> int:
     return main(["pretrain", *argv])
 
 
-def teach(argv: list[str], log: Path) -> float:
-    """Write a cache; tokens per second."""
-    code = launch(["teach", *argv], log=log, env={"OMP_NUM_THREADS": "1"})
-    if code:
-        raise SystemExit(f"teach exited with {code}:\n{log.read_text()[-4000:]}")
-    return float(re.search(r"([\d,]+) tokens/s", log.read_text())[1].replace(",", ""))  # type: ignore[index]
+def teach(argv: list[str], times: Path) -> int:
+    """``teach`` in this rank, which writes what its samples took."""
+    from megatron_prune.__main__ import main
+    from megatron_prune.training import teach as verb
+
+    verb._write = step_seconds.timed(verb._write, functools.partial(step_seconds.write, times))
+    return main(["teach", *argv])
 
 
 def reading(cache: Path) -> float:
@@ -58,10 +58,10 @@ def reading(cache: Path) -> float:
     found = open_cache(cache)
     first, end = found.taught.range
     order = np.random.default_rng(0).permutation(np.arange(first, end))
-    began = time.perf_counter()
+    began = time.process_time()
     for sample in order:
         found.read(int(sample))
-    return found.taught.tokens / (time.perf_counter() - began)
+    return found.taught.tokens / (time.process_time() - began)
 
 
 def main() -> int:
@@ -85,7 +85,9 @@ def main() -> int:
             step_seconds.end(folder, "teacher", job)
         given = ["--load", str(folder / "teacher"), *stream, "--seq-length", str(SEQUENCE), "--top-k", str(args.top_k)]
         given += ["--stream-range", f"0:{steps * BATCH}", "--micro-batch-size", str(BATCH)]
-        speed = teach([*given, "--output", str(folder / "taught")], folder / "teach.log")
+        given += ["--output", str(folder / "taught")]
+        with step_seconds.begin(folder, "teach", functools.partial(teacher_cache.teach, given)) as job:
+            [[taught_in]] = step_seconds.end(folder, "teach", job, skip=0)
         taught = open_cache(folder / "taught").taught
         stored = sum(path.stat().st_size for path in (folder / "taught").iterdir())
         read = reading(folder / "taught")
@@ -98,7 +100,7 @@ def main() -> int:
     found = ratio.summarise("processor time of a step, from a cache / plain (s)", a, b, LIMIT)
     facts = {
         "bytes_per_token": taught.bytes_per_token, "stored_bytes_per_token": stored / taught.tokens,
-        "teach_tokens_per_second": speed, "read_tokens_per_second": read,
+        "teach_tokens_per_second": taught.tokens / taught_in, "read_tokens_per_second": read,
     }  # fmt: skip
     print(", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in facts.items()))
     return ratio.finish([found], args, flags=FLAGS, steps=steps, top_k=args.top_k, **facts)

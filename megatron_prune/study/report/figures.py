@@ -141,14 +141,14 @@ def _gaps(panels: Mapping[str, Sequence[PlotLine]], stacked: bool) -> Figure:
     groups = 0.22 + max(width_of(line.group, 8.5, bold=True) for line in every)
     left = 0.2 if stacked else groups + 0.15 + max(width_of(line.name, 8.5, bold=line.together) for line in every)
     right = 0.2 if stacked else 0.15 + max(width_of(line.words, 8.5, bold=line.together) for line in every)
-    heights = {setting: unit * _rows(lines, stacked) for setting, lines in panels.items()}
+    heights = {setting: unit * _places(lines, stacked)[-1] for setting, lines in panels.items()}
     total = sum(heights.values()) + (above + below) * len(panels)
     figure, top = Figure(figsize=(width, total)), total
     for setting, lines in panels.items():
         top -= above + heights[setting]
         axis = figure.add_axes((left / width, top / total, (width - left - right) / width, heights[setting] / total))
         _panel(axis, lines, groups, width - (0.02 if stacked else right), stacked)
-        axis.set_ylim(_rows(lines, stacked) - 0.5, -0.5)
+        axis.set_ylim(_places(lines, stacked)[-1] - 0.5, -0.5)
         axis.set_xlabel("scratch minus pruned, nats per token", fontsize=8.5)
         figure.text(
             0.02 / width, (top + heights[setting] + 0.2) / total, SETTINGS[setting], fontsize=10, fontweight="bold"
@@ -157,9 +157,17 @@ def _gaps(panels: Mapping[str, Sequence[PlotLine]], stacked: bool) -> Figure:
     return figure
 
 
-def _rows(lines: Sequence[PlotLine], stacked: bool) -> float:
-    """The number of rows in a panel; on a narrow page a group's name has its own row."""
-    return len(lines) + (0.55 * sum(bool(line.group) for line in lines) if stacked else 0)
+def _places(lines: Sequence[PlotLine], stacked: bool) -> list[float]:
+    """Where each row of a panel is, and where it ends; on a narrow page a group's name has its own row, and on a wide
+    one the next group begins below its last line."""
+    places, place, free = [], -1.0, -1.0
+    for line in lines:
+        place += 1.55 if stacked and line.group else 1.0
+        if line.group:
+            place = max(place, free)
+            free = -1.0 if stacked else place + 0.25 + 0.58 * len(line.group.split("\n"))
+        places.append(place)
+    return [*places, max(place + 1, free)]
 
 
 def _panel(axis: Any, lines: Sequence[PlotLine], names_at: float, numbers_at: float, stacked: bool) -> None:
@@ -169,9 +177,7 @@ def _panel(axis: Any, lines: Sequence[PlotLine], names_at: float, numbers_at: fl
     if not stacked:
         axis.axvline(0, color=INK, linewidth=0.9)
         axis.grid(axis="x", alpha=0.18, linewidth=0.6, color=INK)
-    place = -1.0
-    for line in lines:
-        place += 1.55 if stacked and line.group else 1.0
+    for line, place in zip(lines, _places(lines, stacked), strict=False):
         if stacked:  # text is between the bars
             axis.plot([0, 0], [place + 0.07, place + 0.33], color=INK, linewidth=0.9)
         _gap(axis, place, line, names_at, numbers_at, stacked)

@@ -50,7 +50,7 @@ def figure(results: Results) -> Drawing | None:
         "What the start gives, and what the teacher gives",
         f"Test loss after {tokens} tokens of retraining, trained on the text alone and distilled from the parent. The "
         "distance between the lines is what the pruned start gives, their slope what the teacher gives; parallel lines "
-        "mean that neither needs the other. Small points are seeds. The grey line is the parent.",
+        "mean that neither needs the other. Small points are seeds. The dashed line is the parent.",
     )
 
 

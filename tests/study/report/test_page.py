@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_prune.study.analysis import results
 from megatron_prune.study.prunings import Places
-from megatron_prune.study.report import drawing, page, tables
+from megatron_prune.study.report import drawing, figures, page, tables
 from megatron_prune.study.report.tabular import MINUS, amount, signed
 from tests.study import made_up
 from tests.study.test_sparse import METHODS
@@ -306,3 +308,21 @@ def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
 )
 def test_amounts(value: float, text: str) -> None:
     assert amount(value) == text
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_a_group_of_the_gaps_ends_below_its_name(rows: int) -> None:
+    """Names of several lines, 0.58 of a row apart, next to few rows: each group begins below the last line."""
+    names = ["Depth", "Sparse\nvs dense scratch\nboth distilled", "Width\nboth distilled"]
+    lines = [
+        figures.PlotLine(name if row == 0 else "", "name", 1.0, None, None, "pruned", False)
+        for name in names
+        for row in range(rows)
+    ]
+    *places, end = figures._places(lines, False)
+    begins = [*places[::rows], end]
+    assert begins[0] == 0 and np.diff(places).min() >= 1 and end >= places[-1] + 1
+    for name, (begin, following) in zip(names, itertools.pairwise(begins), strict=True):
+        assert following - (begin + 0.58 * name.count("\n")) >= 0.8
+    if rows > 2:  # as it is without such names
+        assert begins == [0, rows, 2 * rows, 3 * rows]
