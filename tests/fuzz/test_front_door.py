@@ -1,7 +1,7 @@
 """Every bad input to every verb that reads it: refused in one line, within two seconds and 300 MB, and nothing runs.
 
-``python -m pytest tests/fuzz/test_front_door.py -s`` prints the table. The default tier gives every input to one of its
-verbs, in turn; the tier ``slow`` gives it to all of them.
+``python -m pytest tests/fuzz/test_front_door.py -s`` prints the table. The default tier gives every third input to one
+of its verbs, in turn; the tier ``slow`` gives every input to all of them.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ _MODEL_VERBS = {"evaluate", "calibrate", "prune", "pretrain", "sparsify", "teach
 _OF_OWN_TESTS = _MODEL_VERBS | {"study run", "preflight"}
 
 
-def test_every_bad_input_is_refused(distributed: Callable[..., Any], whole: Path) -> None:
+def test_every_third_bad_input_is_refused(distributed: Callable[..., Any], whole: Path) -> None:
     numbers = []
     for number, given in enumerate(INPUTS):
         if given.name == "a file in place of the folder":  # every verb has code of its own for its output
@@ -136,7 +136,10 @@ def test_every_bad_input_is_refused(distributed: Callable[..., Any], whole: Path
         verbs = [verb for verb in VERBS[given.of] if verb not in _MODEL_VERBS] or list(VERBS[given.of])
         numbers.append((number, verbs[number % len(verbs)]))
     assert len(numbers) >= 300
-    (rows,) = distributed(meet, 1, str(whole), numbers)
+    whole_kinds = ("output", "carried")  # an output is every verb's own
+    chosen = [one for place, one in enumerate(numbers) if place % 3 == 0 or INPUTS[one[0]].of in whole_kinds]
+    assert {INPUTS[number].of for number, _ in chosen} == {given.of for given in INPUTS}
+    (rows,) = distributed(meet, 1, str(whole), chosen)
     _check(rows)
 
 
