@@ -65,14 +65,24 @@ def encode(layers: Sequence[LayerShape], whole: Mapping[str, Any]) -> str:
     return json.dumps({**whole, "block_configs": [_block(layer, heads) for layer in layers]})
 
 
-def completed(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored arguments, with what Megatron compares its arguments to in the JSON of layers that differ."""
+def canonical(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``args`` say of layers that differ, as two arguments that are the same for every model of that shape, with
+    the entries that Megatron compares to its other arguments; nothing if layers do not differ."""
     if not args.get(ENCODED):
-        return dict(args)
-    whole = json.loads(args[ENCODED])
+        return {}
+    heads, hidden, count = (args[name] for name in ("num_attention_heads", "hidden_size", "num_layers"))
     scaling = {"factor": args.get("rope_scaling_factor") or 8.0} if args.get("use_rope_scaling") else None
-    whole |= {"rope_theta": args.get("rotary_base", 10_000), "rope_scaling": scaling}
-    return {**args, ENCODED: json.dumps(whole)}
+    whole = {
+        "hidden_act": "silu",
+        "num_hidden_layers": count,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": not args.get("untie_embeddings_and_output_weights", False),
+        "rope_theta": args.get("rotary_base", 10_000),
+        "rope_scaling": scaling,
+    }
+    layers = decode(args[ENCODED], heads=heads, hidden=hidden, count=count)
+    return {PATH: FILE, ENCODED: encode(layers, whole)}
 
 
 def unreadable(args: Mapping[str, Any]) -> str | None:

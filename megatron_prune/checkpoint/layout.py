@@ -293,18 +293,11 @@ class HeterogeneousShape(ModelShape):
         return ModelShape(**sizes)
 
     def to_args(self) -> dict[str, Any]:
-        whole = {
-            "hidden_act": "silu",
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "tie_word_embeddings": self.tied,
-        }
         return {
             **super().to_args(),
             "group_query_attention": True,  # Megatron asks for it; a group may have a single head
             PATH: FILE,
-            ENCODED: encode(self.layers, whole),
+            ENCODED: encode(self.layers, {"num_attention_heads": self.num_attention_heads}),
         }
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prune import screen
 from megatron_prune.artifacts import atomic_directory, check_space, explain_full_disk, sha256_file, versions, write_json
-from megatron_prune.checkpoint.layer_shapes import completed
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, canonical
 from megatron_prune.checkpoint.layout import (
     HeterogeneousShape,
     ModelShape,
@@ -82,8 +82,11 @@ class CheckpointWriter:
         refuse_remote("--save", root)
         self.root = Path(root).absolute()
         self.dtype = dtype
-        self.args = completed(rewrite_args(args, dtype))
+        self.args = rewrite_args(args, dtype)
+        self.args |= canonical(self.args)
         self.shape = ModelShape.from_args(self.args)
+        if self.args.get(ENCODED) and not isinstance(self.shape, HeterogeneousShape):
+            self.args |= dict.fromkeys((PATH, ENCODED))  # equal layers are stacked, and built so
         self._pruning = [dict(entry) for entry in pruning or ()]
         self._huggingface = huggingface
         self._parts = parts

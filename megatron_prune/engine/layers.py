@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layer_shapes import ENCODED, FILE, PATH, LayerShape, decode, encode
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, canonical, decode
 from megatron_prune.errors import UsageError
 from megatron_prune.untrusted import read_bytes
 
@@ -38,17 +37,13 @@ def sizes(args: argparse.Namespace) -> tuple[LayerShape, ...]:
 
 def settle(args: argparse.Namespace) -> None:
     """Read the file of ``--heterogeneous-layers-config-path``, if the command line gives one, and write the layers as
-    Megatron reads them: it fails on entries that are absent because they have no meaning."""
+    every run with them does: Megatron fails on entries that are absent because they have no meaning."""
     if getattr(args, PATH, None) and not differ(args):
         path = Path(getattr(args, PATH))
         if not path.is_file():
             raise UsageError(FLAG, got=path, expected="a JSON file with the block_configs of a model's layers")
         setattr(args, ENCODED, read_bytes(path, _MOST_BYTES).decode(errors="replace"))
-    if differ(args):
-        found = sizes(args)
-        whole = json.loads(getattr(args, ENCODED)) | {"num_attention_heads": args.num_attention_heads}
-        setattr(args, ENCODED, encode(found, whole))
-        setattr(args, PATH, getattr(args, PATH, None) or FILE)
+    vars(args).update(canonical(vars(args)))
 
 
 def refuse(args: argparse.Namespace, why: str) -> None:

@@ -99,7 +99,7 @@ def by_global_ranking(
 
     ``groups`` are scores of query groups [L, G] and ``channels`` of FFN channels [L, F], which compare with each other.
     One group and ``budget.ffn_step`` channels of every layer stay, whatever their scores, and all of ``exempt``. Among
-    equal scores, channels go before groups, and later ones before earlier ones.
+    equal scores, later layers' go first, and of one layer channels before groups, the last first.
     """
     sizes = _Sizes(source, budget)
     layers, count, width = source.num_layers, groups.shape[1], channels.shape[1]

@@ -180,7 +180,7 @@ def _write(
     if masks is not None:
         check_cut(masks, sources)
     args = {**parent.args, **target.to_args(), **patterns_of(parent, kept_layers)}
-    if isinstance(parent.shape, HeterogeneousShape) and not isinstance(target, HeterogeneousShape):
+    if parent.args.get(ENCODED) and not isinstance(target, HeterogeneousShape):
         args |= dict.fromkeys((PATH, ENCODED))
     if args.get("encoder_num_layers") is not None:  # Megatron's second name for the depth
         args["encoder_num_layers"] = target.num_layers

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, decode
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, canonical, decode
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, weights
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import CheckpointError
+from tests.checkpoint import small
 
 UNIFORM = ModelShape(3, 24, 6, 3, 5, 20, 16, tied=False)
 LAYERS = (LayerShape(6, 3, 20), LayerShape(4, 2, 7), LayerShape(0, 0, 11))
@@ -118,3 +121,24 @@ def test_a_shape_that_contradicts_its_layers_is_refused() -> None:
         replace(SHAPE, ffn_hidden_size=21)
     with pytest.raises(CheckpointError, match="layers: expected 3 that differ"):
         HeterogeneousShape(**asdict(UNIFORM), layers=UNIFORM.by_layer())
+
+
+def test_equal_layers_are_stacked_and_no_longer_said_one_by_one(tmp_path: Path) -> None:
+    """Megatron would look for every layer's own weights if they were."""
+    block = {"attention": {"num_query_groups": 2}, "ffn": {"ffn_hidden_size": 48}}
+    args = {**small.ARGS, PATH: "layers.json", ENCODED: json.dumps({"block_configs": [block] * 4})}
+    found = open_checkpoint(small.write(tmp_path / "checkpoint", args))
+    assert found.args[ENCODED] is None and found.args[PATH] is None
+    assert "decoder.layers.mlp.linear_fc2.weight" in found.stored and found.shape == ModelShape.from_args(small.ARGS)
+
+
+def test_the_same_layers_are_always_the_same_arguments() -> None:
+    """Runs are compared by their arguments: what a checkpoint stores, flags of the shape, and what was read again."""
+    args = {**ARGS, **SHAPE.to_args(), "rotary_base": 700, "use_rope_scaling": True, "rope_scaling_factor": 32.0}
+    found = canonical(args)
+    assert canonical({**args, **found}) == found and ModelShape.from_args({**args, **found}) == SHAPE
+    whole = json.loads(found[ENCODED])
+    assert (whole["rope_theta"], whole["rope_scaling"], whole["tie_word_embeddings"]) == (700, {"factor": 32.0}, False)
+    other = json.loads(args[ENCODED]) | {"architectures": ["Any"]}
+    assert canonical({**args, ENCODED: json.dumps(other, indent=2)}) == found
+    assert canonical(ARGS) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.reshard import reshard
+from megatron_prune.masks import open_masks, verify
+from megatron_prune.study import match
 from tests.structured import layered
 from tests.training.small import layout, recipe, record
 
@@ -73,11 +76,20 @@ def test_a_scratch_run_of_the_same_shape(
     found = []
     for tp in (1, 2):
         save = tmp_path / f"tp{tp}"
-        job(["pretrain", "--shape-from", pruned, *recipe(tiny_corpus, "0:16", save), *layout(tp)], nproc=tp).ok()
+        words = recipe(tiny_corpus, RANGE, save, "--use-distributed-optimizer")
+        job(["pretrain", "--shape-from", pruned, *words, *layout(tp)], nproc=tp).ok()
         assert open_checkpoint(save).shape == open_checkpoint(pruned).shape
         found.append(losses(save))
     np.testing.assert_allclose(found[0], found[1], rtol=2e-5)
     assert abs(found[0][0] - losses(uninterrupted)[0]) > 1e-3  # its own initial weights
+    scratch, retrained = (json.loads((one / "account.json").read_text()) for one in (tmp_path / "tp1", uninterrupted))
+    ours, theirs = scratch["arguments"], retrained["arguments"]
+    assert {key for key in ours if ours[key] != theirs[key]} <= set(match.ALLOWED)
+    assert (
+        scratch["flops_executed"]
+        == retrained["flops_executed"]
+        == open_checkpoint(pruned).shape.training_flops(32) * 32
+    )
 
 
 def test_a_layer_that_the_ranks_cannot_split_is_refused(
@@ -86,3 +98,17 @@ def test_a_layer_that_the_ranks_cannot_split_is_refused(
     words = recipe(tiny_corpus, RANGE, tmp_path / "save", "--shape-from", pruned, *layout(3))
     refused = job(["pretrain", *words], nproc=3)
     assert refused.returncode == 2 and "layer 0 has 50 FFN channels" in refused.output
+
+
+@pytest.mark.slow
+def test_a_sparse_parents_masks_are_held_in_what_is_cut_from_it(
+    tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, job: Callable[..., Any]
+) -> None:
+    sparse, cut, save = tmp_path / "sparse", tmp_path / "cut", tmp_path / "save"
+    job(["sparsify", "--load", tiny_parent, "--method", "magnitude", "--ratio", "0.5", "--save", sparse]).ok()
+    layered.cut(sparse, cut)
+    words = recipe(tiny_corpus, "0:16", save, "--pretrained-checkpoint", cut, "--masks", cut / "masks")
+    job(["pretrain", *words, *layout(2)], nproc=2).ok()
+    trained, before = open_checkpoint(save), open_checkpoint(cut)
+    verify(open_masks(cut / "masks"), trained)
+    assert trained.shape == before.shape and trained.full_hash() != before.full_hash()
