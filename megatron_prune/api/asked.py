@@ -57,6 +57,7 @@ class Asked:
         else:
             chosen.shapes(ModelShape.from_args(args))
             chosen.refuse_unexportable_biases(args, kind)
+            chosen.refuse_unexportable_layers(args, kind)
 
     @property
     def learning(self) -> options.OneLineLearningOptions | None:

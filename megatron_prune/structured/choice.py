@@ -45,6 +45,7 @@ class Choice:
         chosen, task = self, self.task
         if self.exportable:
             self.refuse_unexportable_biases(parent.args, kind_of(parent))
+            self.refuse_unexportable_layers(parent.args, kind_of(parent))
             target = replace(self.target, unexportable=lambda shape: unexportable(parent, shape))
             chosen = replace(self, target=target)
         if isinstance(parent.shape, HeterogeneousShape):
@@ -85,6 +86,21 @@ class Choice:
             raise UsageError(
                 "--method", got=f"{self.name}, which adds biases",
                 expected="a method that leaves a model which can be exported", why=why, do="give --no-compensate",
+            )  # fmt: skip
+
+    def refuse_unexportable_layers(self, args: Mapping[str, Any], kind: str | None) -> None:
+        """UsageError if a model with Megatron's arguments ``args``, of the family ``kind``, can be exported, but not
+        with layers that differ, as the method's may."""
+        source = ModelShape.from_args(args)
+        *others, last = source.by_layer()
+        if not self.heterogeneous or not others or why_unexportable(args, kind) is not None:
+            return
+        varied = source.with_layers([*others, replace(last, ffn_hidden_size=last.ffn_hidden_size + 1)])
+        why = why_unexportable({**args, **varied.to_args()}, kind)
+        if why is not None:
+            raise UsageError(
+                "--method", got=f"{self.name}, whose layers may come out with different shapes",
+                expected="a method that leaves a model which can be exported", why=why, do="give --allocation uniform",
             )  # fmt: skip
 
     @property

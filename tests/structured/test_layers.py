@@ -16,7 +16,7 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.cli.pruning_tables import show_plan
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.convert.inspect import describe, warnings
-from megatron_prune.errors import PlanError
+from megatron_prune.errors import PlanError, UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.llm_pruner import LLMPruner
 from megatron_prune.structured import apply, candidates
@@ -147,3 +147,16 @@ def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
     monkeypatch.setattr(LLMPruner, "select", lambda *_: layered.selection())
     with pytest.raises(PlanError, match="expected layers that keep .* within 0.5%, got layers that keep"):
         choice.make(question, statistics(parent))
+
+
+def test_layers_that_differ_are_refused_early_where_they_cannot_be_exported(tiny_parent: Path) -> None:
+    """Biases on queries, keys and values: a Qwen2 can be exported, but not with layers that differ."""
+    args, asked = open_checkpoint(tiny_parent).args, verbs.TargetSettings(ratio=0.4, divisible_by=4)
+    uniform, everywhere = (
+        choices.choose("llm-pruner", asked, options.LLMPrunerOptions(allocation=allocation))
+        for allocation in ("uniform", "global")
+    )
+    everywhere.refuse_unexportable_layers(args, "llama")
+    with pytest.raises(UsageError, match="different shapes.*add_qkv_bias=True, but LayeredLlama"):
+        everywhere.refuse_unexportable_layers({**args, "add_qkv_bias": True}, "qwen2")
+    uniform.refuse_unexportable_layers({**args, "add_qkv_bias": True}, "qwen2")
