@@ -59,14 +59,14 @@ def test_greedy_texts_are_those_of_transformers(name: str, distributed, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", [(0, 60), (2, 0)])
-def test_layers_without_attention_are_decoded_too(last, tiny_hf, distributed, tmp_path: Path) -> None:
-    """The first layer has no attention, nor has the last, or it has no MLP; by the masked parent in transformers."""
+@pytest.mark.parametrize("ends", [((0, 50), (0, 60)), ((0, 50), (2, 0)), ((6, 50), (2, 60))])
+def test_layers_that_differ_are_decoded_too(ends, tiny_hf, distributed, tmp_path: Path) -> None:
+    """The first layer has no attention, nor has the last, or the last has no MLP, or all have both."""
     import torch
 
     from megatron_prune.convert.huggingface import import_hf
 
-    sizes, source = ((0, 50), (4, 192), (1, 64), last), tiny_hf("llama-gqa", layers=4)
+    sizes, source = (ends[0], (4, 192), (1, 64), ends[1]), tiny_hf("llama-gqa", layers=4)
     import_hf(source, tmp_path / "parent")
     cut = layered.cut(tmp_path / "parent", tmp_path / "cut", sizes)
     model = layered.masked(source, layered.selection(sizes))
@@ -75,5 +75,5 @@ def test_layers_without_attention_are_decoded_too(last, tiny_hf, distributed, tm
         for prompt in PROMPTS
     ]
     for packed, found in distributed(generated, 2, str(cut), 2):
-        assert not packed
+        assert packed == all(groups and channels for groups, channels in sizes)
         assert [found[number] for number in range(len(PROMPTS))] == [row.tolist() for row in expected]
