@@ -96,7 +96,7 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     FP8's requirements are checked with the arguments (``engine.fp8``).
     """
     t = args.tensor_model_parallel_size
-    if bad := [f"{flag} {size}" for flag, size in dict.fromkeys(_divided(shape)) if size % t]:
+    if bad := [f"{flag} {size}" for flag, size in dict.fromkeys(_divided(shape)) if not _splits(flag, size, t)]:
         return [Finding("dimensions", "no", f"--tensor-model-parallel-size {t} does not divide {', '.join(bad)}")]
     if args.sequence_parallel and args.seq_length % (t * args.context_parallel_size):
         return [Finding(
@@ -116,6 +116,11 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     return [Finding("dimensions", "yes", f"GEMMs of {next(iter(gemms.values()))[0]} tokens: {named}", facts)]
 
 
+def _splits(flag: str, size: int, ranks: int) -> bool:
+    """Whether Megatron splits it over the ranks; ranks that are several to a query group share its keys and values."""
+    return size % ranks == 0 or flag == "--num-query-groups" and ranks % size == 0
+
+
 def _divided(shape: ModelShape) -> list[tuple[str, int]]:
     in_layers = [
         size
@@ -133,10 +138,10 @@ def _gemms(args: argparse.Namespace, shape: ModelShape) -> dict[str, tuple[int, 
     """(tokens, inputs, outputs) of the blocks' GEMMs on a rank; if layers differ, of the largest."""
     t, d = args.tensor_model_parallel_size, shape.kv_channels
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    heads, groups = shape.num_attention_heads // t, shape.num_query_groups // t
-    ffn = shape.ffn_hidden_size // t
+    heads, ffn = shape.num_attention_heads // t, shape.ffn_hidden_size // t
+    rows = (shape.num_attention_heads + 2 * shape.num_query_groups) * d // t
     return {
-        "qkv": (tokens, shape.hidden_size, (heads + 2 * groups) * d),
+        "qkv": (tokens, shape.hidden_size, rows),
         "proj": (tokens, heads * d, shape.hidden_size),
         "fc1": (tokens, shape.hidden_size, ffn * (2 if shape.gated else 1)),
         "fc2": (tokens, ffn, shape.hidden_size),

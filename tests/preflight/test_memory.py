@@ -280,6 +280,17 @@ def test_stages_of_layers_that_differ() -> None:
     assert uniform - varied == 2 * 8192 * 2 * 3 * (14336 // 2) // 2
 
 
+@pytest.mark.parametrize(("groups", "verdict"), [(8, "yes"), (1, "yes"), (2, "yes"), (3, "no")])
+def test_ranks_may_share_a_query_group(groups: int, verdict: str) -> None:
+    """TP 2 or 4: Megatron takes groups that are a multiple of the ranks, or a divisor."""
+    shape = dataclasses.replace(LLAMA, num_attention_heads=24, num_query_groups=groups)
+    ranks = 4 if groups == 2 else 2
+    [found] = checks.dimensions(arguments(tensor_model_parallel_size=ranks), shape)
+    assert found.verdict == verdict
+    if verdict == "yes":
+        assert found.facts["gemms"]["qkv"][2] == (24 + 2 * groups) * 128 // ranks
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [({}, 10), ({"save_interval": 10_000}, 1), ({"save_retain_interval": 5000}, 4), ({"save_interval": None}, 1)],
