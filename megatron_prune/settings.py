@@ -154,7 +154,8 @@ class Flag:
     def add(self, group: argparse._ActionsContainer) -> None:
         """Add the flag to argparse. Flags not given stay out of the namespace: ``Settings.of`` adds defaults."""
         text = self.help.replace("%", "%%")
-        if self.default not in (MISSING, None, False, True, ()) and "default" not in text:
+        silent = isinstance(self.default, bool) or self.default in (MISSING, None, ())  # but 1 == True
+        if not silent and "default" not in text:
             default = " ".join(map(str, self.default)) if self.many else f"{self.default}"
             text += f" (default: {default})".replace("%", "%%")
         more: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}

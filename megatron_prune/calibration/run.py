@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,8 +52,10 @@ from megatron_prune.methods.accumulators import (
     column_sums,
 )
 from megatron_prune.structured import candidates
-from megatron_prune.structured.candidates import Question
+from megatron_prune.structured.candidates import Candidate, Question, Run
 from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
+
+KEEP_EVERY = 30  # seconds between two files with the scores of candidates so far
 
 
 class ActivationRecorder:
@@ -187,15 +190,21 @@ def gather(
         calibrations=(provenance(args, chosen),),
     )
     if question is not None:
-        found = _with_scores(model, found, question, requests, chosen)
+        found = _with_scores(model, found, question, requests, chosen, lambda known: None)
     torch.distributed.destroy_process_group()
     return found
 
 
-def score(args: argparse.Namespace, question: Question, found: Statistics, requests: Requests | None) -> Statistics:
+def score(
+    args: argparse.Namespace,
+    question: Question,
+    found: Statistics,
+    requests: Requests | None,
+    keep: Callable[[Statistics], None],
+) -> Statistics:
     """``found`` plus the missing scores of ``question``'s candidates; the same on every rank. Collective.
 
-    ``requests`` are those of the task, if one decides.
+    ``requests`` are those of the task, if one decides. Rank 0 calls ``keep`` now and then with what is known so far.
     """
     refuse_virtual_stages(args)
     behind = found.calibrations[0]
@@ -222,7 +231,7 @@ def score(args: argparse.Namespace, question: Question, found: Statistics, reque
     if not question.unscored(found):
         return found
     chosen = Windows(args.calibration_data_path, found.seq_length, np.array(behind["windows"]))
-    found = _with_scores(_load(args), found, question, requests, chosen)
+    found = _with_scores(_load(args), found, question, requests, chosen, keep)
     torch.distributed.destroy_process_group()
     return found
 
@@ -256,22 +265,51 @@ def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
 
 
 def _with_scores(
-    model: list[torch.nn.Module], found: Statistics, question: Question, requests: Requests | None, chosen: Windows
+    model: list[torch.nn.Module],
+    found: Statistics,
+    question: Question,
+    requests: Requests | None,
+    chosen: Windows,
+    keep: Callable[[Statistics], None],
 ) -> Statistics:
-    # Ranks that resolve a near-tie differently would run different models.
-    shared: list[Any] = [question.unscored(found)]
-    torch.distributed.broadcast_object_list(shared)
-    (asked,) = shared
-    # With a task, some may already have been run on the windows.
-    new = [candidate for candidate in asked if candidate.selection.key not in found.scores]
-    losses = scoring.losses(model, found.shape, [candidate.selection for candidate in new], chosen)
-    found = candidates.with_scores(found, new, losses)
+    while (run := question.next_run(found)) is not None:
+        found = _after(run, model, found, chosen, keep)
     if question.task is None:
         return found
     assert requests is not None
-    likelihoods = scoring.log_likelihoods(model, found.shape, [c.selection for c in asked], requests)
+    asked = question.unscored(found)
+    likelihoods = scoring.log_likelihoods(model, found.shape, asked, requests)
     scores = scoring.task_scores(asked, requests, likelihoods)
     return candidates.with_accuracies(found, asked, question.task, scores)
+
+
+def _after(
+    run: Run, model: list[torch.nn.Module], found: Statistics, chosen: Windows, keep: Callable[[Statistics], None]
+) -> Statistics:
+    """``found`` with the losses of ``run``. Windows that a candidate was run on in an earlier round count."""
+    known = [_known(found, candidate, run.windows) for candidate in run.candidates]
+    kept = time.monotonic()
+    for first in sorted({number for number, _ in known}):
+        some = [i for i, (number, _) in enumerate(known) if number == first]
+
+        def add(place: int, mean: float, some: list[int] = some, first: int = first) -> None:
+            nonlocal found, kept
+            number = some[place]
+            loss = (first * known[number][1] + (run.windows - first) * mean) / run.windows
+            found = candidates.with_scores(found, [run.candidates[number]], [loss], run.windows)
+            if torch.distributed.get_rank() == 0 and time.monotonic() - kept > KEEP_EVERY:
+                keep(found)
+                kept = time.monotonic()
+
+        scoring.losses(model, found.shape, [run.candidates[i] for i in some], chosen[first : run.windows], add)
+    return found
+
+
+def _known(found: Statistics, candidate: Candidate, windows: int) -> tuple[int, float]:
+    """On how many of the first ``windows`` windows it was run already, and its mean loss there."""
+    score = found.scores.get(candidate.key)
+    rounds = [each for each in score.rounds.items() if each[0] < windows] if score else []
+    return max(rounds, default=(0, 0.0))
 
 
 def provenance(args: argparse.Namespace, chosen: Windows) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Run the loaded model as if cut by a candidate's selection: layers skipped, channels masked, no checkpoint.
 
-``losses`` gives the mean loss of every selection on the same windows, ``log_likelihoods`` every selection's
+``losses`` gives the mean loss of every candidate on the same windows, ``log_likelihoods`` every candidate's
 log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
 
 * this rank's decoder holds only the selection's layers;
@@ -14,7 +14,7 @@ log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
 
 A model that is really cut computes the same numbers, up to the order of sums.
 
-Selections that only skip layers share work if one rank has all layers: everything before the first removed layer is
+Candidates that only skip layers share work if one rank has all layers: everything before the first removed layer is
 the same as in the dense model, and is computed once per sequence.
 """
 
@@ -24,7 +24,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -45,56 +45,81 @@ from megatron_prune.structured.statistics import TaskScore
 
 
 def losses(
-    model: list[torch.nn.Module], shape: ModelShape, selections: Sequence[Selection], windows: Windows
+    model: list[torch.nn.Module],
+    shape: ModelShape,
+    candidates: Sequence[Candidate],
+    windows: Windows,
+    done: Callable[[int, float], None] = lambda number, loss: None,
 ) -> list[float]:
-    """Mean loss per token of every selection on ``windows``, the same on every rank. Collective.
+    """Mean loss per token of every candidate on ``windows``, the same on every rank. Collective.
 
-    ``windows`` is the whole list, which data-parallel replicas divide.
+    ``windows`` is the whole list, which data-parallel replicas divide. ``done`` is told every candidate's number and
+    loss as soon as it is known.
     """
-    sums = _sums(model, shape, selections, windows, [windows.seq_length] * len(windows))  # [selections, windows]
-    return (sums / windows.seq_length).mean(1).tolist()
+
+    def tell(numbers: Sequence[int], sums: torch.Tensor) -> None:
+        for number, mean in zip(numbers, (sums / windows.seq_length).mean(1).tolist(), strict=True):
+            found[number] = mean
+            done(number, mean)
+
+    found = [math.nan] * len(candidates)
+    _sums(model, shape, candidates, windows, [windows.seq_length] * len(windows), tell)
+    return found
 
 
 def log_likelihoods(
-    model: list[torch.nn.Module], shape: ModelShape, selections: Sequence[Selection], requests: Requests
+    model: list[torch.nn.Module], shape: ModelShape, candidates: Sequence[Candidate], requests: Requests
 ) -> torch.Tensor:
-    """Log-likelihood of every choice under every selection: float64 [selections, choices] on every rank. Collective.
+    """Log-likelihood of every choice under every candidate: float64 [candidates, choices] on every rank. Collective.
 
     Choices are run one at a time without padding, short ones first: equal lengths keep a pipeline full.
     """
     order = sorted(range(len(requests.sequences)), key=lambda i: len(requests.sequences[i]))
     sequences, scored = [requests.sequences[i] for i in order], [requests.scored[i] for i in order]
-    found = torch.empty(len(selections), len(order), dtype=torch.float64)
-    found[:, order] = -_sums(model, shape, selections, sequences, scored).cpu()
+    found = torch.empty(len(candidates), len(order), dtype=torch.float64)
+
+    def tell(numbers: Sequence[int], sums: torch.Tensor) -> None:
+        for number, row in zip(numbers, sums, strict=True):
+            found[number, order] = -row
+
+    _sums(model, shape, candidates, sequences, scored, tell)
     return found
 
 
 def _sums(
     model: list[torch.nn.Module],
     shape: ModelShape,
-    selections: Sequence[Selection],
+    candidates: Sequence[Candidate],
     sequences: Sequence[torch.Tensor],
     scored: Sequence[int],
-) -> torch.Tensor:
-    """Losses of the last ``scored[i]`` tokens of ``sequences[i]``, summed: float64 [selections, sequences]."""
+    tell: Callable[[Sequence[int], torch.Tensor], None],
+) -> None:
+    """Tells numbers of candidates, and their losses of the last ``scored[i]`` tokens of ``sequences[i]``, summed:
+    float64 [candidates, sequences] on the CPU. Every candidate is told once, on every rank."""
     own = range(mpu.get_data_parallel_rank(), len(sequences), mpu.get_data_parallel_world_size())
-    sums = torch.zeros(len(selections), len(sequences), dtype=torch.float64)
-    depth = [i for i, s in enumerate(selections) if s.hidden is None and s.heads is None and s.ffn is None]
+    depth = [i for i, c in enumerate(candidates) if c.skips_layers_only]
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         depth = []
-    with screen.Bar(len(selections) * len(own), f"scoring {len(selections)} candidates", "sequence") as bar:
-        for n in bar.over(own, len(depth)) if depth else ():
-            layers = [selections[i].layers for i in depth]
-            sums[depth, n] = _from_the_first_removed_layer(model[0], layers, forward.checked(sequences[n]), scored[n])
-        for i in sorted(set(range(len(selections))) - set(depth)):
-            with reduced(model[0], shape, selections[i]):
+    with screen.Bar(len(candidates) * len(own), f"scoring {len(candidates)} candidates", "sequence") as bar:
+        if depth:
+            layers = agreed([candidates[i].selection.layers for i in depth])
+            sums = torch.zeros(len(depth), len(sequences), dtype=torch.float64)
+            for n in bar.over(own, len(depth)):
+                sums[:, n] = _from_the_first_removed_layer(model[0], layers, forward.checked(sequences[n]), scored[n])
+            tell(depth, forward.total(sums))
+        for i in sorted(set(range(len(candidates))) - set(depth)):
+            with reduced(model[0], shape, agreed(candidates[i].selection)):
                 found = forward.run(model, bar.over(sequences[n] for n in own), _tails([scored[n] for n in own]))
-            sums[i, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
-    if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
-        sums.zero_()  # every TP rank of the last stage has the same losses: count one
-    sums = sums.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(sums)
-    return sums
+            sums = torch.zeros(1, len(sequences), dtype=torch.float64)
+            sums[0, own] = torch.tensor(found or [0.0] * len(own), dtype=torch.float64)
+            tell([i], forward.total(sums))
+
+
+def agreed[T](value: T) -> T:
+    """Rank 0's ``value``: ranks that resolve a near-tie differently would run different models. Collective."""
+    shared: list[Any] = [value]
+    torch.distributed.broadcast_object_list(shared)
+    return cast(T, shared[0])
 
 
 def _tails(counts: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -167,8 +167,8 @@ TOKENIZER: tuple[Mention, ...] = (
     (MODEL, "--tokenizer-model", "PATH", "its files, if the checkpoint has none"),
 )
 LAYOUT: tuple[Mention, ...] = (
-    (MODEL, "--tensor-model-parallel-size", "TP", "ranks that share each layer (default: 1)"),
-    (MODEL, "--pipeline-model-parallel-size", "PP", "stages of layers (default: 1)"),
+    (MODEL, "--tensor-model-parallel-size", "T", "ranks that share each layer (default: 1)"),
+    (MODEL, "--pipeline-model-parallel-size", "P", "stages of layers (default: 1)"),
     (MODEL, "--bf16", None, "compute in bf16 (--fp16, --fp32; default: as the checkpoint)"),
 )
 SHAPE_FROM, PARALLEL_RESIDUAL, FP8 = (

@@ -15,10 +15,12 @@ from megatron_prune.checkpoint.layout import HeterogeneousShape
 from megatron_prune.methods import options
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
-from megatron_prune.structured.candidates import Scored, loss_text, numbers_in_words
+from megatron_prune.structured.candidates import numbers_in_words
+from megatron_prune.structured.judge import Scored, loss_text
 from megatron_prune.structured.plan import PruningPlan
 
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
+LINES = 20  # of a search's candidates
 _IN_LAYERS = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")  # in which layers may differ
 
 
@@ -97,7 +99,9 @@ def _show_candidates(made: PruningPlan, console: Console) -> None:
     own = options.STRUCTURED[made.method].read(made.settings)
     search, task = method.search(own), method.task(own)
     # Tell the reader that shapes beyond the limit were not considered.
-    full = search is not None and not search.shapes and len(made.candidates) == search.max_candidates
+    searched = search is not None and not search.shapes
+    full = search is not None and searched and len(made.candidates) == search.max_candidates
+    halved = len({row.windows for row in made.candidates}) > 1
     limit = " (as many as --max-candidates allows)" if full else ""
     spent = made.calibration or {}
     by = "the loss without what they remove"
@@ -108,26 +112,32 @@ def _show_candidates(made: PruningPlan, console: Console) -> None:
         by = f"the loss of the best {after['candidates']} after {after['tokens'] // after['candidates']:,} tokens"
     table = Table(title=f"candidates: {len(made.candidates)}{limit}, by {by}")
     table.add_column("")
-    table.add_column("candidate")
+    table.add_column("candidate", no_wrap=True)
     columns = [task.metric] if task else ["retrained"] if after else []
-    for column in ("parameters", *columns, "loss", "above the best"):
+    for column in ("parameters", *columns, *(["windows"] if halved else []), "loss", "above the best"):
         table.add_column(column, justify="right")
 
     def rank(item: tuple[int, Scored]) -> tuple[float, ...]:
         index, row = item
         after = row.retrained_loss
         lost = not math.isfinite(row.loss)
-        return (lost, -(row.accuracy or 0.0), after is None, after or 0.0, row.loss, index)
+        return (-row.windows, lost, -(row.accuracy or 0.0), after is None, after or 0.0, row.loss, index)
 
-    best = min(row.loss for row in made.candidates)
-    for index, row in sorted(enumerate(made.candidates), key=rank):
+    ranked = sorted(enumerate(made.candidates), key=rank)
+    # Losses compare on the same windows. The best by loss is in all rounds of a search.
+    best = dict(min((row for row in made.candidates), key=lambda row: (-row.windows, row.loss)).rounds or ())
+    best.setdefault(0, min(row.loss for row in made.candidates))
+    for index, row in ranked[:LINES] if searched else ranked:
         mark = "chosen" if index == made.chosen else ""
         decided = [f"{row.accuracy:.4f}"] if row.accuracy is not None else []
         if after:
             decided = ["–" if row.retrained_loss is None else loss_text(row.retrained_loss)]
-        losses = loss_text(row.loss), f"{row.loss - best:.5f}" if math.isfinite(row.loss) else "–"
-        table.add_row(mark, row.candidate, f"{row.parameters:,}", *decided, *losses)
+        windows = [str(row.windows)] if halved else []
+        losses = loss_text(row.loss), f"{row.loss - best[row.windows]:.5f}" if math.isfinite(row.loss) else "–"
+        table.add_row(mark, row.candidate, f"{row.parameters:,}", *decided, *windows, *losses)
     console.print(table)
+    if searched and len(ranked) > LINES:
+        console.print(f"… and {len(ranked) - LINES} more, all in the plan")
 
 
 def show_sparsity(table: dict[str, Any]) -> None:
@@ -148,14 +158,20 @@ def show_sparsity(table: dict[str, Any]) -> None:
     console.print(printed)
     if "layer_ratios" in table:
         _show_layer_ratios(table["layer_ratios"], console)
+    if searched := table.get("search"):
+        console.print(
+            f"search: loss {searched['loss']:.4f} on the calibration text, {searched['uniform']:.4f} with equal ratios "
+            f"(masks of the dense model; {searched['generation']} generations)"
+        )
 
 
 def _show_layer_ratios(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print what each layer's share of outliers made of its ratios."""
-    modules = list(rows[0]["ratios"])
+    """Print each layer's ratios, and the share of outliers where that decided them."""
+    modules, counted = list(rows[0]["ratios"]), "outliers" in rows[0]
     printed = Table(title="ratios by layer")
-    for column in ("layer", "outliers", *modules):
+    for column in ("layer", *(["outliers"] if counted else []), *modules):
         printed.add_column(column, justify="right")
     for row in rows:
-        printed.add_row(str(row["layer"]), f"{row['outliers']:.4%}", *(f"{row['ratios'][m]:.2%}" for m in modules))
+        decided = [f"{row['outliers']:.4%}"] if counted else []
+        printed.add_row(str(row["layer"]), *decided, *(f"{row['ratios'][m]:.2%}" for m in modules))
     console.print(printed)

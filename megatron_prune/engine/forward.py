@@ -149,6 +149,16 @@ def run(
     return None if found is None else list(itertools.chain.from_iterable(found))
 
 
+def total(found: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel replicas of what the last stage has ``found``, of any shape, on every rank and on the
+    CPU. Collective."""
+    if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
+        found = torch.zeros_like(found)  # every TP rank of the last stage has the same: count one
+    found = found.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(found)
+    return found.cpu()
+
+
 def run_backward(model: list[torch.nn.Module], windows: Iterable[torch.Tensor]) -> list[float] | None:
     """``run`` with a backward pass of every window's mean loss: returns these losses, in order.
 

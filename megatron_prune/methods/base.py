@@ -9,7 +9,7 @@ its inputs. Neither kind reads a model or a checkpoint.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -37,7 +37,7 @@ class NearTie:
     the same band). ``layer`` and ``group`` are source numbers; None if the choice is not made per layer or group.
     """
 
-    unit: str  # layer, hidden, group, head, ffn, candidate, or finalist (a candidate that is retrained)
+    unit: str  # layer, hidden, group, head, ffn, candidate, survivor (of a search's round), or finalist (is retrained)
     kept: int
     removed: int
     kept_score: float
@@ -45,6 +45,11 @@ class NearTie:
     others: tuple[int, ...] = ()
     layer: int | None = None
     group: int | None = None
+
+    def renumbered(self, numbers: Sequence[int]) -> NearTie:
+        """This tie between indices of ``numbers`` as one between the units with these numbers."""
+        others = tuple(sorted(numbers[i] for i in self.others))
+        return replace(self, kept=numbers[self.kept], removed=numbers[self.removed], others=others)
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,13 @@ class Retraining:
 
 @dataclass(frozen=True)
 class Search:
-    """Which sizes a search varies (of WIDTH), and how many shapes it may score.
+    """Which sizes a search varies (of DIMENSIONS), and how many shapes it may score (None: all near the target).
 
     If the user lists the competing shapes, ``shapes`` are their sizes on ``axes``.
     """
 
     axes: tuple[str, ...]
-    max_candidates: int
+    max_candidates: int | None
     retraining: Retraining | None = None
     shapes: tuple[tuple[int, ...], ...] = ()
 
@@ -176,6 +181,7 @@ class PruningRequest[O: Settings]:
     seed: int | None = None
     tokens: int = 0  # that the sums of ``statistics`` are over
     budget: Budget | None = None
+    layers: tuple[int, ...] | None = None  # those that stay, if a search of depth and width chose them already
 
 
 class Method[O: Settings](ABC):

@@ -14,7 +14,10 @@ tokens, so one calibration serves both.
 
 The shape that meets ``--ratio`` or ``--target-params`` comes from a rule (structured/target.py) or, with
 ``--search AXIS …``, from the model: every shape near the target is evaluated, cut as above, and the one with the
-lowest loss on the calibration text, without retraining, is chosen. ``--target-shapes`` names the competing shapes.
+lowest loss on the calibration text, without retraining, is chosen. Few windows sort out most shapes
+(methods/halving.py). With the axis ``depth`` shapes with fewer layers compete too: for each number of layers, the
+run of layers that costs least is found first, at full width, as minitron-depth does. ``--target-shapes`` names the
+competing shapes, which are all scored on all windows.
 
 A shape that starts worse may learn faster. With ``--retrain-candidates K --retrain-tokens T`` the K best shapes are
 cut and trained on T tokens each (the verb ``retrain-candidates``), and the one with the lowest loss on the same
@@ -31,7 +34,7 @@ import torch
 
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import WIDTH, NearTie, PruningRequest, RankingMethod, Retraining, Search, Selection
-from megatron_prune.methods.options import AXES, MAX_CANDIDATES, MinitronWidthOptions
+from megatron_prune.methods.options import AXES, MinitronWidthOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 _GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # the sizes in each value of --target-shapes
@@ -55,7 +58,6 @@ class MinitronWidth(RankingMethod[MinitronWidthOptions]):
             _retraining(settings, 0)
             return None
         axes = tuple(field for axis, field in AXES.items() if axis in chosen)
-        limit = MAX_CANDIDATES if limit is None else limit
         return Search(axes, limit, _retraining(settings, limit))
 
     def needs(self, settings: MinitronWidthOptions) -> tuple[str, ...]:
@@ -66,8 +68,11 @@ class MinitronWidth(RankingMethod[MinitronWidthOptions]):
 
     def select(self, request: PruningRequest[MinitronWidthOptions]) -> Selection:
         source, target, settings = request.source, request.target, request.settings
-        importance = {key.split(".")[0]: request.statistics[key].sqrt() for key in self.needs(settings)}
-        layers = range(source.num_layers)
+        layers = request.layers or tuple(range(source.num_layers))
+        importance = {}
+        for key in self.needs(settings):
+            site, sums = key.split(".")[0], request.statistics[key]
+            importance[site] = (sums if sums.dim() == 1 else sums[list(layers)]).sqrt()  # layers that go do not count
         near: list[NearTie] = []
 
         hidden = None
@@ -80,21 +85,22 @@ class MinitronWidth(RankingMethod[MinitronWidthOptions]):
 
         heads = None
         if target.num_attention_heads < source.num_attention_heads:
-            context = importance["attention"].view(source.num_layers, source.num_attention_heads, -1)  # [L, H, d]
+            context = importance["attention"].view(len(layers), source.num_attention_heads, -1)  # [L, H, d]
             per_head = torch.linalg.vector_norm(context, dim=2)  # [L, H]
-            chosen = [keep_heads(per_head[layer], source, target, layer) for layer in layers]
+            chosen = [keep_heads(scores, source, target, n) for n, scores in zip(layers, per_head, strict=True)]
             heads = tuple(kept for kept, _ in chosen)
             near += [tie for _, ties in chosen for tie in ties]
 
         ffn = None
         if target.ffn_hidden_size < source.ffn_hidden_size:
             chosen = [
-                keep_highest(importance["mlp"][layer], target.ffn_hidden_size, "ffn", layer=layer) for layer in layers
+                keep_highest(scores, target.ffn_hidden_size, "ffn", layer=n)
+                for n, scores in zip(layers, importance["mlp"], strict=True)
             ]
             ffn = tuple(kept for kept, _ in chosen)
             near += [tie for _, ties in chosen for tie in ties]
 
-        return Selection(tuple(layers), hidden, heads, ffn, tuple(near))
+        return Selection(layers, hidden, heads, ffn, tuple(near))
 
 
 def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -112,16 +118,18 @@ def _given(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(int, word.split("/"))) for word in words)
 
 
-def _retraining(settings: MinitronWidthOptions, limit: int, called: str = "--max-candidates ") -> Retraining | None:
+def _retraining(
+    settings: MinitronWidthOptions, limit: int | None, called: str = "--max-candidates "
+) -> Retraining | None:
     """The retraining that ``--retrain-…`` ask for, of up to ``limit`` candidates; UsageError if it is impossible."""
     count, tokens = settings.retrain_candidates, settings.retrain_tokens
     if count is None and tokens is None:
         return None
-    if not limit:
+    if limit == 0:
         flag, given = ("--retrain-candidates", count) if count is not None else ("--retrain-tokens", tokens)
         raise UsageError(flag, got=f"{given} alone", expected="--search or --target-shapes with it")
-    if count is None or not 2 <= count <= limit:
-        expected = f"a number from 2 to {called}{limit}"
+    if count is None or count < 2 or (limit is not None and count > limit):
+        expected = "at least 2" if limit is None else f"a number from 2 to {called}{limit}"
         raise UsageError("--retrain-candidates", got="nothing" if count is None else count, expected=expected)
     if tokens is None or tokens < 1:
         expected = "a positive number of tokens with --retrain-candidates"

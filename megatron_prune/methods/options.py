@@ -14,9 +14,9 @@ from megatron_prune.settings import Settings, setting, unknown_key
 from megatron_prune.verbs.shared import LearningSettings
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
-ONE_METHOD = "settings of one method"  # title of flags whose help begins with the method
-MAX_CANDIDATES = 16
+ONE_METHOD = "settings of one method (of minitron-width, where the help names no other)"
 AXES = {
+    "depth": "num_layers",
     "hidden": "hidden_size",
     "ffn": "ffn_hidden_size",
     "heads": "num_attention_heads",
@@ -65,7 +65,7 @@ class MinitronDepthOptions(Settings):
 class WidthOptions(Settings):
     """Settings of minitron-width that need no training."""
 
-    TITLE = "--method minitron-width"
+    TITLE = ONE_METHOD
 
     aggregation: str = setting(
         "definition",
@@ -87,13 +87,13 @@ class WidthOptions(Settings):
     max_candidates: int | None = setting(
         None,
         metavar="N",
-        help=f"with --search: score the N most evenly shrunk shapes (default: {MAX_CANDIDATES})",
+        help="with --search: only the N most evenly shrunk shapes compete (default: all)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinitronWidthOptions(WidthOptions):
-    TITLE = "--method minitron-width"
+    TITLE = ONE_METHOD
 
     retrain_candidates: int | None = setting(
         None,

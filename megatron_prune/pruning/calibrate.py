@@ -11,6 +11,7 @@ on ``--task-data`` too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import fp8, layers, runtime
 from megatron_prune.engine.from_checkpoint import given
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.structured import candidates
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
@@ -64,7 +65,9 @@ def calibrate(own: verbs.CalibrateSettings, words: Sequence[str]) -> Calibrated:
     else:
         question, known = asked
         missing = len(question.unscored(known))
-        made = Calibrated(run.score(args, question, known, requests), output, missing)
+        made = Calibrated(
+            run.score(args, question, known, requests, lambda found: found.write(output)), output, missing
+        )
     if args.rank == 0:
         made.statistics.write(output)
     return made
@@ -137,6 +140,9 @@ def _read_question(args: argparse.Namespace, argv: list[str]) -> tuple[Question,
             expected="the statistics that the candidates of --score were planned from",
             do="plan again with these",
         )
+    if args.output is not None and statistics_file.json_path(args.output).is_file():
+        with contextlib.suppress(MegatronPruneError):  # an interrupted attempt, or something else
+            found = earlier if (earlier := statistics_file.read(args.output)).hash == of else found
     if len(found.calibrations) != 1:
         raise UsageError("--statistics", got=args.statistics, expected="statistics of one calibration, not merged ones")
     behind = found.calibrations[0]

@@ -100,7 +100,7 @@ def choose(
             "--method", expected=f"one of {', '.join(known)}", got=asked.method, do=f"did you mean {hint}?" * bool(hint)
         )
     if is_sparse(asked):
-        _refuse_given(asked, verbs.TargetSettings, "a structured --method", asked.method)
+        _refuse_given(asked, verbs.ExportableSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
     both = {flag.name: flag for flag in own.flags() if flag.name == "allocation"}
@@ -108,6 +108,8 @@ def choose(
     for name, flag in both.items():
         flag.convert(getattr(own, name))  # the verb's flag takes those of sparse methods too
     if methods.get(asked.method).learned:
+        if asked.exportable:
+            raise UsageError("--exportable", got=f"--method {asked.method}", expected="a --method that is calibrated")
         _refuse_given(asked, verbs.CalibrationTextSettings, "a --method that is calibrated", asked.method)
         if getattr(own, "mask_tokens", None) is None:
             raise UsageError(
@@ -131,7 +133,9 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
         nonlocal folder, choice, question, of_task
         folder = _new(args.save)
         layout = args.tensor_model_parallel_size
-        choice = choices.choose(asked.method, asked, own, tensor_parallel=layout, seed=args.seed)
+        choice = choices.choose(
+            asked.method, asked, own, tensor_parallel=layout, seed=args.seed, exportable=asked.exportable
+        )
         calibrate.complete(args, argv, reads_text=choice.needs_statistics, gradients=choice.needs_gradients)
         question = choice.question(open_checkpoint(runtime.loaded_directory(args)))
         of_task = calibrate.task_requests(args, question) if question.task else None

@@ -8,53 +8,104 @@ made for one plan serves every other plan that asks about the same selection.
 ``plan`` writes ``candidates.json`` as the question for ``calibrate --score``: method, settings and target shapes.
 Readers derive the selections again from these and the statistics. If the best candidates are to be retrained, it is
 the question for ``retrain-candidates`` too.
+
+All candidates are scored on all windows, except those of a search: ``methods/halving.py`` sorts most out on few.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import CheckpointError, PlanError, UsageError
-from megatron_prune.methods import options
-from megatron_prune.methods.base import DIMENSIONS, Budget, Method, NearTie, PruningRequest, Retraining, Selection
-from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
+from megatron_prune.methods import halving, options
+from megatron_prune.methods.base import (
+    DIMENSIONS,
+    Budget,
+    Method,
+    NearTie,
+    PruningRequest,
+    RankingMethod,
+    Retraining,
+    Selection,
+)
 from megatron_prune.settings import Settings
 from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
 from megatron_prune.training.learned_file import LearnedMasks
 
 VERSION = 1
 FILE = "candidates.json"
+_DEPTH = options.MinitronDepthOptions()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the selections among which the model's loss chooses."""
+    """One of the selections among which the model's loss chooses.
+
+    ``choose`` makes the selection when it is asked for: a large model has too many indices to hold those of a whole
+    search at once.
+    """
 
     source: ModelShape
     target: ModelShape
-    selection: Selection
+    choose: Callable[[], Selection]
+
+    @property
+    def selection(self) -> Selection:
+        return self.choose()
+
+    @cached_property
+    def key(self) -> str:
+        """Its selection's, under which scores are stored."""
+        return self.selection.key
+
+    @property
+    def skips_layers_only(self) -> bool:
+        """True if every layer that stays is whole."""
+        return replace(self.source, num_layers=self.target.num_layers) == self.target
 
     @property
     def label(self) -> str:
         """What it removes or keeps, in words."""
-        kept, shape = self.selection, self.target
+        shape, layers = self.target, self.source.num_layers
         if shape == self.source:
             return "dense"
-        if kept.hidden is None and kept.heads is None and kept.ffn is None:
-            return f"without layers {numbers_in_words(sorted(set(range(self.source.num_layers)) - set(kept.layers)))}"
+        if self.skips_layers_only:
+            return f"without layers {numbers_in_words(sorted(set(range(layers)) - set(self.selection.layers)))}"
+        fewer = f"{shape.num_layers} layers, " if shape.num_layers < layers else ""
         heads, groups, ffn = map(shape.range_of, DIMENSIONS[2:])
-        return f"hidden {shape.hidden_size}, {heads} heads in {groups} groups, FFN {ffn}"
+        return f"{fewer}hidden {shape.hidden_size}, {heads} heads in {groups} groups, FFN {ffn}"
 
     def scoring_flops(self, seq_length: int) -> int:
         """FLOPs of one sequence through it: removed layers are skipped, but channels are only masked."""
+        if self.target.num_layers == self.source.num_layers:
+            return self.source.forward_flops(seq_length)
         sizes = self.source.by_layer()
         return self.source.with_layers([sizes[layer] for layer in self.selection.layers]).forward_flops(seq_length)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What must be run next: these candidates, on the first ``windows`` calibration windows."""
+
+    candidates: list[Candidate]
+    windows: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A round of a search: the candidates in it, by number, on the first ``windows`` windows; and the near-ties of the
+    cut that they survived."""
+
+    windows: int
+    candidates: list[int]
+    ties: list[NearTie]
 
 
 @dataclass(frozen=True)
@@ -74,7 +125,7 @@ class Question:
         """The candidates that the method offers, in order; one if nothing competes.
 
         Raises StatisticsError if it needs statistics that are missing, of another parent, or masks that were learned
-        for another target.
+        for another target; or the scores that choose the layers of a search over depth and width.
         """
         method = methods.get(self.method)
         if statistics is None and uses_statistics(method, self.settings):
@@ -103,18 +154,99 @@ class Question:
                 )
             tensors = {key: statistics.tensors[key] for key in needed} if statistics else {}
             tokens = statistics.tokens if statistics else 0
-        found = []
+        stay = self._layers(statistics) if isinstance(statistics, Statistics) else {}
+        if (made := self.__dict__.get("_made")) and made[0] is tensors_of(statistics) and made[1] == stay:
+            return list(made[2])
+        found: list[Candidate] = []
         for target in self.targets:
-            request = PruningRequest(self.source, target, self.settings, tensors, self.seed, tokens, self.budget)
+            layers = stay.get(target.num_layers)
+            request = PruningRequest(
+                self.source, target, self.settings, tensors, self.seed, tokens, self.budget, layers
+            )
+            if isinstance(method, RankingMethod) and self.budget is None:
+                found.append(Candidate(self.source, target, partial(method.select, request)))
+                continue
             for selection in method.candidates(request):
                 reached = target if self.budget is None else _on_budget(selection.shape(self.source), self.budget)
-                found.append(Candidate(self.source, reached, selection))
-        return found
+                found.append(Candidate(self.source, reached, partial(_same, selection)))
+        self.__dict__["_made"] = (tensors_of(statistics), stay, found)  # their keys take time to compute
+        return list(found)
 
     @property
     def dense(self) -> Candidate:
         """The whole parent, to which a task's accuracies are compared."""
-        return Candidate(self.source, self.source, Selection(tuple(range(self.source.num_layers))))
+        whole = Selection(tuple(range(self.source.num_layers)))
+        return Candidate(self.source, self.source, partial(_same, whole))
+
+    @property
+    def halves(self) -> bool:
+        """True if only the better candidates are run on all windows."""
+        search = methods.get(self.method).search(self.settings)
+        return search is not None and not search.shapes
+
+    def runs_of_layers(self) -> list[Candidate]:
+        """Candidates without consecutive layers, at full width, for every depth that a search of depth and width tries.
+
+        The best of each depth is what that search removes with it.
+        """
+        if not self.halves:
+            return []
+        depths = sorted({target.num_layers for target in self.targets} - {self.source.num_layers})
+        asked = [PruningRequest(self.source, replace(self.source, num_layers=n), _DEPTH) for n in depths]
+        depth = methods.get("minitron-depth")
+        return [
+            Candidate(self.source, one.target, partial(_same, run)) for one in asked for run in depth.candidates(one)
+        ]
+
+    def _layers(self, statistics: Statistics) -> dict[int, tuple[int, ...]]:
+        """The layers that stay, by their number, where a search of depth and width has other depths than the parent's.
+
+        StatisticsError if they are not scored yet.
+        """
+        best: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for run in self.runs_of_layers():
+            loss = statistics.loss_on(run.key, self._schedule(statistics)[0].windows)
+            if loss is None:
+                raise StatisticsError(
+                    f"{self.method}: expected a loss without each run of layers, got none: run calibrate --score"
+                )
+            if run.target.num_layers not in best or loss < best[run.target.num_layers][0]:
+                best[run.target.num_layers] = (loss, run.selection.layers)
+        return {number: layers for number, (_, layers) in best.items()}
+
+    def _schedule(self, statistics: Statistics) -> tuple[halving.Round, ...]:
+        last = max(halving.LAST, self.retraining.candidates if self.retraining else 0)
+        return halving.schedule(len(self.targets), statistics.sequences, last)
+
+    def rounds(self, statistics: Statistics) -> list[Standing]:
+        """Every round as far as the losses decide who is in it; not of candidates that a task decides between."""
+        found = self.candidates(statistics)
+        if not self.halves:
+            return [Standing(statistics.sequences, list(range(len(found))), [])]
+        standings = [Standing(self._schedule(statistics)[0].windows, list(range(len(found))), [])]
+        for following in self._schedule(statistics)[1:]:
+            windows, left = standings[-1].windows, standings[-1].candidates
+            losses = [loss for i in left if (loss := statistics.loss_on(found[i].key, windows)) is not None]
+            if len(losses) < len(left):
+                break
+            kept, ties = halving.better(losses, following.candidates)
+            standings.append(
+                Standing(following.windows, [left[i] for i in kept], [tie.renumbered(left) for tie in ties])
+            )
+        return standings
+
+    def next_run(self, statistics: Statistics) -> Run | None:
+        """What must be run next to choose by loss; None if nothing is missing."""
+        if runs := self.runs_of_layers():
+            windows = self._schedule(statistics)[0].windows
+            if missing := [c for c in runs if statistics.loss_on(c.key, windows) is None]:
+                return Run(missing, windows)
+        found, current = self.candidates(statistics), self.rounds(statistics)[-1]
+        asked = [found[i] for i in current.candidates]
+        if self.task is not None:
+            asked = [self.dense, *asked]
+        missing = [c for c in asked if statistics.loss_on(c.key, current.windows) is None]
+        return Run(missing, current.windows) if missing else None
 
     @property
     def retraining(self) -> Retraining | None:
@@ -123,18 +255,20 @@ class Question:
         return search.retraining if search else None
 
     def unscored(self, statistics: Statistics) -> list[Candidate]:
-        """The candidates without a score on the windows of ``statistics``, or without one on the task."""
-        asked = self.candidates(statistics)
+        """The candidates that must be run next on windows of ``statistics``, or on the task."""
         if self.task is None:
-            return [c for c in asked if c.selection.key not in statistics.scores]
-        return [c for c in (self.dense, *asked) if not _has_task(c, statistics, self.task)]
+            run = self.next_run(statistics)
+            return run.candidates if run else []
+        return [c for c in (self.dense, *self.candidates(statistics)) if not _has_task(c, statistics, self.task)]
 
     def finalists(self, statistics: Statistics) -> list[Candidate]:
         """The candidates to retrain: those with the lowest finite loss, best first. All have scores."""
         if self.retraining is None:
             return []
-        found = [c for c in self.candidates(statistics) if math.isfinite(statistics.scores[c.selection.key].loss)]
-        found.sort(key=lambda c: statistics.scores[c.selection.key].loss)  # stable: the first among equals
+        offered = self.candidates(statistics)
+        found = [offered[i] for i in self.rounds(statistics)[-1].candidates]
+        found = [c for c in found if math.isfinite(statistics.scores[c.key].loss)]
+        found.sort(key=lambda c: statistics.scores[c.key].loss)  # stable: the first among equals
         return found[: self.retraining.candidates]
 
     def unretrained(self, statistics: Statistics) -> list[Candidate]:
@@ -142,7 +276,7 @@ class Question:
         return [c for c in self.finalists(statistics) if not self._has_retrained(c, statistics)]
 
     def _has_retrained(self, candidate: Candidate, statistics: Statistics) -> bool:
-        found, asked = statistics.scores[candidate.selection.key].retrained, self.retraining
+        found, asked = statistics.scores[candidate.key].retrained, self.retraining
         return found is not None and asked is not None and found.tokens == asked.tokens
 
     def write(self, path: str | Path, statistics: Statistics) -> None:
@@ -150,11 +284,13 @@ class Question:
         fields = asdict(self)
         if self.budget is None:
             del fields["budget"]
+        run = self.next_run(statistics)
+        found = run.candidates if run and self.runs_of_layers() else self.candidates(statistics)
         content = {
             "version": VERSION,
             **fields,
             "statistics": statistics.hash,
-            "candidates": [{"candidate": c.label, "key": c.selection.key} for c in self.candidates(statistics)],
+            "candidates": [{"candidate": c.label, "key": c.key} for c in found],
         }
         artifacts.write_json(path, content)
 
@@ -191,23 +327,42 @@ def _on_budget(reached: ModelShape, budget: Budget) -> ModelShape:
     return reached
 
 
+def tensors_of(statistics: Statistics | LearnedMasks | None) -> object:
+    """The object that says whether two statistics hold the same sums; scores may differ."""
+    return None if statistics is None else statistics.tensors
+
+
+def _same(selection: Selection) -> Selection:
+    return selection
+
+
 def uses_statistics(method: Method[Any], settings: Settings) -> bool:
     """True if the method reads activations or scores, which are both in the statistics."""
     return bool(method.needs(settings)) or method.needs_scores(settings)
 
 
 def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
-    score = statistics.scores.get(candidate.selection.key)
+    score = statistics.scores.get(candidate.key)
     return score is not None and task in score.tasks
 
 
-def with_scores(statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float]) -> Statistics:
-    """``statistics`` with the losses of these candidates added."""
-    scores = {
-        candidate.selection.key: Score(candidate.label, loss_of(loss))
-        for candidate, loss in zip(found, losses, strict=True)
-    }
-    return replace(statistics, scores={**statistics.scores, **scores})
+def with_scores(
+    statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float], windows: int | None = None
+) -> Statistics:
+    """``statistics`` with the losses of these candidates added: on all windows, or on the first ``windows``."""
+    scores = dict(statistics.scores)
+    for candidate, loss in zip(found, losses, strict=True):
+        score, loss = scores.get(candidate.key), loss_of(loss)
+        if windows is None or windows == statistics.sequences:
+            new = Score(candidate.label, loss) if score is None else replace(score, loss=loss, windows=None)
+        elif score is None:
+            new = Score(candidate.label, loss, windows=windows, rounds={windows: loss})
+        else:
+            new = replace(score, rounds={**score.rounds, windows: loss})
+            if score.windows is not None and windows > score.windows:
+                new = replace(new, loss=loss, windows=windows)
+        scores[candidate.key] = new
+    return replace(statistics, scores=scores)
 
 
 def with_accuracies(
@@ -216,8 +371,8 @@ def with_accuracies(
     """``statistics`` with the accuracies on ``task`` (a fingerprint) of these candidates, which have losses, added."""
     scores = dict(statistics.scores)
     for candidate, score in zip(found, accuracies, strict=True):
-        earlier = scores[candidate.selection.key]
-        scores[candidate.selection.key] = replace(earlier, tasks={**earlier.tasks, task: score})
+        earlier = scores[candidate.key]
+        scores[candidate.key] = replace(earlier, tasks={**earlier.tasks, task: score})
     return replace(statistics, scores=scores)
 
 
@@ -230,117 +385,3 @@ def numbers_in_words(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-# Choosing among candidates, and the cost of it. The lowest LM loss on the calibration windows wins; with a task, the
-# highest accuracy; with retraining, the lowest loss after it. The plan's table keeps every candidate's numbers. A loss
-# that is not finite (an overflow, a training that diverged) is stored as infinite and never chosen.
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A candidate's row in the table that a plan keeps."""
-
-    candidate: str
-    parameters: int
-    loss: float  # infinite if it was not finite
-    accuracy: float | None = None  # if a task decides
-    retrained_loss: float | None = None  # of the retrained ones, of which one is chosen
-
-
-def judge(
-    question: Question, found: Sequence[Candidate], statistics: Statistics
-) -> tuple[int, list[Scored], list[NearTie]]:
-    """Index of the best of ``found``, the table of all, and the near-ties of the choice.
-
-    The best has the lowest loss, the highest accuracy on a task, or, if the best are retrained, the lowest loss after
-    that. Choosing which candidates to retrain is a cut too, between a ``finalist`` and the rest.
-    PlanError if no loss is finite.
-    """
-    if missing := question.unscored(statistics):
-        raise StatisticsError(
-            f"{question.method}: expected scores for all {len(found)} candidates, got none for {len(missing)}: run "
-            "calibrate --score"
-        )
-    if waiting := question.unretrained(statistics):
-        raise StatisticsError(
-            f"{question.method}: expected retrained candidates, got {len(waiting)} that are not: run retrain-candidates"
-        )
-    scores = [statistics.scores[c.selection.key] for c in found]
-    table = [Scored(c.label, c.target.parameters(), s.loss) for c, s in zip(found, scores, strict=True)]
-    usable = _finite([row.loss for row in table], f"{question.method}: no candidate")
-    if task := methods.get(question.method).task(question.settings):
-        assert question.task is not None
-        accuracies = [score.tasks[question.task].accuracies[task.metric] for score in scores]
-        table = [replace(row, accuracy=a.share) for row, a in zip(table, accuracies, strict=True)]
-        best, ties = highest_accuracy([accuracies[i] for i in usable], [table[i].loss for i in usable])
-        return usable[best], table, [_renumbered(tie, usable) for tie in ties]
-    if not (finalists := question.finalists(statistics)):
-        best, ties = lowest_loss([table[i].loss for i in usable])
-        return usable[best], table, [_renumbered(tie, usable) for tie in ties]
-    keys = {c.selection.key for c in finalists}
-    tried = [i for i, c in enumerate(found) if c.selection.key in keys]
-    after = {i: retrained for i in tried if (retrained := scores[i].retrained)}
-    assert question.retraining is not None
-    _, cut = lowest_losses([table[i].loss for i in usable], question.retraining.candidates, "finalist")
-    if len({one.recipe for one in after.values()}) > 1:
-        raise StatisticsError(
-            "expected one recipe for all retrained candidates, got several: run retrain-candidates again"
-        )
-    table = [replace(row, retrained_loss=after[i].loss if i in after else None) for i, row in enumerate(table)]
-    trained = _finite([after[i].loss for i in tried], f"{question.method}: no candidate that was retrained")
-    trained = [tried[i] for i in trained]
-    best, ties = lowest_loss([after[i].loss for i in trained])
-    ties = [_renumbered(tie, trained) for tie in ties]
-    return trained[best], table, [*ties, *(_renumbered(tie, usable) for tie in cut)]
-
-
-def loss_text(loss: float) -> str:
-    """A loss for people."""
-    return f"{loss:.5f}" if math.isfinite(loss) else "not finite"
-
-
-def _finite(losses: Sequence[float], nobody: str) -> list[int]:
-    """Indices of the finite losses; PlanError if there are none."""
-    if places := [i for i, loss in enumerate(losses) if math.isfinite(loss)]:
-        return places
-    raise PlanError(
-        f"{nobody} has a finite loss on the calibration text, expected at least one: use bf16 or fp32 in place of "
-        "fp16, or a lower --lr if they were retrained"
-    )
-
-
-def _renumbered(tie: NearTie, numbers: Sequence[int]) -> NearTie:
-    """``tie`` between indices of ``numbers`` as one between the candidates with these numbers."""
-    others = tuple(sorted(numbers[i] for i in tie.others))
-    return replace(tie, kept=numbers[tie.kept], removed=numbers[tie.removed], others=others)
-
-
-def spent(question: Question, found: Sequence[Candidate], statistics: Statistics) -> dict[str, Any]:
-    """The cost of scoring ``found``, as entries of a plan's ``calibration``.
-
-    ``scoring`` counts forward passes, ``retraining`` training, whose tokens count as trained on by pruning itself.
-    """
-    flops = statistics.sequences * sum(c.scoring_flops(statistics.seq_length) for c in found)
-    scoring: dict[str, Any] = {"candidates": len(found), "flops": flops}
-    if task := methods.get(question.method).task(question.settings):
-        assert question.task is not None
-        judged = [statistics.scores[c.selection.key].tasks[question.task] for c in (question.dense, *found)]
-        scoring["flops"] += sum(score.flops for score in judged)
-        scoring["flops"] += statistics.sequences * question.dense.scoring_flops(statistics.seq_length)
-        scoring["task"] = {
-            "path": task.path,
-            "fingerprint": question.task,
-            "metric": task.metric,
-            "dense": asdict(judged[0].accuracies[task.metric]),
-        }
-    entries: dict[str, Any] = {"scoring": scoring}
-    if finalists := question.finalists(statistics):
-        after = [one for c in finalists if (one := statistics.scores[c.selection.key].retrained)]
-        entries["retraining"] = {
-            "candidates": len(after),
-            "tokens": sum(one.tokens for one in after),
-            "flops": sum(one.flops for one in after),
-            "recipe": after[0].recipe,
-        }
-    return entries

@@ -12,14 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from pydantic import Field
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.kept import Kept, removed_indices
 from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError
 from megatron_prune.methods.base import Compensation, Gates, NearTie, Selection
-from megatron_prune.structured.candidates import Candidate, Question, Scored, judge, spent, uses_statistics
+from megatron_prune.structured.candidates import Candidate, Question, uses_statistics
+from megatron_prune.structured.judge import Scored, judge, spent
 from megatron_prune.structured.statistics import Statistics
 from megatron_prune.training.learned_file import LearnedMasks
 from megatron_prune.untrusted import check
@@ -206,6 +209,7 @@ class _ScoredRow(TypedDict):
     parameters: int
     loss: float | None
     accuracy: NotRequired[float | None]
+    rounds: NotRequired[list[Annotated[list[float | None], Field(min_length=2, max_length=2)]]]
     retrained_loss: NotRequired[float | None]
 
 
@@ -344,7 +348,10 @@ def _tupled(value: Any) -> Any:
 
 def _no_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table in the form of ``Scored``: a null loss was not finite."""
-    return {key: math.inf if value is None else value for key, value in row.items()}
+    found = {key: math.inf if value is None else value for key, value in row.items()}
+    if "rounds" in row:
+        found["rounds"] = tuple((windows, math.inf if loss is None else loss) for windows, loss in row["rounds"])
+    return found
 
 
 def _tuples(sets: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:

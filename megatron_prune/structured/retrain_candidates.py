@@ -30,7 +30,8 @@ from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.methods.options import MinitronWidthOptions
 from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import statistics as statistics_file
-from megatron_prune.structured.candidates import Candidate, Question, loss_text
+from megatron_prune.structured.candidates import Candidate, Question
+from megatron_prune.structured.judge import loss_text
 from megatron_prune.structured.statistics import Retrained, Statistics
 from megatron_prune.training.account import read_account
 
@@ -54,7 +55,7 @@ def retrain_candidates(
     recipe = _Recipe.of(list(shared), list(pretrain), found, question)
     trials = [_Trial(candidate, question, found, recipe, asked) for candidate in chosen]
     for number, trial in enumerate(trials, 1):
-        score = found.scores[trial.candidate.selection.key]
+        score = found.scores[trial.candidate.key]
         if score.retrained and (score.retrained.tokens, score.retrained.recipe) == (recipe.tokens, recipe.id):
             continue
         trial.keep_commands()
@@ -64,7 +65,7 @@ def retrain_candidates(
             continue
         say(f"{title}: {recipe.tokens:,} tokens")
         score = replace(score, retrained=trial.run())
-        found = replace(found, scores={**found.scores, trial.candidate.selection.key: score})
+        found = replace(found, scores={**found.scores, trial.candidate.key: score})
         found.write(asked.output or asked.statistics)
         assert score.retrained is not None
         say(f"{title}: loss {loss_text(score.loss)} before, {loss_text(score.retrained.loss)} after")
@@ -178,7 +179,7 @@ class _Trial:
         options: verbs.RetrainCandidatesSettings,
     ):
         self.candidate, self.found, self.recipe, self.options = candidate, found, recipe, options
-        self.folder = Path(options.scratch).absolute() / candidate.selection.key[:16]
+        self.folder = Path(options.scratch).absolute() / candidate.key[:16]
         self.pruned, self.retrained = self.folder / "pruned", self.folder / "retrained"
         self.statistics = self.folder / "statistics.safetensors"
         # The number of candidates is not a property of one of them.

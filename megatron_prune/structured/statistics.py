@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import safetensors
 import safetensors.torch
@@ -119,9 +119,17 @@ class Score:
     """The parent's loss and accuracies without what one candidate removes."""
 
     candidate: str  # in words
-    loss: float  # mean per token, in nats, on all calibration windows; infinite if it was not finite
+    loss: float  # mean per token, in nats, on the calibration windows; infinite if it was not finite
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)  # by a task's fingerprint
     retrained: Retrained | None = None
+    windows: int | None = None  # ``loss`` is on the first of them alone; None: on all
+    rounds: Mapping[int, float] = field(default_factory=dict)  # losses on fewer windows than all, by their number
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        if not self.rounds:
+            del content["windows"], content["rounds"]
+        return cast(dict[str, Any], artifacts.with_nulls(content))
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Score:
@@ -132,7 +140,8 @@ class Score:
         retrained = content.get("retrained")
         if retrained:
             retrained = Retrained(**{**retrained, "loss": loss_of(retrained["loss"])})
-        return Score(content["candidate"], loss_of(content["loss"]), tasks, retrained)
+        rounds = {int(windows): loss_of(loss) for windows, loss in content.get("rounds", {}).items()}
+        return Score(content["candidate"], loss_of(content["loss"]), tasks, retrained, content.get("windows"), rounds)
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,13 @@ class Statistics:
         """Mean loss per token of the parent on the calibration windows."""
         return self.loss_sum / self.tokens
 
+    def loss_on(self, key: str, windows: int) -> float | None:
+        """The loss of the candidate with this key on the first ``windows`` windows; None if it was not run on those."""
+        score = self.scores.get(key)
+        if score is None or (windows == self.sequences and score.windows is not None):
+            return None
+        return score.loss if windows == self.sequences else score.rounds.get(windows)
+
     @property
     def hash(self) -> str:
         """Hex SHA-256 of the tensor file."""
@@ -205,7 +221,7 @@ class Statistics:
             "shape": asdict(self.shape),
             "loss_sum": self.loss_sum,
             **self.provenance(),
-            "scores": {key: artifacts.with_nulls(asdict(score)) for key, score in self.scores.items()},
+            "scores": {key: score.to_json() for key, score in self.scores.items()},
             "versions": artifacts.versions(),
         }
         return payload, artifacts.json_bytes(meta)
@@ -264,6 +280,8 @@ class _ScoreRow(TypedDict):
     loss: float | None
     tasks: NotRequired[dict[str, _TaskRow]]
     retrained: NotRequired[_RetrainedRow | None]
+    windows: NotRequired[PositiveInt | None]
+    rounds: NotRequired[dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,9}$")], float | None]]
 
 
 class _StatisticsFile(TypedDict):
@@ -316,11 +334,13 @@ def read(path: str | Path) -> Statistics:
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add up calibrations of one parent at one sequence length, over windows that do not overlap.
 
-    Candidates scored in all of them keep their mean loss, and their accuracies, which do not depend on windows.
-    A retrained candidate's loss is dropped, because its training may differ.
+    Candidates scored on all windows of all of them keep their mean loss, and their accuracies, which do not depend on
+    windows. A retrained candidate's loss is dropped, because its training may differ.
     """
     first = parts[0]
-    if len(parts) > 1 and any(part.gradients for part in parts):
+    if len(parts) == 1:
+        return first
+    if any(part.gradients for part in parts):
         raise StatisticsError(
             "cannot merge statistics with gradients, whose saliencies are no sums over windows: calibrate on all "
             "windows at once"
@@ -346,7 +366,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             seen |= windows
     sequences = sum(part.sequences for part in parts)
     of_weights = column_shapes(first.shape)  # the same in all
-    scored = [key for key in first.scores if all(key in part.scores for part in parts)]
+    scored = [key for key in first.scores if all(part.loss_on(key, part.sequences) is not None for part in parts)]
     return Statistics(
         tensors={
             name: tensor if name in of_weights else torch.stack([part.tensors[name] for part in parts]).sum(0)
@@ -363,7 +383,6 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                 first.scores[key].candidate,
                 sum(part.sequences * part.scores[key].loss for part in parts) / sequences,
                 {task: score for part in parts for task, score in part.scores[key].tasks.items()},
-                first.scores[key].retrained if len(parts) == 1 else None,
             )
             for key in scored
         },

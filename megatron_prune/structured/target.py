@@ -21,6 +21,7 @@ most evenly come first, then the nearest, then the larger.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DIMENSIONS, Budget, Method, Search
 from megatron_prune.settings import Settings
+from megatron_prune.structured.limits import Limits
 
+HEADS = ("num_attention_heads", "num_query_groups")
 TOLERANCE = 0.02  # of the parameters to keep, if a width is chosen
 
 
@@ -48,8 +51,12 @@ class Target:
     tolerance: float | None = None  # None: TOLERANCE
     tensor_parallel: int = 1
     unexportable: Callable[[ModelShape], str | None] | None = None  # with --exportable: why a shape is refused
+    limits: Limits = Limits()
+    keep_heads: bool = False  # only other sizes shrink
 
     def __post_init__(self) -> None:
+        if self.keep_heads and (given := self.sizes.keys() & HEADS):
+            raise UsageError("--keep-heads", got="--target-" + min(given).replace("_", "-"), expected="one of the two")
         ways = [
             flag
             for flag, given in (
@@ -85,10 +92,13 @@ class Target:
             self._check(source, shape)
         elif "num_layers" in (free := method.free_dimensions(settings)):
             shape = self._depth(source)
+            if (refusal := self.limits.refusal(shape)) is not None:
+                raise refusal
         elif "hidden_size" in free:
             assert "ffn_hidden_size" in free
             shape = self._width(source)
         else:
+            free = tuple(size for size in free if not (self.keep_heads and size in HEADS))
             shape = self.near(source, Search(free, 1))[0]
         return shape
 
@@ -108,6 +118,9 @@ class Target:
 
     def compete(self, source: ModelShape, search: Search) -> list[ModelShape]:
         """The competing shapes: those that were given, in order, or the best near the target."""
+        if self.keep_heads and (search.shapes or set(HEADS) & set(search.axes)):
+            got = "--target-shapes" if search.shapes else "heads or groups in --search"
+            raise UsageError("--keep-heads", got=got, expected="one of the two")
         if not search.shapes:
             return self.near(source, search)[: search.max_candidates]
         return [self._given(source, dict(zip(search.axes, sizes, strict=True))) for sizes in search.shapes]
@@ -147,6 +160,10 @@ class Target:
                     rank = (place > 0, round(_unevenness(source, one, search), 12), round(error, 12))
                     ranked.append(((*rank, *(-getattr(one, axis) for axis in DIMENSIONS)), one))
         if not ranked:
+            if self.limits != Limits():  # which may be why: raises another error if they are not
+                refusal = self.limits.refusal(replace(self, limits=Limits()).near(source, search)[0])
+                assert refusal is not None
+                raise refusal
             raise self._missed(goal, tolerance, source, nearest[1] if nearest else None, search.axes)
         return [shape for _, shape in sorted(ranked, key=lambda item: item[0])]
 
@@ -240,18 +257,22 @@ class Target:
         if source.heads_per_group == 1 and "num_attention_heads" in axes:
             axes.add("num_query_groups")  # multi-head attention stays multi-head
 
-        def sizes(axis: str, whole: int, step: int) -> list[int]:
+        def sizes(axis: str, whole: int, step: int = 1) -> list[int]:
             return [*range(step, whole, step), whole] if axis in axes else [whole]
 
-        for hidden in sizes("hidden_size", source.hidden_size, self.divisible_by):
-            for groups in sizes("num_query_groups", source.num_query_groups, 1):
-                for heads in sizes("num_attention_heads", source.heads_per_group, 1):
-                    yield replace(
-                        source,
-                        hidden_size=hidden,
-                        num_query_groups=groups,
-                        num_attention_heads=groups * heads,
-                    )
+        for layers, hidden, groups, heads in itertools.product(
+            sizes("num_layers", source.num_layers),
+            sizes("hidden_size", source.hidden_size, self.divisible_by),
+            sizes("num_query_groups", source.num_query_groups),
+            sizes("num_attention_heads", source.heads_per_group),
+        ):
+            yield replace(
+                source,
+                num_layers=layers,
+                hidden_size=hidden,
+                num_query_groups=groups,
+                num_attention_heads=groups * heads,
+            )
 
     def _ffn_sizes(self, source: ModelShape, shape: ModelShape, goal: float, tolerance: float) -> list[int]:
         """FFN sizes that bring ``shape`` within the tolerance, and those on both sides of the goal."""
@@ -322,6 +343,8 @@ class Target:
                 "--exportable", got=f"hidden {shape.hidden_size}, {heads}",
                 expected="a shape that a Hugging Face model can have", why=reason,
             )  # fmt: skip
+        if (refusal := self.limits.refusal(shape)) is not None:
+            yield refusal
         groups = shape.num_query_groups
         if groups % tp and tp % groups:
             yield UsageError(
@@ -403,4 +426,6 @@ def from_settings(asked: verbs.TargetSettings, shapes: Sequence[str] = (), tenso
         divisible_by=asked.divisible_by,
         tolerance=asked.tolerance,
         tensor_parallel=tensor_parallel,
+        limits=Limits.parse(asked.at_most),
+        keep_heads=asked.keep_heads,
     )

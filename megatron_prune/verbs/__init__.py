@@ -21,6 +21,7 @@ from megatron_prune.verbs.checkpoint_and_data_verbs import (
 from megatron_prune.verbs.pruning_verbs import (
     ApplySettings,
     CalibrateSettings,
+    ExportableSettings,
     MethodSettings,
     PlanFilesSettings,
     PlanSettings,
@@ -105,6 +106,7 @@ __all__ = [
     "EvaluateSettings",
     "LearnMasksSettings",
     "ExportSettings",
+    "ExportableSettings",
     "FORMATS",
     "FP8_PRESETS",
     "GPUS",

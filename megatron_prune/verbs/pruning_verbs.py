@@ -59,13 +59,19 @@ class MethodSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(TargetSettings, MethodSettings, PlanFilesSettings):
+class ExportableSettings(TargetSettings):
+    TITLE = "how much to remove"
+
+    exportable: bool = setting(False, help="keep to shapes that can be exported to Hugging Face")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(ExportableSettings, MethodSettings, PlanFilesSettings):
     TITLE = "how much to remove"
 
     tensor_model_parallel_size: int = setting(
         1, metavar="TP", help="refuse shapes that this tensor-parallel size does not divide"
     )
-    exportable: bool = setting(False, help="keep to shapes that can be exported to Hugging Face")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,9 @@ class SparsifySettings(NonFiniteSettings, CalibrationTextSettings, SparsitySetti
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(NonFiniteSettings, CalibrationTextSettings, AnySparsitySettings, TargetSettings, PrunedBySettings):
+class PruneSettings(
+    NonFiniteSettings, CalibrationTextSettings, AnySparsitySettings, ExportableSettings, PrunedBySettings
+):
     """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
 
 

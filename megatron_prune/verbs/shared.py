@@ -14,7 +14,7 @@ TOKEN_TYPES = ("uint16", "int32", "uint32", "int64")
 DOCUMENTS = ("file", "paragraph", "line")
 DTYPES = ("float32", "bfloat16", "float16")
 MODULES = ("qkv", "proj", "fc1", "fc2")
-ALLOCATIONS = ("uniform", "owl")
+ALLOCATIONS = ("uniform", "owl", "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,10 @@ class TargetSettings(SizeSettings):
         metavar="T",
         help="relative error of the target that a chosen width may have (default: 0.02)",
     )
+    keep_heads: bool = setting(False, help="heads and query groups stay, only other sizes shrink")
+    at_most: tuple[str, ...] = setting(
+        (), metavar="LIMIT", help="memory=BYTES@TOKENS (weights, and cache of so many tokens), cache=BYTES of a token"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +124,16 @@ class SparsitySettings(AmountSettings):
     allocation: str = setting(
         "uniform",
         choices=ALLOCATIONS,
-        help="owl: remove less where outliers are many; unstructured only (default: uniform)",
+        help="ratios by layer: owl: less where outliers are many; search: by calibration loss (default: uniform)",
     )
     owl_threshold: float | None = setting(
         None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
     )
     owl_bound: float | None = setting(
         None, metavar="L", help="the layers' ratios span twice L around --ratio (default: 0.08)"
+    )
+    search_generations: int | None = setting(
+        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
     )
 
 
@@ -140,7 +147,7 @@ class AnySparsitySettings(SparsitySettings):
         "uniform",
         choices=(*ALLOCATIONS, "global"),
         metavar="HOW",
-        help="uniform (default), owl (unstructured) or global (flap, llm-pruner, wanda-sp)",
+        help="uniform (default), owl, search (unstructured) or global (flap, llm-pruner, wanda-sp)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -216,6 +217,126 @@ def test_given_shapes_are_scored_like_a_searchs(verbs: Verbs, tmp_path: Path) ->
         (48, 12, 180), (72, 6, 96),
     ]  # fmt: skip
     assert "candidates: 2, by the loss" in shown
+
+
+HALVED = ["--method", "minitron-width", "--search", "hidden", "ffn", "heads", "--ratio", "0.4", "--tolerance", "0.05"]
+HALVED += ["--divisible-by", "12"]
+
+
+def given(found: list[candidates.Candidate]) -> list[object]:
+    """The same shapes by name, which are all scored on all windows."""
+    shapes = [c.target for c in found]
+    words = [f"{s.hidden_size}/{s.num_attention_heads}/{s.ffn_hidden_size}" for s in shapes]
+    return ["--method", "minitron-width", "--divisible-by", "12", "--target-shapes", *words]
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("tp1", "dp2"))])
+def test_a_search_on_more_and_more_text_finds_what_scoring_everything_finds(
+    verbs: Verbs, tmp_path: Path, layout: str
+) -> None:
+    windows, first = 12, 4
+    verbs.text = ["--calibration-data-path", verbs.corpus, "--calibration-seq-length", 32]
+    exhaustive: dict[int, list[float]] = {}
+    for number in (first, windows):
+        verbs.text[4:] = ["--calibration-sequences", number]
+        verbs.statistics = tmp_path / f"{number}.safetensors"
+        verbs.calibrate()
+        if number == first:  # other windows say otherwise which channels go: the search's decide
+            continue
+        assert verbs.make(*HALVED).returncode == EXIT_NEEDS_SCORES
+        search, _ = candidates.read(tmp_path / "candidates.json")
+        offered = search.candidates(statistics_file.read(verbs.statistics))
+        assert len(offered) == 15
+    whole = statistics_file.read(verbs.statistics)
+    for number in (first, windows):
+        few = statistics_file.read(tmp_path / f"{number}.safetensors")
+        verbs.statistics = tmp_path / f"every-{number}.safetensors"
+        replace(few, tensors=whole.tensors).write(verbs.statistics)
+        assert verbs.make(*given(offered)).returncode == EXIT_NEEDS_SCORES
+        verbs.score().ok()
+        scores = statistics_file.read(verbs.statistics).scores
+        exhaustive[number] = [scores[c.key].loss for c in offered]
+
+    verbs.statistics = tmp_path / "12.safetensors"
+    assert verbs.make(*HALVED).returncode == EXIT_NEEDS_SCORES
+    nproc, flags = LAYOUTS[layout]
+    assert "scored 15 candidates" in verbs.score(*flags, nproc=nproc).ok().output
+    shown = verbs.make(*HALVED).ok().output
+    made = plan.read(verbs.plan)
+    best_five = set(sorted(range(15), key=lambda i: exhaustive[first][i])[:5])
+    for i, row in enumerate(made.candidates):
+        rounds = [(first, exhaustive[first][i])] + [(windows, exhaustive[windows][i])] * (i in best_five)
+        assert row.rounds is not None and [n for n, _ in row.rounds] == [n for n, _ in rounds]
+        assert [loss for _, loss in row.rounds] == pytest.approx([loss for _, loss in rounds], rel=2e-6)
+    assert made.chosen == int(np.argmin(exhaustive[windows])) and "candidates: 15, by the loss" in shown
+    assert made.target == offered[made.chosen].target
+
+
+def stopped(argv: list[str], after: int) -> int:
+    """``calibrate`` in this rank, stopped when it has written ``after`` files of scores; how many it has written."""
+    from megatron_prune.__main__ import main
+    from megatron_prune.calibration import run
+    from megatron_prune.structured.statistics import Statistics
+
+    write, written = Statistics.write, 0
+
+    def count(self: Statistics, path: Any) -> None:
+        nonlocal written
+        if written == after:
+            raise KeyboardInterrupt
+        write(self, path)
+        written += 1
+
+    Statistics.write, run.KEEP_EVERY = count, 0  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):
+        main(["calibrate", *argv])
+    return written
+
+
+def test_a_stopped_search_is_resumed(verbs: Verbs, distributed: Callable[..., list[int]], tmp_path: Path) -> None:
+    verbs.text = ["--calibration-data-path", verbs.corpus, "--calibration-seq-length", 16]
+    verbs.text += ["--calibration-sequences", 12]
+    verbs.calibrate()
+    assert verbs.make(*HALVED).returncode == EXIT_NEEDS_SCORES
+    words = [*verbs.load, "--score", tmp_path / "candidates.json", "--statistics", verbs.statistics]
+    words = [str(word) for word in (*words, "--output", tmp_path / "out.safetensors")]
+    assert distributed(stopped, 1, words, 17) == [17]  # in the second round
+    found = statistics_file.read(tmp_path / "out.safetensors")
+    assert len(found.scores) == 15 and sum(score.windows is None for score in found.scores.values()) == 2
+    assert distributed(stopped, 1, words, 100) == [3 + 1]  # the rest, and the file at the end
+    verbs.score().ok()  # without a stop
+    whole, resumed = (statistics_file.read(path) for path in (verbs.statistics, tmp_path / "out.safetensors"))
+    assert resumed.scores == whole.scores and resumed.scores != found.scores
+
+
+def test_depth_and_width_are_searched_together(verbs: Verbs, tmp_path: Path) -> None:
+    verbs.calibrate()
+    choice = [
+        "--method",
+        "minitron-width",
+        "--search",
+        "depth",
+        "hidden",
+        "ffn",
+        "--ratio",
+        "0.4",
+        "--divisible-by",
+        12,
+    ]
+    assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES
+    verbs.score(*TP2, *PP2, nproc=4).ok()
+    verbs.make(*choice).ok()
+    made = plan.read(verbs.plan)
+    question, _ = candidates.read(tmp_path / "candidates.json")
+    found = statistics_file.read(verbs.statistics)
+    offered = question.candidates(found)
+    assert {c.target.num_layers for c in offered} == {3, 4}
+    expected = applied_losses(verbs, found, offered)
+    assert [row.loss for row in made.candidates] == pytest.approx(expected, abs=2e-5)
+    assert made.chosen == int(np.argmin(expected))
+    # The layer that goes is minitron-depth's.
+    verbs.make("--method", "minitron-depth", "--target-num-layers", 3).ok()  # its losses are known
+    assert {c.selection.layers for c in offered if c.target.num_layers == 3} == {plan.read(verbs.plan).kept_layers}
 
 
 def test_masked_width_is_transformers_sliced_model(verbs: Verbs, tiny_corpus: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_all_names_are_dashed_files() -> None:
         ("prune --method minitron-width --ratio 0.5 --max-candidates 3", "--max-candidates: "),
         (
             "prune --method wanda --ratio 0.5 --allocation global",
-            "--allocation: expected uniform or owl with a sparse --method, got global",
+            "--allocation: expected uniform, owl or search with a sparse --method, got global",
         ),
         ("prune --method flap --ratio 0.5 --allocation owl", "--allocation: expected one of uniform, global, got owl"),
         ("prune --method shortgpt --ratio 0.5 --allocation global", "--allocation: expected a sparse --method with it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from math import log
 from typing import Any
@@ -189,7 +190,9 @@ def test_search_offers_the_papers_candidates(name: str) -> None:
 @given(
     ratio=st.floats(0.2, 0.8),
     ratio_of=st.sampled_from(["linears", "all"]),
-    axes=st.sampled_from(["ffn", "hidden ffn", "hidden heads", "ffn heads", "ffn groups", "hidden ffn heads groups"]),
+    axes=st.sampled_from(
+        ["ffn", "hidden ffn", "hidden heads", "ffn heads", "ffn groups", "hidden ffn heads groups", "depth hidden ffn"]
+    ),
     tp=st.sampled_from([1, 2, 3]),
     source=st.sampled_from([SMALL, MHA]),
 )
@@ -204,19 +207,22 @@ def test_search_finds_every_shape_within_the_tolerance(
 
     goal, expected = (1 - ratio) * count(source), set()
     groups_axis = "heads" if source is MHA and "heads" in axes else "groups"
-    for hidden in sizes("hidden", source.hidden_size, 8):
-        for groups in sizes(groups_axis, source.num_query_groups):
-            for per_group in sizes("heads", source.heads_per_group):
-                for ffn in sizes("ffn", source.ffn_hidden_size, 8):
-                    heads = groups * per_group
-                    if heads % tp or ffn % tp or (groups % tp and tp % groups):
-                        continue  # heads are of 8 channels, so --divisible-by 8 allows any number
-                    shape = replace(
-                        source, hidden_size=hidden, num_query_groups=groups, num_attention_heads=heads,
-                        ffn_hidden_size=ffn,
-                    )  # fmt: skip
-                    if shape != source and abs(count(shape) / goal - 1) <= 0.02:
-                        expected.add(shape)
+    for layers, hidden, groups, per_group, ffn in itertools.product(
+        sizes("depth", source.num_layers),
+        sizes("hidden", source.hidden_size, 8),
+        sizes(groups_axis, source.num_query_groups),
+        sizes("heads", source.heads_per_group),
+        sizes("ffn", source.ffn_hidden_size, 8),
+    ):
+        heads = groups * per_group
+        if heads % tp or ffn % tp or (groups % tp and tp % groups):
+            continue  # heads are of 8 channels, so --divisible-by 8 allows any number
+        shape = replace(
+            source, num_layers=layers, hidden_size=hidden, num_query_groups=groups, num_attention_heads=heads,
+            ffn_hidden_size=ffn,
+        )  # fmt: skip
+        if shape != source and abs(count(shape) / goal - 1) <= 0.02:
+            expected.add(shape)
     flags = ["--ratio", repr(ratio), "--ratio-of", ratio_of, "--divisible-by", "8"]
     if not expected:
         with pytest.raises(UsageError, match="the nearest is"):
@@ -235,6 +241,44 @@ def test_search_puts_even_shapes_first_and_the_rule_is_its_first_choice() -> Non
         first.setdefault(shape.hidden_size, place)
     # The nearest FFN size of every hidden size comes before any second-nearest.
     assert sorted(first.values()) == list(range(len(first)))
+
+
+def test_limits_leave_the_shapes_that_keep_to_them() -> None:
+    flags = ["--ratio", "0.5", "--divisible-by", "8"]
+    every = near(SMALL, "hidden ffn groups depth", *flags)
+
+    def cache(shape: ModelShape) -> int:  # keys and values, 16 bits
+        return shape.num_layers * 2 * shape.num_query_groups * shape.kv_channels * 2
+
+    within = [shape for shape in every if cache(shape) <= 400]
+    assert 0 < len(within) < len(every)
+    assert near(SMALL, "hidden ffn groups depth", *flags, "--at-most", "cache=400") == within
+    memory = {shape: 2 * shape.parameters() + 1000 * cache(shape) for shape in every}
+    most = sorted(memory.values())[len(memory) // 3]
+    within = [shape for shape in every if memory[shape] <= most]
+    assert near(SMALL, "hidden ffn groups depth", *flags, "--at-most", f"memory={most}@1k") == within
+    for words in (["cache=100"], [f"memory={min(memory.values()) - 1}@1k", "cache=8k"]):
+        with pytest.raises(UsageError, match="--at-most: expected a shape within (cache|memory)=.*, got a shape "):
+            near(SMALL, "hidden ffn groups depth", *flags, "--at-most", *words)
+    with pytest.raises(UsageError, match="--at-most: expected a shape within cache=100, got a shape with 1152 bytes"):
+        choose(SMALL, "minitron-width", *flags, "--at-most", "cache=100")
+    with pytest.raises(UsageError, match="--at-most: expected a shape within cache=100, got a shape with 576 bytes"):
+        choose(SMALL, "shortgpt", *flags, "--at-most", "cache=100")
+    for wrong in ("memory=6G", "cache=1@2", "cache=x", "speed=3", "cache=0", "cache=1k cache=2k"):
+        with pytest.raises(UsageError, match="--at-most: expected memory=BYTES@TOKENS, cache=BYTES or both"):
+            near(SMALL, "ffn", *flags, "--at-most", *wrong.split())
+
+
+def test_heads_stay_if_they_are_to() -> None:
+    flags = ["--ratio", "0.3", "--divisible-by", "8"]
+    assert choose(SMALL, "llm-pruner", *flags).num_query_groups < SMALL.num_query_groups
+    kept = choose(SMALL, "llm-pruner", *flags, "--keep-heads")
+    assert kept == replace(SMALL, ffn_hidden_size=kept.ffn_hidden_size)
+    with pytest.raises(UsageError, match="--keep-heads: expected one of the two, got --target-num-query-groups"):
+        choose(SMALL, "random", "--target-num-query-groups", "3", "--keep-heads")
+    for words in (["--search", "hidden", "heads", "--ratio", "0.5"], ["--target-shapes", "64/6/96", "64/12/96"]):
+        with pytest.raises(UsageError, match="--keep-heads: expected one of the two, got (heads|--target-shapes)"):
+            given_shapes(SMALL, *words, "--keep-heads", "--divisible-by", "8")
 
 
 @pytest.mark.parametrize(

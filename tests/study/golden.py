@@ -32,6 +32,7 @@ STUDIES: dict[str, ModelShape | None] = {
     "quickstart/seeds": None,
     "quickstart/distill": None,
     "quickstart/all-methods": None,
+    "quickstart/iterated": None,
     "miniature/study": None,
     "miniature/rate": None,
     "miniature/small": None,

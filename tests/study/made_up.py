@@ -136,9 +136,10 @@ class FakeLauncher:
         given = words(argv)
         question, _ = candidates.read(given["score"])
         found = statistics.read(given["statistics"])
-        asked = question.candidates(found)
-        losses = [number(candidate.label) for candidate in asked]
-        candidates.with_scores(found, asked, losses).write(given["output"])
+        while (run := question.next_run(found)) is not None:
+            losses = [number(candidate.label) for candidate in run.candidates]
+            found = candidates.with_scores(found, run.candidates, losses, run.windows)
+        found.write(given["output"])
 
     def _retrain_candidates(self, argv: list[str]) -> None:
         own = words(argv[: argv.index("--pretrain")])
@@ -151,7 +152,7 @@ class FakeLauncher:
         scores = dict(found.scores)
         for rank, candidate in enumerate(question.finalists(found)):  # the last of them learns fastest
             after = statistics.Retrained(5.0 - rank, question.retraining.tokens, 10**9, "recipe")
-            scores[candidate.selection.key] = replace(scores[candidate.selection.key], retrained=after)
+            scores[candidate.key] = replace(scores[candidate.key], retrained=after)
         replace(found, scores=scores).write(own["statistics"])
 
     def _apply(self, argv: list[str]) -> None:
