@@ -189,6 +189,29 @@ def prune_block(
     ]
 
 
+@torch.no_grad()
+def stays_at(
+    block: Any,
+    shape: ModelShape,
+    method: InputMethod,
+    statistics: Mapping[str, Statistic],
+    wanted: Mapping[str, Sequence[Sparsity]],
+) -> dict[str, torch.Tensor]:
+    """Of every weight of this rank's shards, by module: at how many of the ``wanted`` sparsities it stays, uint8.
+
+    They are ascending, and what goes at one goes at all after it. The block is left as it is. Collective over the
+    tensor-parallel ranks.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for number, (module, sparsities) in enumerate(wanted.items()):
+        weight = spec.linears(block)[module].weight
+        found[module] = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+        for sparsity in sparsities:
+            solver = _Solver(module, shape, method, sparsity, statistics[module], number)
+            found[module] += solver.prune(weight.detach().clone(), weight.dtype)
+    return found
+
+
 class _Solver:
     """Prunes the matrices of one module on the ranks of one replica."""
 

@@ -9,7 +9,8 @@ stage. A block that an earlier attempt finished is read back and only run. Metho
 path, without a model (``weights_only.py``).
 
 Where outliers decide a layer's ratio, a pass through the dense model counts them first. Every stage writes its layers'
-counts to the scratch folder, and every rank reads all of them: so all compute the same ratios.
+counts to the scratch folder, and every rank reads all of them: so all compute the same ratios. Where a search decides
+them, the same pass makes masks of every ratio (``level_masks.py``), and whole models with such masks are run.
 Import after ``runtime.start``: Megatron must be ready.
 """
 
@@ -18,20 +19,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_prune import screen
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
-from megatron_prune.sparse.block import Inputs, count_outliers, prune_block
+from megatron_prune.methods import level_search
+from megatron_prune.methods.allocation import OutlierWeighing
+from megatron_prune.methods.level_search import Found, LevelSearch
+from megatron_prune.sparse.block import Inputs, Statistic, count_outliers, prune_block
+from megatron_prune.sparse.level_masks import LevelMasks
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
-from megatron_prune.sparse.result import Progress, Pruned, Scratch, allocated
+from megatron_prune.sparse.result import allocated
+from megatron_prune.sparse.scratch import Progress, Pruned, Scratch
 
 
 def run(args: argparse.Namespace, task: SparsifyTask) -> None:
@@ -42,7 +50,7 @@ def run(args: argparse.Namespace, task: SparsifyTask) -> None:
     model, scratch = _begin(args, task)
     known: list[Any] = [scratch.done(task.layers)] if args.rank == 0 else [None]
     torch.distributed.broadcast_object_list(known, src=0)
-    if task.request.owl is not None:
+    if task.request.allocation is not None:
         task = _allocate(args, model, task, scratch)
     with Progress(task.request.name, len(task.layers)) as progress:
         for row in known[0]:
@@ -77,7 +85,10 @@ def _begin(args: argparse.Namespace, task: SparsifyTask) -> tuple[list[Any], Scr
 
 
 def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
-    """``task`` with every layer's ratio. Counts outliers, if an earlier attempt has not."""
+    """``task`` with every layer's ratio. Counts outliers, or searches, if an earlier attempt has not."""
+    if isinstance(task.request.allocation, LevelSearch):
+        _search(args, model, task, task.request.allocation, scratch)
+        return allocated(task, scratch)
     counted: list[Any] = [scratch.outliers(task.layers) is not None] if args.rank == 0 else [None]
     if counted == [False]:
         scratch.forget_outliers()
@@ -87,6 +98,34 @@ def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, sc
             _Stage(model, task, scratch, [], progress).count_outliers()
             scratch.wait_for_outliers(task.layers, progress.outliers)
     return allocated(task, scratch)
+
+
+def _search(
+    args: argparse.Namespace, model: list[Any], task: SparsifyTask, search: LevelSearch, scratch: Scratch
+) -> None:
+    """Leave the result of the search in the scratch folder; it goes on where an earlier attempt was stopped."""
+    grid = task.request.grid(task.parent.shape)
+    kept: list[Found | None] = [scratch.levels() if args.rank == 0 else None]
+    torch.distributed.broadcast_object_list(kept, src=0)
+    (found,) = kept
+    if found is not None and found.generation == search.generations:
+        return
+    masks = LevelMasks(model, task, grid)
+    with Progress("masks of every level", len(task.layers)) as progress:
+        _Stage(model, task, scratch, [], progress).walk_dense(masks.add)
+    assert task.windows is not None
+    windows = len(task.windows)
+    with screen.Bar(search.generations, "searching ratios of layers", "generation") as bar:
+        if found is None:
+            found = level_search.begin(len(task.layers), windows, masks.losses)
+        bar.reach(found.generation)
+        while found.generation < search.generations:
+            found = level_search.generation(found, search, grid, windows, masks.losses)
+            if args.rank == 0:
+                scratch.keep_levels(found)
+            bar.advance(note=f"loss {found.loss:.4f}, uniform {found.uniform:.4f}")
+    masks.restore()
+    torch.distributed.barrier()  # the first rank has written what all read
 
 
 class _Stage:
@@ -109,7 +148,11 @@ class _Stage:
         self._walk("pruning", self._visit)
 
     def count_outliers(self) -> None:
-        self._walk("outliers", self._count)
+        self._walk("outliers", partial(self._dense, self._count))
+
+    def walk_dense(self, see: Callable[[int, Any, Mapping[str, Statistic]], None]) -> None:
+        """Call ``see`` for every block that is pruned, with statistics of its inputs in the dense model."""
+        self._walk("levels", partial(self._dense, see))
 
     def _walk(self, purpose: str, visit: Callable[[int, Any], bool]) -> None:
         """Carry the stream through the stage. ``visit`` gets every block and its number, and says if it carried it."""
@@ -135,18 +178,22 @@ class _Stage:
             self._prune(layer, block)
         return False
 
-    def _count(self, layer: int, block: Any) -> bool:
-        request = self.task.request
-        if layer not in self.task.layers or request.owl is None:
+    def _dense(self, see: Callable[[int, Any, Mapping[str, Statistic]], None], layer: int, block: Any) -> bool:
+        if layer not in self.task.layers:
             return False
         tokens = len(self.windows) * self.windows.seq_length
-        with Inputs(block, request.modules, "square_sums", tokens, advancing=True) as inputs:
+        with Inputs(block, self.task.request.modules, "square_sums", tokens, advancing=True) as inputs:
             self.stream.advance(block)
         inputs.reduce(len(self.windows))
-        found, size = count_outliers(block, inputs.of, request.owl.threshold)
+        see(layer, block, inputs.of)
+        return True
+
+    def _count(self, layer: int, block: Any, statistics: Mapping[str, Statistic]) -> None:
+        allocation = self.task.request.allocation
+        assert isinstance(allocation, OutlierWeighing)
+        found, size = count_outliers(block, statistics, allocation.threshold)
         if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
             self.progress.outliers(self.scratch.count_outliers(layer, found, size))
-        return True
 
     def _prune(self, layer: int, block: Any) -> None:
         began = time.monotonic()

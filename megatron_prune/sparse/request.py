@@ -16,6 +16,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
 from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
+from megatron_prune.methods.level_search import GENERATIONS, LevelGrid, LevelSearch
 from megatron_prune.settings import numbers_of
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
@@ -33,8 +34,8 @@ class SparsifyRequest:
     of: Mapping[str, Sparsity]  # by module that is pruned
     layers: tuple[int, ...] | None  # None: all
     seed: int | None
-    owl: OutlierWeighing | None = None  # None: every layer has the same ratio
-    by_layer: Mapping[tuple[int, str], Sparsity] = field(default_factory=dict)  # with ``owl``, once it is known
+    allocation: OutlierWeighing | LevelSearch | None = None  # None: every layer has the same ratio
+    by_layer: Mapping[tuple[int, str], Sparsity] = field(default_factory=dict)  # with it, once it is known
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -43,17 +44,20 @@ class SparsifyRequest:
     @property
     def reads_text(self) -> bool:
         """True if calibration text is read: by the method, or to allocate ratios."""
-        return self.method.statistic != "none" or self.owl is not None
+        return self.method.statistic != "none" or self.allocation is not None
 
     def sparsity(self, layer: int, module: str) -> Sparsity:
-        """What is removed from a linear. With ``owl`` it must be ``allocated`` first."""
-        return self.of[module] if self.owl is None else self.by_layer[layer, module]
+        """What is removed from a linear. With an ``allocation`` it must be ``allocated`` first."""
+        return self.of[module] if self.allocation is None else self.by_layer[layer, module]
 
-    def allocated(self, shape: ModelShape, outliers: Mapping[int, Fraction]) -> SparsifyRequest:
-        """This request with the ratios of layers whose shares of ``outliers`` these are: all that are pruned."""
-        assert self.owl is not None
-        layers = sorted(outliers)
-        shifts = self.owl.shifts([outliers[layer] for layer in layers])
+    def grid(self, shape: ModelShape) -> LevelGrid:
+        """The levels of a search."""
+        inputs = [matrices(module, shape)[0].inputs for module in self.modules]
+        return LevelGrid.of(inputs, [float(sparsity.ratio) for sparsity in self.of.values()])
+
+    def allocated(self, shape: ModelShape, shifts: Sequence[Fraction]) -> SparsifyRequest:
+        """This request where the ratios of the layers that are pruned differ by ``shifts`` from what was asked for."""
+        layers = self.chosen(shape)
         found: dict[tuple[int, str], Sparsity] = {}
         for module, asked in self.of.items():
             inputs = matrices(module, shape)[0].inputs
@@ -78,6 +82,10 @@ class SparsifyRequest:
         for module, sparsity in self.of.items():
             for matrix in matrices(module, shape):
                 sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
+        if isinstance(self.allocation, LevelSearch):
+            self.grid(shape)
+            if len(self.chosen(shape)) < 2:
+                raise UsageError("--allocation", got="search", expected="uniform for a single layer")
 
     def describe(self) -> dict[str, Any]:
         """As JSON: everything that decides the result, given the parent and the calibration."""
@@ -85,7 +93,7 @@ class SparsifyRequest:
             "method": self.name,
             "pattern": str(next(iter(self.of.values())).pattern),
             "ratios": {module: float(sparsity.ratio) for module, sparsity in self.of.items()},
-            "allocation": {"name": "uniform"} if self.owl is None else self.owl.describe(),
+            "allocation": {"name": "uniform"} if self.allocation is None else self.allocation.describe(),
             "layers": None if self.layers is None else list(self.layers),
             "seed": self.seed,
         }
@@ -108,33 +116,42 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
     if own and asked.ratio is not None:
         Sparsity.parse(asked.ratio, asked.pattern)  # refuse a wrong --ratio even if every module has its own
     layers = None if asked.layers is None else numbers_of(asked.layers, "--layers")
-    seed = seed if method.random else None
-    return SparsifyRequest(name, method, of, layers, seed, _owl(asked, of, own))
+    allocation = _allocation(name, asked, of, own, seed or 0)
+    return SparsifyRequest(name, method, of, layers, seed if method.random else None, allocation)
 
 
-def _owl(asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping[str, float]) -> OutlierWeighing | None:
+def _allocation(
+    name: str, asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping[str, float], seed: int
+) -> OutlierWeighing | LevelSearch | None:
     """How ratios are allocated. UsageError for a pattern that fixes them, or settings that do not fit."""
+    for setting, needed in (("owl_threshold", "owl"), ("owl_bound", "owl"), ("search_generations", "search")):
+        if asked.was_given(setting) and asked.allocation != needed:
+            flag = "--" + setting.replace("_", "-")
+            raise UsageError(flag, got=f"--allocation {asked.allocation}", expected=f"--allocation {needed} with it")
     if asked.allocation == "uniform":
-        for name in ("owl_threshold", "owl_bound"):
-            if asked.was_given(name):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(flag, got="--allocation uniform", expected="--allocation owl with it")
         return None
     if asked.allocation not in verbs.ALLOCATIONS:
-        expected = f"{' or '.join(verbs.ALLOCATIONS)} with a sparse --method"
+        *most, last = verbs.ALLOCATIONS
+        expected = f"{', '.join(most)} or {last} with a sparse --method"
         raise UsageError("--allocation", got=asked.allocation, expected=expected)
+    for sparsity in of.values():
+        if sparsity.pattern.m is not None:
+            raise UsageError(
+                "--allocation",
+                got=asked.allocation,
+                expected="uniform with an N:M --pattern",
+                why=f"{sparsity.pattern} gives every layer the same ratio",
+            )
+    if asked.allocation == "search":
+        if name == "random":
+            raise UsageError("--allocation", got="search", expected="owl or uniform with --method random")
+        generations = asked.search_generations
+        return LevelSearch(GENERATIONS if generations is None else generations, seed)
     owl = OutlierWeighing(
         THRESHOLD if asked.owl_threshold is None else asked.owl_threshold,
         BOUND if asked.owl_bound is None else asked.owl_bound,
     )
     for module, sparsity in of.items():
-        if sparsity.pattern.m is not None:
-            raise UsageError(
-                "--allocation",
-                got="owl",
-                expected="uniform with an N:M --pattern",
-                why=f"{sparsity.pattern} gives every layer the same ratio",
-            )
         owl.check(float(sparsity.ratio), f"--module-ratio {module}=" if module in own else "--ratio")
     return owl
 

@@ -27,7 +27,7 @@ from megatron_prune.masks import write_single
 from megatron_prune.methods.base import Sparsity, WeightMethod
 from megatron_prune.sparse.matrices import SUFFIXES, Matrix, RowRun, matrices, runs
 from megatron_prune.sparse.request import SparsifyTask, Sums
-from megatron_prune.sparse.result import Progress, Pruned, Scratch
+from megatron_prune.sparse.scratch import Progress, Pruned, Scratch
 
 RECORD_BYTES = 8 << 20  # of rows read and written at a time
 CHUNK_BYTES = 1 << 20  # of rows processed at a time: they and the intermediate results fit a core's cache

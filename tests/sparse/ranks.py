@@ -95,25 +95,31 @@ def killed(argv: list[str], where: str) -> None:
 
     cpu.prepare()
     from megatron_prune.checkpoint.writer import CheckpointWriter
-    from megatron_prune.sparse.result import Scratch
+    from megatron_prune.sparse.scratch import Scratch
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if where == "block 2":  # its weights are written, but not marked as finished
-        finish = Scratch.finish
-        Scratch.finish = lambda self, layer, *rest: die() if layer == 2 else finish(self, layer, *rest)  # type: ignore
+    if where.startswith("block "):  # its weights are written, but not marked as finished
+        finish, last = Scratch.finish, int(where.removeprefix("block "))
+        Scratch.finish = lambda self, layer, *rest: die() if layer == last else finish(self, layer, *rest)  # type: ignore
+    elif where == "generation 5":
+        keep = Scratch.keep_levels
+        Scratch.keep_levels = lambda self, found: (  # type: ignore[method-assign]
+            keep(self, found),
+            die() if found.generation == 5 else None,
+        )
     elif where == "full":
-        from megatron_prune.sparse import result
+        from megatron_prune.sparse import scratch
 
-        write_part = result.write_part
+        write_part = scratch.write_part
 
         def fill_up(folder: Path, shards: Any) -> None:
             write_part(folder, shards)
             if folder.parent.name == "block-0002":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        result.write_part = fill_up
+        scratch.write_part = fill_up
     elif where == "result":
         add = CheckpointWriter.add
         CheckpointWriter.add = lambda self, name, *rest, **more: (  # type: ignore[method-assign]

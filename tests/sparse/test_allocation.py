@@ -149,7 +149,7 @@ def test_killed_and_given_again(
         (["--ratio", "0.9"], "--owl-bound: expected at least 0 and less than 0.05, got 0.08"),
         (["--ratio", "0.5", "--owl-threshold", "0"], "--owl-threshold: expected a number above 0, got 0.0"),
         (["--ratio", "0.5", "--allocation", "uniform", "--owl-bound", "0.1"], "--owl-bound: expected --allocation owl"),
-        (["--ratio", "0.5", "--allocation", "even"], "--allocation: expected one of uniform, owl, got even"),
+        (["--ratio", "0.5", "--allocation", "even"], "--allocation: expected one of uniform, owl, search, got even"),
     ],
 )
 def test_refused_before_it_begins(

@@ -23,9 +23,9 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import open_masks
 from megatron_prune.settings import add_flags
-from megatron_prune.sparse import request, result, weights_only
+from megatron_prune.sparse import request, result, scratch, weights_only
 from megatron_prune.sparse.request import SparsifyTask
-from megatron_prune.sparse.result import Scratch
+from megatron_prune.sparse.scratch import Scratch
 from tests.checkpoint import ranks as megatron_ranks
 from tests.checkpoint import small as small_checkpoint
 from tests.sparse import oracle, small
@@ -239,7 +239,7 @@ def test_nodes_that_share_no_disk_do_not_wait_for_ever(tmp_path: Path, monkeypat
     task = SparsifyTask(of, asked("magnitude", AMOUNTS["half"]), None, {}, tmp_path / "elsewhere" / "save")
     first.open({})  # on the first rank's machine
     monkeypatch.setattr(weights_only, "_from_first", lambda done: done)
-    monkeypatch.setattr(result, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(scratch, "SEEN_SECONDS", 0.0)
     first.refuse_unseen()
     with pytest.raises(UsageError, match="--save: .*all nodes share"):
         weights_only.run(task, torch.float32, rank=1, ranks=2)
