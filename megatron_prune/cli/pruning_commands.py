@@ -32,7 +32,10 @@ def own_settings(
 
     ``verb``: its own settings, which some methods share; ``known``: the methods' that it takes.
     """
-    methods.refuse_others(method, set(vars(given)) - {flag.name for flag in verb.flags()}, known=known)
+    shared = {flag.name for flag in verb.flags()}
+    methods.refuse_others(
+        method, [name for name in vars(given) if name not in shared], known=known
+    )  # the first is named
     return methods.whole(method, known).of(given)
 
 
