@@ -57,7 +57,7 @@ def layers_of(stages: Sequence[PipelineStage]) -> list[list[range]]:
     """The layers of each stage, by virtual stage: the first virtual stage of all stages comes first."""
     found: list[list[range]] = [[] for _ in stages]
     first = 0
-    for virtual in range(len(stages[0].chunks)):
+    for virtual in range(len(stages[0].chunks) if stages else 0):  # none: Megatron could not build the model
         for number, stage in enumerate(stages):
             found[number].append(range(first, first + stage.chunks[virtual]))
             first += stage.chunks[virtual]

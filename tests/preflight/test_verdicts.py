@@ -52,8 +52,9 @@ BAD = {
         "dimensions: --tensor-model-parallel-size 3 does not divide --num-attention-heads 32",
     ),
     "groups": (
-        "--gpus 64", train("--tensor-model-parallel-size 16"),
-        "parallel-size 16 does not divide --num-query-groups 8",
+        "--gpus 64",
+        train("--tensor-model-parallel-size 8", "--num-attention-heads 24 --kv-channels 128 --num-query-groups 12"),
+        "parallel-size 8 does not divide --num-query-groups 12",
     ),
     "ffn": (
         "--gpus 16", train("--tensor-model-parallel-size 2", "--ffn-hidden-size 14337"),
