@@ -24,6 +24,11 @@ _MOST_HEADS, _MOST_FFN, _MOST_CHARACTERS = 1 << 14, 1 << 24, 16 << 20
 # What Megatron's check of arguments demands of models whose layers differ.
 _ONLY = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,
          "use_rope_scaling": True}  # fmt: skip
+IN_WORDS = {
+    "num_attention_heads": "attention heads",
+    "num_query_groups": "query groups",
+    "ffn_hidden_size": "FFN channels",
+}
 _NEMOTRON_MULTIPLE = 256  # of an FFN size that is given as `ffn_mult`
 
 
@@ -52,6 +57,14 @@ class LayerShape:
     def heads_per_group(self) -> int:
         """Query heads of each group; 0 without attention."""
         return self.num_attention_heads // self.num_query_groups if self.num_query_groups else 0
+
+    def unshared(self, ranks: int) -> dict[str, int]:
+        """Its sizes that so many tensor-parallel ranks cannot divide among them, by name. Several ranks may share a
+        query group."""
+        sizes = {"num_attention_heads": self.num_attention_heads, "ffn_hidden_size": self.ffn_hidden_size}
+        if not self.num_query_groups or ranks % self.num_query_groups:
+            sizes["num_query_groups"] = self.num_query_groups
+        return {name: size for name, size in sizes.items() if size % ranks}
 
     def has(self, suffix: str) -> bool:
         """True unless what has this name inside a layer belongs to a part that the layer lacks."""

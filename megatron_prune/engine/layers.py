@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH, LayerShape, canonical, decode
+from megatron_prune.checkpoint.layer_shapes import ENCODED, IN_WORDS, PATH, LayerShape, canonical, decode
 from megatron_prune.errors import UsageError
 from megatron_prune.untrusted import read_bytes
 
@@ -79,17 +79,11 @@ def refuse_unfit(args: argparse.Namespace) -> None:
             raise UsageError(flag, got=got, expected="no such flag with layers that differ", why="it is not tested")
     ranks = args.tensor_model_parallel_size
     for number, layer in enumerate(sizes(args)):
-        heads, groups = layer.num_attention_heads, layer.num_query_groups
-        for what, size, fits in (
-            ("attention heads", heads, heads % ranks == 0),
-            ("query groups", groups, not groups or groups % ranks == 0 or ranks % groups == 0),
-            ("FFN channels", layer.ffn_hidden_size, layer.ffn_hidden_size % ranks == 0),
-        ):
-            if not fits:
-                raise UsageError(
-                    "--tensor-model-parallel-size", got=ranks,
-                    expected="a size that divides every layer", why=f"layer {number} has {size} {what}",
-                )  # fmt: skip
+        for name, size in layer.unshared(ranks).items():
+            raise UsageError(
+                "--tensor-model-parallel-size", got=ranks,
+                expected="a size that divides every layer", why=f"layer {number} has {size} {IN_WORDS[name]}",
+            )  # fmt: skip
 
 
 def transformer_config(args: argparse.Namespace) -> Any:

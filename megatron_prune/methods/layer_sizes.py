@@ -215,8 +215,9 @@ class _Sizes:
         found = []
         for groups in range(1, all_of_them + 1):
             heads = groups * full.heads_per_group
-            fits = heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
-            if fits and (groups == all_of_them or heads * self._channels % self._budget.head_step == 0):
+            if not LayerShape(heads, groups, 0).unshared(tp) and (
+                groups == all_of_them or heads * self._channels % self._budget.head_step == 0
+            ):
                 found.append(groups)
         return found or [all_of_them]
 

@@ -96,7 +96,10 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
     FP8's requirements are checked with the arguments (``engine.fp8``).
     """
     t = args.tensor_model_parallel_size
-    if bad := [f"{flag} {size}" for flag, size in dict.fromkeys(_divided(shape)) if not _splits(flag, size, t)]:
+    sizes = dict.fromkeys(one for layer in shape.by_layer() for one in layer.unshared(t).items())
+    bad = [f"--{name.replace('_', '-')} {size}" for name, size in sizes]
+    bad += [f"--padded-vocab-size {shape.padded_vocab_size}"] if shape.padded_vocab_size % t else []
+    if bad:
         return [Finding("dimensions", "no", f"--tensor-model-parallel-size {t} does not divide {', '.join(bad)}")]
     if args.sequence_parallel and args.seq_length % (t * args.context_parallel_size):
         return [Finding(
@@ -114,24 +117,6 @@ def dimensions(args: argparse.Namespace, shape: ModelShape) -> list[Finding]:
         )]  # fmt: skip
     named = ", ".join(f"{name} {sizes[1]}x{sizes[2]}" for name, sizes in gemms.items())
     return [Finding("dimensions", "yes", f"GEMMs of {next(iter(gemms.values()))[0]} tokens: {named}", facts)]
-
-
-def _splits(flag: str, size: int, ranks: int) -> bool:
-    """Whether Megatron splits it over the ranks; ranks that are several to a query group share its keys and values."""
-    return size % ranks == 0 or flag == "--num-query-groups" and ranks % size == 0
-
-
-def _divided(shape: ModelShape) -> list[tuple[str, int]]:
-    in_layers = [
-        size
-        for layer in shape.by_layer()
-        for size in (
-            ("--num-attention-heads", layer.num_attention_heads),
-            ("--num-query-groups", layer.num_query_groups),
-            ("--ffn-hidden-size", layer.ffn_hidden_size),
-        )
-    ]
-    return [*in_layers, ("--padded-vocab-size", shape.padded_vocab_size)]
 
 
 def _gemms(args: argparse.Namespace, shape: ModelShape) -> dict[str, tuple[int, int, int]]:

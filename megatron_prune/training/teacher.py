@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_prune import screen
-from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
+from megatron_prune.checkpoint.layer_shapes import ENCODED, IN_WORDS, PATH
 from megatron_prune.checkpoint.layout import vocabulary
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored, restored
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
@@ -69,16 +69,11 @@ def arguments(args: argparse.Namespace) -> argparse.Namespace:
         )  # fmt: skip
     ranks = args.tensor_model_parallel_size
     for layer in dict.fromkeys(shape.by_layer()):
-        for size, what in ((layer.num_attention_heads, "attention heads"), (layer.ffn_hidden_size, "FFN channels")):
-            if size % ranks:
-                raise UsageError(
-                    FLAG, got=f"{args.teacher} with {size} {what}",
-                    expected=f"a number of them that divides by --tensor-model-parallel-size {ranks}",
-                )  # fmt: skip
-        if (groups := layer.num_query_groups) and groups % ranks and ranks % groups:
+        for name, size in layer.unshared(ranks).items():
+            fits = "a multiple or a divisor of" if name == "num_query_groups" else "a number of them that divides by"
             raise UsageError(
-                FLAG, got=f"{args.teacher} with {groups} query groups",
-                expected=f"a multiple or a divisor of --tensor-model-parallel-size {ranks}",
+                FLAG, got=f"{args.teacher} with {size} {IN_WORDS[name]}",
+                expected=f"{fits} --tensor-model-parallel-size {ranks}",
             )  # fmt: skip
     if shape.positions and shape.positions < args.seq_length:
         raise UsageError(
