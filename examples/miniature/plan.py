@@ -89,7 +89,7 @@ def read(*, seeds: int, scale: float = 1.0, rate: float | None = None, study: Pa
 
 def needed(content: Content) -> int:
     """The tokens of the stream that the study's longest run ends at, or what masks are learned on after it."""
-    study = schema.from_mapping(content, where=str(STUDY))
+    study = schema.from_mapping(content, where=content["name"])
     found = outlook.look(study, Places(Path("runs") / study.name), planned=True)
     ends = [one.samples.end for one in found.estimated_grid(study).cells]
     ends += [learning_samples(study, found.lay, one).end for one in prunings(study) if one.method.tokens]
@@ -142,7 +142,7 @@ def look(study: schema.StudyConfig) -> outlook.Outlook:
 
 def hours(content: Content, prices: estimate.Prices) -> float:
     """How long a study takes."""
-    study = schema.from_mapping(content, where=str(STUDY))
+    study = schema.from_mapping(content, where=content["name"])
     return spent(list(estimate.of_study(study, look(study))), prices)
 
 
@@ -213,7 +213,7 @@ def main() -> int:
         described: Any = indexed.sidecar(content["data"]["train"][0])
         content, told_of_text = with_epochs(content, described["tokens"])
         print(told_of_text)
-        study = schema.from_mapping(content, where=str(options.study))
+        study = schema.from_mapping(content, where=content["name"])
         prices = throughput.measure(study, look(study), study.launch.parallel_cells)
         speed = {flops: round(study.recipe.global_batch_size * study.data.seq_length / seconds)
                  for flops, seconds in prices.seconds_of_step.items()}  # fmt: skip

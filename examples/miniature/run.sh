@@ -17,10 +17,10 @@ source tools/setup_env.sh
 # Large arrays in huge pages, where the C library and the kernel have them.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-HOURS="" SEEDS=3 SCALE=1 CHANGED="" NAME=study RATE=rate
+HOURS="" SEEDS=3 SCALE="" CHANGED="" NAME=study RATE=rate
 while [ $# -gt 0 ]; do
     case "$1" in
-        --small) NAME=small RATE=small-rate SCALE=0.3; shift ;;
+        --small) NAME=small RATE=small-rate; shift ;;
         --hours) HOURS="$2" CHANGED=1; shift 2 ;;
         --seeds) SEEDS="$2" CHANGED=1; shift 2 ;;
         --scale) SCALE="$2"; shift 2 ;;
@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+[ -n "$SCALE" ] || SCALE="$([ $NAME = small ] && echo 0.3 || echo 1)"
 DATA=runs/miniature-data
 VOCABULARY=1024
 EXAMPLE=examples/miniature
