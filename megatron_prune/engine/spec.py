@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
 
 Listener = Callable[[torch.Tensor], None]
 
@@ -87,6 +86,8 @@ def multiplied(linear: Any, listener: Listener) -> Listener:
 
 def sequence_ranks(config: Any) -> int:
     """Over how many ranks a sequence's tokens are shared out between blocks, of a model's config."""
+    from megatron.core import parallel_state as mpu  # here: the parsing of flags imports this module before Megatron
+
     return mpu.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
 
 
@@ -98,6 +99,7 @@ def whole_sequences(config: Any, listener: Listener) -> Listener:
     ranks = sequence_ranks(config)
     if ranks == 1:
         return listener
+    from megatron.core import parallel_state as mpu
 
     def gather(x: torch.Tensor) -> None:
         whole = x.new_empty(ranks * len(x), *x.shape[1:])

@@ -71,6 +71,14 @@ def test_text_is_tokenized_without_importing_megatron(module):
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["cli.parser", "api.launching", "engine.runtime", "engine.fork_server"])
+def test_the_engine_is_set_up_before_megatron_is_imported(module):
+    """Megatron chooses its optimizer and its norms of gradients when it is imported: without a GPU,
+    ``cpu.prepare`` must hide Transformer Engine first."""
+    script = f"import sys, megatron_prune.{module}; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 @pytest.mark.parametrize("name", megatron_prune.__all__)
 def test_every_public_name_loads(name):
     assert getattr(megatron_prune, name).__name__ == name
