@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from megatron_prune.api.checkpoints import apply, benchmark, export_hf, import_hf, plan
+    from megatron_prune.api.checkpoints import apply, benchmark, export_hf, import_hf, latency_table, plan
     from megatron_prune.api.made import Calibration, Evaluation, Loss, Model, Plan, Pruned
     from megatron_prune.api.models import calibrate, evaluate, sparsify
     from megatron_prune.api.prune_checkpoint import prune
@@ -37,12 +37,13 @@ __all__ = [
     "evaluate",
     "export_hf",
     "import_hf",
+    "latency_table",
     "plan",
     "prune",
     "sparsify",
 ]
 _MODULES = {
-    "api.checkpoints": ("apply", "benchmark", "export_hf", "import_hf", "plan"),
+    "api.checkpoints": ("apply", "benchmark", "export_hf", "import_hf", "latency_table", "plan"),
     "api.models": ("calibrate", "evaluate", "sparsify"),
     "api.made": ("Calibration", "Evaluation", "Loss", "Model", "Plan", "Pruned"),
     "api.prune_checkpoint": ("prune",),

@@ -30,6 +30,7 @@ VERBS = {
         "learn-masks": "pretrain that learns which layers, heads and channels can go (sheared-llama)",
         "evaluate": "loss and perplexity on fixed windows; lm-eval's tasks",
         "benchmark": "parameters, FLOPs, memory, latency and throughput of checkpoints",
+        "latency-table": "measure what predicts the latency of shapes, for plan --at-most latency=TIME",
     },
     "studies": {
         "study": "run|plan|status|report a token-matched comparison",

@@ -154,21 +154,31 @@ def benchmark(
     return run_benchmark(asked)
 
 
+def latency_table(checkpoint: Place, *, output: Place, **settings: Any) -> Any:
+    """Measure how long the parts of models of this architecture take on this machine, at a few sizes, and write the
+    table ``output``, by which ``latency_table=`` and ``at_most=["latency=12ms"]`` limit a search of shapes.
+
+    ``settings`` are the flags of ``latency-table`` by name. Nothing else should run. Raises UsageError.
+    """
+    from megatron_prune.evaluation.latency_measurement import measure_table
+
+    values = {"checkpoint": str(checkpoint), "output": str(output), **settings}
+    return measure_table(verbs.LatencyTableSettings.read(values))
+
+
 def run_benchmark(asked: verbs.BenchmarkSettings) -> dict[str, Any]:
     """The same from the verb's settings."""
-    for name, least in (("batch", 1), ("prompt", 1), ("new", 1), ("repeats", 1), ("warmup", 0)):
-        if getattr(asked, name) < least:
-            raise UsageError(f"--{name}", got=getattr(asked, name), expected=f"at least {least}")
+    from megatron_prune.evaluation import efficiency
+
+    work = efficiency.workload(asked)
     if not asked.checkpoints:
         raise UsageError("CKPT", got="nothing", expected="one or more checkpoints")
     if asked.output is not None:
         artifacts.refuse_unwritable("--output", asked.output)
     from megatron_prune.checkpoint.reader import open_checkpoint
     from megatron_prune.errors import CheckpointError
-    from megatron_prune.evaluation import efficiency
 
     opened = [open_checkpoint(path) for path in asked.checkpoints]  # all, before anything takes long
-    work = efficiency.Workload(asked.batch, asked.prompt, asked.new, asked.repeats, asked.warmup)
     models = []
     for checkpoint in opened:
         model = {

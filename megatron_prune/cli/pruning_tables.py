@@ -17,6 +17,7 @@ from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured.candidates import numbers_in_words
 from megatron_prune.structured.judge import Scored, loss_text
+from megatron_prune.structured.limits import in_words
 from megatron_prune.structured.plan import PruningPlan
 
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
@@ -58,6 +59,9 @@ def show_plan(made: PruningPlan, console: Console | None = None) -> None:
         console.print(f"removed layers: {', '.join(map(str, gone))}")
     asked = "" if made.ratio is None else f" (asked for: {made.ratio:.2%} of {made.ratio_of})"
     console.print(f"removed: {made.removed_linears:.2%} of linears, {made.removed_all:.2%} of all{asked}")
+    if (time := made.latency) is not None:
+        at = f"{time.device}, batch {time.batch}, prompt {time.prompt}; table {time.table[:16]}"
+        console.print(f"predicted: {in_words(time.decode)} per step, prefill {in_words(time.prefill)} ({at})")
     if made.candidates:
         _show_candidates(made, console)
     if not made.near_ties:

@@ -1,4 +1,5 @@
-"""The verbs that train and measure: ``pretrain``, ``teach``, ``learn-masks``, ``evaluate``, ``benchmark``."""
+"""The verbs that train and measure: ``pretrain``, ``teach``, ``learn-masks``, ``evaluate``, ``benchmark`` and
+``latency-table``."""
 
 from __future__ import annotations
 
@@ -219,3 +220,28 @@ def benchmark_rows(model: Mapping[str, Any]) -> dict[str, str]:
             shown[f"{phase}, {kind}: ms per {unit}"] = f"{ms[0]:.2f} ({ms[1]:.2f} to {ms[2]:.2f})"
             shown[f"{phase}, {kind}: tokens per second"] = f"{one['tokens_per_second']:,.0f}"
     return shown
+
+
+def latency_table_parser() -> Parser:
+    return Parser(
+        "latency-table",
+        "Measures how long the parts of a model take on this machine, at a few sizes up to those of a parent, as "
+        "benchmark measures checkpoints. From the table that it writes, plan, prune and studies predict the latency of "
+        "every shape that a search tries: --at-most latency=TIME --latency-table FILE. Nothing else should run.",
+        verbs.LatencyTableSettings,
+        example="megatron-prune latency-table checkpoints/parent --output latency.json --batch 8 --prompt 2048",
+    )
+
+
+def latency_table_main(argv: list[str]) -> int:
+    """Measure what predicts the latency of shapes."""
+    asked = verbs.LatencyTableSettings.of(latency_table_parser().read(argv)[0])
+    from megatron_prune.evaluation.latency_measurement import measure_table
+
+    table = measure_table(asked)
+    whole = table.predict(table.architecture)
+    sizes = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in table.grid.sizes.items())
+    say(f"measured at {sizes}")
+    say(f"predicts of the parent: {1e3 * whole.decode:.2f} ms per step, prefill {1e3 * whole.prefill:.2f} ms")
+    say(f"wrote {asked.output}")
+    return 0

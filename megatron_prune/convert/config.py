@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_prune.checkpoint.layer_shapes import ENCODED
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, vocabulary
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.convert.families import ALL_FAMILIES, FAMILIES, REFUSED, layered_llama
@@ -230,6 +230,15 @@ def config_from_args(
         "torch_dtype": name,
         "dtype": name,
     }
+
+
+def config_at(checkpoint: Checkpoint, shape: ModelShape) -> dict[str, Any]:
+    """The ``config.json`` of the model of ``checkpoint`` in another shape. Raises CheckpointError if no family has such
+    models."""
+    side = checkpoint.huggingface
+    args = {**checkpoint.args, **dict.fromkeys((PATH, ENCODED)), **shape.to_args()}
+    dtype = checkpoint.spec("embedding.word_embeddings.weight").dtype
+    return config_from_args(args, dtype, None if side is None else find_config(side))
 
 
 def unexportable(checkpoint: Checkpoint, target: ModelShape) -> str | None:

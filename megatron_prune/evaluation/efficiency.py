@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron_prune import screen
+from megatron_prune import screen, verbs
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.convert import huggingface
+from megatron_prune.errors import UsageError
 from megatron_prune.masks.with_weights import masks_of
 
 SEQUENCE = 2048  # tokens of the forward pass whose FLOPs are shown
@@ -103,6 +104,14 @@ class Workload:
     warmup: int = 1
 
 
+def workload(asked: verbs.WorkloadSettings) -> Workload:
+    """UsageError for numbers that cannot be."""
+    for name, least in (("batch", 1), ("prompt", 1), ("new", 1), ("repeats", 1), ("warmup", 0)):
+        if getattr(asked, name) < least:
+            raise UsageError(f"--{name}", got=getattr(asked, name), expected=f"at least {least}")
+    return Workload(asked.batch, asked.prompt, asked.new, asked.repeats, asked.warmup)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one phase: median, least and most over the repeats; ``tokens_per_second`` at the median."""
@@ -124,6 +133,7 @@ def measure(load: str | Path, pattern: str | None, work: Workload) -> dict[str, 
     are none. CheckpointError for a model that cannot be exported."""
     from transformers import AutoModelForCausalLM
 
+    register_layered_models()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="megatron-prune-") as folder:
         exported = huggingface.export_hf(load, Path(folder) / "exported")
@@ -131,7 +141,7 @@ def measure(load: str | Path, pattern: str | None, work: Workload) -> dict[str, 
             if why := _cannot(kind):
                 found[kind] = {"why": f"{THEORETICAL}: {why}"}
                 continue
-            model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").to(_device()).eval()
+            model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").to(device()).eval()
             try:
                 if kind != DENSE:
                     _pack(model, kind)
@@ -144,31 +154,56 @@ def measure(load: str | Path, pattern: str | None, work: Workload) -> dict[str, 
     return found
 
 
+def register_layered_models() -> None:
+    """Let transformers build models whose layers differ from our own file, not from the copy in an export."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_prune.convert import modeling_layered_llama as layered
+
+    for config, model in (
+        (layered.LayeredLlamaConfig, layered.LayeredLlamaForCausalLM),
+        (layered.NemotronNasConfig, layered.DeciLMForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def random_model(config: Mapping[str, Any]) -> Any:
+    """A model of transformers with random weights, on the device, from the content of its ``config.json``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_layered_models()
+    with torch.random.fork_rng(), torch.device(device()):
+        made = AutoConfig.for_model(**config)
+        return AutoModelForCausalLM.from_config(made, dtype=getattr(torch, config["dtype"])).eval()
+
+
 def time_model(model: Any, work: Workload) -> dict[str, Any]:
-    """Prefill and decode of a model of transformers on its device. Prompts are random, and the same for every model of
-    the same vocabulary."""
-    vocabulary, device = model.config.vocab_size, next(model.parameters()).device
-    draw = torch.Generator().manual_seed(1234)
-    prompts = torch.randint(vocabulary, (work.batch, work.prompt), generator=draw).to(device)
-    prefills: list[float] = []
-    decodes: list[float] = []
-    with torch.inference_mode():
-        rounds = range(work.warmup + work.repeats)
-        for number in screen.progress(rounds, len(rounds), "measuring", "repeat"):
-            seconds, out = _timed(partial(model, prompts, use_cache=True, logits_to_keep=1))
-            steps = []
-            for _ in range(work.new):
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                cache = out.past_key_values
-                taken, out = _timed(partial(model, token, past_key_values=cache))
-                steps.append(taken)
-            if number >= work.warmup:
-                prefills.append(seconds)
-                decodes.append(statistics.fmean(steps))
+    """Prefill and decode of a model of transformers on its device."""
+    rounds = range(work.warmup + work.repeats)
+    found = [time_once(model, work) for _ in screen.progress(rounds, len(rounds), "measuring", "repeat")]
+    prefills, decodes = zip(*found[work.warmup :], strict=True)
     return {
         "prefill": asdict(Timing.of(prefills, work.batch * work.prompt)),
         "decode": asdict(Timing.of(decodes, work.batch)),
     }
+
+
+def time_once(model: Any, work: Workload) -> tuple[float, float]:
+    """Seconds of reading the prompts, and on average of a step after them: one repeat. Prompts are random, and the same
+    for every model of the same vocabulary."""
+    draw = torch.Generator().manual_seed(1234)
+    prompts = torch.randint(model.config.vocab_size, (work.batch, work.prompt), generator=draw)
+    prompts = prompts.to(next(model.parameters()).device)
+    with torch.inference_mode():
+        prefill, out = _timed(partial(model, prompts, use_cache=True, logits_to_keep=1))
+        steps = []
+        for _ in range(work.new):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            cache = out.past_key_values
+            taken, out = _timed(partial(model, token, past_key_values=cache))
+            steps.append(taken)
+    return prefill, statistics.fmean(steps)
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -184,7 +219,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _device() -> str:
+def device() -> str:
+    """Where models are measured."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -28,6 +28,7 @@ def learn_masks(own: verbs.LearnMasksSettings, words: Sequence[str]) -> int:
     if args.rank == 0:
         refuse_unwritable("--save", storage.path(args.save) / ACCOUNT)
     source = ModelShape.from_args(vars(args))
+    wanted.limits.refuse_other_model(vars(args), args.params_dtype)
     target = wanted.choose(source, methods.get(METHOD), NoOptions())
     refuse_unfit(source, target)
     cut = ", ".join(f"{kind.kept} of {kind.size} {kind.name}" for kind in kinds(source, target))

@@ -36,13 +36,17 @@ class Choice:
     def make(
         self, question: Question, statistics: statistics_file.Statistics | LearnedMasks | None
     ) -> plan.PruningPlan:
-        """The plan that answers ``question``."""
-        ratio, ratio_of = self.target.ratio, self.target.ratio_of
-        return plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
+        """The plan that answers ``question``. UsageError if the layers that it chooses exceed a limit."""
+        ratio, ratio_of, limits = self.target.ratio, self.target.ratio_of, self.target.limits
+        made = plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
+        if (refusal := limits.refusal(made.target)) is not None:  # layers may have come out with different shapes
+            raise refusal
+        return replace(made, latency=limits.table and limits.table.predict(made.target))
 
     def question(self, parent: Checkpoint) -> Question:
         """The question about ``parent``; UsageError or DataError if the target or task is impossible."""
         chosen, task = self, self.task
+        self.target.limits.refuse_other_model(parent.args, parent.spec("embedding.word_embeddings.weight").dtype)
         if self.exportable:
             self.refuse_unexportable_biases(parent.args, kind_of(parent))
             self.refuse_unexportable_layers(parent.args, kind_of(parent))

@@ -20,6 +20,7 @@ from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.kept import Kept, removed_indices
 from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError
+from megatron_prune.evaluation.latency import PredictedLatency
 from megatron_prune.methods.base import Compensation, Gates, NearTie, Selection
 from megatron_prune.structured.candidates import Candidate, Question, uses_statistics
 from megatron_prune.structured.judge import Scored, judge, spent
@@ -53,6 +54,7 @@ class PruningPlan:
     calibration: dict[str, Any] | None = None  # sequences, seq_length, tokens, flops, and the calibration runs
     gates: Gates | None = None  # factors of what is kept; None: unchanged
     compensation: Compensation | None = None  # mean inputs of what is removed, for biases; None: none are added
+    latency: PredictedLatency | None = None  # of the target; None: no limit of --at-most asked for it
 
     def __post_init__(self) -> None:
         source, target = self.source, self.target
@@ -147,7 +149,7 @@ class PruningPlan:
     def _json(self) -> dict[str, Any]:
         # Through JSON, so that tuples and lists hash alike.
         content = json.loads(json.dumps(asdict(self)))
-        for name in ("gates", "compensation"):
+        for name in ("gates", "compensation", "latency"):
             if content[name] is None:
                 del content[name]
         rows = ({key: value for key, value in row.items() if value is not None} for row in content["candidates"])
@@ -191,6 +193,7 @@ class _PlanFile(TypedDict):
     chosen: int | None
     gates: NotRequired[_GatesRow]
     compensation: NotRequired[_CompensationRow]
+    latency: NotRequired[_LatencyRow]
 
 
 class _NearTieRow(TypedDict):
@@ -218,6 +221,15 @@ class _CompensationRow(TypedDict):
     ffn: list[list[float]] | None
 
 
+class _LatencyRow(TypedDict):
+    table: str
+    device: str
+    batch: int
+    prompt: int
+    prefill: float
+    decode: float
+
+
 class _GatesRow(TypedDict):
     layers: list[float] | None
     hidden: list[float] | None
@@ -235,7 +247,7 @@ def read(path: str | Path) -> PruningPlan:
         )
     check(_PlanFile, content, str(path), PlanError)
     try:
-        optional = {"gates": Gates, "compensation": Compensation}
+        optional = {"gates": Gates, "compensation": Compensation, "latency": PredictedLatency}
         fields = {key: content[key] for key in PruningPlan.__dataclass_fields__ if key not in optional}
         for name, made_of in optional.items():
             if (one := content.get(name)) is not None:

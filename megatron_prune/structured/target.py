@@ -150,13 +150,13 @@ class Target:
         for shape in self._grid(source, search):
             sizes = self._ffn_sizes(source, shape, goal, tolerance) if "ffn_hidden_size" in search.axes else None
             found = [replace(shape, ffn_hidden_size=size) for size in sizes] if sizes else [shape]
-            found = [s for s in found if s != source and not any(self._refusals(source, s))]
+            found = [s for s in found if s != source and not any(self._unfit(source, s))]
             errors = {s: abs(self._count(s) / goal - 1) for s in found}
             for place, one in enumerate(sorted(errors, key=lambda s: (errors[s], -s.ffn_hidden_size))):
                 error = errors[one]
                 if nearest is None or error < nearest[0]:
                     nearest = (error, one)
-                if error <= tolerance:
+                if error <= tolerance and self.limits.refusal(one) is None:
                     rank = (place > 0, round(_unevenness(source, one, search), 12), round(error, 12))
                     ranked.append(((*rank, *(-getattr(one, axis) for axis in DIMENSIONS)), one))
         if not ranked:
@@ -322,6 +322,12 @@ class Target:
             raise refusal
 
     def _refusals(self, source: ModelShape, shape: ModelShape) -> Iterator[UsageError]:
+        """Why the shape cannot be, and which limit it exceeds."""
+        yield from self._unfit(source, shape)
+        if (refusal := self.limits.refusal(shape)) is not None:
+            yield refusal
+
+    def _unfit(self, source: ModelShape, shape: ModelShape) -> Iterator[UsageError]:
         """Divisibility of every changed size, and tensor parallelism of the result."""
         heads = f"{shape.num_attention_heads} heads of {shape.kv_channels} channels"
         for flag, given, before, after in (
@@ -343,8 +349,6 @@ class Target:
                 "--exportable", got=f"hidden {shape.hidden_size}, {heads}",
                 expected="a shape that a Hugging Face model can have", why=reason,
             )  # fmt: skip
-        if (refusal := self.limits.refusal(shape)) is not None:
-            yield refusal
         groups = shape.num_query_groups
         if groups % tp and tp % groups:
             yield UsageError(
@@ -426,6 +430,6 @@ def from_settings(asked: verbs.TargetSettings, shapes: Sequence[str] = (), tenso
         divisible_by=asked.divisible_by,
         tolerance=asked.tolerance,
         tensor_parallel=tensor_parallel,
-        limits=Limits.parse(asked.at_most),
+        limits=Limits.parse(asked.at_most, asked.latency_table),
         keep_heads=asked.keep_heads,
     )

@@ -73,6 +73,7 @@ from megatron_prune.verbs.training_verbs import (
     BenchmarkSettings,
     DistillationSettings,
     EvaluateSettings,
+    LatencyTableSettings,
     LearnMasksSettings,
     MasksSettings,
     PretrainSettings,
@@ -80,6 +81,8 @@ from megatron_prune.verbs.training_verbs import (
     StreamSettings,
     TasksSettings,
     TeachSettings,
+    TimedSizesSettings,
+    WorkloadSettings,
 )
 
 __all__ = [
@@ -104,6 +107,7 @@ __all__ = [
     "DistillationSettings",
     "DocumentsSettings",
     "EvaluateSettings",
+    "LatencyTableSettings",
     "LearnMasksSettings",
     "ExportSettings",
     "ExportableSettings",
@@ -149,7 +153,9 @@ __all__ = [
     "TasksSettings",
     "TeachSettings",
     "TextSettings",
+    "TimedSizesSettings",
     "TokenizerSettings",
     "TrainTokenizerSettings",
     "WorkersSettings",
+    "WorkloadSettings",
 ]

@@ -99,8 +99,9 @@ class TargetSettings(SizeSettings):
     )
     keep_heads: bool = setting(False, help="heads and query groups stay, only other sizes shrink")
     at_most: tuple[str, ...] = setting(
-        (), metavar="LIMIT", help="memory=BYTES@TOKENS (weights, and cache of so many tokens), cache=BYTES of a token"
+        (), metavar="LIMIT", help="memory=BYTES@TOKENS, cache=BYTES of a token, latency=TIME of one, prefill=TIME"
     )
+    latency_table: str | None = setting(None, metavar="FILE", help="with latency= or prefill=: made by latency-table")
 
 
 @dataclass(frozen=True, kw_only=True)

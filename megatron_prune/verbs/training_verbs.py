@@ -165,14 +165,50 @@ class EvaluateSettings(TasksSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(Settings):
+class WorkloadSettings(Settings):
+    """What a model does while it is timed."""
+
     TITLE = "what is measured"
 
-    checkpoints: tuple[str, ...] = setting(positional=True, metavar="CKPT", help="checkpoints to compare")
-    output: str | None = setting(None, metavar="FILE", help="write the numbers as JSON too")
     batch: int = setting(1, metavar="B", help="prompts that are read together")
     prompt: int = setting(512, metavar="S", help="tokens of a prompt")
     new: int = setting(64, metavar="N", help="tokens generated after each prompt, one at a time")
     repeats: int = setting(5, metavar="R", help="measurements, of which the median is shown")
     warmup: int = setting(1, metavar="W", help="measurements before those, which do not count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(WorkloadSettings):
+    TITLE = "files"
+
+    checkpoints: tuple[str, ...] = setting(positional=True, metavar="CKPT", help="checkpoints to compare")
+    output: str | None = setting(None, metavar="FILE", help="write the numbers as JSON too")
     static: bool = setting(False, help="measure nothing: only what follows from shapes and masks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedSizesSettings(WorkloadSettings):
+    """The sizes of the models that are timed."""
+
+    TITLE = "models that are timed"
+
+    axes: tuple[str, ...] = setting(
+        ("hidden", "ffn", "heads", "groups"),
+        choices=("hidden", "ffn", "heads", "groups"),
+        metavar="AXIS",
+        help="sizes that the shapes to predict may differ in; fewer take less time",
+    )
+    points: int = setting(3, metavar="N", help="sizes along each, down from the parent's; linear in between")
+    smallest: float = setting(
+        0.25, metavar="F", help="smallest hidden and FFN size, as a fraction of the parent's; heads and groups reach 1"
+    )
+    divisible_by: int = setting(64, metavar="N", help="hidden and FFN sizes are multiples of N")
+    depth: int = setting(5, metavar="L", help="layers of a model; more layers, less noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTableSettings(TimedSizesSettings):
+    TITLE = "files"
+
+    checkpoint: str = setting(positional=True, metavar="CKPT", help="the parent; its weights are not read")
+    output: str = setting(metavar="FILE", help="the table to write, JSON")

@@ -76,6 +76,8 @@ WRONG = [
     ("benchmark {parent} {new}", "{new}"),
     ("benchmark --static", "CKPT … is required"),
     ("benchmark {parent} --batch 0", "--batch: expected at least 1, got 0"),
+    ("latency-table {parent} --output {new} --points 1", "--points: expected at least 2, got 1"),
+    (f"{PLAN} --method random --axis depth --ratio 0.5 --at-most latency=5ms", "--latency-table: .* nothing; measure"),
     (f"preprocess --input {{text}} --input-tokens int32 {TOKENIZE}", "--input-tokens: expected whole records .*{text}"),
     ("inspect s3://bucket/checkpoint", "expected a directory, or msc://PROFILE/… with --enable-msc, got s3://bucket"),
     (f"preprocess --input {{new}} {TOKENIZE}", "--input: expected existing files .*, got .*{new}"),

@@ -264,8 +264,8 @@ def test_limits_leave_the_shapes_that_keep_to_them() -> None:
         choose(SMALL, "minitron-width", *flags, "--at-most", "cache=100")
     with pytest.raises(UsageError, match="--at-most: expected a shape within cache=100, got a shape with 576 bytes"):
         choose(SMALL, "shortgpt", *flags, "--at-most", "cache=100")
-    for wrong in ("memory=6G", "cache=1@2", "cache=x", "speed=3", "cache=0", "cache=1k cache=2k"):
-        with pytest.raises(UsageError, match="--at-most: expected memory=BYTES@TOKENS, cache=BYTES or both"):
+    for wrong in ("memory=6G", "cache=1@2", "cache=x", "speed=3", "cache=0", "cache=1k cache=2k", "latency=3"):
+        with pytest.raises(UsageError, match="--at-most: expected memory=BYTES@TOKENS, cache=BYTES, latency="):
             near(SMALL, "ffn", *flags, "--at-most", *wrong.split())
 
 

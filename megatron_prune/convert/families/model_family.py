@@ -157,6 +157,16 @@ class ModelFamily:
         return f"{self.names[stem].format(layer)}.{kind}"
 
 
+def told_apart(args: Args) -> dict[str, Any]:
+    """What decides how long a model takes next to its shape: the arguments that tell families apart, as stored or by
+    Megatron's default, in the form of JSON. Biases are in the shape, and the kind of GELU takes no time."""
+    names = MEGATRON_DEFAULTS.keys() - {"add_bias_linear", "add_qkv_bias", "bias_gelu_fusion"}
+    found = {name: stored_argument(args, name) for name in sorted(names)}
+    found = {name: MEGATRON_DEFAULTS[name] if value is None else value for name, value in found.items()}
+    found["parallel_residual"] = bool(args.get("parallel_residual"))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
 def count(values: Config, key: str, default: int, *, least: int) -> int:
     """The entry ``key``, a whole number of at least ``least``."""
     found = values.get(key, default)
