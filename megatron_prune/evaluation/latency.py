@@ -185,7 +185,7 @@ class LatencyTable:
 
     # -- the file --------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Hex SHA-256 of the table's content."""
         return artifacts.sha256_json(self._json)

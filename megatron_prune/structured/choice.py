@@ -41,7 +41,7 @@ class Choice:
         made = plan.make(question, ratio=ratio, ratio_of=ratio_of, statistics=statistics)
         if (refusal := limits.refusal(made.target)) is not None:  # layers may have come out with different shapes
             raise refusal
-        return replace(made, latency=limits.table and limits.table.predict(made.target))
+        return made if limits.table is None else replace(made, latency=limits.table.predict(made.target))
 
     def question(self, parent: Checkpoint) -> Question:
         """The question about ``parent``; UsageError or DataError if the target or task is impossible."""
