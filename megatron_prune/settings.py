@@ -327,6 +327,12 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
     return found
 
 
+def either(words: Sequence[str]) -> str:
+    """``a, b or c``"""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The closest match for ``word`` in ``known``, or None."""
     bare = {one.lstrip("-"): one for one in known}

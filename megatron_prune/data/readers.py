@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from megatron_prune.errors import DataError, UsageError
+from megatron_prune.settings import either
 from megatron_prune.untrusted import refuse_irregular, show_text
 from megatron_prune.verbs import DOCUMENTS as DOCUMENTS
 from megatron_prune.verbs import FORMATS as FORMATS
@@ -118,7 +119,7 @@ def format_of(path: Path, input_format: str = "auto") -> str:
             return kind
     known = ", ".join((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, *ARRAY_RECORD_SUFFIXES, *TEXT_SUFFIXES))
     raise UsageError(
-        "--input-format", got=f"auto for {path}", expected=f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}",
+        "--input-format", got=f"auto for {path}", expected=either(FORMATS[1:]),
         why=f"auto goes by the ending, {known}, and {', '.join(COMPRESSED_SUFFIXES)} after it",
     )  # fmt: skip
 

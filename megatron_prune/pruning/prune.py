@@ -39,7 +39,7 @@ from megatron_prune.methods import options
 from megatron_prune.pruning import calibrate
 from megatron_prune.pruning.learn_masks import learn_masks
 from megatron_prune.pruning.sparsify import sparsify
-from megatron_prune.settings import Settings, nearest, value_of
+from megatron_prune.settings import Settings, either, nearest, value_of
 from megatron_prune.sparse import request as requests
 from megatron_prune.sparse.request import SparsifyRequest
 from megatron_prune.structured import choice as choices
@@ -104,6 +104,13 @@ def choose(
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
     both = {flag.name: flag for flag in own.flags() if flag.name == "allocation"}
+    if not both and asked.was_given("allocation"):
+        some = [name for name, flags in options.STRUCTURED.items() if issubclass(flags, options.UnitOptions)]
+        raise UsageError(
+            "--allocation", got=f"{asked.allocation} with --method {asked.method}",
+            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or uniform or "
+            f"global with --method {either(sorted(some))}",
+        )  # fmt: skip
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method, but=both)
     for name, flag in both.items():
         flag.convert(getattr(own, name))  # the verb's flag takes those of sparse methods too

@@ -172,7 +172,11 @@ def test_all_names_are_dashed_files() -> None:
             "--allocation: expected uniform, owl or search with a sparse --method, got global",
         ),
         ("prune --method flap --ratio 0.5 --allocation owl", "--allocation: expected one of uniform, global, got owl"),
-        ("prune --method shortgpt --ratio 0.5 --allocation global", "--allocation: expected a sparse --method with it"),
+        (
+            "prune --method shortgpt --ratio 0.5 --allocation global",
+            "--allocation: expected uniform, owl or search with --method magnitude, random, sparsegpt or wanda, or "
+            "uniform or global with --method flap, llm-pruner or wanda-sp, got global with --method shortgpt",
+        ),
         ("prune --method wanda-sp --ratio 0.5 --no-compensate", "--no-compensate: expected --method flap with it, got"),
         (
             "plan --load a --output b --method shortgpt --ratio 0.5 --allocation global",
