@@ -92,6 +92,8 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
         return 0
     initial, first = _initial(args), None
     if args.rank == 0:
+        if initial is not None and initial["flag"] == "--load":
+            _refuse_finished(args)
         # A run that resumes from its own checkpoint has been through this.
         starts = initial is not None and initial["flag"] == "--pretrained-checkpoint"
         first = refuse_unfit_range(args, lineage.seen(initial["lineage"]) if starts and initial else [])
@@ -142,6 +144,27 @@ def _already_finished(args: argparse.Namespace, save: Path) -> bool:
 
     found = find_iteration(save)
     return found is not None and found.iteration == args.train_iters and (save / ACCOUNT).exists()
+
+
+def _refuse_finished(args: argparse.Namespace) -> None:
+    """UsageError if the run that ``--load`` goes on with has no steps left: Megatron's sampler would fail."""
+    held = open_checkpoint(runtime.loaded_directory(args))
+    if held.release or args.finetune:  # Megatron counts steps from 0
+        return
+    asked, done, unit, longer = args.train_iters, held.iteration, "step", "--train-iters"
+    if args.train_samples is not None:
+        asked, done, unit = args.train_samples, held.args.get("consumed_train_samples", 0), "sample"
+        longer = "--train-samples"
+    if asked is None or done < asked:
+        return
+    if args.stream_range is not None:
+        longer = "--stream-range"
+    raise UsageError(
+        "--load", got=f"{args.load}, which is at {unit} {done}",
+        expected=f"a run with {unit}s left of the {asked} that are asked for",
+        do=f"to go on with it, give a longer {longer}; to begin a new run with its weights, give "
+        f"--pretrained-checkpoint {args.load}, and --load and --save the new run's directory",
+    )  # fmt: skip
 
 
 def _speaks(args: argparse.Namespace) -> bool:

@@ -181,6 +181,17 @@ def test_a_finished_run_ends_at_once_and_leaves_everything_as_it_is(reference, t
     assert before == ((reference / "account.json").read_bytes(), (reference / "losses.csv").read_bytes())
 
 
+def test_a_finished_run_has_no_steps_left_for_another_save(reference, tiny_corpus, tmp_path, job):
+    """Megatron's sampler would end every rank with a traceback."""
+    asked = ["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, reference), "--save", tmp_path / "other"]
+    refused = job(asked)
+    assert refused.returncode == 2 and "Traceback" not in refused.output, refused.output[-2000:]
+    assert (
+        f"--load: expected a run with steps left of the {STEPS} that are asked for, got {reference}" in refused.output
+    )
+    assert "--pretrained-checkpoint" in refused.output and not (tmp_path / "other").exists()
+
+
 def test_killed_after_its_last_save_it_only_closes_its_account(reference, tiny_corpus, tmp_path, job):
     """All samples are consumed: Megatron's sampler would refuse to start."""
     save = tmp_path / "run"
