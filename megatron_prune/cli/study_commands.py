@@ -6,14 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune import screen, verbs
-from megatron_prune.cli.parser import Parser, Verbs, start_engine
+from megatron_prune.cli.parser import Parser, Verbs, run_without_gpus, start_engine
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -88,6 +87,8 @@ def study_main(argv: list[str]) -> int:
         asked = verbs.StudyStageSettings.of(study_parser(part).read(words[:cut])[0])
         return _stage(Path(asked.cell), asked.stage, words[cut + 1 :])
     options: Any = SETTINGS[part].of(study_parser(part).read(words)[0])
+    if part == "plan" and (code := run_without_gpus(["study", *argv])) is not None:
+        return code
     from megatron_prune.study import schema
 
     studies = schema.load_all(options.study)
@@ -298,11 +299,8 @@ def preflight_main(argv: list[str]) -> int:
             expected=f"one of {', '.join(CHECKED)}, with its flags, after those of preflight",
         )
     asked = verbs.PreflightSettings.of(options)
-    from megatron_prune.engine import cpu
-
-    if not cpu.is_cpu():  # dry runs never touch this machine's GPUs
-        command = [sys.executable, "-m", "megatron_prune", "preflight", *argv]
-        return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
+    if (code := run_without_gpus(["preflight", *argv])) is not None:
+        return code
     if not 0 < asked.mfu <= 1:
         raise UsageError("--mfu", got=asked.mfu, expected="a fraction between 0 and 1")
     from megatron_prune import artifacts
