@@ -1,4 +1,4 @@
-"""Losses of a Hugging Face model on fixed windows of a corpus, computed without any of our code."""
+"""A Hugging Face model in float64, and its losses on fixed windows of a corpus, computed without any of our code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def float64(of: Path | torch.nn.Module) -> torch.nn.Module:
+    """The model in a folder; a model as it is."""
+    import transformers
+
+    if isinstance(of, torch.nn.Module):
+        return of
+    return transformers.AutoModelForCausalLM.from_pretrained(of, dtype=torch.float64).eval()
 
 
 def window_losses(model: Any, corpus: Path, seq_length: int, count: int, width: Any = np.uint16) -> list[float]:

@@ -87,12 +87,15 @@ class ActivationRecorder:
             handle.remove()
 
     def _attach_block(self, block: Any, layer: int) -> None:
-        attention, mlp = block.self_attention, block.mlp
-        for site, linear in (("input_layernorm", attention.linear_qkv), ("pre_mlp_layernorm", mlp.linear_fc1)):
-            self._on_input(linear, spec.multiplied(linear, self._shared(site, layer)))
-        for site, linear in (("attention", attention.linear_proj), ("mlp", mlp.linear_fc2)):
-            self._on_input(linear, self._sharded(site, layer))
-            self._columns.append((site, layer, linear.weight))
+        linears = spec.linears(block)
+        for site, name in (("input_layernorm", "qkv"), ("pre_mlp_layernorm", "fc1")):
+            if name in linears:
+                self._on_input(linears[name], spec.multiplied(linears[name], self._shared(site, layer)))
+        for site, name in (("attention", "proj"), ("mlp", "fc2")):
+            if name in linears:
+                weight = linears[name].weight
+                self._on_input(linears[name], self._sharded(site, layer, weight.shape[1]))
+                self._columns.append((site, layer, weight))
         if spec.sequence_ranks(self._config) > 1 or layer % self._ranks == self._rank:
             cosine = CosineDistance(self._device, self._workspace)
             self._cosines.append((layer, cosine))
@@ -113,9 +116,8 @@ class ActivationRecorder:
         sums = self._accumulator(site, layer, first, last - first)
         return spec.whole_sequences(self._config, lambda x: sums.add(x[..., first:last]))
 
-    def _sharded(self, site: str, layer: int) -> Callable[[torch.Tensor], None]:
-        """A hook for activations of which this rank holds a slice of the channels."""
-        channels = site_shapes(self.shape)[site][-1] // self._ranks
+    def _sharded(self, site: str, layer: int, channels: int) -> Callable[[torch.Tensor], None]:
+        """A hook for activations of which this rank holds a slice, so many ``channels``."""
         return self._accumulator(site, layer, self._rank * channels, channels).add
 
     def _accumulator(self, site: str, layer: int | None, first: int, channels: int) -> ChannelSums:

@@ -32,7 +32,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_prune import screen
 from megatron_prune.checkpoint.kept import Kept, axis_indices
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.data import multiple_choice
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
@@ -183,24 +183,25 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
     decoder = model.decoder
     # Megatron counts layers of all stages from 1.
     places = {layer: place for place, layer in enumerate(selection.layers)}
-    blocks = [(places[n], b) for b in decoder.layers if (n := b.layer_number - 1) in places]
+    blocks = [(n, b) for b in decoder.layers if (n := b.layer_number - 1) in places]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         stack.enter_context(_only(decoder, [block for _, block in blocks]))
-        for place, block in blocks:
+        for layer, block in blocks:
+            place, here, linears = places[layer], shape.of_layer(layer), spec.linears(block)
             heads = selection.heads[place] if selection.heads else None
             ffn = selection.ffn[place] if selection.ffn else None
             kept = Kept(heads=heads, ffn=ffn)
-            proj, fc2 = block.self_attention.linear_proj, block.mlp.linear_fc2
-            if (indices := axis_indices("heads", shape, kept)) is not None:
-                _mask_input(stack, proj, indices, shape.axis_size("heads"))
-            if (indices := axis_indices("ffn", shape, kept)) is not None:
-                _mask_input(stack, fc2, indices, shape.ffn_hidden_size)
-            for linear, part in ((proj, heads), (fc2, ffn)):
+            parts: list[tuple[str, Axis, tuple[int, ...] | None]] = [("proj", "heads", heads), ("fc2", "ffn", ffn)]
+            for name, axis, part in parts:
+                if name not in linears:
+                    continue
+                if (indices := axis_indices(axis, here, kept)) is not None:
+                    _mask_input(stack, linears[name], indices, here.axis_size(axis))
                 if part == ():  # attention or MLP goes whole, so its bias too
-                    _mask_output(stack, linear, (), shape)
+                    _mask_output(stack, linears[name], (), shape)
+                if selection.hidden is not None:
+                    _mask_output(stack, linears[name], selection.hidden, shape)
             if selection.hidden is not None:
-                _mask_output(stack, proj, selection.hidden, shape)
-                _mask_output(stack, fc2, selection.hidden, shape)
                 for norm in spec.norms(block):
                     _narrow(stack, norm, selection.hidden, shape.hidden_size)
         if selection.hidden is not None:

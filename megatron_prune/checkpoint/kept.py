@@ -63,10 +63,11 @@ def axis_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor | No
     return None
 
 
-def removed_indices(axis: Axis, shape: ModelShape, kept: Kept) -> torch.Tensor:
-    """Indices of ``axis`` that do not remain under ``kept``, ascending, int64."""
-    gone = torch.ones(shape.axis_size(axis), dtype=torch.bool)
-    if (remain := axis_indices(axis, shape, kept)) is None:
+def removed_indices(axis: Axis, shape: ModelShape, layer: int, kept: Kept) -> torch.Tensor:
+    """Indices of ``axis``, of attention or MLP of a ``layer`` of the model ``shape``, that do not remain under
+    ``kept``, ascending, int64. None of a part that the layer lacks."""
+    gone = torch.ones(shape.extents(axis)[layer], dtype=torch.bool)
+    if not len(gone) or (remain := axis_indices(axis, shape.of_layer(layer), kept)) is None:
         return torch.zeros(0, dtype=torch.int64)
     gone[remain] = False
     return gone.nonzero().flatten()

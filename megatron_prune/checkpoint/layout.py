@@ -238,6 +238,12 @@ class ModelShape:
             "position": self.positions,
         }[axis]
 
+    def extents(self, axis: Axis) -> tuple[int, ...]:
+        """``axis_size`` in every layer, of an axis of its attention or MLP; 0 where the layer lacks that part."""
+        suffix = "self_attention." if axis in ("qkv", "heads") else "mlp."
+        layers = enumerate(self.by_layer())
+        return tuple(self.of_layer(number).axis_size(axis) if one.has(suffix) else 0 for number, one in layers)
+
     def parameters(self) -> int:
         """All parameters; a tied output layer is counted once."""
         return sum(w.numel for w in weights(self))

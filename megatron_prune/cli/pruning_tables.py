@@ -19,6 +19,7 @@ from megatron_prune.structured.candidates import numbers_in_words
 from megatron_prune.structured.judge import Scored, loss_text
 from megatron_prune.structured.limits import in_words
 from megatron_prune.structured.plan import PruningPlan
+from megatron_prune.verbs import MODULES
 
 SEQUENCE_LENGTH = 2048  # of the FLOPs in the table
 LINES = 20  # of a search's candidates
@@ -38,9 +39,10 @@ def show_plan(made: PruningPlan, console: Console | None = None) -> None:
 
     for field in DIMENSIONS:
         label, before = field.replace("_", " "), getattr(source, field)
-        if isinstance(target, HeterogeneousShape) and field in _IN_LAYERS:
-            mean = sum(getattr(layer, field) for layer in target.layers) / target.num_layers
-            table.add_row(f"{label}, by layer", f"{before:,}", target.range_of(field), f"{1 - mean / before:.2%}")
+        if field in _IN_LAYERS and any(isinstance(shape, HeterogeneousShape) for shape in (source, target)):
+            means = [sum(getattr(layer, field) for layer in s.by_layer()) / s.num_layers for s in (source, target)]
+            ranges = (source.range_of(field), target.range_of(field))
+            table.add_row(f"{label}, by layer", *ranges, f"{1 - means[1] / means[0]:.2%}")
         else:
             row(label, before, getattr(target, field))
     table.add_section()
@@ -171,11 +173,11 @@ def show_sparsity(table: dict[str, Any]) -> None:
 
 def _show_layer_ratios(rows: list[dict[str, Any]], console: Console) -> None:
     """Print each layer's ratios, and the share of outliers where that decided them."""
-    modules, counted = list(rows[0]["ratios"]), "outliers" in rows[0]
+    modules, counted = [m for m in MODULES if any(m in row["ratios"] for row in rows)], "outliers" in rows[0]
     printed = Table(title="ratios by layer")
     for column in ("layer", *(["outliers"] if counted else []), *modules):
         printed.add_column(column, justify="right")
     for row in rows:
-        decided = [f"{row['outliers']:.4%}"] if counted else []
-        printed.add_row(str(row["layer"]), *decided, *(f"{row['ratios'][m]:.2%}" for m in modules))
+        decided, ratios = [f"{row['outliers']:.4%}"] if counted else [], row["ratios"]
+        printed.add_row(str(row["layer"]), *decided, *(f"{ratios[m]:.2%}" if m in ratios else "–" for m in modules))
     console.print(printed)

@@ -7,12 +7,14 @@ removes
     s_l = s + 2λ·(mean d − d_l)
 
 of its weights: less where outliers are dense. These are the published code's numbers. Its ratios span 2λ; the paper
-states |s_l − s| ≤ λ, which a single layer far from the others exceeds there and here. All layers have the same shapes,
-so the mean over layers is the mean over weights.
+states |s_l − s| ≤ λ, which a single layer far from the others exceeds there and here. The mean of d is over weights, so
+that the layers together lose s where their sizes differ too; the published code, for layers of one shape, takes it over
+layers, which is the same there.
 
 Ratios are rounded to whole inputs: of a matrix with n inputs, every row (on average, for methods that compare whole
 matrices) loses k_l of them, with k_l within one of n·s_l, and Σ k_l = ⌊n·s·layers⌋. So a row loses over all layers
-exactly what was asked for, rounded down once.
+exactly what was asked for, rounded down once. Where layers differ, it is the matrices' weights that add up to this, to
+less than one input of a matrix.
 """
 
 from __future__ import annotations
@@ -48,25 +50,28 @@ class OutlierWeighing:
     def describe(self) -> dict[str, Any]:
         return {"name": "owl", "threshold": self.threshold, "bound": self.bound}
 
-    def shifts(self, outliers: Sequence[Fraction]) -> list[Fraction]:
-        """s_l − s for every layer, from the share of outliers in each; they sum to 0."""
+    def shifts(self, outliers: Sequence[Fraction], weights: Sequence[int]) -> list[Fraction]:
+        """s_l − s for every layer, from the share of outliers in each; over their ``weights`` they sum to 0."""
         low, high = min(outliers), max(outliers)
         if low == high:
             return [Fraction(0)] * len(outliers)
         scaled = [(share - low) / (high - low) for share in outliers]
-        mean = sum(scaled) / Fraction(len(scaled))
+        mean = sum(size * one for size, one in zip(weights, scaled, strict=True)) / Fraction(sum(weights))
         return [2 * Fraction(str(self.bound)) * (mean - one) for one in scaled]
 
 
-def whole_inputs(inputs: int, ratio: float, shifts: Sequence[Fraction]) -> list[int]:
-    """How many of ``inputs`` a row loses in each layer, if layer l is to lose the fraction ``ratio`` + shifts[l].
+def whole_inputs(sizes: Sequence[tuple[int, int]], ratio: float, shifts: Sequence[Fraction]) -> list[int]:
+    """How many inputs a row loses in each layer, if layer l is to lose the fraction ``ratio`` + shifts[l].
 
-    Each is within one of its quota, and together they are what ``ratio`` asks for, rounded down once. Among equal
-    remainders the lower layer is rounded up.
+    ``sizes`` are (rows, inputs) of every layer. Each number is within one of its quota, and the weights that go are
+    together at most those of all quotas, rounded down once if all layers have as many rows. The largest remainders are
+    rounded up, as far as that allows; among equal ones the lower layer's.
     """
-    quotas = [inputs * (Fraction(str(ratio)) + shift) for shift in shifts]
+    quotas = [inputs * (Fraction(str(ratio)) + shift) for (_, inputs), shift in zip(sizes, shifts, strict=True)]
     counts = [quota.numerator // quota.denominator for quota in quotas]
-    left = int(sum(quotas)) - sum(counts)
-    for layer in sorted(range(len(quotas)), key=lambda layer: counts[layer] - quotas[layer])[:left]:
-        counts[layer] += 1
+    asked = sum(rows * quota for (rows, _), quota in zip(sizes, quotas, strict=True))
+    left = asked - sum(rows * count for (rows, _), count in zip(sizes, counts, strict=True))
+    for layer in sorted(range(len(quotas)), key=lambda layer: counts[layer] - quotas[layer]):
+        if (rows := sizes[layer][0]) <= left and counts[layer] < quotas[layer]:
+            counts[layer], left = counts[layer] + 1, left - rows
     return counts

@@ -18,7 +18,7 @@ import torch
 
 from megatron_prune import artifacts
 from megatron_prune.checkpoint.kept import Kept
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.selection import Rows
@@ -182,6 +182,10 @@ class PruningRequest[O: Settings]:
     tokens: int = 0  # that the sums of ``statistics`` are over
     budget: Budget | None = None
     layers: tuple[int, ...] | None = None  # those that stay, if a search of depth and width chose them already
+
+    def of_layer(self, key: str, layer: int, axis: Axis) -> torch.Tensor:
+        """A layer's own entries of a statistic of the channels of ``axis``; none where it lacks that part."""
+        return self.statistics[key][layer, : self.source.extents(axis)[layer]]
 
 
 class Method[O: Settings](ABC):

@@ -33,7 +33,7 @@ from megatron_prune.checkpoint.layout import Axis
 from megatron_prune.methods.accumulators import variance
 from megatron_prune.methods.base import Compensation, PruningRequest, Selection
 from megatron_prune.methods.options import FlapOptions
-from megatron_prune.methods.units import UnitMethod, standardized
+from megatron_prune.methods.units import SITES, UnitMethod, by_group, by_head, standardized
 
 _NEEDS = {
     "wifv": ("sum", "sum_sq", "weight_sum_sq"),
@@ -50,27 +50,30 @@ class Flap(UnitMethod[FlapOptions]):
         own = {*_NEEDS[settings.metric], *(["sum"] if settings.compensate else [])}
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in sorted(own))
 
-    def scores(self, request: PruningRequest[FlapOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-        attention, channels = (of_inputs(request, site) for site in ("attention", "mlp"))
-        return attention.square().view(len(attention), request.source.num_attention_heads, -1).sum(2), channels
+    def scores(self, request: PruningRequest[FlapOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, channels = (of_inputs(request, site, layer) for site in SITES)
+        return by_head(attention.square(), request.source).sum(1), channels
 
-    def comparable(self, request: PruningRequest[FlapOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-        attention, channels = (of_inputs(request, site) for site in ("attention", "mlp"))
-        groups = standardized(attention.square()).view(len(attention), request.source.num_query_groups, -1).mean(2)
-        return groups, standardized(channels)
+    def comparable(self, request: PruningRequest[FlapOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, channels = (of_inputs(request, site, layer) for site in SITES)
+        return by_group(standardized(attention.square()), request.source, layer).mean(1), standardized(channels)
 
     def select(self, request: PruningRequest[FlapOptions]) -> Selection:
         kept = super().select(request)
         return compensated(kept, request) if request.settings.compensate else kept
 
 
-def of_inputs(request: PruningRequest[FlapOptions], site: str) -> torch.Tensor:
-    """Of every input of the linear that reads ``site``: float64 [L, inputs]."""
-    found, metric = request.statistics, request.settings.metric
+def of_inputs(request: PruningRequest[FlapOptions], site: str, layer: int) -> torch.Tensor:
+    """Of every input of a layer's linear that reads ``site``: float64 [inputs]."""
+    metric = request.settings.metric
+
+    def found(name: str) -> torch.Tensor:
+        return request.of_layer(f"{site}.{name}", layer, SITES[site])
+
     if metric == "wifn":
-        return found[f"{site}.sum_sq"].sqrt() * found[f"{site}.weight_sum_abs"]
-    fluctuation = variance(found[f"{site}.sum"], found[f"{site}.sum_sq"], request.tokens)
-    return fluctuation if metric == "ifv" else fluctuation * found[f"{site}.weight_sum_sq"]
+        return found("sum_sq").sqrt() * found("weight_sum_abs")
+    fluctuation = variance(found("sum"), found("sum_sq"), request.tokens)
+    return fluctuation if metric == "ifv" else fluctuation * found("weight_sum_sq")
 
 
 def compensated(kept: Selection, request: PruningRequest[FlapOptions]) -> Selection:
@@ -79,7 +82,7 @@ def compensated(kept: Selection, request: PruningRequest[FlapOptions]) -> Select
 
     def removed(axis: Axis, means: torch.Tensor, what: Sequence[Kept]) -> tuple[tuple[float, ...], ...]:
         """Of ``means`` [L, inputs]."""
-        rows = (means[layer][removed_indices(axis, request.source, one)] for layer, one in enumerate(what))
+        rows = (means[layer][removed_indices(axis, request.source, layer, one)] for layer, one in enumerate(what))
         return tuple(tuple(row.tolist()) for row in rows)
 
     heads, ffn = kept.heads, kept.ffn

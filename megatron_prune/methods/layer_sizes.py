@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_prune.checkpoint.layer_shapes import LayerShape
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import Budget, NearTie, Selection
 from megatron_prune.methods.ranking import keep_heads, keep_highest
@@ -89,54 +89,52 @@ def _nearer(
 
 def by_global_ranking(
     source: ModelShape,
-    groups: torch.Tensor,
-    channels: torch.Tensor,
+    groups: Sequence[torch.Tensor],
+    channels: Sequence[torch.Tensor],
     budget: Budget,
     *,
     exempt: Collection[int] = (),
 ) -> tuple[LayerShape, ...]:
     """Sizes of every layer if the lowest scores of all layers go until the budget is met.
 
-    ``groups`` are scores of query groups [L, G] and ``channels`` of FFN channels [L, F], which compare with each other.
-    One group and ``budget.ffn_step`` channels of every layer stay, whatever their scores, and all of ``exempt``. Among
-    equal scores, later layers' go first, and of one layer channels before groups, the last first.
+    ``groups`` are scores of every layer's query groups [G] and ``channels`` of its FFN channels [F], which compare with
+    each other. One group and ``budget.ffn_step`` channels of every layer stay, whatever their scores, and all of
+    ``exempt``. Among equal scores, later layers' go first, and of one layer channels before groups, the last first.
     """
     sizes = _Sizes(source, budget)
-    layers, count, width = source.num_layers, groups.shape[1], channels.shape[1]
-    kept = torch.zeros(layers, count + width, dtype=torch.bool)
-    scores = torch.cat([groups, channels], 1).double()  # [L, G + F]
-    for layer in range(layers):
-        if layer in exempt:
-            kept[layer] = True
-            continue
-        kept[layer, groups[layer].argmax()] = True
-        best = torch.sort(channels[layer], descending=True, stable=True).indices[: budget.ffn_step]
-        kept[layer, count + best] = True
-    costs = torch.empty(layers, count + width, dtype=torch.float64)
-    for layer in range(layers):
-        costs[layer, :count], costs[layer, count:] = sizes.unit_costs(layer)
+    parts = [part for layer in zip(groups, channels, strict=True) for part in layer]  # groups, channels, groups, …
+    counts = [len(part) for part in parts]
+    scores = torch.cat(parts).double()  # [units], in order of the layers
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    least = (1, budget.ffn_step)
+    for number, (part, stay) in enumerate(zip(parts, torch.split(kept, counts), strict=True)):
+        best = torch.sort(part, descending=True, stable=True).indices[: least[number % 2]]
+        stay[slice(None) if number // 2 in exempt else best] = True
+    each = [cost for layer in range(source.num_layers) for cost in sizes.unit_costs(layer)]
+    costs = torch.tensor(each, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
     fixed = budget.count(source) - float(costs[~kept].sum())
-    open_ = (~kept).flatten().nonzero().flatten()  # [units], in order of the layers
-    order = open_[torch.sort(scores.flatten()[open_], descending=True, stable=True).indices]
-    spent = fixed + costs.flatten()[order].cumsum(0)
-    kept.view(-1)[order[: int(torch.searchsorted(spent, budget.parameters, right=True))]] = True
-    wanted = [(float(row[:count].sum()), float(row[count:].sum())) for row in kept]
-    return fit(source, wanted, budget, exempt=exempt)
+    open_ = (~kept).nonzero().flatten()
+    order = open_[torch.sort(scores[open_], descending=True, stable=True).indices]
+    spent = fixed + costs[order].cumsum(0)
+    kept[order[: int(torch.searchsorted(spent, budget.parameters, right=True))]] = True
+    found = [float(part.sum()) for part in torch.split(kept, counts)]
+    return fit(source, list(zip(found[::2], found[1::2], strict=True)), budget, exempt=exempt)
 
 
 def by_two_rankings(
     source: ModelShape,
     target: ModelShape,
-    groups: torch.Tensor,
-    channels: torch.Tensor,
+    groups: Sequence[torch.Tensor],
+    channels: Sequence[torch.Tensor],
     budget: Budget,
     *,
     exempt: Collection[int] = (),
 ) -> tuple[LayerShape, ...]:
-    """The same if groups and channels are ranked apart: on average, a layer keeps as many of both as ``target``."""
+    """The same if groups and channels are ranked apart: on average, a layer keeps as many of both as ``target``. All
+    layers are alike in ``source``."""
     wanted = zip(
-        _highest_of_all(groups, target.num_query_groups, 1, exempt),
-        _highest_of_all(channels, target.ffn_hidden_size, budget.ffn_step, exempt),
+        _highest_of_all(torch.stack(tuple(groups)), target.num_query_groups, 1, exempt),
+        _highest_of_all(torch.stack(tuple(channels)), target.ffn_hidden_size, budget.ffn_step, exempt),
         strict=True,
     )
     return fit(source, list(wanted), budget, exempt=exempt)
@@ -158,10 +156,12 @@ def _highest_of_all(scores: torch.Tensor, average: int, least: int, exempt: Coll
 def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tuple[LayerShape, ...]:
     """Sizes of every layer if those in ``exempt`` stay whole and all others shrink alike.
 
-    Their groups and FFN shrink as evenly as the budget allows. All layers are alike in ``source``.
-    UsageError if the exempt layers alone are more than the budget.
+    Their groups and FFN shrink as evenly as the budget allows; where layers of ``source`` differ, each keeps the same
+    share of both. UsageError if the exempt layers alone are more than the budget.
     """
     sizes, full = _Sizes(source, budget), source.by_layer()[0]
+    if isinstance(source, HeterogeneousShape):
+        return _same_share(sizes, source, budget, exempt)
     group, channel = sizes.unit_costs(0)
     others = source.num_layers - len(exempt)
     goes = (budget.count(source) - budget.parameters) / others if others else math.inf  # of each
@@ -172,26 +172,50 @@ def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tu
             uneven = abs(math.log(ffn / full.ffn_hidden_size) - math.log(groups / full.num_query_groups))
             wishes.append((uneven, float(groups), ffn))
     if not wishes:
-        raise UsageError(
-            "--exempt-layers", got=f"{len(exempt)} of {source.num_layers} layers",
-            expected="fewer", why="without them the others would have to keep less than they can",
-        )  # fmt: skip
+        raise _too_many_exempt(source, exempt)
     return fit(source, [min(wishes)[1:]] * source.num_layers, budget, exempt=exempt)
 
 
-def keep(source: ModelShape, layers: Sequence[LayerShape], heads: torch.Tensor, channels: torch.Tensor) -> Selection:
-    """The highest scores of every layer, to the sizes ``layers``: ``heads`` [L, H], of which whole groups are ranked by
-    the sum of their heads, and ``channels`` [L, F]."""
+def _same_share(
+    sizes: _Sizes, source: HeterogeneousShape, budget: Budget, exempt: Collection[int]
+) -> tuple[LayerShape, ...]:
+    costs = [sizes.unit_costs(layer) for layer in range(source.num_layers)]
+    others = sum(
+        full.num_query_groups * group + full.ffn_hidden_size * channel
+        for layer, (full, (group, channel)) in enumerate(zip(source.layers, costs, strict=True))
+        if layer not in exempt
+    )
+    share = 1 - (budget.count(source) - budget.parameters) / others if others else 0.0
+    if share <= 0:
+        raise _too_many_exempt(source, exempt)
+    wanted = [(share * full.num_query_groups, share * full.ffn_hidden_size) for full in source.layers]
+    return fit(source, wanted, budget, exempt=exempt)
+
+
+def _too_many_exempt(source: ModelShape, exempt: Collection[int]) -> UsageError:
+    return UsageError(
+        "--exempt-layers", got=f"{len(exempt)} of {source.num_layers} layers",
+        expected="fewer", why="without them the others would have to keep less than they can",
+    )  # fmt: skip
+
+
+def keep(
+    source: ModelShape, layers: Sequence[LayerShape], heads: Sequence[torch.Tensor], channels: Sequence[torch.Tensor]
+) -> Selection:
+    """The highest scores of every layer, to the sizes ``layers``: of its ``heads`` [H], of which whole groups are
+    ranked by the sum of their heads, and of its ``channels`` [F]."""
     kept_heads, kept_ffn, near = [], [], list[NearTie]()
+    given = source.by_layer()
     for number, layer in enumerate(layers):
-        chosen, ties = keep_heads(heads[number], source, layer, number)
+        chosen, ties = keep_heads(heads[number], given[number], layer, number)
         kept_heads.append(chosen)
         near += ties
         chosen, ties = keep_highest(channels[number], layer.ffn_hidden_size, "ffn", layer=number)
         kept_ffn.append(chosen)
         near += ties
-    all_heads = all(layer.num_attention_heads == source.num_attention_heads for layer in layers)
-    all_channels = all(layer.ffn_hidden_size == source.ffn_hidden_size for layer in layers)
+    pairs = list(zip(layers, given, strict=True))
+    all_heads = all(layer.num_attention_heads == full.num_attention_heads for layer, full in pairs)
+    all_channels = all(layer.ffn_hidden_size == full.ffn_hidden_size for layer, full in pairs)
     return Selection(
         tuple(range(source.num_layers)),
         heads=None if all_heads else tuple(kept_heads),
@@ -272,15 +296,18 @@ class _Costs:
 
     @staticmethod
     def of(source: ModelShape, full: LayerShape, budget: Budget) -> _Costs:
-        """Those of a layer ``full`` of ``source``: counted, by the difference that the last one makes."""
-        one_head = LayerShape(full.heads_per_group, 1, full.ffn_hidden_size)
+        """Those of a layer ``full`` of ``source``: counted, by the difference that all but one make. 0 for a part that
+        the layer lacks, or that has a single one, which stays."""
+        (other,) = set(source.of_layer(None).by_layer())
 
         def count(layer: LayerShape) -> int:
-            return budget.count(source.with_layers([full, layer]))
+            return budget.count(source.with_layers([other, layer]))
 
         groups, channels = full.num_query_groups - 1, full.ffn_hidden_size - 1
-        group = (count(full) - count(one_head)) / groups if groups else 0.0
-        return _Costs(group, (count(full) - count(replace(full, ffn_hidden_size=1))) / channels if channels else 0.0)
+        one_group = replace(full, num_attention_heads=full.heads_per_group, num_query_groups=min(1, groups + 1))
+        group = (count(full) - count(one_group)) / groups if groups > 0 else 0.0
+        one_channel = replace(full, ffn_hidden_size=min(1, channels + 1))
+        return _Costs(group, (count(full) - count(one_channel)) / channels if channels > 0 else 0.0)
 
 
 def _next_to(size: int, possible: Sequence[int]) -> list[int]:

@@ -26,7 +26,8 @@ from collections.abc import Collection
 
 import torch
 
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layer_shapes import LayerShape
+from megatron_prune.checkpoint.layout import Axis
 from megatron_prune.methods.base import PruningRequest
 from megatron_prune.methods.options import LLMPrunerOptions
 from megatron_prune.methods.units import UnitMethod
@@ -40,29 +41,33 @@ class LLMPruner(UnitMethod[LLMPrunerOptions]):
     def needs(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
         return tuple(f"{module}.{settings.taylor}" for module in ("qkv", "proj", "fc1", "fc2"))
 
-    def scores(self, request: PruningRequest[LLMPrunerOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-        source = request.source
-        qkv, proj, fc1, fc2 = (request.statistics[key] for key in self.needs(request.settings))
-        channels = fc1.view(source.num_layers, -1, source.ffn_hidden_size).sum(1) + fc2  # [L, F]
-        return of_heads(source, qkv, proj), channels
+    def scores(self, request: PruningRequest[LLMPrunerOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        source, here = request.source, request.source.by_layer()[layer]
+        axes: tuple[Axis, ...] = ("qkv", "heads", "fc1", "ffn")
+        keys = self.needs(request.settings)
+        qkv, proj, fc1, fc2 = (request.of_layer(key, layer, axis) for key, axis in zip(keys, axes, strict=True))
+        channels = fc1.view(2 if source.gated else 1, here.ffn_hidden_size).sum(0) + fc2  # [F]
+        return of_heads(here, source.kv_channels, qkv, proj), channels
 
-    def comparable(self, request: PruningRequest[LLMPrunerOptions]) -> tuple[torch.Tensor, torch.Tensor]:
+    def comparable(self, request: PruningRequest[LLMPrunerOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliencies per weight that goes."""
-        source, (heads, channels) = request.source, self.scores(request)
-        group = 2 * (source.heads_per_group + 1) * source.kv_channels  # q, k, v and columns of linear_proj, in rows
-        groups = heads.view(source.num_layers, source.num_query_groups, -1).sum(2)
+        source, here = request.source, request.source.by_layer()[layer]
+        heads, channels = self.scores(request, layer)
+        group = 2 * (here.heads_per_group + 1) * source.kv_channels  # q, k, v and columns of linear_proj, in rows
+        groups = heads.view(here.num_query_groups, here.heads_per_group).sum(1)
         return groups / group, channels / (3 if source.gated else 2)
 
 
-def of_heads(source: ModelShape, qkv: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
-    """Saliency of every head [L, H], from rows of linear_qkv [L, G·(H/G + 2)·d] and columns of linear_proj [L, H·d].
+def of_heads(layer: LayerShape, size: int, qkv: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
+    """Saliency of every head [H] of a layer, of ``size`` channels each, from rows of linear_qkv [G·(H/G + 2)·d] and
+    columns of linear_proj [H·d].
 
     A group's keys and values are divided evenly among its heads, so that its heads add up to the group.
     """
-    layers, groups, per_group = source.num_layers, source.num_query_groups, source.heads_per_group
-    rows = qkv.view(layers, groups, per_group + 2, -1).sum(3)  # [L, G, H/G + 2]
-    shared = rows[:, :, per_group:].sum(2, keepdim=True) / per_group
-    return (rows[:, :, :per_group] + shared).flatten(1) + proj.view(layers, groups * per_group, -1).sum(2)
+    per_group = layer.heads_per_group
+    rows = qkv.view(-1, per_group + 2, size).sum(2)  # [G, H/G + 2]
+    shared = rows[:, per_group:].sum(1, keepdim=True) / max(1, per_group)
+    return (rows[:, :per_group] + shared).flatten() + proj.view(-1, size).sum(1)
 
 
 METHOD = LLMPruner()

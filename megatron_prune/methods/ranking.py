@@ -50,7 +50,7 @@ def keep_highest(
 
 
 def keep_heads(
-    scores: torch.Tensor, source: ModelShape, target: ModelShape | LayerShape, layer: int
+    scores: torch.Tensor, source: ModelShape | LayerShape, target: ModelShape | LayerShape, layer: int
 ) -> tuple[tuple[int, ...], list[NearTie]]:
     """Heads of one layer that survive, by their ``scores`` [H].
 

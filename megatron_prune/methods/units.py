@@ -3,22 +3,26 @@
 With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``global`` the lowest
 scores of all layers go until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or
 ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps as many on
-average as its size says. Layers then differ.
+average as its size says. Layers then differ. Of a parent whose layers differ already, ``uniform`` takes the same share
+of every layer, and ``global`` ranks what is there.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import layer_sizes
 from megatron_prune.methods.base import NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import UnitOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
+
+# The inputs of linear_proj and linear_fc2, as statistics call them.
+SITES: dict[str, Axis] = {"attention": "heads", "mlp": "ffn"}
 
 
 class UnitMethod[O: UnitOptions](RankingMethod[O]):
@@ -37,15 +41,16 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         return ()
 
     @abstractmethod
-    def scores(self, request: PruningRequest[O]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of heads [L, H] and FFN channels [L, F], which compare within a layer."""
+    def scores(self, request: PruningRequest[O], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a layer's heads [H] and FFN channels [F], which compare within it."""
 
     @abstractmethod
-    def comparable(self, request: PruningRequest[O]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of query groups [L, G] and FFN channels [L, F], which compare over layers and with each other."""
+    def comparable(self, request: PruningRequest[O], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a layer's query groups [G] and FFN channels [F], which compare over layers and with each other."""
 
     def select(self, request: PruningRequest[O]) -> Selection:
-        heads, channels = self.scores(request)
+        layers = range(request.source.num_layers)
+        heads, channels = zip(*(self.scores(request, layer) for layer in layers), strict=True)
         source, target, budget = request.source, request.target, request.budget
         if budget is None:
             return keep_units(source, target, heads, channels)
@@ -54,7 +59,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
             raise UsageError(
                 "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
             )
-        if target.heads_per_group != source.heads_per_group:
+        if not isinstance(source, HeterogeneousShape) and target.heads_per_group != source.heads_per_group:
             raise UsageError(
                 "--target-num-attention-heads", got=f"{target.heads_per_group} heads per query group",
                 expected=f"the parent's {source.heads_per_group} where layers may differ", why="whole groups go",
@@ -62,15 +67,19 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         counted = source.with_biases() if self.adds_biases(request.settings) else source
         if request.settings.allocation == "uniform":
             sizes = layer_sizes.evenly(counted, budget, exempt=exempt)
-        elif budget.apart:
-            sizes = layer_sizes.by_two_rankings(counted, target, *self.comparable(request), budget, exempt=exempt)
+            return layer_sizes.keep(source, sizes, heads, channels)
+        groups, units = zip(*(self.comparable(request, layer) for layer in layers), strict=True)
+        if budget.apart:
+            sizes = layer_sizes.by_two_rankings(counted, target, groups, units, budget, exempt=exempt)
         else:
-            sizes = layer_sizes.by_global_ranking(counted, *self.comparable(request), budget, exempt=exempt)
+            sizes = layer_sizes.by_global_ranking(counted, groups, units, budget, exempt=exempt)
         return layer_sizes.keep(source, sizes, heads, channels)
 
 
-def keep_units(source: ModelShape, target: ModelShape, heads: torch.Tensor, channels: torch.Tensor) -> Selection:
-    """Heads and FFN channels of every layer, by the scores [L, H] and [L, F], as many in each as ``target`` has."""
+def keep_units(
+    source: ModelShape, target: ModelShape, heads: Sequence[torch.Tensor], channels: Sequence[torch.Tensor]
+) -> Selection:
+    """Heads and FFN channels of every layer, by its scores [H] and [F], as many in each as ``target`` has."""
     layers = range(source.num_layers)
     near: list[NearTie] = []
     kept_heads = kept_ffn = None
@@ -85,7 +94,18 @@ def keep_units(source: ModelShape, target: ModelShape, heads: torch.Tensor, chan
     return Selection(tuple(layers), None, kept_heads, kept_ffn, tuple(near))
 
 
+def by_head(inputs: torch.Tensor, source: ModelShape) -> torch.Tensor:
+    """What is about the inputs of a layer's linear_proj [H·d], as [H, d]."""
+    return inputs.view(-1, source.kv_channels)
+
+
+def by_group(inputs: torch.Tensor, source: ModelShape, layer: int) -> torch.Tensor:
+    """The same as [G, H/G·d]."""
+    groups = source.by_layer()[layer].num_query_groups
+    return inputs.view(groups, len(inputs) // max(1, groups))
+
+
 def standardized(scores: torch.Tensor) -> torch.Tensor:
-    """Every layer's scores [L, n] minus their mean, over their standard deviation."""
-    spread = scores.std(1, keepdim=True)
-    return (scores - scores.mean(1, keepdim=True)) / torch.where(spread > 0, spread, 1.0)
+    """A layer's scores [n] minus their mean, over their standard deviation."""
+    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
+    return (scores - scores.mean()) / torch.where(spread > 0, spread, 1.0)

@@ -16,26 +16,27 @@ import torch
 
 from megatron_prune.methods.base import PruningRequest
 from megatron_prune.methods.options import WandaSpOptions
-from megatron_prune.methods.units import UnitMethod, standardized
+from megatron_prune.methods.units import SITES, UnitMethod, by_group, by_head, standardized
 
 
 class WandaSp(UnitMethod[WandaSpOptions]):
     def needs(self, settings: WandaSpOptions) -> tuple[str, ...]:
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in ("sum_sq", "weight_sum_abs"))
 
-    def scores(self, request: PruningRequest[WandaSpOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, channels = of_inputs(request)
-        return inputs.view(len(inputs), request.source.num_attention_heads, -1).sum(2), channels
+    def scores(self, request: PruningRequest[WandaSpOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, channels = of_inputs(request, layer)
+        return by_head(inputs, request.source).sum(1), channels
 
-    def comparable(self, request: PruningRequest[WandaSpOptions]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, channels = map(standardized, of_inputs(request))
-        return inputs.view(len(inputs), request.source.num_query_groups, -1).mean(2), channels
+    def comparable(self, request: PruningRequest[WandaSpOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, channels = map(standardized, of_inputs(request, layer))
+        return by_group(inputs, request.source, layer).mean(1), channels
 
 
-def of_inputs(request: PruningRequest[WandaSpOptions]) -> Iterator[torch.Tensor]:
-    """Scores of the inputs of linear_proj [L, H·d] and of linear_fc2 [L, F]."""
-    for site in ("attention", "mlp"):
-        yield request.statistics[f"{site}.sum_sq"].sqrt() * request.statistics[f"{site}.weight_sum_abs"]
+def of_inputs(request: PruningRequest[WandaSpOptions], layer: int) -> Iterator[torch.Tensor]:
+    """Scores of the inputs of a layer's linear_proj [H·d] and linear_fc2 [F]."""
+    for site, axis in SITES.items():
+        norms, sums = (request.of_layer(f"{site}.{name}", layer, axis) for name in ("sum_sq", "weight_sum_abs"))
+        yield norms.sqrt() * sums
 
 
 METHOD = WandaSp()

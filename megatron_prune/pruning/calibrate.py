@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_prune import methods, screen, verbs
 from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.data.multiple_choice import Requests
-from megatron_prune.engine import fp8, layers, runtime
+from megatron_prune.engine import fp8, runtime
 from megatron_prune.engine.from_checkpoint import given
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.structured import candidates
@@ -157,7 +157,6 @@ def complete(args: argparse.Namespace, argv: list[str], *, reads_text: bool = Tr
     Without ``reads_text`` nothing is calibrated, and the calibration's flags are refused.
     """
     runtime.refuse_layouts(args)
-    layers.refuse(args, "statistics are gathered for layers of one shape")
     if gradients:
         _complete_gradients(args)
     args.builds_model = reads_text  # if False, packages for Megatron's layers are not required

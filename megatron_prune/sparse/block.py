@@ -47,7 +47,7 @@ class Inputs:
         self._group = mpu.get_tensor_model_parallel_group()
         self._handles = []
         found = spec.linears(block)
-        self._last = found["fc2"]
+        self._last = found["fc2"] if "fc2" in found else found["proj"]
         self._token_ranks = spec.sequence_ranks(self._last.config)
         for module in modules:
             weight = found[module].weight
@@ -141,7 +141,7 @@ def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: f
             torch.distributed.all_reduce(value, group=group)
         return float(value)
 
-    zero = torch.zeros((), dtype=torch.float64, device=found["qkv"].weight.device)
+    zero = torch.zeros((), dtype=torch.float64, device=found[next(iter(statistics))].weight.device)
     size = total(zero + sum(found[module].weight.numel() for module in statistics))
     limit = threshold * total(sum((some.sum() for some in scores()), zero)) / size
     return int(total(sum(((some > limit).sum() for some in scores()), zero))), int(size)
@@ -157,15 +157,16 @@ def prune_block(
 ) -> tuple[dict[str, torch.Tensor], list[Sums]]:
     """Prune ``block``, number ``layer``, in place as ``request`` says. Collective over the pipeline stage.
 
-    Returns, on every rank, the masks of its shards (bool, on the weights' device) by module, and the sums.
+    ``shape`` is that of the block; ``statistics`` have the modules that are pruned. Returns, on every rank, the masks
+    of its shards (bool, on the weights' device) by module, and the sums.
     """
     found = spec.linears(block)
     replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    all_matrices = [matrix for module in request.modules for matrix in matrices(module, shape)]
-    device = found["qkv"].weight.device
+    all_matrices = [matrix for module in statistics for matrix in matrices(module, shape)]
+    device = found[next(iter(statistics))].weight.device
     sums = torch.zeros(len(all_matrices), 3, dtype=torch.float64, device=device)  # removed, error, reference
     masks: dict[str, torch.Tensor] = {}
-    for number, module in enumerate(request.modules):
+    for number, module in enumerate(statistics):
         weight = found[module].weight
         if number % replicas == replica:
             sparsity = request.sparsity(layer, module)
@@ -177,7 +178,7 @@ def prune_block(
             masks[module] = torch.empty(weight.shape, dtype=torch.bool, device=device)
     if replicas > 1:
         group = mpu.get_data_parallel_group()
-        for number, module in enumerate(request.modules):
+        for number, module in enumerate(statistics):
             torch.distributed.broadcast(found[module].weight.data, group=group, group_src=number % replicas)
             torch.distributed.broadcast(masks[module], group=group, group_src=number % replicas)
     stage = mpu.get_tensor_and_data_parallel_group()

@@ -182,7 +182,7 @@ class _Stage:
         if layer not in self.task.layers:
             return False
         tokens = len(self.windows) * self.windows.seq_length
-        with Inputs(block, self.task.request.modules, "square_sums", tokens, advancing=True) as inputs:
+        with Inputs(block, self._modules(layer), "square_sums", tokens, advancing=True) as inputs:
             self.stream.advance(block)
         inputs.reduce(len(self.windows))
         see(layer, block, inputs.of)
@@ -199,13 +199,13 @@ class _Stage:
         began = time.monotonic()
         request = self.task.request
         tokens = len(self.windows) * self.windows.seq_length
-        with Inputs(block, request.modules, request.method.statistic, tokens) as inputs:
+        modules = self._modules(layer)
+        with Inputs(block, modules, request.method.statistic, tokens) as inputs:
             self.stream.run(block)
         inputs.reduce(len(self.windows))
-        parent = self.task.parent
-        stored = parent.spec(layer_name(layer, next(iter(SUFFIXES.values())))).dtype
-        masks, sums = prune_block(block, parent.shape, request, layer, inputs.of, stored)
-        names = {module: layer_name(layer, SUFFIXES[module]) for module in request.modules}
+        parent, names = self.task.parent, {module: layer_name(layer, SUFFIXES[module]) for module in modules}
+        stored = parent.spec(names[modules[0]]).dtype
+        masks, sums = prune_block(block, parent.shape.of_layer(layer), request, layer, inputs.of, stored)
         self.kept |= {names[module]: mask.cpu() for module, mask in masks.items()}
         group = mpu.get_tensor_model_parallel_group()
         if mpu.get_data_parallel_rank() == 0:
@@ -216,10 +216,13 @@ class _Stage:
                 self.scratch.finish(layer, group.size(), row)
                 self.progress.block(row)
 
+    def _modules(self, layer: int) -> tuple[str, ...]:
+        return self.task.request.modules_of(self.task.parent.shape, layer)
+
     def _read(self, layer: int, block: Any) -> None:
         """Load a block that an earlier attempt pruned."""
         found = spec.linears(block)
-        names = {module: layer_name(layer, SUFFIXES[module]) for module in self.task.request.modules}
+        names = {module: layer_name(layer, SUFFIXES[module]) for module in self._modules(layer)}
         for module, name in names.items():
             self.kept[name] = self._filled(name, torch.bool, lambda t: self.scratch.read_masks(layer, t))
             weight = found[module].weight

@@ -62,8 +62,8 @@ class LevelMasks:
         wanted: dict[str, list[Sparsity]] = {}
         for module, asked in request.of.items():
             inputs = matrices(module, shape)[0].inputs
-            shifts = [Fraction(0)] * len(self._task.layers)
-            base = whole_inputs(inputs, float(asked.ratio), shifts)[place]
+            alike, shifts = [(1, inputs)] * len(self._task.layers), [Fraction(0)] * len(self._task.layers)
+            base = whole_inputs(alike, float(asked.ratio), shifts)[place]
             counts = [base + int(level * self._grid.step * inputs) for level in self._grid.levels]
             wanted[module] = [Sparsity(Fraction(count, inputs), asked.pattern) for count in counts]
         for module, stays in stays_at(block, shape, self._method, statistics, wanted).items():

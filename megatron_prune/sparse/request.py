@@ -17,7 +17,7 @@ from megatron_prune.masks import Masks, find_masks, open_masks, verify
 from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
 from megatron_prune.methods.level_search import GENERATIONS, LevelGrid, LevelSearch
-from megatron_prune.settings import numbers_of
+from megatron_prune.settings import either, numbers_of
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
 # Of OWL; the paper's for models of the LLaMA family.
@@ -50,39 +50,63 @@ class SparsifyRequest:
         """What is removed from a linear. With an ``allocation`` it must be ``allocated`` first."""
         return self.of[module] if self.allocation is None else self.by_layer[layer, module]
 
+    def modules_of(self, shape: ModelShape, layer: int) -> tuple[str, ...]:
+        """The modules to prune in a layer: those that it has."""
+        here = shape.by_layer()[layer]
+        return tuple(module for module in self.of if here.has(SUFFIXES[module]))
+
+    def weights_of(self, shape: ModelShape, layer: int) -> int:
+        """How many weights the modules to prune have in a layer."""
+        sizes = shape.of_layer(layer)
+        modules = self.modules_of(shape, layer)
+        return sum(matrix.rows * matrix.inputs for module in modules for matrix in matrices(module, sizes))
+
     def grid(self, shape: ModelShape) -> LevelGrid:
-        """The levels of a search."""
+        """The levels of a search, in a model whose layers have one shape."""
         inputs = [matrices(module, shape)[0].inputs for module in self.modules]
         return LevelGrid.of(inputs, [float(sparsity.ratio) for sparsity in self.of.values()])
 
     def allocated(self, shape: ModelShape, shifts: Sequence[Fraction]) -> SparsifyRequest:
         """This request where the ratios of the layers that are pruned differ by ``shifts`` from what was asked for."""
-        layers = self.chosen(shape)
         found: dict[tuple[int, str], Sparsity] = {}
         for module, asked in self.of.items():
-            inputs = matrices(module, shape)[0].inputs
-            for layer, count in zip(layers, whole_inputs(inputs, float(asked.ratio), shifts), strict=True):
+            having, sizes = [], []
+            for layer, shift in zip(self.chosen(shape), shifts, strict=True):
+                if module in self.modules_of(shape, layer):
+                    of_module = matrices(module, shape.of_layer(layer))
+                    having.append((layer, shift))
+                    sizes.append((sum(matrix.rows for matrix in of_module), of_module[0].inputs))
+            counts = whole_inputs(sizes, float(asked.ratio), [shift for _, shift in having])
+            for (layer, _), (_, inputs), count in zip(having, sizes, counts, strict=True):
                 found[layer, module] = Sparsity(Fraction(count, inputs), asked.pattern)
         return replace(self, by_layer=found)
 
     def chosen(self, shape: ModelShape) -> tuple[int, ...]:
-        """The layers to prune, ascending."""
-        return tuple(range(shape.num_layers)) if self.layers is None else self.layers
+        """The layers to prune, ascending: those that were asked for, or all, without any that has nothing to prune."""
+        asked = range(shape.num_layers) if self.layers is None else self.layers
+        return tuple(layer for layer in asked if self.modules_of(shape, layer))
 
     def check(self, shape: ModelShape) -> None:
         """UsageError if a model of ``shape`` lacks one of the layers, or M does not divide a matrix's inputs."""
-        if isinstance(shape, HeterogeneousShape):
-            raise UsageError(
-                "--load", got="a model whose layers differ", expected="one whose layers have one shape",
-                why="sparse methods take layers of one shape", do="sparsify the parent first: its masks are cut too",
-            )  # fmt: skip
         beyond = [layer for layer in self.layers or () if layer >= shape.num_layers]
         if beyond:
             raise UsageError("--layers", got=beyond[-1], expected=f"layers from 0 to {shape.num_layers - 1}")
-        for module, sparsity in self.of.items():
-            for matrix in matrices(module, shape):
-                sparsity.pattern.check_inputs(f"{matrix.name} ({SUFFIXES[module]})", matrix.inputs)
+        chosen = self.chosen(shape)
+        for layer in range(shape.num_layers) if self.layers is None else self.layers:
+            if layer not in chosen and (self.layers is not None or not chosen):
+                modules = ",".join(self.of)
+                raise UsageError("--layers", got=layer, expected=f"layers that have one of --modules {modules}")
+        for layer in chosen:
+            for module in self.modules_of(shape, layer):
+                for matrix in matrices(module, shape.of_layer(layer)):
+                    inputs = f"{matrix.name} ({layer_name(layer, SUFFIXES[module])})"
+                    self.of[module].pattern.check_inputs(inputs, matrix.inputs)
         if isinstance(self.allocation, LevelSearch):
+            if isinstance(shape, HeterogeneousShape):
+                raise UsageError(
+                    "--allocation", got="search for a model whose layers differ", expected="owl or uniform",
+                    why="the search moves equal shares between layers, which are equal weights in equal layers alone",
+                )  # fmt: skip
             self.grid(shape)
             if len(self.chosen(shape)) < 2:
                 raise UsageError("--allocation", got="search", expected="uniform for a single layer")
@@ -131,8 +155,7 @@ def _allocation(
     if asked.allocation == "uniform":
         return None
     if asked.allocation not in verbs.ALLOCATIONS:
-        *most, last = verbs.ALLOCATIONS
-        expected = f"{', '.join(most)} or {last} with a sparse --method"
+        expected = f"{either(verbs.ALLOCATIONS)} with a sparse --method"
         raise UsageError("--allocation", got=asked.allocation, expected=expected)
     for sparsity in of.values():
         if sparsity.pattern.m is not None:
@@ -203,7 +226,7 @@ class SparsifyTask:
         return {
             layer_name(layer, SUFFIXES[module]): str(self.request.of[module].pattern)
             for layer in self.layers
-            for module in self.request.modules
+            for module in self.request.modules_of(self.parent.shape, layer)
         }
 
     def held_masks(self) -> Masks | None:

@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_prune import artifacts, screen
-from megatron_prune.checkpoint.layout import ModelShape, layer_name, weights
+from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.methods.allocation import OutlierWeighing
 from megatron_prune.methods.level_search import Found
-from megatron_prune.sparse.matrices import SUFFIXES, matrices
+from megatron_prune.sparse.matrices import matrices
 from megatron_prune.sparse.request import SparsifyRequest, SparsifyTask
 from megatron_prune.sparse.scratch import Scratch
 from megatron_prune.training import lineage
@@ -53,7 +53,6 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
         **allocation,
         "matrices": [{"layer": row["layer"], **matrix} for row in rows for matrix in row["matrices"]],
     }
-    pruned = {layer_name(layer, SUFFIXES[module]) for layer in task.layers for module in task.request.modules}
     with CheckpointWriter(
         task.save,
         args=parent.args,
@@ -64,6 +63,7 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
     ) as writer:
         writer.add_file(TABLE, artifacts.json_bytes(table))
         scratch.masks.rename(writer.beside(MASKS))
+        pruned = task.patterns
         others = [weight for weight in weights(parent.shape) if weight.name not in pruned]
         with screen.Bar(sum(parent.spec(weight.name).nbytes for weight in others), f"writing {task.save}", "B") as bar:
             for weight in others:
@@ -81,7 +81,8 @@ def allocated(task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
     if isinstance(request.allocation, OutlierWeighing):
         outliers = scratch.outliers(task.layers)
         assert outliers is not None
-        shifts = request.allocation.shifts([outliers[layer] for layer in task.layers])
+        sizes = [request.weights_of(shape, layer) for layer in task.layers]
+        shifts = request.allocation.shifts([outliers[layer] for layer in task.layers], sizes)
     else:
         found = scratch.levels()
         assert found is not None
@@ -96,7 +97,10 @@ def _layer_ratios(task: SparsifyTask, scratch: Scratch) -> list[dict[str, Any]]:
         {
             "layer": layer,
             **({"outliers": float(outliers[layer])} if layer in outliers else {}),
-            "ratios": {module: float(request.sparsity(layer, module).ratio) for module in request.modules},
+            "ratios": {
+                module: float(request.sparsity(layer, module).ratio)
+                for module in request.modules_of(task.parent.shape, layer)
+            },
         }
         for layer in task.layers
     ]
@@ -160,17 +164,17 @@ def flops(
     in³ to factorize it, and rows·in² to update each matrix.
     """
     chosen = request.chosen(shape)
-    output = 2 * seq_length * shape.hidden_size * shape.padded_vocab_size  # not computed here
-    block = (shape.forward_flops(seq_length) - output) // shape.num_layers
-    passes = 0 if request.method.statistic == "none" else len(chosen) + max(chosen)
-    passes += 0 if request.allocation is None else 1 + max(chosen)
-    found = passes * sequences * block
+    blocks = [shape.layer_flops(layer, seq_length) for layer in range(shape.num_layers)]
+    before, last = sum(blocks[: max(chosen)]), blocks[max(chosen)]
+    passes = 0 if request.method.statistic == "none" else sum(blocks[layer] for layer in chosen) + before
+    passes += 0 if request.allocation is None else before + last
+    found = passes * sequences
     found += 0 if searched is None else searched.passes * shape.forward_flops(seq_length)
     if request.method.statistic == "hessian":
-        for module in request.modules:
-            of_module = matrices(module, shape)
-            squared = of_module[0].inputs ** 2
-            updates = sum(matrix.rows for matrix in of_module)
-            one = 2 * sequences * seq_length * squared + squared * (of_module[0].inputs + updates)
-            found += len(chosen) * one
+        for layer in chosen:
+            for module in request.modules_of(shape, layer):
+                of_module = matrices(module, shape.of_layer(layer))
+                squared = of_module[0].inputs ** 2
+                updates = sum(matrix.rows for matrix in of_module)
+                found += 2 * sequences * seq_length * squared + squared * (of_module[0].inputs + updates)
     return found

@@ -76,7 +76,8 @@ def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _prune_block(task: SparsifyTask, layer: int, params_dtype: torch.dtype, scratch: Scratch) -> None:
     began = time.monotonic()
-    linears = [_Linear(task, layer, module, params_dtype) for module in task.request.modules]
+    modules = task.request.modules_of(task.parent.shape, layer)
+    linears = [_Linear(task, layer, module, params_dtype) for module in modules]
     scratch.write(layer, 0, (piece for linear in linears for piece in linear.prune()))
     found = [sums.row() for linear in linears for sums in linear.sums()]
     scratch.finish(layer, 1, {"layer": layer, "seconds": time.monotonic() - began, "matrices": found})
@@ -93,7 +94,7 @@ class _Linear:
         # Choosing among bf16 or fp16 numbers themselves takes half the memory of fp32 and one count.
         exact = params_dtype == torch.float32 and self._stored.itemsize == 2
         self._dtype = self._stored if exact else params_dtype
-        shape, sparsity = self._parent.shape, task.request.sparsity(layer, module)
+        shape, sparsity = self._parent.shape.of_layer(layer), task.request.sparsity(layer, module)
         self._runs = runs(module, shape)
         self._matrices = matrices(module, shape)
         self._choices = {matrix: choice(sparsity, matrix.rows * matrix.inputs) for matrix in self._matrices}
@@ -174,7 +175,7 @@ def _masks(task: SparsifyTask, scratch: Scratch) -> Iterator[tuple[str, Iterator
             if name not in patterns:
                 yield name, held.row_blocks(name), entry.pattern
     for layer in task.layers:
-        for module in task.request.modules:
+        for module in task.request.modules_of(task.parent.shape, layer):
             name = layer_name(layer, SUFFIXES[module])
             yield name, scratch.mask_rows(layer, name), patterns[name]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import artifacts, methods
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError, UsageError
 from megatron_prune.methods import halving, options
 from megatron_prune.methods.base import (
@@ -68,6 +68,9 @@ class Candidate:
     @property
     def skips_layers_only(self) -> bool:
         """True if every layer that stays is whole."""
+        if isinstance(self.source, HeterogeneousShape):
+            kept = self.selection
+            return kept.hidden is None and kept.heads is None and kept.ffn is None
         return replace(self.source, num_layers=self.target.num_layers) == self.target
 
     @property
@@ -163,11 +166,14 @@ class Question:
             request = PruningRequest(
                 self.source, target, self.settings, tensors, self.seed, tokens, self.budget, layers
             )
-            if isinstance(method, RankingMethod) and self.budget is None:
+            alike = not isinstance(self.source, HeterogeneousShape)
+            if isinstance(method, RankingMethod) and self.budget is None and alike:
                 found.append(Candidate(self.source, target, partial(method.select, request)))
                 continue
             for selection in method.candidates(request):
-                reached = target if self.budget is None else _on_budget(selection.shape(self.source), self.budget)
+                reached = target if alike and self.budget is None else selection.shape(self.source)
+                if self.budget is not None:
+                    _refuse_off_budget(reached, self.budget)
                 found.append(Candidate(self.source, reached, partial(_same, selection)))
         self.__dict__["_made"] = (tensors_of(statistics), stay, found)  # their keys take time to compute
         return list(found)
@@ -317,14 +323,13 @@ def read(path: str | Path) -> tuple[Question, str]:
         raise PlanError(f"{path} is damaged: {why}; run plan again") from error
 
 
-def _on_budget(reached: ModelShape, budget: Budget) -> ModelShape:
-    """``reached``; PlanError if it is off the budget."""
+def _refuse_off_budget(reached: ModelShape, budget: Budget) -> None:
+    """PlanError if the shape ``reached`` is off the budget."""
     if abs(error := budget.error(reached)) > budget.TOLERANCE:
         raise PlanError(
             f"expected layers that keep {budget.parameters:.0f} of the parameters ({budget.of}) within "
             f"{budget.TOLERANCE:.1%}, got layers that keep {budget.count(reached)}, {error:+.2%}"
         )
-    return reached
 
 
 def tensors_of(statistics: Statistics | LearnedMasks | None) -> object:

@@ -50,16 +50,16 @@ class Choice:
         if self.exportable:
             self.refuse_unexportable_biases(parent.args, kind_of(parent))
             self.refuse_unexportable_layers(parent.args, kind_of(parent))
+            if isinstance(parent.shape, HeterogeneousShape) and (why := unexportable(parent, parent.shape)) is not None:
+                raise UsageError(
+                    "--exportable", got=f"{parent.root}, whose layers differ",
+                    expected="a parent that a Hugging Face model can be", why=why,
+                )  # fmt: skip
             target = replace(self.target, unexportable=lambda shape: unexportable(parent, shape))
             chosen = replace(self, target=target)
-        if isinstance(parent.shape, HeterogeneousShape):
-            raise UsageError(
-                "--load", got=f"{parent.root}, whose layers differ", expected="a parent whose layers have one shape",
-                why="the methods that cut shapes rank layers, heads and channels of one shape",
-            )  # fmt: skip
         shapes = chosen.shapes(parent.shape)
         budget = None
-        if self.heterogeneous:
+        if self.cuts_within_budget(parent.shape):
             budget = chosen.target.budget(parent.shape, shapes[0])
         return Question(self.name, self.settings, parent.shape, shapes, parent.fingerprint(), self.seed, task, budget)
 
@@ -74,6 +74,12 @@ class Choice:
         UsageError if the target cannot be met.
         """
         search = self.method.search(self.settings)
+        if isinstance(source, HeterogeneousShape) and (search is not None or self.method.learned):
+            raise UsageError(
+                "--method", got=f"{self.name} for a parent whose layers differ",
+                expected="flap, llm-pruner, wanda-sp, a method that removes layers, or a sparse one",
+                why="it compares shapes that all layers have alike",
+            )  # fmt: skip
         if self.method.adds_biases(self.settings):
             source = source.with_biases()
         if search is None:
@@ -96,11 +102,9 @@ class Choice:
         """UsageError if a model with Megatron's arguments ``args``, of the family ``kind``, can be exported, but not
         with layers that differ, as the method's may."""
         source = ModelShape.from_args(args)
-        *others, last = source.by_layer()
-        if not self.heterogeneous or not others or why_unexportable(args, kind) is not None:
+        if not self.heterogeneous or source.num_layers == 1 or why_unexportable(args, kind) is not None:
             return
-        varied = source.with_layers([*others, replace(last, ffn_hidden_size=last.ffn_hidden_size + 1)])
-        why = why_unexportable({**args, **varied.to_args()}, kind)
+        why = why_unexportable({**args, **varied(source).to_args()}, kind)
         if why is not None:
             raise UsageError(
                 "--method", got=f"{self.name}, whose layers may come out with different shapes",
@@ -124,6 +128,13 @@ class Choice:
         """True if layers may come out with different shapes."""
         return self.method.heterogeneous(self.settings)
 
+    def cuts_within_budget(self, source: ModelShape) -> bool:
+        """True if what is left of ``source`` need not have the shape that the target says: layers may come out with
+        different shapes, or differ already and are cut."""
+        if self.heterogeneous or not isinstance(source, HeterogeneousShape):
+            return self.heterogeneous
+        return not self.target.sizes and "num_layers" not in self.method.free_dimensions(self.settings)
+
     @property
     def needs_statistics(self) -> bool:
         return uses_statistics(self.method, self.settings)
@@ -136,6 +147,12 @@ class Choice:
     @property
     def needs_scores(self) -> bool:
         return self.method.needs_scores(self.settings)
+
+
+def varied(source: ModelShape) -> ModelShape:
+    """``source``, of several layers, with layers that differ: an example of what a cut may leave."""
+    *others, last = source.by_layer()
+    return source.with_layers([*others, replace(last, ffn_hidden_size=last.ffn_hidden_size + 1)])
 
 
 def choose(

@@ -43,7 +43,7 @@ def removed_inputs(made: PruningPlan) -> dict[str, RemovedInputs]:
             means = made.compensation.heads if axis == "heads" else made.compensation.ffn
             if means is None:
                 continue
-            columns = removed_indices(axis, made.source, kept)
+            columns = removed_indices(axis, made.source, layer, kept)
             values = torch.tensor(means[position], dtype=torch.float64)
             found[layer_name(position, f"{linear}.bias")] = RemovedInputs(
                 layer_name(layer, f"{linear}.weight"), columns, values, rows

@@ -111,11 +111,13 @@ class PruningPlan:
 
     def _check_compensation(self, compensation: Compensation) -> None:
         """One finite mean for every input that is removed, of no other kind."""
-        layers = range(len(self.kept_layers))
         heads: Axis = "heads"
         ffn: Axis = "ffn"
         for name, means, kept in ((heads, compensation.heads, self.kept_heads), (ffn, compensation.ffn, self.kept_ffn)):
-            sizes = [len(removed_indices(name, self.source, self.kept(layer))) for layer in layers]
+            sizes = [
+                len(removed_indices(name, self.source, layer, self.kept(place)))
+                for place, layer in enumerate(self.kept_layers)
+            ]
             if (means is None) != (kept is None) or (means is not None and list(map(len, means)) != sizes):
                 raise PlanError(
                     f"plan: compensation.{name}: expected a number for each input that is removed, got others"

@@ -9,8 +9,9 @@ H·d attention channels, F FFN channels):
 
 with the sites ``input_layernorm`` and ``pre_mlp_layernorm`` [L, h] (outputs of a block's norms),
 ``attention`` [L, H·d] (input of linear_proj), ``mlp`` [L, F] (input of linear_fc2) and
-``final_layernorm`` [h]. These are plain sums, so two calibrations merge by addition. Of the weights that read the
-channels of ``attention`` and ``mlp``, the columns of linear_proj and linear_fc2, there are
+``final_layernorm`` [h]. If layers differ, rows are as long as the longest, with zeros after a layer's own channels and
+in place of a part that it lacks. These are plain sums, so two calibrations merge by addition. Of the weights that read
+the channels of ``attention`` and ``mlp``, the columns of linear_proj and linear_fc2, there are
 
     {site}.weight_sum_sq, {site}.weight_sum_abs           Σ over rows of w², of |w|
 
@@ -41,7 +42,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_prune import artifacts
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from megatron_prune.methods.accumulators import COLUMN_SUMS, QUANTITIES, SALIENCIES
 from megatron_prune.methods.ranking import Accuracy
@@ -60,9 +61,9 @@ def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     layers, hidden = shape.num_layers, shape.hidden_size
     return {
         "input_layernorm": (layers, hidden),
-        "attention": (layers, shape.axis_size("heads")),
+        "attention": (layers, max(shape.extents("heads"))),
         "pre_mlp_layernorm": (layers, hidden),
-        "mlp": (layers, shape.ffn_hidden_size),
+        "mlp": (layers, max(shape.extents("ffn"))),
         "final_layernorm": (hidden,),
     }
 
@@ -82,12 +83,8 @@ def column_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def saliency_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """The size of every tensor that needs gradients, by name."""
-    sizes = {
-        "qkv": shape.axis_size("qkv"),
-        "proj": shape.axis_size("heads"),
-        "fc1": shape.axis_size("fc1"),
-        "fc2": shape.ffn_hidden_size,
-    }
+    axes: dict[str, Axis] = {"qkv": "qkv", "proj": "heads", "fc1": "fc1", "fc2": "ffn"}
+    sizes = {module: max(shape.extents(axis)) for module, axis in axes.items()}
     return {f"{module}.{name}": (shape.num_layers, size) for module, size in sizes.items() for name in SALIENCIES}
 
 

@@ -14,6 +14,9 @@ shrinks hidden and FFN most evenly (relative to the source) is chosen, then the 
 method that leaves the hidden size alone shrinks query groups and FFN: to the first of the shapes that a search would
 score (below). Sizes that change must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
 
+If the parent's layers differ, it may lose layers, counted as if all were of their mean size, or units of every layer
+within a ``Budget``, by --ratio or --target-params; other sizes cannot be asked for.
+
 A method may also ask for all shapes near the target, to score them. ``near`` lists them in order: first the nearest
 FFN size for every combination of the other sizes, then the rest; in both parts, shapes that shrink the searched sizes
 most evenly come first, then the nearest, then the larger.
@@ -28,7 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from megatron_prune import verbs
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, weights
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import DIMENSIONS, Budget, Method, Search
 from megatron_prune.settings import Settings
@@ -87,11 +90,13 @@ class Target:
 
     def choose(self, source: ModelShape, method: Method[Any], settings: Settings) -> ModelShape:
         """The shape after pruning; UsageError if the flags cannot be met."""
+        if isinstance(source, HeterogeneousShape):
+            return self._of_different_layers(source, method, settings)
         if self.sizes:
             shape = _explicit(source, self.sizes, method.dimensions)
             self._check(source, shape)
         elif "num_layers" in (free := method.free_dimensions(settings)):
-            shape = self._depth(source)
+            shape = replace(source, num_layers=self._depth(source))
             if (refusal := self.limits.refusal(shape)) is not None:
                 raise refusal
         elif "hidden_size" in free:
@@ -102,8 +107,35 @@ class Target:
             shape = self.near(source, Search(free, 1))[0]
         return shape
 
+    def _of_different_layers(self, source: HeterogeneousShape, method: Method[Any], settings: Settings) -> ModelShape:
+        """A uniform shape that stands for what is left, of which only the number of layers counts."""
+        one = source.of_layer(None)
+        if self.sizes:
+            if width := [size for size in self.sizes if size != "num_layers"]:
+                raise UsageError(
+                    flag_of(width[0]), got=f"{self.sizes[width[0]]} for a parent whose layers differ",
+                    expected="--ratio or --target-params", why="no size is that of all layers",
+                )  # fmt: skip
+            return _explicit(one, self.sizes, method.dimensions)
+        free = method.free_dimensions(settings)
+        if "num_layers" in free:
+            return replace(one, num_layers=self._depth(source))
+        if "hidden_size" in free:
+            raise UsageError(
+                "--method", got="one that cuts hidden channels, for a parent whose layers differ",
+                expected="flap, llm-pruner, wanda-sp, a method that removes layers, or a sparse one",
+                why="it ranks channels over layers of one shape",
+            )  # fmt: skip
+        self._goal(source)  # refuses one that the parent does not have
+        return one
+
     def budget(self, source: ModelShape, shape: ModelShape) -> Budget:
         """What layers of different shape may keep; ``shape`` is the one that the target makes of all layers alike."""
+        if self.keep_heads:
+            raise UsageError(
+                "--keep-heads", got="it where layers may differ", expected="a cut that leaves layers of one shape",
+                why="query groups and channels compete for what each layer keeps",
+            )  # fmt: skip
         params = self._goal(source) if self.ratio is not None or self.params is not None else None
         of: Literal["linears", "all"] = "linears" if self.params is None and self.ratio_of == "linears" else "all"
         step = math.lcm(self.divisible_by, self.tensor_parallel)
@@ -193,7 +225,8 @@ class Target:
 
     # -- depth -----------------------------------------------------------------------------------
 
-    def _depth(self, source: ModelShape) -> ModelShape:
+    def _depth(self, source: ModelShape) -> int:
+        """The number of layers that are left."""
         if self.tolerance is not None:
             raise UsageError(
                 "--tolerance",
@@ -205,7 +238,8 @@ class Target:
         if self.ratio is not None and self.ratio_of == "linears":
             removed = round(layers * self.ratio)
         else:
-            removed = min(range(layers), key=lambda n: abs(self._count(replace(source, num_layers=layers - n)) - goal))
+            of_layers = sum(weight.numel for weight in weights(source) if weight.layer is not None)  # all of them count
+            removed = min(range(layers), key=lambda n: abs(self._count(source) - n * of_layers / layers - goal))
         if not 0 < removed < layers:
             flag, given = self._describe()
             raise UsageError(
@@ -214,7 +248,7 @@ class Target:
                 expected=f"a target that removes 1 to {layers - 1} of {layers} layers",
                 why=f"the nearest number of layers is {removed}",
             )
-        return replace(source, num_layers=layers - removed)
+        return layers - removed
 
     # -- width -----------------------------------------------------------------------------------
 
@@ -338,24 +372,14 @@ class Target:
             if after != before and after % self.divisible_by:
                 yield UsageError(flag, got=given, expected=f"a multiple of --divisible-by {self.divisible_by}")
         tp = self.tensor_parallel
-        for flag, size in (
-            ("--target-num-attention-heads", shape.num_attention_heads),
-            ("--target-ffn-hidden-size", shape.ffn_hidden_size),
-        ):
-            if size % tp:
-                yield UsageError(flag, got=size, expected=f"a multiple of --tensor-model-parallel-size {tp}")
+        for name, size in shape.by_layer()[0].unshared(tp).items():
+            fit = "a multiple or a divisor" if name == "num_query_groups" else "a multiple"
+            yield UsageError(flag_of(name), got=size, expected=f"{fit} of --tensor-model-parallel-size {tp}")
         if self.unexportable is not None and (reason := self.unexportable(shape)) is not None:
             yield UsageError(
                 "--exportable", got=f"hidden {shape.hidden_size}, {heads}",
                 expected="a shape that a Hugging Face model can have", why=reason,
             )  # fmt: skip
-        groups = shape.num_query_groups
-        if groups % tp and tp % groups:
-            yield UsageError(
-                "--target-num-query-groups",
-                got=groups,
-                expected=f"a multiple or a divisor of --tensor-model-parallel-size {tp}",
-            )
 
 
 def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics
+from tests.reference import float64
 
 SEQUENCES, LENGTH = 7, 64  # an odd number: data-parallel ranks share it unevenly
 LAYERS = 4
@@ -55,11 +56,15 @@ def calibrated(
     return found
 
 
-def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
-    """The definitions, by hooks on transformers' model in float64, one sequence at a time."""
-    import transformers
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    """[rows, …, n], with zeros after those whose last axis is shorter."""
+    longest = max(row.shape[-1] for row in rows)
+    return np.stack([np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, longest - row.shape[-1])]) for row in rows])
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+def hf_statistics(of: Path | torch.nn.Module, windows: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """The definitions, by hooks on transformers' model in float64, one sequence at a time."""
+    model: Any = float64(of)
     seen: dict[tuple[str, int | None], list[np.ndarray]] = {}
 
     def keep(site: str, layer: int | None, x: torch.Tensor) -> None:
@@ -89,7 +94,7 @@ def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarr
     layers = len(model.model.layers)
     for site in ("input_layernorm", "pre_mlp_layernorm", "attention", "mlp", "final_layernorm"):
         xs = [np.stack(seen[site, i]) for i in ([None] if site == "final_layernorm" else range(layers))]
-        stacked = np.stack(xs) if site != "final_layernorm" else xs[0]  # [(L,) b, t, n]
+        stacked = padded(xs) if site != "final_layernorm" else xs[0]  # [(L,) b, t, n]
         found[f"{site}.sum_abs_mean_sq"] = (np.abs(stacked).mean(-2) ** 2).sum(-2)
         found[f"{site}.sum_sq"] = (stacked**2).sum((-3, -2))
         found[f"{site}.sum"] = stacked.sum((-3, -2))
@@ -97,7 +102,7 @@ def hf_statistics(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarr
         ("attention", [block.self_attn.o_proj for block in model.model.layers]),
         ("mlp", [block.mlp.down_proj for block in model.model.layers]),
     ):
-        columns = np.stack([one.weight.detach().numpy() for one in readers])  # [L, out, n]
+        columns = padded([one.weight.detach().numpy() for one in readers])  # [L, out, n]
         found[f"{site}.weight_sum_sq"] = (columns**2).sum(1)
         found[f"{site}.weight_sum_abs"] = np.abs(columns).sum(1)
     influence = []

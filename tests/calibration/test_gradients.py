@@ -19,8 +19,18 @@ from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, StatisticsError
-from tests.calibration.test_calibrate import LAYOUTS, LENGTH, SEQUENCES, corpus_windows, flags, hf_statistics, relative
+from tests.calibration.test_calibrate import (
+    LAYOUTS,
+    LENGTH,
+    SEQUENCES,
+    corpus_windows,
+    flags,
+    hf_statistics,
+    padded,
+    relative,
+)
 from tests.convert import family_models
+from tests.reference import float64
 
 MODELS = ("llama-gqa", "llama-biases", "qwen3")  # the second has biases, the third QK norms
 
@@ -34,11 +44,9 @@ def folders(tiny_hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-def saliencies(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+def saliencies(of_model: Path | torch.nn.Module, windows: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
     """The definitions, with one backward pass per window: arrays by the names of the statistics, and Σ of losses."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model: Any = float64(of_model)
     weights = {name: p for name, p in model.named_parameters() if name.endswith("_proj.weight")}
     means = {name: torch.zeros_like(p) for name, p in weights.items()}
     squares = {name: torch.zeros_like(p) for name, p in weights.items()}
@@ -51,7 +59,7 @@ def saliencies(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray]
             squares[name] += gradient**2 / len(windows)
         total += loss.item() * LENGTH
     config = model.config
-    d, groups = config.head_dim, config.num_key_value_heads
+    d = config.head_dim
     found: dict[str, list[np.ndarray]] = {}
     for layer in range(config.num_hidden_layers):
         of = {}
@@ -66,12 +74,12 @@ def saliencies(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray]
                 "mixed": (w * g - w * w * h / 2).abs().sum(axis),
             }
         for kind in of["q"]:
-            q, k, v = (of[path][kind].view(groups, -1, d) for path in "qkv")
+            q, k, v = (of[path][kind].view(len(of["k"][kind]) // d, -1, d) for path in "qkv")
             fused = torch.cat([q, k, v], 1).flatten()
             gated = torch.cat([of["gate"][kind], of["up"][kind]])
             for module, value in (("qkv", fused), ("proj", of["o"][kind]), ("fc1", gated), ("fc2", of["down"][kind])):
                 found.setdefault(f"{module}.{kind}", []).append(value.numpy())
-    return {name: np.stack(values) for name, values in found.items()}, total
+    return {name: padded(values) for name, values in found.items()}, total
 
 
 @pytest.fixture(scope="module")

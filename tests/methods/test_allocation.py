@@ -20,16 +20,20 @@ def test_shifts_are_the_published_ones(seed: int) -> None:
     share = counts / 100_003
     scaled = (share - share.min()) / (share.max() - share.min()) * 2 * 0.08  # kept more where outliers are dense
     density = scaled - scaled.mean() + (1 - 0.7)
-    found = OutlierWeighing(5, 0.08).shifts([Fraction(int(count), 100_003) for count in counts])
+    found = OutlierWeighing(5, 0.08).shifts([Fraction(int(count), 100_003) for count in counts], [9] * len(counts))
     assert [0.7 + float(shift) for shift in found] == pytest.approx(1 - density, rel=1e-12)
     assert sum(found) == 0
     assert found[int(counts.argmax())] == min(found)  # the most outliers, the least removed
 
 
 def test_layers_alike_are_pruned_alike() -> None:
-    assert OutlierWeighing(5, 0.08).shifts([Fraction(1, 7)] * 3) == [0, 0, 0]
-    assert whole_inputs(100, 0.29, [Fraction(0)] * 3) == [29, 29, 29]  # not 28: 0.29 · 100 is 28.999… as a float
-    assert whole_inputs(3, 0.5, [Fraction(0)] * 4) == [2, 2, 1, 1]
+    assert OutlierWeighing(5, 0.08).shifts([Fraction(1, 7)] * 3, [5, 6, 7]) == [0, 0, 0]
+    assert whole_inputs([(7, 100)] * 3, 0.29, [Fraction(0)] * 3) == [
+        29,
+        29,
+        29,
+    ]  # not 28: 0.29 · 100 is 28.999… as a float
+    assert whole_inputs([(5, 3)] * 4, 0.5, [Fraction(0)] * 4) == [2, 2, 1, 1]
 
 
 @given(
@@ -38,10 +42,30 @@ def test_layers_alike_are_pruned_alike() -> None:
     outliers=st.lists(st.integers(0, 50), min_size=1, max_size=12),
 )
 def test_the_total_is_exact(inputs: int, ratio: int, outliers: list[int]) -> None:
-    shifts = OutlierWeighing(5, 0.0999).shifts([Fraction(count, 1000) for count in outliers])
-    counts = whole_inputs(inputs, ratio / 1000, shifts)
+    shifts = OutlierWeighing(5, 0.0999).shifts([Fraction(count, 1000) for count in outliers], [1] * len(outliers))
+    counts = whole_inputs([(7, inputs)] * len(outliers), ratio / 1000, shifts)
     assert sum(counts) == inputs * ratio * len(outliers) // 1000
     for count, shift in zip(counts, shifts, strict=True):
+        assert abs(count - inputs * (Fraction(ratio, 1000) + shift)) < 1
+        assert 0 <= count <= inputs
+
+
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(0, 50)), min_size=1, max_size=12),
+    ratio=st.integers(200, 800),
+)
+def test_layers_of_different_sizes_lose_together_what_was_asked_for(
+    layers: list[tuple[int, int, int]], ratio: int
+) -> None:
+    """In weights: to less than one input of a matrix."""
+    sizes = [(rows, inputs) for rows, inputs, _ in layers]
+    weights = [rows * inputs for rows, inputs in sizes]
+    shifts = OutlierWeighing(5, 0.0999).shifts([Fraction(count, 1000) for _, _, count in layers], weights)
+    assert sum(weight * shift for weight, shift in zip(weights, shifts, strict=True)) == 0
+    counts = whole_inputs(sizes, ratio / 1000, shifts)
+    lost = sum(rows * count for (rows, _), count in zip(sizes, counts, strict=True))
+    assert 0 <= Fraction(ratio, 1000) * sum(weights) - lost < max(rows for rows, _ in sizes)
+    for (_, inputs), count, shift in zip(sizes, counts, shifts, strict=True):
         assert abs(count - inputs * (Fraction(ratio, 1000) + shift)) < 1
         assert 0 <= count <= inputs
 

@@ -122,8 +122,8 @@ def test_levels_remove_as_much_as_equal_ratios(
         if levels[up] < grid.highest and levels[down] > grid.lowest:
             levels[up], levels[down] = levels[up] + 1, levels[down] - 1
     for size in sizes:
-        equal = whole_inputs(size, ratio, [Fraction(0)] * layers)
-        found = whole_inputs(size, ratio, [level * grid.step for level in levels])
+        equal = whole_inputs([(3, size)] * layers, ratio, [Fraction(0)] * layers)
+        found = whole_inputs([(3, size)] * layers, ratio, [level * grid.step for level in levels])
         assert found == [count + level * grid.step * size for count, level in zip(equal, levels, strict=True)]
         assert sum(found) == sum(equal) and all(0 <= count < size for count in found)
 

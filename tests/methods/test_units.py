@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_prune import methods
+from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
@@ -20,6 +22,8 @@ from tests.methods.test_methods import GQA, MHA, settings, top
 
 NAMES = ("flap", "wanda-sp", "llm-pruner")
 SOURCES = (GQA, MHA, replace(GQA, gated=False))
+# A single group, no attention, no MLP.
+DIFFERENT = GQA.with_layers([LayerShape(12, 3, 20), LayerShape(4, 1, 13), LayerShape(0, 0, 17), LayerShape(8, 2, 0)])
 
 
 class Made:
@@ -28,14 +32,18 @@ class Made:
     def __init__(self, source: ModelShape, seed: int):
         random = np.random.default_rng(seed)
         self.source = source
-        self.layers = [Layer(source, random) for _ in range(source.num_layers)]
+        self.layers = [Layer(source.of_layer(number), random) for number in range(source.num_layers)]
+        for layer, shape in zip(self.layers, source.by_layer(), strict=True):
+            for site, size in (("attention", shape.num_attention_heads), ("mlp", shape.ffn_hidden_size)):
+                if not size:
+                    layer.x[site], layer.w[site] = layer.x[site][..., :0], layer.w[site][:, :0]
         self.tensors = {
             name: torch.from_numpy(random.uniform(0.1, 1, size) * np.linspace(1, 2, size[0])[:, None])
             for name, size in tensor_shapes(source, gradients=True).items()
             if len(size) == 2
         }
         for site in ("attention", "mlp"):
-            x, w = (np.stack([getattr(layer, kind)[site] for layer in self.layers]) for kind in "xw")
+            x, w = (widened([getattr(layer, kind)[site] for layer in self.layers]) for kind in "xw")
             self.tensors[f"{site}.sum"] = torch.from_numpy(x.sum((1, 2)))
             self.tensors[f"{site}.sum_sq"] = torch.from_numpy((x**2).sum((1, 2)))
             self.tensors[f"{site}.weight_sum_sq"] = torch.from_numpy((w**2).sum(1))
@@ -48,26 +56,38 @@ class Made:
         (found,) = method.candidates(request)
         return found
 
-    def scores(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of groups [L, G] and channels [L, F], which compare everywhere."""
+    def scores(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of every layer's groups [G] and channels [F], which compare everywhere."""
         source, groups, channels = self.source, [], []
-        for number, layer in enumerate(self.layers):
+        for number, (layer, shape) in enumerate(zip(self.layers, source.by_layer(), strict=True)):
             if name == "llm-pruner":
                 qkv, proj, fc1, fc2 = (
                     self.tensors[f"{m}.first"][number].numpy() for m in ("qkv", "proj", "fc1", "fc2")
                 )
-                rows = qkv.reshape(source.num_query_groups, -1), proj.reshape(source.num_query_groups, -1)
-                weights = (rows[0].shape[1] + rows[1].shape[1]) * source.hidden_size
-                groups.append((rows[0].sum(1) + rows[1].sum(1)) / weights)
-                own = fc1.reshape(-1, source.ffn_hidden_size)
-                channels.append((own.sum(0) + fc2) / ((len(own) + 1) * source.hidden_size))
+                d, each, wide, own = source.kv_channels, source.heads_per_group, shape.ffn_hidden_size, []
+                for group in range(shape.num_query_groups):
+                    rows = [qkv[(each + 2) * d * group + i] for i in range((each + 2) * d)]
+                    columns = [proj[each * d * group + i] for i in range(each * d)]
+                    own.append(sum(rows + columns) / ((len(rows) + len(columns)) * source.hidden_size))
+                groups.append(np.array(own))
+                parts = [fc1[:wide], *([fc1[wide : 2 * wide]] if source.gated else []), fc2[:wide]]
+                channels.append(sum(parts) / (len(parts) * source.hidden_size))
                 continue
             metric, power = ("wifv", 2) if name == "flap" else ("wifn", 1)
             heads, own = score(layer, "attention", metric) ** power, score(layer, "mlp", metric)
-            heads, own = ((one - one.mean()) / one.std(ddof=1) for one in (heads, own))
-            groups.append(heads.reshape(source.num_query_groups, -1).mean(1))
+            heads, own = ((one - one.mean()) / one.std(ddof=1) if len(one) else one for one in (heads, own))
+            groups.append(
+                np.array([part.mean() for part in np.split(heads, max(1, shape.num_query_groups)) if len(part)])
+            )
             channels.append(own)
-        return np.array(groups), np.array(channels)
+        return groups, channels
+
+
+def widened(rows: list[np.ndarray]) -> np.ndarray:
+    """[L, …, n]; after those that are shorter, numbers that must not be read."""
+    wide = max(row.shape[-1] for row in rows)
+    ends = [(0, 0)] * (rows[0].ndim - 1)
+    return np.stack([np.pad(row, [*ends, (0, wide - row.shape[-1])], constant_values=np.nan) for row in rows])
 
 
 def costs(source: ModelShape) -> tuple[int, int]:
@@ -84,15 +104,15 @@ def kept(source: ModelShape, groups: list[list[int]], channels: list[list[int]])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, DIFFERENT])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: int) -> None:
     made = Made(source, seed)
     groups, channels = made.scores(name)
-    units = [(groups[layer, g], layer, "group", g) for layer in range(4) for g in range(source.num_query_groups)]
-    units += [(channels[layer, f], layer, "ffn", f) for layer in range(4) for f in range(source.ffn_hidden_size)]
-    first = {(layer, "group", int(groups[layer].argmax())) for layer in range(4)}
-    first |= {(layer, "ffn", int(channels[layer].argmax())) for layer in range(4)}  # one of each stays
+    units = [(groups[layer][g], layer, "group", g) for layer in range(4) for g in range(len(groups[layer]))]
+    units += [(channels[layer][f], layer, "ffn", f) for layer in range(4) for f in range(len(channels[layer]))]
+    first = {(layer, "group", int(groups[layer].argmax())) for layer in range(4) if len(groups[layer])}
+    first |= {(n, "ffn", int(channels[n].argmax())) for n in range(4) if len(channels[n])}  # one of each stays
     units.sort(key=lambda unit: (unit[1:] not in first, -unit[0]))
     half = units[: len(units) // 2]
     stay: dict[str, list[list[int]]] = {kind: [[], [], [], []] for kind in ("group", "ffn")}
@@ -101,7 +121,8 @@ def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: 
     group, channel = costs(source)
     number = {kind: sum(map(len, own)) for kind, own in stay.items()}
     budget = Budget(number["group"] * group + number["ffn"] * channel)
-    found = made.select(name, replace(source, ffn_hidden_size=9), budget, "--allocation", "global")
+    target = source.of_layer(None) if source is DIFFERENT else replace(source, ffn_hidden_size=9)
+    found = made.select(name, target, budget, "--allocation", "global")
     assert (found.heads, found.ffn) == kept(source, stay["group"], stay["ffn"])
     assert len({(len(stay["group"][layer]), len(stay["ffn"][layer])) for layer in range(4)}) > 1  # layers differ
     assert budget.count(found.shape(source)) == budget.parameters
@@ -118,7 +139,7 @@ def test_with_sizes_groups_and_channels_are_ranked_apart(name: str, source: Mode
         source, num_query_groups=average[0], num_attention_heads=average[0] * each, ffn_hidden_size=average[1]
     )
     stay = []
-    for scores, many in zip(made.scores(name), average, strict=True):
+    for scores, many in zip(map(np.array, made.scores(name)), average, strict=True):
         certain = [(layer, int(scores[layer].argmax())) for layer in range(4)]
         rest = sorted(np.ndindex(*scores.shape), key=lambda unit: -scores[unit])
         order = [*certain, *(unit for unit in rest if unit not in certain)][: 4 * many]
@@ -126,6 +147,26 @@ def test_with_sizes_groups_and_channels_are_ranked_apart(name: str, source: Mode
     budget = Budget(target.linear_parameters(), apart=True)
     found = made.select(name, target, budget, "--allocation", "global")
     assert (found.heads, found.ffn) == kept(source, *stay)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_differ_keep_the_same_share(name: str) -> None:
+    """Of what each has: the highest scores, as near to the share as the numbers allow."""
+    sizes = [LayerShape(12, 3, 200), LayerShape(4, 1, 130), LayerShape(0, 0, 170), LayerShape(8, 2, 0)]
+    source = GQA.with_layers([*sizes, *sizes])
+    made, budget = Made(source, 0), Budget(0.7 * source.linear_parameters())
+    found = made.select(name, source.of_layer(None), budget)
+    layers = found.shape(source).by_layer()
+    assert abs(budget.error(found.shape(source))) <= 0.005
+    for number, (layer, full) in enumerate(zip(layers, source.by_layer(), strict=True)):
+        assert bool(layer.num_query_groups) == bool(full.num_query_groups)
+        assert layer.num_query_groups in (0, 1, 2)  # 2.1, 0.7, and 1.4 groups
+        if full.ffn_hidden_size:
+            assert layer.ffn_hidden_size / full.ffn_hidden_size == pytest.approx(0.7, abs=0.06)
+            assert found.ffn is not None
+            assert found.ffn[number] == top(made.scores(name)[1][number], layer.ffn_hidden_size)
+    assert found.shape(source).linear_bias == (name == "flap")
+    assert found.compensation is None or all(map(np.isfinite, itertools.chain(*(found.compensation.ffn or ()))))
 
 
 @pytest.mark.parametrize("compensate", [True, False])

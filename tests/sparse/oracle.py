@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from tests import reference
+
 # Our names of the matrices by those in transformers; matrices in one line read the same input.
 INPUTS = (
     {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"},
@@ -17,13 +19,14 @@ BLOCK = 128
 
 
 def sparsify(
-    folder: Path, windows: torch.Tensor, method: str, ratio: float = 0.5, pattern: tuple[int, int] | None = None
+    of: Path | torch.nn.Module,
+    windows: torch.Tensor,
+    method: str,
+    ratio: float = 0.5,
+    pattern: tuple[int, int] | None = None,
 ) -> tuple[torch.nn.Module, dict[tuple[int, str], torch.Tensor]]:
     """The pruned model and its masks (True: kept) by layer and matrix. ``windows`` is [n, S + 1]."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    masks = {}
+    model, masks = reference.float64(of), {}
     for layer, block in enumerate(model.model.layers):
         for matrices, h in zip(INPUTS, hessians(model, block, windows), strict=True):
             for name, path in matrices.items():

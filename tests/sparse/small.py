@@ -55,7 +55,7 @@ def result(save: Path) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor
     found = {}
     for name in masks.entries:
         layer, module = int(name.split(".")[2]), name.split(".")[-2]
-        shape = checkpoint.shape
+        shape = checkpoint.shape.by_layer()[layer]
         sizes = (shape.num_attention_heads, shape.num_query_groups)
         weights = split(checkpoint.read(name), module, *sizes)
         kept = split(masks.read(name), module, *sizes)

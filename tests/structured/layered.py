@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.methods.base import Selection
+from megatron_prune.methods.base import Compensation, Selection
 from megatron_prune.structured import apply
 from megatron_prune.structured.plan import PruningPlan
+from tests.reference import float64
 
 # Query groups (of 6, two heads each) and FFN channels (of 192) of the four layers. A single group: fewer than TP = 2.
 SIZES = ((6, 50), (0, 192), (1, 64), (4, 0))
@@ -28,18 +30,67 @@ def selection(sizes: Any = SIZES, *, heads_per_group: int = 2, of: tuple[int, in
     return Selection(tuple(range(len(sizes))), heads=tuple(heads), ffn=tuple(ffn))
 
 
+def with_means(kept: Selection, *, head: int = 12, of: tuple[int, int] = (12, 192)) -> Selection:
+    """``kept``, with made-up mean inputs of all that it removes."""
+    assert kept.heads is not None and kept.ffn is not None
+    draw = random.Random(4)
+
+    def means(sets: tuple[tuple[int, ...], ...], whole: int, each: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(draw.gauss(0, 1) for _ in range((whole - len(one)) * each)) for one in sets)
+
+    return replace(kept, compensation=Compensation(means(kept.heads, of[0], head), means(kept.ffn, of[1], 1)))
+
+
 def plan(parent: Checkpoint, kept: Selection) -> PruningPlan:
     return PruningPlan(
         method="minitron-width", settings={}, seed=None, ratio=None, ratio_of="linears", source=parent.shape,
         target=kept.shape(parent.shape), parent=parent.fingerprint(), kept_layers=kept.layers, kept_hidden=kept.hidden,
-        kept_heads=kept.heads, kept_ffn=kept.ffn,
+        kept_heads=kept.heads, kept_ffn=kept.ffn, compensation=kept.compensation,
     )  # fmt: skip
 
 
-def cut(parent: Path, folder: Path, sizes: Any = SIZES) -> Path:
-    """The checkpoint of the parent that keeps ``selection(sizes)``."""
-    apply.apply_plan(parent, plan(open_checkpoint(parent), selection(sizes)), folder)
+def cut(parent: Path, folder: Path, sizes: Any = SIZES, *, biases: bool = False) -> Path:
+    """The checkpoint of the parent that keeps ``selection(sizes)``; with ``biases`` for means of the rest."""
+    kept = with_means(selection(sizes)) if biases else selection(sizes)
+    apply.apply_plan(parent, plan(open_checkpoint(parent), kept), folder)
     return folder
+
+
+def really_cut(of: Path | torch.nn.Module, kept: Selection, *, head: int = 12) -> Any:
+    """transformers' model in float64 with smaller matrices. A part that is gone stays, and adds nothing."""
+    model: Any = float64(of)
+    assert kept.heads is not None and kept.ffn is not None
+    means = kept.compensation or Compensation()
+    per_group = model.config.num_attention_heads // model.config.num_key_value_heads
+    for place, (layer, heads, ffn) in enumerate(zip(model.model.layers, kept.heads, kept.ffn, strict=True)):
+        groups = sorted({one // per_group for one in heads})
+        of_heads, of_groups = ([h * head + i for h in some for i in range(head)] for some in (heads, groups))
+        attention, mlp = layer.self_attn, layer.mlp
+        for block, readers, writer, inputs, mean in (
+            (attention, (("q_proj", of_heads), ("k_proj", of_groups), ("v_proj", of_groups)), "o_proj", of_heads,
+             means.heads),
+            (mlp, (("gate_proj", ffn), ("up_proj", ffn)), "down_proj", ffn, means.ffn),
+        ):  # fmt: skip
+            whole, bias = getattr(block, writer).weight.detach(), getattr(block, writer).bias
+            if not inputs:
+                getattr(block, writer).weight.data.zero_()
+                continue
+            gone = sorted(set(range(whole.shape[1])) - set(inputs))
+            if mean is not None:
+                more = whole[:, gone] @ torch.tensor(mean[place], dtype=torch.float64)
+                bias = more if bias is None else bias.detach() + more
+            for name, rows in readers:
+                setattr(block, name, _linear(getattr(block, name).weight.detach()[list(rows)]))
+            setattr(block, writer, _linear(whole[:, list(inputs)], bias))
+    return model
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    made.weight.data.copy_(weight)
+    if bias is not None:
+        made.bias.data.copy_(bias)
+    return made
 
 
 def masked(folder: Path, kept: Selection, *, head: int = 12) -> Any:

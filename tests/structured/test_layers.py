@@ -149,6 +149,18 @@ def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
         choice.make(question, statistics(parent))
 
 
+def test_keeping_heads_is_refused_where_layers_may_differ(tiny_parent: Path) -> None:
+    """It would be accepted and have no effect: a ranking over all layers decides."""
+    asked = verbs.TargetSettings(ratio=0.4, divisible_by=4, keep_heads=True)
+    uniform, everywhere = (
+        choices.choose("llm-pruner", asked, options.LLMPrunerOptions(allocation=allocation))
+        for allocation in ("uniform", "global")
+    )
+    uniform.question(open_checkpoint(tiny_parent))
+    with pytest.raises(UsageError, match="--keep-heads: expected a cut that leaves layers of one shape"):
+        everywhere.question(open_checkpoint(tiny_parent))
+
+
 def test_layers_that_differ_are_refused_early_where_they_cannot_be_exported(tiny_parent: Path) -> None:
     """Biases on queries, keys and values: a Qwen2 can be exported, but not with layers that differ."""
     args, asked = open_checkpoint(tiny_parent).args, verbs.TargetSettings(ratio=0.4, divisible_by=4)
