@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import AccountError, MegatronPruneError, RunError
 from megatron_prune.study import commands, records
 from megatron_prune.study.commands import Command
@@ -150,7 +151,7 @@ def _pruning(study: StudyConfig, places: Places, outlook: Outlook, pruning: Prun
     def record(seconds: Seconds) -> dict[str, Any]:
         found = (records.sparse_pruning if sparse else records.pruning)(places, pruning, seconds)
         expected = outlook.targets.get(pruning.name)
-        if expected is not None and found["target"] != asdict(expected):
+        if expected is not None and ModelShape.read(found["target"]) != expected:
             raise RunError(f"{pruning.cell}: expected the pruned shape {asdict(expected)}, got {found['target']}")
         return found
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.checkpoint.layout import ModelShape
+from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.convert.config import args_from_config, find_config
 from megatron_prune.data import blend, indexed
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.structured import plan
+from megatron_prune.structured.choice import varied
 from megatron_prune.study import records
 from megatron_prune.study.grid import Grid, expand
 from megatron_prune.study.needs import Needs, needs_of, shapes_of
@@ -135,20 +136,34 @@ def _targets(
     study: StudyConfig, places: Places, source: ModelShape | None, needs: Mapping[str, Needs]
 ) -> dict[str, ModelShape]:
     """The known shapes. One chosen by retraining counts as known only once that retraining has been counted; layers
-    that differ are known once they are planned."""
+    that differ, and what is cut from them, are known once they are planned."""
     found: dict[str, ModelShape] = {}
+    differ: set[str] = set()  # whose layers may differ
     for pruning in links(study):
-        before = source if pruning.base is None else found.get(pruning.base.name)
+        before, base = source, pruning.base
+        if base is not None:
+            before = found.get(base.name)
+            if base.name in differ and before is None and source is not None:
+                _refuse_what_layers_that_differ_cannot_have(study, pruning, source)
+        asked, sparse = needs[pruning.name], pruning.method.pattern is not None
+        if asked.heterogeneous or isinstance(before, HeterogeneousShape) or (base is not None and base.name in differ):
+            differ.add(pruning.name)
         if before is None:
             continue
         competing = shapes_of(study, pruning.method, pruning.ratio, before)
         made = places.plan(pruning)
-        asked = needs[pruning.name]
-        if len(competing) == 1 and not asked.retraining and not asked.heterogeneous:
+        planned = not asked.heterogeneous and (sparse or not isinstance(before, HeterogeneousShape))
+        if len(competing) == 1 and not asked.retraining and planned:
             found[pruning.name] = competing[0]
         elif made.is_file():
             found[pruning.name] = plan.read(made).target
     return found
+
+
+def _refuse_what_layers_that_differ_cannot_have(study: StudyConfig, pruning: Pruning, source: ModelShape) -> None:
+    """UsageError for a link that cannot follow one whose layers may differ, before that one has run."""
+    if pruning.method.pattern in (None, "unstructured"):  # whether an M divides their inputs is not known yet
+        shapes_of(study, pruning.method, pruning.ratio, varied(source))
 
 
 def _spent(study: StudyConfig, places: Places, needs: Mapping[str, Needs]) -> dict[str, int]:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import AccountError, RunError, UsageError
 from megatron_prune.masks import open_masks
+from megatron_prune.structured import plan
 from megatron_prune.study import estimate, grid, prunings, schema, validate
 from megatron_prune.study.analysis import results
 from megatron_prune.study.evidence import Ledger
@@ -88,6 +90,54 @@ def test_a_structured_link_after_another_has_statistics_of_its_own(prefixes) -> 
     assert records(places) == expected
     (verdict, _) = results.collect(places).verdicts
     assert (verdict.method, verdict.ratio, verdict.test.seeds) == ("both", None, 2)
+
+
+FLAP = {"name": "flap", "ratio": 0.3, "settings": {"allocation": "global", "divisible-by": 1}}
+
+
+def test_layers_that_differ_are_pruned_on(prefixes) -> None:
+    """Channels, after a retraining layers, then single weights: each shape is known once it is planned."""
+    links = [{**FLAP, "retrain": 1_280}, {"name": "shortgpt", "ratio": 0.25},
+             {"name": "wanda", "pattern": "unstructured", "ratio": 0.5}]  # fmt: skip
+    study = made_up.study(prefixes, methods=[{"label": "three", "chain": links}], settings=["equal-training"])
+    before = look(study, Places(Path("nothing")), planned=True)
+    assert not before.targets
+    launcher = made_up.FakeLauncher()
+    places = made_up.run(study, Path("runs"), launcher)
+    first, second, third = prunings.links(study)[:3]
+    known = look(study, places).targets
+    cut, fewer = (open_checkpoint(places.checkpoint(one.cell)) for one in (first, second))
+    assert known[first.name] == cut.shape and len(set(cut.shape.by_layer())) > 1
+    assert cut.shape.linear_bias and fewer.shape.linear_bias
+    kept = plan.read(places.plan(second)).kept_layers
+    assert fewer.shape.by_layer() == tuple(cut.shape.by_layer()[layer] for layer in kept) and len(kept) == 3
+    assert known[second.name] == known[third.name] == fewer.shape
+    chain = open_checkpoint(places.checkpoint(third.cell)).pruning
+    assert [entry["method"] for entry in chain] == ["shortgpt", "wanda"]  # after the retraining of what flap cut
+    record, masks = records(places)[third.cell], open_masks(places.masks(third))
+    whole = look(study, places).source
+    assert whole is not None
+    left = fewer.shape.linear_parameters() - masks.removed
+    assert record["removed_linears"] == pytest.approx(1 - left / whole.linear_parameters())
+    (item,) = results.collect(places).compared
+    assert item.status == "finished" and {line.field: line.pruned for line in item.match}["masks"] == masks.hash
+
+
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        ({"name": "minitron-width", "ratio": 0.3}, "--method: expected flap, .* got one that cuts hidden channels"),
+        ({"name": "flap", "target": {"ffn-hidden-size": 8}}, "--target-ffn-hidden-size: expected --ratio"),
+        ({"name": "wanda", "ratio": 0.5, "pattern": "unstructured", "settings": {"allocation": "search"}},
+         "--allocation: expected owl or uniform, got search"),
+    ],
+)  # fmt: skip
+def test_what_cannot_follow_layers_that_differ_is_refused_before_they_are_made(
+    prefixes, link: dict[str, Any], message: str
+) -> None:
+    study = made_up.study(prefixes, methods=[{"chain": [FLAP, link]}])
+    with pytest.raises(UsageError, match=message):
+        validate.check(study, Places(Path("runs/x")))
 
 
 def test_what_a_chain_cannot_be_is_refused(prefixes) -> None:
