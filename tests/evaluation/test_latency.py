@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_prune import artifacts
+from megatron_prune import artifacts, verbs
 from megatron_prune.__main__ import main
 from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.convert.families import gpt2 as gpt2_family
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.evaluation import efficiency, latency, latency_measurement
 from megatron_prune.evaluation.efficiency import Workload
@@ -288,6 +289,31 @@ def test_a_table_is_measured_on_models_of_the_parents_architecture(tiny_parent, 
 def test_what_cannot_be_measured_is_refused(words: list[str], said: str, tiny_parent, tmp_path, capsys) -> None:
     assert main(["latency-table", str(tiny_parent), "--output", str(tmp_path / "latency.json"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_families_that_cannot_say_every_shape(tiny_parent, monkeypatch) -> None:
+    """No Qwen2 lacks an MLP; GPT-2's heads make up its hidden size; a parent with RoPE in some layers is refused."""
+
+    def prepared(axes: tuple[str, ...], **args: Any) -> latency_measurement.TableMeasurement:
+        parent = open_checkpoint(tiny_parent)
+        parent.args = {**parent.args, **args}
+        parent.shape = ModelShape.from_args(parent.args)
+        monkeypatch.setattr(latency_measurement, "open_checkpoint", lambda _: parent)
+        asked = {"checkpoint": "x", "output": "y", "axes": axes, "points": 2, "divisible_by": 8}
+        return latency_measurement.prepare(verbs.LatencyTableSettings(**asked))
+
+    assert prepared(("ffn",)).apart and len(prepared(("ffn",)).configs) == 4
+    qwen2 = prepared(("hidden", "ffn"), add_qkv_bias=True)
+    assert not qwen2.apart and len(qwen2.configs) == 2 * 3
+    assert {config["model_type"] for config in qwen2.configs.values()} == {"qwen2"}
+    gpt2 = gpt2_family.FAMILY.required | {"kv_channels": 8, "group_query_attention": False, "num_query_groups": 12}
+    assert {config["model_type"] for config in prepared(("ffn",), **gpt2).configs.values()} == {"gpt2"}
+    with pytest.raises(UsageError, match="--axes: expected sizes at which the parent can be exported, got hidden ffn"):
+        prepared(("hidden", "ffn"), **gpt2)
+    with pytest.raises(
+        UsageError, match="CKPT: expected a parent whose layers all have the same attention, got .*no_ro"
+    ):
+        prepared(("ffn",), no_rope_freq=[0, 0, 0, 1])
 
 
 def test_a_checkpoint_whose_layers_differ_is_measured_too(tiny_parent, tmp_path) -> None:
