@@ -298,6 +298,18 @@ def count(text: str) -> int:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to less than 1. ValueError says what is expected."""
+    expected = "a fraction, from 0 to less than 1"
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if not 0 <= value < 1:
+        raise ValueError(expected)
+    return value
+
+
 def unknown_key(called: str, key: str, known: Iterable[str]) -> UsageError:
     """The error for ``key`` of a mapping, which is none of ``known``."""
     hint = nearest(key.replace("-", "_"), known := list(known))

@@ -51,8 +51,7 @@ def prune_parser() -> Parser:
         methods=f"{STRUCTURED_NAMES}; sparse: {', '.join(methods.SPARSE)}",
         mentioned=(LOAD, SAVE, *LAYOUT, FP8, SEED),
         example="""
-megatron-prune prune --load checkpoints/parent --method minitron-width --ratio 0.25 \\
-    --calibration-data-path data/calibration --save checkpoints/pruned""",
+megatron-prune prune --load parent --method minitron-width --ratio 0.25 --calibration-data-path text --save pruned""",
     )  # fmt: skip
 
 

@@ -222,6 +222,14 @@ class Method[O: Settings](ABC):
         ``Budget.TOLERANCE``, and need not have the shape of its target."""
         return False
 
+    def check(self, settings: O) -> None:  # noqa: B027 (most have nothing to refuse)
+        """UsageError for settings that contradict each other, whatever the parent."""
+
+    def check_budget(  # noqa: B027
+        self, settings: O, source: ModelShape, target: ModelShape, budget: Budget
+    ) -> None:
+        """UsageError for settings that do not fit ``source``, with the biases that the method adds, or its budget."""
+
     def needs_scores(self, settings: O) -> bool:
         """True if the model must be run with every candidate before one can be chosen."""
         return self.search(settings) is not None

@@ -3,13 +3,18 @@
 Ranks and kernels take only some sizes (``Budget``), and the layers together must keep what the budget says. ``fit``
 rounds a wish to such sizes. ``by_global_ranking`` makes the wish: the lowest scores of all layers go. ``keep`` then
 keeps the highest scores of every layer. Whole query groups go: each that stays keeps all its heads.
+
+``least`` is the least fraction of its groups and of its FFN channels that every layer keeps. It holds after rounding
+too: no smaller size counts as possible, unless ranks can take none that is large enough, where the largest stays.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 
@@ -26,16 +31,18 @@ def fit(
     budget: Budget,
     *,
     exempt: Collection[int] = (),
+    least: float = 0.0,
 ) -> tuple[LayerShape, ...]:
     """Sizes of every layer that are near ``wanted``, its (query groups, FFN channels), and together meet the budget.
 
-    A part of a layer goes only where 0 is wanted; layers in ``exempt`` stay whole. Each size is rounded to the nearest
+    A part of a layer goes only where 0 is wanted; layers in ``exempt`` stay whole, and the others keep ``least`` of
+    each part, whatever is wanted. Each size is rounded to the nearest
     that is possible. Then, while that brings the total nearer to the budget, one size moves to the next possible: the
     one that moves least away from what is wanted, in parameters; among equals the first layer's.
 
     UsageError if the total is off the budget by more than its tolerance.
     """
-    sizes = _Sizes(source, budget)
+    sizes = _Sizes(source, budget, least)
     layers = [
         sizes.nearest(number, wish) if number not in exempt else sizes.given[number]
         for number, wish in enumerate(wanted)
@@ -94,21 +101,24 @@ def by_global_ranking(
     budget: Budget,
     *,
     exempt: Collection[int] = (),
+    least: float = 0.0,
 ) -> tuple[LayerShape, ...]:
     """Sizes of every layer if the lowest scores of all layers go until the budget is met.
 
     ``groups`` are scores of every layer's query groups [G] and ``channels`` of its FFN channels [F], which compare with
-    each other. One group and ``budget.ffn_step`` channels of every layer stay, whatever their scores, and all of
-    ``exempt``. Among equal scores, later layers' go first, and of one layer channels before groups, the last first.
+    each other. The best of every layer stay, whatever their scores: ``least`` of its groups and of its channels, and at
+    least one group and ``budget.ffn_step`` channels; so does all of ``exempt``. Among equal scores, later layers' go
+    first, and of one layer channels before groups, the last first.
     """
     sizes = _Sizes(source, budget)
     parts = [part for layer in zip(groups, channels, strict=True) for part in layer]  # groups, channels, groups, …
     counts = [len(part) for part in parts]
     scores = torch.cat(parts).double()  # [units], in order of the layers
     kept = torch.zeros(len(scores), dtype=torch.bool)
-    least = (1, budget.ffn_step)
+    steps = (1, budget.ffn_step)
     for number, (part, stay) in enumerate(zip(parts, torch.split(kept, counts), strict=True)):
-        best = torch.sort(part, descending=True, stable=True).indices[: least[number % 2]]
+        stays = _least_of(len(part), least, steps[number % 2])
+        best = torch.sort(part, descending=True, stable=True).indices[:stays]
         stay[slice(None) if number // 2 in exempt else best] = True
     each = [cost for layer in range(source.num_layers) for cost in sizes.unit_costs(layer)]
     costs = torch.tensor(each, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
@@ -118,7 +128,7 @@ def by_global_ranking(
     spent = fixed + costs[order].cumsum(0)
     kept[order[: int(torch.searchsorted(spent, budget.parameters, right=True))]] = True
     found = [float(part.sum()) for part in torch.split(kept, counts)]
-    return fit(source, list(zip(found[::2], found[1::2], strict=True)), budget, exempt=exempt)
+    return fit(source, list(zip(found[::2], found[1::2], strict=True)), budget, exempt=exempt, least=least)
 
 
 def by_two_rankings(
@@ -129,28 +139,73 @@ def by_two_rankings(
     budget: Budget,
     *,
     exempt: Collection[int] = (),
+    least: float = 0.0,
 ) -> tuple[LayerShape, ...]:
     """The same if groups and channels are ranked apart: on average, a layer keeps as many of both as ``target``. All
     layers are alike in ``source``."""
     wanted = zip(
-        _highest_of_all(torch.stack(tuple(groups)), target.num_query_groups, 1, exempt),
-        _highest_of_all(torch.stack(tuple(channels)), target.ffn_hidden_size, budget.ffn_step, exempt),
+        _highest_of_all(torch.stack(tuple(groups)), target.num_query_groups, least, 1, exempt),
+        _highest_of_all(torch.stack(tuple(channels)), target.ffn_hidden_size, least, budget.ffn_step, exempt),
         strict=True,
     )
-    return fit(source, list(wanted), budget, exempt=exempt)
+    return fit(source, list(wanted), budget, exempt=exempt, least=least)
 
 
-def _highest_of_all(scores: torch.Tensor, average: int, least: int, exempt: Collection[int]) -> list[float]:
+def _highest_of_all(
+    scores: torch.Tensor, average: int, least: float, step: int, exempt: Collection[int]
+) -> list[float]:
     """How many of every layer are among the highest scores [L, n] of all layers, ``average`` of each, if ``least`` of
-    every layer stay, and all of ``exempt``."""
+    every layer, and ``step`` of it, stay, and all of ``exempt``."""
     layers, width = scores.shape
     ranked = scores.double().clone()
     for layer in range(layers):
-        stays = width if layer in exempt else min(least, width)
+        stays = width if layer in exempt else _least_of(width, least, step)
         best = torch.sort(scores[layer], descending=True, stable=True).indices[:stays]
         ranked[layer, best] = torch.inf
     order = torch.sort(ranked.flatten(), descending=True, stable=True).indices[: layers * average]
     return torch.bincount(order // width, minlength=layers).double().tolist()
+
+
+def _least_of(size: int, least: float, step: int) -> int:
+    """How many of ``size`` units stay if at least ``least`` of them do, in steps of ``step``, of which one stays. The
+    fraction is read as a decimal: 0.07 of 100 are 7, not 8."""
+    return min(size, step * max(1, math.ceil(Fraction(str(least)) * size / step)))
+
+
+def refuse_least(
+    source: ModelShape, target: ModelShape, budget: Budget, least: float, *, exempt: Collection[int] = ()
+) -> None:
+    """UsageError if layers that keep ``least`` of their parts, and all of ``exempt``, keep more than ``budget``; with
+    explicit sizes, more groups or channels than ``target`` has on average."""
+    if not least:
+        return
+    if budget.apart:
+        goals = {"query groups": source.num_layers * target.num_query_groups,
+                 "FFN channels": source.num_layers * target.ffn_hidden_size}  # fmt: skip
+    else:
+        goals = {"parameters": round(budget.parameters)}
+    slack = 1 if budget.apart else 1 + budget.TOLERANCE
+
+    def kept(least: float) -> dict[str, int]:
+        layers = _Sizes(source, budget, least).smallest(exempt)
+        return {
+            "parameters": budget.count(source.with_layers(layers)),
+            "query groups": sum(layer.num_query_groups for layer in layers),
+            "FFN channels": sum(layer.ffn_hidden_size for layer in layers),
+        }
+
+    for what, goal in goals.items():
+        if (many := kept(least)[what]) <= goal * slack:
+            continue
+        hundredths = bisect_right(range(100), goal * slack, key=lambda n, what=what: kept(n / 100)[what]) - 1
+        if hundredths < 0:
+            raise _too_many_exempt(source, exempt)
+        also = f" with {len(exempt)} of {source.num_layers} layers exempt" * bool(exempt)
+        raise UsageError(
+            "--least-kept", got=f"{least:g}{also}",
+            expected=f"at most {hundredths / 100:g}",
+            why=f"the layers would keep {many} {what} or more, and the target leaves {goal}",
+        )  # fmt: skip
 
 
 def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tuple[LayerShape, ...]:
@@ -227,8 +282,9 @@ def keep(
 class _Sizes:
     """The possible sizes of a model's layers, and what they cost in parameters, of those that count."""
 
-    def __init__(self, source: ModelShape, budget: Budget) -> None:
+    def __init__(self, source: ModelShape, budget: Budget, least: float = 0.0) -> None:
         self.given, self._channels, self._budget = source.by_layer(), source.kv_channels, budget
+        self._least = Fraction(str(least))
         self._groups = [self._possible_groups(full) for full in self.given]
         self._ffn = [self._possible_ffn(full) for full in self.given]
         distinct = {full: _Costs.of(source, full, budget) for full in set(self.given)}
@@ -243,14 +299,24 @@ class _Sizes:
                 groups == all_of_them or heads * self._channels % self._budget.head_step == 0
             ):
                 found.append(groups)
-        return found or [all_of_them]
+        return self._large_enough(found or [all_of_them], all_of_them)
 
     def _possible_ffn(self, full: LayerShape) -> list[int]:
         step, width = self._budget.ffn_step, full.ffn_hidden_size
         found = list(range(step, width + 1, step))
         if width not in found and width % self._budget.tensor_parallel == 0:
             found.append(width)
-        return found or [width]
+        return self._large_enough(found or [width], width)
+
+    def _large_enough(self, sizes: list[int], full: int) -> list[int]:
+        return [size for size in sizes if size >= self._least * full] or sizes[-1:]
+
+    def smallest(self, exempt: Collection[int]) -> list[LayerShape]:
+        """The smallest possible sizes of every layer, where those in ``exempt`` stay whole."""
+        return [
+            full if number in exempt else LayerShape(groups[0] * full.heads_per_group, groups[0], ffn[0])
+            for number, (full, groups, ffn) in enumerate(zip(self.given, self._groups, self._ffn, strict=True))
+        ]
 
     def possible_groups(self, number: int) -> list[int]:
         """Numbers of query groups that layer ``number`` can have, ascending."""

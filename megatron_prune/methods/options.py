@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import UsageError
-from megatron_prune.settings import Settings, setting, unknown_key
+from megatron_prune.settings import Settings, fraction, setting, unknown_key
 from megatron_prune.verbs.shared import LearningSettings
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
@@ -126,6 +126,12 @@ class UnitOptions(Settings):
         choices=("uniform", "global"),
         metavar="HOW",
         help="flap, llm-pruner, wanda-sp: uniform (default), or global: layers differ",
+    )
+    least_kept: float = setting(
+        0.0,
+        kind=fraction,
+        metavar="F",
+        help="with global, every layer keeps this fraction of its groups and FFN (default: 0)",
     )
 
 

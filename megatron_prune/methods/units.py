@@ -3,8 +3,8 @@
 With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``global`` the lowest
 scores of all layers go until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or
 ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps as many on
-average as its size says. Layers then differ. Of a parent whose layers differ already, ``uniform`` takes the same share
-of every layer, and ``global`` ranks what is there.
+average as its size says. Layers then differ; ``--least-kept`` says how much of each stays in any case. Of a parent
+whose layers differ already, ``uniform`` takes the same share of every layer, and ``global`` ranks what is there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import layer_sizes
-from megatron_prune.methods.base import NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import UnitOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
@@ -48,31 +48,42 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
     def comparable(self, request: PruningRequest[O], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a layer's query groups [G] and FFN channels [F], which compare over layers and with each other."""
 
+    def check(self, settings: O) -> None:
+        if settings.least_kept and settings.allocation != "global":
+            raise UsageError(
+                "--least-kept", got=f"--allocation {settings.allocation}", expected="--allocation global with it"
+            )
+
+    def check_budget(self, settings: O, source: ModelShape, target: ModelShape, budget: Budget) -> None:
+        exempt = self.exempt(settings)
+        if beyond := [layer for layer in exempt if layer >= source.num_layers]:
+            raise UsageError(
+                "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
+            )
+        layer_sizes.refuse_least(source, target, budget, settings.least_kept, exempt=exempt)
+
     def select(self, request: PruningRequest[O]) -> Selection:
         layers = range(request.source.num_layers)
         heads, channels = zip(*(self.scores(request, layer) for layer in layers), strict=True)
         source, target, budget = request.source, request.target, request.budget
         if budget is None:
             return keep_units(source, target, heads, channels)
-        exempt = self.exempt(request.settings)
-        if beyond := [layer for layer in exempt if layer >= source.num_layers]:
-            raise UsageError(
-                "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
-            )
         if not isinstance(source, HeterogeneousShape) and target.heads_per_group != source.heads_per_group:
             raise UsageError(
                 "--target-num-attention-heads", got=f"{target.heads_per_group} heads per query group",
                 expected=f"the parent's {source.heads_per_group} where layers may differ", why="whole groups go",
             )  # fmt: skip
         counted = source.with_biases() if self.adds_biases(request.settings) else source
+        self.check_budget(request.settings, counted, target, budget)
+        exempt, least = self.exempt(request.settings), request.settings.least_kept
         if request.settings.allocation == "uniform":
             sizes = layer_sizes.evenly(counted, budget, exempt=exempt)
             return layer_sizes.keep(source, sizes, heads, channels)
         groups, units = zip(*(self.comparable(request, layer) for layer in layers), strict=True)
         if budget.apart:
-            sizes = layer_sizes.by_two_rankings(counted, target, groups, units, budget, exempt=exempt)
+            sizes = layer_sizes.by_two_rankings(counted, target, groups, units, budget, exempt=exempt, least=least)
         else:
-            sizes = layer_sizes.by_global_ranking(counted, groups, units, budget, exempt=exempt)
+            sizes = layer_sizes.by_global_ranking(counted, groups, units, budget, exempt=exempt, least=least)
         return layer_sizes.keep(source, sizes, heads, channels)
 
 

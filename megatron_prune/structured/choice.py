@@ -83,7 +83,10 @@ class Choice:
         if self.method.adds_biases(self.settings):
             source = source.with_biases()
         if search is None:
-            return (self.target.choose(source, self.method, self.settings),)
+            shape = self.target.choose(source, self.method, self.settings)
+            if self.cuts_within_budget(source):
+                self.method.check_budget(self.settings, source, shape, self.target.budget(source, shape))
+            return (shape,)
         return tuple(self.target.compete(source, search))
 
     def refuse_unexportable_biases(self, args: Mapping[str, Any], kind: str | None) -> None:
@@ -169,6 +172,7 @@ def choose(
     ``seed`` is dropped if the method draws no random numbers.
     """
     method = methods.get(name)
+    method.check(own)
     shapes = (own.target_shapes or ()) if isinstance(own, WidthOptions) else ()
     target = targets.from_settings(asked, shapes, tensor_parallel)
     return Choice(name, method, own, target, seed if method.random else None, exportable)

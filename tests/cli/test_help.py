@@ -177,6 +177,12 @@ def test_all_names_are_dashed_files() -> None:
             "--allocation: expected uniform, owl or search with --method magnitude, random, sparsegpt or wanda, or "
             "uniform or global with --method flap, llm-pruner or wanda-sp, got global with --method shortgpt",
         ),
+        ("prune --method flap --ratio 0.5 --least-kept 0.3", "--least-kept: expected --allocation global with it, got"),
+        ("prune --method flap --ratio 0.5 --allocation global --least-kept 1", "--least-kept: expected a fraction, "),
+        (
+            "prune --method shortgpt --ratio 0.5 --least-kept 0.3",
+            "--least-kept: expected --method flap or llm-pruner or wanda-sp with it, got --method shortgpt",
+        ),
         ("prune --method wanda-sp --ratio 0.5 --no-compensate", "--no-compensate: expected --method flap with it, got"),
         (
             "plan --load a --output b --method shortgpt --ratio 0.5 --allocation global",

@@ -102,6 +102,65 @@ def test_a_global_ranking_is_that_of_one_sorted_list(seed: int) -> None:
     assert len(set(found)) > 1
 
 
+MIXED = SOURCE.with_layers([LayerShape(12, 6, 192), LayerShape(2, 1, 77), LayerShape(0, 0, 150), LayerShape(10, 5, 0)])
+
+
+@pytest.mark.parametrize("least", [0.21, 0.35, 0.44])
+@pytest.mark.parametrize(("source", "tp", "step"), [(SOURCE, 1, 5), (SOURCE, 2, 4), (SOURCE, 3, 6), (MIXED, 1, 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_layer_keeps_its_least_share_on_the_budget(
+    source: ModelShape, tp: int, step: int, least: float, seed: int
+) -> None:
+    """Of layers of which one ranking would strip most."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([1.0, 40, 5, 0.1])[torch.randperm(4, generator=generator)]
+    given = source.by_layer()
+    groups, channels = (
+        [torch.rand(size, generator=generator, dtype=torch.float64) * by for size, by in zip(sizes, scale, strict=True)]
+        for sizes in ([one.num_query_groups for one in given], [one.ffn_hidden_size for one in given])
+    )
+    budget = Budget(0.65 * linears(given), ffn_step=step, head_step=12, tensor_parallel=tp)
+    found = by_global_ranking(source, groups, channels, budget, least=least)
+    assert abs(linears(found) / budget.parameters - 1) <= 0.005
+    for layer, full in zip(found, given, strict=True):
+        assert layer.num_query_groups >= least * full.num_query_groups
+        assert layer.ffn_hidden_size >= least * full.ffn_hidden_size
+    bare = by_global_ranking(source, groups, channels, budget)
+    assert found != bare  # without it, some layer is stripped
+    assert bare == by_global_ranking(source, groups, channels, budget, least=0)
+
+
+@pytest.mark.parametrize("least", [0.35, 0.5])
+def test_no_wish_is_rounded_below_the_least_share(least: float) -> None:
+    """Every wish is below, and the nearest sizes are too."""
+    budget = Budget(0.6 * linears(SOURCE.by_layer()), ffn_step=20)
+    found = fit(SOURCE, [(1.0, 70.0), (5.0, 150.0), (1.0, 1.0), (6.0, 192.0)], budget, least=least)
+    assert min(layer.num_query_groups for layer in found) == 3
+    assert min(layer.ffn_hidden_size for layer in found) == {0.35: 80, 0.5: 100}[least]
+    assert abs(linears(found) / budget.parameters - 1) <= 0.005
+
+
+@pytest.mark.parametrize("source", [SOURCE, SOURCE.with_layers([LayerShape(12, 6, 96), LayerShape(8, 4, 192)] * 2)])
+def test_a_least_share_that_is_the_whole_budget_leaves_layers_alike(source: ModelShape) -> None:
+    given, generator = source.by_layer(), torch.Generator().manual_seed(0)
+    groups = [torch.rand(one.num_query_groups, generator=generator).double() for one in given]
+    channels = [torch.rand(one.ffn_hidden_size, generator=generator).double() * 9 for one in given]
+    budget = Budget(0.5 * linears(given), ffn_step=4)
+    half = tuple(
+        LayerShape(one.num_attention_heads // 2, one.num_query_groups // 2, one.ffn_hidden_size // 2) for one in given
+    )
+    assert by_global_ranking(source, groups, channels, budget, least=0.5) == half
+    assert by_global_ranking(source, groups, channels, budget) != half
+
+
+def test_the_least_share_is_read_as_a_decimal() -> None:
+    """0.07 of 100 is 7.000000000000001 as a float: 7 channels are enough."""
+    source = replace(SOURCE, ffn_hidden_size=100)
+    groups, channels = torch.rand(4, 6).double(), torch.rand(4, 100).double() * torch.tensor([[1.0], [9], [9], [9]])
+    found = by_global_ranking(source, groups + 9, channels, Budget(0.7 * linears(source.by_layer())), least=0.07)
+    assert found[0].ffn_hidden_size == 7
+
+
 def test_what_is_kept_are_the_highest_scores_of_every_layer() -> None:
     generator = torch.Generator().manual_seed(3)
     heads = torch.rand(4, 12, generator=generator, dtype=torch.float64)

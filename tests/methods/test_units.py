@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune import methods
+from megatron_prune import methods, verbs
 from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import options
 from megatron_prune.methods.base import Budget, PruningRequest, Selection
+from megatron_prune.structured import choice as choices
 from megatron_prune.structured.statistics import tensor_shapes
 from tests.methods.test_flap import TOKENS, Layer, score
 from tests.methods.test_methods import GQA, MHA, settings, top
@@ -103,16 +106,22 @@ def kept(source: ModelShape, groups: list[list[int]], channels: list[list[int]])
     return heads, tuple(tuple(sorted(own)) for own in channels)
 
 
+def highest(scores: np.ndarray, least: float) -> tuple[int, ...]:
+    """Indices of the best unit, or of the best ``least`` of all, if these are more."""
+    return top(scores, min(len(scores), max(1, math.ceil(least * len(scores)))))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.35])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("source", [*SOURCES, DIFFERENT])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: int) -> None:
+def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: int, least: float) -> None:
     made = Made(source, seed)
     groups, channels = made.scores(name)
     units = [(groups[layer][g], layer, "group", g) for layer in range(4) for g in range(len(groups[layer]))]
     units += [(channels[layer][f], layer, "ffn", f) for layer in range(4) for f in range(len(channels[layer]))]
-    first = {(layer, "group", int(groups[layer].argmax())) for layer in range(4) if len(groups[layer])}
-    first |= {(n, "ffn", int(channels[n].argmax())) for n in range(4) if len(channels[n])}  # one of each stays
+    first = {(layer, "group", g) for layer in range(4) for g in highest(groups[layer], least)}
+    first |= {(layer, "ffn", f) for layer in range(4) for f in highest(channels[layer], least)}
     units.sort(key=lambda unit: (unit[1:] not in first, -unit[0]))
     half = units[: len(units) // 2]
     stay: dict[str, list[list[int]]] = {kind: [[], [], [], []] for kind in ("group", "ffn")}
@@ -122,30 +131,34 @@ def test_the_lowest_units_of_all_layers_go(name: str, source: ModelShape, seed: 
     number = {kind: sum(map(len, own)) for kind, own in stay.items()}
     budget = Budget(number["group"] * group + number["ffn"] * channel)
     target = source.of_layer(None) if source is DIFFERENT else replace(source, ffn_hidden_size=9)
-    found = made.select(name, target, budget, "--allocation", "global")
+    found = made.select(name, target, budget, "--allocation", "global", "--least-kept", f"{least}")
     assert (found.heads, found.ffn) == kept(source, stay["group"], stay["ffn"])
+    assert least or found == made.select(name, target, budget, "--allocation", "global")
     assert len({(len(stay["group"][layer]), len(stay["ffn"][layer])) for layer in range(4)}) > 1  # layers differ
     assert budget.count(found.shape(source)) == budget.parameters
     assert (found.compensation is not None) == (name == "flap") == found.shape(source).linear_bias
 
 
+@pytest.mark.parametrize("least", [0.0, 0.3])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", NAMES)
-def test_with_sizes_groups_and_channels_are_ranked_apart(name: str, source: ModelShape, seed: int) -> None:
-    made, average = Made(source, seed), (2, 7)
+def test_with_sizes_groups_and_channels_are_ranked_apart(
+    name: str, source: ModelShape, seed: int, least: float
+) -> None:
+    made, average = Made(source, seed), (source.num_query_groups * 2 // 3, 7)
     each = source.heads_per_group
     target = replace(
         source, num_query_groups=average[0], num_attention_heads=average[0] * each, ffn_hidden_size=average[1]
     )
     stay = []
     for scores, many in zip(map(np.array, made.scores(name)), average, strict=True):
-        certain = [(layer, int(scores[layer].argmax())) for layer in range(4)]
+        certain = [(layer, index) for layer in range(4) for index in highest(scores[layer], least)]
         rest = sorted(np.ndindex(*scores.shape), key=lambda unit: -scores[unit])
         order = [*certain, *(unit for unit in rest if unit not in certain)][: 4 * many]
         stay.append([[index for layer, index in order if layer == number] for number in range(4)])
     budget = Budget(target.linear_parameters(), apart=True)
-    found = made.select(name, target, budget, "--allocation", "global")
+    found = made.select(name, target, budget, "--allocation", "global", "--least-kept", f"{least}")
     assert (found.heads, found.ffn) == kept(source, *stay)
 
 
@@ -217,6 +230,42 @@ def test_exempt_layers_stay_whole_and_the_others_are_alike(step: int) -> None:
 def test_refused(flags: list[str], target: ModelShape, share: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Made(GQA, 0).select("llm-pruner", target, Budget(share * GQA.linear_parameters()), *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "target", "message"),
+    [
+        # A layer has 3 groups of 720 weights and 20 channels of 72. 0.6 of it: 2 and 12. The next after 0.33: 2 and 7.
+        (["--least-kept", "0.6"], {"ratio": 0.5}, "expected at most 0.33, got 0.6 (the layers would keep "
+         "9216 parameters or more, and the target leaves 7200)"),
+        (["--least-kept", "0.33", "--exempt-layers", "1"], {"ratio": 0.5}, "expected at most 0.3, got 0.33 with 1 of 4 "
+         "layers exempt (the layers would keep 7272 parameters or more, and the target leaves 7200)"),
+        (["--least-kept", "0.5"], {"target_ffn_hidden_size": 9, "target_num_query_groups": 2},
+         "expected at most 0.45, got 0.5 (the layers would keep 40 FFN channels or more, and the target leaves 36)"),
+        (["--least-kept", "0.4"], {"target_ffn_hidden_size": 9, "target_num_query_groups": 1},
+         "expected at most 0.33, got 0.4 (the layers would keep 8 query groups or more, and the target leaves 4)"),
+    ],
+)  # fmt: skip
+def test_a_least_share_above_what_the_target_leaves_is_refused_before_anything_is_read(
+    flags: list[str], target: dict[str, Any], message: str
+) -> None:
+    own = settings("llm-pruner", "--allocation", "global", *flags)
+    asked = verbs.TargetSettings(divisible_by=1, **target)
+    with pytest.raises(UsageError, match=re.escape(f"--least-kept: {message}")):
+        choices.choose("llm-pruner", asked, own).shapes(GQA)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_least_share_needs_one_ranking_over_all_layers(name: str) -> None:
+    asked = verbs.TargetSettings(ratio=0.5, divisible_by=1)
+    own = settings(name, "--allocation", "global", "--least-kept", "0.25")
+    assert own.to_json()["least_kept"] == 0.25
+    choices.choose(name, asked, own).shapes(GQA)
+    with pytest.raises(UsageError, match="--least-kept: expected --allocation global with it, got --allocation unif"):
+        choices.choose(name, asked, settings(name, "--least-kept", "0.25"))
+    for wrong in ("1", "-0.1", "nan", "half"):
+        with pytest.raises(UsageError, match=f"--least-kept: expected a fraction, .* got {wrong}"):
+            settings(name, f"--least-kept={wrong}")
 
 
 @pytest.mark.parametrize("name", NAMES)

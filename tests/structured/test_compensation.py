@@ -253,7 +253,12 @@ def test_it_retrains_at_other_layouts_and_a_scratch_run_has_its_shape(
     job(["prune", "--load", tiny_parent, *cut, *text, *two, "--save", tmp_path / "pruned"], nproc=2).ok()
     pruned = open_checkpoint(tmp_path / "pruned")
     assert pruned.pruning[-1]["removed_linears"] == pytest.approx(0.3, abs=0.035)
-    assert pruned.pruning[-1]["settings"] == {"allocation": "uniform", "metric": "wifv", "compensate": True}
+    assert pruned.pruning[-1]["settings"] == {
+        "allocation": "uniform",
+        "least_kept": 0.0,
+        "metric": "wifv",
+        "compensate": True,
+    }
 
     recipe = "--train-iters 2 --global-batch-size 2 --micro-batch-size 1 --lr 1e-2 --seq-length 64".split()
     recipe += ["--data-path", tiny_corpus, "--stream-range", "0:4"]

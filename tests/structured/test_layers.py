@@ -132,13 +132,16 @@ def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
 ) -> None:
     parent = open_checkpoint(tiny_parent)
     asked = verbs.TargetSettings(ratio=0.4, divisible_by=4)
-    choice = choices.choose("llm-pruner", asked, options.LLMPrunerOptions(allocation="global"), tensor_parallel=tp)
+    own = options.LLMPrunerOptions(allocation="global", least_kept=0.35)
+    choice = choices.choose("llm-pruner", asked, own, tensor_parallel=tp)
     question = choice.question(parent)
     made = choice.make(question, statistics(parent))
+    assert made.settings["least_kept"] == 0.35
     assert abs(made.target.linear_parameters() / (0.6 * parent.shape.linear_parameters()) - 1) <= 0.005
     assert len(set(made.target.by_layer())) > 1
     for layer in made.target.by_layer():
         assert layer.num_attention_heads % tp == layer.ffn_hidden_size % 4 == 0
+        assert layer.num_attention_heads >= 0.35 * 12 and layer.ffn_hidden_size >= 0.35 * 192
     question.write(tmp_path / "candidates.json", statistics(parent))
     assert candidates.read(tmp_path / "candidates.json")[0] == question
     show_plan(made)

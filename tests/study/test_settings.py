@@ -382,6 +382,23 @@ def test_only_a_method_that_reads_gradients_pays_for_them(prefixes, capsys) -> N
     assert plain and dear == 3 * plain
 
 
+def test_a_least_share_of_every_layer_reaches_plan_or_is_refused(prefixes, capsys) -> None:
+    own = {"allocation": "global", "divisible-by": 1, "least-kept": 0.35}
+    content = made_up.mapping(prefixes, methods=[{"name": "wanda-sp", "settings": own}])
+    Path("study.yaml").write_text(json.dumps(content))
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " plan " in line and "wanda-sp" in line]
+    assert "--allocation global" in line and "--least-kept 0.35" in line
+    for wrong, said in (
+        ({"least-kept": 0.8}, "--least-kept: expected at most .*, got 0.8"),
+        ({"least-kept": 1.5}, r"settings\.least-kept: expected a fraction"),
+        ({"allocation": "uniform"}, "--least-kept: expected --allocation global with it"),
+    ):
+        methods = [{"name": "wanda-sp", "settings": own | wrong}]
+        with pytest.raises(UsageError, match=said):
+            validate.check(made_up.study(prefixes, methods=methods), Places(Path("runs/made-up")))
+
+
 # ------------------------------------------------------------------ biases that a pruning adds
 
 
