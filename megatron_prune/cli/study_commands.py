@@ -367,8 +367,6 @@ def advise_main(argv: list[str]) -> int:
     from megatron_prune import artifacts
     from megatron_prune.study.advise import answer, ledgers, lifetime, question
 
-    if options.ledger is None and not ledgers.SHIPPED.is_file():
-        raise UsageError("--ledger", got="nothing", expected="a study's folder with a report, or its results.json")
     if options.json:
         artifacts.refuse_unwritable("--json", options.json)
     ledger = ledgers.read(options.ledger or ledgers.SHIPPED)

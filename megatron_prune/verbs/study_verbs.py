@@ -106,7 +106,7 @@ class AdvisedBySettings(Settings):
     ledger: str | None = setting(
         None,
         metavar="STUDY",
-        help="a study's folder with a report, or its results.json (default: the shipped quickstart ledger)",
+        help="a study's folder with a report, or its results.json (default: the shipped ledger of the miniature)",
     )
     json: str | None = setting(None, metavar="FILE", help="write the advice as JSON too")
 

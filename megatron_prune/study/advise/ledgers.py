@@ -1,10 +1,10 @@
 """A study's comparisons as curves over budgets: the data behind advice.
 
 Read from a study's ``report/results.json``, which only has comparisons whose accounts matched. The shipped ledger
-(``SHIPPED``: the quickstart's study with several seeds and budgets) is such a file, reduced to what advice needs. To
+(``SHIPPED``: the small study of ``examples/miniature``) is such a file, reduced to what advice needs. To
 make it again from that study's report:
 
-    python -m megatron_prune.study.advise.ledgers REPORT/results.json megatron_prune/study/advise/quickstart.json
+    python -m megatron_prune.study.advise.ledgers REPORT/results.json megatron_prune/study/advise/miniature.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_prune.study.analysis.scaling_laws import Arms
 from megatron_prune.study.grid import SUBJECT, Subject, label
 from megatron_prune.untrusted import check, show
 
-SHIPPED = Path(__file__).with_name("quickstart.json")
+SHIPPED = Path(__file__).with_name("miniature.json")
 ROW = ("cell", "arm", "status", "seed", "tokens_train", "flops_train", "params", "removed_linears", "removed_all",
        "shape", "validation_loss", "test_loss", "tokens_declared", "tokens_learned", "flops_pruning")  # fmt: skip
 COMPARISON = (*SUBJECT, "tokens", "seed", "pruned", "scratch", "status")

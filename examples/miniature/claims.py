@@ -1,0 +1,82 @@
+"""What the study's report says of each claim of README.md, as the tables of RESULTS.md.
+
+    python examples/miniature/claims.py runs/miniature-small-x0.3/report/results.json
+
+Reads verdicts and answers to ``compare:``, whose p values are corrected in the report. A claim is *shown*; or its
+contrary is, where the report tells the opposite from nothing; or it is *undecided*, and then the gap or slope follows
+that 80% of such studies would have found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Answer = Mapping[str, Any]
+SETTINGS = {"equal-training": "equal training", "equal-total": "equal total"}
+SHOWN, CONTRARY, OPEN = "shown", "the contrary is shown", "undecided"
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """The gaps of all comparisons, and one line per claim, as Markdown."""
+    return "\n".join([*_gaps(results["verdicts"]), "", *_claims(results)])
+
+
+def _gaps(verdicts: Sequence[Answer]) -> Iterator[str]:
+    yield "| method | setting | tokens of retraining | scratch | pruned | scratch minus pruned | p | lower |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for one in verdicts:
+        gap = f"{_number(one['test']['mean'])}{_interval(one['test'])}"
+        losses = f"{one['scratch']['test']:.3f} | {one['pruned']['test']:.3f}"
+        p = "" if one["corrected"] is None else _p(one["corrected"])
+        subject = f"| {_name(one)} | {SETTINGS[one['setting']]} | {one['tokens']:,} "
+        yield f"{subject}| {losses} | {gap} | {p} | {one['winner']} |"
+
+
+def _claims(results: Mapping[str, Any]) -> Iterator[str]:
+    yield "| claim | answer | by |"
+    yield "| --- | --- | --- |"
+    for one in results["verdicts"]:
+        if one["setting"] == "equal-training":
+            answer = {"pruned": SHOWN, "scratch": CONTRARY}.get(one["winner"], OPEN)
+            yield _line(f"(a) {_name(one)}, {one['tokens']:,} tokens", answer, one["test"], one["corrected"], one)
+    for one in results["compare"]:
+        answer = {"falls": SHOWN, "vanishes": SHOWN, "larger": SHOWN, "open": OPEN}.get(one["outcome"], CONTRARY)
+        if answer == OPEN and one["asked"]["kind"] == "vanishes" and (one["gap"]["high"] or 0) < 0:
+            answer = "no lead: scratch is ahead"  # by the interval; the p value tests equivalence
+        yield _line(one["subject"], answer, one["gap"], one["corrected"], one)
+
+
+def _line(claim: str, answer: str, gap: Answer, p: float | None, one: Answer) -> str:
+    found = f"{_number(gap['mean'], 4)}{_interval(gap, 4)}, p {'not tested' if p is None else _p(p)}"
+    if answer == OPEN and one.get("detectable") is not None:
+        found += f"; {one['detectable']:.4f} would have been found"
+    return f"| {claim} | **{answer}** | {found} |"
+
+
+def _name(one: Answer) -> str:
+    scratch = ", scratch under its masks" if one["against"] == "masked" else ""
+    return f"{one['method']}{scratch}, {one['ratio']:.1%} removed"
+
+
+def _interval(gap: Answer, digits: int = 3) -> str:
+    if gap["low"] is None:
+        return ""
+    return f" [{_number(gap['low'], digits)}, {_number(gap['high'], digits)}]"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("claims.py: expected the results.json of a report")
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))
