@@ -268,6 +268,12 @@ def test_a_least_share_needs_one_ranking_over_all_layers(name: str) -> None:
             settings(name, f"--least-kept={wrong}")
 
 
+def test_layers_that_the_parent_lacks_are_refused_before_anything_is_read() -> None:
+    asked, own = verbs.TargetSettings(ratio=0.5, divisible_by=1), settings("llm-pruner", "--exempt-layers", "4")
+    with pytest.raises(UsageError, match="--exempt-layers: expected layers below the parent's 4, got 4"):
+        choices.choose("llm-pruner", asked, own).shapes(GQA)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_differ_only_where_that_is_asked_for(name: str) -> None:
     method = methods.get(name)
