@@ -88,7 +88,7 @@ def corpora(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)  # it waits for a study of twenty runs, on machines that other work shares
 def test_it_runs_in_miniature(tmp_path, corpora, tiny_tokenizer) -> None:
     study = yaml.safe_load(STUDY.read_text())
     study["data"] |= {

@@ -106,7 +106,7 @@ class Workload:
 
 def workload(asked: verbs.WorkloadSettings) -> Workload:
     """UsageError for numbers that cannot be."""
-    for name, least in (("batch", 1), ("prompt", 1), ("new", 1), ("repeats", 1), ("warmup", 0)):
+    for name, least in asdict(Workload(1, 1, 1, 1, 0)).items():
         if getattr(asked, name) < least:
             raise UsageError(f"--{name}", got=getattr(asked, name), expected=f"at least {least}")
     return Workload(asked.batch, asked.prompt, asked.new, asked.repeats, asked.warmup)
