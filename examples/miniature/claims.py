@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.study.report.tables import shown_p
+from megatron_prune.study.report.tabular import interval, signed
+
 Answer = Mapping[str, Any]
 SETTINGS = {"equal-training": "equal training", "equal-total": "equal total"}
 SHOWN, CONTRARY, OPEN = "shown", "the contrary is shown", "undecided"
@@ -29,9 +32,9 @@ def _gaps(verdicts: Sequence[Answer]) -> Iterator[str]:
     yield "| method | setting | tokens of retraining | scratch | pruned | scratch minus pruned | p | lower |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
     for one in verdicts:
-        gap = f"{_number(one['test']['mean'])}{_interval(one['test'])}"
+        gap = _gap(one["test"])
         losses = f"{one['scratch']['test']:.3f} | {one['pruned']['test']:.3f}"
-        p = "" if one["corrected"] is None else _p(one["corrected"])
+        p = "" if one["corrected"] is None else shown_p(one["corrected"])
         subject = f"| {_name(one)} | {SETTINGS[one['setting']]} | {one['tokens']:,} "
         yield f"{subject}| {losses} | {gap} | {p} | {one['winner']} |"
 
@@ -51,29 +54,19 @@ def _claims(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _line(claim: str, answer: str, gap: Answer, p: float | None, one: Answer) -> str:
-    found = f"{_number(gap['mean'], 4)}{_interval(gap, 4)}, p {'not tested' if p is None else _p(p)}"
+    found = f"{_gap(gap, 4)}, p {'not tested' if p is None else shown_p(p)}"
     if answer == OPEN and one.get("detectable") is not None:
         found += f"; {one['detectable']:.4f} would have been found"
     return f"| {claim} | **{answer}** | {found} |"
 
 
+def _gap(gap: Answer, digits: int = 3) -> str:
+    return f"{signed(gap['mean'], digits)} {interval(gap['low'], gap['high'], digits)}"
+
+
 def _name(one: Answer) -> str:
     scratch = ", scratch under its masks" if one["against"] == "masked" else ""
     return f"{one['method']}{scratch}, {one['ratio']:.1%} removed"
-
-
-def _interval(gap: Answer, digits: int = 3) -> str:
-    if gap["low"] is None:
-        return ""
-    return f" [{_number(gap['low'], digits)}, {_number(gap['high'], digits)}]"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Megatron flags that users of a verb need are ``mentioned``, which only affects t
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -113,17 +111,6 @@ class _Formatter(argparse.HelpFormatter):
         if action.nargs == "+":
             return f"{action.metavar or default_metavar} …"
         return super()._format_args(action, default_metavar)
-
-
-def run_without_gpus(words: Sequence[str]) -> int | None:
-    """The exit code of the verb ``words`` in a process that sees no GPU: dry runs never touch this machine's.
-    None if this process sees none either."""
-    from megatron_prune.engine import cpu
-
-    if cpu.is_cpu():
-        return None
-    command = [sys.executable, "-m", "megatron_prune", *words]
-    return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
 
 
 def start_engine() -> None:

@@ -6,13 +6,14 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune import screen, verbs
-from megatron_prune.cli.parser import Parser, Verbs, run_without_gpus, start_engine
+from megatron_prune.cli.parser import Parser, Verbs, start_engine
 from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -281,6 +282,17 @@ megatron-prune preflight --gpus 64 --gpu h100 pretrain --load runs/a --save runs
     --data-path data/train --seq-length 2048 --global-batch-size 256 --micro-batch-size 4 --train-iters 1000 \\
     --lr 3e-4 --bf16""",
     )
+
+
+def run_without_gpus(words: Sequence[str]) -> int | None:
+    """The exit code of the verb ``words`` in a process that sees no GPU: dry runs never touch this machine's.
+    None if this process sees none either."""
+    from megatron_prune.engine import cpu
+
+    if cpu.is_cpu():
+        return None
+    command = [sys.executable, "-m", "megatron_prune", *words]
+    return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
 
 
 def preflight_main(argv: list[str]) -> int:

@@ -160,8 +160,7 @@ class LatencyTable:
 
     def _part(self, part: str, *sizes: int) -> np.ndarray[Any, Any]:
         """Seconds of a part at these sizes, [phase]; UsageError if one is beyond the grid."""
-        known: dict[tuple[Any, ...], np.ndarray[Any, Any]] = self.__dict__.setdefault("_known", {})
-        if (part, sizes) not in known:
+        if (part, sizes) not in self._known:
             for name, size, measured in zip(_NAMES[part], sizes, self.grid.axes[part], strict=True):
                 if not measured[0] <= size <= measured[-1]:
                     raise UsageError(
@@ -169,8 +168,13 @@ class LatencyTable:
                         expected=f"a shape with {name} {measured[0]} to {measured[-1]}, as the table has them",
                         do="measure a table with a smaller --smallest, or with more --axes",
                     )  # fmt: skip
-            known[part, sizes] = self._interpolators[part]([sizes])[0]
-        return known[part, sizes]
+            self._known[part, sizes] = self._interpolators[part]([sizes])[0]
+        return self._known[part, sizes]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, tuple[int, ...]], np.ndarray[Any, Any]]:
+        """Seconds that were asked for before: a search asks for the same parts of many shapes."""
+        return {}
 
     @cached_property
     def _interpolators(self) -> dict[str, Any]:
@@ -192,7 +196,7 @@ class LatencyTable:
 
     @cached_property
     def _json(self) -> dict[str, Any]:
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return asdict(self)
 
     def write(self, path: str | Path) -> None:
         """Write the table atomically, as JSON."""
@@ -219,14 +223,6 @@ def _refuse_differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
                 FLAG, got=f"one with {name}={show(own.get(name))}",
                 expected=f"a table of a model with {name}={show(other.get(name))}", do="measure one with latency-table",
             )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value
 
 
 class _Parts(TypedDict):

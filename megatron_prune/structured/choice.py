@@ -75,11 +75,7 @@ class Choice:
         """
         search = self.method.search(self.settings)
         if isinstance(source, HeterogeneousShape) and (search is not None or self.method.learned):
-            raise UsageError(
-                "--method", got=f"{self.name} for a parent whose layers differ",
-                expected="flap, llm-pruner, wanda-sp, a method that removes layers, or a sparse one",
-                why="it compares shapes that all layers have alike",
-            )  # fmt: skip
+            raise targets.needs_layers_of_one_shape(self.name, "it compares shapes that all layers have alike")
         if self.method.adds_biases(self.settings):
             source = source.with_biases()
         if search is None:

@@ -31,6 +31,7 @@ _WORD = re.compile(
     r"memory=(?P<memory>[^@]+)@(?P<tokens>[^@]+)|cache=(?P<cache>[^@]+)"
     r"|latency=(?P<latency>[^@]+)|prefill=(?P<prefill>[^@]+)"
 )
+_TIMES = ("latency", "prefill")
 _UNITS = {"s": 0, "ms": -3, "us": -6}  # powers of ten
 
 
@@ -55,7 +56,7 @@ class Limits:
             given: dict[str, int | float]
             try:
                 given = {
-                    name: (seconds if name in ("latency", "prefill") else count)(text)
+                    name: (seconds if name in _TIMES else count)(text)
                     for name, text in (parts.groupdict() if parts else {}).items()
                     if text
                 }
@@ -67,7 +68,7 @@ class Limits:
                     "or several, such as memory=6G@8192 cache=64k latency=12ms prefill=0.3s",
                 )  # fmt: skip
             found |= given
-        timed = [name for name in ("latency", "prefill") if name in found]
+        timed = [name for name in _TIMES if name in found]
         if timed and table is None:
             raise UsageError(
                 latencies.FLAG, got="nothing", expected=f"a table that predicts {timed[0]}",

@@ -121,11 +121,9 @@ class Target:
         if "num_layers" in free:
             return replace(one, num_layers=self._depth(source))
         if "hidden_size" in free:
-            raise UsageError(
-                "--method", got="one that cuts hidden channels, for a parent whose layers differ",
-                expected="flap, llm-pruner, wanda-sp, a method that removes layers, or a sparse one",
-                why="it ranks channels over layers of one shape",
-            )  # fmt: skip
+            raise needs_layers_of_one_shape(
+                "one that cuts hidden channels", "it ranks channels over layers of one shape"
+            )
         self._goal(source)  # refuses one that the parent does not have
         return one
 
@@ -431,6 +429,14 @@ def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence
     if shape == source:
         raise UsageError(", ".join(map(flag_of, sizes)), got="the parent's sizes", expected="sizes of a smaller model")
     return shape
+
+
+def needs_layers_of_one_shape(method: str, why: str) -> UsageError:
+    """The error for a ``method`` that cannot cut a parent whose layers differ."""
+    return UsageError(
+        "--method", got=f"{method} for a parent whose layers differ",
+        expected="flap, llm-pruner, wanda-sp, a method that removes layers, or a sparse one", why=why,
+    )  # fmt: skip
 
 
 def flag_of(field: str) -> str:

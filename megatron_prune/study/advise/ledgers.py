@@ -1,8 +1,8 @@
 """A study's comparisons as curves over budgets: the data behind advice.
 
 Read from a study's ``report/results.json``, which only has comparisons whose accounts matched. The shipped ledger
-(``SHIPPED``: the small study of ``examples/miniature``) is such a file, reduced to what advice needs. To
-make it again from that study's report:
+(``SHIPPED``: the small study of ``examples/miniature``) is such a file, reduced to what advice needs. To make it again
+from that study's report:
 
     python -m megatron_prune.study.advise.ledgers REPORT/results.json megatron_prune/study/advise/miniature.json
 """
