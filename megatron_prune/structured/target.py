@@ -8,18 +8,16 @@ Exactly one of these is used:
 * ``--target-shapes …`` (minitron-width): the competing shapes.
 
 For a ratio or parameter count the shape is chosen deterministically. Depth: the number of layers whose removal comes
-nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink. Each hidden size is paired with the
-FFN size that comes nearest (of two, the larger). Among the pairs within ``--tolerance`` of the goal, the one that
-shrinks hidden and FFN most evenly (relative to the source) is chosen, then the nearest, then the larger hidden size. A
-method that leaves the hidden size alone shrinks query groups and FFN: to the first of the shapes that a search would
-score (below). Sizes that change must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
+nearest (for linears: round(L·R)). Width: heads stay, hidden and FFN size shrink, or, with a method that leaves the
+hidden size alone, query groups and FFN: to the first of the shapes that a search would score (below). Sizes that change
+must be multiples of ``--divisible-by`` and fit the tensor-parallel size.
 
 If the parent's layers differ, it may lose layers, counted as if all were of their mean size, or units of every layer
 within a ``Budget``, by --ratio or --target-params; other sizes cannot be asked for.
 
 A method may also ask for all shapes near the target, to score them. ``near`` lists them in order: first the nearest
 FFN size for every combination of the other sizes, then the rest; in both parts, shapes that shrink the searched sizes
-most evenly come first, then the nearest, then the larger.
+most evenly (relative to the source) come first, then the nearest, then the larger.
 """
 
 from __future__ import annotations
@@ -100,8 +98,7 @@ class Target:
             if (refusal := self.limits.refusal(shape)) is not None:
                 raise refusal
         elif "hidden_size" in free:
-            assert "ffn_hidden_size" in free
-            shape = self._width(source)
+            shape = self.near(source, Search(("hidden_size", "ffn_hidden_size"), 1))[0]
         else:
             free = tuple(size for size in free if not (self.keep_heads and size in HEADS))
             shape = self.near(source, Search(free, 1))[0]
@@ -247,39 +244,6 @@ class Target:
                 why=f"the nearest number of layers is {removed}",
             )
         return layers - removed
-
-    # -- width -----------------------------------------------------------------------------------
-
-    def _width(self, source: ModelShape) -> ModelShape:
-        goal, step, tolerance = self._goal(source), self.divisible_by, self.tolerance or TOLERANCE
-        ffn_step, widest = self._ffn_step_and_widest(source)
-        best: tuple[tuple[float, ...], ModelShape] | None = None
-        nearest: tuple[float, ModelShape] | None = None
-        for hidden in {*range(step, source.hidden_size, step), source.hidden_size}:
-            # Both counts are linear in the FFN size, so two points give the size that meets the goal.
-            base, one_more = (
-                self._count(replace(source, hidden_size=hidden, ffn_hidden_size=f)) for f in (ffn_step, 2 * ffn_step)
-            )
-            below = ffn_step * max(1, 1 + math.floor((goal - base) / (one_more - base)))
-            sizes = {min(ffn, widest) for ffn in (below, below + ffn_step)} - {0}
-            shapes = [replace(source, hidden_size=hidden, ffn_hidden_size=ffn) for ffn in sizes]
-            shapes = [s for s in shapes if s != source and (self.unexportable is None or not self.unexportable(s))]
-            candidates = [(abs(self._count(s) - goal), -s.ffn_hidden_size, s) for s in shapes]
-            if not candidates:
-                continue
-            distance, _, shape = min(candidates, key=lambda candidate: candidate[:2])
-            error, ffn = distance / goal, shape.ffn_hidden_size
-            if nearest is None or (error, -hidden) < (nearest[0], -nearest[1].hidden_size):
-                nearest = (error, shape)
-            unevenness = abs(math.log(hidden / source.hidden_size) - math.log(ffn / source.ffn_hidden_size))
-            rank = (unevenness, error, -hidden)
-            if error <= tolerance and (best is None or rank < best[0]):
-                best = (rank, shape)
-        if best is None:
-            axes = ("hidden_size", "ffn_hidden_size")
-            raise self._missed(goal, tolerance, source, nearest[1] if nearest else None, axes)
-        self._check(source, best[1])
-        return best[1]
 
     # -- search ----------------------------------------------------------------------------------
 

@@ -84,17 +84,26 @@ def test_the_shapes_that_keep_to_a_limit_are_left(file: str) -> None:
         asked(latency_table=file, at_most=["cache=1M", f"latency={least:.6f}ms"]).shapes(SMALL)
 
 
-@pytest.mark.parametrize("method", ["minitron-width", "minitron-depth", "shortgpt"])
+def test_the_rule_for_widths_takes_the_first_shape_within_a_limit(file: str) -> None:
+    rule, search = options.MinitronWidthOptions(), options.MinitronWidthOptions(search=("hidden", "ffn"))
+    every = asked(own=search).shapes(SMALL)
+    assert asked(own=rule).shapes(SMALL) == every[:1]
+    for limit in (step_of(every[0]) + 1e-6, step_of(every[0]) - 0.01):
+        first = next(shape for shape in every if step_of(shape) <= limit)
+        assert asked(own=rule, latency_table=file, at_most=[f"latency={limit:.6f}ms"]).shapes(SMALL) == (first,)
+    assert first != every[0]
+
+
+@pytest.mark.parametrize("method", ["minitron-depth", "shortgpt"])
 def test_a_shape_that_a_rule_makes_is_refused_with_its_prediction(method: str, file: str) -> None:
-    own = options.MinitronWidthOptions() if method == "minitron-width" else None
-    (shape,) = asked(method, own).shapes(SMALL)
+    (shape,) = asked(method).shapes(SMALL)
     time = step_of(shape)
-    assert asked(method, own, latency_table=file, at_most=[f"latency={time + 1e-6:.6f}ms"]).shapes(SMALL) == (shape,)
+    assert asked(method, latency_table=file, at_most=[f"latency={time + 1e-6:.6f}ms"]).shapes(SMALL) == (shape,)
     said = f"within latency={time - 0.01:.6g}ms, got a shape with a predicted latency of {time:.6g}ms"
     with pytest.raises(UsageError, match=said):
-        asked(method, own, latency_table=file, at_most=[f"latency={time - 0.01:.6g}ms"]).shapes(SMALL)
+        asked(method, latency_table=file, at_most=[f"latency={time - 0.01:.6g}ms"]).shapes(SMALL)
     with pytest.raises(UsageError, match=f"within prefill=1ms, got .* predicted prefill of {50 * time:.6g}ms"):
-        asked(method, own, latency_table=file, at_most=["latency=1s", "prefill=1000us"]).shapes(SMALL)
+        asked(method, latency_table=file, at_most=["latency=1s", "prefill=1000us"]).shapes(SMALL)
 
 
 def statistics(shape: ModelShape, parent: str = "parent", **more: Any) -> Statistics:
