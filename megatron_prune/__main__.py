@@ -34,8 +34,10 @@ VERBS = {
     },
     "studies": {
         "study": "run|plan|status|report a token-matched comparison",
-        "preflight": "check whether a command line will run on a cluster of any size",
         "advise": "prune or train from scratch: what measurements say",
+    },
+    "clusters": {
+        "preflight": "check whether a command line will run on a cluster of any size",
         "launch-files": "write the files that start runs under Slurm, Kubernetes and Docker",
     },
     "checkpoints": {
@@ -56,6 +58,7 @@ FILES = {
     "pruning": "pruning_commands",
     "training and evaluation": "training_commands",
     "studies": "study_commands",
+    "clusters": "cluster_commands",
     "checkpoints": "checkpoint_commands",
     "data": "data_commands",
 }

@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
 def _preflight() -> int:
     """Check every layout in this process, so that Megatron is imported once."""
     from megatron_prune import artifacts
-    from megatron_prune.cli.study_commands import preflight_main
+    from megatron_prune.cli.cluster_commands import preflight_main
     from megatron_prune.engine import cpu
 
     cpu.prepare()

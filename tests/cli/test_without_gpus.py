@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.cli.study_commands import preflight_main, study_main
+from megatron_prune.cli.cluster_commands import preflight_main
+from megatron_prune.cli.study_commands import study_main
 from megatron_prune.engine import cpu
 from megatron_prune.errors import MegatronPruneError
 

@@ -28,7 +28,7 @@ def train(layout: str, *more: str, model: str = LLAMA) -> list[str]:
 
 def answers(lines: list[list[str]]) -> list[dict[str, Any]]:
     """The answer of preflight to each, with its exit code under ``code``."""
-    from megatron_prune.cli.study_commands import preflight_main
+    from megatron_prune.cli.cluster_commands import preflight_main
 
     found = []
     with tempfile.TemporaryDirectory() as folder:

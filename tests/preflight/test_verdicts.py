@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron_prune.checkpoint.reader import open_checkpoint
-from megatron_prune.cli.study_commands import preflight_main, split_preflight
+from megatron_prune.cli.cluster_commands import preflight_main, split_preflight
 from megatron_prune.errors import CommandLineError, UsageError
 from tests.convert import family_models
 from tests.preflight import commands
