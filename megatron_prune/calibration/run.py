@@ -51,8 +51,8 @@ from megatron_prune.methods.accumulators import (
     Workspace,
     column_sums,
 )
-from megatron_prune.structured import candidates
-from megatron_prune.structured.candidates import Candidate, Question, Run
+from megatron_prune.structured.candidate import Candidate, Run, with_accuracies, with_scores
+from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
 
 KEEP_EVERY = 30  # seconds between two files with the scores of candidates so far
@@ -282,7 +282,7 @@ def _with_scores(
     asked = question.unscored(found)
     likelihoods = scoring.log_likelihoods(model, found.shape, asked, requests)
     scores = scoring.task_scores(asked, requests, likelihoods)
-    return candidates.with_accuracies(found, asked, question.task, scores)
+    return with_accuracies(found, asked, question.task, scores)
 
 
 def _after(
@@ -298,7 +298,7 @@ def _after(
             nonlocal found, kept
             number = some[place]
             loss = (first * known[number][1] + (run.windows - first) * mean) / run.windows
-            found = candidates.with_scores(found, [run.candidates[number]], [loss], run.windows)
+            found = with_scores(found, [run.candidates[number]], [loss], run.windows)
             if torch.distributed.get_rank() == 0 and time.monotonic() - kept > KEEP_EVERY:
                 keep(found)
                 kept = time.monotonic()

@@ -9,8 +9,8 @@ log-likelihood of a task's choices, at any TP×PP×DP. Inside ``reduced``:
   x/√(Σx²/k + ε) = √(k/h) · x/√(Σx²/h + ε·k/h), so its gain and ε are scaled temporarily. LayerNorm needs mean and
   variance over the kept channels: its input gets their mean in the removed ones, which leaves the mean as it is and
   scales the variance by k/h, and its bias has zeros there;
-* removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2, and so are the outputs if a layer
-  loses all of them.
+* removed heads and FFN channels are zero in the inputs of linear_proj and linear_fc2, or their mean, where biases make
+  up for it; outputs are zero if a layer loses all of them.
 
 A model that is really cut computes the same numbers, up to the order of sums.
 
@@ -38,9 +38,9 @@ from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows
 from megatron_prune.engine import forward, fp8, runtime, spec
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.base import Selection
+from megatron_prune.methods.base import Compensation, Selection
 from megatron_prune.methods.ranking import accuracies
-from megatron_prune.structured.candidates import Candidate
+from megatron_prune.structured.candidate import Candidate
 from megatron_prune.structured.statistics import TaskScore
 
 
@@ -191,12 +191,16 @@ def reduced(stage: Any, shape: ModelShape, selection: Selection) -> Iterator[Non
             heads = selection.heads[place] if selection.heads else None
             ffn = selection.ffn[place] if selection.ffn else None
             kept = Kept(heads=heads, ffn=ffn)
-            parts: list[tuple[str, Axis, tuple[int, ...] | None]] = [("proj", "heads", heads), ("fc2", "ffn", ffn)]
-            for name, axis, part in parts:
+            means = selection.compensation or Compensation()
+            parts: list[tuple[str, Axis, tuple[int, ...] | None, Any]] = [
+                ("proj", "heads", heads, means.heads),
+                ("fc2", "ffn", ffn, means.ffn),
+            ]
+            for name, axis, part, fill in parts:
                 if name not in linears:
                     continue
                 if (indices := axis_indices(axis, here, kept)) is not None:
-                    _mask_input(stack, linears[name], indices, here.axis_size(axis))
+                    _mask_input(stack, linears[name], indices, here.axis_size(axis), fill and fill[place])
                 if part == ():  # attention or MLP goes whole, so its bias too
                     _mask_output(stack, linears[name], (), shape)
                 if selection.hidden is not None:
@@ -221,12 +225,29 @@ def _mask(module: Any, indices: Sequence[int] | torch.Tensor, size: int) -> torc
     return mask
 
 
-def _mask_input(stack: contextlib.ExitStack, linear: Any, indices: torch.Tensor, size: int) -> None:
-    """Zero the inputs of a row-parallel linear that are not in ``indices``; this rank holds a slice of them."""
+def _mask_input(
+    stack: contextlib.ExitStack,
+    linear: Any,
+    indices: torch.Tensor,
+    size: int,
+    fill: Sequence[float] | None = None,
+) -> None:
+    """Zero the inputs of a row-parallel linear that are not in ``indices``, or give them the values ``fill``, in
+    ascending order; this rank holds a slice of them."""
     rank, ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    mask = _mask(linear, indices, size)[size // ranks * rank : size // ranks * (rank + 1)]
-    handle = linear.register_forward_pre_hook(lambda _, args: (args[0] * mask, *args[1:]))
-    stack.callback(handle.remove)
+    own = slice(size // ranks * rank, size // ranks * (rank + 1))
+    mask, whole = _mask(linear, indices, size), None
+    if fill is not None:
+        whole = torch.zeros_like(mask)
+        whole[mask == 0] = torch.tensor(fill, dtype=torch.float64).to(mask)
+        whole = whole[own]
+    mask = mask[own]
+
+    def hook(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        kept = args[0] * mask
+        return kept if whole is None else kept + whole, *args[1:]
+
+    stack.callback(linear.register_forward_pre_hook(hook).remove)
 
 
 def _mask_output(stack: contextlib.ExitStack, module: Any, hidden: Sequence[int], shape: ModelShape) -> None:

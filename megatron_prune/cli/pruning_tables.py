@@ -15,7 +15,7 @@ from megatron_prune.checkpoint.layout import HeterogeneousShape
 from megatron_prune.methods import options
 from megatron_prune.methods.base import DIMENSIONS
 from megatron_prune.methods.ranking import Accuracy
-from megatron_prune.structured.candidates import numbers_in_words
+from megatron_prune.structured.candidate import numbers_in_words
 from megatron_prune.structured.judge import Scored, loss_text
 from megatron_prune.structured.limits import in_words
 from megatron_prune.structured.plan import PruningPlan

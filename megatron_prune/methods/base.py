@@ -96,8 +96,9 @@ class Selection:
 
     @property
     def key(self) -> str:
-        """Hex digest of what is kept: the key of its score."""
-        return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn])
+        """Hex digest of what is kept, and whether biases make up for the rest: the key of its score."""
+        made_up = [] if self.compensation is None else ["means"]
+        return artifacts.sha256_json([self.layers, self.hidden, self.heads, self.ffn, *made_up])
 
     def shape(self, source: ModelShape) -> ModelShape:
         """What is left of a model of the shape ``source``. CheckpointError if all attention or all MLPs go."""
@@ -196,7 +197,7 @@ class Method[O: Settings](ABC):
 
     #: Dimensions that an explicit ``--target-…`` may cut (names of ``ModelShape`` fields).
     dimensions: tuple[str, ...]
-    #: True if the method draws random numbers, and so takes ``--seed``.
+    #: True if the method draws random numbers whatever its settings (``draws``), and so takes ``--seed``.
     random: bool = False
     #: True where its statistics are masks that were learned for one target (``learn-masks``), not a calibration's.
     learned: bool = False
@@ -222,6 +223,14 @@ class Method[O: Settings](ABC):
         ``Budget.TOLERANCE``, and need not have the shape of its target."""
         return False
 
+    def evolution(self, settings: O) -> int | None:
+        """Generations of a search for every layer's sizes (``evolution.py``); None: there is no such search."""
+        return None
+
+    def draws(self, settings: O) -> bool:
+        """True if it draws random numbers with these settings."""
+        return self.random or self.evolution(settings) is not None
+
     def check(self, settings: O) -> None:  # noqa: B027 (most have nothing to refuse)
         """UsageError for settings that contradict each other, whatever the parent."""
 
@@ -232,7 +241,7 @@ class Method[O: Settings](ABC):
 
     def needs_scores(self, settings: O) -> bool:
         """True if the model must be run with every candidate before one can be chosen."""
-        return self.search(settings) is not None
+        return self.search(settings) is not None or self.evolution(settings) is not None
 
     @abstractmethod
     def needs(self, settings: O) -> tuple[str, ...]:

@@ -58,8 +58,7 @@ class Flap(UnitMethod[FlapOptions]):
         attention, channels = (of_inputs(request, site, layer) for site in SITES)
         return by_group(standardized(attention.square()), request.source, layer).mean(1), standardized(channels)
 
-    def select(self, request: PruningRequest[FlapOptions]) -> Selection:
-        kept = super().select(request)
+    def finished(self, kept: Selection, request: PruningRequest[FlapOptions]) -> Selection:
         return compensated(kept, request) if request.settings.compensate else kept
 
 

@@ -42,7 +42,7 @@ def fit(
 
     UsageError if the total is off the budget by more than its tolerance.
     """
-    sizes = _Sizes(source, budget, least)
+    sizes = Sizes(source, budget, least)
     layers = [
         sizes.nearest(number, wish) if number not in exempt else sizes.given[number]
         for number, wish in enumerate(wanted)
@@ -70,7 +70,7 @@ def fit(
 
 
 def _nearer(
-    sizes: _Sizes,
+    sizes: Sizes,
     layers: Sequence[LayerShape],
     excess: float,
     wanted: Sequence[tuple[float, float]],
@@ -110,7 +110,7 @@ def by_global_ranking(
     least one group and ``budget.ffn_step`` channels; so does all of ``exempt``. Among equal scores, later layers' go
     first, and of one layer channels before groups, the last first.
     """
-    sizes = _Sizes(source, budget)
+    sizes = Sizes(source, budget)
     parts = [part for layer in zip(groups, channels, strict=True) for part in layer]  # groups, channels, groups, …
     counts = [len(part) for part in parts]
     scores = torch.cat(parts).double()  # [units], in order of the layers
@@ -187,7 +187,7 @@ def refuse_least(
     slack = 1 if budget.apart else 1 + budget.TOLERANCE
 
     def kept(least: float) -> dict[str, int]:
-        layers = _Sizes(source, budget, least).smallest(exempt)
+        layers = Sizes(source, budget, least).smallest(exempt)
         return {
             "parameters": budget.count(source.with_layers(layers)),
             "query groups": sum(layer.num_query_groups for layer in layers),
@@ -214,7 +214,7 @@ def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tu
     Their groups and FFN shrink as evenly as the budget allows; where layers of ``source`` differ, each keeps the same
     share of both. UsageError if the exempt layers alone are more than the budget.
     """
-    sizes, full = _Sizes(source, budget), source.by_layer()[0]
+    sizes, full = Sizes(source, budget), source.by_layer()[0]
     if isinstance(source, HeterogeneousShape):
         return _same_share(sizes, source, budget, exempt)
     group, channel = sizes.unit_costs(0)
@@ -232,7 +232,7 @@ def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tu
 
 
 def _same_share(
-    sizes: _Sizes, source: HeterogeneousShape, budget: Budget, exempt: Collection[int]
+    sizes: Sizes, source: HeterogeneousShape, budget: Budget, exempt: Collection[int]
 ) -> tuple[LayerShape, ...]:
     costs = [sizes.unit_costs(layer) for layer in range(source.num_layers)]
     others = sum(
@@ -279,7 +279,7 @@ def keep(
     )
 
 
-class _Sizes:
+class Sizes:
     """The possible sizes of a model's layers, and what they cost in parameters, of those that count."""
 
     def __init__(self, source: ModelShape, budget: Budget, least: float = 0.0) -> None:
@@ -321,6 +321,10 @@ class _Sizes:
     def possible_groups(self, number: int) -> list[int]:
         """Numbers of query groups that layer ``number`` can have, ascending."""
         return self._groups[number]
+
+    def possible_channels(self, number: int) -> list[int]:
+        """Numbers of FFN channels that layer ``number`` can have, ascending."""
+        return self._ffn[number]
 
     def nearest(self, number: int, wish: tuple[float, float]) -> LayerShape:
         """The possible sizes of layer ``number`` that are nearest to a wish; of two, the larger."""

@@ -123,15 +123,18 @@ class UnitOptions(Settings):
 
     allocation: str = setting(
         "uniform",
-        choices=("uniform", "global"),
+        choices=("uniform", "global", "search"),
         metavar="HOW",
-        help="flap, llm-pruner, wanda-sp: uniform (default), or global: layers differ",
+        help="flap, llm-pruner, wanda-sp: uniform (default), or layers differ: global, search",
     )
     least_kept: float = setting(
         0.0,
         kind=fraction,
         metavar="F",
-        help="with global, every layer keeps this fraction of its groups and FFN (default: 0)",
+        help="with these, every layer keeps this fraction of its groups and FFN (default: 0)",
+    )
+    search_generations: int | None = setting(
+        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
     )
 
 

@@ -1,10 +1,12 @@
-"""Methods that rank query groups and FFN channels: the same number in every layer, or one ranking over all layers.
+"""Methods that rank query groups and FFN channels: the same number in every layer, or sizes that differ.
 
 With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``global`` the lowest
 scores of all layers go until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or
 ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps as many on
-average as its size says. Layers then differ; ``--least-kept`` says how much of each stays in any case. Of a parent
-whose layers differ already, ``uniform`` takes the same share of every layer, and ``global`` ranks what is there.
+average as its size says. With ``search`` the calibration loss decides every layer's sizes, from the better of these two
+on (``size_search.py``); the scores then only rank the units of a layer. Layers differ with both; ``--least-kept`` says
+how much of each stays in any case. Of a parent whose layers differ already, ``uniform`` takes the same share of every
+layer, and ``global`` ranks what is there.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import torch
 
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import layer_sizes
+from megatron_prune.methods import evolution, layer_sizes
 from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.options import UnitOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
+from megatron_prune.methods.size_search import Layers, SizeSwaps
 
 # The inputs of linear_proj and linear_fc2, as statistics call them.
 SITES: dict[str, Axis] = {"attention": "heads", "mlp": "ffn"}
@@ -34,7 +37,12 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         return "num_query_groups", "ffn_hidden_size"  # whole groups
 
     def heterogeneous(self, settings: O) -> bool:
-        return settings.allocation == "global" or bool(self.exempt(settings))
+        return settings.allocation != "uniform" or bool(self.exempt(settings))
+
+    def evolution(self, settings: O) -> int | None:
+        if settings.allocation != "search":
+            return None
+        return evolution.GENERATIONS if settings.search_generations is None else settings.search_generations
 
     def exempt(self, settings: O) -> Collection[int]:
         """Layers that stay whole."""
@@ -49,13 +57,21 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         """Of a layer's query groups [G] and FFN channels [F], which compare over layers and with each other."""
 
     def check(self, settings: O) -> None:
-        if settings.least_kept and settings.allocation != "global":
-            raise UsageError(
-                "--least-kept", got=f"--allocation {settings.allocation}", expected="--allocation global with it"
-            )
+        got = f"--allocation {settings.allocation}"
+        if settings.least_kept and settings.allocation == "uniform":
+            raise UsageError("--least-kept", got=got, expected="--allocation global or search with it")
+        if settings.search_generations is not None and settings.allocation != "search":
+            raise UsageError("--search-generations", got=got, expected="--allocation search with it")
+        if (generations := self.evolution(settings)) is not None:
+            evolution.Evolution(generations, 0)  # refuses a number below 1
 
     def check_budget(self, settings: O, source: ModelShape, target: ModelShape, budget: Budget) -> None:
         exempt = self.exempt(settings)
+        if budget.apart and self.evolution(settings) is not None:
+            raise UsageError(
+                "--allocation", got="search for explicit sizes", expected="--ratio or --target-params with it",
+                why="it trades query groups for FFN channels",
+            )  # fmt: skip
         if beyond := [layer for layer in exempt if layer >= source.num_layers]:
             raise UsageError(
                 "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
@@ -63,28 +79,63 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         layer_sizes.refuse_least(source, target, budget, settings.least_kept, exempt=exempt)
 
     def select(self, request: PruningRequest[O]) -> Selection:
-        layers = range(request.source.num_layers)
-        heads, channels = zip(*(self.scores(request, layer) for layer in layers), strict=True)
         source, target, budget = request.source, request.target, request.budget
         if budget is None:
-            return keep_units(source, target, heads, channels)
+            return self.finished(keep_units(source, target, *self._all_scores(request)), request)
+        (sizes,) = self.starts(request)
+        return self.of_sizes(request, sizes)
+
+    def of_sizes(self, request: PruningRequest[O], sizes: Layers) -> Selection:
+        """What is kept if layers have these sizes: the highest scores of each."""
+        return self.finished(layer_sizes.keep(request.source, sizes, *self._all_scores(request)), request)
+
+    def finished(self, kept: Selection, request: PruningRequest[O]) -> Selection:
+        """``kept`` with what else the method leaves."""
+        return kept
+
+    def starts(self, request: PruningRequest[O]) -> list[Layers]:
+        """The sizes of all layers that the allocation says, or, of a search, from the better of which it starts."""
+        source, target, budget = request.source, request.target, request.budget
+        assert budget is not None
         if not isinstance(source, HeterogeneousShape) and target.heads_per_group != source.heads_per_group:
             raise UsageError(
                 "--target-num-attention-heads", got=f"{target.heads_per_group} heads per query group",
                 expected=f"the parent's {source.heads_per_group} where layers may differ", why="whole groups go",
             )  # fmt: skip
-        counted = source.with_biases() if self.adds_biases(request.settings) else source
-        self.check_budget(request.settings, counted, target, budget)
-        exempt, least = self.exempt(request.settings), request.settings.least_kept
-        if request.settings.allocation == "uniform":
-            sizes = layer_sizes.evenly(counted, budget, exempt=exempt)
-            return layer_sizes.keep(source, sizes, heads, channels)
-        groups, units = zip(*(self.comparable(request, layer) for layer in layers), strict=True)
+        allocation = request.settings.allocation
+        found = [self._alike(request, budget)] if allocation != "global" else []
+        return list(dict.fromkeys([*found, *([self._ranked(request, budget)] if allocation != "uniform" else [])]))
+
+    def swaps(self, request: PruningRequest[O]) -> SizeSwaps:
+        """The moves of a search."""
+        assert request.budget is not None
+        settings = request.settings
+        exempt, least = self.exempt(settings), settings.least_kept
+        return SizeSwaps(self._counted(request), request.budget, exempt=exempt, least=least)
+
+    def _all_scores(self, request: PruningRequest[O]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Of every layer's heads, and of its FFN channels."""
+        heads, channels = zip(*(self.scores(request, n) for n in range(request.source.num_layers)), strict=True)
+        return heads, channels
+
+    def _counted(self, request: PruningRequest[O]) -> ModelShape:
+        """The parent with the biases that the method adds: their parameters count."""
+        return request.source.with_biases() if self.adds_biases(request.settings) else request.source
+
+    def _alike(self, request: PruningRequest[O], budget: Budget) -> Layers:
+        """The same sizes in every layer that is not exempt, or the same share of each, as near as possible."""
+        return layer_sizes.evenly(self._counted(request), budget, exempt=self.exempt(request.settings))
+
+    def _ranked(self, request: PruningRequest[O], budget: Budget) -> Layers:
+        """By rankings over all layers."""
+        settings, source = request.settings, self._counted(request)
+        exempt, least = self.exempt(settings), settings.least_kept
+        groups, units = zip(*(self.comparable(request, n) for n in range(source.num_layers)), strict=True)
         if budget.apart:
-            sizes = layer_sizes.by_two_rankings(counted, target, groups, units, budget, exempt=exempt, least=least)
-        else:
-            sizes = layer_sizes.by_global_ranking(counted, groups, units, budget, exempt=exempt, least=least)
-        return layer_sizes.keep(source, sizes, heads, channels)
+            return layer_sizes.by_two_rankings(
+                source, request.target, groups, units, budget, exempt=exempt, least=least
+            )
+        return layer_sizes.by_global_ranking(source, groups, units, budget, exempt=exempt, least=least)
 
 
 def keep_units(

@@ -17,7 +17,8 @@ from megatron_prune.errors import UsageError
 from megatron_prune.settings import Settings
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured import statistics as statistics_file
-from megatron_prune.structured.candidates import FILE, Candidate, Question
+from megatron_prune.structured.candidate import Candidate
+from megatron_prune.structured.candidates import FILE, Question
 from megatron_prune.structured.plan import PruningPlan
 from megatron_prune.training import learned_file
 
@@ -35,7 +36,7 @@ class Unscored:
 def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscored:
     """The plan that ``asked`` and the method's ``own`` settings describe, written to ``asked.output``."""
     method = methods.get(asked.method)
-    if asked.seed is not None and not method.random:
+    if asked.seed is not None and not method.draws(own):
         expected = f"no such flag with --method {asked.method}, which draws no random numbers"
         raise UsageError("--seed", got=asked.seed, expected=expected)
     if asked.seed is not None and asked.seed < 0:

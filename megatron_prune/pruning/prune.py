@@ -103,17 +103,17 @@ def choose(
         _refuse_given(asked, verbs.ExportableSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    both = {flag.name: flag for flag in own.flags() if flag.name == "allocation"}
+    both = {flag.name: flag for flag in own.flags() if flag.name in ("allocation", "search_generations")}
     if not both and asked.was_given("allocation"):
         some = [name for name, flags in options.STRUCTURED.items() if issubclass(flags, options.UnitOptions)]
         raise UsageError(
             "--allocation", got=f"{asked.allocation} with --method {asked.method}",
-            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or uniform or "
-            f"global with --method {either(sorted(some))}",
+            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or uniform, "
+            f"global or search with --method {either(sorted(some))}",
         )  # fmt: skip
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method, but=both)
-    for name, flag in both.items():
-        flag.convert(getattr(own, name))  # the verb's flag takes those of sparse methods too
+    if isinstance(own, options.UnitOptions):
+        both["allocation"].convert(own.allocation)  # the verb's flag takes those of sparse methods too
     if methods.get(asked.method).learned:
         if asked.exportable:
             raise UsageError("--exportable", got=f"--method {asked.method}", expected="a --method that is calibrated")

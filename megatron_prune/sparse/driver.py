@@ -31,9 +31,10 @@ from megatron_prune import screen
 from megatron_prune.checkpoint.layout import layer_name
 from megatron_prune.engine import cpu, fp8, runtime, spec
 from megatron_prune.masks import megatron as megatron_masks
-from megatron_prune.methods import level_search
+from megatron_prune.methods import evolution
 from megatron_prune.methods.allocation import OutlierWeighing
-from megatron_prune.methods.level_search import Found, LevelSearch
+from megatron_prune.methods.evolution import Evolution, Found
+from megatron_prune.methods.level_search import Levels
 from megatron_prune.sparse.block import Inputs, Statistic, count_outliers, prune_block
 from megatron_prune.sparse.level_masks import LevelMasks
 from megatron_prune.sparse.matrices import SUFFIXES
@@ -86,7 +87,7 @@ def _begin(args: argparse.Namespace, task: SparsifyTask) -> tuple[list[Any], Scr
 
 def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
     """``task`` with every layer's ratio. Counts outliers, or searches, if an earlier attempt has not."""
-    if isinstance(task.request.allocation, LevelSearch):
+    if isinstance(task.request.allocation, Evolution):
         _search(args, model, task, task.request.allocation, scratch)
         return allocated(task, scratch)
     counted: list[Any] = [scratch.outliers(task.layers) is not None] if args.rank == 0 else [None]
@@ -101,11 +102,11 @@ def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, sc
 
 
 def _search(
-    args: argparse.Namespace, model: list[Any], task: SparsifyTask, search: LevelSearch, scratch: Scratch
+    args: argparse.Namespace, model: list[Any], task: SparsifyTask, search: Evolution, scratch: Scratch
 ) -> None:
     """Leave the result of the search in the scratch folder; it goes on where an earlier attempt was stopped."""
     grid = task.request.grid(task.parent.shape)
-    kept: list[Found | None] = [scratch.levels() if args.rank == 0 else None]
+    kept: list[Found[Levels] | None] = [scratch.levels() if args.rank == 0 else None]
     torch.distributed.broadcast_object_list(kept, src=0)
     (found,) = kept
     if found is not None and found.generation == search.generations:
@@ -117,10 +118,10 @@ def _search(
     windows = len(task.windows)
     with screen.Bar(search.generations, "searching ratios of layers", "generation") as bar:
         if found is None:
-            found = level_search.begin(len(task.layers), windows, masks.losses)
+            found = evolution.begin([(0,) * len(task.layers)], windows, masks.losses)
         bar.reach(found.generation)
         while found.generation < search.generations:
-            found = level_search.generation(found, search, grid, windows, masks.losses)
+            found = evolution.generation(found, search, grid.offspring, windows, masks.losses)
             if args.rank == 0:
                 scratch.keep_levels(found)
             bar.advance(note=f"loss {found.loss:.4f}, uniform {found.uniform:.4f}")

@@ -16,7 +16,8 @@ from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
 from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
-from megatron_prune.methods.level_search import GENERATIONS, LevelGrid, LevelSearch
+from megatron_prune.methods.evolution import Evolution
+from megatron_prune.methods.level_search import LevelGrid
 from megatron_prune.settings import either, numbers_of
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
@@ -34,7 +35,7 @@ class SparsifyRequest:
     of: Mapping[str, Sparsity]  # by module that is pruned
     layers: tuple[int, ...] | None  # None: all
     seed: int | None
-    allocation: OutlierWeighing | LevelSearch | None = None  # None: every layer has the same ratio
+    allocation: OutlierWeighing | Evolution | None = None  # None: every layer has the same ratio
     by_layer: Mapping[tuple[int, str], Sparsity] = field(default_factory=dict)  # with it, once it is known
 
     @property
@@ -101,7 +102,7 @@ class SparsifyRequest:
                 for matrix in matrices(module, shape.of_layer(layer)):
                     inputs = f"{matrix.name} ({layer_name(layer, SUFFIXES[module])})"
                     self.of[module].pattern.check_inputs(inputs, matrix.inputs)
-        if isinstance(self.allocation, LevelSearch):
+        if isinstance(self.allocation, Evolution):
             if isinstance(shape, HeterogeneousShape):
                 raise UsageError(
                     "--allocation", got="search for a model whose layers differ", expected="owl or uniform",
@@ -146,7 +147,7 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
 
 def _allocation(
     name: str, asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping[str, float], seed: int
-) -> OutlierWeighing | LevelSearch | None:
+) -> OutlierWeighing | Evolution | None:
     """How ratios are allocated. UsageError for a pattern that fixes them, or settings that do not fit."""
     for setting, needed in (("owl_threshold", "owl"), ("owl_bound", "owl"), ("search_generations", "search")):
         if asked.was_given(setting) and asked.allocation != needed:
@@ -168,8 +169,7 @@ def _allocation(
     if asked.allocation == "search":
         if name == "random":
             raise UsageError("--allocation", got="search", expected="owl or uniform with --method random")
-        generations = asked.search_generations
-        return LevelSearch(GENERATIONS if generations is None else generations, seed)
+        return Evolution.of(asked.search_generations, seed)
     owl = OutlierWeighing(
         THRESHOLD if asked.owl_threshold is None else asked.owl_threshold,
         BOUND if asked.owl_bound is None else asked.owl_bound,

@@ -15,7 +15,8 @@ from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
 from megatron_prune.methods.allocation import OutlierWeighing
-from megatron_prune.methods.level_search import Found
+from megatron_prune.methods.evolution import Found
+from megatron_prune.methods.level_search import Levels
 from megatron_prune.sparse.matrices import matrices
 from megatron_prune.sparse.request import SparsifyRequest, SparsifyTask
 from megatron_prune.sparse.scratch import Scratch
@@ -86,7 +87,7 @@ def allocated(task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
     else:
         found = scratch.levels()
         assert found is not None
-        shifts = [level * request.grid(shape).step for level in found.levels]
+        shifts = [level * request.grid(shape).step for level in found.allocation]
     return replace(task, request=request.allocated(shape, shifts))
 
 
@@ -117,7 +118,7 @@ def _provenance(
     rows: Iterable[Mapping[str, Any]],
     calibration: Mapping[str, Any] | None,
     masks: str,
-    searched: Found | None,
+    searched: Found[Levels] | None,
 ) -> dict[str, Any]:
     """This pruning's entry in the chain of ``pruning.json``."""
     parent, request, windows = task.parent, task.request, task.windows
@@ -155,7 +156,7 @@ def _provenance(
 
 
 def flops(
-    shape: ModelShape, request: SparsifyRequest, sequences: int, seq_length: int, searched: Found | None = None
+    shape: ModelShape, request: SparsifyRequest, sequences: int, seq_length: int, searched: Found[Levels] | None = None
 ) -> int:
     """Dense FLOPs of a pruning that reads ``sequences``: each block runs forward once or twice.
 

@@ -31,7 +31,8 @@ from megatron_prune.artifacts import explain_full_disk, read_json, write_bytes, 
 from megatron_prune.checkpoint.parallel import Part, copy_overlap, read_part, write_part
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import pack, unpack
-from megatron_prune.methods.level_search import Found
+from megatron_prune.methods.evolution import Found
+from megatron_prune.methods.level_search import Levels
 
 POLL_SECONDS = 0.1
 _PATIENT_SECONDS = 1.0
@@ -197,14 +198,17 @@ class Scratch:
 
     # -- levels -------------------------------------------------------------------------------------
 
-    def keep_levels(self, found: Found) -> None:
+    def keep_levels(self, found: Found[Levels]) -> None:
         """Store how far a search has come."""
         write_json(self.folder / "levels.json", found.to_json())
 
-    def levels(self) -> Found | None:
+    def levels(self) -> Found[Levels] | None:
         """What a search has found so far."""
         path = self.folder / "levels.json"
-        return Found.from_json(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        content = read_json(path)
+        return Found(**{**content, "allocation": tuple(content["allocation"])})
 
     # -- waiting ------------------------------------------------------------------------------------
 

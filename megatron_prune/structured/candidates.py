@@ -1,114 +1,48 @@
-"""Candidates: the selections that a method offers if the model's loss is to choose, and ``candidates.json``.
+"""The selections that a method offers if the model's loss is to choose among them, and ``candidates.json``.
 
-A candidate is a selection of layers, hidden channels, heads and FFN channels to keep. Its score is the parent's mean
-loss on the calibration windows with only these running. If a task is to choose, its accuracy on the task is stored
-too (and the whole parent's, for comparison). The statistics store scores under the selection's key, so that a score
-made for one plan serves every other plan that asks about the same selection.
+If a task is to choose, a candidate's accuracy on the task is stored too (and the whole parent's, for comparison).
 
 ``plan`` writes ``candidates.json`` as the question for ``calibrate --score``: method, settings and target shapes.
 Readers derive the selections again from these and the statistics. If the best candidates are to be retrained, it is
 the question for ``retrain-candidates`` too.
 
-All candidates are scored on all windows, except those of a search: ``methods/halving.py`` sorts most out on few.
+All candidates are scored on all windows, except those of a search: ``methods/halving.py`` sorts most out on few. Those
+of a search for every layer's sizes (``size_evolution.py``) follow from the scores of the ones before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError, UsageError
 from megatron_prune.methods import halving, options
 from megatron_prune.methods.base import (
-    DIMENSIONS,
     Budget,
     Method,
-    NearTie,
     PruningRequest,
     RankingMethod,
     Retraining,
     Selection,
 )
+from megatron_prune.methods.units import UnitMethod
 from megatron_prune.settings import Settings
-from megatron_prune.structured.statistics import Score, Statistics, StatisticsError, TaskScore, loss_of
+from megatron_prune.structured.candidate import Candidate, Run, Standing
+from megatron_prune.structured.size_evolution import SearchState, SizeEvolution
+from megatron_prune.structured.statistics import Statistics, StatisticsError
 from megatron_prune.training.learned_file import LearnedMasks
 
 VERSION = 1
 FILE = "candidates.json"
 _DEPTH = options.MinitronDepthOptions()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One of the selections among which the model's loss chooses.
-
-    ``choose`` makes the selection when it is asked for: a large model has too many indices to hold those of a whole
-    search at once.
-    """
-
-    source: ModelShape
-    target: ModelShape
-    choose: Callable[[], Selection]
-
-    @property
-    def selection(self) -> Selection:
-        return self.choose()
-
-    @cached_property
-    def key(self) -> str:
-        """Its selection's, under which scores are stored."""
-        return self.selection.key
-
-    @property
-    def skips_layers_only(self) -> bool:
-        """True if every layer that stays is whole."""
-        if isinstance(self.source, HeterogeneousShape):
-            kept = self.selection
-            return kept.hidden is None and kept.heads is None and kept.ffn is None
-        return replace(self.source, num_layers=self.target.num_layers) == self.target
-
-    @property
-    def label(self) -> str:
-        """What it removes or keeps, in words."""
-        shape, layers = self.target, self.source.num_layers
-        if shape == self.source:
-            return "dense"
-        if self.skips_layers_only:
-            return f"without layers {numbers_in_words(sorted(set(range(layers)) - set(self.selection.layers)))}"
-        fewer = f"{shape.num_layers} layers, " if shape.num_layers < layers else ""
-        heads, groups, ffn = map(shape.range_of, DIMENSIONS[2:])
-        return f"{fewer}hidden {shape.hidden_size}, {heads} heads in {groups} groups, FFN {ffn}"
-
-    def scoring_flops(self, seq_length: int) -> int:
-        """FLOPs of one sequence through it: removed layers are skipped, but channels are only masked."""
-        if self.target.num_layers == self.source.num_layers:
-            return self.source.forward_flops(seq_length)
-        sizes = self.source.by_layer()
-        return self.source.with_layers([sizes[layer] for layer in self.selection.layers]).forward_flops(seq_length)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What must be run next: these candidates, on the first ``windows`` calibration windows."""
-
-    candidates: list[Candidate]
-    windows: int
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A round of a search: the candidates in it, by number, on the first ``windows`` windows; and the near-ties of the
-    cut that they survived."""
-
-    windows: int
-    candidates: list[int]
-    ties: list[NearTie]
 
 
 @dataclass(frozen=True)
@@ -131,32 +65,10 @@ class Question:
         for another target; or the scores that choose the layers of a search over depth and width.
         """
         method = methods.get(self.method)
-        if statistics is None and uses_statistics(method, self.settings):
-            made_by = "learn-masks" if method.learned else "calibrate"
-            raise StatisticsError(
-                f"--statistics: expected a file, which {self.method} reads, got none; make it with {made_by}"
-            )
-        if statistics is not None and (statistics.parent != self.parent or statistics.shape != self.source):
-            raise StatisticsError(
-                f"the statistics are of another parent: expected the fingerprint {self.parent}, got "
-                f"{statistics.parent}; run calibrate on this parent"
-            )
-        if isinstance(statistics, LearnedMasks):
-            if statistics.target not in self.targets:
-                raise StatisticsError(
-                    f"--statistics: expected masks for {self.targets[0]}, got masks that were learned for "
-                    f"{statistics.target}; ask for that target, or learn others"
-                )
-            tensors, tokens = statistics.tensors, 0
-        else:
-            needed = method.needs(self.settings) if statistics else ()
-            if statistics is not None and not statistics.tensors.keys() >= set(needed):
-                raise StatisticsError(
-                    f"--statistics: expected those with gradients, which {self.method} reads, got those without; make "
-                    "them with calibrate --gradients"
-                )
-            tensors = {key: statistics.tensors[key] for key in needed} if statistics else {}
-            tokens = statistics.tokens if statistics else 0
+        tensors, tokens = self._read(method, statistics)
+        if self.searches_sizes:
+            assert isinstance(statistics, Statistics)
+            return self._progress(statistics).tried
         stay = self._layers(statistics) if isinstance(statistics, Statistics) else {}
         if (made := self.__dict__.get("_made")) and made[0] is tensors_of(statistics) and made[1] == stay:
             return list(made[2])
@@ -174,35 +86,82 @@ class Question:
                 reached = target if alike and self.budget is None else selection.shape(self.source)
                 if self.budget is not None:
                     _refuse_off_budget(reached, self.budget)
-                found.append(Candidate(self.source, reached, partial(_same, selection)))
+                found.append(Candidate.of(self.source, reached, selection))
         self.__dict__["_made"] = (tensors_of(statistics), stay, found)  # their keys take time to compute
         return list(found)
+
+    def _read(
+        self, method: Method[Any], statistics: Statistics | LearnedMasks | None
+    ) -> tuple[Mapping[str, torch.Tensor], int]:
+        """What the method reads of ``statistics``, and the tokens that its sums are over; raises as ``candidates``."""
+        if statistics is None and uses_statistics(method, self.settings):
+            made_by = "learn-masks" if method.learned else "calibrate"
+            raise StatisticsError(
+                f"--statistics: expected a file, which {self.method} reads, got none; make it with {made_by}"
+            )
+        if statistics is None:
+            return {}, 0
+        if statistics.parent != self.parent or statistics.shape != self.source:
+            raise StatisticsError(
+                f"the statistics are of another parent: expected the fingerprint {self.parent}, got "
+                f"{statistics.parent}; run calibrate on this parent"
+            )
+        if isinstance(statistics, LearnedMasks):
+            if statistics.target not in self.targets:
+                raise StatisticsError(
+                    f"--statistics: expected masks for {self.targets[0]}, got masks that were learned for "
+                    f"{statistics.target}; ask for that target, or learn others"
+                )
+            return statistics.tensors, 0
+        needed = method.needs(self.settings)
+        if not statistics.tensors.keys() >= set(needed):
+            raise StatisticsError(
+                f"--statistics: expected those with gradients, which {self.method} reads, got those without; make "
+                "them with calibrate --gradients"
+            )
+        return {key: statistics.tensors[key] for key in needed}, statistics.tokens
+
+    @property
+    def searches_sizes(self) -> bool:
+        """True if candidates follow from the scores of those before, until every layer's sizes are found."""
+        return methods.get(self.method).evolution(self.settings) is not None
+
+    def _progress(self, statistics: Statistics) -> SearchState:
+        """How far the search for every layer's sizes has come."""
+        if (made := self.__dict__.get("_evolution")) is None or made[0] is not statistics.tensors:
+            method = methods.get(self.method)
+            assert isinstance(method, UnitMethod)
+            tensors, tokens = self._read(method, statistics)
+            (target,) = self.targets
+            request = PruningRequest(self.source, target, self.settings, tensors, self.seed, tokens, self.budget)
+            made = statistics.tensors, SizeEvolution(method, request, statistics.sequences)
+            self.__dict__["_evolution"] = made
+        evolution: SizeEvolution = made[1]
+        return evolution.progress(statistics.loss_on)
 
     @property
     def dense(self) -> Candidate:
         """The whole parent, to which a task's accuracies are compared."""
         whole = Selection(tuple(range(self.source.num_layers)))
-        return Candidate(self.source, self.source, partial(_same, whole))
+        return Candidate.of(self.source, self.source, whole)
 
     @property
     def halves(self) -> bool:
         """True if only the better candidates are run on all windows."""
         search = methods.get(self.method).search(self.settings)
-        return search is not None and not search.shapes
+        return self.searches_sizes or (search is not None and not search.shapes)
 
     def runs_of_layers(self) -> list[Candidate]:
         """Candidates without consecutive layers, at full width, for every depth that a search of depth and width tries.
 
         The best of each depth is what that search removes with it.
         """
-        if not self.halves:
+        if not self.halves or self.searches_sizes:
             return []
         depths = sorted({target.num_layers for target in self.targets} - {self.source.num_layers})
         asked = [PruningRequest(self.source, replace(self.source, num_layers=n), _DEPTH) for n in depths]
         depth = methods.get("minitron-depth")
-        return [
-            Candidate(self.source, one.target, partial(_same, run)) for one in asked for run in depth.candidates(one)
-        ]
+        return [Candidate.of(self.source, one.target, run) for one in asked for run in depth.candidates(one)]
 
     def _layers(self, statistics: Statistics) -> dict[int, tuple[int, ...]]:
         """The layers that stay, by their number, where a search of depth and width has other depths than the parent's.
@@ -229,6 +188,8 @@ class Question:
         found = self.candidates(statistics)
         if not self.halves:
             return [Standing(statistics.sequences, list(range(len(found))), [])]
+        if self.searches_sizes:
+            return _standings(found, statistics)
         standings = [Standing(self._schedule(statistics)[0].windows, list(range(len(found))), [])]
         for following in self._schedule(statistics)[1:]:
             windows, left = standings[-1].windows, standings[-1].candidates
@@ -247,6 +208,9 @@ class Question:
             windows = self._schedule(statistics)[0].windows
             if missing := [c for c in runs if statistics.loss_on(c.key, windows) is None]:
                 return Run(missing, windows)
+        if self.searches_sizes:
+            progress = self._progress(statistics)
+            return Run(progress.missing, progress.windows) if progress.missing else None
         found, current = self.candidates(statistics), self.rounds(statistics)[-1]
         asked = [found[i] for i in current.candidates]
         if self.task is not None:
@@ -332,13 +296,18 @@ def _refuse_off_budget(reached: ModelShape, budget: Budget) -> None:
         )
 
 
+def _standings(found: Sequence[Candidate], statistics: Statistics) -> list[Standing]:
+    """Which of ``found`` were run on how many windows; the last are those that were run on all."""
+    known = {windows for c in found if (score := statistics.scores.get(c.key)) for windows in score.rounds}
+    return [
+        Standing(n, [i for i, c in enumerate(found) if statistics.loss_on(c.key, n) is not None], [])
+        for n in sorted(known | {statistics.sequences})
+    ]
+
+
 def tensors_of(statistics: Statistics | LearnedMasks | None) -> object:
     """The object that says whether two statistics hold the same sums; scores may differ."""
     return None if statistics is None else statistics.tensors
-
-
-def _same(selection: Selection) -> Selection:
-    return selection
 
 
 def uses_statistics(method: Method[Any], settings: Settings) -> bool:
@@ -349,44 +318,3 @@ def uses_statistics(method: Method[Any], settings: Settings) -> bool:
 def _has_task(candidate: Candidate, statistics: Statistics, task: str) -> bool:
     score = statistics.scores.get(candidate.key)
     return score is not None and task in score.tasks
-
-
-def with_scores(
-    statistics: Statistics, found: Sequence[Candidate], losses: Sequence[float], windows: int | None = None
-) -> Statistics:
-    """``statistics`` with the losses of these candidates added: on all windows, or on the first ``windows``."""
-    scores = dict(statistics.scores)
-    for candidate, loss in zip(found, losses, strict=True):
-        score, loss = scores.get(candidate.key), loss_of(loss)
-        if windows is None or windows == statistics.sequences:
-            new = Score(candidate.label, loss) if score is None else replace(score, loss=loss, windows=None)
-        elif score is None:
-            new = Score(candidate.label, loss, windows=windows, rounds={windows: loss})
-        else:
-            new = replace(score, rounds={**score.rounds, windows: loss})
-            if score.windows is not None and windows > score.windows:
-                new = replace(new, loss=loss, windows=windows)
-        scores[candidate.key] = new
-    return replace(statistics, scores=scores)
-
-
-def with_accuracies(
-    statistics: Statistics, found: Sequence[Candidate], task: str, accuracies: Sequence[TaskScore]
-) -> Statistics:
-    """``statistics`` with the accuracies on ``task`` (a fingerprint) of these candidates, which have losses, added."""
-    scores = dict(statistics.scores)
-    for candidate, score in zip(found, accuracies, strict=True):
-        earlier = scores[candidate.key]
-        scores[candidate.key] = replace(earlier, tasks={**earlier.tasks, task: score})
-    return replace(statistics, scores=scores)
-
-
-def numbers_in_words(numbers: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` → ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -171,4 +171,4 @@ def choose(
     method.check(own)
     shapes = (own.target_shapes or ()) if isinstance(own, WidthOptions) else ()
     target = targets.from_settings(asked, shapes, tensor_parallel)
-    return Choice(name, method, own, target, seed if method.random else None, exportable)
+    return Choice(name, method, own, target, seed if method.draws(own) else None, exportable)

@@ -16,7 +16,8 @@ from megatron_prune import methods
 from megatron_prune.errors import PlanError
 from megatron_prune.methods.base import NearTie
 from megatron_prune.methods.ranking import highest_accuracy, lowest_loss, lowest_losses
-from megatron_prune.structured.candidates import Candidate, Question, Standing
+from megatron_prune.structured.candidate import Candidate, Standing
+from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, StatisticsError, loss_of
 
 

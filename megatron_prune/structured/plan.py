@@ -22,7 +22,8 @@ from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError
 from megatron_prune.evaluation.latency import PredictedLatency
 from megatron_prune.methods.base import Compensation, Gates, NearTie, Selection
-from megatron_prune.structured.candidates import Candidate, Question, uses_statistics
+from megatron_prune.structured.candidate import Candidate
+from megatron_prune.structured.candidates import Question, uses_statistics
 from megatron_prune.structured.judge import Scored, judge, spent
 from megatron_prune.structured.statistics import Statistics
 from megatron_prune.training.learned_file import LearnedMasks

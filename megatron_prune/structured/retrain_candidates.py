@@ -30,7 +30,8 @@ from megatron_prune.errors import MegatronPruneError, RunError, UsageError
 from megatron_prune.methods.options import MinitronWidthOptions
 from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import statistics as statistics_file
-from megatron_prune.structured.candidates import Candidate, Question
+from megatron_prune.structured.candidate import Candidate
+from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.judge import loss_text
 from megatron_prune.structured.statistics import Retrained, Statistics
 from megatron_prune.training.account import read_account

@@ -78,8 +78,8 @@ def needs_of(study: StudyConfig, method: MethodSection, ratio: float | None) -> 
         )
     _ = chosen.task  # refuses a file that is not a task
     return Needs(
-        chosen.needs_statistics, chosen.needs_scores, random=chosen.method.random, retraining=retraining,
-        heterogeneous=chosen.heterogeneous,
+        statistics=chosen.needs_statistics, scores=chosen.needs_scores, retraining=retraining,
+        random=chosen.method.draws(chosen.settings), heterogeneous=chosen.heterogeneous,
     )  # fmt: skip
 
 

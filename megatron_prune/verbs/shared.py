@@ -148,7 +148,7 @@ class AnySparsitySettings(SparsitySettings):
         "uniform",
         choices=(*ALLOCATIONS, "global"),
         metavar="HOW",
-        help="uniform (default), owl, search (unstructured) or global (flap, llm-pruner, wanda-sp)",
+        help="uniform (default), search, owl (unstructured) or global (flap, llm-pruner, wanda-sp)",
     )
 
 

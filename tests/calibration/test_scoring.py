@@ -19,6 +19,7 @@ from megatron_prune.convert.huggingface import export_hf, import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES
 from megatron_prune.structured import apply, candidates, plan
 from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidate import Candidate
 from megatron_prune.structured.statistics import Statistics
 from tests.calibration.verbs import Verbs
 
@@ -132,7 +133,7 @@ AXES = ["hidden", "ffn", "heads", "groups"]
 SEARCH = ["--method", "minitron-width", "--search", *AXES, "--ratio", "0.4", "--tolerance", "0.1"]
 
 
-def applied_losses(verbs: Verbs, found: Statistics, offered: list[candidates.Candidate]) -> list[float]:
+def applied_losses(verbs: Verbs, found: Statistics, offered: list[Candidate]) -> list[float]:
     """Losses of checkpoints that are actually cut, by ``evaluate`` on the same windows."""
     parent, losses = open_checkpoint(verbs.parent), []
     for number, candidate in enumerate(offered):
@@ -219,11 +220,41 @@ def test_given_shapes_are_scored_like_a_searchs(verbs: Verbs, tmp_path: Path) ->
     assert "candidates: 2, by the loss" in shown
 
 
+def test_sizes_of_layers_are_searched_as_they_are_cut(
+    verbs: Verbs, tmp_path: Path, tiny_hf: Callable[..., Path]
+) -> None:
+    """``flap --allocation search``: the losses, with means in place of what goes, are those of the cut checkpoints."""
+    verbs.calibrate()
+    choice = ["--method", "flap", "--ratio", 0.4, "--allocation", "search", "--search-generations", 3, "--seed", 5]
+    choice += ["--tensor-model-parallel-size", 2]
+    losses: dict[str, float] = {}
+    for layout in ("tp2pp2", "dp2"):
+        assert verbs.make(*choice).returncode == EXIT_NEEDS_SCORES
+        nproc, flags = LAYOUTS[layout]
+        before, verbs.statistics = verbs.statistics, tmp_path / f"{layout}.safetensors"
+        asked = ["--score", tmp_path / "candidates.json", "--statistics", before, "--output", verbs.statistics]
+        verbs.job(["calibrate", *verbs.load, *asked, *flags], nproc=nproc).ok()
+        scores = statistics_file.read(verbs.statistics).scores
+        assert len(scores) > 20 and losses.keys() <= scores.keys()
+        for key, loss in losses.items():  # the first rounds are the same everywhere
+            assert scores[key].loss == pytest.approx(loss, abs=2e-5)
+        losses, shown = {key: one.loss for key, one in scores.items()}, verbs.make(*choice).ok().output
+        verbs.statistics = before
+    made = plan.read(verbs.plan)
+    assert made.chosen is not None and made.compensation is not None and "candidates: " in shown
+    apply.apply_plan(verbs.parent, made, tmp_path / "cut")
+    text = ["--data-path", verbs.corpus, "--seq-length", LENGTH, "--windows", SEQUENCES]
+    verbs.job(["evaluate", "--load", tmp_path / "cut", *text, "--output", tmp_path / "cut.json"]).ok()
+    (corpus,) = artifacts.read_json(tmp_path / "cut.json")["corpora"].values()
+    best = made.candidates[made.chosen]
+    assert best.loss == pytest.approx(corpus["loss"], abs=2e-5) and best.loss < made.candidates[0].loss
+
+
 HALVED = ["--method", "minitron-width", "--search", "hidden", "ffn", "heads", "--ratio", "0.4", "--tolerance", "0.05"]
 HALVED += ["--divisible-by", "12"]
 
 
-def given(found: list[candidates.Candidate]) -> list[object]:
+def given(found: list[Candidate]) -> list[object]:
     """The same shapes by name, which are all scored on all windows."""
     shapes = [c.target for c in found]
     words = [f"{s.hidden_size}/{s.num_attention_heads}/{s.ffn_hidden_size}" for s in shapes]

@@ -171,14 +171,25 @@ def test_all_names_are_dashed_files() -> None:
             "prune --method wanda --ratio 0.5 --allocation global",
             "--allocation: expected uniform, owl or search with a sparse --method, got global",
         ),
-        ("prune --method flap --ratio 0.5 --allocation owl", "--allocation: expected one of uniform, global, got owl"),
+        (
+            "prune --method flap --ratio 0.5 --allocation owl",
+            "--allocation: expected one of uniform, global, search, got owl",
+        ),
         (
             "prune --method shortgpt --ratio 0.5 --allocation global",
             "--allocation: expected uniform, owl or search with --method magnitude, random, sparsegpt or wanda, or "
-            "uniform or global with --method flap, llm-pruner or wanda-sp, got global with --method shortgpt",
+            "uniform, global or search with --method flap, llm-pruner or wanda-sp, got global with --method shortgpt",
         ),
-        ("prune --method flap --ratio 0.5 --least-kept 0.3", "--least-kept: expected --allocation global with it, got"),
+        ("prune --method flap --ratio 0.5 --least-kept 0.3", "--least-kept: expected --allocation global or "),
         ("prune --method flap --ratio 0.5 --allocation global --least-kept 1", "--least-kept: expected a fraction, "),
+        (
+            "prune --method flap --ratio 0.5 --search-generations 9",
+            "--search-generations: expected --allocation search with it, got --allocation uniform",
+        ),
+        (
+            "prune --method shortgpt --ratio 0.5 --search-generations 9",
+            "--search-generations: expected a sparse --method with it, got --method shortgpt",
+        ),
         (
             "prune --method shortgpt --ratio 0.5 --least-kept 0.3",
             "--least-kept: expected --method flap or llm-pruner or wanda-sp with it, got --method shortgpt",

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import halving, level_search
+from megatron_prune.methods import evolution, halving
 from megatron_prune.methods.allocation import whole_inputs
-from megatron_prune.methods.level_search import OFFSPRING, Found, LevelGrid, Levels, LevelSearch
+from megatron_prune.methods.evolution import OFFSPRING, Evolution, Found
+from megatron_prune.methods.level_search import LevelGrid, Levels
 
 WEIGHTS = (5.0, 1.0, 3.0, 0.5)  # what a step costs in each layer
 GRID = LevelGrid(Fraction(1, 40), -3, 3)
@@ -38,11 +39,11 @@ class Model:
         return [sum(loss(levels, w) for w in range(first, last)) / (last - first) for levels in allocations]
 
 
-def run(windows: int, generations: int, seed: int = 0) -> tuple[list[Found], Model]:
-    model, search = Model(), LevelSearch(generations, seed)
-    found = [level_search.begin(4, windows, model)]
+def run(windows: int, generations: int, seed: int = 0) -> tuple[list[Found[Levels]], Model]:
+    model, search = Model(), Evolution(generations, seed)
+    found = [evolution.begin([(0,) * 4], windows, model)]
     while found[-1].generation < generations:
-        found.append(level_search.generation(found[-1], search, GRID, windows, model))
+        found.append(evolution.generation(found[-1], search, GRID.offspring, windows, model))
     return found, model
 
 
@@ -51,12 +52,12 @@ def test_it_finds_the_best_of_all_allocations(windows: int, seed: int) -> None:
     every = [levels for levels in itertools.product(GRID.levels, repeat=4) if sum(levels) == 0]
     best = min(every, key=lambda levels: sum(loss(levels, w) for w in range(windows)))
     found, _ = run(windows, 60, seed)
-    assert found[-1].levels == best
+    assert found[-1].allocation == best
     assert found[-1].loss == pytest.approx(sum(loss(best, w) for w in range(windows)) / windows)
-    assert found[0].levels == (0, 0, 0, 0) and found[-1].uniform == found[0].loss
+    assert found[0].allocation == (0, 0, 0, 0) and found[-1].uniform == found[0].loss
     for before, after in itertools.pairwise(found):
-        assert sum(after.levels) == 0 and after.loss <= before.loss
-        assert (after.loss < before.loss) == (after.levels != before.levels)
+        assert sum(after.allocation) == 0 and after.loss <= before.loss
+        assert (after.loss < before.loss) == (after.allocation != before.allocation)
 
 
 def test_offspring_are_run_on_more_and_more_text() -> None:
@@ -71,10 +72,10 @@ def test_offspring_are_run_on_more_and_more_text() -> None:
 
 def test_a_generation_depends_on_its_number_and_seed_alone() -> None:
     found, _ = run(20, 10)
-    again = Found.from_json(found[4].to_json())
-    search = LevelSearch(10, 0)
+    again = Found(**found[4].to_json())
+    search = Evolution(10, 0)
     for expected in found[5:]:
-        again = level_search.generation(again, search, GRID, 20, Model())
+        again = evolution.generation(again, search, GRID.offspring, 20, Model())
         assert again == expected
     assert run(20, 10, seed=3)[0][1:] != found[1:]
 
@@ -83,10 +84,10 @@ def test_losses_that_are_not_finite_never_win() -> None:
     def broken(allocations: Sequence[Levels], first: int, last: int) -> list[float]:
         return [math.nan if levels[0] > 0 else 3.0 - levels[0] * -0.1 for levels in allocations]
 
-    found = level_search.begin(3, 5, broken)
+    found = evolution.begin([(0,) * 3], 5, broken)
     for _ in range(30):
-        found = level_search.generation(found, LevelSearch(30, 0), GRID, 5, broken)
-    assert found.levels[0] == GRID.lowest and math.isfinite(found.loss)
+        found = evolution.generation(found, Evolution(30, 0), GRID.offspring, 5, broken)
+    assert found.allocation[0] == GRID.lowest and math.isfinite(found.loss)
 
 
 @given(layers=st.integers(2, 6), seed=st.integers(0, 1000), data=st.data())
@@ -94,7 +95,7 @@ def test_offspring_stay_on_the_grid_and_on_the_total(layers: int, seed: int, dat
     grid = LevelGrid(Fraction(1, 40), *data.draw(st.sampled_from([(-1, 1), (-3, 2), (-2, 5)])))
     parent = tuple([0] * layers)
     for _ in range(20):
-        children = level_search.offspring(parent, grid, random.Random(seed))
+        children = grid.offspring(parent, random.Random(seed))
         assert children and len(children) <= OFFSPRING and len(set(children)) == len(children)
         for child in children:
             assert sum(child) == 0 and child != parent
@@ -138,4 +139,4 @@ def test_the_step_of_usual_models() -> None:
         with pytest.raises(UsageError, match="--allocation: expected owl or uniform, got search"):
             LevelGrid.of(sizes, [ratio])
     with pytest.raises(UsageError, match="--search-generations: expected at least 1, got 0"):
-        LevelSearch(0, 1)
+        Evolution(0, 1)

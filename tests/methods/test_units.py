@@ -228,8 +228,10 @@ def test_exempt_layers_stay_whole_and_the_others_are_alike(step: int) -> None:
     ],
 )  # fmt: skip
 def test_refused(flags: list[str], target: ModelShape, share: float, message: str) -> None:
+    budget = Budget(share * GQA.linear_parameters())
     with pytest.raises(UsageError, match=message):
-        Made(GQA, 0).select("llm-pruner", target, Budget(share * GQA.linear_parameters()), *flags)
+        methods.get("llm-pruner").check_budget(settings("llm-pruner", *flags), GQA, target, budget)
+        Made(GQA, 0).select("llm-pruner", target, budget, *flags)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,9 @@ def test_a_least_share_needs_one_ranking_over_all_layers(name: str) -> None:
     own = settings(name, "--allocation", "global", "--least-kept", "0.25")
     assert own.to_json()["least_kept"] == 0.25
     choices.choose(name, asked, own).shapes(GQA)
-    with pytest.raises(UsageError, match="--least-kept: expected --allocation global with it, got --allocation unif"):
+    with pytest.raises(
+        UsageError, match="--least-kept: expected --allocation global or search with it, got --allocation unif"
+    ):
         choices.choose(name, asked, settings(name, "--least-kept", "0.25"))
     for wrong in ("1", "-0.1", "nan", "half"):
         with pytest.raises(UsageError, match=f"--least-kept: expected a fraction, .* got {wrong}"):

@@ -17,6 +17,7 @@ from megatron_prune.methods.options import MinitronWidthOptions, NoOptions
 from megatron_prune.settings import Settings
 from megatron_prune.structured import apply, candidates, plan
 from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidate import with_scores
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics
 from tests import reference
@@ -194,7 +195,7 @@ def test_depth_scores_and_their_choice_are_the_same_on_every_layout(job, checkpo
     found = statistics_file.read(statistics)
     offered = question.candidates(found)
     others = [candidate for start, candidate in enumerate(offered) if start not in starts]
-    candidates.with_scores(found, others, [99.0] * len(others)).write(statistics)  # candidates with a score are not run
+    with_scores(found, others, [99.0] * len(others)).write(statistics)  # candidates with a score are not run
 
     losses, chosen = {}, {}
     for name, (tp, pp, nproc) in LAYOUTS.items():

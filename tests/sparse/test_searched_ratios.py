@@ -98,7 +98,7 @@ def test_the_winner_is_in_the_best_hundredth_of_all_allocations(
     allocations = [(a, b, -a - b) for a, b in itertools.product(grid, grid) if -a - b in grid]
     losses = {levels: every.loss(levels) for levels in allocations}
     ranked = sorted(losses, key=lambda levels: losses[levels])
-    best = tuple(searched["levels"])
+    best = tuple(searched["allocation"])
     assert searched["uniform"] == pytest.approx(losses[0, 0, 0], rel=2e-6)
     assert searched["loss"] == pytest.approx(losses[best], rel=2e-6)
     # An evolution may end on a hill that is not the highest. The model was never trained: it has several.

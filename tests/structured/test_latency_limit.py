@@ -23,8 +23,9 @@ from megatron_prune.convert.families.model_family import told_apart
 from megatron_prune.errors import UsageError
 from megatron_prune.evaluation.latency import SizeGrid
 from megatron_prune.methods import options
-from megatron_prune.structured import candidates, limits, plan
 from megatron_prune.structured import choice as choices
+from megatron_prune.structured import limits, plan
+from megatron_prune.structured.candidate import with_scores
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, tensor_shapes
 from tests.evaluation.made_up_latencies import table_of
@@ -120,7 +121,7 @@ def winner(choice: choices.Choice) -> plan.PruningPlan:
     found = statistics(SMALL)
     while (run := question.next_run(found)) is not None:
         losses = [9 - step_of(one.target) / 10 for one in run.candidates]
-        found = candidates.with_scores(found, run.candidates, losses, run.windows)
+        found = with_scores(found, run.candidates, losses, run.windows)
     return choice.make(question, found)
 
 

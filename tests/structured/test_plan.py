@@ -27,6 +27,7 @@ from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.structured import candidates, plan
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidate import with_accuracies, with_scores
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Retrained, Statistics, StatisticsError, TaskScore, tensor_shapes
 
@@ -155,7 +156,7 @@ def depth(*losses: float) -> plan.PruningPlan:
     """minitron-depth's plan for two of four layers, where its three candidates lose that much."""
     question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
     found = statistics()
-    scored = candidates.with_scores(found, question.candidates(found), losses)
+    scored = with_scores(found, question.candidates(found), losses)
     return plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
 
 
@@ -202,7 +203,7 @@ def test_scores_that_are_not_finite_are_kept(tmp_path: Path) -> None:
     question = Question("minitron-depth", DEPTH, SOURCE, (replace(SOURCE, num_layers=2),), "parent")
     found = statistics()
     asked = question.candidates(found)
-    scored = candidates.with_scores(found, asked, [math.nan, 2.5, 3.0])
+    scored = with_scores(found, asked, [math.nan, 2.5, 3.0])
     keys = [c.selection.key for c in asked]
     gone = replace(scored.scores[keys[2]], retrained=Retrained(math.inf, 7, 9, "recipe"))
     scored = replace(scored, scores={**scored.scores, keys[2]: gone})
@@ -213,7 +214,7 @@ def test_scores_that_are_not_finite_are_kept(tmp_path: Path) -> None:
     assert [content[key]["loss"] for key in keys] == [None, 2.5, 3.0]
     assert content[keys[2]]["retrained"]["loss"] is None and content[keys[1]]["retrained"] is None
     more = replace(found, calibrations=({**found.calibrations[0], "windows": [7, 8, 9]},))
-    merged = statistics_file.merge([scored, candidates.with_scores(more, asked, [1.0, 3.5, 3.0])])
+    merged = statistics_file.merge([scored, with_scores(more, asked, [1.0, 3.5, 3.0])])
     assert [merged.scores[key].loss for key in keys] == [math.inf, 3.0, 3.0]
     with pytest.raises(StatisticsError, match="loss on the calibration text is not finite"):
         replace(found, loss_sum=math.nan)
@@ -226,7 +227,7 @@ def retrained(losses: list[float], after: dict[int, float], best: int = 2) -> pl
     question = Question("minitron-width", settings, SOURCE, shapes, "parent")
     found = statistics()
     asked = question.candidates(found)
-    found = candidates.with_scores(found, asked, losses)
+    found = with_scores(found, asked, losses)
     scores = dict(found.scores)
     for i, loss in after.items():
         key = asked[i].selection.key
@@ -286,7 +287,7 @@ def test_a_table_as_long_as_it_may_be_says_so() -> None:
     shapes = tuple(replace(SOURCE, ffn_hidden_size=size) for size in (12, 8))
     question = Question("minitron-width", settings, SOURCE, shapes, "parent")
     found = statistics()
-    scored = candidates.with_scores(found, question.candidates(found), [3.0, 2.0])
+    scored = with_scores(found, question.candidates(found), [3.0, 2.0])
     made = plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
     assert made.target == shapes[1] and made.chosen == 1
     shown = io.StringIO()
@@ -303,7 +304,7 @@ def test_the_papers_candidates_for_llama_compete() -> None:
     choice = choices.choose("minitron-width", *given)
     question = Question("minitron-width", choice.settings, llama, choice.shapes(llama), "parent")
     found = statistics(llama)
-    scored = candidates.with_scores(found, question.candidates(found), [3.2, 3.1, 2.9, 3.0, 3.3])
+    scored = with_scores(found, question.candidates(found), [3.2, 3.1, 2.9, 3.0, 3.3])
     made = choice.make(question, scored)
     chosen = made.target
     assert (chosen.hidden_size, chosen.num_attention_heads, chosen.ffn_hidden_size) == (2432, 32, 6144)
@@ -323,12 +324,12 @@ def by_task(*right: tuple[int, int, int], losses: tuple[float, ...] = (3.0, 2.5,
     found = statistics()
     asked = question.candidates(found)
     assert [c.label for c in question.unscored(found)] == ["dense", *(c.label for c in asked)]
-    scored = candidates.with_scores(found, [question.dense, *asked], [2.0, *losses])
+    scored = with_scores(found, [question.dense, *asked], [2.0, *losses])
     assert len(question.unscored(scored)) == 4
     scores = [
         TaskScore({"acc": Accuracy(10, *one), "acc_norm": Accuracy(10, 0, 0, 0)}, 7) for one in ((9, 9, 9), *right)
     ]
-    scored = candidates.with_accuracies(scored, [question.dense, *asked], "bees", scores)
+    scored = with_accuracies(scored, [question.dense, *asked], "bees", scores)
     return plan.make(question, ratio=0.5, ratio_of="linears", statistics=scored)
 
 
@@ -449,7 +450,7 @@ def test_verb_asks_for_scores_and_leaves_no_plan(
     question, _ = candidates.read(tmp_path / "candidates.json")
     for path, losses in ((parent_statistics, (3.0, 2.0, 2.9)), (tmp_path / "o.safetensors", (3.0, 4.0, 2.9))):
         found = statistics_file.read(path)
-        scored = candidates.with_scores(found, question.candidates(found), losses)
+        scored = with_scores(found, question.candidates(found), losses)
         scored.write(tmp_path / f"scored-{path.name}")
         assert statistics_file.read(tmp_path / f"scored-{path.name}").scores == scored.scores
     two = [str(tmp_path / f"scored-{name}") for name in (parent_statistics.name, "o.safetensors")]

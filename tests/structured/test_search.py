@@ -19,8 +19,9 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.cli.pruning_tables import show_plan
 from megatron_prune.errors import PlanError
 from megatron_prune.methods import halving, options
-from megatron_prune.structured import candidates, plan
+from megatron_prune.structured import plan
 from megatron_prune.structured import statistics as statistics_file
+from megatron_prune.structured.candidate import with_scores
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Retrained, Statistics, StatisticsError, tensor_shapes
 
@@ -47,7 +48,7 @@ def search(asked: Question, loss: Callable[[str, int], float], found: Statistics
     spent = []
     while (run := asked.next_run(found)) is not None:
         losses = [sum(loss(c.label, w) for w in range(run.windows)) / run.windows for c in run.candidates]
-        found = candidates.with_scores(found, run.candidates, losses, run.windows)
+        found = with_scores(found, run.candidates, losses, run.windows)
         spent.append((len(run.candidates), run.windows))
     return found, spent
 
@@ -129,7 +130,7 @@ def test_a_search_goes_on_where_it_was_stopped() -> None:
     while (run := asked.next_run(found)) is not None:
         some = run.candidates[: max(1, len(run.candidates) // 2)]  # then it is stopped
         losses = [sum(noisy(c.label, w) for w in range(run.windows)) / run.windows for c in some]
-        found = candidates.with_scores(found, some, losses, run.windows)
+        found = with_scores(found, some, losses, run.windows)
         stopped += 1
     assert stopped > 4 and found.scores == whole.scores
 

@@ -34,6 +34,7 @@ from megatron_prune.masks import MASKS, Pattern, find_masks, open_masks, write_s
 from megatron_prune.methods import sheared_llama
 from megatron_prune.structured import candidates, statistics
 from megatron_prune.structured import target as targets
+from megatron_prune.structured.candidate import with_scores
 from megatron_prune.study import schema
 from megatron_prune.study.commands import Command
 from megatron_prune.study.prunings import Places
@@ -138,7 +139,7 @@ class FakeLauncher:
         found = statistics.read(given["statistics"])
         while (run := question.next_run(found)) is not None:
             losses = [number(candidate.label) for candidate in run.candidates]
-            found = candidates.with_scores(found, run.candidates, losses, run.windows)
+            found = with_scores(found, run.candidates, losses, run.windows)
         found.write(given["output"])
 
     def _retrain_candidates(self, argv: list[str]) -> None:
