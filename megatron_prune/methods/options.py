@@ -87,7 +87,7 @@ class WidthOptions(Settings):
     max_candidates: int | None = setting(
         None,
         metavar="N",
-        help="with --search: only the N most evenly shrunk shapes compete (default: all)",
+        help="with --search: only the N shapes nearest to the rule compete (default: all)",
     )
 
 

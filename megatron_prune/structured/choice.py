@@ -171,4 +171,12 @@ def choose(
     method.check(own)
     shapes = (own.target_shapes or ()) if isinstance(own, WidthOptions) else ()
     target = targets.from_settings(asked, shapes, tensor_parallel)
+    if asked.was_given("ffn_exponent"):
+        search = method.search(own)
+        shrinks = () if target.sizes or shapes else search.axes if search else method.free_dimensions(own)
+        if "hidden_size" not in shrinks:
+            raise UsageError(
+                "--ffn-exponent", got=f"{asked.ffn_exponent:g}",
+                expected="--ratio or --target-params, of a method that shrinks hidden and FFN size",
+            )  # fmt: skip
     return Choice(name, method, own, target, seed if method.draws(own) else None, exportable)

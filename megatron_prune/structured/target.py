@@ -17,7 +17,8 @@ within a ``Budget``, by --ratio or --target-params; other sizes cannot be asked 
 
 A method may also ask for all shapes near the target, to score them. ``near`` lists them in order: first the nearest
 FFN size for every combination of the other sizes, then the rest; in both parts, shapes that shrink the searched sizes
-most evenly (relative to the source) come first, then the nearest, then the larger.
+most evenly come first, then the nearest, then the larger. Sizes shrink evenly if all keep the same fraction, but the
+hidden size one whose power ``--ffn-exponent`` is that of the others.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Target:
     unexportable: Callable[[ModelShape], str | None] | None = None  # with --exportable: why a shape is refused
     limits: Limits = Limits()
     keep_heads: bool = False  # only other sizes shrink
+    ffn_exponent: float = 2.0
 
     def __post_init__(self) -> None:
         if self.keep_heads and (given := self.sizes.keys() & HEADS):
@@ -83,6 +85,8 @@ class Target:
         ):
             if value < 1:
                 raise UsageError(flag, got=value, expected="an integer of at least 1")
+        if not 0 < self.ffn_exponent < math.inf:
+            raise UsageError("--ffn-exponent", got=self.ffn_exponent, expected="a number above 0")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise UsageError("--tolerance", got=self.tolerance, expected="a number between 0 and 1")
 
@@ -184,7 +188,7 @@ class Target:
                 if nearest is None or error < nearest[0]:
                     nearest = (error, one)
                 if error <= tolerance and self.limits.refusal(one) is None:
-                    rank = (place > 0, round(_unevenness(source, one, search), 12), round(error, 12))
+                    rank = (place > 0, round(self._unevenness(source, one, search), 12), round(error, 12))
                     ranked.append(((*rank, *(-getattr(one, axis) for axis in DIMENSIONS)), one))
         if not ranked:
             if self.limits != Limits():  # which may be why: raises another error if they are not
@@ -289,6 +293,17 @@ class Target:
         step, whole = math.lcm(self.divisible_by, self.tensor_parallel), source.ffn_hidden_size
         return step, whole if whole % self.tensor_parallel == 0 else whole // step * step
 
+    def _unevenness(self, source: ModelShape, shape: ModelShape, search: Search) -> float:
+        """How unevenly the searched sizes shrink: the largest minus the smallest logarithm of the fractions they keep,
+        with the hidden size's times ``ffn_exponent``.
+
+        Heads and groups count once, by the heads that are kept.
+        """
+        axes = {"num_attention_heads" if axis == "num_query_groups" else axis for axis in search.axes}
+        kept = {axis: math.log(getattr(shape, axis) / getattr(source, axis)) for axis in axes}
+        logs = [log * (self.ffn_exponent if axis == "hidden_size" else 1) for axis, log in kept.items()]
+        return max(logs) - min(logs)
+
     # -- refusals --------------------------------------------------------------------------------
 
     def _missed(
@@ -355,16 +370,6 @@ def _sizes(shape: ModelShape, axes: Sequence[str]) -> dict[str, str]:
     return {name: words for name, (fields, words) in named.items() if set(fields) & set(axes)}
 
 
-def _unevenness(source: ModelShape, shape: ModelShape, search: Search) -> float:
-    """How unevenly the searched sizes shrink: the largest minus the smallest logarithm of their ratios.
-
-    Heads and groups count once, by the heads that are kept.
-    """
-    axes = {"num_attention_heads" if axis == "num_query_groups" else axis for axis in search.axes}
-    ratios = [math.log(getattr(shape, axis) / getattr(source, axis)) for axis in sorted(axes)]
-    return max(ratios) - min(ratios)
-
-
 def _explicit(source: ModelShape, sizes: Mapping[str, int], dimensions: Sequence[str]) -> ModelShape:
     for field, size in sizes.items():
         if field not in dimensions:
@@ -426,4 +431,5 @@ def from_settings(asked: verbs.TargetSettings, shapes: Sequence[str] = (), tenso
         tensor_parallel=tensor_parallel,
         limits=Limits.parse(asked.at_most, asked.latency_table),
         keep_heads=asked.keep_heads,
+        ffn_exponent=asked.ffn_exponent,
     )

@@ -97,6 +97,9 @@ class TargetSettings(SizeSettings):
         metavar="T",
         help="relative error of the target that a chosen width may have (default: 0.02)",
     )
+    ffn_exponent: float = setting(
+        2.0, metavar="K", help="FFN keeps the fraction that hidden keeps, to the power K (default: 2; 1: the same)"
+    )
     keep_heads: bool = setting(False, help="heads and query groups stay, only other sizes shrink")
     at_most: tuple[str, ...] = setting(
         (), metavar="LIMIT", help="memory=BYTES@TOKENS, cache=BYTES of a token, latency=TIME of one, prefill=TIME"

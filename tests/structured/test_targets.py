@@ -84,9 +84,10 @@ OWN_SIZES = replace(SMALL, tied=False, ffn_hidden_size=200, hidden_size=90)
     step=st.sampled_from([4, 8]),
     tp=st.sampled_from([1, 2, 3]),
     source=st.sampled_from([SMALL, OWN_SIZES]),
+    exponent=st.sampled_from([None, 1.0, 3.5]),
 )
 def test_width_by_ratio_is_the_best_of_all_shapes(
-    ratio: float, ratio_of: str, step: int, tp: int, source: ModelShape
+    ratio: float, ratio_of: str, step: int, tp: int, source: ModelShape, exponent: float | None
 ) -> None:
     def count(shape: ModelShape) -> int:
         return shape.linear_parameters() if ratio_of == "linears" else shape.parameters()
@@ -105,13 +106,15 @@ def test_width_by_ratio_is_the_best_of_all_shapes(
     # … and among those within the tolerance the most even.
     fits = [(error, shape) for error, shape in best.values() if error <= 0.02 * goal]
     flags = ["--ratio", repr(ratio), "--ratio-of", ratio_of, "--divisible-by", str(step)]
+    flags += [] if exponent is None else ["--ffn-exponent", str(exponent)]
     if not fits:
         with pytest.raises(UsageError, match="the nearest is hidden"):
             choose(source, "minitron-width", *flags, tp=tp)
         return
 
     def unevenness(shape: ModelShape) -> float:
-        return abs(log(shape.hidden_size / source.hidden_size) - log(shape.ffn_hidden_size / source.ffn_hidden_size))
+        kept = shape.hidden_size / source.hidden_size, shape.ffn_hidden_size / source.ffn_hidden_size
+        return abs((exponent or 2) * log(kept[0]) - log(kept[1]))
 
     found = choose(source, "minitron-width", *flags, tp=tp)
     assert abs(count(found) / goal - 1) <= 0.02
