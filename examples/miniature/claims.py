@@ -24,29 +24,29 @@ SHOWN, CONTRARY, OPEN = "shown", "the contrary is shown", "undecided"
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """The gaps of all comparisons, and one line per claim, as Markdown."""
-    return "\n".join([*_gaps(results["verdicts"]), "", *_claims(results)])
+    """The gaps of the family's comparisons and of the others, and one line per claim, as Markdown."""
+    family = [one for one in results["verdicts"] if one["corrected"] is not None]
+    others = [one for one in results["verdicts"] if one["corrected"] is None]
+    return "\n".join([*_gaps(family, p=True), "", *_gaps(others, p=False), "", *_claims(family, results["compare"])])
 
 
-def _gaps(verdicts: Sequence[Answer]) -> Iterator[str]:
-    yield "| method | setting | tokens of retraining | scratch | pruned | scratch minus pruned | p | lower |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+def _gaps(verdicts: Sequence[Answer], *, p: bool) -> Iterator[str]:
+    yield "| method | setting | tokens of retraining | scratch | pruned | scratch minus pruned |" + " p | lower |" * p
+    yield "| --- | --- | ---: | ---: | ---: | ---: |" + " ---: | --- |" * p
     for one in verdicts:
-        gap = _gap(one["test"])
         losses = f"{one['scratch']['test']:.3f} | {one['pruned']['test']:.3f}"
-        p = "" if one["corrected"] is None else shown_p(one["corrected"])
         subject = f"| {_name(one)} | {SETTINGS[one['setting']]} | {one['tokens']:,} "
-        yield f"{subject}| {losses} | {gap} | {p} | {one['winner']} |"
+        end = f" {shown_p(one['corrected'])} | {one['winner']} |" if p else ""
+        yield f"{subject}| {losses} | {_gap(one['test'])} |{end}"
 
 
-def _claims(results: Mapping[str, Any]) -> Iterator[str]:
+def _claims(family: Sequence[Answer], compare: Sequence[Answer]) -> Iterator[str]:
     yield "| claim | answer | by |"
     yield "| --- | --- | --- |"
-    for one in results["verdicts"]:
-        if one["setting"] == "equal-training":
-            answer = {"pruned": SHOWN, "scratch": CONTRARY}.get(one["winner"], OPEN)
-            yield _line(f"(a) {_name(one)}, {one['tokens']:,} tokens", answer, one["test"], one["corrected"], one)
-    for one in results["compare"]:
+    for one in family:
+        answer = {"pruned": SHOWN, "scratch": CONTRARY}.get(one["winner"], OPEN)
+        yield _line(f"(a) {_name(one)}, {one['tokens']:,} tokens", answer, one["test"], one["corrected"], one)
+    for one in compare:
         answer = {"falls": SHOWN, "vanishes": SHOWN, "larger": SHOWN, "open": OPEN}.get(one["outcome"], CONTRARY)
         if answer == OPEN and one["asked"]["kind"] == "vanishes" and (one["gap"]["high"] or 0) < 0:
             answer = "no lead: scratch is ahead"  # by the interval; the p value tests equivalence
@@ -65,8 +65,9 @@ def _gap(gap: Answer, digits: int = 3) -> str:
 
 
 def _name(one: Answer) -> str:
-    scratch = ", scratch under its masks" if one["against"] == "masked" else ""
-    return f"{one['method']}{scratch}, {one['ratio']:.1%} removed"
+    pattern = " 2:4" if one["pattern"] == "2:4" else ""
+    scratch = {"masked": ", scratch under its masks", "dense": ", dense scratch"}[one["against"]] * one["sparse"]
+    return f"{one['method']}{pattern}{scratch}, {one['ratio']:.1%} removed"
 
 
 if __name__ == "__main__":
