@@ -229,6 +229,8 @@ def expand(
                         tag = _scratch_tag(pruning, against, shape)
                         if follows(study, setting):  # its samples are those of one pruned run
                             tag += f"-follows-{pruning.name.rsplit('-s', 1)[0]}-t{retrain.steps * lay.batch.tokens}"
+                        elif pruning.trained and setting == "equal-training":  # it begins with the chain's samples
+                            tag += f"-after-t{pruning.trained}"
                         what = f"{tag}-{setting}-t{samples.steps * lay.batch.tokens}{distilled}"
                         scratch = _swept(study, f"scratch-{what}-s{pruning.seed}")
                     for rate, name in scratch.items():

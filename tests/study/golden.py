@@ -20,6 +20,7 @@ from unittest import mock
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.commands import Command
+from megatron_prune.study.grid import Grid
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.schema import StudyConfig
 
@@ -66,10 +67,20 @@ def load(name: str) -> StudyConfig:
 def commands(name: str) -> dict[str, list[Command]]:
     """Every cell of a study with its commands, as if no pruning had cost anything."""
     study, places = load(name), Places(Path("RUN"))
+    return jobs.all_commands(jobs.all_cells(study, places, _look(name, study)))
+
+
+def grid(name: str) -> Grid:
+    """Every cell of a study and its comparisons, likewise."""
+    study = load(name)
+    return _look(name, study).estimated_grid(study)
+
+
+def _look(name: str, study: StudyConfig) -> outlook.Outlook:
     known = STUDIES[name]
     with mock.patch.object(outlook, "_shape_to_come", lambda _: (known, "")) if known else contextlib.nullcontext():
-        found = outlook.look(study, places, planned=True)
-    return jobs.all_commands(jobs.all_cells(study, places, replace(found, spent=dict.fromkeys(found.targets, 0))))
+        found = outlook.look(study, Places(Path("RUN")), planned=True)
+    return replace(found, spent=dict.fromkeys(found.targets, 0))
 
 
 def _lines(name: str, study: StudyConfig, commands: Mapping[str, Sequence[Command]]) -> Iterator[str]:

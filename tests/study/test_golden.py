@@ -109,3 +109,13 @@ def test_a_study_may_use_its_stream_up_and_not_one_sample_more(tmp_path):
     validate.check(studies[10_500], Places(tmp_path / "runs"))
     with pytest.raises(DataError, match="samples 160:744: .* an end of at most 743, "):
         validate.check(studies[11_900], Places(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("name", golden.STUDIES)
+def test_compared_runs_begin_with_the_same_sample(name: str) -> None:
+    """A chain retrains between its links, so the scratch run of its own begins after that, whatever shares its shape."""
+    made = golden.grid(name)
+    cells = {cell.id: cell for cell in made.cells}
+    for one in made.comparisons:
+        if one.setting == "equal-training" and one.scratch is not None:
+            assert cells[one.pruned].samples.start == cells[one.scratch].samples.start, one
