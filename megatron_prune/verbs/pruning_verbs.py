@@ -11,6 +11,7 @@ from megatron_prune.verbs.shared import (
     AnySparsitySettings,
     CalibrationTextSettings,
     IntegritySettings,
+    NonFiniteModelSettings,
     NonFiniteSettings,
     SparsitySettings,
     TargetSettings,
@@ -97,7 +98,7 @@ class SparsifySettings(NonFiniteSettings, CalibrationTextSettings, SparsitySetti
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(
-    NonFiniteSettings, CalibrationTextSettings, AnySparsitySettings, ExportableSettings, PrunedBySettings
+    NonFiniteModelSettings, CalibrationTextSettings, AnySparsitySettings, ExportableSettings, PrunedBySettings
 ):
     """``prune`` of a checkpoint; --load, --save and --seed are Megatron's."""
 

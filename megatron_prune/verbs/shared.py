@@ -153,6 +153,9 @@ class AnySparsitySettings(SparsitySettings):
         metavar="HOW",
         help="uniform (default), search, owl (unstructured) or global (flap, llm-pruner, wanda-sp)",
     )
+    search_generations: int | None = setting(
+        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,15 @@ class WorkersSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteSettings(Settings):
     TITLE = "work"
+
+    allow_non_finite: bool = setting(False, help="let NaN and infinities among the weights pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteModelSettings(NonFiniteSettings):
+    """Of a verb that does everything, whose help has no room for a group of its own."""
+
+    TITLE = "model and layout"
 
     allow_non_finite: bool = setting(False, help="let NaN and infinities among the weights pass")
 

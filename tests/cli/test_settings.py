@@ -125,7 +125,9 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
     own = [flag for cls in {*options.STRUCTURED.values()} for flag in cls.flags()]
     alike = {flag.name: flag for flag in own}
     assert all(flag == alike[flag.name] for flag in own)  # or they have it from one class
-    assert {flag.name for flag in verbs.PruneSettings.flags()} & alike.keys() == {"allocation"}  # of both kinds
+    assert {flag.name for flag in verbs.PruneSettings.flags()} & alike.keys() == {
+        "allocation", "search_generations",  # of both kinds
+    }  # fmt: skip
 
 
 def test_what_a_verb_shares_with_a_method_both_get() -> None:

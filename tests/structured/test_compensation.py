@@ -256,6 +256,7 @@ def test_it_retrains_at_other_layouts_and_a_scratch_run_has_its_shape(
     assert pruned.pruning[-1]["settings"] == {
         "allocation": "uniform",
         "least_kept": 0.0,
+        "search_generations": None,
         "metric": "wifv",
         "compensate": True,
     }

@@ -113,7 +113,7 @@ def test_a_study_may_use_its_stream_up_and_not_one_sample_more(tmp_path):
 
 @pytest.mark.parametrize("name", golden.STUDIES)
 def test_compared_runs_begin_with_the_same_sample(name: str) -> None:
-    """A chain retrains between its links, so the scratch run of its own begins after that, whatever shares its shape."""
+    """A chain retrains between its links, so its scratch run begins after that, whatever else has its shape."""
     made = golden.grid(name)
     cells = {cell.id: cell for cell in made.cells}
     for one in made.comparisons:
