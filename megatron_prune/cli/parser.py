@@ -176,4 +176,4 @@ SHAPE_FROM, PARALLEL_RESIDUAL, FP8 = (
     for flag in verbs.ModelSettings.flags()
     if flag.name in ("shape_from", "parallel_residual", "fp8_preset")
 )
-SEED: Mention = (MODEL, "--seed", "N", "seed of random windows and of the method random (default: 1234)")
+SEED: Mention = (MODEL, "--seed", "N", "seed of random windows, of searches and of the method random (default: 1234)")

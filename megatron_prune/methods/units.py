@@ -18,8 +18,9 @@ import torch
 
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import evolution, layer_sizes
+from megatron_prune.methods import layer_sizes
 from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
+from megatron_prune.methods.evolution import Evolution
 from megatron_prune.methods.options import UnitOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 from megatron_prune.methods.size_search import Layers, SizeSwaps
@@ -42,7 +43,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
     def evolution(self, settings: O) -> int | None:
         if settings.allocation != "search":
             return None
-        return evolution.GENERATIONS if settings.search_generations is None else settings.search_generations
+        return Evolution.of(settings.search_generations, 0).generations
 
     def exempt(self, settings: O) -> Collection[int]:
         """Layers that stay whole."""
@@ -62,8 +63,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
             raise UsageError("--least-kept", got=got, expected="--allocation global or search with it")
         if settings.search_generations is not None and settings.allocation != "search":
             raise UsageError("--search-generations", got=got, expected="--allocation search with it")
-        if (generations := self.evolution(settings)) is not None:
-            evolution.Evolution(generations, 0)  # refuses a number below 1
+        self.evolution(settings)  # refuses a number below 1
 
     def check_budget(self, settings: O, source: ModelShape, target: ModelShape, budget: Budget) -> None:
         exempt = self.exempt(settings)
