@@ -174,7 +174,7 @@ def choose(
     if asked.was_given("ffn_exponent"):
         search = method.search(own)
         shrinks = () if target.sizes or shapes else search.axes if search else method.free_dimensions(own)
-        if "hidden_size" not in shrinks:
+        if not {"hidden_size", "ffn_hidden_size"} <= set(shrinks):
             raise UsageError(
                 "--ffn-exponent", got=f"{asked.ffn_exponent:g}",
                 expected="--ratio or --target-params, of a method that shrinks hidden and FFN size",

@@ -168,6 +168,18 @@ def test_all_names_are_dashed_files() -> None:
         ("prune --method shortgpt --load x", "--ratio: expected exactly one of"),
         ("prune --method minitron-width --ratio 0.5 --max-candidates 3", "--max-candidates: "),
         (
+            "prune --method flap --ratio 0.5 --ffn-exponent 1",
+            "--ffn-exponent: expected --ratio or --target-p",
+        ),
+        (
+            "prune --method minitron-width --ratio 0.5 --search hidden --ffn-exponent 1",
+            "--ffn-exponent: expected",
+        ),
+        (
+            "prune --method minitron-width --ratio 0.5 --ffn-exponent 0",
+            "--ffn-exponent: expected a number above 0",
+        ),
+        (
             "prune --method wanda --ratio 0.5 --allocation global",
             "--allocation: expected uniform, owl or search with a sparse --method, got global",
         ),
