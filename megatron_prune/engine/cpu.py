@@ -12,8 +12,8 @@ ships it. Without one it
 
 ``prepare_megatron()`` runs after ``megatron.training`` is imported, and adapts the few places that insist on CUDA.
 ``flags()`` are the Megatron flags for such a run. ``fuse()`` lets forward passes use torch's fused attention instead of
-Megatron's local one, which stores every score (a block of SmolLM2 on 2,048 tokens takes half the time); training keeps
-Megatron's.
+Megatron's local one, which stores every score (a block of SmolLM2 on 2,048 tokens takes half the time). Training keeps
+Megatron's, unless ``--attention-backend fused`` asks for ``engine/cpu_attention.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from megatron_prune import screen
+from megatron_prune.engine import cpu_attention
 
 GPU_LIBRARIES = ["transformer_engine", "apex"]
 _prepared = False
@@ -85,6 +86,7 @@ def prepare_megatron() -> None:
     if not getattr(training.initialize_megatron, "is_guarded", False):  # network.guard comes after this
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda tp_size=None: None  # nothing is compiled, nothing to warm up
+    cpu_attention.install()
     _keep_write_results_in_process()
     _draw_seeds_of_workers_apart()
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_prune import screen
-from megatron_prune.engine import cpu
+from megatron_prune.engine import cpu, cpu_attention
 from megatron_prune.errors import UsageError
 
 # What --installed may name: the package's name, and how to install it.
@@ -114,6 +114,7 @@ def settle(args: argparse.Namespace) -> None:
         return
     _refuse_for_local_layers(args)
     if cpu.is_cpu():
+        _refuse_for_attention_on_cpu(args)
         return
     found = _known()
     _refuse_missing(args, found)
@@ -209,15 +210,25 @@ def _refuse_for_local_layers(args: argparse.Namespace) -> None:
     torch_norms = cpu.is_cpu() or _torch_norms(args, _known())
     sequence_parallel = args.sequence_parallel and args.tensor_model_parallel_size > 1
     unfused = "its attention is not fused"
+    others = ("flash",) if cpu.is_cpu() else ("flash", "fused")  # fused without a GPU is cpu_attention.py
     unknown = "its norms are torch's norms, which do not know it"
     for flag, given, asked, why in (
         ("--context-parallel-size", args.context_parallel_size, args.context_parallel_size > 1, unfused),
         ("--sequence-parallel", "on", sequence_parallel and torch_norms, unknown),
         ("--tp-comm-overlap", "on", args.tp_comm_overlap, "only Transformer Engine's linears do it"),
-        ("--attention-backend", _backend(args), _backend(args) in ("flash", "fused"), unfused),
+        ("--attention-backend", _backend(args), _backend(args) in others, unfused),
     ):
         if asked:
             raise UsageError(flag, got=given, expected="no such setting with --transformer-impl local", why=why)
+
+
+def _refuse_for_attention_on_cpu(args: argparse.Namespace) -> None:
+    """Refuse settings that ``cpu_attention`` does not compute."""
+    if cpu.is_cpu() and _backend(args) == "fused" and (setting := cpu_attention.refused(args)):
+        raise UsageError(
+            "--attention-backend", got=f"fused and {setting}", expected="unfused with this setting, without a GPU",
+            why="the fused attention for CPUs is causal, without dropout, windows or sinks",
+        )  # fmt: skip
 
 
 def _backend(args: argparse.Namespace) -> str:
