@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_prune.errors import UsageError
 
-# The multiples M of the mean, tried in the paper, for which ``calibrate`` counts outliers for methods that cut units.
+# The multiples M of the mean for which ``calibrate`` counts outliers for methods that cut units.
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
 
 
