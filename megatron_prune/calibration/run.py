@@ -34,7 +34,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune import screen
-from megatron_prune.calibration import scoring
+from megatron_prune.calibration import outliers, scoring
 from megatron_prune.calibration.gradients import GradientRecorder
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -53,7 +53,7 @@ from megatron_prune.methods.accumulators import (
 )
 from megatron_prune.structured.candidate import Candidate, Run, with_accuracies, with_scores
 from megatron_prune.structured.candidates import Question
-from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
+from megatron_prune.structured.statistics import OUTLIERS, Statistics, site_shapes, tensor_shapes
 
 KEEP_EVERY = 30  # seconds between two files with the scores of candidates so far
 
@@ -182,6 +182,7 @@ def gather(
         tensors, loss_sum = recorder.gather(sum(mine) * chosen.seq_length)
         if of_gradients is not None:
             tensors |= of_gradients.gather(len(chosen))
+    tensors[OUTLIERS] = outliers.counts(model[0], parent.shape, tensors)
     found = Statistics(
         tensors=tensors,
         shape=parent.shape,

@@ -64,7 +64,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """Attention in which token i sees the keys 0 to i: query, key and value [s, b, n, d] to [s, b, n·d]."""
     tokens, batch, heads, size = query.shape
     q, k, v = (x.reshape(tokens, batch * heads, size).transpose(0, 1) for x in (query, key, value))  # [b·n, s, d]
-    context: torch.Tensor = _Causal.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    context: torch.Tensor = _Causal.apply(q, k, v, scale)
     return context.transpose(0, 1).reshape(tokens, batch, heads * size)
 
 

@@ -1,4 +1,4 @@
-"""How a sparse method's ratio is divided among layers: OWL (2310.05175), outlier-weighed layerwise sparsity.
+"""How a ratio is divided among layers: OWL (2310.05175), outlier-weighed layerwise sparsity.
 
 An outlier is a weight whose |W_ij|·√a_j (Wanda's score, see ``wanda.py``) is more than M times the mean over its
 layer. With D_l the share of outliers in layer l of the dense model, and d_l = (D_l − min D) / (max D − min D), layer l
@@ -26,6 +26,9 @@ from typing import Any
 
 from megatron_prune.errors import UsageError
 
+# The multiples M of the mean for which ``calibrate`` counts outliers for methods that cut units.
+THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
+
 
 @dataclass(frozen=True)
 class OutlierWeighing:
@@ -33,6 +36,11 @@ class OutlierWeighing:
 
     threshold: float
     bound: float
+
+    @staticmethod
+    def of(threshold: float | None, bound: float | None) -> OutlierWeighing:
+        """With the paper's settings where None is given."""
+        return OutlierWeighing(5.0 if threshold is None else threshold, 0.08 if bound is None else bound)
 
     def check(self, ratio: float, flag: str) -> None:
         """UsageError if a layer might keep or lose everything. ``flag`` gave ``ratio``."""

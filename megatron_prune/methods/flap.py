@@ -46,7 +46,7 @@ class Flap(UnitMethod[FlapOptions]):
     def adds_biases(self, settings: FlapOptions) -> bool:
         return settings.compensate
 
-    def needs(self, settings: FlapOptions) -> tuple[str, ...]:
+    def reads(self, settings: FlapOptions) -> tuple[str, ...]:
         own = {*_NEEDS[settings.metric], *(["sum"] if settings.compensate else [])}
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in sorted(own))
 

@@ -38,13 +38,13 @@ class LLMPruner(UnitMethod[LLMPrunerOptions]):
     def exempt(self, settings: LLMPrunerOptions) -> Collection[int]:
         return numbers_of(settings.exempt_layers, "--exempt-layers") if settings.exempt_layers else ()
 
-    def needs(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
+    def reads(self, settings: LLMPrunerOptions) -> tuple[str, ...]:
         return tuple(f"{module}.{settings.taylor}" for module in ("qkv", "proj", "fc1", "fc2"))
 
     def scores(self, request: PruningRequest[LLMPrunerOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         source, here = request.source, request.source.by_layer()[layer]
         axes: tuple[Axis, ...] = ("qkv", "heads", "fc1", "ffn")
-        keys = self.needs(request.settings)
+        keys = self.reads(request.settings)
         qkv, proj, fc1, fc2 = (request.of_layer(key, layer, axis) for key, axis in zip(keys, axes, strict=True))
         channels = fc1.view(2 if source.gated else 1, here.ffn_hidden_size).sum(0) + fc2  # [F]
         return of_heads(here, source.kv_channels, qkv, proj), channels

@@ -123,15 +123,21 @@ class UnitOptions(Settings):
 
     allocation: str = setting(
         "uniform",
-        choices=("uniform", "global", "search"),
+        choices=("uniform", "owl", "global", "search"),
         metavar="HOW",
-        help="flap, llm-pruner, wanda-sp: uniform (default), or layers differ: global, search",
+        help="flap, llm-pruner, wanda-sp: uniform (default), or layers differ: owl, global, search",
     )
     least_kept: float = setting(
         0.0,
         kind=fraction,
         metavar="F",
-        help="with global or search: the fraction of its groups and FFN that every layer keeps (default: 0)",
+        help="unless uniform: the fraction of its groups and FFN that every layer keeps (default: 0)",
+    )
+    owl_threshold: float | None = setting(
+        None, metavar="M", help="outliers are above M times the mean score: 3, 5, 7 or 10 (default: 5)"
+    )
+    owl_bound: float | None = setting(
+        None, metavar="L", help="with owl: the layers' ratios span twice L around the ratio (default: 0.08)"
     )
     search_generations: int | None = setting(
         None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"

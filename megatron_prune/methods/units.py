@@ -1,12 +1,13 @@
 """Methods that rank query groups and FFN channels: the same number in every layer, or sizes that differ.
 
-With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``global`` the lowest
-scores of all layers go until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or
-``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps as many on
-average as its size says. With ``search`` the calibration loss decides every layer's sizes, from the better of these two
-on (``size_search.py``); the scores then only rank the units of a layer. Layers differ with both; ``--least-kept`` says
-how much of each stays in any case. Of a parent whose layers differ already, ``uniform`` takes the same share of every
-layer, and ``global`` ranks what is there.
+With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``owl`` a layer keeps more
+where outliers are dense among its weights (``allocation.py``), the same share of its groups as of its channels. With
+``global`` the lowest scores of all layers go until the target's parameters are met (``layer_sizes.py``): with
+``--ratio`` or ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps
+as many on average as its size says. With ``search`` the calibration loss decides every layer's sizes, from the better
+of equal sizes and the ranking on (``size_search.py``); the scores then only rank the units of a layer. Layers differ
+with all but ``uniform``; ``--least-kept`` says how much of each stays in any case. Of a parent whose layers differ
+already, ``uniform`` takes the same share of every layer, and ``global`` ranks what is there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import layer_sizes
+from megatron_prune.methods.allocation import THRESHOLDS, OutlierWeighing
 from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.evolution import Evolution
 from megatron_prune.methods.options import UnitOptions
@@ -40,6 +42,13 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
     def heterogeneous(self, settings: O) -> bool:
         return settings.allocation != "uniform" or bool(self.exempt(settings))
 
+    def needs(self, settings: O) -> tuple[str, ...]:
+        return *self.reads(settings), *(["outliers"] if settings.allocation == "owl" else [])
+
+    @abstractmethod
+    def reads(self, settings: O) -> tuple[str, ...]:
+        """Keys of the statistics that its scores read."""
+
     def evolution(self, settings: O) -> int | None:
         if settings.allocation != "search":
             return None
@@ -59,24 +68,35 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
 
     def check(self, settings: O) -> None:
         got = f"--allocation {settings.allocation}"
+        for flag, given in (("--owl-threshold", settings.owl_threshold), ("--owl-bound", settings.owl_bound)):
+            if given is not None and settings.allocation != "owl":
+                raise UsageError(flag, got=got, expected="--allocation owl with it")
+        if settings.owl_threshold is not None and settings.owl_threshold not in THRESHOLDS:
+            raise UsageError(
+                "--owl-threshold", got=settings.owl_threshold,
+                expected=f"one of {', '.join(f'{one:g}' for one in THRESHOLDS)} with a structured method",
+                why="calibrate counts outliers for these",
+            )  # fmt: skip
         if settings.least_kept and settings.allocation == "uniform":
-            raise UsageError("--least-kept", got=got, expected="--allocation global or search with it")
+            raise UsageError("--least-kept", got=got, expected="--allocation owl, global or search with it")
         if settings.search_generations is not None and settings.allocation != "search":
             raise UsageError("--search-generations", got=got, expected="--allocation search with it")
         self.evolution(settings)  # refuses a number below 1
 
     def check_budget(self, settings: O, source: ModelShape, target: ModelShape, budget: Budget) -> None:
-        exempt = self.exempt(settings)
-        if budget.apart and self.evolution(settings) is not None:
+        exempt, allocation = self.exempt(settings), settings.allocation
+        if budget.apart and allocation in ("search", "owl"):
             raise UsageError(
-                "--allocation", got="search for explicit sizes", expected="--ratio or --target-params with it",
-                why="it trades query groups for FFN channels",
+                "--allocation", got=f"{allocation} for explicit sizes", expected="--ratio or --target-params with it",
+                why={"search": "it trades query groups for FFN channels", "owl": "it divides one ratio"}[allocation],
             )  # fmt: skip
         if beyond := [layer for layer in exempt if layer >= source.num_layers]:
             raise UsageError(
                 "--exempt-layers", got=beyond[0], expected=f"layers below the parent's {source.num_layers}"
             )
         layer_sizes.refuse_least(source, target, budget, settings.least_kept, exempt=exempt)
+        if allocation == "owl":
+            layer_sizes.check_weighing(source, budget, weighing(settings), exempt=exempt)
 
     def select(self, request: PruningRequest[O]) -> Selection:
         source, target, budget = request.source, request.target, request.budget
@@ -103,8 +123,11 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
                 expected=f"the parent's {source.heads_per_group} where layers may differ", why="whole groups go",
             )  # fmt: skip
         allocation = request.settings.allocation
-        found = [self._alike(request, budget)] if allocation != "global" else []
-        return list(dict.fromkeys([*found, *([self._ranked(request, budget)] if allocation != "uniform" else [])]))
+        makers = {
+            "uniform": [self._alike], "owl": [self._weighed], "global": [self._ranked],
+            "search": [self._alike, self._ranked],
+        }  # fmt: skip
+        return list(dict.fromkeys(make(request, budget) for make in makers[allocation]))
 
     def swaps(self, request: PruningRequest[O]) -> SizeSwaps:
         """The moves of a search."""
@@ -126,6 +149,14 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         """The same sizes in every layer that is not exempt, or the same share of each, as near as possible."""
         return layer_sizes.evenly(self._counted(request), budget, exempt=self.exempt(request.settings))
 
+    def _weighed(self, request: PruningRequest[O], budget: Budget) -> Layers:
+        """By the outliers of every layer."""
+        settings = request.settings
+        return layer_sizes.by_outliers(
+            self._counted(request), request.statistics["outliers"], budget, weighing(settings),
+            exempt=self.exempt(settings), least=settings.least_kept,
+        )  # fmt: skip
+
     def _ranked(self, request: PruningRequest[O], budget: Budget) -> Layers:
         """By rankings over all layers."""
         settings, source = request.settings, self._counted(request)
@@ -136,6 +167,11 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
                 source, request.target, groups, units, budget, exempt=exempt, least=least
             )
         return layer_sizes.by_global_ranking(source, groups, units, budget, exempt=exempt, least=least)
+
+
+def weighing(settings: UnitOptions) -> OutlierWeighing:
+    """How OWL divides the ratio with these settings."""
+    return OutlierWeighing.of(settings.owl_threshold, settings.owl_bound)
 
 
 def keep_units(

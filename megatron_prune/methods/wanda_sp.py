@@ -20,7 +20,7 @@ from megatron_prune.methods.units import SITES, UnitMethod, by_group, by_head, s
 
 
 class WandaSp(UnitMethod[WandaSpOptions]):
-    def needs(self, settings: WandaSpOptions) -> tuple[str, ...]:
+    def reads(self, settings: WandaSpOptions) -> tuple[str, ...]:
         return tuple(f"{site}.{name}" for site in ("attention", "mlp") for name in ("sum_sq", "weight_sum_abs"))
 
     def scores(self, request: PruningRequest[WandaSpOptions], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,6 +50,7 @@ from megatron_prune.structured.plan import PruningPlan
 from megatron_prune.training import learned_file
 
 FOLDER = "pruning"
+SHARED = ("allocation", "owl_threshold", "owl_bound", "search_generations")  # flags of sparse and of unit methods
 LEARNING = ".learning"  # after the name of --save: the folder of a training under masks
 # Of a training under masks, where the command does not say otherwise: the paper's, but for the batch.
 TRAINING = {
@@ -103,13 +104,13 @@ def choose(
         _refuse_given(asked, verbs.ExportableSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    both = {flag.name: flag for flag in own.flags() if flag.name in ("allocation", "search_generations")}
+    both = {flag.name: flag for flag in own.flags() if flag.name in SHARED}
     if not both and asked.was_given("allocation"):
         some = [name for name, flags in options.STRUCTURED.items() if issubclass(flags, options.UnitOptions)]
         raise UsageError(
             "--allocation", got=f"{asked.allocation} with --method {asked.method}",
-            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or uniform, "
-            f"global or search with --method {either(sorted(some))}",
+            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or "
+            f"uniform, owl, global or search with --method {either(sorted(some))}",
         )  # fmt: skip
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method, but=both)
     if isinstance(own, options.UnitOptions):

@@ -114,6 +114,11 @@ class Question:
                 )
             return statistics.tensors, 0
         needed = method.needs(self.settings)
+        if "outliers" in needed and "outliers" not in statistics.tensors:
+            raise StatisticsError(
+                "--statistics: expected those of one calibration, since --allocation owl reads outliers, got merged "
+                "ones; calibrate on all windows at once"
+            )
         if not statistics.tensors.keys() >= set(needed):
             raise StatisticsError(
                 f"--statistics: expected those with gradients, which {self.method} reads, got those without; make "

@@ -15,6 +15,13 @@ the channels of ``attention`` and ``mlp``, the columns of linear_proj and linear
 
     {site}.weight_sum_sq, {site}.weight_sum_abs           Σ over rows of w², of |w|
 
+Of every block's linears, in one row, there are the number of their weights, and of those that are outliers in OWL's
+sense at each of ``allocation.THRESHOLDS``:
+
+    outliers                       [L, 5]    weights, and those above M times the mean score
+
+They need the sums of all windows, so merged statistics lack them.
+
 With gradients (``calibrate --gradients``) there are also the saliencies of ``calibration/gradients.py``, which are no
 sums over windows, and are not merged:
 
@@ -45,10 +52,12 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from megatron_prune.methods.accumulators import COLUMN_SUMS, QUANTITIES, SALIENCIES
+from megatron_prune.methods.allocation import THRESHOLDS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.untrusted import check, read_bytes
 
 VERSION = 1
+OUTLIERS = "outliers"
 _MOST_HEADER_BYTES = 1 << 20  # of the tensor file
 
 
@@ -68,10 +77,12 @@ def site_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tensor_shapes(shape: ModelShape, *, gradients: bool = False) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(shape: ModelShape, *, gradients: bool = False, outliers: bool = False) -> dict[str, tuple[int, ...]]:
     """The size of every tensor in a statistics file, by name."""
     sites = {f"{site}.{q}": size for site, size in site_shapes(shape).items() for q in QUANTITIES}
     own = saliency_shapes(shape) if gradients else {}
+    if outliers:
+        own = {**own, OUTLIERS: (shape.num_layers, 1 + len(THRESHOLDS))}
     return {"block_influence": (shape.num_layers,), **sites, **column_shapes(shape), **own}
 
 
@@ -155,7 +166,7 @@ class Statistics:
     scores: Mapping[str, Score] = field(default_factory=dict)  # by a selection's key
 
     def __post_init__(self) -> None:
-        expected = tensor_shapes(self.shape, gradients=self.gradients)
+        expected = tensor_shapes(self.shape, gradients=self.gradients, outliers=OUTLIERS in self.tensors)
         if set(self.tensors) != set(expected):
             odd = sorted(set(self.tensors) ^ set(expected))
             raise StatisticsError(
@@ -303,7 +314,7 @@ def read(path: str | Path) -> Statistics:
     check(_StatisticsFile, meta, str(json_path(path)), StatisticsError)
     try:
         shape = ModelShape.read(meta["shape"])
-        numbers = sum(math.prod(size) for size in tensor_shapes(shape, gradients=True).values())
+        numbers = sum(math.prod(size) for size in tensor_shapes(shape, gradients=True, outliers=True).values())
         payload = read_bytes(path, 8 * numbers + _MOST_HEADER_BYTES)
     except (OSError, TypeError, CheckpointError) as error:
         raise StatisticsError(
@@ -368,6 +379,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         tensors={
             name: tensor if name in of_weights else torch.stack([part.tensors[name] for part in parts]).sum(0)
             for name, tensor in first.tensors.items()
+            if name != OUTLIERS
         },
         shape=first.shape,
         parent=first.parent,

@@ -151,7 +151,13 @@ class AnySparsitySettings(SparsitySettings):
         "uniform",
         choices=(*ALLOCATIONS, "global"),
         metavar="HOW",
-        help="uniform (default), search, owl (unstructured) or global (flap, llm-pruner, wanda-sp)",
+        help="uniform (default), owl, search or global (flap, llm-pruner, wanda-sp)",
+    )
+    owl_threshold: float | None = setting(
+        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
+    )
+    owl_bound: float | None = setting(
+        None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)"
     )
     search_generations: int | None = setting(
         None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"

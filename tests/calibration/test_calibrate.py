@@ -105,6 +105,7 @@ def hf_statistics(of: Path | torch.nn.Module, windows: np.ndarray) -> tuple[dict
         columns = padded([one.weight.detach().numpy() for one in readers])  # [L, out, n]
         found[f"{site}.weight_sum_sq"] = (columns**2).sum(1)
         found[f"{site}.weight_sum_abs"] = np.abs(columns).sum(1)
+    found["outliers"] = np.array([outliers(block, found, i) for i, block in enumerate(model.model.layers)])
     influence = []
     for i in range(layers):
         x, y = np.stack(seen["in", i]), np.stack(seen["out", i])
@@ -114,11 +115,32 @@ def hf_statistics(of: Path | torch.nn.Module, windows: np.ndarray) -> tuple[dict
     return found, loss
 
 
+def outliers(block: Any, sums: dict[str, np.ndarray], layer: int) -> list[int]:
+    """A block's weights, and how many have |w|·‖x‖ above 3, 5, 7 and 10 times the mean of all of them."""
+    attention, mlp = block.self_attn, block.mlp
+    scores = []
+    for site, readers in (
+        ("input_layernorm", (attention.q_proj, attention.k_proj, attention.v_proj)),
+        ("attention", (attention.o_proj,)),
+        ("pre_mlp_layernorm", (mlp.gate_proj, mlp.up_proj)),
+        ("mlp", (mlp.down_proj,)),
+    ):
+        for reader in readers:
+            weight = reader.weight.detach().abs().numpy()
+            scores.append((weight * np.sqrt(sums[f"{site}.sum_sq"][layer][: weight.shape[1]])).ravel())
+    every = np.concatenate(scores)
+    return [every.size, *(int((every > times * every.mean()).sum()) for times in (3, 5, 7, 10))]
+
+
 def relative(found: dict[str, Any], expected: dict[str, Any], tokens: int) -> dict[str, float]:
-    """Largest error of every quantity, relative to its value (a signed sum: to its largest possible value)."""
+    """Largest error of every quantity, relative to its value (a signed sum: to its largest possible value; counts: as
+    they are)."""
     errors = {}
     for name, wanted in expected.items():
         wanted = np.asarray(wanted)
+        if name == "outliers":
+            errors[name] = float(np.abs(np.asarray(found[name]) - wanted).max())
+            continue
         scale = np.sqrt(np.asarray(expected[f"{name}_sq"]) * tokens) if name.endswith(".sum") else np.abs(wanted)
         errors[name] = float((np.abs(np.asarray(found[name]) - wanted) / scale).max())
     return errors
@@ -141,6 +163,7 @@ def test_statistics_match_transformers_in_float64(
     expected, loss = oracle
     found = calibrated["tp1"]
     assert set(found.tensors) == set(expected)
+    assert (expected["outliers"][:, :2] > 0).all() and len({*expected["outliers"][:, 1]}) > 1
     errors = relative(found.tensors, expected, found.tokens)
     assert max(errors.values()) < 2e-5, errors
     assert found.loss_sum == pytest.approx(loss, rel=1e-6)
@@ -206,6 +229,7 @@ def test_bf16_statistics_are_those_of_fp32_but_for_rounding(
     job(["calibrate", *flags(tiny_parent, tiny_corpus, "--output", output, "--bf16", *layout)], nproc=4).ok()
     found = statistics_file.read(output)
     errors = relative(found.tensors, oracle[0], found.tokens)
+    assert errors.pop("outliers") < 0.005 * oracle[0]["outliers"][:, 0].min()
     assert 1e-5 < max(errors.values()) < 0.05, errors
     assert found.calibrations[0]["params_dtype"] == "bfloat16"
 

@@ -184,15 +184,15 @@ def test_all_names_are_dashed_files() -> None:
             "--allocation: expected uniform, owl or search with a sparse --method, got global",
         ),
         (
-            "prune --method flap --ratio 0.5 --allocation owl",
-            "--allocation: expected one of uniform, global, search, got owl",
+            "prune --method flap --ratio 0.5 --allocation owl --owl-threshold 4",
+            "--owl-threshold: expected one of 3, 5, 7, 10 with a structured method, got 4",
         ),
         (
             "prune --method shortgpt --ratio 0.5 --allocation global",
             "--allocation: expected uniform, owl or search with --method magnitude, random, sparsegpt or wanda, or "
-            "uniform, global or search with --method flap, llm-pruner or wanda-sp, got global with --method shortgpt",
+            "uniform, owl, global or search with --method flap, llm-pruner or wanda-sp, got global with --method sho",
         ),
-        ("prune --method flap --ratio 0.5 --least-kept 0.3", "--least-kept: expected --allocation global or "),
+        ("prune --method flap --ratio 0.5 --least-kept 0.3", "--least-kept: expected --allocation owl, global or "),
         ("prune --method flap --ratio 0.5 --allocation global --least-kept 1", "--least-kept: expected a fraction, "),
         (
             "prune --method flap --ratio 0.5 --search-generations 9",

@@ -264,7 +264,7 @@ def test_a_least_share_needs_one_ranking_over_all_layers(name: str) -> None:
     assert own.to_json()["least_kept"] == 0.25
     choices.choose(name, asked, own).shapes(GQA)
     with pytest.raises(
-        UsageError, match="--least-kept: expected --allocation global or search with it, got --allocation unif"
+        UsageError, match="--least-kept: expected --allocation owl, global or search with it, got --allocation u"
     ):
         choices.choose(name, asked, settings(name, "--least-kept", "0.25"))
     for wrong in ("1", "-0.1", "nan", "half"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_prune.methods.llm_pruner import LLMPruner
 from megatron_prune.structured import apply, candidates
 from megatron_prune.structured import choice as choices
 from megatron_prune.structured import plan as plans
-from megatron_prune.structured.statistics import Statistics, tensor_shapes
+from megatron_prune.structured.statistics import Statistics, StatisticsError, tensor_shapes
 from tests.checkpoint import ranks
 from tests.structured import layered
 from tests.tiny import VOCABULARY
@@ -118,21 +119,23 @@ def test_what_unmodified_megatron_cannot_build_is_said(pruned: Path, tiny_parent
 def statistics(parent: Checkpoint) -> Statistics:
     """Made-up ones; later layers matter more."""
     generator = torch.Generator().manual_seed(0)
-    sizes = tensor_shapes(parent.shape, gradients=True)
+    sizes = tensor_shapes(parent.shape, gradients=True, outliers=True)
     tensors = {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     for name in ("qkv.first", "proj.first", "fc1.first", "fc2.first"):
         tensors[name] *= torch.arange(1, 5)[:, None]
+    tensors["outliers"] = torch.tensor([[9000, 90, share, 5, 1] for share in (9, 70, 30, 31)], dtype=torch.float64)
     run = {"prefix": "p", "corpus": "c", "sampling": "sequential", "seed": None, "windows": [0, 1, 2]}
     return Statistics(tensors, parent.shape, parent.fingerprint(), 64, 3, 30.0, (run,))
 
 
+@pytest.mark.parametrize("allocation", ["global", "owl"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
-    tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tp: int
+    tiny_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tp: int, allocation: str
 ) -> None:
     parent = open_checkpoint(tiny_parent)
     asked = verbs.TargetSettings(ratio=0.4, divisible_by=4)
-    own = options.LLMPrunerOptions(allocation="global", least_kept=0.35)
+    own = options.LLMPrunerOptions(allocation=allocation, least_kept=0.35)
     choice = choices.choose("llm-pruner", asked, own, tensor_parallel=tp)
     question = choice.question(parent)
     made = choice.make(question, statistics(parent))
@@ -150,6 +153,16 @@ def test_a_method_whose_layers_may_differ_is_planned_on_its_budget(
     monkeypatch.setattr(LLMPruner, "select", lambda *_: layered.selection())
     with pytest.raises(PlanError, match="expected layers that keep .* within 0.5%, got layers that keep"):
         choice.make(question, statistics(parent))
+
+
+def test_owl_needs_outliers_which_merged_statistics_lack(tiny_parent: Path) -> None:
+    parent, asked = open_checkpoint(tiny_parent), verbs.TargetSettings(ratio=0.4, divisible_by=4)
+    choice = choices.choose("wanda-sp", asked, options.WandaSpOptions(allocation="owl"))
+    whole = statistics(parent)
+    choice.make(choice.question(parent), whole)
+    merged = replace(whole, tensors={name: one for name, one in whole.tensors.items() if name != "outliers"})
+    with pytest.raises(StatisticsError, match="expected those of one calibration, .*got merged ones"):
+        choice.make(choice.question(parent), merged)
 
 
 def test_keeping_heads_is_refused_where_layers_may_differ(tiny_parent: Path) -> None:

@@ -19,7 +19,8 @@ SHAPE = ModelShape(2, 8, 4, 2, 3, 10, 16, tied=False)
 def statistics(seed: int = 0, windows: tuple[int, ...] = (0, 1), **changes: object) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in tensor_shapes(SHAPE).items()
+        name: torch.rand(size, generator=generator, dtype=torch.float64)
+        for name, size in tensor_shapes(SHAPE, outliers=True).items()
     }
     calibration = {"prefix": "p", "corpus": "c", "sampling": "random", "seed": seed, "windows": list(windows)}
     made = Statistics(tensors, SHAPE, "parent", 5, len(windows), 7.5, (calibration,))
@@ -44,6 +45,7 @@ def test_merging_adds_sums_and_counts() -> None:
     both = merge([one, other])
     assert (both.sequences, both.tokens, both.loss_sum) == (3, 15, 15.0)
     assert [c["windows"] for c in both.calibrations] == [[0, 1], [5]]
+    assert one.tensors.keys() - both.tensors.keys() == {"outliers"}  # which no sum of two says
     for name, tensor in both.tensors.items():
         of_weights = name.split(".")[-1].startswith("weight_")  # of the same parent: the same in all
         assert torch.equal(tensor, one.tensors[name] if of_weights else one.tensors[name] + other.tensors[name])
