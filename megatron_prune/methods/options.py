@@ -131,7 +131,7 @@ class UnitOptions(Settings):
         0.0,
         kind=fraction,
         metavar="F",
-        help="with global or search: the fraction of its groups and FFN that every layer keeps (default: 0)",
+        help="with global or search: fraction of its weights or units a layer keeps (default: 0)",
     )
     search_generations: int | None = setting(
         None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"

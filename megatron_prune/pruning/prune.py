@@ -103,7 +103,7 @@ def choose(
         _refuse_given(asked, verbs.ExportableSettings, "a structured --method", asked.method)
         _refuse_given(own, type(own), "no --pattern", asked.method)
         return requests.choose(asked.method, asked, seed)
-    both = {flag.name: flag for flag in own.flags() if flag.name in ("allocation", "search_generations")}
+    both = {flag.name: flag for flag in own.flags() if flag.name in ("allocation", "least_kept", "search_generations")}
     if not both and asked.was_given("allocation"):
         some = [name for name, flags in options.STRUCTURED.items() if issubclass(flags, options.UnitOptions)]
         raise UsageError(
