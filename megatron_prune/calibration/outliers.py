@@ -1,4 +1,4 @@
-"""Counts outliers among a layer's weights, by which OWL divides a ratio among layers (``methods/allocation.py``).
+"""Scores of a layer's weights, and the outliers among them, by which OWL divides a ratio (``methods/allocation.py``).
 
 A weight's score is |W_ij|·‖X_j‖ (Wanda's), and it is an outlier if that is more than M times the mean over all weights
 of its block's linears. Import after ``runtime.start``: Megatron must be ready.
@@ -16,8 +16,8 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
 from megatron_prune.methods.allocation import THRESHOLDS
+from megatron_prune.sparse.matrices import ROW_PARALLEL
 
-ROW_PARALLEL = ("proj", "fc2")  # Megatron's name for linears whose inputs are sharded
 SITES = {"qkv": "input_layernorm", "proj": "attention", "fc1": "pre_mlp_layernorm", "fc2": "mlp"}  # of their inputs
 _SLICE = 1 << 22  # weights whose scores are in memory at a time, in float64
 
@@ -53,15 +53,6 @@ def count(block: Any, roots: Mapping[str, torch.Tensor], thresholds: Sequence[fl
     if not roots:
         return [0] * len(thresholds), 0
 
-    def scores() -> Iterator[torch.Tensor]:
-        """Of this rank's shards, some rows at a time: float64 [rows, in]."""
-        for module, whole in roots.items():
-            weight = found[module].weight
-            first = group.rank() * weight.shape[1] if module in ROW_PARALLEL else 0
-            own = whole[first : first + weight.shape[1]]
-            for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
-                yield rows.double().abs_().mul_(own)
-
     def total(value: torch.Tensor) -> torch.Tensor:
         if group.size() > 1:
             torch.distributed.all_reduce(value, group=group)
@@ -69,9 +60,20 @@ def count(block: Any, roots: Mapping[str, torch.Tensor], thresholds: Sequence[fl
 
     zero = torch.zeros((), dtype=torch.float64, device=found[next(iter(roots))].weight.device)
     size = int(total(zero + sum(found[module].weight.numel() for module in roots)))
-    mean = total(sum((some.sum() for some in scores()), zero)) / size
+    mean = total(sum((some.sum() for some in scores(block, roots)), zero)) / size
     limits = mean * torch.tensor(thresholds, dtype=torch.float64, device=zero.device)
     above = torch.zeros(len(thresholds), dtype=torch.float64, device=zero.device)
-    for some in scores():
+    for some in scores(block, roots):
         above += torch.stack([(some > limit).sum() for limit in limits])
     return [int(number) for number in total(above)], size
+
+
+def scores(block: Any, roots: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """|W_ij|·roots_j of this rank's shards of the linears in ``roots``, some rows at a time: float64 [rows, in]."""
+    group, found = mpu.get_tensor_model_parallel_group(), spec.linears(block)
+    for module, whole in roots.items():
+        weight = found[module].weight
+        first = group.rank() * weight.shape[1] if module in ROW_PARALLEL else 0
+        own = whole[first : first + weight.shape[1]]
+        for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
+            yield rows.double().abs_().mul_(own)

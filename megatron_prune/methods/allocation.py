@@ -1,8 +1,8 @@
-"""How a ratio is divided among layers: OWL (2310.05175), outlier-weighed layerwise sparsity.
+"""How a ratio is divided among layers: by outliers (OWL), or by one ranking of all weights.
 
-An outlier is a weight whose |W_ij|·√a_j (Wanda's score, see ``wanda.py``) is more than M times the mean over its
-layer. With D_l the share of outliers in layer l of the dense model, and d_l = (D_l − min D) / (max D − min D), layer l
-removes
+OWL (2310.05175) is outlier-weighed layerwise sparsity. An outlier is a weight whose |W_ij|·√a_j (Wanda's score, see
+``wanda.py``) is more than M times the mean over its layer. With D_l the share of outliers in layer l of the dense
+model, and d_l = (D_l − min D) / (max D − min D), layer l removes
 
     s_l = s + 2λ·(mean d − d_l)
 
@@ -10,6 +10,12 @@ of its weights: less where outliers are dense. These are the published code's nu
 states |s_l − s| ≤ λ, which a single layer far from the others exceeds there and here. The mean of d is over weights, so
 that the layers together lose s where their sizes differ too; the published code, for layers of one shape, takes it over
 layers, which is the same there.
+
+``global`` removes from layer l the share of its weights that lie below one threshold, below which the fraction s of all
+layers' weights lies. With magnitudes this is global magnitude pruning (Han et al., 1506.02626, with one threshold for
+all layers as in Frankle & Carbin, 1803.03635). Wanda's own comparisons are within a row. Scores are counted by the
+upper 16 bits of their fp32 representation, which sort like the scores: seven bits of precision below the leading one.
+Of the bin that the threshold falls into, every layer gives the same fraction, so that Σ s_l·N_l = s·N exactly.
 
 Ratios are rounded to whole inputs: of a matrix with n inputs, every row (on average, for methods that compare whole
 matrices) loses k_l of them, with k_l within one of n·s_l, and Σ k_l = ⌊n·s·layers⌋. So a row loses over all layers
@@ -19,15 +25,20 @@ less than one input of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from megatron_prune.errors import UsageError
 
 # The multiples M of the mean for which ``calibrate`` counts outliers for methods that cut units.
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
+SCORE_BINS = 1 << 15  # values of the upper 16 bits of an fp32 number that is not negative
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class OutlierWeighing:
 
     @staticmethod
     def of(threshold: float | None, bound: float | None) -> OutlierWeighing:
-        """With the paper's settings where None is given."""
+        """With the paper's settings for models of the LLaMA family where None is given."""
         return OutlierWeighing(5.0 if threshold is None else threshold, 0.08 if bound is None else bound)
 
     def check(self, ratio: float, flag: str) -> None:
@@ -66,6 +77,89 @@ class OutlierWeighing:
         scaled = [(share - low) / (high - low) for share in outliers]
         mean = sum(size * one for size, one in zip(weights, scaled, strict=True)) / Fraction(sum(weights))
         return [2 * Fraction(str(self.bound)) * (mean - one) for one in scaled]
+
+
+@dataclass(frozen=True)
+class GlobalRanking:
+    """One ranking of all layers' weights; every layer keeps at least the fraction ``least_kept`` of its own."""
+
+    least_kept: float = 0.0
+
+    def check(self, ratio: float, flag: str) -> None:
+        """UsageError if layers that all keep ``least_kept`` cannot lose ``ratio``, which ``flag`` gave."""
+        room = 1 - Fraction(str(ratio))  # as decimals: 1 - 0.7 is 0.3
+        if Fraction(str(self.least_kept)) > room:
+            raise UsageError(
+                "--least-kept",
+                got=self.least_kept,
+                expected=f"at most {float(room):g}",
+                why=f"{flag} {ratio:g} goes of all layers together",
+            )
+
+    def check_layers(self, ratio: float, most: Sequence[Fraction], weights: Sequence[int]) -> None:
+        """UsageError if layers with so many ``weights`` that lose at most the fractions ``most`` cannot lose
+        ``ratio``."""
+        room = sum(share * size for share, size in zip(most, weights, strict=True)) / Fraction(sum(weights))
+        if Fraction(str(ratio)) > room:
+            raise UsageError(
+                "--ratio", got=ratio, expected=f"at most {math.floor(room * 10**4) / 10**4:g} with --allocation global",
+                why="every layer keeps at least one input of a row"
+                + f", and the fraction {self.least_kept:g} of them" * bool(self.least_kept),
+            )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "global"} | ({"least_kept": self.least_kept} if self.least_kept else {})
+
+    def most(self, inputs: Iterable[int]) -> Fraction:
+        """The largest ratio of a layer whose matrices have so many ``inputs``. Whole inputs, so that rounding keeps to
+        it; at least one stays."""
+        least = Fraction(str(self.least_kept))
+        return min(1 - Fraction(max(1, math.ceil(least * number)), number) for number in inputs)
+
+    def shifts(
+        self, ratio: float, scores: Sequence[Sequence[tuple[int, int]]], most: Sequence[Fraction]
+    ) -> list[Fraction]:
+        """s_l − s for every layer; over the layers' weights they sum to 0.
+
+        ``scores`` are a layer's filled bins and how many weights each has, ``most`` the largest s_l. What a layer keeps
+        for that reason, the others lose: the threshold is higher.
+        """
+        asked, below = Fraction(str(ratio)), [_below(layer) for layer in scores]
+        limits = [share * int(counts[-1]) for share, counts in zip(most, below, strict=True)]
+
+        def lost(threshold: Fraction | int) -> list[Fraction]:
+            """Weights that each layer loses: those of the whole bins below, and of the next bin that fraction."""
+            whole, part = divmod(Fraction(threshold), 1)
+            return [
+                min(limit, int(counts[whole]) + part * int(counts[whole + 1] - counts[whole]))
+                for limit, counts in zip(limits, below, strict=True)
+            ]
+
+        def together(threshold: Fraction | int) -> Fraction:
+            return sum(lost(threshold), Fraction(0))
+
+        goal = asked * sum(int(counts[-1]) for counts in below)
+        upper = bisect_left(range(SCORE_BINS), goal, key=together)  # the threshold is in the bin before
+        # In this bin all lose in proportion to the threshold, up to where a layer reaches its limit.
+        corners = [Fraction(upper - 1), Fraction(upper)]
+        for limit, counts in zip(limits, below, strict=True):
+            first, last = int(counts[upper - 1]), int(counts[upper])
+            if first < limit < last:
+                corners.append(upper - 1 + (limit - first) / (last - first))
+        corners.sort()
+        place = bisect_left(corners, goal, key=together)
+        low, high = corners[place - 1], corners[place]
+        part = (goal - together(low)) / (together(high) - together(low))
+        found = lost(low + part * (high - low))
+        return [one / int(counts[-1]) - asked for one, counts in zip(found, below, strict=True)]
+
+
+def _below(scores: Sequence[tuple[int, int]]) -> np.ndarray:
+    """How many scores are in bins below each, int64 [SCORE_BINS + 2]; the last two entries are all of them."""
+    found = np.zeros(SCORE_BINS + 2, dtype=np.int64)
+    for number, count in scores:
+        found[number + 1] = count
+    return found.cumsum()
 
 
 def whole_inputs(sizes: Sequence[tuple[int, int]], ratio: float, shifts: Sequence[Fraction]) -> list[int]:

@@ -43,7 +43,7 @@ class LevelGrid:
         grid = LevelGrid(step, -math.floor(below / step), max(0, math.floor(above / step)))
         if not grid.lowest < 0 < grid.highest:
             raise UsageError(
-                "--allocation", got="search", expected="owl or uniform",
+                "--allocation", got="search", expected="global, owl or uniform",
                 why=f"the matrices' numbers of inputs divide into steps of {float(step):.3g}, which leaves no room at "
                 "this ratio",
             )  # fmt: skip

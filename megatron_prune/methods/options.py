@@ -131,13 +131,13 @@ class UnitOptions(Settings):
         0.0,
         kind=fraction,
         metavar="F",
-        help="unless uniform: the fraction of its groups and FFN that every layer keeps (default: 0)",
+        help="unless uniform: fraction of its weights or units that a layer keeps (default: 0)",
     )
     owl_threshold: float | None = setting(
-        None, metavar="M", help="outliers are above M times the mean score: 3, 5, 7 or 10 (default: 5)"
+        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
     )
     owl_bound: float | None = setting(
-        None, metavar="L", help="with owl: the layers' ratios span twice L around the ratio (default: 0.08)"
+        None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)"
     )
     search_generations: int | None = setting(
         None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.methods.allocation import SCORE_BINS
 
 _PAIRS = 1 << 18  # compared at a time: fits a core's cache
+_INFINITE_BIN = 0x7F800000 >> 16
 
 
 def lowest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -60,7 +62,25 @@ def lowest_of_planes(planes: torch.Tensor, count: int) -> torch.Tensor:
 def refuse_infinite(scores: torch.Tensor) -> None:
     """CheckpointError if a score is infinite or NaN: weights or inputs are broken."""
     if not bool(scores.isfinite().all()):
-        raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
+        _refuse()
+
+
+def _refuse() -> None:
+    raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
+
+
+def histogram(scores: torch.Tensor) -> torch.Tensor:
+    """How many scores have each value of the upper 16 bits of their fp32 representation: int64 [SCORE_BINS]."""
+    upper = (scores.float().flatten().view(torch.int32) >> 16) & (SCORE_BINS - 1)  # a NaN may have a sign
+    return torch.bincount(upper, minlength=SCORE_BINS)
+
+
+def filled_bins(counts: torch.Tensor) -> list[list[int]]:
+    """The bins of a ``histogram`` that are not empty, with their counts; CheckpointError if scores were not finite."""
+    filled = counts.nonzero().flatten()
+    if len(filled) and int(filled[-1]) >= _INFINITE_BIN:
+        _refuse()
+    return torch.stack((filled, counts[filled]), dim=1).tolist()
 
 
 @contextmanager
@@ -114,14 +134,14 @@ class Rows:
         threshold = equal = 0
         for shift, width in _DIGITS:
             digits = (left >> shift) & ((1 << width) - 1)
-            histogram = torch.bincount(digits, minlength=1 << width)  # [2^width]
+            counts = torch.bincount(digits, minlength=1 << width)  # [2^width]
             if self.group is not None:
-                torch.distributed.all_reduce(histogram, group=self.group)
-            if shift == _DIGITS[0][0] and bool(histogram[_INFINITE:].any()):
-                raise CheckpointError("weights or the inputs they see are not finite: they cannot be ranked")
-            upto = histogram.cumsum(0)
+                torch.distributed.all_reduce(counts, group=self.group)
+            if shift == _DIGITS[0][0] and bool(counts[_INFINITE:].any()):
+                _refuse()
+            upto = counts.cumsum(0)
             digit = int(torch.searchsorted(upto, count))  # of the count-th lowest
-            equal = int(histogram[digit])
+            equal = int(counts[digit])
             count -= int(upto[digit]) - equal
             threshold |= digit << shift
             left = left[digits == digit]

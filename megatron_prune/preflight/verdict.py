@@ -53,7 +53,7 @@ def all_findings(question: JobQuestion, rehearsal: Rehearsal) -> list[Finding]:
     """Every check on a command line that Megatron accepts."""
     args, shape, stages = rehearsal.args, rehearsal.shape, rehearsal.stages
     alone = question.verb == "sparsify" and methods.get_sparse(args.method).statistic == "none"
-    if alone and args.allocation == "uniform":
+    if alone and args.allocation in ("uniform", "global"):
         return [*checks.layout(question, rehearsal), *files.weights_alone(args)]
     found = [
         checks.installed(question, rehearsal),

@@ -50,7 +50,8 @@ from megatron_prune.structured.plan import PruningPlan
 from megatron_prune.training import learned_file
 
 FOLDER = "pruning"
-SHARED = ("allocation", "owl_threshold", "owl_bound", "search_generations")  # flags of sparse and of unit methods
+# Flags of sparse methods and of those that cut units.
+SHARED = ("allocation", "least_kept", "owl_threshold", "owl_bound", "search_generations")
 LEARNING = ".learning"  # after the name of --save: the folder of a training under masks
 # Of a training under masks, where the command does not say otherwise: the paper's, but for the batch.
 TRAINING = {
@@ -109,8 +110,7 @@ def choose(
         some = [name for name, flags in options.STRUCTURED.items() if issubclass(flags, options.UnitOptions)]
         raise UsageError(
             "--allocation", got=f"{asked.allocation} with --method {asked.method}",
-            expected=f"{either(verbs.ALLOCATIONS)} with --method {either(sorted(options.SPARSE))}, or "
-            f"uniform, owl, global or search with --method {either(sorted(some))}",
+            expected=f"a --method that lets layers differ ({either([*sorted(options.SPARSE), *sorted(some)])})",
         )  # fmt: skip
     _refuse_given(asked, verbs.SparsitySettings, "a sparse --method", asked.method, but=both)
     if isinstance(own, options.UnitOptions):

@@ -6,8 +6,8 @@
 
 ``magnitude`` and ``random`` read the weights alone, streamed in blocks of rows (``sparse/weights_only.py``): no model
 is built, and no model flags are needed. ``wanda`` and ``sparsegpt`` read calibration text in Megatron's model
-(``sparse/driver.py``), and so does every method whose ratios differ by layer (``--allocation``). The finished blocks of
-a killed run are stored next to SAVE (``sparse/scratch.py``): the same command continues from there, at any layout.
+(``sparse/driver.py``), and so does every method with ``--allocation owl`` or ``search``. The finished blocks of a
+killed run are stored next to SAVE (``sparse/scratch.py``): the same command continues from there, at any layout.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _sparsify(
     if task.request.method.statistic != "none":
         driver.run(args, task)
     else:
-        if task.request.allocation is not None:
+        if task.request.reads_text:
             task = driver.allocate(args, task)
         elif ModelShape.from_args(vars(args)) != parent.shape:
             # The flags give another model: the error names the weight.

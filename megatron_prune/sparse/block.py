@@ -16,17 +16,18 @@ A pruned weight is rounded to the type that the model computes in and to the typ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 
+from megatron_prune.calibration import outliers
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
 from megatron_prune.methods.accumulators import SquareSums
 from megatron_prune.methods.base import InputMethod, SparseMethod, Sparsity
-from megatron_prune.methods.selection import Rows, full_precision
+from megatron_prune.methods.selection import Rows, filled_bins, full_precision, histogram
 from megatron_prune.methods.sparsegpt import Factor, Hessian
 from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
 from megatron_prune.sparse.request import SparsifyRequest, Sums
@@ -114,37 +115,36 @@ class Inputs:
             statistic.count = sequences
 
 
-_SLICE = 1 << 22  # weights whose scores are in memory at a time, in float64
-
-
-@torch.no_grad()
 def count_outliers(block: Any, statistics: Mapping[str, Statistic], threshold: float) -> tuple[int, int]:
     """How many weights of the modules in ``statistics`` have a score |W_ij|·√a_j above ``threshold`` times the mean of
     all of them, and how many weights there are.
 
     The same on every rank. Collective over the tensor-parallel ranks.
     """
-    group, found = mpu.get_tensor_model_parallel_group(), spec.linears(block)
+    (found,), size = outliers.count(block, _roots(statistics), [threshold])
+    return found, size
 
-    def scores() -> Iterator[torch.Tensor]:
-        """Of this rank's shards, some rows at a time: float64 [rows, in]."""
-        for module, statistic in statistics.items():
-            assert isinstance(statistic, SquareSums)
-            weight, roots = found[module].weight, statistic.mean().sqrt()
-            if module in ROW_PARALLEL:
-                roots = roots.chunk(group.size())[group.rank()]
-            for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
-                yield rows.double().abs_().mul_(roots)
 
-    def total(value: torch.Tensor) -> float:
-        if group.size() > 1:
-            torch.distributed.all_reduce(value, group=group)
-        return float(value)
+@torch.no_grad()
+def count_scores(block: Any, statistics: Mapping[str, Statistic]) -> list[list[int]]:
+    """How many weights of the modules in ``statistics`` have their score |W_ij|·√a_j in each bin that is not empty.
 
-    zero = torch.zeros((), dtype=torch.float64, device=found[next(iter(statistics))].weight.device)
-    size = total(zero + sum(found[module].weight.numel() for module in statistics))
-    limit = threshold * total(sum((some.sum() for some in scores()), zero)) / size
-    return int(total(sum(((some > limit).sum() for some in scores()), zero))), int(size)
+    The same on every rank. Collective over the tensor-parallel ranks.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+    counts = sum(map(histogram, outliers.scores(block, _roots(statistics))), torch.zeros((), dtype=torch.int64))
+    if group.size() > 1:
+        torch.distributed.all_reduce(counts, group=group)
+    return filled_bins(counts)
+
+
+def _roots(statistics: Mapping[str, Statistic]) -> dict[str, torch.Tensor]:
+    """√a_j of every module's inputs."""
+    found = {}
+    for module, statistic in statistics.items():
+        assert isinstance(statistic, SquareSums)
+        found[module] = statistic.mean().sqrt()
+    return found
 
 
 def prune_block(

@@ -8,9 +8,10 @@ A stage waits until the previous stage has its windows ready, receives them, and
 stage. A block that an earlier attempt finished is read back and only run. Methods that read no inputs take another
 path, without a model (``weights_only.py``).
 
-Where outliers decide a layer's ratio, a pass through the dense model counts them first. Every stage writes its layers'
-counts to the scratch folder, and every rank reads all of them: so all compute the same ratios. Where a search decides
-them, the same pass makes masks of every ratio (``level_masks.py``), and whole models with such masks are run.
+Where outliers or a ranking of all weights decide a layer's ratio, a pass through the dense model counts first. Every
+stage writes its layers' counts to the scratch folder, and every rank reads all of them: so all compute the same ratios.
+Where a search decides them, the same pass makes masks of every ratio (``level_masks.py``), and whole models with such
+masks are run.
 Import after ``runtime.start``: Megatron must be ready.
 """
 
@@ -35,7 +36,7 @@ from megatron_prune.methods import evolution
 from megatron_prune.methods.allocation import OutlierWeighing
 from megatron_prune.methods.evolution import Evolution, Found
 from megatron_prune.methods.level_search import Levels
-from megatron_prune.sparse.block import Inputs, Statistic, count_outliers, prune_block
+from megatron_prune.sparse.block import Inputs, Statistic, count_outliers, count_scores, prune_block
 from megatron_prune.sparse.level_masks import LevelMasks
 from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
@@ -86,18 +87,18 @@ def _begin(args: argparse.Namespace, task: SparsifyTask) -> tuple[list[Any], Scr
 
 
 def _allocate(args: argparse.Namespace, model: list[Any], task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
-    """``task`` with every layer's ratio. Counts outliers, or searches, if an earlier attempt has not."""
+    """``task`` with every layer's ratio. Counts outliers or scores, or searches, if an earlier attempt has not."""
     if isinstance(task.request.allocation, Evolution):
         _search(args, model, task, task.request.allocation, scratch)
         return allocated(task, scratch)
-    counted: list[Any] = [scratch.outliers(task.layers) is not None] if args.rank == 0 else [None]
+    counted: list[Any] = [scratch.counts(task.layers) is not None] if args.rank == 0 else [None]
     if counted == [False]:
-        scratch.forget_outliers()
+        scratch.forget_counts()
     torch.distributed.broadcast_object_list(counted, src=0)
     if not counted[0]:
-        with Progress("outliers", len(task.layers)) as progress:
-            _Stage(model, task, scratch, [], progress).count_outliers()
-            scratch.wait_for_outliers(task.layers, progress.outliers)
+        with Progress("counting", len(task.layers)) as progress:
+            _Stage(model, task, scratch, [], progress).count()
+            scratch.wait_for_counts(task.layers, progress.counted)
     return allocated(task, scratch)
 
 
@@ -148,8 +149,9 @@ class _Stage:
     def run(self) -> None:
         self._walk("pruning", self._visit)
 
-    def count_outliers(self) -> None:
-        self._walk("outliers", partial(self._dense, self._count))
+    def count(self) -> None:
+        """Leave in the scratch folder what decides the layers' ratios, of every block that is pruned."""
+        self._walk("counting", partial(self._dense, self._count))
 
     def walk_dense(self, see: Callable[[int, Any, Mapping[str, Statistic]], None]) -> None:
         """Call ``see`` for every block that is pruned, with statistics of its inputs in the dense model."""
@@ -190,11 +192,13 @@ class _Stage:
         return True
 
     def _count(self, layer: int, block: Any, statistics: Mapping[str, Statistic]) -> None:
-        allocation = self.task.request.allocation
-        assert isinstance(allocation, OutlierWeighing)
-        found, size = count_outliers(block, statistics, allocation.threshold)
+        allocation, counted = self.task.request.allocation, dict[str, Any]()
+        if isinstance(allocation, OutlierWeighing):
+            counted["outliers"], counted["weights"] = count_outliers(block, statistics, allocation.threshold)
+        else:
+            counted["scores"] = count_scores(block, statistics)
         if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
-            self.progress.outliers(self.scratch.count_outliers(layer, found, size))
+            self.progress.counted(self.scratch.keep_counts(layer, counted))
 
     def _prune(self, layer: int, block: Any) -> None:
         began = time.monotonic()

@@ -14,16 +14,14 @@ from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
 from megatron_prune.errors import UsageError
 from megatron_prune.masks import Masks, find_masks, open_masks, verify
-from megatron_prune.methods.allocation import OutlierWeighing, whole_inputs
+from megatron_prune.methods.allocation import GlobalRanking, OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
 from megatron_prune.methods.evolution import Evolution
 from megatron_prune.methods.level_search import LevelGrid
-from megatron_prune.settings import either, numbers_of
+from megatron_prune.settings import numbers_of
 from megatron_prune.sparse.matrices import MODULES, SUFFIXES, Matrix, matrices
 
-# Of OWL; the paper's for models of the LLaMA family.
-THRESHOLD = 5.0
-BOUND = 0.08
+Allocation = OutlierWeighing | GlobalRanking | Evolution
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class SparsifyRequest:
     of: Mapping[str, Sparsity]  # by module that is pruned
     layers: tuple[int, ...] | None  # None: all
     seed: int | None
-    allocation: OutlierWeighing | Evolution | None = None  # None: every layer has the same ratio
+    allocation: Allocation | None = None  # None: every layer has the same ratio
     by_layer: Mapping[tuple[int, str], Sparsity] = field(default_factory=dict)  # with it, once it is known
 
     @property
@@ -45,7 +43,7 @@ class SparsifyRequest:
     @property
     def reads_text(self) -> bool:
         """True if calibration text is read: by the method, or to allocate ratios."""
-        return self.method.statistic != "none" or self.allocation is not None
+        return self.method.statistic != "none" or isinstance(self.allocation, (OutlierWeighing, Evolution))
 
     def sparsity(self, layer: int, module: str) -> Sparsity:
         """What is removed from a linear. With an ``allocation`` it must be ``allocated`` first."""
@@ -61,6 +59,18 @@ class SparsifyRequest:
         sizes = shape.of_layer(layer)
         modules = self.modules_of(shape, layer)
         return sum(matrix.rows * matrix.inputs for module in modules for matrix in matrices(module, sizes))
+
+    @property
+    def ratio(self) -> float:
+        """What is removed of all layers together, if no module has a ratio of its own."""
+        return float(next(iter(self.of.values())).ratio)
+
+    def most(self, shape: ModelShape, ranking: GlobalRanking) -> list[Fraction]:
+        """The largest ratio that ``ranking`` gives each layer that is pruned."""
+        return [
+            ranking.most(matrices(module, shape.of_layer(layer))[0].inputs for module in self.modules_of(shape, layer))
+            for layer in self.chosen(shape)
+        ]
 
     def grid(self, shape: ModelShape) -> LevelGrid:
         """The levels of a search, in a model whose layers have one shape."""
@@ -102,10 +112,13 @@ class SparsifyRequest:
                 for matrix in matrices(module, shape.of_layer(layer)):
                     inputs = f"{matrix.name} ({layer_name(layer, SUFFIXES[module])})"
                     self.of[module].pattern.check_inputs(inputs, matrix.inputs)
+        if isinstance(self.allocation, GlobalRanking):
+            sizes = [self.weights_of(shape, layer) for layer in chosen]
+            self.allocation.check_layers(self.ratio, self.most(shape, self.allocation), sizes)
         if isinstance(self.allocation, Evolution):
             if isinstance(shape, HeterogeneousShape):
                 raise UsageError(
-                    "--allocation", got="search for a model whose layers differ", expected="owl or uniform",
+                    "--allocation", got="search for a model whose layers differ", expected="global, owl or uniform",
                     why="the search moves equal shares between layers, which are equal weights in equal layers alone",
                 )  # fmt: skip
             self.grid(shape)
@@ -147,17 +160,16 @@ def choose(name: str, asked: verbs.SparsitySettings, seed: int | None = None) ->
 
 def _allocation(
     name: str, asked: verbs.SparsitySettings, of: Mapping[str, Sparsity], own: Mapping[str, float], seed: int
-) -> OutlierWeighing | Evolution | None:
+) -> Allocation | None:
     """How ratios are allocated. UsageError for a pattern that fixes them, or settings that do not fit."""
-    for setting, needed in (("owl_threshold", "owl"), ("owl_bound", "owl"), ("search_generations", "search")):
+    for setting, needed in (
+        ("owl_threshold", "owl"), ("owl_bound", "owl"), ("least_kept", "global"), ("search_generations", "search")
+    ):  # fmt: skip
         if asked.was_given(setting) and asked.allocation != needed:
             flag = "--" + setting.replace("_", "-")
             raise UsageError(flag, got=f"--allocation {asked.allocation}", expected=f"--allocation {needed} with it")
     if asked.allocation == "uniform":
         return None
-    if asked.allocation not in verbs.ALLOCATIONS:
-        expected = f"{either(verbs.ALLOCATIONS)} with a sparse --method"
-        raise UsageError("--allocation", got=asked.allocation, expected=expected)
     for sparsity in of.values():
         if sparsity.pattern.m is not None:
             raise UsageError(
@@ -166,14 +178,20 @@ def _allocation(
                 expected="uniform with an N:M --pattern",
                 why=f"{sparsity.pattern} gives every layer the same ratio",
             )
+    if name == "random" and asked.allocation != "owl":
+        raise UsageError("--allocation", got=asked.allocation, expected="owl or uniform with --method random")
     if asked.allocation == "search":
-        if name == "random":
-            raise UsageError("--allocation", got="search", expected="owl or uniform with --method random")
         return Evolution.of(asked.search_generations, seed)
-    owl = OutlierWeighing(
-        THRESHOLD if asked.owl_threshold is None else asked.owl_threshold,
-        BOUND if asked.owl_bound is None else asked.owl_bound,
-    )
+    if asked.allocation == "global":
+        if own:
+            raise UsageError(
+                "--module-ratio", got="--allocation global", expected="another --allocation with it",
+                why="one ranking of all weights has one ratio",
+            )  # fmt: skip
+        ranking = GlobalRanking(asked.least_kept)
+        ranking.check(float(next(iter(of.values())).ratio), "--ratio")
+        return ranking
+    owl = OutlierWeighing.of(asked.owl_threshold, asked.owl_bound)
     for module, sparsity in of.items():
         owl.check(float(sparsity.ratio), f"--module-ratio {module}=" if module in own else "--ratio")
     return owl

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 from megatron_prune import artifacts, screen
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.masks import MASKS, open_masks
-from megatron_prune.methods.allocation import OutlierWeighing
+from megatron_prune.methods.allocation import GlobalRanking, OutlierWeighing
 from megatron_prune.methods.evolution import Found
 from megatron_prune.methods.level_search import Levels
 from megatron_prune.sparse.matrices import matrices
@@ -75,15 +76,18 @@ def write(task: SparsifyTask, calibration: Mapping[str, Any] | None) -> dict[str
 
 
 def allocated(task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
-    """``task`` with every layer's ratio, where outliers or a search decide it; they are counted, or it is done."""
+    """``task`` with every layer's ratio, where something counted or a search decides it; that is in ``scratch``."""
     request, shape = task.request, task.parent.shape
     if request.allocation is None:
         return task
     if isinstance(request.allocation, OutlierWeighing):
-        outliers = scratch.outliers(task.layers)
-        assert outliers is not None
         sizes = [request.weights_of(shape, layer) for layer in task.layers]
-        shifts = request.allocation.shifts([outliers[layer] for layer in task.layers], sizes)
+        shifts = request.allocation.shifts(list(_outliers(task, scratch).values()), sizes)
+    elif isinstance(request.allocation, GlobalRanking):
+        counted = scratch.counts(task.layers)
+        assert counted is not None
+        ratio, most = request.ratio, request.most(shape, request.allocation)
+        shifts = request.allocation.shifts(ratio, [row["scores"] for row in counted], most)
     else:
         found = scratch.levels()
         assert found is not None
@@ -91,9 +95,18 @@ def allocated(task: SparsifyTask, scratch: Scratch) -> SparsifyTask:
     return replace(task, request=request.allocated(shape, shifts))
 
 
+def _outliers(task: SparsifyTask, scratch: Scratch) -> dict[int, Fraction]:
+    """The share of outliers in each layer that is pruned, where they decide its ratio."""
+    if not isinstance(task.request.allocation, OutlierWeighing):
+        return {}
+    counted = scratch.counts(task.layers)
+    assert counted is not None
+    return {row["layer"]: Fraction(row["outliers"], row["weights"]) for row in counted}
+
+
 def _layer_ratios(task: SparsifyTask, scratch: Scratch) -> list[dict[str, Any]]:
     """What decided each layer's ratios, and these."""
-    outliers, request = scratch.outliers(task.layers) or {}, task.request
+    outliers, request = _outliers(task, scratch), task.request
     return [
         {
             "layer": layer,
@@ -160,9 +173,9 @@ def flops(
 ) -> int:
     """Dense FLOPs of a pruning that reads ``sequences``: each block runs forward once or twice.
 
-    Counting outliers runs each block once more; a method that reads no inputs does no more than that. A search runs
-    the whole model as often as it has ``searched``, after such a pass. A Hessian adds X·Xᵀ of every module's inputs,
-    in³ to factorize it, and rows·in² to update each matrix.
+    Counting outliers or scores runs each block once more; a method that reads no inputs does no more than that. A
+    search runs the whole model as often as it has ``searched``, after such a pass. A Hessian adds X·Xᵀ of every
+    module's inputs, in³ to factorize it, and rows·in² to update each matrix.
     """
     chosen = request.chosen(shape)
     blocks = [shape.layer_flops(layer, seq_length) for layer in range(shape.num_layers)]

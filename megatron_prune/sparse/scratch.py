@@ -3,7 +3,7 @@
     .SAVE.sparsify/question.json          the parent, request and calibration of this work
     .SAVE.sparsify/block-0003/            a folder per rank with weights (``checkpoint/parallel.py``), and packed masks
     .SAVE.sparsify/block-0003/done.json   written last, when the block is complete: its rows of the table
-    .SAVE.sparsify/outliers-0003.json     the outliers of a layer, where they decide its ratio
+    .SAVE.sparsify/counts-0003.json       the outliers of a layer, or its scores by size, where they decide its ratio
     .SAVE.sparsify/levels.json            how far a search for the layers' ratios has come
     .SAVE.sparsify/stage-0-pruning.left   the first stage has its activations ready for the second
 
@@ -18,7 +18,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -169,32 +168,31 @@ class Scratch:
     def _block(self, layer: int) -> Path:
         return self.folder / f"block-{layer:04d}"
 
-    # -- outliers ---------------------------------------------------------------------------------------
+    # -- counts -----------------------------------------------------------------------------------------
 
-    def count_outliers(self, layer: int, found: int, size: int) -> dict[str, Any]:
-        """Store how many of a layer's ``size`` weights are outliers; returns its row."""
-        row = {"layer": layer, "outliers": found, "weights": size}
-        write_json(self._outliers(layer), row)
+    def keep_counts(self, layer: int, counted: Mapping[str, Any]) -> dict[str, Any]:
+        """Store what was counted in a layer: its ``outliers`` among so many ``weights``, or the filled bins of its
+        ``scores``. Returns its row."""
+        row = {"layer": layer, **counted}
+        write_json(self._counts(layer), row)
         return row
 
-    def wait_for_outliers(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
+    def wait_for_counts(self, layers: Iterable[int], seen: Callable[[dict[str, Any]], None]) -> None:
         """Wait until those of all ``layers`` are counted, in order; ``seen`` gets the row of each."""
-        _wait_for(map(self._outliers, layers), seen)
+        _wait_for(map(self._counts, layers), seen)
 
-    def outliers(self, layers: Iterable[int]) -> dict[int, Fraction] | None:
-        """The share of outliers in each of ``layers``; None if it is not known of all."""
-        paths = [self._outliers(layer) for layer in layers]
-        if not all(path.exists() for path in paths):
-            return None
-        return {row["layer"]: Fraction(row["outliers"], row["weights"]) for row in map(read_json, paths)}
+    def counts(self, layers: Iterable[int]) -> list[dict[str, Any]] | None:
+        """The rows of ``layers``; None if one is not known."""
+        paths = [self._counts(layer) for layer in layers]
+        return [read_json(path) for path in paths] if all(path.exists() for path in paths) else None
 
-    def forget_outliers(self) -> None:
+    def forget_counts(self) -> None:
         """Discard those of an attempt that did not finish: all layers' must come from one pass."""
-        for path in self.folder.glob("outliers-*.json"):
+        for path in self.folder.glob("counts-*.json"):
             path.unlink()
 
-    def _outliers(self, layer: int) -> Path:
-        return self.folder / f"outliers-{layer:04d}.json"
+    def _counts(self, layer: int) -> Path:
+        return self.folder / f"counts-{layer:04d}.json"
 
     # -- levels -------------------------------------------------------------------------------------
 
@@ -257,9 +255,12 @@ class Progress(screen.Bar):
         """Count a finished block; ``row`` is its row in the scratch folder."""
         self._once(row["layer"], "kept from before" if resumed else _says(row))
 
-    def outliers(self, row: Mapping[str, Any]) -> None:
-        """Count a block whose outliers are counted; ``row`` is what the scratch folder has of it."""
-        self._once(row["layer"], f"{row['outliers']:,} outliers in {row['weights']:,} weights")
+    def counted(self, row: Mapping[str, Any]) -> None:
+        """Count a block whose outliers or scores are counted; ``row`` is what the scratch folder has of it."""
+        if "scores" in row:
+            self._once(row["layer"], f"{sum(count for _, count in row['scores']):,} scores")
+        else:
+            self._once(row["layer"], f"{row['outliers']:,} outliers in {row['weights']:,} weights")
 
     def _once(self, layer: int, note: str) -> None:
         if layer not in self._seen:

@@ -24,9 +24,12 @@ from megatron_prune.checkpoint.parallel import keep_freed_memory
 from megatron_prune.engine import network
 from megatron_prune.errors import CheckpointError
 from megatron_prune.masks import write_single
+from megatron_prune.methods.allocation import GlobalRanking
 from megatron_prune.methods.base import Sparsity, WeightMethod
+from megatron_prune.methods.selection import filled_bins, histogram
 from megatron_prune.sparse.matrices import SUFFIXES, Matrix, RowRun, matrices, runs
 from megatron_prune.sparse.request import SparsifyTask, Sums
+from megatron_prune.sparse.result import allocated
 from megatron_prune.sparse.scratch import Progress, Pruned, Scratch
 
 RECORD_BYTES = 8 << 20  # of rows read and written at a time
@@ -47,6 +50,8 @@ def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int
     if ranks > 1:
         done = _from_first(done)
         scratch.refuse_unseen()
+    if isinstance(task.request.allocation, GlobalRanking):
+        task = _rank(task, params_dtype, scratch, rank, ranks)
     with Progress(task.request.name, len(task.layers)) as progress:
         for row in done:
             progress.block(row, resumed=True)
@@ -72,6 +77,30 @@ def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     torch.distributed.broadcast_object_list(held, src=0)
     torch.distributed.barrier()  # a first rank without work might otherwise return before the others have the value
     return held[0]
+
+
+def _rank(task: SparsifyTask, params_dtype: torch.dtype, scratch: Scratch, rank: int, ranks: int) -> SparsifyTask:
+    """``task`` with every layer's ratio, by one ranking of all magnitudes. Layers that an earlier attempt counted are
+    not read again; ranks divide the layers, and each waits for all."""
+    if scratch.counts(task.layers) is None:
+        with Progress("counting", len(task.layers)) as progress:
+            for layer in task.layers[rank::ranks]:
+                if scratch.counts([layer]) is None:
+                    progress.counted(scratch.keep_counts(layer, {"scores": _magnitudes(task, layer, params_dtype)}))
+            scratch.wait_for_counts(task.layers, progress.counted)
+    return allocated(task, scratch)
+
+
+def _magnitudes(task: SparsifyTask, layer: int, params_dtype: torch.dtype) -> list[list[int]]:
+    """The filled bins of a layer's |W_ij|. CheckpointError if weights are not finite."""
+    names = [layer_name(layer, SUFFIXES[module]) for module in task.request.modules_of(task.parent.shape, layer)]
+    counts = torch.zeros((), dtype=torch.int64)
+    for rows in (rows for name in names for rows in task.parent.row_blocks(name)):
+        counts = counts + histogram(rows.to(params_dtype).abs())
+    try:
+        return filled_bins(counts)
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {layer}: {error}") from error
 
 
 def _prune_block(task: SparsifyTask, layer: int, params_dtype: torch.dtype, scratch: Scratch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.settings import Settings, count, setting
+from megatron_prune.settings import Settings, count, fraction, setting
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
 FP8_PRESETS = ("hybrid-delayed", "current", "blockwise")
@@ -14,7 +14,7 @@ TOKEN_TYPES = ("uint16", "int32", "uint32", "int64")
 DOCUMENTS = ("file", "paragraph", "line")
 DTYPES = ("float32", "bfloat16", "float16")
 MODULES = ("qkv", "proj", "fc1", "fc2")
-ALLOCATIONS = ("uniform", "owl", "search")
+ALLOCATIONS = ("uniform", "global", "owl", "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,15 @@ class SparsitySettings(AmountSettings):
     allocation: str = setting(
         "uniform",
         choices=ALLOCATIONS,
-        help="ratios by layer: owl: less where outliers are many; search: by calibration loss (default: uniform)",
+        metavar="HOW",
+        help="ratios by layer: uniform (default), global (one ranking of all weights), owl (less where outliers are "
+        "many) or search (by calibration loss)",
+    )
+    least_kept: float = setting(
+        0.0,
+        kind=fraction,
+        metavar="F",
+        help="with --allocation global: the fraction of its weights that every layer keeps (default: 0)",
     )
     owl_threshold: float | None = setting(
         None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
@@ -149,15 +157,21 @@ class AnySparsitySettings(SparsitySettings):
 
     allocation: str = setting(
         "uniform",
-        choices=(*ALLOCATIONS, "global"),
+        choices=ALLOCATIONS,
         metavar="HOW",
-        help="uniform (default), owl, search or global (flap, llm-pruner, wanda-sp)",
+        help="uniform (default), or ratios by layer: owl, global (one ranking of all) or search",
     )
     owl_threshold: float | None = setting(
         None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
     )
     owl_bound: float | None = setting(
         None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)"
+    )
+    least_kept: float = setting(
+        0.0,
+        kind=fraction,
+        metavar="F",
+        help="unless uniform: fraction of its weights or units that a layer keeps (default: 0)",
     )
     search_generations: int | None = setting(
         None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"

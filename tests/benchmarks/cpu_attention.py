@@ -1,8 +1,8 @@
 """A training step without a GPU: ``--attention-backend fused`` over Megatron's local attention.
 
 The parent of ``examples/miniature``: 8 layers of 80, 8,192 tokens per step in micro-batches of 16 sequences of 256,
-bf16, one thread. The time of a step is the processor time of the process, whose median over a run counts, after the first steps.
-Limit of the upper end of the ratio: 1.
+bf16, one thread. The time of a step is the processor time of the process; its median over a run counts, after the first
+steps. Limit of the upper end of the ratio: 1.
 
     python tests/benchmarks/cpu_attention.py [--pairs 10] [--steps 20] [--json figures.json]
 """

@@ -126,7 +126,7 @@ def test_every_method_has_its_settings_and_no_two_share_a_flag() -> None:
     alike = {flag.name: flag for flag in own}
     assert all(flag == alike[flag.name] for flag in own)  # or they have it from one class
     assert {flag.name for flag in verbs.PruneSettings.flags()} & alike.keys() == {
-        "allocation", "owl_threshold", "owl_bound", "search_generations",  # of both kinds
+        "allocation", "least_kept", "owl_threshold", "owl_bound", "search_generations",  # of both kinds
     }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_the_step_of_usual_models() -> None:
     assert smollm2.step == Fraction(5, 192) and (smollm2.lowest, smollm2.highest) == (-7, 7)
     assert LevelGrid.of([4096], [0.9]).highest == 3  # something stays
     for sizes, ratio in (([7, 16], 0.5), ([4096], 0.99)):
-        with pytest.raises(UsageError, match="--allocation: expected owl or uniform, got search"):
+        with pytest.raises(UsageError, match="--allocation: expected global, owl or uniform, got search"):
             LevelGrid.of(sizes, [ratio])
     with pytest.raises(UsageError, match="--search-generations: expected at least 1, got 0"):
         Evolution(0, 1)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks.pattern import Pattern
 from megatron_prune.methods.base import Sparsity
-from megatron_prune.methods.selection import Rows, lowest_in_groups, lowest_in_rows
+from megatron_prune.methods.selection import Rows, filled_bins, histogram, lowest_in_groups, lowest_in_rows
 from megatron_prune.sparse.weights_only import BlockChoice, LowestInGroups, LowestOfAll
 from tests.methods import oracles
 
@@ -139,3 +139,18 @@ def test_ratio_and_pattern() -> None:
             Sparsity.parse(ratio, pattern)
     with pytest.raises(UsageError, match="fc2=: expected .*, got 2"):
         Sparsity.parse(2, "unstructured", "--module-ratio fc2=")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_bins_are_the_upper_halves_of_fp32_numbers(dtype: torch.dtype) -> None:
+    scores = (torch.randn(7, 300, generator=torch.Generator().manual_seed(2)).abs() * 1e-3).to(dtype)
+    scores[0, :5] = 0
+    upper = np.frombuffer(scores.float().numpy().tobytes(), dtype="<u2")[1::2]  # little-endian: the second half
+    numbers, counts = np.unique(upper, return_counts=True)
+    found = filled_bins(histogram(scores))
+    assert found == [[int(number), int(count)] for number, count in zip(numbers, counts, strict=True)]
+    assert found[0] == [0, 5] and sum(count for _, count in found) == scores.numel()
+    for broken in (torch.inf, torch.nan, -torch.nan):
+        scores[3, 1] = broken
+        with pytest.raises(CheckpointError, match="not finite"):
+            filled_bins(histogram(scores))

@@ -103,6 +103,11 @@ def killed(argv: list[str], where: str) -> None:
     if where.startswith("block "):  # its weights are written, but not marked as finished
         finish, last = Scratch.finish, int(where.removeprefix("block "))
         Scratch.finish = lambda self, layer, *rest: die() if layer == last else finish(self, layer, *rest)  # type: ignore
+    elif where.startswith("counts "):  # the layer's are not stored
+        keep_counts, last = Scratch.keep_counts, int(where.removeprefix("counts "))
+        Scratch.keep_counts = lambda self, layer, counted: (  # type: ignore[method-assign]
+            die() if layer == last else keep_counts(self, layer, counted)
+        )
     elif where == "generation 5":
         keep = Scratch.keep_levels
         Scratch.keep_levels = lambda self, found: (  # type: ignore[method-assign]

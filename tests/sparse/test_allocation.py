@@ -135,7 +135,7 @@ def test_killed_and_given_again(
     argv = small.flags(tiny_parent, save, "wanda", *OWL, *small.layout("tp2pp2"), corpus=tiny_corpus)
     kill(tmp_path / "kill", argv, 4, "block 2")
     assert finished(save) == ["block-0000", "block-0001"]
-    held = {path.name: path.stat().st_mtime_ns for path in scratch_of(save).glob("outliers-*")}
+    held = {path.name: path.stat().st_mtime_ns for path in scratch_of(save).glob("counts-*")}
     assert len(held) == 4
     printed = job(argv, nproc=4).ok().output
     assert printed.count("kept from before") == 2 and "outliers in" not in printed
@@ -149,7 +149,10 @@ def test_killed_and_given_again(
         (["--ratio", "0.9"], "--owl-bound: expected at least 0 and less than 0.05, got 0.08"),
         (["--ratio", "0.5", "--owl-threshold", "0"], "--owl-threshold: expected a number above 0, got 0.0"),
         (["--ratio", "0.5", "--allocation", "uniform", "--owl-bound", "0.1"], "--owl-bound: expected --allocation owl"),
-        (["--ratio", "0.5", "--allocation", "even"], "--allocation: expected one of uniform, owl, search, got even"),
+        (
+            ["--ratio", "0.5", "--allocation", "even"],
+            "--allocation: expected one of uniform, global, owl, search, got even",
+        ),
     ],
 )
 def test_refused_before_it_begins(

@@ -153,5 +153,5 @@ def test_what_a_layer_lacks_is_not_asked_of_it(parent: Path) -> None:
         asked(modules="fc1", layers="0,3").check(shape)
     with pytest.raises(UsageError, match=r"--pattern: .* got 1:4 .*layers\.0\.mlp\.linear_fc2\.weight\) has 50"):
         requests.choose("wanda", verbs.SparsitySettings.read({"pattern": "1:4"})).check(shape)
-    with pytest.raises(UsageError, match=r"--allocation: expected owl or uniform, got search .*layers differ"):
+    with pytest.raises(UsageError, match=r"--allocation: expected global, owl or uniform, got search .*layers differ"):
         asked(allocation="search").check(shape)

@@ -129,7 +129,7 @@ def test_layers_that_differ_are_pruned_on(prefixes) -> None:
         ({"name": "minitron-width", "ratio": 0.3}, "--method: expected flap, .* got one that cuts hidden channels"),
         ({"name": "flap", "target": {"ffn-hidden-size": 8}}, "--target-ffn-hidden-size: expected --ratio"),
         ({"name": "wanda", "ratio": 0.5, "pattern": "unstructured", "settings": {"allocation": "search"}},
-         "--allocation: expected owl or uniform, got search"),
+         "--allocation: expected global, owl or uniform, got search"),
     ],
 )  # fmt: skip
 def test_what_cannot_follow_layers_that_differ_is_refused_before_they_are_made(

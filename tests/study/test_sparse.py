@@ -282,6 +282,8 @@ def sparse(settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, 
         (sparse({"modules": "fc3"}), {}, r"--modules: expected .*, got fc3"),
         (sparse({"allocation": "owl"}, pattern="2:4"), {}, r"--allocation: expected uniform with an N:M --pattern"),
         (sparse({"allocation": "owl", "owl-bound": 0.3}), {}, r"--owl-bound: expected .* less than 0\.25, got 0\.3"),
+        (sparse({"allocation": "global"}, pattern="2:4"), {}, r"--allocation: expected uniform .*, got global"),
+        (sparse({"allocation": "global", "least-kept": 0.6}), {}, r"--least-kept: expected at most 0\.5, got 0\.6"),
         (sparse({"module-ratio": ["fc2=0.3"]}, pattern="2:4"), {}, r"--module-ratio: .*or 0\.5, got 0\.3"),
         (sparse(), {"optimizer": "muon"}, r"--optimizer: expected adam or sgd.* that holds masks, got muon"),
         (sparse(), {"optimizer": "sgdd"}, r"recipe\.arguments: .*got argument --optimizer: invalid choice: 'sgdd'"),
@@ -344,3 +346,20 @@ def test_outliers_are_counted_on_calibration_text(prefixes, tmp_path: Path, monk
     lines = [line for line in capsys.readouterr().out.splitlines() if " sparsify " in line]
     assert ["--calibration-data-path" in line for line in lines] == [False, True]
     assert "--allocation owl --owl-bound 0.1" in lines[1]
+
+
+def test_one_ranking_of_all_weights_is_a_setting_of_the_method(prefixes, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Magnitudes are ranked without text; Wanda reads the same text as without the ranking."""
+    monkeypatch.chdir(tmp_path)
+    methods = [
+        {"name": name, "pattern": "unstructured", "settings": {"allocation": "global", "least-kept": 0.25}}
+        for name in ("magnitude", "wanda")
+    ]
+    content = made_up.mapping(prefixes, methods=methods)
+    outlook = validate.check(schema.from_mapping(content), Places(tmp_path / "runs" / "made-up"))
+    assert [needs.text for needs in outlook.needs.values()] == [False, True]
+    Path("study.yaml").write_text(json.dumps(content))
+    assert study_main(["plan", "study.yaml", "--commands"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " sparsify " in line]
+    assert ["--calibration-data-path" in line for line in lines] == [False, True]
+    assert all("--allocation global --least-kept 0.25" in line for line in lines)
