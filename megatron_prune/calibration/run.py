@@ -34,14 +34,14 @@ from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
 from megatron_prune import screen
-from megatron_prune.calibration import outliers, scoring
+from megatron_prune.calibration import scoring
 from megatron_prune.calibration.gradients import GradientRecorder
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.data import indexed
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.data.windows import Windows, windows
-from megatron_prune.engine import forward, fp8, runtime, spec
+from megatron_prune.engine import forward, fp8, outliers, runtime, spec
 from megatron_prune.errors import UsageError
 from megatron_prune.methods.accumulators import (
     COLUMN_SUMS,

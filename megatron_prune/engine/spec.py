@@ -18,6 +18,8 @@ import torch
 
 Listener = Callable[[torch.Tensor], None]
 
+ROW_PARALLEL = ("proj", "fc2")  # Megatron's name for linears whose inputs are sharded
+
 
 def linears(block: Any) -> dict[str, Any]:
     """The linears of a Megatron transformer layer by module name, which both specs have; those of a part that the

@@ -21,7 +21,6 @@ import torch
 from megatron_prune.checkpoint.layer_shapes import LayerShape
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods.allocation import THRESHOLDS, OutlierWeighing
 from megatron_prune.methods.base import Budget, NearTie, Selection
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
@@ -233,46 +232,12 @@ def evenly(source: ModelShape, budget: Budget, *, exempt: Collection[int]) -> tu
 
 
 def _same_share(source: HeterogeneousShape, budget: Budget, exempt: Collection[int]) -> tuple[LayerShape, ...]:
-    share = 1 - _ratio_of_others(source, budget, exempt)[0]
+    share = 1 - ratio_of_others(source, budget, exempt)[0]
     wanted = [(share * full.num_query_groups, share * full.ffn_hidden_size) for full in source.layers]
     return fit(source, wanted, budget, exempt=exempt)
 
 
-def by_outliers(
-    source: ModelShape,
-    outliers: torch.Tensor,
-    budget: Budget,
-    weighing: OutlierWeighing,
-    *,
-    exempt: Collection[int] = (),
-    least: float = 0.0,
-) -> tuple[LayerShape, ...]:
-    """Sizes of every layer if OWL divides the ratio: a layer keeps the same share of its groups and of its channels.
-
-    ``outliers`` is the statistic of that name. Layers in ``exempt`` stay whole, and the ratio is that of the others.
-    """
-    ratio, costs = _ratio_of_others(source, budget, exempt)
-    column = 1 + THRESHOLDS.index(weighing.threshold)
-    weights, above = outliers[:, 0].tolist(), outliers[:, column].tolist()
-    shares = {layer: Fraction(int(above[layer]), max(1, int(weights[layer]))) for layer in costs}
-    shifts = weighing.shifts(list(shares.values()), [round(cost) for cost in costs.values()])
-    goes = {layer: ratio + float(shift) for layer, shift in zip(costs, shifts, strict=True)}
-    wanted = [
-        ((1 - goes.get(layer, 0.0)) * full.num_query_groups, (1 - goes.get(layer, 0.0)) * full.ffn_hidden_size)
-        for layer, full in enumerate(source.by_layer())
-    ]
-    return fit(source, wanted, budget, exempt=exempt, least=least)
-
-
-def check_weighing(
-    source: ModelShape, budget: Budget, weighing: OutlierWeighing, *, exempt: Collection[int] = ()
-) -> None:
-    """UsageError if OWL with these settings might remove all or nothing of a layer."""
-    ratio, _ = _ratio_of_others(source, budget, exempt)
-    weighing.check(round(ratio, 6), "the layers' mean ratio")
-
-
-def _ratio_of_others(source: ModelShape, budget: Budget, exempt: Collection[int]) -> tuple[float, dict[int, float]]:
+def ratio_of_others(source: ModelShape, budget: Budget, exempt: Collection[int]) -> tuple[float, dict[int, float]]:
     """The fraction of the layers that are not in ``exempt`` that goes, and the parameters of each."""
     sizes = Sizes(source, budget)
     costs = {}

@@ -1,8 +1,7 @@
 """Methods that rank query groups and FFN channels: the same number in every layer, or sizes that differ.
 
 With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``owl`` a layer keeps more
-where outliers are dense among its weights (``allocation.py``), the same share of its groups as of its channels. With
-``global`` the lowest scores of all layers go until the target's parameters are met (``layer_sizes.py``): with
+where outliers are dense among its weights (``outlier_sizes.py``). With ``global`` the lowest scores of all layers go until the target's parameters are met (``layer_sizes.py``): with
 ``--ratio`` or ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps
 as many on average as its size says. With ``search`` the calibration loss decides every layer's sizes, from the better
 of equal sizes and the ranking on (``size_search.py``); the scores then only rank the units of a layer. Layers differ
@@ -19,7 +18,7 @@ import torch
 
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
-from megatron_prune.methods import layer_sizes
+from megatron_prune.methods import layer_sizes, outlier_sizes
 from megatron_prune.methods.allocation import THRESHOLDS, OutlierWeighing
 from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.evolution import Evolution
@@ -96,7 +95,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
             )
         layer_sizes.refuse_least(source, target, budget, settings.least_kept, exempt=exempt)
         if allocation == "owl":
-            layer_sizes.check_weighing(source, budget, weighing(settings), exempt=exempt)
+            outlier_sizes.check(source, budget, weighing(settings), exempt=exempt)
 
     def select(self, request: PruningRequest[O]) -> Selection:
         source, target, budget = request.source, request.target, request.budget
@@ -152,7 +151,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
     def _weighed(self, request: PruningRequest[O], budget: Budget) -> Layers:
         """By the outliers of every layer."""
         settings = request.settings
-        return layer_sizes.by_outliers(
+        return outlier_sizes.by_outliers(
             self._counted(request), request.statistics["outliers"], budget, weighing(settings),
             exempt=self.exempt(settings), least=settings.least_kept,
         )  # fmt: skip

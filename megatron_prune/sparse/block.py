@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 
-from megatron_prune.calibration import outliers
 from megatron_prune.checkpoint.layout import ModelShape
-from megatron_prune.engine import spec
+from megatron_prune.engine import outliers, spec
 from megatron_prune.methods.accumulators import SquareSums
 from megatron_prune.methods.base import InputMethod, SparseMethod, Sparsity
 from megatron_prune.methods.selection import Rows, filled_bins, full_precision, histogram
 from megatron_prune.methods.sparsegpt import Factor, Hessian
-from megatron_prune.sparse.matrices import ROW_PARALLEL, Matrix, local_rows, matrices, to_columns, to_rows
+from megatron_prune.sparse.matrices import Matrix, local_rows, matrices, to_columns, to_rows
 from megatron_prune.sparse.request import SparsifyRequest, Sums
 
 Statistic = SquareSums | Hessian
@@ -52,11 +51,11 @@ class Inputs:
         self._token_ranks = spec.sequence_ranks(self._last.config)
         for module in modules:
             weight = found[module].weight
-            inputs = weight.shape[1] * (self._group.size() if module in ROW_PARALLEL else 1)
+            inputs = weight.shape[1] * (self._group.size() if module in spec.ROW_PARALLEL else 1)
             self.of[module] = (
                 Hessian(inputs, tokens, weight.device) if kind == "hessian" else SquareSums(inputs, weight.device)
             )
-            if module in ROW_PARALLEL:
+            if module in spec.ROW_PARALLEL:
                 hook = self._sharded(module, axis=-1)
             else:
                 own = self._whole(module) if self._token_ranks == 1 else self._sharded(module, axis=0)
@@ -236,7 +235,7 @@ class _Solver:
     def prune(self, weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
         """Prune this rank's shard of ``weight`` [rows, in] in place; returns its mask."""
         ranks, rank = self.group.size(), self.group.rank()
-        sharded_inputs = self.module in ROW_PARALLEL and ranks > 1
+        sharded_inputs = self.module in spec.ROW_PARALLEL and ranks > 1
         whole = to_rows(weight.float(), self.group) if sharded_inputs else weight.detach().float()  # [rows, in]
         kept = torch.empty(whole.shape, dtype=torch.bool, device=whole.device)
         shared = self._shared_statistic(whole.device)

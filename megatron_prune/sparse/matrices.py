@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prune.checkpoint.layout import LINEARS, ModelShape
+from megatron_prune.engine.spec import ROW_PARALLEL
 from megatron_prune.verbs import MODULES as MODULES
 
-ROW_PARALLEL = ("proj", "fc2")  # Megatron's name for linears whose inputs are sharded
 SUFFIXES = dict(zip(MODULES, LINEARS, strict=True))
 # The order numbers them for random draws.
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -15,7 +15,7 @@ from megatron_prune.errors import UsageError
 from megatron_prune.methods.base import Budget
 from megatron_prune.structured import choice as choices
 from tests.methods.test_methods import GQA, settings, top
-from tests.methods.test_units import DIFFERENT, NAMES, Made
+from tests.methods.test_units import DIFFERENT, NAMES, Made, costs
 
 WIDE = replace(GQA, num_layers=6, ffn_hidden_size=400)
 MIXED = replace(WIDE, num_layers=4).with_layers(
@@ -59,14 +59,18 @@ def test_layers_with_more_outliers_keep_more(name: str, source: ModelShape, thre
     assert abs(budget.error(kept.shape(source))) <= 0.005
     wanted = quotas(found, 0.4, threshold, bound, list(range(source.num_layers)))
     assert max(wanted.values()) - min(wanted.values()) == pytest.approx(2 * bound)
+    alike = found.select(name, target, budget).shape(source).by_layer()
+    group, channel = costs(source)
     for layer, (left, full) in enumerate(zip(kept.shape(source).by_layer(), source.by_layer(), strict=True)):
         share = 1 - wanted[layer]
         if full.num_query_groups:
-            near = share * full.num_query_groups
+            near = share / 0.6 * alike[layer].num_query_groups
             assert left.num_query_groups in {max(1, math.floor(near)), math.ceil(near)}
+            assert abs(left.num_query_groups - near) <= 0.5 or near > full.num_query_groups
         if full.ffn_hidden_size:
-            # Groups are few, and channels make up for their rounding.
-            assert left.ffn_hidden_size / full.ffn_hidden_size == pytest.approx(share, abs=0.06)
+            parts = left.num_query_groups * group + left.ffn_hidden_size * channel
+            whole_layer = full.num_query_groups * group + full.ffn_hidden_size * channel
+            assert parts / whole_layer == pytest.approx(share, abs=0.02)
             assert kept.ffn is not None
             assert kept.ffn[layer] == top(found.scores(name)[1][layer], left.ffn_hidden_size)
     if source is WIDE and bound > 0.05:  # groups come out alike, so channels are in the order of outliers

@@ -392,7 +392,7 @@ def test_a_least_share_of_every_layer_reaches_plan_or_is_refused(prefixes, capsy
     for wrong, said in (
         ({"least-kept": 0.8}, "--least-kept: expected at most .*, got 0.8"),
         ({"least-kept": 1.5}, r"settings\.least-kept: expected a fraction"),
-        ({"allocation": "uniform"}, "--least-kept: expected --allocation global or search with it"),
+        ({"allocation": "uniform"}, "--least-kept: expected --allocation owl, global or search with it"),
     ):
         methods = [{"name": "wanda-sp", "settings": own | wrong}]
         with pytest.raises(UsageError, match=said):

@@ -16,7 +16,6 @@ from megatron.core.utils import unwrap_model
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.engine import spec
 from megatron_prune.methods.allocation import THRESHOLDS
-from megatron_prune.sparse.matrices import ROW_PARALLEL
 
 SITES = {"qkv": "input_layernorm", "proj": "attention", "fc1": "pre_mlp_layernorm", "fc2": "mlp"}  # of their inputs
 _SLICE = 1 << 22  # weights whose scores are in memory at a time, in float64
@@ -73,7 +72,7 @@ def scores(block: Any, roots: Mapping[str, torch.Tensor]) -> Iterator[torch.Tens
     group, found = mpu.get_tensor_model_parallel_group(), spec.linears(block)
     for module, whole in roots.items():
         weight = found[module].weight
-        first = group.rank() * weight.shape[1] if module in ROW_PARALLEL else 0
+        first = group.rank() * weight.shape[1] if module in spec.ROW_PARALLEL else 0
         own = whole[first : first + weight.shape[1]]
         for rows in weight.detach().split(max(1, _SLICE // weight.shape[1])):
             yield rows.double().abs_().mul_(own)
