@@ -1,4 +1,4 @@
-"""Sizes of layers that differ where OWL divides the ratio (``allocation.py``): a layer keeps more where outliers are dense.
+"""Sizes of layers where OWL divides the ratio (``allocation.py``): a layer keeps more where outliers are dense.
 
 A layer's ratio is one of parameters. Its query groups are few, and half of three cannot be kept, so they follow equal
 sizes: as many as every layer would keep, times how much more or less this one keeps, rounded. FFN channels make up the

@@ -1,12 +1,13 @@
 """Methods that rank query groups and FFN channels: the same number in every layer, or sizes that differ.
 
 With ``--allocation uniform`` every layer keeps what the target says, ranked per layer. With ``owl`` a layer keeps more
-where outliers are dense among its weights (``outlier_sizes.py``). With ``global`` the lowest scores of all layers go until the target's parameters are met (``layer_sizes.py``): with
-``--ratio`` or ``--target-params`` groups and channels in one ranking, with explicit sizes in two, of which each keeps
-as many on average as its size says. With ``search`` the calibration loss decides every layer's sizes, from the better
-of equal sizes and the ranking on (``size_search.py``); the scores then only rank the units of a layer. Layers differ
-with all but ``uniform``; ``--least-kept`` says how much of each stays in any case. Of a parent whose layers differ
-already, ``uniform`` takes the same share of every layer, and ``global`` ranks what is there.
+where outliers are dense among its weights (``outlier_sizes.py``). With ``global`` the lowest scores of all layers go
+until the target's parameters are met (``layer_sizes.py``): with ``--ratio`` or ``--target-params`` groups and channels
+in one ranking, with explicit sizes in two, of which each keeps as many on average as its size says. With ``search`` the
+calibration loss decides every layer's sizes, from the better of equal sizes and the ranking on (``size_search.py``);
+the scores then only rank the units of a layer. Layers differ with all but ``uniform``; ``--least-kept`` says how much
+of each stays in any case. Of a parent whose layers differ already, ``uniform`` takes the same share of every layer, and
+``global`` ranks what is there.
 """
 
 from __future__ import annotations

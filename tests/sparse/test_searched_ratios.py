@@ -145,7 +145,7 @@ def test_killed_and_given_again(job: Callable[..., Any], tiny_parent: Path, tiny
         ("wanda", ["--pattern", "4:8"], "--allocation: expected uniform with an N:M --pattern, got search"),
         ("random", ["--ratio", "0.5"], "--allocation: expected owl or uniform with --method random, got search"),
         ("wanda", ["--ratio", "0.5", "--layers", "2"], "--allocation: expected uniform for a single layer, got search"),
-        ("wanda", ["--ratio", "0.99"], "--allocation: expected owl or uniform, got search"),
+        ("wanda", ["--ratio", "0.99"], "--allocation: expected global, owl or uniform, got search"),
         (
             "wanda",
             ["--ratio", "0.5", "--owl-bound", "0.1"],
